@@ -1,0 +1,55 @@
+# Complete on a fresh machine with Python >= 3.11 and nothing else: `make run`, `make test`.
+# PYTHON=... chooses the interpreter, VENV=... the folder of the environment, ARGS=... what follows the command.
+
+VENV ?= .venv
+ARGS ?=
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow check format
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the virtual environment and install everything, once
+
+run: $(STAMP) ## distil the embedded teacher and write a report; ARGS="method=ladd trainer.max_steps=100"
+	$(PY) -m distill.run $(ARGS)
+
+test: $(STAMP) ## the fast tests
+	$(PY) -m pytest --timeout 300 $(ARGS)
+
+test-slow: $(STAMP) ## the slow tests
+	$(PY) -m pytest --timeout 3600 -m "slow and not gpu" $(ARGS)
+
+check: $(STAMP) ## format, lint and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## put every file into the house format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# An environment that works is kept, so a change of pyproject.toml installs only what is new.
+$(STAMP): pyproject.toml
+	@set -e; \
+	if ! "$(PY)" -c '$(NEW_ENOUGH)' 2>/dev/null || ! "$(PY)" -m pip --version >/dev/null 2>&1; then \
+	  found=; \
+	  for each in $(CANDIDATES); do \
+	    if "$$each" -c '$(NEW_ENOUGH)' 2>/dev/null; then found="$$each"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "make: no Python >= 3.11 among: $(CANDIDATES). Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	  fi; \
+	  if ! "$$found" -m venv --clear "$(VENV)"; then \
+	    echo "make: $$found cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@

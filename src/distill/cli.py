@@ -1,0 +1,33 @@
+"""`distill COMMAND ...` is `python -m distill.COMMAND ...`, and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+
+COMMANDS = {
+    "run": "distil a teacher into a student",
+    "sample": "draw images from a student or a teacher",
+    "evaluate": "measure a run",
+    "pretrain": "train a tiny teacher of one's own data",
+}
+USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
+    f"  {name:10}{what}" for name, what in COMMANDS.items()
+)
+
+
+def main() -> int:
+    """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same module again."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE + "\n\ndistill COMMAND --help shows the options of a command.")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"distill: no command {command!r}{hint}\n\n{USAGE}", file=sys.stderr)
+        return 1
+    del sys.argv[1]
+    runpy.run_module(f"distill.{command}", run_name="__main__", alter_sys=True)
+    return 0

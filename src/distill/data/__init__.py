@@ -1,0 +1,1 @@
+"""Data: captioned images and cached latents in tar shards, streamed in one deterministic, resumable order."""

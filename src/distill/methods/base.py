@@ -1,0 +1,226 @@
+"""`Distillation`: everything about a training step that is not the method.
+
+One iteration: student's sample and its features (with graph) -> discriminator phase on the detached features -> student
+phase on the same ones -> average -> `after_step`. A *step* is one student update; `max_steps`, schedules, averages and
+logs count steps. The optional head start trains the discriminator alone for some iterations before step 0.
+
+Every random number comes from a generator seeded by (seed, iteration, rank, micro-batch), so a resumed run draws what
+the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from distill.ema import Ema
+from distill.types import Batch, Denoiser, Features, Heads, Teacher, Terms
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How any method is trained. Rates rise over `warmup_steps`, then stay or follow half a cosine to `final_rate`."""
+
+    student: OptimizerFactory
+    discriminator: OptimizerFactory
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    final_rate: float = 0.0
+    clip_student: float = 1.0
+    clip_discriminator: float = 1.0
+    discriminator_updates: int = 1
+    head_start: int = 0
+    accumulate: int = 1
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"optimizer.schedule={self.schedule}: must be constant or cosine")
+        for name in ("discriminator_updates", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at student step `step` of `steps`."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return rise
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+        return rise * (self.final_rate + (1 - self.final_rate) * fall)
+
+
+class Distillation(L.LightningModule):
+    """Abstract: a teacher teaches a student against a discriminator. Concrete methods give the two objectives."""
+
+    def __init__(
+        self, *, teacher: Teacher, student: Denoiser, features: Features, heads: Heads, engine: Engine, seed: int = 0
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen networks are not in checkpoints
+        self.student, self.heads = student, heads
+        self._frozen = (teacher, features)  # in a tuple: never registered, saved, broadcast or trained
+        self.engine, self.seed = engine, seed
+        self.ema = Ema(student, decay=engine.ema_decay)
+        self.iteration, self.images_seen = 0, 0
+        self._pending: list[Batch] = []
+
+    # -- what a method says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fake(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Any]:
+        """The student's sample on this batch and all that both objectives need of it, with graph."""
+
+    @abstractmethod
+    def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+        """Weighted terms of the discriminator; must not reach the student."""
+
+    @abstractmethod
+    def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+        """Weighted terms of the student, through the frozen networks."""
+
+    def after_step(self, generator: torch.Generator) -> Sequence[nn.Parameter]:
+        """Called after each student step; returns parameters that were re-initialised (their moments are cleared)."""
+        return ()
+
+    # -- what methods use --------------------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._frozen[0]
+
+    @property
+    def features(self) -> Features:
+        return self._frozen[1]
+
+    @property
+    def step(self) -> int:
+        """Student updates so far."""
+        return max(0, self.iteration - self.engine.head_start)
+
+    def record(self, **values: Tensor | float) -> None:
+        """Log values of this step beside the losses."""
+        self._log.update({k: float(v) for k, v in values.items()})
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        for part in self._frozen:
+            if isinstance(part, nn.Module):
+                part.to(self.device)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        players = [self.engine.student(self.student.parameters()), self.engine.discriminator(self.heads.parameters())]
+        for optimizer in players:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+        return players
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._pending.append(self._embedded(batch))
+        if len(self._pending) < self.engine.accumulate:
+            return
+        batches, self._pending = self._pending, []
+        self._log: dict[str, float] = {}
+        student, discriminator = self._players()
+        leading = self.iteration < self.engine.head_start
+        if self.engine.accumulate == 1:
+            with torch.set_grad_enabled(not leading):
+                fakes = [self.fake(batches[0], self._generator(0))]
+        else:  # one graph at a time: the fakes are made again, alike, in the student phase
+            with torch.no_grad():
+                fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches)]
+        for turn in range(self.engine.discriminator_updates):
+            self._update_discriminator(batches, fakes, discriminator, turn)
+        if not leading:
+            self._update_student(batches, fakes, student)
+        self.iteration += 1
+        self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
+        self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen)
+        self.log_dict(self._log, prog_bar=False)
+
+    def _update_discriminator(self, batches: list, fakes: list, optimizer: Any, turn: int) -> None:
+        self.heads.requires_grad_(True)
+        optimizer.zero_grad(set_to_none=True)
+        for i, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
+            terms = self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn))
+            self._backward("d", terms)
+        self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
+
+    def _update_student(self, batches: list, fakes: list, optimizer: Any) -> None:
+        self.heads.requires_grad_(False)  # their weight gradients would be computed and thrown away
+        optimizer.zero_grad(set_to_none=True)
+        for i, batch in enumerate(batches):
+            fake = fakes[0] if len(batches) == 1 else self.fake(batch, self._generator(i))
+            self._backward("g", self.student_loss(batch, fake, self._generator(i, stream=0)))
+        self._clip_and_step("g", self.student, optimizer, self.engine.clip_student)
+        self.heads.requires_grad_(True)
+        self.ema.update(self.step)
+        for parameter in self.after_step(self._generator(0, stream=-1)):
+            self._players()[1].optimizer.state.pop(parameter, None)
+
+    def _backward(self, player: str, terms: Terms) -> None:
+        total = torch.stack(list(terms.values())).sum() / self.engine.accumulate
+        self.manual_backward(total)
+        for name, value in terms.items():
+            key = f"{player}/{name}"
+            self._log[key] = self._log.get(key, 0.0) + float(value.detach()) / self.engine.accumulate
+
+    def _clip_and_step(self, player: str, module: nn.Module, optimizer: Any, limit: float) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+        rate = self.engine.rate(self.step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        optimizer.step()
+        self.record(**{f"{player}/grad_norm": norm, f"{player}/lr": optimizer.param_groups[0]["lr"]})
+
+    def _players(self) -> tuple[Any, Any]:
+        """Both optimisers; only the student's advances `global_step`.
+
+        Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop re-assigns these two
+        hooks each batch, so they are replaced each time. Delete this when the issue is closed.
+        """
+        student, discriminator = self.optimizers()
+        profiler = self.trainer.profiler
+        discriminator._on_before_step = lambda: profiler.start("optimizer_step")
+        discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
+        return student, discriminator
+
+    def _generator(self, micro: int, stream: int = -2) -> torch.Generator:
+        """Randomness of (seed, iteration, rank, micro-batch, stream); stream -1 is the same on every rank."""
+        rank = 0 if stream == -1 else self.global_rank
+        key = (self.seed, self.iteration, rank, micro, stream + 2)
+        mixed = 0
+        for part in key:  # a counter-based stream: splitmix-style mixing of the key into 63 bits
+            mixed = (mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
+            mixed ^= mixed >> 29
+        return torch.Generator(self.device).manual_seed(mixed)
+
+    @torch.no_grad()
+    def _embedded(self, batch: Mapping[str, Any]) -> Batch:
+        """A loader's batch as the methods see it: latents and embedded captions."""
+        x0 = batch["x0"] if "x0" in batch else self.teacher.encode(batch["pixels"])
+        return Batch(x0=x0, captions=tuple(batch["caption"]), cond=self.teacher.embed(batch["caption"]))
+
+    # -- what is kept ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["distill"] = {
+            "iteration": self.iteration,
+            "images_seen": self.images_seen,
+            "ema": self.ema.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["distill"]
+        self.iteration, self.images_seen = kept["iteration"], kept["images_seen"]
+        self.ema.load_state_dict(kept["ema"])

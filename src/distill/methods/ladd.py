@@ -1,0 +1,111 @@
+"""LADD: Latent Adversarial Diffusion Distillation (Sauer et al. 2024, arXiv 2403.12015).
+
+    for x0, c in teacher-made latents:                                     # real data only with the distillation term
+        t ~ levels {1, .75, .5, .25};  x_t = alpha_t x0 + sigma_t eps      # pure noise at t = 1
+        x0_hat = student(x_t, t, c)
+        t_hat = sigmoid(m + s u), u ~ N(0, 1)                              # where the discriminator looks
+        fake = features of the frozen teacher at (diffuse(x0_hat, eps', t_hat), t_hat, c), after every block
+        real = the same of x0, with noise of its own
+        discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]
+        student:        -heads(fake) [+ distillation]                      # gradient through the frozen teacher
+
+The paper prints no formula for its losses; hinge, and R1 as an option, follow its statement that the discriminator is
+that of StyleGAN-T and ADD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.losses import adversarial, r1, weighted_mse
+from distill.methods.base import Distillation
+from distill.types import Batch, Terms, Times
+
+
+class LADD(Distillation):
+    """
+    Args:
+        levels: student's noise levels, with their odds.
+        renoise: levels t_hat at which the discriminator reads, on the scale of the rectified flow.
+        loss: hinge, non_saturating or relativistic.
+        r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
+        distill_weight: lambda of |x0_hat - teacher's estimate|^2, for real data; 0 leaves the term out.
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: Times,
+        renoise: Times,
+        loss: str = "hinge",
+        r1_weight: float = 0.0,
+        distill_weight: float = 0.0,
+        **engine: Any,
+    ):
+        super().__init__(**engine)
+        self.levels, self.renoise, self.adversarial = levels, renoise, adversarial(loss)
+        self.r1_weight, self.distill_weight = r1_weight, distill_weight
+
+    def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
+        t = self.levels.sample(len(batch), self.step, generator)
+        x_t = self.student.process.diffuse(batch.x0, _noise(batch.x0, generator), t)
+        x0_hat = self.student.x0(x_t, t, batch.cond)
+        t_hat = self._levels_of_discriminator(len(batch), generator)
+        return {"x0_hat": x0_hat, "t_hat": t_hat, "maps": self._maps(x0_hat, t_hat, batch, generator)}
+
+    def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+        critic, t_hat = self.heads.draw(self.step), fake["t_hat"]
+        with torch.no_grad():
+            t_real = self._levels_of_discriminator(len(batch), generator)
+            maps = self._maps(batch.x0, t_real, batch, generator)
+        if self.r1_weight:
+            maps = [m.requires_grad_(True) for m in maps]
+        of_real = critic(maps, t_real, batch.cond)
+        of_fake = critic([m.detach() for m in fake["maps"]], t_hat, batch.cond)
+        self._record(of_real, of_fake)
+        terms = {"adv": self.adversarial.discriminator(of_real, of_fake)}
+        if self.r1_weight:
+            terms["r1"] = self.r1_weight * r1(of_real, maps)
+        return terms
+
+    def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+        critic, t_hat = self.heads.draw(self.step), fake["t_hat"]
+        of_real = None
+        if self.adversarial.name == "relativistic":
+            with torch.no_grad():
+                of_real = critic(self._maps(batch.x0, t_hat, batch, generator), t_hat, batch.cond)
+        terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
+        if self.distill_weight:
+            terms["distill"] = self.distill_weight * self._distillation(batch, fake["x0_hat"], generator)
+        return terms
+
+    def _maps(self, x0: Tensor, t: Tensor, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+        """What the frozen teacher makes of x0 [B, C, H, W], re-noised to t [B]."""
+        return self.features(self.teacher.process.diffuse(x0, _noise(x0, generator), t), t, batch.cond)
+
+    def _levels_of_discriminator(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.teacher.process.from_flow_time(self.renoise.sample(n, self.step, generator))
+
+    def _distillation(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Tensor:
+        """ADD's Eq. 4 with its exponential weight c(t) = alpha_t; the teacher's input is detached."""
+        t = torch.rand(len(x0_hat), generator=generator, device=generator.device).clamp(min=0.02, max=0.98)
+        process = self.teacher.process
+        with torch.no_grad():
+            x_t = process.diffuse(x0_hat, _noise(x0_hat, generator), t)
+            target = self.teacher.x0(x_t, t, batch.cond)
+        return weighted_mse(x0_hat, target, process.alpha(t))
+
+    def _record(self, real: Tensor, fake: Tensor) -> None:
+        """Health of the discriminator: mean logits, overall and per head, and how often it is right."""
+        right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+        self.record(**{"d/real": real.mean(), "d/fake": fake.mean(), "d/accuracy": right})
+        for k, (a, b) in enumerate(zip(self.heads.split(real), self.heads.split(fake), strict=True)):
+            self.record(**{f"d/real_head{k}": a.mean(), f"d/fake_head{k}": b.mean()})
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

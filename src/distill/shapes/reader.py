@@ -1,0 +1,77 @@
+"""The judge of `shapes`: recovers from a picture what a caption can say about it. Never used for training a generator.
+
+Things are read in order along the arrangement's axis (left to right, or top to bottom), as prompts list them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.shapes.world import AXES, BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES, Prompt
+
+SLOTS = 3
+CHOICES = {  # question -> possible answers; thing questions are asked once per slot
+    "count": (1, 2, 3),
+    "axis": AXES,
+    "background": tuple(BACKGROUNDS),
+    **{f"{name}{slot}": options for slot in range(SLOTS) for name, options in
+       {"kind": KINDS, "colour": tuple(COLOURS), "fill": FILLS, "size": SIZES}.items()},
+}  # fmt: skip
+
+
+class Reader(nn.Module):
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> one row of logits per question; `features` [B, 96] feed the distances."""
+
+    FEATURES = 96
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        sizes = [3, width, 2 * width, 3 * width, 4 * width]
+        stages: list[nn.Module] = []
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            stages += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), nn.GroupNorm(8, fan_out), nn.SiLU()]
+            stages += [nn.Conv2d(fan_out, fan_out, 3, padding=1), nn.GroupNorm(8, fan_out), nn.SiLU()]
+        self.trunk = nn.Sequential(*stages, nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.SiLU())
+        self.to_features = nn.Linear(256, self.FEATURES)
+        self.heads = nn.Linear(self.FEATURES, sum(len(options) for options in CHOICES.values()))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.to_features(self.trunk(pixels))
+
+    def answer(self, features: Tensor) -> dict[str, Tensor]:
+        """Features [B, 96] -> logits [B, options] per question."""
+        parts = self.heads(nn.functional.silu(features)).split([len(o) for o in CHOICES.values()], dim=1)
+        return dict(zip(CHOICES, parts, strict=True))
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return self.answer(self.features(pixels))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "reader.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Reader:
+        reader = cls()
+        reader.load_state_dict({k: v.float() for k, v in load_file(folder / "reader.safetensors").items()})
+        return reader.eval().requires_grad_(False)
+
+
+def targets(prompts: list[Prompt]) -> dict[str, Tensor]:
+    """What each prompt says, as indices [B] per question; -1 where it says nothing."""
+    rows = [_facts(prompt) for prompt in prompts]
+    return {
+        question: torch.tensor([options.index(row[question]) if row.get(question) is not None else -1 for row in rows])
+        for question, options in CHOICES.items()
+    }
+
+
+def _facts(prompt: Prompt) -> dict[str, object]:
+    facts: dict[str, object] = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}
+    for slot, thing in enumerate(prompt.things):
+        facts |= {f"{name}{slot}": getattr(thing, name) for name in ("kind", "colour", "fill", "size")}
+    return facts

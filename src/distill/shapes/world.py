@@ -1,0 +1,193 @@
+"""The world of `shapes`: what a scene is, how it is described, which combinations are kept for testing.
+
+A scene has one to three objects on a plain background. Each object has a kind, a colour, a fill and a size; two objects
+stand left/right or above/below each other; three stand in a row or a column. A caption states kind and colour of every
+object, the arrangement, and some of the other attributes. What it leaves out, and position, rotation, exact size, shade
+and stripe phase always, is free: many different pictures are right for one caption.
+
+Everything is drawn from a seed, so that scene `i` of a seed is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+KINDS = ("circle", "square", "triangle", "star", "cross")
+COLOURS = {  # sRGB, far enough apart that a shade of one is never another
+    "red": (214, 48, 49),
+    "green": (46, 160, 67),
+    "blue": (48, 96, 220),
+    "yellow": (244, 208, 44),
+    "purple": (150, 66, 190),
+    "orange": (240, 134, 30),
+}
+BACKGROUNDS = {"white": (244, 244, 244), "gray": (140, 140, 140), "black": (22, 22, 22), "pink": (246, 184, 200)}
+FILLS = ("solid", "striped", "dotted")
+SIZES = ("small", "large")
+AXES = ("horizontal", "vertical")
+
+# One pair per kind never occurs in training: the test of composition.
+HELD_OUT = frozenset(
+    {("star", "blue"), ("circle", "yellow"), ("triangle", "purple"), ("square", "green"), ("cross", "red")}
+)
+SIDE = 64  # pixels
+RADIUS = {1: {"small": (7.5, 9.5), "large": (13.5, 17.0)}, 2: {"small": (7.0, 9.0), "large": (11.5, 13.5)}}
+RADIUS_OF_THREE = (7.0, 8.8)  # three objects have one size, which captions do not mention
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object as a caption may describe it; `None` means 'not said', hence free."""
+
+    kind: str
+    colour: str
+    fill: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a caption fixes: things in order along `axis` (left to right, or top to bottom), and the background."""
+
+    things: tuple[Thing, ...]
+    axis: str | None
+    background: str | None
+    caption: str
+
+    def to_json(self) -> dict:
+        return {
+            "things": [vars(t) for t in self.things],
+            "axis": self.axis,
+            "background": self.background,
+            "caption": self.caption,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict) -> Prompt:
+        return cls(tuple(Thing(**t) for t in record["things"]), record["axis"], record["background"], record["caption"])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A thing with every attribute decided. Lengths in pixels, angles in radians, `shade` added to sRGB in [0, 1]."""
+
+    kind: str
+    colour: str
+    fill: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    pattern_angle: float
+    phase: tuple[float, float]
+    shade: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Placed, ...]
+    axis: str | None
+    background: str
+    background_shade: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
+
+
+def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
+    """A random prompt. With `held_out`, its first thing is a pair that training never shows."""
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+    pairs = [_pair(rng) for _ in range(count)]
+    if held_out:
+        pairs[int(rng.integers(count))] = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
+    say_fill = 0.7 if count < 3 else 0.35
+    things = tuple(
+        Thing(
+            kind,
+            colour,
+            fill=str(rng.choice(FILLS)) if rng.random() < say_fill else None,
+            size=str(rng.choice(SIZES)) if count < 3 and rng.random() < 0.6 else None,
+        )
+        for kind, colour in pairs
+    )
+    axis = str(rng.choice(AXES)) if count > 1 else None
+    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.7 else None
+    return Prompt(things, axis, background, _caption(rng, things, axis, background))
+
+
+def _pair(rng: np.random.Generator) -> tuple[str, str]:
+    while True:
+        pair = (str(rng.choice(KINDS)), str(rng.choice(list(COLOURS))))
+        if pair not in HELD_OUT:
+            return pair
+
+
+def _caption(rng: np.random.Generator, things: tuple[Thing, ...], axis: str | None, background: str | None) -> str:
+    """One of several phrasings that all say exactly what the arguments fix."""
+    names = [" ".join(["a", *filter(None, (t.size, t.fill, t.colour, t.kind))]) for t in things]
+    if len(things) == 1:
+        text = names[0]
+    elif len(things) == 2:
+        forward, backward = {
+            "horizontal": ("to the left of", "to the right of"),
+            "vertical": ("above", "below"),
+        }[str(axis)]
+        if rng.random() < 0.5:
+            text = f"{names[0]} {forward} {names[1]}"
+        else:
+            text = f"{names[1]} {backward} {names[0]}"
+    else:
+        order = {"horizontal": "from left to right", "vertical": "from top to bottom"}[str(axis)]
+        listed = f"{names[0]}, {names[1]} and {names[2]}"
+        text = f"{listed} {order}" if rng.random() < 0.5 else f"{order}, {listed}"
+    if background:
+        ground = str(rng.choice([f"on a {background} background", f"on {background}"]))
+        text = f"{text} {ground}"
+    return text
+
+
+def draw_scene(rng: np.random.Generator, prompt: Prompt, *, held_out: bool = False) -> Scene:
+    """One of the many scenes that fit the prompt."""
+    count = len(prompt.things)
+    sizes = [t.size or str(rng.choice(SIZES)) for t in prompt.things]
+    spans = [RADIUS[count][s] if count < 3 else RADIUS_OF_THREE for s in sizes]
+    radii = [float(rng.uniform(*span)) for span in spans]
+    places = _layout(rng, radii, prompt.axis)
+    things = tuple(
+        Placed(
+            t.kind,
+            t.colour,
+            t.fill or str(rng.choice(FILLS)),
+            size,
+            *place,
+            radius,
+            angle=float(rng.uniform(0, 2 * np.pi)),
+            pattern_angle=float(rng.uniform(0, np.pi)),
+            phase=(float(rng.uniform(0, 6)), float(rng.uniform(0, 6))),
+            shade=tuple(float(v) for v in rng.uniform(-0.05, 0.05, 3)),
+        )
+        for t, size, radius, place in zip(prompt.things, sizes, radii, places, strict=True)
+    )
+    background = prompt.background or str(rng.choice(list(BACKGROUNDS)))
+    return Scene(things, prompt.axis, background, tuple(float(v) for v in rng.uniform(-0.03, 0.03, 3)))
+
+
+def _layout(rng: np.random.Generator, radii: list[float], axis: str | None) -> list[tuple[float, float]]:
+    """Centres (x, y) in pixels: inside the frame, apart from each other, clearly ordered along `axis`."""
+    gaps = [a + b + 2.0 for a, b in zip(radii, radii[1:], strict=False)]
+    slack = SIDE - 2.0 - radii[0] - radii[-1] - sum(gaps)
+    shares = np.sort(rng.uniform(0, slack, len(radii)))
+    along = 1.0 + radii[0] + np.concatenate([[0.0], np.cumsum(gaps)]) + shares
+    # The cross offset stays below half the distance along the axis, so that order is never in doubt.
+    middle = rng.uniform(1 + max(radii), SIDE - 1 - max(radii))
+    reach = 0.25 * (min(gaps) if gaps else 0.0)
+    across = np.clip(middle + rng.uniform(-reach, reach, len(radii)), 1 + np.array(radii), SIDE - 1 - np.array(radii))
+    points = zip(along, across, strict=True) if axis != "vertical" else zip(across, along, strict=True)
+    return [(float(x), float(y)) for x, y in points]
+
+
+def sample(seed: int, index: int, *, held_out: bool = False) -> tuple[Prompt, Scene]:
+    """Prompt and scene number `index` of `seed`."""
+    rng = np.random.default_rng([seed, index, int(held_out)])
+    prompt = draw_prompt(rng, held_out=held_out)
+    return prompt, draw_scene(rng, prompt)

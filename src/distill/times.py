@@ -1,0 +1,88 @@
+"""Where on the noise axis to train: distributions of t in (0, 1], with 0 = data and 1 = noise.
+
+`sample(n, step, generator)` returns n levels, float32 [n], on the generator's device (the CPU without one). `step` is
+the student step; only a warm-up depends on it. Level 0 is never drawn: nothing is left to denoise there.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+
+class Discrete:
+    """Chosen levels with given odds, and other odds during the first `warmup_steps` student steps.
+
+    LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5, .5).
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[float],
+        odds: Sequence[float],
+        warmup_odds: Sequence[float] | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        self.levels = [float(level) for level in levels]
+        if not self.levels or not all(0 < level <= 1 for level in self.levels):
+            raise ValueError(f"levels must lie in (0, 1], with 0 = data and 1 = noise, got {self.levels}")
+        if warmup_steps < 0 or (warmup_steps > 0 and warmup_odds is None):
+            raise ValueError(f"warmup_steps={warmup_steps} must be 0, or positive and come with warmup_odds")
+        self.odds = _normalised("odds", odds, len(self.levels))
+        self.warmup_odds = (
+            self.odds if warmup_odds is None else _normalised("warmup_odds", warmup_odds, len(self.levels))
+        )
+        self.warmup_steps = warmup_steps
+
+    def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
+        """n levels t [n], drawn with replacement."""
+        device = _device(generator)
+        odds = torch.tensor(self.warmup_odds if step < self.warmup_steps else self.odds, device=device)
+        index = torch.multinomial(odds, n, replacement=True, generator=generator)
+        return torch.tensor(self.levels, device=device, dtype=torch.float32)[index]
+
+
+class LogitNormal:
+    """t = sigmoid(m + s * u) with u ~ N(0, 1): m moves the weight towards noise, s spreads it.
+
+    m = s = 1 is LADD's choice for the discriminator (percentiles 5/50/95: .34/.73/.93).
+    """
+
+    def __init__(self, m: float = 1.0, s: float = 1.0) -> None:
+        if not (math.isfinite(m) and math.isfinite(s) and s > 0):
+            raise ValueError(f"a logit-normal needs a finite m and a positive s, got m={m}, s={s}")
+        self.m, self.s = float(m), float(s)
+
+    def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
+        """n levels t [n]; the step does not matter."""
+        u = torch.randn(n, generator=generator, device=_device(generator), dtype=torch.float32)
+        return torch.sigmoid(self.m + self.s * u)
+
+
+class Uniform:
+    """t uniform in (low, high]."""
+
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"a uniform range of levels needs 0 <= low < high <= 1, got low={low}, high={high}")
+        self.low, self.high = float(low), float(high)
+
+    def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
+        """n levels t [n]; the step does not matter."""
+        u = torch.rand(n, generator=generator, device=_device(generator), dtype=torch.float32)
+        return self.high - (self.high - self.low) * u  # u < 1: this end is open, so that low = 0 never gives t = 0
+
+
+def _normalised(name: str, odds: Sequence[float], count: int) -> list[float]:
+    weights = [float(weight) for weight in odds]
+    if len(weights) != count:
+        raise ValueError(f"{name} must have one number per level: {count} levels, {len(weights)} {name}")
+    total = sum(weights)
+    if not (all(weight >= 0 for weight in weights) and 0 < total < math.inf):
+        raise ValueError(f"{name} must be finite, not negative and not all zero, got {weights}")
+    return [weight / total for weight in weights]
+
+
+def _device(generator: Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device

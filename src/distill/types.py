@@ -1,0 +1,197 @@
+"""The nouns of adversarial distillation: what teacher, student, discriminator and data are to a method.
+
+Legend of shapes, used throughout the package: `B` batch, `C` channels, `H W` latent grid, `L` text tokens, `D` and `P`
+widths of token and pooled embeddings, `E` extra numbers, `K` logits per sample. `x0` is a clean (scaled) latent, `x_t`
+a noised one, and `t` a float tensor [B] in [0, 1] with 0 = data and 1 = noise, never a step index.
+
+Methods are written against the protocols below, so that any object with these few members can stand in for a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distill.process import Process
+
+Terms = dict[str, Tensor]
+"""Already weighted scalar losses under the paper's names; the objective is their sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cond:
+    """What a network is told about each sample: embedded captions, and with them the embedded empty caption.
+
+    tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it); extra [B, E], other numbers a network wants
+    (SDXL's time ids); null, the same record of batch size 1 for the empty caption, which travels along unchanged.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+    extra: Tensor | None = None
+    null: Cond | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(x) for name, x in self._tensors().items() if x is not None}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the tensors of a Cond must share one batch size, got {sizes}")
+        if self.null is not None and len(self.null) != 1:
+            raise ValueError(f"the null of a Cond describes one empty caption, got batch size {len(self.null)}")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, *args: Any, **kwargs: Any) -> Cond:
+        """As `nn.Module.to`: everything moves, only floating tensors change dtype (a mask stays a mask)."""
+        null = None if self.null is None else self.null.to(*args, **kwargs)
+        return replace(self._map(lambda x: _to(x, *args, **kwargs)), null=null)
+
+    def index(self, i: slice | Tensor) -> Cond:
+        """The samples picked by a slice, a long tensor of positions or a bool tensor [B]."""
+        return self._map(lambda x: x[i.to(x.device) if isinstance(i, Tensor) else i])
+
+    def expand(self, n: int) -> Cond:
+        """One sample repeated n times, without copying."""
+        if len(self) != 1:
+            raise ValueError(
+                f"only a Cond of batch size 1 can be expanded, got {len(self)}; use index to repeat samples"
+            )
+        return self._map(lambda x: x.expand(n, *x.shape[1:]))
+
+    def unconditional(self) -> Cond:
+        """The empty caption for every sample of this record."""
+        if self.null is None:
+            raise ValueError("this Cond has no null record; build it with null=, the embedding of the empty caption")
+        return replace(self.null.expand(len(self)), null=self.null)
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """All samples in order. The null is the first one found: records from one text encoder share it."""
+        if not conds:
+            raise ValueError("cannot concatenate an empty list of Cond")
+        joined: dict[str, Tensor | None] = {}
+        for name in conds[0]._tensors():
+            parts = [x for c in conds if (x := getattr(c, name)) is not None]
+            if parts and len(parts) != len(conds):
+                raise ValueError(
+                    f"cannot concatenate: {len(parts)} of {len(conds)} Conds have {name!r}, all or none must"
+                )
+            joined[name] = torch.cat(parts) if parts else None
+        tokens = joined.pop("tokens")
+        assert tokens is not None  # every Cond has tokens; the type checker cannot know
+        return Cond(tokens, **joined, null=next((c.null for c in conds if c.null is not None), None))
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {"tokens": self.tokens, "pooled": self.pooled, "mask": self.mask, "extra": self.extra}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Cond:
+        """Change every tensor but those of the null."""
+        changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items() if x is not None}
+        return replace(self, **changed)
+
+
+def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if x.is_floating_point():
+        return x.to(*args, **kwargs)
+    # Whatever form the arguments have, a probe tells the device they name; the dtype they may name is not for x.
+    device = torch.empty(0, device=x.device).to(*args, **kwargs).device
+    return x.to(device, non_blocking=kwargs.get("non_blocking", False))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Training data: x0 [B, C, H, W] scaled latents, B captions, and the embedded captions where these are cached."""
+
+    x0: Tensor
+    captions: tuple[str, ...]
+    cond: Cond | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.x0) == len(self.captions) == (len(self.x0) if self.cond is None else len(self.cond)):
+            cond = "no" if self.cond is None else len(self.cond)
+            raise ValueError(f"a batch of {len(self.x0)} latents has {len(self.captions)} captions and {cond} Conds")
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """As `Cond.to`. Also what lets Lightning move a frozen record to the device."""
+        return replace(
+            self,
+            x0=self.x0.to(*args, **kwargs),
+            cond=None if self.cond is None else self.cond.to(*args, **kwargs),
+        )
+
+
+class Denoiser(Protocol):
+    """Teacher or student, as a method sees it: it returns the clean estimate, whatever its network predicts."""
+
+    @property
+    def process(self) -> Process: ...
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, C, H, W], t [B] -> estimate of x0 [B, C, H, W]."""
+        ...
+
+
+class Teacher(Denoiser, Protocol):
+    """A frozen pretrained denoiser with its text encoder and autoencoder."""
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Channels of the feature map at every tap this network offers."""
+        ...
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
+        """x_t [B, C, H, W], t [B] -> one map [B, channels[tap], h, w] per tap; differentiable in x_t."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H', W'] in [-1, 1] -> scaled latents [B, C, H, W]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """scaled latents [B, C, H, W] -> pixels [B, 3, H', W'], in [-1, 1] up to overshoot; differentiable."""
+        ...
+
+    def embed(self, captions: Sequence[str]) -> Cond:
+        """B captions -> their Cond, null included."""
+        ...
+
+
+class Features(Protocol):
+    """The frozen half of a discriminator: images or latents -> maps. Extractors of images ignore t and cond."""
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Channels of each map, in the order in which the maps are returned."""
+        ...
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x."""
+        ...
+
+
+class Heads(Protocol):
+    """The trainable half of a discriminator: maps -> logits."""
+
+    def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Tensor:
+        """maps [B, C_k, ...], t [B] -> logits [B, K]."""
+        ...
+
+    def draw(self, step: int) -> Heads:
+        """The critic of this step: these heads, or a subset that is the same on every rank."""
+        ...
+
+
+class Times(Protocol):
+    """A distribution of noise levels."""
+
+    def sample(self, n: int, step: int, generator: torch.Generator | None = None) -> Tensor:
+        """n levels t [n], float32 in (0, 1], as drawn at this student step."""
+        ...

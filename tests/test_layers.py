@@ -1,0 +1,231 @@
+"""House rules that a machine can check: imports point down, heavy libraries stay in their places, files stay small.
+
+The tables come first. A new module gets a row in `LAYERS`; nothing else needs to change.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "distill"
+
+# Layer -> its modules: the first part of the path below src/distill, a file or a folder. `base` is methods/base.py.
+LAYERS = {
+    "L0": {"types", "process", "times", "losses", "ema", "distances"},
+    "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
+    "L2": {"students", "sampling"},
+    "base": {"methods.base"},
+    "L3": {"methods"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report"},
+    "L5": {"build"},
+    "L6": {
+        "_conf", "cli", "compare", "doctor", "evaluate", "export", "pretrain", "pretraining", "run", "sample",
+        "synthesize",
+    },
+}  # fmt: skip
+
+# Layer -> the layers it may import. A folder may always import itself, except that methods do not know each other.
+MAY_IMPORT = {
+    "L0": {"L0"},
+    "L1": {"L0"},
+    "L2": {"L0", "L1"},
+    "base": {"L0"},
+    "L3": {"L0", "base"},
+    "L4": {"L0", "L1", "L2", "base"},
+    "L5": {"L0", "L1", "L2", "base", "L3", "L4"},
+    "L6": {"L0", "L1", "L2", "base", "L3", "L4", "L5", "L6"},
+}
+
+# Library -> the layers and modules in which it may be imported, at the top of a file or inside a function.
+HEAVY = {
+    "diffusers": {"teachers", "discriminators", "metrics", "students", "sampling", "pretraining"},
+    "transformers": {"teachers", "discriminators", "metrics", "pretraining"},
+    "open_clip": {"teachers", "discriminators", "metrics", "pretraining"},
+    "webdataset": {"data", "shapes"},
+    "torchmetrics": {"metrics"},
+    "torch_fidelity": {"metrics"},
+    "scipy": {"metrics"},
+    "peft": {"students"},
+    "lightning": {"methods.base", "L4", "L5", "pretraining"},
+    "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
+    "matplotlib": {"report"},
+    "hydra": {"L5", "L6"},
+    "omegaconf": {"L5", "L6"},
+    "experiments": set(),
+    "tests": set(),
+}
+
+# Lines, all of them counted: of a file, a method's file, a function (docstring included), the whole source.
+FILE, METHOD_FILE, FUNCTION, LONG_FUNCTION, SOURCE, CONF_FILES = 300, 150, 40, 60, 6000, 60
+
+# "file:function" -> why it reads better in one piece. These may have 60 lines.
+LONG_FUNCTIONS: dict[str, str] = {}
+
+
+def module_of(path: Path, package: Path) -> str:
+    """The name of a file below the package: `teachers.sd3`; the package's own __init__ is the empty name."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place_of(module: str) -> str:
+    """What the tables call a module: `methods.base` itself, otherwise the first part of the name."""
+    return "methods.base" if module.startswith("methods.base") else module.partition(".")[0]
+
+
+def layer_of(module: str) -> str | None:
+    return next((layer for layer, members in LAYERS.items() if place_of(module) in members), None)
+
+
+def imports_of(path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """Each (line, full dotted name) that a file imports, wherever in the file it does so."""
+    module = module_of(path, package)
+    here = ["distill", *module.split(".")] if module else ["distill"]
+    parents = here if path.stem == "__init__" else here[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = parents[: len(parents) - node.level + 1] if node.level else []
+            source = ".".join([*start, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+            yield from ((node.lineno, str(name)) for name in names)
+
+
+def wrong_imports(package: Path) -> list[str]:
+    """Every import that the tables forbid, one sentence each."""
+    wrong = []
+    for path in sorted(package.rglob("*.py")):
+        module = module_of(path, package)
+        if module and layer_of(module) is None:
+            wrong.append(f"{module}: unknown module; add it to LAYERS in tests/test_layers.py")
+            continue
+        for line, name in imports_of(path, package):
+            library, _, target = name.partition(".")
+            if library == "distill":
+                reason = wrong_target(module, target)
+            elif library in HEAVY and not HEAVY[library] & {place_of(module), layer_of(module)}:
+                reason = f"{library} belongs to {sorted(HEAVY[library]) or 'no file of the package'}"
+            else:
+                reason = None
+            if reason:
+                wrong.append(f"{path.relative_to(package)}:{line} imports {name}: {reason}")
+    return wrong
+
+
+def wrong_target(module: str, target: str) -> str | None:
+    """Why `module` may not import `target` (both without `distill.`), if it may not."""
+    if not module:
+        return "the package's own __init__ imports nothing of the package"
+    mine, theirs = layer_of(module), layer_of(target)
+    if theirs is None:
+        return "not a module in LAYERS; add it there, or import from the module that defines it"
+    if theirs in MAY_IMPORT[mine]:
+        return None
+    if mine != "L3" and place_of(module) == place_of(target):
+        return None
+    return f"{mine} may import {sorted(MAY_IMPORT[mine])}, not {theirs}"
+
+
+def too_long(package: Path) -> list[str]:
+    """Every file and function over its budget, every excuse that is no longer needed, and the whole."""
+    wrong, total, excused = [], 0, set()
+    for path in sorted(package.rglob("*.py")):
+        name, text = path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")
+        lines = len(text.splitlines())
+        total += lines
+        is_method = name.startswith("methods/") and path.stem not in ("base", "__init__")
+        budget = METHOD_FILE if is_method else FILE
+        if lines > budget:
+            wrong.append(f"{name} has {lines} lines, {budget} are its budget")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length, key = node.end_lineno - node.lineno + 1, f"{name}:{node.name}"
+                if length > FUNCTION and key in LONG_FUNCTIONS:
+                    excused.add(key)
+                limit = LONG_FUNCTION if key in LONG_FUNCTIONS else FUNCTION
+                if length > limit:
+                    wrong.append(f"{key} has {length} lines, {limit} are its budget")
+    if total > SOURCE:
+        wrong.append(f"the source has {total} lines, {SOURCE} are its budget")
+    return wrong + [f"{key} needs no excuse: remove it from LONG_FUNCTIONS" for key in set(LONG_FUNCTIONS) - excused]
+
+
+def test_imports_point_down_and_heavy_libraries_stay_in_their_places():
+    assert list(PACKAGE.rglob("*.py")), f"no source in {PACKAGE}"
+    assert not (wrong := wrong_imports(PACKAGE)), "\n" + "\n".join(wrong)
+
+
+def test_source_is_within_its_budgets():
+    assert not (wrong := too_long(PACKAGE)), "\n" + "\n".join(wrong)
+
+
+def test_configuration_is_within_its_budget():
+    files = list((ROOT / "conf").rglob("*.yaml"))
+    assert len(files) <= CONF_FILES, f"{len(files)} files in conf/, {CONF_FILES} are the budget"
+
+
+def write(package: Path, name: str, text: str) -> None:
+    path = package / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("losses.py", "from distill.teachers.sd3 import SD3", "L0 may import"),
+        ("losses.py", "def f():\n    from distill import build", "L0 may import"),
+        ("teachers/sd3.py", "from ..data import images", "L1 may import"),
+        ("teachers/sd3.py", "import distill.shapes.world", "L1 may import"),
+        ("students.py", "import distill.sampling", "L2 may import"),
+        ("methods/add.py", "from distill.methods.ladd import LADD", "L3 may import"),
+        ("methods/add.py", "from . import ladd", "L3 may import"),
+        ("methods/add.py", "from distill.teachers import taps", "L3 may import"),
+        ("methods/base.py", "from distill.methods import add", "base may import"),
+        ("callbacks.py", "from distill.methods.add import ADD", "L4 may import"),
+        ("callbacks.py", "from distill.build import make", "L4 may import"),
+        ("build.py", "import importlib\nimportlib.import_module('distill.run')", "L5 may import"),
+        ("__init__.py", "from distill.losses import hinge", "imports nothing"),
+        ("run.py", "from distill import __version__", "not a module in LAYERS"),
+        ("gadgets.py", "", "unknown module"),
+        ("data/images.py", "def f():\n    import diffusers", "diffusers belongs to"),
+        ("methods/add.py", "import lightning.pytorch as pl", "lightning belongs to"),
+        ("methods/base.py", "import pytorch_lightning", "no file of the package"),
+        ("callbacks.py", "from matplotlib import pyplot", "matplotlib belongs to"),
+        ("process.py", "from omegaconf import DictConfig", "omegaconf belongs to"),
+    ],
+)
+def test_a_forbidden_import_is_caught(tmp_path, name, text, expected):
+    write(tmp_path, name, text)
+    wrong = wrong_imports(tmp_path)
+    assert len(wrong) == 1
+    assert expected in wrong[0]
+
+
+def test_allowed_imports_pass(tmp_path):
+    write(tmp_path, "__init__.py", "")
+    write(tmp_path, "losses.py", "from distill.types import Cond\nimport torch")
+    write(tmp_path, "teachers/sd3.py", "from . import taps\nfrom ..process import Process\nimport diffusers")
+    write(tmp_path, "methods/base.py", "import lightning\nfrom distill import ema")
+    write(tmp_path, "methods/add.py", "from .base import Distillation\nfrom distill.losses import hinge")
+    write(tmp_path, "report.py", "from matplotlib import pyplot\nfrom distill.methods.base import Distillation")
+    write(tmp_path, "run.py", "import hydra\nfrom distill import _conf, build")
+    assert wrong_imports(tmp_path) == []
+
+
+def test_long_files_and_functions_are_caught(tmp_path):
+    write(tmp_path, "losses.py", "x = 1\n" * (FILE + 1))
+    write(tmp_path, "methods/add.py", "x = 1\n" * (METHOD_FILE + 1))
+    write(tmp_path, "methods/base.py", "def f():\n" + "    x = 1\n" * FUNCTION)
+    wrong = too_long(tmp_path)
+    assert [line.split()[0] for line in wrong if "excuse" not in line] == [
+        "losses.py", "methods/add.py", "methods/base.py:f",
+    ]  # fmt: skip
