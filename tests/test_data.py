@@ -66,7 +66,7 @@ def keys(batches, steps: int) -> list[list[str]]:
 
 
 def complaint(batches) -> str:
-    """What stops the reading. Only the text is kept: a kept traceback keeps workers, and their late end costs seconds."""
+    """What stops the reading. Only text is kept: a traceback keeps workers alive, and their late end takes seconds."""
     try:
         keys(batches, 30)
     except RuntimeError as error:
@@ -294,6 +294,7 @@ def test_a_dataset_in_use_can_be_pickled(tmp_path, monkeypatch):
     data = LatentShards(put_latents(tmp_path, 6, per_shard=2))
     assert [data[i]["key"][-1] for i in (0, 5, 1, 4, 0)] == list("05140")
     copy = pickle.loads(pickle.dumps(data))
+    assert not copy.source._files  # a descriptor's number would mean another file in another process
     assert [copy[i]["key"][-1] for i in (5, 0)] == list("50")
 
 

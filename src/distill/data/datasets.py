@@ -48,15 +48,16 @@ class Samples(Dataset):
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.length:
             raise IndexError(f"The index must lie in [0, {self.length}), got {i}.")
-        item, skipped = self._first_good(i)
+        found, skipped = self._first_good(i)
+        item = found or {}
         if get_worker_info() is None:
-            self.account(skipped, found=int(item is not None))
+            self.account(skipped, found=int(found is not None))
             return item
-        return (item or {}) | ({SKIPPED: skipped} if skipped else {})
+        return item | ({SKIPPED: skipped} if skipped else {})
 
     def _first_good(self, i: int) -> tuple[dict | None, list[Skipped]]:
         """The first item at or after i (cyclic) that decodes, or None after `MAX_IN_A_ROW`; and those passed over."""
-        skipped = []
+        skipped: list[Skipped] = []
         for ahead in range(min(MAX_IN_A_ROW, self.length)):
             try:
                 return self.item(self.source.read((i + ahead) % self.length)), skipped
@@ -138,15 +139,17 @@ def collate(items: list[dict]) -> dict:
     items = [{key: value for key, value in item.items() if key != SKIPPED} for item in items]
     if not all(items):  # a worker gave up on a place: no batch, only what went wrong
         return {SKIPPED: skipped}
-    batch = {key: [item[key] for item in items] for key in items[0]}
-    batch = {key: torch.stack(value) if isinstance(value[0], torch.Tensor) else value for key, value in batch.items()}
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    batch = {key: torch.stack(x) if isinstance(x[0], torch.Tensor) else x for key, x in columns.items()}
     return batch | ({SKIPPED: skipped} if skipped else {})
 
 
 class Loader(DataLoader):
     """A DataLoader that tells its dataset in the main process which samples the workers had to skip."""
 
-    def __iter__(self) -> Iterator[dict]:
+    dataset: Samples
+
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator is all anyone uses
         for batch in super().__iter__():
             if self.num_workers > 0:
                 self.dataset.account(batch.pop(SKIPPED, []), found=len(batch.get("key", ())))

@@ -44,8 +44,8 @@ def image(sample: dict, size: int | None = None) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # harmless oddities, told anew for every image; bombs are errors
-            picture = Image.open(io.BytesIO(sample[extension]), formats=tuple(set(FORMATS.values())))
-            picture = _rgb(ImageOps.exif_transpose(picture))
+            file = Image.open(io.BytesIO(sample[extension]), formats=tuple(set(FORMATS.values())))
+            picture = _rgb(ImageOps.exif_transpose(file))
         picture = picture if size is None else _square(picture, size)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadSample(name_of(sample), f"its .{extension} does not decode ({_first_line(error)})") from None

@@ -40,11 +40,11 @@ def expand(path: str) -> list[str]:
 
 def _expand_pattern(path: str) -> list[str]:
     """Braces first, then globs. A name without wildcard must exist: a missing shard is a mistake, not fewer data."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         names = list(braceexpand(path))
-    except UnbalancedBracesError:
+    except ValueError:
         raise ValueError(f"The braces in the data path {path!r} do not pair: write, say, x-{{000..003}}.tar.") from None
     found = []
     for name in names:
@@ -122,7 +122,7 @@ def index_tar(path: str) -> dict[str, dict[str, tuple[int, int]]]:
         with tarfile.open(path, "r:", encoding="utf-8", errors="backslashreplace") as tar:
             for member in tar:
                 _add(index, member, path)
-                tar.members = []  # tarfile remembers every member: gigabytes for a large set
+                tar.members = []  # type: ignore[attr-defined]  # it keeps every member: gigabytes for a large set
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(

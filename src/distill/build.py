@@ -1,0 +1,125 @@
+"""From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
+by a method, on data."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+import distill.shapes
+
+PREFIXES = ("distill.", "torch.", "lightning.")  # what a configuration may build
+SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
+
+
+def make(node: DictConfig) -> Any:
+    """The one way to instantiate: allowed targets only, plain containers, shipped paths made absolute."""
+    _refuse_foreign_targets(node)
+    node = OmegaConf.create(_resolve(OmegaConf.to_container(node, resolve=True)))
+    return instantiate(node, _convert_="all")
+
+
+def _refuse_foreign_targets(node: Any) -> None:
+    if isinstance(node, DictConfig):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(PREFIXES):
+            raise ValueError(
+                f"_target_: {target} is refused: a configuration may name only {', '.join(p + '*' for p in PREFIXES)}"
+            )
+        for value in node.values():
+            _refuse_foreign_targets(value)
+    elif isinstance(node, ListConfig):
+        for value in node:
+            _refuse_foreign_targets(value)
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolve(inner) for inner in value]
+    return shipped(value) if isinstance(value, str) and value.startswith(SHIPPED) else value
+
+
+def shipped(path: str) -> str:
+    """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
+    if not path.startswith(SHIPPED):
+        return path
+    folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
+    if not folder.exists():
+        known = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.exists() else []
+        raise FileNotFoundError(f"{path}: nothing of this name is shipped; there is {', '.join(known)}")
+    return str(folder)
+
+
+def teacher(cfg: DictConfig) -> Any:
+    return make(cfg.teacher)
+
+
+def source(cfg: DictConfig) -> Any:
+    return make(cfg.data)
+
+
+def method(cfg: DictConfig, teacher: Any) -> Any:
+    """The Lightning module: teacher, student, features, heads and engine handed to the method."""
+    features = make(cfg.discriminator.features)(teacher=teacher)
+    condition = teacher.embed([""]).pooled
+    heads = make(cfg.discriminator.heads)(
+        channels=features.channels, pooled=0 if condition is None else condition.shape[1]
+    )
+    student = make(cfg.student)(teacher=teacher)
+    return make(cfg.method)(
+        teacher=teacher, student=student, features=features, heads=heads, engine=make(cfg.optimizer), seed=cfg.seed
+    )
+
+
+def trainer(cfg: DictConfig, folder: Path) -> Any:
+    """The Lightning trainer, with loggers and checkpoints inside the run folder."""
+    callbacks = [make(node) for node in cfg.callbacks.values() if node]
+    for callback in callbacks:
+        if hasattr(callback, "dirpath"):
+            callback.dirpath = str(folder / "checkpoints")
+    loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
+    return make(cfg.trainer)(
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(folder),
+        max_epochs=-1,
+        enable_progress_bar=False,  # ours counts student steps
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the stream shares out samples by itself
+    )
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """The folder of this run, made: `run_dir`, or a fresh `runs/<date>_<name>`."""
+    if cfg.resume:
+        folder = Path(cfg.resume)
+        if not (folder / "config.yaml").is_file():
+            raise FileNotFoundError(f"resume={cfg.resume}: not a run folder (it has no config.yaml)")
+        return folder
+    if cfg.run_dir:
+        folder = Path(cfg.run_dir)
+        if (folder / "config.yaml").exists():
+            raise FileExistsError(f"run_dir={folder} holds a run already; choose another or resume={folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        folder = Path("runs") / f"{stamp}_{name_of(cfg)}{suffix}"
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError("a thousand runs began in one second; set run_dir=")
+
+
+def name_of(cfg: DictConfig) -> str:
+    """`name`, or `<method>_<teacher>` from the targets."""
+    return cfg.name or "_".join(str(cfg[part]._target_).rsplit(".", 1)[-1].lower() for part in ("method", "teacher"))

@@ -1,0 +1,105 @@
+"""What happens beside training: a bar that counts student steps, health numbers, pictures on the way."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torchvision.utils import save_image
+
+from distill.methods.base import Distillation
+from distill.sampling import consistency, seeded
+from distill.shapes.judge import judging_prompts
+
+
+class Progress(L.Callback):
+    """A bar over student steps with the time left and what the players say of each other."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = RichProgress(*columns, refresh_per_second=2, disable=not trainer.is_global_zero)
+        self.task = self.bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step)
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        values = trainer.callback_metrics
+        said = " ".join(f"{k} {float(values[k]):.2f}" for k in ("g/adv", "d/adv", "d/real", "d/fake") if k in values)
+        lead = "head start " if pl_module.iteration <= pl_module.engine.head_start else ""
+        self.bar.update(self.task, completed=trainer.global_step, description=f"{lead}{said}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Distillation, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
+class Health(L.Callback):
+    """Logs images per second, and |change| / |weight| of the student, which should stay near 1e-3 (Karpathy's rule)."""
+
+    def __init__(self, every: int = 10):
+        self.every = every
+        self._last: tuple[float, int] | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        if pl_module.step % self.every == 0 and pl_module.iteration >= pl_module.engine.head_start:
+            self._before = [p.detach().clone() for p in pl_module.student.parameters()]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        before = self.__dict__.pop("_before", None)
+        if before is None:
+            return
+        change = torch._foreach_sub(before, [p.detach() for p in pl_module.student.parameters()])
+        now, last = time.monotonic(), self._last
+        self._last = (now, pl_module.images_seen)
+        values = {"g/update_ratio": _norm(change) / _norm(before), "step": float(pl_module.step)}
+        if last:
+            values["images_per_second"] = torch.tensor((pl_module.images_seen - last[1]) / (now - last[0]))
+        pl_module.log_dict(values)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
+class Samples(L.Callback):
+    """One-step pictures of the averaged student for fixed prompts and seeds, every `every` steps.
+
+    Args:
+        every: student steps between grids.
+        prompts: captions; None takes sixteen of the judging prompts of `shapes`.
+    """
+
+    def __init__(self, every: int = 100, prompts: list[str] | None = None):
+        self.every = every
+        self.prompts = prompts or [p.caption for p in judging_prompts(16, seed=1)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / "captions.txt").write_text("\n".join(self.prompts) + "\n")
+            self._draw(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        step = pl_module.step
+        if trainer.is_global_zero and step and (step % self.every == 0 or step == trainer.max_steps):
+            self._draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        path = Path(trainer.default_root_dir) / "samples" / f"step_{pl_module.step:06d}.png"
+        if path.exists():
+            return
+        teacher = pl_module.teacher
+        cond = teacher.embed(self.prompts)
+        with pl_module.ema.swap():
+            generators = seeded(range(len(self.prompts)))
+            x0 = consistency(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
+        save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)

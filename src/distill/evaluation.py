@@ -1,0 +1,87 @@
+"""A run judged on `shapes`: student and teacher at several step counts, on the same prompts, seeds and number of pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from distill.sampling import consistency, guided, seeded
+from distill.shapes.judge import Judge, judging_prompts
+from distill.shapes.world import Prompt
+from distill.teachers.network import PipelineTeacher
+from distill.types import Denoiser
+
+BATCH = 100  # pictures at a time
+SHOWN = 16  # pictures of each row in the comparison
+VARIETY = (8, 8)  # prompts, pictures of each: for diversity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The protocol. `guidance` is the teacher's; the student has none."""
+
+    prompts: int = 400
+    student_steps: Sequence[int] = (1, 2, 4)
+    teacher_steps: Sequence[int] = (1, 4, 28)
+    guidance: float = 3.0
+    seed: int = 0
+
+    def __call__(self, student: Denoiser, teacher: PipelineTeacher, folder: Path) -> list[dict[str, Any]]:
+        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
+        judge, shape = Judge.load(), teacher.latent_shape
+
+        def by_student(n: int) -> Callable[..., Tensor]:
+            return lambda cond, g: consistency(student, cond, g, shape=shape, steps=n)
+
+        def by_teacher(n: int) -> Callable[..., Tensor]:
+            return lambda cond, g: guided(teacher, cond, g, shape=shape, steps=n, guidance=self.guidance)
+
+        makers = [("teacher", n, by_teacher(n)) for n in self.teacher_steps]
+        makers += [("student", n, by_student(n)) for n in self.student_steps]
+        rows, strips = [], []
+        for who, steps, maker in makers:
+            row, pictures = self._judge(judge, teacher, maker)
+            rows.append({"who": who, "steps": steps, **row})
+            strips.append(pictures[:SHOWN])
+        protocol = {
+            "prompts": self.prompts,
+            "seed": self.seed,
+            "teacher guidance": self.guidance,
+            "student guidance": "none",
+            "feature network": "reader of shapes, 96 features",
+            "reference": "fresh renders of the same prompts",
+        }
+        (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
+        (folder / "samples").mkdir(exist_ok=True)
+        save_image((torch.cat(strips) + 1) / 2, folder / "samples" / "comparison.png", nrow=SHOWN)
+        return rows
+
+    def _judge(self, judge: Judge, teacher: PipelineTeacher, maker: Callable[..., Tensor]) -> tuple[dict, Tensor]:
+        prompts = judging_prompts(self.prompts, seed=self.seed)
+        began = time.monotonic()
+        pictures = _pictures(teacher, maker, prompts, range(len(prompts)))
+        seconds = (time.monotonic() - began) / len(prompts)
+        groups, each = VARIETY
+        several = [p for p in prompts[:groups] for _ in range(each)]
+        varied = _pictures(teacher, maker, several, range(10_000, 10_000 + len(several)))
+        varied = varied.unflatten(0, (-1, each))
+        values = judge(pictures, prompts, reference_seed=self.seed, diversity=(prompts[:groups], varied))
+        return {**values, "seconds_per_image": seconds}, pictures
+
+
+@torch.no_grad()
+def _pictures(teacher: PipelineTeacher, maker: Callable[..., Tensor], prompts: list[Prompt], seeds: Sequence[int]) -> Tensor:
+    """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU."""
+    parts = []
+    for i in range(0, len(prompts), BATCH):
+        cond = teacher.embed([p.caption for p in prompts[i : i + BATCH]])
+        parts.append(teacher.decode(maker(cond, seeded(seeds[i : i + BATCH]))).clamp(-1, 1).cpu())
+    return torch.cat(parts)

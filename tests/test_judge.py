@@ -1,0 +1,225 @@
+"""The judge of `shapes`, with an oracle in place of the trained reader: what is scored, and what is left alone."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill.shapes.judge import Judge, as_saved, fresh_renders, judging_prompts, stripe_sharpness
+from distill.shapes.reader import CHOICES, Reader, targets
+from distill.shapes.render import render
+from distill.shapes.world import HELD_OUT, Prompt, Scene, Thing, draw_scene, sample
+
+SAID = Prompt(
+    (Thing("circle", "red", "striped", "small"), Thing("star", "green", "solid", "large")), "horizontal", "white", ""
+)
+SILENT = Prompt((Thing("circle", "red"), Thing("star", "green")), "horizontal", None, "")
+OTHER = {"kind": "cross", "colour": "blue", "fill": "dotted", "size": "large", "axis": "vertical", "background": "pink"}
+PROMPTS = judging_prompts(64, seed=0)
+
+
+def facts(scene: Scene) -> Prompt:
+    things = tuple(Thing(t.kind, t.colour, t.fill, t.size) for t in scene.things)
+    return Prompt(things, scene.axis, scene.background, "")
+
+
+class Oracle:
+    """A reader that knows the scenes of some pictures, and recognises those pictures by a 4 x 8 thumbnail."""
+
+    def __init__(self, scenes: list[Scene]):
+        self.truth = targets([facts(scene) for scene in scenes])
+        self.known = self.features(torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(pixels, (4, 8)).flatten(1)  # [B, 96]
+
+    def answer(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        index = torch.cdist(features, self.known).argmin(1)
+        return {q: F.one_hot(self.truth[q][index].clamp(min=0), len(CHOICES[q])).float() for q in CHOICES}
+
+
+def scenes_of(prompts: list[Prompt], seed: int) -> list[Scene]:
+    """The scenes behind `fresh_renders`."""
+    return [draw_scene(np.random.default_rng([9_000_000 + seed, i, 2]), prompt) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(Oracle(scenes_of(PROMPTS, 0) + scenes_of(PROMPTS, 1)))
+
+
+def changed(prompt: Prompt, attribute: str) -> Prompt:
+    """The prompt with another word for one attribute: of the scene, or of the first thing."""
+    if attribute == "count":
+        return replace(prompt, things=(*prompt.things, Thing("cross", "blue")))
+    if attribute in ("axis", "background"):
+        return replace(prompt, **{attribute: OTHER[attribute]})
+    first, *rest = prompt.things
+    return replace(prompt, things=(replace(first, **{attribute: OTHER[attribute]}), *rest))
+
+
+def test_renders_of_the_prompts_are_right_in_every_respect(judge):
+    features, answers = judge.read(fresh_renders(PROMPTS, seed=1))
+    scores = judge.accuracy(answers, PROMPTS)
+    assert scores == dict.fromkeys(
+        ("prompt_accuracy", "kind", "colour", "fill", "size", "axis", "background", "count"), 1.0
+    )
+    assert features.shape == (64, Reader.FEATURES)
+
+
+@pytest.mark.parametrize("attribute", [*OTHER, "count"])
+def test_one_wrong_word_fails_the_prompt_and_counts_once(attribute):
+    """Four pictures of the same eleven facts; what is seen in one of them differs in one word."""
+    seen = [SAID, SAID, changed(SAID, attribute), SAID]
+    scores = Judge.accuracy({q: t.clamp(min=0) for q, t in targets(seen).items()}, [SAID] * 4)
+    times_said = 4 if attribute in ("axis", "background", "count") else 8  # scene by scene, or thing by thing
+    expected = dict.fromkeys(scores, 1.0) | {"prompt_accuracy": 0.75, attribute: 1 - 1 / times_said}
+    assert scores == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("attribute", ["fill", "size", "background"])
+def test_what_the_prompt_leaves_out_cannot_be_wrong(attribute):
+    seen = [SAID, changed(SAID, attribute)]
+    scores = Judge.accuracy(targets(seen), [SILENT] * 2)
+    assert scores["prompt_accuracy"] == 1
+    assert all(math.isnan(scores[name]) for name in ("fill", "size", "background"))
+    assert [scores[name] for name in ("kind", "colour", "axis", "count")] == [1, 1, 1, 1]
+
+
+def test_things_in_the_wrong_order_are_wrong():
+    swapped = replace(SAID, things=SAID.things[::-1])
+    scores = Judge.accuracy({q: t.clamp(min=0) for q, t in targets([swapped]).items()}, [SAID])
+    assert [scores[name] for name in ("prompt_accuracy", "kind", "colour", "count")] == [0, 0, 0, 1]
+
+
+def test_prompts_of_other_pictures_are_mostly_wrong(judge):
+    _, answers = judge.read(fresh_renders(PROMPTS, seed=1))
+    scores = judge.accuracy(answers, PROMPTS[1:] + PROMPTS[:1])
+    assert scores["prompt_accuracy"] < 0.05
+    assert scores["colour"] < 0.4
+
+
+def test_the_reference_itself_has_perfect_scores(judge):
+    pixels = fresh_renders(PROMPTS, seed=0)
+    scores = judge(pixels, PROMPTS, diversity=(PROMPTS[:4], torch.zeros(4, 2, 3, 64, 64)))
+    assert scores.pop("frechet") == pytest.approx(0, abs=1e-4)
+    assert scores.pop("diversity") == 0  # one picture, whatever the noise
+    assert scores == pytest.approx(
+        dict.fromkeys(
+            ("prompt_accuracy", "kind", "colour", "fill", "size", "axis", "background", "count")
+            + ("precision", "recall", "stripe_sharpness"),
+            1.0,
+        )
+    )
+
+
+def test_other_renders_are_closer_to_the_reference_than_noise_or_one_picture(judge):
+    renders = fresh_renders(PROMPTS, seed=1)
+    blocks = torch.randint(2, (64, 3, 4, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    noise = F.interpolate(blocks, size=64)
+    good, noisy, collapsed = (judge(x, PROMPTS) for x in (renders, noise, renders[:1].expand_as(renders)))
+    assert "diversity" not in good
+    assert good["frechet"] < 0.25 * min(noisy["frechet"], collapsed["frechet"])
+    assert min(good["precision"], good["recall"]) > 0.6
+    assert noisy["precision"] == 0
+    assert collapsed["recall"] == 0
+
+
+def test_another_reference_seed_is_another_reference(judge):
+    pixels = fresh_renders(PROMPTS, seed=1)
+    assert judge(pixels, PROMPTS, reference_seed=1)["frechet"] == pytest.approx(0, abs=1e-4)
+    assert judge(pixels, PROMPTS, reference_seed=0)["frechet"] > 0.1
+
+
+def test_diversity_of_renders_is_that_of_the_data(judge):
+    prompts = PROMPTS[:24]
+    many = fresh_renders([p for p in prompts for _ in range(4)], seed=5).unflatten(0, (24, 4))
+    pairs = many[:, :1] + torch.tensor([0.0, 0.0, 0.0, 0.05])[:, None, None, None]  # nearly the same picture four times
+    pixels = fresh_renders(PROMPTS, seed=1)
+    assert judge(pixels, PROMPTS, diversity=(prompts, many))["diversity"] == pytest.approx(1, abs=0.12)
+    assert 0 < judge(pixels, PROMPTS, diversity=(prompts, pairs))["diversity"] < 0.2
+
+
+def test_sharpness_falls_with_blur_and_rises_with_noise():
+    reference, pixels = fresh_renders(PROMPTS, seed=0), fresh_renders(PROMPTS, seed=1)
+    blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+    noisy = pixels + 0.1 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    assert stripe_sharpness(pixels, reference, PROMPTS) == pytest.approx(1, abs=0.1)
+    assert 0.1 < stripe_sharpness(blurred, reference, PROMPTS) < 0.6
+    assert stripe_sharpness(noisy, reference, PROMPTS) > 1.3
+    assert stripe_sharpness(torch.zeros_like(pixels), reference, PROMPTS) == 0
+
+
+def test_sharpness_looks_only_at_pictures_that_should_have_patterns():
+    prompts = [SAID, SILENT]
+    pixels = fresh_renders(prompts, seed=0)
+    ruined = pixels.clone()
+    ruined[1] = 0
+    assert stripe_sharpness(ruined, pixels, prompts) == 1
+    assert math.isnan(stripe_sharpness(pixels[1:], pixels[1:], prompts[1:]))
+
+
+def test_pixels_are_judged_as_a_file_would_hold_them():
+    pixels = torch.tensor([-3.0, -1, 0.001, 1, 7]).expand(1, 3, 1, 5)
+    saved = as_saved(pixels)[0, 0, 0]
+    assert ((saved + 1) * 127.5).tolist() == pytest.approx([0, 0, 128, 255, 255], abs=1e-4)
+    renders = fresh_renders(PROMPTS[:4], seed=0)
+    assert torch.equal(as_saved(renders), renders)
+    assert torch.equal(as_saved(renders.double() + 0.003), renders.clamp(max=1))  # less than half a step
+    assert as_saved(renders.bfloat16()).dtype == torch.float32
+
+
+def test_broken_pictures_are_counted_and_refused(judge):
+    pixels = fresh_renders(PROMPTS[:5], seed=0)
+    pixels[1, 0, 3, 3] = math.nan
+    pixels[4] = math.inf
+    with pytest.raises(ValueError, match="2 of 5 pictures"):
+        judge(pixels, PROMPTS[:5])
+
+
+def test_pictures_and_prompts_must_pair_up(judge):
+    pixels = fresh_renders(PROMPTS[:5], seed=0)
+    with pytest.raises(ValueError, match="got 4 for 5 pictures"):
+        judge(pixels, PROMPTS[:4])
+    with pytest.raises(ValueError, match="got 2 for 3 prompts"):
+        judge(pixels, PROMPTS[:5], diversity=(PROMPTS[:3], torch.zeros(2, 4, 3, 64, 64)))
+
+
+def test_judging_prompts_are_stable_and_apart_from_training():
+    assert judging_prompts(10, seed=0) == PROMPTS[:10]
+    assert judging_prompts(10, seed=1) != PROMPTS[:10]
+    known = [{(t.kind, t.colour) for t in p.things} & HELD_OUT for p in PROMPTS]
+    unseen = [{(t.kind, t.colour) for t in p.things} & HELD_OUT for p in judging_prompts(64, seed=0, held_out=True)]
+    assert not any(known)
+    assert all(unseen)
+    trained = {sample(0, i)[1] for i in range(200)}
+    assert not trained & set(scenes_of(PROMPTS, 0))
+
+
+def test_fresh_renders_are_pictures_of_their_prompts():
+    renders = fresh_renders(PROMPTS[:6] + PROMPTS[:1], seed=3)
+    assert (renders.shape, renders.dtype) == ((7, 3, 64, 64), torch.float32)
+    assert -1 <= renders.min() < -0.5
+    assert 0.5 < renders.max() <= 1
+    assert torch.equal(renders[:6], fresh_renders(PROMPTS[:6], seed=3))
+    assert (renders[0] - renders[6]).abs().mean() > 0.01  # the same prompt, another scene
+    assert (renders - fresh_renders(PROMPTS[:6] + PROMPTS[:1], seed=4)).abs().mean() > 0.05
+
+
+def test_a_real_reader_is_loaded_frozen_and_reads_in_batches(tmp_path):
+    torch.manual_seed(0)
+    Reader().save(tmp_path)
+    judge = Judge.load(tmp_path)
+    assert not judge.reader.training
+    pixels = fresh_renders(PROMPTS[:7], seed=0).requires_grad_()
+    features, answers = judge.read(pixels)
+    assert (features.shape, features.requires_grad) == ((7, Reader.FEATURES), False)
+    assert set(answers) == set(CHOICES)
+    assert all(answers[q].min() >= 0 and answers[q].max() < len(CHOICES[q]) for q in CHOICES)
+    pieces, same_answers = judge.read(pixels, batch=3)
+    torch.testing.assert_close(pieces, features)
+    assert all(torch.equal(same_answers[q], answers[q]) for q in CHOICES)
+    assert 0 <= judge(pixels, PROMPTS[:7])["count"] <= 1
