@@ -21,11 +21,11 @@ LAYERS = {
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record"},
     "L5": {"build"},
     "L6": {
         "_conf", "cli", "compare", "doctor", "evaluate", "export", "pretrain", "pretraining", "run", "sample",
-        "synthesize",
+        "synthesize", "errors",
     },
 }  # fmt: skip
 

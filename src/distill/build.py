@@ -4,6 +4,7 @@ by a method, on data."""
 from __future__ import annotations
 
 import datetime
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import distill.shapes
 
 PREFIXES = ("distill.", "torch.", "lightning.")  # what a configuration may build
+FAMILIES = {
+    "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
+    "StableDiffusionPipeline": "distill.teachers.sd.SD",
+}
 SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
 
 
@@ -123,3 +128,36 @@ def run_folder(cfg: DictConfig) -> Path:
 def name_of(cfg: DictConfig) -> str:
     """`name`, or `<method>_<teacher>` from the targets."""
     return cfg.name or "_".join(str(cfg[part]._target_).rsplit(".", 1)[-1].lower() for part in ("method", "teacher"))
+
+
+def position(checkpoint: Path) -> int:
+    """How many batches the run behind this checkpoint had read."""
+    import torch
+
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"resume: {checkpoint.parent} holds no checkpoint to go on from")
+    kept = torch.load(checkpoint, weights_only=True, map_location="cpu")["distill"]
+    return int(kept["iteration"]) * int(kept["accumulate"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The judging as lines for a terminal."""
+    columns = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
+    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
+    for row in rows:
+        values = "".join(f"{row[name]:>18.3f}" if name in row else f"{'-':>18}" for name in columns)
+        lines.append(f"{row['who']:10}{row['steps']:>6}{values}")
+    return "\n".join(lines)
+
+
+def student_of(run: str) -> Any:
+    """The student of a run folder, or any pipeline folder of a family we know, opened by our own adapter."""
+    folder = Path(shipped(run))
+    folder = folder / "student" if (folder / "student").is_dir() else folder
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"run={run}: neither a finished run (no student/ in it) nor a diffusers pipeline folder")
+    found = json.loads(index.read_text()).get("_class_name")
+    if found not in FAMILIES:
+        raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
+    return make(OmegaConf.create({"_target_": FAMILIES[found], "path": str(folder)}))

@@ -217,6 +217,7 @@ class Distillation(L.LightningModule):
         checkpoint["distill"] = {
             "iteration": self.iteration,
             "images_seen": self.images_seen,
+            "accumulate": self.engine.accumulate,
             "ema": self.ema.state_dict(),
         }
 

@@ -67,7 +67,7 @@ def fit(name: str, net: nn.Module, objective: Objective, budget: Budget, *, out:
                 terms = objective(step, generator)
             _update(net, players, sum(terms.values()), budget, average, step)
             if step % 20 == 0 or step == budget.steps - 1:
-                values = {k: float(v) for k, v in terms.items()}
+                values = {k: float(v.detach()) for k, v in terms.items()}
                 csv.writer(file).writerow([step, round(spent + time.monotonic() - began, 1), *values.values()])
                 file.flush()
                 bar.update(task, description=f"{name} " + " ".join(f"{k} {v:.4f}" for k, v in values.items()))

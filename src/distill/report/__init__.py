@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from distill.report.curves import charts
-from distill.report.evaluation import headline, rows_of, table, tiles
+from distill.report.evaluation import headline, name_of, rows_of, table, tiles
 from distill.report.words import duration, is_number, none, spoken
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         headline=escape(headline(rows, name)),
         status=_status(run),
         tiles="\n".join(_tile(*figure) for figure in [*tiles(rows), _training_time(run)]),
-        pictures=_pictures(run_dir / "samples"),
+        pictures=_pictures(run_dir / "samples", evaluation),
         evaluation=table(evaluation, why_no_evaluation),
         training=charts(run_dir / "metrics.csv"),
         facts=_facts(run) if run else none(why_no_run),
@@ -81,9 +81,8 @@ def _tile(what: str, value: str, below: str) -> str:
 
 def _training_time(run: Mapping[str, Any]) -> tuple[str, str, str]:
     seconds = next((run[k] for k in ("train_seconds", "wall_seconds") if is_number(run.get(k))), None)
-    work = [
-        f"{run[k]:,} {word}" for k, word in {"steps": "steps", "images_seen": "images"}.items() if is_number(run.get(k))
-    ]
+    words = {"steps": "steps", "images_seen": "images"}
+    work = [f"{run[key]:,} {word}" for key, word in words.items() if is_number(run.get(key))]
     return "Training time", "–" if seconds is None else duration(seconds), ", ".join(work) or "not recorded"
 
 
@@ -97,9 +96,9 @@ def _facts(run: Mapping[str, Any]) -> str:
         label, value = key.replace("_", " ").capitalize(), escape(spoken(run[key]))
         if key == "wall_seconds" and is_number(run[key]):
             label, value = "Wall time", duration(run[key])
-        lines.append(
-            f"<dt>{escape(label)}</dt><dd>{f'<code>{value}</code>' if key in ('command', 'commit') else value}</dd>"
-        )
+        elif key in ("command", "commit"):
+            value = f"<code>{value}</code>"
+        lines.append(f"<dt>{escape(label)}</dt><dd>{value}</dd>")
     return f"<dl>{''.join(lines)}</dl>"
 
 
@@ -113,26 +112,44 @@ def _config(path: Path) -> str:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _pictures(folder: Path) -> str:
+def _pictures(folder: Path, evaluation: Mapping[str, Any]) -> str:
     """Teacher against student, then the student as training went on, then what was asked for."""
-    comparisons = sorted(folder.glob("comparison*.png"), key=_natural)
-    frames = sorted(folder.glob("step_*.png"), key=_natural)
-    large = [_figure(path, _comparison_caption(path), "large") for path in comparisons]
-    strip = [_figure(path, _frame_caption(path)) for path in _spread(frames)]
-    parts = [
-        *large,
-        f'<div class="strip">{"".join(strip)}</div>' if strip else none("No samples were kept in training."),
-    ]
-    if not comparisons:
-        parts.insert(0, none("There is no picture of teacher and student side by side."))
+    parts = [_comparison(path, evaluation) for path in sorted(folder.glob("comparison*.png"), key=_natural)]
+    parts = parts or [none("There is no picture of teacher and student side by side.")]
+    frames = [_picture(path, _step(path)) for path in _spread(sorted(folder.glob("step_*.png"), key=_natural))]
+    if frames:
+        parts.append("<h3>As training went on</h3>")
+        parts.append(f'<div class="strip">{"".join(f"<figure>{frame}</figure>" for frame in frames)}</div>')
+    else:
+        parts.append(none("No samples were kept in training."))
     captions = folder / "captions.txt"
     if captions.is_file():
         prompts = [p for p in captions.read_text(encoding="utf-8", errors="replace").splitlines() if p.strip()]
         items = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
-        summary = "The prompts, in reading order"
-        opened = " open" if len(prompts) <= 8 else ""
-        parts.append(f"<details{opened}><summary>{summary}</summary><ol>{items}</ol></details>" if prompts else "")
+        summary = f"<summary>The {len(prompts)} prompts of these grids, in reading order</summary>"
+        parts.append(f"<details>{summary}<ol>{items}</ol></details>" if prompts else "")
     return "\n".join(parts)
+
+
+def _comparison(path: Path, evaluation: Mapping[str, Any]) -> str:
+    """A large picture; its rows are named if they are those of the evaluation, in the order of its file."""
+    rest = path.stem.removeprefix("comparison").strip("_-").replace("_", " ")
+    caption = f"Teacher and student: {rest}" if rest else "Teacher and student, one prompt and one noise per column"
+    names = [escape(name_of(row)) for row in rows_of(evaluation)]
+    if rest or not names or not _has_rows(path, len(names)):
+        return f'<figure class="large">{_picture(path, caption)}</figure>'
+    labels = "".join(f"<span>{name}</span>" for name in names)
+    return f'<figure class="large labelled"><div class="names">{labels}</div>{_picture(path, caption)}</figure>'
+
+
+def _has_rows(path: Path, n: int) -> bool:
+    """Whether a picture can be n rows of square pictures, a little padding aside."""
+    try:
+        with Image.open(path) as picture:
+            columns = picture.width * n / picture.height
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return round(columns) > 0 and abs(columns - round(columns)) < 0.1
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -147,32 +164,28 @@ def _spread(frames: Sequence[Path]) -> list[Path]:
     return [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
 
 
-def _frame_caption(path: Path) -> str:
+def _step(path: Path) -> str:
     step = path.stem.removeprefix("step_")
     return f"Step {int(step):,}" if step.isdecimal() else step
 
 
-def _comparison_caption(path: Path) -> str:
-    rest = path.stem.removeprefix("comparison").strip("_-").replace("_", " ")
-    return "Teacher and student at several step counts" + (f": {rest}" if rest else "") + "."
-
-
-def _figure(path: Path, caption: str, kind: str = "") -> str:
-    """A picture inside the page; a torn one becomes a sentence."""
+def _picture(path: Path, caption: str) -> str:
+    """A picture inside the page with its caption; a torn one becomes a sentence."""
     try:
         with Image.open(path) as picture:
             picture.load()
+            data = path.read_bytes() if picture.width <= WIDEST else _shrunk(picture)
             width, height = picture.size
-            data = path.read_bytes() if width <= WIDEST else _shrunk(picture)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken PNG
         return none(f"{path.name} cannot be read: {error}.")
-    crisp = ' class="crisp"' if width < COARSEST else ""
+    look = f'class="{"crisp " * (width < COARSEST)}{"wide" * (width > 2 * height)}"'
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    image = f'<img{crisp} src="{source}" width="{width}" height="{height}" alt="{escape(caption)}" loading="lazy">'
-    return f"<figure{f' class={kind}' if kind else ''}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    image = f'<img {look} src="{source}" width="{width}" height="{height}" alt="{escape(caption)}" loading="lazy">'
+    return f'<div class="frame">{image}</div><figcaption>{escape(caption)}</figcaption>'
 
 
 def _shrunk(picture: Image.Image) -> bytes:
+    """PNG of a picture made WIDEST wide in place."""
     file = io.BytesIO()
     picture.thumbnail((WIDEST, 100 * WIDEST))
     picture.save(file, format="PNG")

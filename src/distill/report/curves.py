@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +25,10 @@ MANY_HEADS = 6  # more of them than this are drawn as highest, median and lowest
 POINTS = 3000  # of a curve; a longer one is thinned to its means, which keeps the page small
 
 # matplotlib does not know the page's variables: it draws in these colours, and the variables take their place.
-INK = {f"#0c0c{i:02x}": f"var(--c{i})" for i in range(MANY_HEADS)} | {
-    "#0d0d00": "var(--rule)",
-    "#0d0d01": "var(--soft)",
-}
+INK = {f"#0c0c{i:02x}": f"var(--c{i})" for i in range(MANY_HEADS)}
+INK |= {"#0d0d00": "var(--rule)", "#0d0d01": "var(--soft)"}
 *SERIES, RULE, SOFT = INK
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "font.size": 8.5, "path.simplify_threshold": 0.5,
     "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": RULE, "axes.labelcolor": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
@@ -48,12 +47,12 @@ def charts(path: Path) -> str:
     if not drawn:
         return none("metrics.csv holds no numbers to draw.")
     left_out = f" {strange:,} values that are not finite numbers are left out." if strange else ""
-    note = f'<p class="soft">By student step. Bold: running mean over a fortieth of the run; faint: as logged.{left_out}</p>'
-    return f'{note}\n<div class="charts">\n' + "\n".join(drawn) + "\n</div>"
+    note = f"Over student steps. Bold: running mean over a fortieth of the run; faint: as logged.{left_out}"
+    return f'<p class="soft">{note}</p>\n<div class="charts">\n' + "\n".join(drawn) + "\n</div>"
 
 
 def read(path: Path) -> tuple[dict[str, Curve], int]:
-    """Column -> its curve, and the count of strange values. Of a step written twice, as after a resume, the last holds."""
+    """Column -> curve, and how many values are not finite. Of a step written twice, as by a resume, the last holds."""
     found: dict[str, dict[float, float]] = {}
     strange = 0
     with path.open(encoding="utf-8", errors="replace", newline="") as lines:
@@ -85,11 +84,11 @@ def _thinned(curve: np.ndarray) -> Curve:
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """Centred running mean [N] -> [N] over a fortieth of the points; the window shrinks towards both ends."""
+    """Centred running mean [N] -> [N] over a fortieth of the points, over what there is of it at both ends."""
     n, i = len(y), np.arange(len(y))
-    reach = np.minimum(n // 80, np.minimum(i, n - 1 - i))
+    first, end = np.maximum(i - n // 80, 0), np.minimum(i + n // 80 + 1, n)
     sums = np.concatenate([[0.0], np.cumsum(y)])
-    return (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
+    return (sums[end] - sums[first]) / (end - first)
 
 
 def _all_charts(curves: Mapping[str, Curve]) -> list[str]:
@@ -109,11 +108,11 @@ def _all_charts(curves: Mapping[str, Curve]) -> list[str]:
         _chart("Discriminator's losses", terms("d"), "Weighted terms; their sum is minimised."),
         _chart("Logits", pick(real="d/real", fake="d/fake"), "Mean verdict on real and on generated samples."),
         _chart("Gap by head", _gaps(curves), "Real minus fake; a head at 0 sees no difference."),
-        _chart("Discriminator's accuracy", pick(accuracy="d/accuracy"), chance, guide=0.5, limits=(0, 1)),
+        _chart("Discriminator's accuracy", pick(accuracy="d/accuracy"), chance, guide=0.5, limits=(0, 1.02)),
         _chart("Gradient norms", both("grad_norm"), "Before clipping, log scale.", log=True),
         _chart("Learning rates", both("lr"), "After warm-up and decay."),
         _chart(
-            "Update-to-weight ratio", both("update_ratio"), "Size of a step beside the weights, log scale.", log=True
+            "Update-to-weight ratio", both("update_ratio"), "Length of a step beside the weights', log scale.", log=True
         ),
         _chart("Speed", pick(images_per_second="images_per_second"), "Training images per second."),
     ]
@@ -134,7 +133,7 @@ def _gaps(curves: Mapping[str, Curve]) -> dict[str, Curve]:
     values = np.concatenate([y for _, y in gaps.values()])
     x = np.unique(every)
     groups = np.split(values[np.argsort(every, kind="stable")], np.searchsorted(np.sort(every), x)[1:])
-    picks = {"highest": np.max, "median": np.median, "lowest": np.min}
+    picks: dict[str, Any] = {"highest": np.max, "median": np.median, "lowest": np.min}
     return {f"{name} of {len(gaps)}": (x, np.array([pick(g) for g in groups])) for name, pick in picks.items()}
 
 
@@ -170,7 +169,7 @@ def _colour(i: int) -> str:
 def _draw(title: str, lines: Mapping[str, tuple], *, log: bool, guide: float | None, limits: tuple | None) -> str:
     from matplotlib import rc_context  # half a second that only a report should cost
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     with rc_context(STYLE | {"svg.hashsalt": title}):  # the salt keeps the ids of the page's charts apart
         figure = Figure(figsize=(4.4, 2.2), layout="constrained")
@@ -182,6 +181,11 @@ def _draw(title: str, lines: Mapping[str, tuple], *, log: bool, guide: float | N
             axes.axhline(guide, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
         if log:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            if high < 300 * low:  # or there would be one label on the axis, or none
+                axes.yaxis.set_major_locator(MaxNLocator(5) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if limits:
             axes.set_ylim(*limits)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -197,6 +201,7 @@ def _inlined(svg: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     box = re.search(r'viewBox="[^"]*"', svg)
-    opening = f'<svg {box[0] if box else ""} xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(title)}">'
+    names = f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(title)}"'
+    opening = f"<svg {box[0] if box else ''} {names}>"
     svg = re.sub(r"<svg[^>]*>", opening, svg, count=1)
     return re.sub("|".join(INK), lambda match: INK[match[0]], svg).strip()

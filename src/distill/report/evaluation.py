@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from distill.report.words import is_number, none, number, percent, spelt, spoken, steps
@@ -20,43 +21,43 @@ class Measure(NamedTuple):
 
 
 def _share(label: str) -> Measure:
-    return Measure(f"{label} ↑", lambda x: -x, percent)
+    return Measure(f"{label}\N{NO-BREAK SPACE}↑", lambda x: -x, percent)
 
 
 MEASURES = {
     "prompt_accuracy": _share("Prompts right"),
-    "frechet": Measure("Fréchet distance ↓", lambda x: x),
+    "frechet": Measure("Fréchet distance\N{NO-BREAK SPACE}↓", lambda x: x),
     "precision": _share("Precision"),
     "recall": _share("Recall"),
-    "diversity": Measure("Diversity (data: 1)", lambda x: abs(x - 1)),
-    "stripe_sharpness": Measure("Sharpness (data: 1)", lambda x: abs(x - 1)),
-    "seconds_per_image": Measure("Seconds per image ↓", lambda x: x),
+    "diversity": Measure("Diversity (data:\N{NO-BREAK SPACE}1)", lambda x: abs(x - 1)),
+    "stripe_sharpness": Measure("Sharpness (data:\N{NO-BREAK SPACE}1)", lambda x: abs(x - 1)),
+    "seconds_per_image": Measure("Seconds per image\N{NO-BREAK SPACE}↓", lambda x: x),
     **{k: _share(k.capitalize()) for k in ("kind", "colour", "fill", "size", "axis", "background", "count")},
 }
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
-    """The rows that say whose they are and at how many steps, in the order of their steps, the student's first."""
+    """The rows that say whose they are and at how many steps, in the order of the file."""
     rows = evaluation.get("rows")
     rows = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
-    rows = [
-        r | {"who": str(r["who"]), "steps": int(r["steps"])} for r in rows if "who" in r and is_number(r.get("steps"))
-    ]
-    return sorted(rows, key=lambda r: (r["steps"], r["who"] != "student", r["who"]))
+    named = [r for r in rows if "who" in r and is_number(r.get("steps"))]
+    return [r | {"who": str(r["who"]), "steps": int(r["steps"])} for r in named]
+
+
+def name_of(row: Row) -> str:
+    return f"{row['who'].capitalize()}, {steps(row['steps'])}"
 
 
 def find(rows: Sequence[Row], who: str, key: str, *, pick: Callable = min, at: int | None = None) -> Row:
-    """The row of `who` with the fewest (or most) steps, or with `at` steps, that has a number under `key`; {} if none."""
+    """The row of `who` with the fewest or most steps, or `at` steps, among those with a number under `key`."""
     fit = [r for r in rows if r["who"] == who and is_number(r.get(key)) and at in (None, r["steps"])]
     return pick(fit, key=lambda r: r["steps"], default={})
 
 
 def headline(rows: Sequence[Row], name: str) -> str:
     """The result in a sentence: the student at its fewest steps, the teacher at its most and at as few."""
-    for key, phrase in {
-        "prompt_accuracy": "gets {} of prompts right",
-        "frechet": "has a Fréchet distance of {}",
-    }.items():
+    phrases = {"prompt_accuracy": "gets {} of prompts right", "frechet": "has a Fréchet distance of {}"}
+    for key, phrase in phrases.items():
         if not (student := find(rows, "student", key)):
             continue
         n, say = student["steps"], MEASURES[key].say
@@ -89,15 +90,14 @@ def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 def table(evaluation: Mapping[str, Any], why_empty: str) -> str:
     """Every measure of every row, with the protocol beneath."""
-    rows = rows_of(evaluation)
+    rows = sorted(rows_of(evaluation), key=lambda r: (r["steps"], r["who"] != "student", r["who"]))
     keys = {k: None for row in rows for k, value in row.items() if k not in ("who", "steps") and is_number(value)}
     columns = [k for k in MEASURES if k in keys] + [k for k in keys if k not in MEASURES]
     if not columns:
         return none(why_empty or "evaluation.json holds no measured rows.")
     head = "".join(f'<th scope="col">{escape(_measure(key).label)}</th>' for key in columns)
-    body = "\n".join(
-        _line(row, rows, columns, again=i > 0 and rows[i - 1]["steps"] == row["steps"]) for i, row in enumerate(rows)
-    )
+    again = [False, *(a["steps"] == b["steps"] for a, b in pairwise(rows))]
+    body = "\n".join(_line(row, rows, columns, again=x) for row, x in zip(rows, again, strict=True))
     legend = "Marked: the best of the rows with the same number of steps. ↑ higher is better, ↓ lower is better."
     return (
         f'<div class="scroll"><table><thead><tr><th scope="col">Sampler</th>{head}</tr></thead>\n<tbody>\n{body}\n'
@@ -120,8 +120,8 @@ def _line(row: Row, rows: Sequence[Row], columns: Sequence[str], *, again: bool)
         rivals = [r[key] for r in rows if r["steps"] == row["steps"] and is_number(r.get(key))]
         best = loss and len(rivals) > 1 and loss(row[key]) == min(map(loss, rivals)) < max(map(loss, rivals))
         cells.append(f"<td><b>{say(row[key])}</b></td>" if best else f"<td>{say(row[key])}</td>")
-    who = escape(f"{row['who'].capitalize()}, {steps(row['steps'])}")
-    return f'<tr{" class=again" * again}><th scope="row">{who}</th>{"".join(cells)}</tr>'
+    class_ = ' class="again"' if again else ""
+    return f'<tr{class_}><th scope="row">{escape(name_of(row))}</th>{"".join(cells)}</tr>'
 
 
 def _protocol(protocol: object) -> str:

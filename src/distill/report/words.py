@@ -18,14 +18,14 @@ def none(sentence: str) -> str:
 def percent(x: float) -> str:
     """A share as it is spoken of; 99.7 % is not 100 %, and 0.2 % is not nothing."""
     near_an_end = 0 < x < 0.01 or 0.99 < x < 1
-    return f"{100 * x:.1f} %" if near_an_end else f"{100 * x:.0f} %"
+    return f"{100 * x:.1f}\N{NO-BREAK SPACE}%" if near_an_end else f"{100 * x:.0f}\N{NO-BREAK SPACE}%"
 
 
 def number(x: float) -> str:
     """Three significant digits, without an exponent where the number can be read at sight."""
     if x == 0 or 1e-3 <= abs(x) < 1e6:
         return f"{x:,.0f}" if abs(x) >= 100 or x == 0 else f"{x:#.3g}"
-    return f"{x:.1e}"
+    return f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def steps(n: int) -> str:

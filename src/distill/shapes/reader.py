@@ -30,11 +30,13 @@ class Reader(nn.Module):
 
     def __init__(self, width: int = 32):
         super().__init__()
-        sizes = [3, width, 2 * width, 3 * width, 4 * width]
         stages: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-            stages += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), nn.GroupNorm(8, fan_out), nn.SiLU()]
-            stages += [nn.Conv2d(fan_out, fan_out, 3, padding=1), nn.GroupNorm(8, fan_out), nn.SiLU()]
+        fan_in = 3
+        for fan_out, convolutions in ((width, 2), (2 * width, 3), (3 * width, 3), (4 * width, 2)):
+            for i in range(convolutions):  # the first of each halves the side: 64 -> 4
+                stride = 2 if i == 0 else 1
+                stages += [nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1), nn.GroupNorm(8, fan_out), nn.SiLU()]
+                fan_in = fan_out
         self.trunk = nn.Sequential(*stages, nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.SiLU())
         self.to_features = nn.Linear(256, self.FEATURES)
         self.heads = nn.Linear(self.FEATURES, sum(len(options) for options in CHOICES.values()))

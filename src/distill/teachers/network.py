@@ -91,6 +91,15 @@ class PipelineTeacher(Frozen):
         return self._pipeline[0]
 
     @property
+    def folder(self) -> Path:
+        """The local files of this pipeline, also when it came from the hub."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.path, local_files_only=True))
+
+    @property
     def process(self) -> Process:
         return self.network.process
 

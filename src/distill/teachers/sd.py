@@ -54,4 +54,8 @@ class SD(PipelineTeacher):
         tokens, _ = self.pipeline.encode_prompt(
             captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return Cond(tokens=tokens, pooled=None)
+        # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        end = (ids == tokenizer.eos_token_id).int().argmax(dim=1).to(tokens.device)
+        return Cond(tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end])

@@ -1,0 +1,39 @@
+"""`python -m distill.evaluate run=...`: judge a finished run again, and rewrite its evaluation and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+
+from distill._conf import CONF_DIR
+from distill.errors import said_plainly
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def judge(cfg: DictConfig) -> None:
+    from omegaconf import OmegaConf
+
+    from distill import build
+    from distill.report import write_report
+
+    folder = Path(cfg.run)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"run={cfg.run}: not a run folder (it has no config.yaml)")
+    student = build.student_of(cfg.run)
+    teacher = build.teacher(OmegaConf.load(folder / "config.yaml"))
+    print(build.table(build.make(cfg.metrics)(student, teacher, folder)))
+    print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
+
+
+@hydra.main(config_path=CONF_DIR, config_name="evaluate", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    with said_plainly():
+        judge(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The report: complete from a whole run, honest about a torn one, safe with any text, and one file for ever."""
+
+import csv
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image, ImageDraw
+
+from distill.report import write_report
+from distill.report.words import duration, number, percent
+
+HOSTILE = "<script>alert(1)</script>"
+CHARTS = [
+    "Student&#x27;s losses", "Discriminator&#x27;s losses", "Logits", "Gap by head", "Discriminator&#x27;s accuracy",
+    "Gradient norms", "Learning rates", "Update-to-weight ratio", "Speed",
+]  # fmt: skip
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Reader(HTMLParser):
+    """Fails on tags that do not balance; collects the words, the tags and what the page would load."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.words, self.tags, self.loads, self.ids = [], [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(folder) -> tuple[str, Reader]:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    page = path.read_text(encoding="utf-8")
+    return page, Reader(page)
+
+
+def write_run(folder, **more):
+    facts = {
+        "name": "ladd-shapes", "command": "python -m distill.run method=ladd teacher=shapes", "started": "2026-01-02",
+        "wall_seconds": 4000, "train_seconds": 3700.0, "images_seen": 64000, "steps": 2000, "commit": "0123abc",
+        "versions": {"torch": "2.11.0", "lightning": "2.6.6"}, "hardware": "2 CPU cores", "method": "LADD",
+        "teacher": "SD3", "status": "finished",
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(facts | more))
+    (folder / "config.yaml").write_text("method:\n  r1_weight: 0.1\nnote: '<b>&'\n")
+
+
+def write_metrics(folder, steps=200, heads=3):
+    """As Lightning's CSVLogger: one header of all columns, rows in which the cells of other loggers are empty."""
+    draw = random.Random(0)
+    columns = [
+        "step",
+        "images_seen",
+        "images_per_second",
+        "g/adv",
+        "g/distill",
+        "g/grad_norm",
+        "g/lr",
+        "g/update_ratio",
+    ]
+    columns += ["d/adv", "d/r1", "d/real", "d/fake", "d/accuracy", "d/grad_norm", "d/lr"]
+    columns += [f"d/{side}_head{k}" for side in ("real", "fake") for k in range(heads)]
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, columns)
+        rows.writeheader()
+        for step in range(1, steps + 1):
+            u, noise = step / steps, draw.gauss(0, 0.15)
+            gap = 1.2 * math.exp(-3 * u) + 0.3
+            row = {"step": step, "images_seen": 32 * step, "g/adv": gap / 2 + noise, "g/distill": 0.4 * math.exp(-u)}
+            row |= {
+                "d/adv": 2 - gap + noise,
+                "d/r1": 0.05 + abs(noise) / 5,
+                "d/real": gap / 2,
+                "d/fake": noise - gap / 2,
+            }
+            row |= {"d/accuracy": min(1, 0.5 + gap / 3 + noise / 5), "g/lr": 1e-4 * min(1, 9 * u), "d/lr": 2e-4}
+            row |= {"g/grad_norm": math.exp(noise * 3), "d/grad_norm": 4 * math.exp(draw.gauss(0, 0.5))}
+            for k in range(heads):
+                row |= {f"d/real_head{k}": gap * k / 3 + draw.gauss(0, 0.1), f"d/fake_head{k}": -gap / 2}
+            rows.writerow(row)
+            if step % 10 == 0:
+                rows.writerow({"step": step, "images_per_second": 30 + noise, "g/update_ratio": 1e-3 * math.exp(noise)})
+
+
+def row(who, steps, accuracy, frechet, seconds):
+    more = {
+        "kind": 0.97,
+        "colour": 0.99,
+        "stripe_sharpness": 0.8 + accuracy / 5,
+        "precision": 0.7,
+        "recall": accuracy / 2,
+    }
+    return {
+        "who": who,
+        "steps": steps,
+        "prompt_accuracy": accuracy,
+        "frechet": frechet,
+        "seconds_per_image": seconds,
+        **more,
+    }
+
+
+def write_evaluation(folder, rows=None):
+    protocol = {"prompts": 400, "seed": 0, "teacher guidance": 3.0, "feature network": "reader of shapes, 96 features"}
+    rows = rows or [
+        row("teacher", 1, 0.31, 80.25, 0.012),
+        row("teacher", 4, 0.62, 30.5, 0.045),
+        row("teacher", 28, 0.952, 4.125, 0.31),
+        row("student", 1, 0.93, 12.375, 0.006),
+        row("student", 2, 0.94, 9.5, 0.012),
+        row("student", 4, 0.95, 7.75, 0.024),
+    ]
+    (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}))
+
+
+def grid(path, columns, rows, seed=0):
+    """Coloured shapes in squares of 64 pixels, two apart, as torchvision lays them out."""
+    draw = random.Random(seed)
+    picture = Image.new("RGB", (66 * columns + 2, 66 * rows + 2))
+    pen = ImageDraw.Draw(picture)
+    for i in range(columns * rows):
+        x, y = 66 * (i % columns) + 2, 66 * (i // columns) + 2
+        pen.rectangle((x, y, x + 63, y + 63), fill=draw.choice(["#dddddd", "#efe6d0", "#cfe0ee", "#303848"]))
+        corner, size = draw.randrange(6, 24), draw.randrange(16, 32)
+        box = (x + corner, y + corner, x + corner + size, y + corner + size)
+        (pen.ellipse if draw.random() < 0.5 else pen.rectangle)(box, fill=draw.choice(["#c33", "#2a6", "#36c", "#e90"]))
+    picture.save(path)
+
+
+def write_samples(folder, frames=12):
+    samples = folder / "samples"
+    samples.mkdir()
+    for i in range(frames):
+        grid(samples / f"step_{200 * i:06d}.png", 8, 2, seed=i)
+    grid(samples / "comparison.png", 16, 6)
+    prompts = [HOSTILE, *(f"a small red striped circle left of a large blue square, number {i}" for i in range(15))]
+    (samples / "captions.txt").write_text("\n".join(prompts) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_run(tmp_path)
+    write_metrics(tmp_path)
+    write_evaluation(tmp_path)
+    write_samples(tmp_path)
+    return tmp_path
+
+
+def test_a_whole_run_is_one_file_that_loads_nothing(run):
+    page, reader = read(run)
+    assert all(value.startswith(("data:", "#")) for value in reader.loads), reader.loads
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert "script" not in reader.tags
+    assert len(reader.ids) == len(set(reader.ids)), "two drawings share an id, so one would use the other's clip path"
+    assert all(f"#{name}" in page for name in reader.ids if name not in ("pictures", "evaluation", "training", "run"))
+
+
+def test_the_headline_and_the_key_figures_come_from_the_rows(run):
+    text = read(run)[1].text.replace("\N{NO-BREAK SPACE}", " ")
+    assert (
+        "In one step the student gets 93 % of prompts right; its teacher takes 28 steps for 95 % and manages 31 %"
+        in text
+    )
+    assert "Student, prompts right 93 % in 1 step" in text
+    assert "Teacher, prompts right 95 % in 28 steps" in text
+    assert "Student, Fréchet distance 12.4 in 1 step; teacher 4.12 in 28" in text
+    assert "Training time 1.0 h 2,000 steps, 64,000 images" in text
+    for said in (
+        "LADD",
+        "0123abc",
+        "2 CPU cores",
+        "torch 2.11.0",
+        "python -m distill.run method=ladd",
+        "Wall time 1.1 h",
+    ):
+        assert said in text
+
+
+def test_every_chart_is_drawn_and_follows_light_and_dark(run):
+    page, reader = read(run)
+    for title in CHARTS:
+        assert f"<h3>{title}</h3>" in page
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == len(CHARTS)
+    assert all("var(--c0)" in svg and "var(--rule)" in svg for svg in drawings)
+    assert not any(re.search("#0[cd]0[cd]", svg) for svg in drawings)
+    assert "head 2" in reader.text
+    assert reader.tags.count("img") == 8 + 1
+    assert "Step 0" in reader.text
+    assert "Step 2,200" in reader.text
+
+
+def test_the_table_marks_the_best_of_those_with_as_many_steps(run):
+    page = read(run)[0].replace("\N{NO-BREAK SPACE}", " ")
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    lines = {m[1]: m[2] for m in re.finditer(r'<th scope="row">(.*?)</th>(.*?)</tr>', body)}
+    assert list(lines)[:3] == ["Student, 1 step", "Teacher, 1 step", "Student, 2 steps"]
+    assert lines["Student, 1 step"].startswith("<td><b>93 %</b></td><td><b>12.4</b></td>")
+    assert lines["Teacher, 1 step"].startswith("<td>31 %</td><td>80.2</td>")
+    assert "<b>" not in lines["Teacher, 28 steps"], "nothing else had 28 steps"
+    assert "<b>" not in lines["Student, 2 steps"]
+    assert "prompts: 400; seed: 0; teacher guidance: 3.0" in page
+
+
+def test_text_from_the_run_stays_text(run):
+    write_run(run, name=HOSTILE, command=f"run note={HOSTILE}", versions={HOSTILE: HOSTILE}, status=HOSTILE)
+    write_evaluation(run, [row(HOSTILE, 1, 0.5, 2.0, 1.0) | {HOSTILE: 1.0}, row("student", 1, 0.4, 2.0, 1.0)])
+    page, reader = read(run)
+    assert "<script" not in page.lower()
+    assert reader.text.count(HOSTILE) >= 6
+    assert "note: '<b>&'" in reader.text
+
+
+@pytest.mark.parametrize("missing", ["run.json", "config.yaml", "metrics.csv", "evaluation.json"])
+def test_a_missing_file_costs_its_own_section_only(run, missing):
+    (run / missing).unlink()
+    page, reader = read(run)
+    assert f"This run has no {missing}" in reader.text
+    assert ("<svg" in page) == (missing != "metrics.csv")
+    assert ("<table" in page) == (missing != "evaluation.json")
+    assert ("<details><summary>Configuration" in page) == (missing != "config.yaml")
+
+
+def test_an_empty_folder_has_a_report(tmp_path):
+    text = read(tmp_path)[1].text
+    assert "not judged" in text
+    assert "No samples were kept" in text
+    assert "not measured" in text
+
+
+def test_torn_files_are_named_and_survived(run):
+    (run / "evaluation.json").write_text('{"rows": [')
+    (run / "run.json").write_text("[1, 2]")
+    (run / "samples" / "comparison.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    whole = (run / "samples" / "step_000000.png").read_bytes()
+    (run / "samples" / "step_000000.png").write_bytes(whole[: len(whole) // 2])
+    lines = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
+    (run / "metrics.csv").write_bytes(b"".join(lines[:-1]) + b"12,\0,nan,inf,oops,\xff\n201,5")
+    page, reader = read(run)
+    for said in (
+        "evaluation.json cannot be read",
+        "run.json does not hold",
+        "comparison.png cannot",
+        "step_000000.png cannot",
+    ):
+        assert said in reader.text
+    assert "not finite" in reader.text
+    assert page.count("<svg") == len(CHARTS)
+
+
+def test_rows_of_another_shape_do_not_matter(run):
+    (run / "evaluation.json").write_text(
+        '{"rows": [7, {"who": "student"}, {"who": "student", "steps": 1, "frechet": NaN}]}'
+    )
+    assert "no measured rows" in read(run)[1].text
+    (run / "evaluation.json").write_text('{"rows": {"who": "student"}, "protocol": 3}')
+    assert "no measured rows" in read(run)[1].text
+
+
+def test_without_a_reader_the_distance_is_the_headline(run):
+    rows = [{"who": "student", "steps": 2, "frechet": 12.375}, {"who": "teacher", "steps": 2, "frechet": 80.25}]
+    write_evaluation(run, rows)
+    text = read(run)[1].text
+    assert "In two steps the student has a Fréchet distance of 12.4; its teacher, in as many, manages 80.2." in text
+    assert "Student, prompts right – not measured" in text
+
+
+def test_a_run_that_stopped_says_so(run):
+    write_run(run, status="stopped", steps=1234)
+    assert "This run was stopped after 1,234 steps, before its end." in read(run)[1].text
+
+
+@pytest.mark.parametrize(("frames", "shown"), [(1, ["0"]), (8, None), (30, ["0", "800", "1,600"])])
+def test_the_filmstrip_has_the_first_the_last_and_few_between(tmp_path, frames, shown):
+    write_samples(tmp_path, frames)
+    text = read(tmp_path)[1].text
+    steps = re.findall(r"Step ([\d,]+)", text)
+    assert len(steps) == min(frames, 8)
+    assert steps[0] == "0"
+    assert steps[-1] == f"{200 * (frames - 1):,}"
+    if shown:
+        assert steps[: len(shown)] == shown
+
+
+def test_rows_of_the_comparison_are_named_only_if_they_are_the_evaluations(run):
+    assert '<div class="names"><span>Teacher, 1 step</span>' in read(run)[0]
+    grid(run / "samples" / "comparison.png", 16, 5)
+    assert '<div class="names">' not in read(run)[0]
+    grid(run / "samples" / "comparison_held_out.png", 16, 6)
+    assert "Teacher and student: held out" in read(run)[1].text
+
+
+def test_a_large_picture_is_shrunk(tmp_path):
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (3200, 800)).save(tmp_path / "samples" / "step_5.png")
+    assert 'width="1600" height="400"' in read(tmp_path)[0]
+
+
+def test_many_heads_a_long_run_and_a_resumed_one_stay_readable(tmp_path):
+    write_metrics(tmp_path, steps=5000, heads=8)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.csv").write_text("".join(lines + lines[4000:]))
+    page, reader = read(tmp_path)
+    assert "median of 8" in reader.text
+    assert len(page) < 1_500_000
+
+
+def test_a_run_of_one_step_shows_its_points(tmp_path):
+    write_metrics(tmp_path, steps=1)
+    assert read(tmp_path)[0].count("<svg") == len(CHARTS) - 2
+
+
+def test_numbers_read_well():
+    assert [number(x) for x in (0, 0.0123456, 1.0, 123.4, 12345.6, 1e-5)] == [
+        "0", "0.0123", "1.00", "123", "12,346", "1.0e-5",
+    ]  # fmt: skip
+    assert [percent(x).replace("\N{NO-BREAK SPACE}", " ") for x in (0, 0.002, 0.934, 0.997, 1)] == [
+        "0 %", "0.2 %", "93 %", "99.7 %", "100 %",
+    ]  # fmt: skip
+    assert [duration(x) for x in (12, 90, 3595, 7200, 300_000)] == ["12 s", "2 min", "1.0 h", "2.0 h", "3.5 days"]
