@@ -156,7 +156,9 @@ def student_of(run: str) -> Any:
     folder = folder / "student" if (folder / "student").is_dir() else folder
     index = folder / "model_index.json"
     if not index.is_file():
-        raise FileNotFoundError(f"run={run}: neither a finished run (no student/ in it) nor a diffusers pipeline folder")
+        raise FileNotFoundError(
+            f"run={run}: neither a finished run (no student/ in it) nor a diffusers pipeline folder"
+        )
     found = json.loads(index.read_text()).get("_class_name")
     if found not in FAMILIES:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")

@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -58,10 +59,12 @@ class Health(L.Callback):
         change = torch._foreach_sub(before, [p.detach() for p in pl_module.student.parameters()])
         now, last = time.monotonic(), self._last
         self._last = (now, pl_module.images_seen)
-        values = {"g/update_ratio": _norm(change) / _norm(before), "step": float(pl_module.step)}
+        values = {"g/update_ratio": float(_norm(change) / _norm(before))}
         if last:
-            values["images_per_second"] = torch.tensor((pl_module.images_seen - last[1]) / (now - last[0]))
-        pl_module.log_dict(values)
+            values["images_per_second"] = (pl_module.images_seen - last[1]) / (now - last[0])
+        # Straight to the loggers: through `self.log` this callback's last values would be repeated on every later row.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=pl_module.step)
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

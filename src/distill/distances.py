@@ -29,7 +29,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     product = torch.linalg.eigvalsh(root @ s_b @ root)
     cross = product.clamp(min=0).sqrt().sum()  # eigenvalues that should be zero come out as +-1e-17
     distance = (a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
-    return max(0.0, distance.item())
+    return max(0.0, float(distance))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
@@ -42,8 +42,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 def _share_inside(points: Tensor, members: Tensor, k: int) -> float:
     """Share of `points` that lie in the manifold of `members`."""
     # The nearest neighbour of a member is itself, at distance zero.
-    radii = torch.cat([_distances(rows, members).kthvalue(k + 1, dim=1).values for rows in members.split(ROWS)])
-    inside = torch.cat([(_distances(rows, members) <= radii).any(dim=1) for rows in points.split(ROWS)])
+    radii = torch.cat([_distances(rows, members).kthvalue(k + 1, dim=1).values for rows in torch.split(members, ROWS)])
+    inside = torch.cat([(_distances(rows, members) <= radii).any(dim=1) for rows in torch.split(points, ROWS)])
     return inside.double().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""A run judged on `shapes`: student and teacher at several step counts, on the same prompts, seeds and number of pictures."""
+"""A run judged on `shapes`: student and teacher at several step counts, on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ class Shapes:
 
 
 @torch.no_grad()
-def _pictures(teacher: PipelineTeacher, maker: Callable[..., Tensor], prompts: list[Prompt], seeds: Sequence[int]) -> Tensor:
+def _pictures(
+    teacher: PipelineTeacher, maker: Callable[..., Tensor], prompts: list[Prompt], seeds: Sequence[int]
+) -> Tensor:
     """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU."""
     parts = []
     for i in range(0, len(prompts), BATCH):

@@ -39,7 +39,7 @@ class Process(ABC):
 
     @abstractmethod
     def from_flow_time(self, tau: Tensor) -> Tensor:
-        """The t [B] with the noise-to-data ratio of the unshifted rectified flow at tau [B]: sigma/alpha = tau/(1 - tau).
+        """The t [B] with the noise-to-data ratio of the unshifted flow at tau [B]: sigma/alpha = tau/(1 - tau).
 
         Ratios beyond what the process reaches clamp to t = 1. It carries levels stated for SD3 over to any teacher.
         """

@@ -1,7 +1,7 @@
 """Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no gradient.
 
-    consistency (LADD, LCM):  x0 = student(x_t, t);  x_t' = alpha_t' x0 + sigma_t' z,  z fresh,  t = 1, 1 - 1/n, ..., 1/n
-    guided teacher:           x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
+consistency (LADD, LCM):  x0 = student(x_t, t);  x_t' = alpha_t' x0 + sigma_t' z,  z fresh,  t = 1, 1 - 1/n, ..., 1/n
+guided teacher:           x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path) -> P
     return partial.rename(folder)
 
 
-def few_step_scheduler(
-    student: Network, teacher: PipelineTeacher
-) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
+def few_step_scheduler(student: Network, teacher: PipelineTeacher) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
     """The stock scheduler that predicts x0 and noises it again, as the consistency sampler does.
 
     Flow: no shift, for the levels were trained as they are. eps and v: four original steps, so that 1, 2 and 4 steps

@@ -26,8 +26,9 @@ Terms = dict[str, Tensor]
 class Cond:
     """What a network is told about each sample: embedded captions, and with them the embedded empty caption.
 
-    tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it); extra [B, E], other numbers a network wants
-    (SDXL's time ids); null, the same record of batch size 1 for the empty caption, which travels along unchanged.
+    tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it); extra [B, E], other
+    numbers a network wants (SDXL's time ids); null, the same record of batch size 1 for the empty caption, which
+    travels along unchanged.
     """
 
     tokens: Tensor
@@ -105,16 +106,17 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Training data: x0 [B, C, H, W] scaled latents, B captions, and the embedded captions where these are cached."""
+    """Training data: x0 [B, C, H, W] scaled latents, B captions, and these embedded."""
 
     x0: Tensor
     captions: tuple[str, ...]
-    cond: Cond | None = None
+    cond: Cond
 
     def __post_init__(self) -> None:
-        if not len(self.x0) == len(self.captions) == (len(self.x0) if self.cond is None else len(self.cond)):
-            cond = "no" if self.cond is None else len(self.cond)
-            raise ValueError(f"a batch of {len(self.x0)} latents has {len(self.captions)} captions and {cond} Conds")
+        if not len(self.x0) == len(self.captions) == len(self.cond):
+            raise ValueError(
+                f"a batch of {len(self.x0)} latents has {len(self.captions)} captions and {len(self.cond)} Conds"
+            )
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -124,7 +126,7 @@ class Batch:
         return replace(
             self,
             x0=self.x0.to(*args, **kwargs),
-            cond=None if self.cond is None else self.cond.to(*args, **kwargs),
+            cond=self.cond.to(*args, **kwargs),
         )
 
 
@@ -182,6 +184,10 @@ class Heads(Protocol):
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Tensor:
         """maps [B, C_k, ...], t [B] -> logits [B, K]."""
+        ...
+
+    def split(self, logits: Tensor) -> Sequence[Tensor]:
+        """Logits [B, K] of the last call -> those of each head."""
         ...
 
     def draw(self, step: int) -> Heads:

@@ -1,7 +1,7 @@
 """Convolutional discriminator heads, one per tap, projected on noise level and pooled text.
 
-    h = block_1x1(norm(map));  h = (block_kxk(h) + h) / sqrt 2;  out = conv(h)            after StyleGAN-T, in 2-D
-    logit at each place = <out, c> / sqrt P,   c = linear([embedding of t, pooled text])  projection discriminator
+h = block_1x1(norm(map));  h = (block_kxk(h) + h) / sqrt 2;  out = conv(h)            after StyleGAN-T, in 2-D
+logit at each place = <out, c> / sqrt P,   c = linear([embedding of t, pooled text])  projection discriminator
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ class ConvHead(nn.Module):
     """One map [B, C, h, w] and condition [B, E] -> logits [B, h w]."""
 
     def __init__(
-        self, channels: int, condition: int, *, width: int, kernel: int, projection: int, spectral: bool, norm_input: bool
+        self,
+        channels: int,
+        condition: int,
+        *,
+        width: int,
+        kernel: int,
+        projection: int,
+        spectral: bool,
+        norm_input: bool,
     ):
         super().__init__()
         limit = spectral_norm if spectral else _identity

@@ -14,7 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -24,6 +24,7 @@ from distill.ema import Ema
 from distill.types import Batch, Denoiser, Features, Heads, Teacher, Terms
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Fake = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +66,29 @@ class Distillation(L.LightningModule):
         self, *, teacher: Teacher, student: Denoiser, features: Features, heads: Heads, engine: Engine, seed: int = 0
     ):
         super().__init__()
+        self.student: Any  # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
+        self.heads: Any
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
         self.student, self.heads = student, heads
         self._frozen = (teacher, features)  # in a tuple: never registered, saved, broadcast or trained
         self.engine, self.seed = engine, seed
-        self.ema = Ema(student, decay=engine.ema_decay)
+        self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
         self._pending: list[Batch] = []
 
     # -- what a method says ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def fake(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Any]:
+    def fake(self, batch: Batch, generator: torch.Generator) -> Fake:
         """The student's sample on this batch and all that both objectives need of it, with graph."""
 
     @abstractmethod
-    def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+    def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         """Weighted terms of the discriminator; must not reach the student."""
 
     @abstractmethod
-    def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         """Weighted terms of the student, through the frozen networks."""
 
     def after_step(self, generator: torch.Generator) -> Sequence[nn.Parameter]:
@@ -109,7 +112,7 @@ class Distillation(L.LightningModule):
 
     def record(self, **values: Tensor | float) -> None:
         """Log values of this step beside the losses."""
-        self._log.update({k: float(v) for k, v in values.items()})
+        self._log.update({k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()})
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class Distillation(L.LightningModule):
         self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen)
         self.log_dict(self._log, prog_bar=False)
 
-    def _update_discriminator(self, batches: list, fakes: list, optimizer: Any, turn: int) -> None:
+    def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> None:
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         for i, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
@@ -156,7 +159,7 @@ class Distillation(L.LightningModule):
             self._backward("d", terms)
         self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
 
-    def _update_student(self, batches: list, fakes: list, optimizer: Any) -> None:
+    def _update_student(self, batches: list[Batch], fakes: list[Fake], optimizer: Any) -> None:
         self.heads.requires_grad_(False)  # their weight gradients would be computed and thrown away
         optimizer.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
@@ -189,8 +192,8 @@ class Distillation(L.LightningModule):
         Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop re-assigns these two
         hooks each batch, so they are replaced each time. Delete this when the issue is closed.
         """
-        student, discriminator = self.optimizers()
-        profiler = self.trainer.profiler
+        student, discriminator = cast(Any, self.optimizers())
+        profiler = cast(Any, self.trainer).profiler
         discriminator._on_before_step = lambda: profiler.start("optimizer_step")
         discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
         return student, discriminator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
+from rich.progress import track
 from torch import nn
 from transformers import (
     CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -30,6 +33,8 @@ from distill.data.write import write_latents
 from distill.pretraining.diffusion import SCHEDULE
 from distill.sampling import guided, seeded
 from distill.teachers.network import PipelineTeacher
+
+PER_SHARD = 1024
 
 
 def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
@@ -41,7 +46,9 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     return encoder, T5Tokenizer(vocab=vocab, extra_ids=0)
 
 
-def save_sd3(transformer: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def save_sd3(
+    transformer: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path
+) -> None:
     """`StableDiffusion3Pipeline` layout; the one text encoder stands in both CLIP places."""
     t5, t5_tokenizer = silent_t5(transformer.config.joint_attention_dim)
     encoders = [with_projection(clip) for _ in range(2)]
@@ -62,7 +69,7 @@ def save_sd3(transformer: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokeni
 def save_sd(unet: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """`StableDiffusionPipeline` layout."""
     encoder = CLIPTextModel(clip.config.text_config)
-    encoder.load_state_dict(_text_weights(clip, encoder))
+    encoder.load_state_dict(_half_of(clip, encoder, "text_model."))
     pipeline = StableDiffusionPipeline(
         unet=unet,
         vae=vae,
@@ -78,39 +85,53 @@ def save_sd(unet: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLI
 
 def with_projection(clip: CLIPModel) -> CLIPTextModelWithProjection:
     encoder = CLIPTextModelWithProjection(clip.config.text_config)
-    encoder.load_state_dict(_text_weights(clip, encoder))
+    encoder.load_state_dict(_half_of(clip, encoder, "text_model."))
     return encoder
 
 
-def _text_weights(clip: CLIPModel, encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """The text half of `clip` under the names of `encoder`, which may or may not prefix them with `text_model.`."""
+def vision(clip: CLIPModel) -> CLIPVisionModelWithProjection:
+    encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    encoder.load_state_dict(_half_of(clip, encoder, "vision_model."))
+    return encoder
+
+
+def _half_of(clip: CLIPModel, encoder: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """One half of `clip` under the names of `encoder`, which may or may not begin them with `prefix`."""
     source = clip.state_dict()
-    found = {}
-    for name in encoder.state_dict():
-        place = name if name in source else f"text_model.{name}"
-        found[name] = source[place]
-    return found
+    return {name: source[name if name in source else prefix + name] for name in encoder.state_dict()}
 
 
 def _save_half(pipeline: object, folder: Path) -> None:
-    """fp16 files that load as fp32: transformers takes the precision of `config.json` over that of the weights."""
+    """fp16 files that load as fp32."""
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
     for config in folder.glob("text_encoder*/config.json"):
-        facts = json.loads(config.read_text())
-        facts["dtype"] = "float32"
-        config.write_text(json.dumps(facts, indent=2) + "\n")
+        _load_as_single(config)
     pipeline.to(dtype=torch.float32)
+
+
+def save_half(model: nn.Module, folder: Path) -> None:
+    """fp16 files of one transformers model, which load as fp32."""
+    model.half().save_pretrained(folder)
+    model.float()
+    _load_as_single(folder / "config.json")
+
+
+def _load_as_single(config: Path) -> None:
+    """Transformers takes the precision of `config.json` over that of the weights."""
+    facts = json.loads(config.read_text())
+    facts["dtype"] = "float32"
+    config.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def write_teacher_latents(
     teacher: PipelineTeacher, captions: list[str], folder: Path, *, guidance: float, steps: int, batch: int = 128
 ) -> None:
-    """One latent a caption, seed = its number, as WebDataset shards of 1,024."""
+    """One latent a caption, seed = its number, as WebDataset shards of 1,024; what is there already stays."""
 
-    def samples() -> Iterator[tuple[str, np.ndarray, str]]:
-        for start in range(0, len(captions), batch):
-            part = captions[start : start + batch]
+    def samples(numbers: range) -> Iterator[tuple[str, np.ndarray, str]]:
+        for start in track(numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"):
+            part = captions[start : min(start + batch, numbers.stop)]
             with torch.autocast("cpu", torch.bfloat16):
                 latents = guided(
                     teacher,
@@ -123,5 +144,11 @@ def write_teacher_latents(
             for i, (latent, caption) in enumerate(zip(latents, part, strict=True)):
                 yield f"{start + i:06d}", latent.half().numpy(), caption
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_latents(str(folder / "latents-%06d.tar"), samples(), 1024)
+    for number, start in enumerate(range(0, len(captions), PER_SHARD)):
+        shard = folder / f"latents-{number:06d}.tar"
+        if not shard.exists():
+            (part,) = write_latents(
+                str(folder / "part" / "%06d.tar"), samples(range(len(captions))[start : start + PER_SHARD]), PER_SHARD
+            )
+            Path(part).replace(shard)
+    shutil.rmtree(folder / "part", ignore_errors=True)

@@ -52,7 +52,7 @@ def encode_captions(clip: CLIPModel, ids: Tensor, empty: Tensor, *, layer: int, 
 
 
 def build_mmdit(latent_side: int, text_width: int) -> SD3Transformer2DModel:
-    """4.5 M parameters: 5 joint blocks, width 160. Text is two CLIPs wide (here one encoder twice, as tokens [L, 2D])."""
+    """4.5 M parameters: 5 joint blocks, width 160. Text [L, 2D]: one encoder in both CLIP places."""
     net = SD3Transformer2DModel(
         sample_size=latent_side,
         pos_embed_max_size=latent_side // 2,

@@ -23,7 +23,7 @@ Objective = Callable[[int, torch.Generator], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long and how fast: learning rates are peaks, reached after `warmup` steps; the last `decay` share falls to 0."""
+    """How long and how fast. Rates are peaks, reached after `warmup` steps; the last `decay` share falls to 0."""
 
     steps: int
     batch_size: int
@@ -89,7 +89,7 @@ def _bar() -> Progress:
 
 
 def _optimizers(net: nn.Module, budget: Budget) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the hidden matrices (not embeddings, not the first and last layers) and AdamW for the rest."""
+    """AdamW for all, or Muon for the matrices inside blocks and AdamW for the rest."""
     trainable = [(k, p) for k, p in net.named_parameters() if p.requires_grad]
     hidden = [p for k, p in trainable if p.ndim == 2 and "blocks" in k and "norm" not in k] if budget.muon_lr else []
     chosen = {id(p) for p in hidden}

@@ -16,7 +16,7 @@ from distill.shapes.world import Prompt
 def train(
     pictures: Tensor, copies: Tensor, facts: list[Prompt], budget: Budget, *, out: Path, seed: int = 0
 ) -> tuple[Reader, dict[str, float]]:
-    """`pictures` uint8 [N, 3, 64, 64]; `copies` [M, 3, 64, 64] autoencoded pictures of the first M; `facts` complete."""
+    """`pictures` uint8 [N, 3, 64, 64]; `copies` [M, ...] the first M, autoencoded; `facts` complete."""
     torch.manual_seed(seed)
     reader = Reader()
     truth = targets(facts)

@@ -17,7 +17,7 @@ WIDTH = 128
 
 
 def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048) -> CLIPTokenizer:
-    """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of `captions`' words."""
+    """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of words."""
     blank = CLIPTokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet()

@@ -26,7 +26,7 @@ def build(side: int) -> AutoencoderKL:
 
 
 def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tuple[AutoencoderKL, dict[str, float]]:
-    """`pictures` uint8 [N, 3, S, S] -> autoencoder whose scaled latents have mean 0 and deviation 1; PSNR on the last 1 %."""
+    """`pictures` uint8 [N, 3, S, S] -> autoencoder with latents of mean 0, deviation 1; PSNR on the last 1 %."""
     torch.manual_seed(seed)
     held = max(64, len(pictures) // 100)
     train_set, test_set = pictures[:-held], pictures[-held:]

@@ -1,7 +1,7 @@
 """A small DINOv2-type ViT, trained without labels by self-distillation (DINO, Caron et al. 2021).
 
-    student sees 2 global and 4 local crops, teacher (its moving average) the 2 global ones;
-    loss = - sum over crops a != b of softmax((teacher(a) - centre) / 0.04) . log softmax(student(b) / 0.1)
+student sees 2 global and 4 local crops, teacher (its moving average) the 2 global ones;
+loss = - sum over crops a != b of softmax((teacher(a) - centre) / 0.04) . log softmax(student(b) / 0.1)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tupl
 
 
 def crop(x: Tensor, share: tuple[float, float], side: int, generator: torch.Generator) -> Tensor:
-    """A square of random place and area from each x [B, 3, S, S], mirrored or not, brightened or not -> [B, 3, side, side]."""
+    """A random square of each x [B, 3, S, S], perhaps mirrored, brightened -> [B, 3, side, side]."""
     scale, brightness, *place = torch.rand(4, len(x), generator=generator)
     mirror = torch.randint(2, (len(x),), generator=generator) * 2 - 1
     half = (share[0] + (share[1] - share[0]) * scale).sqrt()

@@ -95,7 +95,7 @@ class Scene:
 
 
 def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
-    """A random prompt. With `held_out`, its first thing is a pair that training never shows."""
+    """A random prompt. With `held_out`, one of its things is a pair that training never shows."""
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     pairs = [_pair(rng) for _ in range(count)]
     if held_out:
@@ -132,10 +132,8 @@ def _caption(rng: np.random.Generator, things: tuple[Thing, ...], axis: str | No
             "horizontal": ("to the left of", "to the right of"),
             "vertical": ("above", "below"),
         }[str(axis)]
-        if rng.random() < 0.5:
-            text = f"{names[0]} {forward} {names[1]}"
-        else:
-            text = f"{names[1]} {backward} {names[0]}"
+        straight, turned = f"{names[0]} {forward} {names[1]}", f"{names[1]} {backward} {names[0]}"
+        text = straight if rng.random() < 0.5 else turned
     else:
         order = {"horizontal": "from left to right", "vertical": "from top to bottom"}[str(axis)]
         listed = f"{names[0]}, {names[1]} and {names[2]}"

@@ -1,4 +1,4 @@
-"""Joint attention over tokens that stand for several: n identical keys weigh in a softmax like one key with log n added.
+"""Joint attention over tokens that stand for several: in a softmax n equal keys weigh like one with log n added.
 
 `StableDiffusion3Pipeline` hands the transformer 256 third-encoder tokens. Where that encoder is absent (or silent) they
 are 256 equal zeros; carrying one of them with weight 256 gives the same output, to rounding, at a quarter of the cost.

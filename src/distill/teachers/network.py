@@ -1,6 +1,6 @@
 """What teacher and student share: a diffusers network together with the process it was trained on.
 
-    x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 data, 1 noise
+x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 data, 1 noise
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from distill.process import Prediction, Process
@@ -143,16 +145,26 @@ class PipelineTeacher(Frozen):
     def _encode(self, captions: list[str]) -> Cond: ...
 
 
+def read_quietly() -> None:
+    """Silence the loading bars of diffusers and transformers: a dozen for one small pipeline."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def check_folder(path: str, expected: str) -> None:
     """Refuse, in one sentence, a local path that is no pipeline folder of the class `expected`."""
     folder = Path(path)
     if not folder.exists():
         if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
-            raise FileNotFoundError(f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id")
+            raise FileNotFoundError(
+                f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id"
+            )
         return  # a hub id
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"teacher.path={path}: not a diffusers pipeline folder (it has no model_index.json)")
     found = json.loads(index.read_text()).get("_class_name")
     if found != expected:
-        raise ValueError(f"teacher.path={path} holds a {found}, but this teacher reads a {expected}; choose another teacher=")
+        raise ValueError(
+            f"teacher.path={path} holds a {found}, but this teacher reads a {expected}; choose another teacher="
+        )

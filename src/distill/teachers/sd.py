@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill.process import VariancePreserving
-from distill.teachers.network import Network, PipelineTeacher, check_folder
+from distill.teachers.network import Network, PipelineTeacher, check_folder, read_quietly
 from distill.types import Cond
 
 PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -26,7 +26,9 @@ class UNet(Network):
         widths = list(self.model.config.block_out_channels)
         named = {f"down{i}": (b, w) for i, (b, w) in enumerate(zip(self.model.down_blocks, widths, strict=True))}
         named["mid"] = (self.model.mid_block, widths[-1])
-        return named | {f"up{i}": (b, w) for i, (b, w) in enumerate(zip(self.model.up_blocks, widths[::-1], strict=True))}
+        return named | {
+            f"up{i}": (b, w) for i, (b, w) in enumerate(zip(self.model.up_blocks, widths[::-1], strict=True))
+        }
 
     def to_map(self, output: object, x_t: Tensor) -> Tensor:
         return (output[0] if isinstance(output, tuple) else output).contiguous()
@@ -37,11 +39,12 @@ class SD(PipelineTeacher):
 
     def __init__(self, path: str, *, revision: str | None = None, variant: str | None = None, dtype: str = "float32"):
         check_folder(path, "StableDiffusionPipeline")
+        read_quietly()
         pipeline = StableDiffusionPipeline.from_pretrained(
             path,
             revision=revision,
             variant=variant,
-            torch_dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

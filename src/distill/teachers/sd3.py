@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.process import RectifiedFlow
 from distill.teachers.folded import fold, weights
-from distill.teachers.network import Network, PipelineTeacher, check_folder
+from distill.teachers.network import Network, PipelineTeacher, check_folder, read_quietly
 from distill.types import Cond
 
 SILENT_TOKENS = 256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)
@@ -46,12 +46,19 @@ class SD3(PipelineTeacher):
     """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder or hub id), with or without its third text encoder."""
 
     def __init__(
-        self, path: str, *, revision: str | None = None, variant: str | None = None, dtype: str = "float32", t5: bool = True
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: str = "float32",
+        t5: bool = True,
     ):
         check_folder(path, "StableDiffusion3Pipeline")
+        read_quietly()
         without = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            path, revision=revision, variant=variant, torch_dtype=getattr(torch, dtype), **without
+            path, revision=revision, variant=variant, dtype=getattr(torch, dtype), **without
         )
         if pipeline.text_encoder_3 is not None and _silent(pipeline.text_encoder_3):
             pipeline.text_encoder_3 = None  # all its tokens are zeros, as the pipeline makes them without it

@@ -11,7 +11,9 @@ class _LastTapReached(Exception):
     """Thrown through the network's forward, which needs nothing past the last tap."""
 
 
-def tap(forward: Callable[[], object], modules: Mapping[str, nn.Module], pick: Callable[[object], Tensor]) -> list[Tensor]:
+def tap(
+    forward: Callable[[], object], modules: Mapping[str, nn.Module], pick: Callable[[object], Tensor]
+) -> list[Tensor]:
     """Run `forward()` and return `pick(output)` of every module, in the order of `modules`.
 
     Hooks live for this call alone and are kept apart from those of any other, so nested and concurrent uses are safe.

@@ -1,0 +1,102 @@
+"""Time of one training step against the network passes that it cannot avoid, in one process.
+
+    python benchmarks/step_time.py [any overrides of distill.run]
+
+Irreducible for LADD, per step: student forward and backward; frozen teacher on the fake, forward and backward to its
+input; frozen teacher on the real, forward. All else (heads, optimisers, noise, averaging, logs) is overhead.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from distill import build
+from distill._conf import CONF_DIR
+
+REPEATS = 12
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Median over repeats, after two warm-ups."""
+    times = []
+    for _ in range(REPEATS + 2):
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
+        cfg = compose("config", overrides=[*sys.argv[1:], "optimizer.head_start=0", "callbacks=null", "logger=null"])
+    torch.manual_seed(cfg.seed)
+    teacher = build.teacher(cfg)
+    method = build.method(cfg, teacher)
+    batch = method._embedded(next(iter(build.source(cfg).loader(seed=cfg.seed))))
+    n, t = len(batch), torch.full((len(batch),), 0.5)
+    noise = torch.randn_like(batch.x0)
+    taps = list(teacher.channels)
+
+    def student_pass() -> None:
+        method.student.x0(noise, t, batch.cond).square().mean().backward()
+
+    def fake_pass() -> None:
+        x = noise.clone().requires_grad_(True)
+        sum(m.square().mean() for m in teacher.features(x, t, batch.cond, taps)).backward()
+
+    @torch.no_grad()
+    def real_pass() -> None:
+        teacher.features(noise, t, batch.cond, taps)
+
+    parts = {
+        "student, forward and backward": seconds(student_pass),
+        "teacher on the fake, forward and backward to the input": seconds(fake_pass),
+        "teacher on the real, forward": seconds(real_pass),
+    }
+    whole = step_time(cfg, method)
+    unavoidable = sum(parts.values())
+    print(f"batch {n}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, value in parts.items():
+        print(f"{1000 * value:8.1f} ms  {name}")
+    print(f"{1000 * unavoidable:8.1f} ms  sum of the passes that cannot be avoided")
+    print(f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} % over that sum")
+
+
+def step_time(cfg: object, method: object) -> float:
+    """Median seconds between the ends of consecutive steps under the real trainer."""
+    import lightning as L
+
+    class Clock(L.Callback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.ends.append(time.perf_counter())
+
+    clock = Clock()
+    trainer = L.Trainer(
+        max_steps=REPEATS + 3,
+        max_epochs=-1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator=cfg.trainer.accelerator,
+        devices=1,
+    )
+    trainer.fit(method, build.source(cfg).loader(seed=cfg.seed))
+    gaps = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
+    return statistics.median(gaps[2:])
+
+
+if __name__ == "__main__":
+    main()

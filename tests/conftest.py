@@ -1,0 +1,73 @@
+"""Tiny random pipelines and latent shards, written once a session."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+FAMILIES = ("mmdit", "unet")
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory) -> Callable[[str], Path]:
+    """Family name -> folder of its random pipeline."""
+    from tiny import write_pipeline
+
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = write_pipeline(family, tmp_path_factory.mktemp("pipelines") / family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(pipelines) -> Callable[[str], Any]:
+    """Family name -> its teacher. One object a session: it is frozen, and a test says that it stays so."""
+    from distill.teachers.sd import SD
+    from distill.teachers.sd3 import SD3
+
+    made: dict[str, Any] = {}
+
+    def teacher(family: str) -> Any:
+        if family not in made:
+            made[family] = {"mmdit": SD3, "unet": SD}[family](str(pipelines(family)))
+        return made[family]
+
+    return teacher
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def teacher(teachers, family) -> Any:
+    """Both teachers, one after the other."""
+    return teachers(family)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A folder of 24 random latents with captions."""
+    from tiny import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(autouse=True)
+def _lightning_is_quiet():
+    """Its hints about loaders and manual optimisation, which `run` silences as well."""
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*in eval mode.*", ".*treespec, LeafSpec.*"):
+            warnings.filterwarnings("ignore", message=message)
+        yield

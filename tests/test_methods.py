@@ -1,0 +1,145 @@
+"""Who is trained by what: gradients of both phases, the frozen teacher, and the rule that a method holds only the maths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import distill.methods.ladd
+from distill.data import source
+
+METHODS = {
+    "ladd": (lambda teacher, **o: tiny.ladd(teacher, **o), {"adv"}, {"adv"}),
+    "ladd_all_terms": (
+        lambda teacher, **o: tiny.ladd(teacher, options={"r1_weight": 1e-2, "distill_weight": 1.0}, **o),
+        {"adv", "r1"},
+        {"adv", "distill"},
+    ),
+    "ladd_relativistic": (
+        lambda teacher, **o: tiny.ladd(teacher, options={"loss": "relativistic"}, **o),
+        {"adv"},
+        {"adv"},
+    ),
+}
+FILES = [Path(distill.methods.ladd.__file__)]
+
+
+@pytest.fixture(params=METHODS)
+def named(request, teacher):
+    """A fresh method on one of the teachers, with the names of its discriminator's and its student's terms."""
+    make, of_discriminator, of_student = METHODS[request.param]
+    method = make(teacher)
+    method._log = {}
+    return method, of_discriminator, of_student
+
+
+def with_gradient(module) -> int:
+    """Parameters with a gradient that is finite and not all zero."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients)
+    return sum(bool(g.any()) for g in gradients)
+
+
+def untouched(module) -> bool:
+    return all(p.grad is None for p in module.parameters())
+
+
+def test_discriminator_phase_reaches_the_heads_alone(named):
+    method, names, _ = named
+    batch = tiny.simple_batch(method)
+    fake = method.fake(batch, method._generator(0))
+    assert fake["x0_hat"].requires_grad
+    terms = method.discriminator_loss(batch, fake, method._generator(0, stream=1))
+    assert set(terms) == names
+    assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
+    sum(terms.values()).backward()
+    assert with_gradient(method.heads) == len(list(method.heads.parameters()))
+    assert untouched(method.student)
+    assert untouched(method.teacher)
+
+
+def test_student_phase_reaches_the_student_alone(named):
+    method, _, names = named
+    batch = tiny.simple_batch(method)
+    fake = method.fake(batch, method._generator(0))
+    method.heads.requires_grad_(False)
+    terms = method.student_loss(batch, fake, method._generator(0, stream=0))
+    assert set(terms) == names
+    assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
+    sum(terms.values()).backward()
+    assert with_gradient(method.student) > 0.9 * len(list(method.student.parameters()))
+    assert untouched(method.heads)
+    assert untouched(method.teacher)
+
+
+def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher):
+    """Cut the maps from the sample, and nothing of the adversarial term is left for the student."""
+    method = tiny.ladd(teacher)
+    batch = tiny.simple_batch(method)
+    fake = method.fake(batch, method._generator(0))
+    cut = {**fake, "maps": [m.detach() for m in fake["maps"]]}
+    method.heads.requires_grad_(False)
+    assert not method.student_loss(batch, cut, method._generator(0))["adv"].requires_grad
+    assert all(m.requires_grad for m in fake["maps"])
+
+
+def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
+    """After the student's update the heads hold the very gradients, and weights, that their own update left."""
+    method = tiny.ladd(teacher)
+    seen = []
+    update = method._clip_and_step
+
+    def spy(player, module, optimizer, limit):
+        if player == "d":
+            assert untouched(method.student) or not seen  # zero_grad(set_to_none) comes with the student's own turn
+        update(player, module, optimizer, limit)
+        seen.append((player, tiny.weights(method.heads), [p.grad.clone() for p in method.heads.parameters()]))
+
+    method._clip_and_step = spy
+    loader = source.latents(str(shards), batch_size=2).loader(seed=0)
+    tiny.trainer(tmp_path, 1).fit(method, loader)
+    assert [player for player, _, _ in seen] == ["d", "g"]
+    assert tiny.same(seen[0][1], seen[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][2], seen[1][2], strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_steps_change_the_players_and_leave_the_teacher(name, teacher, tmp_path, shards):
+    method = METHODS[name][0](teacher)
+    frozen, student, heads = tiny.weights(teacher), tiny.weights(method.student), tiny.weights(method.heads)
+    running = tiny.trainer(tmp_path, 3)
+    running.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    assert method.step == running.global_step == 3
+    assert untouched(teacher)
+    assert tiny.same(frozen, tiny.weights(teacher))
+    for before, module in ((student, method.student), (heads, method.heads)):
+        after = tiny.weights(module)
+        changed = [name for name, _ in module.named_parameters() if not torch.equal(before[name], after[name])]
+        assert len(changed) > 0.9 * len(list(module.parameters()))
+        assert all(value.isfinite().all() for value in after.values())
+
+
+def test_student_starts_as_the_teacher_and_shares_nothing_with_it(teacher):
+    method = tiny.ladd(teacher)
+    batch = tiny.simple_batch(method)
+    t = torch.tensor([1.0, 0.5])
+    with torch.no_grad():
+        before = teacher.x0(batch.x0, t, batch.cond)
+        torch.testing.assert_close(method.student.x0(batch.x0, t, batch.cond), before, rtol=0, atol=1e-6)
+        tiny.shake(method.student, 9)
+        assert torch.equal(teacher.x0(batch.x0, t, batch.cond), before)
+        assert not torch.allclose(method.student.x0(batch.x0, t, batch.cond), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_method_file_is_short_and_holds_only_the_method(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 150
+    code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
+    code = code.replace("device=generator.device", "").replace("device=x.device", "")  # where noise is drawn
+    found = re.findall(r"\w*(?:optimi[sz]er|device|logger|hydra|cfg|config|checkpoint|backward|wandb)\w*", code)
+    assert found == []

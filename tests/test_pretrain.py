@@ -1,0 +1,283 @@
+"""Pretraining in miniature: every stage, its resumption, and what each part promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from torch import nn
+
+from distill.data.datasets import LatentShards
+from distill.pretrain import pretrain
+from distill.pretraining import text, vae, vit
+from distill.pretraining.assemble import silent_t5
+from distill.pretraining.fit import Budget, fit
+from distill.pretraining.plan import NEEDS, Data, Ledger
+from distill.pretraining.stages import Shared
+from distill.shapes.world import draw_prompt
+
+CONF = str(Path(__file__).parents[1] / "conf")
+TRAINED = ("clip", "vae", "reader", "vit", "mmdit", "unet")
+TINY = [
+    "data.count=256", "reader_scenes.shared=8", "reader_scenes.fresh=8", "shards.count=6", "shards.steps=2",
+    "scoring.prompts=4", "scoring.steps=2", "scoring.guidance=[3.0]",
+    *(f"{stage}.{what}" for stage in TRAINED for what in ("steps=2", "batch_size=4")),
+]  # fmt: skip
+
+
+def run(*overrides: str) -> Path:
+    with initialize_config_dir(config_dir=CONF, version_base="1.3"):
+        return pretrain(compose("pretrain", overrides=[*TINY, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return run(f"out={tmp_path_factory.mktemp('made')}")
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_its_models_and_a_card(made):
+    scores = json.loads((made.parent / "scores.json").read_text())
+    assert list(scores) == list(NEEDS)
+    assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
+    assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 3"}
+    assert all(set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values())
+    assert {p.name for p in made.iterdir()} == {
+        "mmdit", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
+    }  # fmt: skip
+    assert (made / "curves" / "vae.csv").read_text().startswith("step,seconds,l1,l2,kl\n0,")
+    card = (made / "README.md").read_text()
+    assert "python -m distill.pretrain" in card
+    assert "256 scenes of `shapes`" in card
+    assert "| vae |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mmdit", "unet"])
+def test_a_pipeline_opens_in_diffusers_and_draws(made, name):
+    from diffusers import AutoPipelineForText2Image
+
+    pipeline = AutoPipelineForText2Image.from_pretrained(made / name)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a red star", num_inference_steps=2, guidance_scale=2.0).images[0]
+    assert picture.size == (64, 64)
+
+
+@pytest.mark.slow
+def test_feature_networks_and_latents_open(made):
+    from transformers import CLIPVisionModelWithProjection, Dinov2Model
+
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    net, clip = (
+        c.from_pretrained(made / n) for c, n in ((Dinov2Model, "vit"), (CLIPVisionModelWithProjection, "clip_vision"))
+    )
+    assert net.dtype == clip.dtype == torch.float32
+    assert net(x).last_hidden_state.shape == (2, 65, 128)
+    assert clip(x).image_embeds.shape == (2, 128)
+    latents = LatentShards(str(made / "latents"))
+    assert len(latents) == 6
+    assert latents.shape == (4, 16, 16)
+    assert latents[3]["caption"] == draw_prompt(np.random.default_rng([3, 3])).caption
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_what_is_finished(made, capsys):
+    files = {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file()}
+    run(f"out={made.parent}")
+    assert capsys.readouterr().out.count("done before") == len(NEEDS)
+    assert {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file()} == files
+
+
+@pytest.mark.slow
+def test_a_stage_begun_with_other_settings_is_refused(made):
+    with pytest.raises(ValueError, match=r"stage vae .* vae\.lr=0\.1 \(was 0\.002\)"):
+        run(f"out={made.parent}", "stages=[vae]", "vae.lr=0.1")
+
+
+@pytest.mark.slow
+def test_ones_own_pictures_need_no_shapes(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(256):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"noise number {i}")
+    models = run(
+        f"out={tmp_path / 'out'}",
+        f"data.path={tmp_path}",
+        "data.size=40",
+        "stages=[data,clip,vae,latents,reader,mmdit,shards]",
+    )
+    assert not (models / "reader").exists()
+    assert LatentShards(str(models / "latents")).shape == (4, 10, 10)
+
+
+def test_a_stage_without_what_it_needs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="latents needs data, vae first"):
+        run(f"out={tmp_path}", "stages=[latents]")
+
+
+def test_an_unknown_stage_names_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="no stage 'mmditt'; did you mean mmdit"):
+        run(f"out={tmp_path}", "stages=[mmditt]")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"size": 256}, "32 to 128"),
+        ({"size": 44}, "multiples of 8"),
+        ({"path": None, "size": 32}, "shapes have 64 pixels"),
+        ({"count": 100}, "at least 256"),
+    ],
+)
+def test_data_that_cannot_work_are_refused(wrong, expected):
+    values: dict[str, Any] = {"path": "x", "size": 64, "count": 1000, "seed": 0}
+    with pytest.raises(ValueError, match=expected):
+        Data(**values | wrong)
+
+
+def test_notes_add_up(tmp_path):
+    Ledger(tmp_path).note("vae", psnr_db=30.0)
+    Ledger(tmp_path).note("vae", finished=True)
+    Ledger(tmp_path).note("clip", seconds=1)
+    assert Ledger(tmp_path).scores("vae") == {"psnr_db": 30.0, "finished": True}
+    assert not Ledger(tmp_path).finished("clip")
+
+
+class Killed(Exception):
+    pass
+
+
+def little(out: Path, budget: Budget, stop: int | None = None) -> nn.Module:
+    """A net trained on a moving goal; with `stop`, killed at the beginning of that step."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"blocks": nn.Linear(6, 6), "last": nn.Linear(6, 2)})
+
+    def objective(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == stop:
+            raise Killed
+        x = torch.randn(8, 6, generator=generator)
+        return {"mse": (net["last"](net["blocks"](x).tanh()) - x[:, :2]).square().mean()}
+
+    fit("little", net, objective, budget, out=out, seed=3)
+    return net
+
+
+@pytest.mark.parametrize("kind", [{}, {"ema": 0.9}, {"muon_lr": 1e-2}, {"bf16": False}])
+def test_a_killed_stage_ends_as_an_uninterrupted_one(tmp_path, kind):
+    budget = Budget(steps=12, batch_size=8, lr=1e-2, warmup=3, save_every=4, **kind)
+    whole = little(tmp_path / "whole", budget)
+    for stop in (2, 6, 11):  # before the first saving, between two, after the last
+        with pytest.raises(Killed):
+            little(tmp_path / "killed", budget, stop=stop)
+    resumed, again = (little(tmp_path / "killed", budget) for _ in range(2))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+        assert torch.equal(value, again.state_dict()[key])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    captions = [draw_prompt(np.random.default_rng([0, i])).caption for i in range(500)]
+    return text.train_tokenizer(captions, length=25)
+
+
+@pytest.mark.parametrize("caption", ["a zebra in Zürich", "日本 ~|\t§", "x" * 500, "a red " * 40, "", "🦓"])
+def test_the_tokenizer_has_a_word_for_everything(tokenizer, caption):
+    (ids,) = text.tokenize(tokenizer, [caption]).tolist()
+    assert len(ids) == 25
+    assert max(ids) < len(tokenizer)
+    end = ids.index(tokenizer.eos_token_id)  # the end is met once, after all that was said: nothing unknown maps to it
+    assert ids[0] == tokenizer.bos_token_id
+    assert set(ids[end:]) <= {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    pieces = tokenizer.tokenize(caption)
+    assert end == min(24, len(pieces) + 1)
+    assert not {tokenizer.unk_token, tokenizer.eos_token} & set(pieces)
+    if caption and len(pieces) < 24:
+        assert tokenizer.decode(ids, skip_special_tokens=True).split() == caption.lower().split()
+
+
+def test_captions_of_shapes_fit(tokenizer):
+    captions = [draw_prompt(np.random.default_rng([1, i])).caption for i in range(500)]
+    assert max(len(ids) for ids in tokenizer(captions).input_ids) <= 25
+    assert len({tuple(ids) for ids in text.tokenize(tokenizer, captions).tolist()}) == len(set(captions))
+
+
+def test_standardising_leaves_pictures_alone():
+    torch.manual_seed(0)
+    model = vae.build(32).eval()
+    with torch.no_grad():
+        model.quant_conv.weight[:4] *= torch.tensor([0.2, 1.0, 3.0, 9.0]).view(4, 1, 1, 1)
+        model.quant_conv.bias[:4] += torch.tensor([1.0, -2.0, 0.0, 5.0])
+        pictures = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
+        x = pictures.float() / 127.5 - 1
+        before = model.encode(x).latent_dist
+        drawn = model.decode(before.sample(generator=torch.Generator().manual_seed(0))).sample
+        vae.standardise(model, vae.encode(model, pictures, raw=True))
+        after = model.encode(x).latent_dist
+        redrawn = model.decode(after.sample(generator=torch.Generator().manual_seed(0))).sample
+    latents = vae.encode(model, pictures)
+    assert not torch.allclose(before.mean, after.mean, atol=0.1)
+    assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4)
+    assert torch.allclose(drawn, redrawn, atol=1e-4)
+
+
+def test_the_silent_encoder_says_exactly_nothing():
+    encoder, tokenizer = silent_t5(32)
+    ids = tokenizer(["a red star", ""], padding="max_length", max_length=8, return_tensors="pt").input_ids
+    output = encoder(ids).last_hidden_state
+    assert output.shape == (2, 8, 32)
+    assert not output.any()
+
+
+class Corner(nn.Module):
+    """A stand-in for the ViT: what it sees is the mean colour."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return type("Output", (), {"pooler_output": x.mean((2, 3))})
+
+
+def test_neighbours_of_a_plain_colour_have_it():
+    labels = torch.arange(60) % 3
+    pictures = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    pictures[torch.arange(60), labels] = 255
+    assert vit.neighbour_accuracy(Corner(), pictures, labels, known=30) == 1
+    assert vit.neighbour_accuracy(Corner(), pictures, torch.cat([labels[:30], (labels[30:] + 1) % 3]), known=30) == 0
+
+
+@pytest.mark.parametrize(("share", "side"), [(vit.GLOBAL, 64), (vit.LOCAL, 32)])
+def test_crops_are_squares_of_the_right_side(share, side):
+    x = torch.rand(5, 3, 64, 64) * 2 - 1
+    views = [vit.crop(x, share, side, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert views[0].shape == (5, 3, side, side)
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
+    assert views[0].abs().max() <= 1.1 + 1e-5
+
+
+@pytest.mark.parametrize("side", [32, 40, 64, 128])
+def test_crops_fit_the_network(side):
+    net = vit.SelfDistilled(side)
+    x = torch.zeros(2, 3, side, side)
+    for wanted in (side, side // 2):
+        guess = net.guess(vit.crop(x, vit.LOCAL, wanted, torch.Generator().manual_seed(0)))
+        assert guess.shape == (2, vit.PROTOTYPES)
+    assert math.isclose(float(guess.exp().sum()), 2, rel_tol=1e-4)
+
+
+def test_shared_captions_are_looked_up():
+    tokens = torch.arange(4.0).view(4, 1, 1).expand(4, 2, 3)  # row 0 is the empty caption
+    captions = Shared(tokens, tokens[:, 0], torch.tensor([2, 0, 2, 1]))
+    drawn, pooled = captions.draw(torch.tensor([0, 1, 2, 3] * 50), torch.Generator().manual_seed(0))
+    expected = torch.tensor([3.0, 1.0, 3.0, 2.0] * 50)
+    kept = drawn[:, 0, 0] != 0
+    assert 0.8 < kept.float().mean() < 1
+    assert torch.equal(drawn[kept, 1, 2], expected[kept])
+    assert torch.equal(pooled[kept, 0], expected[kept])

@@ -1,0 +1,228 @@
+"""What the tests of training and sampling are made of: tiny random diffusers pipelines, and a toy world in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill.discriminators.heads import ConvHeads
+from distill.discriminators.teacher_features import TeacherFeatures
+from distill.methods.base import Distillation, Engine
+from distill.methods.ladd import LADD
+from distill.process import RectifiedFlow
+from distill.shapes.world import sample
+from distill.times import Discrete, LogitNormal
+from distill.types import Cond
+
+SIDE, LENGTH = 64, 32  # pixels of a picture, tokens of a caption
+CAPTIONS = [sample(7, i)[0].caption for i in range(200)]
+
+
+def shake(module: nn.Module, seed: int, std: float = 0.05) -> nn.Module:
+    """Add noise to every parameter: fresh diffusion networks are zero at their ends, and would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def write_pipeline(family: str, folder: Path) -> Path:
+    """An untrained pipeline of the layout that `pretrain` writes, in half precision as the shipped ones."""
+    from distill.pretraining import assemble, diffusion, text, vae
+
+    torch.manual_seed(0)
+    tokenizer = text.train_tokenizer(CAPTIONS, length=LENGTH, vocab_size=600)
+    clip = text.build(tokenizer, SIDE).eval()
+    autoencoder = shake(vae.build(SIDE), 1, std=0.02)
+    # Each family writes its own scale and, where its pipeline knows one, its own shift.
+    autoencoder.register_to_config(scaling_factor=0.8, shift_factor=0.1 if family == "mmdit" else None)
+    if family == "mmdit":
+        assemble.save_sd3(shake(diffusion.build_mmdit(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder)
+    else:
+        assemble.save_sd(shake(diffusion.build_unet(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder)
+    return folder
+
+
+def write_shards(folder: Path, count: int = 24) -> Path:
+    from distill.data.write import write_latents
+
+    random = np.random.default_rng(3)
+    latents = ((f"{i:04d}", random.standard_normal((4, 16, 16)), CAPTIONS[i]) for i in range(count))
+    write_latents(str(folder / "latents-%06d.tar"), latents, per_shard=count)
+    return folder
+
+
+# -- the toy world ---------------------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """A teacher that is exact: x0 = z m + r n with z = -1 or 1 at even odds, on the rectified flow.
+
+    x_t = a z m + sqrt(a^2 r^2 + s^2) n', hence  E[z | x_t] = tanh(a <x_t, m> / (a^2 r^2 + s^2))  and
+    E[x0 | x_t] = E[z] m + a r^2 / (a^2 r^2 + s^2) (x_t - a E[z] m).  At t = 1 this is 0: halfway between the modes.
+    """
+
+    shape = (2, 4, 4)
+    spread = 0.1
+    channels = {"first": 16, "second": 16}
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(11)
+        self.process = RectifiedFlow()
+        mode = torch.randn(self.shape, generator=generator)
+        self.register_buffer("mode", mode / mode.square().mean().sqrt())
+        self.first = nn.Conv2d(2, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        for convolution in (self.first, self.second):
+            nn.init.normal_(convolution.weight, std=(convolution.in_channels * 9) ** -0.5, generator=generator)
+            nn.init.zeros_(convolution.bias)
+        self.requires_grad_(False)
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        a, s = (level(t).view(-1, 1, 1, 1) for level in (self.process.alpha, self.process.sigma))
+        variance = (a * self.spread) ** 2 + s**2
+        z = torch.tanh(a * (x_t * self.mode).sum((1, 2, 3), keepdim=True) / variance)
+        return z * self.mode + a * self.spread**2 / variance * (x_t - a * z * self.mode)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
+        first = nn.functional.leaky_relu(self.first(x_t), 0.2)
+        maps = {"first": first, "second": nn.functional.leaky_relu(self.second(first), 0.2)}
+        return [maps[name] for name in taps]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def embed(self, captions: Sequence[str]) -> Cond:
+        null = Cond(torch.zeros(1, 1, 1))
+        return Cond(torch.zeros(len(captions), 1, 1), null=null)
+
+    def data(self, n: int, generator: torch.Generator) -> Tensor:
+        z = torch.randint(2, (n, 1, 1, 1), generator=generator) * 2.0 - 1
+        return z * self.mode + self.spread * torch.randn((n, *self.shape), generator=generator)
+
+    def distance(self, x: Tensor) -> Tensor:
+        """Root mean square distance of each sample [B, 2, 4, 4] to the mode that is nearer -> [B]."""
+        both = torch.stack([(x - z * self.mode).square().mean((1, 2, 3)).sqrt() for z in (-1, 1)])
+        return both.min(dim=0).values
+
+
+class ToyStudent(nn.Module):
+    """The toy's own estimate plus a small network that starts at zero: a copy of the teacher, free to leave it."""
+
+    def __init__(self, toy: Toy, width: int = 64) -> None:
+        super().__init__()
+        self._toy = (toy,)
+        self.process = toy.process
+        size = toy.mode.numel()
+        torch.manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(size + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.out = nn.Linear(width, size)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        change = self.out(self.net(torch.cat([x_t.flatten(1), t[:, None]], dim=1)))
+        return self._toy[0].x0(x_t, t, cond) + change.view_as(x_t)
+
+
+def toy_batches(toy: Toy, size: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Endless; batch number i depends on i alone."""
+    while True:
+        generator = torch.Generator().manual_seed(1000 + start)
+        yield {"x0": toy.data(size, generator), "caption": [""] * size}
+        start += 1
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """An iterator as a data set of ready batches, as the package's own loader is one."""
+
+    def __init__(self, toy: Toy, size: int, start: int = 0) -> None:
+        self.toy, self.size, self.start = toy, size, start
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return toy_batches(self.toy, self.size, self.start)
+
+    def loader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(self, batch_size=None)
+
+
+# -- methods and trainers --------------------------------------------------------------------------------------------
+
+
+def adam(lr: float) -> Any:
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
+
+
+def engine(*, student: float = 1e-3, discriminator: float = 2e-3, **options: Any) -> Engine:
+    return Engine(student=adam(student), discriminator=adam(discriminator), **options)
+
+
+def parts(teacher: Any, *, seed: int = 0, student: Any = None, **options: Any) -> dict[str, Any]:
+    """What every method is handed, alike for equal arguments."""
+    torch.manual_seed(seed)
+    features = TeacherFeatures(teacher)
+    pooled = teacher.embed([""]).pooled
+    heads = ConvHeads(features.channels, pooled=0 if pooled is None else pooled.shape[1], width=16, spectral=False)
+    if student is None:
+        student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
+    return {
+        "teacher": teacher,
+        "student": student,
+        "features": features,
+        "heads": heads,
+        "engine": engine(**options),
+        "seed": seed,
+    }
+
+
+def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> LADD:
+    return LADD(
+        levels=Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1]),
+        renoise=LogitNormal(-0.5, 1.0),
+        **(options or {}),
+        **parts(teacher, **engine_options),
+    )
+
+
+def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        default_root_dir=str(folder),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+    )
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def simple_batch(method: Distillation, size: int = 2, seed: int = 0) -> Any:
+    """A batch of random latents as the method sees it."""
+    teacher = method.teacher
+    shape = teacher.shape if isinstance(teacher, Toy) else teacher.latent_shape
+    x0 = torch.randn((size, *shape), generator=torch.Generator().manual_seed(seed))
+    return method._embedded({"x0": x0, "caption": CAPTIONS[:size]})
