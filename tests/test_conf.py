@@ -117,6 +117,8 @@ def test_targets_of_a_file_take_its_keys(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_reaches_into_no_other_node(name):
     for path, value in nodes(load(name)):
+        if path.startswith("defaults"):  # choosing a file by the names of two others (recipe) reads no value
+            continue
         for inner in re.findall(r"\$\{([^}]*)", value) if isinstance(value, str) else ():
             assert inner.startswith(INTERPOLATIONS), f"{name}, {path}: ${{{inner}}} is none of {INTERPOLATIONS}"
 

@@ -164,18 +164,17 @@ def adam(lr: float) -> Any:
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
 
 
-def engine(*, student: float = 1e-3, discriminator: float = 2e-3, **options: Any) -> Engine:
-    return Engine(student=adam(student), discriminator=adam(discriminator), **options)
+def engine(*, rate: float = 1e-3, critic_rate: float = 2e-3, **options: Any) -> Engine:
+    return Engine(student=adam(rate), discriminator=adam(critic_rate), **options)
 
 
-def parts(teacher: Any, *, seed: int = 0, student: Any = None, **options: Any) -> dict[str, Any]:
+def parts(teacher: Any, *, seed: int = 0, **options: Any) -> dict[str, Any]:
     """What every method is handed, alike for equal arguments."""
     torch.manual_seed(seed)
     features = TeacherFeatures(teacher)
     pooled = teacher.embed([""]).pooled
     heads = ConvHeads(features.channels, pooled=0 if pooled is None else pooled.shape[1], width=16, spectral=False)
-    if student is None:
-        student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
+    student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
     return {
         "teacher": teacher,
         "student": student,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,14 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
 }
+EXPECTED = (  # warnings that say nothing new about a run of ours
+    ".*does not have many workers.*",
+    ".*ModelCheckpoint.*manual optimization.*",
+    ".*in eval mode.*",
+    ".*Checkpoint directory.*exists and is not empty.*",
+    ".*Experiment logs directory.*exists and is not empty.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
 SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
 
 
@@ -163,3 +173,14 @@ def student_of(run: str) -> Any:
     if found not in FAMILIES:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
     return make(OmegaConf.create({"_target_": FAMILIES[found], "path": str(folder)}))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what a library may draw from the global generators, and silence what is expected of Lightning here."""
+    import lightning
+
+    lightning.seed_everything(seed, verbose=False)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)

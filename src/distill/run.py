@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
 def distil(cfg: DictConfig) -> Path:
     """The whole run; returns its folder. Heavy libraries load only now, so that --help stays quick."""
-    import lightning
     from omegaconf import OmegaConf
 
     from distill import build
     from distill.record import RunRecord
 
-    lightning.seed_everything(cfg.seed, verbose=False)
-    quiet()
+    build.seed_everything(cfg.seed)
     folder = build.run_folder(cfg)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     record = RunRecord(folder, command=" ".join(["python -m distill.run", *sys.argv[1:]]), name=build.name_of(cfg))
@@ -52,29 +50,11 @@ def finish(cfg: DictConfig, method: Any, folder: Path, record: Any) -> None:
     method.ema.copy_to(method.student)
     method.student.eval()
     print(f"student: {save_pipeline(method.student, method.teacher, folder / 'student')}")
-    if cfg.metrics:
+    if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
         rows = build.make(cfg.metrics)(method.student, method.teacher, folder)
         print(build.table(rows))
     record.finished()
     print(f"report: {write_report(folder)}")
-
-
-def quiet() -> None:
-    """Silence what is expected here: hints of Lightning about loaders and manual optimisation."""
-    import logging
-    import warnings
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*ModelCheckpoint.*manual optimization.*",
-        ".*in eval mode.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*`training_step` returned `None`.*",
-        ".*isinstance.treespec, LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 @hydra.main(config_path=CONF_DIR, config_name="config", version_base="1.3")

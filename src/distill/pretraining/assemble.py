@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -101,13 +102,16 @@ def _half_of(clip: CLIPModel, encoder: nn.Module, prefix: str) -> dict[str, torc
     return {name: source[name if name in source else prefix + name] for name in encoder.state_dict()}
 
 
-def _save_half(pipeline: object, folder: Path) -> None:
+def _save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
     """fp16 files that load as fp32."""
-    pipeline.to(dtype=torch.float16)
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    for part in parts:
+        nn.Module.to(part, torch.float16)  # diffusers' own `to` warns about layers to keep, of which there are none
     pipeline.save_pretrained(folder)
     for config in folder.glob("text_encoder*/config.json"):
         _load_as_single(config)
-    pipeline.to(dtype=torch.float32)
+    for part in parts:
+        nn.Module.to(part, torch.float32)
 
 
 def save_half(model: nn.Module, folder: Path) -> None:

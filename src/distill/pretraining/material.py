@@ -31,15 +31,23 @@ def write_shapes(count: int, seed: int, folder: Path) -> None:
 
 
 def read(data: Data, path: str) -> tuple[Tensor, list[str]]:
-    """uint8 pictures [N, 3, S, S] and their captions; a bad sample is replaced by the next, and named in the log."""
-    dataset = ImageShards(path, size=data.size, limit=data.count)
+    """uint8 pictures [N, 3, S, S] and their captions; a bad sample is replaced by the next, and named in the log.
+
+    Scenes of `shapes` come in their order. Others are shuffled by the seed: the last ones are held out for scores, and
+    files may lie sorted by what they show.
+    """
+    dataset = ImageShards(path, size=data.size)
     if len(dataset) < MIN_PICTURES:
         raise ValueError(f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are needed")
-    pictures = torch.empty(len(dataset), 3, data.size, data.size, dtype=torch.uint8)
+    order = torch.arange(len(dataset))
+    if data.path is not None:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(data.seed))
+    order = order[: data.count]
+    pictures = torch.empty(len(order), 3, data.size, data.size, dtype=torch.uint8)
     captions = []
-    for i in track(range(len(dataset)), description="data: reading"):
-        item = dataset[i]
-        pictures[i] = ((item["pixels"] + 1) * 127.5).round().to(torch.uint8)
+    for row, number in enumerate(track(order.tolist(), description="data: reading")):
+        item = dataset[number]
+        pictures[row] = ((item["pixels"] + 1) * 127.5).round().to(torch.uint8)
         captions.append(item["caption"])
     return pictures, captions
 

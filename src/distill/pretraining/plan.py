@@ -29,7 +29,7 @@ SHAPES_SIDE = 64  # what `shapes` are drawn at, and their reader reads
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """At most `count` captioned pictures: shards, or a folder with a .txt beside each; without `path` scenes of `shapes`."""
+    """At most `count` captioned pictures: shards, a folder with a .txt beside each, or (no path) scenes of `shapes`."""
 
     path: str | None
     size: int

@@ -199,7 +199,10 @@ def _judge_teacher(work: Work, stage: str, teacher: PipelineTeacher) -> None:
     asked = work.plan.scoring
     for steps, guidance in [*((asked.steps, g) for g in asked.guidance), (1, work.plan.shards.guidance)]:
         for sort in ("training", "held_out"):
-            name, known = f"{steps} steps, guidance {guidance:g}", work.ledger.scores(stage).get("prompt_accuracy", {})
+            name, known = (
+                f"{steps} step{'s' * (steps > 1)}, guidance {guidance:g}",
+                work.ledger.scores(stage).get("prompt_accuracy", {}),
+            )
             if sort in known.get(name, {}):
                 continue
             share = scores.teacher_accuracy(

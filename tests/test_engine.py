@@ -1,0 +1,315 @@
+"""The training step that all methods share: what counts as a step, accumulation, clipping, averages, exact resume."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+import pytest
+import tiny
+import torch
+
+from distill.data import source
+from distill.methods.base import Engine
+
+toy = tiny.Toy()
+
+
+def fitted(method, folder, steps, *, size=4, start=0, checkpoint=None, callbacks=()):
+    """The trainer, after training on the toy's stream from batch `start` on."""
+    running = tiny.trainer(folder, steps, *callbacks)
+    loader = tiny.Stream(toy, size, start).loader()
+    running.fit(method, loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    return running
+
+
+class EachIteration(L.Callback):
+    """Copies of what the method holds after every iteration."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        average = {name: value.clone() for name, value in pl_module.ema.state_dict().items()}
+        self.seen.append(
+            {
+                "iteration": pl_module.iteration,
+                "step": pl_module.step,
+                "global_step": trainer.global_step,
+                "student": tiny.weights(pl_module.student),
+                "heads": tiny.weights(pl_module.heads),
+                "ema": average,
+            }
+        )
+
+
+def test_a_step_is_a_student_update(tmp_path):
+    method, log = tiny.ladd(toy, discriminator_updates=2, head_start=3), EachIteration()
+    updates = {"d": 0, "g": 0}
+    update = method._clip_and_step
+
+    def counting(player, *args):
+        updates[player] += 1
+        update(player, *args)
+
+    method._clip_and_step = counting
+    running = fitted(method, tmp_path, 4, callbacks=[log])
+    assert [seen["step"] for seen in log.seen] == [0, 0, 0, 1, 2, 3, 4]
+    assert [seen["global_step"] for seen in log.seen] == [0, 0, 0, 1, 2, 3, 4]
+    assert updates == {"d": 14, "g": 4}
+    assert (running.global_step, method.step, method.iteration, method.images_seen) == (4, 4, 7, 28)
+
+
+def test_head_start_trains_the_heads_alone(tmp_path):
+    method, log = tiny.ladd(toy, head_start=3), EachIteration()
+    student, heads, average = tiny.weights(method.student), tiny.weights(method.heads), dict(method.ema.state_dict())
+    average = {name: value.clone() for name, value in average.items()}
+    fitted(method, tmp_path, 2, callbacks=[log])
+    for seen in log.seen[:3]:
+        assert tiny.same(seen["student"], student)
+        assert tiny.same(seen["ema"], average)
+        assert not tiny.same(seen["heads"], heads)
+    assert not tiny.same(log.seen[3]["student"], student)
+    assert not tiny.same(log.seen[3]["ema"], average)
+
+
+def test_average_moves_once_a_step_by_its_formula(tmp_path):
+    method, log = tiny.ladd(toy, ema_decay=0.5, discriminator_updates=2), EachIteration()
+    average = {name: value.clone() for name, value in method.ema.state_dict().items()}
+    fitted(method, tmp_path, 4, callbacks=[log])
+    for seen in log.seen:
+        decay = method.ema.decay_at(seen["step"] - 1)  # the average counts from 0 and is moved after the update
+        average = {name: decay * value + (1 - decay) * seen["student"][name] for name, value in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(seen["ema"][name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
+    """Noise is drawn per micro-batch, so the reference is computed here, phase by phase, with the same generators."""
+    method = tiny.ladd(toy, accumulate=2, clip_student=1e9, clip_discriminator=1e9)
+    seen = {}
+    update = method._clip_and_step
+
+    def spy(player, module, optimizer, limit):
+        seen[player] = [p.grad.clone() for p in module.parameters()]
+        update(player, module, optimizer, limit)
+
+    method._clip_and_step = spy
+    fitted(method, tmp_path, 1)
+
+    reference = tiny.ladd(toy, accumulate=2)
+    reference._log = {}
+    stream = tiny.toy_batches(toy, 4)
+    batches = [reference._embedded(next(stream)) for _ in range(2)]
+
+    def mean_gradient(module, losses):
+        grads = []
+        for loss in losses:
+            grads.append(torch.autograd.grad(loss, list(module.parameters())))
+        return [(a + b) / 2 for a, b in zip(*grads, strict=True)]
+
+    def fake(i):
+        return reference.fake(batches[i], reference._generator(i))
+
+    losses = [reference.discriminator_loss(batches[i], fake(i), reference._generator(i, stream=1)) for i in range(2)]
+    of_heads = mean_gradient(reference.heads, [sum(terms.values()) for terms in losses])
+    torch.testing.assert_close(seen["d"], of_heads, rtol=1e-4, atol=1e-7)
+    reference.heads.load_state_dict(method.heads.state_dict())  # the student meets the heads after their update
+    losses = [reference.student_loss(batches[i], fake(i), reference._generator(i, stream=0)) for i in range(2)]
+    of_student = mean_gradient(reference.student, [sum(terms.values()) for terms in losses])
+    assert any(g.abs().max() > 1e-4 for g in of_student)
+    torch.testing.assert_close(seen["g"], of_student, rtol=1e-4, atol=1e-7)
+    assert (method.step, method.images_seen) == (1, 8)
+
+
+def test_micro_batches_do_not_share_their_noise():
+    method = tiny.ladd(toy, accumulate=2)
+    drawn = [torch.randn(8, generator=method._generator(micro)) for micro in (0, 1, 0)]
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    streams = [torch.randn(8, generator=method._generator(0, stream=k)) for k in (-2, -1, 0, 1, 2)]
+    method.iteration = 1
+    streams.append(torch.randn(8, generator=method._generator(0)))
+    assert len({tuple(x.tolist()) for x in streams}) == 6
+
+
+@pytest.mark.parametrize("player", ["student", "discriminator"])
+def test_clipping_is_by_the_norm_of_all_gradients(player, tmp_path):
+    """With plain SGD at rate 1 the change of the weights is the clipped gradient itself."""
+    limit = 1e-4
+
+    def change(**clip):
+        method = tiny.ladd(toy)
+        rates = {"student": 0.0, "discriminator": 0.0} | {player: 1.0}
+        sgd = {name: lambda p, rate=rate: torch.optim.SGD(p, lr=rate) for name, rate in rates.items()}
+        options = {"clip_student": 1e9, "clip_discriminator": 1e9} | clip
+        method.engine = Engine(**sgd, **options)
+        module = method.student if player == "student" else method.heads
+        before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+        fitted(method, tmp_path, 1)
+        return torch.nn.utils.parameters_to_vector(module.parameters()).detach() - before
+
+    free, clipped = change(), change(**{f"clip_{player}": limit})
+    assert free.norm() > 10 * limit
+    assert clipped.norm().item() == pytest.approx(limit, rel=1e-2)
+    torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "expected"),
+    [
+        ({}, 0, 1.0),
+        ({}, 99, 1.0),
+        ({"warmup_steps": 10}, 0, 0.1),
+        ({"warmup_steps": 10}, 4, 0.5),
+        ({"warmup_steps": 10}, 9, 1.0),
+        ({"warmup_steps": 10}, 50, 1.0),
+        ({"schedule": "cosine"}, 0, 1.0),
+        ({"schedule": "cosine"}, 50, 0.5),
+        ({"schedule": "cosine"}, 25, (1 + math.sqrt(0.5)) / 2),
+        ({"schedule": "cosine"}, 100, 0.0),
+        ({"schedule": "cosine", "final_rate": 0.2}, 50, 0.6),
+        ({"schedule": "cosine", "final_rate": 0.2}, 100, 0.2),
+        ({"schedule": "cosine", "final_rate": 0.2}, 500, 0.2),
+        ({"schedule": "cosine", "warmup_steps": 100}, 50, 0.51 * 0.5),
+    ],
+)
+def test_rate_in_closed_form(options, step, expected):
+    assert tiny.engine(**options).rate(step, 100) == pytest.approx(expected, abs=1e-9)
+
+
+def test_rate_reaches_both_optimisers(tmp_path):
+    method = tiny.ladd(toy, rate=1e-3, critic_rate=4e-3, schedule="cosine", final_rate=0.1, warmup_steps=2)
+    rates = []
+    update = method._clip_and_step
+
+    def spy(player, module, optimizer, limit):
+        update(player, module, optimizer, limit)
+        rates.append((player, optimizer.param_groups[0]["lr"]))
+
+    method._clip_and_step = spy
+    fitted(method, tmp_path, 4)
+    shares = [method.engine.rate(step, 4) for step in range(4)]
+    assert [rate for player, rate in rates if player == "g"] == pytest.approx([1e-3 * share for share in shares])
+    assert [rate for player, rate in rates if player == "d"] == pytest.approx([4e-3 * share for share in shares])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "linear"}, "optimizer.schedule=linear"),
+        ({"accumulate": 0}, "optimizer.accumulate=0"),
+        ({"discriminator_updates": 0}, "optimizer.discriminator_updates=0"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.engine(**options)
+
+
+# -- checkpoints and resume ------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_holds_the_players_alone_and_no_code(teacher, tmp_path, shards):
+    method = tiny.ladd(teacher)
+    running = tiny.trainer(tmp_path, 1)
+    running.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    path = tmp_path / "one.ckpt"
+    running.save_checkpoint(path)
+    kept = torch.load(path, weights_only=True)
+    expected = {f"student.{name}" for name in method.student.state_dict()}
+    expected |= {f"heads.{name}" for name in method.heads.state_dict()}
+    assert set(kept["state_dict"]) == expected
+    assert set(kept["distill"]["ema"]) == {name for name, _ in method.student.named_parameters()}
+    assert len(kept["optimizer_states"]) == 2
+    students = sum(p.numel() for p in method.student.parameters())
+    heads = sum(p.numel() for p in method.heads.parameters())
+    numbers = 4 * students + 3 * heads  # weights and two moments each, and the student's average
+    assert path.stat().st_size < 1.1 * 4 * numbers + 300_000
+
+
+def state(method, running):
+    """All that training carries on."""
+    optimizers = [o.state_dict() for o in running.strategy.optimizers]
+    return {
+        "student": tiny.weights(method.student),
+        "heads": tiny.weights(method.heads),
+        "ema": method.ema.state_dict(),
+        "optimizers": [
+            {f"{i}.{name}": torch.as_tensor(value) for i, s in o["state"].items() for name, value in s.items()}
+            for o in optimizers
+        ],
+        "rates": [group["lr"] for o in optimizers for group in o["param_groups"]],
+        "counts": (method.iteration, method.step, method.images_seen, running.global_step),
+    }
+
+
+def assert_same_state(a, b):
+    for name in ("student", "heads", "ema"):
+        assert tiny.same(a[name], b[name]), name
+    for one, other in zip(a["optimizers"], b["optimizers"], strict=True):
+        assert len(one) > 0
+        assert tiny.same(one, other)
+    assert a["rates"] == b["rates"]
+    assert a["counts"] == b["counts"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"head_start": 2, "discriminator_updates": 2}, {"accumulate": 2, "schedule": "cosine", "warmup_steps": 4}],
+    ids=["plain", "head_start", "accumulate"],
+)
+def test_resumed_run_is_the_uninterrupted_one(options, tmp_path):
+    whole = tiny.ladd(toy, **options)
+    expected = state(whole, fitted(whole, tmp_path, 6))
+
+    class Killed(L.Callback):
+        """Saves after step 3 and stops, as a run that is killed then: its schedule still reaches to step 6."""
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if pl_module.step == 3:
+                trainer.save_checkpoint(tmp_path / "killed.ckpt")
+                trainer.should_stop = True
+
+    fitted(tiny.ladd(toy, **options), tmp_path, 6, callbacks=[Killed()])
+    torch.manual_seed(12345)  # the rest must not depend on the global state
+    kept = torch.load(tmp_path / "killed.ckpt", weights_only=True)["distill"]
+    resumed = tiny.ladd(toy, seed=0, **options)
+    tiny.shake(resumed.student, 99)  # what the checkpoint does not bring back would show
+    tiny.shake(resumed.heads, 98)
+    start = kept["iteration"] * kept["accumulate"]
+    running = fitted(resumed, tmp_path, 6, start=start, checkpoint=tmp_path / "killed.ckpt")
+    assert_same_state(state(resumed, running), expected)
+
+
+def test_resumed_run_on_a_pipeline_is_the_uninterrupted_one(teacher, tmp_path, shards):
+    from distill.build import position
+
+    data = source.latents(str(shards), batch_size=2)
+    whole = tiny.ladd(teacher)
+    running = tiny.trainer(tmp_path, 6)
+    running.fit(whole, data.loader(seed=0))
+    expected = state(whole, running)
+
+    first = tiny.ladd(teacher)
+    running = tiny.trainer(tmp_path, 3)
+    running.fit(first, data.loader(seed=0))
+    path = tmp_path / "three.ckpt"
+    running.save_checkpoint(path)
+    assert not tiny.same(tiny.weights(first.student), expected["student"])
+
+    second = tiny.ladd(teacher)
+    running = tiny.trainer(tmp_path, 6)
+    running.fit(second, data.loader(seed=0, start=position(path)), ckpt_path=path, weights_only=True)
+    assert_same_state(state(second, running), expected)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    runs = []
+    for seed in (0, 0, 1):
+        method = tiny.ladd(toy)
+        method.seed = seed
+        fitted(method, tmp_path, 2)
+        runs.append(tiny.weights(method.student))
+    assert tiny.same(runs[0], runs[1])
+    assert not tiny.same(runs[0], runs[2])

@@ -1,0 +1,86 @@
+"""Convolutional heads: shapes, conditioning by projection, independence of heads and samples."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from distill.discriminators.heads import ConvHeads
+from distill.types import Cond
+
+CHANNELS = {"block0": 12, "block1": 12, "mid": 20}
+
+
+def make(**kwargs) -> ConvHeads:
+    torch.manual_seed(0)
+    return ConvHeads(CHANNELS, pooled=6, **kwargs)
+
+
+def inputs(n: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Cond]:
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(n, c, 4, 4 if c == 12 else 2, generator=generator) for c in CHANNELS.values()]
+    cond = Cond(torch.zeros(n, 2, 5), pooled=torch.randn(n, 6, generator=generator))
+    return maps, torch.rand(n, generator=generator), cond
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+def test_every_place_of_every_map_gets_a_logit(spectral: bool) -> None:
+    heads = make(spectral=spectral)
+    logits = heads(*inputs())
+    assert logits.shape == (3, 16 + 16 + 8)
+    assert [part.shape[1] for part in heads.split(logits)] == [16, 16, 8]
+    assert heads.draw(5) is heads
+
+
+def test_a_head_sees_its_own_map_only() -> None:
+    heads = make()
+    maps, t, cond = inputs()
+    before = heads.split(heads(maps, t, cond))
+    after = heads.split(heads([maps[0] + 1e1 * torch.randn_like(maps[0]), *maps[1:]], t, cond))
+    assert not torch.allclose(before[0], after[0])
+    torch.testing.assert_close(before[1], after[1])
+    torch.testing.assert_close(before[2], after[2])
+
+
+def test_samples_do_not_mix() -> None:
+    heads = make()
+    maps, t, cond = inputs()
+    alone = heads([m[1:2] for m in maps], t[1:2], cond.index(slice(1, 2)))
+    torch.testing.assert_close(heads(maps, t, cond)[1:2], alone)
+
+
+@pytest.mark.parametrize("changed", ["time", "text"])
+def test_noise_level_and_text_matter(changed: str) -> None:
+    heads = make()
+    maps, t, cond = inputs()
+    other_t = t.flip(0) if changed == "time" else t
+    other_cond = cond.index(torch.tensor([1, 2, 0])) if changed == "text" else cond
+    assert not torch.allclose(heads(maps, t, cond), heads(maps, other_t, other_cond))
+
+
+def test_the_projection_is_an_inner_product_over_root_width() -> None:
+    """Independent computation of one head's logit from its hidden map."""
+    heads = make(projection=16)
+    maps, t, cond = inputs()
+    head, hidden = heads.heads["mid"], {}
+    handle = head.out.register_forward_hook(lambda _m, _i, out: hidden.update(out=out.detach()))
+    logits = heads.split(heads(maps, t, cond))[2]
+    handle.remove()
+    # The time embedding by its definition: sines and cosines at half-octave-spaced rates.
+    rates = torch.tensor([2.0 ** (6 * k / 31) * math.pi for k in range(32)])
+    waves = torch.cat([(t[:, None] * rates).sin(), (t[:, None] * rates).cos()], 1)
+    c = head.condition(torch.cat([heads.embed_time(waves), cond.pooled], 1))
+    expected = torch.einsum("bphw,bp->bhw", hidden["out"], c).flatten(1) / 4
+    torch.testing.assert_close(logits, expected)
+
+
+def test_spectral_norm_bounds_every_convolution() -> None:
+    heads = make(spectral=True)
+    for _ in range(30):  # power iterations of train mode
+        heads(*inputs())
+    for name, module in heads.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            largest = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
+            assert largest < 1.05, name

@@ -1,0 +1,280 @@
+"""Samplers and exported students against diffusers: anyone who opens the folder gets the pictures that we measured."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoPipelineForText2Image, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+
+from distill.build import student_of
+from distill.sampling import Guided, consistency, draw_noise, guided, seeded
+from distill.students import full, save_pipeline
+
+PROMPT, SEED = tiny.CAPTIONS[0], 5
+
+
+@pytest.fixture(scope="module")
+def exported(teachers, tmp_path_factory):
+    """Family -> (a student that is not its teacher any more, the folder it was written to)."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            student = tiny.shake(full(teachers(family)), 21, std=0.03).eval()
+            made[family] = student, save_pipeline(
+                student, teachers(family), tmp_path_factory.mktemp("export") / "student"
+            )
+        return made[family]
+
+    return of
+
+
+def opened(folder):
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ours(teacher, student, *, steps, seed=SEED, prompt=PROMPT):
+    """Pixels of the consistency sampler as diffusers gives them: [S, S, 3] in [0, 1]."""
+    with torch.no_grad():
+        x0 = consistency(student, teacher.embed([prompt]), seeded([seed]), shape=teacher.latent_shape, steps=steps)
+        return (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
+
+
+def eight_bit(pixels):
+    return (pixels * 255).round()
+
+
+# -- the exported folder ---------------------------------------------------------------------------------------------
+
+
+def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teacher, exported):
+    student, folder = exported(family)
+    picture = opened(folder)(
+        PROMPT,
+        num_inference_steps=1,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+    expected, found = ours(teacher, student, steps=1), torch.from_numpy(picture)
+    assert found.shape == (tiny.SIDE, tiny.SIDE, 3)
+    assert found.std() > 0.02  # not one flat colour
+    # The UNet's LCMScheduler mixes in c_skip x_t, 2.5e-9 of it at step 999: both families agree to rounding.
+    assert (eight_bit(found) - eight_bit(expected)).abs().max() <= 1
+    assert (found - expected).abs().max() < 2e-4
+    of_teacher = ours(teacher, teacher, steps=1)
+    assert (eight_bit(of_teacher) - eight_bit(expected)).abs().max() > 8  # the test can tell student and teacher apart
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_several_steps_of_the_exported_unet_are_our_sampler(steps, teachers, exported):
+    student, folder = exported("unet")
+    picture = opened(folder)(
+        PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+    expected = ours(teachers("unet"), student, steps=steps)
+    assert (eight_bit(torch.from_numpy(picture)) - eight_bit(expected)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_several_steps_of_the_exported_mmdit_are_our_sampler(steps, teachers, exported):
+    """With the levels named; diffusers' default grid would end at sigma = 1/1000. It hands its step no generator."""
+    student, folder = exported("mmdit")
+    pipeline, generator = opened(folder), torch.Generator().manual_seed(SEED)
+    step = pipeline.scheduler.step
+    pipeline.scheduler.step = lambda *args, **options: step(*args, **{**options, "generator": generator})
+    picture = pipeline(
+        PROMPT,
+        num_inference_steps=steps,
+        sigmas=[1 - i / steps for i in range(steps)],
+        guidance_scale=0.0,
+        generator=generator,
+        output_type="np",
+    ).images[0]
+    expected = ours(teachers("mmdit"), student, steps=steps)
+    assert (eight_bit(torch.from_numpy(picture)) - eight_bit(expected)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "levels"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])], ids=["1", "2", "4"]
+)
+def test_levels_of_the_exported_unet(steps, levels, exported):
+    scheduler = opened(exported("unet")[1]).scheduler
+    assert type(scheduler).__name__ == "LCMScheduler"
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == levels
+
+
+def test_the_exported_flow_scheduler_keeps_the_levels_as_they_are(exported):
+    scheduler = opened(exported("mmdit")[1]).scheduler
+    assert type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert scheduler.config.stochastic_sampling
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+
+
+def test_all_but_network_and_scheduler_are_the_teacher_s_files(family, pipelines, exported):
+    source, (_, folder) = pipelines(family), exported(family)
+    network = {"mmdit": "transformer", "unet": "unet"}[family]
+    parts = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
+    assert {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()} == parts
+    kept = [p for p in parts if p.parts[0] not in (network, "scheduler", "model_index.json")]
+    assert {p.parts[0] for p in kept} >= {"vae", "text_encoder", "tokenizer"}
+    for path in kept:
+        assert filecmp.cmp(source / path, folder / path, shallow=False), path
+    before, after = (json.loads((place / "model_index.json").read_text()) for place in (source, folder))
+    assert {**before, "scheduler": None} == {**after, "scheduler": None}
+    assert list(folder.parent.iterdir()) == [folder]  # nothing half-written beside it
+
+
+def test_exporting_again_replaces_the_folder(teachers, tmp_path):
+    teacher = teachers("unet")
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "old.txt").touch()
+    student = full(teacher)
+    assert save_pipeline(student, teacher, folder) == folder
+    assert not (folder / "old.txt").exists()
+    loaded = student_of(str(folder))
+    for name, value in student.model.state_dict().items():
+        assert torch.equal(loaded.network.model.state_dict()[name], value), name
+
+
+def test_our_own_adapter_opens_what_was_exported(family, teacher, exported):
+    student, folder = exported(family)
+    loaded = student_of(str(folder))
+    assert (eight_bit(ours(loaded, loaded, steps=1)) - eight_bit(ours(teacher, student, steps=1))).abs().max() == 0
+
+
+# -- samplers --------------------------------------------------------------------------------------------------------
+
+
+def times_of(monkeypatch, teacher, run) -> list[float]:
+    """The t at which `run()` asks the teacher."""
+    asked, estimate = [], type(teacher).x0
+
+    def spy(x_t, t, cond):
+        assert len(set(t.tolist())) == 1
+        asked.append(t[0].item())
+        return estimate(teacher, x_t, t, cond)
+
+    monkeypatch.setattr(teacher, "x0", spy)
+    run()
+    return asked
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_both_samplers_start_from_pure_noise(steps, family, teacher, monkeypatch):
+    cond, shape = teacher.embed([PROMPT]), teacher.latent_shape
+
+    def by_teacher():
+        guided(teacher, cond, seeded([0]), shape=shape, steps=steps, guidance=3.0)
+
+    def by_student():
+        consistency(teacher, cond, seeded([0]), shape=shape, steps=steps)
+
+    for run in (by_teacher, by_student):
+        grid = [1 - i / steps for i in range(steps)]
+        assert times_of(monkeypatch, teacher, run) == pytest.approx(grid, abs=1e-6)
+
+
+def test_a_shift_of_the_teacher_s_scheduler_bends_its_grid(teachers, monkeypatch):
+    teacher = teachers("mmdit")
+    monkeypatch.setitem(teacher.pipeline.scheduler._internal_dict, "shift", 3.0)
+    times = times_of(
+        monkeypatch,
+        teacher,
+        lambda: guided(
+            teacher, teacher.embed([PROMPT]), seeded([0]), shape=teacher.latent_shape, steps=4, guidance=1.0
+        ),
+    )
+    assert times == pytest.approx([3 * t / (1 + 2 * t) for t in (1.0, 0.75, 0.5, 0.25)], abs=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_guided_sampler_is_the_sd3_pipeline(guidance, teachers, pipelines):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(pipelines("mmdit"), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    teacher = teachers("mmdit")
+    expected = pipeline(
+        [PROMPT],
+        num_inference_steps=4,
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).images
+    found = guided(
+        teacher, teacher.embed([PROMPT]), seeded([SEED]), shape=teacher.latent_shape, steps=4, guidance=guidance
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_guided_sampler_is_the_sd_pipeline(guidance, teachers, pipelines):
+    pipeline = StableDiffusionPipeline.from_pretrained(pipelines("unet"), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    teacher = teachers("unet")
+    expected = pipeline(
+        [PROMPT],
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).images
+    found = guided(
+        teacher, teacher.embed([PROMPT]), seeded([SEED]), shape=teacher.latent_shape, steps=4, guidance=guidance
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_guidance_one_is_no_guidance(teacher):
+    cond, x_t = teacher.embed(tiny.CAPTIONS[:2]), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1.0, 0.5])
+    with torch.no_grad():
+        plain = teacher.x0(x_t, t, cond)
+        assert torch.equal(Guided(teacher, 1.0).x0(x_t, t, cond), plain)
+        empty = teacher.x0(x_t, t, cond.unconditional())
+        scale = float(plain.abs().max())
+        torch.testing.assert_close(Guided(teacher, 0.0).x0(x_t, t, cond), empty, rtol=0, atol=1e-5 * scale)
+        expected = empty + 3 * (plain - empty)
+        torch.testing.assert_close(Guided(teacher, 3.0).x0(x_t, t, cond), expected, rtol=0, atol=1e-4 * scale)
+    assert (plain - empty).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["consistency", "guided"])
+def test_a_seed_is_the_same_picture_in_any_batch(sampler, teacher):
+    shape = teacher.latent_shape
+
+    def draw(numbers):
+        cond = teacher.embed([tiny.CAPTIONS[i] for i in numbers])
+        if sampler == "consistency":
+            return consistency(teacher, cond, seeded(numbers), shape=shape, steps=2)
+        return guided(teacher, cond, seeded(numbers), shape=shape, steps=2, guidance=3.0)
+
+    together, backwards, alone = draw([0, 1, 2]), draw([2, 1, 0]), draw([1])
+    atol = 1e-5 * float(together.abs().max())
+    torch.testing.assert_close(backwards.flip(0), together, rtol=0, atol=atol)
+    torch.testing.assert_close(alone[0], together[1], rtol=0, atol=atol)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_noise_is_drawn_as_a_pipeline_draws_it():
+    generators = seeded([3, 4])
+    first = draw_noise((4, 16, 16), generators)
+    expected = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(first[1:], expected)
+    assert not torch.equal(draw_noise((4, 16, 16), generators), first)
