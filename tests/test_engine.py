@@ -6,9 +6,9 @@ import math
 
 import lightning as L
 import pytest
-import tiny
 import torch
 
+import tiny
 from distill.data import source
 from distill.methods.base import Engine
 

@@ -15,7 +15,7 @@ CHANNELS = {"block0": 12, "block1": 12, "mid": 20}
 
 def make(**kwargs) -> ConvHeads:
     torch.manual_seed(0)
-    return ConvHeads(CHANNELS, pooled=6, **kwargs)
+    return ConvHeads(CHANNELS, pooled=6, **kwargs).eval()  # training moves the power iteration on every call
 
 
 def inputs(n: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Cond]:
@@ -78,7 +78,8 @@ def test_the_projection_is_an_inner_product_over_root_width() -> None:
 
 def test_spectral_norm_bounds_every_convolution() -> None:
     heads = make(spectral=True)
-    for _ in range(30):  # power iterations of train mode
+    heads.train()
+    for _ in range(30):  # power iterations
         heads(*inputs())
     for name, module in heads.named_modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from distill.losses import hinge_student
 from distill.sampling import consistency, seeded
 
-STEPS, BATCH = 300, 64
+STEPS, BATCH = 800, 64
 toy = tiny.Toy()
 
 
@@ -27,8 +27,36 @@ def distance(student) -> float:
     return float(toy.distance(one_step(student)).mean())
 
 
-def trained(folder, *, sign: float = 1.0, **options):
-    method = tiny.ladd(toy, rate=2e-3, critic_rate=5e-3, ema_decay=0.9, **options)
+def trained(folder, *, sign: float = 1.0):
+    options = {"schedule": "cosine", "final_rate": 0.05, "ema_decay": 0.95}
+    method = tiny.ladd(toy, rate=2e-3, critic_rate=5e-3, **options)
     method.adversarial = replace(method.adversarial, student=lambda fake, real=None: sign * hinge_student(fake, real))
     tiny.trainer(folder, STEPS).fit(method, tiny.Stream(toy, BATCH).loader())
-    return method
+    method.ema.copy_to(method.student)
+    return method.student
+
+
+def test_the_toy_is_what_its_docstring_says():
+    """E[x0 | x_t] by weighing many clean samples with how likely they make x_t, and the start between the modes."""
+    clean = toy.data(200_000, torch.Generator().manual_seed(1))
+    for t, x_t in ((0.9, 0.5 * toy.mode), (0.8, torch.randn(toy.shape, generator=torch.Generator().manual_seed(2)))):
+        error = (x_t - (1 - t) * clean).square().flatten(1).sum(1)
+        weight = torch.softmax(-error / (2 * t**2), dim=0)
+        expected = (weight.view(-1, 1, 1, 1) * clean).sum(0)
+        found = toy.x0(x_t[None], torch.tensor([t]), toy.embed([""]))[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    assert float(toy.distance(toy.data(512, torch.Generator().manual_seed(0))).mean()) == pytest.approx(0.1, abs=0.01)
+    assert distance(tiny.ladd(toy).student) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_one_step_samples_come_to_the_modes(tmp_path):
+    student = trained(tmp_path)
+    assert distance(student) < 0.5  # from 1; the data's own is 0.1
+    on_first = ((one_step(student) * toy.mode).mean((1, 2, 3)) > 0).float().mean()
+    assert 0.2 < float(on_first) < 0.8  # and to both of them
+
+
+@pytest.mark.slow
+def test_with_the_sign_flipped_they_do_not(tmp_path):
+    assert distance(trained(tmp_path, sign=-1.0)) > 1.0

@@ -1,4 +1,4 @@
-"""Who is trained by what: gradients of both phases, the frozen teacher, and the rule that a method holds only the maths."""
+"""Who is trained by what: gradients of both phases, the frozen teacher, and a method file that holds only the method."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import distill.methods.ladd
+import tiny
 from distill.data import source
 
 METHODS = {

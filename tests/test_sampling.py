@@ -6,10 +6,10 @@ import filecmp
 import json
 
 import pytest
-import tiny
 import torch
 from diffusers import AutoPipelineForText2Image, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
+import tiny
 from distill.build import student_of
 from distill.sampling import Guided, consistency, draw_noise, guided, seeded
 from distill.students import full, save_pipeline
@@ -25,8 +25,9 @@ def exported(teachers, tmp_path_factory):
     def of(family):
         if family not in made:
             student = tiny.shake(full(teachers(family)), 21, std=0.03).eval()
-            made[family] = student, save_pipeline(
-                student, teachers(family), tmp_path_factory.mktemp("export") / "student"
+            made[family] = (
+                student,
+                save_pipeline(student, teachers(family), tmp_path_factory.mktemp("export") / "student"),
             )
         return made[family]
 

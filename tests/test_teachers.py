@@ -1,11 +1,10 @@
-"""Teachers against diffusers itself: the same numbers as plain pipelines, taps as an independent hook sees them, frozen."""
+"""Teachers against diffusers itself: the same numbers as plain pipelines, taps as an independent hook sees them."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import tiny
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -15,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+import tiny
 from distill.sampling import Guided
 from distill.teachers.network import check_folder
 from distill.teachers.sd import SD
@@ -266,9 +266,7 @@ def test_a_path_that_is_not_there_is_named(make, tmp_path):
     path = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError) as caught:
         make(path)
-    assert str(caught.value) == (
-        f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id"
-    )
+    assert str(caught.value) == (f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id")
 
 
 @pytest.mark.parametrize("make", [SD, SD3], ids=["SD", "SD3"])

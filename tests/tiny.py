@@ -1,4 +1,4 @@
-"""What the tests of training and sampling are made of: tiny random diffusers pipelines, and a toy world in closed form."""
+"""What tests of training and sampling are made of: tiny random diffusers pipelines, and a toy world in closed form."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -136,8 +137,13 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def name_of(cfg: DictConfig) -> str:
-    """`name`, or `<method>_<teacher>` from the targets."""
-    return cfg.name or "_".join(str(cfg[part]._target_).rsplit(".", 1)[-1].lower() for part in ("method", "teacher"))
+    """`name`, or `<method>_<teacher>` as chosen on the command line."""
+    if cfg.name:
+        return cfg.name
+    if HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+        return f"{choices['method']}_{choices['teacher']}"
+    return str(cfg.method._target_).rsplit(".", 1)[-1].lower()
 
 
 def position(checkpoint: Path) -> int:

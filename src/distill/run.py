@@ -23,13 +23,13 @@ def distil(cfg: DictConfig) -> Path:
     from distill.record import RunRecord
 
     build.seed_everything(cfg.seed)
+    # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
+    teacher, source = build.teacher(cfg), build.source(cfg)
+    method = build.method(cfg, teacher)
     folder = build.run_folder(cfg)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     record = RunRecord(folder, command=" ".join(["python -m distill.run", *sys.argv[1:]]), name=build.name_of(cfg))
     print(f"run folder: {folder}")
-    teacher = build.teacher(cfg)
-    source = build.source(cfg)
-    method = build.method(cfg, teacher)
     trainer = build.trainer(cfg, folder)
     checkpoint = folder / "checkpoints" / "last.ckpt" if cfg.resume else None
     start = build.position(checkpoint) if checkpoint else 0
