@@ -21,7 +21,7 @@ LAYERS = {
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
     "L5": {"build"},
     "L6": {
         "_conf", "cli", "compare", "doctor", "evaluate", "export", "pretrain", "pretraining", "run", "sample",

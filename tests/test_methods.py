@@ -1,4 +1,4 @@
-"""Who is trained by what: gradients of both phases, the frozen teacher, and a method file that holds only the method."""
+"""Who is trained by what: gradients of both phases, the frozen teacher, and a method file that holds only that."""
 
 from __future__ import annotations
 

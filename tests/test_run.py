@@ -170,9 +170,6 @@ def test_a_run_goes_on_where_it_stopped(family, smoke, command, pipelines, shard
     assert one["distill"]["images_seen"] == other["distill"]["images_seen"] == 16
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Lightning's CSVLogger deletes the metrics.csv it finds: resume keeps no history"
-)
 def test_metrics_of_a_resumed_run_hold_both_parts(command, pipelines, shards, tmp_path):
     first = smoke_arguments("unet", pipelines, shards, tmp_path / "parts")
     assert command("run", *first)[0] == 0

@@ -1,0 +1,54 @@
+"""`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what it finds)."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+FLUSH = 20  # rows between writes
+
+
+class CsvLog(Logger):
+    """Rows {step, name: value}, written whole and atomically, with every column seen so far."""
+
+    name, version = "csv", ""
+
+    def __init__(self, save_dir: str):
+        super().__init__()
+        self._path = Path(save_dir) / "metrics.csv"
+        self._rows: list[dict[str, Any]] = []
+        self._earlier = self._path.is_file()
+        if self._earlier:
+            with self._path.open(newline="") as file:
+                self._rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = 0 if step is None else int(step)
+        if self._earlier:  # what the stopped run logged after its last checkpoint is done again
+            self._rows = [row for row in self._rows if int(row["step"]) < step]
+            self._earlier = False
+        self._rows.append({**metrics, "step": step})
+        if len(self._rows) % FLUSH == 0:
+            self.save()
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Nothing: config.yaml has it all."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        columns = ["step", *sorted({key for row in self._rows for key in row} - {"step"})]
+        partial = self._path.with_suffix(".part")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        partial.replace(self._path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
