@@ -108,8 +108,8 @@ def _save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
     for part in parts:
         nn.Module.to(part, torch.float16)  # diffusers' own `to` warns about layers to keep, of which there are none
     pipeline.save_pretrained(folder)
-    for config in folder.glob("text_encoder*/config.json"):
-        _load_as_single(config)
+    for config in folder.glob("*/config.json"):
+        _tidy(config)
     for part in parts:
         nn.Module.to(part, torch.float32)
 
@@ -118,13 +118,15 @@ def save_half(model: nn.Module, folder: Path) -> None:
     """fp16 files of one transformers model, which load as fp32."""
     model.half().save_pretrained(folder)
     model.float()
-    _load_as_single(folder / "config.json")
+    _tidy(folder / "config.json")
 
 
-def _load_as_single(config: Path) -> None:
-    """Transformers takes the precision of `config.json` over that of the weights."""
+def _tidy(config: Path) -> None:
+    """No path of the machine that trained it; and the precision that transformers takes over that of the weights."""
     facts = json.loads(config.read_text())
-    facts["dtype"] = "float32"
+    facts.pop("_name_or_path", None)
+    if "dtype" in facts:
+        facts["dtype"] = "float32"
     config.write_text(json.dumps(facts, indent=2) + "\n")
 
 
