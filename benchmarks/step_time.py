@@ -36,7 +36,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 def main() -> None:
     with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-        cfg = compose("config", overrides=[*sys.argv[1:], "optimizer.head_start=0", "callbacks=null", "logger=null"])
+        cfg = compose("config", overrides=[*sys.argv[1:], "optimizer.head_start=0"])
     torch.manual_seed(cfg.seed)
     teacher = build.teacher(cfg)
     method = build.method(cfg, teacher)
