@@ -59,7 +59,7 @@ def _resolve(value: Any) -> Any:
         return {key: _resolve(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_resolve(inner) for inner in value]
-    return shipped(value) if isinstance(value, str) and value.startswith(SHIPPED) else value
+    return shipped(value) if isinstance(value, str) else value
 
 
 def shipped(path: str) -> str:

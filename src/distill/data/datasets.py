@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -24,7 +25,7 @@ Skipped = tuple[str, str]  # name of a bad sample, reason
 SKIPPED = "skipped"  # key under which a worker's bad samples travel to the main process; `Loader` takes it out
 
 
-class Samples(Dataset):
+class Samples(Dataset, ABC):
     """Items of a source (`Shards`, `Folder`), decoded; `bad` maps the names of those that failed to the reasons.
 
     In a loader's worker, failures are passed on within the item, and `Loader` calls `account` in the main process.
@@ -41,9 +42,9 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    @abstractmethod
     def item(self, sample: dict) -> dict:
         """The item of a raw sample; raises BadSample."""
-        raise NotImplementedError
 
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.length:
