@@ -15,6 +15,8 @@ from distill.teachers.folded import fold, weights
 
 DROP = 0.1  # share of captions emptied, for classifier-free guidance
 SILENT_TOKENS = 256  # the pipeline's default number of third-encoder tokens, all zero here
+# SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time instead of 8 %.
+TIME_MEAN, TIME_SPREAD = 0.5, 1.2
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -52,7 +54,7 @@ def encode_captions(clip: CLIPModel, ids: Tensor, empty: Tensor, *, layer: int, 
 
 
 def build_mmdit(latent_side: int, text_width: int) -> SD3Transformer2DModel:
-    """4.5 M parameters: 5 joint blocks, width 160. Text [L, 2D]: one encoder in both CLIP places."""
+    """3.7 M parameters: 5 joint blocks, width 144. Text [L, 2D]: one encoder in both CLIP places."""
     net = SD3Transformer2DModel(
         sample_size=latent_side,
         pos_embed_max_size=latent_side // 2,
@@ -60,9 +62,9 @@ def build_mmdit(latent_side: int, text_width: int) -> SD3Transformer2DModel:
         in_channels=4,
         out_channels=4,
         num_layers=5,
-        num_attention_heads=5,
-        attention_head_dim=32,
-        caption_projection_dim=160,
+        num_attention_heads=3,
+        attention_head_dim=48,
+        caption_projection_dim=144,
         joint_attention_dim=2 * text_width,
         pooled_projection_dim=2 * text_width,
         qk_norm="rms_norm",
@@ -94,7 +96,7 @@ def build_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
 def train_mmdit(
     latents: Tensor, captions: Captions, budget: Budget, *, out: Path, seed: int = 0
 ) -> tuple[nn.Module, float]:
-    """E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps and t = sigmoid(u), u ~ N(0, 1)."""
+    """E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps and t = sigmoid(u), u ~ N(0.5, 1.2)."""
     torch.manual_seed(seed)
     net = build_mmdit(latents.shape[-1], captions.tokens.shape[-1])
     folded = fold(net)
@@ -105,7 +107,7 @@ def train_mmdit(
     def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x0, eps, index = _draw(latents, budget.batch_size, generator)
         tokens, pooled = captions.draw(index, generator)
-        t = torch.randn(len(x0), generator=generator).sigmoid()
+        t = (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator)).sigmoid()
         x_t = torch.lerp(x0, eps, t[:, None, None, None])
         with weights(folded, counts, image_tokens):
             v = net(
@@ -122,7 +124,11 @@ def train_mmdit(
 def train_unet(
     latents: Tensor, captions: Captions, budget: Budget, *, out: Path, seed: int = 0
 ) -> tuple[nn.Module, float]:
-    """E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(SNR, 5) / SNR (Hang et al. 2023)."""
+    """E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod, 20).
+
+    1 / alphas_cumprod is the loss on v (Salimans & Ho 2022): at high noise, where a picture's content is decided, an
+    error of eps is a large error of x0, and SD's w = 1 teaches a small network next to nothing there.
+    """
     torch.manual_seed(seed)
     net = build_unet(latents.shape[-1], captions.tokens.shape[-1])
     alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod
@@ -134,7 +140,7 @@ def train_unet(
         signal = alphas_cumprod[t][:, None, None, None]
         x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * eps
         guess = net(x_t, t, encoder_hidden_states=tokens).sample.float()
-        weight = (5 * (1 - signal) / signal).clamp(max=1)
+        weight = (1 / signal).clamp(max=20)
         return {"mse": (weight * (guess - eps).square()).mean()}
 
     return net, fit("unet", net, objective, budget, out=out, seed=seed)

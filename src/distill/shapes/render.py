@@ -8,9 +8,9 @@ import numpy as np
 
 from distill.shapes.world import BACKGROUNDS, COLOURS, SIDE, Placed, Scene
 
-STRIPE_PERIOD = 6.5  # pixels; two periods still fit the smallest object
-DOT_PERIOD, DOT_RADIUS = 6.5, 2.0
-DARK = 0.3  # the pattern is the object's own colour, darkened
+STRIPE_PERIOD = 8.0  # pixels; two periods still fit the smallest object
+DOT_PERIOD, DOT_RADIUS = 8.0, 2.4
+DARK = 0.45  # the pattern is the object's own colour, darkened
 
 
 def render(scenes: Sequence[Scene]) -> np.ndarray:
