@@ -86,7 +86,7 @@ def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
     folder = smoke(family)
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     expected = {"config.yaml", "run.json", "metrics.csv", "report.html", "student/model_index.json"}
-    expected |= {"checkpoints/last.ckpt", "samples/captions.txt"}
+    expected |= {"checkpoints/step_000002.ckpt", "samples/captions.txt"}
     expected |= {f"samples/step_{step:06d}.png" for step in (0, 1, 2)}
     assert expected <= present, expected - present
 
@@ -112,7 +112,7 @@ def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
     report = (folder / "report.html").read_text()
     assert report.lstrip().lower().startswith("<!doctype html>")
     assert "http://" not in report.replace("http://www.w3.org", "")  # self-contained
-    kept = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    kept = torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)
     assert kept["global_step"] == kept["distill"]["iteration"] == 2
 
 
@@ -120,7 +120,7 @@ def test_exported_student_of_a_run_is_its_average(family, smoke, teachers):
     from distill.build import student_of
 
     folder = smoke(family)
-    average = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["distill"]["ema"]
+    average = torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)["distill"]["ema"]
     network = student_of(str(folder)).network
     found = dict(network.named_parameters())
     assert set(found) == set(average)
@@ -162,7 +162,8 @@ def test_a_run_goes_on_where_it_stopped(family, smoke, command, pipelines, shard
     again = [argument for argument in first if not argument.startswith("run_dir")]
     assert command("run", *again, f"resume={tmp_path / 'parts'}", "trainer.max_steps=4")[0] == 0
     one, other = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "parts")
+        torch.load(tmp_path / name / "checkpoints" / "step_000004.ckpt", weights_only=True)
+        for name in ("whole", "parts")
     )
     assert one["global_step"] == other["global_step"] == 4
     assert tiny.same(one["state_dict"], other["state_dict"])

@@ -3,82 +3,70 @@ by a method, on data."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
-import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
-import distill.shapes
+from distill.checkpoint import AtomicIO, Checkpoints, requeue
+from distill.compose import make, processes, shipped
+from distill.ema import Ema
+from distill.files import gathered, newest, read
+from distill.record import versions
+from distill.strategies import DataParallel, FullyShardedDataParallel
 
-PREFIXES = ("distill.", "torch.", "lightning.")  # what a configuration may build
 FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
 }
 EXPECTED = (  # warnings that say nothing new about a run of ours
     ".*does not have many workers.*",
-    ".*ModelCheckpoint.*manual optimization.*",
     ".*in eval mode.*",
-    ".*Checkpoint directory.*exists and is not empty.*",
     ".*Experiment logs directory.*exists and is not empty.*",
     ".*isinstance.treespec, LeafSpec.*",
 )
-SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
 
 
-def make(node: DictConfig) -> Any:
-    """The one way to instantiate: allowed targets only, plain containers, shipped paths made absolute."""
-    _refuse_foreign_targets(node)
-    node = OmegaConf.create(_resolve(OmegaConf.to_container(node, resolve=True)))
-    return instantiate(node, _convert_="all")
+def parts(cfg: DictConfig) -> tuple[Any, Any]:
+    """The data and the method of a run; seeds the global generators first."""
+    seed_everything(cfg.seed)
+    teacher, source = make(cfg.teacher), make(cfg.data)
+    return source, method(cfg, teacher)
 
 
-def _refuse_foreign_targets(node: Any) -> None:
-    if isinstance(node, DictConfig):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(PREFIXES):
-            raise ValueError(
-                f"_target_: {target} is refused: a configuration may name only {', '.join(p + '*' for p in PREFIXES)}"
-            )
-        for value in node.values():
-            _refuse_foreign_targets(value)
-    elif isinstance(node, ListConfig):
-        for value in node:
-            _refuse_foreign_targets(value)
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
+    import torch
 
-
-def _resolve(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _resolve(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_resolve(inner) for inner in value]
-    return shipped(value) if isinstance(value, str) else value
-
-
-def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
-    if not path.startswith(SHIPPED):
-        return path
-    folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
-    if not folder.exists():
-        known = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.exists() else []
-        raise FileNotFoundError(f"{path}: nothing of this name is shipped; there is {', '.join(known)}")
-    return str(folder)
-
-
-def teacher(cfg: DictConfig) -> Any:
-    return make(cfg.teacher)
-
-
-def source(cfg: DictConfig) -> Any:
-    return make(cfg.data)
+    accelerator, strategy = str(cfg.trainer.get("accelerator", "auto")), cfg.trainer.get("strategy", "auto")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator={accelerator}: there is no GPU here; use trainer.accelerator=cpu or auto"
+        )
+    named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
+    if "fsdp" in named.lower():
+        raise ValueError(
+            f"trainer.strategy={named}: FSDP1 wraps the forward pass, inside which two players cannot go backward; "
+            "use trainer=fsdp2"
+        )
+    if named.startswith("ddp") or named.endswith("DDPStrategy"):
+        raise ValueError(
+            f"trainer.strategy={named}: the players take turns, so the graph changes within a step, and a static graph "
+            "or a scan for unused parameters cannot serve it; use trainer=ddp"
+        )
+    wanted, given = (
+        getattr(get_object(str(node._target_)), "space", None) for node in (cfg.method, cfg.discriminator.features)
+    )
+    if wanted and given and wanted != given:
+        raise ValueError(
+            f"method reads a discriminator of {wanted}, and this discriminator looks at {given}; "
+            "choose another discriminator="
+        )
 
 
 def method(cfg: DictConfig, teacher: Any) -> Any:
@@ -98,62 +86,64 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder."""
     callbacks = [make(node) for node in cfg.callbacks.values() if node]
     for callback in callbacks:
-        if hasattr(callback, "dirpath"):
-            callback.dirpath = str(folder / "checkpoints")
+        if isinstance(callback, Checkpoints):
+            callback.folder = folder / "checkpoints"
+            callback.about = {"config": OmegaConf.to_container(cfg, resolve=True), "versions": versions()}
     loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
-    return make(cfg.trainer)(
+    build = make(cfg.trainer)
+    strategy = build.keywords.pop("strategy", None) or (DataParallel() if processes(cfg) > 1 else "auto")
+    own_files = isinstance(strategy, FullyShardedDataParallel)
+    return build(
+        strategy=strategy,
+        plugins=[] if own_files else [AtomicIO()],
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(folder),
         max_epochs=-1,
+        enable_checkpointing=False,  # ours are atomic and count student steps
         enable_progress_bar=False,  # ours counts student steps
         enable_model_summary=False,
         use_distributed_sampler=False,  # the stream shares out samples by itself
     )
 
 
-def run_folder(cfg: DictConfig) -> Path:
-    """The folder of this run, made: `run_dir`, or a fresh `runs/<date>_<name>`."""
-    if cfg.resume:
-        folder = Path(cfg.resume)
-        if not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"resume={cfg.resume}: not a run folder (it has no config.yaml)")
-        return folder
-    if cfg.run_dir:
-        folder = Path(cfg.run_dir)
-        if (folder / "config.yaml").exists():
-            raise FileExistsError(f"run_dir={folder} holds a run already; choose another or resume={folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        folder = Path("runs") / f"{stamp}_{name_of(cfg)}{suffix}"
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            continue
-    raise FileExistsError("a thousand runs began in one second; set run_dir=")
+def checkpoint_of(cfg: DictConfig) -> Path | None:
+    """What to go on from: the newest checkpoint that is whole."""
+    return newest(Path(cfg.resume)) if cfg.resume else None
 
 
-def name_of(cfg: DictConfig) -> str:
-    """`name`, or `<method>_<teacher>` as chosen on the command line."""
-    if cfg.name:
-        return cfg.name
-    if HydraConfig.initialized():
-        choices = HydraConfig.get().runtime.choices
-        return f"{choices['method']}_{choices['teacher']}"
-    return str(cfg.method._target_).rsplit(".", 1)[-1].lower()
+def iteration_of(checkpoint: Path) -> int:
+    """How many iterations the run behind this checkpoint had made."""
+    return read(checkpoint)["distill"]["iteration"]
 
 
-def position(checkpoint: Path) -> int:
-    """How many batches the run behind this checkpoint had read."""
-    import torch
+def averaged(method: Any, *, first: bool) -> dict[str, Any]:
+    """The averages of the student, whole, in the first process; all processes must call this."""
+    return gathered(method.ema.state_dict(), keep=first)
 
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"resume: {checkpoint.parent} holds no checkpoint to go on from")
-    kept = torch.load(checkpoint, weights_only=True, map_location="cpu")["distill"]
-    return int(kept["iteration"]) * int(kept["accumulate"])
+
+def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
+    """Teacher and averaged student as one process can use them; made anew where the strategy has cut them up."""
+    teacher, student = method.teacher, method.student
+    if method.sharded:
+        teacher = make(cfg.teacher)
+        student = make(cfg.student)(teacher=teacher)
+    average_of = Ema(student)
+    average_of.load_state_dict(average)
+    average_of.copy_to(student)
+    return teacher, student.eval()
+
+
+def stopped(trainer: Any, method: Any, folder: Path) -> int:
+    """The exit code of a run that a signal has ended, said in words; 0 if none has."""
+    by = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
+    if by is None:
+        return 0
+    if trainer.is_global_zero:
+        print(f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}")
+        if by == signal.SIGUSR1:
+            requeue()
+    return 0 if by == signal.SIGUSR1 else 128 + by
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 
 class Ema:
@@ -94,7 +95,10 @@ def _precise(p: Tensor) -> Tensor:
 def _write(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     # In place: optimisers, compiled graphs and sharding all hold on to these very tensors.
     for name, target in targets.items():
-        target.copy_(values[name])
+        value = values[name]
+        if hasattr(target, "device_mesh") and not hasattr(value, "device_mesh"):  # a part of what was saved whole
+            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+        target.copy_(value)
 
 
 def _refuse_misfits(averages: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:

@@ -24,7 +24,7 @@ def judge(cfg: DictConfig) -> None:
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"run={cfg.run}: not a run folder (it has no config.yaml)")
     student = build.student_of(cfg.run)
-    teacher = build.teacher(OmegaConf.load(folder / "config.yaml"))
+    teacher = build.make(OmegaConf.load(folder / "config.yaml").teacher)
     print(build.table(build.make(cfg.metrics)(student, teacher, folder)))
     print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
 

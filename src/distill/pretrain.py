@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def pretrain(cfg: DictConfig) -> Path:
     """All stages asked for; returns the folder of the models."""
-    from distill.build import make
+    from distill.compose import make
     from distill.pretraining.plan import Plan
     from distill.pretraining.stages import run
 

@@ -18,33 +18,40 @@ PACKAGES = ("distill", "torch", "lightning", "diffusers", "transformers", "hydra
 
 
 class RunRecord:
-    """Facts of a run, written at its start, after training and at its end."""
+    """Facts of a run: written when it begins or goes on, after training and at its end."""
 
-    def __init__(self, folder: Path, *, command: str, name: str):
-        self._path, self._began = folder / "run.json", time.monotonic()
-        self.facts: dict[str, Any] = {
-            "name": name,
-            "command": command,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "status": "stopped",
-            "commit": _commit(),
-            "hardware": hardware(),
-            "versions": {"python": platform.python_version(), **_versions()},
-        }
-        self._write()
+    def __init__(self, folder: Path):
+        self._path = folder / "run.json"
+        self.facts: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+
+    def begun(self, command: str, name: str) -> None:
+        if self.facts:
+            self.facts["resumed"] = [*self.facts.get("resumed", []), {"command": command, "at": _now()}]
+        else:
+            self.facts = {"name": name, "command": command, "started": _now(), "train_seconds": 0.0}
+        self.facts |= {"status": "stopped", "commit": _commit(), "hardware": hardware()}
+        self._write(began=time.time(), versions=versions())
 
     def trained(self, method: Any) -> None:
-        seconds = round(time.monotonic() - self._began, 1)
-        self.facts |= {"train_seconds": seconds, "steps": method.step, "images_seen": method.images_seen}
-        self.facts |= {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
-        self._write()
+        """The seconds of a run that was resumed add up over its parts."""
+        seconds = round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
+        names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
+        counts = {"steps": method.step, "images_seen": method.images_seen, "skipped": method.skipped}
+        self._write(train_seconds=seconds, trained=time.time(), **names, **counts)
 
     def finished(self) -> None:
-        self.facts |= {"status": "finished", "wall_seconds": round(time.monotonic() - self._began, 1)}
-        self._write()
+        seconds = self.facts["train_seconds"] + time.time() - self.facts["trained"]
+        self._write(status="finished", wall_seconds=round(seconds, 1))
 
-    def _write(self) -> None:
-        self._path.write_text(json.dumps(self.facts, indent=2) + "\n")
+    def _write(self, **more: Any) -> None:
+        self.facts |= more
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(self.facts, indent=2) + "\n")
+        part.replace(self._path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def hardware() -> str:
@@ -64,8 +71,9 @@ def _commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Python and the packages that decide results."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -12,55 +12,82 @@ from distill._conf import CONF_DIR
 from distill.errors import said_plainly
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from omegaconf import DictConfig
 
 
-def distil(cfg: DictConfig) -> Path:
-    """The whole run; returns its folder. Heavy libraries load only now, so that --help stays quick."""
+def begin(cfg: DictConfig) -> int:
+    """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
     from omegaconf import OmegaConf
 
-    from distill import build
+    from distill import build, compose, launch
     from distill.record import RunRecord
 
-    build.seed_everything(cfg.seed)
+    if cfg.resume:
+        compose.folder_of(cfg.resume)
+        build.checkpoint_of(cfg)
+        cfg = compose.going_on(cfg)
+    build.check(cfg)
+    processes = compose.processes(cfg)
+    several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
-    teacher, source = build.teacher(cfg), build.source(cfg)
-    method = build.method(cfg, teacher)
-    folder = build.run_folder(cfg)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    record = RunRecord(folder, command=" ".join(["python -m distill.run", *sys.argv[1:]]), name=build.name_of(cfg))
-    print(f"run folder: {folder}")
+    parts = None if several else build.parts(cfg)
+    folder = compose.run_folder(cfg)
+    if compose.rank() == 0:
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        RunRecord(folder).begun(" ".join(["python -m distill.run", *sys.argv[1:]]), compose.name_of(cfg))
+        print(f"run folder: {folder}")
+    if not several:
+        return train(cfg, folder, parts)
+    code = launch.launch(folder, processes)
+    if code and not cfg.resume and not any((folder / "checkpoints").glob("*.ckpt")):
+        shutil.rmtree(folder)
+    return code
+
+
+def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
+    """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
+    from distill import build, compose
+    from distill.record import RunRecord
+
+    source, method = parts or build.parts(cfg)
     trainer = build.trainer(cfg, folder)
-    checkpoint = folder / "checkpoints" / "last.ckpt" if cfg.resume else None
-    start = build.position(checkpoint) if checkpoint else 0
-    loader = source.loader(seed=cfg.seed, rank=trainer.global_rank, world=trainer.world_size, start=start)
+    checkpoint = build.checkpoint_of(cfg)
+    start = build.iteration_of(checkpoint) * method.engine.accumulate if checkpoint else 0
+    loader = source.loader(seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start)
     trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
-    record.trained(method)
+    student = build.averaged(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
-        finish(cfg, method, folder, record)
-    return folder
+        RunRecord(folder).trained(method)
+    if code := build.stopped(trainer, method, folder):
+        return code
+    if trainer.is_global_zero:
+        finish(cfg, method, student, folder)
+    return 0
 
 
-def finish(cfg: DictConfig, method: Any, folder: Path, record: Any) -> None:
+def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
-    from distill import build
+    from distill import build, compose
+    from distill.record import RunRecord
     from distill.report import write_report
     from distill.students import save_pipeline
 
-    method.ema.copy_to(method.student)
-    method.student.eval()
-    print(f"student: {save_pipeline(method.student, method.teacher, folder / 'student')}")
+    teacher, student = build.whole(cfg, method, average)
+    print(f"student: {save_pipeline(student, teacher, folder / 'student')}")
     if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
-        rows = build.make(cfg.metrics)(method.student, method.teacher, folder)
+        rows = compose.make(cfg.metrics)(student, teacher, folder)
         print(build.table(rows))
-    record.finished()
+    RunRecord(folder).finished()
     print(f"report: {write_report(folder)}")
 
 
 @hydra.main(config_path=CONF_DIR, config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with said_plainly():
-        distil(cfg)
+        if code := begin(cfg):
+            raise SystemExit(code)
 
 
 if __name__ == "__main__":

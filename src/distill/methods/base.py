@@ -10,6 +10,7 @@ the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from distill.types import Batch, Denoiser, Features, Heads, Teacher, Terms
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Fake = Mapping[str, Any]
+log = logging.getLogger("distill.training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Engine:
     head_start: int = 0
     accumulate: int = 1
     ema_decay: float = 0.999
+    stop_after_bad: int = 20  # iterations in a row whose gradient is not finite
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
@@ -75,7 +78,10 @@ class Distillation(L.LightningModule):
         self.engine, self.seed = engine, seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
+        self.skipped, self._bad_in_a_row = 0, 0  # student updates left out; iterations with any left out
+        self.updated = False  # whether the last iteration moved the student
         self._pending: list[Batch] = []
+        self.sharded = False
 
     # -- what a method says ------------------------------------------------------------------------------------------
 
@@ -108,11 +114,11 @@ class Distillation(L.LightningModule):
     @property
     def step(self) -> int:
         """Student updates so far."""
-        return max(0, self.iteration - self.engine.head_start)
+        return max(0, self.iteration - self.engine.head_start - self.skipped)
 
     def record(self, **values: Tensor | float) -> None:
         """Log values of this step beside the losses."""
-        self._log.update({k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()})
+        self._log.update({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -121,19 +127,35 @@ class Distillation(L.LightningModule):
             if isinstance(part, nn.Module):
                 part.to(self.device)
 
+    def configure_model(self) -> None:
+        """Where the strategy cuts networks up, have it do so; the average is then of the parts."""
+        shard = getattr(self.trainer.strategy, "shard", None)
+        if shard is None or self.sharded:
+            return
+        self.sharded = True
+        for network in (self.student.model, self.heads, self.teacher.network.model):
+            shard(network)
+        self.ema = Ema(self.student, decay=self.engine.ema_decay)
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         players = [self.engine.student(self.student.parameters()), self.engine.discriminator(self.heads.parameters())]
         for optimizer in players:
             for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
+                group["initial_lr"] = group["lr"]
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in players]
         return players
+
+    def on_train_start(self) -> None:
+        for optimizer, peaks in zip(self._players(), self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["initial_lr"] = peak  # a checkpoint brings its own, but the configuration has the last word
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._pending.append(self._embedded(batch))
         if len(self._pending) < self.engine.accumulate:
             return
         batches, self._pending = self._pending, []
-        self._log: dict[str, float] = {}
+        self._log: dict[str, Tensor | float] = {}
         student, discriminator = self._players()
         leading = self.iteration < self.engine.head_start
         if self.engine.accumulate == 1:
@@ -142,49 +164,75 @@ class Distillation(L.LightningModule):
         else:  # one graph at a time: the fakes are made again, alike, in the student phase
             with torch.no_grad():
                 fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches)]
-        for turn in range(self.engine.discriminator_updates):
-            self._update_discriminator(batches, fakes, discriminator, turn)
-        if not leading:
-            self._update_student(batches, fakes, student)
+        turns = range(self.engine.discriminator_updates)
+        moved = [self._update_discriminator(batches, fakes, discriminator, turn) for turn in turns]
+        self.updated = not leading and self._update_student(batches, fakes, student)
         self.iteration += 1
+        self.skipped += not leading and not self.updated
+        self._bad_in_a_row = 0 if all(moved) and (self.updated or leading) else self._bad_in_a_row + 1
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
-        self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen)
-        self.log_dict(self._log, prog_bar=False)
+        self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen, skipped=self.skipped)
+        self.log_dict(self._numbers(), prog_bar=False)
+        if self._bad_in_a_row >= self.engine.stop_after_bad:
+            raise FloatingPointError(
+                f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}; "
+                "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
+            )
 
-    def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> None:
+    def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> bool:
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         for i, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
             terms = self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn))
             self._backward("d", terms)
-        self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
+        return self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
 
-    def _update_student(self, batches: list[Batch], fakes: list[Fake], optimizer: Any) -> None:
+    def _update_student(self, batches: list[Batch], fakes: list[Fake], optimizer: Any) -> bool:
         self.heads.requires_grad_(False)  # their weight gradients would be computed and thrown away
         optimizer.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
             fake = fakes[0] if len(batches) == 1 else self.fake(batch, self._generator(i))
             self._backward("g", self.student_loss(batch, fake, self._generator(i, stream=0)))
-        self._clip_and_step("g", self.student, optimizer, self.engine.clip_student)
+        updated = self._clip_and_step("g", self.student, optimizer, self.engine.clip_student)
         self.heads.requires_grad_(True)
-        self.ema.update(self.step)
-        for parameter in self.after_step(self._generator(0, stream=-1)):
-            self._players()[1].optimizer.state.pop(parameter, None)
+        if updated:
+            self.ema.update(self.step)
+            for parameter in self.after_step(self._generator(0, stream=-1)):
+                self._players()[1].optimizer.state.pop(parameter, None)
+        return updated
 
     def _backward(self, player: str, terms: Terms) -> None:
         total = torch.stack(list(terms.values())).sum() / self.engine.accumulate
         self.manual_backward(total)
         for name, value in terms.items():
             key = f"{player}/{name}"
-            self._log[key] = self._log.get(key, 0.0) + float(value.detach()) / self.engine.accumulate
+            self._log[key] = self._log.get(key, 0.0) + value.detach() / self.engine.accumulate
 
-    def _clip_and_step(self, player: str, module: nn.Module, optimizer: Any, limit: float) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+    def _clip_and_step(self, player: str, module: nn.Module, optimizer: Any, limit: float) -> bool:
+        """Average over processes, clip, step; nothing happens, in any process, if the gradient is not finite."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if average := getattr(self.trainer.strategy, "average_gradients", None):
+            average(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         rate = self.engine.rate(self.step, self.trainer.max_steps)
+        self.record(**{f"{player}/grad_norm": norm, f"{player}/lr": optimizer.param_groups[0]["initial_lr"] * rate})
+        if not math.isfinite(norm):
+            terms = {k: float(v) for k, v in self._log.items() if k.startswith(f"{player}/")}
+            log.warning("step %d: a gradient is not finite and its update is left out: %s", self.step, terms)
+            return False
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         optimizer.step()
-        self.record(**{f"{player}/grad_norm": norm, f"{player}/lr": optimizer.param_groups[0]["lr"]})
+        return True
+
+    def _numbers(self) -> dict[str, float]:
+        """What was recorded, as floats, averaged over processes; one transfer for all of it."""
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in self._log.values()])
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        return dict(zip(self._log, values.tolist(), strict=True))
 
     def _players(self) -> tuple[Any, Any]:
         """Both optimisers; only the student's advances `global_step`.
@@ -199,9 +247,10 @@ class Distillation(L.LightningModule):
         return student, discriminator
 
     def _generator(self, micro: int, stream: int = -2) -> torch.Generator:
-        """Randomness of (seed, iteration, rank, micro-batch, stream); stream -1 is the same on every rank."""
-        rank = 0 if stream == -1 else self.global_rank
-        key = (self.seed, self.iteration, rank, micro, stream + 2)
+        """Randomness of (seed, iteration, micro-batch, stream); stream -1 is the same on every rank."""
+        world = self.trainer.world_size if self._trainer else 1
+        place = 0 if stream == -1 else micro * world + self.global_rank  # as the stream counts
+        key = (self.seed, self.iteration, place, stream + 2)
         mixed = 0
         for part in key:  # a counter-based stream: splitmix-style mixing of the key into 63 bits
             mixed = (mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
@@ -220,11 +269,12 @@ class Distillation(L.LightningModule):
         checkpoint["distill"] = {
             "iteration": self.iteration,
             "images_seen": self.images_seen,
-            "accumulate": self.engine.accumulate,
+            "skipped": self.skipped,
             "ema": self.ema.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["distill"]
         self.iteration, self.images_seen = kept["iteration"], kept["images_seen"]
+        self.skipped = kept["skipped"]
         self.ema.load_state_dict(kept["ema"])

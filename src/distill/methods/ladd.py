@@ -36,6 +36,8 @@ class LADD(Distillation):
         distill_weight: lambda of |x0_hat - teacher's estimate|^2, for real data; 0 leaves the term out.
     """
 
+    space = "latents"  # what its discriminator looks at
+
     def __init__(
         self,
         *,

@@ -1,0 +1,112 @@
+"""When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from distill.files import read, remove, write
+from distill.methods.base import Distillation
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM announces a job's end by the last one
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Lightning's reading and writing, by ours."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove(Path(path))
+
+
+class Checkpoints(L.Callback):
+    """Saves every `every` student steps, at the end, and when asked to stop by a signal; keeps the last `keep`.
+
+    Args:
+        every: student steps between checkpoints.
+        keep: how many of the newest stay; 0 keeps all.
+        archive: also keep for good one every so many steps; 0 keeps none.
+        best: a logged value; the checkpoint where it was best is kept as best.ckpt. Its sign: `best_is` min or max.
+    """
+
+    def __init__(
+        self, every: int = 250, keep: int = 2, archive: int = 0, best: str | None = None, best_is: str = "min"
+    ):
+        if every < 1 or keep < 0 or best_is not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min or max")
+        self.every, self.keep, self.archive, self.best, self.best_is = every, keep, archive, best, best_is
+        self.folder = Path("checkpoints")
+        self.about: dict[str, Any] = {}
+        self.stopped_by: signal.Signals | None = None
+        self._best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best = state["best"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["about"] = self.about
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for leftover in self.folder.glob("*.part") if trainer.is_global_zero else ():
+            remove(leftover)
+        # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
+        self._before = {name: signal.signal(name, self._heard) for name in STOPPING}
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for name, handler in self.__dict__.pop("_before", {}).items():
+            signal.signal(name, handler)
+
+    def _heard(self, number: int, _frame: Any) -> None:
+        if number == self.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: now, and without a checkpoint
+        self.stopped_by = signal.Signals(number)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        step, updated = pl_module.step, pl_module.updated
+        if trainer.world_size > 1:  # one process was told: all must save, and together
+            number = trainer.strategy.reduce(torch.tensor(float(self.stopped_by or 0)), reduce_op="max")
+            self.stopped_by = signal.Signals(int(number)) if number else None
+        if self.stopped_by:
+            trainer.should_stop = True
+        if self.stopped_by or (updated and (step % self.every == 0 or step == trainer.max_steps)):
+            self._save(trainer, step)
+
+    def _save(self, trainer: L.Trainer, step: int) -> None:
+        path = self.folder / f"step_{step:06d}.ckpt"
+        trainer.save_checkpoint(path)
+        if not trainer.is_global_zero:
+            return
+        if self.best and (value := trainer.callback_metrics.get(self.best)) is not None:
+            better = self._best is None or (value < self._best if self.best_is == "min" else value > self._best)
+            if better:
+                self._best = float(value)
+                remove(self.folder / "best.ckpt")
+                (shutil.copytree if path.is_dir() else os.link)(path, self.folder / "best.ckpt")
+        steps = sorted(int(p.stem[5:]) for p in self.folder.glob("step_*.ckpt"))
+        for old in steps[: -self.keep] if self.keep else ():
+            if not (self.archive and old % self.archive == 0):
+                remove(self.folder / f"step_{old:06d}.ckpt")
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again, after a SIGUSR1."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
+    if job and os.environ.get("SLURM_PROCID", "0") == "0":
+        subprocess.run(["scontrol", "requeue", job], check=False)

@@ -1,0 +1,177 @@
+"""What is done with a configuration before anything is built: safe instantiation, paths, run folders, going on.
+
+Nothing here imports torch, so that commands can refuse a mistake at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+import distill.shapes
+
+CLASSES = ("distill.", "torch.optim.", "torch.nn.", "lightning.pytorch.")  # what a configuration may build
+FUNCTIONS = ("distill.students.", "distill.data.source.")  # and what it may call
+SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
+FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")  # once a run has begun
+
+
+def make(node: DictConfig) -> Any:
+    """The one way to instantiate: allowed targets only, plain containers, shipped paths made absolute."""
+    _refuse_foreign_targets(node)
+    node = OmegaConf.create(_resolve(OmegaConf.to_container(node, resolve=True)))
+    return instantiate(node, _convert_="all")
+
+
+def _refuse_foreign_targets(node: Any) -> None:
+    if isinstance(node, DictConfig):
+        if (target := node.get("_target_")) is not None:
+            _refuse_unless_allowed(str(target))
+        for value in node.values():
+            _refuse_foreign_targets(value)
+    elif isinstance(node, ListConfig):
+        for value in node:
+            _refuse_foreign_targets(value)
+
+
+def _refuse_unless_allowed(target: str) -> None:
+    """A class of ours, of an optimiser or of Lightning, by its public name: not whatever a module happens to import."""
+    target = target.replace("lightning.Trainer", "lightning.pytorch.Trainer")
+    if target.startswith(CLASSES):
+        found = get_object(target)
+        home = f"{found.__module__}." if hasattr(found, "__module__") else ""
+        if home.startswith(CLASSES if inspect.isclass(found) else FUNCTIONS) and target.count(".") > 1:
+            return
+    allowed = ", ".join(c + "*" for c in CLASSES)
+    raise ValueError(f"_target_: {target} is refused: a configuration may build only classes of {allowed}")
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolve(inner) for inner in value]
+    return shipped(value) if isinstance(value, str) else value
+
+
+def shipped(path: str) -> str:
+    """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
+    if not path.startswith(SHIPPED):
+        return path
+    folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
+    if not folder.exists():
+        known = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.exists() else []
+        raise FileNotFoundError(f"{path}: nothing of this name is shipped; there is {', '.join(known)}")
+    return str(folder)
+
+
+def name_of(cfg: DictConfig) -> str:
+    """`name`, or `<method>_<teacher>` as chosen on the command line."""
+    if cfg.name:
+        return cfg.name
+    if HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+        return f"{choices['method']}_{choices['teacher']}"
+    return str(cfg.method._target_).rsplit(".", 1)[-1].lower()
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """The folder of this run, made: `resume`, `run_dir`, or a fresh `runs/<date>_<name>`."""
+    if cfg.resume:
+        return folder_of(cfg.resume)
+    if cfg.run_dir:
+        folder = Path(cfg.run_dir)
+        if rank() == 0 and (folder / "config.yaml").exists():
+            raise FileExistsError(f"run_dir={folder} holds a run already; choose another or resume={folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    if "SLURM_PROCID" in os.environ:
+        folder = Path("runs") / f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    if "RANK" in os.environ:
+        raise ValueError("run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there")
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        folder = Path("runs") / f"{stamp}_{name_of(cfg)}{suffix}"
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError("a thousand runs began in one second; set run_dir=")
+
+
+def folder_of(resume: str) -> Path:
+    """The run folder that `resume`, a run folder or one of its checkpoints, lies in."""
+    path = Path(resume)
+    folder = path.parent.parent if path.name.endswith(".ckpt") else path
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"resume={resume}: not a run folder, nor a checkpoint in one (there is no config.yaml)")
+    return folder
+
+
+def rank() -> int:
+    """Which of the run's processes this one is, before anything distributed has begun."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def going_on(cfg: DictConfig) -> DictConfig:
+    """The configuration of the run that is resumed, with what the command line changes in it.
+
+    Raises ValueError if that would be another model or another order of the data, naming the keys.
+    """
+    before = OmegaConf.load(folder_of(cfg.resume) / "config.yaml")
+    now = before.copy()
+    OmegaConf.set_struct(now, False)
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if override.startswith("~") or OmegaConf.select(cfg, key) is not None:  # not experiment= and the like
+            OmegaConf.update(now, key, OmegaConf.select(cfg, key), merge=False)
+    now.resume = cfg.resume
+    old, new = (OmegaConf.to_container(c, resolve=True) for c in (before, now))
+    different = [line for line in changed(old, new) if line.startswith(FIXED)]
+    if (a := global_batch(before)) != (b := global_batch(now)):
+        different.append(f"samples a step={b} (was {a}: batch_size x accumulate x devices x nodes)")
+    if different:
+        raise ValueError(
+            f"resume={cfg.resume}: this would be another run, with {'; '.join(different)}; "
+            "take that back, or begin anew"
+        )
+    return now
+
+
+def global_batch(cfg: DictConfig) -> int:
+    """Samples that one step reads, over all processes."""
+    return cfg.data.batch_size * cfg.optimizer.get("accumulate", 1) * processes(cfg)
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes train, over all nodes."""
+    devices = cfg.trainer.get("devices", 1)
+    if devices in ("auto", -1, "-1"):
+        import torch
+
+        devices = max(1, torch.cuda.device_count())
+    count = len(devices) if isinstance(devices, ListConfig) else int(devices)
+    return count * cfg.trainer.get("num_nodes", 1)
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key=now (was before)` for every leaf that differs."""
+    old, new = _leaves(before), _leaves(now)
+    return [f"{k}={new.get(k)} (was {old.get(k)})" for k in sorted(old | new) if old.get(k) != new.get(k)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix[:-1]: tree}
+    return {k: v for name, inner in tree.items() for k, v in _leaves(inner, f"{prefix}{name}.").items()}

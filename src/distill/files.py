@@ -1,0 +1,123 @@
+"""Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes.
+
+checkpoints/step_000250.ckpt     a file, or a folder with one part per process (FSDP2 on request)
+checkpoints/best.ckpt            the best by a logged value, if one was named
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("distill.checkpoint")
+CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Write beside, flush to disk, rename: a file of the final name is always complete. Raises OSError in words."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
+        part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise OSError(
+            f"cannot write the checkpoint {path} ({reason}); those before it are untouched: make room, then resume"
+        ) from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
+    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    try:
+        parts = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
+        kept = joined(parts)
+        if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
+            raise KeyError("parts are missing")
+        kept["distill"]["iteration"], kept["about"]["config"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # damaged files raise nearly anything, and a pickle with code in it UnpicklingError
+        what = (str(error).splitlines() or [type(error).__name__])[0][:90]
+        raise ValueError(f"{path} is cut short or no checkpoint of distill ({what})") from None
+    return kept
+
+
+def newest(path: Path) -> Path:
+    """The checkpoint to go on from: `path` itself, or the newest of a run folder; a bad one is named and passed over.
+
+    Raises FileNotFoundError if there is none, ValueError if none can be used.
+    """
+    found = sorted((path / "checkpoints").glob("step_*.ckpt"), reverse=True) if path.name[-5:] != ".ckpt" else [path]
+    if path.name.endswith(".ckpt"):
+        found += [other for other in sorted(path.parent.glob("step_*.ckpt"), reverse=True) if other.name < path.name]
+    if not found or not (path.exists()):
+        raise FileNotFoundError(f"resume={path}: holds no checkpoint to go on from")
+    problems = []
+    for candidate in found:
+        try:
+            read(candidate)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            log.warning("%s; going on from %s instead", problem, candidate.name)
+        return candidate
+    raise ValueError(f"resume={path}: no checkpoint can be used: {'; '.join(problems)}")
+
+
+# -- tensors that several processes share ------------------------------------------------------------------------------
+
+
+def gathered(tree: Any, *, keep: bool) -> Any:
+    """Every cut tensor put together, on the CPU; all processes must call this, those with `keep` get the result."""
+
+    def whole(x: Any) -> Any:
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x
+        return x.cpu() if keep else None
+
+    return _map(tree, whole)
+
+
+def split(tree: Any) -> Any:
+    """This process's parts of all cut tensors."""
+    return _map(tree, lambda x: {CUT: x.to_local().cpu()} if hasattr(x, "to_local") else x.cpu())
+
+
+def joined(parts: list[Any]) -> Any:
+    """The inverse of `split`, from the parts of all processes in the order of their ranks."""
+    first = parts[0]
+    if isinstance(first, dict):
+        if CUT in first:
+            return torch.cat([part[CUT] for part in parts])
+        return {key: joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, list):
+        return [joined([part[i] for part in parts]) for i in range(len(first))]
+    return first
+
+
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _map(value, change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_map(value, change) for value in tree]
+    return change(tree) if isinstance(tree, Tensor) else tree

@@ -1,0 +1,141 @@
+"""How processes share the work: `DataParallel` copies everything, `FullyShardedDataParallel` (FSDP2) cuts it up.
+
+With W processes a step is the one that a single process makes with `optimizer.accumulate` W times as large: the stream
+hands out the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.files import gathered, read, remove, split, write
+
+BUCKET = 32 * 1024 * 1024  # numbers reduced at once: large enough to be fast, small beside the model
+
+
+class DataParallel(DDPStrategy):
+    """Copies in every process, and gradients averaged once a step.
+
+    There is no DDP wrapper: two players take turns, a pool of heads is used in parts, and a wrapper would either refuse
+    parameters without gradient or look for them at every step. Gradients of what was not used count as zero.
+    """
+
+    def configure_ddp(self) -> None:
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            dist.broadcast(tensor.data, src=0)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the processes."""
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in parameters]):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Gradients in their order, cut into lists of one dtype and at most BUCKET numbers each (or one tensor)."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        size += gradient.numel()
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or size > BUCKET:
+            buckets.append([])
+            size = gradient.numel()
+        buckets[-1].append(gradient)
+    return buckets
+
+
+class FullyShardedDataParallel(ModelParallelStrategy):
+    """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block when they run.
+
+    Args:
+        sharded_checkpoints: every process writes its own part, into a folder, instead of all into one file.
+        reduce_dtype: of the gradient's sum over processes.
+    """
+
+    def __init__(self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any):
+        super().__init__(data_parallel_size="auto", tensor_parallel_size=1, **options)
+        self._sharded_checkpoints = sharded_checkpoints
+        self._policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_processes * self.num_nodes  # Lightning's own "auto" gives all the same data
+        super().setup_environment()
+
+    def shard(self, module: nn.Module) -> None:
+        """Cut `module` in place: its blocks one by one, then what is left of it."""
+        mesh = self.device_mesh["data_parallel"]
+        # Resharded after every forward: otherwise what an average reads and writes would not be what runs.
+        options = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": self._policy}
+        for child in module.modules():
+            if isinstance(child, nn.ModuleList):
+                for block in child:
+                    fully_shard(block, **options)
+        fully_shard(module, **options)
+
+    # -- checkpoints: whole ones are the very files that one process writes, so that any number may go on from them ----
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if not self._sharded_checkpoints:
+            whole = gathered(checkpoint, keep=self.is_global_zero)
+            if self.is_global_zero:
+                write(whole, path)
+        else:
+            part = path.with_name(path.name + ".part")
+            write(split(checkpoint), part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt")
+            self.barrier()
+            if self.is_global_zero:
+                remove(path)
+                part.rename(path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(Path(self.broadcast(str(checkpoint_path))))
+
+    @torch.no_grad()
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        saved = checkpoint["state_dict"]
+        for name, target in self.lightning_module.state_dict().items():
+            target.copy_(_like(saved[name], target))
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                i: {k: _like(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in state.items()}
+                for i, state in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": moments})
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor as `target` keeps it: cut among the processes, or not."""
+    value = value.to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
