@@ -6,7 +6,7 @@ hands out the same samples, and noise is drawn for (iteration, rank * accumulate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,8 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         mesh = self.device_mesh["data_parallel"]
         # Resharded after every forward: otherwise what an average reads and writes would not be what runs.
         options = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": self._policy}
-        for child in module.modules():
-            if isinstance(child, nn.ModuleList):
-                for block in child:
-                    fully_shard(block, **options)
+        for block in _blocks(module):
+            fully_shard(block, **options)
         fully_shard(module, **options)
 
     # -- checkpoints: whole ones are the very files that one process writes, so that any number may go on from them ----
@@ -133,6 +131,12 @@ class FullyShardedDataParallel(ModelParallelStrategy):
                 for i, state in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": moments})
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost lists of modules: a transformer's blocks, a UNet's stages."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""One process of a test in `test_distributed.py`: trains LADD on a tiny pipeline and writes what it ended with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+
+import tiny  # beside this script, hence on the path
+from distill.checkpoint import AtomicIO
+from distill.data import source
+from distill.files import gathered, read
+from distill.strategies import DataParallel, FullyShardedDataParallel
+from distill.teachers.sd3 import SD3
+
+STEPS = 4
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.seen: dict[str, list[float]] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.updated:
+            for name in ("d/adv", "g/adv", "g/grad_norm", "d/grad_norm"):
+                self.seen.setdefault(name, []).append(float(trainer.callback_metrics[name]))
+
+
+class SaveAt(L.Callback):
+    def __init__(self, step: int | None, folder: Path):
+        self.step, self.folder = step, folder
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.step == self.step:
+            trainer.save_checkpoint(self.folder / f"step_{self.step:06d}.ckpt")
+            trainer.should_stop = True
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["about"] = {"config": {}}
+
+
+def strategy_of(name: str | None):
+    if name is None:
+        return "auto"
+    return DataParallel() if name == "ddp" else FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"))
+
+
+def main(asked: dict) -> None:
+    rank, folder = int(os.environ["RANK"]), Path(asked["folder"])
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    method = tiny.ladd(SD3(asked["teacher"]), accumulate=asked.get("accumulate", 1))
+    losses = Losses()
+    if "poison" in asked:  # [rank, iteration]: there one loss of the student is not a number
+        loss = method.student_loss
+
+        def poisoned(*arguments):
+            bad = asked["poison"] == [rank, method.iteration]
+            return {k: v * (float("nan") if bad else 1.0) for k, v in loss(*arguments).items()}
+
+        method.student_loss = poisoned
+    own_files = str(asked.get("strategy")).startswith("fsdp2")
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=asked["processes"],
+        strategy=strategy_of(asked.get("strategy")),
+        plugins=[] if own_files else [AtomicIO()],
+        default_root_dir=str(folder),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[losses, SaveAt(asked.get("save_at"), folder)],
+    )
+    resume = Path(asked["resume"]) if "resume" in asked else None
+    start = read(resume)["distill"]["iteration"] * asked.get("accumulate", 1) if resume else 0
+    loader = source.latents(asked["data"], batch_size=2).loader(
+        seed=0, rank=rank, world=asked["processes"], start=start
+    )
+    trainer.fit(method, loader, ckpt_path=resume, weights_only=True)
+    end = {
+        "student": gathered(method.student.state_dict(), keep=True),
+        "heads": gathered(method.heads.state_dict(), keep=True),
+        "ema": gathered(method.ema.state_dict(), keep=True),
+        "losses": {name: values[-2:] for name, values in losses.seen.items()},
+        "counts": {"step": method.step, "iteration": method.iteration - method.skipped, "global": trainer.global_step},
+        "skipped": method.skipped,
+    }
+    torch.save(end, folder / f"end_{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,105 @@
+"""Two processes and one: the same losses and weights, whole and cut-up checkpoints, any number going on from any other.
+
+The workers are processes of their own on gloo; each writes what it ended with into a file that the test reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def run(folder: Path, *, processes: int, **options) -> list[dict]:
+    """Train in so many processes; what each of them ended with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    from distill.launch import _free_port
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    workers = []
+    for rank in range(processes):
+        own = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
+        asked = json.dumps({"folder": str(folder), "processes": processes, **options})
+        environment = {**os.environ, **shared, **own}
+        workers.append(
+            subprocess.Popen([sys.executable, WORKER, asked], env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for worker in workers:
+        _, err = worker.communicate(timeout=240)
+        assert worker.returncode == 0, err[-3000:]
+    return [torch.load(folder / f"end_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def assert_close(a: dict, b: dict, what: str) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def assert_same_end(one: dict, other: dict) -> None:
+    for what in ("student", "heads", "ema"):
+        assert_close(one[what], other[what], what)
+    assert one["losses"].keys() == other["losses"].keys()
+    for name, values in one["losses"].items():
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(other["losses"][name]), rtol=1e-3, atol=1e-5)
+    assert one["counts"] == other["counts"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, pipelines, shards) -> dict:
+    """One process with two micro-batches of two: the global batch of the others, with the same noise."""
+    return run(
+        tmp_path_factory.mktemp("alone"), processes=1, teacher=str(pipelines("mmdit")), data=str(shards), accumulate=2
+    )[0]
+
+
+def test_training_moves_far_enough_to_tell_runs_apart(alone, teachers):
+    before = tiny.weights(teachers("mmdit").network)
+    moved = max(float((alone["student"][k] - v).abs().max()) for k, v in before.items())
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2_parts"])
+def test_two_processes_give_what_one_gives(strategy, alone, pipelines, shards, tmp_path):
+    ends = run(tmp_path, processes=2, strategy=strategy, teacher=str(pipelines("mmdit")), data=str(shards))
+    assert_same_end(ends[0], alone)
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ddp", "fsdp2", "fsdp2_parts"])
+@pytest.mark.parametrize("then", ["one", "ddp", "fsdp2"])
+def test_any_number_goes_on_from_any_other(first, then, alone, pipelines, shards, tmp_path):
+    parts = {"teacher": str(pipelines("mmdit")), "data": str(shards)}
+    run(tmp_path / "first", processes=2, strategy=first, save_at=2, **parts)
+    saved = str(tmp_path / "first" / "step_000002.ckpt")
+    how = {"processes": 1, "accumulate": 2} if then == "one" else {"processes": 2, "strategy": then}
+    assert_same_end(run(tmp_path / "then", resume=saved, **how, **parts)[0], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["ddp", "fsdp2"])
+def test_two_go_on_from_one(then, alone, pipelines, shards, tmp_path):
+    parts = {"teacher": str(pipelines("mmdit")), "data": str(shards)}
+    run(tmp_path / "first", processes=1, accumulate=2, save_at=2, **parts)
+    saved = str(tmp_path / "first" / "step_000002.ckpt")
+    ends = run(tmp_path / "then", processes=2, strategy=then, resume=saved, **parts)
+    assert_same_end(ends[0], alone)
+
+
+def test_a_bad_gradient_in_one_process_is_left_out_in_both(pipelines, shards, tmp_path):
+    parts = {"teacher": str(pipelines("mmdit")), "data": str(shards)}
+    ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], **parts)
+    assert [end["skipped"] for end in ends] == [1, 1]
+    assert all(torch.isfinite(v).all() for end in ends for v in end["student"].values())
+    assert tiny.same(ends[0]["student"], ends[1]["student"])
+    assert ends[0]["counts"]["step"] == 4
