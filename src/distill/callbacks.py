@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torchvision.utils import save_image
 from distill.methods.base import Distillation
 from distill.sampling import consistency, seeded
 from distill.shapes.judge import judging_prompts
+
+log = logging.getLogger("distill.health")
+HEALTH = ("d/accuracy", "d/real", "d/fake")
 
 
 class Progress(L.Callback):
@@ -59,7 +63,8 @@ class Health(L.Callback):
         change = torch._foreach_sub(before, [p.detach() for p in pl_module.student.parameters()])
         now, last = time.monotonic(), self._last
         self._last = (now, pl_module.images_seen)
-        values = {"g/update_ratio": float(_norm(change) / _norm(before))}
+        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in (_norm(change), _norm(before))]
+        values = {"g/update_ratio": float(norms[0] / norms[1])}
         if last:
             values["images_per_second"] = (pl_module.images_seen - last[1]) / (now - last[0])
         # Straight to the loggers: through `self.log` this callback's last values would be repeated on every later row.
@@ -69,6 +74,40 @@ class Health(L.Callback):
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
+class Alarms(L.Callback):
+    """Says in the log, in words, when the discriminator has become useless, by the mean over `window` steps."""
+
+    def __init__(self, window: int = 50):
+        self.window = window
+        self._seen: list[tuple[float, ...]] = []
+        self._last: str | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        values = trainer.callback_metrics
+        if not (pl_module.updated and all(k in values for k in HEALTH)):
+            return
+        self._seen.append(tuple(float(values[k]) for k in HEALTH))
+        if len(self._seen) < self.window:
+            return
+        said = alarm(*(sum(column) / self.window for column in zip(*self._seen, strict=True)))
+        if said and said != self._last and trainer.is_global_zero:
+            log.warning("step %d: %s", pl_module.step, said)
+        self._seen, self._last = [], said
+
+
+def alarm(accuracy: float, real: float, fake: float) -> str | None:
+    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is."""
+    if max(abs(real), abs(fake)) > 20:
+        return "the discriminator's logits run away: raise method.r1_weight or lower optimizer.discriminator.lr"
+    if accuracy > 0.98:
+        return "the discriminator is saturated (right nearly always): lower its rate, or let it look at noisier samples"
+    if accuracy < 0.4:
+        return "the discriminator has collapsed (wrong more often than right): raise optimizer.discriminator.lr"
+    if abs(real - fake) < 0.02:
+        return "the discriminator is not learning (real and fake score alike): raise its rate or optimizer.head_start"
+    return None
 
 
 class Samples(L.Callback):
@@ -88,21 +127,23 @@ class Samples(L.Callback):
             folder = Path(trainer.default_root_dir) / "samples"
             folder.mkdir(exist_ok=True)
             (folder / "captions.txt").write_text("\n".join(self.prompts) + "\n")
-            self._draw(trainer, pl_module)
+        self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         step = pl_module.step
-        if trainer.is_global_zero and step and (step % self.every == 0 or step == trainer.max_steps):
+        if pl_module.updated and (step % self.every == 0 or step == trainer.max_steps):
             self._draw(trainer, pl_module)
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         path = Path(trainer.default_root_dir) / "samples" / f"step_{pl_module.step:06d}.png"
-        if path.exists():
+        # Where networks are cut up all processes must run them, hence all ask the first one whether to.
+        if trainer.strategy.broadcast(path.exists()) or not (pl_module.sharded or trainer.is_global_zero):
             return
         teacher = pl_module.teacher
         cond = teacher.embed(self.prompts)
         with pl_module.ema.swap():
             generators = seeded(range(len(self.prompts)))
             x0 = consistency(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
-        save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)
+        if trainer.is_global_zero:
+            save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)

@@ -68,9 +68,12 @@ class Checkpoints(L.Callback):
         # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
         self._before = {name: signal.signal(name, self._heard) for name in STOPPING}
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, handler in self.__dict__.pop("_before", {}).items():
             signal.signal(name, handler)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
     def _heard(self, number: int, _frame: Any) -> None:
         if number == self.stopped_by == signal.SIGINT:

@@ -1,0 +1,181 @@
+"""Runs that are killed, told to stop, or find a damaged checkpoint, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tiny
+
+STEPS = 12
+
+
+def arguments(pipelines, shards, folder, workers=0):
+    return [
+        "debug=smoke",
+        f"teacher.path={pipelines('mmdit')}",
+        f"data.path={shards}",
+        f"data.num_workers={workers}",
+        f"trainer.max_steps={STEPS}",
+        "callbacks.checkpoint.every=1",
+        "optimizer.head_start=2",
+        "callbacks.samples.every=100",
+        f"run_dir={folder}",
+        "~metrics",
+    ]
+
+
+def start(command, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "distill.run", *command], cwd=folder, env=environment)
+
+
+def end_of(folder):
+    kept = torch.load(folder / "checkpoints" / f"step_{STEPS:06d}.ckpt", weights_only=True)
+    moments = {
+        f"{i}.{k}.{name}": torch.as_tensor(value)
+        for i, optimizer in enumerate(kept["optimizer_states"])
+        for k, state in optimizer["state"].items()
+        for name, value in state.items()
+    }
+    return {**kept["state_dict"], **moments, **{f"ema.{k}": v for k, v in kept["distill"]["ema"].items()}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(workers, pipelines, shards, tmp_path):
+    """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may pass for a whole."""
+    assert start(arguments(pipelines, shards, tmp_path / "whole", workers), tmp_path).wait(timeout=300) == 0
+    chance = random.Random(7 + workers)
+    command, checkpoints = arguments(pipelines, shards, tmp_path / "parts", workers), tmp_path / "parts" / "checkpoints"
+    for kill in ("while writing", "at random", "at random"):
+        process, had = start(command, tmp_path), set(checkpoints.glob("step_*.ckpt"))
+        wait = chance.uniform(0.0, 0.4)
+        while process.poll() is None:  # once it has got further, so that every part counts
+            if kill == "while writing" and had and list(checkpoints.glob("*.part")):
+                break
+            had |= set(checkpoints.glob("step_*.ckpt")) if kill == "while writing" else set()
+            if kill == "at random" and set(checkpoints.glob("step_*.ckpt")) - had:
+                time.sleep(wait)
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+        command = [*[c for c in command if not c.startswith(("run_dir", "resume"))], f"resume={tmp_path / 'parts'}"]
+    assert start(command, tmp_path).wait(timeout=300) == 0
+    assert tiny.same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
+    assert not list(checkpoints.glob("*.part"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
+    number, code, command, monkeypatch, pipelines, shards, tmp_path
+):
+    from distill.callbacks import Alarms
+
+    asked = []
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    slurm = SimpleNamespace(run=lambda arguments, **_: asked.append(arguments))
+    monkeypatch.setattr("distill.checkpoint.subprocess", slurm)
+
+    def tell(self, trainer, pl_module, *_):
+        if pl_module.step == 3:
+            os.kill(os.getpid(), number)
+
+    common = [a for a in arguments(pipelines, shards, tmp_path / "parts") if "every=1" not in a]
+    with monkeypatch.context() as patch:
+        patch.setattr(Alarms, "on_train_batch_start", tell, raising=False)
+        before = signal.getsignal(number)
+        stopped, out, err = command("run", *common)
+    assert (stopped, signal.getsignal(number)) == (code, before)
+    assert f"stopped by {number.name} at step 4; go on with: python -m distill.run resume={tmp_path / 'parts'}" in out
+    assert "Traceback" not in err
+    assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step_000004.ckpt"]
+    assert [a for a in asked if a[0] == "scontrol"] == ([["scontrol", "requeue", "17"]] if code == 0 else [])
+    assert command("run", f"resume={tmp_path / 'parts'}")[0] == 0  # and nothing else: the run knows what it is
+    whole = [a for a in arguments(pipelines, shards, tmp_path / "whole") if "every=1" not in a]
+    assert command("run", *whole)[0] == 0
+    assert tiny.same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
+
+
+def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, shards, tmp_path):
+    rules = ["callbacks.checkpoint.archive=5", "callbacks.checkpoint.best=g/grad_norm"]
+    assert command("run", *arguments(pipelines, shards, tmp_path / "run"), *rules)[0] == 0
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["best.ckpt", *(f"step_{n:06d}.ckpt" for n in (5, 10, 11, 12))]
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        import csv
+
+        norms = {int(float(r["step"])): float(r["g/grad_norm"]) for r in csv.DictReader(file) if r["g/grad_norm"]}
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == min(norms, key=norms.get)
+    assert best["about"]["config"]["trainer"]["max_steps"] == STEPS
+    assert "torch" in best["about"]["versions"]
+    assert not any(name.startswith("teacher") for name in best["state_dict"])
+
+
+@pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
+def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, pipelines, shards, tmp_path, caplog):
+    folder = tmp_path / "run"
+    assert command("run", *arguments(pipelines, shards, folder), "optimizer.head_start=0")[0] == 0
+    expected = end_of(folder)
+    newest = folder / "checkpoints" / f"step_{STEPS:06d}.ckpt"
+    whole = newest.read_bytes()
+    if damage == "foreign":
+        torch.save({"state_dict": {}}, newest)
+    else:
+        newest.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
+    code, out, _ = command("run", f"resume={folder}")
+    assert code == 0
+    assert f"{newest} is cut short or no checkpoint of distill" in out + caplog.text
+    assert "going on from step_000011.ckpt instead" in out + caplog.text
+    assert tiny.same(end_of(folder), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("method.loss=non_saturating", "method.loss=non_saturating (was hinge)"),
+        ("discriminator.heads.kernel=1", "discriminator.heads.kernel=1 (was 3)"),
+        ("data.batch_size=3", "samples a step=3 (was 4"),
+        ("seed=5", "seed=5 (was 0)"),
+    ],
+)
+def test_another_run_is_not_resumed(change, said, command, pipelines, shards, tmp_path, finished):
+    code, _, err = command("run", f"resume={finished}", change)
+    assert code == 1
+    assert said in err
+    assert len([line for line in err.splitlines() if line.startswith("distill: ")]) == 1
+
+
+def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    more = ["trainer.max_steps=14", "optimizer.student.lr=1e-7", "data.num_workers=0", "trainer.log_every_n_steps=1"]
+    assert command("run", f"resume={folder}", *more)[0] == 0
+    kept = torch.load(folder / "checkpoints" / "step_000014.ckpt", weights_only=True)
+    assert kept["global_step"] == 14
+    assert kept["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-7
+    assert kept["about"]["config"]["teacher"]["path"]
+
+
+@pytest.fixture(scope="module")
+def finished(pipelines, shards, tmp_path_factory):
+    """A finished run that no test may change."""
+    import importlib
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        patch.setattr(sys, "argv", ["distill.run", *arguments(pipelines, shards, folder)])
+        importlib.import_module("distill.run").main()
+    return folder
