@@ -26,7 +26,7 @@ LAYERS = {
     "L5": {"build"},
     "L6": {
         "_conf", "cli", "compare", "doctor", "evaluate", "export", "pretrain", "pretraining", "run", "sample",
-        "synthesize", "errors", "launch", "worker",
+        "synthesize", "errors", "launch", "worker", "search",
     },
 }  # fmt: skip
 

@@ -11,6 +11,8 @@ COMMANDS = {
     "sample": "draw images from a student or a teacher",
     "evaluate": "measure a run",
     "pretrain": "train a tiny teacher of one's own data",
+    "search": "look for good values of any keys",
+    "doctor": "say whether this machine can run a configuration",
 }
 USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
     f"  {name:10}{what}" for name, what in COMMANDS.items()

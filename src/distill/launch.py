@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 STARTED_ELSEWHERE = ("LOCAL_RANK", "SLURM_PROCID")
+GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 
 
 def needed(processes: int, nodes: int) -> bool:
@@ -58,7 +59,7 @@ def launch(folder: Path, processes: int) -> int:
 
 def _end(workers: list[subprocess.Popen]) -> None:
     """Give the others time to stop by themselves, then end them."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + GRACE
     while any(w.poll() is None for w in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     for worker in workers:

@@ -1,0 +1,179 @@
+"""Several processes, started by the command itself, by torchrun or by SLURM; sweeps; and the search over keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import tiny
+from distill import launch, search
+
+TWO = ["trainer=ddp", "trainer.devices=2"]
+
+
+def smoke(pipelines, shards, *more):
+    fixed = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "data.batch_size=2"]
+    return ["debug=smoke", *fixed, "callbacks.samples.every=2", "~metrics", *more]
+
+
+def start(command, folder, **environment):
+    known = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "LOCAL_RANK", "WORLD_SIZE"))}
+    known |= {"OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=known, stdout=subprocess.PIPE, text=True)
+
+
+def student_of(folder):
+    return torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_run(folder, *, seed=0):
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["status"], facts["steps"], facts["images_seen"]) == ("finished", 2, 8)
+    assert OmegaConf.load(folder / "config.yaml").seed == seed
+    assert {"student", "report.html", "metrics.csv"} <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, True), ({"LOCAL_RANK": "0"}, False), ({"SLURM_PROCID": "1"}, False)]
+)
+def test_processes_are_started_unless_someone_else_did(environment, expected, monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.needed(2, 1) is expected
+    assert launch.needed(1, 1) is False
+
+
+def test_several_nodes_need_a_launcher(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="trainer.num_nodes=2: start the command by torchrun"):
+        launch.needed(4, 2)
+
+
+def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, monkeypatch):
+    """Rank 1 fails at once, while rank 0 would wait for a minute."""
+    script = "import os,sys,time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen([sys.executable, "-c", script], **kw))
+    assert launch.launch(tmp_path, 2) in (7, -9)
+
+
+@pytest.mark.slow
+def test_the_jobs_of_a_sweep_run_once_each_on_two_processes(pipelines, shards, tmp_path):
+    command = ["distill.run", "-m", "seed=0,1", *smoke(pipelines, shards, *TWO)]
+    process = start(command, tmp_path)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    for seed, folder in enumerate(folders):
+        assert_run(folder, seed=seed)
+    assert not tiny.same(student_of(folders[0]), student_of(folders[1]))
+
+
+@pytest.mark.slow
+def test_torchrun_and_slurm_give_what_the_command_gives(pipelines, shards, tmp_path):
+    own = start(["distill.run", *smoke(pipelines, shards, *TWO, "run_dir=own")], tmp_path)
+    assert own.wait(timeout=300) == 0
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distill.run"]
+    by_torchrun = start([*torchrun, *smoke(pipelines, shards, *TWO, "run_dir=torchrun")], tmp_path)
+    assert by_torchrun.wait(timeout=300) == 0
+    slurm = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "distil",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    command = ["distill.run", *smoke(pipelines, shards, *TWO, "name=job")]
+    tasks = [start(command, tmp_path, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    assert [task.wait(timeout=300) for task in tasks] == [0, 0]
+    folders = [tmp_path / "own", tmp_path / "torchrun", tmp_path / "runs" / "slurm_4711_job"]
+    for folder in folders:
+        assert_run(folder)
+        assert tiny.same(student_of(folder), student_of(folders[0]))
+
+
+def test_torchrun_without_a_run_folder_is_refused(command, monkeypatch, pipelines, shards):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, _, err = command("run", *smoke(pipelines, shards, *TWO))
+    assert code == 1
+    assert "distill: run_dir=null: torchrun starts every process by itself" in err
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm", "ray"])
+def test_launchers_of_hydra_compose_with_ours(launcher):
+    """They are plugins: `pip install hydra-submitit-launcher`, `hydra-ray-launcher`."""
+    pytest.importorskip({"r": "hydra_plugins.hydra_ray_launcher"}.get(launcher[0], "hydra_plugins.hydra_submitit_launcher"))
+    from hydra import compose, initialize_config_dir
+
+    from distill._conf import CONF_DIR
+
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        cfg = compose("config", overrides=[f"hydra/launcher={launcher}", "method=ladd"], return_hydra_config=True)
+    assert launcher.split("_")[0] in cfg.hydra.launcher._target_
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """Answers with the low end of everything."""
+
+    def suggest_float(self, key, low, high, log):
+        return low + (1000 if log else 0)
+
+    def suggest_int(self, key, low, high):
+        return low
+
+    def suggest_categorical(self, key, values):
+        return values[0]
+
+
+def test_a_space_is_read():
+    space = ["a.b=log(1, 10)", "c=uniform(-1,1)", "d=int(2,8)", "e=choice(hinge,relativistic)"]
+    assert search.suggest(Trial(), space) == ["a.b=1001.0", "c=-1.0", "d=2", "e=hinge"]
+
+
+@pytest.mark.parametrize("bad", ["a", "a=log(1)", "a=uniform(1,2,3)", "a=any(1,2)", "a=import os(1,2)"])
+def test_a_space_that_does_not_parse_is_named(bad):
+    with pytest.raises(ValueError, match="space: "):
+        search.suggest(Trial(), [bad])
+
+
+def test_the_score_is_judged_or_logged(tmp_path):
+    rows = [{"who": "teacher", "steps": 1, "frechet": 9.0}, {"who": "student", "steps": 1, "frechet": 4.0}]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "metrics.csv").write_text("step,g/adv,other\n1,0.5,\n2,0.25,\n3,,1\n")
+    assert search.score(tmp_path, "frechet", 1) == 4.0
+    assert search.score(tmp_path, "g/adv", 1) == 0.25
+    with pytest.raises(KeyError, match="metric=none"):
+        search.score(tmp_path, "none", 1)
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_where_it_stopped(command, pipelines, shards, tmp_path):
+    pytest.importorskip("optuna")
+    run = json.dumps(smoke(pipelines, shards)).replace(" ", "")
+    options = [f"run={run}", "space=['optimizer.student.lr=log(1e-6,1e-4)']", "metric=g/adv", "out=found"]
+    assert command("search", *options, "trials=1")[0] == 0
+    code, out, _ = command("search", *options, "trials=2")
+    assert code == 0
+    assert "trial 1: g/adv" in out
+    assert "trial 0" not in out.replace("best: trial 0", "")
+    rates = [OmegaConf.load(tmp_path / f"found/trial_00{i}/config.yaml").optimizer.student.lr for i in range(2)]
+    assert rates[0] != rates[1]
+    assert all(1e-6 <= rate <= 1e-4 for rate in rates)
