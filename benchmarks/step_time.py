@@ -38,9 +38,9 @@ def main() -> None:
     with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
         cfg = compose("config", overrides=[*sys.argv[1:], "optimizer.head_start=0"])
     torch.manual_seed(cfg.seed)
-    teacher = build.teacher(cfg)
-    method = build.method(cfg, teacher)
-    batch = method._embedded(next(iter(build.source(cfg).loader(seed=cfg.seed))))
+    source, method = build.parts(cfg)
+    teacher = method.teacher
+    batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
     taps = list(teacher.channels)

@@ -1,0 +1,84 @@
+"""What the doctor says of a machine and of a configuration, and the alarms about a discriminator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny
+from distill import doctor
+from distill.callbacks import Alarms, alarm
+
+
+def test_parameters_are_counted_from_headers(tmp_path, teacher):
+    folder = tmp_path / "part"
+    folder.mkdir()
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.float16)}, folder / "model.safetensors")
+    save_file({"a": torch.zeros(3, 5)}, folder / "model.fp16.safetensors")  # a variant of the same weights
+    assert doctor.parameters(folder) == 22
+    part = "transformer" if teacher.pipeline.config.get("transformer") else "unet"
+    assert doctor.parameters(teacher.folder / part) == sum(p.numel() for p in teacher.network.parameters())
+
+
+def test_a_healthy_machine_gets_no_fail(command, pipelines):
+    code, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
+    lines = out.splitlines()
+    assert code == 0
+    assert all(line.startswith(("ok ", "warn ")) for line in lines)
+    assert any("torchvision" in line and "fits torch" in line for line in lines)
+    assert any("trainer=fsdp2" in line for line in lines)
+    assert any(line.startswith("warn") and " -> " in line for line in lines) or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trainer.accelerator=gpu"], "there is no GPU here"),
+        (["+trainer.strategy=fsdp"], "FSDP1 wraps the forward pass"),
+        (["+trainer.strategy=ddp_find_unused_parameters_true"], "use trainer=ddp"),
+    ],
+)
+def test_what_cannot_work_fails_with_a_remedy(arguments, said, command, pipelines):
+    if "gpu" in arguments[0] and torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    code, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}", *arguments)
+    assert code == 1
+    assert said in next(line for line in out.splitlines() if line.startswith("fail"))
+
+
+def test_a_model_too_large_is_said(command, pipelines, monkeypatch):
+    monkeypatch.setattr(doctor, "_memory", lambda: 1e6)
+    monkeypatch.setattr(doctor, "_card", lambda: None)
+    code, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
+    assert code == 1
+    assert "more devices with trainer=fsdp2" in out
+
+
+@pytest.mark.parametrize(
+    ("health", "said"),
+    [
+        ((0.75, 0.8, -0.7), None),
+        ((0.99, 1.5, -1.6), "saturated"),
+        ((0.5, 0.01, 0.0), "not learning"),
+        ((0.3, -0.5, 0.5), "collapsed"),
+        ((0.9, 30.0, -3.0), "run away"),
+    ],
+)
+def test_alarms(health, said):
+    assert (alarm(*health) or "") == (alarm(*health) if said else "")
+    assert said is None or said in alarm(*health)
+
+
+def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
+    """A discriminator that cannot learn: its rate is zero, and its logits are zero from the start."""
+    toy = tiny.Toy()
+    method = tiny.ladd(toy, critic_rate=0.0)
+    for head in method.heads.heads.values():
+        torch.nn.init.zeros_(head.out.weight)
+        torch.nn.init.zeros_(head.out.bias)
+    tiny.trainer(tmp_path, 9, Alarms(window=3)).fit(method, tiny.Stream(toy, 4).loader())
+    assert [r.message for r in caplog.records if "not learning" in r.message] == [
+        "step 3: the discriminator is not learning (real and fake score alike): "
+        "raise its rate or optimizer.head_start"
+    ]
