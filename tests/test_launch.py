@@ -117,7 +117,9 @@ def test_torchrun_without_a_run_folder_is_refused(command, monkeypatch, pipeline
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm", "ray"])
 def test_launchers_of_hydra_compose_with_ours(launcher):
     """They are plugins: `pip install hydra-submitit-launcher`, `hydra-ray-launcher`."""
-    pytest.importorskip({"r": "hydra_plugins.hydra_ray_launcher"}.get(launcher[0], "hydra_plugins.hydra_submitit_launcher"))
+    pytest.importorskip(
+        {"r": "hydra_plugins.hydra_ray_launcher"}.get(launcher[0], "hydra_plugins.hydra_submitit_launcher")
+    )
     from hydra import compose, initialize_config_dir
 
     from distill._conf import CONF_DIR

@@ -19,7 +19,7 @@ from distill.pretrain import pretrain
 from distill.pretraining import text, vae, vit
 from distill.pretraining.assemble import silent_t5
 from distill.pretraining.fit import Budget, fit
-from distill.pretraining.plan import NEEDS, Data, Ledger
+from distill.pretraining.plan import NEEDS, Ledger, check_data
 from distill.pretraining.stages import Shared
 from distill.shapes.world import draw_prompt
 
@@ -44,10 +44,10 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_every_stage_leaves_its_models_and_a_card(made):
-    scores = json.loads((made.parent / "scores.json").read_text())
+    scores = json.loads((made.parent / "pretraining.json").read_text())["stages"]
     assert list(scores) == list(NEEDS)
     assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
-    assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 step, guidance 3"}
+    assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 3"}
     assert all(set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values())
     assert {p.name for p in made.iterdir()} == {
         "mmdit", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
@@ -55,7 +55,7 @@ def test_every_stage_leaves_its_models_and_a_card(made):
     assert (made / "curves" / "vae.csv").read_text().startswith("step,seconds,l1,l2,kl\n0,")
     card = (made / "README.md").read_text()
     assert "python -m distill.pretrain" in card
-    assert "256 scenes of `shapes`" in card
+    assert "pictures 256" in card
     assert "| vae |" in card
 
 
@@ -140,17 +140,17 @@ def test_an_unknown_stage_names_the_nearest(tmp_path):
     ],
 )
 def test_data_that_cannot_work_are_refused(wrong, expected):
-    values: dict[str, Any] = {"path": "x", "size": 64, "count": 1000, "seed": 0}
+    values: dict[str, Any] = {"path": "x", "size": 64, "count": 1000}
     with pytest.raises(ValueError, match=expected):
-        Data(**values | wrong)
+        check_data(**values | wrong)
 
 
 def test_notes_add_up(tmp_path):
     Ledger(tmp_path).note("vae", psnr_db=30.0)
     Ledger(tmp_path).note("vae", finished=True)
     Ledger(tmp_path).note("clip", seconds=1)
-    assert Ledger(tmp_path).scores("vae") == {"psnr_db": 30.0, "finished": True}
-    assert not Ledger(tmp_path).finished("clip")
+    assert Ledger(tmp_path).stage("vae") == {"psnr_db": 30.0, "finished": True}
+    assert Ledger(tmp_path).finished() == ["vae"]
 
 
 class Killed(Exception):

@@ -103,10 +103,10 @@ def alarm(accuracy: float, real: float, fake: float) -> str | None:
         return "the discriminator's logits run away: raise method.r1_weight or lower optimizer.discriminator.lr"
     if accuracy > 0.98:
         return "the discriminator is saturated (right nearly always): lower its rate, or let it look at noisier samples"
-    if accuracy < 0.4:
-        return "the discriminator has collapsed (wrong more often than right): raise optimizer.discriminator.lr"
     if abs(real - fake) < 0.02:
         return "the discriminator is not learning (real and fake score alike): raise its rate or optimizer.head_start"
+    if accuracy < 0.4:
+        return "the discriminator has collapsed (wrong more often than right): raise optimizer.discriminator.lr"
     return None
 
 

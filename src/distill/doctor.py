@@ -61,7 +61,9 @@ def hardware() -> Iterator[Line]:
     yield Line("ok" if free > 20 else "warn", f"{free:.0f} GB of disk free here", "checkpoints need room: set run_dir=")
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    yield Line("ok", f"model cache {cache}{' (offline)' if offline else ''}{'' if cache.exists() else ', empty so far'}")
+    yield Line(
+        "ok", f"model cache {cache}{' (offline)' if offline else ''}{'' if cache.exists() else ', empty so far'}"
+    )
 
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
@@ -77,7 +79,9 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
     if not network:
         yield Line("fail", f"teacher.path={path} has no denoiser in safetensors", "point teacher.path at a pipeline")
         return
-    yield Line("ok", f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters, all {sum(sizes.values()) / 1e6:.1f} M")
+    yield Line(
+        "ok", f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters, all {sum(sizes.values()) / 1e6:.1f} M"
+    )
     frozen = BYTES[cfg.teacher.get("dtype", "float32")]
     others = (sum(sizes.values()) - network) * frozen
     count = processes(cfg)

@@ -67,18 +67,18 @@ class Shapes:
     def _judge(self, judge: Judge, teacher: PipelineTeacher, maker: Callable[..., Tensor]) -> tuple[dict, Tensor]:
         prompts = judging_prompts(self.prompts, seed=self.seed)
         began = time.monotonic()
-        pictures = _pictures(teacher, maker, prompts, range(len(prompts)))
+        shown = pictures(teacher, maker, prompts, range(len(prompts)))
         seconds = (time.monotonic() - began) / len(prompts)
         groups, each = VARIETY
         several = [p for p in prompts[:groups] for _ in range(each)]
-        varied = _pictures(teacher, maker, several, range(10_000, 10_000 + len(several)))
+        varied = pictures(teacher, maker, several, range(10_000, 10_000 + len(several)))
         varied = varied.unflatten(0, (-1, each))
-        values = judge(pictures, prompts, reference_seed=self.seed, diversity=(prompts[:groups], varied))
-        return {**values, "seconds_per_image": seconds}, pictures
+        values = judge(shown, prompts, reference_seed=self.seed, diversity=(prompts[:groups], varied))
+        return {**values, "seconds_per_image": seconds}, shown
 
 
 @torch.no_grad()
-def _pictures(
+def pictures(
     teacher: PipelineTeacher, maker: Callable[..., Tensor], prompts: list[Prompt], seeds: Sequence[int]
 ) -> Tensor:
     """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU."""

@@ -6,7 +6,7 @@ On scenes of `shapes`, or with `data.path=...` on any captioned pictures. Killed
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 def pretrain(cfg: DictConfig) -> Path:
     """All stages asked for; returns the folder of the models."""
-    from distill.compose import make
-    from distill.pretraining.plan import Plan
+    from omegaconf import OmegaConf
+
     from distill.pretraining.stages import run
 
-    models = run(Plan(**make(cfg)), command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
+    asked: Any = OmegaConf.to_container(cfg, resolve=True)
+    models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
     print(f"models: {models}")
     return models
 

@@ -33,7 +33,9 @@ def suggest(trial: Any, space: list[str]) -> list[str]:
 def _parsed(text: str) -> tuple[str, str, list[str]]:
     match = _RANGE.match(text.replace(" ", ""))
     if match is None or (match[2] != "choice" and match[3].count(",") != 1):
-        raise ValueError(f"space: {text!r} is not key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)")
+        raise ValueError(
+            f"space: {text!r} is not key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)"
+        )
     return match[1], match[2], match[3].split(",")
 
 

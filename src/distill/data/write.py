@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator
 
@@ -57,81 +56,51 @@ def _image_sample(sample: tuple[str, np.ndarray, str, dict]) -> dict:
 
 
 def _write(pattern: str, samples: Iterator[dict], per_shard: int) -> list[str]:
-    from webdataset import ShardWriter
-
-    _check(pattern, per_shard)
-    first = next(samples, None)  # asked for before any file is made
-    if first is None:
-        raise ValueError(f"There is no sample to write to {pattern!r}.")
-    files = _Files(per_shard)
-    os.makedirs(os.path.dirname(pattern) or ".", exist_ok=True)
-    writer = ShardWriter(
-        pattern,
-        maxcount=per_shard,
-        maxsize=math.inf,
-        opener=files.open,
-        post=files.publish,
-        verbose=0,
-        encoder=False,
-        mtime=0,
-        user=OWNER,
-        group=OWNER,
-    )
-    try:
-        for sample in itertools.chain([first], samples):
-            files.admit(sample["__key__"])
-            writer.write(sample)
-    except BaseException:
-        writer.post = files.discard
-        raise
-    finally:
-        writer.close()
-    stale = pattern % len(files.written)
-    if os.path.exists(stale):
-        log.warning("%s is left from an earlier run and will be read along: remove it if you do not want that", stale)
-    return files.written
-
-
-def _check(pattern: str, per_shard: int) -> None:
     if per_shard < 1:
         raise ValueError(f"A shard must hold at least one sample, got per_shard={per_shard}.")
+    _check(pattern)
+    written: list[str] = []
+    while (first := next(samples, None)) is not None:  # asked for before a file is made
+        path = pattern % len(written)
+        _write_shard(path, itertools.chain([first], itertools.islice(samples, per_shard - 1)))
+        written.append(path)
+    if not written:
+        raise ValueError(f"There is no sample to write to {pattern!r}.")
+    if os.path.exists(stale := pattern % len(written)):
+        log.warning("%s is left from an earlier run and will be read along: remove it if you do not want that", stale)
+    return written
+
+
+def _write_shard(path: str, samples: Iterable[dict]) -> None:
+    from webdataset import TarWriter
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part, keys = path + ".part", set()
+    try:
+        with open(part, "wb") as file, TarWriter(file, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
+            for sample in samples:
+                _admit(sample["__key__"], keys)
+                tar.write(sample)
+        os.replace(part, path)
+    except BaseException:
+        os.remove(part)
+        raise
+
+
+def _check(pattern: str) -> None:
     try:
         numbered = pattern % 0 != pattern % 1 and os.path.dirname(pattern) == os.path.dirname(pattern % 1)
-        numbered = numbered and pattern.endswith(".tar")
     except (TypeError, ValueError):
         numbered = False
-    if not numbered:
+    if not (numbered and pattern.endswith(".tar")):
         raise ValueError(f"The shard pattern {pattern!r} must number its files, like 'out/shards-%06d.tar'.")
 
 
-class _Files:
-    """The file under way, `<name>.part` until it is complete, and the names of those that are."""
-
-    def __init__(self, per_shard: int):
-        self.per_shard = per_shard
-        self.written: list[str] = []
-        self.keys: set[str] = set()
-
-    def open(self, name: str) -> io.BufferedWriter:
-        self.part = open(name + ".part", "wb")  # noqa: SIM115 - closed by publish or discard
-        return self.part
-
-    def admit(self, key: str) -> None:
-        """Refuse what would be read back as another key, or not at all."""
-        parts = key.split("/")
-        if "." in parts[-1] or not all(parts) or ".." in parts or "\0" in key:
-            raise ValueError(f"The key {key!r} must be a relative path whose last part is not empty and has no dot.")
-        if len(self.keys) == self.per_shard:  # the shard is full: this key opens the next
-            self.keys.clear()
-        if key in self.keys:
-            raise ValueError(f"The key {key!r} occurs twice in one shard: give every sample its own key.")
-        self.keys.add(key)
-
-    def publish(self, name: str) -> None:
-        self.part.close()
-        os.replace(self.part.name, name)
-        self.written.append(name)
-
-    def discard(self, name: str) -> None:
-        self.part.close()
-        os.remove(self.part.name)
+def _admit(key: str, keys: set[str]) -> None:
+    """Refuse what would be read back as another key, or not at all."""
+    parts = key.split("/")
+    if "." in parts[-1] or not all(parts) or ".." in parts or "\0" in key:
+        raise ValueError(f"The key {key!r} must be a relative path whose last part is not empty and has no dot.")
+    if key in keys:
+        raise ValueError(f"The key {key!r} occurs twice in one shard: give every sample its own key.")
+    keys.add(key)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,8 +70,7 @@ def save_sd3(
 
 def save_sd(unet: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """`StableDiffusionPipeline` layout."""
-    encoder = CLIPTextModel(clip.config.text_config)
-    encoder.load_state_dict(_half_of(clip, encoder, "text_model."))
+    encoder = _half_of(clip, CLIPTextModel(clip.config.text_config), "text_model.")
     pipeline = StableDiffusionPipeline(
         unet=unet,
         vae=vae,
@@ -85,21 +85,18 @@ def save_sd(unet: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLI
 
 
 def with_projection(clip: CLIPModel) -> CLIPTextModelWithProjection:
-    encoder = CLIPTextModelWithProjection(clip.config.text_config)
-    encoder.load_state_dict(_half_of(clip, encoder, "text_model."))
-    return encoder
+    return _half_of(clip, CLIPTextModelWithProjection(clip.config.text_config), "text_model.")
 
 
 def vision(clip: CLIPModel) -> CLIPVisionModelWithProjection:
-    encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
-    encoder.load_state_dict(_half_of(clip, encoder, "vision_model."))
-    return encoder
+    return _half_of(clip, CLIPVisionModelWithProjection(clip.config.vision_config), "vision_model.")
 
 
-def _half_of(clip: CLIPModel, encoder: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """One half of `clip` under the names of `encoder`, which may or may not begin them with `prefix`."""
+def _half_of(clip: CLIPModel, encoder: Any, prefix: str) -> Any:
+    """`encoder` with the weights of one half of `clip`, which may name them with `prefix` or without."""
     source = clip.state_dict()
-    return {name: source[name if name in source else prefix + name] for name in encoder.state_dict()}
+    encoder.load_state_dict({name: source[name if name in source else prefix + name] for name in encoder.state_dict()})
+    return encoder
 
 
 def _save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -137,24 +134,17 @@ def write_teacher_latents(
 
     def samples(numbers: range) -> Iterator[tuple[str, np.ndarray, str]]:
         for start in track(numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"):
-            part = captions[start : min(start + batch, numbers.stop)]
-            with torch.autocast("cpu", torch.bfloat16):
-                latents = guided(
-                    teacher,
-                    teacher.embed(part),
-                    seeded(range(start, start + len(part))),
-                    shape=teacher.latent_shape,
-                    steps=steps,
-                    guidance=guidance,
-                )
-            for i, (latent, caption) in enumerate(zip(latents, part, strict=True)):
-                yield f"{start + i:06d}", latent.half().numpy(), caption
+            seeds = range(start, min(start + batch, numbers.stop))
+            part = [captions[i] for i in seeds]
+            with torch.autocast(teacher.device.type, torch.bfloat16):
+                cond, shape = teacher.embed(part), teacher.latent_shape
+                latents = guided(teacher, cond, seeded(seeds), shape=shape, steps=steps, guidance=guidance)
+            for i, latent, caption in zip(seeds, latents, part, strict=True):
+                yield f"{i:06d}", latent.half().cpu().numpy(), caption
 
     for number, start in enumerate(range(0, len(captions), PER_SHARD)):
-        shard = folder / f"latents-{number:06d}.tar"
-        if not shard.exists():
-            (part,) = write_latents(
-                str(folder / "part" / "%06d.tar"), samples(range(len(captions))[start : start + PER_SHARD]), PER_SHARD
-            )
-            Path(part).replace(shard)
+        if not (folder / f"latents-{number:06d}.tar").exists():
+            numbers = range(start, min(start + PER_SHARD, len(captions)))
+            (part,) = write_latents(str(folder / "part" / "%06d.tar"), samples(numbers), PER_SHARD)
+            Path(part).replace(folder / f"latents-{number:06d}.tar")
     shutil.rmtree(folder / "part", ignore_errors=True)

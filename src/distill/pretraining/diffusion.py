@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from distill.pretraining.fit import Budget, fit
+from distill.pretraining.fit import DEVICE, Budget, fit
 from distill.teachers.folded import fold, weights
 
 DROP = 0.1  # share of captions emptied, for classifier-free guidance
@@ -39,14 +40,14 @@ class Captions:
         """Rows index + 1, or the empty caption's with probability DROP."""
         dropped = torch.rand(len(index), generator=generator) < DROP
         rows = torch.where(dropped, 0, index + 1)
-        return self.tokens[rows].float(), self.pooled[rows].float()
+        return self.tokens[rows].float().to(DEVICE), self.pooled[rows].float().to(DEVICE)
 
 
 @torch.no_grad()
-def encode_captions(clip: CLIPModel, ids: Tensor, empty: Tensor, *, layer: int, batch: int = 256) -> Captions:
+def encode_captions(clip: CLIPModel, ids: Tensor, *, layer: int) -> Captions:
     """Token ids [N, L] -> hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled."""
     tokens, pooled = [], []
-    for part in torch.cat([empty, ids]).split(batch):
+    for part in track(ids.split(256), description="captions"):
         output = clip.text_model(input_ids=part, output_hidden_states=True)
         tokens.append((output.last_hidden_state if layer == -1 else output.hidden_states[layer]).half())
         pooled.append(clip.text_projection(output.pooler_output).half())
@@ -100,14 +101,15 @@ def train_mmdit(
     torch.manual_seed(seed)
     net = build_mmdit(latents.shape[-1], captions.tokens.shape[-1])
     folded = fold(net)
-    silent = torch.zeros(budget.batch_size, 1, 2 * captions.tokens.shape[-1])
+    silent = torch.zeros(budget.batch_size, 1, 2 * captions.tokens.shape[-1], device=DEVICE)
     counts = torch.cat([torch.ones(1, captions.tokens.shape[1]), torch.full((1, 1), float(SILENT_TOKENS))], dim=1)
+    counts = counts.to(DEVICE)
     image_tokens = (latents.shape[-1] // 2) ** 2
 
     def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x0, eps, index = _draw(latents, budget.batch_size, generator)
         tokens, pooled = captions.draw(index, generator)
-        t = (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator)).sigmoid()
+        t = (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator)).sigmoid().to(DEVICE)
         x_t = torch.lerp(x0, eps, t[:, None, None, None])
         with weights(folded, counts, image_tokens):
             v = net(
@@ -131,12 +133,12 @@ def train_unet(
     """
     torch.manual_seed(seed)
     net = build_unet(latents.shape[-1], captions.tokens.shape[-1])
-    alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod
+    alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
 
     def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x0, eps, index = _draw(latents, budget.batch_size, generator)
         tokens, _ = captions.draw(index, generator)
-        t = torch.randint(1000, (len(x0),), generator=generator)
+        t = torch.randint(1000, (len(x0),), generator=generator).to(DEVICE)
         signal = alphas_cumprod[t][:, None, None, None]
         x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * eps
         guess = net(x_t, t, encoder_hidden_states=tokens).sample.float()
@@ -149,4 +151,4 @@ def train_unet(
 def _draw(latents: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.randint(len(latents), (size,), generator=generator)
     x0 = latents[index].float()
-    return x0, torch.randn(x0.shape, generator=generator), index
+    return x0.to(DEVICE), torch.randn(x0.shape, generator=generator).to(DEVICE), index

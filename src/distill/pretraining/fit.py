@@ -18,6 +18,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Objective = Callable[[int, torch.Generator], Mapping[str, Tensor]]
 
 
@@ -47,27 +48,31 @@ class Budget:
 def fit(name: str, net: nn.Module, objective: Objective, budget: Budget, *, out: Path, seed: int = 0) -> float:
     """Train `net` in place by `objective(step, generator) -> named losses`; returns the seconds it took in all.
 
+    The net is on DEVICE meanwhile and on the CPU afterwards; random numbers are drawn on the CPU, alike everywhere.
     Writes `<out>/<name>.csv` (the curve) and `<out>/<name>.pt` (for resuming; also the mark of a finished stage).
     """
     out.mkdir(parents=True, exist_ok=True)
-    device = next(net.parameters()).device
+    net.to(DEVICE)
     players = _optimizers(net, budget)
     average = {k: p.detach().float().clone() for k, p in net.named_parameters() if p.requires_grad}
     start, spent = _resume(out / f"{name}.pt", net, players, average)
     began = time.monotonic()
+    _cut_curve(out / f"{name}.csv", start)
     with _bar() as bar, (out / f"{name}.csv").open("a", newline="") as file:
         task = bar.add_task(name, total=budget.steps, completed=start)
         for step in range(start, budget.steps):
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             for optimizer in players:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * budget.rate(step)
-            autocast = torch.autocast(device.type, torch.bfloat16) if budget.bf16 else nullcontext()
+            autocast = torch.autocast(DEVICE.type, torch.bfloat16) if budget.bf16 else nullcontext()
             with autocast:
                 terms = objective(step, generator)
             _update(net, players, sum(terms.values()), budget, average, step)
             if step % 20 == 0 or step == budget.steps - 1:
                 values = {k: float(v.detach()) for k, v in terms.items()}
+                if step == 0:
+                    csv.writer(file).writerow(["step", "seconds", *values])
                 csv.writer(file).writerow([step, round(spent + time.monotonic() - began, 1), *values.values()])
                 file.flush()
                 bar.update(task, description=f"{name} " + " ".join(f"{k} {v:.4f}" for k, v in values.items()))
@@ -79,7 +84,15 @@ def fit(name: str, net: nn.Module, objective: Objective, budget: Budget, *, out:
         for key, parameter in net.named_parameters():
             if key in average:
                 parameter.data.copy_(average[key])
+    net.cpu()
     return spent + time.monotonic() - began
+
+
+def _cut_curve(path: Path, start: int) -> None:
+    """Without what a killed stage wrote after its last saving, and will write again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)))
 
 
 def _bar() -> Progress:

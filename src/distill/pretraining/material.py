@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from distill.data.datasets import ImageShards
 from distill.data.write import write_images
-from distill.pretraining.plan import MIN_PICTURES, Data
+from distill.pretraining.plan import MIN_PICTURES
 from distill.shapes.render import render
 from distill.shapes.world import COLOURS, KINDS, Prompt, Scene, Thing, draw_prompt, sample
 
@@ -30,20 +31,21 @@ def write_shapes(count: int, seed: int, folder: Path) -> None:
     write_images(str(folder / "shapes-%06d.tar"), samples(), PER_SHARD)
 
 
-def read(data: Data, path: str) -> tuple[Tensor, list[str]]:
+def read(data: Mapping[str, Any], out: Path) -> tuple[Tensor, list[str]]:
     """uint8 pictures [N, 3, S, S] and their captions; a bad sample is replaced by the next, and named in the log.
 
     Scenes of `shapes` come in their order. Others are shuffled by the seed: the last ones are held out for scores, and
     files may lie sorted by what they show.
     """
-    dataset = ImageShards(path, size=data.size)
+    path, size = data["path"], data["size"]
+    dataset = ImageShards(path or str(out / "data"), size=size)
     if len(dataset) < MIN_PICTURES:
         raise ValueError(f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are needed")
     order = torch.arange(len(dataset))
-    if data.path is not None:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(data.seed))
-    order = order[: data.count]
-    pictures = torch.empty(len(order), 3, data.size, data.size, dtype=torch.uint8)
+    if path is not None:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(data["seed"]))
+    order = order[: data["count"]]
+    pictures = torch.empty(len(order), 3, size, size, dtype=torch.uint8)
     captions = []
     for row, number in enumerate(track(order.tolist(), description="data: reading")):
         item = dataset[number]

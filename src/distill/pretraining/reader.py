@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.pretraining.fit import Budget, fit
+from distill.pretraining.fit import DEVICE, Budget, fit
 from distill.shapes.reader import Reader, targets
 from distill.shapes.world import Prompt
 
@@ -29,9 +29,10 @@ def train(
             x = copies[index].float() / 127.5 - 1
         noise = 0.08 * torch.rand((), generator=generator)
         x = x + noise * torch.randn(x.shape, generator=generator)
-        answers = reader(x)
+        answers = reader(x.to(DEVICE))
         losses = [
-            F.cross_entropy(v.float(), truth[k][index], ignore_index=-1, reduction="sum") for k, v in answers.items()
+            F.cross_entropy(v.float(), truth[k][index].to(DEVICE), ignore_index=-1, reduction="sum")
+            for k, v in answers.items()
         ]
         return {"ce": torch.stack(losses).sum() / len(index)}
 

@@ -3,14 +3,14 @@
 <out>/data, captions.json     what is learnt from (data only for `shapes`)
 <out>/train                   curves, states to go on from, the parts in full precision
 <out>/models                  what to keep: pipelines, reader, feature networks, latents, all in half precision
-<out>/scores.json             seconds and scores, as they come
+<out>/pretraining.json        settings, seconds and scores, as they come
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,21 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.pretraining import assemble, diffusion, material, reader, scores, text, vae, vit
 from distill.pretraining.card import write_card
 from distill.pretraining.diffusion import Captions
-from distill.pretraining.plan import NEEDS, Ledger, Plan
+from distill.pretraining.fit import Budget
+from distill.pretraining.plan import NEEDS, Ledger, check_data, chosen
 from distill.shapes import judge
-from distill.teachers.network import PipelineTeacher, read_quietly
+from distill.teachers.network import read_quietly
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
+
+DECIDES = {  # stage -> nodes of the configuration that decide what it makes, beside seed, data and its own budget
+    "clip": ("text_length",),
+    "reader": ("reader_scenes",),
+}
+TEACHERS = {  # stage -> layer of the text encoder that it reads, how it is trained, saved and opened
+    "mmdit": (-2, diffusion.train_mmdit, assemble.save_sd3, SD3),
+    "unet": (-1, diffusion.train_unet, assemble.save_sd, SD),
+}
 
 
 @dataclass(frozen=True)
@@ -45,17 +55,19 @@ class Shared(Captions):
 class Work:
     """The folder that is worked in, and what earlier stages have left there."""
 
-    def __init__(self, plan: Plan):
-        self.plan, self.out = plan, Path(plan.out)
+    def __init__(self, asked: Mapping[str, Any]):
+        self.asked, self.out, self.seed = asked, Path(asked["out"]), asked["seed"]
         self.train, self.models, self.ledger = self.out / "train", self.out / "models", Ledger(self.out)
+        self.data, self.scoring = asked["data"], asked["scoring"]
+        self.of_shapes = self.data["path"] is None
 
-    @property
-    def source(self) -> str:
-        return self.plan.data.path or str(self.out / "data")
+    def fit(self, stage: str) -> tuple[Budget, dict[str, Any]]:
+        """What every trained stage is given last."""
+        return Budget(**self.asked[stage]), {"out": self.train, "seed": self.seed}
 
     @cached_property
     def pictures(self) -> Tensor:
-        return material.read(self.plan.data, self.source)[0]
+        return material.read(self.data, self.out)[0]
 
     @cached_property
     def captions(self) -> list[str]:
@@ -84,24 +96,13 @@ class Work:
         return judge.Judge.load(own if own.exists() else judge.MODEL)
 
     def encoded(self, layer: int) -> Shared:
-        """The captions through `layer` of the text encoder, each distinct one once; cached on disk."""
-        path = self.train / f"captions{layer}.pt"
+        """The captions through `layer` of the text encoder, each distinct one once."""
         distinct = sorted(set(self.captions))
-        if not path.exists():
-            clip, ids = self.clip, text.tokenize(self.tokenizer, distinct)
-            empty = text.tokenize(self.tokenizer, [""])
-            parts = track(ids.split(1024), description="captions")
-            done = [diffusion.encode_captions(clip, part, empty, layer=layer) for part in parts]
-            tokens, pooled = ([getattr(c, name) for c in done] for name in ("tokens", "pooled"))
-            save((_joined(tokens), _joined(pooled)), path)
+        ids = text.tokenize(self.tokenizer, ["", *distinct])
         number = {caption: i for i, caption in enumerate(distinct)}
         rows = torch.tensor([number[caption] for caption in self.captions])
-        return Shared(*torch.load(path, weights_only=True), rows)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Each part begins with the empty caption; one of them is enough."""
-    return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
+        encoded = diffusion.encode_captions(self.clip, ids, layer=layer)
+        return Shared(encoded.tokens, encoded.pooled, rows)
 
 
 def save(value: Any, path: Path) -> None:
@@ -111,10 +112,9 @@ def save(value: Any, path: Path) -> None:
 
 
 def _data(work: Work) -> dict[str, Any]:
-    data = work.plan.data
-    if data.path is None:
-        material.write_shapes(data.count, data.seed, work.out / "data")
-    work.pictures, captions = material.read(data, work.source)
+    if work.of_shapes:
+        material.write_shapes(work.data["count"], work.data["seed"], work.out / "data")
+    work.pictures, captions = material.read(work.data, work.out)
     part = work.out / "captions.part"
     part.write_text(json.dumps(captions))
     part.replace(work.out / "captions.json")
@@ -122,9 +122,9 @@ def _data(work: Work) -> dict[str, Any]:
 
 
 def _clip(work: Work) -> dict[str, Any]:
-    plan = work.plan
-    tokenizer = text.train_tokenizer(work.captions, length=plan.text_length)
-    clip, values = text.train(work.pictures, work.captions, tokenizer, plan.clip, out=work.train, seed=plan.seed)
+    tokenizer = text.train_tokenizer(work.captions, length=work.asked["text_length"])
+    budget, how = work.fit("clip")
+    clip, values = text.train(work.pictures, work.captions, tokenizer, budget, **how)
     tokenizer.save_pretrained(work.train / "tokenizer")
     clip.save_pretrained(work.train / "clip")
     assemble.save_half(assemble.vision(clip), work.models / "clip_vision")
@@ -132,7 +132,8 @@ def _clip(work: Work) -> dict[str, Any]:
 
 
 def _vae(work: Work) -> dict[str, Any]:
-    model, values = vae.train(work.pictures, work.plan.vae, out=work.train, seed=work.plan.seed)
+    budget, how = work.fit("vae")
+    model, values = vae.train(work.pictures, budget, **how)
     model.save_pretrained(work.train / "vae")
     return values
 
@@ -147,80 +148,69 @@ def _latents(work: Work) -> dict[str, Any]:
 
 
 def _reader(work: Work) -> dict[str, Any]:
-    plan, model = work.plan, work.vae
-    shared = min(plan.reader_scenes.shared, plan.data.count)
-    scenes = material.scenes(plan.data.seed, shared, plan.reader_scenes.fresh)
-    copies = _copies(model, work.latents[:shared])
+    model, asked = work.vae, work.asked["reader_scenes"]
+    shared = min(asked["shared"], work.data["count"])
+    scenes = material.scenes(work.data["seed"], shared, asked["fresh"])
+    latents = track(work.latents[:shared].split(256), description="reader: copying")
+    copies = torch.cat([vae.decode(model, part) for part in latents])
     truth = [material.facts(scene) for scene in scenes]
-    net, values = reader.train(material.draw(scenes), copies, truth, plan.reader, out=work.train, seed=plan.seed)
+    budget, how = work.fit("reader")
+    net, values = reader.train(material.draw(scenes), copies, truth, budget, **how)
     net.save(work.models / "reader")
-    return values | scores.reader_accuracy(work.judge, model, 5 * plan.scoring.prompts)
-
-
-@torch.no_grad()
-def _copies(model: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents [N, 4, s, s] -> uint8 pictures [N, 3, 4 s, 4 s]."""
-    parts = track(latents.split(256), description="reader: copying")
-    pixels: Iterable[Tensor] = (model.decode(z.float()).sample.clamp(-1, 1) for z in parts)
-    return torch.cat([((x + 1) * 127.5).round().to(torch.uint8) for x in pixels])
+    return values | scores.reader_accuracy(work.judge, model, 5 * work.scoring["prompts"])
 
 
 def _vit(work: Work) -> dict[str, Any]:
-    plan = work.plan
-    net, seconds = vit.train(work.pictures, plan.vit, out=work.train, seed=plan.seed)
+    budget, how = work.fit("vit")
+    net, seconds = vit.train(work.pictures, budget, **how)
     values: dict[str, Any] = {"seconds": seconds}
-    if plan.data.path is None:
-        n = plan.scoring.prompts
-        values["neighbour_accuracy"] = scores.vit_accuracy(net, plan.data.seed, known=5 * n, asked=n)
+    if work.of_shapes:
+        n = work.scoring["prompts"]
+        values["neighbour_accuracy"] = scores.vit_accuracy(net, work.data["seed"], known=5 * n, asked=n)
     assemble.save_half(net, work.models / "vit")
     return values
 
 
-def _mmdit(work: Work) -> dict[str, Any]:
-    plan, folder = work.plan, work.models / "mmdit"
-    net, seconds = diffusion.train_mmdit(work.latents, work.encoded(-2), plan.mmdit, out=work.train, seed=plan.seed)
-    assemble.save_sd3(net, work.vae, work.clip, work.tokenizer, folder)
-    _judge_teacher(work, "mmdit", SD3(str(folder)))
+def _teacher(work: Work, stage: str) -> dict[str, Any]:
+    layer, train, save_pipeline, family = TEACHERS[stage]
+    budget, how = work.fit(stage)
+    net, seconds = train(work.latents, work.encoded(layer), budget, **how)
+    save_pipeline(net, work.vae, work.clip, work.tokenizer, work.models / stage)
+    if work.of_shapes:
+        _judge_teacher(work, stage, family(str(work.models / stage)))
     return {"seconds": seconds}
 
 
-def _unet(work: Work) -> dict[str, Any]:
-    plan, folder = work.plan, work.models / "unet"
-    net, seconds = diffusion.train_unet(work.latents, work.encoded(-1), plan.unet, out=work.train, seed=plan.seed)
-    assemble.save_sd(net, work.vae, work.clip, work.tokenizer, folder)
-    _judge_teacher(work, "unet", SD(str(folder)))
-    return {"seconds": seconds}
-
-
-def _judge_teacher(work: Work, stage: str, teacher: PipelineTeacher) -> None:
+def _judge_teacher(work: Work, stage: str, teacher: Any) -> None:
     """Prompt accuracy at each guidance, and at one step; noted one by one, for they take minutes."""
-    if work.plan.data.path is not None:
-        return
-    asked = work.plan.scoring
-    for steps, guidance in [*((asked.steps, g) for g in asked.guidance), (1, work.plan.shards.guidance)]:
-        for sort in ("training", "held_out"):
-            name, known = (
-                f"{steps} step{'s' * (steps > 1)}, guidance {guidance:g}",
-                work.ledger.scores(stage).get("prompt_accuracy", {}),
-            )
-            if sort in known.get(name, {}):
-                continue
-            share = scores.teacher_accuracy(
-                teacher, work.judge, asked.prompts, held_out=sort == "held_out", steps=steps, guidance=guidance
-            )
-            work.ledger.note(stage, prompt_accuracy=known | {name: known.get(name, {}) | {sort: share}})
+    asked = work.scoring
+    for steps, guidance in [*((asked["steps"], g) for g in asked["guidance"]), (1, work.asked["shards"]["guidance"])]:
+        name, known = f"{steps} steps, guidance {guidance:g}", work.ledger.stage(stage).get("prompt_accuracy", {})
+        if name not in known:
+            shares = {
+                sort: scores.teacher_accuracy(
+                    teacher,
+                    work.judge,
+                    asked["prompts"],
+                    held_out=sort == "held_out",
+                    steps=steps,
+                    guidance=guidance,
+                )
+                for sort in ("training", "held_out")
+            }
+            work.ledger.note(stage, prompt_accuracy=known | {name: shares})
 
 
 def _shards(work: Work) -> dict[str, Any]:
-    plan, asked = work.plan, work.plan.shards
-    if plan.data.path is None:
-        captions = material.new_captions(plan.data.seed, asked.count)
+    asked = work.asked["shards"]
+    if work.of_shapes:
+        captions = material.new_captions(work.data["seed"], asked["count"])
     else:
-        captions = [work.captions[i % len(work.captions)] for i in range(asked.count)]
+        captions = [work.captions[i % len(work.captions)] for i in range(asked["count"])]
     teacher = SD3(str(work.models / "mmdit"))
     folder = work.models / "latents"
-    assemble.write_teacher_latents(teacher, captions, folder, guidance=asked.guidance, steps=asked.steps)
-    return {"latents": asked.count}
+    assemble.write_teacher_latents(teacher, captions, folder, guidance=asked["guidance"], steps=asked["steps"])
+    return {"latents": asked["count"]}
 
 
 STAGES: dict[str, Callable[[Work], dict[str, Any]]] = {
@@ -230,31 +220,41 @@ STAGES: dict[str, Callable[[Work], dict[str, Any]]] = {
     "latents": _latents,
     "reader": _reader,
     "vit": _vit,
-    "mmdit": _mmdit,
-    "unet": _unet,
+    "mmdit": lambda work: _teacher(work, "mmdit"),
+    "unet": lambda work: _teacher(work, "unet"),
     "shards": _shards,
 }
 
 
-def run(plan: Plan, command: str) -> Path:
+def settings(asked: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """All that decides what `stage` makes, apart from what it reads: name -> value."""
+    names = ("seed", "data", *DECIDES.get(stage, ()), *([stage] if stage in asked else []))
+    flat: dict[str, Any] = {}
+    for name in names:
+        node = asked[name]
+        flat |= {f"{name}.{key}": value for key, value in node.items()} if isinstance(node, Mapping) else {name: node}
+    return flat
+
+
+def run(asked: Mapping[str, Any], command: str) -> Path:
     """Every stage asked for that is not finished yet; returns the folder of the models."""
     read_quietly()
-    work, chosen = Work(plan), plan.chosen()
-    if plan.data.path is not None and "reader" in chosen:
-        chosen.remove("reader")
+    check_data(asked["data"]["path"], asked["data"]["size"], asked["data"]["count"])
+    work, names = Work(asked), chosen(asked["stages"])
+    if not work.of_shapes and "reader" in names:
+        names.remove("reader")
         print("reader: left out, for only shapes knows what its pictures show")
-    for name in chosen:
-        work.ledger.agree(name, plan.settings(name))
-    for name in chosen:
-        if work.ledger.finished(name):
+    for name in names:
+        finished = work.ledger.finished()
+        if missing := [each for each in NEEDS[name] if each not in finished]:
+            raise ValueError(f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have")
+        work.ledger.begin(name, settings(asked, name), command)
+        if name in finished:
             print(f"{name}: done before")
             continue
-        if missing := [each for each in NEEDS[name] if not work.ledger.finished(each)]:
-            raise ValueError(f"stages: {name} needs {', '.join(missing)} first, which out={plan.out} does not have")
-        work.ledger.begin(name, plan.settings(name), command)
         began = time.monotonic()
         values = STAGES[name](work)
         seconds = round(values.pop("seconds", time.monotonic() - began), 1)
         work.ledger.note(name, **values, seconds=seconds, finished=True)
-        write_card(work.out, plan)
+        write_card(work.out, work.seed)
     return work.models

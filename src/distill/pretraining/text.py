@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from distill.pretraining.fit import Budget, fit
+from distill.pretraining.fit import DEVICE, Budget, fit
 
 WIDTH = 128
 
@@ -69,8 +69,9 @@ def train(
 
     def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         index = torch.randint(len(ids) - held, (budget.batch_size,), generator=generator)
-        logits = clip(input_ids=ids[index], pixel_values=pictures[index].float() / 127.5 - 1).logits_per_image.float()
-        target = torch.arange(len(index))
+        x = pictures[index].to(DEVICE).float() / 127.5 - 1
+        logits = clip(input_ids=ids[index].to(DEVICE), pixel_values=x).logits_per_image.float()
+        target = torch.arange(len(index), device=DEVICE)
         return {"image": F.cross_entropy(logits, target) / 2, "text": F.cross_entropy(logits.T, target) / 2}
 
     seconds = fit("clip", clip, objective, budget, out=out, seed=seed)

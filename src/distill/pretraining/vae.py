@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.pretraining.fit import Budget, fit
+from distill.pretraining.fit import DEVICE, Budget, fit
 
 KL_WEIGHT = 1e-4  # per latent dimension; keeps latents bounded without visible blur
 
@@ -34,7 +34,7 @@ def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tupl
 
     def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         index = torch.randint(len(train_set), (budget.batch_size,), generator=generator)
-        x = train_set[index].float() / 127.5 - 1
+        x = train_set[index].to(DEVICE).float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         fake = vae.decode(posterior.sample(generator=generator)).sample.float()
         error = fake - x
@@ -70,6 +70,12 @@ def encode(vae: AutoencoderKL, pictures: Tensor, *, raw: bool = False, batch: in
     chunks = [vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in pictures.split(batch)]
     latents = torch.cat(chunks)
     return latents if raw else (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents of any precision [N, 4, S/4, S/4] -> uint8 pictures [N, 3, S, S]."""
+    return ((vae.decode(latents.float()).sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 @torch.no_grad()

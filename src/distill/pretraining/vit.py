@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from distill.pretraining.fit import Budget, fit
+from distill.pretraining.fit import DEVICE, Budget, fit
 
 WIDTH, PROTOTYPES = 128, 512
 GLOBAL, LOCAL, LOCAL_CROPS = (0.4, 1.0), (0.1, 0.4), 4  # shares of the picture's area
@@ -58,7 +58,7 @@ def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tupl
 
     def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         index = torch.randint(len(pictures), (budget.batch_size,), generator=generator)
-        x = pictures[index].float() / 127.5 - 1
+        x = pictures[index].to(DEVICE).float() / 127.5 - 1
         wide = [crop(x, GLOBAL, side, generator) for _ in range(2)]
         narrow = [crop(x, LOCAL, side // 2, generator) for _ in range(LOCAL_CROPS)]
         opinions = net.teach(wide)
@@ -79,9 +79,9 @@ def crop(x: Tensor, share: tuple[float, float], side: int, generator: torch.Gene
     theta[:, 0, 0], theta[:, 1, 1] = half * mirror, half
     for axis in range(2):
         theta[:, axis, 2] = (1 - half) * (2 * place[axis] - 1)
-    grid = F.affine_grid(theta, [len(x), 3, side, side], align_corners=False)
+    grid = F.affine_grid(theta.to(x.device), [len(x), 3, side, side], align_corners=False)
     view = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return view + 0.2 * (brightness - 0.5)[:, None, None, None]
+    return view + 0.2 * (brightness - 0.5).to(x.device)[:, None, None, None]
 
 
 @torch.no_grad()
