@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,3 +73,22 @@ def _lightning_is_quiet():
         for message in (".*does not have many workers.*", ".*in eval mode.*", ".*treespec, LeafSpec.*"):
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run `python -m distill.<name> key=value ...` in this process, in an empty folder -> (exit code, out, err)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"distill.{name}", *map(str, arguments)])
+        code = 0
+        try:
+            importlib.import_module(f"distill.{name}").main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call

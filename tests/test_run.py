@@ -23,25 +23,6 @@ TEACHERS = {"mmdit": "shapes", "unet": "shapes_unet"}
 NO_JUDGE = "~metrics"
 
 
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Run `python -m distill.<name> key=value ...` in this process, in an empty folder -> (exit code, out, err)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"distill.{name}", *map(str, arguments)])
-        code = 0
-        try:
-            importlib.import_module(f"distill.{name}").main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def smoke(pipelines, shards, tmp_path_factory):
     """Family -> the folder of a finished `debug=smoke` run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
-from distill.compose import make, processes, shipped
+from distill.compose import allowed, make, processes, shipped
 from distill.ema import Ema
 from distill.files import gathered, newest, read
 from distill.record import versions
@@ -23,6 +24,15 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
+}
+COUNTS = {  # key -> the least that it may be
+    "seed": 0,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "optimizer.accumulate": 1,
+    "trainer.max_steps": 1,
+    "trainer.num_nodes": 1,
+    "trainer.log_every_n_steps": 1,
 }
 EXPECTED = (  # warnings that say nothing new about a run of ours
     ".*does not have many workers.*",
@@ -35,7 +45,13 @@ EXPECTED = (  # warnings that say nothing new about a run of ours
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first."""
     seed_everything(cfg.seed)
-    teacher, source = make(cfg.teacher), make(cfg.data)
+    source = make(cfg.data)  # first: what is wrong with it shows in a moment
+    teacher = make(cfg.teacher)
+    if (shape := getattr(source.dataset, "shape", None)) and shape[0] != teacher.latent_shape[0]:
+        raise ValueError(
+            f"data.path={cfg.data.path}: its latents have {shape[0]} channels and this teacher's have "
+            f"{teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give pictures with data=images"
+        )
     return source, method(cfg, teacher)
 
 
@@ -43,6 +59,14 @@ def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
     import torch
 
+    allowed(cfg)
+    for key, least in COUNTS.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{key}={value}: must be a whole number, {least} or more")
+    devices = cfg.trainer.get("devices", 1)
+    if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
+        raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")
     accelerator, strategy = str(cfg.trainer.get("accelerator", "auto")), cfg.trainer.get("strategy", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(

@@ -6,10 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-
-from distill._conf import CONF_DIR
-from distill.errors import said_plainly
+from distill.errors import command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,10 +45,9 @@ def draw(cfg: DictConfig) -> list[Path]:
     return paths
 
 
-@hydra.main(config_path=CONF_DIR, config_name="sample", version_base="1.3")
+@command("sample")
 def main(cfg: DictConfig) -> None:
-    with said_plainly():
-        draw(cfg)
+    draw(cfg)
 
 
 if __name__ == "__main__":
