@@ -114,6 +114,7 @@ def test_a_wrong_argument_is_named_before_weights_are_read(argument, said, comma
 def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):
     assert refused("sample", f"run={tmp_path}") == "prompt: not given; add prompt=... to the command"
     assert "(did you mean steps?)" in refused("sample", "step=1")
+    assert "count=x: must be a whole number" in refused("sample", f"run={tmp_path}", "prompt=x", "count=x")
     assert "(did you mean metrics.prompts?)" in refused("evaluate", "metrics.prompt=3")
     assert "(did you mean out?)" in refused("pretrain", "ou=x")
 
@@ -165,6 +166,7 @@ def test_tensors_of_another_shape_are_named(part, refused, copied):
 
 def test_other_damage_to_a_teacher(refused, copied):
     folder = copied()
+    assert refused("run", "++teacher.dtype=float99").startswith("teacher.dtype=float99: must be a dtype of torch")
     whole = next((folder / "transformer").glob("*.safetensors"))
     whole.write_bytes(whole.read_bytes()[:1000])
     assert f"{folder}: transformer/ does not load" in refused("run", f"teacher.path={folder}")
@@ -188,12 +190,23 @@ def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_latents_of_another_teacher(refused, tmp_path):
-    latents = ((f"{i}", np.zeros((16, 16, 16)), "c") for i in range(4))
-    write_latents(f"{tmp_path}/x-%d.tar", latents, per_shard=4)
-    said = refused("run", f"data.path={tmp_path}")
-    assert said.startswith(f"data.path={tmp_path}: its latents have 16 channels and this teacher's have 4; make them")
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((16, 16, 16), "its latents have 16 channels and this teacher's have 4; make them with this teacher's"),
+        ((4, 16, 15), "latents of 16 x 15 do not divide into this teacher's patches of 2; make them of pictures whose"),
+    ],
+)
+def test_latents_of_another_teacher(shape, said, refused, tmp_path):
+    write_latents(f"{tmp_path}/x-%d.tar", ((f"{i}", np.zeros(shape), "c") for i in range(4)), per_shard=4)
+    assert refused("run", f"data.path={tmp_path}").startswith(f"data.path={tmp_path}: {said}")
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_a_size_that_the_teacher_cannot_read(refused, tmp_path):
+    path = put_images(tmp_path / "x.tar", 1)
+    said = refused("run", "data=images", "data.size=60", f"data.path={path}")
+    assert said == "data.size=60: must be a multiple of 8 for this teacher"
 
 
 BAD = {

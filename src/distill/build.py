@@ -15,7 +15,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
-from distill.compose import allowed, make, processes, shipped
+from distill.compose import allowed, check_counts, make, processes, shipped
 from distill.ema import Ema
 from distill.files import gathered, newest, read
 from distill.record import versions
@@ -47,12 +47,25 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     seed_everything(cfg.seed)
     source = make(cfg.data)  # first: what is wrong with it shows in a moment
     teacher = make(cfg.teacher)
-    if (shape := getattr(source.dataset, "shape", None)) and shape[0] != teacher.latent_shape[0]:
-        raise ValueError(
-            f"data.path={cfg.data.path}: its latents have {shape[0]} channels and this teacher's have "
-            f"{teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give pictures with data=images"
-        )
+    _refuse_misfit(cfg, source.dataset, teacher)
     return source, method(cfg, teacher)
+
+
+def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+    """Raise ValueError for latents or pictures that this teacher cannot read."""
+    shape, size, channels = getattr(data, "shape", None), getattr(data, "size", None), teacher.latent_shape[0]
+    if shape and shape[0] != channels:
+        raise ValueError(
+            f"data.path={cfg.data.path}: its latents have {shape[0]} channels and this teacher's have {channels}; "
+            "make them with this teacher's autoencoder, or give pictures with data=images"
+        )
+    if shape and any(side % teacher.patch for side in shape[1:]):
+        raise ValueError(
+            f"data.path={cfg.data.path}: latents of {shape[1]} x {shape[2]} do not divide into this teacher's patches "
+            f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
+        )
+    if size and size % teacher.unit:
+        raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
 
 
 def check(cfg: DictConfig) -> None:
@@ -60,10 +73,7 @@ def check(cfg: DictConfig) -> None:
     import torch
 
     allowed(cfg)
-    for key, least in COUNTS.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and (type(value) is not int or value < least):
-            raise ValueError(f"{key}={value}: must be a whole number, {least} or more")
+    check_counts(cfg, COUNTS)
     devices = cfg.trainer.get("devices", 1)
     if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
         raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")

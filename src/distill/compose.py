@@ -75,6 +75,14 @@ def _refuse_unknown(node: dict[str, Any], name: str, target: Any) -> None:
         raise ValueError(f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out")
 
 
+def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
+    """Raise ValueError unless the value of each key is a whole number, and not under the least that is given here."""
+    for key, least in counts.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{key}={value}: must be a whole number, {least} or more")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean ...?)` for the most alike of the known names, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)

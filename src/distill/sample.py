@@ -19,10 +19,10 @@ def draw(cfg: DictConfig) -> list[Path]:
     from torchvision.transforms.functional import to_pil_image
 
     from distill import build
+    from distill.compose import check_counts
     from distill.sampling import consistency, seeded
 
-    if cfg.steps < 1:
-        raise ValueError(f"steps={cfg.steps}: at least one step is needed")
+    check_counts(cfg, {"steps": 1, "count": 1, "seed": 0})
     student = build.student_of(cfg.run)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     with torch.no_grad():

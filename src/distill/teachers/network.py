@@ -114,6 +114,16 @@ class PipelineTeacher(Frozen):
         side = self.network.model.config.sample_size
         return self.network.model.config.in_channels, side, side
 
+    @property
+    def patch(self) -> int:
+        """Latents a side that make one token; 1 where there are no tokens."""
+        return self.network.model.config.get("patch_size") or 1
+
+    @property
+    def unit(self) -> int:
+        """A picture's sides must be multiples of this: pixels a side per latent, times `patch`."""
+        return self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
 

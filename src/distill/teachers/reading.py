@@ -35,6 +35,8 @@ def read_pipeline(
     Raises FileNotFoundError and ValueError that say what is wrong in it.
     """
     check_folder(path, kind.__name__)
+    if not isinstance(precision := getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"teacher.dtype={dtype}: must be a dtype of torch: float32, bfloat16, float16")
     read_quietly()
     safe = True if use_safetensors else None
     if not Path(path).exists():
@@ -47,7 +49,7 @@ def read_pipeline(
             raise ValueError(f"teacher.path={path}: {name} is code of {library!r}, which this teacher does not read")
         if isinstance(network := getattr(LIBRARIES[library], found, None), type) and issubclass(network, nn.Module):
             _check_files(path, name, use_safetensors)
-            options = {"dtype": getattr(torch, dtype), "variant": variant, "use_safetensors": safe}
+            options = {"dtype": precision, "variant": variant, "use_safetensors": safe}
             with _silent():
                 parts[name] = _whole(network, path, name, **options)
     return kind.from_pretrained(path, **parts)
