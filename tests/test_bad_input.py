@@ -174,6 +174,11 @@ def test_other_damage_to_a_teacher(refused, copied):
     assert f"{folder}: its transformer/ is missing" in refused("run", f"teacher.path={folder}")
 
 
+def test_a_hub_that_cannot_be_reached(refused):
+    said = refused("run", "teacher.path=someone/model")  # tests are offline
+    assert said.startswith("teacher.path=someone/model: cannot be fetched (")
+
+
 # -- the data --------------------------------------------------------------------------------------------------------
 
 

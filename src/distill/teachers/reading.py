@@ -40,7 +40,7 @@ def read_pipeline(
     read_quietly()
     safe = True if use_safetensors else None
     if not Path(path).exists():
-        path = kind.download(path, revision=revision, variant=variant, use_safetensors=safe, **without)
+        path = _fetched(kind, path, revision=revision, variant=variant, use_safetensors=safe, **without)
     parts = dict(without)
     for name, (library, found) in _index(path).items():
         if name in parts or library is None:
@@ -53,6 +53,18 @@ def read_pipeline(
             with _silent():
                 parts[name] = _whole(network, path, name, **options)
     return kind.from_pretrained(path, **parts)
+
+
+def _fetched(kind: type, path: str, **options: Any) -> str:
+    """The folder that the hub's pipeline is in, once it is here."""
+    try:
+        with _silent():
+            return kind.download(path, **options)
+    except (OSError, ValueError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"teacher.path={path}: cannot be fetched ({what}); check the name, the network and its licence"
+        ) from None
 
 
 @contextmanager
