@@ -52,7 +52,7 @@ def read_pipeline(
             options = {"dtype": precision, "variant": variant, "use_safetensors": safe}
             with _silent():
                 parts[name] = _whole(network, path, name, **options)
-    return kind.from_pretrained(path, **parts)
+    return kind.from_pretrained(path, use_safetensors=safe, **parts)
 
 
 def _fetched(kind: type, path: str, **options: Any) -> str:
