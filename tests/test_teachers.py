@@ -16,7 +16,7 @@ from diffusers import (
 
 import tiny
 from distill.sampling import Guided
-from distill.teachers.network import check_folder
+from distill.teachers.reading import check_folder
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
-from distill.compose import make, processes, shipped
+from distill.compose import allowed, check_counts, make, processes, shipped
 from distill.ema import Ema
 from distill.files import gathered, newest, read
 from distill.record import versions
@@ -23,6 +24,15 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
+}
+COUNTS = {  # key -> the least that it may be
+    "seed": 0,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "optimizer.accumulate": 1,
+    "trainer.max_steps": 1,
+    "trainer.num_nodes": 1,
+    "trainer.log_every_n_steps": 1,
 }
 EXPECTED = (  # warnings that say nothing new about a run of ours
     ".*does not have many workers.*",
@@ -35,14 +45,38 @@ EXPECTED = (  # warnings that say nothing new about a run of ours
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first."""
     seed_everything(cfg.seed)
-    teacher, source = make(cfg.teacher), make(cfg.data)
+    source = make(cfg.data)  # first: what is wrong with it shows in a moment
+    teacher = make(cfg.teacher)
+    _refuse_misfit(cfg, source.dataset, teacher)
     return source, method(cfg, teacher)
+
+
+def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+    """Raise ValueError for latents or pictures that this teacher cannot read."""
+    shape, size, channels = getattr(data, "shape", None), getattr(data, "size", None), teacher.latent_shape[0]
+    if shape and shape[0] != channels:
+        raise ValueError(
+            f"data.path={cfg.data.path}: its latents have {shape[0]} channels and this teacher's have {channels}; "
+            "make them with this teacher's autoencoder, or give pictures with data=images"
+        )
+    if shape and any(side % teacher.patch for side in shape[1:]):
+        raise ValueError(
+            f"data.path={cfg.data.path}: latents of {shape[1]} x {shape[2]} do not divide into this teacher's patches "
+            f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
+        )
+    if size and size % teacher.unit:
+        raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
     import torch
 
+    allowed(cfg)
+    check_counts(cfg, COUNTS)
+    devices = cfg.trainer.get("devices", 1)
+    if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
+        raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")
     accelerator, strategy = str(cfg.trainer.get("accelerator", "auto")), cfg.trainer.get("strategy", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(

@@ -6,9 +6,10 @@ Nothing here imports torch, so that commands can refuse a mistake at once.
 from __future__ import annotations
 
 import datetime
+import difflib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,74 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
 
-CLASSES = ("distill.", "torch.optim.", "torch.nn.", "lightning.pytorch.")  # what a configuration may build
-FUNCTIONS = ("distill.students.", "distill.data.source.")  # and what it may call
+ROOTS = ("distill.", "torch.optim.", "torch.nn.", "lightning.")  # what a configuration may look into,
+TRAINER = [f"lightning.pytorch.{m}." for m in ("trainer", "callbacks", "loggers", "strategies", "plugins", "profilers")]
+CLASSES = (*ROOTS[:3], *TRAINER)  # where a class must be defined that it builds,
+FUNCTIONS = ("distill.students.", "distill.data.source.")  # and a function that it calls
+SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
 FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")  # once a run has begun
 
 
 def make(node: DictConfig) -> Any:
     """The one way to instantiate: allowed targets only, plain containers, shipped paths made absolute."""
-    _refuse_foreign_targets(node)
-    node = OmegaConf.create(_resolve(OmegaConf.to_container(node, resolve=True)))
-    return instantiate(node, _convert_="all")
+    return instantiate(OmegaConf.create(_resolve(allowed(node))), _convert_="all")
 
 
-def _refuse_foreign_targets(node: Any) -> None:
-    if isinstance(node, DictConfig):
-        if (target := node.get("_target_")) is not None:
-            _refuse_unless_allowed(str(target))
-        for value in node.values():
-            _refuse_foreign_targets(value)
-    elif isinstance(node, ListConfig):
-        for value in node:
-            _refuse_foreign_targets(value)
+def allowed(node: DictConfig) -> Any:
+    """The node as plain containers, every value resolved. Raises ValueError for what no configuration may hold.
+
+    That is: a target outside the list, a key that its target does not take (with the nearest that it does), and text
+    that would become an interpolation when it is read again, behind the check's back.
+    """
+    plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    _refuse_in(plain)
+    return plain
 
 
-def _refuse_unless_allowed(target: str) -> None:
+def _refuse_in(value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{value}: a value must not hold an escaped interpolation; write it out")
+    if isinstance(value, dict) and "_target_" in value:
+        target = str(value["_target_"])
+        _refuse_unknown(value, target, _target(target))
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_in(inner)
+
+
+def _target(name: str) -> Any:
     """A class of ours, of an optimiser or of Lightning, by its public name: not whatever a module happens to import."""
-    target = target.replace("lightning.Trainer", "lightning.pytorch.Trainer")
-    if target.startswith(CLASSES):
-        found = get_object(target)
-        home = f"{found.__module__}." if hasattr(found, "__module__") else ""
-        if home.startswith(CLASSES if inspect.isclass(found) else FUNCTIONS) and target.count(".") > 1:
-            return
-    allowed = ", ".join(c + "*" for c in CLASSES)
-    raise ValueError(f"_target_: {target} is refused: a configuration may build only classes of {allowed}")
+    if name.startswith(ROOTS):
+        try:
+            found = get_object(name)
+        except Exception:  # Hydra wraps whatever an import raises
+            raise ValueError(f"_target_: {name}: there is nothing of this name; check how it is written") from None
+        home = f"{getattr(found, '__module__', '')}."
+        if home.startswith(CLASSES if inspect.isclass(found) else FUNCTIONS):
+            return found
+    allowed = ", ".join([*(r + "*" for r in ROOTS[:3]), "and Lightning's trainer, callbacks, loggers and strategies"])
+    raise ValueError(f"_target_: {name} is refused: a configuration may build only classes of {allowed}")
+
+
+def _refuse_unknown(node: dict[str, Any], name: str, target: Any) -> None:
+    takes = inspect.signature(target).parameters
+    unknown = sorted(set(map(str, node)) - set(takes) - SPECIAL)
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise ValueError(f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out")
+
+
+def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
+    """Raise ValueError unless the value of each key is a whole number, and not under the least that is given here."""
+    for key, least in counts.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{key}={value}: must be a whole number, {least} or more")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)` for the most alike of the known names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _resolve(value: Any) -> Any:
@@ -91,12 +126,9 @@ def run_folder(cfg: DictConfig) -> Path:
         folder = Path(cfg.run_dir)
         if rank() == 0 and (folder / "config.yaml").exists():
             raise FileExistsError(f"run_dir={folder} holds a run already; choose another or resume={folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return _made(folder)
     if "SLURM_PROCID" in os.environ:
-        folder = Path("runs") / f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return _made(Path("runs") / f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}")
     if "RANK" in os.environ:
         raise ValueError("run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there")
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -108,6 +140,14 @@ def run_folder(cfg: DictConfig) -> Path:
         except FileExistsError:
             continue
     raise FileExistsError("a thousand runs began in one second; set run_dir=")
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir={folder} cannot be made ({error.strerror}); choose another run_dir=") from None
+    return folder
 
 
 def folder_of(resume: str) -> Path:

@@ -2,12 +2,71 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+import hydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from distill._conf import CONF_DIR
+from distill.compose import nearest
+
+# What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
+MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
+FULL = "HYDRA_FULL_ERROR"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is the exit code.
+
+    Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it raises. So the variable
+    is set while Hydra composes, and what the user had there is put back before the function is called.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def job(cfg: DictConfig) -> None:
+            with _full_errors(asked), said_plainly():
+                if missing := sorted(OmegaConf.missing_keys(cfg)):
+                    raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
+                if code := task(cfg):
+                    raise SystemExit(code)
+
+        asked = os.environ.get(FULL)
+        composed = hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)
+
+        @functools.wraps(task)
+        def main() -> None:
+            nonlocal asked
+            asked = os.environ.get(FULL)
+            with said_plainly(), _full_errors("1"):
+                composed()
+
+        return main
+
+    return decorate
+
+
+@contextmanager
+def _full_errors(value: str | None) -> Iterator[None]:
+    before = os.environ.pop(FULL, None)
+    os.environ.update({FULL: value} if value is not None else {})
+    try:
+        yield
+    finally:
+        os.environ.pop(FULL, None)
+        os.environ.update({FULL: before} if before is not None else {})
 
 
 @contextmanager
@@ -17,10 +76,53 @@ def said_plainly() -> Iterator[None]:
         yield
     except Exception as error:
         cause = _root(error)
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not isinstance(cause, MISTAKES):
+        # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
+        mistake = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
+        if os.environ.get(FULL) == "1" or not mistake:
             raise
-        print(f"distill: {cause}", file=sys.stderr)
+        print(f"distill: {sentence(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def sentence(error: BaseException) -> str:
+    """What is wrong, where, and what to do, on one line."""
+    cause = _root(error)
+    if isinstance(cause, MissingConfigException) and cause.options is not None:
+        group, _, option = str(cause.missing_cfg_file).rpartition("/")
+        there = ", ".join(cause.options)
+        return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {there}"
+    if isinstance(cause, OverrideParseException):
+        return f"{cause.override}: cannot be read as key=value; put quotes around a value with spaces or commas"
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(error, HydraException):
+        return f"{cause.full_key}: no such key{nearest(str(cause.full_key), _keys(cause))}; --cfg job prints all"
+    if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
+        where = f"{cause.filename}: " if cause.filename else ""
+        remedy = "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""
+        return f"{where}{cause.strerror}{remedy}"
+    text = str(cause)
+    if "Original Traceback" in text:  # a worker of the loader: the sentence comes last, after the exception's name
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    elif isinstance(cause, HydraException) and (named := re.search(r"'([\w./@]+)'", text)):
+        text = text.rstrip(". ") + nearest(named[1], _groups())
+    return " ".join(text.split())
+
+
+def _keys(error: OmegaConfBaseException) -> list[str]:
+    """Every dotted key that could have been meant: those of the configuration, and the groups."""
+    tree = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
+    if not str(error.full_key).startswith("hydra"):
+        tree.pop("hydra", None)
+    return [*_groups(), *_dotted(tree)]
+
+
+def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 
 
 def _root(error: BaseException) -> BaseException:

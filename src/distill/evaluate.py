@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-
-from distill._conf import CONF_DIR
-from distill.errors import said_plainly
+from distill.errors import command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,10 +26,9 @@ def judge(cfg: DictConfig) -> None:
     print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
 
 
-@hydra.main(config_path=CONF_DIR, config_name="evaluate", version_base="1.3")
+@command("evaluate")
 def main(cfg: DictConfig) -> None:
-    with said_plainly():
-        judge(cfg)
+    judge(cfg)
 
 
 if __name__ == "__main__":

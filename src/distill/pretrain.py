@@ -8,10 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import hydra
-
-from distill._conf import CONF_DIR
-from distill.errors import said_plainly
+from distill.errors import command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,10 +28,9 @@ def pretrain(cfg: DictConfig) -> Path:
     return models
 
 
-@hydra.main(config_path=CONF_DIR, config_name="pretrain", version_base="1.3")
+@command("pretrain")
 def main(cfg: DictConfig) -> None:
-    with said_plainly():
-        pretrain(cfg)
+    pretrain(cfg)
 
 
 if __name__ == "__main__":

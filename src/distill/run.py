@@ -6,10 +6,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
-import hydra
-
-from distill._conf import CONF_DIR
-from distill.errors import said_plainly
+from distill.errors import command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,14 +31,17 @@ def begin(cfg: DictConfig) -> int:
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
     parts = None if several else build.parts(cfg)
     folder = compose.run_folder(cfg)
+    fresh = not any(folder.iterdir())
     if compose.rank() == 0:
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        part = folder / "config.yaml.part"  # renamed when complete: a full disk must not cost an earlier run its own
+        OmegaConf.save(cfg, part, resolve=True)
+        part.replace(folder / "config.yaml")
         RunRecord(folder).begun(" ".join(["python -m distill.run", *sys.argv[1:]]), compose.name_of(cfg))
         print(f"run folder: {folder}")
     if not several:
         return train(cfg, folder, parts)
     code = launch.launch(folder, processes)
-    if code and not cfg.resume and not any((folder / "checkpoints").glob("*.ckpt")):
+    if code and fresh and not any((folder / "checkpoints").glob("*.ckpt")):  # never what was there before
         shutil.rmtree(folder)
     return code
 
@@ -83,11 +83,9 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     print(f"report: {write_report(folder)}")
 
 
-@hydra.main(config_path=CONF_DIR, config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    with said_plainly():
-        if code := begin(cfg):
-            raise SystemExit(code)
+@command("config")
+def main(cfg: DictConfig) -> int:
+    return begin(cfg)
 
 
 if __name__ == "__main__":

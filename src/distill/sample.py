@@ -6,10 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-
-from distill._conf import CONF_DIR
-from distill.errors import said_plainly
+from distill.errors import command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,10 +19,10 @@ def draw(cfg: DictConfig) -> list[Path]:
     from torchvision.transforms.functional import to_pil_image
 
     from distill import build
+    from distill.compose import check_counts
     from distill.sampling import consistency, seeded
 
-    if cfg.steps < 1:
-        raise ValueError(f"steps={cfg.steps}: at least one step is needed")
+    check_counts(cfg, {"steps": 1, "count": 1, "seed": 0})
     student = build.student_of(cfg.run)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     with torch.no_grad():
@@ -48,10 +45,9 @@ def draw(cfg: DictConfig) -> list[Path]:
     return paths
 
 
-@hydra.main(config_path=CONF_DIR, config_name="sample", version_base="1.3")
+@command("sample")
 def main(cfg: DictConfig) -> None:
-    with said_plainly():
-        draw(cfg)
+    draw(cfg)
 
 
 if __name__ == "__main__":

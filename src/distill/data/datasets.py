@@ -67,7 +67,7 @@ class Samples(Dataset, ABC):
         return None, skipped
 
     def account(self, skipped: list[Skipped], *, found: int) -> None:
-        """Count `found` good samples and the `skipped` ones; RuntimeError if the bad are too many, or `found` is 0."""
+        """Count `found` good samples and the `skipped` ones; ValueError if the bad are too many, or `found` is 0."""
         for name, reason in skipped:
             if name not in self.bad:
                 log.warning("skipped a bad sample, %s: %s", name, reason)
@@ -76,10 +76,10 @@ class Samples(Dataset, ABC):
         self.failed += len(skipped)
         count = f"{self.failed} of {self.tried} samples tried are bad"
         if not found:
-            raise RuntimeError(f"{count}, the last {len(skipped)} in a row: repair the data. {_some(skipped)}")
+            raise ValueError(f"{count}, the last {len(skipped)} in a row: repair the data. {_some(skipped)}")
         if self.tried >= MIN_TRIED and self.failed > self.max_bad_share * self.tried:
-            share = f"more than max_bad_share={self.max_bad_share:g}"
-            raise RuntimeError(f"{count}, {share}: repair the data or raise the share. {_some(list(self.bad.items()))}")
+            share = f"more than data.max_bad_share={self.max_bad_share:g}"
+            raise ValueError(f"{count}, {share}: repair the data or raise the share. {_some(list(self.bad.items()))}")
 
 
 def _some(skipped: list[Skipped]) -> str:
@@ -89,7 +89,7 @@ def _some(skipped: list[Skipped]) -> str:
 class LatentShards(Samples):
     """Cached latents: {"x0": float32 [C, h, w], "caption": str, "key": str}, all of the first good one's `shape`.
 
-    Raises RuntimeError if there is no good one among the first `MAX_IN_A_ROW`.
+    Raises ValueError if there is no good one among the first `MAX_IN_A_ROW`.
     """
 
     def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
@@ -97,7 +97,7 @@ class LatentShards(Samples):
         self.shape: tuple[int, int, int] | None = None
         first, skipped = self._first_good(0)
         if first is None:
-            raise RuntimeError(f"None of the first {len(skipped)} samples at {path!r} is usable: {_some(skipped)}")
+            raise ValueError(f"None of the first {len(skipped)} samples at {path!r} is usable: {_some(skipped)}")
         self.shape = tuple(first["x0"].shape)
 
     def item(self, sample: dict) -> dict:

@@ -38,7 +38,8 @@ def name_of(sample: dict) -> str:
 def image(sample: dict, size: int | None = None) -> Tensor:
     """The sample's image [3, H, W] in [-1, 1], RGB; with `size` the central square, resized to [3, size, size].
 
-    EXIF rotation is applied, transparency laid on white. Raises BadSample if there is none or it does not decode.
+    EXIF rotation is applied, transparency laid on white. Raises BadSample if there is none, it does not decode, or its
+    shorter side is under half of `size`: enlarged that much, it would teach blur.
     """
     extension = _pick(sample, tuple(FORMATS), "image")
     try:
@@ -46,9 +47,14 @@ def image(sample: dict, size: int | None = None) -> Tensor:
             warnings.simplefilter("ignore")  # harmless oddities, told anew for every image; bombs are errors
             file = Image.open(io.BytesIO(sample[extension]), formats=tuple(set(FORMATS.values())))
             picture = _rgb(ImageOps.exif_transpose(file))
-        picture = picture if size is None else _square(picture, size)
+        small = size is not None and 2 * min(picture.size) < size
+        picture = picture if size is None or small else _square(picture, size)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadSample(name_of(sample), f"its .{extension} does not decode ({_first_line(error)})") from None
+    if small:
+        raise BadSample(
+            name_of(sample), f"its image is {picture.width} x {picture.height}, under half of {size} a side"
+        )
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(127.5).sub(1.0)
 
 

@@ -29,11 +29,15 @@ class Source:
         )
 
 
-def latents(path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None) -> Source:
+def latents(
+    path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None, max_bad_share: float = 0.1
+) -> Source:
     """Cached latents with captions: a folder or pattern of WebDataset shards."""
-    return Source(LatentShards(path, limit=limit), batch_size, num_workers)
+    return Source(LatentShards(path, limit=limit, max_bad_share=max_bad_share), batch_size, num_workers)
 
 
-def images(path: str, *, size: int, batch_size: int, num_workers: int = 0, limit: int | None = None) -> Source:
+def images(
+    path: str, *, size: int, batch_size: int, num_workers: int = 0, limit: int | None = None, max_bad_share: float = 0.1
+) -> Source:
     """Pictures with captions: WebDataset shards, or a folder with a .txt beside each picture."""
-    return Source(ImageShards(path, size=size, limit=limit), batch_size, num_workers)
+    return Source(ImageShards(path, size=size, limit=limit, max_bad_share=max_bad_share), batch_size, num_workers)

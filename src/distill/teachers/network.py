@@ -6,7 +6,6 @@ x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 d
 from __future__ import annotations
 
 import copy
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,9 +76,9 @@ class Frozen(nn.Module):
 class PipelineTeacher(Frozen):
     """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond."""
 
-    def __init__(self, pipeline: object, network: Network, path: str):
+    def __init__(self, pipeline: object, network: Network):
         super().__init__()
-        self.network, self.vae, self.path = network, pipeline.vae, path
+        self.network, self.vae, self.path = network, pipeline.vae, pipeline.name_or_path
         self._pipeline = (pipeline,)  # in a tuple: its parts that are not ours must not become submodules twice
         self.text_encoders = nn.ModuleList(
             m for n, m in pipeline.components.items() if n.startswith("text_encoder") and m is not None
@@ -95,11 +94,7 @@ class PipelineTeacher(Frozen):
     @property
     def folder(self) -> Path:
         """The local files of this pipeline, also when it came from the hub."""
-        if Path(self.path).is_dir():
-            return Path(self.path)
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(self.path, local_files_only=True))
+        return Path(self.path)
 
     @property
     def process(self) -> Process:
@@ -118,6 +113,16 @@ class PipelineTeacher(Frozen):
         """Latents' (C, H, W) at the size the model was trained for."""
         side = self.network.model.config.sample_size
         return self.network.model.config.in_channels, side, side
+
+    @property
+    def patch(self) -> int:
+        """Latents a side that make one token; 1 where there are no tokens."""
+        return self.network.model.config.get("patch_size") or 1
+
+    @property
+    def unit(self) -> int:
+        """A picture's sides must be multiples of this: pixels a side per latent, times `patch`."""
+        return self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
@@ -149,22 +154,3 @@ def read_quietly() -> None:
     """Silence the loading bars of diffusers and transformers: a dozen for one small pipeline."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def check_folder(path: str, expected: str) -> None:
-    """Refuse, in one sentence, a local path that is no pipeline folder of the class `expected`."""
-    folder = Path(path)
-    if not folder.exists():
-        if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
-            raise FileNotFoundError(
-                f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id"
-            )
-        return  # a hub id
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"teacher.path={path}: not a diffusers pipeline folder (it has no model_index.json)")
-    found = json.loads(index.read_text()).get("_class_name")
-    if found != expected:
-        raise ValueError(
-            f"teacher.path={path} holds a {found}, but this teacher reads a {expected}; choose another teacher="
-        )

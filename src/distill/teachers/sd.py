@@ -7,7 +7,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill.process import VariancePreserving
-from distill.teachers.network import Network, PipelineTeacher, check_folder, read_quietly
+from distill.teachers.network import Network, PipelineTeacher
+from distill.teachers.reading import read_pipeline
 from distill.types import Cond
 
 PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -37,21 +38,21 @@ class UNet(Network):
 class SD(PipelineTeacher):
     """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id)."""
 
-    def __init__(self, path: str, *, revision: str | None = None, variant: str | None = None, dtype: str = "float32"):
-        check_folder(path, "StableDiffusionPipeline")
-        read_quietly()
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path,
-            revision=revision,
-            variant=variant,
-            dtype=getattr(torch, dtype),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    def __init__(
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: str = "float32",
+        use_safetensors: bool = True,
+    ):
+        options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
+        without = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        pipeline = read_pipeline(StableDiffusionPipeline, path, **options, **without)
         scheduler = pipeline.scheduler
         network = UNet(pipeline.unet, scheduler.alphas_cumprod, scheduler.config.prediction_type)
-        super().__init__(pipeline, network, path)
+        super().__init__(pipeline, network)
 
     def _encode(self, captions: list[str]) -> Cond:
         tokens, _ = self.pipeline.encode_prompt(

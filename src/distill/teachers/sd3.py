@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from distill.process import RectifiedFlow
 from distill.teachers.folded import fold, weights
-from distill.teachers.network import Network, PipelineTeacher, check_folder, read_quietly
+from distill.teachers.network import Network, PipelineTeacher
+from distill.teachers.reading import read_pipeline
 from distill.types import Cond
 
 SILENT_TOKENS = 256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)
@@ -52,17 +53,15 @@ class SD3(PipelineTeacher):
         revision: str | None = None,
         variant: str | None = None,
         dtype: str = "float32",
+        use_safetensors: bool = True,
         t5: bool = True,
     ):
-        check_folder(path, "StableDiffusion3Pipeline")
-        read_quietly()
+        options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
         without = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            path, revision=revision, variant=variant, dtype=getattr(torch, dtype), **without
-        )
+        pipeline = read_pipeline(StableDiffusion3Pipeline, path, **options, **without)
         if pipeline.text_encoder_3 is not None and _silent(pipeline.text_encoder_3):
             pipeline.text_encoder_3 = None  # all its tokens are zeros, as the pipeline makes them without it
-        super().__init__(pipeline, MMDiT(pipeline.transformer), path)
+        super().__init__(pipeline, MMDiT(pipeline.transformer))
 
     def _encode(self, captions: list[str]) -> Cond:
         silent = self.pipeline.text_encoder_3 is None

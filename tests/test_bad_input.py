@@ -1,0 +1,323 @@
+"""What is wrong is said in one sentence, with exit code 1 and no traceback, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from distill import files
+from distill.data.write import write_latents
+
+
+@pytest.fixture
+def refused(command, pipelines, shards, tmp_path):
+    """Run a command that must fail -> its one sentence. `run` is given a smoke run of a good teacher and good data."""
+
+    def call(name, *arguments):
+        if name == "run":
+            good = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+            arguments = ("debug=smoke", "~metrics", *good, *arguments)
+        code, _, err = command(name, *arguments)
+        said = [line for line in err.splitlines() if line.startswith("distill: ")]
+        assert code == 1, err
+        assert len(said) == 1, err
+        assert "Traceback" not in err
+        return said[0].removeprefix("distill: ")
+
+    return call
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whoever reads a teacher's weights fails the test."""
+    for family in ("sd3.SD3", "sd.SD"):
+
+        def read(self, path, *, dtype="float32", use_safetensors=True, t5=True):
+            pytest.fail("weights were read")
+
+        monkeypatch.setattr(f"distill.teachers.{family}.__init__", read)
+
+
+@pytest.fixture
+def copied(pipelines, tmp_path):
+    """A copy of a pipeline folder, to be damaged."""
+
+    def copy(family="mmdit"):
+        return shutil.copytree(pipelines(family), tmp_path / "copy")
+
+    return copy
+
+
+def put_tar(path, contents: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def png(width, height) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("teacher=shape", "teacher=shape: no such option (did you mean shapes?); there is sd3, shapes"),
+        ("metod=ladd", "metod: no such key (did you mean method?)"),
+        ("trainer.max_step=3", "trainer.max_step: no such key (did you mean trainer.max_steps?)"),
+        ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
+        ("debugg=smoke", "debugg: no such key (did you mean debug?)"),
+        ("~metric", "'metric' does not exist (did you mean metrics?)"),
+        ("name=a=b c", "name=a=b c: cannot be read as key=value"),
+        (
+            "+optimizer.shedule=cosine",
+            "shedule: distill.methods.base.Engine takes no such key (did you mean schedule?)",
+        ),
+        ("+student.rank=4", "rank: distill.students.full takes no such key"),
+        ("data=latents", "data.path: not given; add data.path=... to the command"),
+        ("data.batch_size=0", "data.batch_size=0: must be a whole number, 1 or more"),
+        ("data.batch_size=2.5", "data.batch_size=2.5: must be a whole number"),
+        ("data.batch_size=many", "data.batch_size=many: must be a whole number"),
+        ("+optimizer.accumulate=-1", "optimizer.accumulate=-1: must be a whole number, 1 or more"),
+        ("trainer.max_steps=0", "trainer.max_steps=0: must be a whole number, 1 or more"),
+        ("trainer.devices=none", "trainer.devices=none: must be a number of devices"),
+        ("trainer.devices=0", "trainer.devices=0: must be a number of devices"),
+        ("+trainer.strategy=fsdp", "use trainer=fsdp2"),
+        ("method.levels.odds=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_weights_are_read(argument, said, command, no_weights, tmp_path):
+    code, _, err = command("run", argument)
+    assert code == 1
+    assert err.startswith("distill: ")
+    assert err.count("\n") == 1, err
+    assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):
+    assert refused("sample", f"run={tmp_path}") == "prompt: not given; add prompt=... to the command"
+    assert "(did you mean steps?)" in refused("sample", "step=1")
+    assert "count=x: must be a whole number" in refused("sample", f"run={tmp_path}", "prompt=x", "count=x")
+    assert "(did you mean metrics.prompts?)" in refused("evaluate", "metrics.prompt=3")
+    assert "(did you mean out?)" in refused("pretrain", "ou=x")
+
+
+def test_a_gpu_that_is_not_there(refused, no_weights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused("run", "trainer.accelerator=gpu")
+    assert said == "trainer.accelerator=gpu: there is no GPU here; use trainer.accelerator=cpu or auto"
+
+
+def test_a_discriminator_that_does_not_fit_the_method(refused, no_weights, monkeypatch):
+    monkeypatch.setattr("distill.methods.ladd.LADD.space", "pixels", raising=False)
+    said = refused("run")
+    assert said.startswith("method reads a discriminator of pixels, and this discriminator looks at latents; choose")
+
+
+# -- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def rewrite(file, change):
+    """Change the tensors of a safetensors file in place."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_tensors_that_are_missing_are_named(part, refused, copied):
+    folder = copied()
+    file = next((folder / part).glob("*.safetensors"))
+    name = next(n for n in sorted(load_file(file)) if n.endswith("weight"))
+    rewrite(file, lambda tensors: tensors.pop(name))
+    said = refused("run", f"teacher.path={folder}")
+    assert said.startswith(f"teacher.path={folder}: {part}/ lacks ")
+    assert name.split(".")[-2] in said
+    assert said.endswith("fetch it anew, or correct its config.json")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_tensors_of_another_shape_are_named(part, refused, copied):
+    folder = copied()
+    file = next((folder / part).glob("*.safetensors"))
+    name = next(n for n in sorted(load_file(file)) if n.endswith("weight"))
+    rewrite(file, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    said = refused("run", f"teacher.path={folder}")
+    assert f"teacher.path={folder}: {part}/ " in said
+    assert name.split(".")[-2] in said
+
+
+def test_other_damage_to_a_teacher(refused, copied):
+    folder = copied()
+    assert refused("run", "++teacher.dtype=float99").startswith("teacher.dtype=float99: must be a dtype of torch")
+    whole = next((folder / "transformer").glob("*.safetensors"))
+    whole.write_bytes(whole.read_bytes()[:1000])
+    assert f"{folder}: transformer/ does not load" in refused("run", f"teacher.path={folder}")
+    shutil.rmtree(folder / "transformer")
+    assert f"{folder}: its transformer/ is missing" in refused("run", f"teacher.path={folder}")
+
+
+def test_a_hub_that_cannot_be_reached(refused):
+    said = refused("run", "teacher.path=someone/model")  # tests are offline
+    assert said.startswith("teacher.path=someone/model: cannot be fetched (")
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
+    shard = next(shards.glob("*.tar")).read_bytes()
+    for name, content in {"cut": shard[:3000], "text": b"no tar at all\n" * 100, "nothing": b""}.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        said = refused("run", f"data.path={tmp_path / name}.tar")
+        assert f"{name}.tar' is cut short or" in said
+        assert "write or fetch it anew" in said
+    put_tar(tmp_path / "empty.tar", {})
+    assert "hold no samples" in refused("run", f"data.path={tmp_path}/empty.tar")
+    assert "No file matches data.path" in refused("run", f"data.path='{tmp_path}/none-*.tar'")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((16, 16, 16), "its latents have 16 channels and this teacher's have 4; make them with this teacher's"),
+        ((4, 16, 15), "latents of 16 x 15 do not divide into this teacher's patches of 2; make them of pictures whose"),
+    ],
+)
+def test_latents_of_another_teacher(shape, said, refused, tmp_path):
+    write_latents(f"{tmp_path}/x-%d.tar", ((f"{i}", np.zeros(shape), "c") for i in range(4)), per_shard=4)
+    assert refused("run", f"data.path={tmp_path}").startswith(f"data.path={tmp_path}: {said}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_a_size_that_the_teacher_cannot_read(refused, tmp_path):
+    path = put_images(tmp_path / "x.tar", 1)
+    said = refused("run", "data=images", "data.size=60", f"data.path={path}")
+    assert said == "data.size=60: must be a multiple of 8 for this teacher"
+
+
+BAD = {
+    "half": ({"png": png(64, 64)[:500], "txt": b"c"}, "does not decode"),
+    "mute": ({"png": png(64, 64)}, "it has no caption"),
+    "latin": ({"png": png(64, 64), "txt": "Bär".encode("latin-1")}, "is not UTF-8"),
+    "small": ({"png": png(40, 31), "txt": b"c"}, "its image is 40 x 31, under half of 64 a side"),
+}
+
+
+def put_images(path, good, *bad):
+    samples = {f"{i:03d}": {"png": png(64, 64), "txt": f"caption {i}".encode()} for i in range(good)}
+    samples |= {name: BAD[name][0] for name in bad}
+    return put_tar(path, {f"{key}.{end}": data for key, files in samples.items() for end, data in files.items()})
+
+
+def test_bad_samples_are_skipped_counted_and_named(tmp_path, caplog):
+    from distill.data.datasets import ImageShards
+
+    data = ImageShards(str(put_images(tmp_path / "x.tar", 40, *BAD)), size=64, max_bad_share=0.2)
+    keys = {data[i]["key"] for i in range(len(data))}
+    assert keys == {f"{i:03d}" for i in range(40)}
+    assert {name.rpartition(":")[2] for name in data.bad} == set(BAD)
+    for name, (_, reason) in BAD.items():
+        assert reason in data.bad[f"{tmp_path}/x.tar:{name}"]
+        assert f"x.tar:{name}" in caplog.text
+    assert (
+        len(ImageShards(str(put_images(tmp_path / "y.tar", 1, "small")), size=62)[1]["pixels"]) == 3
+    )  # half is enough
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused, tmp_path):
+    path = put_images(tmp_path / "x.tar", 12, *BAD)
+    run = ["data=images", "data.size=64", f"data.path={path}", "trainer.max_steps=40", "callbacks.checkpoint.every=1"]
+    said = refused("run", *run, f"data.num_workers={workers}", "callbacks.samples.every=1000")
+    assert "samples tried are bad, more than data.max_bad_share=0.1: repair the data or raise the share." in said
+    assert f"{path}:" in said
+    if workers == 0:  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
+        assert files.newest(tmp_path / "run").is_file()
+
+
+# -- the run folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in ("file", "file/run"):
+        said = refused("run", f"run_dir={tmp_path / path}")
+        assert said.startswith(f"run_dir={tmp_path / path} cannot be made (")
+        assert said.endswith("choose another run_dir=")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
+    refused, command, pipelines, monkeypatch, tmp_path
+):
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(state)
+        if len(calls) == 2:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr("distill.files.torch.save", full)
+    said = refused("run", "callbacks.checkpoint.every=1", "callbacks.samples.every=1000")
+    folder = tmp_path / "run"
+    assert said.startswith("cannot write the checkpoint ")
+    assert "step_000002.ckpt (No space left on device); those before it are untouched: make room, then resume" in said
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
+    assert command("run", f"resume={folder}", "~metrics")[0] == 0
+    assert files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"] == 2
+    # and once more full, now where the configuration is written: the finished run's own stays
+    before = (folder / "config.yaml").read_text()
+    monkeypatch.setattr("omegaconf.OmegaConf.save", lambda *_, **__: full_disk(folder / "config.yaml.part"))
+    said = refused("run", f"resume={folder}", "trainer.max_steps=3")
+    assert said.endswith("config.yaml.part: No space left on device; make room, then go on with resume=<run folder>")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_damaged_configuration_of_a_run(refused, tmp_path):
+    (tmp_path / "config.yaml").write_text("method: [unclosed")
+    (tmp_path / "checkpoints").mkdir()
+    state = {"distill": {"iteration": 1}, "about": {"config": {}}}
+    files.write(state, tmp_path / "checkpoints" / "step_000001.ckpt")
+    assert "config.yaml" in refused("run", f"resume={tmp_path}")
+
+
+def test_numbers_that_are_not_finite(refused, monkeypatch):
+    monkeypatch.setattr("distill.methods.ladd.LADD.discriminator_loss", lambda self, batch, *_: {"adv": self.bad()})
+    bad = lambda self: sum(p.sum() for p in self.heads.parameters()) * float("nan")  # noqa: E731
+    monkeypatch.setattr("distill.methods.ladd.LADD.bad", bad, raising=False)
+    said = refused("run", "+optimizer.stop_after_bad=1", "callbacks.samples.every=1000")
+    assert "had a gradient that is not finite" in said
+
+
+def test_a_bug_keeps_its_traceback(command, monkeypatch, pipelines):
+    def broken(*_):
+        raise TypeError("ours")
+
+    monkeypatch.setattr("distill.build.student_of", broken)
+    with pytest.raises(TypeError, match="ours"):
+        command("sample", f"run={pipelines('mmdit')}", "prompt=x")

@@ -1,0 +1,217 @@
+"""A configuration, model folder, shard or checkpoint from a stranger cannot run code."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import shutil
+import tarfile
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from distill import compose, files
+from distill.data.shards import Shards
+
+HOSTILE = (
+    "os.system",
+    "posix.system",
+    "builtins.eval",
+    "subprocess.Popen",
+    "torch.hub.load",
+    "torch.load",
+    "torch.nn.Module.__init__.__globals__",
+    "torch.nn.functional.torch.hub.load",
+    "torch.nn.modules.module.torch.load",
+    "torch.optim.optimizer.torch.load",
+    "distill.checkpoint.subprocess.run",
+    "distill.checkpoint.requeue",
+    "distill.record.subprocess.run",
+    "distill.record.subprocess.Popen",
+    "distill.record.Path",
+    "distill.files.remove",
+    "distill.build.student_of",
+    "distill.compose.make",
+    "distill.compose.instantiate",
+    "distill.students.shutil.rmtree",
+    "hydra.utils.get_method",
+    "hydra.utils.instantiate",
+    "functools.partial",
+    "lightning.pytorch.cli.LightningCLI",
+    "lightning.pytorch.trainer.trainer.os.system",
+    "lightning.LightningModule.load_from_checkpoint",
+    "lightning.fabric.utilities.cloud_io._load",
+    "distill",
+    "distill.no_such_module.Thing",
+)
+NODES = (  # where in a configuration a target can hide
+    "method",
+    "method.levels",
+    "teacher",
+    "student",
+    "discriminator.heads",
+    "data",
+    "optimizer",
+    "optimizer.student",
+    "callbacks.progress",
+    "logger.csv",
+    "metrics",
+    "trainer",
+)
+
+
+class Bomb:
+    """Unpickled, it makes the file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+# -- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+def test_a_hostile_target_is_refused(target):
+    node = {"_target_": target, "args": ["true"]}
+    nested = {"_target_": "distill.times.LogitNormal", "m": [{"deep": [node]}]}
+    for tree in (node, [node], {"a": node}, nested, {"name": target, "a": {"_target_": "${name}"}}):
+        with pytest.raises(ValueError, match=f"^_target_: {re.escape(target)}( is refused|: there is nothing of this)"):
+            compose.make(OmegaConf.create(tree))
+    # read a second time, this would be a node
+    escaped = {"_target_": "distill.times.LogitNormal", "m": "\\${oc.create:{_target_: " + target + "}}"}
+    with pytest.raises(ValueError, match="escaped interpolation"):
+        compose.make(OmegaConf.create(escaped))
+
+
+def test_what_runs_are_made_of_is_allowed():
+    trainer = compose.make(OmegaConf.create({"_target_": "lightning.Trainer", "_partial_": True, "max_steps": 3}))
+    assert trainer.keywords == {"max_steps": 3}
+    callback = {"_target_": "lightning.pytorch.callbacks.DeviceStatsMonitor"}
+    assert type(compose.make(OmegaConf.create(callback))).__name__ == "DeviceStatsMonitor"
+    assert compose.make(
+        OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3})
+    ).bias.ndim
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_hostile_node_is_refused_before_anything_is_made(node, command, tmp_path):
+    code, _, err = command("run", f"++{node}._target_=os.system", f"++{node}.command='touch {tmp_path / 'owned'}'")
+    assert code == 1
+    assert err.startswith("distill: _target_: os.system is refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_itself_runs_nothing_either(command, tmp_path):
+    order = f"touch {tmp_path / 'owned'}"
+    for argument in (
+        f"+hydra.callbacks.evil={{_target_: os.system, command: '{order}'}}",
+        f"+hydra.job_logging.formatters.evil={{'()': os.system, command: '{order}'}}",
+    ):
+        code, _, _ = command("run", argument, "trainer.max_steps=0")
+        assert code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path):
+    run, owned = tmp_path / "run", tmp_path / "owned"
+    shutil.copytree(pipelines("mmdit"), run / "student")
+    hostile = {"_target_": "os.system", "command": f"touch {owned}"}
+    (tmp_path / "evil.py").write_text(f"open({str(owned)!r}, 'w')\n")  # would be imported from the current folder
+    files.write({"distill": {"iteration": 1}, "about": {"config": {}}}, run / "checkpoints" / "step_000001.ckpt")
+    for node in (hostile, {"_target_": "evil.Teacher"}, {"_target_": "distill.teachers.sd3.SD3", "path": hostile}):
+        OmegaConf.save({"teacher": node}, run / "config.yaml")
+        code, _, err = command("evaluate", f"run={run}")
+        assert code == 1
+        assert err.count("distill: ") == 1
+        cfg = {"data": {"batch_size": 4}, "optimizer": {}, "trainer": {"devices": 1}, "method": node, "teacher": node}
+        OmegaConf.save(cfg, run / "config.yaml")
+        code, _, err = command("run", f"resume={run}")
+        assert code == 1
+        assert "is refused" in err
+    assert not owned.exists()
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_pickled_weights_are_refused_unless_asked_for(part, command, pipelines, tmp_path):
+    from safetensors.torch import load_file
+
+    from distill.teachers.sd3 import SD3
+
+    folder, owned = shutil.copytree(pipelines("mmdit"), tmp_path / "copy"), tmp_path / "owned"
+    safe = next((folder / part).glob("*.safetensors"))
+    pickled = safe.with_name("pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin")
+    torch.save(load_file(safe), pickled)
+    safe.unlink()
+    run = ["debug=smoke", f"teacher.path={folder}", "~metrics", f"run_dir={tmp_path / 'run'}"]
+    code, _, err = command("run", *run)
+    assert code == 1
+    assert f"distill: teacher.path={folder}: {part}/ has only pickled weights ({pickled.name}), which" in err
+    assert err.strip().endswith("add teacher.use_safetensors=false")
+    SD3(str(folder), use_safetensors=False)
+    pickled.write_bytes(pickle.dumps(Bomb(owned)))
+    code, _, err = command("run", *run, "teacher.use_safetensors=false")  # even then a pickle may hold tensors alone
+    assert code == 1
+    assert f"{part}/ does not load" in err
+    assert not owned.exists()
+
+
+def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["evil", "Tokenizer"]}))
+    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    assert code == 1
+    assert "tokenizer is code of 'evil', which this teacher does not read" in err
+    assert not (tmp_path / "owned").exists()
+
+
+# -- checkpoints and shards ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("disguised", [False, True])
+def test_a_pickle_bomb_as_checkpoint_is_named_and_the_one_before_used(disguised, tmp_path, caplog):
+    folder, owned = tmp_path / "checkpoints", tmp_path / "owned"
+    good = {"distill": {"iteration": 1}, "about": {"config": {}}}
+    files.write(good, folder / "step_000001.ckpt")
+    bomb = folder / "step_000002.ckpt"
+    if disguised:  # inside a proper file of torch
+        torch.save(good | {"state_dict": Bomb(owned)}, bomb)
+    else:
+        bomb.write_bytes(pickle.dumps(Bomb(owned)))
+    assert files.newest(tmp_path) == folder / "step_000001.ckpt"
+    assert f"{bomb} is cut short or no checkpoint of distill" in caplog.text
+    assert "going on from step_000001.ckpt instead" in caplog.text
+    (folder / "step_000001.ckpt").unlink()
+    with pytest.raises(ValueError, match="no checkpoint can be used: .*step_000002.ckpt is cut short or no checkpoint"):
+        files.newest(tmp_path)
+    assert not owned.exists()
+    assert bomb.exists()
+
+
+def test_a_tar_cannot_leave_its_folder(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    with tarfile.open(data / "x.tar", "w") as tar:
+        for name, kind in (("link.txt", tarfile.SYMTYPE), ("hard.txt", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "../secret.txt"
+            tar.addfile(info)
+        for name in ("../../up.txt", "/absolute.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+    before = sorted(tmp_path.rglob("*"))
+    shards = Shards(str(data))
+    assert [shards.read(i)["txt"] for i in range(len(shards))] == [b"evil", b"evil"]  # text of odd keys, and no secret
+    assert sorted(tmp_path.rglob("*")) == before
