@@ -155,7 +155,7 @@ def test_maps_are_the_outputs_of_the_blocks(teacher, family):
         output = outputs[name]
         if family == "mmdit":  # (text, image tokens); token k stands at row k // 8, column k % 8
             tokens = output[1]
-            assert found.shape == (2, 160, 8, 8)
+            assert found.shape == (2, 144, 8, 8)
             assert torch.equal(found[:, :, 3, 5], tokens[:, 3 * 8 + 5])
             assert torch.equal(found.flatten(2).transpose(1, 2), tokens)
         else:
