@@ -5,7 +5,7 @@
         x0_hat = student(x_t, t, c)
         t_hat = sigmoid(m + s u), u ~ N(0, 1)                              # where the discriminator looks
         fake = features of the frozen teacher at (diffuse(x0_hat, eps', t_hat), t_hat, c), after every block
-        real = the same of x0, with noise of its own
+        real = the same of x0, with t_hat and noise of its own, or shared with the fake
         discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]
         student:        -heads(fake) [+ distillation]                      # gradient through the frozen teacher
 
@@ -31,6 +31,7 @@ class LADD(Distillation):
     Args:
         levels: student's noise levels, with their odds.
         renoise: levels t_hat at which the discriminator reads, on the scale of the rectified flow.
+        shared: whether a real sample is re-noised by the t_hat and the noise of its fake.
         loss: hinge, non_saturating or relativistic.
         r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
         distill_weight: lambda of |x0_hat - teacher's estimate|^2, for real data; 0 leaves the term out.
@@ -43,6 +44,7 @@ class LADD(Distillation):
         *,
         levels: Times,
         renoise: Times,
+        shared: bool = False,
         loss: str = "hinge",
         r1_weight: float = 0.0,
         distill_weight: float = 0.0,
@@ -50,20 +52,20 @@ class LADD(Distillation):
     ):
         super().__init__(**engine)
         self.levels, self.renoise, self.adversarial = levels, renoise, adversarial(loss)
-        self.r1_weight, self.distill_weight = r1_weight, distill_weight
+        self.shared, self.r1_weight, self.distill_weight = shared, r1_weight, distill_weight
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         t = self.levels.sample(len(batch), self.step, generator)
         x_t = self.student.process.diffuse(batch.x0, _noise(batch.x0, generator), t)
         x0_hat = self.student.x0(x_t, t, batch.cond)
-        t_hat = self._levels_of_discriminator(len(batch), generator)
-        return {"x0_hat": x0_hat, "t_hat": t_hat, "maps": self._maps(x0_hat, t_hat, batch, generator)}
+        t_hat, noise = self._look(batch, generator)
+        return {"x0_hat": x0_hat, "look": (t_hat, noise), "maps": self._maps(x0_hat, t_hat, noise, batch)}
 
     def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
-        critic, t_hat = self.heads.draw(self.step), fake["t_hat"]
+        critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
+        t_real, noise = fake["look"] if self.shared else self._look(batch, generator)
         with torch.no_grad():
-            t_real = self._levels_of_discriminator(len(batch), generator)
-            maps = self._maps(batch.x0, t_real, batch, generator)
+            maps = self._maps(batch.x0, t_real, noise, batch)
         if self.r1_weight:
             maps = [m.requires_grad_(True) for m in maps]
         of_real = critic(maps, t_real, batch.cond)
@@ -75,22 +77,24 @@ class LADD(Distillation):
         return terms
 
     def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
-        critic, t_hat = self.heads.draw(self.step), fake["t_hat"]
+        critic, (t_hat, noise) = self.heads.draw(self.step), fake["look"]
         of_real = None
-        if self.adversarial.name == "relativistic":
+        if self.adversarial.paired:
             with torch.no_grad():
-                of_real = critic(self._maps(batch.x0, t_hat, batch, generator), t_hat, batch.cond)
+                of_real = critic(self._maps(batch.x0, t_hat, noise, batch), t_hat, batch.cond)
         terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
         if self.distill_weight:
             terms["distill"] = self.distill_weight * self._distillation(batch, fake["x0_hat"], generator)
         return terms
 
-    def _maps(self, x0: Tensor, t: Tensor, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+    def _maps(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
         """What the frozen teacher makes of x0 [B, C, H, W], re-noised to t [B]."""
-        return self.features(self.teacher.process.diffuse(x0, _noise(x0, generator), t), t, batch.cond)
+        return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond)
 
-    def _levels_of_discriminator(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.teacher.process.from_flow_time(self.renoise.sample(n, self.step, generator))
+    def _look(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """t_hat [B] and noise [B, C, H, W] of one look of the discriminator."""
+        t_hat = self.teacher.process.from_flow_time(self.renoise.sample(len(batch), self.step, generator))
+        return t_hat, _noise(batch.x0, generator)
 
     def _distillation(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Tensor:
         """ADD's Eq. 4 with its exponential weight c(t) = alpha_t; the teacher's input is detached."""
