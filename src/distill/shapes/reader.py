@@ -23,21 +23,33 @@ CHOICES = {  # question -> possible answers; thing questions are asked once per 
 }  # fmt: skip
 
 
+class Residual(nn.Module):
+    """x + conv(conv(x)), each after a norm and an activation; the side stays."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(*(part for _ in range(2) for part in _normed(width, width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _normed(fan_in: int, fan_out: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return nn.GroupNorm(8, fan_in), nn.SiLU(), nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1)
+
+
 class Reader(nn.Module):
     """Pictures [B, 3, 64, 64] in [-1, 1] -> one row of logits per question; `features` [B, 96] feed the distances."""
 
     FEATURES = 96
 
-    def __init__(self, width: int = 32):
+    def __init__(self) -> None:
         super().__init__()
-        stages: list[nn.Module] = []
-        fan_in = 3
-        for fan_out, convolutions in ((width, 2), (2 * width, 3), (3 * width, 3), (4 * width, 2)):
-            for i in range(convolutions):  # the first of each halves the side: 64 -> 4
-                stride = 2 if i == 0 else 1
-                stages += [nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1), nn.GroupNorm(8, fan_out), nn.SiLU()]
-                fan_in = fan_out
-        self.trunk = nn.Sequential(*stages, nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.SiLU())
+        stages: list[nn.Module] = [nn.Conv2d(3, 32, 3, stride=2, padding=1), Residual(32), Residual(32)]
+        for fan_in, fan_out in ((32, 64), (64, 128)):  # 32 -> 16 -> 8 pixels a side: what is where must not blur
+            stages += [*_normed(fan_in, fan_out, stride=2), Residual(fan_out), Residual(fan_out)]
+        stages += [nn.GroupNorm(8, 128), nn.SiLU(), nn.Conv2d(128, 48, 1), nn.Flatten()]
+        self.trunk = nn.Sequential(*stages, nn.Linear(48 * 64, 256), nn.SiLU())
         self.to_features = nn.Linear(256, self.FEATURES)
         self.heads = nn.Linear(self.FEATURES, sum(len(options) for options in CHOICES.values()))
 
