@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.work import Work, draw, pixels, to_bytes
 from distill.shapes.judge import fresh_renders, judging_prompts
-from distill.shapes.reader import Reader, targets
+from distill.shapes.reader import SLOTS, Reader, targets
 from distill.shapes.world import sample
 
 JUDGING_SEED = 5  # apart from the seeds that students are judged with
@@ -28,7 +28,9 @@ def train(work: Work) -> dict[str, Any]:
     copies = torch.cat([to_bytes(vae.decode(part.float()).sample.clamp(-1, 1)) for part in parts])
     scenes = [sample(seed, i)[1] for i in range(shared)]
     scenes += [sample(seed + 1, i, held_out=i % 5 == 0)[1] for i in range(asked["fresh"])]
-    truth, pictures = targets(scenes), draw(scenes)
+    truth, pictures, three = targets(scenes), draw(scenes), torch.tensor([len(s.things) == 3 for s in scenes])
+    for slot in range(SLOTS):
+        truth[f"size{slot}"][three] = -1  # three things have one size, which nobody mentions
     torch.manual_seed(fit.seed)
     reader = Reader()
 

@@ -74,10 +74,10 @@ STAGES = {  # in the order in which they run
     "latents": Stage(_latents, ("data", "vae")),
     "reader": Stage(reader.train, ("data", "vae", "latents"), ("reader_scenes", "reader")),
     "vit": Stage(vit.train, ("data",), ("vit",)),
-    **{name: Stage(partial(diffusion.train, stage=name), ("data", "clip", "vae", "latents"), (name,))
-       for name in diffusion.TEACHERS},
+    "mmdit": Stage(partial(diffusion.train, stage="mmdit"), ("data", "clip", "vae", "latents"), ("mmdit",)),
+    "unet": Stage(partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)),
     "shards": Stage(diffusion.write_own, ("data", "mmdit"), ("shards",)),
-}  # fmt: skip
+}
 
 
 def check_data(path: str | None, size: int, count: int) -> None:

@@ -61,17 +61,12 @@ class Reader(nn.Module):
 
 
 def targets(prompts: Sequence[Prompt | Scene]) -> dict[str, Tensor]:
-    """What each prompt says, or scene shows, as indices [B] per question; -1 where it says nothing.
-
-    Three things have one size, which nobody mentions.
-    """
+    """What each prompt says, or scene shows, as indices [B] per question; -1 where it says nothing."""
     found = {question: torch.full((len(prompts),), -1) for question in CHOICES}
     for row, prompt in enumerate(prompts):
         said = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}
         for slot, thing in enumerate(prompt.things):
             said |= {f"{name}{slot}": getattr(thing, name) for name in OF_THINGS}
-            if len(prompt.things) == 3:
-                said[f"size{slot}"] = None
         for question, answer in said.items():
             if answer is not None:
                 found[question][row] = CHOICES[question].index(answer)
