@@ -18,9 +18,10 @@ from distill.data.datasets import LatentShards
 from distill.pretrain import pretrain
 from distill.pretraining import text, vae, vit
 from distill.pretraining.assemble import silent_t5
-from distill.pretraining.fit import Budget, fit
-from distill.pretraining.plan import NEEDS, Ledger, check_data
-from distill.pretraining.stages import Shared
+from distill.pretraining.diffusion import Captions
+from distill.pretraining.fit import Fit
+from distill.pretraining.stages import STAGES, check_data
+from distill.pretraining.work import Work
 from distill.shapes.world import draw_prompt
 
 CONF = str(Path(__file__).parents[1] / "conf")
@@ -45,7 +46,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_every_stage_leaves_its_models_and_a_card(made):
     scores = json.loads((made.parent / "pretraining.json").read_text())["stages"]
-    assert list(scores) == list(NEEDS)
+    assert list(scores) == list(STAGES)
     assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
     assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 3"}
     assert all(set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values())
@@ -91,7 +92,7 @@ def test_feature_networks_and_latents_open(made):
 def test_a_second_run_skips_what_is_finished(made, capsys):
     files = {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file()}
     run(f"out={made.parent}")
-    assert capsys.readouterr().out.count("done before") == len(NEEDS)
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
     assert {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file()} == files
 
 
@@ -146,40 +147,41 @@ def test_data_that_cannot_work_are_refused(wrong, expected):
 
 
 def test_notes_add_up(tmp_path):
-    Ledger(tmp_path).note("vae", psnr_db=30.0)
-    Ledger(tmp_path).note("vae", finished=True)
-    Ledger(tmp_path).note("clip", seconds=1)
-    assert Ledger(tmp_path).stage("vae") == {"psnr_db": 30.0, "finished": True}
-    assert Ledger(tmp_path).finished() == ["vae"]
+    first, second = (Work({"out": str(tmp_path), "data": {"path": None}}) for _ in range(2))
+    first.note("vae", "a command", psnr_db=30.0)
+    second.note("vae", "a command", finished=True)
+    first.note("clip", seconds=1)
+    assert second.stage("vae") == {"psnr_db": 30.0, "finished": True}
+    assert second.known()["stages"]["clip"] == {"seconds": 1}
+    assert second.known()["commands"] == ["a command"]
 
 
 class Killed(Exception):
     pass
 
 
-def little(out: Path, budget: Budget, stop: int | None = None) -> nn.Module:
+def little(out: Path, stop: int | None = None, **kind: Any) -> nn.Module:
     """A net trained on a moving goal; with `stop`, killed at the beginning of that step."""
     torch.manual_seed(0)
-    net = nn.ModuleDict({"blocks": nn.Linear(6, 6), "last": nn.Linear(6, 2)})
+    net, data = nn.ModuleDict({"blocks": nn.Linear(6, 6), "last": nn.Linear(6, 2)}), torch.randn(50, 6)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def objective(step: int, index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         if step == stop:
             raise Killed
-        x = torch.randn(8, 6, generator=generator)
+        x = data[index] + 0.1 * torch.randn(8, 6, generator=generator)
         return {"mse": (net["last"](net["blocks"](x).tanh()) - x[:, :2]).square().mean()}
 
-    fit("little", net, objective, budget, out=out, seed=3)
-    return net
+    fit = Fit(name="little", out=out, seed=3, steps=12, batch_size=8, lr=1e-2, warmup=3, save_every=4, **kind)
+    return fit(net, objective, samples=len(data))
 
 
 @pytest.mark.parametrize("kind", [{}, {"ema": 0.9}, {"muon_lr": 1e-2}, {"bf16": False}])
 def test_a_killed_stage_ends_as_an_uninterrupted_one(tmp_path, kind):
-    budget = Budget(steps=12, batch_size=8, lr=1e-2, warmup=3, save_every=4, **kind)
-    whole = little(tmp_path / "whole", budget)
+    whole = little(tmp_path / "whole", **kind)
     for stop in (2, 6, 11):  # before the first saving, between two, after the last
         with pytest.raises(Killed):
-            little(tmp_path / "killed", budget, stop=stop)
-    resumed, again = (little(tmp_path / "killed", budget) for _ in range(2))
+            little(tmp_path / "killed", stop, **kind)
+    resumed, again = (little(tmp_path / "killed", **kind) for _ in range(2))
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key])
         assert torch.equal(value, again.state_dict()[key])
@@ -222,7 +224,7 @@ def test_standardising_leaves_pictures_alone():
         x = pictures.float() / 127.5 - 1
         before = model.encode(x).latent_dist
         drawn = model.decode(before.sample(generator=torch.Generator().manual_seed(0))).sample
-        vae.standardise(model, vae.encode(model, pictures, raw=True))
+        vae.standardise(model, vae.encode(model, pictures))
         after = model.encode(x).latent_dist
         redrawn = model.decode(after.sample(generator=torch.Generator().manual_seed(0))).sample
     latents = vae.encode(model, pictures)
@@ -277,7 +279,7 @@ def test_crops_fit_the_network(side):
 
 def test_shared_captions_are_looked_up():
     tokens = torch.arange(4.0).view(4, 1, 1).expand(4, 2, 3)  # row 0 is the empty caption
-    captions = Shared(tokens, tokens[:, 0], torch.tensor([2, 0, 2, 1]))
+    captions = Captions(tokens, tokens[:, 0], torch.tensor([2, 0, 2, 1]))
     drawn, pooled = captions.draw(torch.tensor([0, 1, 2, 3] * 50), torch.Generator().manual_seed(0))
     expected = torch.tensor([3.0, 1.0, 3.0, 2.0] * 50)
     kept = drawn[:, 0, 0] != 0

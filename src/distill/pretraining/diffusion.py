@@ -2,153 +2,195 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
-from distill.pretraining.fit import DEVICE, Budget, fit
+from distill.data.write import write_latents
+from distill.evaluation import pictures
+from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
+from distill.pretraining.fit import DEVICE
+from distill.pretraining.text import tokenize
+from distill.pretraining.work import PER_SHARD, Work
+from distill.sampling import guided, seeded
+from distill.shapes.judge import judging_prompts
+from distill.shapes.world import draw_prompt
 from distill.teachers.folded import fold, weights
+from distill.teachers.network import PipelineTeacher
+from distill.teachers.sd import SD
+from distill.teachers.sd3 import SD3
 
 DROP = 0.1  # share of captions emptied, for classifier-free guidance
 SILENT_TOKENS = 256  # the pipeline's default number of third-encoder tokens, all zero here
 # SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time instead of 8 %.
 TIME_MEAN, TIME_SPREAD = 0.5, 1.2
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor]  # of x0, eps, tokens, pooled
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Encoded captions, half precision: `tokens` [N, L, D] and `pooled` [N, P]; row 0 is the empty caption."""
+    """Encodings of distinct captions, in half precision: `tokens` [N, L, D] and `pooled` [N, P].
+
+    Row 0 is the empty caption; `rows` [samples] says which of the others is sample i's, counted without the empty one.
+    """
 
     tokens: Tensor
     pooled: Tensor
+    rows: Tensor
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows index + 1, or the empty caption's with probability DROP."""
+        """Tokens and pooled of samples `index`, or the empty caption's with probability DROP."""
         dropped = torch.rand(len(index), generator=generator) < DROP
-        rows = torch.where(dropped, 0, index + 1)
+        rows = torch.where(dropped, 0, self.rows[index] + 1)
         return self.tokens[rows].float().to(DEVICE), self.pooled[rows].float().to(DEVICE)
 
 
 @torch.no_grad()
-def encode_captions(clip: CLIPModel, ids: Tensor, *, layer: int) -> Captions:
-    """Token ids [N, L] -> hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled."""
+def encode_captions(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], *, layer: int) -> Captions:
+    """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled output of each."""
+    number = {caption: i for i, caption in enumerate(sorted(set(captions)))}
     tokens, pooled = [], []
-    for part in track(ids.split(256), description="captions"):
-        output = clip.text_model(input_ids=part, output_hidden_states=True)
+    for ids in track(tokenize(tokenizer, ["", *number]).split(256), description="captions"):
+        output = clip.text_model(input_ids=ids, output_hidden_states=True)
         tokens.append((output.last_hidden_state if layer == -1 else output.hidden_states[layer]).half())
         pooled.append(clip.text_projection(output.pooler_output).half())
-    return Captions(torch.cat(tokens), torch.cat(pooled))
+    return Captions(torch.cat(tokens), torch.cat(pooled), torch.tensor([number[caption] for caption in captions]))
 
 
 def build_mmdit(latent_side: int, text_width: int) -> SD3Transformer2DModel:
     """3.7 M parameters: 5 joint blocks, width 144. Text [L, 2D]: one encoder in both CLIP places."""
-    net = SD3Transformer2DModel(
-        sample_size=latent_side,
-        pos_embed_max_size=latent_side // 2,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=5,
-        num_attention_heads=3,
-        attention_head_dim=48,
-        caption_projection_dim=144,
-        joint_attention_dim=2 * text_width,
-        pooled_projection_dim=2 * text_width,
-        qk_norm="rms_norm",
-    )
-    for name, module in net.named_modules():  # every block starts as the identity, the network as zero
-        if isinstance(module, nn.Linear) and (
-            name.endswith(("norm1.linear", "norm1_context.linear")) or name == "proj_out"
-        ):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+    image = {"sample_size": latent_side, "pos_embed_max_size": latent_side // 2, "patch_size": 2}
+    blocks = {"num_layers": 5, "num_attention_heads": 3, "attention_head_dim": 48, "caption_projection_dim": 144}
+    text = {"joint_attention_dim": 2 * text_width, "pooled_projection_dim": 2 * text_width}
+    net = SD3Transformer2DModel(in_channels=4, out_channels=4, qk_norm="rms_norm", **image, **blocks, **text)
+    for name, parameter in net.named_parameters():  # every block starts as the identity, the network as zero
+        if ".norm1.linear." in name or ".norm1_context.linear." in name or name.startswith("proj_out."):
+            nn.init.zeros_(parameter)
     return net
 
 
 def build_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=latent_side,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(48, 96),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
+    image = {"sample_size": latent_side, "in_channels": 4, "out_channels": 4}
+    shape = {"block_out_channels": (48, 96), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 16}
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    blocks = {"down_block_types": down, "up_block_types": up, "cross_attention_dim": text_width}
+    return UNet2DConditionModel(**image, **shape, **blocks)
 
 
-def train_mmdit(
-    latents: Tensor, captions: Captions, budget: Budget, *, out: Path, seed: int = 0
-) -> tuple[nn.Module, float]:
-    """E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps and t = sigmoid(u), u ~ N(0.5, 1.2)."""
-    torch.manual_seed(seed)
-    net = build_mmdit(latents.shape[-1], captions.tokens.shape[-1])
+def flow(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
+    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~ N(0.5, 1.2)."""
+    net = build_mmdit(side, width)
     folded = fold(net)
-    silent = torch.zeros(budget.batch_size, 1, 2 * captions.tokens.shape[-1], device=DEVICE)
-    counts = torch.cat([torch.ones(1, captions.tokens.shape[1]), torch.full((1, 1), float(SILENT_TOKENS))], dim=1)
-    counts = counts.to(DEVICE)
-    image_tokens = (latents.shape[-1] // 2) ** 2
+    counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(DEVICE)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x0, eps, index = _draw(latents, budget.batch_size, generator)
-        tokens, pooled = captions.draw(index, generator)
+    def loss(x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
         t = (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator)).sigmoid().to(DEVICE)
+        text = F.pad(tokens.repeat(1, 1, 2), (0, 0, 0, 1))  # one encoder in both CLIP places, then the silent one
         x_t = torch.lerp(x0, eps, t[:, None, None, None])
-        with weights(folded, counts, image_tokens):
-            v = net(
-                x_t,
-                encoder_hidden_states=torch.cat([tokens.repeat(1, 1, 2), silent], dim=1),
-                pooled_projections=pooled.repeat(1, 2),
-                timestep=1000 * t,
-            ).sample
-        return {"mse": (v.float() - (eps - x0)).square().mean()}
+        with weights(folded, counts, image_tokens=(side // 2) ** 2):
+            v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
+        return (v.float() - (eps - x0)).square().mean()
 
-    return net, fit("mmdit", net, objective, budget, out=out, seed=seed)
+    return net, loss
 
 
-def train_unet(
-    latents: Tensor, captions: Captions, budget: Budget, *, out: Path, seed: int = 0
-) -> tuple[nn.Module, float]:
-    """E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod, 20).
+def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
+    """A UNet, and E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod, 20).
 
     1 / alphas_cumprod is the loss on v (Salimans & Ho 2022): at high noise, where a picture's content is decided, an
     error of eps is a large error of x0, and SD's w = 1 teaches a small network next to nothing there.
     """
-    torch.manual_seed(seed)
-    net = build_unet(latents.shape[-1], captions.tokens.shape[-1])
+    net = build_unet(side, width)
     alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x0, eps, index = _draw(latents, budget.batch_size, generator)
-        tokens, _ = captions.draw(index, generator)
+    def loss(x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
         t = torch.randint(1000, (len(x0),), generator=generator).to(DEVICE)
         signal = alphas_cumprod[t][:, None, None, None]
-        x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * eps
-        guess = net(x_t, t, encoder_hidden_states=tokens).sample.float()
-        weight = (1 / signal).clamp(max=20)
-        return {"mse": (weight * (guess - eps).square()).mean()}
+        guess = net(signal.sqrt() * x0 + (1 - signal).sqrt() * eps, t, encoder_hidden_states=tokens).sample.float()
+        return ((1 / signal).clamp(max=20) * (guess - eps).square()).mean()
 
-    return net, fit("unet", net, objective, budget, out=out, seed=seed)
+    return net, loss
 
 
-def _draw(latents: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    index = torch.randint(len(latents), (size,), generator=generator)
-    x0 = latents[index].float()
-    return x0.to(DEVICE), torch.randn(x0.shape, generator=generator).to(DEVICE), index
+TEACHERS = {  # stage -> layer of the text encoder that it reads, how it is built, saved and opened
+    "mmdit": (-2, flow, save_sd3, SD3),
+    "unet": (-1, noise, save_sd, SD),
+}
+
+
+def train(work: Work, stage: str) -> dict[str, Any]:
+    layer, build, save, family = TEACHERS[stage]
+    clip = CLIPModel.from_pretrained(work.train / "clip").eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(work.train / "tokenizer")
+    captions = encode_captions(clip, tokenizer, work.captions, layer=layer)
+    latents, fit = work.latents, work.fit(stage)
+    torch.manual_seed(fit.seed)
+    net, loss = build(latents.shape[-1], *captions.tokens.shape[1:])
+
+    def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        x0 = latents[index].float()
+        eps = torch.randn(x0.shape, generator=generator)
+        return {"mse": loss(x0.to(DEVICE), eps.to(DEVICE), *captions.draw(index, generator), generator)}
+
+    fit(net, objective, samples=len(latents))
+    save(net, work.vae, clip, tokenizer, work.models / stage)
+    if work.of_shapes:
+        judge(work, stage, family(str(work.models / stage)))
+    return {"seconds": fit.seconds}
+
+
+def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
+    """Share of pictures that show all their prompt says, at each guidance and at one step; noted as they come."""
+    asked, reader = work.asked["scoring"], work.judge
+    n, guidances = asked["prompts"], [(asked["steps"], guidance) for guidance in asked["guidance"]]
+    for steps, guidance in [*guidances, (1, work.asked["shards"]["guidance"])]:
+        name, known = f"{steps} steps, guidance {guidance:g}", work.stage(stage).get("prompt_accuracy", {})
+        if name not in known:
+            maker = partial(guided, teacher, shape=teacher.latent_shape, steps=steps, guidance=guidance)
+            shares = {}
+            for sort in ("training", "held_out"):
+                prompts = judging_prompts(n, seed=0, held_out=sort == "held_out")
+                answers = reader.read(pictures(teacher, maker, prompts, range(n)))[1]
+                shares[sort] = round(reader.accuracy(answers, prompts)["prompt_accuracy"], 4)
+            work.note(stage, prompt_accuracy=known | {name: shares})
+
+
+def write_own(work: Work, batch: int = 128) -> dict[str, Any]:
+    """Latents that `mmdit` makes, of new captions of `shapes` or of the user's over again; seed = caption's number.
+
+    WebDataset shards; what is there already stays.
+    """
+    asked, seed, folder = work.asked["shards"], work.data["seed"], work.models / "latents"
+    if work.of_shapes:
+        captions = [draw_prompt(np.random.default_rng([seed + 2, i])).caption for i in range(asked["count"])]
+    else:
+        captions = [work.captions[i % len(work.captions)] for i in range(asked["count"])]
+    teacher = SD3(str(work.models / "mmdit"))
+
+    def samples(numbers: range) -> Iterator[tuple[str, np.ndarray, str]]:
+        for start in track(numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"):
+            seeds = range(start, min(start + batch, numbers.stop))
+            with torch.autocast(teacher.device.type, torch.bfloat16):
+                cond, how = teacher.embed([captions[i] for i in seeds]), {k: asked[k] for k in ("steps", "guidance")}
+                latents = guided(teacher, cond, seeded(seeds), shape=teacher.latent_shape, **how)
+            for i, latent in zip(seeds, latents, strict=True):
+                yield f"{i:06d}", latent.half().cpu().numpy(), captions[i]
+
+    for number, start in enumerate(range(0, len(captions), PER_SHARD)):
+        if not (folder / f"latents-{number:06d}.tar").exists():
+            numbers = range(start, min(start + PER_SHARD, len(captions)))
+            (part,) = write_latents(str(folder / "part" / "%06d.tar"), samples(numbers), PER_SHARD)
+            Path(part).replace(folder / f"latents-{number:06d}.tar")
+    shutil.rmtree(folder / "part", ignore_errors=True)
+    return {"latents": asked["count"]}

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from torch import Tensor
 
-from distill.pretraining.fit import DEVICE, Budget, fit
-from distill.shapes.reader import Reader, targets
-from distill.shapes.world import Prompt
+from distill.pretraining.fit import DEVICE
+from distill.pretraining.work import Work, draw, pixels, to_bytes
+from distill.shapes.judge import fresh_renders, judging_prompts
+from distill.shapes.reader import SLOTS, Reader, targets
+from distill.shapes.world import sample
+
+JUDGING_SEED = 5  # apart from the seeds that students are judged with
 
 
-def train(
-    pictures: Tensor, copies: Tensor, facts: list[Prompt], budget: Budget, *, out: Path, seed: int = 0
-) -> tuple[Reader, dict[str, float]]:
-    """`pictures` uint8 [N, 3, 64, 64]; `copies` [M, ...] the first M, autoencoded; `facts` complete."""
-    torch.manual_seed(seed)
+def train(work: Work) -> dict[str, Any]:
+    """Learns from scenes of the data, every third step from their copies, and fresh scenes, every fifth with a pair
+    that the data never show. Scores: shares of right answers about new renders, and about copies of those.
+    """
+    asked, seed, vae, fit = work.asked["reader_scenes"], work.data["seed"], work.vae, work.fit("reader")
+    shared = min(asked["shared"], work.data["count"])
+    parts = track(work.latents[:shared].split(256), description="reader: copying")
+    copies = torch.cat([to_bytes(vae.decode(part.float()).sample.clamp(-1, 1)) for part in parts])
+    scenes = [sample(seed, i)[1] for i in range(shared)]
+    scenes += [sample(seed + 1, i, held_out=i % 5 == 0)[1] for i in range(asked["fresh"])]
+    truth, pictures, three = targets(scenes), draw(scenes), torch.tensor([len(s.things) == 3 for s in scenes])
+    for slot in range(SLOTS):
+        truth[f"size{slot}"][three] = -1  # three things have one size, which nobody mentions
+    torch.manual_seed(fit.seed)
     reader = Reader()
-    truth = targets(facts)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(pictures), (budget.batch_size,), generator=generator)
-        x = pictures[index].float() / 127.5 - 1
-        if len(copies) and step % 3 == 0:
-            index = index % len(copies)
-            x = copies[index].float() / 127.5 - 1
+    def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        source, index = (copies, index % len(copies)) if len(copies) and step % 3 == 0 else (pictures, index)
+        x = pixels(source[index])
         noise = 0.08 * torch.rand((), generator=generator)
-        x = x + noise * torch.randn(x.shape, generator=generator)
-        answers = reader(x.to(DEVICE))
-        losses = [
-            F.cross_entropy(v.float(), truth[k][index].to(DEVICE), ignore_index=-1, reduction="sum")
-            for k, v in answers.items()
-        ]
+        answers = reader((x + noise * torch.randn(x.shape, generator=generator)).to(DEVICE))
+        known = {question: answer[index].to(DEVICE) for question, answer in truth.items()}
+        losses = [F.cross_entropy(v.float(), known[k], ignore_index=-1, reduction="sum") for k, v in answers.items()]
         return {"ce": torch.stack(losses).sum() / len(index)}
 
-    seconds = fit("reader", reader, objective, budget, out=out, seed=seed)
-    return reader.eval().requires_grad_(False), {"seconds": seconds}
+    fit(reader, objective, samples=len(pictures)).save(work.models / "reader")
+    prompts, judge, shares = judging_prompts(5 * work.asked["scoring"]["prompts"], seed=JUDGING_SEED), work.judge, {}
+    renders = fresh_renders(prompts, seed=JUDGING_SEED)
+    copied = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in renders.split(100)])
+    for name, x in (("renders", renders), ("copies", copied)):
+        scores = judge.accuracy(judge.read(x)[1], prompts)
+        shares[name] = {k: round(v, 4) for k, v in scores.items() if v == v}  # nan: no prompt says any
+    return {"seconds": fit.seconds, **shares}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from distill.pretraining.fit import DEVICE, Budget, fit
+from distill.pretraining.assemble import half_of, save_half
+from distill.pretraining.fit import DEVICE
+from distill.pretraining.work import Work, pixels
 
 WIDTH = 128
 
@@ -33,17 +35,11 @@ def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048)
 
 
 def build(tokenizer: CLIPTokenizer, side: int) -> CLIPModel:
-    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
-    text = {
-        **shared,
-        "num_hidden_layers": 3,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {**shared, "num_hidden_layers": 3, "image_size": side, "patch_size": side // 8}
+    shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    shape["num_hidden_layers"] = 3
+    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    vision = {**shape, "image_size": side, "patch_size": side // 8}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     # A diffusion model reads words, and an MMDiT their order too, from these hidden states alone. From CLIP's usual
     # 0.02 the residual stream soon drowns both: teachers learnt backgrounds and colours but no kind and no order.
@@ -58,32 +54,26 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def train(
-    pictures: Tensor, captions: list[str], tokenizer: CLIPTokenizer, budget: Budget, *, out: Path, seed: int = 0
-) -> tuple[CLIPModel, dict[str, float]]:
+def train(work: Work) -> dict[str, Any]:
     """Contrastive training (InfoNCE both ways); retrieval accuracy among 100 held-out pairs."""
-    torch.manual_seed(seed)
+    pictures, fit = work.pictures, work.fit("clip")
+    tokenizer = train_tokenizer(work.captions, length=work.asked["text_length"])
+    ids = tokenize(tokenizer, work.captions)
+    learnt = len(ids) - max(200, len(ids) // 100)
+    torch.manual_seed(fit.seed)
     clip = build(tokenizer, pictures.shape[-1])
-    ids = tokenize(tokenizer, captions)
-    held = max(200, len(ids) // 100)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(ids) - held, (budget.batch_size,), generator=generator)
-        x = pictures[index].to(DEVICE).float() / 127.5 - 1
+    def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        x = pixels(pictures[index].to(DEVICE))
         logits = clip(input_ids=ids[index].to(DEVICE), pixel_values=x).logits_per_image.float()
         target = torch.arange(len(index), device=DEVICE)
         return {"image": F.cross_entropy(logits, target) / 2, "text": F.cross_entropy(logits.T, target) / 2}
 
-    seconds = fit("clip", clip, objective, budget, out=out, seed=seed)
-    clip.eval().requires_grad_(False)
-    return clip, {"top1_of_100": _retrieval(clip, ids[-held:], pictures[-held:]), "seconds": seconds}
-
-
-@torch.no_grad()
-def _retrieval(clip: CLIPModel, ids: Tensor, pictures: Tensor, group: int = 100) -> float:
-    hits = []
-    for i in range(0, len(ids) - group + 1, group):
-        x = pictures[i : i + group].float() / 127.5 - 1
-        logits = clip(input_ids=ids[i : i + group], pixel_values=x).logits_per_image
-        hits.append((logits.argmax(1) == torch.arange(group)).float().mean())
-    return float(torch.stack(hits).mean())
+    fit(clip, objective, samples=learnt)
+    tokenizer.save_pretrained(work.train / "tokenizer")
+    clip.save_pretrained(work.train / "clip")
+    save_half(half_of(clip, CLIPVisionModelWithProjection, "vision"), work.models / "clip_vision")
+    groups = [(ids[i : i + 100], pixels(pictures[i : i + 100])) for i in range(learnt, len(ids) - 99, 100)]
+    found = [clip(input_ids=i, pixel_values=x).logits_per_image.argmax(1) for i, x in groups]
+    top1 = torch.stack([(each == torch.arange(100)).float().mean() for each in found]).mean()
+    return {"top1_of_100": float(top1), "seconds": fit.seconds, "vocabulary": len(tokenizer)}

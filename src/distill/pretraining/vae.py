@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.pretraining.fit import DEVICE, Budget, fit
+from distill.pretraining.fit import DEVICE
+from distill.pretraining.work import Work, pixels
 
 KL_WEIGHT = 1e-4  # per latent dimension; keeps latents bounded without visible blur
 
 
 def build(side: int) -> AutoencoderKL:
-    return AutoencoderKL(
-        sample_size=side,
-        latent_channels=4,
-        block_out_channels=(24, 48, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-    )
+    shape = {"block_out_channels": (24, 48, 64), "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return AutoencoderKL(sample_size=side, **shape, **blocks)
 
 
-def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tuple[AutoencoderKL, dict[str, float]]:
-    """`pictures` uint8 [N, 3, S, S] -> autoencoder with latents of mean 0, deviation 1; PSNR on the last 1 %."""
-    torch.manual_seed(seed)
-    held = max(64, len(pictures) // 100)
-    train_set, test_set = pictures[:-held], pictures[-held:]
+def train(work: Work) -> dict[str, Any]:
+    """L1 + 2 L2 + KL; latents then get mean 0 and deviation 1. PSNR, 10 log10(range^2 / MSE) in dB, on the last 1 %."""
+    pictures, fit = work.pictures, work.fit("vae")
+    torch.manual_seed(fit.seed)
     vae = build(pictures.shape[-1])
+    learnt = len(pictures) - max(64, len(pictures) // 100)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(train_set), (budget.batch_size,), generator=generator)
-        x = train_set[index].to(DEVICE).float() / 127.5 - 1
+    def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        x = pixels(pictures[index].to(DEVICE))
         posterior = vae.encode(x).latent_dist
-        fake = vae.decode(posterior.sample(generator=generator)).sample.float()
-        error = fake - x
+        error = vae.decode(posterior.sample(generator=generator)).sample.float() - x
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         return {"l1": error.abs().mean(), "l2": 2 * error.square().mean(), "kl": KL_WEIGHT * kl}
 
-    seconds = fit("vae", vae, objective, budget, out=out, seed=seed)
-    vae.eval().requires_grad_(False)
-    standardise(vae, encode(vae, train_set[:2048], raw=True))
-    return vae, {"psnr_db": psnr(vae, test_set), "seconds": seconds}
+    fit(vae, objective, samples=learnt)
+    standardise(vae, encode(vae, pictures[: min(learnt, 2048)]))
+    vae.save_pretrained(work.train / "vae")
+    parts = pictures[learnt:].split(128)
+    errors = [vae.decode(encode(vae, part)).sample.clamp(-1, 1) - pixels(part) for part in parts]
+    psnr = 10 * torch.log10(4 / torch.cat(errors).square().mean((1, 2, 3)))
+    return {"psnr_db": float(psnr.mean()), "seconds": fit.seconds}
 
 
 @torch.no_grad()
@@ -65,25 +61,6 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor, *, raw: bool = False, batch: int = 128) -> Tensor:
-    """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, scaled unless `raw`."""
-    chunks = [vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in pictures.split(batch)]
-    latents = torch.cat(chunks)
-    return latents if raw else (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents of any precision [N, 4, S/4, S/4] -> uint8 pictures [N, 3, S, S]."""
-    return ((vae.decode(latents.float()).sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-@torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Mean over pictures of 10 log10(range^2 / MSE), in dB."""
-    errors = []
-    for part in pictures.split(128):
-        x = part.float() / 127.5 - 1
-        fake = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        errors.append((fake - x).square().mean((1, 2, 3)))
-    return float((10 * torch.log10(4 / torch.cat(errors))).mean())
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, which need no scaling here."""
+    return torch.cat([vae.encode(pixels(part)).latent_dist.mode() for part in pictures.split(128)])

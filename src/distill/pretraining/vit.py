@@ -7,14 +7,18 @@ loss = - sum over crops a != b of softmax((teacher(a) - centre) / 0.04) . log so
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from distill.pretraining.fit import DEVICE, Budget, fit
+from distill.pretraining.assemble import save_half
+from distill.pretraining.fit import DEVICE
+from distill.pretraining.work import Work, draw, pixels
+from distill.shapes.world import COLOURS, KINDS, sample
 
 WIDTH, PROTOTYPES = 128, 512
 GLOBAL, LOCAL, LOCAL_CROPS = (0.4, 1.0), (0.1, 0.4), 4  # shares of the picture's area
@@ -26,13 +30,11 @@ class SelfDistilled(nn.Module):
 
     def __init__(self, side: int):
         super().__init__()
-        config = Dinov2Config(
-            hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=4, image_size=side, patch_size=side // 8
-        )
-        hidden = 2 * WIDTH
-        head = nn.Sequential(nn.Linear(WIDTH, hidden), nn.GELU(), nn.Linear(hidden, PROTOTYPES))
-        self.vit, self.head = Dinov2Model(config), head
-        self.teacher = nn.ModuleList([copy.deepcopy(self.vit), copy.deepcopy(head)]).requires_grad_(False)
+        shape = {"hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 4}
+        head = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, PROTOTYPES))
+        self.vit = Dinov2Model(Dinov2Config(**shape, image_size=side, patch_size=side // 8))
+        self.head = head  # drawn first, but second among the parameters
+        self.teacher = copy.deepcopy(nn.ModuleList([self.vit, self.head])).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(PROTOTYPES))
 
     @torch.no_grad()
@@ -50,15 +52,15 @@ class SelfDistilled(nn.Module):
         return (self.head(self.vit(x).pooler_output).float() / STUDENT_TEMPERATURE).log_softmax(-1)
 
 
-def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tuple[Dinov2Model, float]:
-    """`pictures` uint8 [N, 3, S, S] -> the teacher's ViT, whose CLS and patch tokens are the features."""
-    torch.manual_seed(seed)
-    side = pictures.shape[-1]
+def train(work: Work) -> dict[str, Any]:
+    """Leaves the teacher's ViT, whose CLS and patch tokens are the features. Scores: of scenes of one thing."""
+    pictures, fit = work.pictures, work.fit("vit")
+    side, n = pictures.shape[-1], work.asked["scoring"]["prompts"]
+    torch.manual_seed(fit.seed)
     net = SelfDistilled(side)
 
-    def objective(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(len(pictures), (budget.batch_size,), generator=generator)
-        x = pictures[index].to(DEVICE).float() / 127.5 - 1
+    def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        x = pixels(pictures[index].to(DEVICE))
         wide = [crop(x, GLOBAL, side, generator) for _ in range(2)]
         narrow = [crop(x, LOCAL, side // 2, generator) for _ in range(LOCAL_CROPS)]
         opinions = net.teach(wide)
@@ -66,8 +68,16 @@ def train(pictures: Tensor, budget: Budget, *, out: Path, seed: int = 0) -> tupl
         pairs = [-(p * q).sum(-1).mean() for i, p in enumerate(opinions) for j, q in enumerate(guesses) if i != j]
         return {"dino": torch.stack(pairs).mean()}
 
-    seconds = fit("vit", net, objective, budget, out=out, seed=seed)
-    return net.teacher[0].eval(), seconds
+    fit(net, objective, samples=len(pictures))
+    vit, scores = net.teacher[0], {}
+    if work.of_shapes:
+        drawn = (sample(work.data["seed"] + 3, i)[1] for i in itertools.count())
+        scenes = list(itertools.islice((scene for scene in drawn if len(scene.things) == 1), 6 * n))
+        for name, words in (("kind", KINDS), ("colour", list(COLOURS))):
+            labels = torch.tensor([words.index(getattr(scene.things[0], name)) for scene in scenes])
+            scores[name] = round(neighbour_accuracy(vit, draw(scenes), labels, known=5 * n), 4)
+    save_half(vit, work.models / "vit")
+    return {"seconds": fit.seconds} | ({"neighbour_accuracy": scores} if scores else {})
 
 
 def crop(x: Tensor, share: tuple[float, float], side: int, generator: torch.Generator) -> Tensor:
@@ -77,8 +87,7 @@ def crop(x: Tensor, share: tuple[float, float], side: int, generator: torch.Gene
     half = (share[0] + (share[1] - share[0]) * scale).sqrt()
     theta = torch.zeros(len(x), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = half * mirror, half
-    for axis in range(2):
-        theta[:, axis, 2] = (1 - half) * (2 * place[axis] - 1)
+    theta[:, 0, 2], theta[:, 1, 2] = ((1 - half) * (2 * share - 1) for share in place)
     grid = F.affine_grid(theta.to(x.device), [len(x), 3, side, side], align_corners=False)
     view = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return view + 0.2 * (brightness - 0.5).to(x.device)[:, None, None, None]
@@ -87,7 +96,6 @@ def crop(x: Tensor, share: tuple[float, float], side: int, generator: torch.Gene
 @torch.no_grad()
 def neighbour_accuracy(vit: Dinov2Model, pictures: Tensor, labels: Tensor, known: int) -> float:
     """Share of pictures after the first `known` whose nearest of those, by cosine of CLS tokens, has their label."""
-    tokens = torch.cat([vit(part.float() / 127.5 - 1).pooler_output for part in pictures.split(256)])
-    tokens = F.normalize(tokens, dim=1)
+    tokens = F.normalize(torch.cat([vit(pixels(part)).pooler_output for part in pictures.split(256)]), dim=1)
     nearest = (tokens[known:] @ tokens[:known].T).argmax(1)
     return float((labels[:known][nearest] == labels[known:]).float().mean())

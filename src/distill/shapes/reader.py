@@ -5,22 +5,19 @@ Things are read in order along the arrangement's axis (left to right, or top to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.shapes.world import AXES, BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES, Prompt
+from distill.shapes.world import AXES, BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES, Prompt, Scene
 
 SLOTS = 3
-CHOICES = {  # question -> possible answers; thing questions are asked once per slot
-    "count": (1, 2, 3),
-    "axis": AXES,
-    "background": tuple(BACKGROUNDS),
-    **{f"{name}{slot}": options for slot in range(SLOTS) for name, options in
-       {"kind": KINDS, "colour": tuple(COLOURS), "fill": FILLS, "size": SIZES}.items()},
-}  # fmt: skip
+OF_THINGS = {"kind": KINDS, "colour": tuple(COLOURS), "fill": FILLS, "size": SIZES}  # asked once per slot
+CHOICES = {"count": (1, 2, 3), "axis": AXES, "background": tuple(BACKGROUNDS)}  # question -> possible answers
+CHOICES |= {f"{name}{slot}": options for slot in range(SLOTS) for name, options in OF_THINGS.items()}
 
 
 class Residual(nn.Module):
@@ -58,7 +55,7 @@ class Reader(nn.Module):
 
     def answer(self, features: Tensor) -> dict[str, Tensor]:
         """Features [B, 96] -> logits [B, options] per question."""
-        parts = self.heads(nn.functional.silu(features)).split([len(o) for o in CHOICES.values()], dim=1)
+        parts = self.heads(nn.functional.silu(features)).split([len(options) for options in CHOICES.values()], dim=1)
         return dict(zip(CHOICES, parts, strict=True))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -75,17 +72,14 @@ class Reader(nn.Module):
         return reader.eval().requires_grad_(False)
 
 
-def targets(prompts: list[Prompt]) -> dict[str, Tensor]:
-    """What each prompt says, as indices [B] per question; -1 where it says nothing."""
-    rows = [_facts(prompt) for prompt in prompts]
-    return {
-        question: torch.tensor([options.index(row[question]) if row.get(question) is not None else -1 for row in rows])
-        for question, options in CHOICES.items()
-    }
-
-
-def _facts(prompt: Prompt) -> dict[str, object]:
-    facts: dict[str, object] = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}
-    for slot, thing in enumerate(prompt.things):
-        facts |= {f"{name}{slot}": getattr(thing, name) for name in ("kind", "colour", "fill", "size")}
-    return facts
+def targets(prompts: Sequence[Prompt | Scene]) -> dict[str, Tensor]:
+    """What each prompt says, or scene shows, as indices [B] per question; -1 where it says nothing."""
+    found = {question: torch.full((len(prompts),), -1) for question in CHOICES}
+    for row, prompt in enumerate(prompts):
+        said = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}
+        for slot, thing in enumerate(prompt.things):
+            said |= {f"{name}{slot}": getattr(thing, name) for name in OF_THINGS}
+        for question, answer in said.items():
+            if answer is not None:
+                found[question][row] = CHOICES[question].index(answer)
+    return found

@@ -8,22 +8,22 @@ import numpy as np
 
 from distill.shapes.world import BACKGROUNDS, COLOURS, SIDE, Placed, Scene
 
-STRIPE_PERIOD = 8.0  # pixels; two periods still fit the smallest object
-DOT_PERIOD, DOT_RADIUS = 8.0, 2.4
+PERIOD, DOT_RADIUS = 8.0, 2.4  # pixels; two periods still fit the smallest object
 DARK = 0.45  # the pattern is the object's own colour, darkened
 
 
 def render(scenes: Sequence[Scene]) -> np.ndarray:
     """Scenes -> uint8 sRGB pictures [N, 64, 64, 3]."""
-    return np.stack([_render_one(scene) for scene in scenes])
+    canvases = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
+    for canvas, scene in zip(canvases, scenes, strict=True):
+        canvas[:] = _shaded(BACKGROUNDS[scene.background], scene.background_shade)
+        for thing in scene.things:
+            _paint(canvas, thing)
+    return (canvases.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _render_one(scene: Scene) -> np.ndarray:
-    ground = np.array(BACKGROUNDS[scene.background], np.float32) / 255 + np.array(scene.background_shade, np.float32)
-    canvas = np.broadcast_to(ground, (SIDE, SIDE, 3)).astype(np.float32)
-    for thing in scene.things:
-        _paint(canvas, thing)
-    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+def _shaded(colour: tuple[int, ...], shade: tuple[float, ...]) -> np.ndarray:
+    return np.array(colour, np.float32) / 255 + np.array(shade, np.float32)
 
 
 def _paint(canvas: np.ndarray, thing: Placed) -> None:
@@ -34,9 +34,8 @@ def _paint(canvas: np.ndarray, thing: Placed) -> None:
     ys, xs = np.mgrid[y0:y1, x0:x1].astype(np.float32)
     u, v = _rotate(xs + 0.5 - thing.x, ys + 0.5 - thing.y, thing.angle)
     cover = np.clip(0.5 - DISTANCE[thing.kind](u, v, thing.radius), 0, 1)[..., None]
-    bright = (np.array(COLOURS[thing.colour], np.float32) / 255 + np.array(thing.shade, np.float32)).clip(0, 1)
     dark = _pattern(thing, xs - thing.x, ys - thing.y)[..., None]
-    colour = bright * (1 - dark * (1 - DARK))
+    colour = _shaded(COLOURS[thing.colour], thing.shade).clip(0, 1) * (1 - dark * (1 - DARK))
     canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - cover) + colour * cover
 
 
@@ -49,27 +48,18 @@ def _pattern(thing: Placed, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Share of dark in each pixel, in [0, 1]."""
     if thing.fill == "solid":
         return np.zeros_like(x)
-    u, v = _rotate(x, y, thing.pattern_angle)
+    u, v = (
+        (w + phase) % PERIOD - PERIOD / 2
+        for w, phase in zip(_rotate(x, y, thing.pattern_angle), thing.phase, strict=True)
+    )
     if thing.fill == "striped":
-        offset = np.abs((u + thing.phase[0]) % STRIPE_PERIOD - STRIPE_PERIOD / 2)
-        return np.clip(0.5 + offset - STRIPE_PERIOD / 4, 0, 1)
-    cell_u = (u + thing.phase[0]) % DOT_PERIOD - DOT_PERIOD / 2
-    cell_v = (v + thing.phase[1]) % DOT_PERIOD - DOT_PERIOD / 2
-    return np.clip(0.5 + DOT_RADIUS - np.hypot(cell_u, cell_v), 0, 1)
-
-
-def _circle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    return np.hypot(u, v) - r
-
-
-def _square(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.86 * r
+        return np.clip(0.5 + np.abs(u) - PERIOD / 4, 0, 1)
+    return np.clip(0.5 + DOT_RADIUS - np.hypot(u, v), 0, 1)
 
 
 def _triangle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    corner = 1.2 * r  # circumradius; an equilateral triangle's inradius is half of it
-    sides = [np.cos(a) * u + np.sin(a) * v for a in np.pi * np.array([1, 3, 5]) / 3]
-    return np.maximum.reduce(sides) - corner / 2
+    """Equilateral, of circumradius 1.2 r, hence of inradius half of that."""
+    return np.maximum.reduce([np.cos(a) * u + np.sin(a) * v for a in np.pi * np.array([1, 3, 5]) / 3]) - 1.2 * r / 2
 
 
 def _star(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
@@ -83,10 +73,14 @@ def _star(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
     return (rho * np.cos(turn) - tip[0]) * normal[0] + (rho * np.sin(turn) - tip[1]) * normal[1]
 
 
-def _cross(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    long, wide = 1.05 * r, 0.36 * r
-    bars = [np.maximum(np.abs(a) - long, np.abs(b) - wide) for a, b in ((u, v), (v, u))]
-    return np.minimum(*bars)
+def _bar(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
+    return np.maximum(np.abs(u) - 1.05 * r, np.abs(v) - 0.36 * r)
 
 
-DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "cross": _cross}
+DISTANCE = {  # of points (u, v) to the edge of each kind, negative inside
+    "circle": lambda u, v, r: np.hypot(u, v) - r,
+    "square": lambda u, v, r: np.maximum(np.abs(u), np.abs(v)) - 0.86 * r,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": lambda u, v, r: np.minimum(_bar(u, v, r), _bar(v, u, r)),
+}

@@ -10,7 +10,7 @@ Everything is drawn from a seed, so that scene `i` of a seed is the same on ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -26,12 +26,16 @@ COLOURS = {  # sRGB, far enough apart that a shade of one is never another
 BACKGROUNDS = {"white": (244, 244, 244), "gray": (140, 140, 140), "black": (22, 22, 22), "pink": (246, 184, 200)}
 FILLS = ("solid", "striped", "dotted")
 SIZES = ("small", "large")
+PHRASINGS = {  # of several things, named in order along the axis
+    (2, "horizontal"): ("{} to the left of {}", "{1} to the right of {0}"),
+    (2, "vertical"): ("{} above {}", "{1} below {0}"),
+    (3, "horizontal"): ("{}, {} and {} from left to right", "from left to right, {}, {} and {}"),
+    (3, "vertical"): ("{}, {} and {} from top to bottom", "from top to bottom, {}, {} and {}"),
+}
 AXES = ("horizontal", "vertical")
 
 # One pair per kind never occurs in training: the test of composition.
-HELD_OUT = frozenset(
-    {("star", "blue"), ("circle", "yellow"), ("triangle", "purple"), ("square", "green"), ("cross", "red")}
-)
+HELD_OUT = {("star", "blue"), ("circle", "yellow"), ("triangle", "purple"), ("square", "green"), ("cross", "red")}
 SIDE = 64  # pixels
 RADIUS = {1: {"small": (9.5, 11.5), "large": (15.5, 19.0)}, 2: {"small": (8.3, 9.8), "large": (12.0, 13.8)}}
 RADIUS_OF_THREE = (8.2, 9.3)  # three objects have one size, which captions do not mention
@@ -58,16 +62,11 @@ class Prompt:
     caption: str
 
     def to_json(self) -> dict:
-        return {
-            "things": [vars(t) for t in self.things],
-            "axis": self.axis,
-            "background": self.background,
-            "caption": self.caption,
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, record: dict) -> Prompt:
-        return cls(tuple(Thing(**t) for t in record["things"]), record["axis"], record["background"], record["caption"])
+        return cls(**record | {"things": tuple(Thing(**thing) for thing in record["things"])})
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,16 @@ class Scene:
     things: tuple[Placed, ...]
     axis: str | None
     background: str
-    background_shade: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
+    background_shade: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
     """A random prompt. With `held_out`, one of its things is a pair that training never shows."""
     count = int(rng.choice([1, 2, 3], p=[0.55, 0.35, 0.1]))
-    pairs = [_pair(rng) for _ in range(count)]
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < count:
+        pair = (str(rng.choice(KINDS)), str(rng.choice(list(COLOURS))))
+        pairs += [pair] if pair not in HELD_OUT else []
     if held_out:
         pairs[int(rng.integers(count))] = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
     say_fill = 0.7 if count < 3 else 0.35
@@ -116,36 +118,18 @@ def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
     return Prompt(things, axis, background, _caption(rng, things, axis, background))
 
 
-def _pair(rng: np.random.Generator) -> tuple[str, str]:
-    while True:
-        pair = (str(rng.choice(KINDS)), str(rng.choice(list(COLOURS))))
-        if pair not in HELD_OUT:
-            return pair
-
-
 def _caption(rng: np.random.Generator, things: tuple[Thing, ...], axis: str | None, background: str | None) -> str:
     """One of several phrasings that all say exactly what the arguments fix."""
     names = [" ".join(["a", *filter(None, (t.size, t.fill, t.colour, t.kind))]) for t in things]
-    if len(things) == 1:
-        text = names[0]
-    elif len(things) == 2:
-        forward, backward = {
-            "horizontal": ("to the left of", "to the right of"),
-            "vertical": ("above", "below"),
-        }[str(axis)]
-        straight, turned = f"{names[0]} {forward} {names[1]}", f"{names[1]} {backward} {names[0]}"
-        text = straight if rng.random() < 0.5 else turned
-    else:
-        order = {"horizontal": "from left to right", "vertical": "from top to bottom"}[str(axis)]
-        listed = f"{names[0]}, {names[1]} and {names[2]}"
-        text = f"{listed} {order}" if rng.random() < 0.5 else f"{order}, {listed}"
+    text = names[0]
+    if axis:
+        text = PHRASINGS[len(things), axis][rng.random() >= 0.5].format(*names)
     if background:
-        ground = str(rng.choice([f"on a {background} background", f"on {background}"]))
-        text = f"{text} {ground}"
+        text += str(rng.choice([f" on a {background} background", f" on {background}"]))
     return text
 
 
-def draw_scene(rng: np.random.Generator, prompt: Prompt, *, held_out: bool = False) -> Scene:
+def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
     """One of the many scenes that fit the prompt."""
     count = len(prompt.things)
     sizes = [t.size or str(rng.choice(SIZES)) for t in prompt.things]
