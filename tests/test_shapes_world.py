@@ -210,11 +210,11 @@ def test_a_move_of_a_quarter_pixel_changes_the_picture():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fill", ["striped", "dotted"])
 def test_patterns_darken_a_share_of_the_thing_only(kind, fill):
-    """Of a pattern's period, stripes are half and dots pi 2^2 / 6.5^2 = 0.3."""
+    """Of a pattern's period, stripes are half and dots pi 2.4^2 / 8^2 = 0.28."""
     smooth, patterned = render([plain(kind=kind), plain(kind=kind, fill=fill)]).astype(float)
     inside = (smooth == COLOURS["red"]).all(-1)
-    dark = 1 - patterned[inside][:, 0].mean() / COLOURS["red"][0]  # 0.7 where the pattern is
-    assert dark / 0.7 == pytest.approx({"striped": 0.5, "dotted": 0.3}[fill], abs=0.09)
+    dark = 1 - patterned[inside][:, 0].mean() / COLOURS["red"][0]  # 0.55 where the pattern is
+    assert dark / 0.55 == pytest.approx({"striped": 0.5, "dotted": 0.28}[fill], abs=0.12)
     outside = (smooth == BACKGROUNDS["white"]).all(-1)
     assert np.array_equal(patterned[outside], smooth[outside])
 
@@ -225,4 +225,4 @@ def test_kinds_fills_and_colours_look_different():
     ]
     pictures = render(scenes).reshape(len(scenes), -1).astype(int)
     gaps = [np.abs(a - b).mean() for a, b in itertools.combinations(pictures, 2)]
-    assert min(gaps) > 1.5
+    assert min(gaps) > 1
