@@ -104,9 +104,8 @@ def test_prompts_of_other_pictures_are_mostly_wrong(judge):
 
 def test_the_reference_itself_has_perfect_scores(judge):
     pixels = fresh_renders(PROMPTS, seed=0)
-    scores = judge(pixels, PROMPTS, diversity=(PROMPTS[:4], torch.zeros(4, 2, 3, 64, 64)))
+    scores = judge(pixels, PROMPTS)
     assert scores.pop("frechet") == pytest.approx(0, abs=1e-4)
-    assert scores.pop("diversity") == 0  # one picture, whatever the noise
     assert scores == pytest.approx(
         dict.fromkeys(
             ("prompt_accuracy", "kind", "colour", "fill", "size", "axis", "background", "count")
@@ -121,7 +120,6 @@ def test_other_renders_are_closer_to_the_reference_than_noise_or_one_picture(jud
     blocks = torch.randint(2, (64, 3, 4, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     noise = F.interpolate(blocks, size=64)
     good, noisy, collapsed = (judge(x, PROMPTS) for x in (renders, noise, renders[:1].expand_as(renders)))
-    assert "diversity" not in good
     assert good["frechet"] < 0.25 * min(noisy["frechet"], collapsed["frechet"])
     assert min(good["precision"], good["recall"]) > 0.6
     assert noisy["precision"] == 0
@@ -138,9 +136,9 @@ def test_diversity_of_renders_is_that_of_the_data(judge):
     prompts = PROMPTS[:24]
     many = fresh_renders([p for p in prompts for _ in range(4)], seed=5).unflatten(0, (24, 4))
     pairs = many[:, :1] + torch.tensor([0.0, 0.0, 0.0, 0.05])[:, None, None, None]  # nearly the same picture four times
-    pixels = fresh_renders(PROMPTS, seed=1)
-    assert judge(pixels, PROMPTS, diversity=(prompts, many))["diversity"] == pytest.approx(1, abs=0.12)
-    assert 0 < judge(pixels, PROMPTS, diversity=(prompts, pairs))["diversity"] < 0.2
+    assert judge.diversity(many, prompts) == pytest.approx(1, abs=0.12)
+    assert 0 < judge.diversity(pairs, prompts) < 0.2
+    assert judge.diversity(torch.zeros(4, 2, 3, 64, 64), PROMPTS[:4]) == 0  # one picture, whatever the noise
 
 
 def test_sharpness_falls_with_blur_and_rises_with_noise():
@@ -184,8 +182,6 @@ def test_pictures_and_prompts_must_pair_up(judge):
     pixels = fresh_renders(PROMPTS[:5], seed=0)
     with pytest.raises(ValueError, match="got 4 for 5 pictures"):
         judge(pixels, PROMPTS[:4])
-    with pytest.raises(ValueError, match="got 2 for 3 prompts"):
-        judge(pixels, PROMPTS[:5], diversity=(PROMPTS[:3], torch.zeros(2, 4, 3, 64, 64)))
 
 
 def test_judging_prompts_are_stable_and_apart_from_training():

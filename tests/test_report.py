@@ -1,23 +1,25 @@
 """The report: complete from a whole run, honest about a torn one, safe with any text, and one file for ever."""
 
+import base64
 import csv
 import json
 import math
 import random
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image, ImageDraw
 
 from distill.report import write_report
-from distill.report.words import duration, number, percent
 
 HOSTILE = "<script>alert(1)</script>"
 CHARTS = [
     "Student&#x27;s losses", "Discriminator&#x27;s losses", "Logits", "Gap by head", "Discriminator&#x27;s accuracy",
     "Gradient norms", "Learning rates", "Update-to-weight ratio", "Speed",
 ]  # fmt: skip
+COLOURS = {"#7d8189", "#3b7ddd", "#e0662e", "#1fa37a", "#9a5fd0", "#b8921a", "#d9518f"}
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
@@ -59,6 +61,10 @@ def read(folder) -> tuple[str, Reader]:
     assert path == folder / "report.html"
     page = path.read_text(encoding="utf-8")
     return page, Reader(page)
+
+
+def drawings(page) -> list[str]:
+    return [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
 
 
 def write_run(folder, **more):
@@ -178,52 +184,52 @@ def test_a_whole_run_is_one_file_that_loads_nothing(run):
     assert all(value.startswith(("data:", "#")) for value in reader.loads), reader.loads
     assert not re.search(r"url\((?!#)|@import", page)
     assert "script" not in reader.tags
-    assert len(reader.ids) == len(set(reader.ids)), "two drawings share an id, so one would use the other's clip path"
-    assert all(f"#{name}" in page for name in reader.ids if name not in ("pictures", "evaluation", "training", "run"))
+    assert reader.ids == ["pictures", "evaluation", "training", "run"]
 
 
 def test_the_headline_and_the_key_figures_come_from_the_rows(run):
-    text = read(run)[1].text.replace("\N{NO-BREAK SPACE}", " ")
+    text = read(run)[1].text
     assert (
-        "In one step the student gets 93 % of prompts right; its teacher takes 28 steps for 95 % and manages 31 %"
-        in text
+        "In 1 step the student gets 93.0% of prompts right; its teacher, 95.2% in 28 steps and 31.0% in 1 step." in text
     )
-    assert "Student, prompts right 93 % in 1 step" in text
-    assert "Teacher, prompts right 95 % in 28 steps" in text
-    assert "Student, Fréchet distance 12.4 in 1 step; teacher 4.12 in 28" in text
-    assert "Training time 1.0 h 2,000 steps, 64,000 images" in text
+    assert "Student, prompts right 93.0% in 1 step" in text
+    assert "Teacher, prompts right 95.2% in 28 steps" in text
+    assert "Student, Fréchet distance 12.38 in 1 step" in text
+    assert "Teacher, Fréchet distance 4.125 in 28 steps" in text
+    assert "Training time 1:01:40 2,000 steps, 64,000 images" in text
     for said in (
         "LADD",
         "0123abc",
         "2 CPU cores",
-        "torch 2.11.0",
+        '"torch": "2.11.0"',
         "python -m distill.run method=ladd",
-        "Wall time 1.1 h",
     ):
         assert said in text
 
 
-def test_every_chart_is_drawn_and_follows_light_and_dark(run):
+def test_every_chart_is_drawn_on_any_background(run):
     page, reader = read(run)
     for title in CHARTS:
         assert f"<h3>{title}</h3>" in page
-    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == len(CHARTS)
-    assert all("var(--c0)" in svg and "var(--rule)" in svg for svg in drawings)
-    assert not any(re.search("#0[cd]0[cd]", svg) for svg in drawings)
-    assert "head 2" in reader.text
-    assert reader.tags.count("img") == 8 + 1
+    pictures = drawings(page)
+    assert len(pictures) == len(CHARTS)
+    for svg in pictures:
+        ElementTree.fromstring(svg)
+        assert set(re.findall(r"(?:fill|stroke): ?(#\w+)", svg)) <= COLOURS, "not seen on white and on black"
+    assert "head 2" in pictures[CHARTS.index("Gap by head")]
+    assert reader.tags.count("img") == 8 + 1 + len(CHARTS)
     assert "Step 0" in reader.text
     assert "Step 2,200" in reader.text
 
 
 def test_the_table_marks_the_best_of_those_with_as_many_steps(run):
-    page = read(run)[0].replace("\N{NO-BREAK SPACE}", " ")
-    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    page, reader = read(run)
+    assert reader.tags.count("tbody") == 4, "one for each number of steps"
+    body = page[page.index("<tbody>") : page.rindex("</tbody>")]
     lines = {m[1]: m[2] for m in re.finditer(r'<th scope="row">(.*?)</th>(.*?)</tr>', body)}
     assert list(lines)[:3] == ["Student, 1 step", "Teacher, 1 step", "Student, 2 steps"]
-    assert lines["Student, 1 step"].startswith("<td><b>93 %</b></td><td><b>12.4</b></td>")
-    assert lines["Teacher, 1 step"].startswith("<td>31 %</td><td>80.2</td>")
+    assert lines["Student, 1 step"].startswith("<td><b>93.0%</b></td><td><b>12.38</b></td>")
+    assert lines["Teacher, 1 step"].startswith("<td>31.0%</td><td>80.25</td>")
     assert "<b>" not in lines["Teacher, 28 steps"], "nothing else had 28 steps"
     assert "<b>" not in lines["Student, 2 steps"]
     assert "prompts: 400; seed: 0; teacher guidance: 3.0" in page
@@ -231,7 +237,7 @@ def test_the_table_marks_the_best_of_those_with_as_many_steps(run):
 
 def test_text_from_the_run_stays_text(run):
     write_run(run, name=HOSTILE, command=f"run note={HOSTILE}", versions={HOSTILE: HOSTILE}, status=HOSTILE)
-    write_evaluation(run, [row(HOSTILE, 1, 0.5, 2.0, 1.0) | {HOSTILE: 1.0}, row("student", 1, 0.4, 2.0, 1.0)])
+    write_evaluation(run, [row(HOSTILE, 1, 0.5, 2.0, 1.0), row("student", 1, 0.4, 2.0, 1.0)])
     page, reader = read(run)
     assert "<script" not in page.lower()
     assert reader.text.count(HOSTILE) >= 6
@@ -243,9 +249,9 @@ def test_a_missing_file_costs_its_own_section_only(run, missing):
     (run / missing).unlink()
     page, reader = read(run)
     assert f"This run has no {missing}" in reader.text
-    assert ("<svg" in page) == (missing != "metrics.csv")
+    assert bool(drawings(page)) == (missing != "metrics.csv")
     assert ("<table" in page) == (missing != "evaluation.json")
-    assert ("<details><summary>Configuration" in page) == (missing != "config.yaml")
+    assert ("<summary>Configuration" in page) == (missing != "config.yaml")
 
 
 def test_an_empty_folder_has_a_report(tmp_path):
@@ -257,7 +263,7 @@ def test_an_empty_folder_has_a_report(tmp_path):
 
 def test_torn_files_are_named_and_survived(run):
     (run / "evaluation.json").write_text('{"rows": [')
-    (run / "run.json").write_text("[1, 2]")
+    (run / "run.json").write_text('{"name": "torn')
     (run / "samples" / "comparison.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     whole = (run / "samples" / "step_000000.png").read_bytes()
     (run / "samples" / "step_000000.png").write_bytes(whole[: len(whole) // 2])
@@ -265,36 +271,36 @@ def test_torn_files_are_named_and_survived(run):
     (run / "metrics.csv").write_bytes(b"".join(lines[:-1]) + b"12,\0,nan,inf,oops,\xff\n201,5")
     page, reader = read(run)
     for said in (
-        "evaluation.json cannot be read",
-        "run.json does not hold",
+        "evaluation.json cannot be shown",
+        '{"name": "torn',
         "comparison.png cannot",
         "step_000000.png cannot",
     ):
         assert said in reader.text
     assert "not finite" in reader.text
-    assert page.count("<svg") == len(CHARTS)
+    assert len(drawings(page)) == len(CHARTS)
 
 
-def test_rows_of_another_shape_do_not_matter(run):
-    (run / "evaluation.json").write_text(
-        '{"rows": [7, {"who": "student"}, {"who": "student", "steps": 1, "frechet": NaN}]}'
-    )
+def test_a_score_that_is_not_a_number_is_not_shown(run):
+    write_evaluation(run, [{"who": "student", "steps": 1, "frechet": math.nan}])
     assert "no measured rows" in read(run)[1].text
-    (run / "evaluation.json").write_text('{"rows": {"who": "student"}, "protocol": 3}')
-    assert "no measured rows" in read(run)[1].text
+    write_evaluation(run, [row("student", 1, 0.5, 2.0, 1.0), row("teacher", 1, 0.5, math.nan, 1.0)])
+    page, _ = read(run)
+    assert "<td>50.0%</td><td>–</td>" in page
+    assert "<td>50.0%</td><td>2</td>" in page, "nothing to be better than"
 
 
 def test_without_a_reader_the_distance_is_the_headline(run):
     rows = [{"who": "student", "steps": 2, "frechet": 12.375}, {"who": "teacher", "steps": 2, "frechet": 80.25}]
     write_evaluation(run, rows)
     text = read(run)[1].text
-    assert "In two steps the student has a Fréchet distance of 12.4; its teacher, in as many, manages 80.2." in text
+    assert "In 2 steps the student has a Fréchet distance of 12.38; its teacher, 80.25 in 2 steps." in text
     assert "Student, prompts right – not measured" in text
 
 
 def test_a_run_that_stopped_says_so(run):
-    write_run(run, status="stopped", steps=1234)
-    assert "This run was stopped after 1,234 steps, before its end." in read(run)[1].text
+    write_run(run, status="stopped")
+    assert "This run was stopped before its end." in read(run)[1].text
 
 
 @pytest.mark.parametrize(("frames", "shown"), [(1, ["0"]), (8, None), (30, ["0", "800", "1,600"])])
@@ -309,12 +315,8 @@ def test_the_filmstrip_has_the_first_the_last_and_few_between(tmp_path, frames, 
         assert steps[: len(shown)] == shown
 
 
-def test_rows_of_the_comparison_are_named_only_if_they_are_the_evaluations(run):
+def test_rows_of_the_comparison_are_named_by_the_evaluation(run):
     assert '<div class="names"><span>Teacher, 1 step</span>' in read(run)[0]
-    grid(run / "samples" / "comparison.png", 16, 5)
-    assert '<div class="names">' not in read(run)[0]
-    grid(run / "samples" / "comparison_held_out.png", 16, 6)
-    assert "Teacher and student: held out" in read(run)[1].text
 
 
 def test_a_large_picture_is_shrunk(tmp_path):
@@ -327,21 +329,11 @@ def test_many_heads_a_long_run_and_a_resumed_one_stay_readable(tmp_path):
     write_metrics(tmp_path, steps=5000, heads=8)
     lines = (tmp_path / "metrics.csv").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.csv").write_text("".join(lines + lines[4000:]))
-    page, reader = read(tmp_path)
-    assert "median of 8" in reader.text
+    page, _ = read(tmp_path)
+    assert "median of 8" in drawings(page)[CHARTS.index("Gap by head")]
     assert len(page) < 1_500_000
 
 
 def test_a_run_of_one_step_shows_its_points(tmp_path):
     write_metrics(tmp_path, steps=1)
-    assert read(tmp_path)[0].count("<svg") == len(CHARTS) - 2
-
-
-def test_numbers_read_well():
-    assert [number(x) for x in (0, 0.0123456, 1.0, 123.4, 12345.6, 1e-5)] == [
-        "0", "0.0123", "1.00", "123", "12,346", "1.0e-5",
-    ]  # fmt: skip
-    assert [percent(x).replace("\N{NO-BREAK SPACE}", " ") for x in (0, 0.002, 0.934, 0.997, 1)] == [
-        "0 %", "0.2 %", "93 %", "99.7 %", "100 %",
-    ]  # fmt: skip
-    assert [duration(x) for x in (12, 90, 3595, 7200, 300_000)] == ["12 s", "2 min", "1.0 h", "2.0 h", "3.5 days"]
+    assert len(drawings(read(tmp_path)[0])) == len(CHARTS) - 2

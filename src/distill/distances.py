@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS = 512  # of a distance matrix at a time: 512 x 50,000 in float32 is 100 MB
-
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance between the Gaussians fitted to a [N, D] and b [M, D]; fewer samples than D are fine."""
@@ -22,13 +20,10 @@ def frechet(a: Tensor, b: Tensor) -> float:
         if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
             raise ValueError(f"frechet needs two or more finite rows [N, D] in {name}, got shape {list(x.shape)}")
     a, b = a.double(), b.double()  # the result is a small difference of large traces
-    s_a, s_b = (x.T.cov().reshape(x.shape[1], x.shape[1]) for x in (a, b))  # cov of one feature is a scalar
-    # S_a S_b and S_a^(1/2) S_b S_a^(1/2) have the same eigenvalues, and only the latter is symmetric.
-    values, vectors = torch.linalg.eigh(s_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = torch.linalg.eigvalsh(root @ s_b @ root)
-    cross = product.clamp(min=0).sqrt().sum()  # eigenvalues that should be zero come out as +-1e-17
-    distance = (a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
+    # With S = R^T R, tr S is |R|^2, and tr (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T.
+    r_a, r_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5).R for x in (a, b))
+    cross = torch.linalg.svdvals(r_a @ r_b.T).sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross
     return max(0.0, float(distance))
 
 
@@ -41,10 +36,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 def _share_inside(points: Tensor, members: Tensor, k: int) -> float:
     """Share of `points` that lie in the manifold of `members`."""
-    # The nearest neighbour of a member is itself, at distance zero.
-    radii = torch.cat([_distances(rows, members).kthvalue(k + 1, dim=1).values for rows in torch.split(members, ROWS)])
-    inside = torch.cat([(_distances(rows, members) <= radii).any(dim=1) for rows in torch.split(points, ROWS)])
-    return inside.double().mean().item()
+    radii = _distances(members, members).kthvalue(k + 1, dim=1).values  # the nearest neighbour is the member itself
+    return (_distances(points, members) <= radii).any(dim=1).double().mean().item()
 
 
 def diversity(groups: Tensor) -> float:
@@ -52,11 +45,10 @@ def diversity(groups: Tensor) -> float:
     n = groups.shape[1]
     if n < 2:
         raise ValueError(f"diversity compares samples of one prompt: groups [G, n, D] need n >= 2, got n = {n}")
-    sums = torch.stack([_distances(group, group).double().sum() for group in groups])
-    return (sums.mean() / (n * (n - 1))).item()
+    return (_distances(groups, groups).double().sum() / (len(groups) * n * (n - 1))).item()
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean [n, m] between a [n, D] and b [m, D]."""
+    """Euclidean [..., n, m] between a [..., n, D] and b [..., m, D]."""
     # The faster |a|^2 + |b|^2 - 2ab would leave a point at some distance from its own copy.
     return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")

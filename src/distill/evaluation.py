@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from distill.types import Denoiser
 BATCH = 100  # pictures at a time
 SHOWN = 16  # pictures of each row in the comparison
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
+ALWAYS = {
+    "student guidance": "none",
+    "feature network": "reader of shapes, 96 features",
+    "reference": "fresh renders of the same prompts",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,45 +42,32 @@ class Shapes:
 
     def __call__(self, student: Denoiser, teacher: PipelineTeacher, folder: Path) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
-        judge, shape = Judge.load(), teacher.latent_shape
-
-        def by_student(n: int) -> Callable[..., Tensor]:
-            return lambda cond, g: consistency(student, cond, g, shape=shape, steps=n)
-
-        def by_teacher(n: int) -> Callable[..., Tensor]:
-            return lambda cond, g: guided(teacher, cond, g, shape=shape, steps=n, guidance=self.guidance)
-
-        makers = [("teacher", n, by_teacher(n)) for n in self.teacher_steps]
-        makers += [("student", n, by_student(n)) for n in self.student_steps]
-        rows, strips = [], []
-        for who, steps, maker in makers:
-            row, pictures = self._judge(judge, teacher, maker)
-            rows.append({"who": who, "steps": steps, **row})
-            strips.append(pictures[:SHOWN])
-        protocol = {
-            "prompts": self.prompts,
-            "seed": self.seed,
-            "teacher guidance": self.guidance,
-            "student guidance": "none",
-            "feature network": "reader of shapes, 96 features",
-            "reference": "fresh renders of the same prompts",
-        }
+        judge, shape, rows, strips = Judge.load(), teacher.latent_shape, [], []
+        by_teacher = partial(guided, teacher, shape=shape, guidance=self.guidance)
+        by_student = partial(consistency, student, shape=shape)
+        samplers = [("teacher", n, by_teacher) for n in self.teacher_steps]
+        samplers += [("student", n, by_student) for n in self.student_steps]
+        for who, n, sampler in samplers:
+            scores, shown = self._judge(judge, teacher, partial(sampler, steps=n))
+            rows.append({"who": who, "steps": n, **scores})
+            strips.append(shown[:SHOWN])
+        protocol = {"prompts": self.prompts, "seed": self.seed, "teacher guidance": self.guidance, **ALWAYS}
         (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
         (folder / "samples").mkdir(exist_ok=True)
         save_image((torch.cat(strips) + 1) / 2, folder / "samples" / "comparison.png", nrow=SHOWN)
         return rows
 
-    def _judge(self, judge: Judge, teacher: PipelineTeacher, maker: Callable[..., Tensor]) -> tuple[dict, Tensor]:
+    def _judge(self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor]) -> tuple[dict, Tensor]:
         prompts = judging_prompts(self.prompts, seed=self.seed)
         began = time.monotonic()
-        shown = pictures(teacher, maker, prompts, range(len(prompts)))
+        shown = pictures(teacher, make, prompts, range(len(prompts)))
         seconds = (time.monotonic() - began) / len(prompts)
         groups, each = VARIETY
-        several = [p for p in prompts[:groups] for _ in range(each)]
-        varied = pictures(teacher, maker, several, range(10_000, 10_000 + len(several)))
-        varied = varied.unflatten(0, (-1, each))
-        values = judge(shown, prompts, reference_seed=self.seed, diversity=(prompts[:groups], varied))
-        return {**values, "seconds_per_image": seconds}, shown
+        several = [prompt for prompt in prompts[:groups] for _ in range(each)]
+        varied = pictures(teacher, make, several, range(10_000, 10_000 + len(several))).unflatten(0, (-1, each))
+        scores = judge(shown, prompts, reference_seed=self.seed)
+        scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
+        return {**scores, "seconds_per_image": seconds}, shown
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ cannot be wrong. The distances compare with renders of the same prompts, so that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from distill.shapes.world import Prompt, draw_prompt, draw_scene
 
 MODEL = Path(__file__).parent / "models" / "reader"
 ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")
-LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
+LUMA = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]  # Rec. 709
 PATTERNS = ("striped", "dotted")
 SEEDS = 9_000_000  # training seeds stay below: no judging prompt and no reference scene was ever trained on
 
@@ -37,11 +38,11 @@ def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
     return torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@dataclass
 class Judge:
     """Scores pictures [N, 3, 64, 64] against their prompts, on the CPU, each picture as a PNG file would hold it."""
 
-    def __init__(self, reader: Reader):
-        self.reader = reader
+    reader: Reader
 
     @classmethod
     def load(cls, folder: Path = MODEL) -> Judge:
@@ -65,50 +66,31 @@ class Judge:
         whole = torch.stack([right[question] | ~said[question] for question in CHOICES]).all(dim=0)
         scores = {"prompt_accuracy": whole.double().mean().item()}
         for name in ATTRIBUTES:
-            slots = [question for question in CHOICES if question.rstrip("012") == name]
-            hits = torch.cat([right[question][said[question]] for question in slots])
-            scores[name] = hits.double().mean().item()
+            hits = [right[q][said[q]] for q in CHOICES if q.rstrip("012") == name]
+            scores[name] = torch.cat(hits).double().mean().item()
         return scores
 
-    def __call__(
-        self,
-        pixels: Tensor,
-        prompts: list[Prompt],
-        *,
-        reference_seed: int = 0,
-        diversity: tuple[list[Prompt], Tensor] | None = None,
-    ) -> dict[str, float]:
-        """All scores of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least four.
-
-        `diversity` = (G prompts, pixels [G, n, 3, 64, 64]) adds the ratio of their spread to that of n renders of each
-        prompt: 1 is as varied as the data, 0 is one picture per prompt.
-        """
+    def __call__(self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> dict[str, float]:
+        """All scores but diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least four."""
         if len(pixels) != len(prompts):
             raise ValueError(f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)} pictures")
         features, answers = self.read(pixels)
         reference = fresh_renders(prompts, seed=reference_seed)
-        real = self.read(reference)[0]
+        real, _ = self.read(reference)
         precision, recall = distances.precision_recall(real, features)
-        scores = self.accuracy(answers, prompts) | {
+        return self.accuracy(answers, prompts) | {
             "frechet": distances.frechet(features, real),
             "precision": precision,
             "recall": recall,
             "stripe_sharpness": stripe_sharpness(pixels, reference, prompts),
         }
-        if diversity is not None:
-            scores["diversity"] = self._relative_diversity(*diversity, seed=reference_seed)
-        return scores
 
-    def _relative_diversity(self, prompts: list[Prompt], groups: Tensor, *, seed: int) -> float:
-        """Spread of groups [G, n, 3, 64, 64] over that of as many renders of the same prompts."""
-        if len(groups) != len(prompts):
-            raise ValueError(f"diversity needs one group per prompt, got {len(groups)} for {len(prompts)} prompts")
-        count, n = groups.shape[:2]
-        renders = fresh_renders([prompt for prompt in prompts for _ in range(n)], seed=seed)
-        fake, real = (
-            distances.diversity(self.read(pixels)[0].unflatten(0, (count, n)))
-            for pixels in (groups.flatten(0, 1), renders)
-        )
+    def diversity(self, groups: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> float:
+        """Spread of groups [G, n, 3, 64, 64] over that of renders: 1 is as varied as the data, 0 is one picture."""
+        n = groups.shape[1]
+        renders = fresh_renders([prompt for prompt in prompts for _ in range(n)], seed=reference_seed)
+        both = (self.read(x)[0].unflatten(0, (-1, n)) for x in (groups.flatten(0, 1), renders))
+        fake, real = map(distances.diversity, both)
         return fake / real
 
 
@@ -126,14 +108,7 @@ def stripe_sharpness(pixels: Tensor, reference: Tensor, prompts: list[Prompt]) -
     1 is as sharp as the data, less is blur, more is noise; nan if no prompt says a pattern.
     """
     patterned = torch.tensor([any(thing.fill in PATTERNS for thing in prompt.things) for prompt in prompts])
-    if not patterned.any():
-        return float("nan")
-    fake, real = (_edges(as_saved(x)[patterned]) for x in (pixels, reference))
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    luma = ((as_saved(x)[patterned] * LUMA).sum(1, keepdim=True) for x in (pixels, reference))
+    fake, real = (F.conv2d(y, kernel).abs().mean() for y in luma)
     return (fake / real).item()
-
-
-def _edges(pixels: Tensor) -> Tensor:
-    """Mean absolute response of the five-point Laplacian to the luminance of pixels [N, 3, H, W] -> scalar."""
-    luminance = torch.einsum("nchw,c->nhw", pixels, torch.tensor(LUMA))[:, None]
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
-    return F.conv2d(luminance, kernel[None, None]).abs().mean()
