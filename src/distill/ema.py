@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
+
+from distill.files import like
+from distill.process import precise
 
 
 class Ema:
@@ -38,7 +40,7 @@ class Ema:
         if not self._parameters:
             raise ValueError("nothing to average: no parameter requires grad")
         self.decay, self.warmup_steps = decay, warmup_steps
-        self._averages = {name: _precise(p).clone() for name, p in self._parameters.items()}
+        self._averages = {name: precise(p.detach()).clone() for name, p in self._parameters.items()}
 
     def decay_at(self, step: int) -> float:
         """The decay used at a student step, counted from 0."""
@@ -48,7 +50,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the averages towards the parameters; call once after student step `step`, counted from 0."""
         self._follow_devices()
-        current = [_precise(p) for p in self._parameters.values()]
+        current = [precise(p.detach()) for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._averages.values()), current, 1 - self.decay_at(step))
 
     @contextmanager
@@ -63,52 +65,40 @@ class Ema:
 
     def copy_to(self, module: nn.Module) -> None:
         """Write the averages into a module with the same parameter names, in its dtype; its other parameters stay."""
-        targets = dict(module.named_parameters())
-        _refuse_misfits(
-            self._averages, {name: p for name, p in targets.items() if name in self._averages}, "the module"
-        )
-        _write(self._averages, {name: targets[name] for name in self._averages})
+        targets = {name: p for name, p in module.named_parameters() if name in self._averages}
+        self._refuse_misfits(targets, "the module")
+        _write(self._averages, targets)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, sharing memory with this object as `nn.Module.state_dict` does."""
         return dict(self._averages)
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take averages saved by `state_dict`; names and shapes must be the same."""
-        _refuse_misfits(self._averages, state, "the saved average")
+        """Take averages saved by `state_dict`; raises ValueError unless names and shapes are the same."""
+        self._refuse_misfits(state, "the saved average")
         self._follow_devices()
         _write(state, self._averages)
 
     def _follow_devices(self) -> None:
         """Averages live beside their parameters, which may have moved since."""
-        for name, p in self._parameters.items():
-            self._averages[name] = self._averages[name].to(p.device)
+        self._averages = {name: x.to(self._parameters[name].device) for name, x in self._averages.items()}
 
-
-def _precise(p: Tensor) -> Tensor:
-    """The value of p without its graph, in float32 or in its own float64."""
-    return p.detach().to(torch.promote_types(p.dtype, torch.float32))
+    def _refuse_misfits(self, other: Mapping[str, Tensor], what: str) -> None:
+        ours = self._averages
+        problems = [f"{what} lacks {name}" for name in ours if name not in other]
+        problems += [f"{what} has an unknown {name}" for name in other if name not in ours]
+        problems += [
+            f"{name} is {list(x.shape)} in {what} and {list(ours[name].shape)} here"
+            for name, x in other.items()
+            if name in ours and x.shape != ours[name].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(f"the parameters do not match: {'; '.join(problems[:3])}{more}")
 
 
 @torch.no_grad()
 def _write(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     # In place: optimisers, compiled graphs and sharding all hold on to these very tensors.
     for name, target in targets.items():
-        value = values[name]
-        if hasattr(target, "device_mesh") and not hasattr(value, "device_mesh"):  # a part of what was saved whole
-            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-        target.copy_(value)
-
-
-def _refuse_misfits(averages: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
-    problems = [f"{what} lacks {name}" for name in averages if name not in other]
-    problems += [f"{what} has an unknown {name}" for name in other if name not in averages]
-    problems += [
-        f"{name} is {list(other[name].shape)} in {what} and {list(a.shape)} here"
-        for name, a in averages.items()
-        if name in other and other[name].shape != a.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"the parameters do not match: {'; '.join(problems[:3])}{more}")
+        target.copy_(like(values[name], target))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
@@ -67,35 +68,49 @@ def newest(path: Path) -> Path:
 
     Raises FileNotFoundError if there is none, ValueError if none can be used.
     """
-    found = sorted((path / "checkpoints").glob("step_*.ckpt"), reverse=True) if path.name[-5:] != ".ckpt" else [path]
-    if path.name.endswith(".ckpt"):
-        found += [other for other in sorted(path.parent.glob("step_*.ckpt"), reverse=True) if other.name < path.name]
-    if not found or not (path.exists()):
+    named = path.name.endswith(".ckpt")
+    found = sorted((path.parent if named else path / "checkpoints").glob("step_*.ckpt"), reverse=True)
+    if named:
+        found = [path, *(other for other in found if other.name < path.name)]
+    if not found or not path.exists():
         raise FileNotFoundError(f"resume={path}: holds no checkpoint to go on from")
-    problems = []
+    problems: list[str] = []
     for candidate in found:
         try:
             read(candidate)
         except ValueError as error:
             problems.append(str(error))
-            continue
-        for problem in problems:
-            log.warning("%s; going on from %s instead", problem, candidate.name)
-        return candidate
+        else:
+            for problem in problems:
+                log.warning("%s; going on from %s instead", problem, candidate.name)
+            return candidate
     raise ValueError(f"resume={path}: no checkpoint can be used: {'; '.join(problems)}")
 
 
 # -- tensors that several processes share ------------------------------------------------------------------------------
 
 
-def gathered(tree: Any, *, keep: bool) -> Any:
-    """Every cut tensor put together, on the CPU; all processes must call this, those with `keep` get the result."""
+def whole(x: Any) -> Any:
+    """A tensor put together from the parts of all processes, which must all call this; any other stays as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-    def whole(x: Any) -> Any:
-        x = x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A tensor as `target` keeps it: on its device, and cut among the processes or not."""
+    value = value.to(target.device)
+    if isinstance(value, DTensor) or not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements)
+
+
+def gathered(tree: Any, *, keep: bool) -> Any:
+    """Every tensor whole and on the CPU; all processes must call this, those with `keep` get the result."""
+
+    def take(x: Any) -> Any:
+        x = whole(x)
         return x.cpu() if keep else None
 
-    return _map(tree, whole)
+    return _map(tree, take)
 
 
 def split(tree: Any) -> Any:
