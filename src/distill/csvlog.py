@@ -28,11 +28,10 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = 0 if step is None else int(step)
         if self._earlier:  # what the stopped run logged after its last checkpoint is done again
-            self._rows = [row for row in self._rows if int(row["step"]) < step]
+            self._rows = [row for row in self._rows if int(row["step"]) < (step or 0)]
             self._earlier = False
-        self._rows.append({**metrics, "step": step})
+        self._rows.append({**metrics, "step": step or 0})
         if len(self._rows) % FLUSH == 0:
             self.save()
 
@@ -41,14 +40,12 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        columns = ["step", *sorted({key for row in self._rows for key in row} - {"step"})]
         partial = self._path.with_suffix(".part")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, ["step", *sorted({key for row in self._rows for key in row} - {"step"})])
             writer.writeheader()
             writer.writerows(self._rows)
         partial.replace(self._path)
 
-    @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from distill._conf import CONF_DIR
-from distill.compose import nearest
+from distill.compose import dotted, nearest
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
@@ -35,23 +35,19 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @functools.wraps(task)
-        def job(cfg: DictConfig) -> None:
-            with _full_errors(asked), said_plainly():
-                if missing := sorted(OmegaConf.missing_keys(cfg)):
-                    raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
-                if code := task(cfg):
-                    raise SystemExit(code)
-
-        asked = os.environ.get(FULL)
-        composed = hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)
-
-        @functools.wraps(task)
         def main() -> None:
-            nonlocal asked
             asked = os.environ.get(FULL)
+
+            @functools.wraps(task)  # Hydra takes the command's name from it
+            def job(cfg: DictConfig) -> None:
+                with _full_errors(asked), said_plainly():
+                    if missing := sorted(OmegaConf.missing_keys(cfg)):
+                        raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
+                    if code := task(cfg):
+                        raise SystemExit(code)
+
             with said_plainly(), _full_errors("1"):
-                composed()
+                hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
 
         return main
 
@@ -112,13 +108,7 @@ def _keys(error: OmegaConfBaseException) -> list[str]:
     tree = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     if not str(error.full_key).startswith("hydra"):
         tree.pop("hydra", None)
-    return [*_groups(), *_dotted(tree)]
-
-
-def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _dotted(value, f"{prefix}{key}.")
+    return [*_groups(), *dotted(tree)]
 
 
 def _groups() -> list[str]:
