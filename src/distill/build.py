@@ -1,8 +1,6 @@
 """From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
 by a method, on data."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -28,12 +26,8 @@ FAMILIES = {
 }
 ONE_OR_MORE = ("data.batch_size", "optimizer.accumulate", *(f"trainer.{k}" for k in ("max_steps", "num_nodes")))
 COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(ONE_OR_MORE, 1)
-EXPECTED = (  # warnings that say nothing new about a run of ours
-    ".*does not have many workers.*",
-    ".*in eval mode.*",
-    ".*Experiment logs directory.*exists and is not empty.*",
-    ".*isinstance.treespec, LeafSpec.*",
-)
+# Warnings that say nothing new about a run of ours.
+EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
 
 def check(cfg: DictConfig) -> None:
@@ -50,23 +44,14 @@ def check(cfg: DictConfig) -> None:
     strategy = cfg.trainer.get("strategy", "auto")
     named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
     if "fsdp" in named.lower():
-        raise ValueError(
-            f"trainer.strategy={named}: FSDP1 wraps the forward pass, inside which two players cannot go backward; "
-            "use trainer=fsdp2"
-        )
+        raise ValueError(f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2")
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
-        raise ValueError(
-            f"trainer.strategy={named}: it expects one graph for every backward pass, and two players take turns; "
-            "use trainer=ddp"
-        )
-    wanted, given = (
-        getattr(get_object(str(node._target_)), "space", None) for node in (cfg.method, cfg.discriminator.features)
-    )
+        raise ValueError(f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp")
+    targets = cfg.method._target_, cfg.discriminator.features._target_
+    wanted, given = (getattr(get_object(target), "space", None) for target in targets)
     if wanted and given and wanted != given:
-        raise ValueError(
-            f"method reads a discriminator of {wanted}, and this discriminator looks at {given}; "
-            "choose another discriminator="
-        )
+        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+        raise ValueError(f"{what}; choose another discriminator=")
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
@@ -74,8 +59,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     lightning.seed_everything(cfg.seed, verbose=False)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=EXPECTED)
     source = make(cfg.data)  # first: what is wrong with it shows in a moment
     teacher = make(cfg.teacher)
     _refuse_misfit(cfg, source.dataset, teacher)
@@ -88,15 +72,15 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
 
 def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     """Raise ValueError for latents or pictures that this teacher cannot read."""
-    shape, size, channels = getattr(data, "shape", None), getattr(data, "size", None), teacher.latent_shape[0]
-    if shape and shape[0] != channels:
+    size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
+    if channels and channels != teacher.latent_shape[0]:
         raise ValueError(
-            f"data.path={cfg.data.path}: its latents have {shape[0]} channels and this teacher's have {channels}; "
-            "make them with this teacher's autoencoder, or give pictures with data=images"
+            f"data.path={cfg.data.path}: its latents have {channels} channels and this teacher's have "
+            f"{teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give pictures with data=images"
         )
-    if shape and any(side % teacher.patch for side in shape[1:]):
+    if any(side % teacher.patch for side in sides):
         raise ValueError(
-            f"data.path={cfg.data.path}: latents of {shape[1]} x {shape[2]} do not divide into this teacher's patches "
+            f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this teacher's patches "
             f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
         )
     if size and size % teacher.unit:
@@ -113,10 +97,9 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
     loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
     build = make(cfg.trainer)
     strategy = build.keywords.pop("strategy", None) or (DataParallel() if processes(cfg) > 1 else "auto")
-    own_files = isinstance(strategy, FullyShardedDataParallel)
     return build(
         strategy=strategy,
-        plugins=[] if own_files else [AtomicIO()],
+        plugins=[] if isinstance(strategy, FullyShardedDataParallel) else [AtomicIO()],  # that one has its own files
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(folder),

@@ -1,7 +1,5 @@
 """What happens beside training: a bar that counts student steps, health numbers, pictures on the way."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path
@@ -77,20 +75,18 @@ class Alarms(L.Callback):
 
     def __init__(self, window: int = 50):
         self.window = window
-        self._seen: list[tuple[float, ...]] = []
+        self._seen: list[Tensor] = []
         self._last: str | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         values = trainer.callback_metrics
-        if not (pl_module.updated and all(k in values for k in HEALTH)):
-            return
-        self._seen.append(tuple(float(values[k]) for k in HEALTH))
-        if len(self._seen) < self.window:
-            return
-        said = alarm(*(sum(column) / self.window for column in zip(*self._seen, strict=True)))
-        if said and said != self._last and trainer.is_global_zero:
-            log.warning("step %d: %s", pl_module.step, said)
-        self._seen, self._last = [], said
+        if pl_module.updated and all(k in values for k in HEALTH):
+            self._seen.append(torch.stack([values[k] for k in HEALTH]))
+        if len(self._seen) == self.window:
+            said = alarm(*torch.stack(self._seen).mean(0).tolist())
+            if said and said != self._last and trainer.is_global_zero:
+                log.warning("step %d: %s", pl_module.step, said)
+            self._seen, self._last = [], said
 
 
 def alarm(accuracy: float, real: float, fake: float) -> str | None:

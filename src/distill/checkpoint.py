@@ -1,7 +1,5 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -27,9 +25,6 @@ class AtomicIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        remove(Path(path))
 
 
 class Checkpoints(L.Callback):

@@ -3,8 +3,6 @@
 Nothing here imports torch, so that commands can refuse a mistake at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import difflib

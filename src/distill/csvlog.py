@@ -1,7 +1,5 @@
 """`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what it finds)."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ class CsvLog(Logger):
         self._earlier = self._path.is_file()
         if self._earlier:
             with self._path.open(newline="") as file:
-                self._rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+                self._rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

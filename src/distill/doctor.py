@@ -3,20 +3,21 @@
 Every line says ok, warn or fail, and what to do about it. The exit code is 1 if any line says fail.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from omegaconf import DictConfig
+from safetensors import safe_open
+
+from distill.build import check
+from distill.compose import processes, shipped
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from distill.record import versions
 
 GB = 1e9
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
@@ -25,10 +26,6 @@ Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
 
 def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
-    import torch
-
-    from distill.record import versions
-
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
     if found.get("lightning") in BAD_LIGHTNING:
@@ -53,11 +50,6 @@ def machine() -> Iterator[Line]:
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
     """Whether the options fit each other, and the memory that training needs at least, by strategy."""
-    import torch
-
-    from distill.build import check
-    from distill.compose import processes, shipped
-
     try:
         check(cfg)
         yield "ok", "the options of this configuration fit each other", ""
@@ -73,7 +65,7 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
     yield "ok", f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters, all {total / 1e6:.1f} M", ""
     width, count = getattr(torch, cfg.teacher.get("dtype", "float32")).itemsize, processes(cfg)
     shared = network * (width + 4 * 5)  # teacher; the student's weights, gradient, two moments and average in float32
-    room = _card() or _memory()
+    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _memory()
     for name, share in {"one process or trainer=ddp": 1, f"trainer=fsdp2 on {count}": count}.items():
         need = shared / share + (total - network) * width
         level = "ok" if need < 0.7 * room else "warn" if need < room else "fail"
@@ -83,8 +75,6 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
 
 def parameters(folder: Path) -> int:
     """Numbers in the safetensors files of a folder, from their headers alone; of variants, the first."""
-    from safetensors import safe_open
-
     files = sorted(folder.glob("*.safetensors"))
     total = 0
     for file in [f for f in files if not any(v in f.name for v in (".fp16.", ".bf16.", ".non_ema."))] or files:
@@ -99,12 +89,6 @@ def _memory() -> float:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
-
-
-def _card() -> float | None:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 @command("config")

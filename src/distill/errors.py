@@ -1,7 +1,5 @@
 """A user's own mistake is said in one sentence, exit code 1, without a traceback; HYDRA_FULL_ERROR=1 shows it all."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import os
@@ -24,6 +22,7 @@ from distill.compose import dotted, nearest
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
 FULL = "HYDRA_FULL_ERROR"
+GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -36,7 +35,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
-            asked = os.environ.get(FULL)
+            asked = os.environ.get(FULL, "0")
 
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
@@ -55,14 +54,12 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
 
 @contextmanager
-def _full_errors(value: str | None) -> Iterator[None]:
-    before = os.environ.pop(FULL, None)
-    os.environ.update({FULL: value} if value is not None else {})
+def _full_errors(value: str) -> Iterator[None]:
+    before, os.environ[FULL] = os.environ.get(FULL, "0"), value
     try:
         yield
     finally:
-        os.environ.pop(FULL, None)
-        os.environ.update({FULL: before} if before is not None else {})
+        os.environ[FULL] = before
 
 
 @contextmanager
@@ -99,7 +96,7 @@ def sentence(error: BaseException) -> str:
     if "Original Traceback" in text:  # a worker of the loader: the sentence comes last, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
     elif isinstance(cause, HydraException) and (named := re.search(r"'([\w./@]+)'", text)):
-        text = text.rstrip(". ") + nearest(named[1], _groups())
+        text = text.rstrip(". ") + nearest(named[1], GROUPS)
     return " ".join(text.split())
 
 
@@ -108,11 +105,7 @@ def _keys(error: OmegaConfBaseException) -> list[str]:
     tree = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     if not str(error.full_key).startswith("hydra"):
         tree.pop("hydra", None)
-    return [*_groups(), *dotted(tree)]
-
-
-def _groups() -> list[str]:
-    return sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
+    return [*GROUPS, *dotted(tree)]
 
 
 def _root(error: BaseException) -> BaseException:

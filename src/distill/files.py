@@ -4,18 +4,16 @@ checkpoints/step_000250.ckpt     a file, or a folder with one part per process (
 checkpoints/best.ckpt            the best by a logged value, if one was named
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
@@ -80,19 +78,19 @@ def newest(path: Path) -> Path:
             read(candidate)
         except ValueError as error:
             problems.append(str(error))
-        else:
-            for problem in problems:
-                log.warning("%s; going on from %s instead", problem, candidate.name)
-            return candidate
+            continue
+        if problems:
+            log.warning("%s; going on from %s instead", "; ".join(problems), candidate.name)
+        return candidate
     raise ValueError(f"resume={path}: no checkpoint can be used: {'; '.join(problems)}")
 
 
 # -- tensors that several processes share ------------------------------------------------------------------------------
 
 
-def whole(x: Any) -> Any:
+def whole(x: Tensor) -> Tensor:
     """A tensor put together from the parts of all processes, which must all call this; any other stays as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
@@ -106,33 +104,23 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 def gathered(tree: Any, *, keep: bool) -> Any:
     """Every tensor whole and on the CPU; all processes must call this, those with `keep` get the result."""
 
-    def take(x: Any) -> Any:
-        x = whole(x)
+    def take(x: Tensor) -> Tensor | None:
+        x = whole(x)  # one after the other: together they may not fit on the device
         return x.cpu() if keep else None
 
-    return _map(tree, take)
+    return tree_map_only(Tensor, take, tree)
 
 
 def split(tree: Any) -> Any:
-    """This process's parts of all cut tensors."""
-    return _map(tree, lambda x: {CUT: x.to_local().cpu()} if hasattr(x, "to_local") else x.cpu())
+    """This process's parts of all cut tensors, and all others, on the CPU."""
+    return tree_map_only(Tensor, lambda x: {CUT: x.to_local().cpu()} if isinstance(x, DTensor) else x.cpu(), tree)
 
 
 def joined(parts: list[Any]) -> Any:
     """The inverse of `split`, from the parts of all processes in the order of their ranks."""
     first = parts[0]
+    if isinstance(first, dict) and CUT in first:
+        return torch.cat([part[CUT] for part in parts])
     if isinstance(first, dict):
-        if CUT in first:
-            return torch.cat([part[CUT] for part in parts])
         return {key: joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, list):
-        return [joined([part[i] for part in parts]) for i in range(len(first))]
-    return first
-
-
-def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, dict):
-        return {key: _map(value, change) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_map(value, change) for value in tree]
-    return change(tree) if isinstance(tree, Tensor) else tree
+    return [joined(list(of)) for of in zip(*parts, strict=True)] if isinstance(first, list) else first

@@ -4,8 +4,6 @@ Lightning would start the command line again in every process, which under Hydra
 torchrun and SLURM start the processes themselves; then this module has nothing to do.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal

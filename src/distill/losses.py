@@ -20,57 +20,45 @@ from distill.process import precise
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """One game: what each player minimises. `paired` games need the real logits in the student phase too."""
+    """One game, by its margin losses: what the discriminator minimises of wrong margins, and the student of its own."""
 
     name: str
-    discriminator: Callable[[Tensor, Tensor], Tensor]
-    """(real [B, K], fake [B, K]) -> scalar."""
-    student: Callable[..., Tensor]
-    """(fake [B, K], real [B, K] or None) -> scalar."""
+    wrong: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor], Tensor]
     paired: bool = False
+    """Whether real and fake are compared sample by sample, as RpGAN does (arXiv 2501.05441)."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape."""
+        real, fake = precise(real), precise(fake)
+        if not self.paired:
+            return self.wrong(-real).mean() + self.wrong(fake).mean()
+        if real.shape != fake.shape:
+            raise ValueError(f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
+        return self.wrong(fake - real).mean()
+
+    def student(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+        """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
+        if not self.paired:
+            return self.own(-precise(fake)).mean()
+        if real is None:
+            raise ValueError(f"the {self.name} student loss needs the real logits of the same critic; pass real=")
+        return self.discriminator(fake, real)  # the same with the players exchanged
+
+
+GAMES = (
+    AdversarialLoss("hinge", wrong=lambda x: F.relu(1 + x), own=lambda x: x),
+    AdversarialLoss("non_saturating", wrong=F.softplus, own=F.softplus),
+    AdversarialLoss("relativistic", wrong=F.softplus, own=F.softplus, paired=True),
+)
 
 
 def adversarial(name: str) -> AdversarialLoss:
     """The game of this name: hinge, non_saturating or relativistic."""
-    games = (
-        AdversarialLoss("hinge", hinge_discriminator, hinge_student),
-        AdversarialLoss("non_saturating", non_saturating_discriminator, non_saturating_student),
-        AdversarialLoss("relativistic", relativistic_discriminator, relativistic_student, paired=True),
-    )
-    for game in games:
+    for game in GAMES:
         if game.name == name:
             return game
-    raise ValueError(f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in games)}")
-
-
-def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    return F.relu(1 - precise(real)).mean() + F.relu(1 + precise(fake)).mean()
-
-
-def hinge_student(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    return -precise(fake).mean()
-
-
-def non_saturating_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    return F.softplus(-precise(real)).mean() + F.softplus(precise(fake)).mean()
-
-
-def non_saturating_student(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    return F.softplus(-precise(fake)).mean()
-
-
-def relativistic_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """RpGAN (arXiv 2501.05441): each real sample should outscore the fake it is paired with."""
-    if real.shape != fake.shape:
-        raise ValueError(f"the relativistic loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
-    return F.softplus(precise(fake) - precise(real)).mean()
-
-
-def relativistic_student(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    """The same with the players exchanged."""
-    if real is None:
-        raise ValueError("the relativistic student loss needs the real logits of the same critic; pass real=")
-    return relativistic_discriminator(fake, real)
+    raise ValueError(f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}")
 
 
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,5 @@
 """`run.json`: how a run was made, so that its numbers can be trusted later."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -56,7 +54,7 @@ def hardware() -> str:
     """In plain words: '2 CPU cores', 'one NVIDIA H200'."""
     if count := torch.cuda.device_count():
         return f"{'one' if count == 1 else count} {torch.cuda.get_device_name(0)}"
-    return f"{len(os.sched_getaffinity(0))} CPU cores"
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
 
 
 def _commit() -> str | None:

@@ -4,20 +4,17 @@ Every trial is an ordinary run in a process and a folder of its own; the study i
 same command goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from omegaconf import DictConfig
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
 

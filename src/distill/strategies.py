@@ -4,8 +4,6 @@ With W processes a step is the one that a single process makes with `optimizer.a
 hands out the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
