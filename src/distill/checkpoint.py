@@ -30,11 +30,8 @@ class AtomicIO(TorchCheckpointIO):
 class Checkpoints(L.Callback):
     """Saves every `every` student steps, at the end, and when asked to stop by a signal.
 
-    Args:
-        every: student steps between checkpoints.
-        keep: how many of the newest stay; 0 keeps all.
-        archive: also keep for good one every so many steps; 0 keeps none.
-        best: a logged value; the checkpoint where it was best (`best_is` min or max) is kept as best.ckpt.
+    The newest `keep` stay (0: all), for good one every `archive` steps (0: none), and as best.ckpt the one where the
+    logged value `best` was best, which `best_is` min or max says.
     """
 
     def __init__(

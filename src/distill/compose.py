@@ -101,12 +101,9 @@ def shipped(path: str) -> str:
 
 def name_of(cfg: DictConfig) -> str:
     """`name`, or `<method>_<teacher>` as chosen on the command line."""
-    if cfg.name:
-        return cfg.name
-    if HydraConfig.initialized():
-        choices = HydraConfig.get().runtime.choices
-        return f"{choices['method']}_{choices['teacher']}"
-    return str(cfg.method._target_).rsplit(".", 1)[-1].lower()
+    if cfg.name or not HydraConfig.initialized():
+        return cfg.name or "run"
+    return "{method}_{teacher}".format(**HydraConfig.get().runtime.choices)
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -178,10 +175,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
     if batches[0] != batches[1]:
         different.append(f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)")
     if different:
-        raise ValueError(
-            f"resume={cfg.resume}: this would be another run, with {'; '.join(different)}; "
-            "take that back, or begin anew"
-        )
+        raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
     return now
 
 

@@ -82,16 +82,14 @@ def sentence(error: BaseException) -> str:
     cause = _root(error)
     if isinstance(cause, MissingConfigException) and cause.options is not None:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
-        there = ", ".join(cause.options)
-        return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {there}"
+        return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
     if isinstance(cause, OverrideParseException):
         return f"{cause.override}: cannot be read as key=value; put quotes around a value with spaces or commas"
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(error, HydraException):
         return f"{cause.full_key}: no such key{nearest(str(cause.full_key), _keys(cause))}; --cfg job prints all"
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
-        where = f"{cause.filename}: " if cause.filename else ""
         remedy = "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""
-        return f"{where}{cause.strerror}{remedy}"
+        return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}{remedy}"
     text = str(cause)
     if "Original Traceback" in text:  # a worker of the loader: the sentence comes last, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]

@@ -50,9 +50,8 @@ def launch(folder: Path, processes: int) -> int:
     while any(w.poll() is None for w in workers):
         if deadline == math.inf and any(w.poll() for w in workers):
             deadline = time.monotonic() + GRACE
-        if time.monotonic() > deadline:
-            for worker in workers:
-                worker.kill()
+        for worker in workers if time.monotonic() > deadline else ():
+            worker.kill()
         time.sleep(0.2)
     return next((w.returncode for w in workers if w.returncode), 0)
 

@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 
 from distill.process import precise
 
+Heads = Callable[[list[Tensor]], Tensor]
+
 
 @dataclass(frozen=True)
 class AdversarialLoss:
@@ -79,10 +81,7 @@ def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def approximate_r1(
-    heads: Callable[[list[Tensor]], Tensor],
-    maps: Sequence[Tensor],
-    sigma: float = 0.01,
-    generator: Generator | None = None,
+    heads: Heads, maps: Sequence[Tensor], sigma: float = 0.01, generator: Generator | None = None
 ) -> Tensor:
     """R1 without double backward: E (D(m) - D(m + sigma * n))^2 with n ~ N(0, 1), the mean over logits.
 

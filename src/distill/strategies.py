@@ -60,9 +60,8 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 class FullyShardedDataParallel(ModelParallelStrategy):
     """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block when they run.
 
-    Args:
-        sharded_checkpoints: every process writes its own part, into a folder, instead of all into one file.
-        reduce_dtype: of the gradient's sum over processes.
+    With sharded_checkpoints every process writes its own part, into a folder, instead of all into one file;
+    reduce_dtype is that of the gradient's sum over processes.
     """
 
     def __init__(self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any):
@@ -83,9 +82,7 @@ class FullyShardedDataParallel(ModelParallelStrategy):
 
     # -- checkpoints: whole ones are the very files that one process writes, so that any number may go on from them ----
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
+    lightning_restore_optimizer = True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self.lightning_module.state_dict()
