@@ -91,13 +91,10 @@ class Checkpoints(L.Callback):
             self._best = float(value)
             remove(best)
             (shutil.copytree if path.is_dir() else os.link)(path, best)
-        for old in sorted(self.folder.glob("step_*.ckpt"), key=_step)[: -self.keep] if self.keep else ():
-            if not (self.archive and _step(old) % self.archive == 0):
-                remove(old)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.stem[5:])
+        steps = sorted(int(p.stem[5:]) for p in self.folder.glob("step_*.ckpt"))
+        for old in steps[: -self.keep] if self.keep else ():
+            if not (self.archive and old % self.archive == 0):
+                remove(self.folder / f"step_{old:06d}.ckpt")
 
 
 def requeue() -> None:

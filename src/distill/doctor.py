@@ -62,7 +62,8 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
         return
     sizes = {part.name: parameters(part) for part in path.iterdir() if part.is_dir()}
     network, total = sizes.get("transformer", 0) or sizes.get("unet", 0), sum(sizes.values())
-    yield "ok", f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters, all {total / 1e6:.1f} M", ""
+    what = f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters in safetensors, all {total / 1e6:.1f} M"
+    yield "ok" if network else "fail", what, "point teacher.path at a pipeline"
     width, count = getattr(torch, cfg.teacher.get("dtype", "float32")).itemsize, processes(cfg)
     shared = network * (width + 4 * 5)  # teacher; the student's weights, gradient, two moments and average in float32
     room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _memory()

@@ -103,7 +103,5 @@ def approximate_r1(
 def weighted_mse(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B]."""
     if x.shape != target.shape or weight.shape != x.shape[:1]:
-        raise ValueError(
-            f"shapes do not fit: {list(x.shape)}, target {list(target.shape)}, weight {list(weight.shape)}"
-        )
+        raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
     return (weight * (precise(x) - precise(target)).square().flatten(1).mean(1)).mean()
