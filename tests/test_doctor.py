@@ -35,7 +35,7 @@ def test_a_healthy_machine_gets_no_fail(command, pipelines):
     ("arguments", "said"),
     [
         (["trainer.accelerator=gpu"], "there is no GPU here"),
-        (["+trainer.strategy=fsdp"], "FSDP1 wraps the forward pass"),
+        (["+trainer.strategy=fsdp"], "FSDP1 wraps the forward pass of one player; use trainer=fsdp2"),
         (["+trainer.strategy=ddp_find_unused_parameters_true"], "use trainer=ddp"),
     ],
 )
@@ -49,7 +49,7 @@ def test_what_cannot_work_fails_with_a_remedy(arguments, said, command, pipeline
 
 def test_a_model_too_large_is_said(command, pipelines, monkeypatch):
     monkeypatch.setattr(doctor, "_memory", lambda: 1e6)
-    monkeypatch.setattr(doctor, "_card", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
     assert code == 1
     assert "more devices with trainer=fsdp2" in out

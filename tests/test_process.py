@@ -51,7 +51,7 @@ def test_round_trips(process, prediction, shape):
     pred = predict(prediction, x0, eps, alpha, sigma)
     torch.testing.assert_close(process.to_x0(pred, x_t, t, prediction), x0, rtol=0, atol=1e-11)
     torch.testing.assert_close(process.from_x0(x0, x_t, t, prediction), pred, rtol=0, atol=1e-11)
-    torch.testing.assert_close(process.to_eps(x0, x_t, t), eps, rtol=0, atol=1e-11)
+    torch.testing.assert_close(process.from_x0(x0, x_t, t, "eps"), eps, rtol=0, atol=1e-11)
     # Not only for consistent triples: the two maps are inverse to each other for any prediction.
     other = torch.randn_like(x0)
     back = process.from_x0(process.to_x0(other, x_t, t, prediction), x_t, t, prediction)

@@ -55,12 +55,6 @@ def test_index_picks_samples_and_keeps_null(index, expected):
     assert picked.null is cond.null
 
 
-def test_expand_repeats_a_single_sample_only():
-    assert samples(make_cond(1, first=7).expand(3)) == [7, 7, 7]
-    with pytest.raises(ValueError, match="batch size 1"):
-        make_cond(2).expand(4)
-
-
 def test_unconditional_has_the_same_size_and_can_be_joined():
     cond = make_cond(3)
     empty = cond.unconditional()
@@ -119,10 +113,3 @@ def test_misaligned_records_are_refused():
 def test_records_are_frozen():
     with pytest.raises(AttributeError):
         make_cond(1).tokens = torch.zeros(1, 3, 4)  # type: ignore[misc]
-
-
-def test_batch_moves_as_a_whole():
-    batch = Batch(torch.zeros(2, 4, 8, 8), ("a circle", "a square"), make_cond(2)).to(torch.float64)
-    assert len(batch) == 2
-    assert batch.x0.dtype == batch.cond.tokens.dtype == torch.float64
-    assert batch.captions == ("a circle", "a square")

@@ -1,8 +1,6 @@
 """From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
 by a method, on data."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -11,12 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning
+import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
-from distill.ema import Ema
 from distill.files import gathered, newest, read
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
@@ -25,95 +24,67 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
 }
-COUNTS = {  # key -> the least that it may be
-    "seed": 0,
-    "data.batch_size": 1,
-    "data.num_workers": 0,
-    "optimizer.accumulate": 1,
-    "trainer.max_steps": 1,
-    "trainer.num_nodes": 1,
-    "trainer.log_every_n_steps": 1,
-}
-EXPECTED = (  # warnings that say nothing new about a run of ours
-    ".*does not have many workers.*",
-    ".*in eval mode.*",
-    ".*Experiment logs directory.*exists and is not empty.*",
-    ".*isinstance.treespec, LeafSpec.*",
-)
-
-
-def parts(cfg: DictConfig) -> tuple[Any, Any]:
-    """The data and the method of a run; seeds the global generators first."""
-    seed_everything(cfg.seed)
-    source = make(cfg.data)  # first: what is wrong with it shows in a moment
-    teacher = make(cfg.teacher)
-    _refuse_misfit(cfg, source.dataset, teacher)
-    return source, method(cfg, teacher)
-
-
-def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
-    """Raise ValueError for latents or pictures that this teacher cannot read."""
-    shape, size, channels = getattr(data, "shape", None), getattr(data, "size", None), teacher.latent_shape[0]
-    if shape and shape[0] != channels:
-        raise ValueError(
-            f"data.path={cfg.data.path}: its latents have {shape[0]} channels and this teacher's have {channels}; "
-            "make them with this teacher's autoencoder, or give pictures with data=images"
-        )
-    if shape and any(side % teacher.patch for side in shape[1:]):
-        raise ValueError(
-            f"data.path={cfg.data.path}: latents of {shape[1]} x {shape[2]} do not divide into this teacher's patches "
-            f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
-        )
-    if size and size % teacher.unit:
-        raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
+ONE_OR_MORE = ("data.batch_size", "optimizer.accumulate", *(f"trainer.{k}" for k in ("max_steps", "num_nodes")))
+COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(ONE_OR_MORE, 1)
+# Warnings that say nothing new about a run of ours.
+EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
-    import torch
-
     allowed(cfg)
     check_counts(cfg, COUNTS)
-    devices = cfg.trainer.get("devices", 1)
+    devices, accelerator = cfg.trainer.get("devices", 1), cfg.trainer.get("accelerator", "auto")
     if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
         raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")
-    accelerator, strategy = str(cfg.trainer.get("accelerator", "auto")), cfg.trainer.get("strategy", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={accelerator}: there is no GPU here; use trainer.accelerator=cpu or auto"
         )
+    strategy = cfg.trainer.get("strategy", "auto")
     named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
     if "fsdp" in named.lower():
-        raise ValueError(
-            f"trainer.strategy={named}: FSDP1 wraps the forward pass, inside which two players cannot go backward; "
-            "use trainer=fsdp2"
-        )
+        raise ValueError(f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2")
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
-        raise ValueError(
-            f"trainer.strategy={named}: the players take turns, so the graph changes within a step, and a static graph "
-            "or a scan for unused parameters cannot serve it; use trainer=ddp"
-        )
-    wanted, given = (
-        getattr(get_object(str(node._target_)), "space", None) for node in (cfg.method, cfg.discriminator.features)
-    )
+        raise ValueError(f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp")
+    targets = cfg.method._target_, cfg.discriminator.features._target_
+    wanted, given = (getattr(get_object(target), "space", None) for target in targets)
     if wanted and given and wanted != given:
+        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+        raise ValueError(f"{what}; choose another discriminator=")
+
+
+def parts(cfg: DictConfig) -> tuple[Any, Any]:
+    """The data and the method of a run; seeds the global generators first, and silences Lightning's usual hints."""
+    lightning.seed_everything(cfg.seed, verbose=False)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=EXPECTED)
+    source = make(cfg.data)  # first: what is wrong with it shows in a moment
+    teacher = make(cfg.teacher)
+    _refuse_misfit(cfg, source.dataset, teacher)
+    features, condition = make(cfg.discriminator.features)(teacher=teacher), teacher.embed([""]).pooled
+    pooled = 0 if condition is None else condition.shape[1]
+    heads = make(cfg.discriminator.heads)(channels=features.channels, pooled=pooled)
+    networks = {"teacher": teacher, "student": make(cfg.student)(teacher=teacher), "features": features, "heads": heads}
+    return source, make(cfg.method)(**networks, engine=make(cfg.optimizer), seed=cfg.seed)
+
+
+def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+    """Raise ValueError for latents or pictures that this teacher cannot read."""
+    size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
+    if channels and channels != teacher.latent_shape[0]:
         raise ValueError(
-            f"method reads a discriminator of {wanted}, and this discriminator looks at {given}; "
-            "choose another discriminator="
+            f"data.path={cfg.data.path}: its latents have {channels} channels and this teacher's have "
+            f"{teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give pictures with data=images"
         )
-
-
-def method(cfg: DictConfig, teacher: Any) -> Any:
-    """The Lightning module: teacher, student, features, heads and engine handed to the method."""
-    features = make(cfg.discriminator.features)(teacher=teacher)
-    condition = teacher.embed([""]).pooled
-    heads = make(cfg.discriminator.heads)(
-        channels=features.channels, pooled=0 if condition is None else condition.shape[1]
-    )
-    student = make(cfg.student)(teacher=teacher)
-    return make(cfg.method)(
-        teacher=teacher, student=student, features=features, heads=heads, engine=make(cfg.optimizer), seed=cfg.seed
-    )
+    if any(side % teacher.patch for side in sides):
+        raise ValueError(
+            f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this teacher's patches "
+            f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
+        )
+    if size and size % teacher.unit:
+        raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
 
 
 def trainer(cfg: DictConfig, folder: Path) -> Any:
@@ -126,10 +97,9 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
     loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
     build = make(cfg.trainer)
     strategy = build.keywords.pop("strategy", None) or (DataParallel() if processes(cfg) > 1 else "auto")
-    own_files = isinstance(strategy, FullyShardedDataParallel)
     return build(
         strategy=strategy,
-        plugins=[] if own_files else [AtomicIO()],
+        plugins=[] if isinstance(strategy, FullyShardedDataParallel) else [AtomicIO()],  # that one has its own files
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(folder),
@@ -162,22 +132,18 @@ def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, A
     if method.sharded:
         teacher = make(cfg.teacher)
         student = make(cfg.student)(teacher=teacher)
-    average_of = Ema(student)
-    average_of.load_state_dict(average)
-    average_of.copy_to(student)
+    student.load_state_dict(average, strict=False)
     return teacher, student.eval()
 
 
 def stopped(trainer: Any, method: Any, folder: Path) -> int:
     """The exit code of a run that a signal has ended, said in words; 0 if none has."""
     by = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
-    if by is None:
-        return 0
-    if trainer.is_global_zero:
+    if by and trainer.is_global_zero:
         print(f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}")
         if by == signal.SIGUSR1:
             requeue()
-    return 0 if by == signal.SIGUSR1 else 128 + by
+    return 128 + by if by and by != signal.SIGUSR1 else 0
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -196,21 +162,8 @@ def student_of(run: str) -> Any:
     folder = folder / "student" if (folder / "student").is_dir() else folder
     index = folder / "model_index.json"
     if not index.is_file():
-        raise FileNotFoundError(
-            f"run={run}: neither a finished run (no student/ in it) nor a diffusers pipeline folder"
-        )
+        raise FileNotFoundError(f"run={run}: neither a finished run (with a student/) nor a diffusers pipeline folder")
     found = json.loads(index.read_text()).get("_class_name")
     if found not in FAMILIES:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
     return make(OmegaConf.create({"_target_": FAMILIES[found], "path": str(folder)}))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed what a library may draw from the global generators, and silence what is expected of Lightning here."""
-    import lightning
-
-    lightning.seed_everything(seed, verbose=False)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in EXPECTED:
-        warnings.filterwarnings("ignore", message=message)

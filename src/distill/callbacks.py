@@ -1,7 +1,5 @@
 """What happens beside training: a bar that counts student steps, health numbers, pictures on the way."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor
 from torchvision.utils import save_image
 
+from distill.files import whole
 from distill.methods.base import Distillation
 from distill.sampling import consistency, seeded
 from distill.shapes.judge import judging_prompts
@@ -50,6 +49,7 @@ class Health(L.Callback):
 
     def __init__(self, every: int = 10):
         self.every = every
+        self._before: list[Tensor] = []
         self._last: tuple[float, int] | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
@@ -57,23 +57,17 @@ class Health(L.Callback):
             self._before = [p.detach().clone() for p in pl_module.student.parameters()]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        before = self.__dict__.pop("_before", None)
-        if before is None:
+        if not self._before:
             return
-        change = torch._foreach_sub(before, [p.detach() for p in pl_module.student.parameters()])
-        now, last = time.monotonic(), self._last
-        self._last = (now, pl_module.images_seen)
-        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in (_norm(change), _norm(before))]
-        values = {"g/update_ratio": float(norms[0] / norms[1])}
-        if last:
-            values["images_per_second"] = (pl_module.images_seen - last[1]) / (now - last[0])
+        change = torch._foreach_sub(self._before, [p.detach() for p in pl_module.student.parameters()])
+        moved, size = (float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before))
+        now, values = (time.monotonic(), pl_module.images_seen), {"g/update_ratio": moved / size}
+        if self._last:
+            values["images_per_second"] = (now[1] - self._last[1]) / (now[0] - self._last[0])
+        self._before, self._last = [], now
         # Straight to the loggers: through `self.log` this callback's last values would be repeated on every later row.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=pl_module.step)
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).norm()
 
 
 class Alarms(L.Callback):
@@ -81,20 +75,18 @@ class Alarms(L.Callback):
 
     def __init__(self, window: int = 50):
         self.window = window
-        self._seen: list[tuple[float, ...]] = []
+        self._seen: list[Tensor] = []
         self._last: str | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         values = trainer.callback_metrics
-        if not (pl_module.updated and all(k in values for k in HEALTH)):
-            return
-        self._seen.append(tuple(float(values[k]) for k in HEALTH))
-        if len(self._seen) < self.window:
-            return
-        said = alarm(*(sum(column) / self.window for column in zip(*self._seen, strict=True)))
-        if said and said != self._last and trainer.is_global_zero:
-            log.warning("step %d: %s", pl_module.step, said)
-        self._seen, self._last = [], said
+        if pl_module.updated and all(k in values for k in HEALTH):
+            self._seen.append(torch.stack([values[k] for k in HEALTH]))
+        if len(self._seen) == self.window:
+            said = alarm(*torch.stack(self._seen).mean(0).tolist())
+            if said and said != self._last and trainer.is_global_zero:
+                log.warning("step %d: %s", pl_module.step, said)
+            self._seen, self._last = [], said
 
 
 def alarm(accuracy: float, real: float, fake: float) -> str | None:
@@ -111,39 +103,31 @@ def alarm(accuracy: float, real: float, fake: float) -> str | None:
 
 
 class Samples(L.Callback):
-    """One-step pictures of the averaged student for fixed prompts and seeds, every `every` steps.
-
-    Args:
-        every: student steps between grids.
-        prompts: captions; None takes sixteen of the judging prompts of `shapes`.
-    """
+    """One-step pictures of the averaged student for fixed prompts (None: sixteen of `shapes`), every `every` steps."""
 
     def __init__(self, every: int = 100, prompts: list[str] | None = None):
         self.every = every
         self.prompts = prompts or [p.caption for p in judging_prompts(16, seed=1)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        self.folder = Path(trainer.default_root_dir) / "samples"
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / "captions.txt").write_text("\n".join(self.prompts) + "\n")
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / "captions.txt").write_text("\n".join(self.prompts) + "\n")
         self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        step = pl_module.step
-        if pl_module.updated and (step % self.every == 0 or step == trainer.max_steps):
+        if pl_module.updated and (pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps):
             self._draw(trainer, pl_module)
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        path = Path(trainer.default_root_dir) / "samples" / f"step_{pl_module.step:06d}.png"
+        path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
         # Where networks are cut up all processes must run them, hence all ask the first one whether to.
         if trainer.strategy.broadcast(path.exists()) or not (pl_module.sharded or trainer.is_global_zero):
             return
-        teacher = pl_module.teacher
-        cond = teacher.embed(self.prompts)
+        cond, generators = teacher.embed(self.prompts), seeded(range(len(self.prompts)))
         with pl_module.ema.swap():
-            generators = seeded(range(len(self.prompts)))
             x0 = consistency(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
         if trainer.is_global_zero:
             save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)

@@ -1,7 +1,5 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -28,18 +26,12 @@ class AtomicIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read(Path(path))
 
-    def remove_checkpoint(self, path: Any) -> None:
-        remove(Path(path))
-
 
 class Checkpoints(L.Callback):
-    """Saves every `every` student steps, at the end, and when asked to stop by a signal; keeps the last `keep`.
+    """Saves every `every` student steps, at the end, and when asked to stop by a signal.
 
-    Args:
-        every: student steps between checkpoints.
-        keep: how many of the newest stay; 0 keeps all.
-        archive: also keep for good one every so many steps; 0 keeps none.
-        best: a logged value; the checkpoint where it was best is kept as best.ckpt. Its sign: `best_is` min or max.
+    The newest `keep` stay (0: all), for good one every `archive` steps (0: none), and as best.ckpt the one where the
+    logged value `best` was best, which `best_is` min or max says.
     """
 
     def __init__(
@@ -48,10 +40,10 @@ class Checkpoints(L.Callback):
         if every < 1 or keep < 0 or best_is not in ("min", "max"):
             raise ValueError(f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min or max")
         self.every, self.keep, self.archive, self.best, self.best_is = every, keep, archive, best, best_is
-        self.folder = Path("checkpoints")
-        self.about: dict[str, Any] = {}
+        self.folder, self.about = Path("checkpoints"), {}
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}
@@ -66,11 +58,11 @@ class Checkpoints(L.Callback):
         for leftover in self.folder.glob("*.part") if trainer.is_global_zero else ():
             remove(leftover)
         # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
-        self._before = {name: signal.signal(name, self._heard) for name in STOPPING}
+        self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for name, handler in self.__dict__.pop("_before", {}).items():
-            signal.signal(name, handler)
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -81,26 +73,24 @@ class Checkpoints(L.Callback):
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        step, updated = pl_module.step, pl_module.updated
         if trainer.world_size > 1:  # one process was told: all must save, and together
             number = trainer.strategy.reduce(torch.tensor(float(self.stopped_by or 0)), reduce_op="max")
             self.stopped_by = signal.Signals(int(number)) if number else None
-        if self.stopped_by:
-            trainer.should_stop = True
-        if self.stopped_by or (updated and (step % self.every == 0 or step == trainer.max_steps)):
-            self._save(trainer, step)
+        trainer.should_stop |= self.stopped_by is not None
+        due = pl_module.updated and (pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps)
+        if due or self.stopped_by:
+            self._save(trainer, pl_module.step)
 
     def _save(self, trainer: L.Trainer, step: int) -> None:
-        path = self.folder / f"step_{step:06d}.ckpt"
+        path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
         trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
-        if self.best and (value := trainer.callback_metrics.get(self.best)) is not None:
-            better = self._best is None or (value < self._best if self.best_is == "min" else value > self._best)
-            if better:
-                self._best = float(value)
-                remove(self.folder / "best.ckpt")
-                (shutil.copytree if path.is_dir() else os.link)(path, self.folder / "best.ckpt")
+        value, sign = trainer.callback_metrics.get(self.best), 1 if self.best_is == "min" else -1
+        if value is not None and (self._best is None or sign * value < sign * self._best):
+            self._best = float(value)
+            remove(best)
+            (shutil.copytree if path.is_dir() else os.link)(path, best)
         steps = sorted(int(p.stem[5:]) for p in self.folder.glob("step_*.ckpt"))
         for old in steps[: -self.keep] if self.keep else ():
             if not (self.archive and old % self.archive == 0):

@@ -3,11 +3,11 @@
 Nothing here imports torch, so that commands can refuse a mistake at once.
 """
 
-from __future__ import annotations
-
+import contextlib
 import datetime
 import difflib
 import inspect
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.hea
 
 def make(node: DictConfig) -> Any:
     """The one way to instantiate: allowed targets only, plain containers, shipped paths made absolute."""
-    return instantiate(OmegaConf.create(_resolve(allowed(node))), _convert_="all")
+    return instantiate(OmegaConf.create(allowed(node)), _convert_="all")
 
 
 def allowed(node: DictConfig) -> Any:
@@ -39,19 +39,25 @@ def allowed(node: DictConfig) -> Any:
     That is: a target outside the list, a key that its target does not take (with the nearest that it does), and text
     that would become an interpolation when it is read again, behind the check's back.
     """
-    plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    _refuse_in(plain)
-    return plain
+    return _allowed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
 
 
-def _refuse_in(value: Any) -> None:
-    if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{value}: a value must not hold an escaped interpolation; write it out")
-    if isinstance(value, dict) and "_target_" in value:
-        target = str(value["_target_"])
-        _refuse_unknown(value, target, _target(target))
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_in(inner)
+def _allowed(value: Any) -> Any:
+    if isinstance(value, str):
+        if "${" in value:
+            raise ValueError(f"{value}: a value must not hold an escaped interpolation; write it out")
+        return shipped(value)
+    if isinstance(value, list):
+        return [_allowed(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if "_target_" in value:
+        name = str(value["_target_"])
+        takes = inspect.signature(_target(name)).parameters
+        unknown = sorted(set(map(str, value)) - set(takes) - SPECIAL)
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            raise ValueError(f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out")
+    return {key: _allowed(inner) for key, inner in value.items()}
 
 
 def _target(name: str) -> Any:
@@ -68,13 +74,6 @@ def _target(name: str) -> Any:
     raise ValueError(f"_target_: {name} is refused: a configuration may build only classes of {allowed}")
 
 
-def _refuse_unknown(node: dict[str, Any], name: str, target: Any) -> None:
-    takes = inspect.signature(target).parameters
-    unknown = sorted(set(map(str, node)) - set(takes) - SPECIAL)
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        raise ValueError(f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out")
-
-
 def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
     """Raise ValueError unless the value of each key is a whole number, and not under the least that is given here."""
     for key, least in counts.items():
@@ -89,33 +88,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _resolve(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _resolve(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_resolve(inner) for inner in value]
-    return shipped(value) if isinstance(value, str) else value
-
-
 def shipped(path: str) -> str:
     """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
     if not path.startswith(SHIPPED):
         return path
     folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
     if not folder.exists():
-        known = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.exists() else []
+        known = sorted(p.name for p in folder.parent.glob("*"))
         raise FileNotFoundError(f"{path}: nothing of this name is shipped; there is {', '.join(known)}")
     return str(folder)
 
 
 def name_of(cfg: DictConfig) -> str:
     """`name`, or `<method>_<teacher>` as chosen on the command line."""
-    if cfg.name:
-        return cfg.name
-    if HydraConfig.initialized():
-        choices = HydraConfig.get().runtime.choices
-        return f"{choices['method']}_{choices['teacher']}"
-    return str(cfg.method._target_).rsplit(".", 1)[-1].lower()
+    if cfg.name or not HydraConfig.initialized():
+        return cfg.name or "run"
+    return "{method}_{teacher}".format(**HydraConfig.get().runtime.choices)
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -126,27 +114,26 @@ def run_folder(cfg: DictConfig) -> Path:
         folder = Path(cfg.run_dir)
         if rank() == 0 and (folder / "config.yaml").exists():
             raise FileExistsError(f"run_dir={folder} holds a run already; choose another or resume={folder}")
-        return _made(folder)
-    if "SLURM_PROCID" in os.environ:
-        return _made(Path("runs") / f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}")
-    if "RANK" in os.environ:
+    elif "SLURM_PROCID" in os.environ:
+        folder = Path("runs") / f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
+    elif "RANK" in os.environ:
         raise ValueError("run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there")
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        folder = Path("runs") / f"{stamp}_{name_of(cfg)}{suffix}"
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            continue
-    raise FileExistsError("a thousand runs began in one second; set run_dir=")
-
-
-def _made(folder: Path) -> Path:
+    else:
+        return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name_of(cfg)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"run_dir={folder} cannot be made ({error.strerror}); choose another run_dir=") from None
+    return folder
+
+
+def _fresh_folder(stem: str) -> Path:
+    """One that nobody has, with a number behind its name if another run began in this second."""
+    for i in itertools.count(1):
+        folder = Path(stem if i == 1 else f"{stem}-{i}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 
@@ -177,21 +164,19 @@ def going_on(cfg: DictConfig) -> DictConfig:
         if override.startswith("~") or OmegaConf.select(cfg, key) is not None:  # not experiment= and the like
             OmegaConf.update(now, key, OmegaConf.select(cfg, key), merge=False)
     now.resume = cfg.resume
-    old, new = (OmegaConf.to_container(c, resolve=True) for c in (before, now))
-    different = [line for line in changed(old, new) if line.startswith(FIXED)]
-    if (a := global_batch(before)) != (b := global_batch(now)):
-        different.append(f"samples a step={b} (was {a}: batch_size x accumulate x devices x nodes)")
+    both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    old, new = ({key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both)
+    different = [
+        f"{key}={new.get(key)} (was {old.get(key)})"
+        for key in sorted(old | new)
+        if key.startswith(FIXED) and old.get(key) != new.get(key)
+    ]
+    batches = [c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)]
+    if batches[0] != batches[1]:
+        different.append(f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)")
     if different:
-        raise ValueError(
-            f"resume={cfg.resume}: this would be another run, with {'; '.join(different)}; "
-            "take that back, or begin anew"
-        )
+        raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
     return now
-
-
-def global_batch(cfg: DictConfig) -> int:
-    """Samples that one step reads, over all processes."""
-    return cfg.data.batch_size * cfg.optimizer.get("accumulate", 1) * processes(cfg)
 
 
 def processes(cfg: DictConfig) -> int:
@@ -205,13 +190,11 @@ def processes(cfg: DictConfig) -> int:
     return count * cfg.trainer.get("num_nodes", 1)
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key=now (was before)` for every leaf that differs."""
-    old, new = _leaves(before), _leaves(now)
-    return [f"{k}={new.get(k)} (was {old.get(k)})" for k in sorted(old | new) if old.get(k) != new.get(k)]
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix[:-1]: tree}
-    return {k: v for name, inner in tree.items() for k, v in _leaves(inner, f"{prefix}{name}.").items()}
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a tree with its value, those of inner nodes as well."""
+    found = {}
+    for key, value in tree.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, dict):
+            found |= dotted(value, f"{prefix}{key}.")
+    return found

@@ -1,7 +1,5 @@
 """`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what it finds)."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,14 @@ class CsvLog(Logger):
         self._earlier = self._path.is_file()
         if self._earlier:
             with self._path.open(newline="") as file:
-                self._rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+                self._rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = 0 if step is None else int(step)
         if self._earlier:  # what the stopped run logged after its last checkpoint is done again
-            self._rows = [row for row in self._rows if int(row["step"]) < step]
+            self._rows = [row for row in self._rows if int(row["step"]) < (step or 0)]
             self._earlier = False
-        self._rows.append({**metrics, "step": step})
+        self._rows.append({**metrics, "step": step or 0})
         if len(self._rows) % FLUSH == 0:
             self.save()
 
@@ -41,14 +38,12 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        columns = ["step", *sorted({key for row in self._rows for key in row} - {"step"})]
         partial = self._path.with_suffix(".part")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, ["step", *sorted({key for row in self._rows for key in row} - {"step"})])
             writer.writeheader()
             writer.writerows(self._rows)
         partial.replace(self._path)
 
-    @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()

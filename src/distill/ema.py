@@ -6,39 +6,34 @@ The warm-up keeps the first averages from being mostly the initial weights. The 
 the parameters, because with bfloat16 and a decay of .9999 each move is smaller than one rounding step and is lost.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
+
+from distill.files import like
+from distill.process import precise
 
 
 class Ema:
-    """Averages of the parameters that require grad now; buffers and frozen parameters have none.
+    """Averages of the parameters of `module` that require grad now; buffers and frozen parameters have none.
 
-    parameters: a module, or its (name, parameter) pairs. Build this after the module is sharded, since sharding
-    replaces parameters; moving the module to a device later is fine. With FSDP2 shard the root with
-    `reshard_after_forward=True`, otherwise its parameters are not the sharded ones after a forward without gradient.
-    warmup_steps: the constant in the formula above, about the length of the warm-up; 0 or 1 means none.
+    Build this after the module is sharded, since that replaces parameters; moving it to a device later is fine. With
+    FSDP2 shard the root with `reshard_after_forward=True`: otherwise its parameters are not the sharded ones after a
+    forward without gradient. warmup_steps is the constant in the formula above; 0 or 1 means no warm-up.
     """
 
-    def __init__(
-        self,
-        parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
-        decay: float = 0.999,
-        warmup_steps: int = 10,
-    ) -> None:
+    def __init__(self, module: nn.Module, decay: float = 0.999, warmup_steps: int = 10) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
-        named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
-        self._parameters = {name: p for name, p in named if p.requires_grad}
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("nothing to average: no parameter requires grad")
         self.decay, self.warmup_steps = decay, warmup_steps
-        self._averages = {name: _precise(p).clone() for name, p in self._parameters.items()}
+        self._averages = {name: precise(p.detach()).clone() for name, p in self._parameters.items()}
 
     def decay_at(self, step: int) -> float:
         """The decay used at a student step, counted from 0."""
@@ -48,7 +43,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the averages towards the parameters; call once after student step `step`, counted from 0."""
         self._follow_devices()
-        current = [_precise(p) for p in self._parameters.values()]
+        current = [precise(p.detach()) for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._averages.values()), current, 1 - self.decay_at(step))
 
     @contextmanager
@@ -61,24 +56,23 @@ class Ema:
         finally:
             _write(originals, self._parameters)
 
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the averages into a module with the same parameter names, in its dtype; its other parameters stay."""
-        targets = dict(module.named_parameters())
-        _refuse_misfits(
-            self._averages, {name: p for name, p in targets.items() if name in self._averages}, "the module"
-        )
-        _write(self._averages, {name: targets[name] for name in self._averages})
-
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, sharing memory with this object as `nn.Module.state_dict` does."""
         return dict(self._averages)
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take averages saved by `state_dict`; names and shapes must be the same."""
-        _refuse_misfits(self._averages, state, "the saved average")
+        """Take averages saved by `state_dict`; raises ValueError unless names and shapes are the same."""
+        ours = self._averages
+        problems = [f"it lacks {name}" for name in ours if name not in state]
+        problems += [f"it has an unknown {name}" for name in state if name not in ours]
+        for name, x in state.items():
+            if name in ours and x.shape != ours[name].shape:
+                problems.append(f"{name} is {list(x.shape)} in it and {list(ours[name].shape)} here")
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(f"the saved average does not fit: {'; '.join(problems[:3])}{more}")
         self._follow_devices()
-        _write(state, self._averages)
+        _write(state, ours)
 
     def _follow_devices(self) -> None:
         """Averages live beside their parameters, which may have moved since."""
@@ -86,29 +80,8 @@ class Ema:
             self._averages[name] = self._averages[name].to(p.device)
 
 
-def _precise(p: Tensor) -> Tensor:
-    """The value of p without its graph, in float32 or in its own float64."""
-    return p.detach().to(torch.promote_types(p.dtype, torch.float32))
-
-
 @torch.no_grad()
 def _write(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     # In place: optimisers, compiled graphs and sharding all hold on to these very tensors.
     for name, target in targets.items():
-        value = values[name]
-        if hasattr(target, "device_mesh") and not hasattr(value, "device_mesh"):  # a part of what was saved whole
-            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-        target.copy_(value)
-
-
-def _refuse_misfits(averages: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
-    problems = [f"{what} lacks {name}" for name in averages if name not in other]
-    problems += [f"{what} has an unknown {name}" for name in other if name not in averages]
-    problems += [
-        f"{name} is {list(other[name].shape)} in {what} and {list(a.shape)} here"
-        for name, a in averages.items()
-        if name in other and other[name].shape != a.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"the parameters do not match: {'; '.join(problems[:3])}{more}")
+        target.copy_(like(values[name], target))

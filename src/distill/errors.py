@@ -1,7 +1,5 @@
 """A user's own mistake is said in one sentence, exit code 1, without a traceback; HYDRA_FULL_ERROR=1 shows it all."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import os
@@ -19,11 +17,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from distill._conf import CONF_DIR
-from distill.compose import nearest
+from distill.compose import dotted, nearest
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
 FULL = "HYDRA_FULL_ERROR"
+GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -35,23 +34,19 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @functools.wraps(task)
-        def job(cfg: DictConfig) -> None:
-            with _full_errors(asked), said_plainly():
-                if missing := sorted(OmegaConf.missing_keys(cfg)):
-                    raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
-                if code := task(cfg):
-                    raise SystemExit(code)
-
-        asked = os.environ.get(FULL)
-        composed = hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)
-
-        @functools.wraps(task)
         def main() -> None:
-            nonlocal asked
-            asked = os.environ.get(FULL)
+            asked = os.environ.get(FULL, "0")
+
+            @functools.wraps(task)  # Hydra takes the command's name from it
+            def job(cfg: DictConfig) -> None:
+                with _full_errors(asked), said_plainly():
+                    if missing := sorted(OmegaConf.missing_keys(cfg)):
+                        raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
+                    if code := task(cfg):
+                        raise SystemExit(code)
+
             with said_plainly(), _full_errors("1"):
-                composed()
+                hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
 
         return main
 
@@ -59,14 +54,12 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
 
 @contextmanager
-def _full_errors(value: str | None) -> Iterator[None]:
-    before = os.environ.pop(FULL, None)
-    os.environ.update({FULL: value} if value is not None else {})
+def _full_errors(value: str) -> Iterator[None]:
+    before, os.environ[FULL] = os.environ.get(FULL, "0"), value
     try:
         yield
     finally:
-        os.environ.pop(FULL, None)
-        os.environ.update({FULL: before} if before is not None else {})
+        os.environ[FULL] = before
 
 
 @contextmanager
@@ -89,21 +82,19 @@ def sentence(error: BaseException) -> str:
     cause = _root(error)
     if isinstance(cause, MissingConfigException) and cause.options is not None:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
-        there = ", ".join(cause.options)
-        return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {there}"
+        return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
     if isinstance(cause, OverrideParseException):
         return f"{cause.override}: cannot be read as key=value; put quotes around a value with spaces or commas"
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(error, HydraException):
         return f"{cause.full_key}: no such key{nearest(str(cause.full_key), _keys(cause))}; --cfg job prints all"
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
-        where = f"{cause.filename}: " if cause.filename else ""
         remedy = "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""
-        return f"{where}{cause.strerror}{remedy}"
+        return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}{remedy}"
     text = str(cause)
     if "Original Traceback" in text:  # a worker of the loader: the sentence comes last, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
     elif isinstance(cause, HydraException) and (named := re.search(r"'([\w./@]+)'", text)):
-        text = text.rstrip(". ") + nearest(named[1], _groups())
+        text = text.rstrip(". ") + nearest(named[1], GROUPS)
     return " ".join(text.split())
 
 
@@ -112,17 +103,7 @@ def _keys(error: OmegaConfBaseException) -> list[str]:
     tree = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     if not str(error.full_key).startswith("hydra"):
         tree.pop("hydra", None)
-    return [*_groups(), *_dotted(tree)]
-
-
-def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _groups() -> list[str]:
-    return sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
+    return [*GROUPS, *dotted(tree)]
 
 
 def _root(error: BaseException) -> BaseException:

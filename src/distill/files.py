@@ -4,17 +4,16 @@ checkpoints/step_000250.ckpt     a file, or a folder with one part per process (
 checkpoints/best.ckpt            the best by a logged value, if one was named
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
@@ -67,20 +66,21 @@ def newest(path: Path) -> Path:
 
     Raises FileNotFoundError if there is none, ValueError if none can be used.
     """
-    found = sorted((path / "checkpoints").glob("step_*.ckpt"), reverse=True) if path.name[-5:] != ".ckpt" else [path]
-    if path.name.endswith(".ckpt"):
-        found += [other for other in sorted(path.parent.glob("step_*.ckpt"), reverse=True) if other.name < path.name]
-    if not found or not (path.exists()):
+    named = path.name.endswith(".ckpt")
+    found = sorted((path.parent if named else path / "checkpoints").glob("step_*.ckpt"), reverse=True)
+    if named:
+        found = [path, *(other for other in found if other.name < path.name)]
+    if not found or not path.exists():
         raise FileNotFoundError(f"resume={path}: holds no checkpoint to go on from")
-    problems = []
+    problems: list[str] = []
     for candidate in found:
         try:
             read(candidate)
         except ValueError as error:
             problems.append(str(error))
             continue
-        for problem in problems:
-            log.warning("%s; going on from %s instead", problem, candidate.name)
+        if problems:
+            log.warning("%s; going on from %s instead", "; ".join(problems), candidate.name)
         return candidate
     raise ValueError(f"resume={path}: no checkpoint can be used: {'; '.join(problems)}")
 
@@ -88,36 +88,39 @@ def newest(path: Path) -> Path:
 # -- tensors that several processes share ------------------------------------------------------------------------------
 
 
-def gathered(tree: Any, *, keep: bool) -> Any:
-    """Every cut tensor put together, on the CPU; all processes must call this, those with `keep` get the result."""
+def whole(x: Tensor) -> Tensor:
+    """A tensor put together from the parts of all processes, which must all call this; any other stays as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
-    def whole(x: Any) -> Any:
-        x = x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A tensor as `target` keeps it: on its device, and cut among the processes or not."""
+    value = value.to(target.device)
+    if isinstance(value, DTensor) or not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements)
+
+
+def gathered(tree: Any, *, keep: bool) -> Any:
+    """Every tensor whole and on the CPU; all processes must call this, those with `keep` get the result."""
+
+    def take(x: Tensor) -> Tensor | None:
+        x = whole(x)  # one after the other: together they may not fit on the device
         return x.cpu() if keep else None
 
-    return _map(tree, whole)
+    return tree_map_only(Tensor, take, tree)
 
 
 def split(tree: Any) -> Any:
-    """This process's parts of all cut tensors."""
-    return _map(tree, lambda x: {CUT: x.to_local().cpu()} if hasattr(x, "to_local") else x.cpu())
+    """This process's parts of all cut tensors, and all others, on the CPU."""
+    return tree_map_only(Tensor, lambda x: {CUT: x.to_local().cpu()} if isinstance(x, DTensor) else x.cpu(), tree)
 
 
 def joined(parts: list[Any]) -> Any:
     """The inverse of `split`, from the parts of all processes in the order of their ranks."""
     first = parts[0]
+    if isinstance(first, dict) and CUT in first:
+        return torch.cat([part[CUT] for part in parts])
     if isinstance(first, dict):
-        if CUT in first:
-            return torch.cat([part[CUT] for part in parts])
         return {key: joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, list):
-        return [joined([part[i] for part in parts]) for i in range(len(first))]
-    return first
-
-
-def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, dict):
-        return {key: _map(value, change) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_map(value, change) for value in tree]
-    return change(tree) if isinstance(tree, Tensor) else tree
+    return [joined(list(of)) for of in zip(*parts, strict=True)] if isinstance(first, list) else first

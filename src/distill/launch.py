@@ -4,8 +4,7 @@ Lightning would start the command line again in every process, which under Hydra
 torchrun and SLURM start the processes themselves; then this module has nothing to do.
 """
 
-from __future__ import annotations
-
+import math
 import os
 import signal
 import socket
@@ -33,37 +32,28 @@ def launch(folder: Path, processes: int) -> int:
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-    }
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "NODE_RANK": "0"}
     command = [sys.executable, "-m", "distill.worker", str(folder)]
-    workers = []
-    for rank in range(processes):
-        own = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0"}
-        output = None if rank == 0 else subprocess.DEVNULL
-        # A group of their own: a Ctrl-C in the terminal reaches this process alone, which hands it on once.
-        workers.append(
-            subprocess.Popen(command, env={**os.environ, **shared, **own}, stdout=output, start_new_session=True)
+    workers = [
+        subprocess.Popen(
+            command,
+            env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+            stdout=subprocess.DEVNULL if rank else None,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches this process alone, which hands it on once
         )
+        for rank in range(processes)
+    ]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda n, _: [w.send_signal(n) for w in workers if w.poll() is None])
+    deadline = math.inf
     while any(w.poll() is None for w in workers):
-        if any(w.poll() not in (None, 0) for w in workers):
-            _end(workers)
+        if deadline == math.inf and any(w.poll() for w in workers):
+            deadline = time.monotonic() + GRACE
+        for worker in workers if time.monotonic() > deadline else ():
+            worker.kill()
         time.sleep(0.2)
     return next((w.returncode for w in workers if w.returncode), 0)
-
-
-def _end(workers: list[subprocess.Popen]) -> None:
-    """Give the others time to stop by themselves, then end them."""
-    deadline = time.monotonic() + GRACE
-    while any(w.poll() is None for w in workers) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for worker in workers:
-        worker.kill()
 
 
 def _free_port() -> int:

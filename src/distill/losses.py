@@ -10,74 +10,57 @@ weights with the number of heads. Everything is reduced in float32 at least, wha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from distill.process import precise
 
-class StudentLoss(Protocol):
-    def __call__(self, fake: Tensor, real: Tensor | None = None) -> Tensor: ...
+Heads = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """One game: what each player minimises. `paired` games need the real logits in the student phase too."""
+    """One game, by its margin losses: what the discriminator minimises of wrong margins, and the student of its own."""
 
-    discriminator: Callable[[Tensor, Tensor], Tensor]
-    """(real [B, K], fake [B, K]) -> scalar."""
-    student: StudentLoss
-    """(fake [B, K], real [B, K] or None) -> scalar."""
     name: str
+    wrong: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor], Tensor]
     paired: bool = False
+    """Whether real and fake are compared sample by sample, as RpGAN does (arXiv 2501.05441)."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape."""
+        real, fake = precise(real), precise(fake)
+        if not self.paired:
+            return self.wrong(-real).mean() + self.wrong(fake).mean()
+        if real.shape != fake.shape:
+            raise ValueError(f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
+        return self.wrong(fake - real).mean()
+
+    def student(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+        """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
+        if not self.paired:
+            return self.own(-precise(fake)).mean()
+        if real is None:
+            raise ValueError(f"the {self.name} student loss needs the real logits of the same critic; pass real=")
+        return self.discriminator(fake, real)  # the same with the players exchanged
+
+
+GAMES = (
+    AdversarialLoss("hinge", wrong=lambda x: F.relu(1 + x), own=lambda x: x),
+    AdversarialLoss("non_saturating", wrong=F.softplus, own=F.softplus),
+    AdversarialLoss("relativistic", wrong=F.softplus, own=F.softplus, paired=True),
+)
 
 
 def adversarial(name: str) -> AdversarialLoss:
     """The game of this name: hinge, non_saturating or relativistic."""
-    if name not in _GAMES:
-        raise ValueError(f"unknown adversarial loss {name!r}; choose one of {', '.join(_GAMES)}")
-    return _GAMES[name]
-
-
-def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    return F.relu(1 - _precise(real)).mean() + F.relu(1 + _precise(fake)).mean()
-
-
-def hinge_student(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    return -_precise(fake).mean()
-
-
-def non_saturating_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    return F.softplus(-_precise(real)).mean() + F.softplus(_precise(fake)).mean()
-
-
-def non_saturating_student(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    return F.softplus(-_precise(fake)).mean()
-
-
-def relativistic_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """RpGAN (arXiv 2501.05441): each real sample should outscore the fake it is paired with."""
-    if real.shape != fake.shape:
-        raise ValueError(f"the relativistic loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
-    return F.softplus(_precise(fake) - _precise(real)).mean()
-
-
-def relativistic_student(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    """The same with the players exchanged."""
-    if real is None:
-        raise ValueError("the relativistic student loss needs the real logits of the same critic; pass real=")
-    return relativistic_discriminator(fake, real)
-
-
-_GAMES = {
-    game.name: game
-    for game in (
-        AdversarialLoss(hinge_discriminator, hinge_student, "hinge"),
-        AdversarialLoss(non_saturating_discriminator, non_saturating_student, "non_saturating"),
-        AdversarialLoss(relativistic_discriminator, relativistic_student, "relativistic", paired=True),
-    )
-}
+    for game in GAMES:
+        if game.name == name:
+            return game
+    raise ValueError(f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}")
 
 
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -89,23 +72,16 @@ def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     gradients are small and double backward loses digits. A map that no drawn head reads adds nothing.
     """
     if not inputs or not all(x.requires_grad for x in inputs):
-        raise ValueError(
-            "R1 needs head inputs that require grad: detach the maps, requires_grad_(), then call the heads"
-        )
-    gradients = torch.autograd.grad(_precise(logits).sum(), inputs, create_graph=True, allow_unused=True)
-    norms = [_precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
+        raise ValueError("R1 needs inputs with gradient: detach the maps, requires_grad_(), then call the heads")
+    gradients = torch.autograd.grad(precise(logits).sum(), inputs, create_graph=True, allow_unused=True)
+    norms = [precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
     if not norms:
-        raise ValueError(
-            "the logits do not depend on these inputs; R1 needs the very maps that the heads were called with"
-        )
+        raise ValueError("the logits do not depend on these inputs; R1 needs the very maps the heads were called with")
     return torch.stack(norms).sum()
 
 
 def approximate_r1(
-    heads: Callable[[list[Tensor]], Tensor],
-    maps: Sequence[Tensor],
-    sigma: float = 0.01,
-    generator: Generator | None = None,
+    heads: Heads, maps: Sequence[Tensor], sigma: float = 0.01, generator: Generator | None = None
 ) -> Tensor:
     """R1 without double backward: E (D(m) - D(m + sigma * n))^2 with n ~ N(0, 1), the mean over logits.
 
@@ -116,26 +92,16 @@ def approximate_r1(
     samples. FastGen instead compares logits of the noised sample with logits of the un-noised one plus a little noise:
     that difference does not vanish with sigma, and punishes the critic for telling a noised sample from a clean one.
     """
+    device = maps[0].device if generator is None else generator.device
     # A perturbation of .01 is about one bfloat16 rounding step at 1, hence float32 maps; call outside autocast.
-    clean = [_precise(m) for m in maps]
-    noised = [m + sigma * _noise_like(m, generator) for m in clean]
-    return (_precise(heads(clean)) - _precise(heads(noised))).square().mean()
+    clean = [precise(m) for m in maps]
+    noise = [torch.randn(m.shape, generator=generator, device=device, dtype=m.dtype).to(m.device) for m in clean]
+    noised = [m + sigma * n for m, n in zip(clean, noise, strict=True)]
+    return (precise(heads(clean)) - precise(heads(noised))).square().mean()
 
 
 def weighted_mse(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B]."""
     if x.shape != target.shape or weight.shape != x.shape[:1]:
-        raise ValueError(
-            f"shapes do not fit: {list(x.shape)}, target {list(target.shape)}, weight {list(weight.shape)}"
-        )
-    return (weight * (_precise(x) - _precise(target)).square().flatten(1).mean(1)).mean()
-
-
-def _precise(x: Tensor) -> Tensor:
-    """x in float32, or in its own float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _noise_like(x: Tensor, generator: Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+        raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
+    return (weight * (precise(x) - precise(target)).square().flatten(1).mean(1)).mean()

@@ -1,6 +1,6 @@
 """Noise processes, x_t = alpha(t) * x0 + sigma(t) * eps, and the one solve that turns any prediction into x0.
 
-Time `t` is a float tensor [B] in [0, 1]; 0 is data, 1 is noise. It is broadcast over x [B, ...] here and nowhere else.
+Time `t` is a float tensor [B] in [0, 1]; 0 is data, 1 is noise. What is no such tensor raises ValueError.
 Whatever a network predicts is linear in x0 and eps, pred = a * x0 + b * eps, with
 
     eps: (a, b) = (0, 1)    x0: (1, 0)    v: (-sigma, alpha)    flow: (-1, 1), that is eps - x0
@@ -15,7 +15,7 @@ the dtype of x.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +30,8 @@ class Process(ABC):
     """Whether alpha(1) = 0, so that x_1 is pure noise."""
 
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
-        """Scale of the data at t [B] -> [B]."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
-        """Scale of the noise at t [B] -> [B]."""
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma [B] at checked t [B]."""
 
     @abstractmethod
     def from_flow_time(self, tau: Tensor) -> Tensor:
@@ -44,14 +40,22 @@ class Process(ABC):
         Ratios beyond what the process reaches clamp to t = 1. It carries levels stated for SD3 over to any teacher.
         """
 
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the data at t [B] -> [B]."""
+        return self._levels(t := _checked(t))[0].to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Scale of the noise at t [B] -> [B]."""
+        return self._levels(t := _checked(t))[1].to(t.dtype)
+
     def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x0, eps [B, ...], t [B] -> x_t [B, ...]."""
-        alpha, sigma = self._levels(t, x0)
+        alpha, sigma = self._columns(t, x0)
         return (alpha * x0 + sigma * eps).to(x0.dtype)
 
     def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """What a network predicted at x_t [B, ...] -> the x0 [B, ...] it implies. Refuses eps where alpha(t) = 0."""
-        alpha, sigma = self._levels(t, x_t)
+        alpha, sigma = self._columns(t, x_t)
         a, b = _coefficients(prediction, alpha, sigma)
         if prediction == "x0":  # already solved, and the quotient below would be 0 / 0 at sigma = 0
             return pred.to(x_t.dtype)
@@ -66,28 +70,21 @@ class Process(ABC):
 
     def from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """The inverse of `to_x0`: what to predict at x_t [B, ...] so as to mean x0. Refuses sigma(t) = 0."""
-        alpha, sigma = self._levels(t, x_t)
+        alpha, sigma = self._columns(t, x_t)
         a, b = _coefficients(prediction, alpha, sigma)
         if prediction == "x0":
             return x0.to(x_t.dtype)
         if bool((sigma == 0).any()):
-            raise ValueError(
-                f"x_t holds no noise where sigma(t) = 0, so that {prediction} cannot be told from it; "
-                "use t > 0 or the x0 prediction"
-            )
+            raise ValueError(f"x_t holds no noise where sigma(t) = 0, so that {prediction} cannot be told; use t > 0")
         return ((b * x_t - (b * alpha - a * sigma) * x0) / sigma).to(x_t.dtype)
 
-    def to_eps(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise [B, ...] that leads from x0 to x_t."""
-        return self.from_x0(x0, x_t, t, "eps")
-
-    def _levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _columns(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), shaped [B, 1, ...] to multiply x [B, ...], in float32 or in x's float64."""
         if t.ndim != 1 or len(t) != len(x):
             raise ValueError(f"t must have shape [{len(x)}] to go with x {list(x.shape)}, got {list(t.shape)}")
         t = _checked(t).to(x.device, torch.promote_types(x.dtype, torch.float32))
-        shape = (-1, *[1] * (x.ndim - 1))
-        return self.alpha(t).view(shape), self.sigma(t).view(shape)
+        alpha, sigma = (level.to(t.dtype).view(-1, *[1] * (x.ndim - 1)) for level in self._levels(t))
+        return alpha, sigma
 
 
 class RectifiedFlow(Process):
@@ -103,21 +100,13 @@ class RectifiedFlow(Process):
             raise ValueError(f"shift must be positive, got {shift}; 1 is the unshifted path")
         self.shift = float(shift)
 
-    def alpha(self, t: Tensor) -> Tensor:
-        t = _checked(t)
-        return (1 - t) / self._total(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        t = _checked(t)
-        return self.shift * t / self._total(t)
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        total = (1 - t) + self.shift * t  # so written, both ends of the path are exact for every shift
+        return (1 - t) / total, self.shift * t / total
 
     def from_flow_time(self, tau: Tensor) -> Tensor:
         tau = _checked(tau)
         return tau / (tau + self.shift * (1 - tau))
-
-    def _total(self, t: Tensor) -> Tensor:
-        """1 + (shift - 1) * t, written so that both ends of the path are exact in floating point for every shift."""
-        return (1 - t) + self.shift * t
 
 
 class VariancePreserving(Process):
@@ -142,14 +131,6 @@ class VariancePreserving(Process):
         self._alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # [T + 1], entry k belongs to t = k / T
         self._moved: dict[torch.device, Tensor] = {}
 
-    def alpha(self, t: Tensor) -> Tensor:
-        t = _checked(t)
-        return self._interpolate(t).to(t.dtype)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        t = _checked(t)
-        return (1 - self._interpolate(t).square()).sqrt().to(t.dtype)
-
     def from_flow_time(self, tau: Tensor) -> Tensor:
         tau = _checked(tau)
         # alpha falls with t; negated it rises, as searchsorted wants. alpha = (1 - tau) / |(1 - tau, tau)|.
@@ -167,47 +148,43 @@ class VariancePreserving(Process):
         """The t, float32, that names training step index, long [B] in [0, T - 1]."""
         return (index + 1).to(torch.float32) / self.steps
 
-    def _interpolate(self, t: Tensor) -> Tensor:
-        """alpha at t [B], in the table's float64: 1 - alpha^2 cancels near the clean end."""
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """In the table's float64: 1 - alpha^2 cancels near the clean end."""
         table = self._table(t.device)
         position = t.to(table.dtype) * self.steps
         nearest = position.round()
         # A float32 t cannot say k / T exactly; within its resolution it means the step itself.
         on_step = (position - nearest).abs() <= self.steps * torch.finfo(torch.float32).eps
         position = torch.where(on_step, nearest, position).clamp(0, self.steps)
-        low = position.floor().clamp(max=self.steps - 1)
-        return torch.lerp(table[low.long()], table[low.long() + 1], position - low)
+        low = position.long().clamp(max=self.steps - 1)
+        alpha = torch.lerp(table[low], table[low + 1], position - low)
+        return alpha, (1 - alpha.square()).sqrt()
 
     def _table(self, device: torch.device) -> Tensor:
-        if device not in self._moved:
-            # Apple's GPUs have no float64.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._moved[device] = self._alpha.to(device, dtype)
+        if device not in self._moved:  # Apple's GPUs have no float64
+            self._moved[device] = self._alpha.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self._moved[device]
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in float32, or in its own float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _checked(t: Tensor) -> Tensor:
     """t itself, in float32 at least, or an error for what is not a time in [0, 1]."""
     if not t.is_floating_point():
-        raise ValueError(
-            f"t must be a float tensor in [0, 1], got {t.dtype}; VariancePreserving.time converts step indices"
-        )
+        raise ValueError(f"t must be float in [0, 1], got {t.dtype}; VariancePreserving.time converts step indices")
     # On a GPU reading the values would stall every call; there the samplers of times.py answer for the range.
     if t.device.type == "cpu" and len(t) and not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"t must lie in [0, 1], got values from {t.min():.4g} to {t.max():.4g}")
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return precise(t)
 
 
-def _coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b of pred = a * x0 + b * eps, shaped like alpha."""
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    match prediction:
-        case "eps":
-            return zero, one
-        case "v":
-            return -sigma, alpha
-        case "x0":
-            return one, zero
-        case "flow":
-            return -one, one
-    raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
+def _coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """a and b of pred = a * x0 + b * eps."""
+    known: dict[str, tuple[Tensor | float, Tensor | float]]
+    known = {"eps": (0.0, 1.0), "v": (-sigma, alpha), "x0": (1.0, 0.0), "flow": (-1.0, 1.0)}
+    if prediction not in known:
+        raise ValueError(f"prediction must be one of {', '.join(known)}, got {prediction!r}")
+    return known[prediction]

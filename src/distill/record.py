@@ -1,12 +1,11 @@
 """`run.json`: how a run was made, so that its numbers can be trusted later."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,12 +24,13 @@ class RunRecord:
         self.facts: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
     def begun(self, command: str, name: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         if self.facts:
-            self.facts["resumed"] = [*self.facts.get("resumed", []), {"command": command, "at": _now()}]
+            self.facts["resumed"] = [*self.facts.get("resumed", []), {"command": command, "at": now}]
         else:
-            self.facts = {"name": name, "command": command, "started": _now(), "train_seconds": 0.0}
-        self.facts |= {"status": "stopped", "commit": _commit(), "hardware": hardware()}
-        self._write(began=time.time(), versions=versions())
+            self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
+        machine = {"commit": _commit(), "hardware": hardware(), "versions": versions()}
+        self._write(status="stopped", began=time.time(), **machine)
 
     def trained(self, method: Any) -> None:
         """The seconds of a run that was resumed add up over its parts."""
@@ -50,22 +50,17 @@ class RunRecord:
         part.replace(self._path)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def hardware() -> str:
     """In plain words: '2 CPU cores', 'one NVIDIA H200'."""
-    count = torch.cuda.device_count()
-    if count:
+    if count := torch.cuda.device_count():
         return f"{'one' if count == 1 else count} {torch.cuda.get_device_name(0)}"
     return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -75,8 +70,6 @@ def versions() -> dict[str, str]:
     """Python and the packages that decide results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

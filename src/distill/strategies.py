@@ -4,8 +4,6 @@ With W processes a step is the one that a single process makes with `optimizer.a
 hands out the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from distill.files import gathered, read, remove, split, write
+from distill.files import gathered, like, read, remove, split, write
 
 BUCKET = 32 * 1024 * 1024  # numbers reduced at once: large enough to be fast, small beside the model
 
@@ -48,25 +45,23 @@ class DataParallel(DDPStrategy):
                 gradient.copy_(part.view_as(gradient))
 
 
-def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
-    """Gradients in their order, cut into lists of one dtype and at most BUCKET numbers each (or one tensor)."""
-    buckets: list[list[Tensor]] = []
-    size = 0
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients in their order, in lists of one dtype and at most BUCKET numbers each (or one tensor)."""
+    bucket: list[Tensor] = []
     for gradient in gradients:
-        size += gradient.numel()
-        if not buckets or buckets[-1][0].dtype != gradient.dtype or size > BUCKET:
-            buckets.append([])
-            size = gradient.numel()
-        buckets[-1].append(gradient)
-    return buckets
+        size = gradient.numel() + sum(g.numel() for g in bucket)
+        if bucket and (bucket[0].dtype != gradient.dtype or size > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    yield bucket
 
 
 class FullyShardedDataParallel(ModelParallelStrategy):
     """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block when they run.
 
-    Args:
-        sharded_checkpoints: every process writes its own part, into a folder, instead of all into one file.
-        reduce_dtype: of the gradient's sum over processes.
+    With sharded_checkpoints every process writes its own part, into a folder, instead of all into one file;
+    reduce_dtype is that of the gradient's sum over processes.
     """
 
     def __init__(self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any):
@@ -80,18 +75,14 @@ class FullyShardedDataParallel(ModelParallelStrategy):
 
     def shard(self, module: nn.Module) -> None:
         """Cut `module` in place: its blocks one by one, then what is left of it."""
-        mesh = self.device_mesh["data_parallel"]
         # Resharded after every forward: otherwise what an average reads and writes would not be what runs.
-        options = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": self._policy}
-        for block in _blocks(module):
-            fully_shard(block, **options)
-        fully_shard(module, **options)
+        mesh = self.device_mesh["data_parallel"]
+        for part in (*_blocks(module), module):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=self._policy)
 
     # -- checkpoints: whole ones are the very files that one process writes, so that any number may go on from them ----
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
+    lightning_restore_optimizer = True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self.lightning_module.state_dict()
@@ -101,17 +92,17 @@ class FullyShardedDataParallel(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         path = Path(self.broadcast(str(filepath)))
-        if not self._sharded_checkpoints:
-            whole = gathered(checkpoint, keep=self.is_global_zero)
-            if self.is_global_zero:
-                write(whole, path)
-        else:
+        if self._sharded_checkpoints:
             part = path.with_name(path.name + ".part")
             write(split(checkpoint), part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt")
             self.barrier()
             if self.is_global_zero:
                 remove(path)
                 part.rename(path)
+        else:
+            state = gathered(checkpoint, keep=self.is_global_zero)
+            if self.is_global_zero:
+                write(state, path)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -119,15 +110,14 @@ class FullyShardedDataParallel(ModelParallelStrategy):
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        saved = checkpoint["state_dict"]
         for name, target in self.lightning_module.state_dict().items():
-            target.copy_(_like(saved[name], target))
+            target.copy_(like(checkpoint["state_dict"][name], target))
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments = {
-                i: {k: _like(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in state.items()}
+                i: {k: like(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in state.items()}
                 for i, state in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": moments})
@@ -137,9 +127,3 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Members of the outermost lists of modules: a transformer's blocks, a UNet's stages."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
-
-
-def _like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor as `target` keeps it: cut among the processes, or not."""
-    value = value.to(target.device)
-    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value

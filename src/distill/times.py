@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+Numbers = Sequence[float]
+
 
 class Discrete:
     """Chosen levels with given odds, and other odds during the first `warmup_steps` student steps.
@@ -18,25 +20,18 @@ class Discrete:
     """
 
     def __init__(
-        self,
-        levels: Sequence[float],
-        odds: Sequence[float],
-        warmup_odds: Sequence[float] | None = None,
-        warmup_steps: int = 0,
+        self, levels: Numbers, odds: Numbers, warmup_odds: Numbers | None = None, warmup_steps: int = 0
     ) -> None:
         self.levels = [float(level) for level in levels]
         if not self.levels or not all(0 < level <= 1 for level in self.levels):
             raise ValueError(f"levels must lie in (0, 1], with 0 = data and 1 = noise, got {self.levels}")
         if warmup_steps < 0 or (warmup_steps > 0 and warmup_odds is None):
             raise ValueError(f"warmup_steps={warmup_steps} must be 0, or positive and come with warmup_odds")
-        self.odds = _normalised("odds", odds, len(self.levels))
-        self.warmup_odds = (
-            self.odds if warmup_odds is None else _normalised("warmup_odds", warmup_odds, len(self.levels))
-        )
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, count = warmup_steps, len(self.levels)
+        self.odds = _normalised("odds", odds, count)
+        self.warmup_odds = self.odds if warmup_odds is None else _normalised("warmup_odds", warmup_odds, count)
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
-        """n levels t [n], drawn with replacement."""
         device = _device(generator)
         odds = torch.tensor(self.warmup_odds if step < self.warmup_steps else self.odds, device=device)
         index = torch.multinomial(odds, n, replacement=True, generator=generator)
@@ -55,7 +50,6 @@ class LogitNormal:
         self.m, self.s = float(m), float(s)
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
-        """n levels t [n]; the step does not matter."""
         u = torch.randn(n, generator=generator, device=_device(generator), dtype=torch.float32)
         return torch.sigmoid(self.m + self.s * u)
 
@@ -69,19 +63,17 @@ class Uniform:
         self.low, self.high = float(low), float(high)
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
-        """n levels t [n]; the step does not matter."""
         u = torch.rand(n, generator=generator, device=_device(generator), dtype=torch.float32)
         return self.high - (self.high - self.low) * u  # u < 1: this end is open, so that low = 0 never gives t = 0
 
 
-def _normalised(name: str, odds: Sequence[float], count: int) -> list[float]:
+def _normalised(name: str, odds: Numbers, count: int) -> list[float]:
     weights = [float(weight) for weight in odds]
     if len(weights) != count:
         raise ValueError(f"{name} must have one number per level: {count} levels, {len(weights)} {name}")
-    total = sum(weights)
-    if not (all(weight >= 0 for weight in weights) and 0 < total < math.inf):
+    if not (all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf):
         raise ValueError(f"{name} must be finite, not negative and not all zero, got {weights}")
-    return [weight / total for weight in weights]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _device(generator: Generator | None) -> torch.device:

@@ -28,7 +28,7 @@ class Cond:
 
     tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it); extra [B, E], other
     numbers a network wants (SDXL's time ids); null, the same record of batch size 1 for the empty caption, which
-    travels along unchanged.
+    travels along unchanged. Raises ValueError where batch sizes differ.
     """
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class Cond:
     null: Cond | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: len(x) for name, x in self._tensors().items() if x is not None}
+        sizes = {name: len(x) for name, x in self._tensors().items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the tensors of a Cond must share one batch size, got {sizes}")
         if self.null is not None and len(self.null) != 1:
@@ -49,59 +49,45 @@ class Cond:
 
     def to(self, *args: Any, **kwargs: Any) -> Cond:
         """As `nn.Module.to`: everything moves, only floating tensors change dtype (a mask stays a mask)."""
-        null = None if self.null is None else self.null.to(*args, **kwargs)
-        return replace(self._map(lambda x: _to(x, *args, **kwargs)), null=null)
+
+        def moved(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                return x.to(*args, **kwargs)
+            # Whatever form the arguments have, an empty probe tells the device they name.
+            return x.to(torch.empty(0, device=x.device).to(*args, **kwargs).device)
+
+        return replace(self._map(moved), null=None if self.null is None else self.null.to(*args, **kwargs))
 
     def index(self, i: slice | Tensor) -> Cond:
         """The samples picked by a slice, a long tensor of positions or a bool tensor [B]."""
         return self._map(lambda x: x[i.to(x.device) if isinstance(i, Tensor) else i])
 
-    def expand(self, n: int) -> Cond:
-        """One sample repeated n times, without copying."""
-        if len(self) != 1:
-            raise ValueError(
-                f"only a Cond of batch size 1 can be expanded, got {len(self)}; use index to repeat samples"
-            )
-        return self._map(lambda x: x.expand(n, *x.shape[1:]))
-
     def unconditional(self) -> Cond:
-        """The empty caption for every sample of this record."""
+        """The empty caption for every sample of this record, without copying."""
         if self.null is None:
             raise ValueError("this Cond has no null record; build it with null=, the embedding of the empty caption")
-        return replace(self.null.expand(len(self)), null=self.null)
+        return replace(self.null._map(lambda x: x.expand(len(self), *x.shape[1:])), null=self.null)
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """All samples in order. The null is the first one found: records from one text encoder share it."""
         if not conds:
             raise ValueError("cannot concatenate an empty list of Cond")
-        joined: dict[str, Tensor | None] = {}
-        for name in conds[0]._tensors():
-            parts = [x for c in conds if (x := getattr(c, name)) is not None]
-            if parts and len(parts) != len(conds):
-                raise ValueError(
-                    f"cannot concatenate: {len(parts)} of {len(conds)} Conds have {name!r}, all or none must"
-                )
-            joined[name] = torch.cat(parts) if parts else None
-        tokens = joined.pop("tokens")
-        assert tokens is not None  # every Cond has tokens; the type checker cannot know
-        return Cond(tokens, **joined, null=next((c.null for c in conds if c.null is not None), None))
+        parts = [cond._tensors() for cond in conds]
+        for name in set().union(*parts):
+            if (having := sum(name in part for part in parts)) < len(parts):
+                raise ValueError(f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none must")
+        joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Cond(**joined, null=next((c.null for c in conds if c.null is not None), None))
 
-    def _tensors(self) -> dict[str, Tensor | None]:
-        return {"tokens": self.tokens, "pooled": self.pooled, "mask": self.mask, "extra": self.extra}
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, without the null's."""
+        found = {"tokens": self.tokens, "pooled": self.pooled, "mask": self.mask, "extra": self.extra}
+        return {name: x for name, x in found.items() if x is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Cond:
-        """Change every tensor but those of the null."""
-        changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items() if x is not None}
+        changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items()}
         return replace(self, **changed)
-
-
-def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if x.is_floating_point():
-        return x.to(*args, **kwargs)
-    # Whatever form the arguments have, a probe tells the device they name; the dtype they may name is not for x.
-    device = torch.empty(0, device=x.device).to(*args, **kwargs).device
-    return x.to(device, non_blocking=kwargs.get("non_blocking", False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +107,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """As `Cond.to`. Also what lets Lightning move a frozen record to the device."""
-        return replace(
-            self,
-            x0=self.x0.to(*args, **kwargs),
-            cond=self.cond.to(*args, **kwargs),
-        )
-
 
 class Denoiser(Protocol):
     """Teacher or student, as a method sees it: it returns the clean estimate, whatever its network predicts."""
@@ -138,7 +116,6 @@ class Denoiser(Protocol):
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, C, H, W], t [B] -> estimate of x0 [B, C, H, W]."""
-        ...
 
 
 class Teacher(Denoiser, Protocol):
@@ -147,23 +124,18 @@ class Teacher(Denoiser, Protocol):
     @property
     def channels(self) -> Mapping[str, int]:
         """Channels of the feature map at every tap this network offers."""
-        ...
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """x_t [B, C, H, W], t [B] -> one map [B, channels[tap], h, w] per tap; differentiable in x_t."""
-        ...
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H', W'] in [-1, 1] -> scaled latents [B, C, H, W]."""
-        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """scaled latents [B, C, H, W] -> pixels [B, 3, H', W'], in [-1, 1] up to overshoot; differentiable."""
-        ...
 
     def embed(self, captions: Sequence[str]) -> Cond:
         """B captions -> their Cond, null included."""
-        ...
 
 
 class Features(Protocol):
@@ -172,11 +144,9 @@ class Features(Protocol):
     @property
     def channels(self) -> Mapping[str, int]:
         """Channels of each map, in the order in which the maps are returned."""
-        ...
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x."""
-        ...
 
 
 class Heads(Protocol):
@@ -184,15 +154,12 @@ class Heads(Protocol):
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Tensor:
         """maps [B, C_k, ...], t [B] -> logits [B, K]."""
-        ...
 
     def split(self, logits: Tensor) -> Sequence[Tensor]:
         """Logits [B, K] of the last call -> those of each head."""
-        ...
 
     def draw(self, step: int) -> Heads:
         """The critic of this step: these heads, or a subset that is the same on every rank."""
-        ...
 
 
 class Times(Protocol):
@@ -200,4 +167,3 @@ class Times(Protocol):
 
     def sample(self, n: int, step: int, generator: torch.Generator | None = None) -> Tensor:
         """n levels t [n], float32 in (0, 1], as drawn at this student step."""
-        ...
