@@ -44,33 +44,42 @@ def main() -> None:
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
     taps = list(teacher.channels)
+    mixed = cfg.trainer.precision == "bf16-mixed"  # as the trainer does: autocast around the forward passes
+
+    def cast() -> torch.autocast:
+        return torch.autocast(noise.device.type, torch.bfloat16, enabled=mixed)
 
     def student_pass() -> None:
-        method.student.x0(noise, t, batch.cond).square().mean().backward()
+        with cast():
+            loss = method.student.x0(noise, t, batch.cond).square().mean()
+        loss.backward()
 
     def fake_pass() -> None:
         x = noise.clone().requires_grad_(True)
-        sum(m.square().mean() for m in teacher.features(x, t, batch.cond, taps)).backward()
+        with cast():
+            loss = sum(m.square().mean() for m in teacher.features(x, t, batch.cond, taps))
+        loss.backward()
 
     @torch.no_grad()
     def real_pass() -> None:
-        teacher.features(noise, t, batch.cond, taps)
+        with cast():
+            teacher.features(noise, t, batch.cond, taps)
 
     parts = {
         "student, forward and backward": seconds(student_pass),
         "teacher on the fake, forward and backward to the input": seconds(fake_pass),
         "teacher on the real, forward": seconds(real_pass),
     }
-    whole = step_time(cfg, method)
+    whole = step_time(cfg, method, source)
     unavoidable = sum(parts.values())
-    print(f"batch {n}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch {torch.__version__}")
     for name, value in parts.items():
         print(f"{1000 * value:8.1f} ms  {name}")
     print(f"{1000 * unavoidable:8.1f} ms  sum of the passes that cannot be avoided")
     print(f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} % over that sum")
 
 
-def step_time(cfg: object, method: object) -> float:
+def step_time(cfg: object, method: object, source: object) -> float:
     """Median seconds between the ends of consecutive steps under the real trainer."""
     import lightning as L
 
@@ -92,8 +101,9 @@ def step_time(cfg: object, method: object) -> float:
         enable_model_summary=False,
         accelerator=cfg.trainer.accelerator,
         devices=1,
+        precision=cfg.trainer.precision,
     )
-    trainer.fit(method, build.source(cfg).loader(seed=cfg.seed))
+    trainer.fit(method, source.loader(seed=cfg.seed))
     gaps = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
     return statistics.median(gaps[2:])
 
