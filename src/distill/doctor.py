@@ -10,14 +10,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
-from safetensors import safe_open
 
-from distill.build import check
 from distill.compose import processes, shipped
 from distill.errors import command
-from distill.record import versions
 
 GB = 1e9
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
@@ -26,6 +22,10 @@ Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
 
 def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
+    import torch
+
+    from distill.record import versions
+
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
     if found.get("lightning") in BAD_LIGHTNING:
@@ -50,6 +50,10 @@ def machine() -> Iterator[Line]:
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
     """Whether the options fit each other, and the memory that training needs at least, by strategy."""
+    import torch
+
+    from distill.build import check
+
     try:
         check(cfg)
         yield "ok", "the options of this configuration fit each other", ""
@@ -76,6 +80,8 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
 
 def parameters(folder: Path) -> int:
     """Numbers in the safetensors files of a folder, from their headers alone; of variants, the first."""
+    from safetensors import safe_open
+
     files = sorted(folder.glob("*.safetensors"))
     total = 0
     for file in [f for f in files if not any(v in f.name for v in (".fp16.", ".bf16.", ".non_ema."))] or files:

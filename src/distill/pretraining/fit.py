@@ -80,7 +80,7 @@ class Fit:
                     state |= {"step": step + 1, "seconds": self.seconds, "average": average.state_dict()}
                     files.write(state, self._file("pt"))
         if self.ema:
-            average.copy_to(net)
+            net.load_state_dict(average.state_dict(), strict=False)
         return net.cpu().eval().requires_grad_(False)
 
     def rate(self, step: int) -> float:
