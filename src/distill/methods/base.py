@@ -133,7 +133,8 @@ class Distillation(L.LightningModule):
         if shard is None or self.sharded:
             return
         self.sharded = True
-        for network in (self.student.model, self.heads, self.teacher.network.model):
+        teacher: Any = self.teacher  # only whole pipelines are cut up
+        for network in (self.student.model, self.heads, teacher.network.model):
             shard(network)
         self.ema = Ema(self.student, decay=self.engine.ema_decay)
 
