@@ -48,7 +48,7 @@ def test_every_stage_leaves_its_models_and_a_card(made):
     scores = json.loads((made.parent / "pretraining.json").read_text())["stages"]
     assert list(scores) == list(STAGES)
     assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
-    assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 3"}
+    assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 4"}
     assert all(set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values())
     assert {p.name for p in made.iterdir()} == {
         "mmdit", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
