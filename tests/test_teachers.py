@@ -16,7 +16,7 @@ from diffusers import (
 
 import tiny
 from distill.sampling import Guided
-from distill.teachers.reading import check_folder
+from distill.teachers.reading import read_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
 
@@ -225,12 +225,15 @@ def test_frozen_whatever_is_called_on_it(teacher):
         assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_twin_is_trainable_whole(teacher):
+def test_twin_is_trainable_whole(teacher, family):
     twin = teacher.network.twin()
     assert all(p.requires_grad for p in twin.parameters())
     assert all(m.training for m in twin.modules())
     ours = {p.data_ptr() for p in teacher.parameters()}
     assert not ours & {p.data_ptr() for p in twin.parameters()}
+    if family == "mmdit":  # the processor holds state, and is the one that the copy's own blocks use
+        assert twin._folded is not teacher.network._folded
+        assert all(block.attn.processor is twin._folded for block in twin.model.transformer_blocks)
 
 
 # -- captions --------------------------------------------------------------------------------------------------------
@@ -291,8 +294,23 @@ def test_a_pipeline_of_another_class_is_named(family, make, pipelines):
 
 
 def test_a_hub_id_is_left_to_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    class Pipeline:
+        @staticmethod
+        def download(path, **options):
+            asked.append((path, options))
+            raise OSError("no such model\nand much more")
+
     monkeypatch.chdir(tmp_path)
-    assert check_folder("someone/some-model", "StableDiffusionPipeline") is None
-    for path in ("./someone/some-model", "someone", "a/b/c"):
+    options = {"dtype": "float32", "use_safetensors": True, "revision": "main", "variant": "fp16"}
+    with pytest.raises(
+        ValueError, match=r"^teacher.path=someone/some-model: cannot be fetched \(no such model\); check"
+    ):
+        read_pipeline(Pipeline, "someone/some-model", without=("text_encoder_3",), **options)
+    expected = {"use_safetensors": True, "revision": "main", "variant": "fp16", "text_encoder_3": None}
+    assert asked == [("someone/some-model", expected)]
+    for path in ("./someone/some-model", "someone", "a/b/c", "/some-model", "~/some-model"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
-            check_folder(path, "StableDiffusionPipeline")
+            read_pipeline(Pipeline, path, **options)
+    assert len(asked) == 1

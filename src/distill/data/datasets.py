@@ -1,4 +1,4 @@
-"""Datasets over shards and folders, and the one loader: endless, in the order of `stream`, past samples that are bad.
+"""Latents and images by index, past samples that are bad.
 
 A sample that does not decode is replaced by the next index, so that the order stays a function of (seed, step, rank);
 it is counted and its name and reason are kept. If too many are bad, the run stops and says so.
@@ -7,184 +7,124 @@ it is counted and its name and reason are kept. If too many are bad, the run sto
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from distill.data import decode
-from distill.data.shards import Folder, Shards, expand
-from distill.data.stream import StreamSampler
+from distill.data.shards import Shards
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
 MAX_IN_A_ROW = 50  # samples tried for one place in a batch
-Skipped = tuple[str, str]  # name of a bad sample, reason
-SKIPPED = "skipped"  # key under which a worker's bad samples travel to the main process; `Loader` takes it out
+Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
+Found = tuple[dict | None, Skipped]  # the item for a place in a batch, or None; what was passed over on the way
 
 
 class Samples(Dataset, ABC):
-    """Items of a source (`Shards`, `Folder`), decoded; `bad` maps the names of those that failed to the reasons.
+    """Items {`name`: tensor, "caption": str, "key": str} of shards or a folder of images.
 
-    In a loader's worker, failures are passed on within the item, and `Loader` calls `account` in the main process.
+    `bad` maps the names of the samples that could not be used to the reasons. Raises ValueError if `limit`, the number
+    of samples to use, is under 1, and whatever `Shards` raises.
     """
 
-    def __init__(self, source: Shards | Folder, *, limit: int | None = None, max_bad_share: float = 0.1):
+    name: str
+
+    def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
         if limit is not None and limit < 1:
-            raise ValueError(f"The limit on the number of samples must be at least 1, got {limit}.")
-        self.source, self.max_bad_share = source, max_bad_share
-        self.length = len(source) if limit is None else min(limit, len(source))
+            raise ValueError(f"data.limit={limit}: must be at least 1")
+        self.shards, self.max_bad_share = Shards(path), max_bad_share
+        self.length = min(limit or len(self.shards), len(self.shards))
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
+
+    @abstractmethod
+    def tensor(self, sample: dict) -> Tensor:
+        """The tensor of a raw sample; raises BadSample."""
 
     def __len__(self) -> int:
         return self.length
 
-    @abstractmethod
-    def item(self, sample: dict) -> dict:
-        """The item of a raw sample; raises BadSample."""
-
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.length:
             raise IndexError(f"The index must lie in [0, {self.length}), got {i}.")
-        found, skipped = self._first_good(i)
-        item = found or {}
-        if get_worker_info() is None:
-            self.account(skipped, found=int(found is not None))
-            return item
-        return item | ({SKIPPED: skipped} if skipped else {})
+        item, skipped = self.find(i)
+        self.account(int(item is not None), skipped)
+        return item
 
-    def _first_good(self, i: int) -> tuple[dict | None, list[Skipped]]:
+    def __getitems__(self, indices: list[int]) -> list[Found]:
+        """What a loader's worker asks for; its copy of the data set counts nothing."""
+        return [self.find(i) for i in indices]
+
+    def find(self, i: int) -> Found:
         """The first item at or after i (cyclic) that decodes, or None after `MAX_IN_A_ROW`; and those passed over."""
-        skipped: list[Skipped] = []
+        skipped: Skipped = []
         for ahead in range(min(MAX_IN_A_ROW, self.length)):
+            sample = self.shards.read((i + ahead) % self.length)
             try:
-                return self.item(self.source.read((i + ahead) % self.length)), skipped
+                item = {self.name: self.tensor(sample), "caption": decode.caption(sample), "key": sample["__key__"]}
+                return item, skipped
             except decode.BadSample as error:
                 skipped.append((error.name, error.reason))
         return None, skipped
 
-    def account(self, skipped: list[Skipped], *, found: int) -> None:
-        """Count `found` good samples and the `skipped` ones; ValueError if the bad are too many, or `found` is 0."""
+    def account(self, good: int, skipped: Skipped) -> None:
+        """Count samples; ValueError if the bad are too many, or there is nothing `good`."""
         for name, reason in skipped:
             if name not in self.bad:
                 log.warning("skipped a bad sample, %s: %s", name, reason)
             self.bad[name] = reason
-        self.tried += found + len(skipped)
+        self.tried += good + len(skipped)
         self.failed += len(skipped)
-        count = f"{self.failed} of {self.tried} samples tried are bad"
-        if not found:
-            raise ValueError(f"{count}, the last {len(skipped)} in a row: repair the data. {_some(skipped)}")
-        if self.tried >= MIN_TRIED and self.failed > self.max_bad_share * self.tried:
-            share = f"more than data.max_bad_share={self.max_bad_share:g}"
-            raise ValueError(f"{count}, {share}: repair the data or raise the share. {_some(list(self.bad.items()))}")
-
-
-def _some(skipped: list[Skipped]) -> str:
-    return "The first: " + "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        if good and (self.tried < MIN_TRIED or self.failed <= self.max_bad_share * self.tried):
+            return
+        what = f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the share"
+        what = what if good else f"the last {len(skipped)} in a row: repair the data"
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
+        raise ValueError(f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}")
 
 
 class LatentShards(Samples):
-    """Cached latents: {"x0": float32 [C, h, w], "caption": str, "key": str}, all of the first good one's `shape`.
+    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if there is none."""
 
-    Raises ValueError if there is no good one among the first `MAX_IN_A_ROW`.
-    """
+    name, shape = "x0", None
 
     def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
-        super().__init__(Shards(path), limit=limit, max_bad_share=max_bad_share)
-        self.shape: tuple[int, int, int] | None = None
-        first, skipped = self._first_good(0)
+        super().__init__(path, limit=limit, max_bad_share=max_bad_share)
+        first, skipped = self.find(0)
         if first is None:
-            raise ValueError(f"None of the first {len(skipped)} samples at {path!r} is usable: {_some(skipped)}")
+            raise ValueError(f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}")
         self.shape = tuple(first["x0"].shape)
 
-    def item(self, sample: dict) -> dict:
+    def tensor(self, sample: dict) -> Tensor:
         x0 = decode.latent(sample)
-        if self.shape is not None and tuple(x0.shape) != self.shape:
-            reason = f"its latents are {list(x0.shape)}, the first sample's {list(self.shape)}"
-            raise decode.BadSample(decode.name_of(sample), reason)
-        return {"x0": x0, "caption": decode.caption(sample), "key": sample["__key__"]}
+        if self.shape and tuple(x0.shape) != self.shape:
+            raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, the first sample's {list(self.shape)}")
+        return x0
 
 
 class ImageShards(Samples):
-    """Images: {"pixels": [3, size, size] in [-1, 1], "caption": str, "key": str}, from shards or a folder of images."""
+    """Images `pixels`, [3, size, size] in [-1, 1]; ValueError if `size` is under 1."""
+
+    name = "pixels"
 
     def __init__(self, path: str, *, size: int, limit: int | None = None, max_bad_share: float = 0.1):
         if size < 1:
-            raise ValueError(f"The image size must be at least 1 pixel, got {size}.")
-        super().__init__(_images(path), limit=limit, max_bad_share=max_bad_share)
+            raise ValueError(f"data.size={size}: must be at least 1 pixel")
+        super().__init__(path, limit=limit, max_bad_share=max_bad_share)
         self.size = size
 
-    def item(self, sample: dict) -> dict:
-        return {
-            "pixels": decode.image(sample, self.size),
-            "caption": decode.caption(sample),
-            "key": sample["__key__"],
-        }
+    def tensor(self, sample: dict) -> Tensor:
+        return decode.image(sample, self.size)
 
 
-def _images(path: str) -> Shards | Folder:
-    if os.path.isdir(os.path.expanduser(path)):
-        try:
-            expand(path)
-        except FileNotFoundError:  # a folder without shards: one of images?
-            return Folder(path)
-    return Shards(path)
-
-
-def collate(items: list[dict]) -> dict:
-    """Batch of items: tensors stacked to [B, ...], everything else as lists; what workers skipped in one list."""
-    skipped = [pair for item in items for pair in item.get(SKIPPED, ())]
-    items = [{key: value for key, value in item.items() if key != SKIPPED} for item in items]
-    if not all(items):  # a worker gave up on a place: no batch, only what went wrong
-        return {SKIPPED: skipped}
+def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
+    """What was found for each place -> batch (tensors [B, ...], the rest in lists), its size (0 if one is empty)."""
+    items, skipped = [item for item, _ in found], [pair for _, pairs in found for pair in pairs]
+    if None in items:
+        return {}, 0, skipped
     columns = {key: [item[key] for item in items] for key in items[0]}
-    batch = {key: torch.stack(x) if isinstance(x[0], torch.Tensor) else x for key, x in columns.items()}
-    return batch | ({SKIPPED: skipped} if skipped else {})
-
-
-class Loader(DataLoader):
-    """A DataLoader that tells its dataset in the main process which samples the workers had to skip."""
-
-    dataset: Samples
-
-    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator is all anyone uses
-        for batch in super().__iter__():
-            if self.num_workers > 0:
-                self.dataset.account(batch.pop(SKIPPED, []), found=len(batch.get("key", ())))
-            yield batch
-
-
-def loader(
-    dataset: Samples,
-    *,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    start_step: int = 0,
-    stop_step: int | None = None,
-    num_workers: int = 0,
-) -> Loader:
-    """The endless loader (up to `stop_step`, if given). `loader.batch_sampler.set_start(step)` moves it."""
-    sampler = StreamSampler(
-        len(dataset),
-        seed=seed,
-        batch_size=batch_size,
-        rank=rank,
-        world=world,
-        start_step=start_step,
-        stop_step=stop_step,
-    )
-    return Loader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        # A DataLoader draws its workers' seed from the global generator, which would disturb exact resume.
-        generator=torch.Generator().manual_seed(seed),
-    )
+    batch = {key: torch.stack(x) if isinstance(x[0], Tensor) else x for key, x in columns.items()}
+    return batch, len(items), skipped

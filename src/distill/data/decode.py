@@ -15,46 +15,37 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-LATENTS = ("latent.npy", "latents.npy", "npy")
+FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGES, CAPTIONS, LATENTS = ("jpg", "jpeg", "png", "webp"), ("txt", "json"), ("latent.npy", "latents.npy", "npy")
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why."""
+    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why."""
 
-    def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both in args: so it survives pickling between processes
-        self.name, self.reason = name, reason
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+    def __init__(self, sample: dict, reason: str):
+        self.name, self.reason = f"{sample['__url__']}:{sample['__key__']}", reason
+        super().__init__(f"{self.name}: {reason}")
 
 
-def name_of(sample: dict) -> str:
-    """`<shard>:<key>`, the name of a sample in messages."""
-    return f"{sample['__url__']}:{sample['__key__']}"
-
-
-def image(sample: dict, size: int | None = None) -> Tensor:
-    """The sample's image [3, H, W] in [-1, 1], RGB; with `size` the central square, resized to [3, size, size].
+def image(sample: dict, size: int) -> Tensor:
+    """The central square of the sample's image, resized to [3, size, size], RGB in [-1, 1].
 
     EXIF rotation is applied, transparency laid on white. Raises BadSample if there is none, it does not decode, or its
     shorter side is under half of `size`: enlarged that much, it would teach blur.
     """
-    extension = _pick(sample, tuple(FORMATS), "image")
+    extension = _pick(sample, IMAGES, "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # harmless oddities, told anew for every image; bombs are errors
-            file = Image.open(io.BytesIO(sample[extension]), formats=tuple(set(FORMATS.values())))
-            picture = _rgb(ImageOps.exif_transpose(file))
-        small = size is not None and 2 * min(picture.size) < size
-        picture = picture if size is None or small else _square(picture, size)
+            picture = _rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(sample[extension]), formats=FORMATS)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise BadSample(name_of(sample), f"its .{extension} does not decode ({_first_line(error)})") from None
-    if small:
-        raise BadSample(
-            name_of(sample), f"its image is {picture.width} x {picture.height}, under half of {size} a side"
-        )
+        raise _undecodable(sample, extension, error) from None
+    width, height = picture.size
+    if 2 * (side := min(width, height)) < size:
+        raise BadSample(sample, f"its image is {width} x {height}, under half of {size} a side")
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)  # cropped while resampling: a strip of 1 x 100,000 stays harmless
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(127.5).sub(1.0)
 
 
@@ -67,32 +58,22 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size`, then centre crop, in one resampling: a strip of 1 x 100,000 pixels stays harmless."""
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-
-
 def caption(sample: dict) -> str:
     """The sample's caption: its `.txt`, else `caption` or `text` of its `.json`. Raises BadSample if there is none."""
-    extension = _pick(sample, ("txt", "json"), "caption")
+    extension = _pick(sample, CAPTIONS, "caption")
     try:
-        text = sample[extension].decode("utf-8-sig") if extension == "txt" else _from_json(sample[extension])
-        text.encode("utf-8")  # JSON can smuggle in half a surrogate pair, on which tokenizers fail
+        text = sample[extension].decode("utf-8-sig")
+        if extension == "json":
+            record = json.loads(text)
+            text = (record.get("caption") or record.get("text")) if isinstance(record, dict) else None
+        str(text).encode()  # JSON can smuggle in half a surrogate pair, on which tokenizers fail
+    except UnicodeError:
+        raise BadSample(sample, f"its .{extension} is not UTF-8") from None
     except (ValueError, RecursionError) as error:
-        reason = "is not UTF-8" if isinstance(error, UnicodeError) else f"gives no caption ({_first_line(error)})"
-        raise BadSample(name_of(sample), f"its .{extension} {reason}") from None
-    return text.strip()
-
-
-def _from_json(data: bytes) -> str:
-    record = json.loads(data)
-    text = (record.get("caption") or record.get("text")) if isinstance(record, dict) else None
+        raise _undecodable(sample, extension, error) from None
     if not isinstance(text, str):
-        raise ValueError("no text under 'caption' or 'text'")
-    return text
+        raise BadSample(sample, f"its .{extension} has no text under 'caption' or 'text'")
+    return text.strip()
 
 
 def latent(sample: dict) -> Tensor:
@@ -101,14 +82,13 @@ def latent(sample: dict) -> Tensor:
     try:
         array = np.lib.format.read_array(io.BytesIO(sample[extension]), allow_pickle=False)
     except Exception as error:  # a damaged header raises nearly anything, and one that claims any size MemoryError
-        raise BadSample(name_of(sample), f"its .{extension} does not decode ({_first_line(error)})") from None
+        raise _undecodable(sample, extension, error) from None
     if array.ndim != 3 or array.dtype.kind != "f":
-        reason = f"its .{extension} is {array.dtype} {list(array.shape)}, not floats [C, h, w]"
-        raise BadSample(name_of(sample), reason)
+        raise BadSample(sample, f"its .{extension} is {array.dtype} {list(array.shape)}, not floats [C, h, w]")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf and is refused below
         x = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
     if not torch.isfinite(x).all():
-        raise BadSample(name_of(sample), f"its .{extension} holds nan or inf")
+        raise BadSample(sample, f"its .{extension} holds nan or inf")
     return x
 
 
@@ -117,8 +97,9 @@ def _pick(sample: dict, extensions: tuple[str, ...], what: str) -> str:
         if extension in sample:
             return extension
     there = ", ".join(sorted(key for key in sample if not key.startswith("__"))) or "nothing"
-    raise BadSample(name_of(sample), f"it has no {what} ({', '.join(extensions)}), only {there}")
+    raise BadSample(sample, f"it has no {what} ({', '.join(extensions)}), only {there}")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def _undecodable(sample: dict, extension: str, error: BaseException) -> BadSample:
+    what = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return BadSample(sample, f"its .{extension} does not decode ({what})")

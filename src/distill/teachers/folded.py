@@ -6,15 +6,12 @@ are 256 equal zeros; carrying one of them with weight 256 gives the same output,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class FoldedJointAttention:
@@ -26,34 +23,21 @@ class FoldedJointAttention:
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> Tensor | tuple[Tensor, Tensor]:
-        image = _project(attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k))
-        if encoder_hidden_states is None:  # SD3.5's second attention: image tokens alone
-            mixed = _merge_heads(F.scaled_dot_product_attention(*image))
-            return attn.to_out[1](attn.to_out[0](mixed))
-        text = _project(
-            attn,
-            encoder_hidden_states,
-            ("add_q_proj", "add_k_proj", "add_v_proj"),
-            (attn.norm_added_q, attn.norm_added_k),
-        )
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
+        streams = [(hidden_states, "to_{}", attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            streams.append((encoder_hidden_states, "add_{}_proj", attn.norm_added_q, attn.norm_added_k))
+        parts = []
+        for x, names, norm_q, norm_k in streams:  # [B, L, D] -> [B, heads, L, D / heads] each
+            q, k, v = (getattr(attn, names.format(n))(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for n in "qkv")
+            parts.append((norm_q(q) if norm_q else q, norm_k(k) if norm_k else k, v))
+        q, k, v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         bias = None if self.bias is None else self.bias.to(q.dtype)
-        mixed = _merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-        of_image, of_text = mixed.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        of_image, of_text = mixed.tensor_split([hidden_states.shape[1]], dim=1)
         of_image = attn.to_out[1](attn.to_out[0](of_image))
+        if encoder_hidden_states is None:  # SD3.5's second attention: image tokens alone
+            return of_image
         return of_image, of_text if attn.context_pre_only else attn.to_add_out(of_text)
-
-
-def _project(
-    attn: nn.Module, x: Tensor, names: tuple[str, str, str], norms: tuple[nn.Module | None, nn.Module | None]
-) -> list[Tensor]:
-    """x [B, L, D] -> query, key, value [B, heads, L, D / heads], query and key normalised."""
-    q, k, v = (getattr(attn, name)(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for name in names)
-    return [norms[0](q) if norms[0] else q, norms[1](k) if norms[1] else k, v]
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
 
 
 def fold(transformer: nn.Module) -> FoldedJointAttention:
@@ -69,11 +53,9 @@ def fold(transformer: nn.Module) -> FoldedJointAttention:
 @contextmanager
 def weights(processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int) -> Iterator[None]:
     """Within: text token i stands for counts[:, i] tokens (0 hides it). `counts` [B, L] or None."""
-    if counts is None or bool((counts == 1).all()):
-        yield
-        return
-    bias = torch.cat([counts.new_zeros(len(counts), image_tokens, dtype=torch.float32), counts.float().log()], dim=1)
-    processor.bias = bias[:, None, None]
+    if counts is not None and not bool((counts == 1).all()):
+        of_image = counts.new_zeros(len(counts), image_tokens, dtype=torch.float32)
+        processor.bias = torch.cat([of_image, counts.float().log()], dim=1)[:, None, None]
     try:
         yield
     finally:

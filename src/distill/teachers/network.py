@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -16,8 +19,12 @@ import transformers
 from torch import Tensor, nn
 
 from distill.process import Prediction, Process
-from distill.teachers.taps import tap
+from distill.teachers.reading import read_pipeline
 from distill.types import Cond
+
+
+class _LastTapReached(Exception):
+    """Thrown through the network's forward, which needs nothing past the last tap."""
 
 
 class Network(nn.Module):
@@ -36,7 +43,7 @@ class Network(nn.Module):
         """Tap name -> module and the number of channels of its map, in the order in which they run."""
 
     @abstractmethod
-    def to_map(self, output: object, x_t: Tensor) -> Tensor:
+    def to_map(self, output: Any, x_t: Tensor) -> Tensor:
         """Output of a tapped module -> map [B, C', H', W'], contiguous."""
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -44,85 +51,89 @@ class Network(nn.Module):
         return self.process.to_x0(self.predict(x_t, t, cond), x_t, t, self.prediction)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
-        """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches x_t."""
-        known = self.tappable()
-        unknown = [name for name in taps if name not in known]
-        if unknown:
-            raise ValueError(f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}")
-        modules = {name: known[name][0] for name in taps}
-        return tap(lambda: self.predict(x_t, t, cond), modules, lambda output: self.to_map(output, x_t))
+        """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches x_t.
 
-    def channels(self) -> dict[str, int]:
-        """Channels of the map at every tap."""
-        return {name: width for name, (_, width) in self.tappable().items()}
+        Hooks live for this call alone, so nested and concurrent uses are safe. Raises ValueError for unknown taps.
+        """
+        known, seen = self.tappable(), {}
+        if unknown := [name for name in taps if name not in known]:
+            raise ValueError(f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}")
+
+        def keep(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
+            seen[name] = self.to_map(output, x_t)
+            if len(seen) == len(set(taps)):
+                raise _LastTapReached
+
+        handles = [known[name][0].register_forward_hook(partial(keep, name)) for name in set(taps)]
+        try:
+            self.predict(x_t, t, cond)
+        except _LastTapReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [seen[name] for name in taps]
 
     def twin(self) -> Network:
-        """A trainable copy with weights of its own: the student of the same size."""
-        other = copy.deepcopy(self)
-        return other.requires_grad_(True).train()
+        """A trainable copy that shares nothing with this one: the student of the same size."""
+        return copy.deepcopy(self).requires_grad_(True).train()
 
 
-class Frozen(nn.Module):
-    """A module that stays in evaluation mode and takes no gradient for its own weights, whatever is called on it."""
+class PipelineTeacher(nn.Module):
+    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond.
 
-    def freeze(self) -> None:
+    It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
+    `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `latent_shape`,
+    (C, H, W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there are no tokens;
+    `unit`, of which a picture's sides must be multiples: pixels a side per latent, times `patch`.
+    """
+
+    kind: type  # the pipeline's class
+    unused: tuple[str, ...] = ()  # parts of it that are not read
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: str = "float32",
+        use_safetensors: bool = True,
+        without: Sequence[str] = (),
+    ):
+        super().__init__()
+        read_quietly()
+        options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
+        self.pipeline = pipeline = read_pipeline(self.kind, path, without=(*self.unused, *without), **options)
+        self.network, self.vae, self.folder = self._network(), pipeline.vae, Path(pipeline.name_or_path)
+        parts = pipeline.components.items()
+        self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
+        config = self.network.model.config
+        self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.patch = config.get("patch_size") or 1
+        self.unit = self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._null: Cond | None = None
         self.requires_grad_(False)
         super().train(False)
 
-    def train(self, mode: bool = True) -> Frozen:
+    def train(self, mode: bool = True) -> PipelineTeacher:
         return self
 
+    @abstractmethod
+    def _network(self) -> Network:
+        """The denoiser of `pipeline`, just read."""
 
-class PipelineTeacher(Frozen):
-    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond."""
-
-    def __init__(self, pipeline: object, network: Network):
-        super().__init__()
-        self.network, self.vae, self.path = network, pipeline.vae, pipeline.name_or_path
-        self._pipeline = (pipeline,)  # in a tuple: its parts that are not ours must not become submodules twice
-        self.text_encoders = nn.ModuleList(
-            m for n, m in pipeline.components.items() if n.startswith("text_encoder") and m is not None
-        )
-        self.freeze()
-        self._null: Cond | None = None
-
-    @property
-    def pipeline(self) -> object:
-        """The diffusers pipeline that this teacher was read from."""
-        return self._pipeline[0]
-
-    @property
-    def folder(self) -> Path:
-        """The local files of this pipeline, also when it came from the hub."""
-        return Path(self.path)
+    @abstractmethod
+    def _encode(self, captions: list[str]) -> Cond: ...
 
     @property
     def process(self) -> Process:
         return self.network.process
 
     @property
-    def channels(self) -> dict[str, int]:
-        return self.network.channels()
-
-    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Latents' (C, H, W) at the size the model was trained for."""
-        side = self.network.model.config.sample_size
-        return self.network.model.config.in_channels, side, side
-
-    @property
-    def patch(self) -> int:
-        """Latents a side that make one token; 1 where there are no tokens."""
-        return self.network.model.config.get("patch_size") or 1
-
-    @property
-    def unit(self) -> int:
-        """A picture's sides must be multiples of this: pixels a side per latent, times `patch`."""
-        return self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
@@ -144,10 +155,7 @@ class PipelineTeacher(Frozen):
         """Captions -> conditioning that knows its unconditional version."""
         if self._null is None or self._null.tokens.device != self.device:
             self._null = self._encode([""])
-        return Cond(**{**vars(self._encode(list(captions))), "null": self._null})
-
-    @abstractmethod
-    def _encode(self, captions: list[str]) -> Cond: ...
+        return replace(self._encode(list(captions)), null=self._null)
 
 
 def read_quietly() -> None:
