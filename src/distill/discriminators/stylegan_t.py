@@ -99,11 +99,16 @@ class StyleGANTHeads(nn.Module):
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(maps[0].device.type, enabled=False):
             wanted = [part for part, width in ((cond.pooled, self.pooled), (cond.extra, self.image)) if width]
-            condition = torch.cat([part.float() for part in wanted], dim=1) if wanted else t[:, None]
-            logits = [head(x.float(), condition) for head, x in zip(self.heads.values(), maps, strict=True)]
+            condition = torch.cat([_precise(part) for part in wanted], dim=1) if wanted else t[:, None]
+            logits = [head(_precise(x), condition) for head, x in zip(self.heads.values(), maps, strict=True)]
         self._sizes = [part.shape[1] for part in logits]
         return torch.cat(logits, dim=1)
 
     def split(self, logits: Tensor) -> Sequence[Tensor]:
         """Logits [B, K] of the last call -> those of each head."""
         return logits.split(self._sizes, dim=1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """x in float32, or in its own float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

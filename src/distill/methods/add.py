@@ -124,7 +124,7 @@ class ADD(Distillation):
         return weighted_mse(x0_hat, target, weight)
 
     def _told(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
-        """What the heads are told: the caption, and the real image, of which a student that saw noise alone saw nothing."""
+        """What the heads are told: the caption and the real image, unless the student saw nothing of it."""
         text = batch.cond.pooled if self.text else None
         image = self.features.describe(real) * ~pure.view(-1, 1) if self.image else None
         return replace(batch.cond, pooled=text, extra=image, null=None)
