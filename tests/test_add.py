@@ -151,7 +151,7 @@ def test_local_batch_norm_by_hand():
 
 
 def test_projection_by_hand():
-    head = TokenHead(4, 6)
+    head = TokenHead(4, 6).eval()  # in training every call moves the spectral norm on
     x, c = torch.randn(8, 4, 7), torch.randn(8, 6)
     logits = head(x, c)
     h = head.enter(x)
