@@ -59,8 +59,13 @@ class ImageFeatures(nn.Module):
         return self  # frozen: dropout and the like stay off
 
     @property
+    def width(self) -> int:
+        """Of the class token."""
+        return self.model.config.hidden_size
+
+    @property
     def channels(self) -> Mapping[str, int]:
-        return {f"tap{k}": self.model.config.hidden_size for k in self.taps}
+        return {f"tap{k}": self.width for k in self.taps}
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked at."""

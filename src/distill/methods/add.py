@@ -38,7 +38,8 @@ class ADD(Distillation):
         distill_space: pixels, as the paper has it, or latents, which saves two passes of the decoder.
         loss: hinge, non_saturating or relativistic.
         r1_weight: gamma; every `r1_every`-th iteration, times as much.
-        text, image: what the heads are told.
+        text: what embeds captions for the heads; "teacher" takes the teacher's pooled embedding, None tells nothing.
+        image: what embeds the real image for them; "features" takes the class token of the features' network.
         negative: caption of nfsd.
         crop: side in latent cells of the random square that is decoded; None decodes all.
         checkpointing: compute the decoder's activations again in backward instead of keeping them.
@@ -57,8 +58,8 @@ class ADD(Distillation):
         loss: str = "hinge",
         r1_weight: float = 1e-5,
         r1_every: int = 1,
-        text: bool = True,
-        image: bool = True,
+        text: Any = "teacher",
+        image: Any = "features",
         negative: str | None = None,
         crop: int | None = None,
         checkpointing: bool = True,
@@ -125,8 +126,11 @@ class ADD(Distillation):
 
     def _told(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
         """What the heads are told: the caption and the real image, unless the student saw nothing of it."""
-        text = batch.cond.pooled if self.text else None
-        image = self.features.describe(real) * ~pure.view(-1, 1) if self.image else None
+        text, image = self.text, self.image
+        if text is not None:
+            text = batch.cond.pooled if text == "teacher" else text(batch.captions)
+        if image is not None:
+            image = (self.features if image == "features" else image).describe(real) * ~pure.view(-1, 1)
         return replace(batch.cond, pooled=text, extra=image, null=None)
 
     def _place(self, x0: Tensor, generator: torch.Generator) -> tuple[slice, slice]:
