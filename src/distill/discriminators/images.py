@@ -1,0 +1,126 @@
+"""ADD's eyes: a frozen image network that looks at pixels, tapped at five depths.
+
+map_k = (patch tokens + class token) after the patch embedding and after blocks 2, 5, 8, 11 of 12 (StyleGAN-T's readout)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from distill.types import Cond
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DEPTHS = (3 / 12, 6 / 12, 9 / 12, 12 / 12)  # blocks 2, 5, 8, 11 of twelve, as shares of the depth
+
+
+class ImageFeatures(nn.Module):
+    """Maps of a ViT (DINOv2, DINO, CLIP); gradient reaches the pixels, never the network's weights.
+
+    Args:
+        path: folder or hub id of a transformers model.
+        size: side in pixels at which the network looks; 518 is DINOv2's own, 224 costs a fifth.
+        taps: blocks after which to tap, counted from 0; -1 is the patch embedding. None: as above, scaled to the depth.
+        mean, std: of the pixels in [0, 1], subtracted and divided by.
+        crop: probability, per batch, of looking at a random square of side `size` of a larger picture.
+        augment: StyleGAN-T's colour, translation and cutout on every picture.
+    """
+
+    space = "pixels"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        size: int = 518,
+        taps: Sequence[int] | None = None,
+        mean: Sequence[float] = IMAGENET[0],
+        std: Sequence[float] = IMAGENET[1],
+        crop: float = 0.0,
+        augment: bool = False,
+    ):
+        super().__init__()
+        model = AutoModel.from_pretrained(path, use_safetensors=True)
+        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
+        depth = self.model.config.num_hidden_layers
+        self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)
+        if any(not -1 <= k < depth for k in self.taps):
+            raise ValueError(f"discriminator.features.taps={self.taps}: this network has blocks 0 to {depth - 1}")
+        self.size, self.crop, self.augment = size, crop, augment
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> ImageFeatures:
+        return self  # frozen: dropout and the like stay off
+
+    @property
+    def width(self) -> int:
+        """Of the class token."""
+        return self.model.config.hidden_size
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        return {f"tap{k}": self.width for k in self.taps}
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked at."""
+        hidden = self._hidden(self.prepare(x, generator))
+        tokens = [hidden[k + 1] for k in self.taps]  # entry 0 is the embedding
+        return [(h[:, 1:] + h[:, :1]).transpose(1, 2) for h in tokens]
+
+    def describe(self, x: Tensor) -> Tensor:
+        """c_img: the last class token [B, C] of pixels [B, 3, H, W]."""
+        with torch.no_grad():
+            return self._run(self.prepare(x)).last_hidden_state[:, 0]
+
+    def prepare(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Augmented if asked for, resized and normalised; differentiable."""
+        if generator is not None and self.augment:
+            x = diff_augment(x, generator)
+        x = (x + 1) / 2
+        if generator is not None and self.crop and x.shape[-1] > self.size:
+            coin, top, left = torch.rand(3, generator=generator, device=generator.device).tolist()
+            if coin < self.crop:
+                i, j = (
+                    int(share * (side - self.size + 1)) for share, side in zip((top, left), x.shape[-2:], strict=True)
+                )
+                x = x[..., i : i + self.size, j : j + self.size]
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return (x - self.mean) / self.std
+
+    def _run(self, x: Tensor, **options: Any) -> Any:
+        native = x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
+        return self.model(x, **options, **({} if native else {"interpolate_pos_encoding": True}))
+
+    def _hidden(self, x: Tensor) -> Sequence[Tensor]:
+        return self._run(x, output_hidden_states=True).hidden_states
+
+
+def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """DiffAugment's colour, translation (1/8) and cutout (1/5) on pixels [B, 3, H, W] in [-1, 1]; differentiable."""
+    n, _, height, width = x.shape
+    draw = torch.rand(7, n, generator=generator, device=generator.device).to(x.device).view(7, n, 1, 1, 1)
+    x = x + draw[0] - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * draw[1]) + grey
+    middle = x.mean((1, 2, 3), keepdim=True)
+    x = (x - middle) * (draw[2] + 0.5) + middle
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    shift_y, shift_x = (
+        ((2 * d.view(n, 1) - 1) * side / 8).round().long() for d, side in ((draw[3], height), (draw[4], width))
+    )
+    y, z = rows + shift_y, columns + shift_x  # [B, H], [B, W]: where each pixel comes from
+    inside = ((y >= 0) & (y < height))[:, None, :, None] & ((z >= 0) & (z < width))[:, None, None, :]
+    batch = torch.arange(n, device=x.device)[:, None, None]
+    moved = x.permute(0, 2, 3, 1)[batch, y.clamp(0, height - 1)[:, :, None], z.clamp(0, width - 1)[:, None]]
+    x = moved.permute(0, 3, 1, 2) * inside
+    top, left = (draw[5].view(n, 1) * height, draw[6].view(n, 1) * width)
+    hole_y = (rows - top).abs() < height / 10
+    hole_x = (columns - left).abs() < width / 10
+    return x * ~(hole_y[:, None, :, None] & hole_x[:, None, None, :])

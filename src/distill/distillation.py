@@ -1,0 +1,103 @@
+"""Score distillation, ADD's Eq. 4: the student's sample, noised again, should be what the teacher makes of it.
+
+L = E_t,eps  c(t) |x_hat - x_psi|^2,   x_t = alpha_t x_hat + sigma_t eps,   x_psi = teacher at stop_gradient(x_t)
+
+exponential   c = alpha_t
+sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2, so that the gradient is w(t) (eps_psi - eps)
+nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)           (Katzir et al. 2023)
+              delta_C = s (eps_text - eps_empty);  delta_D = eps_empty, less eps_negative above t = 0.2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.types import Cond, Denoiser
+
+KINDS = ("exponential", "sds", "nfsd")
+SMALL = 0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreDistillation:
+    """Draws t and noise, and says what the teacher makes of a sample.
+
+    Args:
+        kind: exponential, sds or nfsd.
+        guidance: the teacher's, one value or a range to draw from for every sample; nfsd's s.
+        steps: of the teacher, DDIM from t down.
+        low, high: range of t; at its ends the weights of sds and nfsd grow without bound.
+    """
+
+    kind: str = "exponential"
+    guidance: float | Sequence[float] = 1.0
+    steps: int = 1
+    low: float = 0.02
+    high: float = 0.98
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"method.distill.kind={self.kind}: must be one of {', '.join(KINDS)}")
+        if self.steps < 1 or (self.kind == "nfsd" and self.steps > 1):
+            raise ValueError(f"method.distill.steps={self.steps}: at least 1, and 1 for nfsd")
+        if not 0 < self.low < self.high < 1:
+            raise ValueError(f"method.distill: t from low={self.low} to high={self.high} must lie inside (0, 1)")
+
+    @torch.no_grad()
+    def __call__(
+        self, teacher: Denoiser, x_hat: Tensor, cond: Cond, generator: torch.Generator, negative: Cond | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, for nfsd."""
+        n, device = len(x_hat), x_hat.device
+        t, u = torch.rand(2, n, generator=generator, device=device)
+        t = self.low + (self.high - self.low) * t
+        least, most = (self.guidance, self.guidance) if isinstance(self.guidance, int | float) else self.guidance
+        scale = (least + (most - least) * u).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
+        eps = torch.randn(x_hat.shape, generator=generator, device=device, dtype=x_hat.dtype)
+        alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
+        x_t = teacher.process.diffuse(x_hat, eps, t)
+        if self.kind == "nfsd":
+            return _noise_free(teacher, x_hat, x_t, t, cond, negative, scale), alpha
+        weight = alpha if self.kind == "exponential" else alpha / (2 * sigma) * sigma**2
+        return _denoised(teacher, x_t, t, cond, scale, self.steps), weight
+
+
+def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Tensor:
+    """Classifier-free guidance of the estimate, which is that of eps, since they are linear in each other."""
+    if bool((scale == 1).all()):
+        return teacher.x0(x_t, t, cond)
+    empty = teacher.x0(x_t, t, cond.unconditional())
+    return empty + scale * (teacher.x0(x_t, t, cond) - empty)
+
+
+def _denoised(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, steps: int) -> Tensor:
+    """DDIM from t to 0 in equal steps."""
+    x0 = guided_x0(teacher, x_t, t, cond, scale)
+    for left in range(steps - 1, 0, -1):
+        eps = teacher.process.to_eps(x0, x_t, t)
+        t = t * left / (left + 1)
+        x_t = teacher.process.diffuse(x0, eps, t)
+        x0 = guided_x0(teacher, x_t, t, cond, scale)
+    return x0
+
+
+def _noise_free(
+    teacher: Denoiser, x_hat: Tensor, x_t: Tensor, t: Tensor, cond: Cond, negative: Cond | None, scale: Tensor
+) -> Tensor:
+    """sigma / alpha times a difference of eps is the opposite difference of estimates; eps alone needs the estimate."""
+    if negative is None:
+        raise ValueError("method.distill.kind=nfsd needs a negative caption: set method.negative")
+    process = teacher.process
+    shape = (-1, *[1] * (x_hat.ndim - 1))
+    ratio = (process.sigma(t) / process.alpha(t)).view(shape).to(x_hat.dtype)
+
+    def eps(of: Cond) -> Tensor:
+        return process.to_eps(teacher.x0(x_t, t, of), x_t, t)
+
+    empty = eps(cond.unconditional())
+    domain = empty - torch.where((t < SMALL).view(shape), 0.0, eps(negative))
+    return x_hat - ratio * (domain + scale * (eps(cond) - empty))
