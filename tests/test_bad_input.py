@@ -125,10 +125,12 @@ def test_a_gpu_that_is_not_there(refused, no_weights, monkeypatch):
     assert said == "trainer.accelerator=gpu: there is no GPU here; use trainer.accelerator=cpu or auto"
 
 
-def test_a_discriminator_that_does_not_fit_the_method(refused, no_weights, monkeypatch):
-    monkeypatch.setattr("distill.methods.ladd.LADD.space", "pixels", raising=False)
-    said = refused("run")
-    assert said.startswith("method reads a discriminator of pixels, and this discriminator looks at latents; choose")
+@pytest.mark.parametrize(("method", "discriminator"), [("ladd", "dino"), ("add", "teacher_features")])
+def test_a_discriminator_that_does_not_fit_the_method(method, discriminator, refused, no_weights):
+    said = refused("run", f"method={method}", f"discriminator={discriminator}")
+    spaces = ("latents", "pixels") if method == "ladd" else ("pixels", "latents")
+    what = "method reads a discriminator of {}, and this discriminator looks at {}".format(*spaces)
+    assert said == f"{what}; choose another discriminator="
 
 
 # -- the teacher -----------------------------------------------------------------------------------------------------

@@ -80,8 +80,12 @@ def composed_with(choice: str) -> dict[str, Any]:
     if group == "experiment":
         return composed(f"experiment={option}")
     override = f"{group}={option}"
+    # What belongs to one method goes with it: a recipe by its name, a discriminator by the method's defaults.
+    methods = [path.stem for path in (CONF / "method").glob("*.yaml")]
+    own = [m for m in methods if group == "recipe" and option.startswith(f"{m}_")]
+    own += [m for m in methods if group == "discriminator" and option in str(load(f"method/{m}.yaml")["defaults"])]
     try:
-        return composed(override, *fill_ins([override]))
+        return composed(override, *(f"method={m}" for m in own[:1]), *fill_ins([override]))
     except ConfigCompositionException as error:
         if "+" + override not in str(error):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from diffusers import (
 
 import tiny
 from distill.sampling import Guided
+from distill.teachers.folded import attend
 from distill.teachers.reading import read_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
@@ -31,6 +33,23 @@ def noise(*shape, seed=0):
 def plain_mmdit(folder):
     """The transformer as diffusers alone reads it."""
     return SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("length", [90, 600])
+def test_attention_in_half_precision_is_that_of_float64(length):
+    """Short sequences take another way than long ones on a CPU."""
+    q, k, v = (noise(2, 3, length, 16, seed=i).bfloat16().requires_grad_() for i in range(3))
+    bias = torch.zeros(1, 1, 1, length)
+    bias[..., 0], bias[..., -1] = -math.inf, math.log(256)  # a hidden key, and one that counts for many
+    mixed = attend(q, k, v, bias.bfloat16())
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = (exact[0] @ exact[1].mT / 4 + bias.double()).softmax(-1) @ exact[2]
+    torch.testing.assert_close(mixed.double(), expected, rtol=0.02, atol=0.03)
+    direction = noise(*mixed.shape, seed=3)
+    (mixed * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for found, wanted in zip((q, k, v), exact, strict=True):
+        assert (found.grad - wanted.grad).norm() < 0.02 * wanted.grad.norm()
 
 
 # -- the network, against diffusers ----------------------------------------------------------------------------------

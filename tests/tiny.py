@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,15 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
 
 from distill.discriminators.heads import ConvHeads
+from distill.discriminators.images import ImageFeatures
+from distill.discriminators.projection import Projection
+from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.discriminators.teacher_features import TeacherFeatures
+from distill.distillation import ScoreDistillation
+from distill.methods.add import ADD
 from distill.methods.base import Distillation, Engine
 from distill.methods.ladd import LADD
 from distill.process import RectifiedFlow
@@ -192,6 +202,51 @@ def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_option
         **(options or {}),
         **parts(teacher, **engine_options),
     )
+
+
+class ToyImages:
+    """The toy's own maps as those of an image network: tokens, and their mean for a class token."""
+
+    space, width = "pixels", 16
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy, self.channels = toy, toy.channels
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
+        return [m.flatten(2) for m in self.toy.features(x, t, cond, list(self.channels))]
+
+    def describe(self, x: Tensor) -> Tensor:
+        return self.toy.features(x, x[:, 0], None, ["second"])[0].mean((2, 3))
+
+
+@functools.cache
+def vit() -> Path:
+    """The folder of a random DINOv2; the same for every process of a session, and whole whenever it can be seen."""
+    torch.manual_seed(4)
+    shape = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+    folder = Path(tempfile.mkdtemp(prefix="distill-vit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shake(Dinov2Model(Dinov2Config(**shape)), 4).save_pretrained(folder)
+    return folder
+
+
+def eyes(**options: Any) -> ImageFeatures:
+    return ImageFeatures(str(vit()), size=SIDE, mean=[0.5] * 3, std=[0.5] * 3, **options)
+
+
+def add(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> ADD:
+    given = parts(teacher, **engine_options)
+    given["features"] = features = ToyImages(teacher) if isinstance(teacher, Toy) else eyes()
+    text = None if isinstance(teacher, Toy) else "teacher"
+    given["condition"] = condition = Projection(teacher, features, text=text)
+    torch.manual_seed(given["seed"])
+    widths = {"pooled": condition.pooled_width, "image": condition.image_width}
+    given["heads"] = StyleGANTHeads(features.channels, **widths)
+    levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.25] * 4)
+    return ADD(**{"levels": levels, "distill": ScoreDistillation()} | (options or {}) | given)
+
+
+METHODS = {"ladd": ladd, "add": add}
 
 
 def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:

@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists an
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
+    wanted, given = (_space(cfg, key) for key in ("method", "discriminator.features"))
+    if wanted and given and wanted != given:  # first: such a mixture has keys that do not fit either
+        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+        raise ValueError(f"{what}; choose another discriminator=")
     allowed(cfg)
     check_counts(cfg, COUNTS)
     devices, accelerator = cfg.trainer.get("devices", 1), cfg.trainer.get("accelerator", "auto")
@@ -47,11 +52,15 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2")
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
         raise ValueError(f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp")
-    targets = cfg.method._target_, cfg.discriminator.features._target_
-    wanted, given = (getattr(get_object(target), "space", None) for target in targets)
-    if wanted and given and wanted != given:
-        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
-        raise ValueError(f"{what}; choose another discriminator=")
+
+
+def _space(cfg: DictConfig, key: str) -> str | None:
+    """Pixels or latents, as the class at this key says that it looks at."""
+    target = str(OmegaConf.select(cfg, f"{key}._target_"))
+    try:
+        return getattr(get_object(target), "space", None) if target.startswith("distill.") else None
+    except Exception:  # Hydra wraps whatever an import raises; the check of all targets says it better
+        return None
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
@@ -63,11 +72,28 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     source = make(cfg.data)  # first: what is wrong with it shows in a moment
     teacher = make(cfg.teacher)
     _refuse_misfit(cfg, source.dataset, teacher)
-    features, condition = make(cfg.discriminator.features)(teacher=teacher), teacher.embed([""]).pooled
-    pooled = 0 if condition is None else condition.shape[1]
-    heads = make(cfg.discriminator.heads)(channels=features.channels, pooled=pooled)
-    networks = {"teacher": teacher, "student": make(cfg.student)(teacher=teacher), "features": features, "heads": heads}
-    return source, make(cfg.method)(**networks, engine=make(cfg.optimizer), seed=cfg.seed)
+    return source, make(cfg.method)(
+        teacher=teacher,
+        student=make(cfg.student)(teacher=teacher),
+        **_discriminator(cfg.discriminator, teacher),
+        engine=make(cfg.optimizer),
+        seed=cfg.seed,
+    )
+
+
+def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
+    """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's embedding does not."""
+    features = make(cfg.features)
+    if isinstance(features, partial):  # those that are made from the teacher
+        features = features(teacher=teacher)
+    if "condition" not in cfg:
+        pooled = teacher.embed([""]).pooled
+        width = 0 if pooled is None else pooled.shape[1]
+        return {"features": features, "heads": make(cfg.heads)(channels=features.channels, pooled=width)}
+    condition = make(cfg.condition)(teacher=teacher, features=features)
+    widths = {"pooled": condition.pooled_width, "image": condition.image_width}
+    heads = make(cfg.heads)(channels=features.channels, **widths)
+    return {"features": features, "heads": heads, "condition": condition}
 
 
 def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:

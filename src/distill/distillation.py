@@ -78,7 +78,7 @@ def _denoised(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tens
     """DDIM from t to 0 in equal steps."""
     x0 = guided_x0(teacher, x_t, t, cond, scale)
     for left in range(steps - 1, 0, -1):
-        eps = teacher.process.to_eps(x0, x_t, t)
+        eps = teacher.process.from_x0(x0, x_t, t, "eps")
         t = t * left / (left + 1)
         x_t = teacher.process.diffuse(x0, eps, t)
         x0 = guided_x0(teacher, x_t, t, cond, scale)
@@ -96,7 +96,7 @@ def _noise_free(
     ratio = (process.sigma(t) / process.alpha(t)).view(shape).to(x_hat.dtype)
 
     def eps(of: Cond) -> Tensor:
-        return process.to_eps(teacher.x0(x_t, t, of), x_t, t)
+        return process.from_x0(teacher.x0(x_t, t, of), x_t, t, "eps")
 
     empty = eps(cond.unconditional())
     domain = empty - torch.where((t < SMALL).view(shape), 0.0, eps(negative))

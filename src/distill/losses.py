@@ -105,3 +105,17 @@ def weighted_mse(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     if x.shape != target.shape or weight.shape != x.shape[:1]:
         raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
     return (weight * (precise(x) - precise(target)).square().flatten(1).mean(1)).mean()
+
+
+def verdicts(
+    real: Tensor, fake: Tensor, split: Callable[[Tensor], Sequence[Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how often it is right.
+
+    The keys are those of the log; `split` parts logits into those of each head.
+    """
+    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    found = {"d/real": real.mean(), "d/fake": fake.mean(), "d/accuracy": right}
+    for k, (a, b) in enumerate(zip(split(real), split(fake), strict=True) if split else ()):
+        found |= {f"d/real_head{k}": a.mean(), f"d/fake_head{k}": b.mean()}
+    return found

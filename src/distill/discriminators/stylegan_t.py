@@ -56,7 +56,8 @@ class EqualisedLinear(nn.Linear):
 
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
-    convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+    # StyleGAN-T's convolution has a bias, which the norm behind it takes away again.
+    convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
     return nn.Sequential(spectral_norm(convolution), LocalBatchNorm(channels), nn.LeakyReLU(0.2))
 
 

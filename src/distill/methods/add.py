@@ -4,7 +4,7 @@
         s ~ levels {tau_1 .. tau_4 = 1};  x_s = alpha_s x0 + sigma_s eps           # pure noise at s = 1
         x0_hat = student(x_s, s, c)
         fake = F(decode(x0_hat)),  real = F(decode(x0))                            # F: frozen DINOv2, five taps
-        c_D = text embedding, class token of the real image (none where s = 1)
+        c_D = embedding of the caption, class token of the real image (zero where s = 1)
         discriminator:  hinge(heads(real, c_D), heads(fake, c_D)) + gamma R1 on the heads' inputs
         student:        -heads(fake, c_D) + 2.5 c(t) |x0_hat - teacher(x0_hat noised to t)|^2
 
@@ -16,7 +16,6 @@ does when sampling begins; one that predicts v may be given the schedule that en
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation
-from distill.types import Batch, Cond, Terms, Times
+from distill.types import Batch, Terms, Times
 
 
 class ADD(Distillation):
@@ -35,11 +34,9 @@ class ADD(Distillation):
         levels: student's noise levels.
         distill: how the teacher's target is made.
         distill_weight: lambda; 0 leaves the term out. adversarial_weight: likewise, for the ablations.
-        distill_space: pixels, as the paper has it, or latents, which saves two passes of the decoder.
+        distill_space: pixels, as the paper has it, or latents, which saves a pass of the decoder.
         loss: hinge, non_saturating or relativistic.
         r1_weight: gamma; every `r1_every`-th iteration, times as much.
-        text: what embeds captions for the heads; "teacher" takes the teacher's pooled embedding, None tells nothing.
-        image: what embeds the real image for them; "features" takes the class token of the features' network.
         negative: caption of nfsd.
         crop: side in latent cells of the random square that is decoded; None decodes all.
         checkpointing: compute the decoder's activations again in backward instead of keeping them.
@@ -58,42 +55,38 @@ class ADD(Distillation):
         loss: str = "hinge",
         r1_weight: float = 1e-5,
         r1_every: int = 1,
-        text: Any = "teacher",
-        image: Any = "features",
         negative: str | None = None,
         crop: int | None = None,
         checkpointing: bool = True,
         **engine: Any,
     ):
         super().__init__(**engine)
+        if distill_space not in ("pixels", "latents"):
+            raise ValueError(f"method.distill_space={distill_space}: must be pixels or latents")
         self.levels, self.distill, self.adversarial = levels, distill, adversarial(loss)
-        self.distill_weight, self.adversarial_weight, self.distill_space = (
-            distill_weight,
-            adversarial_weight,
-            distill_space,
-        )
-        self.r1_weight, self.r1_every, self.text, self.image = r1_weight, r1_every, text, image
-        self.negative, self.crop, self.checkpointing = negative, crop, checkpointing
+        self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
+        self.in_pixels, self.negative = distill_space == "pixels", negative
+        self.r1_weight, self.r1_every, self.crop, self.checkpointing = r1_weight, r1_every, crop, checkpointing
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         s = self.levels.sample(len(batch), self.step, generator)
         eps = torch.randn(batch.x0.shape, generator=generator, device=batch.x0.device, dtype=batch.x0.dtype)
-        pure = (s == 1).view(-1, 1, 1, 1)
-        x_s = torch.where(pure, eps, self.student.process.diffuse(batch.x0, eps, s))
+        pure = s == 1
+        x_s = torch.where(pure.view(-1, 1, 1, 1), eps, self.student.process.diffuse(batch.x0, eps, s))
         x0_hat = self.student.x0(x_s, s, batch.cond)
         place = self._place(batch.x0, generator)
+        pixels = self._decode(x0_hat, place)
         with torch.no_grad():
-            real = self._pixels(batch.x0, place)
-        told = self._told(batch, real, pure)
-        maps = self.features(self._pixels(x0_hat, place), s, told, generator)
-        return {"x0_hat": x0_hat, "s": s, "real": real, "told": told, "maps": maps, "place": place}
+            real = self._decode(batch.x0, place)
+            told = self.condition(batch, real, pure)
+            of_real = self.features(real, s, told, generator)
+        maps = self.features(pixels, s, told, generator)
+        return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}
 
     def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
         critic, s, told = self.heads.draw(self.step), fake["s"], fake["told"]
-        with torch.no_grad():
-            maps = self.features(fake["real"], s, told, generator)
         penalised = self.r1_weight and self.iteration % self.r1_every == 0
-        maps = [m.requires_grad_(True) for m in maps] if penalised else maps
+        maps = [m.detach().requires_grad_(bool(penalised)) for m in fake["real"]]
         of_real, of_fake = critic(maps, s, told), critic([m.detach() for m in fake["maps"]], s, told)
         self.record(**verdicts(of_real, of_fake, critic.split))
         terms = {"adv": self.adversarial.discriminator(of_real, of_fake)}
@@ -104,10 +97,8 @@ class ADD(Distillation):
     def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
         terms, s, told = {}, fake["s"], fake["told"]
         if self.adversarial_weight:
-            critic, of_real = self.heads.draw(self.step), None
-            if self.adversarial.paired:
-                with torch.no_grad():
-                    of_real = critic(self.features(fake["real"], s, told, generator), s, told)
+            critic = self.heads.draw(self.step)
+            of_real = critic(fake["real"], s, told) if self.adversarial.paired else None
             loss = self.adversarial.student(critic(fake["maps"], s, told), of_real)
             terms["adv"] = self.adversarial_weight * loss
         if self.distill_weight:
@@ -117,31 +108,22 @@ class ADD(Distillation):
     def _distillation(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         x0_hat = fake["x0_hat"]
         negative = self.teacher.embed([self.negative] * len(batch)) if self.negative is not None else None
-        target, weight = self.distill(self.teacher, x0_hat, batch.cond, generator, negative)
-        if self.distill_space == "pixels":
-            with torch.no_grad():
-                target = self._pixels(target, fake["place"])
-            x0_hat = self._pixels(x0_hat, fake["place"])
-        return weighted_mse(x0_hat, target, weight)
-
-    def _told(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
-        """What the heads are told: the caption and the real image, unless the student saw nothing of it."""
-        text, image = self.text, self.image
-        if text is not None:
-            text = batch.cond.pooled if text == "teacher" else text(batch.captions)
-        if image is not None:
-            image = (self.features if image == "features" else image).describe(real) * ~pure.view(-1, 1)
-        return replace(batch.cond, pooled=text, extra=image, null=None)
+        target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator, negative)
+        if not self.in_pixels:
+            return weighted_mse(x0_hat, target, weight)
+        with torch.no_grad():
+            target = self._decode(target, fake["place"])
+        return weighted_mse(fake["pixels"], target, weight)
 
     def _place(self, x0: Tensor, generator: torch.Generator) -> tuple[slice, slice]:
         """Rows and columns of the latents [B, C, H, W] that are decoded: the same of real and fake."""
         if self.crop is None:
             return slice(None), slice(None)
-        corner = torch.rand(2, generator=generator, device=generator.device).tolist()
+        corner = torch.rand(2, generator=generator, device=x0.device).tolist()
         first = [int(u * (side - self.crop + 1)) for u, side in zip(corner, x0.shape[-2:], strict=True)]
         return slice(first[0], first[0] + self.crop), slice(first[1], first[1] + self.crop)
 
-    def _pixels(self, x0: Tensor, place: tuple[slice, slice]) -> Tensor:
+    def _decode(self, x0: Tensor, place: tuple[slice, slice]) -> Tensor:
         part = x0[..., place[0], place[1]]
         if self.checkpointing and part.requires_grad:
             return checkpoint(self.teacher.decode, part, use_reentrant=False)

@@ -66,7 +66,15 @@ class Distillation(L.LightningModule):
     """Abstract: a teacher teaches a student against a discriminator. Concrete methods give the two objectives."""
 
     def __init__(
-        self, *, teacher: Teacher, student: Denoiser, features: Features, heads: Heads, engine: Engine, seed: int = 0
+        self,
+        *,
+        teacher: Teacher,
+        student: Denoiser,
+        features: Features,
+        heads: Heads,
+        engine: Engine,
+        condition: Any = None,
+        seed: int = 0,
     ):
         super().__init__()
         self.student: Any  # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
@@ -74,7 +82,7 @@ class Distillation(L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
         self.student, self.heads = student, heads
-        self._frozen = (teacher, features)  # in a tuple: never registered, saved, broadcast or trained
+        self._frozen = (teacher, features, condition)  # in a tuple: never registered, saved, broadcast or trained
         self.engine, self.seed = engine, seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
@@ -110,6 +118,11 @@ class Distillation(L.LightningModule):
     @property
     def features(self) -> Features:
         return self._frozen[1]
+
+    @property
+    def condition(self) -> Any:
+        """What tells the heads of a sample, where that is not the teacher's own embedding."""
+        return self._frozen[2]
 
     @property
     def step(self) -> int:

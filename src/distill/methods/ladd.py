@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.losses import adversarial, r1, weighted_mse
+from distill.losses import adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation
 from distill.types import Batch, Terms, Times
 
@@ -70,7 +70,7 @@ class LADD(Distillation):
             maps = [m.requires_grad_(True) for m in maps]
         of_real = critic(maps, t_real, batch.cond)
         of_fake = critic([m.detach() for m in fake["maps"]], t_hat, batch.cond)
-        self._record(of_real, of_fake)
+        self.record(**verdicts(of_real, of_fake, critic.split))
         terms = {"adv": self.adversarial.discriminator(of_real, of_fake)}
         if self.r1_weight:
             terms["r1"] = self.r1_weight * r1(of_real, maps)
@@ -104,13 +104,6 @@ class LADD(Distillation):
             x_t = process.diffuse(x0_hat, _noise(x0_hat, generator), t)
             target = self.teacher.x0(x_t, t, batch.cond)
         return weighted_mse(x0_hat, target, process.alpha(t))
-
-    def _record(self, real: Tensor, fake: Tensor) -> None:
-        """Health of the discriminator: mean logits, overall and per head, and how often it is right."""
-        right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        self.record(**{"d/real": real.mean(), "d/fake": fake.mean(), "d/accuracy": right})
-        for k, (a, b) in enumerate(zip(self.heads.split(real), self.heads.split(fake), strict=True)):
-            self.record(**{f"d/real_head{k}": a.mean(), f"d/fake_head{k}": b.mean()})
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:

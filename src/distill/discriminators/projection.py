@@ -1,0 +1,77 @@
+"""What ADD's heads are told of a sample: an embedding of its caption, and one of the real image the student began from.
+
+c_text = text encoder(caption);  c_img = class token of the real image, zero where the student saw noise alone: it
+cannot be held to an image of which it was shown nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from distill.discriminators.images import ImageFeatures
+from distill.types import Batch, Cond
+
+
+class OpenClipText(nn.Module):
+    """Captions -> embeddings [B, width], frozen.
+
+    Args:
+        name, pretrained: as open_clip names them, or a local file of weights for `pretrained`.
+    """
+
+    def __init__(self, name: str = "ViT-g-14", pretrained: str = "laion2b_s34b_b88k"):
+        super().__init__()
+        model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
+        model.visual = None  # half of it, and never used
+        self.model, self.tokenizer = model.eval().requires_grad_(False), open_clip.get_tokenizer(name)
+        self.width = self(["a"]).shape[1]
+
+    def train(self, mode: bool = True) -> OpenClipText:
+        return self
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        return self.model.encode_text(self.tokenizer(list(captions)).to(device)).float()
+
+
+class Projection(nn.Module):
+    """
+    Args:
+        teacher, features: those of the run.
+        text: "teacher" takes the teacher's pooled embedding, another network embeds captions; None tells nothing.
+        image: "features" takes the class token of the features' own network, or another network; None tells nothing.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        features: Any,
+        *,
+        text: OpenClipText | str | None = "teacher",
+        image: ImageFeatures | str | None = "features",
+    ):
+        super().__init__()
+        for name, value, word in (("text", text, "teacher"), ("image", image, "features")):
+            if isinstance(value, str) and value != word:
+                raise ValueError(f"discriminator.condition.{name}={value}: must be {word}, null or a network")
+        self.text, self.image = text, features if image == "features" else image
+        pooled = teacher.embed([""]).pooled if text == "teacher" else None
+        if text == "teacher" and pooled is None:
+            raise ValueError(
+                "discriminator.condition.text=teacher: this teacher's text encoder pools nothing; use null"
+            )
+        self.pooled_width = pooled.shape[1] if pooled is not None else getattr(text, "width", 0)
+        self.image_width = getattr(self.image, "width", 0)
+
+    def forward(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
+        """Real images [B, 3, H, W]; where the student saw noise alone, bool [B] -> pooled c_text, extra c_img."""
+        pooled = batch.cond.pooled if self.text == "teacher" else self.text and self.text(batch.captions)
+        extra = self.image and self.image.describe(real) * ~pure[:, None]
+        return replace(batch.cond, pooled=pooled, extra=extra, null=None)
