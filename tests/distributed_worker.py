@@ -1,4 +1,4 @@
-"""One process of a test in `test_distributed.py`: trains LADD on a tiny pipeline and writes what it ended with."""
+"""One process of a test in `test_distributed.py`: trains a method on a tiny pipeline and writes what it ended with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 import tiny  # beside this script, hence on the path
 from distill.checkpoint import AtomicIO
@@ -51,10 +52,15 @@ def strategy_of(name: str | None):
 
 
 def main(asked: dict) -> None:
+    tiny.vit = lambda: Path(asked["eyes"])  # of the process that reads the results
     rank, folder = int(os.environ["RANK"]), Path(asked["folder"])
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    method = tiny.ladd(SD3(asked["teacher"]), accumulate=asked.get("accumulate", 1))
+    make = tiny.METHODS[asked["method"]]
+    method = make(SD3(asked["teacher"]), accumulate=asked.get("accumulate", 1))
+    for module in method.heads.modules():  # its power iteration counts passes: two micro-batches make twice as many
+        if isinstance(module, _SpectralNorm):
+            module.eval()
     losses = Losses()
     if "poison" in asked:  # [rank, iteration]: there one loss of the student is not a number
         loss = method.student_loss

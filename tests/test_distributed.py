@@ -5,6 +5,7 @@ The workers are processes of their own on gloo; each writes what it ended with i
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -55,50 +56,65 @@ def assert_same_end(one: dict, other: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, pipelines, shards) -> dict:
-    """One process with two micro-batches of two: the global batch of the others, with the same noise."""
-    return run(
-        tmp_path_factory.mktemp("alone"), processes=1, teacher=str(pipelines("mmdit")), data=str(shards), accumulate=2
-    )[0]
+def parts(pipelines, shards) -> dict[str, str]:
+    """What all processes are told, but for the method."""
+    return {"teacher": str(pipelines("mmdit")), "data": str(shards), "eyes": str(tiny.vit())}
 
 
-def test_training_moves_far_enough_to_tell_runs_apart(alone, teachers):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, parts):
+    """Method -> what one process ends with by two micro-batches of two: the others' batch, with the same noise."""
+
+    @functools.cache
+    def end(method: str) -> dict:
+        return run(tmp_path_factory.mktemp("alone"), processes=1, accumulate=2, method=method, **parts)[0]
+
+    return end
+
+
+each_method = pytest.mark.parametrize("method", tiny.METHODS)
+
+
+@each_method
+def test_training_moves_far_enough_to_tell_runs_apart(method, alone, teachers):
     before = tiny.weights(teachers("mmdit").network)
-    moved = max(float((alone["student"][k] - v).abs().max()) for k, v in before.items())
+    moved = max(float((alone(method)["student"][k] - v).abs().max()) for k, v in before.items())
     assert moved > 1e-3
 
 
+@each_method
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_give_what_one_gives(strategy, alone, pipelines, shards, tmp_path):
-    ends = run(tmp_path, processes=2, strategy=strategy, teacher=str(pipelines("mmdit")), data=str(shards))
-    assert_same_end(ends[0], alone)
+def test_two_processes_give_what_one_gives(strategy, method, alone, parts, tmp_path):
+    """Local batch norm sees each process's own samples, which are those of one micro-batch of the lone process."""
+    ends = run(tmp_path, processes=2, strategy=strategy, method=method, **parts)
+    assert_same_end(ends[0], alone(method))
     assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["ddp", "fsdp2", "fsdp2_parts"])
 @pytest.mark.parametrize("then", ["one", "ddp", "fsdp2"])
-def test_any_number_goes_on_from_any_other(first, then, alone, pipelines, shards, tmp_path):
-    parts = {"teacher": str(pipelines("mmdit")), "data": str(shards)}
+def test_any_number_goes_on_from_any_other(first, then, alone, parts, tmp_path):
+    parts = {**parts, "method": "ladd"}
     run(tmp_path / "first", processes=2, strategy=first, save_at=2, **parts)
     saved = str(tmp_path / "first" / "step_000002.ckpt")
     how = {"processes": 1, "accumulate": 2} if then == "one" else {"processes": 2, "strategy": then}
-    assert_same_end(run(tmp_path / "then", resume=saved, **how, **parts)[0], alone)
+    assert_same_end(run(tmp_path / "then", resume=saved, **how, **parts)[0], alone("ladd"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("then", ["ddp", "fsdp2"])
-def test_two_go_on_from_one(then, alone, pipelines, shards, tmp_path):
-    parts = {"teacher": str(pipelines("mmdit")), "data": str(shards)}
+def test_two_go_on_from_one(then, alone, parts, tmp_path):
+    parts = {**parts, "method": "add"}
     run(tmp_path / "first", processes=1, accumulate=2, save_at=2, **parts)
     saved = str(tmp_path / "first" / "step_000002.ckpt")
     ends = run(tmp_path / "then", processes=2, strategy=then, resume=saved, **parts)
-    assert_same_end(ends[0], alone)
+    assert_same_end(ends[0], alone("add"))
 
 
-def test_a_bad_gradient_in_one_process_is_left_out_in_both(pipelines, shards, tmp_path):
-    parts = {"teacher": str(pipelines("mmdit")), "data": str(shards)}
-    ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], **parts)
+@each_method
+def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_path):
+    ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], method=method, **parts)
     assert [end["skipped"] for end in ends] == [1, 1]
     assert all(torch.isfinite(v).all() for end in ends for v in end["student"].values())
     assert tiny.same(ends[0]["student"], ends[1]["student"])

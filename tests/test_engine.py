@@ -13,6 +13,7 @@ from distill.data import source
 from distill.methods.base import Engine
 
 toy = tiny.Toy()
+METHODS = [pytest.param(make, id=name) for name, make in tiny.METHODS.items()]
 
 
 def fitted(method, folder, steps, *, size=4, start=0, checkpoint=None, callbacks=()):
@@ -211,8 +212,9 @@ def test_impossible_options_are_named(options, message):
 # -- checkpoints and resume ------------------------------------------------------------------------------------------
 
 
-def test_checkpoint_holds_the_players_alone_and_no_code(teacher, tmp_path, shards):
-    method = tiny.ladd(teacher)
+@pytest.mark.parametrize("make", METHODS)
+def test_checkpoint_holds_the_players_alone_and_no_code(make, teacher, tmp_path, shards):
+    method = make(teacher)
     running = tiny.trainer(tmp_path, 1)
     running.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
     path = tmp_path / "one.ckpt"
@@ -226,6 +228,7 @@ def test_checkpoint_holds_the_players_alone_and_no_code(teacher, tmp_path, shard
     students = sum(p.numel() for p in method.student.parameters())
     heads = sum(p.numel() for p in method.heads.parameters())
     numbers = 4 * students + 3 * heads  # weights and two moments each, and the student's average
+    numbers += sum(b.numel() for b in method.heads.buffers())
     assert path.stat().st_size < 1.1 * 4 * numbers + 300_000
 
 
@@ -255,13 +258,14 @@ def assert_same_state(a, b):
     assert a["counts"] == b["counts"]
 
 
+@pytest.mark.parametrize("make", METHODS)
 @pytest.mark.parametrize(
     "options",
     [{}, {"head_start": 2, "discriminator_updates": 2}, {"accumulate": 2, "schedule": "cosine", "warmup_steps": 4}],
     ids=["plain", "head_start", "accumulate"],
 )
-def test_resumed_run_is_the_uninterrupted_one(options, tmp_path):
-    whole = tiny.ladd(toy, **options)
+def test_resumed_run_is_the_uninterrupted_one(make, options, tmp_path):
+    whole = make(toy, **options)
     expected = state(whole, fitted(whole, tmp_path, 6))
 
     class Killed(L.Callback):
@@ -272,10 +276,10 @@ def test_resumed_run_is_the_uninterrupted_one(options, tmp_path):
                 trainer.save_checkpoint(tmp_path / "killed.ckpt")
                 trainer.should_stop = True
 
-    fitted(tiny.ladd(toy, **options), tmp_path, 6, callbacks=[Killed()])
+    fitted(make(toy, **options), tmp_path, 6, callbacks=[Killed()])
     torch.manual_seed(12345)  # the rest must not depend on the global state
     kept = torch.load(tmp_path / "killed.ckpt", weights_only=True)["distill"]
-    resumed = tiny.ladd(toy, seed=0, **options)
+    resumed = make(toy, seed=0, **options)
     tiny.shake(resumed.student, 99)  # what the checkpoint does not bring back would show
     tiny.shake(resumed.heads, 98)
     start = kept["iteration"] * options.get("accumulate", 1)
@@ -283,21 +287,22 @@ def test_resumed_run_is_the_uninterrupted_one(options, tmp_path):
     assert_same_state(state(resumed, running), expected)
 
 
-def test_resumed_run_on_a_pipeline_is_the_uninterrupted_one(teacher, tmp_path, shards):
+@pytest.mark.parametrize("make", METHODS)
+def test_resumed_run_on_a_pipeline_is_the_uninterrupted_one(make, teacher, tmp_path, shards):
     data = source.latents(str(shards), batch_size=2)
-    whole = tiny.ladd(teacher)
+    whole = make(teacher)
     running = tiny.trainer(tmp_path, 6)
     running.fit(whole, data.loader(seed=0))
     expected = state(whole, running)
 
-    first = tiny.ladd(teacher)
+    first = make(teacher)
     running = tiny.trainer(tmp_path, 3)
     running.fit(first, data.loader(seed=0))
     path = tmp_path / "three.ckpt"
     running.save_checkpoint(path)
     assert not tiny.same(tiny.weights(first.student), expected["student"])
 
-    second = tiny.ladd(teacher)
+    second = make(teacher)
     running = tiny.trainer(tmp_path, 6)
     running.fit(second, data.loader(seed=0, start=3), ckpt_path=path, weights_only=True)
     assert_same_state(state(second, running), expected)

@@ -18,9 +18,11 @@ import tiny
 STEPS = 12
 
 
-def arguments(pipelines, shards, folder, workers=0):
+def arguments(pipelines, shards, folder, workers=0, method="ladd"):
     return [
         "debug=smoke",
+        f"method={method}",
+        *([f"discriminator.features.path={tiny.vit()}"] if method == "add" else []),
         f"teacher.path={pipelines('mmdit')}",
         f"data.path={shards}",
         f"data.num_workers={workers}",
@@ -50,12 +52,15 @@ def end_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_any_moment_it_ends_with_the_same_bits(workers, pipelines, shards, tmp_path):
+@pytest.mark.parametrize(("method", "workers"), [("ladd", 0), ("ladd", 2), ("add", 0)])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(method, workers, pipelines, shards, tmp_path):
     """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may pass for a whole."""
-    assert start(arguments(pipelines, shards, tmp_path / "whole", workers), tmp_path).wait(timeout=300) == 0
+    assert start(arguments(pipelines, shards, tmp_path / "whole", workers, method), tmp_path).wait(timeout=300) == 0
     chance = random.Random(7 + workers)
-    command, checkpoints = arguments(pipelines, shards, tmp_path / "parts", workers), tmp_path / "parts" / "checkpoints"
+    command, checkpoints = (
+        arguments(pipelines, shards, tmp_path / "parts", workers, method),
+        tmp_path / "parts" / "checkpoints",
+    )
     for kill in ("while writing", "at random", "at random"):
         process, had = start(command, tmp_path), set(checkpoints.glob("step_*.ckpt"))
         wait = chance.uniform(0.0, 0.4)

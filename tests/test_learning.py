@@ -1,4 +1,4 @@
-"""Does LADD learn? One step of the toy's teacher lands halfway between two modes; LADD must move it to the modes.
+"""Does a method learn? One step of the toy's teacher lands halfway between two modes; it must move it to the modes.
 
 Signs and detachments are easy to get wrong and still give finite losses; with the student's sign flipped this fails.
 """
@@ -26,9 +26,9 @@ def distance(student) -> float:
     return float(toy.distance(one_step(student)).mean())
 
 
-def trained(folder, *, sign: float = 1.0):
+def trained(folder, make, *, sign: float = 1.0):
     options = {"schedule": "cosine", "final_rate": 0.05, "ema_decay": 0.95}
-    method = tiny.ladd(toy, rate=2e-3, critic_rate=5e-3, **options)
+    method = make(toy, rate=2e-3, critic_rate=5e-3, **options)
     method.adversarial = replace(method.adversarial, own=lambda margin: sign * margin)  # of the hinge
     tiny.trainer(folder, STEPS).fit(method, tiny.Stream(toy, BATCH).loader())
     method.student.load_state_dict(method.ema.state_dict(), strict=False)
@@ -48,14 +48,19 @@ def test_the_toy_is_what_its_docstring_says():
     assert distance(tiny.ladd(toy).student) == pytest.approx(1.0, abs=1e-6)
 
 
+each_method = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in tiny.METHODS.items()])
+
+
 @pytest.mark.slow
-def test_one_step_samples_come_to_the_modes(tmp_path):
-    student = trained(tmp_path)
+@each_method
+def test_one_step_samples_come_to_the_modes(make, tmp_path):
+    student = trained(tmp_path, make)
     assert distance(student) < 0.5  # from 1; the data's own is 0.1
     on_first = ((one_step(student) * toy.mode).mean((1, 2, 3)) > 0).float().mean()
     assert 0.2 < float(on_first) < 0.8  # and to both of them
 
 
 @pytest.mark.slow
-def test_with_the_sign_flipped_they_do_not(tmp_path):
-    assert distance(trained(tmp_path, sign=-1.0)) > 1.0
+@each_method
+def test_with_the_sign_flipped_they_do_not(make, tmp_path):
+    assert distance(trained(tmp_path, make, sign=-1.0)) > 1.0

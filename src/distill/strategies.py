@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from distill.files import gathered, like, read, remove, split, write
 
@@ -31,18 +32,22 @@ class DataParallel(DDPStrategy):
             dist.broadcast(tensor.data, src=0)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over the processes."""
-        if self.world_size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p in parameters]):
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        _average(parameters, self.world_size)
+
+
+def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
+    """Replace each gradient by its mean over the processes."""
+    if world == 1 or not parameters:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([p.grad for p in parameters]):
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat)
+        flat /= world
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -60,6 +65,7 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 class FullyShardedDataParallel(ModelParallelStrategy):
     """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block when they run.
 
+    Heads under R1 stay whole: a gradient of a gradient reads weights that FSDP2 has let go of by then.
     With sharded_checkpoints every process writes its own part, into a folder, instead of all into one file;
     reduce_dtype is that of the gradient's sum over processes.
     """
@@ -79,6 +85,10 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         mesh = self.device_mesh["data_parallel"]
         for part in (*_blocks(module), module):
             fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=self._policy)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Of what is whole; FSDP2 has averaged those of its parts."""
+        _average([p for p in parameters if not isinstance(p, DTensor)], self.world_size)
 
     # -- checkpoints: whole ones are the very files that one process writes, so that any number may go on from them ----
 

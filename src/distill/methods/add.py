@@ -67,6 +67,7 @@ class ADD(Distillation):
         self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
         self.in_pixels, self.negative = distill_space == "pixels", negative
         self.r1_weight, self.r1_every, self.crop, self.checkpointing = r1_weight, r1_every, crop, checkpointing
+        self.second_order = r1_weight > 0
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         s = self.levels.sample(len(batch), self.step, generator)

@@ -65,6 +65,8 @@ class Engine:
 class Distillation(L.LightningModule):
     """Abstract: a teacher teaches a student against a discriminator. Concrete methods give the two objectives."""
 
+    second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
+
     def __init__(
         self,
         *,
@@ -147,7 +149,7 @@ class Distillation(L.LightningModule):
             return
         self.sharded = True
         teacher: Any = self.teacher  # only whole pipelines are cut up
-        for network in (self.student.model, self.heads, teacher.network.model):
+        for network in (self.student.model, teacher.network.model, *([] if self.second_order else [self.heads])):
             shard(network)
         self.ema = Ema(self.student, decay=self.engine.ema_decay)
 

@@ -53,6 +53,7 @@ class LADD(Distillation):
         super().__init__(**engine)
         self.levels, self.renoise, self.adversarial = levels, renoise, adversarial(loss)
         self.shared, self.r1_weight, self.distill_weight = shared, r1_weight, distill_weight
+        self.second_order = r1_weight > 0
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         t = self.levels.sample(len(batch), self.step, generator)
