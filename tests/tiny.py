@@ -205,7 +205,10 @@ def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_option
 
 
 class ToyImages:
-    """The toy's own maps as those of an image network: tokens, and their mean for a class token."""
+    """The toy's own maps as those of an image network: tokens, and their mean for a class token.
+
+    Bounded, as a network with norms is: batch norm in the heads forgets scales, and a sample might grow without end.
+    """
 
     space, width = "pixels", 16
 
@@ -213,10 +216,10 @@ class ToyImages:
         self.toy, self.channels = toy, toy.channels
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
-        return [m.flatten(2) for m in self.toy.features(x, t, cond, list(self.channels))]
+        return [m.flatten(2).tanh() for m in self.toy.features(x, t, cond, list(self.channels))]
 
     def describe(self, x: Tensor) -> Tensor:
-        return self.toy.features(x, x[:, 0], None, ["second"])[0].mean((2, 3))
+        return self.toy.features(x, x[:, 0], None, ["second"])[0].tanh().mean((2, 3))
 
 
 @functools.cache
