@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import tiny
-from distill.sampling import consistency, seeded
+from distill.sampling import Consistency, seeded
 
 STEPS, BATCH = 800, 64
 toy = tiny.Toy()
 
 
 def one_step(student, n: int = 512) -> torch.Tensor:
-    return consistency(student, toy.embed([""] * n), seeded(range(n)), shape=toy.shape, steps=1)
+    return Consistency()(student, toy.embed([""] * n), seeded(range(n)), shape=toy.shape, steps=1)
 
 
 def distance(student) -> float:

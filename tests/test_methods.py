@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 import distill.methods.add
 import distill.methods.ladd
 import tiny
 from distill.data import source
 from distill.distillation import ScoreDistillation
+from distill.teachers.decoder import TinyDecoder
 
 BOTH, ALL = {"adv"}, {"adv", "distill"}
 METHODS = {  # name -> (how to make it, its discriminator's terms, its student's)
@@ -136,6 +138,26 @@ def test_student_starts_as_the_teacher_and_shares_nothing_with_it(teacher):
         tiny.shake(method.student, 9)
         assert torch.equal(teacher.x0(batch.x0, t, batch.cond), before)
         assert not torch.allclose(method.student.x0(batch.x0, t, batch.cond), before, atol=1e-2)
+
+
+def test_a_small_decoder_may_stand_in_for_the_autoencoder(teachers, tmp_path):
+    """It decodes both, the gradient passes through it, and sampling keeps the teacher's own."""
+    torch.manual_seed(0)
+    shape = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
+    blocks = {"num_encoder_blocks": (1,) * 3, "num_decoder_blocks": (1,) * 3}
+    AutoencoderTiny(**shape, **blocks).save_pretrained(tmp_path)
+    teacher = teachers("unet")
+    decoder = TinyDecoder(str(tmp_path)).train()
+    method = tiny.add(teacher, options={"decoder": decoder})
+    batch = tiny.simple_batch(method)
+    fake = method.fake(batch, method._generator(0))
+    expected = AutoencoderTiny.from_pretrained(tmp_path).decode(fake["x0_hat"]).sample
+    torch.testing.assert_close(fake["pixels"], expected)
+    method._log = {}
+    sum(method.student_loss(batch, fake, method._generator(0)).values()).backward()
+    assert with_gradient(method.student) > 0
+    assert untouched(decoder)
+    assert not torch.allclose(teacher.decode(batch.x0), decoder(batch.x0), atol=1e-2)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

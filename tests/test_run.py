@@ -19,7 +19,7 @@ from PIL import Image
 
 import tiny
 
-TEACHERS = {"mmdit": "shapes", "unet": "shapes_unet"}
+TEACHERS = {"mmdit": "shapes", "unet": "shapes_unet", "sdxl": "sdxl"}
 NO_JUDGE = "~metrics"
 
 
@@ -52,6 +52,35 @@ def smoke_arguments(family, pipelines, shards, folder, *more):
         NO_JUDGE,
         *more,
     ]
+
+
+ADD = ["method=add", "discriminator.features.size=64", "discriminator.condition.text=teacher"]
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"), [("mmdit", "consistency"), ("unet", "ancestral"), ("sdxl", "ancestral")]
+)
+def test_add_runs_on_every_teacher(family, sampler, command, pipelines, shards, tmp_path):
+    folder, eyes = (
+        tmp_path / "run",
+        [f"discriminator.features.path={tiny.vit()}", "discriminator.condition.image=features"],
+    )
+    arguments = smoke_arguments(family, pipelines, shards, folder, *ADD, *eyes, f"sampler={sampler}")
+    assert command("run", *arguments)[0] == 0
+    rows = terms_of(folder)
+    assert len(rows) == 2
+    assert all(float(row[name]) > 0 for row in rows for name in ("d/adv", "d/r1", "g/distill", "g/grad_norm"))
+    index = json.loads((folder / "student" / "model_index.json").read_text())
+    scheduler = {"mmdit": "FlowMatchEulerDiscreteScheduler"}.get(family, "EulerAncestralDiscreteScheduler")
+    assert index["scheduler"] == ["diffusers", scheduler]
+    start = tmp_path / "start.png"
+    Image.new("RGB", (100, 80), (200, 30, 30)).save(start)
+    sample = [f"run={folder}", "prompt=a red square", f"out={tmp_path / 'out'}", f"image={start}"]
+    assert command("sample", *sample, "steps=2")[0] == 0
+    (made,) = (tmp_path / "out").iterdir()
+    assert Image.open(made).text["strength"] == "0.5"
+    code, _, err = command("sample", *sample, "steps=1")
+    assert (code, err) == (1, "distill: steps=1 strength=0.5: their product must be at least 1; use steps=2\n")
 
 
 def terms_of(folder):

@@ -7,11 +7,17 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 
 import tiny
 from distill.build import student_of
-from distill.sampling import Guided, consistency, draw_noise, guided, seeded
+from distill.sampling import Consistency, EulerAncestral, Guided, draw_noise, guided, sampler_of, seeded
 from distill.students import full, save_pipeline
 
 PROMPT, SEED = tiny.CAPTIONS[0], 5
@@ -27,11 +33,15 @@ def exported(teachers, tmp_path_factory):
             student = tiny.shake(full(teachers(family)), 21, std=0.03).eval()
             made[family] = (
                 student,
-                save_pipeline(student, teachers(family), tmp_path_factory.mktemp("export") / "student"),
+                saved(student, teachers(family), tmp_path_factory.mktemp("export") / "student"),
             )
         return made[family]
 
     return of
+
+
+def saved(student, teacher, folder, sampler=None):
+    return save_pipeline(student, teacher, folder, (sampler or Consistency()).scheduler(student, teacher))
 
 
 def opened(folder):
@@ -43,7 +53,7 @@ def opened(folder):
 def ours(teacher, student, *, steps, seed=SEED, prompt=PROMPT):
     """Pixels of the consistency sampler as diffusers gives them: [S, S, 3] in [0, 1]."""
     with torch.no_grad():
-        x0 = consistency(student, teacher.embed([prompt]), seeded([seed]), shape=teacher.latent_shape, steps=steps)
+        x0 = Consistency()(student, teacher.embed([prompt]), seeded([seed]), shape=teacher.latent_shape, steps=steps)
         return (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
 
 
@@ -54,8 +64,9 @@ def eight_bit(pixels):
 # -- the exported folder ---------------------------------------------------------------------------------------------
 
 
-def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teacher, exported):
-    student, folder = exported(family)
+@pytest.mark.parametrize("family", ["mmdit", "unet", "sdxl"])
+def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teachers, exported):
+    teacher, (student, folder) = teachers(family), exported(family)
     picture = opened(folder)(
         PROMPT,
         num_inference_steps=1,
@@ -144,7 +155,7 @@ def test_exporting_again_replaces_the_folder(teachers, tmp_path):
     folder.mkdir()
     (folder / "old.txt").touch()
     student = full(teacher)
-    assert save_pipeline(student, teacher, folder) == folder
+    assert saved(student, teacher, folder) == folder
     assert not (folder / "old.txt").exists()
     loaded = student_of(str(folder))
     for name, value in student.model.state_dict().items():
@@ -182,7 +193,7 @@ def test_both_samplers_start_from_pure_noise(steps, family, teacher, monkeypatch
         guided(teacher, cond, seeded([0]), shape=shape, steps=steps, guidance=3.0)
 
     def by_student():
-        consistency(teacher, cond, seeded([0]), shape=shape, steps=steps)
+        Consistency()(teacher, cond, seeded([0]), shape=shape, steps=steps)
 
     for run in (by_teacher, by_student):
         grid = [1 - i / steps for i in range(steps)]
@@ -263,7 +274,7 @@ def test_a_seed_is_the_same_picture_in_any_batch(sampler, teacher):
     def draw(numbers):
         cond = teacher.embed([tiny.CAPTIONS[i] for i in numbers])
         if sampler == "consistency":
-            return consistency(teacher, cond, seeded(numbers), shape=shape, steps=2)
+            return Consistency()(teacher, cond, seeded(numbers), shape=shape, steps=2)
         return guided(teacher, cond, seeded(numbers), shape=shape, steps=2, guidance=3.0)
 
     together, backwards, alone = draw([0, 1, 2]), draw([2, 1, 0]), draw([1])
@@ -279,3 +290,60 @@ def test_noise_is_drawn_as_a_pipeline_draws_it():
     expected = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(4))
     assert torch.equal(first[1:], expected)
     assert not torch.equal(draw_noise((4, 16, 16), generators), first)
+
+
+# -- Euler-ancestral -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "steps"), [("unet", 1), ("unet", 2), ("unet", 4), ("sdxl", 4)])
+def test_ancestral_steps_of_the_exported_unet_are_our_sampler(family, steps, teachers, exported, tmp_path):
+    teacher, (student, _) = teachers(family), exported(family)
+    pipeline = opened(saved(student, teacher, tmp_path / "student", EulerAncestral()))
+    assert type(pipeline.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert isinstance(sampler_of(pipeline), EulerAncestral)
+    options = {"num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "np"}
+    found = pipeline(PROMPT, generator=torch.Generator().manual_seed(SEED), **options).images[0]
+    with torch.no_grad():
+        cond, shape = teacher.embed([PROMPT]), teacher.latent_shape
+        x0 = EulerAncestral()(student, cond, seeded([SEED]), shape=shape, steps=steps)
+        expected = (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
+    assert (eight_bit(torch.from_numpy(found)) - eight_bit(expected)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [(EulerAncestral(), 0.5), (Consistency(), 0.5), (Consistency(), 1.0)])
+def test_an_image_is_gone_on_from_as_diffusers_does(sampler, strength, teachers, exported, tmp_path):
+    teacher, (student, _) = teachers("unet"), exported("unet")
+    folder = saved(student, teacher, tmp_path / "student", sampler)
+    pipeline = AutoPipelineForImage2Image.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = torch.rand(1, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        image, cond = teacher.encode(pixels * 2 - 1), teacher.embed([PROMPT])
+        # It draws the autoencoder's posterior before the noise; handed latents, it takes them as they are.
+        options = {"num_inference_steps": 2, "guidance_scale": 0.0, "strength": strength, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(SEED)
+        found = pipeline(PROMPT, image=image, generator=generator, **options).images
+        how = {"shape": teacher.latent_shape, "steps": 2, "image": image, "strength": strength}
+        expected = sampler(student, cond, seeded([SEED]), **how)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_trained_levels_are_taken_from_the_front():
+    sampler = Consistency(levels=[1.0, 0.9, 0.8, 0.7])
+    assert [sampler.grid(n) for n in (1, 2, 4)] == [[1.0], [1.0, 0.9], [1.0, 0.9, 0.8, 0.7]]
+    assert Consistency().grid(4, 0.5) == [0.5, 0.25]
+    with pytest.raises(ValueError, match="steps=5: this sampler knows 4 levels"):
+        sampler.grid(5)
+    for wrong in ([0.5, 0.9], [1.2, 0.5], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="must fall from at most 1"):
+            Consistency(levels=wrong)
+
+
+def test_what_leaves_no_step_or_cannot_begin_is_refused(teachers):
+    with pytest.raises(ValueError, match=r"steps=1 strength=0.5: their product must be at least 1; use steps=2"):
+        Consistency().grid(1, 0.5)
+    with pytest.raises(ValueError, match="strength=1.5"):
+        Consistency().grid(1, 1.5)
+    with pytest.raises(ValueError, match="use sampler=consistency"):
+        EulerAncestral().check(teachers("mmdit").network)
+    EulerAncestral().check(teachers("unet").network)

@@ -12,6 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
@@ -132,6 +133,30 @@ def test_guided_estimate_is_the_x0_of_ddim(teachers, pipelines, index):
     assert (unguided - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
+def test_sdxl_is_its_pipeline_guided_by_its_own_empty_caption(teachers, pipelines):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines("sdxl"), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    estimates, step = [], pipeline.scheduler.step
+
+    def spy(output, index, x_t, **options):
+        estimates.append((int(index), step(output, index, x_t, return_dict=True).pred_original_sample))
+        return step(output, index, x_t, **options)
+
+    pipeline.scheduler.step = spy
+    teacher, x_t = teachers("sdxl"), noise(2, 4, 16, 16)
+    pipeline(PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    ((index, expected),) = estimates
+    t = teacher.process.time(torch.tensor([index, index]))
+    with torch.no_grad():
+        x0 = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+        unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
+        other_size = teacher.x0(noise(2, 4, 8, 8), t, teacher.embed(PROMPTS))
+    torch.testing.assert_close(x0, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert (unguided - expected).abs().max() > 1e-2 * expected.abs().max()
+    assert other_size.shape == (2, 4, 8, 8)
+    assert list(teacher.channels) == ["down0", "down1", "mid", "up0", "up1"]
+
+
 def test_encode_and_decode_use_the_scale_and_shift_of_the_file(teacher, family):
     pixels = noise(2, 3, tiny.SIDE, tiny.SIDE).clamp(-1, 1)
     shift = {"mmdit": 0.1, "unet": 0.0}[family]
@@ -143,6 +168,24 @@ def test_encode_and_decode_use_the_scale_and_shift_of_the_file(teacher, family):
     x = latents.clone().requires_grad_()
     teacher.decode(x).sum().backward()
     assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["mmdit", "unet", "sdxl"])
+def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, pipelines):
+    """What goes in and comes out has the precision of the caller, and its student has float32."""
+    half = type(teachers(family))(str(pipelines(family)), dtype="bfloat16")
+    exact, x_t, t = teachers(family), noise(2, 4, 16, 16).requires_grad_(), torch.tensor([0.9, 0.4])
+    cond = half.embed(PROMPTS)
+    assert next(half.network.parameters()).dtype == torch.bfloat16
+    x0, taps = half.x0(x_t, t, cond), list(half.channels)
+    pixels = half.decode(half.encode(noise(2, 3, tiny.SIDE, tiny.SIDE)))
+    maps = half.features(x_t, t, cond, taps)
+    assert {x.dtype for x in (cond.tokens, cond.pooled, x0, pixels, *maps)} == {torch.float32}
+    expected = exact.x0(x_t, t, exact.embed(PROMPTS))
+    assert (x0 - expected).norm() < 0.1 * expected.norm()
+    sum(m.square().mean() for m in maps).backward()
+    assert x_t.grad.abs().max() > 0
+    assert {p.dtype for p in half.network.twin().parameters()} == {torch.float32}
 
 
 # -- taps ------------------------------------------------------------------------------------------------------------

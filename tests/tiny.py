@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import lightning as L
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
@@ -53,11 +55,45 @@ def write_pipeline(family: str, folder: Path) -> Path:
     autoencoder = shake(vae.build(SIDE), 1, std=0.02)
     # Each family writes its own scale and, where its pipeline knows one, its own shift.
     autoencoder.register_to_config(scaling_factor=0.8, shift_factor=0.1 if family == "mmdit" else None)
-    if family == "mmdit":
+    if family == "sdxl":
+        write_sdxl(autoencoder, clip, tokenizer, folder)
+    elif family == "mmdit":
         assemble.save_sd3(shake(diffusion.build_mmdit(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder)
     else:
         assemble.save_sd(shake(diffusion.build_unet(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder)
     return folder
+
+
+def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
+    """Two text encoders, of which the second pools, and a UNet that is told of both and of the size."""
+    from distill.pretraining import assemble
+
+    width, pooled = clip.config.text_config.hidden_size, clip.config.projection_dim
+    net = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * width,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + pooled,
+    )
+    texts = {
+        "text_encoder": assemble.half_of(clip, transformers.CLIPTextModel, "text"),
+        "text_encoder_2": assemble.half_of(clip, transformers.CLIPTextModelWithProjection, "text"),
+        **{"tokenizer": tokenizer, "tokenizer_2": tokenizer, "force_zeros_for_empty_prompt": True},
+    }
+    scheduler = diffusers.DDIMScheduler(**assemble.SCHEDULE)
+    whole = diffusers.StableDiffusionXLPipeline(
+        unet=shake(net, 2), vae=vae, scheduler=scheduler, add_watermarker=False, **texts
+    )
+    assemble.save_half(whole, folder)
 
 
 def write_shards(folder: Path, count: int = 24) -> Path:

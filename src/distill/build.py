@@ -24,6 +24,7 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
+    "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
 }
 ONE_OR_MORE = ("data.batch_size", "optimizer.accumulate", *(f"trainer.{k}" for k in ("max_steps", "num_nodes")))
 COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(ONE_OR_MORE, 1)
@@ -71,6 +72,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     warnings.filterwarnings("ignore", message=EXPECTED)
     source = make(cfg.data)  # first: what is wrong with it shows in a moment
     teacher = make(cfg.teacher)
+    make(cfg.sampler).check(teacher.network)
     _refuse_misfit(cfg, source.dataset, teacher)
     return source, make(cfg.method)(
         teacher=teacher,

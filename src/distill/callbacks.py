@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 
 from distill.files import whole
 from distill.methods.base import Distillation
-from distill.sampling import consistency, seeded
+from distill.sampling import Consistency, seeded
 from distill.shapes.judge import judging_prompts
 
 log = logging.getLogger("distill.health")
@@ -128,6 +128,6 @@ class Samples(L.Callback):
             return
         cond, generators = teacher.embed(self.prompts), seeded(range(len(self.prompts)))
         with pl_module.ema.swap():
-            x0 = consistency(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
+            x0 = Consistency()(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
         if trainer.is_global_zero:
             save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)

@@ -16,13 +16,14 @@ def judge(cfg: DictConfig) -> None:
 
     from distill import build
     from distill.report import write_report
+    from distill.sampling import sampler_of
 
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"run={cfg.run}: not a run folder (it has no config.yaml)")
     student = build.student_of(cfg.run)
     teacher = build.make(OmegaConf.load(folder / "config.yaml").teacher)
-    print(build.table(build.make(cfg.metrics)(student, teacher, folder)))
+    print(build.table(build.make(cfg.metrics)(student, teacher, folder, sampler_of(student.pipeline))))
     print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from distill.sampling import consistency, guided, seeded
+from distill.sampling import Consistency, FewSteps, guided, seeded
 from distill.shapes.judge import Judge, judging_prompts
 from distill.shapes.world import Prompt
 from distill.teachers.network import PipelineTeacher
@@ -40,11 +40,13 @@ class Shapes:
     guidance: float = 3.0
     seed: int = 0
 
-    def __call__(self, student: Denoiser, teacher: PipelineTeacher, folder: Path) -> list[dict[str, Any]]:
+    def __call__(
+        self, student: Denoiser, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
+    ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
         judge, shape, rows, strips = Judge.load(), teacher.latent_shape, [], []
         by_teacher = partial(guided, teacher, shape=shape, guidance=self.guidance)
-        by_student = partial(consistency, student, shape=shape)
+        by_student = partial(sampler or Consistency(), student, shape=shape)
         samplers = [("teacher", n, by_teacher) for n in self.teacher_steps]
         samplers += [("student", n, by_student) for n in self.student_steps]
         for who, n, sampler in samplers:

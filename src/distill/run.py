@@ -74,10 +74,11 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     from distill.report import write_report
     from distill.students import save_pipeline
 
-    teacher, student = build.whole(cfg, method, average)
-    print(f"student: {save_pipeline(student, teacher, folder / 'student')}")
+    (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
+    scheduler = sampler.scheduler(student, teacher)
+    print(f"student: {save_pipeline(student, teacher, folder / 'student', scheduler)}")
     if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
-        rows = compose.make(cfg.metrics)(student, teacher, folder)
+        rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
         print(build.table(rows))
     RunRecord(folder).finished()
     print(f"report: {write_report(folder)}")

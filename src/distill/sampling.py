@@ -1,18 +1,28 @@
 """Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no gradient.
 
-consistency (LADD, LCM):  x0 = student(x_t, t);  x_t' = alpha_t' x0 + sigma_t' z,  z fresh,  t = 1, 1 - 1/n, ..., 1/n
-guided teacher:           x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
+students:        consistency (LADD) or Euler-ancestral (ADD) steps, t = 1, 1 - 1/n, ..., 1/n
+guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from torch import Tensor
 
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.network import Network, PipelineTeacher
 from distill.types import Cond, Denoiser
 
 
@@ -41,20 +51,138 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> T
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
 
 
-@torch.no_grad()
-def consistency(
-    student: Denoiser, cond: Cond, generators: Sequence[torch.Generator], *, shape: Sequence[int], steps: int
-) -> Tensor:
-    """Latents [B, *shape] in `steps` student evaluations without guidance."""
-    device = cond.tokens.device
-    x_t = draw_noise(shape, generators).to(device)
-    for i in range(steps):
-        t = torch.full((len(x_t),), 1 - i / steps, device=device)
-        x0 = student.x0(x_t, t, cond)
-        if i < steps - 1:
-            later = torch.full_like(t, 1 - (i + 1) / steps)
-            x_t = student.process.diffuse(x0, draw_noise(shape, generators).to(device), later)
-    return x0
+def check_strength(steps: int, strength: float) -> None:
+    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to be made."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength}: must be above 0 and at most 1")
+    if int(steps * strength) < 1:
+        needed = math.ceil(1 / strength)
+        raise ValueError(f"steps={steps} strength={strength}: their product must be at least 1; use steps={needed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSteps(ABC):
+    """A sampler of students: estimate x0, go to the next level, without guidance.
+
+    levels: the first n of them are the n steps; None: 1, 1 - 1/n, ..., 1/n, as diffusers' trailing spacing.
+    """
+
+    levels: Sequence[float] | None = None
+    finite: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        falling = self.levels is None or all(a > b for a, b in itertools.pairwise([*self.levels, 0.0]))
+        if not falling or (self.levels is not None and not 0 < self.levels[0] <= 1):
+            raise ValueError(f"sampler.levels={self.levels}: must fall from at most 1, and stay above 0")
+
+    def grid(self, steps: int, strength: float = 1.0) -> list[float]:
+        """The levels of `steps` steps; of them the last int(steps * strength), as diffusers has it for images."""
+        check_strength(steps, strength)
+        if self.levels is not None and steps > len(self.levels):
+            raise ValueError(f"steps={steps}: this sampler knows {len(self.levels)} levels")
+        every = [1 - i / steps for i in range(steps)] if self.levels is None else list(self.levels[:steps])
+        return every[steps - int(steps * strength) :]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        student: Denoiser,
+        cond: Cond,
+        generators: Sequence[torch.Generator],
+        *,
+        shape: Sequence[int],
+        steps: int,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Tensor:
+        """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the first level left."""
+        grid, device = self.grid(steps, 1.0 if image is None else strength), cond.tokens.device
+
+        def level(value: float) -> Tensor:
+            return torch.full((len(cond),), value, device=device)
+
+        x_t = draw_noise(shape, generators).to(device)
+        if image is not None:
+            x_t = student.process.diffuse(image, x_t, level(grid[0]))
+        elif grid[0] == 1:
+            x_t = self._first(student, x_t)
+        for now, later in itertools.pairwise([*grid, 0.0]):
+            x0 = student.x0(x_t, level(now), cond)
+            if later > 0:
+                noise = draw_noise(shape, generators).to(device)
+                x_t = self._next(student, x_t, x0, level(now), level(later), noise)
+        return x0
+
+    def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
+        """What stands for x_1."""
+        return noise
+
+    @abstractmethod
+    def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
+        """x at the level `later`."""
+
+    def check(self, network: Any) -> None:
+        """Raise ValueError for a network that cannot be sampled so."""
+        if self.finite and (network.prediction == "flow" or network.process.ends_in_noise):
+            raise ValueError(
+                f"sampler={type(self).__name__} begins at a finite ratio of noise to data, which this teacher "
+                "never reaches; use sampler=consistency"
+            )
+
+    @abstractmethod
+    def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
+        """The diffusers scheduler that does the same."""
+
+
+class Consistency(FewSteps):
+    """x_t' = alpha_t' x0 + sigma_t' z with fresh z (LCM, LADD)."""
+
+    def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
+        return student.process.diffuse(x0, noise, later)
+
+    def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
+        """Flow: no shift, for the levels were trained as they are.
+
+        eps and v: four original steps, so that 1, 2 and 4 steps begin at 999, (999, 499) and (999, 749, 499, 249).
+        """
+        if student.prediction == "flow":
+            return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+        return LCMScheduler(**_schedule_of(teacher), original_inference_steps=4, clip_sample=False)
+
+
+class EulerAncestral(FewSteps):
+    """Euler's step to a lower noise, and fresh noise up to the next level: the sampler of SD-Turbo and SDXL-Turbo.
+
+    With rho = sigma / alpha and z = x / alpha:  up^2 = rho'^2 (rho^2 - rho'^2) / rho^2,  down^2 = rho'^2 - up^2,
+    z' = x0 + (z - x0) down / rho + up n. It begins at rho(1) n, which must be finite: not for flows.
+    """
+
+    finite = True
+
+    def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
+        return student.process.diffuse(torch.zeros_like(noise), noise, torch.ones(len(noise), device=noise.device))
+
+    def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
+        process, column = student.process, (-1, *[1] * (x_t.ndim - 1))
+        rho, rho_later = ((process.sigma(at) / process.alpha(at)).view(column) for at in (t, later))
+        up = rho_later * (rho**2 - rho_later**2).sqrt() / rho
+        down = (rho_later**2 - up**2).sqrt()
+        z = x0 + (x_t / process.alpha(t).view(column) - x0) * down / rho + up * noise
+        return process.alpha(later).view(column) * z
+
+    def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
+        self.check(student)
+        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), timestep_spacing="trailing")
+
+
+def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    return {key: value for key, value in teacher.pipeline.scheduler.config.items() if key in kept}
+
+
+def sampler_of(pipeline: Any) -> FewSteps:
+    """The sampler that an exported pipeline's scheduler stands for."""
+    return EulerAncestral() if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler) else Consistency()
 
 
 @torch.no_grad()

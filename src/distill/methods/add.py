@@ -38,6 +38,7 @@ class ADD(Distillation):
         loss: hinge, non_saturating or relativistic.
         r1_weight: gamma; every `r1_every`-th iteration, times as much.
         negative: caption of nfsd.
+        decoder: what makes pixels of latents in the losses; None takes the teacher's.
         crop: side in latent cells of the random square that is decoded; None decodes all.
         checkpointing: compute the decoder's activations again in backward instead of keeping them.
     """
@@ -56,6 +57,7 @@ class ADD(Distillation):
         r1_weight: float = 1e-5,
         r1_every: int = 1,
         negative: str | None = None,
+        decoder: Any = None,
         crop: int | None = None,
         checkpointing: bool = True,
         **engine: Any,
@@ -66,6 +68,7 @@ class ADD(Distillation):
         self.levels, self.distill, self.adversarial = levels, distill, adversarial(loss)
         self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
         self.in_pixels, self.negative = distill_space == "pixels", negative
+        self._frozen = (*self._frozen, decoder)
         self.r1_weight, self.r1_every, self.crop, self.checkpointing = r1_weight, r1_every, crop, checkpointing
         self.second_order = r1_weight > 0
 
@@ -125,7 +128,7 @@ class ADD(Distillation):
         return slice(first[0], first[0] + self.crop), slice(first[1], first[1] + self.crop)
 
     def _decode(self, x0: Tensor, place: tuple[slice, slice]) -> Tensor:
-        part = x0[..., place[0], place[1]]
+        part, decode = x0[..., place[0], place[1]], self._frozen[-1] or self.teacher.decode
         if self.checkpointing and part.requires_grad:
-            return checkpoint(self.teacher.decode, part, use_reentrant=False)
-        return self.teacher.decode(part)
+            return checkpoint(decode, part, use_reentrant=False)
+        return decode(part)

@@ -47,8 +47,13 @@ class Network(nn.Module):
         """Output of a tapped module -> map [B, C', H', W'], contiguous."""
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Clean estimate [B, C, H, W] from x_t [B, C, H, W] at t [B]."""
-        return self.process.to_x0(self.predict(x_t, t, cond), x_t, t, self.prediction)
+        """Clean estimate [B, C, H, W] from x_t [B, C, H, W] at t [B], in the precision of x_t."""
+        return self.process.to_x0(self._run(x_t, t, cond), x_t, t, self.prediction)
+
+    def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The prediction, with what goes in cast to the precision of the weights, which may be half."""
+        dtype = next(self.model.parameters()).dtype
+        return self.predict(x_t.to(dtype), t, cond.to(dtype))
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches x_t.
@@ -60,13 +65,14 @@ class Network(nn.Module):
             raise ValueError(f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}")
 
         def keep(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
-            seen[name] = self.to_map(output, x_t)
+            found = self.to_map(output, x_t)
+            seen[name] = found if torch.is_autocast_enabled(x_t.device.type) else found.to(x_t.dtype)
             if len(seen) == len(set(taps)):
                 raise _LastTapReached
 
         handles = [known[name][0].register_forward_hook(partial(keep, name)) for name in set(taps)]
         try:
-            self.predict(x_t, t, cond)
+            self._run(x_t, t, cond)
         except _LastTapReached:
             pass
         finally:
@@ -75,8 +81,8 @@ class Network(nn.Module):
         return [seen[name] for name in taps]
 
     def twin(self) -> Network:
-        """A trainable copy that shares nothing with this one: the student of the same size."""
-        return copy.deepcopy(self).requires_grad_(True).train()
+        """A trainable copy in float32 that shares nothing with this one: the student of the same size."""
+        return copy.deepcopy(self).float().requires_grad_(True).train()
 
 
 class PipelineTeacher(nn.Module):
@@ -143,19 +149,19 @@ class PipelineTeacher(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means)."""
-        latents = self.vae.encode(pixels).latent_dist.mode()
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().to(pixels.dtype)
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
         raw = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(raw).sample
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
 
     def embed(self, captions: Sequence[str]) -> Cond:
-        """Captions -> conditioning that knows its unconditional version."""
+        """Captions -> conditioning in float32 that knows its unconditional version."""
         if self._null is None or self._null.tokens.device != self.device:
-            self._null = self._encode([""])
-        return replace(self._encode(list(captions)), null=self._null)
+            self._null = self._encode([""]).to(torch.float32)
+        return replace(self._encode(list(captions)).to(torch.float32), null=self._null)
 
 
 def read_quietly() -> None:

@@ -1,0 +1,26 @@
+"""A small decoder in the autoencoder's place, where gradient through the large one costs too much (TAESD)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+
+
+class TinyDecoder(nn.Module):
+    """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in about [-1, 1]; frozen, gradient flows to the latents.
+
+    `path` is a folder or hub id of an `AutoencoderTiny` made for the same latents: madebyollin/taesd for SD,
+    madebyollin/taesdxl for SDXL, madebyollin/taesd3 for SD3.
+    """
+
+    def __init__(self, path: str, *, dtype: str = "float32"):
+        super().__init__()
+        model = AutoencoderTiny.from_pretrained(path, use_safetensors=True, torch_dtype=getattr(torch, dtype))
+        self.model = model.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> TinyDecoder:
+        return self
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents.to(self.model.dtype)).sample.to(latents.dtype)

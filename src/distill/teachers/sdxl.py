@@ -1,0 +1,48 @@
+"""Stable Diffusion XL: SD's UNet, told besides of a pooled caption and of the picture's size."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from distill.process import Prediction, VariancePreserving
+from distill.teachers.network import PipelineTeacher
+from distill.teachers.sd import PREDICTION, UNet
+from distill.types import Cond
+
+
+class UNetXL(UNet):
+    """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline does by default."""
+
+    def __init__(self, model: nn.Module, process: VariancePreserving, prediction: Prediction, cell: int):
+        super().__init__(model, process, prediction)
+        self.cell = cell  # pixels a side per latent
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        height, width = (side * self.cell for side in x_t.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype)
+        added = {"text_embeds": cond.pooled, "time_ids": sizes.expand(len(x_t), -1)}
+        index = self.process.index(t)
+        return self.model(x_t, index, encoder_hidden_states=cond.tokens, added_cond_kwargs=added).sample
+
+
+class SDXL(PipelineTeacher):
+    """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16: use bfloat16."""
+
+    kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
+
+    def _network(self) -> UNetXL:
+        scheduler = self.pipeline.scheduler
+        process = VariancePreserving(scheduler.alphas_cumprod)
+        prediction, cell = PREDICTION[scheduler.config.prediction_type], self.pipeline.vae_scale_factor
+        return UNetXL(self.pipeline.unet, process, prediction, cell)
+
+    def _encode(self, captions: list[str]) -> Cond:
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.force_zeros_for_empty_prompt:  # the pipeline's own empty caption is all zeros
+            kept = torch.tensor([caption != "" for caption in captions], device=tokens.device)
+            tokens, pooled = tokens * kept[:, None, None], pooled * kept[:, None]
+        return Cond(tokens=tokens, pooled=pooled)
