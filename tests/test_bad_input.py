@@ -78,7 +78,7 @@ def png(width, height) -> bytes:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("teacher=shape", "teacher=shape: no such option (did you mean shapes?); there is sd3, shapes"),
+        ("teacher=shape", "teacher=shape: no such option (did you mean shapes?); there is sd15, sd21, sd3"),
         ("metod=ladd", "metod: no such key (did you mean method?)"),
         ("trainer.max_step=3", "trainer.max_step: no such key (did you mean trainer.max_steps?)"),
         ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
@@ -131,6 +131,16 @@ def test_a_discriminator_that_does_not_fit_the_method(method, discriminator, ref
     spaces = ("latents", "pixels") if method == "ladd" else ("pixels", "latents")
     what = "method reads a discriminator of {}, and this discriminator looks at {}".format(*spaces)
     assert said == f"{what}; choose another discriminator="
+
+
+def test_a_sampler_that_the_teacher_cannot_follow(refused):
+    said = refused("run", "sampler=ancestral")
+    assert said.startswith("sampler=EulerAncestral begins at a finite ratio of noise to data, which this teacher never")
+
+
+def test_words_with_few_meanings(refused):
+    assert refused("run", "student.init=zero") == "student.init=zero: must be teacher or random"
+    assert refused("run", "sampler.levels=[0.2,0.5]").startswith("sampler.levels=[0.2, 0.5]: must fall from at most 1")
 
 
 # -- the teacher -----------------------------------------------------------------------------------------------------

@@ -61,6 +61,18 @@ def eight_bit(pixels):
     return (pixels * 255).round()
 
 
+def test_a_student_from_scratch_has_the_teacher_s_shape_and_none_of_its_weights(teacher):
+    torch.manual_seed(0)
+    student, names = full(teacher, init="random"), dict(teacher.network.named_parameters())
+    assert {k: p.shape for k, p in student.named_parameters()} == {k: p.shape for k, p in names.items()}
+    assert all(p.requires_grad for p in student.parameters())
+    matrices = [(p, names[k]) for k, p in student.named_parameters() if p.ndim > 1 and p.any()]
+    assert matrices
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in matrices)
+    with pytest.raises(ValueError, match="student.init=copy: must be teacher or random"):
+        full(teacher, init="copy")
+
+
 # -- the exported folder ---------------------------------------------------------------------------------------------
 
 

@@ -12,9 +12,18 @@ from distill.teachers.network import Network, PipelineTeacher
 LEFT_OUT = shutil.ignore_patterns("transformer", "unet", "scheduler", "*.md", "*.csv", ".git*", ".cache")
 
 
-def full(teacher: PipelineTeacher) -> Network:
-    """A copy of the teacher's network with weights of its own, all of them trainable: the papers' student."""
-    return teacher.network.twin()
+def full(teacher: PipelineTeacher, *, init: str = "teacher") -> Network:
+    """A network of the teacher's size with weights of its own, all trainable: the papers' student.
+
+    `init` is teacher, or random for weights as the network's class draws them. Raises ValueError for another word.
+    """
+    if init not in ("teacher", "random"):
+        raise ValueError(f"student.init={init}: must be teacher or random")
+    student = teacher.network.twin()
+    if init == "random":
+        fresh = type(student.model).from_config(student.model.config)
+        student.model.load_state_dict(fresh.state_dict())
+    return student
 
 
 def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, scheduler: Any) -> Path:
