@@ -188,6 +188,22 @@ def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, pipelines)
     assert {p.dtype for p in half.network.twin().parameters()} == {torch.float32}
 
 
+def test_a_checkpointed_decoder_has_the_same_gradient(teachers, pipelines):
+    plain, saving = teachers("unet"), SD(str(pipelines("unet")), checkpointing=True)
+    runs, gradients = [], []
+    block = saving.vae.decoder.up_blocks[0]
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    for teacher in (plain, saving):
+        x = noise(2, 4, 16, 16).requires_grad_()
+        teacher.decode(x).square().mean().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-8)
+    assert len(runs) == 2  # forward, and again in backward
+    with torch.no_grad():
+        saving.decode(x)
+    assert len(runs) == 3
+
+
 # -- taps ------------------------------------------------------------------------------------------------------------
 
 

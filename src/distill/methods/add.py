@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
@@ -40,7 +39,6 @@ class ADD(Distillation):
         negative: caption of nfsd.
         decoder: what makes pixels of latents in the losses; None takes the teacher's.
         crop: side in latent cells of the random square that is decoded; None decodes all.
-        checkpointing: compute the decoder's activations again in backward instead of keeping them.
     """
 
     space = "pixels"  # what its discriminator looks at
@@ -59,7 +57,6 @@ class ADD(Distillation):
         negative: str | None = None,
         decoder: Any = None,
         crop: int | None = None,
-        checkpointing: bool = True,
         **engine: Any,
     ):
         super().__init__(**engine)
@@ -69,7 +66,7 @@ class ADD(Distillation):
         self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
         self.in_pixels, self.negative = distill_space == "pixels", negative
         self._frozen = (*self._frozen, decoder)
-        self.r1_weight, self.r1_every, self.crop, self.checkpointing = r1_weight, r1_every, crop, checkpointing
+        self.r1_weight, self.r1_every, self.crop = r1_weight, r1_every, crop
         self.second_order = r1_weight > 0
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
@@ -128,7 +125,4 @@ class ADD(Distillation):
         return slice(first[0], first[0] + self.crop), slice(first[1], first[1] + self.crop)
 
     def _decode(self, x0: Tensor, place: tuple[slice, slice]) -> Tensor:
-        part, decode = x0[..., place[0], place[1]], self._frozen[-1] or self.teacher.decode
-        if self.checkpointing and part.requires_grad:
-            return checkpoint(decode, part, use_reentrant=False)
-        return decode(part)
+        return (self._frozen[-1] or self.teacher.decode)(x0[..., place[0], place[1]])

@@ -88,6 +88,8 @@ class Network(nn.Module):
 class PipelineTeacher(nn.Module):
     """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond.
 
+    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block.
+
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
     `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `latent_shape`,
     (C, H, W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there are no tokens;
@@ -106,11 +108,14 @@ class PipelineTeacher(nn.Module):
         dtype: str = "float32",
         use_safetensors: bool = True,
         without: Sequence[str] = (),
+        checkpointing: bool = False,
     ):
         super().__init__()
         read_quietly()
         options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
         self.pipeline = pipeline = read_pipeline(self.kind, path, without=(*self.unused, *without), **options)
+        if checkpointing:
+            pipeline.vae.enable_gradient_checkpointing()
         self.network, self.vae, self.folder = self._network(), pipeline.vae, Path(pipeline.name_or_path)
         parts = pipeline.components.items()
         self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
