@@ -79,7 +79,7 @@ class ADD(Distillation):
         pixels = self._decode(x0_hat, place)
         with torch.no_grad():
             real = self._decode(batch.x0, place)
-            told = self.condition(batch, real, pure)
+            told = self.condition(batch, real, pure) if self.condition else batch.cond
             of_real = self.features(real, s, told, generator)
         maps = self.features(pixels, s, told, generator)
         return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}
@@ -121,8 +121,8 @@ class ADD(Distillation):
         if self.crop is None:
             return slice(None), slice(None)
         corner = torch.rand(2, generator=generator, device=x0.device).tolist()
-        first = [int(u * (side - self.crop + 1)) for u, side in zip(corner, x0.shape[-2:], strict=True)]
-        return slice(first[0], first[0] + self.crop), slice(first[1], first[1] + self.crop)
+        top, left = (int(u * max(1, side - self.crop + 1)) for u, side in zip(corner, x0.shape[-2:], strict=True))
+        return slice(top, top + self.crop), slice(left, left + self.crop)
 
     def _decode(self, x0: Tensor, place: tuple[slice, slice]) -> Tensor:
         return (self._frozen[-1] or self.teacher.decode)(x0[..., place[0], place[1]])
