@@ -135,7 +135,7 @@ def test_a_discriminator_that_does_not_fit_the_method(method, discriminator, ref
 
 def test_a_sampler_that_the_teacher_cannot_follow(refused):
     said = refused("run", "sampler=ancestral")
-    assert said.startswith("sampler=EulerAncestral begins at a finite ratio of noise to data, which this teacher never")
+    assert said.startswith("sampler=EulerAncestral needs a process that keeps a little of the data to its end")
 
 
 def test_words_with_few_meanings(refused):

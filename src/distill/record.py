@@ -37,7 +37,12 @@ class RunRecord:
         seconds = round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
         counts = {"steps": method.step, "images_seen": method.images_seen, "skipped": method.skipped}
-        self._write(train_seconds=seconds, trained=time.time(), **names, **counts)
+        peak = (
+            {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+            if torch.cuda.is_available()
+            else {}
+        )
+        self._write(train_seconds=seconds, trained=time.time(), **names, **counts, **peak)
 
     def finished(self) -> None:
         seconds = self.facts["train_seconds"] + time.time() - self.facts["trained"]

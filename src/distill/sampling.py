@@ -125,8 +125,8 @@ class FewSteps(ABC):
         """Raise ValueError for a network that cannot be sampled so."""
         if self.finite and (network.prediction == "flow" or network.process.ends_in_noise):
             raise ValueError(
-                f"sampler={type(self).__name__} begins at a finite ratio of noise to data, which this teacher "
-                "never reaches; use sampler=consistency"
+                f"sampler={type(self).__name__} needs a process that keeps a little of the data to its end, as Stable "
+                "Diffusion's does, and this teacher's ends in pure noise; use sampler=consistency"
             )
 
     @abstractmethod

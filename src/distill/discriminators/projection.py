@@ -42,7 +42,8 @@ class OpenClipText(nn.Module):
 
 
 class Projection(nn.Module):
-    """
+    """Turns a batch and its real images into the `Cond` that ADD's heads project on.
+
     Args:
         teacher, features: those of the run.
         text: "teacher" takes the teacher's pooled embedding, another network embeds captions; None tells nothing.
