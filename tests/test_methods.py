@@ -19,7 +19,12 @@ from distill.teachers.decoder import TinyDecoder
 BOTH, ALL = {"adv"}, {"adv", "distill"}
 METHODS = {  # name -> (how to make it, its discriminator's terms, its student's)
     "ladd": (tiny.ladd, {}, BOTH, BOTH),
-    "ladd_all_terms": (tiny.ladd, {"r1_weight": 1e-2, "distill_weight": 1.0}, {"adv", "r1"}, ALL),
+    "ladd_all_terms": (
+        tiny.ladd,
+        {"r1_weight": 1e-2, "distill_weight": 1.0, "misaligned": 0.5},
+        {"adv", "r1", "misaligned"},
+        ALL,
+    ),
     "ladd_relativistic": (tiny.ladd, {"loss": "relativistic"}, BOTH, BOTH),
     "add": (tiny.add, {}, {"adv", "r1"}, ALL),
     "add_latents": (tiny.add, {"distill_space": "latents", "r1_weight": 0.0}, BOTH, ALL),
@@ -78,6 +83,23 @@ def test_student_phase_reaches_the_student_alone(named):
     assert with_gradient(method.student) > 0.9 * len(list(method.student.parameters()))
     assert untouched(method.heads)
     assert untouched(method.teacher)
+
+
+def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):
+    """With equal captions they are the real samples themselves, and score what these do."""
+    method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5, "shared": True})
+    method._log = {}
+    batch = tiny.simple_batch(method, 3)
+    alike = type(batch)(x0=batch.x0, captions=batch.captions[:1] * 3, cond=batch.cond.index(torch.tensor([0, 0, 0])))
+    seen, of = [], method.heads.forward
+    method.heads.forward = lambda maps, t, cond: seen.append((of(maps, t, cond), cond)) or seen[-1][0]
+    for one in (alike, batch):
+        seen.clear()
+        terms = method.discriminator_loss(one, method.fake(one, method._generator(0)), method._generator(0, stream=1))
+        (real, _), _, (wrong, cond) = seen
+        torch.testing.assert_close(terms["misaligned"], 0.5 * (1 + wrong).relu().mean())
+        assert torch.equal(cond.pooled, one.cond.pooled[[2, 0, 1]])
+        assert torch.allclose(real, wrong, atol=1e-5) == (one is alike)
 
 
 def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher):

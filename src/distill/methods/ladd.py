@@ -16,6 +16,7 @@ that of StyleGAN-T and ADD.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class LADD(Distillation):
         renoise: levels t_hat at which the discriminator reads, on the scale of the rectified flow.
         shared: whether a real sample is re-noised by the t_hat and the noise of its fake.
         loss: hinge, non_saturating or relativistic.
+        misaligned: weight of real samples under the next one's caption as further fakes, as SANA-Sprint has them.
         r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
         distill_weight: lambda of |x0_hat - teacher's estimate|^2, for real data; 0 leaves the term out.
     """
@@ -46,13 +48,15 @@ class LADD(Distillation):
         renoise: Times,
         shared: bool = False,
         loss: str = "hinge",
+        misaligned: float = 0.0,
         r1_weight: float = 0.0,
         distill_weight: float = 0.0,
         **engine: Any,
     ):
         super().__init__(**engine)
         self.levels, self.renoise, self.adversarial = levels, renoise, adversarial(loss)
-        self.shared, self.r1_weight, self.distill_weight = shared, r1_weight, distill_weight
+        self.shared, self.misaligned, self.distill_weight = shared, misaligned, distill_weight
+        self.r1_weight = r1_weight
         self.second_order = r1_weight > 0
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
@@ -75,6 +79,12 @@ class LADD(Distillation):
         terms = {"adv": self.adversarial.discriminator(of_real, of_fake)}
         if self.r1_weight:
             terms["r1"] = self.r1_weight * r1(of_real, maps)
+        if self.misaligned:
+            wrong = replace(batch, cond=batch.cond.index(torch.arange(len(batch)).roll(1)))
+            with torch.no_grad():
+                maps = self._maps(batch.x0, t_real, noise, wrong)
+            alone = self.adversarial.wrong(critic(maps, t_real, wrong.cond)).mean()
+            terms["misaligned"] = self.misaligned * alone
         return terms
 
     def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
