@@ -20,7 +20,7 @@ from distill.shapes.world import Prompt
 from distill.teachers.network import PipelineTeacher
 from distill.types import Denoiser
 
-BATCH = 100  # pictures at a time
+BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 ALWAYS = {

@@ -166,10 +166,10 @@ def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
             work.note(stage, prompt_accuracy=known | {name: shares})
 
 
-def write_own(work: Work, batch: int = 128) -> dict[str, Any]:
+def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
     """Latents that `mmdit` makes, of new captions of `shapes` or of the user's over again; seed = caption's number.
 
-    WebDataset shards; what is there already stays.
+    WebDataset shards; what is there already stays. Larger batches fall out of a CPU's caches and take twice as long.
     """
     asked, seed, folder = work.asked["shards"], work.data["seed"], work.models / "latents"
     if work.of_shapes:
