@@ -4,8 +4,8 @@
     python benchmarks/full_size.py sdxl add 20 trainer.precision=bf16-mixed data.batch_size=4
 
 Arguments: sd3 (medium, 2.0 B) or sdxl (2.6 B); a method; steps; overrides of distill.run. `--small` before them shrinks
-every width, to try the script itself. Writes the pipeline into a temporary folder, trains on noise pictures of 512 x 512
-(the method does not mind) and prints the seconds of the median step and, on a GPU, the peak of memory.
+every width, to try the script itself. Writes the pipeline into a temporary folder, trains on noise pictures of 512 x
+512 (the method does not mind) and prints the seconds of the median step and, on a GPU, the peak of memory.
 """
 
 from __future__ import annotations
@@ -153,8 +153,11 @@ def main(arguments: list[str]) -> None:
             rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
         facts = json.loads((folder / "run" / "run.json").read_text())
         batch = facts["images_seen"] / facts["steps"]
-        print(f"{family} {method} {' '.join(overrides)}: {batch / statistics.median(rates[2:] or rates):.2f} s a step of "
-              f"{batch:.0f}, peak {facts.get('peak_memory_gib', '-')} GiB, {facts['hardware']}")  # fmt: skip
+        seconds = batch / statistics.median(rates[2:] or rates)
+        peak = f"peak {facts.get('peak_memory_gib', '-')} GiB"
+        print(
+            f"{family} {method} {' '.join(overrides)}: {seconds:.2f} s a step of {batch:.0f}, {peak}, {facts['hardware']}"
+        )
 
 
 if __name__ == "__main__":
