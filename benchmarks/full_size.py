@@ -154,10 +154,8 @@ def main(arguments: list[str]) -> None:
         facts = json.loads((folder / "run" / "run.json").read_text())
         batch = facts["images_seen"] / facts["steps"]
         seconds = batch / statistics.median(rates[2:] or rates)
-        peak = f"peak {facts.get('peak_memory_gib', '-')} GiB"
-        print(
-            f"{family} {method} {' '.join(overrides)}: {seconds:.2f} s a step of {batch:.0f}, {peak}, {facts['hardware']}"
-        )
+        print(f"{family} {method} {' '.join(overrides)}, {facts['hardware']}:")
+        print(f"{seconds:.2f} s a step of {batch:.0f}, peak {facts.get('peak_memory_gib', '-')} GiB")
 
 
 if __name__ == "__main__":
