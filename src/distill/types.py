@@ -145,8 +145,8 @@ class Features(Protocol):
     def channels(self) -> Mapping[str, int]:
         """Channels of each map, in the order in which the maps are returned."""
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x."""
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
+        """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x. `generator` is for augmentations, if any."""
 
 
 class Heads(Protocol):

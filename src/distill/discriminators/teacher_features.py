@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from distill.types import Cond, Teacher
@@ -32,6 +33,6 @@ class TeacherFeatures:
     def channels(self) -> Mapping[str, int]:
         return {name: self._teacher.channels[name] for name in self.taps}
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
         """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k], one per tap."""
         return self._teacher.features(x, t, cond, self.taps)

@@ -84,7 +84,8 @@ class Distillation(L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
         self.student, self.heads = student, heads
-        self._frozen = (teacher, features, condition)  # in a tuple: never registered, saved, broadcast or trained
+        # In a tuple: never registered, saved, broadcast or trained.
+        self._frozen: tuple[Any, ...] = (teacher, features, condition)
         self.engine, self.seed = engine, seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
@@ -115,11 +116,11 @@ class Distillation(L.LightningModule):
 
     @property
     def teacher(self) -> Teacher:
-        return self._frozen[0]
+        return cast(Teacher, self._frozen[0])
 
     @property
     def features(self) -> Features:
-        return self._frozen[1]
+        return cast(Features, self._frozen[1])
 
     @property
     def condition(self) -> Any:
