@@ -18,7 +18,7 @@ from diffusers import (
 
 import tiny
 from distill.sampling import Guided
-from distill.teachers.folded import attend
+from distill.teachers.attention import Attention, attend
 from distill.teachers.reading import read_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
@@ -51,6 +51,23 @@ def test_attention_in_half_precision_is_that_of_float64(length):
     (expected * direction).sum().backward()
     for found, wanted in zip((q, k, v), exact, strict=True):
         assert (found.grad - wanted.grad).norm() < 0.02 * wanted.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_unet_attends_as_diffusers_has_it(teachers, pipelines, dtype):
+    """Self-attention and attention to the text, in the kernel's precision and in half of it."""
+    network, plain = teachers("unet").network, UNet2DConditionModel.from_pretrained(pipelines("unet") / "unet")
+    assert {type(p) for p in network.model.attn_processors.values()} == {Attention}
+    cond, t = teachers("unet").embed(PROMPTS), torch.tensor([1.0, 0.3])
+    x, plain_x = (noise(2, 4, 16, 16).requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = network.predict(x, t, cond)
+    expected = plain(plain_x, network.process.index(t), encoder_hidden_states=cond.tokens).sample
+    found.float().square().sum().backward()
+    expected.square().sum().backward()
+    off = 1e-5 if dtype == torch.float32 else 0.03
+    assert (found - expected).norm() < off * expected.norm()
+    assert (x.grad - plain_x.grad).norm() < off * plain_x.grad.norm()
 
 
 # -- the network, against diffusers ----------------------------------------------------------------------------------

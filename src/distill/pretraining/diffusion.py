@@ -26,6 +26,7 @@ from distill.pretraining.work import PER_SHARD, Work
 from distill.sampling import guided, seeded
 from distill.shapes.judge import judging_prompts
 from distill.shapes.world import draw_prompt
+from distill.teachers.attention import Attention
 from distill.teachers.folded import fold, weights
 from distill.teachers.network import PipelineTeacher
 from distill.teachers.sd import SD
@@ -85,7 +86,9 @@ def build_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
     shape = {"block_out_channels": (48, 96), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 16}
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
     blocks = {"down_block_types": down, "up_block_types": up, "cross_attention_dim": text_width}
-    return UNet2DConditionModel(**image, **shape, **blocks)
+    net = UNet2DConditionModel(**image, **shape, **blocks)
+    net.set_attn_processor(Attention())
+    return net
 
 
 def flow(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:

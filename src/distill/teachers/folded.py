@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 512  # tokens of which all scores are held at once
+from distill.teachers.attention import attend
 
 
 class FoldedJointAttention:
@@ -40,17 +39,6 @@ class FoldedJointAttention:
         if encoder_hidden_states is None:  # SD3.5's second attention: image tokens alone
             return of_image
         return of_image, of_text if attn.context_pre_only else attn.to_add_out(of_text)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt d + bias) v, for q, k, v [B, heads, L, d] and a bias that broadcasts to [B, heads, L, L].
-
-    On a CPU the fused kernel of torch 2.13 takes five times as long backwards in bfloat16 as plain products do.
-    """
-    if v.device.type != "cpu" or v.dtype != torch.bfloat16 or v.shape[2] > SHORT:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
 
 
 def fold(transformer: nn.Module) -> FoldedJointAttention:

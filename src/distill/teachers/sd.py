@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from distill.process import VariancePreserving
+from distill.process import Prediction, Process, VariancePreserving
+from distill.teachers.attention import Attention
 from distill.teachers.network import Network, PipelineTeacher
 from distill.types import Cond
 
@@ -17,6 +18,10 @@ PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 class UNet(Network):
     """Taps `down0`, `down1`, ..., `mid`, `up0`, ...: the map each block hands to the next."""
+
+    def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
+        super().__init__(model, process, prediction)
+        model.set_attn_processor(Attention())
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.model(x_t, self.process.index(t), encoder_hidden_states=cond.tokens).sample
