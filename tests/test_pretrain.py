@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import nn
@@ -242,39 +242,44 @@ def test_the_silent_encoder_says_exactly_nothing():
     assert not output.any()
 
 
-class Corner(nn.Module):
-    """A stand-in for the ViT: what it sees is the mean colour."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return type("Output", (), {"pooler_output": x.mean((2, 3))})
-
-
-def test_neighbours_of_a_plain_colour_have_it():
-    labels = torch.arange(60) % 3
-    pictures = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
-    pictures[torch.arange(60), labels] = 255
-    assert vit.neighbour_accuracy(Corner(), pictures, labels, known=30) == 1
-    assert vit.neighbour_accuracy(Corner(), pictures, torch.cat([labels[:30], (labels[30:] + 1) % 3]), known=30) == 0
+def test_a_probe_finds_what_a_line_divides():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    x = torch.randn(90, 8, generator=generator) + 6 * F.one_hot(labels, 8)
+    assert vit.probe_accuracy(x, labels, known=45) == 1
+    assert vit.probe_accuracy(x, torch.cat([labels[:45], (labels[45:] + 1) % 3]), known=45) == 0
+    noise = torch.randn(3000, 8, generator=generator)
+    assert 0.28 < vit.probe_accuracy(noise, torch.arange(3000) % 3, known=1500) < 0.39
 
 
-@pytest.mark.parametrize(("share", "side"), [(vit.GLOBAL, 64), (vit.LOCAL, 32)])
-def test_crops_are_squares_of_the_right_side(share, side):
-    x = torch.rand(5, 3, 64, 64) * 2 - 1
-    views = [vit.crop(x, share, side, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert views[0].shape == (5, 3, side, side)
-    assert torch.equal(views[0], views[1])
-    assert not torch.equal(views[0], views[2])
-    assert views[0].abs().max() <= 1.1 + 1e-5
+def test_masks_hide_a_tenth_to_four_fifths():
+    share = vit.mask(200, torch.Generator().manual_seed(0)).float().mean(1)
+    assert share.min() >= 0.1
+    assert share.max() <= 0.8 + 1 / 64
+    assert 0.4 < share.mean() < 0.5
 
 
 @pytest.mark.parametrize("side", [32, 40, 64, 128])
-def test_crops_fit_the_network(side):
-    net = vit.SelfDistilled(side)
-    x = torch.zeros(2, 3, side, side)
-    for wanted in (side, side // 2):
-        guess = net.guess(vit.crop(x, vit.LOCAL, wanted, torch.Generator().manual_seed(0)))
-        assert guess.shape == (2, vit.PROTOTYPES)
-    assert math.isclose(float(guess.detach().exp().sum()), 2, rel_tol=1e-4)
+def test_guesses_of_hidden_patches_by_hand(side):
+    """Patch by patch, cut out of the picture; what is hidden is not seen."""
+    torch.manual_seed(0)
+    net = vit.Masked(side).eval()
+    x, masked = torch.rand(2, 3, side, side) * 2 - 1, vit.mask(2, torch.Generator().manual_seed(1))
+    losses = net.losses(x, masked)
+    tokens, p = net.vit(x, bool_masked_pos=masked).last_hidden_state, side // 8
+    off = [
+        (
+            net.of_patch(tokens[i, 1 + k]).view(3, p, p)
+            - x[i, :, k // 8 * p : (k // 8 + 1) * p, k % 8 * p : (k % 8 + 1) * p]
+        )
+        for i, k in masked.nonzero().tolist()
+    ]
+    torch.testing.assert_close(losses["patches"], torch.stack(off).abs().mean())
+    small = F.interpolate(x, scale_factor=0.25, mode="area")
+    torch.testing.assert_close(losses["whole"], (net.of_whole(tokens[:, 0]).view_as(small) - small).abs().mean())
+    hidden = masked.view(2, 1, 8, 8).repeat_interleave(p, 2).repeat_interleave(p, 3)
+    other = torch.where(hidden, torch.rand_like(x), x)
+    assert torch.equal(net.vit(other, bool_masked_pos=masked).last_hidden_state, tokens)
 
 
 def test_shared_captions_are_looked_up():

@@ -33,7 +33,7 @@ FOLDERS = {
     "mmdit": "`StableDiffusion3Pipeline`: an MMDiT on the rectified flow",
     "unet": "`StableDiffusionPipeline`: a UNet that predicts noise",
     "latents": "WebDataset shards of latents made by `mmdit`, with their captions",
-    "vit": "`Dinov2Model` trained by DINO; reads pixels in [-1, 1]",
+    "vit": "`Dinov2Model` trained on masked pictures; reads pixels in [-1, 1]",
     "clip_vision": "`CLIPVisionModelWithProjection` of the text encoders' CLIP; reads pixels in [-1, 1]",
     "reader": "the judge of `shapes`",
 }
