@@ -29,7 +29,7 @@ class Losses(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if pl_module.updated:
             for name in ("d/adv", "g/adv", "g/grad_norm", "d/grad_norm"):
-                self.seen.setdefault(name, []).append(float(trainer.callback_metrics[name]))
+                self.seen.setdefault(name, []).append(pl_module.numbers[name])
 
 
 class SaveAt(L.Callback):

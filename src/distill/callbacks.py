@@ -31,8 +31,8 @@ class Progress(L.Callback):
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values = trainer.callback_metrics
-        said = " ".join(f"{k} {float(values[k]):.2f}" for k in ("g/adv", "d/adv", "d/real", "d/fake") if k in values)
+        values = pl_module.numbers
+        said = " ".join(f"{k} {values[k]:.2f}" for k in ("g/adv", "d/adv", "d/real", "d/fake") if k in values)
         lead = "head start " if pl_module.iteration <= pl_module.engine.head_start else ""
         self.bar.update(self.task, completed=trainer.global_step, description=f"{lead}{said}")
 
@@ -79,9 +79,9 @@ class Alarms(L.Callback):
         self._last: str | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values = trainer.callback_metrics
+        values = pl_module.numbers
         if pl_module.updated and all(k in values for k in HEALTH):
-            self._seen.append(torch.stack([values[k] for k in HEALTH]))
+            self._seen.append(torch.tensor([values[k] for k in HEALTH]))
         if len(self._seen) == self.window:
             said = alarm(*torch.stack(self._seen).mean(0).tolist())
             if said and said != self._last and trainer.is_global_zero:

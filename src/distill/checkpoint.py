@@ -79,14 +79,15 @@ class Checkpoints(L.Callback):
         trainer.should_stop |= self.stopped_by is not None
         due = pl_module.updated and (pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps)
         if due or self.stopped_by:
-            self._save(trainer, pl_module.step)
+            self._save(trainer, pl_module)
 
-    def _save(self, trainer: L.Trainer, step: int) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        step, known = pl_module.step, trainer.callback_metrics | pl_module.numbers
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
         trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
-        value, sign = trainer.callback_metrics.get(self.best), 1 if self.best_is == "min" else -1
+        value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
         if value is not None and (self._best is None or sign * value < sign * self._best):
             self._best = float(value)
             remove(best)

@@ -91,6 +91,7 @@ class Distillation(L.LightningModule):
         self.iteration, self.images_seen = 0, 0
         self.skipped, self._bad_in_a_row = 0, 0  # student updates left out; iterations with any left out
         self.updated = False  # whether the last iteration moved the student
+        self.numbers: dict[str, float] = {}  # what the last iteration recorded
         self._pending: list[Batch] = []
         self.sharded = False
 
@@ -189,7 +190,9 @@ class Distillation(L.LightningModule):
         self._bad_in_a_row = 0 if all(moved) and (self.updated or leading) else self._bad_in_a_row + 1
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
         self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen, skipped=self.skipped)
-        self.log_dict(self._numbers(), prog_bar=False)
+        self.numbers = self._numbers()
+        if self.engine.accumulate > 1 or self.iteration % max(1, self.trainer.log_every_n_steps) == 0:
+            self.log_dict(self.numbers, prog_bar=False)  # milliseconds a call, hence only where a logger will write
         if self._bad_in_a_row >= self.engine.stop_after_bad:
             raise FloatingPointError(
                 f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}; "
