@@ -63,16 +63,18 @@ class LADD(Distillation):
         t = self.levels.sample(len(batch), self.step, generator)
         x_t = self.student.process.diffuse(batch.x0, _noise(batch.x0, generator), t)
         x0_hat = self.student.x0(x_t, t, batch.cond)
-        t_hat, noise = self._look(batch, generator)
-        return {"x0_hat": x0_hat, "look": (t_hat, noise), "maps": self._maps(x0_hat, t_hat, noise, batch)}
+        look, real = self._look(batch, generator), None
+        if self.shared or self.adversarial.paired:
+            with torch.no_grad():
+                real = self._maps(batch.x0, *look, batch)
+        return {"x0_hat": x0_hat, "look": look, "maps": self._maps(x0_hat, *look, batch), "real": real}
 
     def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
         critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
         t_real, noise = fake["look"] if self.shared else self._look(batch, generator)
         with torch.no_grad():
-            maps = self._maps(batch.x0, t_real, noise, batch)
-        if self.r1_weight:
-            maps = [m.requires_grad_(True) for m in maps]
+            maps = fake["real"] if self.shared else self._maps(batch.x0, t_real, noise, batch)
+        maps = [m.detach().requires_grad_(self.r1_weight > 0) for m in maps]
         of_real = critic(maps, t_real, batch.cond)
         of_fake = critic([m.detach() for m in fake["maps"]], t_hat, batch.cond)
         self.record(**verdicts(of_real, of_fake, critic.split))
@@ -88,11 +90,8 @@ class LADD(Distillation):
         return terms
 
     def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
-        critic, (t_hat, noise) = self.heads.draw(self.step), fake["look"]
-        of_real = None
-        if self.adversarial.paired:
-            with torch.no_grad():
-                of_real = critic(self._maps(batch.x0, t_hat, noise, batch), t_hat, batch.cond)
+        critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
+        of_real = critic(fake["real"], t_hat, batch.cond) if self.adversarial.paired else None
         terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
         if self.distill_weight:
             terms["distill"] = self.distill_weight * self._distillation(batch, fake["x0_hat"], generator)
