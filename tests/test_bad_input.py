@@ -94,7 +94,7 @@ def png(width, height) -> bytes:
         ("data.batch_size=0", "data.batch_size=0: must be a whole number, 1 or more"),
         ("data.batch_size=2.5", "data.batch_size=2.5: must be a whole number"),
         ("data.batch_size=many", "data.batch_size=many: must be a whole number"),
-        ("+optimizer.accumulate=-1", "optimizer.accumulate=-1: must be a whole number, 1 or more"),
+        ("optimizer.accumulate=-1", "optimizer.accumulate=-1: must be a whole number, 1 or more"),
         ("trainer.max_steps=0", "trainer.max_steps=0: must be a whole number, 1 or more"),
         ("trainer.devices=none", "trainer.devices=none: must be a number of devices"),
         ("trainer.devices=0", "trainer.devices=0: must be a number of devices"),
@@ -322,7 +322,7 @@ def test_numbers_that_are_not_finite(refused, monkeypatch):
     monkeypatch.setattr("distill.methods.ladd.LADD.discriminator_loss", lambda self, batch, *_: {"adv": self.bad()})
     bad = lambda self: sum(p.sum() for p in self.heads.parameters()) * float("nan")  # noqa: E731
     monkeypatch.setattr("distill.methods.ladd.LADD.bad", bad, raising=False)
-    said = refused("run", "+optimizer.stop_after_bad=1", "callbacks.samples.every=1000")
+    said = refused("run", "optimizer.stop_after_bad=1", "callbacks.samples.every=1000")
     assert "had a gradient that is not finite" in said
 
 
