@@ -148,7 +148,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("method.loss=non_saturating", "method.loss=non_saturating (was hinge)"),
+        ("method.loss=non_saturating", "method.loss=non_saturating (was relativistic)"),
         ("discriminator.heads.kernel=1", "discriminator.heads.kernel=1 (was 3)"),
         ("data.batch_size=3", "samples a step=3 (was 4"),
         ("seed=5", "seed=5 (was 0)"),
