@@ -191,8 +191,7 @@ class Distillation(L.LightningModule):
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
         self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen, skipped=self.skipped)
         self.numbers = self._numbers()
-        every = max(1, cast(Any, self.trainer).log_every_n_steps)
-        if self.engine.accumulate > 1 or self.iteration % every == 0:
+        if self.engine.accumulate > 1 or self.iteration % max(1, cast(Any, self.trainer).log_every_n_steps) == 0:
             self.log_dict(self.numbers, prog_bar=False)  # milliseconds a call, hence only where a logger will write
         if self._bad_in_a_row >= self.engine.stop_after_bad:
             raise FloatingPointError(
