@@ -25,7 +25,7 @@ from distill.ema import Ema
 from distill.types import Batch, Denoiser, Features, Heads, Teacher, Terms
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Fake = Mapping[str, Any]
+Fake = dict[str, Any]
 log = logging.getLogger("distill.training")
 
 

@@ -15,15 +15,14 @@ that of StyleGAN-T and ADD.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from distill.losses import adversarial, r1, verdicts, weighted_mse
-from distill.methods.base import Distillation
+from distill.methods.base import Distillation, Fake
 from distill.types import Batch, Terms, Times
 
 
@@ -63,18 +62,14 @@ class LADD(Distillation):
         t = self.levels.sample(len(batch), self.step, generator)
         x_t = self.student.process.diffuse(batch.x0, _noise(batch.x0, generator), t)
         x0_hat = self.student.x0(x_t, t, batch.cond)
-        look, real = self._look(batch, generator), None
-        if self.shared or self.adversarial.paired:
-            with torch.no_grad():
-                real = self._maps(batch.x0, *look, batch)
-        return {"x0_hat": x0_hat, "look": look, "maps": self._maps(x0_hat, *look, batch), "real": real}
+        look = self._look(batch, generator)
+        return {"x0_hat": x0_hat, "look": look, "maps": self._maps(x0_hat, *look, batch)}
 
-    def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+    def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
-        t_real, noise = fake["look"] if self.shared else self._look(batch, generator)
-        with torch.no_grad():
-            maps = fake["real"] if self.shared else self._maps(batch.x0, t_real, noise, batch)
-        maps = [m.detach().requires_grad_(self.r1_weight > 0) for m in maps]
+        real: Fake = fake if self.shared else {"look": self._look(batch, generator)}
+        t_real, noise = real["look"]
+        maps = [m.detach().requires_grad_(self.r1_weight > 0) for m in self._real(batch, real)]
         of_real = critic(maps, t_real, batch.cond)
         of_fake = critic([m.detach() for m in fake["maps"]], t_hat, batch.cond)
         self.record(**verdicts(of_real, of_fake, critic.split))
@@ -89,9 +84,9 @@ class LADD(Distillation):
             terms["misaligned"] = self.misaligned * alone
         return terms
 
-    def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
-        of_real = critic(fake["real"], t_hat, batch.cond) if self.adversarial.paired else None
+        of_real = critic(self._real(batch, fake), t_hat, batch.cond) if self.adversarial.paired else None
         terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
         if self.distill_weight:
             terms["distill"] = self.distill_weight * self._distillation(batch, fake["x0_hat"], generator)
@@ -100,6 +95,14 @@ class LADD(Distillation):
     def _maps(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
         """What the frozen teacher makes of x0 [B, C, H, W], re-noised to t [B]."""
         return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond)
+
+    @torch.no_grad()
+    def _real(self, batch: Batch, seen: Fake) -> list[Tensor]:
+        """Maps of the real sample under this look, made when first asked for and kept: both players may need them."""
+        if "real" not in seen:
+            t, noise = seen["look"]
+            seen["real"] = self._maps(batch.x0, t, noise, batch)
+        return cast(list[Tensor], seen["real"])
 
     def _look(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t_hat [B] and noise [B, C, H, W] of one look of the discriminator."""
