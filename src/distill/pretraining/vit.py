@@ -31,7 +31,7 @@ class Masked(nn.Module):
 
     def __init__(self, side: int):
         super().__init__()
-        shape = {"hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 4}
+        shape = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
         self.patch = side // PATCHES
         # Eager: torch's fused attention is slow backwards in half precision on a CPU, and a picture has 64 patches.
         self.vit = Dinov2Model(
