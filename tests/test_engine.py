@@ -74,6 +74,19 @@ def test_head_start_trains_the_heads_alone(tmp_path):
     assert not tiny.same(log.seen[3]["ema"], average)
 
 
+def test_what_is_logged_is_that_of_the_last_update(tmp_path):
+    """Two updates at rate 0 log what one does, and not their sum."""
+
+    def logged(**options):
+        method = tiny.ladd(toy)
+        still = {name: lambda p: torch.optim.SGD(p, lr=0.0) for name in ("student", "discriminator")}
+        method.engine = Engine(**still, **options)
+        fitted(method, tmp_path, 1)
+        return method.numbers["d/adv"]
+
+    assert logged(discriminator_updates=2) == pytest.approx(logged(), rel=0.2)  # real samples get noise of their own
+
+
 def test_average_moves_once_a_step_by_its_formula(tmp_path):
     method, log = tiny.ladd(toy, ema_decay=0.5, discriminator_updates=2), EachIteration()
     average = {name: value.clone() for name, value in method.ema.state_dict().items()}

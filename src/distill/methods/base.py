@@ -173,7 +173,6 @@ class Distillation(L.LightningModule):
         if len(self._pending) < self.engine.accumulate:
             return
         batches, self._pending = self._pending, []
-        self._log: dict[str, Tensor | float] = {}
         student, discriminator = self._players()
         leading = self.iteration < self.engine.head_start
         if self.engine.accumulate == 1:
@@ -200,11 +199,11 @@ class Distillation(L.LightningModule):
             )
 
     def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> bool:
+        self._log: dict[str, Tensor | float] = {}  # of several updates, the last one's numbers
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         for i, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
-            terms = self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn))
-            self._backward("d", terms)
+            self._backward("d", self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn)))
         return self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
 
     def _update_student(self, batches: list[Batch], fakes: list[Fake], optimizer: Any) -> bool:
