@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.types import Batch, Terms, Times
@@ -35,7 +36,8 @@ class LADD(Distillation):
         loss: hinge, non_saturating or relativistic.
         misaligned: weight of real samples under the next one's caption as further fakes, as SANA-Sprint has them.
         r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
-        distill_weight: lambda of |x0_hat - teacher's estimate|^2, for real data; 0 leaves the term out.
+        distill: what the teacher makes of x0_hat, and how much that counts: ADD's Eq. 4.
+        distill_weight: lambda of that term, for real data; 0 leaves it out.
     """
 
     space = "latents"  # what its discriminator looks at
@@ -49,13 +51,14 @@ class LADD(Distillation):
         loss: str = "hinge",
         misaligned: float = 0.0,
         r1_weight: float = 0.0,
+        distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
         **engine: Any,
     ):
         super().__init__(**engine)
         self.levels, self.renoise, self.adversarial = levels, renoise, adversarial(loss)
         self.shared, self.misaligned, self.distill_weight = shared, misaligned, distill_weight
-        self.r1_weight = r1_weight
+        self.r1_weight, self.distill = r1_weight, distill or ScoreDistillation()
         self.second_order = r1_weight > 0
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
@@ -89,7 +92,8 @@ class LADD(Distillation):
         of_real = critic(self._real(batch, fake), t_hat, batch.cond) if self.adversarial.paired else None
         terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
         if self.distill_weight:
-            terms["distill"] = self.distill_weight * self._distillation(batch, fake["x0_hat"], generator)
+            target, weight = self.distill(self.teacher, fake["x0_hat"], batch.cond, generator)
+            terms["distill"] = self.distill_weight * weighted_mse(fake["x0_hat"], target, weight)
         return terms
 
     def _maps(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
@@ -108,15 +112,6 @@ class LADD(Distillation):
         """t_hat [B] and noise [B, C, H, W] of one look of the discriminator."""
         t_hat = self.teacher.process.from_flow_time(self.renoise.sample(len(batch), self.step, generator))
         return t_hat, _noise(batch.x0, generator)
-
-    def _distillation(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Tensor:
-        """ADD's Eq. 4 with its exponential weight c(t) = alpha_t; the teacher's input is detached."""
-        t = torch.rand(len(x0_hat), generator=generator, device=generator.device).clamp(min=0.02, max=0.98)
-        process = self.teacher.process
-        with torch.no_grad():
-            x_t = process.diffuse(x0_hat, _noise(x0_hat, generator), t)
-            target = self.teacher.x0(x_t, t, batch.cond)
-        return weighted_mse(x0_hat, target, process.alpha(t))
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
