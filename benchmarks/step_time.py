@@ -3,7 +3,8 @@
     python benchmarks/step_time.py [any overrides of distill.run]
 
 Irreducible for LADD, per step: student forward and backward; frozen teacher on the fake, forward and backward to its
-input; frozen teacher on the real, forward. All else (heads, optimisers, noise, averaging, logs) is overhead.
+input; frozen teacher on the real, forward; where the distillation term counts, the teacher's estimate, guided or not.
+All else (captions, heads, optimisers, noise, averaging, logs) is overhead.
 """
 
 from __future__ import annotations
@@ -65,11 +66,18 @@ def main() -> None:
         with cast():
             teacher.features(noise, t, batch.cond, taps)
 
+    @torch.no_grad()
+    def word_pass() -> None:
+        with cast():
+            method.distill(teacher, noise, batch.cond, torch.Generator(noise.device).manual_seed(0))
+
     parts = {
         "student, forward and backward": seconds(student_pass),
         "teacher on the fake, forward and backward to the input": seconds(fake_pass),
         "teacher on the real, forward": seconds(real_pass),
     }
+    if method.distill_weight:
+        parts["teacher's estimate for the distillation, forward"] = seconds(word_pass)
     whole = step_time(cfg, method, source)
     unavoidable = sum(parts.values())
     print(f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch {torch.__version__}")

@@ -70,8 +70,9 @@ def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tens
     """Classifier-free guidance of the estimate, which is that of eps, since they are linear in each other."""
     if bool((scale == 1).all()):
         return teacher.x0(x_t, t, cond)
-    empty = teacher.x0(x_t, t, cond.unconditional())
-    return empty + scale * (teacher.x0(x_t, t, cond) - empty)
+    both = Cond.cat([cond, cond.unconditional()])  # one pass of 2 B costs less than two of B
+    told, empty = teacher.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return empty + scale * (told - empty)
 
 
 def _denoised(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, steps: int) -> Tensor:
