@@ -149,7 +149,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, p
     ("change", "said"),
     [
         ("method.loss=non_saturating", "method.loss=non_saturating (was relativistic)"),
-        ("discriminator.heads.kernel=1", "discriminator.heads.kernel=1 (was 3)"),
+        ("discriminator.heads.kernel=3", "discriminator.heads.kernel=3 (was 1)"),
         ("data.batch_size=3", "samples a step=3 (was 4"),
         ("seed=5", "seed=5 (was 0)"),
     ],
