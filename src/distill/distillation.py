@@ -67,7 +67,7 @@ class ScoreDistillation:
 
 
 def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Tensor:
-    """Classifier-free guidance of the estimate, which is that of eps, since they are linear in each other."""
+    """Classifier-free guidance of the estimate, by one scale or [B, 1, 1, 1]; it is that of eps, both being linear."""
     if bool((scale == 1).all()):
         return teacher.x0(x_t, t, cond)
     both = Cond.cat([cond, cond.unconditional()])  # one pass of 2 B costs less than two of B

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from distill.distillation import guided_x0
 from distill.teachers.network import Network, PipelineTeacher
 from distill.types import Cond, Denoiser
 
@@ -30,15 +31,11 @@ class Guided:
     """A denoiser under classifier-free guidance of scale s; both estimates come from one doubled batch."""
 
     def __init__(self, denoiser: Denoiser, scale: float):
-        self.denoiser, self.scale = denoiser, scale
+        self.denoiser, self.scale = denoiser, torch.tensor(float(scale))
         self.process = denoiser.process
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if self.scale == 1:
-            return self.denoiser.x0(x_t, t, cond)
-        both = Cond.cat([cond, cond.unconditional()])
-        with_caption, without = self.denoiser.x0(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return without + self.scale * (with_caption - without)
+        return guided_x0(self.denoiser, x_t, t, cond, self.scale)
 
 
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:

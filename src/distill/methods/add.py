@@ -15,7 +15,6 @@ does when sampling begins; one that predicts v may be given the schedule that en
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
-from distill.methods.base import Distillation
+from distill.methods.base import Distillation, Fake
 from distill.types import Batch, Terms, Times
 
 
@@ -84,7 +83,7 @@ class ADD(Distillation):
         maps = self.features(pixels, s, told, generator)
         return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}
 
-    def discriminator_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+    def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, s, told = self.heads.draw(self.step), fake["s"], fake["told"]
         penalised = self.r1_weight and self.iteration % self.r1_every == 0
         maps = [m.detach().requires_grad_(bool(penalised)) for m in fake["real"]]
@@ -95,7 +94,7 @@ class ADD(Distillation):
             terms["r1"] = self.r1_weight * self.r1_every * r1(of_real, maps)
         return terms
 
-    def student_loss(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Terms:
+    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         terms, s, told = {}, fake["s"], fake["told"]
         if self.adversarial_weight:
             critic = self.heads.draw(self.step)
@@ -106,7 +105,7 @@ class ADD(Distillation):
             terms["distill"] = self.distill_weight * self._distillation(batch, fake, generator)
         return terms
 
-    def _distillation(self, batch: Batch, fake: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    def _distillation(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Tensor:
         x0_hat = fake["x0_hat"]
         negative = self.teacher.embed([self.negative] * len(batch)) if self.negative is not None else None
         target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator, negative)
