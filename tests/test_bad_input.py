@@ -87,7 +87,7 @@ def png(width, height) -> bytes:
         ("name=a=b c", "name=a=b c: cannot be read as key=value"),
         (
             "+optimizer.shedule=cosine",
-            "shedule: distill.methods.base.Engine takes no such key (did you mean schedule?)",
+            "shedule: distill.engine.Engine takes no such key (did you mean schedule?)",
         ),
         ("+student.rank=4", "rank: distill.students.full takes no such key"),
         ("data=latents", "data.path: not given; add data.path=... to the command"),

@@ -623,3 +623,18 @@ def test_a_thin_strip_stays_small_and_a_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(decode.BadSample, match="decompression bomb"):
         decode.image(raw(png=png(np.zeros((20, 20, 3), np.uint8))), 20)
+
+
+def test_a_key_may_be_the_seed_of_the_noise(tmp_path):
+    """The very noise that a sampler draws for a picture of this seed; another key is no seed."""
+    from distill.sampling import draw_noise, seeded
+
+    x = np.ones((2, 3, 3))
+    write_latents(str(tmp_path / "%06d.tar"), [("000004", x, "a"), ("17", x, "b"), ("x", x, "c")], per_shard=3)
+    data = LatentShards(str(tmp_path), seeded=True, limit=2, max_bad_share=1.0)
+    for i, seed in enumerate((4, 17)):
+        assert torch.equal(data[i]["noise"], draw_noise((2, 3, 3), seeded([seed]))[0])
+    assert "noise" not in LatentShards(str(tmp_path))[0]
+    whole = LatentShards(str(tmp_path), seeded=True, max_bad_share=1.0)
+    assert whole[2]["key"] == "000004"
+    assert "no seed" in next(iter(whole.bad.values()))

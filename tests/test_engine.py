@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from distill.data import source
-from distill.methods.base import Engine
+from distill.engine import Engine
 
 toy = tiny.Toy()
 METHODS = [pytest.param(make, id=name) for name, make in tiny.METHODS.items()]

@@ -31,7 +31,8 @@ def test_every_place_of_every_map_gets_a_logit(spectral: bool) -> None:
     logits = heads(*inputs())
     assert logits.shape == (3, 16 + 16 + 8)
     assert [part.shape[1] for part in heads.split(logits)] == [16, 16, 8]
-    assert heads.draw(5) is heads
+    assert heads.draw(torch.Generator()) is heads
+    assert heads.refresh(torch.Generator()) == ()
 
 
 def test_a_head_sees_its_own_map_only() -> None:

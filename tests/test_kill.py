@@ -52,7 +52,7 @@ def end_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "workers"), [("ladd", 0), ("ladd", 2), ("add", 0)])
+@pytest.mark.parametrize(("method", "workers"), [("ladd", 0), ("ladd", 2), ("add", 0), ("nitrofusion", 0)])
 def test_killed_at_any_moment_it_ends_with_the_same_bits(method, workers, pipelines, shards, tmp_path):
     """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may pass for a whole."""
     assert start(arguments(pipelines, shards, tmp_path / "whole", workers, method), tmp_path).wait(timeout=300) == 0

@@ -11,11 +11,14 @@ from diffusers import AutoencoderTiny
 
 import distill.methods.add
 import distill.methods.ladd
+import distill.methods.nitrofusion
 import tiny
 from distill.data import source
-from distill.distillation import ScoreDistillation
+from distill.discriminators.pool import Pool
+from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.teachers.decoder import TinyDecoder
 
+LEVELS = torch.tensor([0.01, 0.25, 0.5, 0.75]).tolist()  # of tiny.nitrofusion's pool, as float32 has them
 BOTH, ALL = {"adv"}, {"adv", "distill"}
 METHODS = {  # name -> (how to make it, its discriminator's terms, its student's)
     "ladd": (tiny.ladd, {}, BOTH, BOTH),
@@ -31,8 +34,11 @@ METHODS = {  # name -> (how to make it, its discriminator's terms, its student's
     "add_crop": (tiny.add, {"crop": 8, "loss": "relativistic"}, {"adv", "r1"}, ALL),
     "add_adversarial": (tiny.add, {"distill_weight": 0.0}, {"adv", "r1"}, BOTH),
     "add_nfsd": (tiny.add, {"distill": ScoreDistillation(kind="nfsd", guidance=2.0), "negative": "a blur"}, None, ALL),
+    "nitrofusion": (tiny.nitrofusion, {}, BOTH, BOTH),
+    "nitrofusion_relativistic": (tiny.nitrofusion, {"loss": "relativistic", "shared": False}, BOTH, BOTH),
+    "nitrofusion_refined": (tiny.nitrofusion, {"refine": [0, 0], "keep": 0.0}, BOTH, BOTH),
 }
-FILES = [Path(module.__file__) for module in (distill.methods.ladd, distill.methods.add)]
+FILES = [Path(m.__file__) for m in (distill.methods.ladd, distill.methods.add, distill.methods.nitrofusion)]
 
 
 @pytest.fixture(params=METHODS)
@@ -51,6 +57,16 @@ def with_gradient(module) -> int:
     return sum(bool(g.any()) for g in gradients)
 
 
+def at_work(method) -> dict[str, torch.nn.Parameter]:
+    """Parameters of the heads that learn in this iteration: of a pool those of the drawn ones, at this t*."""
+    named = dict(method.heads.named_parameters())
+    if not isinstance(method.heads, Pool):
+        return named
+    level = float(method._level(torch.zeros(1, 1)))
+    chosen = method.critic().chosen
+    return {f"heads.{i}": named[f"heads.{i}"] for i in sorted(i for (k, _), i in chosen.items() if LEVELS[k] == level)}
+
+
 def untouched(module) -> bool:
     return all(p.grad is None for p in module.parameters())
 
@@ -64,7 +80,9 @@ def test_discriminator_phase_reaches_the_heads_alone(named):
     assert set(terms) == names
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     sum(terms.values()).backward()
-    still = [name for name, p in method.heads.named_parameters() if p.grad is None or not p.grad.any()]
+    learning = at_work(method)
+    still = [name for name, p in learning.items() if p.grad is None or not p.grad.any()]
+    assert [p for p in method.heads.parameters() if p.grad is not None] == list(learning.values())
     # While no margin of the hinge is reached, real and fake pull alike at a bias.
     assert all(name.endswith(".bias") for name in still)
     assert untouched(method.student)
@@ -146,8 +164,80 @@ def test_three_steps_change_the_players_and_leave_the_teacher(name, teacher, tmp
     for before, module in ((student, method.student), (heads, method.heads)):
         after = tiny.weights(module)
         changed = [name for name, _ in module.named_parameters() if not torch.equal(before[name], after[name])]
-        assert len(changed) >= 0.9 * len(list(module.parameters()))  # a paired game moves no bias at the end
+        share = 0.9 if not isinstance(module, Pool) else 0.05  # of a pool only what was drawn, in three draws
+        assert len(changed) >= share * len(list(module.parameters()))  # a paired game moves no bias at the end
         assert all(value.isfinite().all() for value in after.values())
+
+
+@pytest.mark.parametrize("luck", [[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0.1], [0.9, 0.9, 0.9]])
+def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monkeypatch):
+    """Of two steps, the second is trained on the student's own first, noised anew; all else is the one-step student."""
+    method = tiny.nitrofusion(teachers("mmdit"), options={"refine": [0, 0], "keep": 0.5})
+    batch, seen = tiny.simple_batch(method), []
+    of = method.student.x0
+    method.student.x0 = lambda x_t, t, cond: seen.append((x_t, t, torch.is_grad_enabled())) or of(x_t, t, cond)
+    monkeypatch.setattr(method, "_place", lambda: place(method, luck))
+    method.fake(batch, method._generator(0))
+    assert all(float(seen[0][1][0]) == 1 for _ in seen)
+    if luck != [0.9, 0.9, 0.9]:
+        assert [grad for *_, grad in seen] == [True]
+        return
+    assert [(float(t[0]), grad) for _, t, grad in seen] == [(1.0, False), (0.5, True)]
+    first = of(*seen[0][:2], batch.cond)
+    noise = method._generator(0)
+    torch.randn(batch.x0.shape, generator=noise)  # where it began
+    again = method.student.process.diffuse(first, torch.randn(batch.x0.shape, generator=noise), seen[1][1])
+    torch.testing.assert_close(seen[1][0], again)
+
+
+def place(method, luck):
+    """What the method makes of these three numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(luck))
+        return type(method)._place(method)
+
+
+def test_refinement_joins_steps_one_after_another(teachers):
+    levels = [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5]]
+    method = tiny.nitrofusion(teachers("mmdit"), options={"levels": levels, "refine": [0, 3, 6], "keep": 0.5})
+    found = {}
+    for method.iteration in range(3000):
+        done, now = method._place()
+        step = min(method.iteration, 6) // 3 * 3
+        found.setdefault(step, []).append((*done, now))
+    assert set(found[0]) == {(1.0,)}
+    assert set(found[6]) == {(1.0,), (1.0, 0.5), (1.0, 0.75), (1.0, 0.75, 0.5)}
+    share = sum(x == (1.0,) for x in found[6]) / len(found[6])
+    assert share == pytest.approx(0.5 + 0.5 * (1 + 1 / 2 + 1 / 3) / 3, abs=0.05)
+
+
+def test_noise_that_made_the_sample_is_where_the_student_begins(teachers):
+    method = tiny.nitrofusion(teachers("mmdit"))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    batch = method._embedded({"x0": torch.zeros(2, 4, 16, 16), "noise": noise, "caption": tiny.CAPTIONS[:2]})
+    with torch.no_grad():
+        expected = method.student.x0(noise, torch.ones(2), batch.cond)
+        torch.testing.assert_close(method.fake(batch, method._generator(0))["x0_hat"], expected)
+
+
+def test_of_captions_alone_the_teacher_makes_the_samples(teacher):
+    """Four steps with noise anew, written out; the first noise is the student's too."""
+    method = tiny.nitrofusion(teacher)
+    with pytest.raises(ValueError, match=r"captions alone: set method\.real"):
+        method._embedded({"caption": tiny.CAPTIONS[:2]})
+    method.real = TeacherSamples()
+    batch = method._embedded({"caption": tiny.CAPTIONS[:2]})
+    generator = method._generator(0, stream=-1)
+    shape = (2, *teacher.latent_shape)
+    x = noise = torch.randn(shape, generator=generator)
+    assert torch.equal(batch.noise, noise)
+    with torch.no_grad():
+        for i, level in enumerate((1.0, 0.75, 0.5, 0.25)):
+            x0 = teacher.x0(x, torch.full((2,), level), batch.cond)
+            if i < 3:
+                later = torch.full((2,), level - 0.25)
+                x = teacher.process.diffuse(x0, torch.randn(shape, generator=generator), later)
+    torch.testing.assert_close(batch.x0, x0)
 
 
 def test_student_starts_as_the_teacher_and_shares_nothing_with_it(teacher):

@@ -20,13 +20,17 @@ from transformers import Dinov2Config, Dinov2Model
 
 from distill.discriminators.heads import ConvHeads
 from distill.discriminators.images import ImageFeatures
+from distill.discriminators.pool import Pool
 from distill.discriminators.projection import Projection
 from distill.discriminators.stylegan_t import StyleGANTHeads
+from distill.discriminators.tasks import TaskFeatures
 from distill.discriminators.teacher_features import TeacherFeatures
 from distill.distillation import ScoreDistillation
+from distill.engine import Engine
 from distill.methods.add import ADD
-from distill.methods.base import Distillation, Engine
+from distill.methods.base import Distillation
 from distill.methods.ladd import LADD
+from distill.methods.nitrofusion import NitroFusion
 from distill.process import RectifiedFlow
 from distill.shapes.world import sample
 from distill.times import Discrete, LogitNormal
@@ -118,6 +122,8 @@ class Toy(nn.Module):
     shape = (2, 4, 4)
     spread = 0.1
     channels = {"first": 16, "second": 16}
+    blocks = encoder = ("first", "second")
+    latent_shape, patch = shape, 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +291,19 @@ def add(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options
     return ADD(**{"levels": levels, "distill": ScoreDistillation()} | (options or {}) | given)
 
 
-METHODS = {"ladd": ladd, "add": add}
+def nitrofusion(
+    teacher: Any, *, options: dict[str, Any] | None = None, pool: dict[str, Any] | None = None, **engine_options: Any
+) -> NitroFusion:
+    given = parts(teacher, **engine_options)
+    given["features"] = features = TaskFeatures(teacher)
+    torch.manual_seed(given["seed"])
+    levels = [0.01, 0.25, 0.5, 0.75]
+    given["heads"] = Pool(features.channels, size=150, levels=levels, width=16, refresh=0.02, **(pool or {}))
+    own = {"levels": [[1.0], [1.0, 0.5]], "refine": [0, 2]} | (options or {})
+    return NitroFusion(renoise=Discrete(levels, [0.25] * 4), **own, **given)
+
+
+METHODS = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
 
 
 def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,3 +103,36 @@ def _noise_free(
     empty = eps(cond.unconditional())
     domain = empty - torch.where((t < SMALL).view(shape), 0.0, eps(negative))
     return x_hat - ratio * (domain + scale * (eps(cond) - empty))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSamples:
+    """What a teacher makes of noise in a few steps: the real samples where data are captions alone.
+
+    Args:
+        levels: t of its steps, falling from 1.
+        guidance: classifier-free; 1 for a teacher that was distilled itself.
+        fresh: noise anew between steps, as few-step models want it; otherwise DDIM (on a flow: Euler).
+    """
+
+    levels: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
+    guidance: float = 1.0
+    fresh: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.levels or self.levels[0] != 1 or not all(a > b for a, b in pairwise([*self.levels, 0.0])):
+            raise ValueError(f"method.real.levels={list(self.levels)}: must fall from 1, and stay above 0")
+
+    @torch.no_grad()
+    def __call__(self, teacher: Denoiser, noise: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+        """Noise [B, C, H, W] -> samples of the same shape."""
+        x_t, scale = noise, torch.tensor(float(self.guidance))
+        for now, later in pairwise([*self.levels, 0.0]):
+            t = torch.full((len(noise),), now, device=noise.device)
+            x0 = guided_x0(teacher, x_t, t, cond, scale)
+            if later:
+                eps = teacher.process.from_x0(x0, x_t, t, "eps")
+                if self.fresh:
+                    eps = torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
+                x_t = teacher.process.diffuse(x0, eps, torch.full_like(t, later))
+        return x0

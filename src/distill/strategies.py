@@ -24,7 +24,8 @@ class DataParallel(DDPStrategy):
     """Copies in every process, and gradients averaged once a step.
 
     There is no DDP wrapper: two players take turns, a pool of heads is used in parts, and a wrapper would either refuse
-    parameters without gradient or look for them at every step. Gradients of what was not used count as zero.
+    parameters without gradient or look for them at every step. Where one process has used a parameter and another has
+    not, its gradient there counts as zero.
     """
 
     def configure_ddp(self) -> None:
@@ -36,9 +37,12 @@ class DataParallel(DDPStrategy):
 
 
 def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
-    """Replace each gradient by its mean over the processes."""
+    """Replace each gradient by its mean over the processes; what none of them has used goes on having none."""
     if world == 1 or not parameters:
         return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    parameters = [p for p, by_any in zip(parameters, used.tolist(), strict=True) if by_any]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

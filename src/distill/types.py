@@ -92,11 +92,15 @@ class Cond:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Training data: x0 [B, C, H, W] scaled latents, B captions, and these embedded."""
+    """Training data: x0 [B, C, H, W] scaled latents, B captions, and these embedded.
+
+    noise [B, C, H, W] is what a teacher made x0 from, where that is known.
+    """
 
     x0: Tensor
     captions: tuple[str, ...]
     cond: Cond
+    noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.x0) == len(self.captions) == len(self.cond):
@@ -125,6 +129,22 @@ class Teacher(Denoiser, Protocol):
     def channels(self) -> Mapping[str, int]:
         """Channels of the feature map at every tap this network offers."""
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The taps behind whole blocks."""
+
+    @property
+    def encoder(self) -> Sequence[str]:
+        """The taps of the half of the network that reads."""
+
+    @property
+    def latent_shape(self) -> Sequence[int]:
+        """(C, H, W) of a sample of the size that it was trained for."""
+
+    @property
+    def patch(self) -> int:
+        """Latents a side that make one token; 1 where there are none."""
+
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """x_t [B, C, H, W], t [B] -> one map [B, channels[tap], h, w] per tap; differentiable in x_t."""
 
@@ -149,8 +169,8 @@ class Features(Protocol):
         """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x. `generator` is for augmentations, if any."""
 
 
-class Heads(Protocol):
-    """The trainable half of a discriminator: maps -> logits."""
+class Critic(Protocol):
+    """What judges in an iteration: maps -> logits."""
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Tensor:
         """maps [B, C_k, ...], t [B] -> logits [B, K]."""
@@ -158,8 +178,15 @@ class Heads(Protocol):
     def split(self, logits: Tensor) -> Sequence[Tensor]:
         """Logits [B, K] of the last call -> those of each head."""
 
-    def draw(self, step: int) -> Heads:
-        """The critic of this step: these heads, or a subset that is the same on every rank."""
+
+class Heads(Protocol):
+    """The trainable half of a discriminator."""
+
+    def draw(self, generator: torch.Generator) -> Critic:
+        """The critic of an iteration: these heads, or a random subset; `generator` is the same on every rank."""
+
+    def refresh(self, generator: torch.Generator) -> Sequence[torch.nn.Parameter]:
+        """Called after each student step; returns the parameters that were made anew, whose moments are cleared."""
 
 
 class Times(Protocol):

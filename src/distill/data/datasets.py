@@ -44,6 +44,10 @@ class Samples(Dataset, ABC):
     def tensor(self, sample: dict) -> Tensor:
         """The tensor of a raw sample; raises BadSample."""
 
+    def more(self, sample: dict, tensor: Tensor) -> dict[str, Tensor]:
+        """What else belongs to a sample, given its tensor; raises BadSample."""
+        return {}
+
     def __len__(self) -> int:
         return self.length
 
@@ -64,8 +68,9 @@ class Samples(Dataset, ABC):
         for ahead in range(min(MAX_IN_A_ROW, self.length)):
             sample = self.shards.read((i + ahead) % self.length)
             try:
-                item = {self.name: self.tensor(sample), "caption": decode.caption(sample), "key": sample["__key__"]}
-                return item, skipped
+                tensor = self.tensor(sample)
+                item = {self.name: tensor, "caption": decode.caption(sample), "key": sample["__key__"]}
+                return item | self.more(sample, tensor), skipped
             except decode.BadSample as error:
                 skipped.append((error.name, error.reason))
         return None, skipped
@@ -87,12 +92,16 @@ class Samples(Dataset, ABC):
 
 
 class LatentShards(Samples):
-    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if there is none."""
+    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if there is none.
+
+    With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed.
+    """
 
     name, shape = "x0", None
 
-    def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
+    def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1, seeded: bool = False):
         super().__init__(path, limit=limit, max_bad_share=max_bad_share)
+        self.seeded = seeded
         first, skipped = self.find(0)
         if first is None:
             raise ValueError(f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}")
@@ -103,6 +112,15 @@ class LatentShards(Samples):
         if self.shape and tuple(x0.shape) != self.shape:
             raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, the first sample's {list(self.shape)}")
         return x0
+
+    def more(self, sample: dict, x0: Tensor) -> dict[str, Tensor]:
+        if not self.seeded:
+            return {}
+        try:
+            seed = int(sample["__key__"].rpartition("/")[2])
+        except ValueError:
+            raise decode.BadSample(sample, "its key is no seed, as data.seeded=true has it") from None
+        return {"noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))}
 
 
 class ImageShards(Samples):

@@ -92,10 +92,17 @@ class Source:
 
 
 def latents(
-    path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None, max_bad_share: float = 0.1
+    path: str,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    limit: int | None = None,
+    max_bad_share: float = 0.1,
+    seeded: bool = False,
 ) -> Source:
     """Cached latents with captions: a folder or pattern of WebDataset shards."""
-    return Source(LatentShards(path, limit=limit, max_bad_share=max_bad_share), batch_size, num_workers)
+    data = LatentShards(path, limit=limit, max_bad_share=max_bad_share, seeded=seeded)
+    return Source(data, batch_size, num_workers)
 
 
 def images(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,16 @@ from torch.nn.utils.parametrizations import spectral_norm
 from distill.types import Cond
 
 TIME_FEATURES = 64
+
+
+class AllHeads(nn.Module):
+    """Heads that all judge in every iteration, and stay."""
+
+    def draw(self, generator: torch.Generator) -> Self:
+        return self
+
+    def refresh(self, generator: torch.Generator) -> Sequence[nn.Parameter]:
+        return ()
 
 
 class ConvHead(nn.Module):
@@ -50,7 +61,7 @@ class ConvHead(nn.Module):
         return (out * c).sum(1) / math.sqrt(c.shape[1])
 
 
-class ConvHeads(nn.Module):
+class ConvHeads(AllHeads):
     """Independent heads, one per tap. All logits side by side: maps -> [B, K], K = sum of h_k w_k.
 
     Args:
@@ -91,10 +102,6 @@ class ConvHeads(nn.Module):
             }
         )
         self._sizes: list[int] = []
-
-    def draw(self, step: int) -> ConvHeads:
-        """The critic of this step: all heads, always."""
-        return self
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         parts = [self.embed_time(_waves(t))]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from distill.discriminators.heads import AllHeads
 from distill.types import Cond
 
 PROJECTION = 64
@@ -78,7 +79,7 @@ class TokenHead(nn.Module):
         return (out * self.condition(condition)[:, :, None]).sum(1) / math.sqrt(PROJECTION)
 
 
-class StyleGANTHeads(nn.Module):
+class StyleGANTHeads(AllHeads):
     """All heads side by side: maps [B, C_k, N] -> logits [B, K], K = sum of tokens over taps.
 
     Args:
@@ -92,10 +93,6 @@ class StyleGANTHeads(nn.Module):
         self.pooled, self.image = pooled, image
         self.heads = nn.ModuleDict({name: TokenHead(c, pooled + image) for name, c in channels.items()})
         self._sizes: list[int] = []
-
-    def draw(self, step: int) -> StyleGANTHeads:
-        """The critic of this step: all heads, always."""
-        return self
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(maps[0].device.type, enabled=False):

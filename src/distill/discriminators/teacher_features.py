@@ -23,7 +23,7 @@ class TeacherFeatures:
 
     def __init__(self, teacher: Teacher, *, taps: Sequence[str] | None = None):
         known = teacher.channels
-        self.taps = list(known) if taps is None else list(taps)
+        self.taps = list(teacher.blocks if taps is None else taps)
         unknown = [name for name in self.taps if name not in known]
         if unknown or not self.taps:
             raise ValueError(f"discriminator.features.taps={self.taps}: this teacher's taps are {', '.join(known)}")

@@ -84,7 +84,7 @@ class ADD(Distillation):
         return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        critic, s, told = self.heads.draw(self.step), fake["s"], fake["told"]
+        critic, s, told = self.critic(), fake["s"], fake["told"]
         penalised = self.r1_weight and self.iteration % self.r1_every == 0
         maps = [m.detach().requires_grad_(bool(penalised)) for m in fake["real"]]
         of_real, of_fake = critic(maps, s, told), critic([m.detach() for m in fake["maps"]], s, told)
@@ -97,7 +97,7 @@ class ADD(Distillation):
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         terms, s, told = {}, fake["s"], fake["told"]
         if self.adversarial_weight:
-            critic = self.heads.draw(self.step)
+            critic = self.critic()
             of_real = critic(fake["real"], s, told) if self.adversarial.paired else None
             loss = self.adversarial.student(critic(fake["maps"], s, told), of_real)
             terms["adv"] = self.adversarial_weight * loss

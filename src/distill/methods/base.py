@@ -1,8 +1,8 @@
 """`Distillation`: everything about a training step that is not the method.
 
 One iteration: student's sample and its features (with graph) -> discriminator phase on the detached features -> student
-phase on the same ones -> average -> `after_step`. A *step* is one student update; `max_steps`, schedules, averages and
-logs count steps. The optional head start trains the discriminator alone for some iterations before step 0.
+phase on the same ones -> average -> refresh of the heads. A *step* is one student update; `max_steps`, schedules,
+averages and logs count steps. The optional head start trains the discriminator alone for some iterations before step 0.
 
 Every random number comes from a generator seeded by (seed, iteration, rank, micro-batch), so a resumed run draws what
 the uninterrupted one would have drawn.
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -22,44 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.ema import Ema
-from distill.types import Batch, Denoiser, Features, Heads, Teacher, Terms
+from distill.engine import Engine
+from distill.types import Batch, Critic, Denoiser, Features, Heads, Teacher, Terms
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Fake = dict[str, Any]
 log = logging.getLogger("distill.training")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """How any method is trained. Rates rise over `warmup_steps`, then stay or follow half a cosine to `final_rate`."""
-
-    student: OptimizerFactory
-    discriminator: OptimizerFactory
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    final_rate: float = 0.0
-    clip_student: float = 1.0
-    clip_discriminator: float = 1.0
-    discriminator_updates: int = 1
-    head_start: int = 0
-    accumulate: int = 1
-    ema_decay: float = 0.999
-    stop_after_bad: int = 20  # iterations in a row whose gradient is not finite
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"optimizer.schedule={self.schedule}: must be constant or cosine")
-        for name in ("discriminator_updates", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
-
-    def rate(self, step: int, steps: int) -> float:
-        """Share of the peak learning rate at student step `step` of `steps`."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        if self.schedule == "constant":
-            return rise
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
-        return rise * (self.final_rate + (1 - self.final_rate) * fall)
 
 
 class Distillation(L.LightningModule):
@@ -76,6 +43,7 @@ class Distillation(L.LightningModule):
         heads: Heads,
         engine: Engine,
         condition: Any = None,
+        real: Any = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -86,7 +54,7 @@ class Distillation(L.LightningModule):
         self.student, self.heads = student, heads
         # In a tuple: never registered, saved, broadcast or trained.
         self._frozen: tuple[Any, ...] = (teacher, features, condition)
-        self.engine, self.seed = engine, seed
+        self.engine, self.real, self.seed = engine, real, seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
         self.skipped, self._bad_in_a_row = 0, 0  # student updates left out; iterations with any left out
@@ -109,10 +77,6 @@ class Distillation(L.LightningModule):
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         """Weighted terms of the student, through the frozen networks."""
 
-    def after_step(self, generator: torch.Generator) -> Sequence[nn.Parameter]:
-        """Called after each student step; returns parameters that were re-initialised (their moments are cleared)."""
-        return ()
-
     # -- what methods use --------------------------------------------------------------------------------------------
 
     @property
@@ -127,6 +91,14 @@ class Distillation(L.LightningModule):
     def condition(self) -> Any:
         """What tells the heads of a sample, where that is not the teacher's own embedding."""
         return self._frozen[2]
+
+    def critic(self) -> Critic:
+        """The heads of this iteration: the same ones on every rank and for both players."""
+        return cast(Critic, self.heads.draw(self.common("heads")))
+
+    def common(self, purpose: str) -> torch.Generator:
+        """Randomness of this iteration, the same on every rank and whenever it is asked for by this name."""
+        return self._generator(0, stream=-3 - zlib.crc32(purpose.encode()))
 
     @property
     def step(self) -> int:
@@ -151,7 +123,8 @@ class Distillation(L.LightningModule):
             return
         self.sharded = True
         teacher: Any = self.teacher  # only whole pipelines are cut up
-        for network in (self.student.model, teacher.network.model, *([] if self.second_order else [self.heads])):
+        heads = [] if self.second_order or getattr(self.heads, "whole", False) else [self.heads]
+        for network in (self.student.model, teacher.network.model, *heads):
             shard(network)
         self.ema = Ema(self.student, decay=self.engine.ema_decay)
 
@@ -216,7 +189,7 @@ class Distillation(L.LightningModule):
         self.heads.requires_grad_(True)
         if updated:
             self.ema.update(self.step)
-            for parameter in self.after_step(self._generator(0, stream=-1)):
+            for parameter in self.heads.refresh(self.common("refresh")):
                 self._players()[1].optimizer.state.pop(parameter, None)
         return updated
 
@@ -266,9 +239,9 @@ class Distillation(L.LightningModule):
         return student, discriminator
 
     def _generator(self, micro: int, stream: int = -2) -> torch.Generator:
-        """Randomness of (seed, iteration, micro-batch, stream); stream -1 is the same on every rank."""
+        """Randomness of (seed, iteration, micro-batch, stream); streams below -2 are the same on every rank."""
         world = self.trainer.world_size if self._trainer else 1
-        place = 0 if stream == -1 else micro * world + self.global_rank  # as the stream counts
+        place = 0 if stream < -2 else micro * world + self.global_rank  # as the data are dealt out
         key = (self.seed, self.iteration, place, stream + 2)
         mixed = 0
         for part in key:  # a counter-based stream: splitmix-style mixing of the key into 63 bits
@@ -278,9 +251,20 @@ class Distillation(L.LightningModule):
 
     @torch.no_grad()
     def _embedded(self, batch: Mapping[str, Any]) -> Batch:
-        """A loader's batch as the methods see it: latents and embedded captions."""
-        x0 = batch["x0"] if "x0" in batch else self.teacher.encode(batch["pixels"])
-        return Batch(x0=x0, captions=tuple(batch["caption"]), cond=self.teacher.embed(batch["caption"]))
+        """A loader's batch as the methods see it; where it has captions alone, the samples are `real`'s."""
+        cond, noise = self.teacher.embed(batch["caption"]), batch.get("noise")
+        if "x0" in batch:
+            x0 = batch["x0"]
+        elif "pixels" in batch:
+            x0 = self.teacher.encode(batch["pixels"])
+        elif self.real is None:
+            raise ValueError("these data are captions alone: set method.real, which has the teacher make the samples")
+        else:
+            generator = self._generator(len(self._pending), stream=-1)
+            shape = (len(cond), *self.teacher.latent_shape)
+            noise = torch.randn(shape, generator=generator, device=self.device)
+            x0 = self.real(self.teacher, noise, cond, generator)
+        return Batch(x0=x0, captions=tuple(batch["caption"]), cond=cond, noise=noise)
 
     # -- what is kept ------------------------------------------------------------------------------------------------
 

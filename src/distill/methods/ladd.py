@@ -69,7 +69,7 @@ class LADD(Distillation):
         return {"x0_hat": x0_hat, "look": look, "maps": self._maps(x0_hat, *look, batch)}
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
+        critic, (t_hat, _) = self.critic(), fake["look"]
         real: Fake = fake if self.shared else {"look": self._look(batch, generator)}
         t_real, noise = real["look"]
         maps = [m.detach().requires_grad_(self.r1_weight > 0) for m in self._real(batch, real)]
@@ -88,7 +88,7 @@ class LADD(Distillation):
         return terms
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        critic, (t_hat, _) = self.heads.draw(self.step), fake["look"]
+        critic, (t_hat, _) = self.critic(), fake["look"]
         of_real = critic(self._real(batch, fake), t_hat, batch.cond) if self.adversarial.paired else None
         terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
         if self.distill_weight:
@@ -98,7 +98,7 @@ class LADD(Distillation):
 
     def _maps(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
         """What the frozen teacher makes of x0 [B, C, H, W], re-noised to t [B]."""
-        return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond)
+        return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond, self.common("features"))
 
     @torch.no_grad()
     def _real(self, batch: Batch, seen: Fake) -> list[Tensor]:

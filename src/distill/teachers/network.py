@@ -42,9 +42,14 @@ class Network(nn.Module):
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
         """Tap name -> module and the number of channels of its map, in the order in which they run."""
 
+    @property
     @abstractmethod
-    def to_map(self, output: Any, x_t: Tensor) -> Tensor:
-        """Output of a tapped module -> map [B, C', H', W'], contiguous."""
+    def encoder(self) -> list[str]:
+        """Taps of the half that reads, for discriminators that look at no more of it."""
+
+    @abstractmethod
+    def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
+        """What the module behind this tap returned -> map [B, C', H', W'], contiguous."""
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Clean estimate [B, C, H, W] from x_t [B, C, H, W] at t [B], in the precision of x_t."""
@@ -65,7 +70,7 @@ class Network(nn.Module):
             raise ValueError(f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}")
 
         def keep(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
-            found = self.to_map(output, x_t)
+            found = self.to_map(name, output, x_t)
             seen[name] = found if torch.is_autocast_enabled(x_t.device.type) else found.to(x_t.dtype)
             if len(seen) == len(set(taps)):
                 raise _LastTapReached
@@ -91,9 +96,10 @@ class PipelineTeacher(nn.Module):
     With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block.
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
-    `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `latent_shape`,
-    (C, H, W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there are no tokens;
-    `unit`, of which a picture's sides must be multiples: pixels a side per latent, times `patch`.
+    `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `blocks` and
+    `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H, W) at the size it
+    was trained for; `patch`, latents a side that make one token, 1 where there are no tokens; `unit`, of which a
+    picture's sides must be multiples: pixels a side per latent, times `patch`.
     """
 
     kind: type  # the pipeline's class
@@ -121,6 +127,7 @@ class PipelineTeacher(nn.Module):
         self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
         config = self.network.model.config
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
+        self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.patch = config.get("patch_size") or 1
         self.unit = self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -167,6 +174,11 @@ class PipelineTeacher(nn.Module):
         if self._null is None or self._null.tokens.device != self.device:
             self._null = self._encode([""]).to(torch.float32)
         return replace(self._encode(list(captions)).to(torch.float32), null=self._null)
+
+
+def is_block(tap: str) -> bool:
+    """Whether this tap stands behind a whole block, and not at a part of one (`down0.1`) or before them all (`in`)."""
+    return "." not in tap and tap != "in"
 
 
 def read_quietly() -> None:

@@ -17,7 +17,11 @@ PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 class UNet(Network):
-    """Taps `down0`, `down1`, ..., `mid`, `up0`, ...: the map each block hands to the next."""
+    """Taps `down0`, `down1`, ..., `mid`, `up0`, ...: the map each block hands to the next.
+
+    Besides, `in` is the first convolution's, and `down0.0`, `down0.1`, ... are the maps that this block hands to the
+    decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
+    """
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__(model, process, prediction)
@@ -28,11 +32,21 @@ class UNet(Network):
 
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
         model, widths = self.model, self.model.config.block_out_channels
-        down = {f"down{i}": pair for i, pair in enumerate(zip(model.down_blocks, widths, strict=True))}
+        taps = {"in": (model.conv_in, widths[0])}
+        for i, (block, width) in enumerate(zip(model.down_blocks, widths, strict=True)):
+            parts = len(block.resnets) + len(block.downsamplers or ())
+            taps |= {f"down{i}.{part}": (block, width) for part in range(parts)} | {f"down{i}": (block, width)}
         up = {f"up{i}": pair for i, pair in enumerate(zip(model.up_blocks, reversed(widths), strict=True))}
-        return {**down, "mid": (model.mid_block, widths[-1]), **up}
+        return {**taps, "mid": (model.mid_block, widths[-1]), **up}
 
-    def to_map(self, output: Any, x_t: Tensor) -> Tensor:
+    @property
+    def encoder(self) -> list[str]:
+        return [name for name in self.tappable() if name in ("in", "mid") or "." in name]
+
+    def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
+        block, _, part = name.partition(".")
+        if part:  # a down block returns (what goes down, what goes across)
+            return output[1][int(part)].contiguous()
         return (output[0] if isinstance(output, tuple) else output).contiguous()
 
 

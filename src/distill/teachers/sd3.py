@@ -32,7 +32,13 @@ class MMDiT(Network):
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
         return {f"block{i}": (b, self.model.inner_dim) for i, b in enumerate(self.model.transformer_blocks)}
 
-    def to_map(self, output: Any, x_t: Tensor) -> Tensor:
+    @property
+    def encoder(self) -> list[str]:
+        """The first half of the blocks: no part of an MMDiT is an encoder by name."""
+        names = list(self.tappable())
+        return names[: (len(names) + 1) // 2]
+
+    def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
         tokens = output[1]  # a joint block returns (text tokens, image tokens)
         height, width = (side // self.model.config.patch_size for side in x_t.shape[-2:])
         return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width).contiguous()

@@ -1,0 +1,122 @@
+"""NitroFusion: distillation by a dynamic pool of discriminator heads (Chen et al. 2024, arXiv 2412.02030).
+
+    for c in prompts:
+        x_T ~ N(0, I);  x0 = teacher(x_T, c) in several steps;  x0_hat = student(x_T, c) in one
+        t* ~ {10, 250, 500, 750};  both noised to t*
+        maps = encoder of the frozen teacher at t*, of the whole told c, of a patch told c, of the patch told nothing
+        D_t* ~ pool:                  one head per map, drawn from those for this t*
+        discriminator:  hinge(D_t*(real), D_t*(fake))                          # only the drawn heads learn
+        student:        -D_t*(fake)
+        about 1 % of the pool begins anew
+
+The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would lower its own logits.
+Hinge is ours, with non-saturating and relativistic as options.
+
+Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n steps. Steps before
+it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distill.losses import adversarial, verdicts
+from distill.methods.base import Distillation, Fake
+from distill.types import Batch, Terms, Times
+
+
+class NitroFusion(Distillation):
+    """
+    Args:
+        renoise: t*, one draw for the whole batch, as the heads of one t* are stacked.
+        levels: for each number of steps n = 1, 2, ... the t of its steps.
+        refine: the student step from which on n steps are trained, for n = 1, 2, ...; none of it: one step alone.
+        keep: odds of the one-step student once there are others.
+        shared: whether real and fake are noised to t* by one noise, and cut at one place.
+        loss: hinge, non_saturating or relativistic.
+    """
+
+    space = "latents"  # what its discriminator looks at
+
+    def __init__(
+        self,
+        *,
+        renoise: Times,
+        levels: Sequence[Sequence[float]] = ((1.0,),),
+        refine: Sequence[int] = (0,),
+        keep: float = 0.5,
+        shared: bool = True,
+        loss: str = "hinge",
+        **engine: Any,
+    ):
+        super().__init__(**engine)
+        if [len(steps) for steps in levels] != list(range(1, len(levels) + 1)) or any(s[0] != 1 for s in levels):
+            raise ValueError(f"method.levels={levels}: must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down")
+        if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
+            raise ValueError(
+                f"method.refine={list(refine)}: must rise from 0, one step for each of method.levels at most"
+            )
+        self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
+        self.shared, self.adversarial = shared, adversarial(loss)
+
+    def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
+        x_t = _noise(batch.x0, generator) if batch.noise is None else batch.noise
+        done, now = self._place()
+        with torch.no_grad():
+            for at, later in pairwise([*done, now]):
+                x0 = self.student.x0(x_t, _time(x_t, at), batch.cond)
+                x_t = self.student.process.diffuse(x0, _noise(x0, generator), _time(x_t, later))
+        x0_hat = self.student.x0(x_t, _time(x_t, now), batch.cond)
+        noise = _noise(x0_hat, generator)
+        return {"x0_hat": x0_hat, "noise": noise, "maps": self._maps(x0_hat, noise, batch)}
+
+    def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
+        critic, t = self.critic(), self._level(batch.x0)
+        of_real = critic(self._real(batch, fake, generator), t, batch.cond)
+        of_fake = critic([m.detach() for m in fake["maps"]], t, batch.cond)
+        self.record(**verdicts(of_real, of_fake, critic.split))
+        return {"adv": self.adversarial.discriminator(of_real, of_fake)}
+
+    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
+        critic, t = self.critic(), self._level(batch.x0)
+        of_real = critic(self._real(batch, fake, generator), t, batch.cond) if self.adversarial.paired else None
+        return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real)}
+
+    def _level(self, x: Tensor) -> Tensor:
+        """t* of this iteration, for each of x [B, ...] -> [B]."""
+        return self.renoise.sample(1, self.step, self.common("t*")).expand(len(x))
+
+    def _maps(self, x0: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
+        t = self._level(x0)
+        place = self.common("patch")  # the same for real and fake, as for every rank
+        return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond, place)
+
+    @torch.no_grad()
+    def _real(self, batch: Batch, fake: Fake, generator: torch.Generator) -> list[Tensor]:
+        """Maps of the teacher's samples, made when first asked for and kept."""
+        if "real" not in fake:
+            noise = fake["noise"] if self.shared else _noise(batch.x0, generator)
+            fake["real"] = self._maps(batch.x0, noise, batch)
+        return cast(list[Tensor], fake["real"])
+
+    def _place(self) -> tuple[list[float], float]:
+        """Levels of the steps that the student has behind it in this iteration, and of the one that it learns from."""
+        most = sum(self.step >= start for start in self.refine)
+        luck = torch.rand(3, generator=(g := self.common("steps")), device=g.device).tolist()
+        n = 1 if luck[0] < self.keep else 1 + int(luck[1] * most)
+        steps = list(self.levels[n - 1])
+        i = int(luck[2] * n)
+        return steps[:i], steps[i]
+
+
+def _time(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, device=x.device)
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
