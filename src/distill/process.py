@@ -148,6 +148,10 @@ class VariancePreserving(Process):
         """The t, float32, that names training step index, long [B] in [0, T - 1]."""
         return (index + 1).to(torch.float32) / self.steps
 
+    def shifted(self, t: Tensor, shift: int) -> Tensor:
+        """NitroFusion's t' [B]: training step floor(index * shift / T) in the place of that of t [B]."""
+        return self.time(self.index(t) * shift // self.steps)
+
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """In the table's float64: 1 - alpha^2 cancels near the clean end."""
         table = self._table(t.device)
@@ -164,6 +168,11 @@ class VariancePreserving(Process):
         if device not in self._moved:  # Apple's GPUs have no float64
             self._moved[device] = self._alpha.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self._moved[device]
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the shape, dtype and device of x."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def precise(x: Tensor) -> Tensor:

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from distill.distillation import guided_x0
 from distill.teachers.network import Network, PipelineTeacher
+from distill.teachers.schedulers import ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
+
+ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
 
 
 class Guided:
@@ -72,13 +75,16 @@ class FewSteps(ABC):
         if not falling or (self.levels is not None and not 0 < self.levels[0] <= 1):
             raise ValueError(f"sampler.levels={self.levels}: must fall from at most 1, and stay above 0")
 
-    def grid(self, steps: int, strength: float = 1.0) -> list[float]:
+    def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
         """The levels of `steps` steps; of them the last int(steps * strength), as diffusers has it for images."""
         check_strength(steps, strength)
         if self.levels is not None and steps > len(self.levels):
             raise ValueError(f"steps={steps}: this sampler knows {len(self.levels)} levels")
-        every = [1 - i / steps for i in range(steps)] if self.levels is None else list(self.levels[:steps])
+        every = self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
         return every[steps - int(steps * strength) :]
+
+    def _trailing(self, steps: int, student: Any) -> list[float]:
+        return [1 - i / steps for i in range(steps)]
 
     @torch.no_grad()
     def __call__(
@@ -93,7 +99,7 @@ class FewSteps(ABC):
         strength: float = 1.0,
     ) -> Tensor:
         """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the first level left."""
-        grid, device = self.grid(steps, 1.0 if image is None else strength), cond.tokens.device
+        grid, device = self.grid(steps, 1.0 if image is None else strength, student), cond.tokens.device
 
         def level(value: float) -> Tensor:
             return torch.full((len(cond),), value, device=device)
@@ -134,17 +140,27 @@ class FewSteps(ABC):
 class Consistency(FewSteps):
     """x_t' = alpha_t' x0 + sigma_t' z with fresh z (LCM, LADD)."""
 
+    def _trailing(self, steps: int, student: Any) -> list[float]:
+        """On Stable Diffusion's schedule LCM's: of four levels those at floor(4 i / n); three are 1, .75, .5."""
+        if getattr(student, "prediction", "flow") == "flow":
+            return super()._trailing(steps, student)
+        if steps > ORIGINAL:
+            raise ValueError(f"steps={steps}: this student's scheduler has at most {ORIGINAL}")
+        return [1 - (ORIGINAL * i // steps) / ORIGINAL for i in range(steps)]
+
     def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
         return student.process.diffuse(x0, noise, later)
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         """Flow: no shift, for the levels were trained as they are.
 
-        eps and v: four original steps, so that 1, 2 and 4 steps begin at 999, (999, 499) and (999, 749, 499, 249).
+        eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take theirs.
         """
         if student.prediction == "flow":
             return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
-        return LCMScheduler(**_schedule_of(teacher), original_inference_steps=4, clip_sample=False)
+        if student.shift:
+            return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
+        return LCMScheduler(**_schedule_of(teacher), original_inference_steps=ORIGINAL, clip_sample=False)
 
 
 class EulerAncestral(FewSteps):
