@@ -11,7 +11,7 @@ from torch import nn
 import tiny
 from distill.data import source
 from distill.discriminators.pool import Pool
-from distill.discriminators.tasks import TaskFeatures
+from distill.discriminators.teacher_features import TASKS, TeacherFeatures
 from distill.types import Cond
 
 CHANNELS = {"global.a": 12, "global.b": 12, "local.a": 12, "local.c": 20}
@@ -215,7 +215,7 @@ def test_draws_differ_between_iterations_and_not_between_players(teachers):
 
 
 def test_tasks_see_the_whole_the_patch_and_the_patch_untold(teacher):
-    features = TaskFeatures(teacher)
+    features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     batch = tiny.simple_batch(tiny.ladd(teacher), 3)
     t = torch.tensor([0.3, 0.5, 0.7])
     found = dict(zip(features.channels, features(batch.x0, t, batch.cond, generator(5)), strict=True))
@@ -234,7 +234,7 @@ def test_tasks_see_the_whole_the_patch_and_the_patch_untold(teacher):
 
 
 def test_patches_move_and_real_and_fake_share_them(teachers):
-    features = TaskFeatures(teachers("mmdit"))
+    features = TeacherFeatures(teachers("mmdit"), taps="encoder", tasks=TASKS)
     x = torch.arange(256.0).view(1, 1, 16, 16)
     corners = {float(features._cut(x, generator(seed))[0, 0, 0, 0]) for seed in range(200)}
     assert len(corners) == 25  # 5 x 5 places of 4 x 4 cells in 8 x 8

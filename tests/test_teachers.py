@@ -171,7 +171,7 @@ def test_sdxl_is_its_pipeline_guided_by_its_own_empty_caption(teachers, pipeline
     torch.testing.assert_close(x0, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert (unguided - expected).abs().max() > 1e-2 * expected.abs().max()
     assert other_size.shape == (2, 4, 8, 8)
-    assert list(teacher.channels) == ["down0", "down1", "mid", "up0", "up1"]
+    assert list(teacher.blocks) == ["down0", "down1", "mid", "up0", "up1"]
 
 
 def test_encode_and_decode_use_the_scale_and_shift_of_the_file(teacher, family):
@@ -237,7 +237,7 @@ def listen(module):
 
 def test_maps_are_the_outputs_of_the_blocks(teacher, family):
     x_t, t, cond = noise(2, 4, 16, 16), torch.tensor([0.9, 0.4]), teacher.embed(PROMPTS)
-    taps = list(teacher.channels)
+    taps = list(teacher.blocks)
     assert taps == {"mmdit": [f"block{i}" for i in range(5)], "unet": ["down0", "down1", "mid", "up0", "up1"]}[family]
     listening = {name: listen(module) for name, (module, _) in teacher.network.tappable().items()}
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_hooks_live_for_one_call(teacher, monkeypatch):
     assert hooks(teacher) == before
     with pytest.raises(ValueError, match="no such taps: block99; this network has"):
         teacher.features(x_t, t, cond, ["block99"])
-    monkeypatch.setattr(teacher.network, "to_map", lambda output, x: 1 / 0)
+    monkeypatch.setattr(teacher.network, "to_map", lambda name, output, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher.features(x_t, t, cond, list(teacher.channels)[:2])
     assert hooks(teacher) == before

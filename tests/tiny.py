@@ -23,8 +23,7 @@ from distill.discriminators.images import ImageFeatures
 from distill.discriminators.pool import Pool
 from distill.discriminators.projection import Projection
 from distill.discriminators.stylegan_t import StyleGANTHeads
-from distill.discriminators.tasks import TaskFeatures
-from distill.discriminators.teacher_features import TeacherFeatures
+from distill.discriminators.teacher_features import TASKS, TeacherFeatures
 from distill.distillation import ScoreDistillation
 from distill.engine import Engine
 from distill.methods.add import ADD
@@ -295,7 +294,7 @@ def nitrofusion(
     teacher: Any, *, options: dict[str, Any] | None = None, pool: dict[str, Any] | None = None, **engine_options: Any
 ) -> NitroFusion:
     given = parts(teacher, **engine_options)
-    given["features"] = features = TaskFeatures(teacher)
+    given["features"] = features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     torch.manual_seed(given["seed"])
     levels = [0.01, 0.25, 0.5, 0.75]
     given["heads"] = Pool(features.channels, size=150, levels=levels, width=16, refresh=0.02, **(pool or {}))

@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "distil a teacher into a student",
     "sample": "draw images from a student or a teacher",
     "evaluate": "measure a run",
+    "export": "take a student to where it is used",
     "pretrain": "train a tiny teacher of one's own data",
     "search": "look for good values of any keys",
     "doctor": "say whether this machine can run a configuration",

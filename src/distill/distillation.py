@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distill.process import noise_like
 from distill.types import Cond, Denoiser
 
 KINDS = ("exponential", "sds", "nfsd")
@@ -58,7 +59,7 @@ class ScoreDistillation:
         t = self.low + (self.high - self.low) * t
         least, most = (self.guidance, self.guidance) if isinstance(self.guidance, int | float) else self.guidance
         scale = (least + (most - least) * u).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
-        eps = torch.randn(x_hat.shape, generator=generator, device=device, dtype=x_hat.dtype)
+        eps = noise_like(x_hat, generator)
         alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
         x_t = teacher.process.diffuse(x_hat, eps, t)
         if self.kind == "nfsd":
@@ -131,8 +132,6 @@ class TeacherSamples:
             t = torch.full((len(noise),), now, device=noise.device)
             x0 = guided_x0(teacher, x_t, t, cond, scale)
             if later:
-                eps = teacher.process.from_x0(x0, x_t, t, "eps")
-                if self.fresh:
-                    eps = torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
+                eps = noise_like(x_t, generator) if self.fresh else teacher.process.from_x0(x0, x_t, t, "eps")
                 x_t = teacher.process.diffuse(x0, eps, torch.full_like(t, later))
         return x0

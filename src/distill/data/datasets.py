@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +37,14 @@ class Samples(Dataset, ABC):
     def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit={limit}: must be at least 1")
-        self.shards, self.max_bad_share = Shards(path), max_bad_share
+        self.shards, self.max_bad_share = self.open(path), max_bad_share
         self.length = min(limit or len(self.shards), len(self.shards))
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
+
+    def open(self, path: str) -> Any:
+        """What reads samples by index."""
+        return Shards(path)
 
     @abstractmethod
     def tensor(self, sample: dict) -> Tensor:
@@ -136,6 +142,25 @@ class ImageShards(Samples):
 
     def tensor(self, sample: dict) -> Tensor:
         return decode.image(sample, self.size)
+
+
+class Prompts(Samples):
+    """Captions alone, a line each of a text file; the teacher makes the samples."""
+
+    def open(self, path: str) -> list[str]:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"data.path={path}: cannot be read as lines of UTF-8 text ({error})") from None
+        if not (prompts := [line.strip() for line in lines if line.strip()]):
+            raise ValueError(f"data.path={path}: has no line that is not blank")
+        return prompts
+
+    def tensor(self, sample: dict) -> Tensor:
+        raise NotImplementedError
+
+    def find(self, i: int) -> Found:
+        return {"caption": self.shards[i], "key": str(i)}, []
 
 
 def collate(found: list[Found]) -> tuple[dict, int, Skipped]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill.data.datasets import ImageShards, LatentShards, Samples, collate
+from distill.data.datasets import ImageShards, LatentShards, Prompts, Samples, collate
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ def latents(
     """Cached latents with captions: a folder or pattern of WebDataset shards."""
     data = LatentShards(path, limit=limit, max_bad_share=max_bad_share, seeded=seeded)
     return Source(data, batch_size, num_workers)
+
+
+def prompts(path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None) -> Source:
+    """Captions alone: a text file with one a line."""
+    return Source(Prompts(path, limit=limit), batch_size, num_workers)
 
 
 def images(

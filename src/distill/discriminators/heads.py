@@ -89,7 +89,7 @@ class ConvHeads(AllHeads):
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
         self.heads = nn.ModuleDict(
             {
-                name: ConvHead(
+                name.replace(".", "_"): ConvHead(
                     c,
                     TIME_FEATURES + pooled,
                     width=width or c,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from distill.discriminators.heads import AllHeads
+from distill.process import precise
 from distill.types import Cond
 
 PROJECTION = 64
@@ -97,16 +98,11 @@ class StyleGANTHeads(AllHeads):
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(maps[0].device.type, enabled=False):
             wanted = [part for part, width in ((cond.pooled, self.pooled), (cond.extra, self.image)) if width]
-            condition = torch.cat([_precise(part) for part in wanted], dim=1) if wanted else t[:, None]
-            logits = [head(_precise(x), condition) for head, x in zip(self.heads.values(), maps, strict=True)]
+            condition = torch.cat([precise(part) for part in wanted], dim=1) if wanted else t[:, None]
+            logits = [head(precise(x), condition) for head, x in zip(self.heads.values(), maps, strict=True)]
         self._sizes = [part.shape[1] for part in logits]
         return torch.cat(logits, dim=1)
 
     def split(self, logits: Tensor) -> Sequence[Tensor]:
         """Logits [B, K] of the last call -> those of each head."""
         return logits.split(self._sizes, dim=1)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """x in float32, or in its own float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,13 +1,21 @@
-"""LADD's eyes: the frozen teacher itself, tapped after its blocks, looking at a re-noised latent."""
+"""The frozen teacher itself as a discriminator's eyes, looking at a re-noised latent.
+
+LADD looks at the whole, after every block. NitroFusion looks at it with the half of the network that reads, for three
+tasks: `global`, the whole under its caption; `local`, a square patch under the caption, whether parts are drawn well;
+`local_null`, the same patch under the empty caption, lest each part try to be the whole. The paper gives neither the
+size of a patch nor how it is cut. Here it goes through the teacher as a small latent: these networks take any size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from distill.types import Cond, Teacher
+
+WHOLE, PATCH, UNTOLD = TASKS = ("global", "local", "local_null")
 
 
 class TeacherFeatures:
@@ -15,24 +23,54 @@ class TeacherFeatures:
 
     Args:
         teacher: any teacher of ours.
-        taps: names as the teacher gives them (`block0`, ... for an MMDiT; `down0`, ..., `mid`, `up0`, ... for a UNet);
-            None taps every block. The teacher stops after the last tap.
+        taps: `blocks`, after each of them; `encoder`, the half that reads; or names as the teacher gives them
+            (`block0`, ... for an MMDiT; `down0`, ..., `mid`, `up0`, ... for a UNet). It stops after the last tap.
+        tasks: some of global, local and local_null: maps are then named `<task>.<tap>`. None: the whole, named `<tap>`.
+        patch: side of a patch, as a share of the latents'.
     """
 
     space = "latents"
 
-    def __init__(self, teacher: Teacher, *, taps: Sequence[str] | None = None):
-        known = teacher.channels
-        self.taps = list(teacher.blocks if taps is None else taps)
-        unknown = [name for name in self.taps if name not in known]
-        if unknown or not self.taps:
-            raise ValueError(f"discriminator.features.taps={self.taps}: this teacher's taps are {', '.join(known)}")
-        self._teacher = teacher
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        taps: str | Sequence[str] = "blocks",
+        tasks: Sequence[str] | None = None,
+        patch: float = 0.5,
+    ):
+        named = {"blocks": teacher.blocks, "encoder": teacher.encoder}
+        self.taps = list(named.get(taps, [taps]) if isinstance(taps, str) else taps)
+        if not self.taps or set(self.taps) - set(teacher.channels):
+            known = ", ".join(teacher.channels)
+            raise ValueError(f"discriminator.features.taps={taps}: must be blocks, encoder, or some of {known}")
+        if tasks is not None and (not tasks or set(tasks) - set(TASKS)) or not 0 < patch <= 1:
+            what = f"tasks={tasks} must be some of {', '.join(TASKS)}, and patch={patch} in (0, 1]"
+            raise ValueError(f"discriminator.features: {what}")
+        self.named, self.tasks = tasks is not None, [task for task in TASKS if task in (tasks or [WHOLE])]
+        self._teacher, self.patch = teacher, patch
 
     @property
     def channels(self) -> Mapping[str, int]:
-        return {name: self._teacher.channels[name] for name in self.taps}
+        names = {tap: self._teacher.channels[tap] for tap in self.taps}
+        return {f"{task}.{tap}": c for task in self.tasks for tap, c in names.items()} if self.named else names
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k], one per tap."""
-        return self._teacher.features(x, t, cond, self.taps)
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: Generator | None = None) -> list[Tensor]:
+        """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k]; `generator` places the patch."""
+        maps = self._teacher.features(x, t, cond, self.taps) if WHOLE in self.tasks else []
+        conds = [cond.unconditional() if task == UNTOLD else cond for task in self.tasks if task != WHOLE]
+        if count := len(conds):  # one pass for both
+            small = self._cut(x, generator).repeat(count, 1, 1, 1)
+            parts = [m.chunk(count) for m in self._teacher.features(small, t.repeat(count), Cond.cat(conds), self.taps)]
+            maps = maps + [m[i] for i in range(count) for m in parts]
+        return maps
+
+    def _cut(self, x: Tensor, generator: Generator | None) -> Tensor:
+        """A patch [B, C, h, w] at a place of the teacher's grid of tokens, one for the batch."""
+        cell = self._teacher.patch
+        luck = torch.rand(2, generator=generator, device=generator.device if generator else None).tolist()
+        for dim, u in zip((2, 3), luck, strict=True):
+            cells = x.shape[dim] // cell
+            size = max(1, round(self.patch * cells))
+            x = x.narrow(dim, cell * int(u * (cells - size + 1)), cell * size)
+        return x.contiguous()

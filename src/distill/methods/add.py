@@ -23,6 +23,7 @@ from torch import Tensor
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
+from distill.process import noise_like
 from distill.types import Batch, Terms, Times
 
 
@@ -70,7 +71,7 @@ class ADD(Distillation):
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         s = self.levels.sample(len(batch), self.step, generator)
-        eps = torch.randn(batch.x0.shape, generator=generator, device=batch.x0.device, dtype=batch.x0.dtype)
+        eps = noise_like(batch.x0, generator)
         pure = s == 1
         x_s = torch.where(pure.view(-1, 1, 1, 1), eps, self.student.process.diffuse(batch.x0, eps, s))
         x0_hat = self.student.x0(x_s, s, batch.cond)

@@ -24,6 +24,7 @@ from torch import Tensor
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
+from distill.process import noise_like
 from distill.types import Batch, Terms, Times
 
 
@@ -63,7 +64,7 @@ class LADD(Distillation):
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         t = self.levels.sample(len(batch), self.step, generator)
-        x_t = self.student.process.diffuse(batch.x0, _noise(batch.x0, generator), t)
+        x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
         x0_hat = self.student.x0(x_t, t, batch.cond)
         look = self._look(batch, generator)
         return {"x0_hat": x0_hat, "look": look, "maps": self._maps(x0_hat, *look, batch)}
@@ -111,8 +112,4 @@ class LADD(Distillation):
     def _look(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t_hat [B] and noise [B, C, H, W] of one look of the discriminator."""
         t_hat = self.teacher.process.from_flow_time(self.renoise.sample(len(batch), self.step, generator))
-        return t_hat, _noise(batch.x0, generator)
-
-
-def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return t_hat, noise_like(batch.x0, generator)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from distill.losses import adversarial, verdicts
 from distill.methods.base import Distillation, Fake
+from distill.process import noise_like
 from distill.types import Batch, Terms, Times
 
 
@@ -65,14 +66,14 @@ class NitroFusion(Distillation):
         self.shared, self.adversarial = shared, adversarial(loss)
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
-        x_t = _noise(batch.x0, generator) if batch.noise is None else batch.noise
+        x_t = noise_like(batch.x0, generator) if batch.noise is None else batch.noise
         done, now = self._place()
         with torch.no_grad():
             for at, later in pairwise([*done, now]):
                 x0 = self.student.x0(x_t, _time(x_t, at), batch.cond)
-                x_t = self.student.process.diffuse(x0, _noise(x0, generator), _time(x_t, later))
+                x_t = self.student.process.diffuse(x0, noise_like(x0, generator), _time(x_t, later))
         x0_hat = self.student.x0(x_t, _time(x_t, now), batch.cond)
-        noise = _noise(x0_hat, generator)
+        noise = noise_like(x0_hat, generator)
         return {"x0_hat": x0_hat, "noise": noise, "maps": self._maps(x0_hat, noise, batch)}
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
@@ -100,7 +101,7 @@ class NitroFusion(Distillation):
     def _real(self, batch: Batch, fake: Fake, generator: torch.Generator) -> list[Tensor]:
         """Maps of the teacher's samples, made when first asked for and kept."""
         if "real" not in fake:
-            noise = fake["noise"] if self.shared else _noise(batch.x0, generator)
+            noise = fake["noise"] if self.shared else noise_like(batch.x0, generator)
             fake["real"] = self._maps(batch.x0, noise, batch)
         return cast(list[Tensor], fake["real"])
 
@@ -116,7 +117,3 @@ class NitroFusion(Distillation):
 
 def _time(x: Tensor, t: float) -> Tensor:
     return torch.full((len(x),), t, device=x.device)
-
-
-def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distill.process import Prediction, Process
 from distill.teachers.reading import read_pipeline
+from distill.teachers.weights import put_on
 from distill.types import Cond
 
 
@@ -33,6 +34,7 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
+        self.shift: int | None = None  # NitroFusion's: what the last of 1,000 training steps is taken for
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -53,6 +55,7 @@ class Network(nn.Module):
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Clean estimate [B, C, H, W] from x_t [B, C, H, W] at t [B], in the precision of x_t."""
+        t = self.process.shifted(t, self.shift) if self.shift else t
         return self.process.to_x0(self._run(x_t, t, cond), x_t, t, self.prediction)
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -93,7 +96,8 @@ class Network(nn.Module):
 class PipelineTeacher(nn.Module):
     """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond.
 
-    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block.
+    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
+    is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
     `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `blocks` and
@@ -115,11 +119,14 @@ class PipelineTeacher(nn.Module):
         use_safetensors: bool = True,
         without: Sequence[str] = (),
         checkpointing: bool = False,
+        weights: str | None = None,
     ):
         super().__init__()
         read_quietly()
         options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
         self.pipeline = pipeline = read_pipeline(self.kind, path, without=(*self.unused, *without), **options)
+        if weights:
+            put_on(pipeline, weights)
         if checkpointing:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.vae, self.folder = self._network(), pipeline.vae, Path(pipeline.name_or_path)
@@ -148,6 +155,10 @@ class PipelineTeacher(nn.Module):
     @property
     def process(self) -> Process:
         return self.network.process
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.network.prediction
 
     @property
     def device(self) -> torch.device:

@@ -58,7 +58,12 @@ class SD(PipelineTeacher):
     def _network(self) -> UNet:
         scheduler = self.pipeline.scheduler
         process = VariancePreserving(scheduler.alphas_cumprod)
-        return UNet(self.pipeline.unet, process, PREDICTION[scheduler.config.prediction_type])
+        network = self._unet(process, PREDICTION[scheduler.config.prediction_type])
+        network.shift = scheduler.config.get("shifted_timestep")
+        return network
+
+    def _unet(self, process: VariancePreserving, prediction: Prediction) -> UNet:
+        return UNet(self.pipeline.unet, process, prediction)
 
     def _encode(self, captions: list[str]) -> Cond:
         tokens, _ = self.pipeline.encode_prompt(

@@ -7,8 +7,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from distill.process import Prediction, VariancePreserving
-from distill.teachers.network import PipelineTeacher
-from distill.teachers.sd import PREDICTION, UNet
+from distill.teachers.sd import SD, UNet
 from distill.types import Cond
 
 
@@ -27,16 +26,13 @@ class UNetXL(UNet):
         return self.model(x_t, index, encoder_hidden_states=cond.tokens, added_cond_kwargs=added).sample
 
 
-class SDXL(PipelineTeacher):
+class SDXL(SD):
     """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16: use bfloat16."""
 
     kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
 
-    def _network(self) -> UNetXL:
-        scheduler = self.pipeline.scheduler
-        process = VariancePreserving(scheduler.alphas_cumprod)
-        prediction, cell = PREDICTION[scheduler.config.prediction_type], self.pipeline.vae_scale_factor
-        return UNetXL(self.pipeline.unet, process, prediction, cell)
+    def _unet(self, process: VariancePreserving, prediction: Prediction) -> UNetXL:
+        return UNetXL(self.pipeline.unet, process, prediction, self.pipeline.vae_scale_factor)
 
     def _encode(self, captions: list[str]) -> Cond:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(

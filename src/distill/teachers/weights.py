@@ -1,0 +1,50 @@
+"""Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from torch import Tensor
+
+
+def put_on(pipeline: Any, path: str) -> None:
+    """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights under diffusers' names
+    (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export to=delta` wrote, which is added.
+
+    Raises FileNotFoundError, or ValueError for weights of another network.
+    """
+    file = Path(path)
+    if not file.is_file() and path.count("/") > 1 and not path.startswith(("/", ".", "~")):
+        owner, repository, name = path.split("/", 2)
+        file = Path(hf_hub_download(f"{owner}/{repository}", name))
+    if not file.is_file():
+        raise FileNotFoundError(f"teacher.weights={path}: no such file; give one, or owner/repository/file of the hub")
+    state, about = read_weights(file)
+    if any("lora" in name for name in state):
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        return
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
+    own = model.state_dict()
+    if other := [
+        k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
+    ]:
+        what = f"{len(other)} tensors are not there or of another shape, {sorted(other)[0]} for one"
+        raise ValueError(f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})")
+    add = "delta" in about
+    model.load_state_dict({k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()})
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a safetensors or torch file, and what is said about them."""
+    if file.suffix != ".safetensors":
+        return torch.load(file, weights_only=True, map_location="cpu"), {}
+    with safe_open(file, "pt") as opened:
+        about = json.loads((opened.metadata() or {}).get("distill", "{}"))
+        return {name: opened.get_tensor(name) for name in opened.keys()}, about  # noqa: SIM118  # not a dict

@@ -1,0 +1,127 @@
+"""What is put on a teacher or a student after it is read: whole weights, LoRA, deltas, another run's student."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+import tiny
+from distill import students
+from distill.data import source
+from distill.sampling import Consistency
+from distill.teachers.sd import SD
+from distill.teachers.sd3 import SD3
+
+FAMILIES = {"mmdit": SD3, "unet": SD}
+
+
+def made(teacher, folder, seed=8):
+    """A student's folder, its weights off the teacher's."""
+    student = tiny.shake(students.full(teacher), seed)
+    return students.save_pipeline(student, teacher, folder / "student", Consistency().scheduler(student, teacher))
+
+
+def weights(pipeline_teacher):
+    return pipeline_teacher.network.model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["whole.safetensors", "whole.bin"])
+def test_whole_weights_take_the_place_of_the_teachers(name, teacher, family, pipelines, tmp_path):
+    changed = {k: v + 0.5 for k, v in weights(teacher).items()}
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(changed, tmp_path / name)
+    found = weights(FAMILIES[family](str(pipelines(family)), weights=str(tmp_path / name)))
+    assert all(torch.equal(found[k], v) for k, v in changed.items())
+
+
+def test_a_lora_is_fused(teachers, pipelines, tmp_path):
+    """W + (alpha / r) B A on the attention's queries, and nothing else."""
+    teacher = SD(str(pipelines("unet")))
+    before = {k: v.clone() for k, v in weights(teacher).items()}
+    teacher.network.model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False))
+    low = {k: v.clone() for k, v in weights(teacher).items() if "lora" in k}
+    from peft.utils import get_peft_model_state_dict
+
+    teacher.pipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(teacher.network.model))
+    (file,) = tmp_path.glob("*.safetensors")
+    found = weights(SD(str(pipelines("unet")), weights=str(file)))
+    assert found.keys() == before.keys()
+    moved = [k for k in before if not torch.allclose(found[k], before[k], atol=1e-6)]
+    assert moved
+    assert all(".to_q." in k for k in moved)
+    for key in moved:
+        stem = key.removesuffix(".weight")
+        change = low[f"{stem}.lora_B.default.weight"] @ low[f"{stem}.lora_A.default.weight"]
+        scale = (found[key] - before[key]).norm() / change.norm()
+        torch.testing.assert_close(found[key] - before[key], scale * change, rtol=1e-3, atol=1e-5)
+
+
+def test_a_delta_carries_a_student_over(teacher, family, pipelines, tmp_path):
+    """Base + delta is the student; another base + delta is as far from it as the bases are from one another."""
+    folder = made(teacher, tmp_path)
+    student = FAMILIES[family](str(folder))
+    file = students.save_delta(student, teacher, tmp_path / "delta.safetensors")
+    again = weights(FAMILIES[family](str(pipelines(family)), weights=str(file)))
+    for name, value in weights(student).items():
+        torch.testing.assert_close(again[name], value, rtol=1e-3, atol=2e-3)
+    other = FAMILIES[family](str(made(teacher, tmp_path / "other", seed=9)))
+    expected = {k: v + weights(student)[k] - weights(teacher)[k] for k, v in weights(other).items()}
+    kind = type(other.pipeline.scheduler)
+    result = FAMILIES[family](str(students.apply_delta(other, file, tmp_path / "both")))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights(result)[name], value, rtol=1e-2, atol=5e-3)
+    assert type(result.pipeline.scheduler) is kind
+
+
+def test_the_export_command_writes_and_applies_a_delta(command, teacher, family, pipelines, tmp_path):
+    folder, base = made(teacher, tmp_path), pipelines(family)
+    code, out, _ = command("export", f"run={folder}", f"base={base}", f"out={tmp_path / 'd.safetensors'}")
+    assert code == 0
+    assert "d.safetensors" in out
+    command("export", f"base={base}", f"delta={tmp_path / 'd.safetensors'}", f"out={tmp_path / 'again'}")
+    one, two = (weights(FAMILIES[family](str(path))) for path in (folder, tmp_path / "again"))
+    assert all(torch.allclose(two[k], v, rtol=1e-2, atol=5e-3) for k, v in one.items())
+
+
+def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"teacher\.weights=.*not of a UNet2DConditionModel"):
+        SD(str(pipelines("unet")), weights=str(tmp_path / "x.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"teacher\.weights=nowhere: no such file"):
+        SD(str(pipelines("unet")), weights="nowhere")
+    with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export"):
+        students.apply_delta(SD(str(pipelines("unet"))), tmp_path / "x.safetensors", tmp_path / "y")
+    with pytest.raises(ValueError, match="base=.*not of the student's shape"):
+        students.save_delta(teachers("mmdit"), teachers("unet"), tmp_path / "z")
+
+
+def test_a_student_may_begin_from_another_run(teacher, family, tmp_path):
+    folder = made(teacher, tmp_path)
+    for init in (folder, folder.parent):  # the pipeline, and the run that it lies in
+        found = students.full(teacher, init=str(init)).model.state_dict()
+        assert all(torch.equal(found[k], v) for k, v in weights(FAMILIES[family](str(folder))).items())
+    with pytest.raises(
+        ValueError, match=r"student\.init=nothing: must be teacher, random, or a run or pipeline folder"
+    ):
+        students.full(teacher, init="nothing")
+
+
+def test_a_student_of_another_shape_cannot_begin_there(teachers, pipelines):
+    with pytest.raises(ValueError, match=r"student\.init=.*other shapes"):
+        students.full(teachers("sdxl"), init=str(pipelines("unet")))
+
+
+def test_prompts_are_lines_of_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\n\n b \nc\n", encoding="utf-8")
+    loader = source.prompts(str(tmp_path / "prompts.txt"), batch_size=3).loader(seed=0)
+    batch = next(iter(loader))
+    assert sorted(batch["caption"]) == ["a", "b", "c"]
+    for path, what in (
+        (tmp_path / "none.txt", "cannot be read"),
+        (tmp_path / "blank.txt", "no line that is not blank"),
+    ):
+        (tmp_path / "blank.txt").write_text("\n")
+        with pytest.raises(ValueError, match=rf"data\.path=.*{what}"):
+            source.prompts(str(path), batch_size=1)
