@@ -44,7 +44,7 @@ def main() -> None:
     batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
-    taps = list(teacher.channels)
+    taps = list(teacher.blocks)
     mixed = cfg.trainer.precision == "bf16-mixed"  # as the trainer does: autocast around the forward passes
 
     def cast() -> torch.autocast:

@@ -80,6 +80,9 @@ def composed_with(choice: str) -> dict[str, Any]:
     if group == "experiment":
         return composed(f"experiment={option}")
     override = f"{group}={option}"
+    if group == "heads":  # chosen by the discriminator and the teacher, whose names it bears
+        chosen = next(d for d in ("teacher_features", "pool", "dino") if option.startswith(d))
+        return composed(f"discriminator={chosen}", f"teacher={option.removeprefix(f'{chosen}_')}")
     # What belongs to one method goes with it: a recipe by its name, a discriminator by the method's defaults.
     methods = [path.stem for path in (CONF / "method").glob("*.yaml")]
     own = [m for m in methods if group == "recipe" and option.startswith(f"{m}_")]
