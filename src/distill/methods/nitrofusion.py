@@ -34,7 +34,8 @@ from distill.types import Batch, Terms, Times
 class NitroFusion(Distillation):
     """
     Args:
-        renoise: t*, one draw for the whole batch, as the heads of one t* are stacked.
+        renoise: t*.
+        mixed: whether every sample has a t* of its own, or the whole batch one.
         levels: for each number of steps n = 1, 2, ... the t of its steps.
         refine: the student step from which on n steps are trained, for n = 1, 2, ...; none of it: one step alone.
         keep: odds of the one-step student once there are others.
@@ -48,6 +49,7 @@ class NitroFusion(Distillation):
         self,
         *,
         renoise: Times,
+        mixed: bool = False,
         levels: Sequence[Sequence[float]] = ((1.0,),),
         refine: Sequence[int] = (0,),
         keep: float = 0.5,
@@ -63,7 +65,7 @@ class NitroFusion(Distillation):
                 f"method.refine={list(refine)}: must rise from 0, one step for each of method.levels at most"
             )
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
-        self.shared, self.adversarial = shared, adversarial(loss)
+        self.mixed, self.shared, self.adversarial = mixed, shared, adversarial(loss)
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         x_t = noise_like(batch.x0, generator) if batch.noise is None else batch.noise
@@ -90,7 +92,7 @@ class NitroFusion(Distillation):
 
     def _level(self, x: Tensor) -> Tensor:
         """t* of this iteration, for each of x [B, ...] -> [B]."""
-        return self.renoise.sample(1, self.step, self.common("t*")).expand(len(x))
+        return self.renoise.sample(len(x) if self.mixed else 1, self.step, self.common("t*")).expand(len(x))
 
     def _maps(self, x0: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
         t = self._level(x0)
