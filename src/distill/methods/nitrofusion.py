@@ -12,6 +12,9 @@
 The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would lower its own logits.
 Hinge is ours, with non-saturating and relativistic as options.
 
+The student is to begin from weights that can do one step. Where there are none, the first `regression` steps make
+them: |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL. The heads learn meanwhile.
+
 Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n steps. Steps before
 it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
 """
@@ -25,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distill.losses import adversarial, verdicts
+from distill.losses import adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import noise_like
 from distill.types import Batch, Terms, Times
@@ -41,6 +44,7 @@ class NitroFusion(Distillation):
         keep: odds of the one-step student once there are others.
         shared: whether real and fake are noised to t* by one noise, and cut at one place.
         loss: hinge, non_saturating or relativistic.
+        regression: student steps of regression before the adversarial ones.
     """
 
     space = "latents"  # what its discriminator looks at
@@ -55,6 +59,7 @@ class NitroFusion(Distillation):
         keep: float = 0.5,
         shared: bool = True,
         loss: str = "hinge",
+        regression: int = 0,
         **engine: Any,
     ):
         super().__init__(**engine)
@@ -65,7 +70,7 @@ class NitroFusion(Distillation):
                 f"method.refine={list(refine)}: must rise from 0, one step for each of method.levels at most"
             )
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
-        self.mixed, self.shared, self.adversarial = mixed, shared, adversarial(loss)
+        self.mixed, self.shared, self.adversarial, self.regression = mixed, shared, adversarial(loss), regression
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         x_t = noise_like(batch.x0, generator) if batch.noise is None else batch.noise
@@ -86,6 +91,9 @@ class NitroFusion(Distillation):
         return {"adv": self.adversarial.discriminator(of_real, of_fake)}
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
+        if self.step < self.regression:
+            x0_hat = fake["x0_hat"]
+            return {"regression": weighted_mse(x0_hat, batch.x0, torch.ones_like(x0_hat[:, 0, 0, 0]))}
         critic, t = self.critic(), self._level(batch.x0)
         of_real = critic(self._real(batch, fake, generator), t, batch.cond) if self.adversarial.paired else None
         return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real)}
