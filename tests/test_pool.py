@@ -69,7 +69,7 @@ def one_by_one(pool: Pool, head: int, x: torch.Tensor) -> torch.Tensor:
         position += parameter.numel()
 
     for wide in (channels, 16):
-        convolution, norm = nn.Conv2d(wide, 16, 4, stride=2, padding=1, bias=False), nn.GroupNorm(8, 16)
+        convolution, norm = nn.Conv2d(wide, 16, 4, stride=2, padding=1, bias=False), nn.GroupNorm(1, 16)
         for parameter in (convolution.weight, norm.weight, norm.bias):
             take(parameter)
         layers += [nn.ZeroPad2d((0, 1, 0, 1)) if x.shape[-1] < 2 or wide == 16 and x.shape[-1] < 4 else nn.Identity()]

@@ -22,7 +22,9 @@ from torch import Generator, Tensor, nn
 
 from distill.types import Cond
 
-NORM_GROUPS = 8
+NORM_CHANNELS = (
+    16  # a group: the last maps may have one place, and over two numbers a norm says hardly more than a sign
+)
 
 
 class Pool(nn.Module):
@@ -58,9 +60,9 @@ class Pool(nn.Module):
             raise ValueError(
                 f"discriminator.heads: levels={list(levels)} must lie in (0, 1], refresh={refresh} in [0, 1]"
             )
-        if width % NORM_GROUPS or min(width, layers, size) < 1:
+        if width % NORM_CHANNELS or min(width, layers, size) < 1:
             raise ValueError(
-                f"discriminator.heads: width={width} must be a multiple of {NORM_GROUPS}; layers, size above 0"
+                f"discriminator.heads: width={width} must be a multiple of {NORM_CHANNELS}; layers, size above 0"
             )
         self.refresh_rate, self.width, self.layers, self.norm_input = refresh, width, layers, norm_input
         self.channels, self.levels = dict(channels), [float(level) for level in levels]
@@ -116,7 +118,7 @@ class Pool(nn.Module):
             )  # a kernel of 4 does not fit into 1 + 2
             kernel = kernel.reshape(count * self.width, -1, 4, 4)
             x = F.conv2d(x, kernel, stride=2, padding=1, groups=count)
-            x = F.silu(F.group_norm(x, count * NORM_GROUPS, gain.flatten(), shift.flatten()))
+            x = F.silu(F.group_norm(x, count * self.width // NORM_CHANNELS, gain.flatten(), shift.flatten()))
         out, bias = next(parts), next(parts)
         x = F.conv2d(x, out.reshape(count, -1, 1, 1), bias.flatten(), groups=count)
         return x.view(batch, count, *x.shape[-2:])
