@@ -280,3 +280,27 @@ def test_a_method_file_is_short_and_holds_only_the_method(path):
     code = re.sub(r"device=[\w.]+\.device", "", code)  # where noise is drawn
     found = re.findall(r"\w*(?:optimi[sz]er|device|logger|hydra|cfg|config|checkpoint|backward|wandb)\w*", code)
     assert found == []
+
+
+def test_regression_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path, shards, monkeypatch):
+    """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then adversarial alone."""
+    monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
+    method = tiny.nitrofusion(teachers("mmdit"), options={"regression": 4, "refine": [0]}, rate=1e-4)
+    seen = []
+    update = method._update_student
+
+    def watched(batches, fakes, optimizer):
+        moments = len(method._players()[1].optimizer.state)
+        result = update(batches, fakes, optimizer)
+        seen.append(
+            (moments > 0, sorted(k for k in method._log if k.startswith("g/") and "_" not in k and k != "g/lr"))
+        )
+        return result
+
+    method._update_student = watched
+    batch = tiny.simple_batch(method)
+    terms = method.student_loss(batch, fake := method.fake(batch, method._generator(0)), method._generator(0))
+    torch.testing.assert_close(terms["regression"], (fake["x0_hat"] - batch.x0).square().mean())
+    tiny.trainer(tmp_path, 6).fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    assert [learnt for learnt, _ in seen] == [False, False, True, True, True, True]
+    assert [terms for _, terms in seen] == [["g/regression"]] * 4 + [["g/adv"]] * 2

@@ -71,7 +71,7 @@ class Distillation(L.LightningModule):
 
     @abstractmethod
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        """Weighted terms of the discriminator; must not reach the student."""
+        """Weighted terms of the discriminator; must not reach the student. None of them: it does not learn now."""
 
     @abstractmethod
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
@@ -194,6 +194,8 @@ class Distillation(L.LightningModule):
         return updated
 
     def _backward(self, player: str, terms: Terms) -> None:
+        if not terms:
+            return
         total = torch.stack(list(terms.values())).sum() / self.engine.accumulate
         self.manual_backward(total)
         for name, value in terms.items():

@@ -13,7 +13,7 @@ The losses as printed cannot be meant: the discriminator's holds no fake, and th
 Hinge is ours, with non-saturating and relativistic as options.
 
 The student is to begin from weights that can do one step. Where there are none, the first `regression` steps make
-them: |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL. The heads learn meanwhile.
+them: |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL. The heads learn in the last LEAD of these.
 
 Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n steps. Steps before
 it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
@@ -32,6 +32,8 @@ from distill.losses import adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import noise_like
 from distill.types import Batch, Terms, Times
+
+LEAD = 100
 
 
 class NitroFusion(Distillation):
@@ -80,10 +82,14 @@ class NitroFusion(Distillation):
                 x0 = self.student.x0(x_t, _time(x_t, at), batch.cond)
                 x_t = self.student.process.diffuse(x0, noise_like(x0, generator), _time(x_t, later))
         x0_hat = self.student.x0(x_t, _time(x_t, now), batch.cond)
+        if self.step < self.regression - LEAD:
+            return {"x0_hat": x0_hat}
         noise = noise_like(x0_hat, generator)
         return {"x0_hat": x0_hat, "noise": noise, "maps": self._maps(x0_hat, noise, batch)}
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
+        if "maps" not in fake:
+            return {}
         critic, t = self.critic(), self._level(batch.x0)
         of_real = critic(self._real(batch, fake, generator), t, batch.cond)
         of_fake = critic([m.detach() for m in fake["maps"]], t, batch.cond)
