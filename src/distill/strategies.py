@@ -43,6 +43,8 @@ def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
     parameters = [p for p, by_any in zip(parameters, used.tolist(), strict=True) if by_any]
+    if not parameters:
+        return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
