@@ -6,6 +6,7 @@ ARGS ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup
+DEV := $(VENV)/.setup-dev
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -14,23 +15,23 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make the virtual environment and install everything, once
+setup: $(DEV) ## make the virtual environment and install everything, once
 
 run: $(STAMP) ## distil the embedded teacher and write a report; ARGS="method=ladd trainer.max_steps=100"
 	$(PY) -m distill.run $(ARGS)
 
-test: $(STAMP) ## the fast tests
+test: $(DEV) ## the fast tests
 	$(PY) -m pytest --timeout 300 $(ARGS)
 
-test-slow: $(STAMP) ## the slow tests
+test-slow: $(DEV) ## the slow tests
 	$(PY) -m pytest --timeout 3600 -m "slow and not gpu" $(ARGS)
 
-check: $(STAMP) ## format, lint and types
+check: $(DEV) ## format, lint and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-format: $(STAMP) ## put every file into the house format
+format: $(DEV) ## put every file into the house format
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
@@ -51,5 +52,9 @@ $(STAMP): pyproject.toml
 	    exit 1; \
 	  fi; \
 	fi
+	$(PY) -m pip install --no-compile -e .  # compiling all of torch takes longer than what is imported does
+	@touch $@
+
+$(DEV): $(STAMP)
 	$(PY) -m pip install -e '.[dev]'
 	@touch $@
