@@ -35,7 +35,8 @@ format: $(DEV) ## put every file into the house format
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# An environment that works is kept, so a change of pyproject.toml installs only what is new.
+# An environment that works is kept, so a change of pyproject.toml installs only what is new. Python compiles what it
+# imports; to compile all of torch beforehand takes longer.
 $(STAMP): pyproject.toml
 	@set -e; \
 	if ! "$(PY)" -c '$(NEW_ENOUGH)' 2>/dev/null || ! "$(PY)" -m pip --version >/dev/null 2>&1; then \
@@ -52,7 +53,7 @@ $(STAMP): pyproject.toml
 	    exit 1; \
 	  fi; \
 	fi
-	$(PY) -m pip install --no-compile -e .  # compiling all of torch takes longer than what is imported does
+	$(PY) -m pip install --no-compile -e .
 	@touch $@
 
 $(DEV): $(STAMP)
