@@ -36,7 +36,10 @@ CROSSES = {
 }
 
 
-@pytest.mark.parametrize("name", CROSSES)
+FAST = ("nitrofusion", "ladd with the pool")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CROSSES])
 def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
     folder, _ = smoke(*CROSSES[name], family="unet" if "teacher=shapes_unet" in CROSSES[name] else "mmdit")
     pipeline = AutoPipelineForText2Image.from_pretrained(folder / "student", safety_checker=None)
@@ -46,6 +49,7 @@ def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
     assert picture.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["nitrosd_realism", "nitrosd_vibrant"])
 def test_experiments_run_two_steps_from_prompts(experiment, smoke, teachers, tmp_path):
     """The whole of it but for size: few-step weights put on SDXL, samples made from prompts, shift, accumulation."""
