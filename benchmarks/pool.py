@@ -75,7 +75,7 @@ def main() -> None:
     made = []
     for size in SIZES:
         with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-            keys = ["method=nitrofusion", *sys.argv[1:], f"discriminator.heads.size={size}"]
+            keys = ["method=nitrofusion", "method.regression=0", *sys.argv[1:], f"discriminator.heads.size={size}"]
             cfg = compose("config", overrides=keys)
         source, method = build.parts(cfg)
         batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))

@@ -112,7 +112,9 @@ def test_two_go_on_from_one(then, alone, parts, tmp_path):
     assert_same_end(ends[0], alone("add"))
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method", [m if m == "ladd" else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS]
+)
 def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_path):
     ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], method=method, **parts)
     assert [end["skipped"] for end in ends] == [1, 1]

@@ -299,7 +299,8 @@ def nitrofusion(
     given["features"] = features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     torch.manual_seed(given["seed"])
     levels = [0.01, 0.25, 0.5, 0.75]
-    given["heads"] = Pool(features.channels, size=150, levels=levels, width=16, refresh=0.02, **(pool or {}))
+    own = {"size": 150, "levels": levels, "width": 16, "refresh": 0.02} | (pool or {})
+    given["heads"] = Pool(features.channels, **own)
     own = {"levels": [[1.0], [1.0, 0.5]], "refine": [0, 2]} | (options or {})
     return NitroFusion(renoise=Discrete(levels, [0.25] * 4), **own, **given)
 
