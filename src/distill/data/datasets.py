@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +25,11 @@ Found = tuple[dict | None, Skipped]  # the item for a place in a batch, or None;
 
 
 class Samples(Dataset, ABC):
-    """Items {`name`: tensor, "caption": str, "key": str} of shards or a folder of images.
+    """Items {"caption": str, "key": str} and what `tensors` adds, of shards, a folder of images or a list of prompts.
 
     `bad` maps the names of the samples that could not be used to the reasons. Raises ValueError if `limit`, the number
     of samples to use, is under 1, and whatever `Shards` raises.
     """
-
-    name: str
 
     def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
         if limit is not None and limit < 1:
@@ -42,17 +39,13 @@ class Samples(Dataset, ABC):
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
 
-    def open(self, path: str) -> Any:
-        """What reads samples by index."""
+    def open(self, path: str) -> Shards | Lines:
+        """What reads raw samples by index."""
         return Shards(path)
 
     @abstractmethod
-    def tensor(self, sample: dict) -> Tensor:
-        """The tensor of a raw sample; raises BadSample."""
-
-    def more(self, sample: dict, tensor: Tensor) -> dict[str, Tensor]:
-        """What else belongs to a sample, given its tensor; raises BadSample."""
-        return {}
+    def tensors(self, sample: dict) -> dict[str, Tensor]:
+        """What a raw sample holds besides its caption; raises BadSample."""
 
     def __len__(self) -> int:
         return self.length
@@ -74,9 +67,8 @@ class Samples(Dataset, ABC):
         for ahead in range(min(MAX_IN_A_ROW, self.length)):
             sample = self.shards.read((i + ahead) % self.length)
             try:
-                tensor = self.tensor(sample)
-                item = {self.name: tensor, "caption": decode.caption(sample), "key": sample["__key__"]}
-                return item | self.more(sample, tensor), skipped
+                item = {**self.tensors(sample), "caption": decode.caption(sample), "key": sample["__key__"]}
+                return item, skipped
             except decode.BadSample as error:
                 skipped.append((error.name, error.reason))
         return None, skipped
@@ -103,7 +95,7 @@ class LatentShards(Samples):
     With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed.
     """
 
-    name, shape = "x0", None
+    shape = None
 
     def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1, seeded: bool = False):
         super().__init__(path, limit=limit, max_bad_share=max_bad_share)
@@ -113,26 +105,21 @@ class LatentShards(Samples):
             raise ValueError(f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}")
         self.shape = tuple(first["x0"].shape)
 
-    def tensor(self, sample: dict) -> Tensor:
+    def tensors(self, sample: dict) -> dict[str, Tensor]:
         x0 = decode.latent(sample)
         if self.shape and tuple(x0.shape) != self.shape:
             raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, the first sample's {list(self.shape)}")
-        return x0
-
-    def more(self, sample: dict, x0: Tensor) -> dict[str, Tensor]:
         if not self.seeded:
-            return {}
+            return {"x0": x0}
         try:
             seed = int(sample["__key__"].rpartition("/")[2])
         except ValueError:
             raise decode.BadSample(sample, "its key is no seed, as data.seeded=true has it") from None
-        return {"noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))}
+        return {"x0": x0, "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))}
 
 
 class ImageShards(Samples):
     """Images `pixels`, [3, size, size] in [-1, 1]; ValueError if `size` is under 1."""
-
-    name = "pixels"
 
     def __init__(self, path: str, *, size: int, limit: int | None = None, max_bad_share: float = 0.1):
         if size < 1:
@@ -140,27 +127,37 @@ class ImageShards(Samples):
         super().__init__(path, limit=limit, max_bad_share=max_bad_share)
         self.size = size
 
-    def tensor(self, sample: dict) -> Tensor:
-        return decode.image(sample, self.size)
+    def tensors(self, sample: dict) -> dict[str, Tensor]:
+        return {"pixels": decode.image(sample, self.size)}
+
+
+class Lines:
+    """The lines of a text file that are not blank, as raw samples. Raises ValueError if there are none."""
+
+    def __init__(self, path: str):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"data.path={path}: cannot be read as lines of UTF-8 text ({error})") from None
+        self.path, self.lines = path, [line for line in lines if line.strip()]
+        if not self.lines:
+            raise ValueError(f"data.path={path}: has no line that is not blank")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def read(self, i: int) -> dict:
+        return {"__url__": self.path, "__key__": str(i), "txt": self.lines[i].encode()}
 
 
 class Prompts(Samples):
     """Captions alone, a line each of a text file; the teacher makes the samples."""
 
-    def open(self, path: str) -> list[str]:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"data.path={path}: cannot be read as lines of UTF-8 text ({error})") from None
-        if not (prompts := [line.strip() for line in lines if line.strip()]):
-            raise ValueError(f"data.path={path}: has no line that is not blank")
-        return prompts
+    def open(self, path: str) -> Lines:
+        return Lines(path)
 
-    def tensor(self, sample: dict) -> Tensor:
-        raise NotImplementedError
-
-    def find(self, i: int) -> Found:
-        return {"caption": self.shards[i], "key": str(i)}, []
+    def tensors(self, sample: dict) -> dict[str, Tensor]:
+        return {}
 
 
 def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
