@@ -20,6 +20,7 @@ from distill.compose import allowed, check_counts, make, processes, shipped
 from distill.files import gathered, newest, read
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
+from distill.students import pipeline_folder
 
 FAMILIES = {
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
@@ -186,8 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def student_of(run: str) -> Any:
     """The student of a run folder, or any pipeline folder of a family we know, opened by our own adapter."""
-    folder = Path(shipped(run))
-    folder = folder / "student" if (folder / "student").is_dir() else folder
+    folder = pipeline_folder(Path(shipped(run)))
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"run={run}: neither a finished run (with a student/) nor a diffusers pipeline folder")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from distill.teachers import schedulers
 from distill.teachers.network import Network, PipelineTeacher
-from distill.teachers.weights import put_on, read_weights
+from distill.teachers.weights import about_weights, put_on
 
 OURS = "distill.teachers.schedulers"
 LEFT_OUT = shutil.ignore_patterns("transformer", "unet", "scheduler", "*.md", "*.csv", ".git*", ".cache")
@@ -39,8 +39,8 @@ def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None =
 
 def _load(model: Any, init: str) -> None:
     """The weights of the denoiser in a run or pipeline folder."""
-    folder = Path(init) / "student" if (Path(init) / "student").is_dir() else Path(init)
-    part = folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
+    folder = pipeline_folder(Path(init))
+    part = folder / denoiser_part(folder)
     if not part.is_dir():
         what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
         raise ValueError(f"student.init={init}: {what}")
@@ -48,6 +48,16 @@ def _load(model: Any, init: str) -> None:
         model.load_state_dict(type(model).from_pretrained(part).state_dict())
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"student.init={init}: other shapes than the teacher's ({str(error)[:120]})") from None
+
+
+def pipeline_folder(run: Path) -> Path:
+    """The student of a run folder; any other folder itself."""
+    return run / "student" if (run / "student").is_dir() else run
+
+
+def denoiser_part(folder: Path) -> str:
+    """Which part of the pipeline in this folder denoises."""
+    return "transformer" if (folder / "transformer").is_dir() else "unet"
 
 
 def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, scheduler: Any) -> Path:
@@ -59,7 +69,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=LEFT_OUT)
-    part = "transformer" if (source / "transformer").is_dir() else "unet"
+    part = denoiser_part(source)
     student.model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((source / "model_index.json").read_text())
@@ -84,7 +94,7 @@ def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> P
 
 def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
     """A pipeline folder of `base` plus the delta, with the delta's scheduler."""
-    about = read_weights(file)[1]
+    about = about_weights(file)
     if "delta" not in about:
         raise ValueError(f"delta={file}: not a file that distill.export to=delta wrote")
     put_on(base.pipeline, str(file))

@@ -46,5 +46,10 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if file.suffix != ".safetensors":
         return torch.load(file, weights_only=True, map_location="cpu"), {}
     with safe_open(file, "pt") as opened:
-        about = json.loads((opened.metadata() or {}).get("distill", "{}"))
-        return {name: opened.get_tensor(name) for name in opened.keys()}, about  # noqa: SIM118  # not a dict
+        return {name: opened.get_tensor(name) for name in opened.keys()}, about_weights(file)  # noqa: SIM118
+
+
+def about_weights(file: Path) -> dict[str, Any]:
+    """What a safetensors file of ours says about itself, without its tensors; nothing for any other."""
+    with safe_open(file, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get("distill", "{}"))
