@@ -22,9 +22,8 @@ from torch import Generator, Tensor, nn
 
 from distill.types import Cond
 
-NORM_CHANNELS = (
-    16  # a group: the last maps may have one place, and over two numbers a norm says hardly more than a sign
-)
+# In a group: the last maps may have one place, and over two numbers a norm says hardly more than a sign.
+NORM_CHANNELS = 16
 
 
 class Pool(nn.Module):
@@ -113,9 +112,8 @@ class Pool(nn.Module):
         parts = iter(stacked.split([math.prod(shape) for shape, _ in self._shapes(channels)], dim=1))
         for _ in range(self.layers):
             kernel, gain, shift = next(parts), next(parts), next(parts)
-            x = F.pad(
-                x, (0, max(0, 2 - x.shape[-1]), 0, max(0, 2 - x.shape[-2]))
-            )  # a kernel of 4 does not fit into 1 + 2
+            # A kernel of 4 does not fit into one place and its padding.
+            x = F.pad(x, (0, max(0, 2 - x.shape[-1]), 0, max(0, 2 - x.shape[-2])))
             kernel = kernel.reshape(count * self.width, -1, 4, 4)
             x = F.conv2d(x, kernel, stride=2, padding=1, groups=count)
             x = F.silu(F.group_norm(x, count * self.width // NORM_CHANNELS, gain.flatten(), shift.flatten()))

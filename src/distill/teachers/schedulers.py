@@ -38,7 +38,7 @@ class ShiftedLCMScheduler(LCMScheduler):
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self.unshifted = self.timesteps
-        self.timesteps = shifted(self.unshifted, self.config.shifted_timestep, self.config.num_train_timesteps)
+        self.timesteps = self.unshifted * self.config.shifted_timestep // self.config.num_train_timesteps
 
     def step(
         self,
@@ -70,8 +70,3 @@ class ShiftedLCMScheduler(LCMScheduler):
     def _levels(self, step: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.alphas_cumprod[int(step)]
         return kept.sqrt(), (1 - kept).sqrt()
-
-
-def shifted(step: Tensor, shift: int, steps: int) -> Tensor:
-    """tau' of tau, whole numbers below `steps`."""
-    return step * shift // steps
