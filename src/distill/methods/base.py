@@ -253,19 +253,19 @@ class Distillation(L.LightningModule):
 
     @torch.no_grad()
     def _embedded(self, batch: Mapping[str, Any]) -> Batch:
-        """A loader's batch as the methods see it; where it has captions alone, the samples are `real`'s."""
+        """A loader's batch as the methods see it; with `real` the teacher makes the samples, whatever the data hold."""
         cond, noise = self.teacher.embed(batch["caption"]), batch.get("noise")
-        if "x0" in batch:
-            x0 = batch["x0"]
-        elif "pixels" in batch:
-            x0 = self.teacher.encode(batch["pixels"])
-        elif self.real is None:
-            raise ValueError("these data are captions alone: set method.real, which has the teacher make the samples")
-        else:
+        if self.real is not None:
             generator = self._generator(len(self._pending), stream=-1)
             shape = (len(cond), *self.teacher.latent_shape)
             noise = torch.randn(shape, generator=generator, device=self.device)
             x0 = self.real(self.teacher, noise, cond, generator)
+        elif "x0" in batch:
+            x0 = batch["x0"]
+        elif "pixels" in batch:
+            x0 = self.teacher.encode(batch["pixels"])
+        else:
+            raise ValueError("these data are captions alone: set method.real, which has the teacher make the samples")
         return Batch(x0=x0, captions=tuple(batch["caption"]), cond=cond, noise=noise)
 
     # -- what is kept ------------------------------------------------------------------------------------------------
