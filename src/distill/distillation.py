@@ -6,6 +6,7 @@ exponential   c = alpha_t
 sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2, so that the gradient is w(t) (eps_psi - eps)
 nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)           (Katzir et al. 2023)
               delta_C = s (eps_text - eps_empty);  delta_D = eps_empty, less eps_negative above t = 0.2
+              without a caption of bad pictures the empty one stands for it
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class ScoreDistillation:
     def __call__(
         self, teacher: Denoiser, x_hat: Tensor, cond: Cond, generator: torch.Generator, negative: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, for nfsd."""
+        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, is nfsd's."""
         n, device = len(x_hat), x_hat.device
         t, u = torch.rand(2, n, generator=generator, device=device)
         t = self.low + (self.high - self.low) * t
@@ -92,18 +93,12 @@ def _noise_free(
     teacher: Denoiser, x_hat: Tensor, x_t: Tensor, t: Tensor, cond: Cond, negative: Cond | None, scale: Tensor
 ) -> Tensor:
     """sigma / alpha times a difference of eps is the opposite difference of estimates; eps alone needs the estimate."""
-    if negative is None:
-        raise ValueError("method.distill.kind=nfsd needs a negative caption: set method.negative")
-    process = teacher.process
-    shape = (-1, *[1] * (x_hat.ndim - 1))
-    ratio = (process.sigma(t) / process.alpha(t)).view(shape).to(x_hat.dtype)
-
-    def eps(of: Cond) -> Tensor:
-        return process.from_x0(teacher.x0(x_t, t, of), x_t, t, "eps")
-
-    empty = eps(cond.unconditional())
-    domain = empty - torch.where((t < SMALL).view(shape), 0.0, eps(negative))
-    return x_hat - ratio * (domain + scale * (eps(cond) - empty))
+    process, conds = teacher.process, [cond, cond.unconditional(), *([negative] if negative is not None else [])]
+    ratio = (process.sigma(t) / process.alpha(t)).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
+    x0 = teacher.x0(torch.cat([x_t] * len(conds)), t.repeat(len(conds)), Cond.cat(conds)).chunk(len(conds))
+    told, empty, *bad = (process.from_x0(guess, x_t, t, "eps") for guess in x0)
+    domain = empty - torch.where((t < SMALL).view(ratio.shape), 0.0, bad[0] if bad else empty)
+    return x_hat - ratio * (domain + scale * (told - empty))
 
 
 @dataclass(frozen=True, kw_only=True)
