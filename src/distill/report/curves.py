@@ -8,7 +8,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,29 +97,42 @@ def _gaps(values: Mapping[str, float]) -> dict[str, float]:
 
 def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
     """A chart as a picture inside the page; nothing without curves. The legend gives each curve's last smooth value."""
+    found = [(match[1], curve) for name, curve in curves.items() if (match := re.fullmatch(chart.columns, name))]
+    return framed(chart.title, chart.about, lambda axes: _draw(axes, chart, found)) if found else ""
+
+
+def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> None:
+    for i, (name, curve) in enumerate(found):
+        thin = np.array_split(curve, min(POINTS, curve.shape[1]), axis=1)
+        x, y = np.stack([part.mean(axis=1) for part in thin], axis=1)
+        smooth, label = smoothed(y), NAMES.get(name, name).replace("_", " ")
+        axes.plot(x, y, f"C{i}", linewidth=0.7, alpha=0.3)
+        axes.plot(x, smooth, f"C{i}", marker="o" * (len(x) < 4), label=f"{label} {smooth[-1]:.4g}")
+    if chart.guide is not None:
+        axes.axhline(chart.guide, color=SOFT, linewidth=0.8, linestyle="--")
+    axes.set_yscale(chart.scale)
+
+
+def smoothed(y: np.ndarray) -> np.ndarray:
+    """Running mean over a fortieth of y [N], ends too."""
+    window = np.ones(len(y) // 40 + 1)
+    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+
+
+def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
+    """What `draw` puts on the axes, as a picture inside the page with its words above."""
     from matplotlib import rc_context  # half a second that only a report should cost
     from matplotlib.figure import Figure
 
-    found = [(match[1], curve) for name, curve in curves.items() if (match := re.fullmatch(chart.columns, name))]
-    if not found:
-        return ""
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
         axes = figure.subplots()
-        for i, (name, curve) in enumerate(found):
-            thin = np.array_split(curve, min(POINTS, curve.shape[1]), axis=1)
-            x, y = np.stack([part.mean(axis=1) for part in thin], axis=1)
-            window, label = np.ones(len(y) // 40 + 1), NAMES.get(name, name).replace("_", " ")
-            smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")  # a mean, ends too
-            axes.plot(x, y, f"C{i}", linewidth=0.7, alpha=0.3)
-            axes.plot(x, smooth, f"C{i}", marker="o" * (len(x) < 4), label=f"{label} {smooth[-1]:.4g}")
-        if chart.guide is not None:
-            axes.axhline(chart.guide, color=SOFT, linewidth=0.8, linestyle="--")
-        axes.set_yscale(chart.scale)
+        draw(axes)
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        figure.legend(loc="outside upper left", ncols=3)
+        longest = max((len(text) for text in axes.get_legend_handles_labels()[1]), default=0)
+        figure.legend(loc="outside upper left", ncols=3 if longest < 18 else 2 if longest < 30 else 1)
         figure.savefig(file := io.BytesIO(), format="svg")
     source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
-    words = f'<h3>{escape(chart.title)}</h3><p class="soft">{escape(chart.about)}</p>'
-    return f'<figure class="chart">{words}<img src="{source}" alt="{escape(chart.title)}"></figure>'
+    words = f'<h3>{escape(title)}</h3><p class="soft">{escape(about)}</p>'
+    return f'<figure class="chart">{words}<img src="{source}" alt="{escape(title)}"></figure>'

@@ -1,0 +1,46 @@
+"""`python -m distill.compare runs='runs/*'`: runs side by side, as a table, a CSV and one page with pictures."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.errors import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def compare(cfg: DictConfig) -> Path:
+    """Write `compare.md`, `compare.csv` and `compare.html` into `out`; returns the folder."""
+    from distill.report.comparison import page
+    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_run
+
+    patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
+    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
+    folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
+    runs = [read_run(folder) for folder in dict.fromkeys(folders) if (folder / "evaluation.json").is_file()]
+    if not runs:
+        what = f"{len(folders)} runs, none judged yet: python -m distill.evaluate run=..." if folders else "no runs"
+        raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
+    for folder in sorted(set(folders) - {run.folder for run in runs}):
+        print(f"left out, not judged yet: {folder}")
+    groups, out = grouped(runs), Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    table = as_markdown(lines_of(groups))
+    (out / "compare.md").write_text(table)
+    (out / "compare.csv").write_text(as_csv(groups))
+    (out / "compare.html").write_text(page(groups), encoding="utf-8")
+    print(table)
+    print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
+    return out
+
+
+@command("compare")
+def main(cfg: DictConfig) -> None:
+    compare(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""`compare.html`: runs side by side on one page that holds everything it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from distill.report import TEMPLATE
+from distill.report.curves import framed, read, smoothed
+from distill.report.evaluation import MEASURES, PERCENT
+from distill.report.runs import SCORES, Line, Run, lines_of
+
+SHOWN = 8  # prompts in the grid of pictures
+PADDING = 2  # of torchvision's grids
+SORT = """<script>
+for (const head of document.querySelectorAll('table.sortable thead th')) head.onclick = () => {
+  const body = head.closest('table').tBodies[0], i = head.cellIndex, up = head.dataset.up !== 'yes'
+  const key = row => row.cells[i].dataset.sort ?? row.cells[i].textContent
+  const by = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b)
+  for (const other of head.parentNode.cells) { delete other.dataset.up; other.removeAttribute('aria-sort') }
+  head.dataset.up = up ? 'yes' : 'no'
+  head.setAttribute('aria-sort', up ? 'ascending' : 'descending')
+  body.append(...[...body.rows].sort((a, b) => up ? by(a, b) : by(b, a)))
+}
+</script>"""
+
+
+def page(groups: Mapping[str, Sequence[Run]]) -> str:
+    """The whole page, as HTML."""
+    lines, runs = lines_of(groups), [run for found in groups.values() for run in found]
+    best = _headline(lines)
+    tiles = (
+        ("Runs", str(len(runs)), f"in {len(groups)} groups"),
+        ("Best in one step", best[1], best[0]),
+        ("Training", f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min", "all runs together"),
+    )
+    tile = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=f"{len(runs)} runs side by side",
+        headline=escape(best[2]),
+        status="",
+        tiles="\n".join(tile.format(*map(escape, values)) for values in tiles),
+        pictures=_pictures(groups),
+        evaluation=_table(lines) + SORT,
+        training=f'<div class="charts">\n{"".join(_charts(groups, lines))}\n</div>',
+        facts=_made(groups),
+        config="",
+    )
+
+
+def _headline(lines: Sequence[Line]) -> tuple[str, str, str]:
+    """Which group, how good, and a sentence."""
+    for key, pick in (("prompt_accuracy", max), ("frechet", min)):
+        found = [line for line in lines if line.who == "student" and key in line.values]
+        if found:
+            few = min(line.steps for line in found)
+            line = pick((line for line in found if line.steps == few), key=lambda line: line.mean(key))
+            said = line.said(key, MEASURES[key][2])
+            what = MEASURES[key][0].partition("&")[0].lower()
+            return line.group, said, f"{line.group} is best with {few} step{'s' * (few > 1)}: {what} {said}."
+    return "–", "–", "No student among them was judged."
+
+
+def _table(lines: Sequence[Line]) -> str:
+    columns = [key for key in SCORES if any(key in line.values for line in lines)]
+    heads = "".join(f'<th scope="col">{label}</th>' for label in ["", "Steps", *(MEASURES[key][0] for key in columns)])
+    body = ""
+    for line in lines:
+        cells = f'<th scope="row">{escape(line.group)}</th><td>{line.steps}</td>'
+        for key in columns:
+            value = f"{line.mean(key):.6g}" if key in line.values else "-1"
+            cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
+        body += f"<tr>{cells}</tr>\n"
+    note = "Mean ± standard deviation over seeds. A click on a head sorts."
+    scores = f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
+    return f'{scores}</table></div>\n<p class="soft">{note}</p>\n'
+
+
+def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
+    """Quality against steps, time and pictures; then whether the discriminators could tell real from fake."""
+    for key in ("prompt_accuracy", "frechet"):
+        if any(key in line.values for line in lines):
+            label, _, words = MEASURES[key]
+            title = label.replace("&nbsp;", " ")
+            yield framed(title, "By number of steps; the teacher's where it took as few.", _by_steps(lines, key))
+            for cost, unit in (("train_seconds", "training minutes"), ("images_seen", "thousand pictures seen")):
+                draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
+                yield framed(f"{title} in one step", f"By {unit}.", draw)
+    yield framed("Discriminator's accuracy", "Means over seeds; 0.5 is guessing.", lambda axes: _health(axes, groups))
+
+
+def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
+    most = max((line.steps for line in lines if line.who == "student"), default=1)
+
+    def draw(axes: Any) -> None:
+        for group in dict.fromkeys(line.group for line in lines):
+            found = [line for line in lines if line.group == group and key in line.values and line.steps <= most]
+            look = {"color": "#7d8189", "linestyle": "--"} if group == "teacher" else {}
+            points = [line.steps for line in found], [line.mean(key) for line in found]
+            axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
+        axes.set_yscale("log" if MEASURES[key][2] != PERCENT else "linear")
+
+    return draw
+
+
+def _by_cost(groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: float) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for group, runs in groups.items():
+            points = [
+                (run.facts[cost] / unit, row.scores[key])
+                for run in runs
+                for row in run.rows
+                if row.who == "student" and row.steps == 1 and key in row.scores and cost in run.facts
+            ]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "o", markersize=4, label=_short(group))
+        axes.set_xlim(left=0)
+        axes.set_yscale("log" if MEASURES[key][2] != PERCENT else "linear")
+
+    return draw
+
+
+def _health(axes: Any, groups: Mapping[str, Sequence[Run]]) -> None:
+    for i, (group, runs) in enumerate(groups.items()):
+        for k, run in enumerate(runs):
+            curve = read(run.folder / "metrics.csv")[0].get("d/accuracy")
+            if curve is not None:
+                axes.plot(curve[0], smoothed(curve[1]), f"C{i % 6}", alpha=0.8, label=None if k else _short(group))
+    axes.axhline(0.5, color="#7d8189", linewidth=0.8, linestyle="--")
+
+
+def _short(group: str) -> str:
+    return group if len(group) <= 34 else f"{group[:33]}…"
+
+
+def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
+    """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
+    heads, columns = [], []
+    for i, (group, runs) in enumerate(groups.items()):
+        for row, tiles in _strips(runs[0]):
+            first = i == 0 and row.who == "teacher"
+            if row.who == "student" or (
+                first and row.steps == max(r.steps for r in runs[0].rows if r.who == "teacher")
+            ):
+                place = 0 if first else len(heads)
+                heads.insert(place, ("teacher" if first else group, row.steps))
+                columns.insert(place, tiles)
+    if not columns:
+        return '<p class="none">None of these runs kept its pictures.</p>'
+    head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, n in heads)
+    body = ""
+    for k in range(min(SHOWN, *map(len, columns))):
+        body += f"<tr>{''.join(f'<td>{_inline(tiles[k])}</td>' for tiles in columns)}</tr>\n"
+    table = (
+        f'<div class="scroll"><table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )
+    return f'{table}\n<p class="soft">One prompt and one noise per row; of each group the first run.</p>'
+
+
+def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:
+    """The pictures of each row of a run's evaluation, cut from its grid."""
+    path = run.folder / "samples" / "comparison.png"
+    if not path.is_file() or not run.rows:
+        return
+    with Image.open(path) as grid:
+        side = (grid.height - PADDING) // len(run.rows)
+        for i, row in enumerate(run.rows):
+            corners = [(x, i * side) for x in range(0, grid.width - side + 1, side)]
+            yield row, [grid.crop((x + PADDING, y + PADDING, x + side, y + side)) for x, y in corners]
+
+
+def _inline(picture: Image.Image) -> str:
+    picture.save(file := io.BytesIO(), format="PNG")
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f'<img src="{source}" width="{picture.width}" height="{picture.height}" class="crisp" alt="">'
+
+
+def _made(groups: Mapping[str, Sequence[Run]]) -> str:
+    """How each run was made, and how all were judged."""
+    text = ""
+    for group, runs in groups.items():
+        text += f"{group}\n"
+        for run in runs:
+            facts = {"seed": run.config.get("seed"), **{k: run.facts.get(k) for k in ("hardware", "commit", "command")}}
+            text += f"    {run.folder.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
+    protocols = [dict(p) for p in {tuple(sorted(map(_pair, run.protocol.items()))) for run in _all(groups)}]
+    judged = "\n".join("; ".join(f"{k}: {v}" for k, v in protocol.items()) for protocol in protocols)
+    warn = '<p class="warn">These runs were not all judged by one protocol.</p>' if len(protocols) > 1 else ""
+    return f"{warn}<details open><summary>Runs and protocol</summary><pre>{escape(text + judged)}</pre></details>"
+
+
+def _all(groups: Mapping[str, Sequence[Run]]) -> Iterator[Run]:
+    return (run for runs in groups.values() for run in runs)
+
+
+def _pair(item: tuple[str, Any]) -> tuple[str, str]:
+    return item[0], str(item[1])

@@ -1,0 +1,153 @@
+"""Finished runs side by side: what they differ in, and their scores by group, over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.report.evaluation import MEASURES, Row, rows_of
+
+# A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
+ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
+SCORES = [key for key in MEASURES if key != "seconds_per_image"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A judged run: its folder, what made it and what it is worth."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    rows: Sequence[Row]
+    protocol: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        return str(self.facts.get("method", "?"))
+
+
+def read_run(folder: Path) -> Run:
+    """Raises FileNotFoundError for a run that was not judged yet."""
+    import yaml
+
+    if not (folder / "evaluation.json").is_file():
+        raise FileNotFoundError(f"{folder}: not judged yet; python -m distill.evaluate run={folder}")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    facts = json.loads((folder / "run.json").read_text())
+    return Run(folder, config, facts, rows_of(evaluation), evaluation.get("protocol", {}))
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, under what sets them apart from the others.
+
+    A method brings a recipe along, so runs of different methods are told apart by its name, and only runs of one
+    method by their keys; likewise anything whose class differs, by the name of the class.
+    """
+    methods = {run.method for run in runs}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rivals = [other.config for other in runs if other.method == run.method]
+        words = [run.method] if len(methods) > 1 else []
+        keys = sorted(_differences("", rivals))
+        words += [f"{_short(key, keys)}={_said(run.config, key)}" for key in keys]
+        groups.setdefault(", ".join(words) or run.method, []).append(run)
+    return groups
+
+
+def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
+    """Dotted keys in which the nodes are not all alike."""
+    if all(node == nodes[0] for node in nodes):
+        return
+    maps = [node for node in nodes if isinstance(node, Mapping)]
+    if len(maps) < len(nodes) or len({node.get("_target_") for node in maps}) > 1:
+        yield path
+        return
+    for key in dict.fromkeys(key for node in maps for key in node):
+        if path or key not in ASIDE:
+            yield from _differences(f"{path}.{key}" if path else key, [node.get(key) for node in maps])
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a dotted key, if no other ends alike."""
+    last = key.rpartition(".")[2]
+    return key if sum(other.rpartition(".")[2] == last for other in keys) > 1 else last
+
+
+def _said(config: Mapping[str, Any], key: str) -> str:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        return str(value.get("_target_", "...")).rpartition(".")[2]
+    return json.dumps(value).replace('"', "") if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Scores of one sampler: of a group's students at a number of steps, or of the teacher; a value for each run."""
+
+    group: str
+    who: str
+    steps: int
+    values: Mapping[str, Sequence[float]]
+
+    def mean(self, key: str) -> float:
+        return statistics.fmean(self.values[key])
+
+    def said(self, key: str, words: str) -> str:
+        """Mean and standard deviation, as `words` formats a number."""
+        found = self.values.get(key, [])
+        spread = f" ± {words.format(statistics.stdev(found))}" if len(found) > 1 else ""
+        return words.format(statistics.fmean(found)) + spread if found else "–"
+
+
+def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
+    """The teacher's lines first, of all runs together, then each group's."""
+    everyone = [run for runs in groups.values() for run in runs]
+    return [*_lines("teacher", "teacher", everyone)] + [
+        line for group, runs in groups.items() for line in _lines(group, "student", runs)
+    ]
+
+
+def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
+    for steps in sorted({row.steps for run in runs for row in run.rows if row.who == who}):
+        rows = [row for run in runs for row in run.rows if (row.who, row.steps) == (who, steps)]
+        scores: dict[str, list[float]] = {}
+        for row in rows:
+            for key, value in row.scores.items():
+                scores.setdefault(key, []).append(value)
+        if who == "teacher":  # judged again by every run, on the same prompts: no spread over seeds
+            scores = {key: [statistics.fmean(values)] for key, values in scores.items()}
+        yield Line(group, who, steps, scores)
+
+
+def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
+    """A row for each run, sampler and number of steps."""
+    table = csv.writer(file := io.StringIO(), lineterminator="\n")
+    table.writerow(["group", "run", "seed", "train_seconds", "images_seen", "who", "steps", *MEASURES])
+    for group, runs in groups.items():
+        for run in runs:
+            cost = [run.facts.get("train_seconds"), run.facts.get("images_seen")]
+            start = [group, run.folder.name, run.config.get("seed"), *cost]
+            table.writerows([*start, r.who, r.steps, *(r.scores.get(key, "") for key in MEASURES)] for r in run.rows)
+    return file.getvalue()
+
+
+def as_markdown(lines: Sequence[Line]) -> str:
+    """The table of means and spreads."""
+    columns = [key for key in SCORES if any(key in line.values for line in lines)]
+    heads = [MEASURES[key][0].replace("&nbsp;", " ") for key in columns]
+    rows = [["", "steps", "runs", *heads], ["---"] * (len(columns) + 3)]
+    for line in lines:
+        count = max(map(len, line.values.values()), default=0)
+        said = [line.said(key, MEASURES[key][2]) for key in columns]
+        rows.append([line.group, str(line.steps), str(count) if line.who == "student" else "", *said])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

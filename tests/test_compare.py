@@ -1,0 +1,110 @@
+"""Runs side by side: grouped by what differs, mean and spread over seeds, one page that holds everything."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import re
+import statistics
+
+import pytest
+import torch
+import yaml
+from torchvision.utils import save_image
+
+from distill.report.runs import as_markdown, grouped, lines_of, read_run
+
+LADD = {"_target_": "distill.methods.ladd.LADD", "loss": "hinge", "renoise": {"m": 1.0}}
+ADD = {"_target_": "distill.methods.add.ADD", "loss": "hinge", "crop": None}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a judged run: method's node, seed, one-step accuracy -> its folder."""
+
+    def write(name, method, seed, accuracy, **more):
+        folder = tmp_path / "runs" / name
+        (folder / "samples").mkdir(parents=True)
+        config = {"run_dir": str(folder), "seed": seed, "method": copy.deepcopy(method), "data": {"batch_size": 4}}
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, **more}))
+        facts = {"method": method["_target_"].rpartition(".")[2], "train_seconds": 60.0, "images_seen": 100}
+        (folder / "run.json").write_text(json.dumps({**facts, "command": "python -m distill.run", "commit": "abc"}))
+        scores = {"frechet": 100.0, "precision": 1.0}
+        rows = [{"who": "teacher", "steps": 28, "prompt_accuracy": 0.9, **scores}]
+        rows += [{"who": "student", "steps": n, "prompt_accuracy": accuracy + 0.01 * n, **scores} for n in (1, 4)]
+        (folder / "evaluation.json").write_text(json.dumps({"protocol": {"prompts": 8}, "rows": rows}))
+        (folder / "metrics.csv").write_text("step,d/accuracy\n1,0.6\n2,0.7\n")
+        pictures = torch.arange(3)[:, None].expand(3, 4).flatten().float() / 2  # a grey for each row of the grid
+        save_image(pictures.view(-1, 1, 1, 1).expand(-1, 3, 8, 8), folder / "samples" / "comparison.png", nrow=4)
+        return folder
+
+    return write
+
+
+def test_seeds_of_one_setting_make_a_group(written):
+    other = {**LADD, "renoise": {"m": 0.5}}
+    folders = [written(f"a{seed}", LADD, seed, 0.5 + 0.1 * seed) for seed in range(3)]
+    folders += [written(f"b{seed}", other, seed, 0.3) for seed in range(2)]
+    groups = grouped([read_run(folder) for folder in folders])
+    assert {name: len(runs) for name, runs in groups.items()} == {"m=1.0": 3, "m=0.5": 2}
+    line = next(line for line in lines_of(groups) if (line.group, line.steps) == ("m=1.0", 1))
+    values = [0.51, 0.61, 0.71]
+    assert line.mean("prompt_accuracy") == pytest.approx(statistics.mean(values))
+    assert line.said("prompt_accuracy", "{:.4f}") == f"0.6100 ± {statistics.stdev(values):.4f}"
+    teacher = [line for line in lines_of(groups) if line.who == "teacher"]
+    assert [(line.steps, line.values["prompt_accuracy"]) for line in teacher] == [(28, [pytest.approx(0.9)])]
+
+
+def test_methods_are_told_apart_by_name_and_not_by_their_recipes(written):
+    runs = [written("l", LADD, 0, 0.5), written("a0", ADD, 0, 0.4, data={"batch_size": 8})]
+    runs.append(written("a1", {**ADD, "crop": 8}, 0, 0.4, data={"batch_size": 8}))
+    groups = grouped([read_run(folder) for folder in runs])
+    assert list(groups) == ["LADD", "ADD, crop=None", "ADD, crop=8"]
+
+
+def test_another_class_is_one_difference(written):
+    one = {**LADD, "renoise": {"_target_": "distill.times.LogitNormal", "m": 1.0}}
+    two = {**LADD, "renoise": {"_target_": "distill.times.Discrete", "levels": [1.0]}}
+    groups = grouped([read_run(written("one", one, 0, 0.5)), read_run(written("two", two, 0, 0.5))])
+    assert list(groups) == ["renoise=LogitNormal", "renoise=Discrete"]
+
+
+def test_the_command_writes_a_page_that_needs_nothing_else(written, command, tmp_path):
+    for seed in range(2):
+        written(f"ladd{seed}", LADD, seed, 0.5)
+    written("add", ADD, 0, 0.45)
+    (tmp_path / "runs" / "unjudged").mkdir()
+    (tmp_path / "runs" / "unjudged" / "run.json").write_text("{}")
+    out = tmp_path / "out"
+    code, printed, err = command("compare", f"runs={tmp_path}/runs/*", f"out={out}")
+    assert code == 0, err
+    assert "left out, not judged yet" in printed
+    assert "unjudged" in printed
+    html = (out / "compare.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)[^"]+"', html)  # nothing is fetched
+    assert "$" not in re.sub(r"<script>.*?</script>|base64,[^\"]+", "", html, flags=re.S)
+    assert "LADD is best with 1 step: prompts right 51.0% ± 0.0%." in html
+    rows = list(csv.DictReader((out / "compare.csv").open()))
+    assert len(rows) == 3 * 3
+    assert {row["group"] for row in rows} == {"LADD", "ADD"}
+    table = (out / "compare.md").read_text()
+    assert table in printed
+    assert table.count("\n") == 2 + 1 + 2 * 2
+    grid = re.search(r'<table class="grid">.*?</table>', html, re.S)[0]
+    assert grid.count("<th>") == 1 + 2 * 2  # the teacher once, each group at each number of steps
+    assert grid.count("<img") == 4 * 5
+
+
+def test_nothing_to_compare_is_said(command, tmp_path):
+    code, _, err = command("compare", f"runs={tmp_path}/*", f"out={tmp_path / 'out'}")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "no runs" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_reads_as_markdown(written):
+    table = as_markdown(lines_of(grouped([read_run(written("a", LADD, 0, 0.5))])))
+    widths = {line.count("|") for line in table.splitlines()}
+    assert len(widths) == 1
