@@ -24,7 +24,7 @@ from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import noise_like
-from distill.types import Batch, Terms, Times
+from distill.types import Batch, Cond, Terms, Times
 
 
 class ADD(Distillation):
@@ -83,6 +83,14 @@ class ADD(Distillation):
             of_real = self.features(real, s, told, generator)
         maps = self.features(pixels, s, told, generator)
         return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}
+
+    def see(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> tuple[list[Tensor], Cond]:
+        """Maps of whole pictures, which are not noised: t [B] is the level that the student began from."""
+        told, whole = batch.cond, (slice(None), slice(None))
+        if self.condition:
+            with torch.no_grad():
+                told = self.condition(batch, self._decode(batch.x0, whole), t == 1)
+        return self.features(self._decode(x0, whole), t, told, self.common("features")), told
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, s, told = self.critic(), fake["s"], fake["told"]

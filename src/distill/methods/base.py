@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distill.ema import Ema
 from distill.engine import Engine
-from distill.types import Batch, Critic, Denoiser, Features, Heads, Teacher, Terms
+from distill.types import Batch, Cond, Critic, Denoiser, Features, Heads, Teacher, Terms
 
 Fake = dict[str, Any]
 log = logging.getLogger("distill.training")
@@ -99,6 +99,11 @@ class Distillation(L.LightningModule):
     def common(self, purpose: str) -> torch.Generator:
         """Randomness of this iteration, the same on every rank and whenever it is asked for by this name."""
         return self._generator(0, stream=-3 - zlib.crc32(purpose.encode()))
+
+    def see(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> tuple[list[Tensor], Cond]:
+        """Maps of samples x0 [B, C, H, W], re-noised to t [B], and what the heads are told of them."""
+        x_t = self.teacher.process.diffuse(x0, noise, t)
+        return self.features(x_t, t, batch.cond, self.common("features")), batch.cond
 
     @property
     def step(self) -> int:

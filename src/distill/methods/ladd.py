@@ -67,7 +67,7 @@ class LADD(Distillation):
         x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
         x0_hat = self.student.x0(x_t, t, batch.cond)
         look = self._look(batch, generator)
-        return {"x0_hat": x0_hat, "look": look, "maps": self._maps(x0_hat, *look, batch)}
+        return {"x0_hat": x0_hat, "look": look, "maps": self.see(x0_hat, *look, batch)[0]}
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, (t_hat, _) = self.critic(), fake["look"]
@@ -83,7 +83,7 @@ class LADD(Distillation):
         if self.misaligned:
             wrong = replace(batch, cond=batch.cond.index(torch.arange(len(batch)).roll(1)))
             with torch.no_grad():
-                maps = self._maps(batch.x0, t_real, noise, wrong)
+                maps, _ = self.see(batch.x0, t_real, noise, wrong)
             alone = self.adversarial.wrong(critic(maps, t_real, wrong.cond)).mean()
             terms["misaligned"] = self.misaligned * alone
         return terms
@@ -97,16 +97,11 @@ class LADD(Distillation):
             terms["distill"] = self.distill_weight * weighted_mse(fake["x0_hat"], target, weight)
         return terms
 
-    def _maps(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
-        """What the frozen teacher makes of x0 [B, C, H, W], re-noised to t [B]."""
-        return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond, self.common("features"))
-
     @torch.no_grad()
     def _real(self, batch: Batch, seen: Fake) -> list[Tensor]:
         """Maps of the real sample under this look, made when first asked for and kept: both players may need them."""
         if "real" not in seen:
-            t, noise = seen["look"]
-            seen["real"] = self._maps(batch.x0, t, noise, batch)
+            seen["real"], _ = self.see(batch.x0, *seen["look"], batch)
         return cast(list[Tensor], seen["real"])
 
     def _look(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

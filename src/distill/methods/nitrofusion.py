@@ -85,7 +85,7 @@ class NitroFusion(Distillation):
         if self.step < self.regression - LEAD:
             return {"x0_hat": x0_hat}
         noise = noise_like(x0_hat, generator)
-        return {"x0_hat": x0_hat, "noise": noise, "maps": self._maps(x0_hat, noise, batch)}
+        return {"x0_hat": x0_hat, "noise": noise, "maps": self.see(x0_hat, self._level(x0_hat), noise, batch)[0]}
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         if "maps" not in fake:
@@ -108,17 +108,12 @@ class NitroFusion(Distillation):
         """t* of this iteration, for each of x [B, ...] -> [B]."""
         return self.renoise.sample(len(x) if self.mixed else 1, self.step, self.common("t*")).expand(len(x))
 
-    def _maps(self, x0: Tensor, noise: Tensor, batch: Batch) -> list[Tensor]:
-        t = self._level(x0)
-        place = self.common("patch")  # the same for real and fake, as for every rank
-        return self.features(self.teacher.process.diffuse(x0, noise, t), t, batch.cond, place)
-
     @torch.no_grad()
     def _real(self, batch: Batch, fake: Fake, generator: torch.Generator) -> list[Tensor]:
         """Maps of the teacher's samples, made when first asked for and kept."""
         if "real" not in fake:
             noise = fake["noise"] if self.shared else noise_like(batch.x0, generator)
-            fake["real"] = self._maps(batch.x0, noise, batch)
+            fake["real"], _ = self.see(batch.x0, self._level(batch.x0), noise, batch)
         return cast(list[Tensor], fake["real"])
 
     def _place(self) -> tuple[list[float], float]:

@@ -1,0 +1,159 @@
+"""What a discriminator sees: each head's verdict by noise level, which heads disagree, and where a head looks.
+
+gap         mean logit of real samples minus that of the student's, under one noise
+right       share of pairs (real, fake) in which the real one has the higher logit; 0.5 is guessing
+agreement   correlation of two heads' logits over all samples
+attention   |d logit / d x0|, the mean over channels: where a change of the picture would move the head
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.utils import save_image
+
+from distill.process import noise_like
+from distill.report import TEMPLATE
+from distill.types import Batch
+
+SHOWN = 8  # pictures
+MANY = 10  # heads whose attention is drawn, evenly chosen
+PAIRS = 5  # of heads that disagree most
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Logits [L, H, B] of L noise levels, H heads, B samples; `looks` [H', B', h, w] of the heads `drawn`."""
+
+    levels: Sequence[float]
+    heads: Sequence[str]
+    real: Tensor
+    fake: Tensor
+    pictures: Tensor
+    drawn: Sequence[int]
+    looks: Tensor
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each head and level."""
+        for h, head in enumerate(self.heads):
+            for k, level in enumerate(self.levels):
+                real, fake = self.real[k, h], self.fake[k, h]
+                right = (real > fake).float().mean() + (real == fake).float().mean() / 2
+                means = {"real": real.mean(), "fake": fake.mean(), "gap": (real - fake).mean(), "right": right}
+                yield {"head": head, "level": level, **{name: round(float(x), 4) for name, x in means.items()}}
+
+    def agreement(self) -> Tensor:
+        """Correlations [H, H], the mean over levels."""
+        both = torch.cat([self.real, self.fake], dim=2)
+        both = both - both.mean(2, keepdim=True)
+        both = both / both.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        return (both @ both.transpose(1, 2)).mean(0)
+
+
+def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator) -> Seen:
+    """Have every head judge real samples and the student's, from pure noise in one step, at each level."""
+    method.heads.eval()  # spectral norm moves on with every pass in training
+    critic, noise = method.critic(), noise_like(batch.x0, generator)
+    start = torch.ones(len(batch), device=batch.x0.device)
+    with torch.no_grad():
+        x0_hat = method.student.x0(batch.noise if batch.noise is not None else noise, start, batch.cond)
+        pictures = method.teacher.decode(x0_hat[:SHOWN])
+        answers = [[_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels]
+    real, fake = (torch.stack([pair[i] for pair in answers]) for i in (0, 1))
+    count = real.shape[1]
+    drawn = [round(i * (count - 1) / max(1, min(MANY, count) - 1)) for i in range(min(MANY, count))]
+    names = list(method.features.channels)
+    looks = _attention(method, critic, x0_hat, levels[len(levels) // 2], noise, batch, drawn)
+    return Seen(list(levels), names, real.cpu(), fake.cpu(), pictures.cpu(), drawn, looks.cpu())
+
+
+def _judge(method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch) -> Tensor:
+    """Mean logit of each head, [H, B]."""
+    t = torch.full((len(batch),), level, device=x0.device)
+    maps, told = method.see(x0, t, noise, batch)
+    logits = critic(maps, t, told)
+    return torch.stack([part.float().mean(1) for part in critic.split(logits)])
+
+
+def _attention(
+    method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch, drawn: Sequence[int]
+) -> Tensor:
+    """|d logit / d x0| of some heads on the first SHOWN samples, [H', B', h, w], each head's largest being 1."""
+    x = x0.detach().requires_grad_()
+    logits = _judge(method, critic, x, level, noise, batch)
+    maps = [torch.autograd.grad(logits[h].sum(), x, retain_graph=True)[0].abs().mean(1)[:SHOWN] for h in drawn]
+    return torch.stack([m / m.max().clamp_min(1e-12) for m in maps])
+
+
+def write(seen: Seen, folder: Path, name: str) -> Path:
+    """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(seen.rows())
+    with (folder / "heads.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    save_image(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
+    best = max(rows, key=lambda row: row["right"])
+    mean = sum(row["right"] for row in rows) / len(rows)
+    names = "".join(f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)])
+    picture = base64.b64encode((folder / "attention.png").read_bytes()).decode()
+    said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=escape(f"{name}: what the discriminator sees"),
+        headline=escape(f"{said}, {best['right']:.0%}."),
+        status="",
+        tiles="",
+        pictures=f'<div class="labelled"><div class="names">{names}</div><figure><img class="crisp" '
+        f'src="data:image/png;base64,{picture}" alt="attention of heads"><figcaption>The student\'s pictures, and '
+        "where each head looks: bright where a change would move it most.</figcaption></figure></div>",
+        evaluation=_table(seen),
+        training=_disagreement(seen),
+        facts="",
+        config="",
+    )
+    path = folder / "inspect.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _sheet(seen: Seen) -> Tensor:
+    """The pictures, then a row for each drawn head: [R * B', 3, S, S] in [0, 1]."""
+    size = seen.pictures.shape[-2:]
+    heat = interpolate(seen.looks.flatten(0, 1)[:, None], size=size, mode="nearest").expand(-1, 3, -1, -1)
+    return torch.cat([(seen.pictures / 2 + 0.5).clamp(0, 1), heat])
+
+
+def _table(seen: Seen) -> str:
+    """Share right by head and level, in shades."""
+    heads = "".join(f'<th scope="col">t = {level:g}</th>' for level in seen.levels)
+    found = {(row["head"], row["level"]): row for row in seen.rows()}
+    body = ""
+    for head in seen.heads:
+        cells = ""
+        for level in seen.levels:
+            row = found[head, level]
+            shade = max(0.0, 2 * row["right"] - 1)
+            look = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
+            cells += f'<td style="{look}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
+        body += f'<tr><th scope="row">{escape(head)}</th>{cells}</tr>\n'
+    table = f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is guessing.</p>'
+
+
+def _disagreement(seen: Seen) -> str:
+    """The pairs of heads that agree least."""
+    agreement, count = seen.agreement(), len(seen.heads)
+    pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
+    items = "".join(f"<li>{escape(seen.heads[j])} and {escape(seen.heads[i])}: {r:+.2f}</li>" for r, i, j in pairs)
+    return f'<p class="soft">Heads that agree least, by the correlation of their logits.</p><ul>{items}</ul>'
