@@ -64,15 +64,19 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     """Write `folder` as a diffusers pipeline: the student's network, this scheduler, the teacher's other parts.
 
     Text encoders, tokenizers and autoencoder are copied as files: saving them again renames weights (transformers 5).
+    Those of a single file have no files of their own, and are saved.
     """
-    source = teacher.folder
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=LEFT_OUT)
-    part = denoiser_part(source)
+    if teacher.folder:
+        shutil.copytree(teacher.folder, partial, ignore=LEFT_OUT)
+    else:
+        teacher.pipeline.save_pretrained(partial)
+    part = denoiser_part(teacher.folder or partial)
+    shutil.rmtree(partial / part, ignore_errors=True)
     student.model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
-    index = json.loads((source / "model_index.json").read_text())
+    index = json.loads((partial / "model_index.json").read_text())
     index["scheduler"] = [OURS if type(scheduler).__module__ == OURS else "diffusers", type(scheduler).__name__]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)

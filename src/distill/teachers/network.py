@@ -6,6 +6,8 @@ x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 d
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +21,12 @@ import transformers
 from torch import Tensor, nn
 
 from distill.process import Prediction, Process
-from distill.teachers.reading import read_pipeline
+from distill.teachers.reading import check_tokenizers, read_pipeline, silent
+from distill.teachers.single import SINGLE, read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
+
+log = logging.getLogger(__name__)
 
 
 class _LastTapReached(Exception):
@@ -35,6 +40,11 @@ class Network(nn.Module):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
         self.shift: int | None = None  # NitroFusion's: what the last of 1,000 training steps is taken for
+
+    @property
+    def patch(self) -> int:
+        """Latents a side that make one token; 1 where there are none."""
+        return 1
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -98,9 +108,11 @@ class PipelineTeacher(nn.Module):
 
     With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
     is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
+    Where `path` is a single file, `config` is the pipeline that says what is in it: see `teachers/single.py`.
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
-    `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `blocks` and
+    `folder`, the local files, also of a pipeline of the hub, None for a single file's; `channels`, of the map at every
+    tap; `blocks` and
     `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H, W) at the size it
     was trained for; `patch`, latents a side that make one token, 1 where there are no tokens; `unit`, of which a
     picture's sides must be multiples: pixels a side per latent, times `patch`.
@@ -108,6 +120,14 @@ class PipelineTeacher(nn.Module):
 
     kind: type  # the pipeline's class
     unused: tuple[str, ...] = ()  # parts of it that are not read
+    own: tuple[str, ...] = ()  # options that this family alone has
+
+    def __init_subclass__(cls) -> None:
+        """A family with options of its own shows the shared ones too: a configuration is checked against them all."""
+        shared, own = (inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls))
+        named = [p for p in {**shared, **own}.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+        cls.__signature__ = inspect.Signature(named)
+        cls.own = tuple(p.name for p in named if p.name not in shared)
 
     def __init__(
         self,
@@ -115,6 +135,7 @@ class PipelineTeacher(nn.Module):
         *,
         revision: str | None = None,
         variant: str | None = None,
+        config: str | None = None,
         dtype: str = "float32",
         use_safetensors: bool = True,
         without: Sequence[str] = (),
@@ -123,22 +144,27 @@ class PipelineTeacher(nn.Module):
     ):
         super().__init__()
         read_quietly()
-        options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
-        self.pipeline = pipeline = read_pipeline(self.kind, path, without=(*self.unused, *without), **options)
+        options = {"dtype": dtype, "use_safetensors": use_safetensors, "without": (*self.unused, *without)}
+        if Path(path).suffix in SINGLE:
+            pipeline = read_single(self.kind, path, config=config, **options)
+        else:
+            pipeline = read_pipeline(self.kind, path, revision=revision, variant=variant, **options)
+        check_tokenizers(path, pipeline.components)
+        self.pipeline = pipeline
         if weights:
             put_on(pipeline, weights)
         if checkpointing:
             pipeline.vae.enable_gradient_checkpointing()
-        self.network, self.vae, self.folder = self._network(), pipeline.vae, Path(pipeline.name_or_path)
+        self.network, self.vae = self._network(), pipeline.vae
+        self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
         parts = pipeline.components.items()
         self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
-        config = self.network.model.config
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.patch = config.get("patch_size") or 1
-        self.unit = self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.latent_shape, self.patch = self._shape(), self.network.patch
+        self.unit = self.patch * pipeline.vae_scale_factor
         self._null: Cond | None = None
+        self._said = False  # that a caption was too long
         self.requires_grad_(False)
         super().train(False)
 
@@ -151,6 +177,19 @@ class PipelineTeacher(nn.Module):
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...
+
+    def _shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents at the size it was trained for."""
+        config = self.network.model.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        """The autoencoder's own latents: the mean of its posterior."""
+        return self.vae.encode(pixels).latent_dist.mode()
+
+    def _reader(self) -> tuple[Any, int]:
+        """The tokenizer that reads most of a caption, and how many tokens, its marks included, are not cut off."""
+        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     @property
     def process(self) -> Process:
@@ -172,19 +211,39 @@ class PipelineTeacher(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means)."""
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().to(pixels.dtype)
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        latents = self._latents(pixels.to(self.vae.dtype)).to(pixels.dtype)
+        return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
-        raw = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        raw = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
 
     def embed(self, captions: Sequence[str]) -> Cond:
-        """Captions -> conditioning in float32 that knows its unconditional version."""
-        if self._null is None or self._null.tokens.device != self.device:
-            self._null = self._encode([""]).to(torch.float32)
-        return replace(self._encode(list(captions)).to(torch.float32), null=self._null)
+        """Captions -> conditioning in float32 that knows its unconditional version. Warns once of one too long."""
+        with silent():  # the pipelines say at every call what they cut
+            if cut := None if self._said else self._cut(captions):
+                self._said = True
+            if self._null is None or self._null.tokens.device != self.device:
+                self._null = self._encode([""]).to(torch.float32)
+            cond = replace(self._encode(list(captions)).to(torch.float32), null=self._null)
+        if cut:
+            log.warning(
+                "a caption is longer than this teacher reads, and ends before %r; of others no word is said", cut
+            )
+        return cond
+
+    def _cut(self, captions: Sequence[str]) -> str | None:
+        """What the teacher does not read of the first caption that is too long for it."""
+        tokenizer, most = self._reader()
+        for caption in captions:
+            if len(caption.encode()) + 2 <= most:  # a token is a byte at least
+                continue
+            ids = tokenizer(caption).input_ids
+            if len(ids) > most:
+                last = int(ids[-1] == tokenizer.eos_token_id)  # kept, behind what is left
+                return tokenizer.decode(ids[most - last : len(ids) - last])
+        return None
 
 
 def is_block(tap: str) -> bool:

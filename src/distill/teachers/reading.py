@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """What the libraries would warn of in several lines is made one sentence here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -30,7 +30,7 @@ def _silent() -> Iterator[None]:
         logging.disable(before)
 
 
-@_silent()
+@silent()
 def read_pipeline(
     kind: type, path: str, *, dtype: str, use_safetensors: bool, without: Sequence[str] = (), **version: str | None
 ) -> Any:
@@ -39,22 +39,21 @@ def read_pipeline(
     Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random ones.
     Raises FileNotFoundError and ValueError that say what is wrong in it.
     """
-    if not isinstance(precision := getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"teacher.dtype={dtype}: must be a dtype of torch: float32, bfloat16, float16")
+    precision = dtype_of(dtype)
     parts: dict[str, Any] = dict.fromkeys(without)
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
         path = _fetched(kind, path, revision=version["revision"], **files, **parts)
-    for name, (library, found) in _index(path, kind.__name__).items():
-        if name in parts or library is None:
-            continue
-        if (library, found) == SHIFTED:  # the one class of ours that a pipeline may hold
-            continue
-        if library not in LIBRARIES:
-            raise ValueError(f"teacher.path={path}: {name} is code of {library!r}, which this teacher does not read")
-        if isinstance(network := getattr(LIBRARIES[library], found, None), type) and issubclass(network, nn.Module):
+    for name, network in pipeline_classes(path, kind.__name__, without).items():
+        if isinstance(network, type) and issubclass(network, nn.Module):
             parts[name] = _whole(network, path, name, dtype=precision, **files)
     return kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if not isinstance(found := getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"teacher.dtype={name}: must be a dtype of torch: float32, bfloat16, float16")
+    return found
 
 
 def _fetched(kind: type, path: str, **options: Any) -> str:
@@ -64,20 +63,32 @@ def _fetched(kind: type, path: str, **options: Any) -> str:
     try:
         return kind.download(path, **options)
     except (OSError, ValueError) as error:
-        what = f"cannot be fetched ({_first_line(error)})"
+        what = f"cannot be fetched ({first_line(error)})"
         raise ValueError(f"teacher.path={path}: {what}; check the name, the network and its licence") from None
 
 
-def _index(path: str, expected: str) -> dict[str, tuple[str | None, str]]:
-    """Part -> library and class, as the pipeline's own index has them, which must be of the class `expected`."""
+def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str = "teacher.path") -> dict[str, Any]:
+    """Part -> class, but for those `without`, in the index of a pipeline, which must be of the class `expected`.
+
+    Refuses code of any library but diffusers and transformers. `key` is what an error names.
+    """
     file = Path(path) / "model_index.json"
     if not file.is_file():
-        raise FileNotFoundError(f"teacher.path={path}: not a diffusers pipeline folder (it has no {file.name})")
-    index = json.loads(file.read_text())
+        raise FileNotFoundError(f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})")
+    index, classes = json.loads(file.read_text()), {}
     if (found := index.get("_class_name")) != expected:
         what = f"a {found}, but this teacher reads a {expected}"
-        raise ValueError(f"teacher.path={path} holds {what}; choose another teacher=")
-    return {name: tuple(pair) for name, pair in index.items() if isinstance(pair, list) and len(pair) == 2}
+        raise ValueError(f"{key}={path} holds {what}; choose another teacher=")
+    for name, pair in index.items():
+        if name in without or not isinstance(pair, list) or len(pair) != 2 or pair[0] is None:
+            continue
+        if tuple(pair) == SHIFTED:  # the one class of ours that a pipeline may hold
+            continue
+        library, found = pair
+        if library not in LIBRARIES:
+            raise ValueError(f"{key}={path}: {name} is code of {library!r}, which this teacher does not read")
+        classes[name] = getattr(LIBRARIES[library], found, None)
+    return classes
 
 
 def _whole(network: type, path: str, part: str, **options: Any) -> nn.Module:
@@ -95,7 +106,7 @@ def _whole(network: type, path: str, part: str, **options: Any) -> nn.Module:
     try:
         model, report = network.from_pretrained(path, subfolder=part, output_loading_info=True, **options)
     except Exception as error:  # damaged files raise nearly anything
-        what = _first_line(error).partition(". ")[0][:200]
+        what = first_line(error).partition(". ")[0][:200]
         raise ValueError(f"teacher.path={path}: {part}/ does not load ({what}); fetch it anew") from None
     other = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
     for what, names in {"lacks": sorted(report["missing_keys"]), "has in another shape": sorted(other)}.items():
@@ -106,5 +117,16 @@ def _whole(network: type, path: str, part: str, **options: Any) -> nn.Module:
     return model
 
 
-def _first_line(error: Exception) -> str:
+def check_tokenizers(path: str, parts: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of."""
+    for name, encoder in parts.items():
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
+            continue
+        if len(tokenizer) > (known := encoder.get_input_embeddings().num_embeddings):
+            what = f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} words and {name}/ knows {known}"
+            raise ValueError(f"teacher.path={path}: {what}; they are not of one model: fetch both anew")
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

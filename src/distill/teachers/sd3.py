@@ -6,46 +6,33 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.process import RectifiedFlow
 from distill.teachers.folded import fold, weights
-from distill.teachers.network import Network, PipelineTeacher
+from distill.teachers.network import PipelineTeacher
+from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
 SILENT_TOKENS = 256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)
 
 
-class MMDiT(Network):
-    """Taps `block0`, `block1`, ...: image tokens after each joint block, put back on the 2-D grid."""
+class MMDiT(Transformer):
+    """SD3.5 medium's first blocks attend a second time, among image tokens alone: a part of their output as any."""
 
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
         self._folded = fold(model)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.model.config.patch_size**2
+        image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.patch**2
         inputs = {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.pooled, "timestep": 1000 * t}
         with weights(self._folded, cond.mask, image_tokens):
             return self.model(x_t, **inputs).sample
 
-    def tappable(self) -> dict[str, tuple[nn.Module, int]]:
-        return {f"block{i}": (b, self.model.inner_dim) for i, b in enumerate(self.model.transformer_blocks)}
-
-    @property
-    def encoder(self) -> list[str]:
-        """The first half of the blocks: no part of an MMDiT is an encoder by name."""
-        names = list(self.tappable())
-        return names[: (len(names) + 1) // 2]
-
-    def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
-        tokens = output[1]  # a joint block returns (text tokens, image tokens)
-        height, width = (side // self.model.config.patch_size for side in x_t.shape[-2:])
-        return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width).contiguous()
-
 
 class SD3(PipelineTeacher):
-    """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder or hub id), with or without its third text encoder.
+    """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder, hub id or single file), with or without its third text encoder.
 
     To leave that out, `without=["text_encoder_3", "tokenizer_3"]`; one that is silent is left out by itself.
     """
@@ -57,6 +44,11 @@ class SD3(PipelineTeacher):
         if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
             self.pipeline.text_encoder_3 = None  # all its tokens are zeros, as the pipeline makes them without it
         return MMDiT(self.pipeline.transformer)
+
+    def _reader(self) -> tuple[Any, int]:
+        if self.pipeline.text_encoder_3 is None:  # then nobody reads past CLIP's 77
+            return super()._reader()
+        return self.pipeline.tokenizer_3, SILENT_TOKENS
 
     def _encode(self, captions: list[str]) -> Cond:
         silent = self.pipeline.text_encoder_3 is None

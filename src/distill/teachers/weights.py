@@ -18,12 +18,7 @@ def put_on(pipeline: Any, path: str) -> None:
 
     Raises FileNotFoundError, or ValueError for weights of another network.
     """
-    file = Path(path)
-    if not file.is_file() and path.count("/") > 1 and not path.startswith(("/", ".", "~")):
-        owner, repository, name = path.split("/", 2)
-        file = Path(hf_hub_download(f"{owner}/{repository}", name))
-    if not file.is_file():
-        raise FileNotFoundError(f"teacher.weights={path}: no such file; give one, or owner/repository/file of the hub")
+    file = local_file(path, "teacher.weights")
     state, about = read_weights(file)
     if any("lora" in name for name in state):
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
@@ -39,6 +34,21 @@ def put_on(pipeline: Any, path: str) -> None:
         raise ValueError(f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})")
     add = "delta" in about
     model.load_state_dict({k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()})
+
+
+def local_file(path: str, key: str) -> Path:
+    """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is what an error names."""
+    file = Path(path)
+    if not file.is_file() and path.count("/") > 1 and not path.startswith(("/", ".", "~")):
+        owner, repository, name = path.split("/", 2)
+        try:
+            file = Path(hf_hub_download(f"{owner}/{repository}", name))
+        except (OSError, ValueError) as error:
+            what = f"cannot be fetched ({(str(error).splitlines() or [''])[0]})"
+            raise ValueError(f"{key}={path}: {what}; check the name, the network and its licence") from None
+    if not file.is_file():
+        raise FileNotFoundError(f"{key}={path}: no such file; give one, or owner/repository/file of the hub")
+    return file
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

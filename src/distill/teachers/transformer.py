@@ -1,0 +1,43 @@
+"""What the transformers among the networks share: taps behind their blocks, and tokens put back on the 2-D grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.teachers.network import Network
+
+
+class Transformer(Network):
+    """Taps `block0`, `block1`, ...: the image tokens after each block, back on the grid.
+
+    A block may return these alone or behind the text's; token k stands at row k // W, column k % W of the grid.
+    """
+
+    @property
+    def patch(self) -> int:
+        return self.model.config.patch_size
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Tap name -> block, in the order in which they run."""
+        return {f"block{i}": block for i, block in enumerate(self.model.transformer_blocks)}
+
+    def tappable(self) -> dict[str, tuple[nn.Module, int]]:
+        width = self.model.config.num_attention_heads * self.model.config.attention_head_dim
+        return {name: (block, width) for name, block in self.layers().items()}
+
+    @property
+    def encoder(self) -> list[str]:
+        """The first half of the blocks: no part of a transformer is an encoder by name."""
+        names = list(self.layers())
+        return names[: (len(names) + 1) // 2]
+
+    def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
+        tokens = output[1] if isinstance(output, tuple) else output
+        return self.grid(tokens, x_t)
+
+    def grid(self, tokens: Tensor, x_t: Tensor) -> Tensor:
+        """Tokens [B, L, D] -> map [B, D, H / patch, W / patch], contiguous, for latents x_t [B, C, H, W]."""
+        height, width = (side // self.patch for side in x_t.shape[-2:])
+        return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width).contiguous()
