@@ -23,6 +23,9 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
 
 FAMILIES = {
+    "FluxPipeline": "distill.teachers.flux.Flux",
+    "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
+    "SanaPipeline": "distill.teachers.sana.Sana",
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
     "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
@@ -194,4 +197,8 @@ def student_of(run: str) -> Any:
     found = json.loads(index.read_text()).get("_class_name")
     if found not in FAMILIES:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
-    return make(OmegaConf.create({"_target_": FAMILIES[found], "path": str(folder)}))
+    node = {"_target_": FAMILIES[found], "path": str(folder)}
+    if (config := Path(run) / "config.yaml").is_file():  # what a family lets one choose is as in the run
+        chosen = OmegaConf.load(config).teacher
+        node |= {key: chosen[key] for key in get_object(FAMILIES[found]).own if key in chosen}
+    return make(OmegaConf.create(node))

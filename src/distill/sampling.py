@@ -210,7 +210,7 @@ def guided(
 ) -> Tensor:
     """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise."""
     device = cond.tokens.device
-    scheduler = _scheduler(teacher, steps)
+    scheduler = _scheduler(teacher, steps, shape)
     denoiser, prediction = Guided(teacher, guidance), teacher.network.prediction
     x_t = draw_noise(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
@@ -220,17 +220,30 @@ def guided(
     return x_t
 
 
-def _scheduler(teacher: PipelineTeacher, steps: int) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+def _scheduler(
+    teacher: PipelineTeacher, steps: int, shape: Sequence[int]
+) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
     config = teacher.pipeline.scheduler.config
     if teacher.network.prediction == "flow":
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        # The shift has another name where the pipeline comes with a solver for both kinds of process (Sana).
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
         # The default grid ends with a wasted step at sigma = 1/1000; this one is 1, 1 - 1/n, ..., 1/n (then shifted).
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        mu = _shift_of(scheduler.config, shape[1] * shape[2] // teacher.patch**2)
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu)
         return scheduler
     # Only trailing steps start at the level of pure noise.
     scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(steps)
     return scheduler
+
+
+def _shift_of(config: Any, tokens: int) -> float | None:
+    """The logarithm of the shift for a picture of so many tokens, where the scheduler has it grow with them (FLUX)."""
+    if not config.use_dynamic_shifting:
+        return None
+    share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + share * (config.max_shift - config.base_shift)
 
 
 def _time(teacher: PipelineTeacher, timestep: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""FLUX.1: an MMDiT on the rectified flow, v = eps - x0, network time t, on latents packed two by two into tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from distill.process import RectifiedFlow
+from distill.teachers.network import PipelineTeacher
+from distill.teachers.transformer import Transformer
+from distill.types import Cond
+
+
+class Packed(Transformer):
+    """Taps `block0`, ... behind the joint blocks, then `single0`, ... behind those on one sequence.
+
+    Guidance is an input of a guidance-distilled model (dev), and one value here, for teacher and student alike; a model
+    without that input (schnell) is not told of it.
+    """
+
+    def __init__(self, model: nn.Module, guidance: float):
+        super().__init__(model, RectifiedFlow(), "flow")
+        self.guidance = guidance
+
+    @property
+    def patch(self) -> int:
+        return 2  # the model's own patch_size is that of what is packed already
+
+    def layers(self) -> dict[str, nn.Module]:
+        return super().layers() | {f"single{i}": b for i, b in enumerate(self.model.single_transformer_blocks)}
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        packed = F.pixel_unshuffle(x_t, self.patch)
+        rows, columns = (torch.arange(side, device=x_t.device) for side in packed.shape[-2:])
+        places = torch.cartesian_prod(rows, columns).float()
+        tokens = self.model(
+            packed.flatten(2).transpose(1, 2),
+            timestep=t,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=cond.pooled,
+            img_ids=F.pad(places, (1, 0)),
+            txt_ids=places.new_zeros(cond.tokens.shape[1], 3),
+            guidance=torch.full_like(t, self.guidance) if self.model.config.guidance_embeds else None,
+        ).sample
+        return F.pixel_shuffle(self.grid(tokens, x_t), self.patch)
+
+
+class Flux(PipelineTeacher):
+    """A `FluxPipeline` (FLUX.1 dev or schnell; folder or hub id).
+
+    Args:
+        guidance: what a guidance-distilled model is told; give it the exported student too, as `guidance_scale`.
+        size: pixels a side of the pictures to make; the files name none.
+        length: tokens of the T5; schnell was trained with 256.
+    """
+
+    kind, unused = FluxPipeline, ("image_encoder", "feature_extractor")
+
+    def __init__(self, path: str, *, guidance: float = 3.5, size: int = 1024, length: int = 512, **options: Any):
+        self.guidance, self.size, self.length = guidance, size, length
+        super().__init__(path, **options)
+        if size % self.unit:
+            raise ValueError(f"teacher.size={size}: must be a multiple of {self.unit} for this teacher")
+
+    def _network(self) -> Packed:
+        return Packed(self.pipeline.transformer, self.guidance)
+
+    def _shape(self) -> tuple[int, int, int]:
+        side = self.size // self.pipeline.vae_scale_factor
+        return self.pipeline.transformer.config.in_channels // self.network.patch**2, side, side
+
+    def _reader(self) -> tuple[Any, int]:
+        return self.pipeline.tokenizer_2, self.length
+
+    def _encode(self, captions: list[str]) -> Cond:
+        options = {"device": self.device, "max_sequence_length": self.length}
+        tokens, pooled, _ = self.pipeline.encode_prompt(captions, captions, **options)
+        return Cond(tokens=tokens, pooled=pooled)

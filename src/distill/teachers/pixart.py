@@ -1,0 +1,50 @@
+"""PixArt-Sigma: a transformer on a process like Stable Diffusion's, predicting eps, step index 0..999, told by a T5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import PixArtSigmaPipeline
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor
+
+from distill.process import VariancePreserving
+from distill.teachers.network import PipelineTeacher
+from distill.teachers.sd import PREDICTION
+from distill.teachers.transformer import Transformer
+from distill.types import Cond
+
+TOKENS = 300  # that the pipeline passes
+
+
+class PixArt(Transformer):
+    """Its output has twice the channels of a latent; the second half is the variance, which few steps do without."""
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
+        size = {"resolution": None, "aspect_ratio": None}  # Sigma is told of neither
+        output = self.model(x_t, timestep=self.process.index(t), added_cond_kwargs=size, **told).sample
+        return output[:, : x_t.shape[1]]
+
+
+class PixArtSigma(PipelineTeacher):
+    """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise level alone.
+
+    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed.
+    """
+
+    kind = PixArtSigmaPipeline
+
+    def _network(self) -> PixArt:
+        scheduler = self.pipeline.scheduler
+        process = VariancePreserving(scheduler.alphas_cumprod)
+        return PixArt(self.pipeline.transformer, process, PREDICTION[scheduler.config.prediction_type])
+
+    def _reader(self) -> tuple[Any, int]:
+        return self.pipeline.tokenizer, TOKENS
+
+    def _encode(self, captions: list[str]) -> Cond:
+        clean = is_bs4_available() and is_ftfy_available()
+        options = {"device": self.device, "clean_caption": clean, "max_sequence_length": TOKENS}
+        tokens, mask, *_ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        return Cond(tokens=tokens, mask=mask)

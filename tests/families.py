@@ -1,0 +1,146 @@
+"""Tiny random pipelines of the newer families in the real folder layout: latents [4, 16, 16] of 64 pixels a side."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+import tiny
+
+TEXT, CLIP = 48, 16  # widths
+
+
+def write(family: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    WRITERS[family]().save_pretrained(folder)
+    return folder
+
+
+def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> dict[str, Any]:
+    """A CLIP text encoder and its tokenizer."""
+    from distill.pretraining import text
+
+    tokenizer = text.train_tokenizer(tiny.CAPTIONS, length=tiny.LENGTH, vocab_size=600)
+    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tiny.LENGTH, "num_attention_heads": 2}
+    return {"text_encoder": kind(transformers.CLIPTextConfig(**shape, **sizes, **ends)), "tokenizer": tokenizer}
+
+
+def t5() -> dict[str, Any]:
+    """A T5 encoder that reads letter by letter."""
+    letters = [("▁", -2.0), *((c, -3.0) for c in string.ascii_letters + string.digits + ",.-")]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    config = transformers.T5Config(vocab_size=80, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
+    return {"text_encoder": transformers.T5EncoderModel(config), "tokenizer": tokenizer}
+
+
+def gemma() -> dict[str, Any]:
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters, *string.digits, *",.-:\n"]
+    tokenizer = transformers.GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    shape = {"hidden_size": TEXT, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 64}
+    config = transformers.Gemma2Config(vocab_size=80, **shape, **heads)
+    return {"text_encoder": transformers.Gemma2Model(config), "tokenizer": tokenizer}
+
+
+def vae(**options: Any) -> diffusers.AutoencoderKL:
+    from distill.pretraining import vae
+
+    autoencoder = tiny.shake(vae.build(tiny.SIDE), 1, std=0.02)
+    autoencoder.register_to_config(scaling_factor=0.8, **options)
+    return autoencoder
+
+
+def sd35() -> Any:
+    """Two CLIPs, a T5 that speaks, attention of the image to itself in the first of three blocks."""
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=CLIP + 24,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    texts = {}
+    for place, parts in {"": clip(CLIP), "_2": clip(24), "_3": t5()}.items():
+        texts |= {f"{name}{place}": part for name, part in parts.items()}
+    torch.nn.init.eye_(texts["text_encoder"].text_projection.weight)  # as single files have it, which leave it out
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=tiny.shake(net, 2),
+        vae=vae(shift_factor=0.1),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **texts,
+    )
+
+
+def pixart() -> Any:
+    net = diffusers.PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=TEXT,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    return diffusers.PixArtSigmaPipeline(transformer=tiny.shake(net, 2), vae=vae(), scheduler=scheduler, **t5())
+
+
+def sana() -> Any:
+    net = diffusers.SanaTransformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=TEXT,
+    )
+    halves = {}
+    for half in ("encoder", "decoder"):
+        halves[f"{half}_block_types"] = ("ResBlock", "ResBlock", "EfficientViTBlock")
+        halves[f"{half}_block_out_channels"] = (8, 8, 8)
+        halves[f"{half}_layers_per_block"] = (1, 1, 1)
+        halves[f"{half}_qkv_multiscales"] = ((), (), (5,))
+    dc = diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.8, **halves)
+    solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    scheduler = diffusers.DPMSolverMultistepScheduler(**solver)
+    return diffusers.SanaPipeline(transformer=tiny.shake(net, 2), vae=dc, scheduler=scheduler, **gemma())
+
+
+def flux() -> Any:
+    net = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=CLIP,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    texts = clip(CLIP, transformers.CLIPTextModel) | {f"{name}_2": part for name, part in t5().items()}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return diffusers.FluxPipeline(
+        transformer=tiny.shake(net, 2), vae=vae(shift_factor=0.1), scheduler=scheduler, **texts
+    )
+
+
+WRITERS = {"sd35": sd35, "pixart": pixart, "sana": sana, "flux": flux}

@@ -1,0 +1,282 @@
+"""The newer families, each against its own pipeline in diffusers: SD3.5, PixArt-Sigma, Sana and FLUX."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+import families
+import tiny
+from distill.build import student_of
+from distill.sampling import Consistency, Guided, guided, seeded
+from distill.students import full, save_pipeline
+from distill.teachers.flux import Flux
+from distill.teachers.pixart import PixArtSigma
+from distill.teachers.sana import INSTRUCTION, Sana
+from distill.teachers.sd3 import SD3
+
+MAKE = {"sd35": SD3, "pixart": PixArtSigma, "sana": Sana, "flux": Flux}
+OPTIONS = {"flux": {"size": tiny.SIDE, "length": 64}}
+PROMPTS, SEED = tiny.CAPTIONS[:2], 5
+# What each pipeline is told where its defaults are made for larger pictures.
+SMALL = {"height": tiny.SIDE, "width": tiny.SIDE}
+CALL = {
+    "sd35": {},
+    "pixart": {"use_resolution_binning": False},
+    "sana": {"use_resolution_binning": False, **SMALL},
+    "flux": {"max_sequence_length": 64, **SMALL},
+}
+TAPS = {
+    "sd35": ["block0", "block1", "block2"],
+    "pixart": ["block0", "block1", "block2"],
+    "sana": ["block0", "block1", "block2"],
+    "flux": ["block0", "block1", "single0", "single1"],
+}
+each = pytest.mark.parametrize("family", MAKE)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = families.write(family, tmp_path_factory.mktemp("families") / family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teachers(folders):
+    made = {}
+
+    def teacher(family):
+        if family not in made:
+            made[family] = MAKE[family](str(folders(family)), **OPTIONS.get(family, {}))
+        return made[family]
+
+    return teacher
+
+
+def opened(folder, kind=DiffusionPipeline):
+    pipeline = kind.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(latents):
+    """As FLUX has it: two by two latents a token, channel by channel."""
+    b, c, h, w = latents.shape
+    cells = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(b, h * w // 4, c * 4)
+
+
+def unpacked(tokens):
+    cells = tokens.view(len(tokens), 8, 8, 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(len(tokens), 4, 16, 16)
+
+
+def inputs(teacher):
+    return noise(2, 4, 16, 16), torch.tensor([0.9, 0.4]), teacher.embed(PROMPTS)
+
+
+# -- against diffusers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd35", "sana", "flux"])
+@pytest.mark.parametrize("sigma", [1.0, 0.6])
+def test_a_guided_estimate_is_one_step_of_the_pipeline(family, sigma, teachers, folders):
+    pipeline, x_t = opened(folders(family)), noise(2, 4, 16, 16)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # a step to 0 of it is the estimate
+    guidance = {"guidance_scale": 5.0}
+    if family == "flux":
+        guidance = {"guidance_scale": 3.5, "true_cfg_scale": 5.0, "negative_prompt": [""] * 2}
+    latents = packed(x_t) if family == "flux" else x_t.clone()
+    options = {"num_inference_steps": 1, "sigmas": [sigma], "output_type": "latent", **guidance, **CALL[family]}
+    expected = pipeline(PROMPTS, latents=latents, **options).images
+    expected = unpacked(expected) if family == "flux" else expected
+    teacher, t = teachers(family), torch.full((2,), sigma)
+    with torch.no_grad():
+        found = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+        unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (unguided - expected).abs().max() > 1e-2
+
+
+def test_a_guided_estimate_is_that_of_the_pixart_pipeline(teachers, folders):
+    pipeline, teacher, x_t = opened(folders("pixart")), teachers("pixart"), noise(2, 4, 16, 16)
+    seen, step = [], pipeline.scheduler.step
+    pipeline.scheduler.step = lambda output, index, x, **o: (
+        seen.append((int(index), output)) or step(output, index, x, **o)
+    )
+    pipeline(
+        PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent", **CALL["pixart"]
+    )
+    ((index, eps),) = seen
+    assert index == 999
+    t = teacher.process.time(torch.tensor([index] * 2))
+    with torch.no_grad():
+        found = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+    expected = teacher.process.to_x0(eps, x_t, t, "eps")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_flux_shifts_its_grid_with_the_size_as_its_pipeline_does(teachers, folders):
+    pipeline, teacher = opened(folders("flux")), teachers("flux")
+    options = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.5, **CALL["flux"]}
+    expected = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(SEED), **options).images
+    cond, shape = teacher.embed(PROMPTS[:1]), teacher.latent_shape
+    found = guided(teacher, cond, seeded([SEED]), shape=shape, steps=4, guidance=1.0)
+    torch.testing.assert_close(found, unpacked(expected), rtol=0, atol=2e-4)
+
+
+def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):
+    teacher, asked = teachers("sana"), []
+    monkeypatch.setattr(teacher, "x0", lambda x_t, t, cond: asked.append(t[0].item()) or x_t)
+    guided(teacher, teacher.embed(PROMPTS[:1]), seeded([0]), shape=teacher.latent_shape, steps=2, guidance=1.0)
+    assert asked == pytest.approx([1.0, 0.75])  # 3 t / (1 + 2 t) at a half
+
+
+@each
+def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teachers, tmp_path):
+    teacher = teachers(family)
+    student = tiny.shake(full(teacher), 21, std=0.03).eval()
+    folder = save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    # FLUX's guidance is an input like the caption, and the student has learnt with the teacher's.
+    options = {"num_inference_steps": 1, "guidance_scale": 3.5 if family == "flux" else 0.0, "output_type": "np"}
+    generator = torch.Generator().manual_seed(SEED)
+    pipeline = opened(folder, AutoPipelineForText2Image)
+    picture = torch.from_numpy(pipeline(PROMPTS[0], generator=generator, **options, **CALL[family]).images[0])
+    loaded = student_of(str(folder))
+    loaded = Flux(str(folder), **OPTIONS["flux"]) if family == "flux" else loaded
+    with torch.no_grad():
+        for ours in (student, loaded):
+            cond = teacher.embed(PROMPTS[:1])
+            x0 = Consistency()(ours, cond, seeded([SEED]), shape=teacher.latent_shape, steps=1)
+            expected = (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
+            assert (picture - expected).abs().max() < 2e-3
+        of_teacher = Consistency()(teacher, cond, seeded([SEED]), shape=teacher.latent_shape, steps=1)
+    assert picture.shape == (tiny.SIDE, tiny.SIDE, 3)
+    assert picture.std() > 0.02
+    assert (of_teacher - x0).abs().max() > 0.1
+
+
+# -- what a teacher owes ---------------------------------------------------------------------------------------------
+
+
+@each
+def test_shapes_and_sizes_are_those_of_the_files(family, teachers):
+    teacher = teachers(family)
+    assert teacher.latent_shape == (4, 16, 16)
+    assert (teacher.patch, teacher.unit) == ((1, 4) if family == "sana" else (2, 8))
+    assert list(teacher.channels) == list(teacher.blocks) == TAPS[family]
+    assert teacher.encoder == TAPS[family][:2]
+    pixels = noise(1, 3, tiny.SIDE, tiny.SIDE).clamp(-1, 1)
+    with torch.no_grad():
+        latents, kept = teacher.encode(pixels), teacher.vae.encode(pixels)
+        raw = kept.latent if family == "sana" else kept.latent_dist.mean
+        shift = teacher.vae.config.get("shift_factor") or 0.0
+        torch.testing.assert_close(latents, 0.8 * (raw - shift), rtol=0, atol=1e-6)
+        torch.testing.assert_close(teacher.decode(latents), teacher.vae.decode(raw).sample, rtol=0, atol=1e-4)
+
+
+@each
+def test_maps_are_the_outputs_of_the_blocks(family, teachers):
+    teacher, taps = teachers(family), TAPS[family]
+    x_t, t, cond = inputs(teacher)
+    heard = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: heard.__setitem__(name, output))
+        for name, (module, _) in teacher.network.tappable().items()
+    ]
+    with torch.no_grad():
+        teacher.network.predict(x_t, t, cond)
+        for handle in handles:
+            handle.remove()
+        maps = teacher.features(x_t, t, cond, taps)
+    side = 16 // teacher.patch
+    for name, found in zip(taps, maps, strict=True):
+        tokens = heard[name][1] if isinstance(heard[name], tuple) else heard[name]
+        assert found.shape == (2, teacher.channels[name], side, side)
+        assert torch.equal(found[:, :, 3, 5], tokens[:, 3 * side + 5])
+        assert found.is_contiguous()
+
+
+@each
+def test_gradient_reaches_the_input_and_no_weight(family, teachers):
+    teacher = teachers(family)
+    x_t, t, cond = inputs(teacher)
+    x_t.requires_grad_()
+    for found in teacher.features(x_t, t, cond, TAPS[family]):
+        (gradient,) = torch.autograd.grad(found.square().mean(), x_t, retain_graph=True)
+        assert gradient.abs().max() > 0
+    (gradient,) = torch.autograd.grad(teacher.x0(x_t, t, cond).sum(), x_t)
+    assert gradient.abs().max() > 0
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    teacher.train()
+    assert not any(m.training for m in teacher.modules())
+
+
+@each
+def test_captions_know_the_empty_one(family, teachers):
+    teacher = teachers(family)
+    cond, mixed = teacher.embed(PROMPTS), teacher.embed([PROMPTS[1], ""])
+    empty = cond.unconditional()
+    torch.testing.assert_close(mixed.tokens[1], empty.tokens[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed.tokens[0], cond.tokens[1], rtol=0, atol=1e-5)
+    assert (empty.tokens - cond.tokens).abs().max() > 1e-2
+    assert (cond.pooled is None) == (family in ("pixart", "sana"))
+
+
+def test_sana_reads_captions_behind_the_instruction_or_alone(teachers, folders):
+    pipeline, alone = opened(folders("sana")), Sana(str(folders("sana")), instruction=False)
+    for teacher, instruction in ((teachers("sana"), INSTRUCTION), (alone, None)):
+        tokens, mask, *_ = pipeline.encode_prompt(PROMPTS, False, complex_human_instruction=instruction)
+        cond = teacher.embed(PROMPTS)
+        torch.testing.assert_close(cond.tokens, tokens, rtol=0, atol=1e-5)
+        assert torch.equal(cond.mask.bool(), mask.bool())
+
+
+def test_the_first_block_of_sd35_attends_twice(teachers):
+    network = teachers("sd35").network
+    blocks = network.model.transformer_blocks
+    assert [getattr(b, "attn2", None) is not None for b in blocks] == [True, False, False]
+    assert {type(b.attn.processor).__name__ for b in blocks} == {"FoldedJointAttention"}
+    assert type(blocks[0].attn2.processor).__name__ == "FoldedJointAttention"
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+CONFIG = {"sd35": "sd35_medium", "pixart": "pixart_sigma", "sana": "sana", "flux": "flux"}
+MORE = {
+    "sana": ["teacher.variant=null", "teacher.instruction=false"],  # which is long, letter by letter
+    "flux": [f"teacher.size={tiny.SIDE}", "teacher.length=64"],
+}
+
+
+@pytest.mark.parametrize(("family", "method"), [*((family, "ladd") for family in MAKE), ("pixart", "nitrofusion")])
+def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, tmp_path):
+    run = [f"method={method}", f"teacher={CONFIG[family]}", "teacher.dtype=float32", *MORE.get(family, [])]
+    paths = [f"teacher.path={folders(family)}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    code, _, err = command("run", "debug=smoke", "~metrics", *run, *paths)
+    assert code == 0, err
+    folder = tmp_path / "run" / "student"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == MAKE[family].kind.__name__
+    student = student_of(str(tmp_path / "run"))  # with the run's own options
+    assert type(student) is MAKE[family]
+    assert student.latent_shape == (4, 16, 16)
+    assert getattr(student, "instruction", None) is None
+
+
+def test_flux_refuses_a_size_that_its_patches_do_not_divide(folders):
+    with pytest.raises(ValueError, match=r"^teacher.size=60: must be a multiple of 8 for this teacher$"):
+        Flux(str(folders("flux")), size=60)
