@@ -23,7 +23,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 def silent() -> Iterator[None]:
     """What the libraries would warn of in several lines is made one sentence here."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
@@ -46,7 +46,7 @@ def read_pipeline(
         path = _fetched(kind, path, revision=version["revision"], **files, **parts)
     for name, network in pipeline_classes(path, kind.__name__, without).items():
         if isinstance(network, type) and issubclass(network, nn.Module):
-            parts[name] = _whole(network, path, name, dtype=precision, **files)
+            parts[name] = whole(network, path, name, dtype=precision, **files)
     return kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
 
 
@@ -91,29 +91,29 @@ def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str 
     return classes
 
 
-def _whole(network: type, path: str, part: str, **options: Any) -> nn.Module:
-    """The network with every one of its tensors from the files."""
+def whole(network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any) -> nn.Module:
+    """The network with every one of its tensors from the files. `key` is what an error names."""
     folder = Path(path) / part
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"teacher.path={path}: its {part}/ is missing or has no config.json; fetch it anew")
+        raise FileNotFoundError(f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
         what = f"only pickled weights ({pickled[0]}), which can run code when read"
         advice = "use safetensors, or if you trust their maker add teacher.use_safetensors=false"
-        raise ValueError(f"teacher.path={path}: {part}/ has {what}; {advice}")
+        raise ValueError(f"{key}={path}: {part}/ has {what}; {advice}")
     if issubclass(network, transformers.PreTrainedModel):  # it names tensors of another shape only if it may go on
         options["ignore_mismatched_sizes"] = True
     try:
         model, report = network.from_pretrained(path, subfolder=part, output_loading_info=True, **options)
     except Exception as error:  # damaged files raise nearly anything
         what = first_line(error).partition(". ")[0][:200]
-        raise ValueError(f"teacher.path={path}: {part}/ does not load ({what}); fetch it anew") from None
+        raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
     other = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
     for what, names in {"lacks": sorted(report["missing_keys"]), "has in another shape": sorted(other)}.items():
         if names:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             advice = "fetch it anew, or correct its config.json"
-            raise ValueError(f"teacher.path={path}: {part}/ {what} {some} of its {network.__name__}; {advice}")
+            raise ValueError(f"{key}={path}: {part}/ {what} {some} of its {network.__name__}; {advice}")
     return model
 
 

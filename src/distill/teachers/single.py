@@ -8,12 +8,22 @@ from typing import Any
 
 from diffusers.loaders import FromSingleFileMixin
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
-from distill.teachers.reading import PICKLED, dtype_of, first_line, pipeline_classes, silent
+from distill.teachers.reading import PICKLED, dtype_of, first_line, pipeline_classes, silent, whole
 from distill.teachers.weights import local_file
 
 SINGLE = (".safetensors", *PICKLED)
+META = "meta tensor"  # a tensor that is not there stays without a value, on torch's device `meta`
+WORDS = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
+PLACES = {  # part of a pipeline -> where it stands in a file of SD, SDXL, or SD3
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+    "text_encoder_3": ("text_encoders.t5xxl.",),
+}
 
 
 @silent()
@@ -22,8 +32,9 @@ def read_single(
 ) -> Any:
     """The pipeline of class `kind` in the file at `path`, but for the parts `without`.
 
-    `config`, a pipeline folder or hub id, has what the file does not: shapes, tokenizers, scheduler; a folder also the
-    weights of a part that the file leaves out. Raises FileNotFoundError and ValueError that say what is wrong.
+    `config`, a pipeline folder or hub id, has what the file does not: shapes, tokenizers, scheduler, and whichever of
+    the text encoders and autoencoder the file leaves out. Raises FileNotFoundError and ValueError that say what is
+    wrong.
     """
     precision, file = dtype_of(dtype), local_file(path, "teacher.path")
     if not issubclass(kind, FromSingleFileMixin):
@@ -31,24 +42,45 @@ def read_single(
     if use_safetensors and file.suffix in PICKLED:
         advice = "use safetensors, or if you trust its maker add teacher.use_safetensors=false"
         raise ValueError(f"teacher.path={path} is pickled, which can run code when read; {advice}")
-    folder = _config(config, path)
-    pipeline_classes(folder, kind.__name__, without, "teacher.config")
+    folder, parts = _config(config, path, WORDS), dict.fromkeys(without)
+    classes = pipeline_classes(folder, kind.__name__, without, "teacher.config")
     try:
-        pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **dict.fromkeys(without))
+        for name in _left_out(file, classes):
+            there = _config(config, path, [f"{name}/*.json", f"{name}/*.safetensors"])
+            key = f"teacher.path={path} has no {name}, and teacher.config"
+            options = {"use_safetensors": use_safetensors or None, "variant": None, "dtype": precision}
+            parts[name] = whole(classes[name], there, name, key=key, **options)
+        pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
+        _tie(pipeline)
+        return pipeline
     except Exception as error:  # what is not there, or of another shape, raises nearly anything
-        what = f"does not load as the {kind.__name__} of teacher.config={config} ({first_line(error)[:200]})"
+        if str(error).startswith("teacher."):
+            raise
+        what = "it lacks tensors of it" if META in str(error) else first_line(error)[:200]
+        what = f"does not load as the {kind.__name__} of teacher.config={config} ({what})"
         raise ValueError(f"teacher.path={path} {what}; choose another teacher= or teacher.config=") from None
-    for name, part in pipeline.components.items():
-        # What the file lacks is left without a value, on the device `meta`.
-        if isinstance(part, nn.Module) and (missing := [k for k, p in part.state_dict().items() if p.is_meta]):
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            advice = "choose another teacher= or teacher.config=, or fetch it anew"
-            raise ValueError(f"teacher.path={path} lacks {some} of its {name}; {advice}")
-    return pipeline
 
 
-def _config(config: str | None, path: str) -> str:
-    """The folder of the pipeline that says what is in the file; of one on the hub all but the weights, once here."""
+def _tie(pipeline: Any) -> None:
+    """Tie what a text encoder has twice and a file may have once; raise ValueError if a tensor has no value after."""
+    for part in pipeline.components.values():
+        if isinstance(part, PreTrainedModel):
+            part.tie_weights()
+        if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in part.state_dict().values()):
+            raise ValueError(META)
+
+
+def _left_out(file: Path, classes: dict[str, Any]) -> list[str]:
+    """The text encoders and autoencoder of the pipeline that this file has nothing of."""
+    if file.suffix in PICKLED:  # whole ones, from before safetensors
+        return []
+    with safe_open(file, "pt") as opened:
+        held = set(opened.keys())
+    return [part for part, places in PLACES.items() if part in classes and not any(k.startswith(places) for k in held)]
+
+
+def _config(config: str | None, path: str, patterns: list[str]) -> str:
+    """The folder of the pipeline that says what is in the file; of one on the hub the files of these `patterns`."""
     if config is None:
         raise ValueError(
             f"teacher.config=null: {path} is a single file; give the pipeline folder or hub id of its kind"
@@ -60,7 +92,7 @@ def _config(config: str | None, path: str) -> str:
             f"teacher.config={config}: no such folder; give a diffusers pipeline folder or a hub id"
         )
     try:
-        return snapshot_download(config, allow_patterns=["*.json", "*.txt", "*.model"])
+        return snapshot_download(config, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         what = f"cannot be fetched ({first_line(error)})"
         raise ValueError(f"teacher.config={config}: {what}; check the name, the network and its licence") from None

@@ -1,0 +1,168 @@
+"""Teachers from one file, as ComfyUI and Civitai have them: the same numbers as from the folder it was written from."""
+
+from __future__ import annotations
+
+import shutil
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import families
+import ldm
+import tiny
+from distill.sampling import Consistency, seeded
+from distill.students import full, save_pipeline
+from distill.teachers.pixart import PixArtSigma
+from distill.teachers.sd import SD
+from distill.teachers.sd3 import SD3
+from distill.teachers.sdxl import SDXL
+
+MAKE = {"sd15": SD, "sd21": SD, "sdxl": SDXL, "sd3": SD3}
+SOURCE = {"sdxl": "sdxl", "sd3": "sd35"}  # others are tiny's own
+
+
+@pytest.fixture(scope="module")
+def written(pipelines, tmp_path_factory):
+    """Layout -> (the pipeline folder, the file, a copy of the folder without weights)."""
+    made = {}
+
+    def of(layout):
+        if layout not in made:
+            place = tmp_path_factory.mktemp(layout)
+            source = SOURCE.get(layout)
+            folder = families.write(source, place / "folder") if source else pipelines("unet")
+            config = shutil.copytree(folder, place / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+            made[layout] = folder, ldm.write(pipeline, layout, place / "model.safetensors"), config
+        return made[layout]
+
+    return of
+
+
+@pytest.mark.parametrize("layout", MAKE)
+def test_a_single_file_is_the_folder(layout, written):
+    folder, file, config = written(layout)
+    single, whole = MAKE[layout](str(file), config=str(config)), MAKE[layout](str(folder))
+    for part in ("network", "vae", "text_encoders"):
+        found, expected = (getattr(teacher, part).state_dict() for teacher in (single, whole))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+    assert single.prediction == whole.prediction
+    assert single.folder is None
+    cond, x_t = single.embed(tiny.CAPTIONS[:2]), torch.randn(2, *single.latent_shape)
+    with torch.no_grad():
+        t = torch.tensor([0.9, 0.3])
+        torch.testing.assert_close(single.x0(x_t, t, cond), whole.x0(x_t, t, whole.embed(tiny.CAPTIONS[:2])))
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sd3"])
+def test_its_student_is_a_folder_that_diffusers_opens(layout, written, tmp_path):
+    _, file, config = written(layout)
+    teacher = MAKE[layout](str(file), config=str(config))
+    student = tiny.shake(full(teacher), 21, std=0.03).eval()
+    folder = save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    assert list(tmp_path.iterdir()) == [folder]
+    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
+    options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "np"}
+    picture = pipeline(tiny.CAPTIONS[0], generator=torch.Generator().manual_seed(5), **options).images[0]
+    with torch.no_grad():
+        cond, shape = teacher.embed(tiny.CAPTIONS[:1]), teacher.latent_shape
+        x0 = Consistency()(student, cond, seeded([5]), shape=shape, steps=1)
+        expected = (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
+    assert (torch.from_numpy(picture) - expected).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize(("layout", "kept"), [("sd15", "model."), ("sd3", "model."), ("sd3", "text_encoders.t5")])
+def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, tmp_path):
+    """Stability's own files of SD3.5 have no text encoders; fine-tunes of the denoiser alone have no autoencoder."""
+    folder, file, _ = written(layout)
+    tied = "encoder.embed_tokens"  # T5's, which many files have only once
+    state = {k: x for k, x in load_file(file).items() if k.startswith(("model.", kept)) and tied not in k}
+    save_file(state, bare := tmp_path / "bare.safetensors")
+    teacher = MAKE[layout](str(bare), config=str(folder))
+    expected = MAKE[layout](str(folder)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
+
+
+# -- files that do not fit -------------------------------------------------------------------------------------------
+
+
+def said_of(make, path, error=ValueError, **options):
+    with pytest.raises(error) as caught:
+        make(str(path), **options)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("sd15", "model.diffusion_model.out.2.weight"),
+        ("sd15", "cond_stage_model.transformer.text_model.final_layer_norm.weight"),
+        ("sd3", "text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight"),
+    ],
+)
+def test_tensors_that_are_missing_are_not_made_up(layout, name, written, tmp_path):
+    _, file, config = written(layout)
+    state = load_file(file)
+    state.pop(name)
+    save_file(state, cut := tmp_path / "cut.safetensors")
+    said = said_of(MAKE[layout], cut, config=str(config))
+    assert said.startswith(f"teacher.path={cut} does not load as the ")
+    assert said.endswith("(it lacks tensors of it); choose another teacher= or teacher.config=")
+
+
+def test_a_part_that_is_nowhere_is_named(written, tmp_path):
+    _, file, config = written("sd15")
+    save_file({k: x for k, x in load_file(file).items() if k.startswith("model.")}, bare := tmp_path / "a.safetensors")
+    said = said_of(SD, bare, config=str(config))
+    assert said.startswith(f"teacher.path={bare} has no vae, and teacher.config={config}: vae/ does not load (")
+
+
+def test_a_config_that_names_foreign_code_is_refused(written, tmp_path):
+    _, file, config = written("sd15")
+    folder = shutil.copytree(config, tmp_path / "config")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"transformers"', '"os"'))
+    assert "is code of 'os', which this teacher does not read" in said_of(SD, file, config=str(folder))
+
+
+def test_a_file_of_another_model_is_refused(written):
+    for layout, other in (("sd15", "sdxl"), ("sdxl", "sd15"), ("sd3", "sd15")):
+        _, file, _ = written(other)
+        config = written(layout)[2]
+        assert said_of(MAKE[layout], file, config=str(config)).startswith(f"teacher.path={file} ")
+
+
+def test_a_config_of_another_class_is_named(written):
+    _, file, config = written("sdxl")
+    said = said_of(SD, file, config=str(config))
+    what = (
+        "holds a StableDiffusionXLPipeline, but this teacher reads a StableDiffusionPipeline; choose another teacher="
+    )
+    assert said == f"teacher.config={config} {what}"
+
+
+def test_a_config_is_needed_and_named(written, tmp_path):
+    _, file, _ = written("sd15")
+    assert said_of(SD, file).startswith(f"teacher.config=null: {file} is a single file; give the pipeline folder or")
+    assert said_of(SD, file, FileNotFoundError, config=f"{tmp_path}/no").startswith(f"teacher.config={tmp_path}/no: no")
+    said = said_of(SD, file, config="someone/model")  # tests are offline
+    assert said.startswith("teacher.config=someone/model: cannot be fetched (")
+
+
+def test_what_is_no_such_file_is_said(written, tmp_path):
+    config = str(written("sd15")[2])
+    missing = tmp_path / "no.safetensors"
+    said = said_of(SD, missing, FileNotFoundError, config=config)
+    assert said == f"teacher.path={missing}: no such file; give one, or owner/repository/file of the hub"
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    assert "does not load as the StableDiffusionPipeline" in said_of(SD, tmp_path / "text.safetensors", config=config)
+    torch.save({}, tmp_path / "old.ckpt")
+    assert "old.ckpt is pickled, which can run code when read" in said_of(SD, tmp_path / "old.ckpt", config=config)
+    said = said_of(PixArtSigma, written("sd15")[1], config=config)
+    assert said.endswith("diffusers reads no PixArtSigmaPipeline from one file; give a folder")
