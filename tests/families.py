@@ -43,7 +43,9 @@ def t5() -> dict[str, Any]:
 
 def gemma() -> dict[str, Any]:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters, *string.digits, *",.-:\n"]
-    tokenizer = transformers.GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer = transformers.GemmaTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], add_bos_token=True
+    )
     shape = {"hidden_size": TEXT, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 64}
     config = transformers.Gemma2Config(vocab_size=80, **shape, **heads)

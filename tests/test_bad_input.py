@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import json
 import os
+import re
 import shutil
 import tarfile
 
@@ -82,7 +84,7 @@ def png(width, height) -> bytes:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("teacher=shape", "teacher=shape: no such option (did you mean shapes?); there is sd15, sd21, sd3"),
+        ("teacher=shape", "teacher=shape: no such option (did you mean shapes?); there is flux, pixart_sigma"),
         ("metod=ladd", "metod: no such key (did you mean method?)"),
         ("trainer.max_step=3", "trainer.max_step: no such key (did you mean trainer.max_steps?)"),
         ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
@@ -190,9 +192,48 @@ def test_other_damage_to_a_teacher(refused, copied):
     assert f"{folder}: its transformer/ is missing" in refused("run", f"teacher.path={folder}")
 
 
-def test_a_hub_that_cannot_be_reached(refused):
+def test_a_hub_that_cannot_be_reached(refused, tmp_path):
     said = refused("run", "teacher.path=someone/model")  # tests are offline
     assert said.startswith("teacher.path=someone/model: cannot be fetched (")
+    said = refused("run", "teacher.path=someone/model/file.safetensors")
+    assert said.startswith("teacher.path=someone/model/file.safetensors: cannot be fetched (")
+    assert said.endswith("check the name, the network and its licence")
+    said = refused("run", "++teacher.weights=someone/model/file.safetensors")
+    assert said.startswith("teacher.weights=someone/model/file.safetensors: cannot be fetched (")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_file_that_is_none(refused, copied, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"no tensors")
+    file, single = tmp_path / "x.safetensors", ["teacher=sd15", f"teacher.path={tmp_path}/x.safetensors"]
+    said = refused("run", *single, f"teacher.config={copied('unet')}")
+    assert said.startswith(f"teacher.path={file} does not load as the StableDiffusionPipeline of teacher.config=")
+    said = refused("run", *single)
+    assert said.startswith("teacher.config=stable-diffusion-v1-5/stable-diffusion-v1-5: cannot be fetched (")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model(refused, copied):
+    folder = copied()
+    file = folder / "tokenizer_2" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["model"]["vocab"] |= {f"word{i}": len(words["model"]["vocab"]) + i for i in range(9)}
+    file.write_text(json.dumps(words))
+    said = refused("run", f"teacher.path={folder}")
+    assert re.fullmatch(
+        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*: fetch both anew", said
+    )
+
+
+def test_a_caption_that_is_too_long_is_said_once(pipelines, caplog):
+    teacher, words = SD(str(pipelines("unet"))), "small red star " * 20
+    for captions in (["a short one"], ["short", f"{words}and the end"], [f"{words}and another end"]):
+        teacher.embed(captions)
+    (said,) = [r.message for r in caplog.records if r.name.startswith("distill.")]
+    assert said.startswith("a caption is longer than this teacher reads, and ends before '")
+    assert "red star small" in said
+    assert "and the end'" in said
+    assert len(caplog.records) == 1  # the libraries' own words are many, and at every call
 
 
 # -- the data --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 
 import pytest
 import torch
@@ -234,6 +235,18 @@ def test_captions_know_the_empty_one(family, teachers):
     torch.testing.assert_close(mixed.tokens[0], cond.tokens[1], rtol=0, atol=1e-5)
     assert (empty.tokens - cond.tokens).abs().max() > 1e-2
     assert (cond.pooled is None) == (family in ("pixart", "sana"))
+
+
+@pytest.mark.parametrize("family", ["pixart", "sana", "flux"])
+def test_what_is_said_to_be_cut_is_all_that_is_not_read(family, teachers):
+    teacher = teachers(family)
+    long = "".join(string.ascii_lowercase[i * i % 23] for i in range(400))  # a letter is a token here
+    kept = long.removesuffix(teacher._cut([long]))
+    assert 0 < len(kept) < 400
+    whole, same, other = (teacher.embed([caption]).tokens for caption in (long, kept + "zzz", kept[:-1] + "zzz"))
+    torch.testing.assert_close(same, whole, rtol=0, atol=1e-5)
+    assert (other - whole).abs().max() > 1e-2
+    assert teacher._cut([kept]) is None
 
 
 def test_sana_reads_captions_behind_the_instruction_or_alone(teachers, folders):
