@@ -1,8 +1,9 @@
-"""The newer families, each against its own pipeline in diffusers: SD3.5, PixArt-Sigma, Sana and FLUX."""
+"""The newer families, each against its own pipeline in diffusers: SD 2.1 v, SD3.5, PixArt-Sigma, Sana, FLUX."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import string
 
 import pytest
@@ -17,6 +18,7 @@ from distill.students import full, save_pipeline
 from distill.teachers.flux import Flux
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
+from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 
 MAKE = {"sd35": SD3, "pixart": PixArtSigma, "sana": Sana, "flux": Flux}
@@ -130,6 +132,27 @@ def test_a_guided_estimate_is_that_of_the_pixart_pipeline(teachers, folders):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
+    """The same UNet under a scheduler that says so, as SD 2.1 has it beside its base."""
+    folder = shutil.copytree(pipelines("unet"), tmp_path / "v")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    pipeline, teacher, x_t = opened(folder), SD(str(folder)), noise(2, 4, 16, 16)
+    seen, step = [], pipeline.scheduler.step
+
+    def spy(output, index, x, **options):
+        seen.append((int(index), step(output, index, x).pred_original_sample))
+        return step(output, index, x, **options)
+
+    pipeline.scheduler.step = spy
+    pipeline(PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    ((index, expected),) = seen
+    with torch.no_grad():
+        found = Guided(teacher, 5.0).x0(x_t, teacher.process.time(torch.tensor([index] * 2)), teacher.embed(PROMPTS))
+    assert teacher.prediction == "v"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_flux_shifts_its_grid_with_the_size_as_its_pipeline_does(teachers, folders):
     pipeline, teacher = opened(folders("flux")), teachers("flux")
     options = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.5, **CALL["flux"]}
@@ -224,6 +247,19 @@ def test_gradient_reaches_the_input_and_no_weight(family, teachers):
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     teacher.train()
     assert not any(m.training for m in teacher.modules())
+
+
+@each
+def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, folders):
+    exact, half = teachers(family), MAKE[family](str(folders(family)), dtype="bfloat16", **OPTIONS.get(family, {}))
+    x_t, t, cond = inputs(half)
+    with torch.no_grad():
+        x0, maps = half.x0(x_t, t, cond), half.features(x_t, t, cond, TAPS[family])
+        pixels = half.decode(half.encode(noise(2, 3, tiny.SIDE, tiny.SIDE)))
+        expected = exact.x0(x_t, t, exact.embed(PROMPTS))
+    assert {x.dtype for x in (cond.tokens, x0, pixels, *maps)} == {torch.float32}
+    assert (x0 - expected).norm() < 0.1 * expected.norm()
+    assert {p.dtype for p in half.network.twin().parameters()} == {torch.float32}
 
 
 @each
