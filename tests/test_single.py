@@ -75,6 +75,16 @@ def test_its_student_is_a_folder_that_diffusers_opens(layout, written, tmp_path)
     assert (torch.from_numpy(picture) - expected).abs().max() < 2e-3
 
 
+def test_the_command_distils_a_single_file(written, shards, command, tmp_path):
+    _, file, config = written("sdxl")
+    run = ["teacher=sdxl", f"teacher.path={file}", f"teacher.config={config}", f"data.path={shards}", "~metrics"]
+    code, _, err = command("run", "debug=smoke", *run, f"run_dir={tmp_path / 'run'}")
+    assert code == 0, err
+    sample = [f"run={tmp_path / 'run'}", "prompt=a red square", f"out={tmp_path / 'out'}"]
+    assert command("sample", *sample)[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
 @pytest.mark.parametrize(("layout", "kept"), [("sd15", "model."), ("sd3", "model."), ("sd3", "text_encoders.t5")])
 def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, tmp_path):
     """Stability's own files of SD3.5 have no text encoders; fine-tunes of the denoiser alone have no autoencoder."""
