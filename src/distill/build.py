@@ -199,6 +199,6 @@ def student_of(run: str) -> Any:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
     node = {"_target_": FAMILIES[found], "path": str(folder)}
     if (config := Path(run) / "config.yaml").is_file():  # what a family lets one choose is as in the run
-        chosen = OmegaConf.load(config).teacher
+        chosen = OmegaConf.load(config).get("teacher") or {}
         node |= {key: chosen[key] for key in get_object(FAMILIES[found]).own if key in chosen}
     return make(OmegaConf.create(node))
