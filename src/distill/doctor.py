@@ -62,7 +62,7 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
         return
     path = Path(shipped(str(cfg.teacher.path)))
     if not path.is_dir():
-        yield "warn", f"teacher.path={path} is no local folder", "its size is known only once it is downloaded"
+        yield "warn", f"teacher.path={path} is no local pipeline folder", "sizes are counted only there"
         return
     sizes = {part.name: parameters(part) for part in path.iterdir() if part.is_dir()}
     network, total = sizes.get("transformer", 0) or sizes.get("unet", 0), sum(sizes.values())
