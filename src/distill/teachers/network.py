@@ -6,6 +6,8 @@ x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 d
 from __future__ import annotations
 
 import copy
+import json
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +24,9 @@ from distill.process import Prediction, Process
 from distill.teachers.reading import read_pipeline
 from distill.teachers.weights import put_on
 from distill.types import Cond
+
+ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin with that encode
+log = logging.getLogger("distill.teachers")
 
 
 class _LastTapReached(Exception):
@@ -98,6 +103,8 @@ class PipelineTeacher(nn.Module):
 
     With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
     is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
+    `deferred`, text_encoder and vae, are read when they are first needed, and `release` lets them go again; what a run
+    on cached embeddings wants, which sets `null`, the embedded empty caption.
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
     `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `blocks` and
@@ -120,25 +127,30 @@ class PipelineTeacher(nn.Module):
         without: Sequence[str] = (),
         checkpointing: bool = False,
         weights: str | None = None,
+        deferred: Sequence[str] = (),
     ):
         super().__init__()
         read_quietly()
         options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": use_safetensors}
-        self.pipeline = pipeline = read_pipeline(self.kind, path, without=(*self.unused, *without), **options)
+        without = (*self.unused, *without)
+        self.pipeline = pipeline = read_pipeline(self.kind, path, without=without, deferred=deferred, **options)
+        self.folder = Path(pipeline.name_or_path)
+        config = pipeline.vae.config if pipeline.vae else json.loads((self.folder / "vae/config.json").read_text())
+        pipeline.vae_scale_factor = 2 ** (len(config["block_out_channels"]) - 1)  # a guess where the VAE is deferred
         if weights:
             put_on(pipeline, weights)
-        if checkpointing:
+        if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
-        self.network, self.vae, self.folder = self._network(), pipeline.vae, Path(pipeline.name_or_path)
-        parts = pipeline.components.items()
-        self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
+        self.network = self._network()
+        encoders = [m for name, m in pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
+        self.encoders, self._brought = nn.ModuleList(encoders), set[str]()
         config = self.network.model.config
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.patch = config.get("patch_size") or 1
-        self.unit = self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._null: Cond | None = None
+        self.unit = self.patch * pipeline.vae_scale_factor
+        self.null: Cond | None = None
         self.requires_grad_(False)
         super().train(False)
 
@@ -151,6 +163,25 @@ class PipelineTeacher(nn.Module):
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...
+
+    def _bring(self, kind: str) -> None:
+        """Read the parts of this kind that were deferred and are not there."""
+        for name, read in self.pipeline.deferred.items():
+            if name.startswith(kind) and name not in self._brought:
+                log.info("reading the teacher's %s, which the cached data do without", name)
+                self._brought.add(name)
+                setattr(self.pipeline, name, read().eval().requires_grad_(False).to(self.device))
+
+    def release(self) -> None:
+        """Let the deferred parts go that were read since."""
+        for name in self._brought:
+            setattr(self.pipeline, name, None)
+        self._brought.clear()
+
+    @property
+    def vae(self) -> Any:
+        self._bring("vae")
+        return self.pipeline.vae
 
     @property
     def process(self) -> Process:
@@ -182,9 +213,14 @@ class PipelineTeacher(nn.Module):
 
     def embed(self, captions: Sequence[str]) -> Cond:
         """Captions -> conditioning in float32 that knows its unconditional version."""
-        if self._null is None or self._null.tokens.device != self.device:
-            self._null = self._encode([""]).to(torch.float32)
-        return replace(self._encode(list(captions)).to(torch.float32), null=self._null)
+        if self.null is None:
+            self._bring("text_encoder")
+            self.null = self._encode([""]).to(torch.float32)
+        self.null = self.null.to(self.device)
+        if self.pipeline.deferred and not any(captions):  # known without an encoder
+            return replace(self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null)
+        self._bring("text_encoder")
+        return replace(self._encode(list(captions)).to(torch.float32), null=self.null)
 
 
 def is_block(tap: str) -> bool:

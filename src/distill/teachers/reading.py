@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,25 @@ def _silent() -> Iterator[None]:
 
 @_silent()
 def read_pipeline(
-    kind: type, path: str, *, dtype: str, use_safetensors: bool, without: Sequence[str] = (), **version: str | None
+    kind: type,
+    path: str,
+    *,
+    dtype: str,
+    use_safetensors: bool,
+    without: Sequence[str] = (),
+    deferred: Sequence[str] = (),
+    **version: str | None,
 ) -> Any:
     """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`; `version` is of the hub.
 
-    Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random ones.
-    Raises FileNotFoundError and ValueError that say what is wrong in it.
+    Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps them to what reads
+    them. Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random
+    ones. Raises FileNotFoundError and ValueError that say what is wrong in it.
     """
     if not isinstance(precision := getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"teacher.dtype={dtype}: must be a dtype of torch: float32, bfloat16, float16")
     parts: dict[str, Any] = dict.fromkeys(without)
+    later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
         path = _fetched(kind, path, revision=version["revision"], **files, **parts)
@@ -53,8 +63,14 @@ def read_pipeline(
         if library not in LIBRARIES:
             raise ValueError(f"teacher.path={path}: {name} is code of {library!r}, which this teacher does not read")
         if isinstance(network := getattr(LIBRARIES[library], found, None), type) and issubclass(network, nn.Module):
-            parts[name] = _whole(network, path, name, dtype=precision, **files)
-    return kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+            read = partial(_whole, network, path, name, dtype=precision, **files)
+            if name.startswith(tuple(deferred)):
+                parts[name], later[name] = None, read
+            else:
+                parts[name] = read()
+    pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    pipeline.deferred = later
+    return pipeline
 
 
 def _fetched(kind: type, path: str, **options: Any) -> str:
@@ -80,6 +96,7 @@ def _index(path: str, expected: str) -> dict[str, tuple[str | None, str]]:
     return {name: tuple(pair) for name, pair in index.items() if isinstance(pair, list) and len(pair) == 2}
 
 
+@_silent()
 def _whole(network: type, path: str, part: str, **options: Any) -> nn.Module:
     """The network with every one of its tensors from the files."""
     folder = Path(path) / part

@@ -53,13 +53,18 @@ class SD3(PipelineTeacher):
     kind = StableDiffusion3Pipeline
 
     def _network(self) -> MMDiT:
-        t5 = self.pipeline.text_encoder_3
-        if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
-            self.pipeline.text_encoder_3 = None  # all its tokens are zeros, as the pipeline makes them without it
+        self._silent()
         return MMDiT(self.pipeline.transformer)
 
+    def _silent(self) -> bool:
+        """Whether the third text encoder is absent; one whose tokens are all zeros, as without it, is left out."""
+        t5 = self.pipeline.text_encoder_3
+        if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
+            self.pipeline.text_encoder_3 = None
+        return self.pipeline.text_encoder_3 is None
+
     def _encode(self, captions: list[str]) -> Cond:
-        silent = self.pipeline.text_encoder_3 is None
+        silent = self._silent()
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             *[captions] * 3,
             device=self.device,
