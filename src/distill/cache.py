@@ -55,7 +55,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     about = {"what": "encoded pictures", "teacher": cfg.teacher.path, "data": cfg.data.path}
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
-    job.finish(**about, embeddings=cfg.embeddings)
+    job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
     return 0
 
 

@@ -66,17 +66,20 @@ class Making:
                 write_shard(self.path(shard), watched(samples(shard, numbers), lambda: bar.advance(task)))
                 bar.update(task, completed=(done := done + len(numbers)))  # bad ones among them
 
-    def finish(self, **about: Any) -> None:
-        """Write the manifest if every shard is there; ValueError if none holds anything."""
+    def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
+        """Write the manifest if every shard is there; ValueError if they lack more than this share of the samples."""
         paths = [self.path(shard) for shard in self.shards]
         if not all(path.exists() for path in paths):
             return
         samples, digest = len(Shards(str(self.folder))), hashlib.sha256()
+        if (dropped := self.count - samples) > max_bad_share * self.count:
+            what = f"more than data.max_bad_share={max_bad_share:g}; repair the data or choose another out="
+            raise ValueError(f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}")
         for path in paths:
             with path.open("rb") as file:
                 while block := file.read(2**24):
                     digest.update(block)
-        about |= {"samples": samples, "dropped": self.count - samples, "shards": len(paths)}
+        about |= {"samples": samples, "dropped": dropped, "shards": len(paths)}
         about |= {"sha256": digest.hexdigest(), "versions": versions()}
         put(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
 

@@ -72,18 +72,14 @@ class BucketOrder:
 
         last = (self.start + len(sizes) + 1) * whole // sum(sizes.values()) + 2
         for epoch in itertools.count(bisect.bisect_right(range(last), self.start, key=before) - 1):
-            batches = [
-                (bucket, number)
-                for bucket, n in sizes.items()
-                for number in range(epoch * n // whole, (epoch + 1) * n // whole)
-            ]
-            for i in permutation(len(batches), f"{self.seed}/round", epoch)[
-                max(0, self.start - before(epoch)) :
-            ].tolist():
-                bucket, number = batches[i]
-                first = (number * self.world + self.rank) * self.batch_size
-                places = [shuffled[bucket][position] for position in range(first, first + self.batch_size)]
-                yield [self.groups[bucket][place] for place in places]
+            rounds = {bucket: range(epoch * n // whole, (epoch + 1) * n // whole) for bucket, n in sizes.items()}
+            numbers, kinds = {k: iter(r) for k, r in rounds.items()}, [k for k, r in rounds.items() for _ in r]
+            shuffle = permutation(len(kinds), f"{self.seed}/round", epoch).tolist()
+            for step, bucket in enumerate((kinds[i] for i in shuffle), before(epoch)):
+                first = (next(numbers[bucket]) * self.world + self.rank) * self.batch_size
+                if step >= self.start:
+                    places = range(first, first + self.batch_size)
+                    yield [self.groups[bucket][shuffled[bucket][place]] for place in places]
 
 
 class Shuffled:
