@@ -106,7 +106,7 @@ def test_sigkill_at_any_moment_leaves_no_duplicate_and_no_hole(name, asked, tmp_
     asked[name] += ["per_shard=1"]
     assert start(tmp_path / "whole").wait(timeout=300) == 0
     parts = tmp_path / "parts"
-    for kill in ("*.tar.part", "latents-000003.tar", "latents-000005.tar.part"):
+    for kill in ("*.tar.*.part", "latents-000003.tar", "latents-000005.tar.*.part"):
         process = start(parts)
         while process.poll() is None and not list(parts.glob(kill)):
             time.sleep(0.0005)
@@ -293,7 +293,7 @@ def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(family, comma
     assert (tmp_path / "cached" / "student" / "vae").is_dir()  # the student is whole all the same
     for a, b in zip(plain, cached, strict=True):
         for name in ("g/adv", "d/adv", "d/real", "d/fake", "g/grad_norm", "d/grad_norm"):
-            assert b[name] == pytest.approx(a[name], rel=2e-2, abs=2e-3), name
+            assert b[name] == pytest.approx(a[name], rel=5e-3, abs=1e-3), name
 
 
 def test_pictures_on_the_way_read_the_encoders_and_let_them_go(command, pipelines, read, monkeypatch, asked, tmp_path):

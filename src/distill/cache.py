@@ -31,7 +31,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
-    teacher.to(device := making.device())
+    teacher.only_encode(device := making.device())
     job = making.Making(folder, len(source.dataset), cfg.per_shard)
     if cfg.embeddings:
         making.put_null(teacher, folder)

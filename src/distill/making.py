@@ -75,6 +75,8 @@ class Making:
         if (dropped := self.count - samples) > max_bad_share * self.count:
             what = f"more than data.max_bad_share={max_bad_share:g}; repair the data or choose another out="
             raise ValueError(f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}")
+        for left in self.folder.glob("*.tar.*.part"):  # by kills
+            left.unlink(missing_ok=True)
         for path in paths:
             with path.open("rb") as file:
                 while block := file.read(2**24):
@@ -135,7 +137,7 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
 
 def put(path: Path, content: bytes) -> None:
     """A small file, there only when whole; several processes may write the same one."""
-    part = path.with_name(f"{path.name}.{compose.rank()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
     part.replace(path)
 

@@ -175,7 +175,8 @@ class LatentShards(Samples):
         if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
             raise ValueError(f"data.path={path}: its making was not finished; give the command that makes it once more")
         if (folder / MANIFEST).is_file():
-            buckets = buckets or json.loads((folder / MANIFEST).read_text())["buckets"]
+            said = json.loads((folder / MANIFEST).read_text())
+            buckets = buckets or (said.get("buckets") if isinstance(said, dict) else None)
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
             with np.load(folder / NULL, allow_pickle=False) as kept:

@@ -66,8 +66,9 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     from webdataset import TarWriter
 
     keys: set[str] = set()
+    part = f"{path}.{os.getpid()}.part"  # its own: what a kill left running must not write into this one
     try:
-        with open(f"{path}.part", "wb") as file:
+        with open(part, "wb") as file:
             with TarWriter(file, **HEADER) as tar:
                 for key, files in samples:
                     if not KEY.fullmatch(key) or key in keys:
@@ -77,9 +78,9 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
                     tar.write({"__key__": key, **files})
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
+        os.replace(part, path)
     except BaseException:
-        os.remove(f"{path}.part")
+        os.remove(part)
         raise
 
 

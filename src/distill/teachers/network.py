@@ -143,7 +143,7 @@ class PipelineTeacher(nn.Module):
             pipeline.vae.enable_gradient_checkpointing()
         self.network = self._network()
         encoders = [m for name, m in pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
-        self.encoders, self._brought = nn.ModuleList(encoders), set[str]()
+        self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
         config = self.network.model.config
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
@@ -178,6 +178,11 @@ class PipelineTeacher(nn.Module):
             setattr(self.pipeline, name, None)
         self._brought.clear()
 
+    def only_encode(self, device: torch.device) -> None:
+        """Move to the device without the denoiser, whose weights are let go."""
+        self.network.model.to("meta")
+        self._encoders.to(device)
+
     @property
     def vae(self) -> Any:
         self._bring("vae")
@@ -193,7 +198,7 @@ class PipelineTeacher(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return next(p.device for p in self.parameters() if not p.is_meta)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
