@@ -145,3 +145,22 @@ def test_latents_take_their_buckets_from_the_manifest(tmp_path):
 def test_buckets_that_are_none(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"data.buckets=.* must be null or like \[\[640, 384\]"):
         ImageShards(put_pictures(tmp_path / "x.tar", 3), size=8, buckets=wrong)
+
+
+@pytest.mark.parametrize("method", ["ladd", "add", "nitrofusion"])
+def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
+    import tiny
+    from distill import files
+
+    data = ["data=images", f"data.path={put_pictures(tmp_path / 'x.tar')}", "data.buckets=[[32,16],[16,16],[16,32]]"]
+    eyes = [f"discriminator.features.path={tiny.vit()}"] if method == "add" else []
+    quiet = ["~metrics", "~callbacks.samples", "data.num_workers=0", "data.max_bad_share=0.5"]
+    run = ["debug=smoke", f"method={method}", f"teacher.path={pipelines('mmdit')}", *data, *eyes, *quiet]
+    run += ["callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=0", "trainer.max_steps=4", "run_dir=run"]
+    assert command("run", *run)[0] == 0
+    end = tmp_path / "run" / "checkpoints" / "step_000004.ckpt"
+    whole = files.read(end)["state_dict"]
+    whole = {name: x.clone() for name, x in whole.items()}
+    end.unlink()
+    assert command("run", "resume=run")[0] == 0
+    assert tiny.same(files.read(end)["state_dict"], whole)
