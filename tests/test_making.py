@@ -170,7 +170,23 @@ def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
     path = pictures(tmp_path / "bad.tar", 12, (1, 2, 3))  # too few for the alarm on the way
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
     assert code == 1
-    assert "out=made: 3 of 12 samples are bad, more than data.max_bad_share=0.1; repair the data or choose" in err
+    assert "out=made: 3 of 12 samples are bad, more than data.max_bad_share=0.1; raise it, or" in err
+    assert command("cache", *asked["cache"], f"data.path={path}", "out=made", "data.max_bad_share=0.3")[0] == 0
+
+
+@each_command
+def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.making.Making.finish", lambda *_, **__: None)  # killed just before
+        assert command(name, *asked[name], "out=made")[0] == 0
+    if name == "cache":
+        pictures(tmp_path / "x.tar", COUNT + 1)
+    else:
+        (tmp_path / "prompts.txt").write_text("another\n" * 5)
+    code, _, err = command(name, *asked[name], "out=made")
+    assert (code, "prompts or data have changed since it was begun; choose another out=" in err) == (1, True)
+    assert "prompts=gone.txt: cannot be read" in command("synthesize", "prompts=gone.txt", "out=other")[2]
+    assert not (tmp_path / "other").exists()
 
 
 # -- what was made -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
     teacher.only_encode(device := making.device())
-    job = making.Making(folder, len(source.dataset), cfg.per_shard)
+    job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
     if cfg.embeddings:
         making.put_null(teacher, folder)
     plan = {shard: source.batches(numbers) for shard, numbers in job.missing().items()}

@@ -1,6 +1,7 @@
 """A folder of shards that a command makes: by any number of processes, killed and started again at any moment.
 
 <out>/making.yaml            what is made; the same command goes on where it stopped, another one is refused
+<out>/inputs.sha256          a hash of the prompts, or of the names of the data: these must not change either
 <out>/null.npz               the embedded empty caption
 <out>/latents-000000.tar     samples 0 to per_shard - 1, and so on
 <out>/manifest.json          what has been made, written last
@@ -32,16 +33,26 @@ from distill.data.shards import Shards
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.record import versions
 
-FREE = ("out", "devices", "data.num_workers")  # what may be different when a command goes on
+INPUTS = "inputs.sha256"
+FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")  # what may be different when a command goes on
 
 
 @dataclass(frozen=True)
 class Making:
-    """The samples of `count` numbers in shards of `per_shard`, in `folder`."""
+    """The samples of `count` numbers in shards of `per_shard`, in `folder`; `inputs` is a hash of what they come from.
+
+    Raises ValueError if the folder was begun with other inputs.
+    """
 
     folder: Path
     count: int
     per_shard: int
+    inputs: str
+
+    def __post_init__(self) -> None:
+        if any(self.folder.glob("*.tar")) and (self.folder / INPUTS).read_text() != self.inputs:
+            raise ValueError(f"out={self.folder}: prompts or data have changed since it was begun; choose another out=")
+        put(self.folder / INPUTS, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:06d}.tar"
@@ -73,7 +84,7 @@ class Making:
             return
         samples, digest = len(Shards(str(self.folder))), hashlib.sha256()
         if (dropped := self.count - samples) > max_bad_share * self.count:
-            what = f"more than data.max_bad_share={max_bad_share:g}; repair the data or choose another out="
+            what = f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and choose another out="
             raise ValueError(f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}")
         for left in self.folder.glob("*.tar.*.part"):  # by kills
             left.unlink(missing_ok=True)
@@ -111,7 +122,7 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
             code = launch.launch(folder, cfg.devices, command) if several else work(cfg, folder)
     finally:
         if compose.world() == 1 and not any(folder.glob("*.tar")):  # of a mistake nothing stays behind
-            for name in (BEGUN, NULL):
+            for name in (BEGUN, INPUTS, NULL):
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # what else is in it is not ours
                 folder.rmdir()

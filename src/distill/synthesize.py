@@ -27,9 +27,10 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     from distill.data.write import cached
     from distill.sampling import guided, seeded
 
-    lines = Lines(cfg.prompts).lines
+    lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(making.device())
-    shape, job = _shape(cfg, teacher), making.Making(folder, cfg.count or len(lines), cfg.per_shard)
+    shape = _shape(cfg, teacher)
+    job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
         making.put_null(teacher, folder)
 

@@ -9,6 +9,7 @@ With buckets every sample belongs to the one of its shape, and what replaces it 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import logging
 import math
@@ -224,19 +225,22 @@ class ImageShards(Samples):
 
 
 class Lines:
-    """The lines of a text file that are not blank, as raw samples. Raises ValueError if there are none."""
+    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, key: str = "data.path"):
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"data.path={path}: cannot be read as lines of UTF-8 text ({error})") from None
+            raise ValueError(f"{key}={path}: cannot be read as lines of UTF-8 text ({error})") from None
         self.path, self.lines = path, [line for line in lines if line.strip()]
         if not self.lines:
-            raise ValueError(f"data.path={path}: has no line that is not blank")
+            raise ValueError(f"{key}={path}: has no line that is not blank")
 
     def __len__(self) -> int:
         return len(self.lines)
+
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
 
     def read(self, i: int, at_most: int = -1) -> dict:
         return {"__url__": self.path, "__key__": str(i), "txt": self.lines[i].encode()}

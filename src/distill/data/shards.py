@@ -8,6 +8,7 @@ position. Nothing is ever extracted, so a hostile name can at most become an odd
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import tarfile
@@ -37,6 +38,13 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def digest(self) -> str:
+        """A hash of the keys of all samples, and of the extensions, places and sizes of their files."""
+        found = hashlib.sha256()
+        for key, _, places in self._index:
+            found.update(repr((key, [(end, *place[1:]) for end, place in places.items()])).encode())
+        return found.hexdigest()
 
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
