@@ -25,8 +25,8 @@ LAYERS = {
     "compose": {"compose"},
     "L5": {"build"},
     "L6": {
-        "_conf", "cli", "compare", "doctor", "inspect", "evaluate", "export", "pretrain", "pretraining", "run",
-        "sample", "synthesize", "errors", "launch", "worker", "search",
+        "_conf", "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
+        "making", "pretrain", "pretraining", "run", "sample", "search", "synthesize", "worker",
     },
 }  # fmt: skip
 

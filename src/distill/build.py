@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from distill.files import gathered, newest, read
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
+from distill.types import Cond
 
 FAMILIES = {
     "FluxPipeline": "distill.teachers.flux.Flux",
@@ -75,9 +77,13 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=EXPECTED)
     source = make(cfg.data)  # first: what is wrong with it shows in a moment
-    teacher = make(cfg.teacher)
+    null = getattr(source.dataset, "null", None)
+    decodes = _space(cfg, "method") == "pixels" and not cfg.method.get("decoder")
+    teacher = teacher_of(cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else [])
     make(cfg.sampler).check(teacher.network)
-    _refuse_misfit(cfg, source.dataset, teacher)
+    refuse_misfit(cfg, source.dataset, teacher)
+    if null:
+        teacher.null = Cond(**{name: x.float() for name, x in null.items()})
     return source, make(cfg.method)(
         teacher=teacher,
         student=make(cfg.student)(teacher=teacher),
@@ -102,8 +108,13 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
     return {"features": features, "heads": heads, "condition": condition}
 
 
-def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
-    """Raise ValueError for latents or pictures that this teacher cannot read."""
+def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
+    """The teacher; parts of it whose names begin so are read only if they are asked for."""
+    return make(OmegaConf.create({**cfg.teacher, "deferred": list(deferred)}) if deferred else cfg.teacher)
+
+
+def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+    """Raise ValueError for latents, embeddings or pictures that this teacher cannot read."""
     size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
     if channels and channels != teacher.latent_shape[0]:
         raise ValueError(
@@ -115,8 +126,18 @@ def _refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this teacher's patches "
             f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
         )
-    if size and size % teacher.unit:
+    config, null = teacher.network.model.config, getattr(data, "null", None)
+    width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    if null and isinstance(width, int) and null["tokens"].shape[-1] != width:
+        raise ValueError(
+            f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and this teacher reads "
+            f"{width}; make them with this teacher by distill.cache"
+        )
+    if size and size % teacher.unit and not data.buckets:
         raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
+    unit = teacher.unit if size else teacher.patch
+    if wrong := [list(bucket) for bucket in data.buckets if any(side % unit for side in bucket)]:
+        raise ValueError(f"data.buckets: {wrong[0]} must be multiples of {unit} for this teacher")
 
 
 def trainer(cfg: DictConfig, folder: Path) -> Any:

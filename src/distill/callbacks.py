@@ -16,6 +16,7 @@ from distill.files import whole
 from distill.methods.base import Distillation
 from distill.sampling import Consistency, seeded
 from distill.shapes.judge import judging_prompts
+from distill.types import Cond
 
 log = logging.getLogger("distill.health")
 HEALTH = ("d/accuracy", "d/real", "d/fake")
@@ -108,6 +109,7 @@ class Samples(L.Callback):
     def __init__(self, every: int = 100, prompts: list[str] | None = None):
         self.every = every
         self.prompts = prompts or [p.caption for p in judging_prompts(16, seed=1)]
+        self._cond: Cond | None = None  # of the prompts
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         self.folder = Path(trainer.default_root_dir) / "samples"
@@ -126,8 +128,10 @@ class Samples(L.Callback):
         # Where networks are cut up all processes must run them, hence all ask the first one whether to.
         if trainer.strategy.broadcast(path.exists()) or not (pl_module.sharded or trainer.is_global_zero):
             return
-        cond, generators = teacher.embed(self.prompts), seeded(range(len(self.prompts)))
+        self._cond = self._cond or teacher.embed(self.prompts)
+        cond, generators = self._cond.to(teacher.device), seeded(range(len(self.prompts)))
         with pl_module.ema.swap():
             x0 = Consistency()(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
         if trainer.is_global_zero:
             save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)
+        teacher.release()  # what a run on cached embeddings has read for this alone

@@ -11,12 +11,15 @@ COMMANDS = {
     "sample": "draw images from a student or a teacher",
     "evaluate": "measure a run",
     "export": "take a student to where it is used",
+    "check": "say which samples of data would be dropped, and why",
+    "cache": "encode pictures and captions once, for training without encoders",
+    "synthesize": "have a teacher make samples of prompts",
     "pretrain": "train a tiny teacher of one's own data",
     "search": "look for good values of any keys",
     "doctor": "say whether this machine can run a configuration",
 }
 USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
-    f"  {name:10}{what}" for name, what in COMMANDS.items()
+    f"  {name:12}{what}" for name, what in COMMANDS.items()
 )
 
 

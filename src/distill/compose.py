@@ -151,6 +151,13 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
+def world() -> int:
+    """How many processes a launcher has started, of which this is one; 1 without a launcher."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+
+
 def going_on(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that is resumed, with what the command line changes in it.
 

@@ -1,4 +1,4 @@
-"""Several processes on one machine, each running `distill.run` on the configuration that the first one has resolved.
+"""Several processes on one machine, each working on the configuration that the first one has resolved.
 
 Lightning would start the command line again in every process, which under Hydra makes each compose, and sweep, anew.
 torchrun and SLURM start the processes themselves; then this module has nothing to do.
@@ -26,18 +26,18 @@ def needed(processes: int, nodes: int) -> bool:
     return True
 
 
-def launch(folder: Path, processes: int) -> int:
-    """Run the worker `processes` times on the run folder; returns the exit code of the first that fails, or 0.
+def launch(folder: Path, processes: int, command: str = "run") -> int:
+    """Run the worker of a command `processes` times on its folder; returns the exit code of the first that fails, or 0.
 
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "NODE_RANK": "0"}
-    command = [sys.executable, "-m", "distill.worker", str(folder)]
+    worker = [sys.executable, "-m", "distill.worker", str(folder), command]
     workers = [
         subprocess.Popen(
-            command,
+            worker,
             env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
             stdout=subprocess.DEVNULL if rank else None,
             start_new_session=True,  # a Ctrl-C in the terminal reaches this process alone, which hands it on once

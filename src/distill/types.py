@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill.process import Process
 
+EMBEDDED = ("tokens", "pooled", "mask", "extra")  # the tensors of a Cond, under which names they are cached
 Terms = dict[str, Tensor]
 """Already weighted scalar losses under the paper's names; the objective is their sum."""
 
@@ -38,7 +39,7 @@ class Cond:
     null: Cond | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: len(x) for name, x in self._tensors().items()}
+        sizes = {name: len(x) for name, x in self.tensors().items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the tensors of a Cond must share one batch size, got {sizes}")
         if self.null is not None and len(self.null) != 1:
@@ -73,20 +74,20 @@ class Cond:
         """All samples in order. The null is the first one found: records from one text encoder share it."""
         if not conds:
             raise ValueError("cannot concatenate an empty list of Cond")
-        parts = [cond._tensors() for cond in conds]
+        parts = [cond.tensors() for cond in conds]
         for name in set().union(*parts):
             if (having := sum(name in part for part in parts)) < len(parts):
                 raise ValueError(f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none must")
         joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Cond(**joined, null=next((c.null for c in conds if c.null is not None), None))
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, without the null's."""
-        found = {"tokens": self.tokens, "pooled": self.pooled, "mask": self.mask, "extra": self.extra}
+        found = {name: getattr(self, name) for name in EMBEDDED}
         return {name: x for name, x in found.items() if x is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Cond:
-        changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items()}
+        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
         return replace(self, **changed)
 
 

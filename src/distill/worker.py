@@ -1,16 +1,25 @@
-"""`python -m distill.worker <run folder>`: one of several processes of a run, started by `distill.launch`."""
+"""`python -m distill.worker <folder> <command>`: one of several processes of a command, started by `distill.launch`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from distill.errors import said_plainly
-from distill.run import train
+
+# Command -> the function of its module, and where in the folder its configuration is.
+TASKS = {
+    "run": ("train", "config.yaml"),
+    "cache": ("encode", "making.yaml"),
+    "synthesize": ("draw", "making.yaml"),
+}
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder, command = Path(sys.argv[1]), sys.argv[2]
     with said_plainly():
-        sys.exit(train(OmegaConf.load(folder / "config.yaml"), folder))
+        name, config = TASKS[command]
+        task = getattr(importlib.import_module(f"distill.{command}"), name)
+        sys.exit(task(OmegaConf.load(folder / config), folder))

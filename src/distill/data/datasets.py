@@ -2,40 +2,66 @@
 
 A sample that does not decode is replaced by the next index, so that the order stays a function of (seed, step, rank);
 it is counted and its name and reason are kept. If too many are bad, the run stops and says so.
+
+With buckets every sample belongs to the one of its shape, and what replaces it comes from the same: batches stack.
 """
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import json
 import logging
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.data import decode
-from distill.data.shards import Shards
+from distill.data.shards import Shards, expand
+from distill.data.write import BEGUN, MANIFEST, NULL
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
 MAX_IN_A_ROW = 50  # samples tried for one place in a batch
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
 Found = tuple[dict | None, Skipped]  # the item for a place in a batch, or None; what was passed over on the way
+Size = tuple[int, int]  # width, height
 
 
 class Samples(Dataset, ABC):
     """Items {"caption": str, "key": str} and what `tensors` adds, of shards, a folder of images or a list of prompts.
 
-    `bad` maps the names of the samples that could not be used to the reasons. Raises ValueError if `limit`, the number
-    of samples to use, is under 1, and whatever `Shards` raises.
+    `bad` maps the names of the samples that could not be used to the reasons; `groups` maps each bucket that has any to
+    its samples, for which the first bytes of every sample are read once. Raises ValueError if `limit`, the number of
+    samples to use, is under 1, for malformed `buckets`, and whatever `Shards` raises.
     """
 
-    def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1):
+    def __init__(
+        self,
+        path: str,
+        *,
+        limit: int | None = None,
+        max_bad_share: float = 0.1,
+        buckets: Sequence[Sequence[int]] | None = None,
+        caption_key: str = "caption",
+    ):
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit={limit}: must be at least 1")
-        self.shards, self.max_bad_share = self.open(path), max_bad_share
+        if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
+            raise ValueError(
+                f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], widths and heights"
+            )
+        self.shards, self.max_bad_share, self.caption_key = self.open(path), max_bad_share, caption_key
         self.length = min(limit or len(self.shards), len(self.shards))
+        self.buckets: list[Size] = [(w, h) for w, h in buckets or ()]
+        self.bucket_of, self.groups = self._sorted()
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
 
@@ -44,8 +70,31 @@ class Samples(Dataset, ABC):
         return Shards(path)
 
     @abstractmethod
-    def tensors(self, sample: dict) -> dict[str, Tensor]:
-        """What a raw sample holds besides its caption; raises BadSample."""
+    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
+        """What a raw sample of this bucket holds besides its caption; raises BadSample."""
+
+    def size_of(self, sample: dict) -> Size:
+        """Width and height of a raw sample of which the first bytes are there; raises BadSample."""
+        raise decode.BadSample(sample, "it has no size")
+
+    def measure(self, i: int) -> Size | None:
+        """Width and height of sample i, from its first bytes if these are enough; None if it is bad."""
+        for at_most in (decode.HEAD, -1):
+            try:
+                return self.size_of(self.shards.read(i, at_most))
+            except decode.BadSample:
+                pass
+        return None
+
+    def _sorted(self) -> tuple[list[int], dict[int, list[int]]]:
+        """The bucket of every sample, and the samples of every bucket; a bad one goes to the first, to be found so."""
+        if not self.buckets:
+            return [], {}
+        bucket_of = [nearest(self.buckets, self.measure(i) or self.buckets[0]) for i in range(self.length)]
+        groups: dict[int, list[int]] = {}
+        for i, bucket in enumerate(bucket_of):
+            groups.setdefault(bucket, []).append(i)
+        return bucket_of, dict(sorted(groups.items()))
 
     def __len__(self) -> int:
         return self.length
@@ -61,92 +110,139 @@ class Samples(Dataset, ABC):
         """What a loader's worker asks for; its copy of the data set counts nothing."""
         return [self.find(i) for i in indices]
 
-    def find(self, i: int) -> Found:
-        """The first item at or after i (cyclic) that decodes, or None after `MAX_IN_A_ROW`; and those passed over."""
+    def find(self, i: int, most: int = MAX_IN_A_ROW) -> Found:
+        """The first good item at or after i (cyclic, in its bucket), or None after `most`; and those passed over."""
+        bucket = self.buckets[self.bucket_of[i]] if self.groups else None
+        peers = self.groups[self.bucket_of[i]] if self.groups else range(self.length)
+        start = bisect.bisect_left(peers, i)
         skipped: Skipped = []
-        for ahead in range(min(MAX_IN_A_ROW, self.length)):
-            sample = self.shards.read((i + ahead) % self.length)
+        for ahead in range(min(most, len(peers))):
+            sample = self.shards.read(peers[(start + ahead) % len(peers)])
             try:
-                item = {**self.tensors(sample), "caption": decode.caption(sample), "key": sample["__key__"]}
+                found = self.tensors(sample, bucket)
+                item = {**found, "caption": decode.caption(sample, self.caption_key), "key": sample["__key__"]}
                 return item, skipped
             except decode.BadSample as error:
                 skipped.append((error.name, error.reason))
         return None, skipped
 
-    def account(self, good: int, skipped: Skipped) -> None:
-        """Count samples; ValueError if the bad are too many, or there is nothing `good`."""
+    def account(self, good: int, skipped: Skipped, *, needed: bool = True) -> None:
+        """Count samples; ValueError if the bad are too many, or if there is nothing `good` where that is `needed`."""
         for name, reason in skipped:
             if name not in self.bad:
                 log.warning("skipped a bad sample, %s: %s", name, reason)
             self.bad[name] = reason
         self.tried += good + len(skipped)
         self.failed += len(skipped)
-        if good and (self.tried < MIN_TRIED or self.failed <= self.max_bad_share * self.tried):
+        enough = good or not needed
+        if enough and (self.tried < MIN_TRIED or self.failed <= self.max_bad_share * self.tried):
             return
         what = f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the share"
-        what = what if good else f"the last {len(skipped)} in a row: repair the data"
+        what = what if enough else f"the last {len(skipped)} in a row: repair the data"
         some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
         raise ValueError(f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}")
+
+
+def nearest(buckets: Sequence[Size], size: Size) -> int:
+    """The bucket that cuts least off a picture of this size; of several of one shape, that of the nearest area."""
+
+    def distance(k: int) -> tuple[float, float]:
+        width, height = buckets[k]
+        return abs(math.log(size[0] * height / (size[1] * width))), abs(math.log(size[0] * size[1] / (width * height)))
+
+    return min(range(len(buckets)), key=distance)
 
 
 class LatentShards(Samples):
     """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if there is none.
 
-    With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed.
+    With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed. Beside shards that
+    `distill.cache` or `distill.synthesize` made there are `null`, the embedded empty caption, with which each sample
+    comes with its own `tokens`, `pooled` and `mask` in half precision, and the buckets, [w, h] in latents.
     """
 
     shape = None
 
-    def __init__(self, path: str, *, limit: int | None = None, max_bad_share: float = 0.1, seeded: bool = False):
-        super().__init__(path, limit=limit, max_bad_share=max_bad_share)
+    def __init__(
+        self,
+        path: str,
+        *,
+        limit: int | None = None,
+        max_bad_share: float = 0.1,
+        seeded: bool = False,
+        buckets: Sequence[Sequence[int]] | None = None,
+    ):
+        folder = Path(expand(path)[0]).parent
+        if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
+            raise ValueError(f"data.path={path}: its making was not finished; give the command that makes it once more")
+        if (folder / MANIFEST).is_file():
+            said = json.loads((folder / MANIFEST).read_text())
+            buckets = buckets or (said.get("buckets") if isinstance(said, dict) else None)
+        self.null: dict[str, Tensor] = {}
+        if (folder / NULL).is_file():
+            with np.load(folder / NULL, allow_pickle=False) as kept:
+                self.null = {name: torch.from_numpy(kept[name]) for name in kept.files}
+        super().__init__(path, limit=limit, max_bad_share=max_bad_share, buckets=buckets)
         self.seeded = seeded
         first, skipped = self.find(0)
         if first is None:
             raise ValueError(f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}")
         self.shape = tuple(first["x0"].shape)
 
-    def tensors(self, sample: dict) -> dict[str, Tensor]:
+    def size_of(self, sample: dict) -> Size:
+        return decode.latent_size(sample)
+
+    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         x0 = decode.latent(sample)
-        if self.shape and tuple(x0.shape) != self.shape:
-            raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, the first sample's {list(self.shape)}")
+        shape = self.shape and (self.shape[0], *(reversed(bucket) if bucket else self.shape[1:]))
+        if shape and tuple(x0.shape) != shape:
+            wanted = f"its bucket's {list(shape)}" if bucket else f"the first sample's {list(shape)}"
+            raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, {wanted}")
+        found = {"x0": x0, **decode.embedding(sample, self.null)}
         if not self.seeded:
-            return {"x0": x0}
+            return found
         try:
             seed = int(sample["__key__"].rpartition("/")[2])
         except ValueError:
             raise decode.BadSample(sample, "its key is no seed, as data.seeded=true has it") from None
-        return {"x0": x0, "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))}
+        return {**found, "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))}
 
 
 class ImageShards(Samples):
-    """Images `pixels`, [3, size, size] in [-1, 1]; ValueError if `size` is under 1."""
+    """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is under 1."""
 
-    def __init__(self, path: str, *, size: int, limit: int | None = None, max_bad_share: float = 0.1):
+    def __init__(self, path: str, *, size: int, **options: Any):
         if size < 1:
             raise ValueError(f"data.size={size}: must be at least 1 pixel")
-        super().__init__(path, limit=limit, max_bad_share=max_bad_share)
+        super().__init__(path, **options)
         self.size = size
 
-    def tensors(self, sample: dict) -> dict[str, Tensor]:
-        return {"pixels": decode.image(sample, self.size)}
+    def size_of(self, sample: dict) -> Size:
+        return decode.image_size(sample)
+
+    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
+        return {"pixels": decode.image(sample, *(bucket or (self.size,)))}
 
 
 class Lines:
-    """The lines of a text file that are not blank, as raw samples. Raises ValueError if there are none."""
+    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, key: str = "data.path"):
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"data.path={path}: cannot be read as lines of UTF-8 text ({error})") from None
+            raise ValueError(f"{key}={path}: cannot be read as lines of UTF-8 text ({error})") from None
         self.path, self.lines = path, [line for line in lines if line.strip()]
         if not self.lines:
-            raise ValueError(f"data.path={path}: has no line that is not blank")
+            raise ValueError(f"{key}={path}: has no line that is not blank")
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def read(self, i: int) -> dict:
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+
+    def read(self, i: int, at_most: int = -1) -> dict:
         return {"__url__": self.path, "__key__": str(i), "txt": self.lines[i].encode()}
 
 
@@ -156,7 +252,7 @@ class Prompts(Samples):
     def open(self, path: str) -> Lines:
         return Lines(path)
 
-    def tensors(self, sample: dict) -> dict[str, Tensor]:
+    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         return {}
 
 

@@ -8,13 +8,14 @@ position. Nothing is ever extracted, so a hostile name can at most become an odd
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import tarfile
 
 from braceexpand import braceexpand
 
-from distill.data.decode import IMAGES
+from distill.data.decode import CAPTIONS, IMAGES
 
 Places = dict[str, tuple[str, int, int]]  # lower-case extension -> where it lies: file, offset, size (-1: all of it)
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)  # WebDataset's: key, then all after the first dot
@@ -38,18 +39,27 @@ class Shards:
     def __len__(self) -> int:
         return len(self._index)
 
-    def read(self, i: int) -> dict[str, str | bytes]:
+    def digest(self) -> str:
+        """A hash of the keys of all samples, and of the extensions, places and sizes of their files."""
+        found = hashlib.sha256()
+        for key, _, places in self._index:
+            found.update(repr((key, [(end, *place[1:]) for end, place in places.items()])).encode())
+        return found.hexdigest()
+
+    def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
 
-        No file stays open, so any process may read. Raises ValueError if the shard has become shorter.
+        With `at_most` only so many bytes of each file. No file stays open, so any process may read. Raises ValueError
+        if the shard has become shorter.
         """
         key, url, places = self._index[i]
         sample: dict[str, str | bytes] = {}
         for extension, (path, offset, size) in places.items():
+            size = size if at_most < 0 else min(at_most, size) if size >= 0 else at_most
             with open(path, "rb") as file:
                 file.seek(offset)
                 sample[extension] = data = file.read(size)
-            if len(data) < size:
+            if len(data) < size and at_most < 0:
                 raise ValueError(f"The shard {path!r} has shrunk since it was opened (sample {key!r}).")
         return sample | {"__key__": key, "__url__": url}  # last: no file may pose as these
 
@@ -112,7 +122,9 @@ def index_tar(path: str) -> dict[str, Places]:
 
 
 def index_folder(path: str) -> dict[str, Places]:
-    """Images below a folder by their path in it, sorted, each with the `.txt` of the same stem or an empty caption.
+    """Images below a folder by their path in it, sorted, each with the `.txt` and `.json` of the same stem.
+
+    One with neither has an empty caption.
 
     Raises FileNotFoundError if there is none.
     """
@@ -122,8 +134,9 @@ def index_folder(path: str) -> dict[str, Places]:
     for key in sorted(files):
         stem, extension = os.path.splitext(key)
         if (image := extension[1:].lower()) in IMAGES:
-            text = os.path.join(path, f"{stem}.txt") if f"{stem}.txt" in files else os.devnull
-            index[key] = {image: (os.path.join(path, key), 0, -1), "txt": (text, 0, -1)}
+            texts = {end: os.path.join(path, f"{stem}.{end}") for end in CAPTIONS if f"{stem}.{end}" in files}
+            there = {image: os.path.join(path, key), **(texts or {"txt": os.devnull})}
+            index[key] = {end: (file, 0, -1) for end, file in there.items()}
     if not index:
         raise FileNotFoundError(f"The folder {path!r} has neither .tar shards nor images ({', '.join(IMAGES)}).")
     return index

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 # Who wrote it, and when, must not change the bytes.
 HEADER = {"user": "distill", "group": "distill", "mtime": 0, "encoder": False}
 JSON = {"sort_keys": True, "ensure_ascii": False}
+# What `distill.cache` and `distill.synthesize` leave beside their shards: first, with them, and last.
+BEGUN, NULL, MANIFEST = "making.yaml", "null.npz", "manifest.json"
 PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number stands in the file's name
 KEY = re.compile(r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+")  # any other would be read back as another key, or not at all
 
@@ -43,12 +46,52 @@ def write_images(pattern: str, samples: Iterable[tuple[str, np.ndarray, str, dic
     return _write(pattern, files, per_shard)
 
 
-def _npy(key: str, latent: np.ndarray) -> bytes:
+def cached(key: str, latent: np.ndarray, caption: str, embedded: Mapping[str, np.ndarray]) -> tuple[str, dict]:
+    """A sample of cached latents [C, h, w] and of what the caption is embedded in, as `write_shard` takes it, in fp16.
+
+    Raises ValueError for what is not finite in fp16.
+    """
+    return key, {
+        "latent.npy": _npy(key, latent),
+        "txt": caption.encode(),
+        **{f"{name}.npy": _npy(key, x, None) for name, x in embedded.items()},
+    }
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """One shard of (key, {extension: bytes}), there only once it is whole and on the disk.
+
+    Raises ValueError for a bad key; nothing is left then.
+    """
+    from webdataset import TarWriter
+
+    keys: set[str] = set()
+    part = f"{path}.{os.getpid()}.part"  # its own: what a kill left running must not write into this one
+    try:
+        with open(part, "wb") as file:
+            with TarWriter(file, **HEADER) as tar:
+                for key, files in samples:
+                    if not KEY.fullmatch(key) or key in keys:
+                        what = "occurs twice" if key in keys else "must be a relative path, no dot in its last part"
+                        raise ValueError(f"The key {key!r} {what}: give every sample its own.")
+                    keys.add(key)
+                    tar.write({"__key__": key, **files})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        os.remove(part)
+        raise
+
+
+def _npy(key: str, x: np.ndarray, ndim: int | None = 3) -> bytes:
     with np.errstate(over="ignore"):  # checked just below
-        latent = np.ascontiguousarray(latent, dtype="<f2")
-    if latent.ndim != 3 or not np.isfinite(latent).all():
-        raise ValueError(f"The latents of {key!r}, {list(latent.shape)}, must be [C, h, w] and finite in fp16.")
-    np.lib.format.write_array(file := io.BytesIO(), latent, allow_pickle=False)
+        x = np.ascontiguousarray(x, dtype="<f2")
+    if x.ndim != (ndim or x.ndim) or not np.isfinite(x).all():
+        what = "latents" if ndim else "embeddings"
+        wanted = "[C, h, w] and finite" if ndim else "finite"
+        raise ValueError(f"The {what} of {key!r}, {list(x.shape)}, must be {wanted} in fp16.")
+    np.lib.format.write_array(file := io.BytesIO(), x, allow_pickle=False)
     return file.getvalue()
 
 
@@ -60,26 +103,13 @@ def _png(key: str, pixels: np.ndarray) -> bytes:
 
 
 def _write(pattern: str, samples: Iterator[tuple[str, dict[str, bytes]]], per_shard: int) -> list[str]:
-    from webdataset import TarWriter
-
     if per_shard < 1 or not PATTERN.fullmatch(pattern):
         raise ValueError(f"{pattern!r}, per_shard={per_shard}: must be like 'out/shards-%06d.tar', and 1 or more")
     os.makedirs(os.path.dirname(pattern) or ".", exist_ok=True)
     written: list[str] = []
     while (first := next(samples, None)) is not None:  # asked for before a file is made
-        path, keys = pattern % len(written), set()
-        try:
-            with open(f"{path}.part", "wb") as file, TarWriter(file, **HEADER) as tar:
-                for key, files in itertools.chain([first], itertools.islice(samples, per_shard - 1)):
-                    if not KEY.fullmatch(key) or key in keys:
-                        what = "occurs twice" if key in keys else "must be a relative path, no dot in its last part"
-                        raise ValueError(f"The key {key!r} {what}: give every sample its own.")
-                    keys.add(key)
-                    tar.write({"__key__": key, **files})
-            os.replace(f"{path}.part", path)
-        except BaseException:
-            os.remove(f"{path}.part")
-            raise
+        path = pattern % len(written)
+        write_shard(path, itertools.chain([first], itertools.islice(samples, per_shard - 1)))
         written.append(path)
     if not written:
         raise ValueError(f"There is no sample to write to {pattern!r}.")

@@ -83,14 +83,14 @@ class ImageFeatures(nn.Module):
         if generator is not None and self.augment:
             x = diff_augment(x, generator)
         x = (x + 1) / 2
-        if generator is not None and self.crop and x.shape[-1] > self.size:
+        if generator is not None and self.crop and min(x.shape[-2:]) > self.size:
             coin, top, left = torch.rand(3, generator=generator, device=generator.device).tolist()
             if coin < self.crop:
                 i, j = (
                     int(share * (side - self.size + 1)) for share, side in zip((top, left), x.shape[-2:], strict=True)
                 )
                 x = x[..., i : i + self.size, j : j + self.size]
-        if x.shape[-1] != self.size:
+        if tuple(x.shape[-2:]) != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return (x - self.mean) / self.std
 

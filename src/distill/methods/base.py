@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distill.ema import Ema
 from distill.engine import Engine
-from distill.types import Batch, Cond, Critic, Denoiser, Features, Heads, Teacher, Terms
+from distill.types import EMBEDDED, Batch, Cond, Critic, Denoiser, Features, Heads, Teacher, Terms
 
 Fake = dict[str, Any]
 log = logging.getLogger("distill.training")
@@ -259,7 +259,9 @@ class Distillation(L.LightningModule):
     @torch.no_grad()
     def _embedded(self, batch: Mapping[str, Any]) -> Batch:
         """A loader's batch as the methods see it; with `real` the teacher makes the samples, whatever the data hold."""
-        cond, noise = self.teacher.embed(batch["caption"]), batch.get("noise")
+        noise, cached = batch.get("noise"), {name: batch[name].float() for name in EMBEDDED if name in batch}
+        embed = self.teacher.embed
+        cond = Cond(**cached, null=embed([""]).null) if cached else embed(batch["caption"])
         if self.real is not None:
             generator = self._generator(len(self._pending), stream=-1)
             shape = (len(cond), *self.teacher.latent_shape)

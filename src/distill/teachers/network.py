@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from distill.teachers.single import SINGLE, read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
 
+ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin with that encode
 log = logging.getLogger(__name__)
 
 
@@ -109,6 +111,8 @@ class PipelineTeacher(nn.Module):
     With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
     is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
     Where `path` is a single file, `config` is the pipeline that says what is in it: see `teachers/single.py`.
+    `deferred`, text_encoder and vae, are read when they are first needed, and `release` lets them go again; what a run
+    on cached embeddings wants, which sets `null`, the embedded empty caption.
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
     `folder`, the local files, also of a pipeline of the hub, None for a single file's; `channels`, of the map at every
@@ -119,6 +123,7 @@ class PipelineTeacher(nn.Module):
 
     kind: type  # the pipeline's class
     unused: tuple[str, ...] = ()  # parts of it that are not read
+    _said = False  # that a caption was too long
     own: tuple[str, ...] = ()  # options that this family alone has
 
     def __init_subclass__(cls) -> None:
@@ -140,6 +145,7 @@ class PipelineTeacher(nn.Module):
         without: Sequence[str] = (),
         checkpointing: bool = False,
         weights: str | None = None,
+        deferred: Sequence[str] = (),
     ):
         super().__init__()
         read_quietly()
@@ -147,23 +153,24 @@ class PipelineTeacher(nn.Module):
         if Path(path).suffix in SINGLE:
             pipeline = read_single(self.kind, path, config=config, **options)
         else:
-            pipeline = read_pipeline(self.kind, path, revision=revision, variant=variant, **options)
+            options |= {"revision": revision, "variant": variant, "deferred": deferred}
+            pipeline = read_pipeline(self.kind, path, **options)
         check_tokenizers(path, pipeline.components)
-        self.pipeline = pipeline
+        self.pipeline, self.folder = pipeline, Path(pipeline.name_or_path) if pipeline.name_or_path else None
+        if pipeline.vae is None:  # deferred, and the pipeline guessed
+            pipeline.vae_scale_factor = _scale_factor(self.folder)
         if weights:
             put_on(pipeline, weights)
-        if checkpointing:
+        if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
-        self.network, self.vae = self._network(), pipeline.vae
-        self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
-        parts = pipeline.components.items()
-        self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
+        self.network = self._network()
+        encoders = [m for name, m in pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
+        self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
         self.latent_shape, self.patch = self._shape(), self.network.patch
         self.unit = self.patch * pipeline.vae_scale_factor
-        self._null: Cond | None = None
-        self._said = False  # that a caption was too long
+        self.null: Cond | None = None
         self.requires_grad_(False)
         super().train(False)
 
@@ -190,6 +197,30 @@ class PipelineTeacher(nn.Module):
         """The tokenizer that reads most of a caption, and how many tokens, its marks included, are not cut off."""
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
+    def _bring(self, kind: str) -> None:
+        """Read the parts of this kind that were deferred and are not there."""
+        for name, read in self.pipeline.deferred.items():
+            if name.startswith(kind) and name not in self._brought:
+                log.info("reading the teacher's %s, which the cached data do without", name)
+                self._brought.add(name)
+                setattr(self.pipeline, name, read().eval().requires_grad_(False).to(self.device))
+
+    def release(self) -> None:
+        """Let the deferred parts go that were read since."""
+        for name in self._brought:
+            setattr(self.pipeline, name, None)
+        self._brought.clear()
+
+    def only_encode(self, device: torch.device) -> None:
+        """Move to the device without the denoiser, whose weights are let go."""
+        self.network.model.to("meta")
+        self._encoders.to(device)
+
+    @property
+    def vae(self) -> Any:
+        self._bring("vae")
+        return self.pipeline.vae
+
     @property
     def process(self) -> Process:
         return self.network.process
@@ -200,7 +231,7 @@ class PipelineTeacher(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return next(p.device for p in self.parameters() if not p.is_meta)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
@@ -221,11 +252,16 @@ class PipelineTeacher(nn.Module):
     def embed(self, captions: Sequence[str]) -> Cond:
         """Captions -> conditioning in float32 that knows its unconditional version. Warns once of one too long."""
         with silent():  # the pipelines say at every call what they cut
+            if self.null is None:
+                self._bring("text_encoder")
+                self.null = self._encode([""]).to(torch.float32)
+            self.null = self.null.to(self.device)
+            if self.pipeline.deferred and not any(captions):  # known without an encoder
+                return replace(self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null)
+            self._bring("text_encoder")
             if cut := None if self._said else self._cut(captions):
                 self._said = True
-            if self._null is None or self._null.tokens.device != self.device:
-                self._null = self._encode([""]).to(torch.float32)
-            cond = replace(self._encode(list(captions)).to(torch.float32), null=self._null)
+            cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
             log.warning(
                 "a caption is longer than this teacher reads, and ends before %r; of others no word is said", cut
@@ -243,6 +279,13 @@ class PipelineTeacher(nn.Module):
                 last = int(ids[-1] == tokenizer.eos_token_id)  # kept, behind what is left
                 return tokenizer.decode(ids[most - last : len(ids) - last])
         return None
+
+
+def _scale_factor(folder: Path | None) -> int:
+    """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
+    config = json.loads((folder / "vae" / "config.json").read_text()) if folder else {}
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(widths) - 1)
 
 
 def is_block(tap: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,37 @@ def silent() -> Iterator[None]:
 
 @silent()
 def read_pipeline(
-    kind: type, path: str, *, dtype: str, use_safetensors: bool, without: Sequence[str] = (), **version: str | None
+    kind: type,
+    path: str,
+    *,
+    dtype: str,
+    use_safetensors: bool,
+    without: Sequence[str] = (),
+    deferred: Sequence[str] = (),
+    **version: str | None,
 ) -> Any:
     """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`; `version` is of the hub.
 
-    Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random ones.
-    Raises FileNotFoundError and ValueError that say what is wrong in it.
+    Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps them to what reads
+    them. Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random
+    ones. Raises FileNotFoundError and ValueError that say what is wrong in it.
     """
     precision = dtype_of(dtype)
     parts: dict[str, Any] = dict.fromkeys(without)
+    later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
         path = _fetched(kind, path, revision=version["revision"], **files, **parts)
     for name, network in pipeline_classes(path, kind.__name__, without).items():
         if isinstance(network, type) and issubclass(network, nn.Module):
-            parts[name] = whole(network, path, name, dtype=precision, **files)
-    return kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+            read = partial(whole, network, path, name, dtype=precision, **files)
+            if name.startswith(tuple(deferred)):
+                parts[name], later[name] = None, read
+            else:
+                parts[name] = read()
+    pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    pipeline.deferred = later
+    return pipeline
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -91,6 +107,7 @@ def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str 
     return classes
 
 
+@silent()
 def whole(network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any) -> nn.Module:
     """The network with every one of its tensors from the files. `key` is what an error names."""
     folder = Path(path) / part

@@ -40,9 +40,7 @@ class SD3(PipelineTeacher):
     kind = StableDiffusion3Pipeline
 
     def _network(self) -> MMDiT:
-        t5 = self.pipeline.text_encoder_3
-        if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
-            self.pipeline.text_encoder_3 = None  # all its tokens are zeros, as the pipeline makes them without it
+        self._silent()
         return MMDiT(self.pipeline.transformer)
 
     def _reader(self) -> tuple[Any, int]:
@@ -50,8 +48,15 @@ class SD3(PipelineTeacher):
             return super()._reader()
         return self.pipeline.tokenizer_3, SILENT_TOKENS
 
+    def _silent(self) -> bool:
+        """Whether the third text encoder is absent; one whose tokens are all zeros, as without it, is left out."""
+        t5 = self.pipeline.text_encoder_3
+        if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
+            self.pipeline.text_encoder_3 = None
+        return self.pipeline.text_encoder_3 is None
+
     def _encode(self, captions: list[str]) -> Cond:
-        silent = self.pipeline.text_encoder_3 is None
+        silent = self._silent()
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             *[captions] * 3,
             device=self.device,

@@ -52,6 +52,7 @@ def read_single(
             parts[name] = whole(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
         _tie(pipeline)
+        pipeline.deferred = {}
         return pipeline
     except Exception as error:  # what is not there, or of another shape, raises nearly anything
         if str(error).startswith("teacher."):

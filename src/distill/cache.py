@@ -1,0 +1,70 @@
+"""`python -m distill.cache teacher=... data.path=... out=...`: pictures and captions encoded once, for `data=latents`.
+
+Sample i of the data becomes the sample of this number. A bad one is left out and named; with more than
+`data.max_bad_share` of them the command stops. Killed and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distill.errors import command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
+
+def encode(cfg: DictConfig, folder: Path) -> int:
+    """This process's part of the samples; returns the exit code."""
+    import torch
+
+    from distill import making
+    from distill.build import make, refuse_misfit, teacher_of
+    from distill.data.datasets import ImageShards
+    from distill.data.write import cached
+
+    source = make(cfg.data)
+    if not isinstance(source.dataset, ImageShards):
+        raise ValueError("data: only pictures can be encoded; choose data=images")
+    teacher = teacher_of(cfg)
+    refuse_misfit(cfg, source.dataset, teacher)
+    teacher.only_encode(device := making.device())
+    job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
+    if cfg.embeddings:
+        making.put_null(teacher, folder)
+    plan = {shard: source.batches(numbers) for shard, numbers in job.missing().items()}
+    stream = source.once([batch for batches in plan.values() for batch in batches])
+
+    def samples(shard: int, _: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for numbers, found in zip(plan[shard], stream, strict=False):
+            good = [(f"{i:09d}", item) for i, (item, _) in zip(numbers, found, strict=True) if item]
+            source.dataset.account(len(good), [pair for _, bad in found for pair in bad], needed=False)
+            captions = [item["caption"] for _, item in good]
+            if good:
+                pixels = torch.stack([item["pixels"] for _, item in good]).to(device)
+                with torch.no_grad():
+                    latents = teacher.encode(pixels).float().cpu().numpy()
+                    told = making.embedded(teacher.embed(captions)) if cfg.embeddings else [{}] * len(good)
+                yield from map(cached, [key for key, _ in good], latents, captions, told)
+
+    job.make(samples)
+    cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets
+    about = {"what": "encoded pictures", "teacher": cfg.teacher.path, "data": cfg.data.path}
+    about["size"] = None if buckets else [cfg.data.size] * 2
+    about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
+    job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
+    return 0
+
+
+@command("cache")
+def main(cfg: DictConfig) -> int:
+    from distill.making import begin
+
+    return begin(cfg, "cache", encode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`python -m distill.check data=images data.path=...`: whether data can be used, and why samples would be dropped.
+
+Every sample is read as a run would read it. The exit code is 1 if more than `data.max_bad_share` of them are bad.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from statistics import median
+from typing import TYPE_CHECKING
+
+from distill.errors import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+BAR = 40  # characters
+
+
+def inspect(cfg: DictConfig) -> int:
+    """Print the findings; returns the exit code."""
+    from rich.progress import track
+
+    from distill.compose import make
+
+    source = make(cfg.data)
+    data, captions, bad = source.dataset, [], []
+    batches = source.batches(range(len(data)))
+    for found in track(source.once(batches), total=len(batches), description="reading", transient=True):
+        captions += [item["caption"] for item, _ in found if item]
+        bad += [pair for _, pairs in found for pair in pairs]
+    print(f"{len(captions)} of {len(data)} samples are good")
+    print_reasons(bad)
+    if sizes := [size for i in range(len(data)) if (size := data.measure(i))]:
+        print_sizes(sizes)
+        for bucket, group in data.groups.items():
+            print(f"bucket {list(data.buckets[bucket])}: {len(group)}")
+    if captions:
+        lengths = sorted(len(caption.split()) for caption in captions)
+        empty = sum(not length for length in lengths)
+        print(f"\nwords of a caption: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}; {empty} are empty")
+    return int(len(bad) > data.max_bad_share * len(data))
+
+
+def print_reasons(bad: list[tuple[str, str]]) -> None:
+    """How many samples each reason drops, and one of them: reasons that differ in their numbers alone are one."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for name, reason in bad:
+        kinds.setdefault(re.sub(r"\d+", "0", reason), []).append((name, reason))
+    if kinds:
+        print("\n  dropped  why")
+    for pairs in sorted(kinds.values(), key=len, reverse=True):
+        name, reason = pairs[0]
+        print(f"{len(pairs):9}  {reason} (as {name})")
+
+
+def print_sizes(sizes: list[tuple[int, int]]) -> None:
+    """The range of sides, and a histogram of width by height in steps of the fourth root of two."""
+    for what, sides in zip(("width", "height"), zip(*sizes, strict=True), strict=True):
+        print(f"{what}: {min(sides)} to {max(sides)}, median {median(sides):g}")
+    print("\nwidth / height")
+    for step, count in histogram(sizes):
+        print(f"{2 ** (step / 4):7.2f}  {count:8}  {'#' * max(1, round(BAR * count / len(sizes)))}")
+
+
+def histogram(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(4 log2(width / height), rounded; how many), rising."""
+    from math import log2
+
+    return sorted(Counter(round(4 * log2(width / height)) for width, height in sizes).items())
+
+
+@command("check")
+def main(cfg: DictConfig) -> int:
+    return inspect(cfg)
+
+
+if __name__ == "__main__":
+    main()

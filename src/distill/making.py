@@ -1,0 +1,171 @@
+"""A folder of shards that a command makes: by any number of processes, killed and started again at any moment.
+
+<out>/making.yaml            what is made; the same command goes on where it stopped, another one is refused
+<out>/inputs.sha256          a hash of the prompts, or of the names of the data: these must not change either
+<out>/null.npz               the embedded empty caption
+<out>/latents-000000.tar     samples 0 to per_shard - 1, and so on
+<out>/manifest.json          what has been made, written last
+
+Shard k holds samples k * per_shard to (k + 1) * per_shard - 1 (but for bad ones), and no batch reaches over its end. So
+whoever makes it, and whenever, gives it the same bytes; and since it appears only when it is whole, what is there is
+done. Processes need not talk: each makes every world-th shard, and whoever finds all of them there writes the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distill import compose, launch
+from distill.data.shards import Shards
+from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
+from distill.record import versions
+
+INPUTS = "inputs.sha256"
+FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")  # what may be different when a command goes on
+
+
+@dataclass(frozen=True)
+class Making:
+    """The samples of `count` numbers in shards of `per_shard`, in `folder`; `inputs` is a hash of what they come from.
+
+    Raises ValueError if the folder was begun with other inputs.
+    """
+
+    folder: Path
+    count: int
+    per_shard: int
+    inputs: str
+
+    def __post_init__(self) -> None:
+        if any(self.folder.glob("*.tar")) and (self.folder / INPUTS).read_text() != self.inputs:
+            raise ValueError(f"out={self.folder}: prompts or data have changed since it was begun; choose another out=")
+        put(self.folder / INPUTS, self.inputs.encode())
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"latents-{shard:06d}.tar"
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.count // self.per_shard))
+
+    def missing(self) -> dict[int, range]:
+        """The shards that are this process's to make and not there, with their numbers."""
+        mine = [shard for shard in self.shards[compose.rank() :: compose.world()] if not self.path(shard).exists()]
+        return {k: range(k * self.per_shard, min(self.count, (k + 1) * self.per_shard)) for k in mine}
+
+    def make(self, samples: Callable[[int, range], Iterator[tuple[str, dict[str, bytes]]]]) -> None:
+        """Write every missing shard k as `samples(k, numbers)`, under a bar over the numbers."""
+        missing = self.missing()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, refresh_per_second=2, disable=compose.rank() != 0) as bar:
+            whose = f"samples of process 1 of {compose.world()}" if compose.world() > 1 else "samples"
+            task, done = bar.add_task(whose, total=sum(map(len, missing.values()))), 0
+            for shard, numbers in missing.items():
+                write_shard(self.path(shard), watched(samples(shard, numbers), lambda: bar.advance(task)))
+                bar.update(task, completed=(done := done + len(numbers)))  # bad ones among them
+
+    def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
+        """Write the manifest if every shard is there; ValueError if they lack more than this share of the samples."""
+        paths = [self.path(shard) for shard in self.shards]
+        if not all(path.exists() for path in paths):
+            return
+        samples, digest = len(Shards(str(self.folder))), hashlib.sha256()
+        if (dropped := self.count - samples) > max_bad_share * self.count:
+            what = f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and choose another out="
+            raise ValueError(f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}")
+        for left in self.folder.glob("*.tar.*.part"):  # by kills
+            left.unlink(missing_ok=True)
+        for path in paths:
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+        about |= {"samples": samples, "dropped": dropped, "shards": len(paths)}
+        about |= {"sha256": digest.hexdigest(), "versions": versions()}
+        put(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
+
+
+def watched(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
+    for sample in samples:
+        yield sample
+        advance()
+
+
+def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
+    """Check and note what is to be made, then work, here or in `devices` processes; returns the exit code."""
+    compose.check_counts(cfg, {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1})
+    compose.check_counts(cfg, {"data.batch_size": 1, "data.num_workers": 0})
+    folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
+    if not any(folder.glob("*.tar")):
+        compose.allowed(cfg)
+        folder.mkdir(parents=True, exist_ok=True)
+        put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
+    elif (folder / BEGUN).is_file():
+        refuse_another(cfg, folder)
+    else:
+        raise ValueError(f"out={folder} holds shards that were not made by this command; choose another out=")
+    code = 0
+    try:
+        if not done.is_file():
+            code = launch.launch(folder, cfg.devices, command) if several else work(cfg, folder)
+    finally:
+        if compose.world() == 1 and not any(folder.glob("*.tar")):  # of a mistake nothing stays behind
+            for name in (BEGUN, INPUTS, NULL):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # what else is in it is not ours
+                folder.rmdir()
+    if done.is_file():
+        made = json.loads(done.read_text())
+        print(f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out")
+    return code
+
+
+def refuse_another(cfg: DictConfig, folder: Path) -> None:
+    """Raise ValueError if the folder was begun with other settings, naming them."""
+    before, now = (
+        {k: v for k, v in compose.dotted(OmegaConf.to_container(c, resolve=True)).items() if not isinstance(v, dict)}
+        for c in (OmegaConf.load(folder / BEGUN), cfg)
+    )
+    if different := [
+        f"{k}={now.get(k)} (was {before.get(k)})"
+        for k in sorted(before | now)
+        if before.get(k) != now.get(k) and not k.startswith(FREE)
+    ]:
+        raise ValueError(f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out=")
+
+
+def put(path: Path, content: bytes) -> None:
+    """A small file, there only when whole; several processes may write the same one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def device() -> torch.device:
+    """This process's own GPU, or the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
+    """The tensors of each sample of a Cond, by name."""
+    tensors = {name: x.cpu().numpy() for name, x in cond.tensors().items()}
+    return [{name: x[i] for name, x in tensors.items()} for i in range(len(cond))]
+
+
+def put_null(teacher: Any, folder: Path) -> None:
+    """The embedded empty caption, in half precision as those of the samples."""
+    np.savez(file := io.BytesIO(), **{k: x.half().cpu().numpy() for k, x in teacher.embed([""]).tensors().items()})
+    put(folder / NULL, file.getvalue())

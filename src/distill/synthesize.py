@@ -1,0 +1,74 @@
+"""`python -m distill.synthesize teacher=... prompts=prompts.txt out=...`: samples of a teacher, for `data=synthetic`.
+
+Sample i is of prompt i (from the first again after the last) and of the seed `seed` + i, which is its key: so
+`data.seeded=true` gives the noise that it was made from. Killed and started again, the command goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
+
+def draw(cfg: DictConfig, folder: Path) -> int:
+    """This process's part of the samples; returns the exit code."""
+    import torch
+
+    from distill import making
+    from distill.build import teacher_of
+    from distill.data.datasets import Lines
+    from distill.data.write import cached
+    from distill.sampling import guided, seeded
+
+    lines = (prompts := Lines(cfg.prompts, "prompts")).lines
+    teacher = teacher_of(cfg, deferred=["vae"]).to(making.device())
+    shape = _shape(cfg, teacher)
+    job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
+    if cfg.embeddings:
+        making.put_null(teacher, folder)
+
+    def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for start in numbers[:: cfg.batch_size]:
+            part = range(start, min(start + cfg.batch_size, numbers.stop))
+            captions, seeds = [lines[i % len(lines)].strip() for i in part], [cfg.seed + i for i in part]
+            with torch.no_grad():
+                cond, how = teacher.embed(captions), {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
+                latents = guided(teacher, cond, seeded(seeds), **how).float().cpu().numpy()
+            told = making.embedded(cond) if cfg.embeddings else [{}] * len(part)
+            for seed, *rest in zip(seeds, latents, captions, told, strict=True):
+                yield cached(f"{seed:09d}", *rest)
+
+    job.make(samples)
+    size = [side * teacher.unit // teacher.patch for side in shape[:0:-1]]
+    about = {"what": "samples of a teacher", "teacher": cfg.teacher.path, "size": size, "buckets": None}
+    job.finish(**about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings)
+    return 0
+
+
+def _shape(cfg: DictConfig, teacher: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the samples: the teacher's own, or of `size`, [width, height] in pixels."""
+    channels, *own = teacher.latent_shape
+    if cfg.size is None:
+        return channels, *own
+    if len(cfg.size) != 2 or any(side < 1 or side % teacher.unit for side in cfg.size):
+        raise ValueError(f"size={cfg.size}: must be null or [width, height] in multiples of {teacher.unit}")
+    width, height = (side * teacher.patch // teacher.unit for side in cfg.size)
+    return channels, height, width
+
+
+@command("synthesize")
+def main(cfg: DictConfig) -> int:
+    from distill.making import begin
+
+    return begin(cfg, "synthesize", draw)
+
+
+if __name__ == "__main__":
+    main()
