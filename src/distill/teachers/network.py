@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill.process import Prediction, Process
 from distill.teachers.reading import read_pipeline
@@ -28,13 +30,25 @@ class _LastTapReached(Exception):
     """Thrown through the network's forward, which needs nothing past the last tap."""
 
 
+Context = Callable[[], AbstractContextManager[Any]]
+
+
 class Network(nn.Module):
     """A denoiser. Concrete networks say how to call the diffusers model and where it can be tapped."""
+
+    targets: Sequence[str] = ()  # layers that a LoRA adapts unless told otherwise, by the ends of their names
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
         self.shift: int | None = None  # NitroFusion's: what the last of 1,000 training steps is taken for
+        self.adapters: nn.Module | None = None  # of a LoRA student: all that it owns
+        self.within: Context = nullcontext  # around every pass
+        self.holds: list[Callable[[], Context]] = []  # each keeps what a pass depends on besides its inputs
+
+    @abstractmethod
+    def around(self, model: nn.Module) -> Network:
+        """A network of this kind, with this process and prediction, around another model."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -61,7 +75,8 @@ class Network(nn.Module):
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The prediction, with what goes in cast to the precision of the weights, which may be half."""
         dtype = next(self.model.parameters()).dtype
-        return self.predict(x_t.to(dtype), t, cond.to(dtype))
+        with self.within():
+            return self.predict(x_t.to(dtype), t, cond.to(dtype))
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches x_t.
@@ -87,6 +102,24 @@ class Network(nn.Module):
             for handle in handles:
                 handle.remove()
         return [seen[name] for name in taps]
+
+    def recompute(self) -> None:
+        """From now on keep no activations inside the model's blocks; a backward pass computes them again.
+
+        It does so under what held at first, which by then may be something else: the adapters of a LoRA on or off.
+        """
+        self.model.enable_gradient_checkpointing(self._recomputed)
+
+    def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        held = [hold() for hold in self.holds]
+
+        def run(*inputs: Any) -> Any:
+            with ExitStack() as stack:
+                for context in held:
+                    stack.enter_context(context())
+                return block(*inputs)
+
+        return checkpoint(run, *inputs, use_reentrant=False)
 
     def twin(self) -> Network:
         """A trainable copy in float32 that shares nothing with this one: the student of the same size."""

@@ -23,9 +23,17 @@ class UNet(Network):
     decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
     """
 
+    targets = (  # attention, feed-forward layers and convolutions, as LCM-LoRA and DMD2 have it
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+    )
+
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__(model, process, prediction)
         model.set_attn_processor(Attention())
+
+    def around(self, model: nn.Module) -> UNet:
+        return UNet(model, self.process, self.prediction)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.model(x_t, self.process.index(t), encoder_hidden_states=cond.tokens).sample

@@ -19,9 +19,18 @@ SILENT_TOKENS = 256  # what the pipeline passes for an absent third encoder (its
 class MMDiT(Network):
     """Taps `block0`, `block1`, ...: image tokens after each joint block, put back on the 2-D grid."""
 
+    targets = (  # both streams' attention and feed-forward layers
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
         self._folded = fold(model)
+        self.holds.append(self._folded.hold)
+
+    def around(self, model: SD3Transformer2DModel) -> MMDiT:
+        return MMDiT(model)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.model.config.patch_size**2

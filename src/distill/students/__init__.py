@@ -15,20 +15,31 @@ from distill.teachers.network import Network, PipelineTeacher
 from distill.teachers.weights import about_weights, put_on
 
 OURS = "distill.teachers.schedulers"
+FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
+    *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
+    *("pooled_projection_dim", "addition_embed_type", "projection_class_embeddings_input_dim", "prediction_type"),
+)
 LEFT_OUT = shutil.ignore_patterns("transformer", "unet", "scheduler", "*.md", "*.csv", ".git*", ".cache")
 
 
 def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None) -> Network:
-    """A network of the teacher's size with weights of its own, all trainable: the papers' student.
+    """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
 
-    `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from.
-    `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError for what cannot be.
+    `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from,
+    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError for what
+    cannot be.
     """
-    student = teacher.network.twin()
+    if init not in ("teacher", "random"):
+        student = teacher.network.around(_read(teacher, init)).float().requires_grad_(True).train()
+    else:
+        student = teacher.network.twin()
     if init == "random":
         student.model.load_state_dict(type(student.model).from_config(student.model.config).state_dict())
-    elif init != "teacher":
-        _load(student.model, init)
+    return shifted(student, shift)
+
+
+def shifted(student: Network, shift: int | None) -> Network:
+    """The student, under NitroFusion's timestep shift if one is given."""
     if shift is not None:
         if student.prediction == "flow" or not 0 < shift <= 1000:
             what = "must lie in [1, 1000], and is for networks that predict eps or v on Stable Diffusion's schedule"
@@ -37,17 +48,30 @@ def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None =
     return student
 
 
-def _load(model: Any, init: str) -> None:
-    """The weights of the denoiser in a run or pipeline folder."""
-    folder = pipeline_folder(Path(init))
+def _read(teacher: PipelineTeacher, init: str) -> Any:
+    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions."""
+    folder, model = pipeline_folder(Path(init)), teacher.network.model
     part = folder / denoiser_part(folder)
-    if not part.is_dir():
+    if not (part / "config.json").is_file():
         what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
         raise ValueError(f"student.init={init}: {what}")
+    config = {**type(model).load_config(part), **_predicting(folder)}
+    own = {**model.config, **_predicting(teacher.folder)}
+    for key in FITTING:
+        if (theirs := config.get(key, own.get(key))) != own.get(key):
+            what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
+            raise ValueError(f"student.init={init}: {what}; begin from a pipeline of the teacher's family")
     try:
-        model.load_state_dict(type(model).from_pretrained(part).state_dict())
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"student.init={init}: other shapes than the teacher's ({str(error)[:120]})") from None
+        return type(model).from_pretrained(part)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"student.init={init}: cannot be read ({str(error)[:120]}); export it anew") from None
+
+
+def _predicting(folder: Path) -> dict[str, Any]:
+    """What the network of a pipeline predicts, which its scheduler says; nothing of a flow."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return {key: value for key, value in config.items() if key == "prediction_type"}
 
 
 def pipeline_folder(run: Path) -> Path:
@@ -70,13 +94,22 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=LEFT_OUT)
     part = denoiser_part(source)
-    student.model.save_pretrained(partial / part)
+    _whole(student).save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((source / "model_index.json").read_text())
     index["scheduler"] = [OURS if type(scheduler).__module__ == OURS else "diffusers", type(scheduler).__name__]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
+
+
+def _whole(student: Network) -> Any:
+    """The student's model without adapters: those of a LoRA are added to its weights."""
+    if student.adapters is None:
+        return student.model
+    from distill.students.lora import merged
+
+    return merged(student)
 
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:
