@@ -121,3 +121,23 @@ def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_pa
     assert all(torch.isfinite(v).all() for end in ends for v in end["student"].values())
     assert tiny.same(ends[0]["student"], ends[1]["student"])
     assert ends[0]["counts"]["step"] == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp2_parts", marks=pytest.mark.slow)])
+def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, parts, tmp_path):
+    """Under fsdp2 the network is cut up and the adapters are whole; going on from one of its checkpoints, too."""
+    options = {"method": "ladd", "lora": 4, **parts}
+    ends = run(
+        tmp_path / "two", processes=2, strategy=strategy, save_at=2 if strategy == "fsdp2_parts" else None, **options
+    )
+    if strategy == "fsdp2_parts":
+        saved = str(tmp_path / "two" / "step_000002.ckpt")
+        ends = run(tmp_path / "then", processes=2, strategy="fsdp2", resume=saved, **options)
+    assert_same_end(ends[0], alone_with_a_lora)
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+    assert all("lora" in name for name in ends[0]["student"])
+
+
+@pytest.fixture(scope="module")
+def alone_with_a_lora(tmp_path_factory, parts):
+    return run(tmp_path_factory.mktemp("lora"), processes=1, accumulate=2, method="ladd", lora=4, **parts)[0]

@@ -114,6 +114,7 @@ def merged(student: Network) -> nn.Module:
     model = copy.deepcopy(student.model).float()
     model.fuse_lora(safe_fusing=True)
     model.unload_lora()
+    model.disable_gradient_checkpointing()  # which would go on by the states of the student's own passes
     return model
 
 

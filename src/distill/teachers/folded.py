@@ -64,9 +64,7 @@ def fold(transformer: nn.Module) -> FoldedJointAttention:
     return processor
 
 
-def weights(
-    processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int
-) -> AbstractContextManager[None]:
+def weights(processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int) -> AbstractContextManager[None]:
     """Within: text token i stands for counts[:, i] tokens (0 hides it). `counts` [B, L] or None."""
     bias = None
     if counts is not None and not bool((counts == 1).all()):
