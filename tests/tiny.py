@@ -220,7 +220,7 @@ def engine(*, rate: float = 1e-3, critic_rate: float = 2e-3, critic_eps: float =
 
 
 def parts(teacher: Any, *, seed: int = 0, lora: int = 0, **options: Any) -> dict[str, Any]:
-    """What every method is handed, alike for equal arguments; with `lora`, its rank, a student on the teacher itself."""
+    """What every method is handed, alike for equal arguments; with `lora`, a rank, a student on the teacher itself."""
     torch.manual_seed(seed)
     features = TeacherFeatures(teacher)
     pooled = teacher.embed([""]).pooled

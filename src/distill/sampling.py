@@ -198,6 +198,14 @@ def sampler_of(pipeline: Any) -> FewSteps:
     return EulerAncestral() if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler) else Consistency()
 
 
+def distilled(pipeline: Any) -> bool:
+    """Whether a pipeline's scheduler is one of few steps, as ours and other distilled models have it."""
+    config = pipeline.scheduler.config
+    few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
+    ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
+    return few or (ancestral and config.timestep_spacing == "trailing")
+
+
 @torch.no_grad()
 def guided(
     teacher: PipelineTeacher,

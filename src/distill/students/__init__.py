@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from safetensors.torch import save_file
 
 from distill.teachers import schedulers
 from distill.teachers.network import Network, PipelineTeacher
-from distill.teachers.weights import about_weights, put_on
+from distill.teachers.weights import about_weights, put_on, write_weights
 
 OURS = "distill.teachers.schedulers"
 FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
     *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
     *("pooled_projection_dim", "addition_embed_type", "projection_class_embeddings_input_dim", "prediction_type"),
 )
-LEFT_OUT = shutil.ignore_patterns("transformer", "unet", "scheduler", "*.md", "*.csv", ".git*", ".cache")
+LEFT_OUT = ("transformer", "unet", "scheduler", "README.md", "comparison.png", "*.csv", ".git*", ".cache")
 
 
 def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None) -> Network:
@@ -92,11 +91,12 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     source = teacher.folder
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=LEFT_OUT)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without))
     part = denoiser_part(source)
     _whole(student).save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((source / "model_index.json").read_text())
+    index |= {name: [None, None] for name in teacher.without}
     index["scheduler"] = [OURS if type(scheduler).__module__ == OURS else "diffusers", type(scheduler).__name__]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,8 +121,7 @@ def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> P
         )
     scheduler = student.pipeline.scheduler
     about = {"delta": type(scheduler).__name__, "scheduler": dict(scheduler.config)}
-    save_file({k: (v - theirs[k]).half().contiguous() for k, v in ours.items()}, file, {"distill": json.dumps(about)})
-    return file
+    return write_weights({k: v - theirs[k] for k, v in ours.items()}, file, dtype="float16", about=about)
 
 
 def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:

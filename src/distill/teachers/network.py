@@ -133,8 +133,8 @@ class PipelineTeacher(nn.Module):
     is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
-    `folder`, the local files, also of a pipeline of the hub; `channels`, of the map at every tap; `blocks` and
-    `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H, W) at the size it
+    `folder`, the local files, also of a pipeline of the hub; `without`, parts of it that were left out; `channels`, of
+    the map at every tap; `blocks` and `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H, W) at the size it
     was trained for; `patch`, latents a side that make one token, 1 where there are no tokens; `unit`, of which a
     picture's sides must be multiples: pixels a side per latent, times `patch`.
     """
@@ -163,6 +163,7 @@ class PipelineTeacher(nn.Module):
         if checkpointing:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.vae, self.folder = self._network(), pipeline.vae, Path(pipeline.name_or_path)
+        self.without = tuple(without)
         parts = pipeline.components.items()
         self.text_encoders = nn.ModuleList(m for name, m in parts if name.startswith("text_encoder") and m is not None)
         config = self.network.model.config

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
@@ -46,7 +47,9 @@ def read_pipeline(
     if not Path(path).exists():
         path = _fetched(kind, path, revision=version["revision"], **files, **parts)
     for name, (library, found) in _index(path, kind.__name__).items():
-        if name in parts or library is None:
+        if library is None:
+            parts[name] = None  # a pipeline asks for some of those by name, as for SD3's third text encoder
+        if name in parts:
             continue
         if (library, found) == SHIFTED:  # the one class of ours that a pipeline may hold
             continue
@@ -57,9 +60,27 @@ def read_pipeline(
     return kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
 
 
+def class_of(path: str) -> str:
+    """The class of the pipeline in a folder or under a hub id. Raises FileNotFoundError, ValueError if it has none."""
+    file = Path(path) / "model_index.json"
+    if not file.is_file() and not Path(path).exists() and _is_hub_id(path):
+        try:
+            file = Path(hf_hub_download(path, file.name))
+        except (OSError, ValueError) as error:
+            what = f"cannot be fetched ({_first_line(error)})"
+            raise ValueError(f"run={path}: {what}; check the name, the network and its licence") from None
+    if not file.is_file():
+        raise FileNotFoundError(f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder")
+    return str(json.loads(file.read_text()).get("_class_name"))
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
+
+
 def _fetched(kind: type, path: str, **options: Any) -> str:
     """The folder that the hub's pipeline is in, once it is here."""
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if not _is_hub_id(path):
         raise FileNotFoundError(f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id")
     try:
         return kind.download(path, **options)
