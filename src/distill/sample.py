@@ -90,9 +90,10 @@ def _maker(cfg: DictConfig, model: Any, height: int, width: int) -> Callable[[li
 
     cell, image = model.unit // model.patch, None
     how = {"shape": (model.latent_shape[0], height // cell, width // cell), "steps": cfg.steps}
-    if (cfg.guidance is None) != distilled(model.pipeline):
-        said = "was distilled to need no guidance; leave it out" if cfg.guidance else "was not; add guidance=5 steps=28"
-        raise ValueError(f"run={cfg.run} guidance={cfg.guidance}: a distilled model needs none, and this one {said}")
+    if cfg.guidance is None and not distilled(model.pipeline):
+        raise ValueError(f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like")
+    if cfg.guidance is not None and distilled(model.pipeline):
+        raise ValueError(f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out")
     if cfg.image:
         if cfg.guidance is not None:
             raise ValueError(

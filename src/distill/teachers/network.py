@@ -134,9 +134,9 @@ class PipelineTeacher(nn.Module):
 
     It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
     `folder`, the local files, also of a pipeline of the hub; `without`, parts of it that were left out; `channels`, of
-    the map at every tap; `blocks` and `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H, W) at the size it
-    was trained for; `patch`, latents a side that make one token, 1 where there are no tokens; `unit`, of which a
-    picture's sides must be multiples: pixels a side per latent, times `patch`.
+    the map at every tap; `blocks` and `encoder`, the taps behind whole blocks and those of the half that reads;
+    `latent_shape`, (C, H, W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there
+    are no tokens; `unit`, of which a picture's sides must be multiples: pixels a side per latent, times `patch`.
     """
 
     kind: type  # the pipeline's class
