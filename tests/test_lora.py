@@ -156,7 +156,7 @@ def test_layers_rank_and_scale_are_chosen(fresh, family):
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_go_where_they_should(name, fresh):
     make, options, *_ = METHODS[name]
-    method = make(fresh(), options=options, lora=4)
+    method = make(fresh(), options=options, lora={"rank": 4})
     method._log = {}
     batch = tiny.simple_batch(method)
     fake = method.fake(batch, method._generator(0))
@@ -175,7 +175,7 @@ def test_gradients_go_where_they_should(name, fresh):
 @pytest.mark.parametrize("name", [m if m == "ladd" else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS])
 def test_training_moves_the_adapters_alone_and_goes_on_where_it_stopped(name, fresh, tmp_path, shards):
     def method():
-        return tiny.METHODS[name](fresh(), lora=4)
+        return tiny.METHODS[name](fresh(), lora={"rank": 4})
 
     def trained(method, steps, start=0, checkpoint=None):
         running = tiny.trainer(tmp_path, steps)

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
+from diffusers import AutoPipelineForText2Image
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from distill import students
@@ -153,6 +154,24 @@ def test_a_student_that_cannot_read_what_its_teacher_reads_is_refused(key, value
     (tmp_path / "other" / file).write_text(json.dumps({**config, key: value}))
     with pytest.raises(ValueError, match=rf"student\.init=.*: its {key} is {value} and the teacher's is"):
         students.full(teacher, init=str(tmp_path / "other"))
+
+
+def test_a_student_of_which_something_is_missing_is_refused(teacher, tmp_path):
+    folder = made(teacher, tmp_path)
+    (file,) = (folder / students.denoiser_part(folder)).glob("*.safetensors")
+    state = load_file(file)
+    gone = sorted(state)[0]
+    save_file({k: v for k, v in state.items() if k != gone}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"student\.init=.*: lacks {gone}, and 1 tensors in all"):
+        students.full(teacher, init=str(folder))
+
+
+def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_path):
+    shutil.copytree(pipelines(family), tmp_path / "half")
+    for file in (tmp_path / "half").rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    teacher = FAMILIES[family](str(tmp_path / "half"), variant="fp16")
+    AutoPipelineForText2Image.from_pretrained(made(teacher, tmp_path))
 
 
 def test_a_student_of_another_family_is_refused(teachers, pipelines):

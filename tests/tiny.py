@@ -219,8 +219,8 @@ def engine(*, rate: float = 1e-3, critic_rate: float = 2e-3, critic_eps: float =
     return Engine(student=adam(rate), discriminator=adam(critic_rate, critic_eps), **options)
 
 
-def parts(teacher: Any, *, seed: int = 0, lora: int = 0, **options: Any) -> dict[str, Any]:
-    """What every method is handed, alike for equal arguments; with `lora`, a rank, a student on the teacher itself."""
+def parts(teacher: Any, *, seed: int = 0, lora: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """What every method is handed, alike for equal arguments; with `lora`, its options, a student on the teacher."""
     torch.manual_seed(seed)
     features = TeacherFeatures(teacher)
     pooled = teacher.embed([""]).pooled
@@ -228,7 +228,7 @@ def parts(teacher: Any, *, seed: int = 0, lora: int = 0, **options: Any) -> dict
     if lora:
         from distill.students.lora import lora as adapted
 
-        student = adapted(teacher, rank=lora)
+        student = adapted(teacher, **lora)
     else:
         student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
     return {

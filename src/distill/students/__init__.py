@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FITTING = (  # settings in which a student of another size is as its teacher: wh
     *("pooled_projection_dim", "addition_embed_type", "projection_class_embeddings_input_dim", "prediction_type"),
 )
 LEFT_OUT = ("transformer", "unet", "scheduler", "README.md", "comparison.png", "*.csv", ".git*", ".cache")
+VARIANT = re.compile(r"\.(?:fp16|bf16)\.(safetensors|bin|json)$")
 
 
 def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None) -> Network:
@@ -61,9 +63,12 @@ def _read(teacher: PipelineTeacher, init: str) -> Any:
             what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
             raise ValueError(f"student.init={init}: {what}; begin from a pipeline of the teacher's family")
     try:
-        return type(model).from_pretrained(part)
+        found, report = type(model).from_pretrained(part, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"student.init={init}: cannot be read ({str(error)[:120]}); export it anew") from None
+    if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
+        raise ValueError(f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew")
+    return found
 
 
 def _predicting(folder: Path) -> dict[str, Any]:
@@ -92,6 +97,9 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without))
+    for file in partial.rglob("*"):  # of a variant: a folder opens without being told of it
+        if VARIANT.search(file.name) and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists():
+            file.rename(plain)
     part = denoiser_part(source)
     _whole(student).save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")

@@ -88,7 +88,8 @@ class Switch:
     def _set(self, on: bool) -> None:
         self._is_on = on
         for layer in self._layers:
-            layer._disable_adapters = not on  # peft's own way, enable_adapters, also freezes them
+            # Peft's own way, enable_adapters, also freezes them; nn.Module's way of setting takes 50 times as long.
+            vars(layer)["_disable_adapters"] = not on
 
 
 def layers(model: nn.Module) -> dict[str, LoraLayer]:
