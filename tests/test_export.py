@@ -147,7 +147,7 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     for said in (
         "\nlicense: openrail++\n",
         "by LADD ([2403.12015](https://arxiv.org/abs/2403.12015)), trained for 2 steps on 8 images",
-        "Teacher: unet; its licence: openrail++",
+        "Teacher: unet; its licence, openrail++, binds the student.",
         "num_inference_steps=4, guidance_scale=0.0)",
         "| student | 1 | 500.500 |",
         "Protocol: prompts 16.",

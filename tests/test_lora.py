@@ -125,6 +125,20 @@ def test_blocks_are_computed_again_as_they_were(fresh):
     assert not torch.allclose(wrong, right, rtol=1e-2)
 
 
+def test_a_full_student_may_compute_its_activations_again(teacher):
+    x_t, t, cond = inputs(teacher)
+
+    def gradient(**options):
+        student = students.full(teacher, **options)
+        student.x0(x_t, t, cond).square().mean().backward()
+        assert student.model.is_gradient_checkpointing == bool(options)
+        return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    plain = gradient()
+    assert tiny.same(gradient(checkpointing=True), plain)
+    assert not teacher.network.model.is_gradient_checkpointing
+
+
 def test_the_frozen_network_may_be_half(fresh):
     base = fresh(dtype="bfloat16")
     student, x = lora(base, rank=4), inputs(base)

@@ -92,6 +92,8 @@ def test_what_was_not_distilled_is_sampled_with_guidance(family, pipelines, comm
         (["prompts=blank.txt"], "prompts=blank.txt: has no line"),
         (["prompt=x", "size=60"], "size=60: must be a side, or [height,width], in multiples of 8 up to"),
         (["prompt=x", "size=100000"], "size=100000: must be"),
+        (["prompt=x", "size=[64,64,64]"], "size=[64, 64, 64]: must be"),
+        (["prompt=x", "size=64.5"], "size=64.5: must be"),
         (["prompt=x", "guidance=5"], "guidance=5: run="),
         (["prompt=x", "batch_size=0"], "batch_size=0: must be a whole number"),
         (["prompt=x", "image=nowhere.png", "steps=2"], "image=nowhere.png: cannot be read as a picture"),
@@ -109,7 +111,7 @@ def test_what_cannot_be_sampled_is_said(options, said, exported, command, tmp_pa
 def test_an_id_of_the_hub_is_asked_for_its_class(command):
     code, _, err = command("sample", "run=someone/something", "prompt=x")
     assert code == 1
-    assert err.startswith("distill: run=someone/something: cannot be fetched (")
+    assert err.startswith("distill: run=someone/something: no such folder, and cannot be fetched from the hub (")
 
 
 def test_an_id_of_the_hub_goes_to_its_adapter(exported, command, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +38,8 @@ def draw(cfg: DictConfig) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(jobs), cfg.batch_size):
         batch = jobs[start : start + cfg.batch_size]
-        for (i, prompt, seed), picture in zip(
-            batch, make([p for _, p, _ in batch], [s for *_, s in batch]), strict=True
-        ):
+        pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
+        for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
             stem = re.sub(r"[^\w]+", "_", prompt).strip("_")[:60]
             number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
             paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}.png")
@@ -71,15 +70,14 @@ def _prompts(cfg: DictConfig) -> list[str]:
 def _sides(size: Any, model: Any) -> tuple[int, int]:
     """Height and width in pixels: as asked for, or those that the model was trained for."""
     cell = model.unit // model.patch
-    height, width = (size, size) if isinstance(size, int) else size or [side * cell for side in model.latent_shape[1:]]
+    asked = list(size) if isinstance(size, Sequence) else [size, size]
+    sides = asked if size is not None else [side * cell for side in model.latent_shape[1:]]
     most = model.network.model.config.get("pos_embed_max_size") or math.inf
-    if any(
-        not isinstance(side, int) or side < 1 or side % model.unit or side // model.unit > most
-        for side in (height, width)
-    ):
+    fits = [isinstance(x, int) and 0 < x <= most * model.unit and x % model.unit == 0 for x in sides]
+    if fits != [True, True]:
         what = f"a side, or [height,width], in multiples of {model.unit}"
         raise ValueError(f"size={size}: must be {what}{f' up to {most * model.unit}' if most < math.inf else ''}")
-    return height, width
+    return sides[0], sides[1]
 
 
 def _maker(cfg: DictConfig, model: Any, height: int, width: int) -> Callable[[list[str], list[int]], Tensor]:
@@ -96,9 +94,7 @@ def _maker(cfg: DictConfig, model: Any, height: int, width: int) -> Callable[[li
         raise ValueError(f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out")
     if cfg.image:
         if cfg.guidance is not None:
-            raise ValueError(
-                f"image={cfg.image} guidance={cfg.guidance}: only a distilled model goes on from a picture"
-            )
+            raise ValueError(f"image={cfg.image}: only a distilled model goes on from a picture; leave it out")
         check_strength(cfg.steps, cfg.strength)
         image = _read(cfg.image, height, width).to(model.device)
     few = partial(sampler_of(model.pipeline), model, **how)

@@ -23,12 +23,14 @@ LEFT_OUT = ("transformer", "unet", "scheduler", "README.md", "comparison.png", "
 VARIANT = re.compile(r"\.(?:fp16|bf16)\.(safetensors|bin|json)$")
 
 
-def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None) -> Network:
+def full(
+    teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None, checkpointing: bool = False
+) -> Network:
     """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
 
     `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from,
-    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError for what
-    cannot be.
+    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000. With `checkpointing` its
+    blocks compute their activations again in the backward pass. Raises ValueError for what cannot be.
     """
     if init not in ("teacher", "random"):
         student = teacher.network.around(_read(teacher, init)).float().requires_grad_(True).train()
@@ -36,6 +38,8 @@ def full(teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None =
         student = teacher.network.twin()
     if init == "random":
         student.model.load_state_dict(type(student.model).from_config(student.model.config).state_dict())
+    if checkpointing:
+        student.recompute()
     return shifted(student, shift)
 
 

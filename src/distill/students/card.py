@@ -26,13 +26,10 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     text = [f"---\n{ModelCardData(**about, **licence).to_yaml()}\n---\n", f"# {facts.get('name', folder.name)}\n"]
     paper = f" ([{PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
     trained = f", trained for {facts['steps']} steps on {facts['images_seen']} images" if "steps" in facts else ""
-    text += [
-        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, made by {method}{paper}{trained}.\n"
-    ]
+    text += [f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, by {method}{paper}{trained}.\n"]
     said = licence.get("license_name") or licence.get("license")
-    text += [
-        f"Teacher: {name or 'unknown'}; its licence: {said or 'its folder names none'}, which binds the student.\n"
-    ]
+    binding = f"its licence, {said}, binds" if said else "its folder names no licence: look it up, for it binds"
+    text += [f"Teacher: {name or 'unknown'}; {binding} the student.\n"]
     text += [_usage(folder, index), _measured(judged)]
     picture = run / "samples" / "comparison.png"
     if picture.is_file():
@@ -56,8 +53,8 @@ def _licence(folder: Path | None) -> dict[str, Any]:
         if found := {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}:
             return found
     for file in sorted(folder.glob("LICENSE*")):
-        if lines := file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            return {"license": "other", "license_name": lines[0].strip("# "), "license_link": file.name}
+        title = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
+        return {"license": "other", "license_name": title.strip("# "), "license_link": file.name}
     return {}
 
 

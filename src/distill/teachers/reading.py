@@ -67,7 +67,7 @@ def class_of(path: str) -> str:
         try:
             file = Path(hf_hub_download(path, file.name))
         except (OSError, ValueError) as error:
-            what = f"cannot be fetched ({_first_line(error)})"
+            what = f"no such folder, and cannot be fetched from the hub ({_first_line(error)})"
             raise ValueError(f"run={path}: {what}; check the name, the network and its licence") from None
     if not file.is_file():
         raise FileNotFoundError(f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder")
