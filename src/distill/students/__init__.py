@@ -60,8 +60,10 @@ def _read(teacher: PipelineTeacher, init: str) -> Any:
     if not (part / "config.json").is_file():
         what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
         raise ValueError(f"student.init={init}: {what}")
-    config = {**type(model).load_config(part), **_predicting(folder)}
-    own = {**model.config, **_predicting(teacher.folder)}
+    file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(part)
+    own = {"prediction_type": teacher.pipeline.scheduler.config.get("prediction_type"), **model.config}
     for key in FITTING:
         if (theirs := config.get(key, own.get(key))) != own.get(key):
             what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
@@ -73,13 +75,6 @@ def _read(teacher: PipelineTeacher, init: str) -> Any:
     if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
         raise ValueError(f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew")
     return found
-
-
-def _predicting(folder: Path) -> dict[str, Any]:
-    """What the network of a pipeline predicts, which its scheduler says; nothing of a flow."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    return {key: value for key, value in config.items() if key == "prediction_type"}
 
 
 def pipeline_folder(run: Path) -> Path:

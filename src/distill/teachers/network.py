@@ -36,7 +36,8 @@ Context = Callable[[], AbstractContextManager[Any]]
 class Network(nn.Module):
     """A denoiser. Concrete networks say how to call the diffusers model and where it can be tapped."""
 
-    targets: Sequence[str] = ()  # layers that a LoRA adapts unless told otherwise, by the ends of their names
+    # Layers that a LoRA adapts unless told otherwise, by the ends of their names: here what all attention has.
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
@@ -46,9 +47,9 @@ class Network(nn.Module):
         self.within: Context = nullcontext  # around every pass
         self.holds: list[Callable[[], Context]] = []  # each keeps what a pass depends on besides its inputs
 
-    @abstractmethod
-    def around(self, model: nn.Module) -> Network:
+    def around(self, model: Any) -> Network:
         """A network of this kind, with this process and prediction, around another model."""
+        return type(self)(model)  # where these are the same for all of a kind
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

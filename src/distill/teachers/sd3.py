@@ -29,9 +29,6 @@ class MMDiT(Network):
         self._folded = fold(model)
         self.holds.append(self._folded.hold)
 
-    def around(self, model: SD3Transformer2DModel) -> MMDiT:
-        return MMDiT(model)
-
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.model.config.patch_size**2
         inputs = {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.pooled, "timestep": 1000 * t}
