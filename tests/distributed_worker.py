@@ -57,7 +57,7 @@ def main(asked: dict) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     make = tiny.METHODS[asked["method"]]
-    method = make(SD3(asked["teacher"]), accumulate=asked.get("accumulate", 1))
+    method = make(SD3(asked["teacher"]), accumulate=asked.get("accumulate", 1), lora=asked.get("lora"))
     for module in method.heads.modules():  # its power iteration counts passes: two micro-batches make twice as many
         if isinstance(module, _SpectralNorm):
             module.eval()

@@ -118,7 +118,9 @@ def test_a_wrong_argument_is_named_before_weights_are_read(argument, said, comma
 
 
 def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):
-    assert refused("sample", f"run={tmp_path}") == "prompt: not given; add prompt=... to the command"
+    assert refused("sample", f"run={tmp_path}") == (
+        "prompt: not given; add prompt=... to the command, or prompts=<file with one a line>"
+    )
     assert "(did you mean steps?)" in refused("sample", "step=1")
     assert "count=x: must be a whole number" in refused("sample", f"run={tmp_path}", "prompt=x", "count=x")
     assert "(did you mean metrics.prompts?)" in refused("evaluate", "metrics.prompt=3")

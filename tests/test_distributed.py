@@ -121,3 +121,26 @@ def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_pa
     assert all(torch.isfinite(v).all() for end in ends for v in end["student"].values())
     assert tiny.same(ends[0]["student"], ends[1]["student"])
     assert ends[0]["counts"]["step"] == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, parts, tmp_path):
+    """Under fsdp2 the network is cut up and the adapters are whole; and what is computed again is what it was."""
+    options = {"method": "ladd", "lora": {"rank": 4, "checkpointing": strategy == "fsdp2"}, **parts}
+    ends = run(tmp_path, processes=2, strategy=strategy, **options)
+    assert_same_end(ends[0], alone_with_a_lora)
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+    assert all("lora" in name for name in ends[0]["student"])
+
+
+@pytest.mark.slow
+def test_a_lora_goes_on_from_parts(alone_with_a_lora, parts, tmp_path):
+    options = {"processes": 2, "method": "ladd", "lora": {"rank": 4}, **parts}
+    run(tmp_path / "first", strategy="fsdp2_parts", save_at=2, **options)
+    saved = str(tmp_path / "first" / "step_000002.ckpt")
+    assert_same_end(run(tmp_path / "then", strategy="fsdp2", resume=saved, **options)[0], alone_with_a_lora)
+
+
+@pytest.fixture(scope="module")
+def alone_with_a_lora(tmp_path_factory, parts):
+    return run(tmp_path_factory.mktemp("lora"), processes=1, accumulate=2, method="ladd", lora={"rank": 4}, **parts)[0]

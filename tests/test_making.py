@@ -23,7 +23,7 @@ import tiny
 from distill import sampling
 from distill.data.datasets import LatentShards
 from distill.data.shards import Shards
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from test_data import npy, png, put_tar
 
 PROMPTS = tiny.CAPTIONS[:5]

@@ -37,6 +37,8 @@ HOSTILE = (
     "distill.compose.make",
     "distill.compose.instantiate",
     "distill.students.shutil.rmtree",
+    "distill.students.card.write_card",
+    "distill.students.lora.copy.deepcopy",
     "hydra.utils.get_method",
     "hydra.utils.instantiate",
     "functools.partial",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from diffusers import AutoPipelineForText2Image
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from distill import students
 from distill.data import source
+from distill.ema import Ema
 from distill.sampling import Consistency
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -108,8 +113,71 @@ def test_a_student_may_begin_from_another_run(teacher, family, tmp_path):
         students.full(teacher, init="nothing")
 
 
-def test_a_student_of_another_shape_cannot_begin_there(teachers, pipelines):
-    with pytest.raises(ValueError, match=r"student\.init=.*other shapes"):
+def of_another_size(family, teacher, folder):
+    """A pipeline folder like the teacher's, with a smaller network."""
+    model = teacher.network.model
+    smaller = {"mmdit": {"num_layers": 1}, "unet": {"block_out_channels": (16, 32), "norm_num_groups": 8}}[family]
+    config = {**model.config, **smaller}
+    if family == "unet":  # two stages of what are three
+        config |= {k: config[k][:2] for k in ("down_block_types", "up_block_types")}
+    small = teacher.network.around(tiny.shake(type(model).from_config(config), 6))
+    return small, students.save_pipeline(small, teacher, folder, Consistency().scheduler(small, teacher))
+
+
+def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, shards):
+    """It is read, trained, left behind and read again as it is; the teacher stays of its own size."""
+    small, folder = of_another_size(family, teacher, tmp_path / "small")
+    method = tiny.ladd(teacher)
+    method.student = student = students.full(teacher, init=str(folder))
+    method.ema = Ema(student)
+    count, whole = (sum(p.numel() for p in m.parameters()) for m in (student, teacher.network))
+    assert count < 0.8 * whole
+    assert tiny.same(tiny.weights(student), tiny.weights(small))
+    tiny.trainer(tmp_path, 2).fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    assert not tiny.same(tiny.weights(student), tiny.weights(small))
+    scheduler = Consistency().scheduler(student, teacher)
+    loaded = FAMILIES[family](str(students.save_pipeline(student, teacher, tmp_path / "student", scheduler)))
+    assert tiny.same(weights(loaded), {k: v.detach() for k, v in student.model.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("in_channels", 8), ("joint_attention_dim", 96), ("cross_attention_dim", 96), ("prediction_type", "v_prediction")],
+)
+def test_a_student_that_cannot_read_what_its_teacher_reads_is_refused(key, value, teacher, family, pipelines, tmp_path):
+    part = "transformer" if family == "mmdit" else "unet"
+    file = f"{part}/config.json" if key != "prediction_type" else "scheduler/scheduler_config.json"
+    shutil.copytree(pipelines(family), tmp_path / "other")
+    config = json.loads((tmp_path / "other" / file).read_text())
+    if key not in config:
+        pytest.skip("a setting of the other family")
+    (tmp_path / "other" / file).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=rf"student\.init=.*: its {key} is {value} and the teacher's is"):
+        students.full(teacher, init=str(tmp_path / "other"))
+
+
+def test_a_student_of_which_something_is_missing_is_refused(teacher, tmp_path):
+    folder = made(teacher, tmp_path)
+    (file,) = (folder / students.denoiser_part(folder)).glob("*.safetensors")
+    state = load_file(file)
+    gone = sorted(state)[0]
+    save_file({k: v for k, v in state.items() if k != gone}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"student\.init=.*: lacks {gone}, and 1 tensors in all"):
+        students.full(teacher, init=str(folder))
+
+
+def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_path):
+    shutil.copytree(pipelines(family), tmp_path / "half")
+    for file in (tmp_path / "half").rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    teacher = FAMILIES[family](str(tmp_path / "half"), variant="fp16")
+    AutoPipelineForText2Image.from_pretrained(made(teacher, tmp_path))
+
+
+def test_a_student_of_another_family_is_refused(teachers, pipelines):
+    with pytest.raises(
+        ValueError, match=r"student\.init=.*: its \w+ is .* begin from a pipeline of the teacher's family"
+    ):
         students.full(teachers("sdxl"), init=str(pipelines("unet")))
 
 

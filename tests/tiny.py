@@ -219,13 +219,18 @@ def engine(*, rate: float = 1e-3, critic_rate: float = 2e-3, critic_eps: float =
     return Engine(student=adam(rate), discriminator=adam(critic_rate, critic_eps), **options)
 
 
-def parts(teacher: Any, *, seed: int = 0, **options: Any) -> dict[str, Any]:
-    """What every method is handed, alike for equal arguments."""
+def parts(teacher: Any, *, seed: int = 0, lora: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """What every method is handed, alike for equal arguments; with `lora`, its options, a student on the teacher."""
     torch.manual_seed(seed)
     features = TeacherFeatures(teacher)
     pooled = teacher.embed([""]).pooled
     heads = ConvHeads(features.channels, pooled=0 if pooled is None else pooled.shape[1], width=16, spectral=False)
-    student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
+    if lora:
+        from distill.students.lora import lora as adapted
+
+        student = adapted(teacher, **lora)
+    else:
+        student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
     return {
         "teacher": teacher,
         "student": student,

@@ -1,7 +1,6 @@
 """From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
 by a method, on data."""
 
-import json
 import logging
 import re
 import signal
@@ -22,6 +21,7 @@ from distill.files import gathered, newest, read
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
+from distill.teachers.reading import class_of
 from distill.types import Cond
 
 FAMILIES = {
@@ -209,16 +209,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def student_of(run: str) -> Any:
-    """The student of a run folder, or any pipeline folder of a family we know, opened by our own adapter."""
+def student_of(run: str, dtype: str = "float32") -> Any:
+    """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our own adapter."""
     folder = pipeline_folder(Path(shipped(run)))
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"run={run}: neither a finished run (with a student/) nor a diffusers pipeline folder")
-    found = json.loads(index.read_text()).get("_class_name")
-    if found not in FAMILIES:
+    path = str(folder) if folder.exists() else run
+    if (found := class_of(path)) not in FAMILIES:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
-    node = {"_target_": FAMILIES[found], "path": str(folder)}
+    node = {"_target_": FAMILIES[found], "path": path, "dtype": dtype}
     if (config := Path(run) / "config.yaml").is_file():  # what a family lets one choose is as in the run
         chosen = OmegaConf.load(config).get("teacher") or {}
         node |= {key: chosen[key] for key in get_object(FAMILIES[found]).own if key in chosen}

@@ -22,7 +22,7 @@ import distill.shapes
 ROOTS = ("distill.", "torch.optim.", "torch.nn.", "lightning.")  # what a configuration may look into,
 TRAINER = [f"lightning.pytorch.{m}." for m in ("trainer", "callbacks", "loggers", "strategies", "plugins", "profilers")]
 CLASSES = (*ROOTS[:3], *TRAINER)  # where a class must be defined that it builds,
-FUNCTIONS = ("distill.students.", "distill.data.source.")  # and a function that it calls
+FUNCTIONS = ("distill.students.", "distill.students.lora.", "distill.data.source.")  # and a function that it calls
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
 FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")  # once a run has begun
@@ -68,7 +68,7 @@ def _target(name: str) -> Any:
         except Exception:  # Hydra wraps whatever an import raises
             raise ValueError(f"_target_: {name}: there is nothing of this name; check how it is written") from None
         home = f"{getattr(found, '__module__', '')}."
-        if home.startswith(CLASSES if inspect.isclass(found) else FUNCTIONS):
+        if home.startswith(CLASSES) if inspect.isclass(found) else home in FUNCTIONS:
             return found
     allowed = ", ".join([*(r + "*" for r in ROOTS[:3]), "and Lightning's trainer, callbacks, loggers and strategies"])
     raise ValueError(f"_target_: {name} is refused: a configuration may build only classes of {allowed}")

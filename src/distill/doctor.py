@@ -69,7 +69,8 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
     what = f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters in safetensors, all {total / 1e6:.1f} M"
     yield "ok" if network else "fail", what, "point teacher.path at a pipeline"
     width, count = getattr(torch, cfg.teacher.get("dtype", "float32")).itemsize, processes(cfg)
-    shared = network * (width + 4 * 5)  # teacher; the student's weights, gradient, two moments and average in float32
+    # The student's weights, gradient, two moments and average in float32; a LoRA's are a few hundredths of that.
+    shared = network * (width + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5))
     room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _memory()
     for name, share in {"one process or trainer=ddp": 1, f"trainer=fsdp2 on {count}": count}.items():
         need = shared / share + (total - network) * width

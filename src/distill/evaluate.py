@@ -17,6 +17,7 @@ def judge(cfg: DictConfig) -> None:
     from distill import build
     from distill.report import write_report
     from distill.sampling import sampler_of
+    from distill.students.card import write_card
 
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file():
@@ -24,6 +25,8 @@ def judge(cfg: DictConfig) -> None:
     student = build.student_of(cfg.run)
     teacher = build.make(OmegaConf.load(folder / "config.yaml").teacher)
     print(build.table(build.make(cfg.metrics)(student, teacher, folder, sampler_of(student.pipeline))))
+    if (folder / "student").is_dir():
+        write_card(folder / "student", folder, teacher.folder)
     print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
 
 

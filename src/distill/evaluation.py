@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 from distill.sampling import Consistency, FewSteps, guided, seeded
 from distill.shapes.judge import Judge, judging_prompts
 from distill.shapes.world import Prompt
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
 BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice as long

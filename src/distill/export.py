@@ -1,13 +1,17 @@
-"""`python -m distill.export run=... to=delta`: what a student has learnt, to be put on another checkpoint.
+"""`python -m distill.export run=... to=diffusers|lora|single_file|delta`: a student in the form that others read.
 
-`teacher.weights=<delta>` adds it to a teacher, and `python -m distill.export base=<pipeline folder> delta=<delta>`
-makes a pipeline folder of both, with the scheduler of the run.
+diffusers     the pipeline folder of the run with a model card of what is known by now
+lora          a LoRA's adapters; of a full student the nearest of `rank` to what it has learnt
+single_file   Stable Diffusion 1, 2 and XL in the layout of the original code, for ComfyUI
+delta         student minus base: `teacher.weights=<delta>` adds it to a teacher, and
+              `python -m distill.export base=<pipeline folder> delta=<delta>` makes a pipeline folder of both
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.errors import command
 
@@ -17,18 +21,90 @@ if TYPE_CHECKING:
 
 def export(cfg: DictConfig) -> Path:
     """Write and return the file or folder."""
-    from omegaconf import OmegaConf
-
     from distill import build
-    from distill.students import apply_delta, save_delta
+    from distill.students import apply_delta
 
     if cfg.delta:
         return apply_delta(build.student_of(cfg.base), Path(cfg.delta), Path(cfg.out or f"{cfg.delta}.student"))
-    if cfg.run is None or cfg.to != "delta":
-        raise ValueError(f"run={cfg.run} to={cfg.to}: give run=<folder> to=delta, or base=<folder> delta=<file>")
-    base = build.make(OmegaConf.load(Path(cfg.run) / "config.yaml").teacher) if cfg.base is None else None
-    base = base or build.student_of(cfg.base)
-    return save_delta(build.student_of(cfg.run), base, Path(cfg.out or f"{cfg.run}/delta.safetensors"))
+    forms = {"diffusers": _diffusers, "lora": _lora, "single_file": _single_file, "delta": _delta}
+    if cfg.run is None or cfg.to not in forms:
+        what = f"give run=<folder> to={'|'.join(forms)}, or base=<folder> delta=<file>"
+        raise ValueError(f"run={cfg.run} to={cfg.to}: {what}")
+    return forms[cfg.to](cfg, Path(cfg.run))
+
+
+def _base(cfg: DictConfig) -> Any:
+    """What the student was made from: `base`, or the teacher that the run names."""
+    from omegaconf import OmegaConf
+
+    from distill import build
+
+    if cfg.base is not None:
+        return build.student_of(cfg.base)
+    if not (file := Path(cfg.run) / "config.yaml").is_file():
+        raise ValueError(f"base=null: run={cfg.run} does not say what its student was made from; add base=<folder>")
+    return build.make(OmegaConf.load(file).teacher)
+
+
+def _delta(cfg: DictConfig, run: Path) -> Path:
+    from distill import build
+    from distill.students import save_delta
+
+    return save_delta(build.student_of(cfg.run), _base(cfg), Path(cfg.out or run / "delta.safetensors"))
+
+
+def _lora(cfg: DictConfig, run: Path) -> Path:
+    from distill import build, compose
+    from distill.students import denoiser_part, low_rank, pipeline_folder
+
+    compose.check_counts(cfg, {"rank": 1})
+    own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
+    if cfg.rank is None and not own.is_file():
+        raise ValueError(
+            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is to be kept"
+        )
+    if cfg.rank is None:
+        factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
+    else:
+        student, base = build.student_of(cfg.run), _base(cfg)
+        factors, share = low_rank.difference(student.network.model, base.network.model, cfg.rank)
+        print(f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt")
+        out = run / f"lora_rank{cfg.rank}{suffix}.safetensors"
+    part = denoiser_part(pipeline_folder(run))
+    return low_rank.save_lora(factors, Path(cfg.out or out), part=part, naming=cfg.naming, dtype=cfg.dtype)
+
+
+def _single_file(cfg: DictConfig, run: Path) -> Path:
+    from distill import build
+    from distill.students.single_file import save_single_file
+
+    pipeline = build.student_of(cfg.run).pipeline
+    return save_single_file(pipeline, Path(cfg.out or run / "student.safetensors"), cfg.dtype)
+
+
+def _diffusers(cfg: DictConfig, run: Path) -> Path:
+    from omegaconf import OmegaConf
+
+    from distill import compose
+    from distill.students import pipeline_folder
+    from distill.students.card import write_card
+    from distill.teachers.reading import class_of
+
+    student, teacher = pipeline_folder(run), None
+    class_of(str(student))
+    if (run / "config.yaml").is_file():
+        teacher = Path(compose.shipped(OmegaConf.load(run / "config.yaml").teacher.path))
+    if cfg.out is None or Path(cfg.out) == student:
+        write_card(student, run, teacher)
+        return student
+    out = Path(cfg.out)
+    if out.exists():
+        raise FileExistsError(f"out={out}: is there already; remove it or name another")
+    partial = out.with_name(out.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(student, partial)
+    write_card(partial, run, teacher)
+    return partial.rename(out)
 
 
 @command("export")

@@ -72,15 +72,23 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     from distill import build, compose
     from distill.record import RunRecord
     from distill.report import write_report
-    from distill.students import save_pipeline
+    from distill.students import denoiser_part, save_pipeline
+    from distill.students.card import write_card
 
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
     scheduler = sampler.scheduler(student, teacher)
     print(f"student: {save_pipeline(student, teacher, folder / 'student', scheduler)}")
+    if student.adapters is not None:
+        from distill.students.lora import factors
+        from distill.students.low_rank import save_lora
+
+        part = denoiser_part(folder / "student")
+        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', part=part)}")
     if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
         rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
         print(build.table(rows))
     RunRecord(folder).finished()
+    write_card(folder / "student", folder, teacher.folder)
     print(f"report: {write_report(folder)}")
 
 

@@ -1,8 +1,14 @@
-"""`python -m distill.sample run=... prompt="..." steps=1 seed=0`: pictures from a student."""
+"""`python -m distill.sample run=... prompt="..." steps=1 seed=0`: pictures from a student, or from any model.
+
+`prompts=<file>` has one a line. A model that was not distilled is sampled with `guidance=5 steps=28` or the like.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,56 +18,126 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+SHOWN = 64  # pictures in the grid, the first ones
+
 
 def draw(cfg: DictConfig) -> list[Path]:
-    """Write one PNG a seed, its settings in the PNG's own text fields; returns their paths."""
+    """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
     import torch
-    from PIL.PngImagePlugin import PngInfo
-    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
 
     from distill import build
     from distill.compose import check_counts
-    from distill.sampling import check_strength, sampler_of, seeded
 
-    check_counts(cfg, {"steps": 1, "count": 1, "seed": 0})
-    if cfg.image:
-        check_strength(cfg.steps, cfg.strength)
-    student = build.student_of(cfg.run)
-    seeds = range(cfg.seed, cfg.seed + cfg.count)
-    with torch.no_grad():
-        cond = student.embed([cfg.prompt] * cfg.count)
-        image = student.encode(_read(cfg.image, student)).expand(cfg.count, -1, -1, -1) if cfg.image else None
-        how = {"steps": cfg.steps, "image": image, "strength": cfg.strength}
-        x0 = sampler_of(student.pipeline)(student, cond, seeded(seeds), shape=student.latent_shape, **how)
-        pixels = (student.decode(x0) / 2 + 0.5).clamp(0, 1)
-    folder = Path(cfg.out)
+    check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
+    prompts = _prompts(cfg)
+    model = build.student_of(cfg.run, cfg.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    height, width = _sides(cfg.size, model)
+    jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
+    make, folder, paths, shown = _maker(cfg, model, height, width), Path(cfg.out), [], []
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^\w]+", "_", cfg.prompt).strip("_")[:60]
-    paths = []
-    for seed, picture in zip(seeds, pixels, strict=True):
-        settings = PngInfo()
-        said = {"prompt": cfg.prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run}
-        for key, value in (said | ({"image": cfg.image, "strength": cfg.strength} if cfg.image else {})).items():
-            settings.add_text(key, str(value))
-        path = folder / f"{stem}_{cfg.steps}step_seed{seed}.png"
-        # Rounded, as diffusers does; to_pil_image alone would cut off.
-        to_pil_image((picture * 255).round().to(torch.uint8)).save(path, pnginfo=settings)
-        paths.append(path)
-        print(path)
+    for start in range(0, len(jobs), cfg.batch_size):
+        batch = jobs[start : start + cfg.batch_size]
+        pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
+        for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
+            stem = re.sub(r"[^\w]+", "_", prompt).strip("_")[:60]
+            number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
+            paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}.png")
+            _write(picture, paths[-1], {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run}, cfg)
+            shown += [picture] if len(shown) < SHOWN else []
+    if len(paths) > 1:
+        row = cfg.count if 1 < cfg.count <= SHOWN else math.ceil(math.sqrt(len(shown)))
+        paths.append(folder / "grid.png")
+        _write(make_grid(torch.stack(shown), nrow=row), paths[-1], {"steps": cfg.steps, "run": cfg.run}, cfg)
     return paths
 
 
-def _read(path: str, student: Any) -> Tensor:
-    """The picture as the student's autoencoder reads it: [1, 3, S, S] in [-1, 1], cut to a square."""
+def _prompts(cfg: DictConfig) -> list[str]:
+    if (cfg.prompt is None) == (cfg.prompts is None):
+        said = "not given" if cfg.prompt is None else "given, and prompts too"
+        raise ValueError(f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>")
+    if cfg.prompts is None:
+        return [cfg.prompt]
+    try:
+        lines = [line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"prompts={cfg.prompts}: cannot be read as lines of UTF-8 text ({error})") from None
+    if not lines:
+        raise ValueError(f"prompts={cfg.prompts}: has no line that is not blank; write one prompt a line")
+    return lines
+
+
+def _sides(size: Any, model: Any) -> tuple[int, int]:
+    """Height and width in pixels: as asked for, or those that the model was trained for."""
+    cell = model.unit // model.patch
+    asked = list(size) if isinstance(size, Sequence) else [size, size]
+    sides = asked if size is not None else [side * cell for side in model.latent_shape[1:]]
+    most = model.network.model.config.get("pos_embed_max_size") or math.inf
+    fits = [isinstance(x, int) and 0 < x <= most * model.unit and x % model.unit == 0 for x in sides]
+    if fits != [True, True]:
+        what = f"a side, or [height,width], in multiples of {model.unit}"
+        raise ValueError(f"size={size}: must be {what}{f' up to {most * model.unit}' if most < math.inf else ''}")
+    return sides[0], sides[1]
+
+
+def _maker(cfg: DictConfig, model: Any, height: int, width: int) -> Callable[[list[str], list[int]], Tensor]:
+    """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
+    import torch
+
+    from distill.sampling import check_strength, distilled, guided, sampler_of, seeded
+
+    cell, image = model.unit // model.patch, None
+    how = {"shape": (model.latent_shape[0], height // cell, width // cell), "steps": cfg.steps}
+    if cfg.guidance is None and not distilled(model.pipeline):
+        raise ValueError(f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like")
+    if cfg.guidance is not None and distilled(model.pipeline):
+        raise ValueError(f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out")
+    if cfg.image:
+        if cfg.guidance is not None:
+            raise ValueError(f"image={cfg.image}: only a distilled model goes on from a picture; leave it out")
+        check_strength(cfg.steps, cfg.strength)
+        image = _read(cfg.image, height, width).to(model.device)
+    few = partial(sampler_of(model.pipeline), model, **how)
+
+    @torch.no_grad()
+    def make(prompts: list[str], seeds: list[int]) -> Tensor:
+        cond = model.embed(prompts)
+        if cfg.guidance is not None:
+            x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how)
+        elif image is not None:
+            start = model.encode(image).expand(len(seeds), -1, -1, -1)
+            x0 = few(cond, seeded(seeds), image=start, strength=cfg.strength)
+        else:
+            x0 = few(cond, seeded(seeds))
+        # Rounded, as diffusers does; a cast alone would cut off.
+        return ((model.decode(x0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    return make
+
+
+def _read(path: str, height: int, width: int) -> Tensor:
+    """The picture as an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms.functional import to_tensor
 
-    side = student.latent_shape[-1] * student.unit // student.patch
     try:
         picture = Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"image={path}: cannot be read as a picture ({error})") from None
-    return to_tensor(ImageOps.fit(picture, (side, side)))[None] * 2 - 1
+    return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
+
+
+def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -> None:
+    """A picture, uint8 [3, H, W], with what it was made by; of the optional settings those that were given."""
+    from PIL.PngImagePlugin import PngInfo
+    from torchvision.transforms.functional import to_pil_image
+
+    more = {key: cfg[key] for key in ("guidance", "size", "image") if cfg[key] is not None}
+    settings = PngInfo()
+    for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():
+        settings.add_text(key, str(value))
+    to_pil_image(picture).save(path, pnginfo=settings)
+    print(path)
 
 
 @command("sample")

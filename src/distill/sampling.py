@@ -23,7 +23,8 @@ from diffusers import (
 from torch import Tensor
 
 from distill.distillation import guided_x0
-from distill.teachers.network import Network, PipelineTeacher
+from distill.teachers.network import Network
+from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
 
@@ -196,6 +197,14 @@ def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
 def sampler_of(pipeline: Any) -> FewSteps:
     """The sampler that an exported pipeline's scheduler stands for."""
     return EulerAncestral() if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler) else Consistency()
+
+
+def distilled(pipeline: Any) -> bool:
+    """Whether a pipeline's scheduler is one of few steps, as ours and other distilled models have it."""
+    config = pipeline.scheduler.config
+    few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
+    ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
+    return few or (ancestral and config.timestep_spacing == "trailing")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ With W processes a step is the one that a single process makes with `optimizer.a
 hands out the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,12 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         self._data_parallel_size = self.num_processes * self.num_nodes  # Lightning's own "auto" gives all the same data
         super().setup_environment()
 
-    def shard(self, module: nn.Module) -> None:
-        """Cut `module` in place: its blocks one by one, then what is left of it."""
+    def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
+        """Cut `module` in place, but for the parameters `whole`: its blocks one by one, then what is left of it."""
         # Resharded after every forward: otherwise what an average reads and writes would not be what runs.
-        mesh = self.device_mesh["data_parallel"]
+        options = {"mesh": self.device_mesh["data_parallel"], "mp_policy": self._policy, "ignored_params": set(whole)}
         for part in (*_blocks(module), module):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=self._policy)
+            fully_shard(part, reshard_after_forward=True, **options)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Of what is whole; FSDP2 has averaged those of its parts."""

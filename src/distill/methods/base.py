@@ -127,10 +127,11 @@ class Distillation(L.LightningModule):
         if shard is None or self.sharded:
             return
         self.sharded = True
-        teacher: Any = self.teacher  # only whole pipelines are cut up
+        teacher: Any = self.teacher  # only pipelines are cut up
         heads = [] if self.second_order or getattr(self.heads, "whole", False) else [self.heads]
-        for network in (self.student.model, teacher.network.model, *heads):
-            shard(network)
+        shared = self.student.model is teacher.network.model  # a LoRA, whose adapters are small and stay whole
+        for network in (teacher.network.model, *([] if shared else [self.student.model]), *heads):
+            shard(network, whole=self.student.parameters() if shared else ())
         self.ema = Ema(self.student, decay=self.engine.ema_decay)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -101,7 +101,8 @@ class LADD(Distillation):
     def _real(self, batch: Batch, seen: Fake) -> list[Tensor]:
         """Maps of the real sample under this look, made when first asked for and kept: both players may need them."""
         if "real" not in seen:
-            seen["real"], _ = self.see(batch.x0, *seen["look"], batch)
+            t, noise = seen["look"]
+            seen["real"], _ = self.see(batch.x0, t, noise, batch)
         return cast(list[Tensor], seen["real"])
 
     def _look(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

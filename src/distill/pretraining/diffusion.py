@@ -28,7 +28,7 @@ from distill.shapes.judge import judging_prompts
 from distill.shapes.world import draw_prompt
 from distill.teachers.attention import Attention
 from distill.teachers.folded import fold, weights
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 

@@ -27,7 +27,7 @@ from distill.pretraining.work import MIN_PICTURES, PER_SHARD, Work
 from distill.record import hardware
 from distill.shapes.render import render
 from distill.shapes.world import SIDE, sample
-from distill.teachers.network import read_quietly
+from distill.teachers.pipeline import read_quietly
 
 FOLDERS = {
     "mmdit": "`StableDiffusion3Pipeline`: an MMDiT on the rectified flow",

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from distill.process import RectifiedFlow
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
@@ -25,6 +25,9 @@ class Packed(Transformer):
     def __init__(self, model: nn.Module, guidance: float):
         super().__init__(model, RectifiedFlow(), "flow")
         self.guidance = guidance
+
+    def around(self, model: nn.Module) -> Packed:
+        return Packed(model, self.guidance)
 
     @property
     def patch(self) -> int:

@@ -6,8 +6,9 @@ are 256 equal zeros; carrying one of them with weight 256 gives the same output,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ class FoldedJointAttention:
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None
+
+    def hold(self) -> Callable[[], AbstractContextManager[None]]:
+        """What brings the present bias back."""
+        return partial(self.biased, self.bias)
+
+    @contextmanager
+    def biased(self, bias: Tensor | None) -> Iterator[None]:
+        before, self.bias = self.bias, bias
+        try:
+            yield
+        finally:
+            self.bias = before
 
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
@@ -51,13 +64,10 @@ def fold(transformer: nn.Module) -> FoldedJointAttention:
     return processor
 
 
-@contextmanager
-def weights(processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int) -> Iterator[None]:
+def weights(processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int) -> AbstractContextManager[None]:
     """Within: text token i stands for counts[:, i] tokens (0 hides it). `counts` [B, L] or None."""
+    bias = None
     if counts is not None and not bool((counts == 1).all()):
         of_image = counts.new_zeros(len(counts), image_tokens, dtype=torch.float32)
-        processor.bias = torch.cat([of_image, counts.float().log()], dim=1)[:, None, None]
-    try:
-        yield
-    finally:
-        processor.bias = None
+        bias = torch.cat([of_image, counts.float().log()], dim=1)[:, None, None]
+    return processor.biased(bias)

@@ -1,4 +1,4 @@
-"""What teacher and student share: a diffusers network together with the process it was trained on.
+"""A diffusers network together with the process it was trained on: what teacher and student share.
 
 x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 data, 1 noise
 """
@@ -6,42 +6,44 @@ x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 d
 from __future__ import annotations
 
 import copy
-import inspect
-import json
-import logging
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill.process import Prediction, Process
-from distill.teachers.reading import check_tokenizers, read_pipeline, silent
-from distill.teachers.single import SINGLE, read_single
-from distill.teachers.weights import put_on
 from distill.types import Cond
-
-ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin with that encode
-log = logging.getLogger(__name__)
 
 
 class _LastTapReached(Exception):
     """Thrown through the network's forward, which needs nothing past the last tap."""
 
 
+Context = Callable[[], AbstractContextManager[Any]]
+
+
 class Network(nn.Module):
     """A denoiser. Concrete networks say how to call the diffusers model and where it can be tapped."""
+
+    # Layers that a LoRA adapts unless told otherwise, by the ends of their names: here what all attention has.
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
         self.shift: int | None = None  # NitroFusion's: what the last of 1,000 training steps is taken for
+        self.adapters: nn.Module | None = None  # of a LoRA student: all that it owns
+        self.within: Context = nullcontext  # around every pass
+        self.holds: list[Callable[[], Context]] = []  # each keeps what a pass depends on besides its inputs
+
+    def around(self, model: Any) -> Network:
+        """A network of this kind, with this process and prediction, around another model."""
+        return type(self)(model, self.process, self.prediction)
 
     @property
     def patch(self) -> int:
@@ -73,7 +75,8 @@ class Network(nn.Module):
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The prediction, with what goes in cast to the precision of the weights, which may be half."""
         dtype = next(self.model.parameters()).dtype
-        return self.predict(x_t.to(dtype), t, cond.to(dtype))
+        with self.within():
+            return self.predict(x_t.to(dtype), t, cond.to(dtype))
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches x_t.
@@ -100,200 +103,29 @@ class Network(nn.Module):
                 handle.remove()
         return [seen[name] for name in taps]
 
+    def recompute(self) -> None:
+        """From now on keep no activations inside the model's blocks; a backward pass computes them again.
+
+        It does so under what held at first, which by then may be something else: the adapters of a LoRA on or off.
+        """
+        self.model.enable_gradient_checkpointing(self._recomputed)
+
+    def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        held = [hold() for hold in self.holds]
+
+        def run(*inputs: Any) -> Any:
+            with ExitStack() as stack:
+                for context in held:
+                    stack.enter_context(context())
+                return block(*inputs)
+
+        return checkpoint(run, *inputs, use_reentrant=False)
+
     def twin(self) -> Network:
         """A trainable copy in float32 that shares nothing with this one: the student of the same size."""
         return copy.deepcopy(self).float().requires_grad_(True).train()
 
 
-class PipelineTeacher(nn.Module):
-    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond.
-
-    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
-    is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
-    Where `path` is a single file, `config` is the pipeline that says what is in it: see `teachers/single.py`.
-    `deferred`, text_encoder and vae, are read when they are first needed, and `release` lets them go again; what a run
-    on cached embeddings wants, which sets `null`, the embedded empty caption.
-
-    It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
-    `folder`, the local files, also of a pipeline of the hub, None for a single file's; `channels`, of the map at every
-    tap; `blocks` and `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`,
-    (C, H, W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there are no tokens;
-    `unit`, of which a picture's sides must be multiples: pixels a side per latent, times `patch`.
-    """
-
-    kind: type  # the pipeline's class
-    unused: tuple[str, ...] = ()  # parts of it that are not read
-    _said = False  # that a caption was too long
-    own: tuple[str, ...] = ()  # options that this family alone has
-
-    def __init_subclass__(cls) -> None:
-        """A family with options of its own shows the shared ones too: a configuration is checked against them all."""
-        shared, own = (inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls))
-        named = [p for p in {**shared, **own}.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
-        cls.__signature__ = inspect.Signature(named)
-        cls.own = tuple(p.name for p in named if p.name not in shared)
-
-    def __init__(
-        self,
-        path: str,
-        *,
-        revision: str | None = None,
-        variant: str | None = None,
-        config: str | None = None,
-        dtype: str = "float32",
-        use_safetensors: bool = True,
-        without: Sequence[str] = (),
-        checkpointing: bool = False,
-        weights: str | None = None,
-        deferred: Sequence[str] = (),
-    ):
-        super().__init__()
-        read_quietly()
-        options = {"dtype": dtype, "use_safetensors": use_safetensors, "without": (*self.unused, *without)}
-        if Path(path).suffix in SINGLE:
-            pipeline = read_single(self.kind, path, config=config, **options)
-        else:
-            options |= {"revision": revision, "variant": variant, "deferred": deferred}
-            pipeline = read_pipeline(self.kind, path, **options)
-        check_tokenizers(path, pipeline.components)
-        self.pipeline, self.folder = pipeline, Path(pipeline.name_or_path) if pipeline.name_or_path else None
-        if pipeline.vae is None:  # deferred, and the pipeline guessed
-            pipeline.vae_scale_factor = _scale_factor(self.folder)
-        if weights:
-            put_on(pipeline, weights)
-        if checkpointing and pipeline.vae:
-            pipeline.vae.enable_gradient_checkpointing()
-        self.network = self._network()
-        encoders = [m for name, m in pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
-        self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
-        self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
-        self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
-        self.latent_shape, self.patch = self._shape(), self.network.patch
-        self.unit = self.patch * pipeline.vae_scale_factor
-        self.null: Cond | None = None
-        self.requires_grad_(False)
-        super().train(False)
-
-    def train(self, mode: bool = True) -> PipelineTeacher:
-        return self
-
-    @abstractmethod
-    def _network(self) -> Network:
-        """The denoiser of `pipeline`, just read."""
-
-    @abstractmethod
-    def _encode(self, captions: list[str]) -> Cond: ...
-
-    def _shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents at the size it was trained for."""
-        config = self.network.model.config
-        return config.in_channels, config.sample_size, config.sample_size
-
-    def _latents(self, pixels: Tensor) -> Tensor:
-        """The autoencoder's own latents: the mean of its posterior."""
-        return self.vae.encode(pixels).latent_dist.mode()
-
-    def _reader(self) -> tuple[Any, int]:
-        """The tokenizer that reads most of a caption, and how many tokens, its marks included, are not cut off."""
-        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
-
-    def _bring(self, kind: str) -> None:
-        """Read the parts of this kind that were deferred and are not there."""
-        for name, read in self.pipeline.deferred.items():
-            if name.startswith(kind) and name not in self._brought:
-                log.info("reading the teacher's %s, which the cached data do without", name)
-                self._brought.add(name)
-                setattr(self.pipeline, name, read().eval().requires_grad_(False).to(self.device))
-
-    def release(self) -> None:
-        """Let the deferred parts go that were read since."""
-        for name in self._brought:
-            setattr(self.pipeline, name, None)
-        self._brought.clear()
-
-    def only_encode(self, device: torch.device) -> None:
-        """Move to the device without the denoiser, whose weights are let go."""
-        self.network.model.to("meta")
-        self._encoders.to(device)
-
-    @property
-    def vae(self) -> Any:
-        self._bring("vae")
-        return self.pipeline.vae
-
-    @property
-    def process(self) -> Process:
-        return self.network.process
-
-    @property
-    def prediction(self) -> Prediction:
-        return self.network.prediction
-
-    @property
-    def device(self) -> torch.device:
-        return next(p.device for p in self.parameters() if not p.is_meta)
-
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.network.x0(x_t, t, cond)
-
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
-        return self.network.features(x_t, t, cond, taps)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means)."""
-        latents = self._latents(pixels.to(self.vae.dtype)).to(pixels.dtype)
-        return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
-        raw = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
-        return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
-
-    def embed(self, captions: Sequence[str]) -> Cond:
-        """Captions -> conditioning in float32 that knows its unconditional version. Warns once of one too long."""
-        with silent():  # the pipelines say at every call what they cut
-            if self.null is None:
-                self._bring("text_encoder")
-                self.null = self._encode([""]).to(torch.float32)
-            self.null = self.null.to(self.device)
-            if self.pipeline.deferred and not any(captions):  # known without an encoder
-                return replace(self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null)
-            self._bring("text_encoder")
-            if cut := None if self._said else self._cut(captions):
-                self._said = True
-            cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
-        if cut:
-            log.warning(
-                "a caption is longer than this teacher reads, and ends before %r; of others no word is said", cut
-            )
-        return cond
-
-    def _cut(self, captions: Sequence[str]) -> str | None:
-        """What the teacher does not read of the first caption that is too long for it."""
-        tokenizer, most = self._reader()
-        for caption in captions:
-            if len(caption.encode()) + 2 <= most:  # a token is a byte at least
-                continue
-            ids = tokenizer(caption).input_ids
-            if len(ids) > most:
-                last = int(ids[-1] == tokenizer.eos_token_id)  # kept, behind what is left
-                return tokenizer.decode(ids[most - last : len(ids) - last])
-        return None
-
-
-def _scale_factor(folder: Path | None) -> int:
-    """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
-    config = json.loads((folder / "vae" / "config.json").read_text()) if folder else {}
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1)
-
-
 def is_block(tap: str) -> bool:
     """Whether this tap stands behind a whole block, and not at a part of one (`down0.1`) or before them all (`in`)."""
     return "." not in tap and tap != "in"
-
-
-def read_quietly() -> None:
-    """Silence the loading bars of diffusers and transformers: a dozen for one small pipeline."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

@@ -9,7 +9,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from distill.process import VariancePreserving
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.sd import PREDICTION
 from distill.teachers.transformer import Transformer
 from distill.types import Cond

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
@@ -55,7 +57,9 @@ def read_pipeline(
     if not Path(path).exists():
         path = _fetched(kind, path, revision=version["revision"], **files, **parts)
     for name, network in pipeline_classes(path, kind.__name__, without).items():
-        if isinstance(network, type) and issubclass(network, nn.Module):
+        if network is NoneType:
+            parts[name] = None  # a pipeline asks for some of those by name, as for SD3's third text encoder
+        elif isinstance(network, type) and issubclass(network, nn.Module):
             read = partial(whole, network, path, name, dtype=precision, **files)
             if name.startswith(tuple(deferred)):
                 parts[name], later[name] = None, read
@@ -72,9 +76,27 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
+def class_of(path: str) -> str:
+    """The class of the pipeline in a folder or under a hub id. Raises FileNotFoundError, ValueError if it has none."""
+    file = Path(path) / "model_index.json"
+    if not file.is_file() and not Path(path).exists() and _is_hub_id(path):
+        try:
+            file = Path(hf_hub_download(path, file.name))
+        except (OSError, ValueError) as error:
+            what = f"no such folder, and cannot be fetched from the hub ({first_line(error)})"
+            raise ValueError(f"run={path}: {what}; check the name, the network and its licence") from None
+    if not file.is_file():
+        raise FileNotFoundError(f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder")
+    return str(json.loads(file.read_text()).get("_class_name"))
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
+
+
 def _fetched(kind: type, path: str, **options: Any) -> str:
     """The folder that the hub's pipeline is in, once it is here."""
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if not _is_hub_id(path):
         raise FileNotFoundError(f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id")
     try:
         return kind.download(path, **options)
@@ -84,9 +106,9 @@ def _fetched(kind: type, path: str, **options: Any) -> str:
 
 
 def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str = "teacher.path") -> dict[str, Any]:
-    """Part -> class, but for those `without`, in the index of a pipeline, which must be of the class `expected`.
+    """Part -> class, NoneType for an empty one, but for those `without`, in the index of an `expected` pipeline.
 
-    Refuses code of any library but diffusers and transformers. `key` is what an error names.
+    Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what an error names.
     """
     file = Path(path) / "model_index.json"
     if not file.is_file():
@@ -96,7 +118,10 @@ def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str 
         what = f"a {found}, but this teacher reads a {expected}"
         raise ValueError(f"{key}={path} holds {what}; choose another teacher=")
     for name, pair in index.items():
-        if name in without or not isinstance(pair, list) or len(pair) != 2 or pair[0] is None:
+        if name in without or not isinstance(pair, list) or len(pair) != 2:
+            continue
+        if pair[0] is None:
+            classes[name] = NoneType
             continue
         if tuple(pair) == SHIFTED:  # the one class of ours that a pipeline may hold
             continue

@@ -13,7 +13,7 @@ from diffusers import SanaPipeline
 from torch import Tensor
 
 from distill.process import RectifiedFlow
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 

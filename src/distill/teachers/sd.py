@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from distill.process import Prediction, Process, VariancePreserving
 from distill.teachers.attention import Attention
-from distill.teachers.network import Network, PipelineTeacher
+from distill.teachers.network import Network
+from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Cond
 
 PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -22,6 +23,11 @@ class UNet(Network):
     Besides, `in` is the first convolution's, and `down0.0`, `down0.1`, ... are the maps that this block hands to the
     decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
     """
+
+    targets = (  # attention, feed-forward layers and convolutions, as LCM-LoRA and DMD2 have it
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+    )
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__(model, process, prediction)

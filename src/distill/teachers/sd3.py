@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.process import RectifiedFlow
 from distill.teachers.folded import fold, weights
-from distill.teachers.network import PipelineTeacher
+from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
@@ -20,9 +20,18 @@ SILENT_TOKENS = 256  # what the pipeline passes for an absent third encoder (its
 class MMDiT(Transformer):
     """SD3.5 medium's first blocks attend a second time, among image tokens alone: a part of their output as any."""
 
+    targets = (  # both streams' attention and feed-forward layers
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
         self._folded = fold(model)
+        self.holds.append(self._folded.hold)
+
+    def around(self, model: Any) -> MMDiT:
+        return MMDiT(model)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.patch**2

@@ -18,6 +18,9 @@ class UNetXL(UNet):
         super().__init__(model, process, prediction)
         self.cell = cell  # pixels a side per latent
 
+    def around(self, model: nn.Module) -> UNetXL:
+        return UNetXL(model, self.process, self.prediction, self.cell)
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = (side * self.cell for side in x_t.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype)

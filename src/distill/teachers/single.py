@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from diffusers.loaders import FromSingleFileMixin
@@ -77,7 +78,8 @@ def _left_out(file: Path, classes: dict[str, Any]) -> list[str]:
         return []
     with safe_open(file, "pt") as opened:
         held = set(opened.keys())
-    return [part for part, places in PLACES.items() if part in classes and not any(k.startswith(places) for k in held)]
+    wanted = {part: places for part, places in PLACES.items() if classes.get(part, NoneType) is not NoneType}
+    return [part for part, places in wanted.items() if not any(k.startswith(places) for k in held)]
 
 
 def _config(config: str | None, path: str, patterns: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -63,3 +64,18 @@ def about_weights(file: Path) -> dict[str, Any]:
     """What a safetensors file of ours says about itself, without its tensors; nothing for any other."""
     with safe_open(file, "pt") as opened:
         return json.loads((opened.metadata() or {}).get("distill", "{}"))
+
+
+def write_weights(state: dict[str, Tensor], file: Path, *, dtype: str | None = None, about: dict | None = None) -> Path:
+    """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become (None: they stay).
+
+    Raises ValueError for a dtype that there is not.
+    """
+    kind = getattr(torch, dtype, None) if dtype else None
+    if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"dtype={dtype}: must be a floating dtype of torch: float32, bfloat16, float16")
+    state = {k: v.to(kind if kind and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    save_file(state, part, {"format": "pt"} | ({"distill": json.dumps(about)} if about else {}))
+    return part.replace(file)

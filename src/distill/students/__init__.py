@@ -1,0 +1,148 @@
+"""Students: made from a teacher, and left behind as ordinary diffusers pipelines."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from distill.teachers import schedulers
+from distill.teachers.network import Network
+from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.weights import about_weights, put_on, write_weights
+
+OURS = "distill.teachers.schedulers"
+FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
+    *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
+    *("pooled_projection_dim", "addition_embed_type", "projection_class_embeddings_input_dim", "prediction_type"),
+)
+LEFT_OUT = ("transformer", "unet", "scheduler", "README.md", "comparison.png", "*.csv", ".git*", ".cache")
+VARIANT = re.compile(r"\.(?:fp16|bf16)\.(safetensors|bin|json)$")
+
+
+def full(
+    teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None, checkpointing: bool = False
+) -> Network:
+    """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
+
+    `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from,
+    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000. With `checkpointing` its
+    blocks compute their activations again in the backward pass. Raises ValueError for what cannot be.
+    """
+    if init not in ("teacher", "random"):
+        student = teacher.network.around(_read(teacher, init)).float().requires_grad_(True).train()
+    else:
+        student = teacher.network.twin()
+    if init == "random":
+        student.model.load_state_dict(type(student.model).from_config(student.model.config).state_dict())
+    if checkpointing:
+        student.recompute()
+    return shifted(student, shift)
+
+
+def shifted(student: Network, shift: int | None) -> Network:
+    """The student, under NitroFusion's timestep shift if one is given."""
+    if shift is not None:
+        if student.prediction == "flow" or not 0 < shift <= 1000:
+            what = "must lie in [1, 1000], and is for networks that predict eps or v on Stable Diffusion's schedule"
+            raise ValueError(f"student.shift={shift}: {what}")
+        student.shift = shift
+    return student
+
+
+def _read(teacher: PipelineTeacher, init: str) -> Any:
+    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions."""
+    folder, model = pipeline_folder(Path(init)), teacher.network.model
+    part = folder / denoiser_part(folder)
+    if not (part / "config.json").is_file():
+        what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
+        raise ValueError(f"student.init={init}: {what}")
+    file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(part)
+    own = {"prediction_type": teacher.pipeline.scheduler.config.get("prediction_type"), **model.config}
+    for key in FITTING:
+        if (theirs := config.get(key, own.get(key))) != own.get(key):
+            what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
+            raise ValueError(f"student.init={init}: {what}; begin from a pipeline of the teacher's family")
+    try:
+        found, report = type(model).from_pretrained(part, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"student.init={init}: cannot be read ({str(error)[:120]}); export it anew") from None
+    if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
+        raise ValueError(f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew")
+    return found
+
+
+def pipeline_folder(run: Path) -> Path:
+    """The student of a run folder; any other folder itself."""
+    return run / "student" if (run / "student").is_dir() else run
+
+
+def denoiser_part(folder: Path) -> str:
+    """Which part of the pipeline in this folder denoises."""
+    return "transformer" if (folder / "transformer").is_dir() else "unet"
+
+
+def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, scheduler: Any) -> Path:
+    """Write `folder` as a diffusers pipeline: the student's network, this scheduler, the teacher's other parts.
+
+    Text encoders, tokenizers and autoencoder are copied as files: saving them again renames weights (transformers 5).
+    Those of a single file have no files of their own, and are saved.
+    """
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    if teacher.folder:
+        shutil.copytree(teacher.folder, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without))
+    else:
+        teacher.pipeline.save_pretrained(partial)
+    for file in partial.rglob("*"):  # of a variant: a folder opens without being told of it
+        if VARIANT.search(file.name) and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists():
+            file.rename(plain)
+    part = denoiser_part(teacher.folder or partial)
+    shutil.rmtree(partial / part, ignore_errors=True)
+    _whole(student).save_pretrained(partial / part)
+    scheduler.save_pretrained(partial / "scheduler")
+    index = json.loads((partial / "model_index.json").read_text())
+    index |= {name: [None, None] for name in teacher.without}
+    index["scheduler"] = [OURS if type(scheduler).__module__ == OURS else "diffusers", type(scheduler).__name__]
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    return partial.rename(folder)
+
+
+def _whole(student: Network) -> Any:
+    """The student's model without adapters: those of a LoRA are added to its weights."""
+    if student.adapters is None:
+        return student.model
+    from distill.students.lora import merged
+
+    return merged(student)
+
+
+def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:
+    """Student minus base, in half precision, with the student's scheduler beside it."""
+    ours, theirs = (teacher.network.model.state_dict() for teacher in (student, base))
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise ValueError(
+            f"base={base.folder}: its network is not of the student's shape; give what the student was made from"
+        )
+    scheduler = student.pipeline.scheduler
+    about = {"delta": type(scheduler).__name__, "scheduler": dict(scheduler.config)}
+    return write_weights({k: v - theirs[k] for k, v in ours.items()}, file, dtype="float16", about=about)
+
+
+def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
+    """A pipeline folder of `base` plus the delta, with the delta's scheduler."""
+    about = about_weights(file)
+    if "delta" not in about:
+        raise ValueError(f"delta={file}: not a file that distill.export to=delta wrote")
+    put_on(base.pipeline, str(file))
+    kind = getattr(schedulers, about["delta"], None) or getattr(diffusers, about["delta"], object)
+    if not issubclass(kind, diffusers.SchedulerMixin):
+        raise ValueError(f"delta={file}: names a scheduler {about['delta']}, which diffusers does not have")
+    return save_pipeline(base.network, base, folder, kind.from_config(about["scheduler"]))

@@ -1,0 +1,130 @@
+"""A LoRA student: adapters on the teacher's own weights, so that student, teacher and feature network are one network.
+
+    y = W x + (alpha / rank) B A x      in a pass of the student; y = W x in any other
+
+The adapters are off but within a student's pass, and a block that is computed again in the backward pass has them as it
+had them at first. A student is its adapters: only they are its parameters, in its average and in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from distill.students import shifted
+from distill.teachers.network import Context, Network
+from distill.teachers.pipeline import PipelineTeacher
+
+INITS = {"kaiming": True, "gaussian": "gaussian"}  # of A, as peft calls them; B begins at 0
+
+
+def lora(
+    teacher: PipelineTeacher,
+    *,
+    rank: int = 64,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    init: str = "kaiming",
+    shift: int | None = None,
+    checkpointing: bool = False,
+) -> Network:
+    """The teacher's network with float32 adapters of its own, which begins as the teacher; one to a teacher.
+
+    `rank` is that of each change of a weight, which `alpha / rank` scales (None: by 1). `targets` are ends of names of
+    linear and convolutional layers (None: those of the architecture). `init` is kaiming or gaussian. With
+    `checkpointing` blocks of the network, in all of its roles, compute their activations again in the backward pass.
+    `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError for what cannot be.
+    """
+    if not isinstance(rank, int) or rank < 1 or init not in INITS:
+        raise ValueError(f"student.rank={rank} student.init={init}: a rank from 1, and {' or '.join(INITS)}")
+    network, names = teacher.network, list(targets or teacher.network.targets)
+    scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+    try:
+        network.model.add_adapter(LoraConfig(**scale, target_modules=names, init_lora_weights=INITS[init]))
+    except ValueError as error:
+        what = f"cannot be adapted ({str(error).splitlines()[0][:120]})"
+        raise ValueError(f"student.targets={names}: {what}; name linear or convolutional layers") from None
+    student, switch = copy.copy(network), Switch(network.model)
+    # The model is the teacher's: were it registered here, its weights would count as the student's.
+    student._modules = {}
+    object.__setattr__(student, "model", network.model)
+    student.adapters = _tree(layers(network.model)).float().requires_grad_(True)
+    student.within, student.holds = switch.on, [*network.holds, switch.hold]
+    if checkpointing:
+        student.recompute()
+    return shifted(student, shift)
+
+
+class Switch:
+    """Of the adapters of a model: off, but within `on`."""
+
+    def __init__(self, model: nn.Module):
+        self._layers = list(layers(model).values())
+        self._set(False)
+
+    def on(self) -> Any:
+        return self.at(True)
+
+    def hold(self) -> Context:
+        """What brings the present state back."""
+        return partial(self.at, self._is_on)
+
+    @contextmanager
+    def at(self, on: bool) -> Iterator[None]:
+        before = self._is_on
+        self._set(on)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, on: bool) -> None:
+        self._is_on = on
+        for layer in self._layers:
+            # Peft's own way, enable_adapters, also freezes them; nn.Module's way of setting takes 50 times as long.
+            vars(layer)["_disable_adapters"] = not on
+
+
+def layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _tree(adapted: dict[str, LoraLayer]) -> nn.Module:
+    """The adapters alone, under the names that they have in the model."""
+    root = nn.Module()
+    for path, layer in adapted.items():
+        node = root
+        for name in path.split("."):
+            if name not in node._modules:
+                node.add_module(name, nn.Module())
+            node = node._modules[name]
+        node.lora_A, node.lora_B = layer.lora_A, layer.lora_B
+    return root
+
+
+def merged(student: Network) -> nn.Module:
+    """A model of the student's own with the adapters added to its weights, in float32."""
+    model = copy.deepcopy(student.model).float()
+    model.fuse_lora(safe_fusing=True)
+    model.unload_lora()
+    model.disable_gradient_checkpointing()  # which would go on by the states of the student's own passes
+    return model
+
+
+@torch.no_grad()
+def factors(student: Network) -> dict[str, Tensor]:
+    """The adapters as `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, scaled so that alpha is the rank."""
+    found = {}
+    for name, layer in layers(student.model).items():
+        a, b = (side["default"].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B))
+        found |= {f"{name}.lora_A.weight": a.clone(), f"{name}.lora_B.weight": b * layer.scaling["default"]}
+    return found

@@ -1,0 +1,124 @@
+"""`distill.sample` on what is no run: many prompts, sizes, models that were not distilled, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image
+from PIL import Image
+
+import tiny
+from distill import sample, students
+from distill.build import student_of
+from distill.sampling import Consistency, guided, seeded
+
+PROMPTS = [tiny.CAPTIONS[0], tiny.CAPTIONS[1], tiny.CAPTIONS[0]]
+
+
+@pytest.fixture(scope="module")
+def exported(teachers, tmp_path_factory):
+    """Family -> the folder of a student."""
+
+    def of(family):
+        folder, teacher = tmp_path_factory.getbasetemp() / f"student_{family}", teachers(family)
+        if not folder.exists():
+            student = tiny.shake(students.full(teacher), 21, std=0.03)
+            students.save_pipeline(student, teacher, folder, Consistency().scheduler(student, teacher))
+        return folder
+
+    return of
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), dtype=int)
+
+
+def test_prompts_of_a_file_in_batches_are_those_alone(family, exported, command, tmp_path, monkeypatch):
+    """However many at a time; a grid has a row for each prompt."""
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
+    run, embedded = f"run={exported(family)}", []
+    of = sample._maker
+    monkeypatch.setattr(sample, "_maker", lambda *a: lambda p, s: embedded.append(len(p)) or of(*a)(p, s))
+    code, out, _ = command("sample", run, "prompts=prompts.txt", "count=2", "seed=3", "batch_size=4", "out=many")
+    assert code == 0
+    assert embedded == [4, 2]
+    *paths, grid = [tmp_path / line for line in out.split()]
+    assert len(paths) == len(set(paths)) == 6
+    assert [Image.open(p).text["seed"] for p in paths] == ["3", "4"] * 3
+    assert [Image.open(p).text["prompt"] for p in paths] == [p for p in PROMPTS for _ in range(2)]
+    assert Image.open(grid).size == (2 * (tiny.SIDE + 2) + 2, 3 * (tiny.SIDE + 2) + 2)
+    assert abs(pixels(grid)[2 : 2 + tiny.SIDE, 2 : 2 + tiny.SIDE] - pixels(paths[0])).max() == 0
+    assert command("sample", run, f"prompt='{PROMPTS[1]}'", "seed=4", "out=alone")[0] == 0
+    (alone,) = (tmp_path / "alone").iterdir()  # one picture has no grid
+    assert abs(pixels(alone) - pixels(paths[3])).max() <= 1
+
+
+@pytest.mark.parametrize("size", [96, [96, 64]])
+def test_a_size_of_one_s_own_is_the_pipeline_s(size, exported, command, tmp_path):
+    folder, (height, width) = exported("unet"), [size, size] if isinstance(size, int) else size
+    assert command("sample", f"run={folder}", "prompt=x", f"size={size}".replace(" ", ""), "out=out")[0] == 0
+    (path,) = (tmp_path / "out").iterdir()
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": height, "width": width}
+    expected = pipeline("x", generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert Image.open(path).size == expected.size == (width, height)
+    assert Image.open(path).text["size"] == str(size)
+    assert abs(pixels(path) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_what_was_not_distilled_is_sampled_with_guidance(family, pipelines, command, tmp_path):
+    run = f"run={pipelines(family)}"
+    code, _, err = command("sample", run, "prompt=x")
+    assert code == 1
+    assert err.endswith("was not distilled to few steps; add guidance=5 steps=28 or the like\n")
+    assert command("sample", run, f"prompt='{PROMPTS[0]}'", "steps=3", "guidance=4.5", "out=out")[0] == 0
+    (path,) = (tmp_path / "out").iterdir()
+    model = student_of(str(pipelines(family)))
+    with torch.no_grad():
+        cond, shape = model.embed(PROMPTS[:1]), model.latent_shape
+        x0 = guided(model, cond, seeded([0]), shape=shape, steps=3, guidance=4.5)
+        expected = (model.decode(x0)[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
+    assert abs(pixels(path) - expected.round().numpy()).max() == 0
+    assert Image.open(path).text["guidance"] == "4.5"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["prompt=x", "prompts=y"], "prompt: given, and prompts too"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read as lines"),
+        (["prompts=blank.txt"], "prompts=blank.txt: has no line"),
+        (["prompt=x", "size=60"], "size=60: must be a side, or [height,width], in multiples of 8 up to"),
+        (["prompt=x", "size=100000"], "size=100000: must be"),
+        (["prompt=x", "size=[64,64,64]"], "size=[64, 64, 64]: must be"),
+        (["prompt=x", "size=64.5"], "size=64.5: must be"),
+        (["prompt=x", "guidance=5"], "guidance=5: run="),
+        (["prompt=x", "batch_size=0"], "batch_size=0: must be a whole number"),
+        (["prompt=x", "image=nowhere.png", "steps=2"], "image=nowhere.png: cannot be read as a picture"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said(options, said, exported, command, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n")
+    code, _, err = command("sample", f"run={exported('mmdit')}", *options)
+    assert code == 1
+    assert err.startswith(f"distill: {said}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "samples").exists()
+
+
+def test_an_id_of_the_hub_is_asked_for_its_class(command):
+    code, _, err = command("sample", "run=someone/something", "prompt=x")
+    assert code == 1
+    assert err.startswith("distill: run=someone/something: no such folder, and cannot be fetched from the hub (")
+
+
+def test_an_id_of_the_hub_goes_to_its_adapter(exported, command, monkeypatch, tmp_path):
+    """The hub is played by a folder."""
+    folder = exported("unet")
+    monkeypatch.setattr("distill.teachers.reading.hf_hub_download", lambda of, name: str(folder / name))
+    monkeypatch.setattr("distill.teachers.sd.SD.kind.download", lambda of, **_: str(folder))
+    assert command("sample", "run=someone/something", "prompt=x", "out=out")[0] == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert Image.open(path).text["run"] == "someone/something"
