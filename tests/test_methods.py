@@ -282,10 +282,10 @@ def test_a_method_file_is_short_and_holds_only_the_method(path):
     assert found == []
 
 
-def test_regression_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path, shards, monkeypatch):
+def test_the_opening_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path, shards, monkeypatch):
     """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then adversarial alone."""
     monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
-    method = tiny.nitrofusion(teachers("mmdit"), options={"regression": 4, "refine": [0]}, rate=1e-4)
+    method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 4, "refine": [0]}, rate=1e-4)
     seen = []
     update = method._update_student
 
@@ -304,3 +304,20 @@ def test_regression_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path
     tiny.trainer(tmp_path, 6).fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
     assert [learnt for learnt, _ in seen] == [False, False, True, True, True, True]
     assert [terms for _, terms in seen] == [["g/regression"]] * 4 + [["g/adv"]] * 2
+
+
+def test_the_opening_can_hear_the_teacher_too(teachers):
+    """2 alpha(t) |x0_hat - x_psi|^2 besides the pairs, with the guided estimate written out."""
+    teacher, low = teachers("mmdit"), ScoreDistillation(guidance=3.0, low=0.4, high=0.6)
+    method = tiny.nitrofusion(teacher, options={"opening": 200, "distill": low, "distill_weight": 2.0})
+    batch = tiny.simple_batch(method)
+    fake = method.fake(batch, method._generator(0))
+    terms = method.student_loss(batch, fake, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    t = 0.4 + 0.2 * torch.rand(2, len(batch), generator=generator)[0]
+    x0_hat, eps = fake["x0_hat"].detach(), torch.randn(fake["x0_hat"].shape, generator=generator)
+    x_t = (1 - t).view(-1, 1, 1, 1) * x0_hat + t.view(-1, 1, 1, 1) * eps
+    told, empty = teacher.x0(x_t, t, batch.cond), teacher.x0(x_t, t, batch.cond.unconditional())
+    away = (x0_hat - empty - 3 * (told - empty)).square().mean((1, 2, 3))
+    torch.testing.assert_close(terms["distill"], 2 * ((1 - t) * away).mean())
+    assert sorted(terms) == ["distill", "regression"]

@@ -12,8 +12,9 @@
 The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would lower its own logits.
 Hinge is ours, with non-saturating and relativistic as options.
 
-The student is to begin from weights that can do one step. Where there are none, the first `regression` steps make
-them: |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL. The heads learn in the last LEAD of these.
+The student is to begin from weights that can do one step. Where there are none, the first `opening` steps make them:
+|x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL, and with `distill_weight` ADD's Eq. 4 besides, as DMD2
+itself learns from the teacher's score. The heads learn in the last LEAD of these.
 
 Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n steps. Steps before
 it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
@@ -28,6 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import noise_like
@@ -46,7 +48,8 @@ class NitroFusion(Distillation):
         keep: odds of the one-step student once there are others.
         shared: whether real and fake are noised to t* by one noise, and cut at one place.
         loss: hinge, non_saturating or relativistic.
-        regression: student steps of regression before the adversarial ones.
+        opening: student steps of regression before the adversarial ones.
+        distill, distill_weight: score distillation in these; None or 0 leaves it out.
     """
 
     space = "latents"  # what its discriminator looks at
@@ -61,7 +64,9 @@ class NitroFusion(Distillation):
         keep: float = 0.5,
         shared: bool = True,
         loss: str = "hinge",
-        regression: int = 0,
+        opening: int = 0,
+        distill: ScoreDistillation | None = None,
+        distill_weight: float = 0.0,
         **engine: Any,
     ):
         super().__init__(**engine)
@@ -72,7 +77,8 @@ class NitroFusion(Distillation):
                 f"method.refine={list(refine)}: must rise from 0, one step for each of method.levels at most"
             )
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
-        self.mixed, self.shared, self.adversarial, self.regression = mixed, shared, adversarial(loss), regression
+        self.mixed, self.shared, self.adversarial, self.opening = mixed, shared, adversarial(loss), opening
+        self.distill, self.distill_weight = distill or ScoreDistillation(), distill_weight
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         x_t = noise_like(batch.x0, generator) if batch.noise is None else batch.noise
@@ -82,7 +88,7 @@ class NitroFusion(Distillation):
                 x0 = self.student.x0(x_t, _time(x_t, at), batch.cond)
                 x_t = self.student.process.diffuse(x0, noise_like(x0, generator), _time(x_t, later))
         x0_hat = self.student.x0(x_t, _time(x_t, now), batch.cond)
-        if self.step < self.regression - LEAD:
+        if self.step < self.opening - LEAD:
             return {"x0_hat": x0_hat}
         noise = noise_like(x0_hat, generator)
         return {"x0_hat": x0_hat, "noise": noise, "maps": self.see(x0_hat, self._level(x0_hat), noise, batch)[0]}
@@ -97,12 +103,18 @@ class NitroFusion(Distillation):
         return {"adv": self.adversarial.discriminator(of_real, of_fake)}
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        if self.step < self.regression:
-            x0_hat = fake["x0_hat"]
-            return {"regression": weighted_mse(x0_hat, batch.x0, torch.ones_like(x0_hat[:, 0, 0, 0]))}
+        if self.step < self.opening:
+            return self._opening(batch, fake["x0_hat"], generator)
         critic, t = self.critic(), self._level(batch.x0)
         of_real = critic(self._real(batch, fake, generator), t, batch.cond) if self.adversarial.paired else None
         return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real)}
+
+    def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
+        terms = {"regression": weighted_mse(x0_hat, batch.x0, torch.ones_like(x0_hat[:, 0, 0, 0]))}
+        if self.distill_weight:
+            target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator)
+            terms["distill"] = self.distill_weight * weighted_mse(x0_hat, target, weight)
+        return terms
 
     def _level(self, x: Tensor) -> Tensor:
         """t* of this iteration, for each of x [B, ...] -> [B]."""
