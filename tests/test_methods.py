@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import distill.methods.add
 import distill.methods.ladd
 import distill.methods.nitrofusion
 import tiny
+from distill.csvlog import CsvLog
 from distill.data import source
 from distill.discriminators.pool import Pool
 from distill.distillation import ScoreDistillation, TeacherSamples
@@ -304,6 +306,18 @@ def test_the_opening_comes_first_and_the_heads_join_at_its_end(teachers, tmp_pat
     tiny.trainer(tmp_path, 6).fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
     assert [learnt for learnt, _ in seen] == [False, False, True, True, True, True]
     assert [terms for _, terms in seen] == [["g/regression"]] * 4 + [["g/adv"]] * 2
+
+
+def test_what_only_some_iterations_have_is_logged_of_them_alone(teachers, tmp_path, shards):
+    method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 2, "refine": [0]}, rate=1e-4)
+    trainer = tiny.trainer(tmp_path, 4)
+    trainer.loggers, trainer.log_every_n_steps = [table := CsvLog(str(tmp_path))], 1
+    trainer.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    table.save()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [bool(row["g/regression"]) for row in rows] == [True, True, False, False]
+    assert [bool(row["g/adv"]) for row in rows] == [False, False, True, True]
 
 
 def test_the_opening_can_hear_the_teacher_too(teachers):

@@ -169,8 +169,9 @@ class Distillation(L.LightningModule):
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
         self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen, skipped=self.skipped)
         self.numbers = self._numbers()
-        if self.engine.accumulate > 1 or self.iteration % max(1, cast(Any, self.trainer).log_every_n_steps) == 0:
-            self.log_dict(self.numbers, prog_bar=False)  # milliseconds a call, hence only where a logger will write
+        if self.iteration % max(1, cast(Any, self.trainer).log_every_n_steps) == 0:
+            for logger in self.loggers:  # log_dict would say again and again what only some iterations have
+                logger.log_metrics({k: v for k, v in self.numbers.items() if k != "step"}, step=self.step)
         if self._bad_in_a_row >= self.engine.stop_after_bad:
             raise FloatingPointError(
                 f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}; "

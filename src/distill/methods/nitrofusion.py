@@ -12,9 +12,9 @@
 The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would lower its own logits.
 Hinge is ours, with non-saturating and relativistic as options.
 
-The student is to begin from weights that can do one step. Where there are none, the first `opening` steps make them:
-|x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL, and with `distill_weight` ADD's Eq. 4 besides, as DMD2
-itself learns from the teacher's score. The heads learn in the last LEAD of these.
+The student is to begin from weights that can do one step. Where there are none, the first `opening` steps make them, by
+|x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL, or by ADD's Eq. 4, as DMD2 itself learns from the
+teacher's score. The heads learn in the last LEAD of these.
 
 Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n steps. Steps before
 it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
@@ -48,8 +48,8 @@ class NitroFusion(Distillation):
         keep: odds of the one-step student once there are others.
         shared: whether real and fake are noised to t* by one noise, and cut at one place.
         loss: hinge, non_saturating or relativistic.
-        opening: student steps of regression before the adversarial ones.
-        distill, distill_weight: score distillation in these; None or 0 leaves it out.
+        opening: student steps before the adversarial ones.
+        pairs_weight, distill, distill_weight: what makes them, regression and score distillation; 0 leaves one out.
     """
 
     space = "latents"  # what its discriminator looks at
@@ -65,6 +65,7 @@ class NitroFusion(Distillation):
         shared: bool = True,
         loss: str = "hinge",
         opening: int = 0,
+        pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
         **engine: Any,
@@ -78,7 +79,8 @@ class NitroFusion(Distillation):
             )
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
         self.mixed, self.shared, self.adversarial, self.opening = mixed, shared, adversarial(loss), opening
-        self.distill, self.distill_weight = distill or ScoreDistillation(), distill_weight
+        self.pairs_weight, self.distill_weight = pairs_weight, distill_weight
+        self.distill = distill or ScoreDistillation()
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         x_t = noise_like(batch.x0, generator) if batch.noise is None else batch.noise
@@ -110,7 +112,10 @@ class NitroFusion(Distillation):
         return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real)}
 
     def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
-        terms = {"regression": weighted_mse(x0_hat, batch.x0, torch.ones_like(x0_hat[:, 0, 0, 0]))}
+        terms = {}
+        if self.pairs_weight:
+            away = weighted_mse(x0_hat, batch.x0, torch.ones_like(x0_hat[:, 0, 0, 0]))
+            terms["regression"] = self.pairs_weight * away
         if self.distill_weight:
             target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator)
             terms["distill"] = self.distill_weight * weighted_mse(x0_hat, target, weight)
