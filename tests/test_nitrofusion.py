@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
+from safetensors.torch import save_file
 
 import tiny
 
@@ -60,6 +61,13 @@ def test_experiments_run_two_steps_from_prompts(experiment, smoke, teachers, tmp
     scheduler = json.loads((folder / "student" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["shifted_timestep"] == (250 if experiment == "nitrosd_realism" else 500)
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_few_step_teacher_is_all_it_needs(smoke, teachers, tmp_path):
+    save_file(teachers("mmdit").network.model.state_dict(), tmp_path / "few.safetensors")
+    folder, _ = smoke("experiment=nitrofusion_few_step", f"teacher.weights={tmp_path / 'few.safetensors'}")
+    assert (folder / "student" / "model_index.json").is_file()
 
 
 def test_prompts_alone_need_a_teacher_that_samples(command, pipelines, tmp_path):
