@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 import tarfile
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -205,6 +207,112 @@ def test_a_hub_that_cannot_be_reached(refused, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (GatedRepoError, "it is gated: accept its licence on its page, then log in with `hf auth login`"),
+        (RepositoryNotFoundError, "there is no such repository, or it is private"),
+        (RevisionNotFoundError, "it has no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch, tmp_path):
+    """Its own message is a number of several lines; diffusers puts it behind one of its own."""
+
+    def behind(*_, **__):
+        try:
+            asked = kind("401 Client Error. (Request ID: 1)\n\nCannot access.", response=MagicMock())
+            raise asked
+        except kind as error:
+            raise OSError("Cannot load model: please check the root cause above.") from error
+
+    for place in ("single.snapshot_download", "weights.hf_hub_download", "reading.hf_hub_download"):
+        monkeypatch.setattr(f"distill.teachers.{place}", behind)
+    monkeypatch.setattr(SD.kind, "download", behind)
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    for key, value, more in (
+        ("teacher.path", "someone/model", []),
+        ("teacher.path", "someone/model/file.safetensors", []),
+        ("teacher.config", "someone/model", [f"teacher.path={tmp_path / 'x.safetensors'}"]),
+    ):
+        found = refused("run", "teacher=sd15", *more, f"{key}={value}")
+        assert found == f"{key}={value}: cannot be fetched ({said}); check the name, the network and its licence"
+    assert f"cannot be fetched from the hub ({said})" in refused("sample", "run=someone/model", "prompt=x")
+    assert not (tmp_path / "run").exists()
+
+
+FAULTS = {
+    "hub": "cannot be fetched (",
+    "class": "holds a StableDiffusionPipeline, but this teacher reads a StableDiffusion3Pipeline",
+    "file": "its transformer/ is missing or has no config.json; fetch it anew",
+    "tensors": "transformer/ lacks ",
+    "tokenizer": "they are not of one model: fetch both anew",
+}
+
+
+def damaged(fault, copied) -> str:
+    """What `teacher.path` is to be, for a pipeline with this fault."""
+    if fault == "hub":
+        return "someone/model"
+    folder = copied("unet" if fault == "class" else "mmdit")
+    if fault == "file":
+        (folder / "transformer" / "config.json").unlink()
+    elif fault == "tensors":
+        rewrite(next((folder / "transformer").glob("*.safetensors")), lambda tensors: tensors.popitem())
+    elif fault == "tokenizer":
+        grow(folder / "tokenizer_2" / "tokenizer.json")
+    return str(folder)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_other_commands_refuse_a_teacher_likewise_and_write_nothing(fault, refused, copied, tmp_path):
+    path = damaged(fault, copied)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    data = [f"data.path={put_images(tmp_path / 'x.tar', 2)}", "data.size=64", "data.num_workers=0"]
+    before = sorted(tmp_path.iterdir())
+    for name, arguments in {"cache": data, "synthesize": [f"prompts={tmp_path / 'prompts.txt'}"]}.items():
+        said = refused(name, f"teacher.path={path}", *arguments, f"out={tmp_path / 'made'}")
+        assert said.startswith(f"teacher.path={path}")
+        assert FAULTS[fault] in said
+    if fault != "class":  # which sample takes as it comes
+        said = refused("sample", f"run={path}", "prompt=x", "guidance=4", f"out={tmp_path / 'made'}")
+        assert said.startswith(f"run={path}")
+        assert FAULTS[fault].replace("fetched (", "fetched from the hub (") in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_prompt_that_is_too_long_is_said_by_every_command(command, pipelines, tmp_path):
+    long = "small red star " * 20 + "and the end"
+    (tmp_path / "prompts.txt").write_text(f"{long}\n")
+    teacher = f"teacher.path={pipelines('mmdit')}"
+    asked = {
+        "synthesize": [teacher, "prompts=prompts.txt", "steps=1", "out=made"],
+        "sample": [f"run={pipelines('mmdit')}", "prompts=prompts.txt", "guidance=4", "steps=1"],
+    }
+    for name, arguments in asked.items():
+        code, out, err = command(name, *arguments)
+        assert code == 0
+        assert out.count("a caption is longer than this teacher reads, and ends before '") == 1, (out, err)
+        assert "and the end'" in out
+
+
+def test_captions_in_the_wrong_form(refused, tmp_path):
+    """A list where a record should be, in a folder and in shards: a run names picture and reason, the cache `check`."""
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(png(64, 64))
+        (tmp_path / "photos" / f"{i}.json").write_text('["a caption"]')
+    both = {f"{i}.{end}": data for i in range(3) for end, data in (("png", png(64, 64)), ("json", b'["a caption"]'))}
+    for path in (tmp_path / "photos", put_tar(tmp_path / "x.tar", both)):
+        data = ["data=images", f"data.path={path}", "data.size=64", "data.num_workers=0"]
+        for name, arguments in {"run": data, "cache": [*data[1:], f"out={tmp_path / 'made'}"]}.items():
+            said = refused(name, *arguments)
+            reason = f"{path}:" in said and "its .json has no text under 'caption' or 'text'" in said
+            assert reason or said.endswith("made: all 3 samples are bad; `python -m distill.check` says why"), said
+        assert not (tmp_path / "made").exists()
+        assert not list(tmp_path.glob("run/checkpoints/*"))
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
 def test_a_single_file_that_is_none(refused, copied, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
     file, single = tmp_path / "x.safetensors", ["teacher=sd15", f"teacher.path={tmp_path}/x.safetensors"]
@@ -215,12 +323,16 @@ def test_a_single_file_that_is_none(refused, copied, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_of_another_model(refused, copied):
-    folder = copied()
-    file = folder / "tokenizer_2" / "tokenizer.json"
+def grow(file):
+    """Give a tokenizer words that its text encoder does not know."""
     words = json.loads(file.read_text())
     words["model"]["vocab"] |= {f"word{i}": len(words["model"]["vocab"]) + i for i in range(9)}
     file.write_text(json.dumps(words))
+
+
+def test_a_tokenizer_of_another_model(refused, copied):
+    folder = copied()
+    grow(folder / "tokenizer_2" / "tokenizer.json")
     said = refused("run", f"teacher.path={folder}")
     assert re.fullmatch(
         rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*: fetch both anew", said

@@ -227,7 +227,7 @@ def test_of_captions_alone_the_teacher_makes_the_samples(teacher):
     method = tiny.nitrofusion(teacher)
     with pytest.raises(ValueError, match=r"captions alone: set method\.real"):
         method._embedded({"caption": tiny.CAPTIONS[:2]})
-    method.real = TeacherSamples()
+    method.real = TeacherSamples(levels=[1, 0.75, 0.5, 0.25])  # 1, as one types it
     batch = method._embedded({"caption": tiny.CAPTIONS[:2]})
     generator = method._generator(0, stream=-1)
     shape = (2, *teacher.latent_shape)

@@ -1,11 +1,8 @@
-"""Whole runs of NitroFusion, of its crosses with the other methods, and of its experiments at the smallest size."""
+"""Whole runs of NitroFusion and of its crosses with the other methods, at the smallest size."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 from diffusers import AutoPipelineForText2Image
 from safetensors.torch import save_file
 
@@ -48,19 +45,6 @@ def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
     picture = pipeline(tiny.CAPTIONS[0], num_inference_steps=1, guidance_scale=0.0, output_type="pt").images
     assert picture.shape == (1, 3, 64, 64)
     assert picture.isfinite().all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["nitrosd_realism", "nitrosd_vibrant"])
-def test_experiments_run_two_steps_from_prompts(experiment, smoke, teachers, tmp_path):
-    """The whole of it but for size: few-step weights put on SDXL, samples made from prompts, shift, accumulation."""
-    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:8]))
-    torch.save(teachers("sdxl").network.model.state_dict(), tmp_path / "few.bin")
-    own = [f"experiment={experiment}", f"teacher.weights={tmp_path / 'few.bin'}", "teacher.dtype=float32"]
-    folder, _ = smoke(*own, "optimizer.accumulate=2", family="sdxl", data=tmp_path / "prompts.txt")
-    scheduler = json.loads((folder / "student" / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler["shifted_timestep"] == (250 if experiment == "nitrosd_realism" else 500)
-    assert (folder / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -355,6 +355,13 @@ def test_trained_levels_are_taken_from_the_front():
             Consistency(levels=wrong)
 
 
+def test_a_level_may_be_typed_as_a_whole_number(teachers):
+    model = teachers("mmdit")
+    cond, shape = model.embed(tiny.CAPTIONS[:1]), model.latent_shape
+    whole, plain = (Consistency(levels=[one, 0.5])(model, cond, seeded([0]), shape=shape, steps=2) for one in (1, 1.0))
+    assert torch.equal(whole, plain)
+
+
 def test_what_leaves_no_step_or_cannot_begin_is_refused(teachers):
     with pytest.raises(ValueError, match=r"steps=1 strength=0.5: their product must be at least 1; use steps=2"):
         Consistency().grid(1, 0.5)

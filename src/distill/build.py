@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -219,4 +220,10 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     if (config := Path(run) / "config.yaml").is_file():  # what a family lets one choose is as in the run
         chosen = OmegaConf.load(config).get("teacher") or {}
         node |= {key: chosen[key] for key in get_object(FAMILIES[found]).own if key in chosen}
-    return make(OmegaConf.create(node))
+    try:
+        return make(OmegaConf.create(node))
+    except InstantiationException as error:  # which names teacher.path, and nobody has typed that
+        if isinstance(error.__cause__, (ValueError, OSError)):
+            said = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")
+            raise ValueError(said.replace("teacher.dtype=", "dtype=")) from None
+        raise

@@ -10,6 +10,8 @@ COMMANDS = {
     "run": "distil a teacher into a student",
     "sample": "draw images from a student or a teacher",
     "evaluate": "measure a run",
+    "compare": "put runs side by side",
+    "inspect": "show what the discriminator of a run sees",
     "export": "take a student to where it is used",
     "check": "say which samples of data would be dropped, and why",
     "cache": "encode pictures and captions once, for training without encoders",

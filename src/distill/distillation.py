@@ -124,7 +124,7 @@ class TeacherSamples:
         """Noise [B, C, H, W] -> samples of the same shape."""
         x_t, scale = noise, torch.tensor(float(self.guidance))
         for now, later in pairwise([*self.levels, 0.0]):
-            t = torch.full((len(noise),), now, device=noise.device)
+            t = torch.full((len(noise),), float(now), device=noise.device)
             x0 = guided_x0(teacher, x_t, t, cond, scale)
             if later:
                 eps = noise_like(x_t, generator) if self.fresh else teacher.process.from_x0(x0, x_t, t, "eps")

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distill import compose, launch
-from distill.data.shards import Shards
+from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.record import versions
 
@@ -82,7 +82,11 @@ class Making:
         paths = [self.path(shard) for shard in self.shards]
         if not all(path.exists() for path in paths):
             return
-        samples, digest = len(Shards(str(self.folder))), hashlib.sha256()
+        samples, digest = sum(len(index_tar(str(path))) for path in paths), hashlib.sha256()
+        if not samples:
+            for path in paths:  # so that nothing stays behind
+                path.unlink(missing_ok=True)
+            raise ValueError(f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check` says why")
         if (dropped := self.count - samples) > max_bad_share * self.count:
             what = f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and choose another out="
             raise ValueError(f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}")

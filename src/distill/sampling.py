@@ -103,7 +103,7 @@ class FewSteps(ABC):
         grid, device = self.grid(steps, 1.0 if image is None else strength, student), cond.tokens.device
 
         def level(value: float) -> Tensor:
-            return torch.full((len(cond),), value, device=device)
+            return torch.full((len(cond),), float(value), device=device)
 
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:

@@ -144,4 +144,4 @@ class NitroFusion(Distillation):
 
 
 def _time(x: Tensor, t: float) -> Tensor:
-    return torch.full((len(x),), t, device=x.device)
+    return torch.full((len(x),), float(t), device=x.device)

@@ -79,7 +79,7 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
 
 def _judge(method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch) -> Tensor:
     """Mean logit of each head, [H, B]."""
-    t = torch.full((len(batch),), level, device=x0.device)
+    t = torch.full((len(batch),), float(level), device=x0.device)
     maps, told = method.see(x0, t, noise, batch)
     logits = critic(maps, t, told)
     return torch.stack([part.float().mean(1) for part in critic.split(logits)])

@@ -15,9 +15,15 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
 SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
+HUB = {  # an error of the hub's, the more particular first -> what it means
+    GatedRepoError: "it is gated: accept its licence on its page, then log in with `hf auth login`",
+    RepositoryNotFoundError: "there is no such repository, or it is private",
+    RevisionNotFoundError: "it has no such revision",
+}
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -83,7 +89,7 @@ def class_of(path: str) -> str:
         try:
             file = Path(hf_hub_download(path, file.name))
         except (OSError, ValueError) as error:
-            what = f"no such folder, and cannot be fetched from the hub ({first_line(error)})"
+            what = f"no such folder, and cannot be fetched from the hub ({of_hub(error)})"
             raise ValueError(f"run={path}: {what}; check the name, the network and its licence") from None
     if not file.is_file():
         raise FileNotFoundError(f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder")
@@ -101,7 +107,7 @@ def _fetched(kind: type, path: str, **options: Any) -> str:
     try:
         return kind.download(path, **options)
     except (OSError, ValueError) as error:
-        what = f"cannot be fetched ({first_line(error)})"
+        what = f"cannot be fetched ({of_hub(error)})"
         raise ValueError(f"teacher.path={path}: {what}; check the name, the network and its licence") from None
 
 
@@ -170,5 +176,16 @@ def check_tokenizers(path: str, parts: Mapping[str, Any]) -> None:
             raise ValueError(f"teacher.path={path}: {what}; they are not of one model: fetch both anew")
 
 
-def first_line(error: Exception) -> str:
+def of_hub(error: BaseException) -> str:
+    """What kept something from being fetched, in words: diffusers hides the hub's own error behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for kind, meaning in HUB.items():
+            if isinstance(cause, kind):
+                return meaning
+        cause = cause.__cause__
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

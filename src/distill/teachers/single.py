@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.teachers.reading import PICKLED, dtype_of, first_line, pipeline_classes, silent, whole
+from distill.teachers.reading import PICKLED, dtype_of, first_line, of_hub, pipeline_classes, silent, whole
 from distill.teachers.weights import local_file
 
 SINGLE = (".safetensors", *PICKLED)
@@ -97,5 +97,5 @@ def _config(config: str | None, path: str, patterns: list[str]) -> str:
     try:
         return snapshot_download(config, allow_patterns=patterns)
     except (OSError, ValueError) as error:
-        what = f"cannot be fetched ({first_line(error)})"
+        what = f"cannot be fetched ({of_hub(error)})"
         raise ValueError(f"teacher.config={config}: {what}; check the name, the network and its licence") from None

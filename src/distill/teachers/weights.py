@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.teachers.reading import of_hub
+
 
 def put_on(pipeline: Any, path: str) -> None:
     """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights under diffusers' names
@@ -45,7 +47,7 @@ def local_file(path: str, key: str) -> Path:
         try:
             file = Path(hf_hub_download(f"{owner}/{repository}", name))
         except (OSError, ValueError) as error:
-            what = f"cannot be fetched ({(str(error).splitlines() or [''])[0]})"
+            what = f"cannot be fetched ({of_hub(error)})"
             raise ValueError(f"{key}={path}: {what}; check the name, the network and its licence") from None
     if not file.is_file():
         raise FileNotFoundError(f"{key}={path}: no such file; give one, or owner/repository/file of the hub")

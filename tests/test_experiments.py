@@ -1,0 +1,109 @@
+"""The experiments on the papers' models: each is composed, built and run for two steps, with a tiny teacher in place
+of the real one; and each says what it takes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import families
+import tiny
+
+CONF = Path(__file__).parents[1] / "conf" / "experiment"
+# Experiment -> the family of its teacher, its data, and what a tiny world needs besides.
+EYES = ["discriminator.features.size=64", "discriminator.condition.text=teacher"]
+IMAGES = ["data.size=64", "discriminator.condition.image=features"]
+LESS = ["optimizer.accumulate=2", "data.batch_size=2", "data.num_workers=0"]
+EXPERIMENTS = {
+    "add_m_sd15": ("unet", "pictures", [*EYES, *IMAGES]),
+    "add_m_sd21": ("unet", "pictures", [*EYES, *IMAGES]),
+    "sdxl_turbo": ("sdxl", "pictures", [*EYES, *IMAGES, "method.crop=8"]),
+    "sd3_turbo": ("mmdit", "latents", ["discriminator.heads.width=16"]),
+    "sd35_turbo": ("sd35", "latents", ["discriminator.heads.width=16"]),
+    "ladd_sdxl": ("sdxl", "latents", []),
+    "nitrosd_realism": ("sdxl", "prompts", []),
+    "nitrosd_vibrant": ("sdxl", "prompts", []),
+}
+SLOW = set(EXPERIMENTS) - {"sd3_turbo"}
+
+
+@pytest.fixture
+def data(shards, tmp_path):
+    """Kind -> where it is: captioned pictures, a teacher's latents, or prompts."""
+    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        for i in range(8):
+            colours = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(colours).save(file := io.BytesIO(), "PNG")
+            for end, content in (("png", file.getvalue()), ("txt", tiny.CAPTIONS[i].encode())):
+                member = tarfile.TarInfo(f"{i}.{end}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:8]))
+    return {"pictures": tmp_path / "pictures.tar", "latents": shards, "prompts": tmp_path / "prompts.txt"}
+
+
+@pytest.fixture
+def teacher_of(pipelines, tmp_path):
+    """Family -> the folder of its pipeline."""
+    return lambda family: families.write(family, tmp_path / family) if family == "sd35" else pipelines(family)
+
+
+def with_tiny_parts(name: str, folder: Path, teachers, tmp_path: Path) -> list[str]:
+    """The experiment with every network that it names replaced by a small one."""
+    experiment = OmegaConf.load(CONF / f"{name}.yaml")
+    arguments = [f"experiment={name}", f"teacher.path={folder}", "teacher.dtype=float32", *EXPERIMENTS[name][2]]
+    if any(key in name for key in ("add_m", "sdxl_turbo")):
+        arguments.append(f"discriminator.features.path={tiny.vit()}")
+    if OmegaConf.select(experiment, "teacher.weights"):
+        torch.save(teachers("sdxl").network.model.state_dict(), tmp_path / "few.bin")
+        arguments.append(f"teacher.weights={tmp_path / 'few.bin'}")
+    return arguments
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS])
+def test_an_experiment_runs_two_steps(name, command, data, teacher_of, teachers, tmp_path):
+    family, kind, _ = EXPERIMENTS[name]
+    arguments = with_tiny_parts(name, teacher_of(family), teachers, tmp_path)
+    where = [f"data.path={data[kind]}", f"run_dir={tmp_path / 'run'}"]
+    code, _, err = command("run", "debug=smoke", *arguments, *LESS, *where)
+    assert code == 0, err
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["g/adv"]]
+    assert {int(float(row["step"])) for row in rows} == {1, 2}
+    assert all(float(row["g/grad_norm"]) > 0 for row in rows)
+    assert (tmp_path / "run" / "report.html").is_file()
+    scheduler = json.loads((tmp_path / "run" / "student" / "scheduler" / "scheduler_config.json").read_text())
+    if name.startswith("nitrosd"):
+        assert scheduler["shifted_timestep"] == (250 if name == "nitrosd_realism" else 500)
+
+
+def on_papers_models() -> set[str]:
+    return {file.stem for file in CONF.glob("*.yaml") if not file.stem.endswith("_shapes")}
+
+
+def test_every_experiment_is_run():
+    assert on_papers_models() == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", sorted(on_papers_models()))
+def test_an_experiment_says_what_it_takes(name):
+    """In its head, or in that of the one that it begins from: its command, what is ours, that it was not run."""
+    text = (CONF / f"{name}.yaml").read_text()
+    head = text.partition("\ndefaults:")[0]
+    parent = next(iter(OmegaConf.load(CONF / f"{name}.yaml").defaults))
+    whole = head + ((CONF / f"{parent}.yaml").read_text() if isinstance(parent, str) else "")
+    assert f"python -m distill.run experiment={name} " in head
+    assert "ot run here" in head
+    assert "The paper's" in whole
+    assert "Ours" in whole
+    assert "Hardware" in whole
+    assert all(len(line) <= 120 for line in head.splitlines())
