@@ -50,7 +50,7 @@ def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
 @pytest.mark.slow
 def test_a_few_step_teacher_is_all_it_needs(smoke, teachers, tmp_path):
     save_file(teachers("mmdit").network.model.state_dict(), tmp_path / "few.safetensors")
-    folder, _ = smoke("experiment=nitrofusion_few_step", f"teacher.weights={tmp_path / 'few.safetensors'}")
+    folder, _ = smoke("experiment=nitrofusion_few_step_shapes", f"teacher.weights={tmp_path / 'few.safetensors'}")
     assert (folder / "student" / "model_index.json").is_file()
 
 
