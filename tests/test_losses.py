@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.losses import adversarial, approximate_r1, r1, weighted_mse
+from distill.losses import adversarial, approximate_r1, r1, verdicts, weighted_mse
 
 REAL = torch.tensor([[0.5, 2.0], [-1.0, 0.0]])
 FAKE = torch.tensor([[-2.0, 0.0], [0.5, -1.0]])
@@ -237,3 +237,18 @@ def test_weighted_mse_by_hand():
         weighted_mse(x, target, weight[:1])
     with pytest.raises(ValueError, match="shapes do not fit"):
         weighted_mse(x, target[:1], weight)
+
+
+def test_verdicts_count_pairs_wherever_zero_lies():
+    """Of four pairs three are told apart and one is a tie; a constant added to all logits changes the means alone."""
+    real, fake = torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.tensor([[-2.0, 0.0], [0.5, -1.0]])
+    found = verdicts(real, fake, lambda x: x.split([1, 1], 1))
+    assert found["d/accuracy"].item() == pytest.approx(3.5 / 4)
+    assert found["d/real"].item() == pytest.approx(2.5 / 4) and found["d/fake"].item() == pytest.approx(-2.5 / 4)
+    assert [found[f"d/real_head{k}"].item() for k in (0, 1)] == pytest.approx([0.75, 0.5])
+    assert [found[f"d/fake_head{k}"].item() for k in (0, 1)] == pytest.approx([-0.75, -0.5])
+    assert verdicts(real - 9, fake - 9)["d/accuracy"].item() == pytest.approx(3.5 / 4)
+    assert verdicts(fake, real)["d/accuracy"].item() == pytest.approx(0.5 / 4)
+    # A mean of many logits would stand still in the halves that they come in.
+    many = torch.full((4096, 1), 3.01).bfloat16()
+    assert verdicts(many, -many)["d/real"].item() == pytest.approx(many[0].float().item(), rel=1e-6)

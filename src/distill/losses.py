@@ -112,9 +112,12 @@ def verdicts(
 ) -> dict[str, Tensor]:
     """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how often it is right.
 
-    The keys are those of the log; `split` parts logits into those of each head.
+    It is right about a pair whose real one has the higher logit, a tie counting half: that says the same of every
+    loss, while a relativistic one leaves it open where zero lies. The keys are those of the log; `split` parts logits
+    into those of each head.
     """
-    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    real, fake = precise(real), precise(fake)
+    right = (real > fake).float().mean() + (real == fake).float().mean() / 2
     found = {"d/real": real.mean(), "d/fake": fake.mean(), "d/accuracy": right}
     for k, (a, b) in enumerate(zip(split(real), split(fake), strict=True) if split else ()):
         found |= {f"d/real_head{k}": a.mean(), f"d/fake_head{k}": b.mean()}
