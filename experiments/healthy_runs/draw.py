@@ -1,0 +1,80 @@
+"""The curves of the committed runs on `shapes`, to hold one's own against: draws `curves.png` beside this file.
+
+    python experiments/healthy_runs/draw.py [runs/mine ...]
+
+A run folder given besides is drawn in black over the method that it was made by.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+METHODS = {"ladd": "LADD", "add": "ADD", "nitrofusion": "NitroFusion"}
+# Title, columns with their colours, scale, what to expect.
+PANELS = (
+    ("Student's losses", {"g/adv": "C0", "g/distill": "C1", "g/regression": "C2"}, "linear"),
+    ("Discriminator's loss", {"d/adv": "C0"}, "linear"),
+    ("Logits, real less fake", {"gap": "C0"}, "linear"),
+    ("Gradient norms before clipping", {"g/grad_norm": "C0", "d/grad_norm": "C1"}, "log"),
+    ("Update-to-weight ratio", {"g/update_ratio": "C0"}, "log"),
+)
+
+
+def curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each column of a metrics.csv as steps and values, both [N]; `gap` is d/real less d/fake."""
+    rows = list(csv.DictReader(path.open()))
+    found = {}
+    for key in rows[0]:
+        pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key)]
+        found[key] = np.array(pairs).reshape(-1, 2).T
+    found["gap"] = np.stack([found["d/real"][0], found["d/real"][1] - found["d/fake"][1]])
+    return {key: (steps, values) for key, (steps, values) in found.items()}
+
+
+def running(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a fortieth of the curve, shorter at its ends."""
+    half = max(1, len(values) // 80)
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def main() -> None:
+    own = {}
+    for folder in map(Path, sys.argv[1:]):
+        own[json.loads((folder / "run.json").read_text())["method"]] = curves(folder / "metrics.csv")
+    figure, axes = plt.subplots(len(PANELS), len(METHODS), figsize=(11, 2.1 * len(PANELS)), sharex="col")
+    for column, (method, name) in zip(axes.T, METHODS.items(), strict=True):
+        reference = curves(HERE.parent / f"{method}_shapes" / "metrics.csv")
+        column[0].set_title(name)
+        for axis, (title, keys, scale) in zip(column, PANELS, strict=True):
+            for key, color in keys.items():
+                for found, look in ((reference, color), (own.get(method, {}), "black")):
+                    if len(found.get(key, ((), ()))[0]):
+                        steps, values = found[key]
+                        axis.plot(steps, values, look, alpha=0.2, linewidth=0.7)
+                        label = key if look == color and len(keys) > 1 else None
+                        axis.plot(steps, running(values), look, linewidth=1.3, label=label)
+            axis.set_yscale(scale)
+            axis.grid(alpha=0.3)
+            axis.tick_params(labelsize=7)
+            if len(keys) > 1 and method == "nitrofusion":
+                axis.legend(fontsize=7, frameon=False)
+            if method == "ladd":
+                axis.set_ylabel(title, fontsize=8)
+        column[-1].set_xlabel("student steps", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / "curves.png", dpi=90)
+    print(f"wrote {HERE / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
