@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from string import Template
 from typing import Any
 
 from PIL import Image
 
-from distill.report import TEMPLATE
 from distill.report.curves import framed, read, smoothed
 from distill.report.evaluation import MEASURES, PERCENT
+from distill.report.page import folded, html, img
 from distill.report.runs import SCORES, Line, Run, lines_of
 
 SHOWN = 8  # prompts in the grid of pictures
@@ -40,17 +37,14 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
         ("Best in one step", best[1], best[0]),
         ("Training", f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min", "all runs together"),
     )
-    tile = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=f"{len(runs)} runs side by side",
-        headline=escape(best[2]),
-        status="",
-        tiles="\n".join(tile.format(*map(escape, values)) for values in tiles),
+    return html(
+        f"{len(runs)} runs side by side",
+        best[2],
+        tiles,
         pictures=_pictures(groups),
         evaluation=_table(lines) + SORT,
         training=f'<div class="charts">\n{"".join(_charts(groups, lines))}\n</div>',
         facts=_made(groups),
-        config="",
     )
 
 
@@ -155,7 +149,7 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, n in heads)
     body = ""
     for k in range(min(SHOWN, *map(len, columns))):
-        body += f"<tr>{''.join(f'<td>{_inline(tiles[k])}</td>' for tiles in columns)}</tr>\n"
+        body += f"<tr>{''.join(f'<td>{img(tiles[k])}</td>' for tiles in columns)}</tr>\n"
     table = (
         f'<div class="scroll"><table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     )
@@ -174,12 +168,6 @@ def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:
             yield row, [grid.crop((x + PADDING, y + PADDING, x + side, y + side)) for x, y in corners]
 
 
-def _inline(picture: Image.Image) -> str:
-    picture.save(file := io.BytesIO(), format="PNG")
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return f'<img src="{source}" width="{picture.width}" height="{picture.height}" class="crisp" alt="">'
-
-
 def _made(groups: Mapping[str, Sequence[Run]]) -> str:
     """How each run was made, and how all were judged."""
     text = ""
@@ -191,7 +179,7 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
     protocols = [dict(p) for p in {tuple(sorted(map(_pair, run.protocol.items()))) for run in _all(groups)}]
     judged = "\n".join("; ".join(f"{k}: {v}" for k, v in protocol.items()) for protocol in protocols)
     warn = '<p class="warn">These runs were not all judged by one protocol.</p>' if len(protocols) > 1 else ""
-    return f"{warn}<details open><summary>Runs and protocol</summary><pre>{escape(text + judged)}</pre></details>"
+    return warn + folded("Runs and protocol", text + judged, "open")
 
 
 def _all(groups: Mapping[str, Sequence[Run]]) -> Iterator[Run]:

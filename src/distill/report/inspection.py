@@ -8,13 +8,11 @@ attention   |d logit / d x0|, the mean over channels: where a change of the pict
 
 from __future__ import annotations
 
-import base64
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
 from distill.process import noise_like
-from distill.report import TEMPLATE
+from distill.report.page import figure, html
 from distill.types import Batch
 
 SHOWN = 8  # pictures
@@ -107,23 +105,18 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)])
-    picture = base64.b64encode((folder / "attention.png").read_bytes()).decode()
+    caption = "The student's pictures, and where each head looks: bright where a change would move it most."
+    picture = figure(folder / "attention.png", caption)
     said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=escape(f"{name}: what the discriminator sees"),
-        headline=escape(f"{said}, {best['right']:.0%}."),
-        status="",
-        tiles="",
-        pictures=f'<div class="labelled"><div class="names">{names}</div><figure><img class="crisp" '
-        f'src="data:image/png;base64,{picture}" alt="attention of heads"><figcaption>The student\'s pictures, and '
-        "where each head looks: bright where a change would move it most.</figcaption></figure></div>",
+    text = html(
+        f"{name}: what the discriminator sees",
+        f"{said}, {best['right']:.0%}.",
+        pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
         evaluation=_table(seen),
         training=_disagreement(seen),
-        facts="",
-        config="",
     )
     path = folder / "inspect.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
