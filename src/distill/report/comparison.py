@@ -11,7 +11,7 @@ from PIL import Image
 from distill.report.curves import framed, read, smoothed
 from distill.report.evaluation import MEASURES, PERCENT
 from distill.report.page import folded, html, img
-from distill.report.runs import SCORES, Line, Run, lines_of
+from distill.report.runs import SCORES, Line, Run, everyone, lines_of
 
 SHOWN = 8  # prompts in the grid of pictures
 PADDING = 2  # of torchvision's grids
@@ -30,7 +30,7 @@ for (const head of document.querySelectorAll('table.sortable thead th')) head.on
 
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
-    lines, runs = lines_of(groups), [run for found in groups.values() for run in found]
+    lines, runs = lines_of(groups), everyone(groups)
     best = _headline(lines)
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
@@ -176,15 +176,6 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
         for run in runs:
             facts = {"seed": run.config.get("seed"), **{k: run.facts.get(k) for k in ("hardware", "commit", "command")}}
             text += f"    {run.folder.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
-    protocols = [dict(p) for p in {tuple(sorted(map(_pair, run.protocol.items()))) for run in _all(groups)}]
-    judged = "\n".join("; ".join(f"{k}: {v}" for k, v in protocol.items()) for protocol in protocols)
+    protocols = {"; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())) for run in everyone(groups)}
     warn = '<p class="warn">These runs were not all judged by one protocol.</p>' if len(protocols) > 1 else ""
-    return warn + folded("Runs and protocol", text + judged, "open")
-
-
-def _all(groups: Mapping[str, Sequence[Run]]) -> Iterator[Run]:
-    return (run for runs in groups.values() for run in runs)
-
-
-def _pair(item: tuple[str, Any]) -> tuple[str, str]:
-    return item[0], str(item[1])
+    return warn + folded("Runs and protocol", text + "\n".join(sorted(protocols)), "open")
