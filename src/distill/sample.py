@@ -53,18 +53,12 @@ def draw(cfg: DictConfig) -> list[Path]:
 
 
 def _prompts(cfg: DictConfig) -> list[str]:
+    from distill.data.datasets import Lines
+
     if (cfg.prompt is None) == (cfg.prompts is None):
         said = "not given" if cfg.prompt is None else "given, and prompts too"
         raise ValueError(f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>")
-    if cfg.prompts is None:
-        return [cfg.prompt]
-    try:
-        lines = [line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"prompts={cfg.prompts}: cannot be read as lines of UTF-8 text ({error})") from None
-    if not lines:
-        raise ValueError(f"prompts={cfg.prompts}: has no line that is not blank; write one prompt a line")
-    return lines
+    return [cfg.prompt] if cfg.prompts is None else Lines(cfg.prompts, key="prompts").lines
 
 
 def _sides(size: Any, model: Any) -> tuple[int, int]:

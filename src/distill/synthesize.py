@@ -37,7 +37,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for start in numbers[:: cfg.batch_size]:
             part = range(start, min(start + cfg.batch_size, numbers.stop))
-            captions, seeds = [lines[i % len(lines)].strip() for i in part], [cfg.seed + i for i in part]
+            captions, seeds = [lines[i % len(lines)] for i in part], [cfg.seed + i for i in part]
             with torch.no_grad():
                 cond, how = teacher.embed(captions), {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
                 latents = guided(teacher, cond, seeded(seeds), **how).float().cpu().numpy()

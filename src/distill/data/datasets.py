@@ -225,16 +225,16 @@ class ImageShards(Samples):
 
 
 class Lines:
-    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
+    """The lines of a text file that are not blank, stripped, as raw samples. ValueError, naming `key`, if there are none."""
 
     def __init__(self, path: str, key: str = "data.path"):
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeError) as error:
             raise ValueError(f"{key}={path}: cannot be read as lines of UTF-8 text ({error})") from None
-        self.path, self.lines = path, [line for line in lines if line.strip()]
+        self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
         if not self.lines:
-            raise ValueError(f"{key}={path}: has no line that is not blank")
+            raise ValueError(f"{key}={path}: has no line that is not blank; write one prompt a line")
 
     def __len__(self) -> int:
         return len(self.lines)
