@@ -22,6 +22,7 @@ from distill.files import gathered, newest, read
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
+from distill.students.card import COLUMNS
 from distill.teachers.reading import class_of
 from distill.types import Cond
 
@@ -202,10 +203,9 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The judging as lines for a terminal."""
-    columns = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
-    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
+    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in COLUMNS)]
     for row in rows:
-        values = "".join(f"{row[name]:>18.3f}" if name in row else f"{'-':>18}" for name in columns)
+        values = "".join(f"{row[name]:>18.3f}" if name in row else f"{'-':>18}" for name in COLUMNS)
         lines.append(f"{row['who']:10}{row['steps']:>6}{values}")
     return "\n".join(lines)
 
