@@ -225,7 +225,7 @@ class ImageShards(Samples):
 
 
 class Lines:
-    """The lines of a text file that are not blank, stripped, as raw samples. ValueError, naming `key`, if there are none."""
+    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
 
     def __init__(self, path: str, key: str = "data.path"):
         try:

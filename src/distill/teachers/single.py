@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.teachers.reading import PICKLED, dtype_of, first_line, of_hub, pipeline_classes, silent, whole
+from distill.teachers.reading import PICKLED, dtype_of, fetched, first_line, pipeline_classes, silent, whole
 from distill.teachers.weights import local_file
 
 SINGLE = (".safetensors", *PICKLED)
@@ -90,12 +90,4 @@ def _config(config: str | None, path: str, patterns: list[str]) -> str:
         )
     if Path(config).is_dir():
         return config
-    if config.startswith(("/", ".", "~")) or config.count("/") != 1:
-        raise FileNotFoundError(
-            f"teacher.config={config}: no such folder; give a diffusers pipeline folder or a hub id"
-        )
-    try:
-        return snapshot_download(config, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        what = f"cannot be fetched ({of_hub(error)})"
-        raise ValueError(f"teacher.config={config}: {what}; check the name, the network and its licence") from None
+    return fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.teachers.reading import of_hub
+from distill.teachers.reading import not_fetched
 
 
 def put_on(pipeline: Any, path: str) -> None:
@@ -47,8 +47,7 @@ def local_file(path: str, key: str) -> Path:
         try:
             file = Path(hf_hub_download(f"{owner}/{repository}", name))
         except (OSError, ValueError) as error:
-            what = f"cannot be fetched ({of_hub(error)})"
-            raise ValueError(f"{key}={path}: {what}; check the name, the network and its licence") from None
+            raise not_fetched(f"{key}={path}", error) from None
     if not file.is_file():
         raise FileNotFoundError(f"{key}={path}: no such file; give one, or owner/repository/file of the hub")
     return file
