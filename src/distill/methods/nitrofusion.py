@@ -32,7 +32,7 @@ from torch import Tensor
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
-from distill.process import noise_like
+from distill.process import level_like, noise_like
 from distill.types import Batch, Terms, Times
 
 LEAD = 100
@@ -87,9 +87,9 @@ class NitroFusion(Distillation):
         done, now = self._place()
         with torch.no_grad():
             for at, later in pairwise([*done, now]):
-                x0 = self.student.x0(x_t, _time(x_t, at), batch.cond)
-                x_t = self.student.process.diffuse(x0, noise_like(x0, generator), _time(x_t, later))
-        x0_hat = self.student.x0(x_t, _time(x_t, now), batch.cond)
+                x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
+                x_t = self.student.process.diffuse(x0, noise_like(x0, generator), level_like(x0, later))
+        x0_hat = self.student.x0(x_t, level_like(x_t, now), batch.cond)
         if self.step < self.opening - LEAD:
             return {"x0_hat": x0_hat}
         noise = noise_like(x0_hat, generator)
@@ -141,7 +141,3 @@ class NitroFusion(Distillation):
         steps = list(self.levels[n - 1])
         i = int(luck[2] * n)
         return steps[:i], steps[i]
-
-
-def _time(x: Tensor, t: float) -> Tensor:
-    return torch.full((len(x),), float(t), device=x.device)

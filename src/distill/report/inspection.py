@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
-from distill.process import noise_like
+from distill.process import level_like, noise_like
 from distill.report.page import figure, html
 from distill.types import Batch
 
@@ -62,9 +62,8 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
     """Have every head judge real samples and the student's, from pure noise in one step, at each level."""
     method.heads.eval()  # spectral norm moves on with every pass in training
     critic, noise = method.critic(), noise_like(batch.x0, generator)
-    start = torch.ones(len(batch), device=batch.x0.device)
     with torch.no_grad():
-        x0_hat = method.student.x0(batch.noise if batch.noise is not None else noise, start, batch.cond)
+        x0_hat = method.student.x0(batch.noise if batch.noise is not None else noise, level_like(noise, 1), batch.cond)
         pictures = method.teacher.decode(x0_hat[:SHOWN])
         answers = [[_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels]
     real, fake = (torch.stack([pair[i] for pair in answers]) for i in (0, 1))
@@ -77,7 +76,7 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
 
 def _judge(method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch) -> Tensor:
     """Mean logit of each head, [H, B]."""
-    t = torch.full((len(batch),), float(level), device=x0.device)
+    t = level_like(x0, level)
     maps, told = method.see(x0, t, noise, batch)
     logits = critic(maps, t, told)
     return torch.stack([part.float().mean(1) for part in critic.split(logits)])
