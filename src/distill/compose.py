@@ -139,11 +139,14 @@ def _fresh_folder(stem: str) -> Path:
 
 def folder_of(resume: str) -> Path:
     """The run folder that `resume`, a run folder or one of its checkpoints, lies in."""
-    path = Path(resume)
-    folder = path.parent.parent if path.name.endswith(".ckpt") else path
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"resume={resume}: not a run folder, nor a checkpoint in one (there is no config.yaml)")
-    return folder
+    return run_at(str(Path(resume).parent.parent) if resume.endswith(".ckpt") else resume, key="resume")
+
+
+def run_at(path: str, key: str = "run") -> Path:
+    """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
+    if not (Path(path) / "config.yaml").is_file():
+        raise FileNotFoundError(f"{key}={path}: not a run folder (it has no config.yaml)")
+    return Path(path)
 
 
 def rank() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import command
@@ -15,13 +14,12 @@ def judge(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from distill import build
+    from distill.compose import run_at
     from distill.report import write_report
     from distill.sampling import sampler_of
     from distill.students.card import write_card
 
-    folder = Path(cfg.run)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"run={cfg.run}: not a run folder (it has no config.yaml)")
+    folder = run_at(cfg.run)
     student = build.student_of(cfg.run)
     teacher = build.make(OmegaConf.load(folder / "config.yaml").teacher)
     print(build.table(build.make(cfg.metrics)(student, teacher, folder, sampler_of(student.pipeline))))

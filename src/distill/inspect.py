@@ -17,14 +17,12 @@ def inspect(cfg: DictConfig) -> Path:
     from omegaconf import OmegaConf
 
     from distill import build
-    from distill.compose import check_counts
+    from distill.compose import check_counts, run_at
     from distill.files import newest, read
     from distill.report.inspection import look, write
 
     check_counts(cfg, {"samples": 2, "seed": 0})
-    folder = Path(cfg.run)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"run={cfg.run}: not a run folder (it has no config.yaml)")
+    folder = run_at(cfg.run)
     if not all(0 < level <= 1 for level in cfg.levels):
         raise ValueError(f"levels={list(cfg.levels)}: must lie in (0, 1]")
     kept = newest(folder)
