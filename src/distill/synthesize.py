@@ -6,7 +6,7 @@ Sample i is of prompt i (from the first again after the last) and of the seed `s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill.errors import command
 
@@ -29,7 +29,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(making.device())
-    shape = _shape(cfg, teacher)
+    shape = teacher.shape_of(cfg.size)
     job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
         making.put_null(teacher, folder)
@@ -50,17 +50,6 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     about = {"what": "samples of a teacher", "teacher": cfg.teacher.path, "size": size, "buckets": None}
     job.finish(**about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings)
     return 0
-
-
-def _shape(cfg: DictConfig, teacher: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the samples: the teacher's own, or of `size`, [width, height] in pixels."""
-    channels, *own = teacher.latent_shape
-    if cfg.size is None:
-        return channels, *own
-    if len(cfg.size) != 2 or any(side < 1 or side % teacher.unit for side in cfg.size):
-        raise ValueError(f"size={cfg.size}: must be null or [width, height] in multiples of {teacher.unit}")
-    width, height = (side * teacher.patch // teacher.unit for side in cfg.size)
-    return channels, height, width
 
 
 @command("synthesize")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -111,6 +112,21 @@ class PipelineTeacher(nn.Module):
         """(C, H, W) of the latents at the size it was trained for."""
         config = self.network.model.config
         return config.in_channels, config.sample_size, config.sample_size
+
+    def shape_of(self, size: Any) -> tuple[int, int, int]:
+        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: at the size it was trained for.
+
+        Raises ValueError for sides that it cannot make.
+        """
+        if size is None:
+            return self.latent_shape
+        sides = list(size) if isinstance(size, Sequence) else [size, size]
+        most = self.unit * (self.network.model.config.get("pos_embed_max_size") or math.inf)
+        if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [True, True]:
+            what = f"a side, or [width,height], in multiples of {self.unit}"
+            raise ValueError(f"size={size}: must be {what}{f' up to {most}' if most < math.inf else ''}")
+        width, height = (side * self.patch // self.unit for side in sides)
+        return self.latent_shape[0], height, width
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """The autoencoder's own latents: the mean of its posterior."""
