@@ -40,6 +40,13 @@ def write(state: dict[str, Any], path: Path) -> None:
     os.close(folder)
 
 
+def put(path: Path, content: bytes) -> None:
+    """A small file, there only when whole; several processes may write the same one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

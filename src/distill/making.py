@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distill import compose, launch
 from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
+from distill.files import put
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
@@ -148,13 +149,6 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         if before.get(k) != now.get(k) and not k.startswith(FREE)
     ]:
         raise ValueError(f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out=")
-
-
-def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes may write the same one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def device() -> torch.device:

@@ -19,6 +19,7 @@ def begin(cfg: DictConfig) -> int:
     from omegaconf import OmegaConf
 
     from distill import build, compose, launch
+    from distill.files import put
     from distill.record import RunRecord
 
     if cfg.resume:
@@ -33,9 +34,8 @@ def begin(cfg: DictConfig) -> int:
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
     if compose.rank() == 0:
-        part = folder / "config.yaml.part"  # renamed when complete: a full disk must not cost an earlier run its own
-        OmegaConf.save(cfg, part, resolve=True)
-        part.replace(folder / "config.yaml")
+        # Only when complete: a full disk must not cost an earlier run its own.
+        put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         RunRecord(folder).begun(" ".join(["python -m distill.run", *sys.argv[1:]]), compose.name_of(cfg))
         print(f"run folder: {folder}")
     if not several:

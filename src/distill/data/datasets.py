@@ -164,13 +164,7 @@ class LatentShards(Samples):
     shape = None
 
     def __init__(
-        self,
-        path: str,
-        *,
-        limit: int | None = None,
-        max_bad_share: float = 0.1,
-        seeded: bool = False,
-        buckets: Sequence[Sequence[int]] | None = None,
+        self, path: str, *, seeded: bool = False, buckets: Sequence[Sequence[int]] | None = None, **options: Any
     ):
         folder = Path(expand(path)[0]).parent
         if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
@@ -182,7 +176,7 @@ class LatentShards(Samples):
         if (folder / NULL).is_file():
             with np.load(folder / NULL, allow_pickle=False) as kept:
                 self.null = {name: torch.from_numpy(kept[name]) for name in kept.files}
-        super().__init__(path, limit=limit, max_bad_share=max_bad_share, buckets=buckets)
+        super().__init__(path, buckets=buckets, **options)
         self.seeded = seeded
         first, skipped = self.find(0)
         if first is None:

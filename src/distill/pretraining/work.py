@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from distill.data.datasets import ImageShards
+from distill.files import put
 from distill.pretraining.fit import Fit
 from distill.shapes.judge import MODEL, Judge
 from distill.shapes.render import render
@@ -92,9 +93,7 @@ class Work:
         known["commands"] = list(dict.fromkeys([*known["commands"], *commands]))
         known["stages"].setdefault(stage, {}).update(values)
         self.out.mkdir(parents=True, exist_ok=True)
-        part = self.out / "pretraining.part"
-        part.write_text(json.dumps(known, indent=2) + "\n")
-        part.replace(self.out / "pretraining.json")
+        put(self.out / "pretraining.json", json.dumps(known, indent=2).encode() + b"\n")
 
     def begin(self, stage: str, decided_by: Sequence[str], command: str) -> None:
         """Write down the settings that decide what a stage makes; refuse to go on with one begun with others."""
