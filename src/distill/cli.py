@@ -1,7 +1,5 @@
 """`distill COMMAND ...` is `python -m distill.COMMAND ...`, and nothing else."""
 
-from __future__ import annotations
-
 import difflib
 import runpy
 import sys

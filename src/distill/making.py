@@ -11,8 +11,6 @@ whoever makes it, and whenever, gives it the same bytes; and since it appears on
 done. Processes need not talk: each makes every world-th shard, and whoever finds all of them there writes the manifest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

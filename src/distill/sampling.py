@@ -4,8 +4,6 @@ students:        consistency (LADD) or Euler-ancestral (ADD) steps, t = 1, 1 - 1
 guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """`python -m distill.worker <folder> <command>`: one of several processes of a command, started by `distill.launch`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

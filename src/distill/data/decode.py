@@ -4,8 +4,6 @@ A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__ur
 nothing here unpickles, and only the image formats named in `FORMATS` are tried.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import warnings

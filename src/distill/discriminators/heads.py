@@ -4,8 +4,6 @@ h = block_1x1(norm(map));  h = (block_kxk(h) + h) / sqrt 2;  out = conv(h)      
 logit at each place = <out, c> / sqrt P,   c = linear([embedding of t, pooled text])  projection discriminator
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Self

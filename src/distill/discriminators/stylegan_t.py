@@ -7,8 +7,6 @@ Convolutions run along the tokens, circular, with spectral norm. Heads compute i
 squares small gradients.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

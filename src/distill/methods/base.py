@@ -8,8 +8,6 @@ Every random number comes from a generator seeded by (seed, iteration, rank, mic
 the uninterrupted one would have drawn.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import zlib

@@ -20,8 +20,6 @@ Bottom-up refinement: from step refine[n - 1] on the student is also trained as 
 it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The two tiny teachers: an SD3-type MMDiT on the rectified flow, and an SD-type UNet that predicts noise."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

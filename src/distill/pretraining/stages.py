@@ -6,8 +6,6 @@
 <out>/pretraining.json        settings, seconds and scores, as they come
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Tokenizer and CLIP-type text/image encoders, trained on the captions and pictures at hand."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

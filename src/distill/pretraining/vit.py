@@ -7,8 +7,6 @@ DINO's own loss of crops was tried first: in the time there is it learns to tell
 where colours are exchanged.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

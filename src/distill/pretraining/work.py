@@ -1,7 +1,5 @@
 """The folder that a pretraining works in: what it learns from, and what earlier stages have left there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property

@@ -6,8 +6,6 @@ Each section reads its own file. One that is missing or torn costs that section,
 nothing else: a report is wanted most after a run that went wrong.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress

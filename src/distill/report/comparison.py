@@ -1,7 +1,5 @@
 """`compare.html`: runs side by side on one page that holds everything it shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any

@@ -1,7 +1,5 @@
 """Training in curves: the losses of both players, the discriminator's health, the optimisers' pace."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

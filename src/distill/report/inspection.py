@@ -6,8 +6,6 @@ agreement   correlation of two heads' logits over all samples
 attention   |d logit / d x0|, the mean over channels: where a change of the picture would move the head
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Finished runs side by side: what they differ in, and their scores by group, over seeds."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

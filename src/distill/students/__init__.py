@@ -1,7 +1,5 @@
 """Students: made from a teacher, and left behind as ordinary diffusers pipelines."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

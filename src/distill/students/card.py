@@ -1,7 +1,5 @@
 """The model card of a student: what it is, what it may be used for, how it is loaded, and what it was measured at."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Whatever alpha a run had, it is multiplied into B here, so that a reader that knows nothing of alpha is right as well.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

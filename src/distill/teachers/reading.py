@@ -1,7 +1,5 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v, step index 0..999."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

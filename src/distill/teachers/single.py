@@ -1,7 +1,5 @@
 """Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
