@@ -52,9 +52,8 @@ def check(cfg: DictConfig) -> None:
     if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
         raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.accelerator={accelerator}: there is no GPU here; use trainer.accelerator=cpu or auto"
-        )
+        what = "there is no GPU here; use trainer.accelerator=cpu or auto"
+        raise ValueError(f"trainer.accelerator={accelerator}: {what}")
     strategy = cfg.trainer.get("strategy", "auto")
     named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
     if "fsdp" in named.lower():

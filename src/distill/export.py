@@ -60,9 +60,7 @@ def _lora(cfg: DictConfig, run: Path) -> Path:
     compose.check_counts(cfg, {"rank": 1})
     own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
     if cfg.rank is None and not own.is_file():
-        raise ValueError(
-            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is to be kept"
-        )
+        raise ValueError(f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept")
     if cfg.rank is None:
         factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
     else:

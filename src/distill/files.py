@@ -32,9 +32,8 @@ def write(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OSError(
-            f"cannot write the checkpoint {path} ({reason}); those before it are untouched: make room, then resume"
-        ) from None
+        what = f"cannot write the checkpoint {path} ({reason})"
+        raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
     os.close(folder)

@@ -27,9 +27,7 @@ def inspect(cfg: DictConfig) -> Path:
         raise ValueError(f"levels={list(cfg.levels)}: must lie in (0, 1]")
     kept = newest(folder)
     if kept.is_dir():
-        raise ValueError(
-            f"run={cfg.run}: its checkpoints are cut up among processes, which inspect does not put together"
-        )
+        raise ValueError(f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones")
     made = OmegaConf.load(folder / "config.yaml")
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)

@@ -58,9 +58,8 @@ class ConvHead(nn.Module):
         limit = spectral_norm if spectral else _identity
         self.norm = nn.GroupNorm(1, channels) if norm_input else nn.Identity()
         self.enter = nn.Sequential(limit(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2))
-        self.mix = nn.Sequential(
-            limit(nn.Conv2d(width, width, kernel, padding=kernel // 2)), _norm(width), nn.LeakyReLU(0.2)
-        )
+        mix = limit(nn.Conv2d(width, width, kernel, padding=kernel // 2))
+        self.mix = nn.Sequential(mix, _norm(width), nn.LeakyReLU(0.2))
         self.out = limit(nn.Conv2d(width, projection, 1))
         self.condition = nn.Linear(condition, projection)
 

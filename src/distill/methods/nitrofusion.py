@@ -72,9 +72,7 @@ class NitroFusion(Distillation):
         if [len(steps) for steps in levels] != list(range(1, len(levels) + 1)) or any(s[0] != 1 for s in levels):
             raise ValueError(f"method.levels={levels}: must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down")
         if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
-            raise ValueError(
-                f"method.refine={list(refine)}: must rise from 0, one step for each of method.levels at most"
-            )
+            raise ValueError(f"method.refine={list(refine)}: must rise from 0, at most one for each of method.levels")
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
         self.mixed, self.shared, self.adversarial, self.opening = mixed, shared, adversarial(loss), opening
         self.pairs_weight, self.distill_weight = pairs_weight, distill_weight

@@ -136,9 +136,8 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     for i, (group, runs) in enumerate(groups.items()):
         for row, tiles in _strips(runs[0]):
             first = i == 0 and row.who == "teacher"
-            if row.who == "student" or (
-                first and row.steps == max(r.steps for r in runs[0].rows if r.who == "teacher")
-            ):
+            most = max(r.steps for r in runs[0].rows if r.who == row.who)
+            if row.who == "student" or (first and row.steps == most):
                 place = 0 if first else len(heads)
                 heads.insert(place, ("teacher" if first else group, row.steps))
                 columns.insert(place, tiles)
@@ -148,10 +147,9 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     body = ""
     for k in range(min(SHOWN, *map(len, columns))):
         body += f"<tr>{''.join(f'<td>{img(tiles[k])}</td>' for tiles in columns)}</tr>\n"
-    table = (
-        f'<div class="scroll"><table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-    )
-    return f'{table}\n<p class="soft">One prompt and one noise per row; of each group the first run.</p>'
+    table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+    note = "One prompt and one noise per row; of each group the first run."
+    return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'
 
 
 def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:

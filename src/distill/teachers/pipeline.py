@@ -198,9 +198,7 @@ class PipelineTeacher(nn.Module):
                 self._said = True
             cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
-            log.warning(
-                "a caption is longer than this teacher reads, and ends before %r; of others no word is said", cut
-            )
+            log.warning("a caption is longer than this teacher reads, and ends before %r; others are not named", cut)
         return cond
 
     def _cut(self, captions: Sequence[str]) -> str | None:

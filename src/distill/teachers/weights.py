@@ -28,9 +28,8 @@ def put_on(pipeline: Any, path: str) -> None:
         return
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     own = model.state_dict()
-    if other := [
-        k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
-    ]:
+    shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
+    if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
         what = f"{len(other)} tensors are not there or of another shape, {sorted(other)[0]} for one"
         raise ValueError(f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})")
     add = "delta" in about
