@@ -85,13 +85,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     refuse_misfit(cfg, source.dataset, teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
-    return source, make(cfg.method)(
-        teacher=teacher,
-        student=make(cfg.student)(teacher=teacher),
-        **_discriminator(cfg.discriminator, teacher),
-        engine=make(cfg.optimizer),
-        seed=cfg.seed,
-    )
+    players = {"student": make(cfg.student)(teacher=teacher), **_discriminator(cfg.discriminator, teacher)}
+    return source, make(cfg.method)(teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:

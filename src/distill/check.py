@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 BAR = 40  # characters
 
 
-def inspect(cfg: DictConfig) -> int:
+@command("check")
+def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
     from rich.progress import track
 
@@ -70,11 +71,6 @@ def histogram(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     from math import log2
 
     return sorted(Counter(round(4 * log2(width / height)) for width, height in sizes).items())
-
-
-@command("check")
-def main(cfg: DictConfig) -> int:
-    return inspect(cfg)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def judge(cfg: DictConfig) -> None:
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from distill import build
@@ -26,11 +27,6 @@ def judge(cfg: DictConfig) -> None:
     if (folder / "student").is_dir():
         write_card(folder / "student", folder, teacher.folder)
     print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
-
-
-@command("evaluate")
-def main(cfg: DictConfig) -> None:
-    judge(cfg)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def inspect(cfg: DictConfig) -> Path:
-    """Judge real samples and the student's with the heads of the run's newest checkpoint; returns the page's path."""
+@command("inspect")
+def main(cfg: DictConfig) -> None:
+    """Judge real samples and the student's with the heads of the run's newest checkpoint."""
     import torch
     from omegaconf import OmegaConf
 
@@ -34,12 +35,8 @@ def inspect(cfg: DictConfig) -> Path:
     method.load_state_dict(read(kept)["state_dict"], strict=False)
     batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
-    return write(look(method, batch, list(cfg.levels), generator), Path(cfg.out or folder / "inspect"), folder.name)
-
-
-@command("inspect")
-def main(cfg: DictConfig) -> None:
-    print(f"wrote {inspect(cfg)}")
+    seen, out = look(method, batch, list(cfg.levels), generator), Path(cfg.out or folder / "inspect")
+    print(f"wrote {write(seen, out, folder.name)}")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,8 @@ class SD(PipelineTeacher):
         return UNet(self.pipeline.unet, process, prediction)
 
     def _encode(self, captions: list[str]) -> Cond:
-        tokens, _ = self.pipeline.encode_prompt(
-            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        alone = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        tokens, _ = self.pipeline.encode_prompt(captions, self.device, **alone)
         # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
