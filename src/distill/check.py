@@ -3,18 +3,15 @@
 Every sample is read as a run would read it. The exit code is 1 if more than `data.max_bad_share` of them are bad.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable
 from statistics import median
-from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+
+from distill.compose import make
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 BAR = 40  # characters
 
@@ -23,8 +20,6 @@ BAR = 40  # characters
 def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
     from rich.progress import track
-
-    from distill.compose import make
 
     source = make(cfg.data)
     data, captions, bad = source.dataset, [], []

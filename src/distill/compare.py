@@ -1,15 +1,11 @@
 """`python -m distill.compare runs='runs/*'`: runs side by side, as a table, a CSV and one page with pictures."""
 
-from __future__ import annotations
-
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 @command("compare")

@@ -1,21 +1,14 @@
 """`python -m distill.evaluate run=...`: judge a finished run again, and rewrite its evaluation and report."""
 
-from __future__ import annotations
+from omegaconf import DictConfig, OmegaConf
 
-from typing import TYPE_CHECKING
-
+from distill.compose import run_at
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    from omegaconf import OmegaConf
-
     from distill import build
-    from distill.compose import run_at
     from distill.report import write_report
     from distill.sampling import sampler_of
     from distill.students.card import write_card

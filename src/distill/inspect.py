@@ -1,24 +1,19 @@
 """`python -m distill.inspect run=...`: what the discriminator of a run sees, by head and noise level."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig, OmegaConf
+
+from distill.compose import check_counts, run_at
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 @command("inspect")
 def main(cfg: DictConfig) -> None:
     """Judge real samples and the student's with the heads of the run's newest checkpoint."""
     import torch
-    from omegaconf import OmegaConf
 
     from distill import build
-    from distill.compose import check_counts, run_at
     from distill.files import newest, read
     from distill.report.inspection import look, write
 

@@ -1,23 +1,17 @@
 """`python -m distill.run method=ladd teacher=shapes`: distil, judge, export, report. One run, one folder."""
 
-from __future__ import annotations
-
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from omegaconf import DictConfig
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from omegaconf import OmegaConf
-
     from distill import build, compose, launch
     from distill.files import put
     from distill.record import RunRecord

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
+
+from distill.compose import check_counts
 from distill.errors import command
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from torch import Tensor
 
 SHOWN = 64  # pictures in the grid, the first ones
@@ -27,7 +29,6 @@ def draw(cfg: DictConfig) -> list[Path]:
     from torchvision.utils import make_grid
 
     from distill import build
-    from distill.compose import check_counts
 
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     prompts = _prompts(cfg)

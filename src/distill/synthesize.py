@@ -4,17 +4,12 @@ Sample i is of prompt i (from the first again after the last) and of the seed `s
 `data.seeded=true` gives the noise that it was made from. Killed and started again, the command goes on.
 """
 
-from __future__ import annotations
+from collections.abc import Iterator
+from pathlib import Path
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from omegaconf import DictConfig
 
 
 def draw(cfg: DictConfig, folder: Path) -> int:
