@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
-from distill.files import gathered, newest, read
+from distill.files import gathered, newest
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
@@ -163,11 +163,6 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
 def checkpoint_of(cfg: DictConfig) -> Path | None:
     """What to go on from: the newest checkpoint that is whole."""
     return newest(Path(cfg.resume)) if cfg.resume else None
-
-
-def iteration_of(checkpoint: Path) -> int:
-    """How many iterations the run behind this checkpoint had made."""
-    return read(checkpoint)["distill"]["iteration"]
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:

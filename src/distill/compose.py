@@ -174,19 +174,21 @@ def going_on(cfg: DictConfig) -> DictConfig:
         if override.startswith("~") or OmegaConf.select(cfg, key) is not None:  # not experiment= and the like
             OmegaConf.update(now, key, OmegaConf.select(cfg, key), merge=False)
     now.resume = cfg.resume
-    both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
-    old, new = ({key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both)
-    different = [
-        f"{key}={new.get(key)} (was {old.get(key)})"
-        for key in sorted(old | new)
-        if key.startswith(FIXED) and old.get(key) != new.get(key)
-    ]
+    different = [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
     batches = [c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)]
     if batches[0] != batches[1]:
         different.append(f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)")
     if different:
         raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
     return now
+
+
+def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
+    """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
+    both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    old, new = ({key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both)
+    keys = (key for key in sorted(old | new) if old.get(key) != new.get(key))
+    return {key: f"{key}={new.get(key)} (was {old.get(key)})" for key in keys}
 
 
 def processes(cfg: DictConfig) -> int:

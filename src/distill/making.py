@@ -137,15 +137,8 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder was begun with other settings, naming them."""
-    before, now = (
-        {k: v for k, v in compose.dotted(OmegaConf.to_container(c, resolve=True)).items() if not isinstance(v, dict)}
-        for c in (OmegaConf.load(folder / BEGUN), cfg)
-    )
-    if different := [
-        f"{k}={now.get(k)} (was {before.get(k)})"
-        for k in sorted(before | now)
-        if before.get(k) != now.get(k) and not k.startswith(FREE)
-    ]:
+    changes = compose.changes(OmegaConf.load(folder / BEGUN), cfg)
+    if different := [said for key, said in changes.items() if not key.startswith(FREE)]:
         raise ValueError(f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out=")
 
 

@@ -43,12 +43,13 @@ def begin(cfg: DictConfig) -> int:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     from distill import build, compose
+    from distill.files import read
     from distill.record import RunRecord
 
     source, method = parts or build.parts(cfg)
     trainer = build.trainer(cfg, folder)
     checkpoint = build.checkpoint_of(cfg)
-    start = build.iteration_of(checkpoint) * method.engine.accumulate if checkpoint else 0
+    start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
     loader = source.loader(seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start)
     trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     student = build.averaged(method, first=trainer.is_global_zero)

@@ -55,7 +55,7 @@ class ConvHead(nn.Module):
         norm_input: bool,
     ):
         super().__init__()
-        limit = spectral_norm if spectral else _identity
+        limit = spectral_norm if spectral else lambda module: module
         self.norm = nn.GroupNorm(1, channels) if norm_input else nn.Identity()
         self.enter = nn.Sequential(limit(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2))
         mix = limit(nn.Conv2d(width, width, kernel, padding=kernel // 2))
@@ -119,7 +119,3 @@ def _waves(t: Tensor) -> Tensor:
 def _norm(width: int) -> nn.GroupNorm:
     """Statistics per sample, so that logits of one sample do not depend on its neighbours in the batch."""
     return nn.GroupNorm(math.gcd(8, width), width)
-
-
-def _identity(module: nn.Module) -> nn.Module:
-    return module

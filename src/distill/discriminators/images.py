@@ -69,7 +69,7 @@ class ImageFeatures(nn.Module):
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked at."""
-        hidden = self._hidden(self.prepare(x, generator))
+        hidden = self._run(self.prepare(x, generator), output_hidden_states=True).hidden_states
         tokens = [hidden[k + 1] for k in self.taps]  # entry 0 is the embedding
         return [(h[:, 1:] + h[:, :1]).transpose(1, 2) for h in tokens]
 
@@ -95,9 +95,6 @@ class ImageFeatures(nn.Module):
     def _run(self, x: Tensor, **options: Any) -> Any:
         native = x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
         return self.model(x, **options, **({} if native else {"interpolate_pos_encoding": True}))
-
-    def _hidden(self, x: Tensor) -> Sequence[Tensor]:
-        return self._run(x, output_hidden_states=True).hidden_states
 
 
 def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
