@@ -149,7 +149,7 @@ def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
     ((index, expected),) = seen
     with torch.no_grad():
         found = Guided(teacher, 5.0).x0(x_t, teacher.process.time(torch.tensor([index] * 2)), teacher.embed(PROMPTS))
-    assert teacher.network.prediction == "v"
+    assert teacher.prediction == "v"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -50,7 +50,7 @@ def test_a_single_file_is_the_folder(layout, written):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
-    assert single.network.prediction == whole.network.prediction
+    assert single.prediction == whole.prediction
     assert single.folder is None
     cond, x_t = single.embed(tiny.CAPTIONS[:2]), torch.randn(2, *single.latent_shape)
     with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from distill.process import Process
+from distill.process import Prediction, Process
 from distill.teachers.network import Network, is_block
 from distill.teachers.reading import check_tokenizers, read_pipeline, silent
 from distill.teachers.single import SINGLE, read_single
@@ -163,6 +163,10 @@ class PipelineTeacher(nn.Module):
     @property
     def process(self) -> Process:
         return self.network.process
+
+    @property
+    def prediction(self) -> Prediction:  # a sampler asks a student of either kind
+        return self.network.prediction
 
     @property
     def device(self) -> torch.device:

@@ -84,6 +84,5 @@ def _config(config: str | None, path: str, patterns: list[str]) -> str:
     """The folder of the pipeline that says what is in the file; of one on the hub the files of these `patterns`."""
     if config is None:
         raise ValueError(f"teacher.config=null: {path} is a single file; give the pipeline folder or id of its kind")
-    if Path(config).is_dir():
-        return config
-    return fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)
+    here = Path(config).is_dir()
+    return config if here else fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)
