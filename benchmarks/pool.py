@@ -15,10 +15,9 @@ import time
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from common import composed
 
 from distill import build
-from distill._conf import CONF_DIR
 
 SIZES, REPEATS = (1, 480, 1920), 30  # 1: as many as there are places, so that nothing is chosen
 
@@ -74,9 +73,7 @@ def megabytes(heads: Player) -> tuple[float, float]:
 def main() -> None:
     made = []
     for size in SIZES:
-        with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-            keys = ["method=nitrofusion", "method.regression=0", *sys.argv[1:], f"discriminator.heads.size={size}"]
-            cfg = compose("config", overrides=keys)
+        cfg = composed(["method=nitrofusion", "method.opening=0", *sys.argv[1:], f"discriminator.heads.size={size}"])
         source, method = build.parts(cfg)
         batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
         made.append((method, batch, *players(method)))

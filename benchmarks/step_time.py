@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 
+import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
+from common import composed, fit
 
 from distill import build
-from distill._conf import CONF_DIR
 
 REPEATS = 12
 
@@ -36,8 +36,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-        cfg = compose("config", overrides=[*sys.argv[1:], "optimizer.head_start=0"])
+    cfg = composed(sys.argv[1:])
     torch.manual_seed(cfg.seed)
     source, method = build.parts(cfg)
     teacher = method.teacher
@@ -89,7 +88,6 @@ def main() -> None:
 
 def step_time(cfg: object, method: object, source: object) -> float:
     """Median seconds between the ends of consecutive steps under the real trainer."""
-    import lightning as L
 
     class Clock(L.Callback):
         def __init__(self) -> None:
@@ -99,19 +97,7 @@ def step_time(cfg: object, method: object, source: object) -> float:
             self.ends.append(time.perf_counter())
 
     clock = Clock()
-    trainer = L.Trainer(
-        max_steps=REPEATS + 3,
-        max_epochs=-1,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator=cfg.trainer.accelerator,
-        devices=1,
-        precision=cfg.trainer.precision,
-    )
-    trainer.fit(method, source.loader(seed=cfg.seed))
+    fit(cfg, method, source, REPEATS + 3, clock)
     gaps = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
     return statistics.median(gaps[2:])
 

@@ -15,13 +15,11 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
-import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
+from common import composed, fit
 from torch import Tensor
 
 from distill import build
-from distill._conf import CONF_DIR
 
 STEPS = 3
 STUDENTS = {
@@ -38,21 +36,8 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def measure(overrides: list[str]) -> dict[str, int]:
     """Train, and say what was held."""
-    with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-        cfg = compose("config", overrides=[*overrides, "optimizer.head_start=0"])
-    source, method = build.parts(cfg)
-    trainer = L.Trainer(
-        max_steps=STEPS,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator=cfg.trainer.accelerator,
-        devices=1,
-        precision=cfg.trainer.precision,
-    )
-    trainer.fit(method, source.loader(seed=cfg.seed))
+    source, method = build.parts(cfg := composed(overrides))
+    trainer = fit(cfg, method, source, STEPS)
     student = list(method.student.parameters())
     moments = trainer.strategy.optimizers[0].state.values()
     found = {

@@ -90,26 +90,10 @@ def sd35() -> Any:
 
 def sdxl() -> Any:
     """As tiny's, but for two CLIPs that differ, as in the real one: by their width a single file's are told apart."""
-    net = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=CLIP + 24,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        norm_num_groups=8,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 24,
-    )
+    net = tiny.sdxl_unet(CLIP + 24, 24)
     texts = clip(CLIP, transformers.CLIPTextModel) | {f"{name}_2": part for name, part in clip(24).items()}
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return diffusers.StableDiffusionXLPipeline(
-        unet=tiny.shake(net, 2), vae=vae(), scheduler=scheduler, add_watermarker=False, **texts
-    )
+    return diffusers.StableDiffusionXLPipeline(unet=net, vae=vae(), scheduler=scheduler, add_watermarker=False, **texts)
 
 
 def pixart() -> Any:

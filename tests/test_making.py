@@ -221,6 +221,8 @@ def test_samples_of_another_size(command, asked, tmp_path):
     assert command("synthesize", *asked["synthesize"], *more)[0] == 0
     data = LatentShards(str(tmp_path / "made"), seeded=True)
     assert data.shape == (4, 16, 8)
+    assert command("synthesize", *asked["synthesize"], "size=32", *more[1:-1], "out=square")[0] == 0
+    assert LatentShards(str(tmp_path / "square")).shape == (4, 8, 8)
     assert set(data[0]) == {"x0", "noise", "caption", "key"}
 
 

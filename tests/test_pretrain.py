@@ -127,7 +127,7 @@ def test_a_stage_without_what_it_needs_is_refused(tmp_path):
 
 
 def test_an_unknown_stage_names_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match="no stage 'mmditt'; did you mean mmdit"):
+    with pytest.raises(ValueError, match=r"no stage 'mmditt' \(did you mean mmdit"):
         run(f"out={tmp_path}", "stages=[mmditt]")
 
 

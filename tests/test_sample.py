@@ -56,7 +56,7 @@ def test_prompts_of_a_file_in_batches_are_those_alone(family, exported, command,
 
 @pytest.mark.parametrize("size", [96, [96, 64]])
 def test_a_size_of_one_s_own_is_the_pipeline_s(size, exported, command, tmp_path):
-    folder, (height, width) = exported("unet"), [size, size] if isinstance(size, int) else size
+    folder, (width, height) = exported("unet"), [size, size] if isinstance(size, int) else size
     assert command("sample", f"run={folder}", "prompt=x", f"size={size}".replace(" ", ""), "out=out")[0] == 0
     (path,) = (tmp_path / "out").iterdir()
     pipeline = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
@@ -90,7 +90,7 @@ def test_what_was_not_distilled_is_sampled_with_guidance(family, pipelines, comm
         (["prompt=x", "prompts=y"], "prompt: given, and prompts too"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read as lines"),
         (["prompts=blank.txt"], "prompts=blank.txt: has no line"),
-        (["prompt=x", "size=60"], "size=60: must be a side, or [height,width], in multiples of 8 up to"),
+        (["prompt=x", "size=60"], "size=60: must be a side, or [width,height], in multiples of 8 up to"),
         (["prompt=x", "size=100000"], "size=100000: must be"),
         (["prompt=x", "size=[64,64,64]"], "size=[64, 64, 64]: must be"),
         (["prompt=x", "size=64.5"], "size=64.5: must be"),

@@ -67,18 +67,15 @@ def write_pipeline(family: str, folder: Path) -> Path:
     return folder
 
 
-def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
-    """Two text encoders, of which the second pools, and a UNet that is told of both and of the size."""
-    from distill.pretraining import assemble
-
-    width, pooled = clip.config.text_config.hidden_size, clip.config.projection_dim
+def sdxl_unet(width: int, pooled: int) -> diffusers.UNet2DConditionModel:
+    """It is told of text [L, width], of a pooled one [pooled], and of the size."""
     net = diffusers.UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=2 * width,
+        cross_attention_dim=width,
         attention_head_dim=(2, 4),
         transformer_layers_per_block=(1, 2),
         norm_num_groups=8,
@@ -87,6 +84,14 @@ def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + pooled,
     )
+    return shake(net, 2)
+
+
+def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
+    """Two text encoders, of which the second pools, and a UNet that is told of both."""
+    from distill.pretraining import assemble
+
+    width, pooled = clip.config.text_config.hidden_size, clip.config.projection_dim
     texts = {
         "text_encoder": assemble.half_of(clip, transformers.CLIPTextModel, "text"),
         "text_encoder_2": assemble.half_of(clip, transformers.CLIPTextModelWithProjection, "text"),
@@ -94,7 +99,7 @@ def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
     }
     scheduler = diffusers.DDIMScheduler(**assemble.SCHEDULE)
     whole = diffusers.StableDiffusionXLPipeline(
-        unet=shake(net, 2), vae=vae, scheduler=scheduler, add_watermarker=False, **texts
+        unet=sdxl_unet(2 * width, pooled), vae=vae, scheduler=scheduler, add_watermarker=False, **texts
     )
     assemble.save_half(whole, folder)
 

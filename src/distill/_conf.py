@@ -1,7 +1,5 @@
 """Where the configuration lies: beside the code in an installed wheel, at the top of the repository in a checkout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

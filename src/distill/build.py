@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
-from distill.files import gathered, newest, read
+from distill.files import gathered, newest
 from distill.record import versions
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
+from distill.students.card import COLUMNS
 from distill.teachers.reading import class_of
 from distill.types import Cond
 
@@ -51,9 +52,8 @@ def check(cfg: DictConfig) -> None:
     if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
         raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.accelerator={accelerator}: there is no GPU here; use trainer.accelerator=cpu or auto"
-        )
+        what = "there is no GPU here; use trainer.accelerator=cpu or auto"
+        raise ValueError(f"trainer.accelerator={accelerator}: {what}")
     strategy = cfg.trainer.get("strategy", "auto")
     named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
     if "fsdp" in named.lower():
@@ -85,13 +85,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     refuse_misfit(cfg, source.dataset, teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
-    return source, make(cfg.method)(
-        teacher=teacher,
-        student=make(cfg.student)(teacher=teacher),
-        **_discriminator(cfg.discriminator, teacher),
-        engine=make(cfg.optimizer),
-        seed=cfg.seed,
-    )
+    players = {"student": make(cfg.student)(teacher=teacher), **_discriminator(cfg.discriminator, teacher)}
+    return source, make(cfg.method)(teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
@@ -170,11 +165,6 @@ def checkpoint_of(cfg: DictConfig) -> Path | None:
     return newest(Path(cfg.resume)) if cfg.resume else None
 
 
-def iteration_of(checkpoint: Path) -> int:
-    """How many iterations the run behind this checkpoint had made."""
-    return read(checkpoint)["distill"]["iteration"]
-
-
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:
     """The averages of the student, whole, in the first process; all processes must call this."""
     return gathered(method.ema.state_dict(), keep=first)
@@ -202,10 +192,9 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The judging as lines for a terminal."""
-    columns = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
-    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
+    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in COLUMNS)]
     for row in rows:
-        values = "".join(f"{row[name]:>18.3f}" if name in row else f"{'-':>18}" for name in columns)
+        values = "".join(f"{row[name]:>18.3f}" if name in row else f"{'-':>18}" for name in COLUMNS)
         lines.append(f"{row['who']:10}{row['steps']:>6}{values}")
     return "\n".join(lines)
 

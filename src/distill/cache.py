@@ -4,17 +4,12 @@ Sample i of the data becomes the sample of this number. A bad one is left out an
 `data.max_bad_share` of them the command stops. Killed and started again, it goes on.
 """
 
-from __future__ import annotations
+from collections.abc import Iterator
+from pathlib import Path
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from omegaconf import DictConfig
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:

@@ -3,27 +3,23 @@
 Every sample is read as a run would read it. The exit code is 1 if more than `data.max_bad_share` of them are bad.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable
 from statistics import median
-from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+
+from distill.compose import make
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 BAR = 40  # characters
 
 
-def inspect(cfg: DictConfig) -> int:
+@command("check")
+def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
     from rich.progress import track
-
-    from distill.compose import make
 
     source = make(cfg.data)
     data, captions, bad = source.dataset, [], []
@@ -70,11 +66,6 @@ def histogram(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     from math import log2
 
     return sorted(Counter(round(4 * log2(width / height)) for width, height in sizes).items())
-
-
-@command("check")
-def main(cfg: DictConfig) -> int:
-    return inspect(cfg)
 
 
 if __name__ == "__main__":

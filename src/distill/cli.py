@@ -1,7 +1,5 @@
 """`distill COMMAND ...` is `python -m distill.COMMAND ...`, and nothing else."""
 
-from __future__ import annotations
-
 import difflib
 import runpy
 import sys
@@ -20,9 +18,7 @@ COMMANDS = {
     "search": "look for good values of any keys",
     "doctor": "say whether this machine can run a configuration",
 }
-USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
-    f"  {name:12}{what}" for name, what in COMMANDS.items()
-)
+USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(f"  {k:12}{what}" for k, what in COMMANDS.items())
 
 
 def main() -> int:

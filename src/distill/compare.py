@@ -1,19 +1,16 @@
 """`python -m distill.compare runs='runs/*'`: runs side by side, as a table, a CSV and one page with pictures."""
 
-from __future__ import annotations
-
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from distill.errors import command
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
-
-def compare(cfg: DictConfig) -> Path:
-    """Write `compare.md`, `compare.csv` and `compare.html` into `out`; returns the folder."""
+@command("compare")
+def main(cfg: DictConfig) -> None:
+    """Write `compare.md`, `compare.csv` and `compare.html` into `out`."""
     from distill.report.comparison import page
     from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_run
 
@@ -34,12 +31,6 @@ def compare(cfg: DictConfig) -> Path:
     (out / "compare.html").write_text(page(groups), encoding="utf-8")
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
-    return out
-
-
-@command("compare")
-def main(cfg: DictConfig) -> None:
-    compare(cfg)
 
 
 if __name__ == "__main__":

@@ -139,11 +139,14 @@ def _fresh_folder(stem: str) -> Path:
 
 def folder_of(resume: str) -> Path:
     """The run folder that `resume`, a run folder or one of its checkpoints, lies in."""
-    path = Path(resume)
-    folder = path.parent.parent if path.name.endswith(".ckpt") else path
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"resume={resume}: not a run folder, nor a checkpoint in one (there is no config.yaml)")
-    return folder
+    return run_at(str(Path(resume).parent.parent) if resume.endswith(".ckpt") else resume, key="resume")
+
+
+def run_at(path: str, key: str = "run") -> Path:
+    """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
+    if not (Path(path) / "config.yaml").is_file():
+        raise FileNotFoundError(f"{key}={path}: not a run folder (it has no config.yaml)")
+    return Path(path)
 
 
 def rank() -> int:
@@ -171,19 +174,21 @@ def going_on(cfg: DictConfig) -> DictConfig:
         if override.startswith("~") or OmegaConf.select(cfg, key) is not None:  # not experiment= and the like
             OmegaConf.update(now, key, OmegaConf.select(cfg, key), merge=False)
     now.resume = cfg.resume
-    both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
-    old, new = ({key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both)
-    different = [
-        f"{key}={new.get(key)} (was {old.get(key)})"
-        for key in sorted(old | new)
-        if key.startswith(FIXED) and old.get(key) != new.get(key)
-    ]
+    different = [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
     batches = [c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)]
     if batches[0] != batches[1]:
         different.append(f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)")
     if different:
         raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
     return now
+
+
+def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
+    """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
+    both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    old, new = ({key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both)
+    keys = (key for key in sorted(old | new) if old.get(key) != new.get(key))
+    return {key: f"{key}={new.get(key)} (was {old.get(key)})" for key in keys}
 
 
 def processes(cfg: DictConfig) -> int:

@@ -8,8 +8,6 @@
 The manifold of a set is the union of balls around its members, each reaching the member's k-th nearest neighbour.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

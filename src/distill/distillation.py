@@ -9,8 +9,6 @@ nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)
               without a caption of bad pictures the empty one stands for it
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distill.process import noise_like
+from distill.process import level_like, noise_like
 from distill.types import Cond, Denoiser
 
 KINDS = ("exponential", "sds", "nfsd")
@@ -124,9 +122,9 @@ class TeacherSamples:
         """Noise [B, C, H, W] -> samples of the same shape."""
         x_t, scale = noise, torch.tensor(float(self.guidance))
         for now, later in pairwise([*self.levels, 0.0]):
-            t = torch.full((len(noise),), float(now), device=noise.device)
+            t = level_like(noise, now)
             x0 = guided_x0(teacher, x_t, t, cond, scale)
             if later:
                 eps = noise_like(x_t, generator) if self.fresh else teacher.process.from_x0(x0, x_t, t, "eps")
-                x_t = teacher.process.diffuse(x0, eps, torch.full_like(t, later))
+                x_t = teacher.process.diffuse(x0, eps, level_like(noise, later))
         return x0

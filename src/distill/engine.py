@@ -1,7 +1,5 @@
 """How any method is trained: optimisers, their rates over the steps, and what counts as one update."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

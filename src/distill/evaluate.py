@@ -1,38 +1,25 @@
 """`python -m distill.evaluate run=...`: judge a finished run again, and rewrite its evaluation and report."""
 
-from __future__ import annotations
+from omegaconf import DictConfig, OmegaConf
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
+from distill.compose import run_at
 from distill.errors import command
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
-
-def judge(cfg: DictConfig) -> None:
-    from omegaconf import OmegaConf
-
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
     from distill import build
     from distill.report import write_report
     from distill.sampling import sampler_of
     from distill.students.card import write_card
 
-    folder = Path(cfg.run)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"run={cfg.run}: not a run folder (it has no config.yaml)")
+    folder = run_at(cfg.run)
     student = build.student_of(cfg.run)
     teacher = build.make(OmegaConf.load(folder / "config.yaml").teacher)
     print(build.table(build.make(cfg.metrics)(student, teacher, folder, sampler_of(student.pipeline))))
     if (folder / "student").is_dir():
         write_card(folder / "student", folder, teacher.folder)
     print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
-
-
-@command("evaluate")
-def main(cfg: DictConfig) -> None:
-    judge(cfg)
 
 
 if __name__ == "__main__":

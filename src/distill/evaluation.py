@@ -1,7 +1,5 @@
 """A run judged on `shapes`: student and teacher at several step counts, on the same prompts and seeds."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Sequence

@@ -7,16 +7,13 @@ delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
               `python -m distill.export base=<pipeline folder> delta=<delta>` makes a pipeline folder of both
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def export(cfg: DictConfig) -> Path:
@@ -35,8 +32,6 @@ def export(cfg: DictConfig) -> Path:
 
 def _base(cfg: DictConfig) -> Any:
     """What the student was made from: `base`, or the teacher that the run names."""
-    from omegaconf import OmegaConf
-
     from distill import build
 
     if cfg.base is not None:
@@ -60,9 +55,7 @@ def _lora(cfg: DictConfig, run: Path) -> Path:
     compose.check_counts(cfg, {"rank": 1})
     own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
     if cfg.rank is None and not own.is_file():
-        raise ValueError(
-            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is to be kept"
-        )
+        raise ValueError(f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept")
     if cfg.rank is None:
         factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
     else:
@@ -83,8 +76,6 @@ def _single_file(cfg: DictConfig, run: Path) -> Path:
 
 
 def _diffusers(cfg: DictConfig, run: Path) -> Path:
-    from omegaconf import OmegaConf
-
     from distill import compose
     from distill.students import pipeline_folder
     from distill.students.card import write_card

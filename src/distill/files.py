@@ -32,12 +32,18 @@ def write(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OSError(
-            f"cannot write the checkpoint {path} ({reason}); those before it are untouched: make room, then resume"
-        ) from None
+        what = f"cannot write the checkpoint {path} ({reason})"
+        raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
     os.close(folder)
+
+
+def put(path: Path, content: bytes) -> None:
+    """A small file, there only when whole; several processes may write the same one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def remove(path: Path) -> None:

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from distill.process import precise
-
-Heads = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,26 +76,6 @@ def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     if not norms:
         raise ValueError("the logits do not depend on these inputs; R1 needs the very maps the heads were called with")
     return torch.stack(norms).sum()
-
-
-def approximate_r1(
-    heads: Heads, maps: Sequence[Tensor], sigma: float = 0.01, generator: Generator | None = None
-) -> Tensor:
-    """R1 without double backward: E (D(m) - D(m + sigma * n))^2 with n ~ N(0, 1), the mean over logits.
-
-    For small sigma this is about sigma^2 * ||dD/dm||^2 per logit. APT (arXiv 2501.08316) weights it by lambda = 100
-    with sigma = .01. heads: maps -> logits [B, K]; maps [B, C_k, ...], the inputs of the heads, detached.
-
-    Both logits come from the same maps, which are those of the already noised sample where the critic looks at noised
-    samples. FastGen instead compares logits of the noised sample with logits of the un-noised one plus a little noise:
-    that difference does not vanish with sigma, and punishes the critic for telling a noised sample from a clean one.
-    """
-    device = maps[0].device if generator is None else generator.device
-    # A perturbation of .01 is about one bfloat16 rounding step at 1, hence float32 maps; call outside autocast.
-    clean = [precise(m) for m in maps]
-    noise = [torch.randn(m.shape, generator=generator, device=device, dtype=m.dtype).to(m.device) for m in clean]
-    noised = [m + sigma * n for m, n in zip(clean, noise, strict=True)]
-    return (precise(heads(clean)) - precise(heads(noised))).square().mean()
 
 
 def weighted_mse(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ whoever makes it, and whenever, gives it the same bytes; and since it appears on
 done. Processes need not talk: each makes every world-th shard, and whoever finds all of them there writes the manifest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -31,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distill import compose, launch
 from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
+from distill.files import put
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
@@ -138,23 +137,9 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder was begun with other settings, naming them."""
-    before, now = (
-        {k: v for k, v in compose.dotted(OmegaConf.to_container(c, resolve=True)).items() if not isinstance(v, dict)}
-        for c in (OmegaConf.load(folder / BEGUN), cfg)
-    )
-    if different := [
-        f"{k}={now.get(k)} (was {before.get(k)})"
-        for k in sorted(before | now)
-        if before.get(k) != now.get(k) and not k.startswith(FREE)
-    ]:
+    changes = compose.changes(OmegaConf.load(folder / BEGUN), cfg)
+    if different := [said for key, said in changes.items() if not key.startswith(FREE)]:
         raise ValueError(f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out=")
-
-
-def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes may write the same one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def device() -> torch.device:

@@ -3,23 +3,17 @@
 On scenes of `shapes`, or with `data.path=...` on any captioned pictures. Killed and started again, it goes on.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from omegaconf import DictConfig
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """All stages asked for; returns the folder of the models."""
-    from omegaconf import OmegaConf
-
     from distill.pretraining.stages import run
 
     asked: Any = OmegaConf.to_container(cfg, resolve=True)

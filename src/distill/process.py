@@ -175,6 +175,11 @@ def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
+def level_like(x: Tensor, t: float) -> Tensor:
+    """One t for all of x [B, ...] -> [B]."""
+    return torch.full((len(x),), float(t), device=x.device)
+
+
 def precise(x: Tensor) -> Tensor:
     """x in float32, or in its own float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from distill.files import put
+
 PACKAGES = ("distill", "torch", "lightning", "diffusers", "transformers", "hydra-core", "webdataset")
 
 
@@ -37,12 +39,9 @@ class RunRecord:
         seconds = round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
         counts = {"steps": method.step, "images_seen": method.images_seen, "skipped": method.skipped}
-        peak = (
-            {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-            if torch.cuda.is_available()
-            else {}
-        )
-        self._write(train_seconds=seconds, trained=time.time(), **names, **counts, **peak)
+        if torch.cuda.is_available():
+            counts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self._write(train_seconds=seconds, trained=time.time(), **names, **counts)
 
     def finished(self) -> None:
         seconds = self.facts["train_seconds"] + time.time() - self.facts["trained"]
@@ -50,9 +49,7 @@ class RunRecord:
 
     def _write(self, **more: Any) -> None:
         self.facts |= more
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.facts, indent=2) + "\n")
-        part.replace(self._path)
+        put(self._path, json.dumps(self.facts, indent=2).encode() + b"\n")
 
 
 def hardware() -> str:

@@ -1,24 +1,19 @@
 """`python -m distill.run method=ladd teacher=shapes`: distil, judge, export, report. One run, one folder."""
 
-from __future__ import annotations
-
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from omegaconf import DictConfig
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from omegaconf import OmegaConf
-
     from distill import build, compose, launch
+    from distill.files import put
     from distill.record import RunRecord
 
     if cfg.resume:
@@ -33,9 +28,8 @@ def begin(cfg: DictConfig) -> int:
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
     if compose.rank() == 0:
-        part = folder / "config.yaml.part"  # renamed when complete: a full disk must not cost an earlier run its own
-        OmegaConf.save(cfg, part, resolve=True)
-        part.replace(folder / "config.yaml")
+        # Only when complete: a full disk must not cost an earlier run its own.
+        put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         RunRecord(folder).begun(" ".join(["python -m distill.run", *sys.argv[1:]]), compose.name_of(cfg))
         print(f"run folder: {folder}")
     if not several:
@@ -49,12 +43,13 @@ def begin(cfg: DictConfig) -> int:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     from distill import build, compose
+    from distill.files import read
     from distill.record import RunRecord
 
     source, method = parts or build.parts(cfg)
     trainer = build.trainer(cfg, folder)
     checkpoint = build.checkpoint_of(cfg)
-    start = build.iteration_of(checkpoint) * method.engine.accumulate if checkpoint else 0
+    start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
     loader = source.loader(seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start)
     trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     student = build.averaged(method, first=trainer.is_global_zero)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
+
+from distill.compose import check_counts
 from distill.errors import command
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from torch import Tensor
 
 SHOWN = 64  # pictures in the grid, the first ones
@@ -27,14 +29,12 @@ def draw(cfg: DictConfig) -> list[Path]:
     from torchvision.utils import make_grid
 
     from distill import build
-    from distill.compose import check_counts
 
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     prompts = _prompts(cfg)
     model = build.student_of(cfg.run, cfg.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    height, width = _sides(cfg.size, model)
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
-    make, folder, paths, shown = _maker(cfg, model, height, width), Path(cfg.out), [], []
+    make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(jobs), cfg.batch_size):
         batch = jobs[start : start + cfg.batch_size]
@@ -53,41 +53,21 @@ def draw(cfg: DictConfig) -> list[Path]:
 
 
 def _prompts(cfg: DictConfig) -> list[str]:
+    from distill.data.datasets import Lines
+
     if (cfg.prompt is None) == (cfg.prompts is None):
         said = "not given" if cfg.prompt is None else "given, and prompts too"
         raise ValueError(f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>")
-    if cfg.prompts is None:
-        return [cfg.prompt]
-    try:
-        lines = [line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"prompts={cfg.prompts}: cannot be read as lines of UTF-8 text ({error})") from None
-    if not lines:
-        raise ValueError(f"prompts={cfg.prompts}: has no line that is not blank; write one prompt a line")
-    return lines
+    return [cfg.prompt] if cfg.prompts is None else Lines(cfg.prompts, key="prompts").lines
 
 
-def _sides(size: Any, model: Any) -> tuple[int, int]:
-    """Height and width in pixels: as asked for, or those that the model was trained for."""
-    cell = model.unit // model.patch
-    asked = list(size) if isinstance(size, Sequence) else [size, size]
-    sides = asked if size is not None else [side * cell for side in model.latent_shape[1:]]
-    most = model.network.model.config.get("pos_embed_max_size") or math.inf
-    fits = [isinstance(x, int) and 0 < x <= most * model.unit and x % model.unit == 0 for x in sides]
-    if fits != [True, True]:
-        what = f"a side, or [height,width], in multiples of {model.unit}"
-        raise ValueError(f"size={size}: must be {what}{f' up to {most * model.unit}' if most < math.inf else ''}")
-    return sides[0], sides[1]
-
-
-def _maker(cfg: DictConfig, model: Any, height: int, width: int) -> Callable[[list[str], list[int]], Tensor]:
+def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
     """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
     import torch
 
     from distill.sampling import check_strength, distilled, guided, sampler_of, seeded
 
-    cell, image = model.unit // model.patch, None
-    how = {"shape": (model.latent_shape[0], height // cell, width // cell), "steps": cfg.steps}
+    how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
         raise ValueError(f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like")
     if cfg.guidance is not None and distilled(model.pipeline):
@@ -96,6 +76,7 @@ def _maker(cfg: DictConfig, model: Any, height: int, width: int) -> Callable[[li
         if cfg.guidance is not None:
             raise ValueError(f"image={cfg.image}: only a distilled model goes on from a picture; leave it out")
         check_strength(cfg.steps, cfg.strength)
+        height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = _read(cfg.image, height, width).to(model.device)
     few = partial(sampler_of(model.pipeline), model, **how)
 

@@ -4,8 +4,6 @@ students:        consistency (LADD) or Euler-ancestral (ADD) steps, t = 1, 1 - 1
 guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -14,15 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
-)
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from distill.distillation import guided_x0
+from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import ShiftedLCMScheduler
@@ -101,20 +95,17 @@ class FewSteps(ABC):
     ) -> Tensor:
         """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the first level left."""
         grid, device = self.grid(steps, 1.0 if image is None else strength, student), cond.tokens.device
-
-        def level(value: float) -> Tensor:
-            return torch.full((len(cond),), float(value), device=device)
-
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:
-            x_t = student.process.diffuse(image, x_t, level(grid[0]))
+            x_t = student.process.diffuse(image, x_t, level_like(x_t, grid[0]))
         elif grid[0] == 1:
             x_t = self._first(student, x_t)
         for now, later in itertools.pairwise([*grid, 0.0]):
-            x0 = student.x0(x_t, level(now), cond)
+            t = level_like(x_t, now)
+            x0 = student.x0(x_t, t, cond)
             if later > 0:
                 noise = draw_noise(shape, generators).to(device)
-                x_t = self._next(student, x_t, x0, level(now), level(later), noise)
+                x_t = self._next(student, x_t, x0, t, level_like(x_t, later), noise)
         return x0
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
@@ -174,7 +165,7 @@ class EulerAncestral(FewSteps):
     finite = True
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
-        return student.process.diffuse(torch.zeros_like(noise), noise, torch.ones(len(noise), device=noise.device))
+        return student.process.diffuse(torch.zeros_like(noise), noise, level_like(noise, 1))
 
     def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
         process, column = student.process, (-1, *[1] * (x_t.ndim - 1))

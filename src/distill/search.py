@@ -64,9 +64,8 @@ def main(cfg: DictConfig) -> None:
     list(map(parsed, space))  # what is wrong with it shows before anything is made
     out.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="search", storage=f"sqlite:///{out / 'study.db'}", direction=cfg.direction, load_if_exists=True
-    )
+    place = {"study_name": "search", "storage": f"sqlite:///{out / 'study.db'}"}
+    study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     for stale in study.get_trials(states=[TrialState.RUNNING]):  # the command was killed in the middle
         study.tell(stale.number, state=TrialState.FAIL)
         study.enqueue_trial(stale.params)

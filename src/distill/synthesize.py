@@ -4,17 +4,12 @@ Sample i is of prompt i (from the first again after the last) and of the seed `s
 `data.seeded=true` gives the noise that it was made from. Killed and started again, the command goes on.
 """
 
-from __future__ import annotations
+from collections.abc import Iterator
+from pathlib import Path
 
-from typing import TYPE_CHECKING, Any
+from omegaconf import DictConfig
 
 from distill.errors import command
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from omegaconf import DictConfig
 
 
 def draw(cfg: DictConfig, folder: Path) -> int:
@@ -29,7 +24,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(making.device())
-    shape = _shape(cfg, teacher)
+    shape = teacher.shape_of(cfg.size)
     job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
         making.put_null(teacher, folder)
@@ -37,7 +32,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for start in numbers[:: cfg.batch_size]:
             part = range(start, min(start + cfg.batch_size, numbers.stop))
-            captions, seeds = [lines[i % len(lines)].strip() for i in part], [cfg.seed + i for i in part]
+            captions, seeds = [lines[i % len(lines)] for i in part], [cfg.seed + i for i in part]
             with torch.no_grad():
                 cond, how = teacher.embed(captions), {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
                 latents = guided(teacher, cond, seeded(seeds), **how).float().cpu().numpy()
@@ -50,17 +45,6 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     about = {"what": "samples of a teacher", "teacher": cfg.teacher.path, "size": size, "buckets": None}
     job.finish(**about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings)
     return 0
-
-
-def _shape(cfg: DictConfig, teacher: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the samples: the teacher's own, or of `size`, [width, height] in pixels."""
-    channels, *own = teacher.latent_shape
-    if cfg.size is None:
-        return channels, *own
-    if len(cfg.size) != 2 or any(side < 1 or side % teacher.unit for side in cfg.size):
-        raise ValueError(f"size={cfg.size}: must be null or [width, height] in multiples of {teacher.unit}")
-    width, height = (side * teacher.patch // teacher.unit for side in cfg.size)
-    return channels, height, width
 
 
 @command("synthesize")

@@ -19,9 +19,7 @@ class Discrete:
     LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5, .5).
     """
 
-    def __init__(
-        self, levels: Numbers, odds: Numbers, warmup_odds: Numbers | None = None, warmup_steps: int = 0
-    ) -> None:
+    def __init__(self, levels: Numbers, odds: Numbers, warmup_odds: Numbers | None = None, warmup_steps: int = 0):
         self.levels = [float(level) for level in levels]
         if not self.levels or not all(0 < level <= 1 for level in self.levels):
             raise ValueError(f"levels must lie in (0, 1], with 0 = data and 1 = noise, got {self.levels}")

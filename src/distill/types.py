@@ -105,9 +105,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         if not len(self.x0) == len(self.captions) == len(self.cond):
-            raise ValueError(
-                f"a batch of {len(self.x0)} latents has {len(self.captions)} captions and {len(self.cond)} Conds"
-            )
+            counts = f"{len(self.x0)} latents has {len(self.captions)} captions and {len(self.cond)} Conds"
+            raise ValueError(f"a batch of {counts}")
 
     def __len__(self) -> int:
         return len(self.x0)

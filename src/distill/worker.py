@@ -1,7 +1,5 @@
 """`python -m distill.worker <folder> <command>`: one of several processes of a command, started by `distill.launch`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path
@@ -11,11 +9,7 @@ from omegaconf import OmegaConf
 from distill.errors import said_plainly
 
 # Command -> the function of its module, and where in the folder its configuration is.
-TASKS = {
-    "run": ("train", "config.yaml"),
-    "cache": ("encode", "making.yaml"),
-    "synthesize": ("draw", "making.yaml"),
-}
+TASKS = {"run": ("train", "config.yaml"), "cache": ("encode", "making.yaml"), "synthesize": ("draw", "making.yaml")}
 
 if __name__ == "__main__":
     folder, command = Path(sys.argv[1]), sys.argv[2]

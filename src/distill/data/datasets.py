@@ -55,9 +55,7 @@ class Samples(Dataset, ABC):
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit={limit}: must be at least 1")
         if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
-            raise ValueError(
-                f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], widths and heights"
-            )
+            raise ValueError(f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], width and height")
         self.shards, self.max_bad_share, self.caption_key = self.open(path), max_bad_share, caption_key
         self.length = min(limit or len(self.shards), len(self.shards))
         self.buckets: list[Size] = [(w, h) for w, h in buckets or ()]
@@ -164,13 +162,7 @@ class LatentShards(Samples):
     shape = None
 
     def __init__(
-        self,
-        path: str,
-        *,
-        limit: int | None = None,
-        max_bad_share: float = 0.1,
-        seeded: bool = False,
-        buckets: Sequence[Sequence[int]] | None = None,
+        self, path: str, *, seeded: bool = False, buckets: Sequence[Sequence[int]] | None = None, **options: Any
     ):
         folder = Path(expand(path)[0]).parent
         if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
@@ -182,7 +174,7 @@ class LatentShards(Samples):
         if (folder / NULL).is_file():
             with np.load(folder / NULL, allow_pickle=False) as kept:
                 self.null = {name: torch.from_numpy(kept[name]) for name in kept.files}
-        super().__init__(path, limit=limit, max_bad_share=max_bad_share, buckets=buckets)
+        super().__init__(path, buckets=buckets, **options)
         self.seeded = seeded
         first, skipped = self.find(0)
         if first is None:
@@ -232,9 +224,9 @@ class Lines:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeError) as error:
             raise ValueError(f"{key}={path}: cannot be read as lines of UTF-8 text ({error})") from None
-        self.path, self.lines = path, [line for line in lines if line.strip()]
+        self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
         if not self.lines:
-            raise ValueError(f"{key}={path}: has no line that is not blank")
+            raise ValueError(f"{key}={path}: has no line that is not blank; write one prompt a line")
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -4,8 +4,6 @@ A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__ur
 nothing here unpickles, and only the image formats named in `FORMATS` are tried.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import warnings
@@ -97,9 +95,8 @@ def caption(sample: dict, key: str = "caption") -> str:
     except (ValueError, RecursionError) as error:
         raise _undecodable(sample, extension, error) from None
     if not isinstance(text, str):
-        raise BadSample(
-            sample, f"its .{extension} has no text under " + ("'caption' or 'text'" if plain else repr(key))
-        )
+        where = "'caption' or 'text'" if plain else repr(key)
+        raise BadSample(sample, f"its .{extension} has no text under {where}")
     return text.strip()
 
 

@@ -5,8 +5,6 @@ extensions `png`, `txt`. Tar headers are read once, giving every file's place in
 position. Nothing is ever extracted, so a hostile name can at most become an odd key.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

@@ -10,8 +10,6 @@ own, of which round e takes floor((e + 1) n / G) - floor(e n / G) global batches
 batch; the batches of a round come in an order seeded by (seed, round). So the share of a bucket is that of its samples.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Writing shards, to be read by `shards`: equal samples give equal bytes, and a shard appears only when complete."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -4,8 +4,6 @@ h = block_1x1(norm(map));  h = (block_kxk(h) + h) / sqrt 2;  out = conv(h)      
 logit at each place = <out, c> / sqrt P,   c = linear([embedding of t, pooled text])  projection discriminator
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -21,6 +19,19 @@ TIME_FEATURES = 64
 
 class AllHeads(nn.Module):
     """Heads that all judge in every iteration, and stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: list[int] = []
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Logits [B, K_k] of each head -> all side by side, [B, K]."""
+        self._sizes = [part.shape[1] for part in parts]
+        return torch.cat(list(parts), dim=1)
+
+    def split(self, logits: Tensor) -> Sequence[Tensor]:
+        """Logits [B, K] of the last call -> those of each head."""
+        return logits.split(self._sizes, dim=1)
 
     def draw(self, generator: torch.Generator) -> Self:
         return self
@@ -44,12 +55,11 @@ class ConvHead(nn.Module):
         norm_input: bool,
     ):
         super().__init__()
-        limit = spectral_norm if spectral else _identity
+        limit = spectral_norm if spectral else lambda module: module
         self.norm = nn.GroupNorm(1, channels) if norm_input else nn.Identity()
         self.enter = nn.Sequential(limit(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2))
-        self.mix = nn.Sequential(
-            limit(nn.Conv2d(width, width, kernel, padding=kernel // 2)), _norm(width), nn.LeakyReLU(0.2)
-        )
+        mix = limit(nn.Conv2d(width, width, kernel, padding=kernel // 2))
+        self.mix = nn.Sequential(mix, _norm(width), nn.LeakyReLU(0.2))
         self.out = limit(nn.Conv2d(width, projection, 1))
         self.condition = nn.Linear(condition, projection)
 
@@ -87,34 +97,16 @@ class ConvHeads(AllHeads):
     ):
         super().__init__()
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
-        self.heads = nn.ModuleDict(
-            {
-                name.replace(".", "_"): ConvHead(
-                    c,
-                    TIME_FEATURES + pooled,
-                    width=width or c,
-                    kernel=kernel,
-                    projection=projection,
-                    spectral=spectral,
-                    norm_input=norm_input,
-                )
-                for name, c in channels.items()
-            }
-        )
-        self._sizes: list[int] = []
+        how = {"kernel": kernel, "projection": projection, "spectral": spectral, "norm_input": norm_input}
+        heads = {k: ConvHead(c, TIME_FEATURES + pooled, width=width or c, **how) for k, c in channels.items()}
+        self.heads = nn.ModuleDict({name.replace(".", "_"): head for name, head in heads.items()})
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         parts = [self.embed_time(_waves(t))]
         if cond.pooled is not None:
             parts.append(cond.pooled)
         condition = torch.cat(parts, dim=1)
-        logits = [head(x, condition) for head, x in zip(self.heads.values(), maps, strict=True)]
-        self._sizes = [part.shape[1] for part in logits]
-        return torch.cat(logits, dim=1)
-
-    def split(self, logits: Tensor) -> Sequence[Tensor]:
-        """Logits [B, K] of the last call -> those of each head [B, h_k w_k]."""
-        return logits.split(self._sizes, dim=1)
+        return self.joined([head(x, condition) for head, x in zip(self.heads.values(), maps, strict=True)])
 
 
 def _waves(t: Tensor) -> Tensor:
@@ -127,7 +119,3 @@ def _waves(t: Tensor) -> Tensor:
 def _norm(width: int) -> nn.GroupNorm:
     """Statistics per sample, so that logits of one sample do not depend on its neighbours in the batch."""
     return nn.GroupNorm(math.gcd(8, width), width)
-
-
-def _identity(module: nn.Module) -> nn.Module:
-    return module

@@ -69,7 +69,7 @@ class ImageFeatures(nn.Module):
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked at."""
-        hidden = self._hidden(self.prepare(x, generator))
+        hidden = self._run(self.prepare(x, generator), output_hidden_states=True).hidden_states
         tokens = [hidden[k + 1] for k in self.taps]  # entry 0 is the embedding
         return [(h[:, 1:] + h[:, :1]).transpose(1, 2) for h in tokens]
 
@@ -86,9 +86,7 @@ class ImageFeatures(nn.Module):
         if generator is not None and self.crop and min(x.shape[-2:]) > self.size:
             coin, top, left = torch.rand(3, generator=generator, device=generator.device).tolist()
             if coin < self.crop:
-                i, j = (
-                    int(share * (side - self.size + 1)) for share, side in zip((top, left), x.shape[-2:], strict=True)
-                )
+                i, j = (int(u * (n - self.size + 1)) for u, n in zip((top, left), x.shape[-2:], strict=True))
                 x = x[..., i : i + self.size, j : j + self.size]
         if tuple(x.shape[-2:]) != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
@@ -97,9 +95,6 @@ class ImageFeatures(nn.Module):
     def _run(self, x: Tensor, **options: Any) -> Any:
         native = x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
         return self.model(x, **options, **({} if native else {"interpolate_pos_encoding": True}))
-
-    def _hidden(self, x: Tensor) -> Sequence[Tensor]:
-        return self._run(x, output_hidden_states=True).hidden_states
 
 
 def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -112,9 +107,8 @@ def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
     middle = x.mean((1, 2, 3), keepdim=True)
     x = (x - middle) * (draw[2] + 0.5) + middle
     rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    shift_y, shift_x = (
-        ((2 * d.view(n, 1) - 1) * side / 8).round().long() for d, side in ((draw[3], height), (draw[4], width))
-    )
+    sides = zip(draw[3:5], (height, width), strict=True)
+    shift_y, shift_x = (((2 * d.view(n, 1) - 1) * side / 8).round().long() for d, side in sides)
     y, z = rows + shift_y, columns + shift_x  # [B, H], [B, W]: where each pixel comes from
     inside = ((y >= 0) & (y < height))[:, None, :, None] & ((z >= 0) & (z < width))[:, None, None, :]
     batch = torch.arange(n, device=x.device)[:, None, None]

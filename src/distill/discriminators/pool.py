@@ -56,13 +56,11 @@ class Pool(nn.Module):
     ):
         super().__init__()
         if not levels or not all(0 < level <= 1 for level in levels) or not 0 <= refresh <= 1:
-            raise ValueError(
-                f"discriminator.heads: levels={list(levels)} must lie in (0, 1], refresh={refresh} in [0, 1]"
-            )
+            what = f"levels={list(levels)} must lie in (0, 1], refresh={refresh} in [0, 1]"
+            raise ValueError(f"discriminator.heads: {what}")
         if width % NORM_CHANNELS or min(width, layers, size) < 1:
-            raise ValueError(
-                f"discriminator.heads: width={width} must be a multiple of {NORM_CHANNELS}; layers, size above 0"
-            )
+            what = f"width={width} must be a multiple of {NORM_CHANNELS}; layers, size above 0"
+            raise ValueError(f"discriminator.heads: {what}")
         self.refresh_rate, self.width, self.layers, self.norm_input = refresh, width, layers, norm_input
         self.channels, self.levels = dict(channels), [float(level) for level in levels]
         self.single = {name for name in channels if name.startswith(tuple(single))}
@@ -74,10 +72,8 @@ class Pool(nn.Module):
     def draw(self, generator: Generator) -> Drawn:
         """The critic of an iteration: a head per map and level."""
         luck = torch.rand(len(self.members), generator=generator, device=generator.device).tolist()
-        chosen = {
-            place: heads[int(u * len(heads))] for u, (place, heads) in zip(luck, self.members.items(), strict=True)
-        }
-        return Drawn(self, chosen)
+        pairs = zip(luck, self.members.items(), strict=True)
+        return Drawn(self, {place: heads[int(u * len(heads))] for u, (place, heads) in pairs})
 
     @torch.no_grad()
     def refresh(self, generator: Generator) -> list[nn.Parameter]:

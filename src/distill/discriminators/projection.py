@@ -65,9 +65,7 @@ class Projection(nn.Module):
         self.text, self.image = text, features if image == "features" else image
         pooled = teacher.embed([""]).pooled if text == "teacher" else None
         if text == "teacher" and pooled is None:
-            raise ValueError(
-                "discriminator.condition.text=teacher: this teacher's text encoder pools nothing; use null"
-            )
+            raise ValueError("discriminator.condition.text=teacher: this teacher's encoder pools nothing; use null")
         self.pooled_width = pooled.shape[1] if pooled is not None else getattr(text, "width", 0)
         self.image_width = getattr(self.image, "width", 0)
 

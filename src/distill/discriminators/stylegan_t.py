@@ -7,8 +7,6 @@ Convolutions run along the tokens, circular, with spectral norm. Heads compute i
 squares small gradients.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -93,16 +91,10 @@ class StyleGANTHeads(AllHeads):
         super().__init__()
         self.pooled, self.image = pooled, image
         self.heads = nn.ModuleDict({name: TokenHead(c, pooled + image) for name, c in channels.items()})
-        self._sizes: list[int] = []
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(maps[0].device.type, enabled=False):
             wanted = [part for part, width in ((cond.pooled, self.pooled), (cond.extra, self.image)) if width]
             condition = torch.cat([precise(part) for part in wanted], dim=1) if wanted else t[:, None]
-            logits = [head(precise(x), condition) for head, x in zip(self.heads.values(), maps, strict=True)]
-        self._sizes = [part.shape[1] for part in logits]
-        return torch.cat(logits, dim=1)
-
-    def split(self, logits: Tensor) -> Sequence[Tensor]:
-        """Logits [B, K] of the last call -> those of each head."""
-        return logits.split(self._sizes, dim=1)
+            pairs = zip(self.heads.values(), maps, strict=True)
+            return self.joined([head(precise(x), condition) for head, x in pairs])

@@ -6,8 +6,6 @@ tasks: `global`, the whole under its caption; `local`, a square patch under the 
 size of a patch nor how it is cut. Here it goes through the teacher as a small latent: these networks take any size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -13,8 +13,6 @@ that predicts eps then answers by its own schedule, x0_hat = (x - sigma_1 eps_ha
 does when sampling begins; one that predicts v may be given the schedule that ends in noise.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

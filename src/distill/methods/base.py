@@ -8,8 +8,6 @@ Every random number comes from a generator seeded by (seed, iteration, rank, mic
 the uninterrupted one would have drawn.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import zlib
@@ -280,15 +278,10 @@ class Distillation(L.LightningModule):
     # -- what is kept ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["distill"] = {
-            "iteration": self.iteration,
-            "images_seen": self.images_seen,
-            "skipped": self.skipped,
-            "ema": self.ema.state_dict(),
-        }
+        counts = {"iteration": self.iteration, "images_seen": self.images_seen, "skipped": self.skipped}
+        checkpoint["distill"] = {**counts, "ema": self.ema.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["distill"]
-        self.iteration, self.images_seen = kept["iteration"], kept["images_seen"]
-        self.skipped = kept["skipped"]
+        self.iteration, self.images_seen, self.skipped = kept["iteration"], kept["images_seen"], kept["skipped"]
         self.ema.load_state_dict(kept["ema"])

@@ -13,8 +13,6 @@ The paper prints no formula for its losses; hinge, and R1 as an option, follow i
 that of StyleGAN-T and ADD.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, cast
 

@@ -20,8 +20,6 @@ Bottom-up refinement: from step refine[n - 1] on the student is also trained as 
 it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -32,7 +30,7 @@ from torch import Tensor
 from distill.distillation import ScoreDistillation
 from distill.losses import adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
-from distill.process import noise_like
+from distill.process import level_like, noise_like
 from distill.types import Batch, Terms, Times
 
 LEAD = 100
@@ -74,9 +72,7 @@ class NitroFusion(Distillation):
         if [len(steps) for steps in levels] != list(range(1, len(levels) + 1)) or any(s[0] != 1 for s in levels):
             raise ValueError(f"method.levels={levels}: must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down")
         if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
-            raise ValueError(
-                f"method.refine={list(refine)}: must rise from 0, one step for each of method.levels at most"
-            )
+            raise ValueError(f"method.refine={list(refine)}: must rise from 0, at most one for each of method.levels")
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
         self.mixed, self.shared, self.adversarial, self.opening = mixed, shared, adversarial(loss), opening
         self.pairs_weight, self.distill_weight = pairs_weight, distill_weight
@@ -87,9 +83,9 @@ class NitroFusion(Distillation):
         done, now = self._place()
         with torch.no_grad():
             for at, later in pairwise([*done, now]):
-                x0 = self.student.x0(x_t, _time(x_t, at), batch.cond)
-                x_t = self.student.process.diffuse(x0, noise_like(x0, generator), _time(x_t, later))
-        x0_hat = self.student.x0(x_t, _time(x_t, now), batch.cond)
+                x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
+                x_t = self.student.process.diffuse(x0, noise_like(x0, generator), level_like(x0, later))
+        x0_hat = self.student.x0(x_t, level_like(x_t, now), batch.cond)
         if self.step < self.opening - LEAD:
             return {"x0_hat": x0_hat}
         noise = noise_like(x0_hat, generator)
@@ -141,7 +137,3 @@ class NitroFusion(Distillation):
         steps = list(self.levels[n - 1])
         i = int(luck[2] * n)
         return steps[:i], steps[i]
-
-
-def _time(x: Tensor, t: float) -> Tensor:
-    return torch.full((len(x),), float(t), device=x.device)

@@ -1,7 +1,5 @@
 """Trained parts -> ordinary diffusers pipeline folders in half precision."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

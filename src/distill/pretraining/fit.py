@@ -4,8 +4,6 @@ Batch and noise of step k are a function of (seed, k) alone, so a stage killed a
 as if nothing had happened.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import time

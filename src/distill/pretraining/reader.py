@@ -1,7 +1,5 @@
 """Trains the judge of `shapes` on renders whose every attribute is known, and on the autoencoder's copies of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

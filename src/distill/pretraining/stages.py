@@ -6,9 +6,6 @@
 <out>/pretraining.json        settings, seconds and scores, as they come
 """
 
-from __future__ import annotations
-
-import difflib
 import json
 import shutil
 import time
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from distill.compose import nearest
 from distill.data.write import write_images
 from distill.pretraining import diffusion, reader, text, vae, vit
 from distill.pretraining.work import MIN_PICTURES, PER_SHARD, Work
@@ -94,9 +92,7 @@ def chosen(stages: Sequence[str] | None) -> list[str]:
     """The stages asked for, or all, in the order in which they run."""
     for name in stages or ():
         if name not in STAGES:
-            near = difflib.get_close_matches(name, STAGES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"stages: no stage {name!r}; {hint}there are {', '.join(STAGES)}")
+            raise ValueError(f"stages: no stage {name!r}{nearest(name, STAGES)}; there are {', '.join(STAGES)}")
     return [name for name in STAGES if stages is None or name in stages]
 
 

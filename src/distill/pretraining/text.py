@@ -1,7 +1,5 @@
 """Tokenizer and CLIP-type text/image encoders, trained on the captions and pictures at hand."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -21,13 +19,11 @@ WIDTH = 128
 def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048) -> CLIPTokenizer:
     """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of words."""
     blank = CLIPTokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=letters)
     blank.backend_tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     state = blank.backend_tokenizer.model.__getstate__()
     merges = [tuple(pair) for pair in json.loads(state)["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}

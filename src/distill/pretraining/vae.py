@@ -1,7 +1,5 @@
 """A small KL autoencoder: pictures [-1, 1] of side S <-> latents [4, S/4, S/4]."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ DINO's own loss of crops was tried first: in the time there is it learns to tell
 where colours are exchanged.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
@@ -34,9 +32,8 @@ class Masked(nn.Module):
         shape = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
         self.patch = side // PATCHES
         # Eager: torch's fused attention is slow backwards in half precision on a CPU, and a picture has 64 patches.
-        self.vit = Dinov2Model(
-            Dinov2Config(**shape, image_size=side, patch_size=self.patch, attn_implementation="eager")
-        )
+        shape |= {"image_size": side, "patch_size": self.patch}
+        self.vit = Dinov2Model(Dinov2Config(**shape, attn_implementation="eager"))
         nn.init.normal_(self.vit.embeddings.mask_token, std=0.02)
         self.of_patch, self.of_whole = nn.Linear(WIDTH, 3 * self.patch**2), nn.Linear(WIDTH, 3 * (side // 4) ** 2)
 

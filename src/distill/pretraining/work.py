@@ -1,7 +1,5 @@
 """The folder that a pretraining works in: what it learns from, and what earlier stages have left there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from distill.data.datasets import ImageShards
+from distill.files import put
 from distill.pretraining.fit import Fit
 from distill.shapes.judge import MODEL, Judge
 from distill.shapes.render import render
@@ -92,9 +91,7 @@ class Work:
         known["commands"] = list(dict.fromkeys([*known["commands"], *commands]))
         known["stages"].setdefault(stage, {}).update(values)
         self.out.mkdir(parents=True, exist_ok=True)
-        part = self.out / "pretraining.part"
-        part.write_text(json.dumps(known, indent=2) + "\n")
-        part.replace(self.out / "pretraining.json")
+        put(self.out / "pretraining.json", json.dumps(known, indent=2).encode() + b"\n")
 
     def begin(self, stage: str, decided_by: Sequence[str], command: str) -> None:
         """Write down the settings that decide what a stage makes; refuse to go on with one begun with others."""

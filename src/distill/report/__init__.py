@@ -6,41 +6,31 @@ Each section reads its own file. One that is missing or torn costs that section,
 nothing else: a report is wanted most after a run that went wrong.
 """
 
-from __future__ import annotations
-
-import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
-
-from PIL import Image
 
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
+from distill.report.page import figure, folded, html
 
-TEMPLATE = Path(__file__).with_name("template.html")
-TILE = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
 FRAMES = 8  # of the filmstrip
-WIDEST = 1600  # pixels; wider pictures are shrunk to it, or the grids of a large model would make a file of 200 MB
-COARSEST = 700  # pixels; narrower pictures are enlarged with hard edges, as what they are
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path."""
     run, rows = _or_empty(run_dir / "run.json"), rows_of(_or_empty(run_dir / "evaluation.json"))
     name = str(run.get("name") or run_dir.resolve().name)
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=escape(" · ".join([name, *(run[key] for key in ("method", "teacher") if key in run)])),
-        headline=escape(headline(rows) or f"{name}: trained, but not judged against its teacher yet."),
+    text = html(
+        " · ".join([name, *(run[key] for key in ("method", "teacher") if key in run)]),
+        headline(rows) or f"{name}: trained, but not judged against its teacher yet.",
+        [*tiles(rows), _training_time(run)],
         status="" if run.get("status", "finished") == "finished" else STOPPED.format(escape(run["status"])),
-        tiles="\n".join(TILE.format(*map(escape, tile)) for tile in [*tiles(rows), _training_time(run)]),
         pictures=_pictures(run_dir / "samples", rows),
         evaluation=_shown(run_dir / "evaluation.json", lambda path: table(json.loads(path.read_text()))),
         training=_shown(run_dir / "metrics.csv", charts),
@@ -48,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -70,8 +60,7 @@ def _shown(path: Path, show: Callable[[Path], str]) -> str:
 
 
 def _text(path: Path, what: str, state: str = "") -> str:
-    text = escape(path.read_text(encoding="utf-8", errors="replace"))
-    return f"<details {state}><summary>{what}</summary><pre>{text}</pre></details>"
+    return folded(what, path.read_text(encoding="utf-8", errors="replace"), state)
 
 
 def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
@@ -85,22 +74,13 @@ def _pictures(folder: Path, rows: Sequence[Row]) -> str:
     """Teacher against student in the rows of the evaluation, then the student as training went on."""
     names = "".join(f"<span>{escape(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
-    comparison = _shown(folder / "comparison.png", lambda path: _picture(path, caption))
+    comparison = _shown(folder / "comparison.png", lambda path: figure(path, caption))
     frames = sorted(folder.glob("step_*.png"))
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    strip = "\n".join(_shown(f, lambda path: _picture(path, f"Step {int(path.stem[5:]):,}")) for f in frames)
+    strip = "\n".join(_shown(f, lambda path: figure(path, f"Step {int(path.stem[5:]):,}")) for f in frames)
     captions = _shown(folder / "captions.txt", lambda path: _text(path, "The prompts of these grids, in reading order"))
     return (
         f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training went on</h3>\n'
         f'<div class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
     )
-
-
-def _picture(path: Path, caption: str) -> str:
-    with Image.open(path) as picture:
-        picture.thumbnail((WIDEST, 100 * WIDEST))
-        picture.save(file := io.BytesIO(), format="PNG")
-    look = f'width="{picture.width}" height="{picture.height}" class="{"crisp" * (picture.width < COARSEST)}"'
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return f'<figure><img src="{source}" {look} alt="{caption}"><figcaption>{caption}</figcaption></figure>'

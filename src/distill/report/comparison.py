@@ -1,20 +1,15 @@
 """`compare.html`: runs side by side on one page that holds everything it shows."""
 
-from __future__ import annotations
-
-import base64
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from string import Template
 from typing import Any
 
 from PIL import Image
 
-from distill.report import TEMPLATE
 from distill.report.curves import framed, read, smoothed
 from distill.report.evaluation import MEASURES, PERCENT
-from distill.report.runs import SCORES, Line, Run, lines_of
+from distill.report.page import folded, html, img
+from distill.report.runs import SCORES, Line, Run, everyone, lines_of
 
 SHOWN = 8  # prompts in the grid of pictures
 PADDING = 2  # of torchvision's grids
@@ -33,24 +28,21 @@ for (const head of document.querySelectorAll('table.sortable thead th')) head.on
 
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
-    lines, runs = lines_of(groups), [run for found in groups.values() for run in found]
+    lines, runs = lines_of(groups), everyone(groups)
     best = _headline(lines)
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
         ("Best in one step", best[1], best[0]),
         ("Training", f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min", "all runs together"),
     )
-    tile = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=f"{len(runs)} runs side by side",
-        headline=escape(best[2]),
-        status="",
-        tiles="\n".join(tile.format(*map(escape, values)) for values in tiles),
+    return html(
+        f"{len(runs)} runs side by side",
+        best[2],
+        tiles,
         pictures=_pictures(groups),
         evaluation=_table(lines) + SORT,
         training=f'<div class="charts">\n{"".join(_charts(groups, lines))}\n</div>',
         facts=_made(groups),
-        config="",
     )
 
 
@@ -144,9 +136,8 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     for i, (group, runs) in enumerate(groups.items()):
         for row, tiles in _strips(runs[0]):
             first = i == 0 and row.who == "teacher"
-            if row.who == "student" or (
-                first and row.steps == max(r.steps for r in runs[0].rows if r.who == "teacher")
-            ):
+            most = max(r.steps for r in runs[0].rows if r.who == row.who)
+            if row.who == "student" or (first and row.steps == most):
                 place = 0 if first else len(heads)
                 heads.insert(place, ("teacher" if first else group, row.steps))
                 columns.insert(place, tiles)
@@ -155,11 +146,10 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, n in heads)
     body = ""
     for k in range(min(SHOWN, *map(len, columns))):
-        body += f"<tr>{''.join(f'<td>{_inline(tiles[k])}</td>' for tiles in columns)}</tr>\n"
-    table = (
-        f'<div class="scroll"><table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-    )
-    return f'{table}\n<p class="soft">One prompt and one noise per row; of each group the first run.</p>'
+        body += f"<tr>{''.join(f'<td>{img(tiles[k])}</td>' for tiles in columns)}</tr>\n"
+    table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+    note = "One prompt and one noise per row; of each group the first run."
+    return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'
 
 
 def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:
@@ -174,12 +164,6 @@ def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:
             yield row, [grid.crop((x + PADDING, y + PADDING, x + side, y + side)) for x, y in corners]
 
 
-def _inline(picture: Image.Image) -> str:
-    picture.save(file := io.BytesIO(), format="PNG")
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return f'<img src="{source}" width="{picture.width}" height="{picture.height}" class="crisp" alt="">'
-
-
 def _made(groups: Mapping[str, Sequence[Run]]) -> str:
     """How each run was made, and how all were judged."""
     text = ""
@@ -188,15 +172,6 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
         for run in runs:
             facts = {"seed": run.config.get("seed"), **{k: run.facts.get(k) for k in ("hardware", "commit", "command")}}
             text += f"    {run.folder.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
-    protocols = [dict(p) for p in {tuple(sorted(map(_pair, run.protocol.items()))) for run in _all(groups)}]
-    judged = "\n".join("; ".join(f"{k}: {v}" for k, v in protocol.items()) for protocol in protocols)
+    protocols = {"; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())) for run in everyone(groups)}
     warn = '<p class="warn">These runs were not all judged by one protocol.</p>' if len(protocols) > 1 else ""
-    return f"{warn}<details open><summary>Runs and protocol</summary><pre>{escape(text + judged)}</pre></details>"
-
-
-def _all(groups: Mapping[str, Sequence[Run]]) -> Iterator[Run]:
-    return (run for runs in groups.values() for run in runs)
-
-
-def _pair(item: tuple[str, Any]) -> tuple[str, str]:
-    return item[0], str(item[1])
+    return warn + folded("Runs and protocol", text + "\n".join(sorted(protocols)), "open")

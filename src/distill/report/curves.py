@@ -1,8 +1,5 @@
 """Training in curves: the losses of both players, the discriminator's health, the optimisers' pace."""
 
-from __future__ import annotations
-
-import base64
 import csv
 import io
 import math
@@ -14,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from distill.report.page import data_uri
 
 
 class Chart(NamedTuple):
@@ -135,6 +134,5 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         longest = max((len(text) for text in axes.get_legend_handles_labels()[1]), default=0)
         figure.legend(loc="outside upper left", ncols=3 if longest < 18 else 2 if longest < 30 else 1)
         figure.savefig(file := io.BytesIO(), format="svg")
-    source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
     words = f'<h3>{escape(title)}</h3><p class="soft">{escape(about)}</p>'
-    return f'<figure class="chart">{words}<img src="{source}" alt="{escape(title)}"></figure>'
+    return f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}" alt="{escape(title)}"></figure>'

@@ -1,7 +1,5 @@
 """What the judging says: a sentence, key figures, and a table of every measure by step count."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from math import isfinite

@@ -6,15 +6,11 @@ agreement   correlation of two heads' logits over all samples
 attention   |d logit / d x0|, the mean over channels: where a change of the picture would move the head
 """
 
-from __future__ import annotations
-
-import base64
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
@@ -22,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
-from distill.process import noise_like
-from distill.report import TEMPLATE
+from distill.process import level_like, noise_like
+from distill.report.page import figure, html
 from distill.types import Batch
 
 SHOWN = 8  # pictures
@@ -64,9 +60,8 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
     """Have every head judge real samples and the student's, from pure noise in one step, at each level."""
     method.heads.eval()  # spectral norm moves on with every pass in training
     critic, noise = method.critic(), noise_like(batch.x0, generator)
-    start = torch.ones(len(batch), device=batch.x0.device)
     with torch.no_grad():
-        x0_hat = method.student.x0(batch.noise if batch.noise is not None else noise, start, batch.cond)
+        x0_hat = method.student.x0(batch.noise if batch.noise is not None else noise, level_like(noise, 1), batch.cond)
         pictures = method.teacher.decode(x0_hat[:SHOWN])
         answers = [[_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels]
     real, fake = (torch.stack([pair[i] for pair in answers]) for i in (0, 1))
@@ -79,7 +74,7 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
 
 def _judge(method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch) -> Tensor:
     """Mean logit of each head, [H, B]."""
-    t = torch.full((len(batch),), float(level), device=x0.device)
+    t = level_like(x0, level)
     maps, told = method.see(x0, t, noise, batch)
     logits = critic(maps, t, told)
     return torch.stack([part.float().mean(1) for part in critic.split(logits)])
@@ -107,23 +102,18 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)])
-    picture = base64.b64encode((folder / "attention.png").read_bytes()).decode()
+    caption = "The student's pictures, and where each head looks: bright where a change would move it most."
+    picture = figure(folder / "attention.png", caption)
     said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=escape(f"{name}: what the discriminator sees"),
-        headline=escape(f"{said}, {best['right']:.0%}."),
-        status="",
-        tiles="",
-        pictures=f'<div class="labelled"><div class="names">{names}</div><figure><img class="crisp" '
-        f'src="data:image/png;base64,{picture}" alt="attention of heads"><figcaption>The student\'s pictures, and '
-        "where each head looks: bright where a change would move it most.</figcaption></figure></div>",
+    text = html(
+        f"{name}: what the discriminator sees",
+        f"{said}, {best['right']:.0%}.",
+        pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
         evaluation=_table(seen),
         training=_disagreement(seen),
-        facts="",
-        config="",
     )
     path = folder / "inspect.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -1,7 +1,5 @@
 """Finished runs side by side: what they differ in, and their scores by group, over seeds."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -34,11 +32,9 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises FileNotFoundError for a run that was not judged yet."""
+    """The run in this folder, which must have been judged."""
     import yaml
 
-    if not (folder / "evaluation.json").is_file():
-        raise FileNotFoundError(f"{folder}: not judged yet; python -m distill.evaluate run={folder}")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     facts = json.loads((folder / "run.json").read_text())
@@ -111,10 +107,12 @@ class Line:
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
     """The teacher's lines first, of all runs together, then each group's."""
-    everyone = [run for runs in groups.values() for run in runs]
-    return [*_lines("teacher", "teacher", everyone)] + [
-        line for group, runs in groups.items() for line in _lines(group, "student", runs)
-    ]
+    students = (line for group, runs in groups.items() for line in _lines(group, "student", runs))
+    return [*_lines("teacher", "teacher", everyone(groups)), *students]
+
+
+def everyone(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
+    return [run for runs in groups.values() for run in runs]
 
 
 def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:

@@ -1,7 +1,5 @@
 """Anti-aliased drawing of scenes by signed distance: coverage = clip(1/2 - distance, 0, 1), distance in pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

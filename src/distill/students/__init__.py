@@ -1,7 +1,5 @@
 """Students: made from a teacher, and left behind as ordinary diffusers pipelines."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from torch import Tensor, nn
 
 from distill.teachers import schedulers
 from distill.teachers.network import Network
@@ -126,14 +125,18 @@ def _whole(student: Network) -> Any:
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:
     """Student minus base, in half precision, with the student's scheduler beside it."""
-    ours, theirs = (teacher.network.model.state_dict() for teacher in (student, base))
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise ValueError(
-            f"base={base.folder}: its network is not of the student's shape; give what the student was made from"
-        )
+    ours, theirs = states(student.network.model, base.network.model)
     scheduler = student.pipeline.scheduler
     about = {"delta": type(scheduler).__name__, "scheduler": dict(scheduler.config)}
     return write_weights({k: v - theirs[k] for k, v in ours.items()}, file, dtype="float16", about=about)
+
+
+def states(student: nn.Module, base: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of both by name. Raises ValueError for networks of other shapes."""
+    ours, theirs = student.state_dict(), base.state_dict()
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise ValueError("base: its network is not of the student's shape; give base=<what the student was made from>")
+    return ours, theirs
 
 
 def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:

@@ -1,13 +1,13 @@
 """The model card of a student: what it is, what it may be used for, how it is loaded, and what it was measured at."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+
+from distill.teachers.reading import is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
@@ -18,7 +18,7 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     facts, config, judged = _read(run / "run.json"), _read(run / "config.yaml"), _read(run / "evaluation.json")
     index = _read(folder / "model_index.json")
     method, path = facts.get("method", "distill"), str(config.get("teacher", {}).get("path", ""))
-    local = path.startswith(("/", ".", "~")) or path.count("/") != 1 or Path(path).exists()
+    local = not is_hub_id(path) or Path(path).exists()
     name = Path(path).name if local else path  # a path of someone's machine is nobody else's business
     about: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {"base_model": None if local else path, "tags": ["distill", "few-step", method.lower()]}

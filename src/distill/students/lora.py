@@ -6,8 +6,6 @@ The adapters are off but within a student's pass, and a block that is computed a
 had them at first. A student is its adapters: only they are its parameters, in its average and in its checkpoint.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

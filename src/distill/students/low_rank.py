@@ -3,14 +3,13 @@
 Whatever alpha a run had, it is multiplied into B here, so that a reader that knows nothing of alpha is right as well.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor, nn
 
+from distill.students import states
 from distill.teachers.weights import read_weights, write_weights
 
 NAMINGS = ("diffusers", "kohya")
@@ -46,9 +45,7 @@ def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str
     Linear layers and convolutions alone have such factors. All get the same rank, if need be with zeros: readers take
     one for all. Raises ValueError for networks of other shapes.
     """
-    ours, theirs = (m.state_dict() for m in (student, base))
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise ValueError("base: its network is not of the student's shape; give base=<what the student was made from>")
+    ours, theirs = states(student, base)
     found, kept, whole = {}, 0.0, 0.0
     linear = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, value in ours.items():

@@ -5,8 +5,6 @@ first_stage_model.       the autoencoder: the decoder's stages are numbered from
 cond_stage_model.        the text encoder; of SDXL two: conditioner.embedders.0 and .1
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

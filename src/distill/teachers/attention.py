@@ -1,7 +1,5 @@
 """Attention in the form that is fastest where it runs."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,8 +4,6 @@
 are 256 equal zeros; carrying one of them with weight 256 gives the same output, to rounding, at a quarter of the cost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -112,6 +113,21 @@ class PipelineTeacher(nn.Module):
         config = self.network.model.config
         return config.in_channels, config.sample_size, config.sample_size
 
+    def shape_of(self, size: Any) -> tuple[int, int, int]:
+        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: at the size it was trained for.
+
+        Raises ValueError for sides that it cannot make.
+        """
+        if size is None:
+            return self.latent_shape
+        sides = list(size) if isinstance(size, Sequence) else [size, size]
+        most = self.unit * (self.network.model.config.get("pos_embed_max_size") or math.inf)
+        if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [True, True]:
+            what = f"a side, or [width,height], in multiples of {self.unit}"
+            raise ValueError(f"size={size}: must be {what}{f' up to {most}' if most < math.inf else ''}")
+        width, height = (side * self.patch // self.unit for side in sides)
+        return self.latent_shape[0], height, width
+
     def _latents(self, pixels: Tensor) -> Tensor:
         """The autoencoder's own latents: the mean of its posterior."""
         return self.vae.encode(pixels).latent_dist.mode()
@@ -149,7 +165,7 @@ class PipelineTeacher(nn.Module):
         return self.network.process
 
     @property
-    def prediction(self) -> Prediction:
+    def prediction(self) -> Prediction:  # a sampler asks a student of either kind
         return self.network.prediction
 
     @property
@@ -186,9 +202,7 @@ class PipelineTeacher(nn.Module):
                 self._said = True
             cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
-            log.warning(
-                "a caption is longer than this teacher reads, and ends before %r; of others no word is said", cut
-            )
+            log.warning("a caption is longer than this teacher reads, and ends before %r; others are not named", cut)
         return cond
 
     def _cut(self, captions: Sequence[str]) -> str | None:

@@ -1,7 +1,5 @@
 """PixArt-Sigma: a transformer on a process like Stable Diffusion's, predicting eps, step index 0..999, told by a T5."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from diffusers import PixArtSigmaPipeline

@@ -1,10 +1,8 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
-from __future__ import annotations
-
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,7 +59,7 @@ def read_pipeline(
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
-        path = _fetched(kind, path, revision=version["revision"], **files, **parts)
+        path = fetched("teacher.path", path, kind.download, revision=version["revision"], **files, **parts)
     for name, network in pipeline_classes(path, kind.__name__, without).items():
         if network is NoneType:
             parts[name] = None  # a pipeline asks for some of those by name, as for SD3's third text encoder
@@ -85,30 +83,29 @@ def dtype_of(name: str) -> torch.dtype:
 def class_of(path: str) -> str:
     """The class of the pipeline in a folder or under a hub id. Raises FileNotFoundError, ValueError if it has none."""
     file = Path(path) / "model_index.json"
-    if not file.is_file() and not Path(path).exists() and _is_hub_id(path):
+    if not file.is_file() and not Path(path).exists() and is_hub_id(path):
         try:
             file = Path(hf_hub_download(path, file.name))
         except (OSError, ValueError) as error:
-            what = f"no such folder, and cannot be fetched from the hub ({of_hub(error)})"
-            raise ValueError(f"run={path}: {what}; check the name, the network and its licence") from None
+            raise not_fetched(f"run={path}", error, "no such folder, and cannot be fetched from the hub") from None
     if not file.is_file():
         raise FileNotFoundError(f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder")
     return str(json.loads(file.read_text()).get("_class_name"))
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether `owner/repository` is what this looks like."""
     return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
 
 
-def _fetched(kind: type, path: str, **options: Any) -> str:
-    """The folder that the hub's pipeline is in, once it is here."""
-    if not _is_hub_id(path):
-        raise FileNotFoundError(f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id")
+def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
+    """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error names."""
+    if not is_hub_id(path):
+        raise FileNotFoundError(f"{key}={path}: no such folder; give a diffusers pipeline folder or a hub id")
     try:
-        return kind.download(path, **options)
+        return fetch(path, **options)
     except (OSError, ValueError) as error:
-        what = f"cannot be fetched ({of_hub(error)})"
-        raise ValueError(f"teacher.path={path}: {what}; check the name, the network and its licence") from None
+        raise not_fetched(f"{key}={path}", error) from None
 
 
 def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str = "teacher.path") -> dict[str, Any]:
@@ -176,15 +173,14 @@ def check_tokenizers(path: str, parts: Mapping[str, Any]) -> None:
             raise ValueError(f"teacher.path={path}: {what}; they are not of one model: fetch both anew")
 
 
-def of_hub(error: BaseException) -> str:
-    """What kept something from being fetched, in words: diffusers hides the hub's own error behind one of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        for kind, meaning in HUB.items():
-            if isinstance(cause, kind):
-                return meaning
-        cause = cause.__cause__
-    return first_line(error)
+def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetched") -> ValueError:
+    """What kept a setting from being fetched, in words: diffusers hides the hub's own error behind one of its own."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    meanings = (meaning for cause in causes for kind, meaning in HUB.items() if isinstance(cause, kind))
+    why = next(meanings, first_line(error))
+    return ValueError(f"{setting}: {what} ({why}); check the name, the network and its licence")
 
 
 def first_line(error: BaseException) -> str:

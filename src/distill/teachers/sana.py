@@ -3,8 +3,6 @@
 Its autoencoder (DC-AE) makes one latent of 32x32 pixels, and that is one token.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

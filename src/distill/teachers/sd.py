@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v, step index 0..999."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -72,9 +70,8 @@ class SD(PipelineTeacher):
         return UNet(self.pipeline.unet, process, prediction)
 
     def _encode(self, captions: list[str]) -> Cond:
-        tokens, _ = self.pipeline.encode_prompt(
-            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        alone = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        tokens, _ = self.pipeline.encode_prompt(captions, self.device, **alone)
         # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -66,12 +66,8 @@ class SD3(PipelineTeacher):
 
     def _encode(self, captions: list[str]) -> Cond:
         silent = self._silent()
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            *[captions] * 3,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=1 if silent else SILENT_TOKENS,
-        )
+        how = {"do_classifier_free_guidance": False, "max_sequence_length": 1 if silent else SILENT_TOKENS}
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(*[captions] * 3, device=self.device, **how)
         counts = torch.ones(tokens.shape[:2], device=tokens.device)
         if silent:  # one zero token stands for all of them
             counts[:, -1] = SILENT_TOKENS

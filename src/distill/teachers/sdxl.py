@@ -38,9 +38,8 @@ class SDXL(SD):
         return UNetXL(self.pipeline.unet, process, prediction, self.pipeline.vae_scale_factor)
 
     def _encode(self, captions: list[str]) -> Cond:
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        alone = {"device": self.device, "do_classifier_free_guidance": False}
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **alone)
         if self.pipeline.config.force_zeros_for_empty_prompt:  # the pipeline's own empty caption is all zeros
             kept = torch.tensor([caption != "" for caption in captions], device=tokens.device)
             tokens, pooled = tokens * kept[:, None, None], pooled * kept[:, None]

@@ -1,7 +1,5 @@
 """Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -13,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.teachers.reading import PICKLED, dtype_of, first_line, of_hub, pipeline_classes, silent, whole
+from distill.teachers.reading import PICKLED, dtype_of, fetched, first_line, pipeline_classes, silent, whole
 from distill.teachers.weights import local_file
 
 SINGLE = (".safetensors", *PICKLED)
@@ -85,17 +83,6 @@ def _left_out(file: Path, classes: dict[str, Any]) -> list[str]:
 def _config(config: str | None, path: str, patterns: list[str]) -> str:
     """The folder of the pipeline that says what is in the file; of one on the hub the files of these `patterns`."""
     if config is None:
-        raise ValueError(
-            f"teacher.config=null: {path} is a single file; give the pipeline folder or hub id of its kind"
-        )
-    if Path(config).is_dir():
-        return config
-    if config.startswith(("/", ".", "~")) or config.count("/") != 1:
-        raise FileNotFoundError(
-            f"teacher.config={config}: no such folder; give a diffusers pipeline folder or a hub id"
-        )
-    try:
-        return snapshot_download(config, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        what = f"cannot be fetched ({of_hub(error)})"
-        raise ValueError(f"teacher.config={config}: {what}; check the name, the network and its licence") from None
+        raise ValueError(f"teacher.config=null: {path} is a single file; give the pipeline folder or id of its kind")
+    here = Path(config).is_dir()
+    return config if here else fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)

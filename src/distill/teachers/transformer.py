@@ -1,7 +1,5 @@
 """What the transformers among the networks share: taps behind their blocks, and tokens put back on the 2-D grid."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.teachers.reading import of_hub
+from distill.teachers.reading import not_fetched
 
 
 def put_on(pipeline: Any, path: str) -> None:
@@ -30,9 +28,8 @@ def put_on(pipeline: Any, path: str) -> None:
         return
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     own = model.state_dict()
-    if other := [
-        k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
-    ]:
+    shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
+    if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
         what = f"{len(other)} tensors are not there or of another shape, {sorted(other)[0]} for one"
         raise ValueError(f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})")
     add = "delta" in about
@@ -47,8 +44,7 @@ def local_file(path: str, key: str) -> Path:
         try:
             file = Path(hf_hub_download(f"{owner}/{repository}", name))
         except (OSError, ValueError) as error:
-            what = f"cannot be fetched ({of_hub(error)})"
-            raise ValueError(f"{key}={path}: {what}; check the name, the network and its licence") from None
+            raise not_fetched(f"{key}={path}", error) from None
     if not file.is_file():
         raise FileNotFoundError(f"{key}={path}: no such file; give one, or owner/repository/file of the hub")
     return file
