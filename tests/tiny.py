@@ -333,8 +333,9 @@ GAMES = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
 METHODS = {**GAMES, "regression": regression, "consistency": consistency}
 
 
-def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:
+def trainer(folder: Path, steps: int, *callbacks: L.Callback, precision: Any = None) -> L.Trainer:
     return L.Trainer(
+        precision=precision,
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
