@@ -48,7 +48,7 @@ def test_regression_wants_the_noise():
 def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
     """On a rectified flow x_s = x_t + (s - t) v, with v = (x_t - x0') / t and x0' guided by hand."""
     teacher = teachers("mmdit")
-    method = tiny.consistency(teacher, options={"steps": 2, "guidance": 3.0, "huber": None})
+    method = tiny.consistency(teacher, options={"steps": 2, "guidance": 3.0})
     tiny.shake(method.student, 3)
     batch = tiny.simple_batch(method, 8)
     asked = watched(method)
@@ -73,7 +73,7 @@ def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
 
 def test_the_exact_solution_of_the_path_is_consistent():
     """A student that knows where the teacher's path ends has next to no loss; the teacher's own estimate has much."""
-    method = tiny.consistency(toy, options={"steps": 200, "guidance": 1.0, "huber": None})
+    method = tiny.consistency(toy, options={"steps": 200, "guidance": 1.0})
     x0, cond = toy.data(256, torch.Generator().manual_seed(0)), toy.embed([""] * 256)
     batch = Batch(x0=x0, captions=("",) * 256, cond=cond)
 

@@ -6,11 +6,11 @@ arXiv 2310.04378): a baseline, without a discriminator.
         x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))       # guided; eps' is the noise that it means
         x_s = alpha_s x0' + sigma_s eps'                                       # DDIM; on a flow Euler
         student:  d(f(x_t, t, c), stop_gradient f(x_s, s, c)),  f(x, 0, c) = x
-        d(x, y) = sqrt(|x - y|^2 + h^2) - h                                    # pseudo-Huber, or |x - y|^2 with h null
+        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h                      # squares, or pseudo-Huber
 
 f is the student's estimate of x0: for any prediction a skip and a scaled network with f(x, 0) = x, as the boundary has
-it. Its target is the student itself and no average of it, as Song & Dhariwal (2023, arXiv 2310.14189) train; d with
-h = .00054 sqrt(dimensions) is theirs too. LCM draws w and tells the student of it; ours is one value.
+it. Its target is the student itself and no average of it, as Song & Dhariwal (2023, arXiv 2310.14189) train; the second d,
+h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the student of it; ours is one value.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Consistency(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = 0.00054, **engine: Any):
+    def __init__(self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any):
         super().__init__(**engine)
         if steps < 1:
             raise ValueError(f"method.steps={steps}: must be at least 1")
