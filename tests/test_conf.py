@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+
+from distill.search import parsed
 
 CONF = Path(__file__).parents[1] / "conf"
 PREFIXES = ("distill.", "torch.", "lightning.")  # what a config file may name
@@ -186,6 +190,25 @@ def test_every_value_of_a_sweep_composes(name, overrides):
         for value in values:
             config = composed(*fixed, *(v[0] for v in swept if v is not values), value)
             assert check_targets(config, whole=True) > 0
+
+
+def contestants() -> dict[str, Any]:
+    file = CONF.parent / "experiments" / "methods_on_shapes" / "run.py"
+    spec = importlib.util.spec_from_file_location("methods_on_shapes", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for itself
+    spec.loader.exec_module(module)
+    return module.CONTESTANTS
+
+
+@needs_conf
+@pytest.mark.parametrize(("name", "contestant"), contestants().items())
+def test_a_contestant_composes_with_the_ends_of_its_search(name, contestant):
+    config = composed(*contestant.arguments(300))
+    assert config["trainer"]["max_steps"] + config["optimizer"]["head_start"] == 300
+    assert config["data"]["batch_size"] == 16
+    for key, _, values in map(parsed, contestant.space):
+        for value in values:
+            assert check_targets(composed(*contestant.arguments(300), f"{key}={value}"), whole=True) > 0
 
 
 @needs_conf

@@ -9,8 +9,8 @@ arXiv 2310.04378): a baseline, without a discriminator.
         d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h                      # squares, or pseudo-Huber
 
 f is the student's estimate of x0: for any prediction a skip and a scaled network with f(x, 0) = x, as the boundary has
-it. Its target is the student itself and no average of it, as Song & Dhariwal (2023, arXiv 2310.14189) train; the second d,
-h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the student of it; ours is one value.
+it. Its target is the student itself and no average of it, as Song & Dhariwal (2023, arXiv 2310.14189) train; the second
+d, with h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the student of it; ours is one value.
 """
 
 from __future__ import annotations
