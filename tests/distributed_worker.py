@@ -28,8 +28,9 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if pl_module.updated:
-            for name in ("d/adv", "g/adv", "g/grad_norm", "d/grad_norm"):
-                self.seen.setdefault(name, []).append(pl_module.numbers[name])
+            for name, value in pl_module.numbers.items():
+                if name[1:] in ("/adv", "/regression", "/consistency", "/grad_norm"):
+                    self.seen.setdefault(name, []).append(value)
 
 
 class SaveAt(L.Callback):

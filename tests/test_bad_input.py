@@ -135,12 +135,24 @@ def test_a_gpu_that_is_not_there(refused, no_weights, monkeypatch):
     assert said == "trainer.accelerator=gpu: there is no GPU here; use trainer.accelerator=cpu or auto"
 
 
-@pytest.mark.parametrize(("method", "discriminator"), [("ladd", "dino"), ("add", "teacher_features")])
-def test_a_discriminator_that_does_not_fit_the_method(method, discriminator, refused, no_weights):
+@pytest.mark.parametrize(
+    ("method", "wanted", "discriminator", "given"),
+    [
+        ("ladd", "latents", "dino", "pixels"),
+        ("add", "pixels", "teacher_features", "latents"),
+        ("ladd", "latents", "none", "nothing"),
+        ("consistency", "nothing", "dino", "pixels"),
+    ],
+)
+def test_a_discriminator_that_does_not_fit_the_method(method, wanted, discriminator, given, refused, no_weights):
     said = refused("run", f"method={method}", f"discriminator={discriminator}")
-    spaces = ("latents", "pixels") if method == "ladd" else ("pixels", "latents")
-    what = "method reads a discriminator of {}, and this discriminator looks at {}".format(*spaces)
+    what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
     assert said == f"{what}; choose another discriminator="
+
+
+def test_a_head_start_of_no_discriminator(refused, no_weights):
+    said = refused("run", "method=regression", "optimizer.head_start=5")
+    assert said == "optimizer.head_start=5: there is no discriminator to lead; make it 0"
 
 
 def test_a_sampler_that_the_teacher_cannot_follow(refused):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+
+from distill.search import parsed
 
 CONF = Path(__file__).parents[1] / "conf"
 PREFIXES = ("distill.", "torch.", "lightning.")  # what a config file may name
@@ -160,6 +166,49 @@ def test_every_value_of_an_experiment_survives(choice):
     for path, value in nodes({key: value for key, value in load(f"{choice}.yaml").items() if key != "defaults"}):
         if not isinstance(value, dict) and path and not path.startswith("hydra."):
             assert config[path] == value, f"{choice}: {path} is {config[path]!r}, the experiment says {value!r}"
+
+
+def sweeps() -> Iterator[tuple[str, list[str]]]:
+    """Each sweep that an experiment's head gives as a command, with its overrides as they are typed, and its own."""
+    for choice in EXPERIMENTS:
+        text = (CONF / f"{choice}.yaml").read_text().replace(" \\\n#", "")
+        params = OmegaConf.select(OmegaConf.create(load(f"{choice}.yaml")), "hydra.sweeper.params") or {}
+        for i, command in enumerate(re.findall(r"^#     python -m distill\.run -m (.*)$", text, re.M)):
+            typed = shlex.split(command)
+            own = [f"{k}={v}" for k, v in params.items() if not any(t.startswith(f"{k}=") for t in typed)]
+            yield f"{choice}:{i}", [*typed, *own]
+
+
+@needs_conf
+@pytest.mark.parametrize(("name", "overrides"), [pytest.param(*found, id=found[0]) for found in sweeps()])
+def test_every_value_of_a_sweep_composes(name, overrides):
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
+    swept = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in parsed if o.is_sweep_override()]
+    assert [f"seed={seed}" for seed in (0, 1, 2)] in swept
+    for values in swept:
+        for value in values:
+            config = composed(*fixed, *(v[0] for v in swept if v is not values), value)
+            assert check_targets(config, whole=True) > 0
+
+
+def contestants() -> dict[str, Any]:
+    file = CONF.parent / "experiments" / "methods_on_shapes" / "run.py"
+    spec = importlib.util.spec_from_file_location("methods_on_shapes", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for itself
+    spec.loader.exec_module(module)
+    return module.CONTESTANTS
+
+
+@needs_conf
+@pytest.mark.parametrize(("name", "contestant"), contestants().items())
+def test_a_contestant_composes_with_the_ends_of_its_search(name, contestant):
+    config = composed(*contestant.arguments(300))
+    assert config["trainer"]["max_steps"] + config["optimizer"]["head_start"] == 300
+    assert config["data"]["batch_size"] == 16
+    for key, _, values in map(parsed, contestant.space):
+        for value in values:
+            assert check_targets(composed(*contestant.arguments(300), f"{key}={value}"), whole=True) > 0
 
 
 @needs_conf

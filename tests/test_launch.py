@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -179,3 +180,6 @@ def test_a_search_goes_on_where_it_stopped(command, pipelines, shards, tmp_path)
     rates = [OmegaConf.load(tmp_path / f"found/trial_00{i}/config.yaml").optimizer.student.lr for i in range(2)]
     assert rates[0] != rates[1]
     assert all(1e-6 <= rate <= 1e-4 for rate in rates)
+    rows = list(csv.DictReader((tmp_path / "found" / "trials.csv").open()))
+    assert sorted(float(row["optimizer.student.lr"]) for row in rows) == pytest.approx(sorted(rates))
+    assert float(rows[0]["value"]) >= float(rows[1]["value"])  # g/adv is to be as large as can be, by default

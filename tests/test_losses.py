@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.losses import adversarial, r1, verdicts, weighted_mse
+from distill.losses import adversarial, pseudo_huber, r1, verdicts, weighted_mse
 
 REAL = torch.tensor([[0.5, 2.0], [-1.0, 0.0]])
 FAKE = torch.tensor([[-2.0, 0.0], [0.5, -1.0]])
@@ -211,3 +211,13 @@ def test_verdicts_count_pairs_wherever_zero_lies():
     # A mean of many logits would stand still in the halves that they come in.
     many = torch.full((4096, 1), 3.01).bfloat16()
     assert verdicts(many, -many)["d/real"].item() == pytest.approx(many[0].float().item(), rel=1e-6)
+
+
+def test_pseudo_huber_is_a_norm_from_afar_and_squares_from_near():
+    x, target = torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]]]), torch.zeros(2, 1, 2)
+    h = 0.5 * math.sqrt(2)
+    by_hand = (math.sqrt(9 + h**2) - h + math.sqrt(16 + h**2) - h) / 2
+    assert pseudo_huber(x, target, 0.5).item() == pytest.approx(by_hand)
+    assert pseudo_huber(1e3 * x, target, 0.5).item() == pytest.approx(3500 - h, rel=1e-4)
+    near = (1e-2 * x).square().sum((1, 2)).mean() / (2 * h)
+    assert pseudo_huber(1e-2 * x, target, 0.5).item() == pytest.approx(near.item(), rel=1e-3)

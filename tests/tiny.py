@@ -24,12 +24,14 @@ from distill.discriminators.pool import Pool
 from distill.discriminators.projection import Projection
 from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.discriminators.teacher_features import TASKS, TeacherFeatures
-from distill.distillation import ScoreDistillation
+from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.engine import Engine
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
+from distill.methods.consistency import Consistency
 from distill.methods.ladd import LADD
 from distill.methods.nitrofusion import NitroFusion
+from distill.methods.regression import Regression
 from distill.process import RectifiedFlow
 from distill.shapes.world import sample
 from distill.times import Discrete, LogitNormal
@@ -315,11 +317,30 @@ def nitrofusion(
     return NitroFusion(renoise=Discrete(levels, [0.25] * 4), **own, **given)
 
 
-METHODS = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
+def regression(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> Regression:
+    """On pairs that the teacher makes as it goes: no noise is known of the data here."""
+    given = alone(parts(teacher, **engine_options))
+    levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1])
+    pairs = TeacherSamples(levels=[1.0, 0.75, 0.5, 0.25], fresh=False)
+    return Regression(**{"levels": levels, "real": pairs} | (options or {}) | given)
 
 
-def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:
+def consistency(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> Consistency:
+    given = alone(parts(teacher, **engine_options))
+    return Consistency(**{"steps": 4, "guidance": 2.0} | (options or {}) | given)
+
+
+def alone(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: part for key, part in given.items() if key not in ("features", "heads")}
+
+
+GAMES = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
+METHODS = {**GAMES, "regression": regression, "consistency": consistency}
+
+
+def trainer(folder: Path, steps: int, *callbacks: L.Callback, precision: Any = None) -> L.Trainer:
     return L.Trainer(
+        precision=precision,
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",

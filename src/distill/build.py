@@ -42,10 +42,15 @@ EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists an
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
-    wanted, given = (_space(cfg, key) for key in ("method", "discriminator.features"))
+    alone = OmegaConf.select(cfg, "discriminator.features") is None
+    wanted, given = _space(cfg, "method"), "nothing" if alone else _space(cfg, "discriminator.features")
     if wanted and given and wanted != given:  # first: such a mixture has keys that do not fit either
         what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
         raise ValueError(f"{what}; choose another discriminator=")
+    if alone and cfg.optimizer.get("head_start"):
+        raise ValueError(
+            f"optimizer.head_start={cfg.optimizer.head_start}: there is no discriminator to lead; make it 0"
+        )
     allowed(cfg)
     check_counts(cfg, COUNTS)
     devices, accelerator = cfg.trainer.get("devices", 1), cfg.trainer.get("accelerator", "auto")
@@ -90,7 +95,12 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
-    """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's embedding does not."""
+    """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's embedding does not.
+
+    Nothing of it where the features are null.
+    """
+    if cfg.features is None:
+        return {}
     features = make(cfg.features)
     if isinstance(features, partial):  # those that are made from the teacher
         features = features(teacher=teacher)

@@ -19,6 +19,7 @@ from distill.shapes.judge import judging_prompts
 from distill.types import Cond
 
 log = logging.getLogger("distill.health")
+SAID = ("g/adv", "g/regression", "g/consistency", "d/adv", "d/real", "d/fake")
 HEALTH = ("d/accuracy", "d/real", "d/fake")
 
 
@@ -33,7 +34,7 @@ class Progress(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         values = pl_module.numbers
-        said = " ".join(f"{k} {values[k]:.2f}" for k in ("g/adv", "d/adv", "d/real", "d/fake") if k in values)
+        said = " ".join(f"{k} {values[k]:.2f}" for k in SAID if k in values)
         lead = "head start " if pl_module.iteration <= pl_module.engine.head_start else ""
         self.bar.update(self.task, completed=trainer.global_step, description=f"{lead}{said}")
 

@@ -27,6 +27,8 @@ def main(cfg: DictConfig) -> None:
     made = OmegaConf.load(folder / "config.yaml")
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)
+    if method.alone:
+        raise ValueError(f"run={cfg.run}: it was made without a discriminator")
     method.load_state_dict(read(kept)["state_dict"], strict=False)
     batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)

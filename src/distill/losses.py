@@ -8,6 +8,7 @@ E is the mean over all B * K logits: the papers of ADD and NitroFusion sum over 
 weights with the number of heads. Everything is reduced in float32 at least, whatever autocast made of the logits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,16 @@ def weighted_mse(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     if x.shape != target.shape or weight.shape != x.shape[:1]:
         raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
     return (weight * (precise(x) - precise(target)).square().flatten(1).mean(1)).mean()
+
+
+def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
+    """E_batch sqrt(|x - target|^2 + h^2) - h with h = scale sqrt(n), for x, target [B, ...] of n numbers a sample.
+
+    As arXiv 2310.14189 has it, sums and not means: for large differences it is their norm.
+    """
+    h = scale * math.sqrt(x[0].numel())
+    away = (precise(x) - precise(target)).square().flatten(1).sum(1)
+    return ((away + h**2).sqrt() - h).mean()
 
 
 def verdicts(

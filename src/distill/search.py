@@ -41,6 +41,19 @@ def suggest(trial: Any, space: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in chosen.items()]
 
 
+def table(study: Any, file: Path) -> None:
+    """Every finished trial with its values as a row of `file`, best first."""
+    from optuna.trial import TrialState
+
+    done = sorted(study.get_trials(states=[TrialState.COMPLETE]), key=lambda trial: trial.value)
+    done = done[::-1] if study.direction.name == "MAXIMIZE" else done
+    keys = sorted({key for trial in done for key in trial.params})
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["trial", "value", *keys])
+        rows.writerows([trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done)
+
+
 def score(folder: Path, metric: str, steps: int) -> float:
     """What a finished run is worth. Raises KeyError if it has no such number."""
     verdict = folder / "evaluation.json"
@@ -56,7 +69,7 @@ def score(folder: Path, metric: str, steps: int) -> float:
 
 @command("search")
 def main(cfg: DictConfig) -> None:
-    """Trials until there are `trials` finished ones; prints each and the best."""
+    """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
     import optuna
     from optuna.trial import TrialState
 
@@ -79,6 +92,7 @@ def main(cfg: DictConfig) -> None:
             raise ValueError(f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}")
         value = score(folder, cfg.metric, cfg.steps)
         study.tell(trial, value)
+        table(study, out / "trials.csv")
         print(f"trial {trial.number}: {cfg.metric} {value:.4g} with {' '.join(chosen)}", flush=True)
     best = study.best_trial
     print(f"best: trial {best.number}, {cfg.metric} {best.value:.4g} with {best.params}")

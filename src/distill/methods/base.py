@@ -28,7 +28,7 @@ log = logging.getLogger("distill.training")
 
 
 class Distillation(L.LightningModule):
-    """Abstract: a teacher teaches a student against a discriminator. Concrete methods give the two objectives."""
+    """Abstract: a teacher teaches a student, most often against a discriminator. Methods give the objectives."""
 
     second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
 
@@ -37,8 +37,8 @@ class Distillation(L.LightningModule):
         *,
         teacher: Teacher,
         student: Denoiser,
-        features: Features,
-        heads: Heads,
+        features: Features | None = None,
+        heads: Heads | None = None,
         engine: Engine,
         condition: Any = None,
         real: Any = None,
@@ -49,7 +49,8 @@ class Distillation(L.LightningModule):
         self.heads: Any
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
-        self.student, self.heads = student, heads
+        self.alone = heads is None  # nobody judges: the discriminator's phase is left out
+        self.student, self.heads = student, nn.Identity() if heads is None else heads
         # In a tuple: never registered, saved, broadcast or trained.
         self._frozen: tuple[Any, ...] = (teacher, features, condition)
         self.engine, self.real, self.seed = engine, real, seed
@@ -67,9 +68,9 @@ class Distillation(L.LightningModule):
     def fake(self, batch: Batch, generator: torch.Generator) -> Fake:
         """The student's sample on this batch and all that both objectives need of it, with graph."""
 
-    @abstractmethod
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         """Weighted terms of the discriminator; must not reach the student. None of them: it does not learn now."""
+        return {}
 
     @abstractmethod
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
@@ -126,14 +127,16 @@ class Distillation(L.LightningModule):
             return
         self.sharded = True
         teacher: Any = self.teacher  # only pipelines are cut up
-        heads = [] if self.second_order or getattr(self.heads, "whole", False) else [self.heads]
+        whole = self.alone or self.second_order or getattr(self.heads, "whole", False)
         shared = self.student.model is teacher.network.model  # a LoRA, whose adapters are small and stay whole
-        for network in (teacher.network.model, *([] if shared else [self.student.model]), *heads):
+        others = [*([] if shared else [self.student.model]), *([] if whole else [self.heads])]
+        for network in (teacher.network.model, *others):
             shard(network, whole=self.student.parameters() if shared else ())
         self.ema = Ema(self.student, decay=self.engine.ema_decay)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        players = [self.engine.student(self.student.parameters()), self.engine.discriminator(self.heads.parameters())]
+        players = [self.engine.student(self.student.parameters())]
+        players += [] if self.alone else [self.engine.discriminator(self.heads.parameters())]
         for optimizer in players:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -150,16 +153,17 @@ class Distillation(L.LightningModule):
         if len(self._pending) < self.engine.accumulate:
             return
         batches, self._pending = self._pending, []
-        student, discriminator = self._players()
+        self._log: dict[str, Tensor | float] = {}
+        student, *critics = self._players()
         leading = self.iteration < self.engine.head_start
         if self.engine.accumulate == 1:
             with torch.set_grad_enabled(not leading):
                 fakes = [self.fake(batches[0], self._generator(0))]
         else:  # one graph at a time: the fakes are made again, alike, in the student phase
             with torch.no_grad():
-                fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches)]
-        turns = range(self.engine.discriminator_updates)
-        moved = [self._update_discriminator(batches, fakes, discriminator, turn) for turn in turns]
+                fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches) if critics]
+        turns = range(self.engine.discriminator_updates if critics else 0)
+        moved = [self._update_discriminator(batches, fakes, critics[0], turn) for turn in turns]
         self.updated = not leading and self._update_student(batches, fakes, student)
         self.iteration += 1
         self.skipped += not leading and not self.updated
@@ -177,7 +181,7 @@ class Distillation(L.LightningModule):
             )
 
     def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> bool:
-        self._log: dict[str, Tensor | float] = {}  # of several updates, the last one's numbers
+        self._log = {}  # of several updates, the last one's numbers
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         for i, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
@@ -194,7 +198,7 @@ class Distillation(L.LightningModule):
         self.heads.requires_grad_(True)
         if updated:
             self.ema.update(self.step)
-            for parameter in self.heads.refresh(self.common("refresh")):
+            for parameter in () if self.alone else self.heads.refresh(self.common("refresh")):
                 self._players()[1].optimizer.state.pop(parameter, None)
         return updated
 
@@ -224,6 +228,7 @@ class Distillation(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         optimizer.step()
+        torch.clear_autocast_cache()  # which holds the weights as they were: a second update would be at the old ones
         return True
 
     def _numbers(self) -> dict[str, float]:
@@ -233,17 +238,18 @@ class Distillation(L.LightningModule):
             values = self.trainer.strategy.reduce(values, reduce_op="mean")
         return dict(zip(self._log, values.tolist(), strict=True))
 
-    def _players(self) -> tuple[Any, Any]:
-        """Both optimisers; only the student's advances `global_step`.
+    def _players(self) -> list[Any]:
+        """The optimisers, the student's first; only that one advances `global_step`.
 
         Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop re-assigns these two
         hooks each batch, so they are replaced each time. Delete this when the issue is closed.
         """
-        student, discriminator = cast(Any, self.optimizers())
-        profiler = cast(Any, self.trainer).profiler
-        discriminator._on_before_step = lambda: profiler.start("optimizer_step")
-        discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
-        return student, discriminator
+        found, profiler = cast(Any, self.optimizers()), cast(Any, self.trainer).profiler
+        players: list[Any] = [found] if self.alone else found
+        for discriminator in players[1:]:
+            discriminator._on_before_step = lambda: profiler.start("optimizer_step")
+            discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
+        return players
 
     def _generator(self, micro: int, stream: int = -2) -> torch.Generator:
         """Randomness of (seed, iteration, micro-batch, stream); streams below -2 are the same on every rank."""

@@ -1,0 +1,65 @@
+"""Consistency distillation (Song et al. 2023, arXiv 2303.01469) as latent consistency models have it (Luo et al. 2023,
+arXiv 2310.04378): a baseline, without a discriminator.
+
+    for x0, c in data:
+        t ~ {1/N, 2/N, ..., 1},  s = t - 1/N;  x_t = alpha_t x0 + sigma_t eps
+        x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))       # guided; eps' is the noise that it means
+        x_s = alpha_s x0' + sigma_s eps'                                       # DDIM; on a flow Euler
+        student:  d(f(x_t, t, c), stop_gradient f(x_s, s, c)),  f(x, 0, c) = x
+        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h                      # squares, or pseudo-Huber
+
+f is the student's estimate of x0: for any prediction a skip and a scaled network with f(x, 0) = x, as the boundary has
+it. Its target is the student itself and no average of it, as Song & Dhariwal (2023, arXiv 2310.14189) train; the second
+d, with h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the student of it; ours is one value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.distillation import guided_x0
+from distill.losses import pseudo_huber, weighted_mse
+from distill.methods.base import Distillation, Fake
+from distill.process import noise_like
+from distill.types import Batch, Terms
+
+
+class Consistency(Distillation):
+    """
+    Args:
+        steps: N, into which the path from noise to data is cut.
+        guidance: w, of the teacher.
+        huber: h, as a multiple of sqrt(dimensions); None takes squares.
+    """
+
+    space = "nothing"  # it has no discriminator
+
+    def __init__(self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any):
+        super().__init__(**engine)
+        if steps < 1:
+            raise ValueError(f"method.steps={steps}: must be at least 1")
+        self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber
+
+    def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
+        place = torch.randint(1, self.steps + 1, (len(batch),), generator=generator, device=batch.x0.device)
+        t, s = place / self.steps, (place - 1) / self.steps
+        x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
+        target = self._target(x_t, t, s, batch)
+        return {"x0_hat": self.student.x0(x_t, t, batch.cond), "target": target}
+
+    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
+        x, y = fake["x0_hat"], fake["target"]
+        if self.huber is None:
+            return {"consistency": weighted_mse(x, y, torch.ones(len(x), device=x.device))}
+        return {"consistency": pseudo_huber(x, y, self.huber)}
+
+    @torch.no_grad()
+    def _target(self, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """The student's estimate one step of the teacher further on; behind the last step the teacher's own."""
+        process = self.teacher.process
+        x0 = guided_x0(self.teacher, x_t, t, batch.cond, self.guidance)
+        x_s = process.diffuse(x0, process.from_x0(x0, x_t, t, "eps"), s)
+        return torch.where((s == 0).view(-1, 1, 1, 1), x0, self.student.x0(x_s, s, batch.cond))
