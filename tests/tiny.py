@@ -338,9 +338,8 @@ GAMES = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
 METHODS = {**GAMES, "regression": regression, "consistency": consistency}
 
 
-def trainer(folder: Path, steps: int, *callbacks: L.Callback, precision: Any = None) -> L.Trainer:
+def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:
     return L.Trainer(
-        precision=precision,
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",

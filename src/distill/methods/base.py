@@ -228,7 +228,6 @@ class Distillation(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         optimizer.step()
-        torch.clear_autocast_cache()  # which holds the weights as they were: a second update would be at the old ones
         return True
 
     def _numbers(self) -> dict[str, float]:
