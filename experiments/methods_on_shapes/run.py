@@ -85,6 +85,8 @@ def train(folder: Path, arguments: list[str]) -> None:
 
 def search(name: str, asked: argparse.Namespace) -> None:
     """Fréchet distance in one step: prompts right alone would be won by one picture a prompt."""
+    if not asked.trials:
+        return
     contestant, out = CONTESTANTS[name], asked.out / "search" / name
     run = [*contestant.arguments(asked.search_steps), *QUIET, "metrics.prompts=200", "metrics.student_steps=[1]"]
     goal = ["metric=frechet", "direction=minimize", f"trials={asked.trials}"]
@@ -95,6 +97,9 @@ def search(name: str, asked: argparse.Namespace) -> None:
 
 
 def best(name: str, asked: argparse.Namespace) -> list[str]:
+    """What the search has found; nothing, so the recipe, where it was to make no trials."""
+    if not asked.trials:
+        return []
     with (asked.out / "search" / name / "trials.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     return [f"{key}={value}" for key, value in first.items() if key not in ("trial", "value")]
