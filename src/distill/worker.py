@@ -15,6 +15,7 @@ TASKS = {
     "run": ("train", "config.yaml"),
     "cache": ("encode", "making.yaml"),
     "synthesize": ("draw", "making.yaml"),
+    "evaluate": ("draw", "evaluation/asked.yaml"),
 }
 
 if __name__ == "__main__":

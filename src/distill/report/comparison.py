@@ -13,7 +13,7 @@ from PIL import Image
 
 from distill.report import TEMPLATE
 from distill.report.curves import framed, read, smoothed
-from distill.report.evaluation import MEASURES, PERCENT
+from distill.report.evaluation import MAIN, MEASURES, PERCENT
 from distill.report.runs import SCORES, Line, Run, lines_of
 
 SHOWN = 8  # prompts in the grid of pictures
@@ -56,7 +56,7 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
 
 def _headline(lines: Sequence[Line]) -> tuple[str, str, str]:
     """Which group, how good, and a sentence."""
-    for key, pick in (("prompt_accuracy", max), ("frechet", min)):
+    for key, pick in {key: min if MEASURES[key][1] == 0 else max for key in MAIN}.items():
         found = [line for line in lines if line.who == "student" and key in line.values]
         if found:
             few = min(line.steps for line in found)
@@ -84,7 +84,7 @@ def _table(lines: Sequence[Line]) -> str:
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
     """Quality against steps, time and pictures; then whether the discriminators could tell real from fake."""
-    for key in ("prompt_accuracy", "frechet"):
+    for key in MAIN:
         if any(key in line.values for line in lines):
             label, _, words = MEASURES[key]
             title = label.replace("&nbsp;", " ")
