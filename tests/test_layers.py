@@ -21,7 +21,7 @@ LAYERS = {
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "prompted", "record", "csvlog"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
     "compose": {"compose"},
     "L5": {"build"},
     "L6": {

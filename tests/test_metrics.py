@@ -16,8 +16,7 @@ import eyes
 import tiny
 from distill import distances, files
 from distill.metrics import networks, scores
-from distill.metrics.pictures import Pictures, coco, in_folder
-from distill.metrics.scores import Seen
+from distill.metrics.pictures import coco, features, in_folder
 
 CPU = torch.device("cpu")
 
@@ -53,8 +52,8 @@ def test_frechet_agrees_with_torchmetrics():
     theirs = FrechetInceptionDistance(feature)
     theirs.update(real, real=True)
     theirs.update(fake, real=False)
-    ours = scores.Frechet(network="x")("fid", Seen(pictures=fake, reference=real))
-    assert ours == {"fid": pytest.approx(theirs.compute().item(), rel=1e-5)}
+    ours = scores.Frechet(network="x")(fake, real, 1.0)
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-5)
 
 
 def test_kid_of_all_samples_is_the_unbiased_estimate_by_hand():
@@ -66,20 +65,20 @@ def test_kid_of_all_samples_is_the_unbiased_estimate_by_hand():
     n = len(real)
     same = [sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1)) for x in (real, fake)]
     cross = sum(k(x, y) for x in real for y in fake) / n**2
-    found = scores.Kid(network="x", subsets=3)("kid", Seen(pictures=fake, reference=real))
+    found = scores.Kid(network="x", subsets=3)(fake, real, 1.0)
     assert found["kid"] == pytest.approx(sum(same) - 2 * cross, rel=1e-9)
     assert found["kid_std"] == pytest.approx(0, abs=1e-9)
 
 
 def test_kid_draws_its_subsets_from_its_own_seed_and_leaves_the_global_one():
-    seen = Seen(pictures=normal(40, 4, seed=1), reference=normal(40, 4))
+    seen = normal(40, 4, seed=1), normal(40, 4), 1.0
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = scores.Kid(network="x", subsets=5, size=10)("kid", seen)
+    first = scores.Kid(network="x", subsets=5, size=10)(*seen)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert scores.Kid(network="x", subsets=5, size=10)("kid", seen) == first
-    assert scores.Kid(network="x", subsets=5, size=10, seed=1)("kid", seen) != first
+    assert scores.Kid(network="x", subsets=5, size=10)(*seen) == first
+    assert scores.Kid(network="x", subsets=5, size=10, seed=1)(*seen) != first
 
 
 def test_mmd_is_that_of_its_definition():
@@ -90,8 +89,7 @@ def test_mmd_is_that_of_its_definition():
 
     expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
     assert distances.mmd(a, b, bandwidth=2.0) == pytest.approx(expected, rel=1e-9)
-    found = scores.Mmd(network="x", bandwidth=2.0)("cmmd", Seen(pictures=a, reference=b))
-    assert found == {"cmmd": pytest.approx(1000 * expected, rel=1e-9)}
+    assert scores.Mmd(network="x", bandwidth=2.0)(a, b, 1.0) == pytest.approx(1000 * expected, rel=1e-9)
     assert distances.mmd(a, a) == pytest.approx(0, abs=1e-12)
 
 
@@ -113,7 +111,7 @@ def test_manifolds_by_brute_force():
     }
     assert 0 < expected["precision"] < 1  # or it would tell nothing
     assert 0 < expected["coverage"] < 1
-    assert scores.Manifolds(network="x", k=k)("m", Seen(pictures=fake, reference=real)) == pytest.approx(expected)
+    assert scores.Manifolds(network="x", k=k)(fake, real, 1.0) == pytest.approx(expected)
 
 
 def test_density_and_coverage_of_the_data_itself_and_too_few():
@@ -128,11 +126,10 @@ def test_density_and_coverage_of_the_data_itself_and_too_few():
 
 def test_alignment_and_variety_by_hand():
     pictures, captions = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    seen = Seen(pictures=pictures, captions=captions, scale=50.0)
-    assert scores.Alignment(network="x")("c", seen) == {"c": pytest.approx((0.6 + 0.8) / 2)}
-    assert scores.Alignment(network="x", scaled=True)("c", seen) == {"c": pytest.approx(50 * 0.7)}
+    assert scores.Alignment(network="x")(pictures, captions, 50.0) == pytest.approx((0.6 + 0.8) / 2)
+    assert scores.Alignment(network="x", scaled=True)(pictures, captions, 50.0) == pytest.approx(50 * 0.7)
     groups = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    assert scores.Variety(network="x")("v", Seen(pictures=pictures, varied=groups)) == {"v": pytest.approx(2.5)}
+    assert scores.Variety(network="x")(pictures, groups, 1.0) == pytest.approx(2.5)
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -193,9 +190,8 @@ def test_clip_agrees_with_the_model_on_its_own_processor(places, picture):
     image, texts = network.images(network.prepare(picture)[None]), network.texts(said, CPU)
     torch.testing.assert_close(network.scale * (texts @ image[0]), logits)
     for i in range(2):
-        seen = Seen(pictures=image, captions=texts[i : i + 1], scale=network.scale)
-        found = scores.Alignment(network="x", scaled=True)("pick_score", seen)
-        assert found["pick_score"] == pytest.approx(logits[i].item(), rel=1e-5)
+        found = scores.Alignment(network="x", scaled=True)(image, texts[i : i + 1], network.scale)
+        assert found == pytest.approx(logits[i].item(), rel=1e-5)
     assert network.texts(["a red star " * 40], CPU).shape == (1, 16)  # cut to what it reads
 
 
@@ -215,9 +211,9 @@ def test_clip_score_is_open_clips(places, picture):
     with torch.no_grad():
         image = model.eval().encode_image(preprocess(picture)[None])
         text = model.encode_text(open_clip.get_tokenizer(name)(["a red star"]))
-    seen = Seen(pictures=network.images(network.prepare(picture)[None]), captions=network.texts(["a red star"], CPU))
+    found = network.images(network.prepare(picture)[None]), network.texts(["a red star"], CPU)
     expected = torch.nn.functional.cosine_similarity(image, text).item()
-    assert scores.Alignment(network="x")("c", seen)["c"] == pytest.approx(expected, rel=1e-5)
+    assert scores.Alignment(network="x")(*found, 1.0) == pytest.approx(expected, rel=1e-5)
     assert network.name == f"open_clip {name}"  # a tag would mean nothing here
 
 
@@ -255,12 +251,12 @@ def test_fingerprints_tell_weights_apart():
 
 def test_features_of_a_folder_in_any_batches_and_halves(places, tmp_path):
     """What is exact over processes: each picture's features are its own, whoever computes them."""
-    network, paths = loaded(networks.Dinov2(str(places["dinov2"]), size=64)), in_folder(places["coco"] / "val2017", "x")
+    network, paths = loaded(networks.Dinov2(str(places["dinov2"]), size=64)), in_folder(places["coco"] / "val2017")
     how = {"workers": 0, "device": CPU}
-    whole = Pictures(paths, tmp_path / "a").features(network, batch_size=8, **how)
-    halves = [Pictures(p, tmp_path / "b").features(network, batch_size=3, **how) for p in (paths[:5], paths[5:])]
+    whole = features(paths, network, tmp_path / "a", batch_size=8, **how)
+    halves = [features(p, network, tmp_path / "b", batch_size=3, **how) for p in (paths[:5], paths[5:])]
     torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-5, atol=1e-5)
-    loader = Pictures(paths, tmp_path / "c").features(network, batch_size=8, workers=1, device=CPU)
+    loader = features(paths, network, tmp_path / "c", batch_size=8, workers=1, device=CPU)
     assert torch.equal(loader, whole)
 
 
@@ -270,16 +266,16 @@ def test_features_are_kept_until_anything_changes(places, tmp_path, monkeypatch)
     how, calls = {"batch_size": 2, "workers": 0, "device": CPU}, []
     prepare = network.prepare
     monkeypatch.setattr(network, "prepare", lambda picture: calls.append(1) or prepare(picture))
-    first = Pictures(paths, tmp_path / "cache").features(network, **how)
-    assert torch.equal(Pictures(paths, tmp_path / "cache").features(network, **how), first)
+    first = features(paths, network, tmp_path / "cache", **how)
+    assert torch.equal(features(paths, network, tmp_path / "cache", **how), first)
     assert len(calls) == 3
-    Pictures(paths, tmp_path / "cache", square=False).features(network, **how)
+    features(paths, network, tmp_path / "cache", **how, square=False)
     network.shown = "otherwise"
-    Pictures(paths, tmp_path / "cache").features(network, **how)
+    features(paths, network, tmp_path / "cache", **how)
     eyes.write_pictures(tmp_path / "pictures", 1, seed=9)
-    Pictures(paths, tmp_path / "cache").features(network, **how)
+    features(paths, network, tmp_path / "cache", **how)
     tiny.shake(network.model, 3)
-    Pictures(paths, tmp_path / "cache").features(network, **how)
+    features(paths, network, tmp_path / "cache", **how)
     assert len(calls) == 15
     assert len(list((tmp_path / "cache").iterdir())) == 5  # and no part of a file
 
@@ -291,10 +287,10 @@ def test_the_centred_square_of_a_picture(places, tmp_path):
     Image.new("RGB", (30, 30), (0, 0, 255)).save(tmp_path / "blue.png")
     network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
     how = {"batch_size": 2, "workers": 0, "device": CPU}
-    paths = in_folder(str(tmp_path), "x")
-    blue, wide = Pictures(paths, tmp_path / "cache").features(network, **how)
+    paths = in_folder(tmp_path)
+    blue, wide = features(paths, network, tmp_path / "cache", **how)
     torch.testing.assert_close(blue, wide)
-    blue, wide = Pictures(paths, tmp_path / "cache", square=False).features(network, **how)
+    blue, wide = features(paths, network, tmp_path / "cache", **how, square=False)
     assert not torch.allclose(blue, wide, atol=1e-2)
 
 
@@ -306,16 +302,16 @@ def test_coco_gives_the_first_caption_of_each_picture_by_id(places):
 
 
 def test_coco_that_is_not_whole(places, tmp_path):
-    with pytest.raises(ValueError, match=r"8 pictures have captions, metrics\.prompts=9 asks for more"):
+    with pytest.raises(ValueError, match=r"has captions of 8 pictures, metrics\.prompts=9"):
         coco(str(places["coco"]), 9)
-    with pytest.raises(ValueError, match=r"cannot read COCO's captions from annotations/captions_val2017\.json"):
+    with pytest.raises(ValueError, match=r"cannot read annotations/captions_val2017\.json"):
         coco(str(tmp_path), 5)
     folder = eyes.write_coco(tmp_path / "coco")
     (folder / "val2017" / "000000000102.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 8 pictures are not there, the first val2017/000000000102\.jpg; fetch"):
+    with pytest.raises(ValueError, match=r"1 of 8 pictures are not there, the first val2017/000000000102\.jpg; unpack"):
         coco(str(folder), None)
     (folder / "annotations" / "captions_val2017.json").write_text(
         json.dumps({"images": [{"id": 1}], "annotations": []})
     )
-    with pytest.raises(ValueError, match="cannot read COCO's captions"):
+    with pytest.raises(ValueError, match="cannot read annotations"):
         coco(str(folder), None)

@@ -65,10 +65,10 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp")
 
 
-def protocol(metrics: DictConfig, run: DictConfig) -> Any:
+def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
     made = make(metrics)
-    if hasattr(made, "check"):
+    if run and hasattr(made, "check"):
         made.check(str(OmegaConf.select(run, "discriminator.features._target_")))
     return made
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,51 +22,39 @@ from distill.metrics.networks import Describer
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Picture files in their order; with `square` the largest centred square of each. Features are kept in `cache`."""
-
-    paths: Sequence[Path]
-    cache: Path
-    square: bool = True
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the contents of all files."""
-        whole = hashlib.sha256()
-        for path in self.paths:
-            whole.update(hashlib.sha256(path.read_bytes()).digest())
-        return whole.hexdigest()
-
-    def features(self, network: Describer, *, batch_size: int, workers: int, device: torch.device) -> Tensor:
-        """[N, D] in float32, on the CPU. Raises ValueError for a file that is no picture."""
-        key = hashlib.sha256(f"{self.digest} {self.square} {network.about}".encode()).hexdigest()[:32]
-        file = self.cache / f"{key}.npy"
-        if not file.is_file():
-            loader = DataLoader(_Prepared(self, network), batch_size, num_workers=workers)
-            network.model.to(device)
-            with torch.inference_mode():
-                bar = track(loader, f"{network.name}: {len(self.paths)} pictures", len(loader))
-                found = torch.cat([network.images(batch.to(device)).float().cpu() for batch in bar])
-            network.model.to("cpu")
-            self.cache.mkdir(parents=True, exist_ok=True)
-            put(file, lambda part: np.save(part, found.numpy()))
-        return torch.from_numpy(np.load(file, allow_pickle=False))
+def features(
+    paths: Sequence[Path],
+    network: Describer,
+    cache: Path,
+    *,
+    device: torch.device,
+    square: bool = True,
+    batch_size: int = 16,
+    workers: int = 0,
+) -> Tensor:
+    """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of the folder `cache`,
+    named after the network, its weights, and the names, sizes and times of the pictures."""
+    key = f"{network} {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if not file.is_file():
+        loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square))
+        network.model.to(device)
+        with torch.inference_mode():
+            bar = track(loader, f"{network.name}: {len(paths)} pictures", len(loader))
+            found = torch.cat([network.images(batch.to(device)).float().cpu() for batch in bar])
+        network.model.to("cpu")
+        cache.mkdir(parents=True, exist_ok=True)
+        put(file, lambda part: np.save(part, found.numpy()))
+    return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    pictures: Pictures
-    network: Describer
-
-    def __len__(self) -> int:
-        return len(self.pictures.paths)
-
-    def __getitem__(self, i: int) -> Tensor:
-        picture = opened(self.pictures.paths[i])
-        if self.pictures.square:
-            picture = ImageOps.fit(picture, (min(picture.size),) * 2)  # which cuts and does not resize
-        return self.network.prepare(picture)
+def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
+    pictures = [opened(path) for path in paths]
+    if square:
+        pictures = [
+            ImageOps.fit(picture, (min(picture.size),) * 2) for picture in pictures
+        ]  # cuts, and resizes nothing
+    return torch.stack([network.prepare(picture) for picture in pictures])
 
 
 def opened(path: Path) -> Image.Image:
@@ -78,7 +66,7 @@ def opened(path: Path) -> Image.Image:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
 
-def put(path: Path, write: Callable[[object], object]) -> None:
+def put(path: Path, write: Callable[[Any], object]) -> None:
     """A file that is there only when whole."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
@@ -91,32 +79,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "features"
 
 
-def in_folder(folder: str, key: str) -> list[Path]:
-    """The pictures in a folder, by name; ValueError, naming `key`, if there is none."""
-    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise ValueError(f"{key}={folder}: holds no pictures ({', '.join(SUFFIXES)})")
-    return found
+def in_folder(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name; there may be no such folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
     """Captions and pictures of COCO2017 val: of each of the first `count` pictures by id, its first caption by id."""
-    root = Path(folder)
-    file = root / "annotations" / "captions_val2017.json"
+    name, advice = "annotations/captions_val2017.json", "give the folder that holds annotations/ and val2017/"
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         names = {entry["id"]: entry["file_name"] for entry in said["images"]}
         firsts = {x["image_id"]: x["caption"].strip() for x in sorted(said["annotations"], key=lambda x: -x["id"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"metrics.path={folder}: cannot read COCO's captions from {file.relative_to(root)} ({error})"
-        raise ValueError(f"{what}; give the folder that holds annotations/ and val2017/") from None
+        raise ValueError(f"metrics.path={folder}: cannot read {name} ({error!r}); {advice}") from None
     chosen = sorted(firsts.keys() & names)[:count]
-    paths = [root / "val2017" / names[i] for i in chosen]
-    if count and len(chosen) < count:
-        raise ValueError(
-            f"metrics.path={folder}: {len(chosen)} pictures have captions, metrics.prompts={count} asks for more"
-        )
-    if missing := [path for path in paths if not path.is_file()]:
-        what = f"{len(missing)} of {len(paths)} pictures are not there, the first {missing[0].relative_to(root)}"
-        raise ValueError(f"metrics.path={folder}: {what}; fetch val2017.zip and unpack it there")
+    if len(chosen) < (count or 1):
+        raise ValueError(f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}")
+    paths = [Path(folder) / "val2017" / names[i] for i in chosen]
+    if missing := [f"val2017/{path.name}" for path in paths if not path.is_file()]:
+        what = f"{len(missing)} of {len(paths)} pictures are not there, the first {missing[0]}"
+        raise ValueError(f"metrics.path={folder}: {what}; unpack val2017.zip there")
     return [firsts[i] for i in chosen], paths

@@ -1,4 +1,4 @@
-"""Scores of pictures from their features. Each names its network, and what it needs beside the pictures themselves."""
+"""Scores of pictures [N, D], given as features, and of what they are held beside."""
 
 from __future__ import annotations
 
@@ -14,64 +14,49 @@ from distill import distances
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """Features of pictures [N, D]; where there are any, of reference pictures [M, D], of the captions [N, D], and of
-    several pictures of one caption [G, n, D]; and what the network itself multiplies similarities with."""
-
-    pictures: Tensor
-    reference: Tensor | None = None
-    captions: Tensor | None = None
-    varied: Tensor | None = None
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Score(ABC):
-    """`network` is a key of metrics.networks."""
+    """`network` is a key of metrics.networks; `needs` says what a score is given `beside` the pictures.
+
+    reference: features of real pictures [M, D]; captions: theirs [N, D]; varied: of pictures of one caption [G, n, D].
+    """
 
     network: str
-    needs: ClassVar[str]
+    needs: ClassVar[str] = "reference"
 
     @abstractmethod
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
-        """What is reported, under `name` where it is one number."""
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float | dict[str, float]:
+        """A number, or several by name; `scale` is what the network itself multiplies similarities with."""
 
-    @property
-    def about(self) -> str:
-        """Its settings, in words."""
+    def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key != "network")
 
 
 class Frechet(Score):
     """Squared Frechet distance; unlike torchmetrics', which its test compares, also of fewer pictures than features."""
 
-    needs = "reference"
-
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
-        return {name: distances.frechet(seen.pictures, seen.reference)}
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
+        return distances.frechet(pictures, beside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kid(Score):
-    """Unbiased squared MMD under (x y / D + 1)^3, the mean over subsets (Binkowski et al. 2018); torchmetrics."""
+    """Unbiased squared MMD under (x y / D + 1)^3, mean and deviation over subsets (Binkowski et al. 2018)."""
 
     subsets: int = 100
     size: int = 1000
     seed: int = 0
-    needs = "reference"
 
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> dict[str, float]:
         from torchmetrics.image.kid import KernelInceptionDistance
 
-        size = min(self.size, len(seen.pictures), len(seen.reference))
+        size = min(self.size, len(pictures), len(beside))
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # that it keeps features
             torch.default_generator.manual_seed(self.seed)
             metric = KernelInceptionDistance(nn.Identity(), subsets=self.subsets, subset_size=size)
-            metric.update(seen.reference.double(), real=True)
-            metric.update(seen.pictures.double(), real=False)
-            mean, std = metric.compute()
-        return {name: float(mean), f"{name}_std": float(std)}
+            metric.update(beside.double(), real=True)
+            metric.update(pictures.double(), real=False)
+            return dict(zip(("kid", "kid_std"), map(float, metric.compute()), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +65,9 @@ class Mmd(Score):
 
     bandwidth: float = 10.0
     times: float = 1000.0
-    needs = "reference"
 
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
-        return {name: self.times * distances.mmd(seen.pictures, seen.reference, self.bandwidth)}
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
+        return self.times * distances.mmd(pictures, beside, self.bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +75,10 @@ class Manifolds(Score):
     """Precision, recall, density and coverage with k neighbours."""
 
     k: int = 5
-    needs = "reference"
 
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
-        both = seen.reference, seen.pictures
-        values = distances.precision_recall(*both, self.k) + distances.density_coverage(*both, self.k)
-        return dict(zip(("precision", "recall", "density", "coverage"), values, strict=True))
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> dict[str, float]:
+        shares = [f(beside, pictures, self.k) for f in (distances.precision_recall, distances.density_coverage)]
+        return dict(zip(("precision", "recall", "density", "coverage"), sum(shares, ()), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +88,8 @@ class Alignment(Score):
     scaled: bool = False
     needs = "captions"
 
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
-        cosine = (seen.pictures.double() * seen.captions.double()).sum(1).mean().item()
-        return {name: cosine * (seen.scale if self.scaled else 1.0)}
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
+        return (pictures.double() * beside.double()).sum(1).mean().item() * (scale if self.scaled else 1.0)
 
 
 class Variety(Score):
@@ -116,5 +97,5 @@ class Variety(Score):
 
     needs = "varied"
 
-    def __call__(self, name: str, seen: Seen) -> dict[str, float]:
-        return {name: distances.diversity(seen.varied)}
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
+        return distances.diversity(beside)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from distill.report import TEMPLATE
 from distill.report.curves import framed, read, smoothed
-from distill.report.evaluation import MAIN, MEASURES, PERCENT
+from distill.report.evaluation import MAIN, MEASURES
 from distill.report.runs import SCORES, Line, Run, lines_of
 
 SHOWN = 8  # prompts in the grid of pictures
@@ -89,6 +89,8 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
             label, _, words = MEASURES[key]
             title = label.replace("&nbsp;", " ")
             yield framed(title, "By number of steps; the teacher's where it took as few.", _by_steps(lines, key))
+            if not any(line.who == "student" and line.steps == 1 and key in line.values for line in lines):
+                continue
             for cost, unit in (("train_seconds", "training minutes"), ("images_seen", "thousand pictures seen")):
                 draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
                 yield framed(f"{title} in one step", f"By {unit}.", draw)
@@ -104,7 +106,7 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
             look = {"color": "#7d8189", "linestyle": "--"} if group == "teacher" else {}
             points = [line.steps for line in found], [line.mean(key) for line in found]
             axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
-        axes.set_yscale("log" if MEASURES[key][2] != PERCENT else "linear")
+        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
     return draw
 
@@ -120,7 +122,7 @@ def _by_cost(groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: flo
             ]
             axes.plot(*zip(*points, strict=True) if points else ([], []), "o", markersize=4, label=_short(group))
         axes.set_xlim(left=0)
-        axes.set_yscale("log" if MEASURES[key][2] != PERCENT else "linear")
+        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
     return draw
 

@@ -70,8 +70,9 @@ def headline(rows: Sequence[Row]) -> str:
 
 def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
     """Key figures: (what, its value, in which circumstances)."""
-    told = [(key, what) for key, (_, what) in MAIN.items() if any(key in row.scores for row in rows)]
-    for key, what in (told or [(key, what) for key, (_, what) in MAIN.items()])[:2]:
+    first, second = list(MAIN)[:2], list(MAIN)[2:]
+    for key in second if any(key in row.scores for row in rows for key in second) else first:
+        what = MAIN[key][1]
         for who, pick in (("student", min), ("teacher", max)):
             said = _said(rows, who, key)
             value, below = (said[n := pick(said)], f"in {_steps(n)}") if said else ("–", "not measured")

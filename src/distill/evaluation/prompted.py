@@ -13,9 +13,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import ImageOps
@@ -26,25 +26,18 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 from distill.data.datasets import Lines
 from distill.evaluation import SHOWN, lineup, write_verdict
 from distill.files import fingerprint
-from distill.metrics.networks import Describer
-from distill.metrics.pictures import Pictures, cache_folder, coco, in_folder, opened, put
-from distill.metrics.scores import Score, Seen
+from distill.metrics.networks import Describer, Dinov2
+from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened, put
+from distill.metrics.scores import Score
 from distill.sampling import FewSteps, seeded
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
 TILE = 256  # pixels a side in the comparison
+Row = tuple[str, int, list[Path], Callable[..., Tensor]]  # who, steps, files, what makes their latents
 
 
-class Row(NamedTuple):
-    who: str
-    steps: int
-    folder: Path
-    paths: list[Path]
-    make: Callable[..., Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Prompted:
     """The protocol.
 
@@ -75,61 +68,47 @@ class Prompted:
     batch_size: int = 16
     workers: int = 4
 
-    def check(self, features: str) -> None:
-        """Raise ValueError for what cannot be measured, or not fairly; `features` is the discriminator's class."""
-        if unknown := [name for name in self.measures if name not in self.scores]:
-            raise ValueError(f"metrics.measures: {unknown[0]} is none of {', '.join(self.scores)}")
-        if not self.measures:
-            raise ValueError(f"metrics.measures=[]: name some of {', '.join(self.scores)}")
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.measures if name not in self.scores] or not self.measures:
+            raise ValueError(f"metrics.measures: {unknown} must be some of {', '.join(self.scores)}")
+        self.is_coco = Path(self.path).is_dir()
+        if self.is_coco:
+            self.captions, self.real = coco(self.path, self.prompts)
+        else:
+            lines = Lines(self.path, "metrics.path").lines
+            self.captions, self.real = [line.strip() for line in lines][: self.prompts], []
+        if self.reference:
+            self.real = in_folder(Path(self.reference))
+        if not self.real and (needing := self._needing("reference")):
+            what = "holds no pictures" if self.reference else f"{needing[0]} needs a folder of real pictures"
+            raise ValueError(f"metrics.reference={self.reference}: {what}")
+        self.asked = list(self.captions)  # the caption of every picture of a row
+        if self._needing("varied"):
+            self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
+
+    def check(self, eyes: str) -> None:
+        """Raise ValueError if all distances look as the discriminator does, the class of whose features is `eyes`."""
         distances = self._needing("reference")
-        if distances and not self.real:
-            raise ValueError(f"metrics.measures: {distances[0]} needs metrics.reference=<folder of real pictures>")
-        eyes = {self.networks[self.scores[name].network].dino for name in distances}
-        if eyes == {True} and "ImageFeatures" in features:
+        if "ImageFeatures" in eyes and {type(self._network(name)) for name in distances} == {Dinov2}:
             what = f"{', '.join(distances)} look with DINO, as this run's discriminator does, which flatters it"
             raise ValueError(f"metrics.measures: {what}; add a distance on other features, fid or cmmd")
-
-    @cached_property
-    def _world(self) -> tuple[list[str], list[Path]]:
-        if self._is_coco:
-            captions, real = coco(self.path, self.prompts)
-        else:
-            captions, real = [line.strip() for line in Lines(self.path, "metrics.path").lines][: self.prompts], []
-        return captions, in_folder(self.reference, "metrics.reference") if self.reference else real
-
-    @property
-    def _is_coco(self) -> bool:
-        return Path(self.path).is_dir()
-
-    @property
-    def captions(self) -> list[str]:
-        return self._world[0]
-
-    @property
-    def real(self) -> list[Path]:
-        return self._world[1]
 
     def _needing(self, what: str) -> list[str]:
         return [name for name in self.measures if self.scores[name].needs == what]
 
-    @property
-    def asked(self) -> list[str]:
-        """The caption of every picture of a row, those for variety last."""
-        groups, each = self.variety
-        several = [caption for caption in self.captions[:groups] for _ in range(each)]
-        return self.captions + (several if self._needing("varied") else [])
+    def _network(self, measure: str) -> Any:
+        return self.networks[self.scores[measure].network]
 
     def __call__(
         self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
     ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
         self.load()
-        made, rows, strips = self.draw(student, teacher, folder, sampler), [], []
-        for row in made:
-            scores = self._scored(row.paths, row.folder, self.captions, teacher.device)
-            rows.append({"who": row.who, "steps": row.steps, **scores, **_seconds(row.folder)})
-            tiles = [ImageOps.fit(opened(path), (TILE, TILE)) for path in row.paths[: min(SHOWN, len(self.captions))]]
-            strips.append(torch.stack([to_tensor(tile) for tile in tiles]))
+        rows, strips, device = [], [], teacher.device
+        for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
+            scores = self._scored(paths, paths[0].parent, self.captions, device) | _seconds(paths[0].parent)
+            rows.append({"who": who, "steps": steps, **scores})
+            strips.append(_strip(paths[: len(self.captions)]))
         how = {"seeds": f"{self.seed} + number", "student sampler": str(sampler), "student guidance": "none"}
         how |= {"teacher guidance": self.guidance} if self.teacher_steps else {}
         write_verdict(folder, self._protocol() | how, rows, strips)
@@ -138,12 +117,10 @@ class Prompted:
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
         """Judge pictures that are there already, and write `evaluation.json` and a strip of them into `out`."""
         self.load()
-        (out / "evaluation").mkdir(parents=True, exist_ok=True)
-        paths = in_folder(str(folder), "run")
+        paths = in_folder(folder)
         captions = self._told(paths) if self._needing("captions") else []
         rows = [{"who": "pictures", "steps": 0, **self._scored(paths, out / "evaluation", captions, device)}]
-        tiles = [to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]]
-        write_verdict(out, self._protocol() | {"pictures": f"{len(paths)}, in {folder}"}, rows, [torch.stack(tiles)])
+        write_verdict(out, self._protocol() | {"pictures": f"{len(paths)}, in {folder}"}, rows, [_strip(paths)])
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:
@@ -158,89 +135,74 @@ class Prompted:
 
     def load(self) -> None:
         """Read what is needed of the networks: before hours of drawing, should one be out of reach."""
-        for key in dict.fromkeys(self.scores[name].network for name in self.measures):
-            self.networks[key].load()
-
-    # -- drawing ------------------------------------------------------------------------------------------------------
+        for network in {self.scores[name].network: self._network(name) for name in self.measures}.values():
+            network.load()
 
     def draw(
-        self,
-        student: Denoiser | None,
-        teacher: PipelineTeacher,
-        folder: Path,
-        sampler: FewSteps | None = None,
-        *,
-        rank: int = 0,
-        world: int = 1,
-    ) -> list[Row]:
+        self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None,
+        *, rank: int = 0, world: int = 1,
+    ) -> list[Row]:  # fmt: skip
         """Make every picture that is not there, or every world-th batch of them; returns all rows."""
         cell, (channels, *sides) = teacher.unit // teacher.patch, teacher.latent_shape
         if self.size is not None and self.size % teacher.unit:
             raise ValueError(f"metrics.size={self.size}: must be a multiple of {teacher.unit} for this model")
-        shape = (channels, *([self.size // cell] * 2 if self.size else sides))
-        told = hashlib.sha256(json.dumps([self.asked, self.seed, shape]).encode()).hexdigest()
-        rows = []
+        shape, rows = (channels, *([self.size // cell] * 2 if self.size else sides)), []
         for who, n, make in lineup(self, student, teacher, sampler, shape):
-            judged = teacher if who == "teacher" else student
-            marks = [told, fingerprint(getattr(judged, "network", judged)), fingerprint(teacher.vae), self.batch_size]
-            marks.append(self.guidance if who == "teacher" else str(sampler))
-            key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:8]
-            place = folder / "evaluation" / f"{who}-{n}-{key}"
-            rows.append(Row(who, n, place, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
-        for row in rows:
-            self._fill(row, teacher, rank, world)
+            model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
+            weights = [fingerprint(getattr(model, "network", model)), fingerprint(teacher.vae)]
+            marks = json.dumps([self.asked, self.seed, shape, how, weights, self.batch_size])
+            place = folder / "evaluation" / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
+            rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
+            self._fill(rows[-1], teacher, rank, world)
         return rows
 
     @torch.no_grad()
     def _fill(self, row: Row, teacher: PipelineTeacher, rank: int, world: int) -> None:
-        row.folder.mkdir(parents=True, exist_ok=True)
-        whole = range(len(row.paths))
-        batches = [whole[i : i + self.batch_size] for i in whole[:: self.batch_size]][rank::world]
-        missing = [batch for batch in batches if not all(row.paths[i].exists() for i in batch)]
-        label = f"{row.who}, {row.steps} steps" + (f", process 1 of {world}" if world > 1 else "")
+        who, steps, paths, make = row
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        batches = [range(len(paths))[i : i + self.batch_size] for i in range(0, len(paths), self.batch_size)]
+        missing = [batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)]
+        label = f"{who}, {steps} steps" + (f", process 1 of {world}" if world > 1 else "")
         for batch in track(missing, label, disable=rank != 0 or not missing):
             began = time.monotonic()
-            cond = teacher.embed([self.asked[i] for i in batch])
-            x0 = row.make(cond, seeded([self.seed + i for i in batch]))
+            x0 = make(teacher.embed([self.asked[i] for i in batch]), seeded([self.seed + i for i in batch]))
             pixels = ((teacher.decode(x0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-            with (row.folder / f"seconds-{rank}.txt").open("a") as file:
+            with (paths[0].parent / f"seconds-{rank}.txt").open("a") as file:
                 file.write(f"{time.monotonic() - began} {len(batch)}\n")
             for i, picture in zip(batch, pixels, strict=True):
-                put(row.paths[i], partial(to_pil_image(picture).save, format="PNG"))
-
-    # -- scoring ------------------------------------------------------------------------------------------------------
+                put(paths[i], partial(to_pil_image(picture).save, format="PNG"))
 
     def _scored(self, paths: list[Path], cache: Path, captions: list[str], device: torch.device) -> dict[str, float]:
         """The scores of the first pictures, one a caption if there are any; those behind them are for variety."""
         found: dict[str, float] = {}
-        count = len(captions) or len(paths)
-        how = {"batch_size": self.batch_size, "workers": self.workers, "device": device}
+        how = {"device": device, "square": self.square, "batch_size": self.batch_size, "workers": self.workers}
         for name in self.measures:
-            score = self.scores[name]
-            network, seen = self.networks[score.network], {}
-            of_all = Pictures(paths, cache, self.square).features(network, **how)
-            if score.needs == "varied":
-                if len(paths) == count:
-                    continue  # a folder of pictures
-                seen["varied"] = of_all[count:].unflatten(0, (-1, self.variety[1]))
-            elif score.needs == "reference":
-                seen["reference"] = Pictures(self.real, cache_folder(), self.square).features(network, **how)
-            else:
-                seen |= {"captions": network.texts(captions, device), "scale": network.scale}
-            found |= score(name, Seen(pictures=of_all[:count], **seen))
+            score, network = self.scores[name], self._network(name)
+            pictures, varied = features(paths, network, cache, **how).tensor_split([len(captions) or len(paths)])
+            if score.needs == "reference":
+                beside = features(self.real, network, cache_folder(), **how)
+            elif score.needs == "captions":
+                beside = network.texts(captions, device)
+            elif len(varied):
+                beside = varied.unflatten(0, (-1, self.variety[1]))
+            else:  # a folder of pictures
+                continue
+            value = score(pictures, beside, network.scale)
+            found |= value if isinstance(value, dict) else {name: value}
         return found
 
     def _protocol(self) -> dict[str, Any]:
+        data = "COCO2017 val, first caption of each picture" if self.is_coco else Path(self.path).name
         digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:12]
-        names = "COCO2017 val, first caption of each picture" if self._is_coco else Path(self.path).name
-        about = {"data": f"{names}, sha256 {digest}", "prompts": len(self.captions)}
-        if self._needing("reference"):
-            about["reference"] = f"{len(self.real)} pictures"
+        about = {"data": f"{data}, sha256 {digest}", "prompts": len(self.captions)}
+        about["reference"] = f"{len(self.real)} pictures" if self._needing("reference") else "none"
         about["pictures"] = f"{self.size or 'own'} pixels a side, 8 bit" + (", centred square" if self.square else "")
-        for name in self.measures:
-            score = self.scores[name]
-            about[name] = "; ".join(filter(None, [self.networks[score.network].about, score.about]))
-        return about
+        how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}
+        return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
+
+
+def _strip(paths: list[Path]) -> Tensor:
+    return torch.stack([to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]])
 
 
 def _seconds(folder: Path) -> dict[str, float]:
