@@ -87,7 +87,7 @@ def write_all(folder: Path) -> dict[str, Path]:
 
 def small(places: dict[str, Path]) -> list[str]:
     """What makes coco5k small, in a command: its networks are played by tiny ones, Inception by a CLIP."""
-    networks = {"dinov2": places["dinov2"]} | dict.fromkeys(("inception", "clip_l", "pick"), places["clip"])
+    networks = {"dinov2": tiny.vit()} | dict.fromkeys(("inception", "clip_l", "pick"), places["clip"])
     networks |= dict.fromkeys(("clip_g", "clip_b32", "hps"), f"local-dir:{places['open_clip']}")
     words = [f"metrics.networks.{name}.path={path}" for name, path in networks.items()]
     words += ["metrics.networks.inception._target_=distill.metrics.networks.Clip"]

@@ -229,7 +229,7 @@ def test_prompts_of_a_file_without_and_with_reference(judged, student, places, t
     found = judged(student, *own, metrics="prompts")
     assert set(found["rows"][0]) == {"who", "steps", "clip_score", "pick_score", "variety", "seconds_per_image"}
     assert found["protocol"]["data"].startswith("prompts.txt, sha256 ")
-    assert (found["protocol"]["prompts"], "reference" in found["protocol"]) == (5, False)
+    assert (found["protocol"]["prompts"], found["protocol"]["reference"]) == (5, "none")
     real = places["coco"] / "val2017"
     found = judged(student, *own, "metrics.measures=[cmmd]", f"metrics.reference={real}", metrics="prompts")
     assert found["protocol"]["reference"] == "8 pictures"
