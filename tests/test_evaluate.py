@@ -81,6 +81,7 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     protocol = found["protocol"]
     assert protocol["data"].startswith("COCO2017 val, first caption of each picture, sha256 ")
     assert (protocol["prompts"], protocol["reference"], protocol["seeds"]) == (8, "8 pictures", "0 + number")
+    assert protocol["pictures"] == "64 x 64, 8 bit, centred square"
     assert protocol["student sampler"] == "Consistency(levels=None)"
     assert "weights " in protocol["fid"]
     assert protocol["kid"].endswith("subsets 100, size 1000, seed 0")
@@ -183,6 +184,8 @@ def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, pl
     found = judged(pipelines("unet"), "steps=2", "metrics.measures=[clip_score]", "metrics.guidance=3.0")
     assert [(row["who"], row["steps"]) for row in found["rows"]] == [("teacher", 2)]
     assert found["protocol"]["teacher guidance"] == 3.0
+    assert found["protocol"]["teacher sampler"] == "DDIM, trailing steps"
+    assert "student sampler" not in found["protocol"]
     words = ["metrics=coco5k", f"metrics.path={places['coco']}", "metrics.prompts=8"]
     code, _, err = command("evaluate", f"run={pipelines('unet')}", *words)
     assert code == 1
@@ -213,7 +216,7 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
     found = judged(folder, few, out="again")
     (again,) = found["rows"]
     assert again == {**{k: v for k, v in row.items() if k != "variety"}, "who": "pictures", "steps": 0}
-    assert found["protocol"]["pictures"] == f"8, in {folder}"
+    assert found["protocol"]["judged"] == f"8 pictures in {folder}"
     assert "Pictures<" in table(found)
     for i, path in enumerate(sorted(folder.iterdir())):  # other names, captions beside them, in another order
         path.rename(folder / f"a_{9 - i}.png")
@@ -221,6 +224,15 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
     (renamed,) = judged(folder, few, out="renamed")["rows"]
     assert renamed["clip_score"] == pytest.approx(row["clip_score"], rel=1e-5)
     assert renamed["fid"] == pytest.approx(row["fid"], rel=1e-4)
+
+
+def test_cocos_own_pictures_are_at_no_distance_from_themselves(judged, places):
+    """Their captions are known by their names."""
+    (row,) = judged(places["coco"] / "val2017", "metrics.measures=[fid,cmmd,clip_score,manifolds]")["rows"]
+    assert row["fid"] == pytest.approx(0, abs=1e-6)
+    assert row["cmmd"] == pytest.approx(0, abs=1e-6)
+    assert (row["precision"], row["recall"], row["coverage"]) == (1, 1, 1)
+    assert -1 < row["clip_score"] < 1
 
 
 def test_prompts_of_a_file_without_and_with_reference(judged, student, places, tmp_path):

@@ -51,7 +51,7 @@ def judge(cfg: DictConfig) -> int:
     else:
         rows = protocol.judge_folder(run, out, making.device())
     print(build.table(rows))
-    if out == run:
+    if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
     print(f"wrote {out / 'evaluation.json'} and {write_report(out)}")
     return 0

@@ -29,7 +29,7 @@ from distill.files import fingerprint
 from distill.metrics.networks import Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened, put
 from distill.metrics.scores import Score
-from distill.sampling import FewSteps, seeded
+from distill.sampling import Consistency, FewSteps, seeded
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
@@ -69,14 +69,15 @@ class Prompted:
     workers: int = 4
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.measures if name not in self.scores] or not self.measures:
-            raise ValueError(f"metrics.measures: {unknown} must be some of {', '.join(self.scores)}")
-        self.is_coco = Path(self.path).is_dir()
-        if self.is_coco:
+        if not self.measures or (set(self.measures) - self.scores.keys()):
+            raise ValueError(f"metrics.measures={self.measures}: must be some of {', '.join(self.scores)}")
+        self.data, self.named, self.real = Path(self.path).name, {}, []
+        if Path(self.path).is_dir():
+            self.data = "COCO2017 val, first caption of each picture"
             self.captions, self.real = coco(self.path, self.prompts)
+            self.named = {path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)}
         else:
-            lines = Lines(self.path, "metrics.path").lines
-            self.captions, self.real = [line.strip() for line in lines][: self.prompts], []
+            self.captions = [line.strip() for line in Lines(self.path, "metrics.path").lines][: self.prompts]
         if self.reference:
             self.real = in_folder(Path(self.reference))
         if not self.real and (needing := self._needing("reference")):
@@ -85,6 +86,7 @@ class Prompted:
         self.asked = list(self.captions)  # the caption of every picture of a row
         if self._needing("varied"):
             self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
+        self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
 
     def check(self, eyes: str) -> None:
         """Raise ValueError if all distances look as the discriminator does, the class of whose features is `eyes`."""
@@ -104,14 +106,18 @@ class Prompted:
     ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
         self.load()
-        rows, strips, device = [], [], teacher.device
+        rows, strips, device, sampler = [], [], teacher.device, sampler or Consistency()
         for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
             scores = self._scored(paths, paths[0].parent, self.captions, device) | _seconds(paths[0].parent)
             rows.append({"who": who, "steps": steps, **scores})
             strips.append(_strip(paths[: len(self.captions)]))
-        how = {"seeds": f"{self.seed} + number", "student sampler": str(sampler), "student guidance": "none"}
-        how |= {"teacher guidance": self.guidance} if self.teacher_steps else {}
-        write_verdict(folder, self._protocol() | how, rows, strips)
+        euler = "Euler" if teacher.prediction == "flow" else "DDIM"
+        how = {"seeds": f"{self.seed} + number"}
+        if self.teacher_steps:
+            how |= {"teacher sampler": f"{euler}, trailing steps", "teacher guidance": self.guidance}
+        if self.student_steps:
+            how |= {"student sampler": str(sampler), "student guidance": "none"}
+        write_verdict(folder, self._protocol(paths[0]) | how, rows, strips)
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -120,16 +126,16 @@ class Prompted:
         paths = in_folder(folder)
         captions = self._told(paths) if self._needing("captions") else []
         rows = [{"who": "pictures", "steps": 0, **self._scored(paths, out / "evaluation", captions, device)}]
-        write_verdict(out, self._protocol() | {"pictures": f"{len(paths)}, in {folder}"}, rows, [_strip(paths)])
+        how = {"judged": f"{len(paths)} pictures in {folder}"}
+        write_verdict(out, self._protocol(paths[0]) | how, rows, [_strip(paths)])
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:
-        """The captions of files, from .txt beside them, or by their names, which are then numbers of captions."""
-        beside = [path.with_suffix(".txt") for path in paths]
-        if all(text.is_file() for text in beside):
-            return [text.read_text(encoding="utf-8").strip() for text in beside]
-        if all(path.stem.isdecimal() and int(path.stem) < len(self.captions) for path in paths):
-            return [self.captions[int(path.stem)] for path in paths]
+        """The captions of files, from .txt beside them, or by their names: numbers of captions, or COCO's own."""
+        if all(path.with_suffix(".txt").is_file() for path in paths):
+            return [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
+        if all(path.stem in self.named for path in paths):
+            return [self.named[path.stem] for path in paths]
         what = "a .txt beside every picture, or as names the numbers of their captions, 000000.png and so on"
         raise ValueError(f"run={paths[0].parent}: {self._needing('captions')[0]} needs {what}")
 
@@ -191,12 +197,11 @@ class Prompted:
             found |= value if isinstance(value, dict) else {name: value}
         return found
 
-    def _protocol(self) -> dict[str, Any]:
-        data = "COCO2017 val, first caption of each picture" if self.is_coco else Path(self.path).name
-        digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:12]
-        about = {"data": f"{data}, sha256 {digest}", "prompts": len(self.captions)}
+    def _protocol(self, first: Path) -> dict[str, Any]:
+        digest, (width, height) = hashlib.sha256("\n".join(self.captions).encode()).hexdigest(), opened(first).size
+        about = {"data": f"{self.data}, sha256 {digest[:12]}", "prompts": len(self.captions)}
         about["reference"] = f"{len(self.real)} pictures" if self._needing("reference") else "none"
-        about["pictures"] = f"{self.size or 'own'} pixels a side, 8 bit" + (", centred square" if self.square else "")
+        about["pictures"] = f"{width} x {height}, 8 bit" + (", centred square" if self.square else "")
         how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}
         return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
 

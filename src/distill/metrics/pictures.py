@@ -37,6 +37,7 @@ def features(
     key = f"{network} {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
+        workers = min(workers, len(os.sched_getaffinity(0)))
         loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square))
         network.model.to(device)
         with torch.inference_mode():
