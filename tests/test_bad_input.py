@@ -461,6 +461,12 @@ def test_what_cannot_be_judged(asked, tmp_path):
     assert "neither a finished run (with a student/) nor a diffusers pipeline folder" in asked(run=tmp_path / "no")
 
 
+def test_judging_under_torchrun(asked, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert asked("steps=1").endswith("use devices=8 or the like, without torchrun")
+
+
 def test_a_judging_network_out_of_reach_is_named_before_anything_is_drawn(asked, monkeypatch, tmp_path):
     monkeypatch.setattr("distill.evaluation.prompted.seeded", lambda _: pytest.fail("drawn"))
     said = asked("metrics.measures=[fd_dinov2]", "steps=1", f"out={tmp_path / 'out'}")

@@ -85,6 +85,7 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     assert protocol["student sampler"] == "Consistency(levels=None)"
     assert "weights " in protocol["fid"]
     assert protocol["kid"].endswith("subsets 100, size 1000, seed 0")
+    assert f"run: {student}\n" in (tmp_path / "out" / "evaluation" / "asked.yaml").read_text()
     pictures = sorted((tmp_path / "out" / "evaluation").glob("student-2-*/*.png"))
     assert [path.name for path in pictures] == [f"{i:06d}.png" for i in range(8 + 6)]  # and those for variety
     assert Image.open(tmp_path / "out" / "samples" / "comparison.png").size == (8 * 258 + 2, 2 * 258 + 2)
@@ -164,7 +165,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkey
 
 def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp_path):
     def folders():
-        return {path.name for path in (tmp_path / "out" / "evaluation").iterdir()}
+        return {path.name for path in (tmp_path / "out" / "evaluation").iterdir() if path.is_dir()}
 
     few = ("steps=1", "metrics.measures=[fid]")
     judged(student, *few)
@@ -208,7 +209,7 @@ def test_student_and_a_teacher_side_by_side(judged, student, pipelines, tmp_path
 def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, places, tmp_path):
     few = "metrics.measures=[fid,clip_score,manifolds,variety]"
     (row,) = plain(judged(student, "steps=1", few))["rows"]
-    (drawn,) = (tmp_path / "out" / "evaluation").iterdir()
+    (drawn,) = (tmp_path / "out" / "evaluation").glob("*/")
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(8):

@@ -20,7 +20,7 @@ from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
 from distill.files import gathered, newest, read
 from distill.record import versions
-from distill.report.evaluation import ATTRIBUTES, MEASURES
+from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
 from distill.teachers.reading import class_of
@@ -213,7 +213,7 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The judging as lines for a terminal."""
-    columns = [key for key in MEASURES if key not in ATTRIBUTES and any(key in row for row in rows)]
+    columns = [key for key in MEASURES if key not in (*ATTRIBUTES, TIME) and any(key in row for row in rows)]
     lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
     for row in rows:
         values = "".join(f"{row[name]:>18.4g}" if name in row else f"{'-':>18}" for name in columns)

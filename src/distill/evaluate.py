@@ -16,7 +16,7 @@ from distill.errors import command
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-ASKED = "evaluation/asked.yaml"  # the command, for its other processes
+ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
 
 
 def judge(cfg: DictConfig) -> int:
@@ -24,7 +24,7 @@ def judge(cfg: DictConfig) -> int:
     from omegaconf import OmegaConf
 
     from distill import build, launch, making
-    from distill.compose import check_counts
+    from distill.compose import check_counts, world
     from distill.metrics.pictures import in_folder
     from distill.report import write_report
     from distill.students.card import write_card
@@ -33,20 +33,20 @@ def judge(cfg: DictConfig) -> int:
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
     model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
     pictures = not model and in_folder(run)
+    if world() > 1:
+        raise ValueError("devices: judging starts its processes itself; use devices=8 or the like, without torchrun")
     if several and (pictures or not hasattr(protocol, "draw")):
         raise ValueError(f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out")
     if pictures and not hasattr(protocol, "judge_folder"):
         raise ValueError(f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts")
     out = Path(cfg.out or (run if _config_of(run) else Path("evaluations") / run.resolve().name))
-    if several:
-        (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-        making.put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
-        if code := launch.launch(out, cfg.devices, "evaluate"):
-            return code
-    parts = None if pictures else _models(cfg, protocol)
-    out.mkdir(parents=True, exist_ok=True)
-    if parts:
-        protocol, student, teacher, sampler = parts
+    parts = None if pictures or several else _models(cfg, protocol)  # a mistake in them leaves nothing behind
+    (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
+    making.put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
+    if several and (code := launch.launch(out, cfg.devices, "evaluate")):
+        return code
+    if not pictures:
+        protocol, student, teacher, sampler = parts or _models(cfg, protocol)
         rows = protocol(student, teacher, out, sampler)
     else:
         rows = protocol.judge_folder(run, out, making.device())

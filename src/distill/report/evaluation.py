@@ -8,6 +8,7 @@ from math import inf, isfinite
 from typing import Any, NamedTuple
 
 PERCENT, PLAIN = "{:.1%}", "{:.4g}"
+TIME = "seconds_per_image"
 MEASURES = {  # key -> head of its column, the value it is best to be near, how it reads
     "prompt_accuracy": ("Prompts right&nbsp;↑", 1, PERCENT),
     "frechet": ("Fréchet distance&nbsp;↓", 0, PLAIN),
@@ -26,7 +27,7 @@ MEASURES = {  # key -> head of its column, the value it is best to be near, how 
     "diversity": ("Diversity (data:&nbsp;1)", 1, PLAIN),
     "variety": ("Variety", inf, PLAIN),
     "stripe_sharpness": ("Sharpness (data:&nbsp;1)", 1, PLAIN),
-    "seconds_per_image": ("Seconds per image&nbsp;↓", 0, PLAIN),
+    TIME: ("Seconds per image&nbsp;↓", 0, PLAIN),
 }
 MAIN = {  # in the order of what is told first -> as a phrase, as a noun
     "prompt_accuracy": ("gets {} of prompts right", "prompts right"),
