@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -40,6 +41,8 @@ class Describer(ABC):
 
     def load(self) -> None:
         """Read the weights, fetching them if need be. Raises ValueError that says what stood in the way."""
+        before = logging.root.manager.disable
+        logging.disable(logging.ERROR)  # open_clip tells every step of it
         try:
             with redirect_stderr(StringIO()):  # loading bars
                 self.model = self._read().eval().requires_grad_(False)
@@ -50,6 +53,8 @@ class Describer(ABC):
                 advice = "pip install 'distill[eval]'"
             what = f"metrics.networks: the weights of {self.name} cannot be read ({reason}); {advice}"
             raise ValueError(f"{what}, or leave out of metrics.measures what needs them") from None
+        finally:
+            logging.disable(before)
 
     def __str__(self) -> str:
         """Network, revision of a hub's, a hash of its weights, and how it is shown pictures."""

@@ -51,10 +51,8 @@ def features(
 
 def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     pictures = [opened(path) for path in paths]
-    if square:
-        pictures = [
-            ImageOps.fit(picture, (min(picture.size),) * 2) for picture in pictures
-        ]  # cuts, and resizes nothing
+    if square:  # which cuts, and resizes nothing
+        pictures = [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in pictures]
     return torch.stack([network.prepare(picture) for picture in pictures])
 
 
