@@ -19,6 +19,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import eyes
 from distill import files
 from distill.data.write import write_latents
 from distill.teachers.sd import SD
@@ -435,6 +436,85 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
     assert f"{path}:" in said
     if workers == 0:  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
         assert files.newest(tmp_path / "run").is_file()
+
+
+# -- judging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(refused, pipelines, tmp_path):
+    """Evaluate a pipeline by prompts or COCO, which must fail -> its one sentence; nothing is left behind."""
+    coco = eyes.write_coco(tmp_path / "coco")
+    (tmp_path / "prompts.txt").write_text("a red star")
+
+    def call(*arguments, metrics="coco5k", run=None, path=coco):
+        words = [f"run={run or pipelines('mmdit')}", f"metrics={metrics}", f"metrics.path={path}", "metrics.prompts=8"]
+        said = refused("evaluate", *words, *arguments)
+        assert not (tmp_path / "evaluations").exists()
+        return said
+
+    return call
+
+
+def test_what_cannot_be_judged(asked, tmp_path):
+    assert asked("steps=many") == "steps=many: must be numbers of steps, 1,2,4 or the like"
+    assert asked("steps=[0]").startswith("steps=[0]: must be numbers of steps")
+    assert asked("metrics.measures=[clp]").startswith("metrics.measures=['clp']: must be some of fid, kid, ")
+    assert asked("metrics.measures=[]").startswith("metrics.measures=[]: must be some of fid, kid, ")
+    assert asked("metrics.prompts=9").endswith("coco: has captions of 8 pictures, metrics.prompts=9")
+    assert "cannot read annotations/captions_val2017.json (FileNotFoundError" in asked(path=tmp_path)
+    assert "cannot be read as lines of UTF-8 text" in asked(path=tmp_path / "nowhere", metrics="prompts")
+    lines = {"metrics": "prompts", "path": tmp_path / "prompts.txt"}
+    said = "metrics.reference=None: fid needs a folder of real pictures"
+    assert asked("metrics.measures=[fid]", **lines) == said
+    said = asked("metrics.measures=[fid]", f"metrics.reference={tmp_path}", **lines)
+    assert said == f"metrics.reference={tmp_path}: holds no pictures"
+    assert "metrics.batch_size=0: must be a whole number" in asked("metrics.batch_size=0")
+    assert "neither a finished run (with a student/) nor a diffusers pipeline folder" in asked(run=tmp_path / "no")
+
+
+def test_judging_under_torchrun(asked, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert asked("steps=1").endswith("use devices=8 or the like, without torchrun")
+
+
+def test_a_judging_network_out_of_reach_is_named_before_anything_is_drawn(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr("distill.evaluation.prompted.seeded", lambda _: pytest.fail("drawn"))
+    said = asked("metrics.measures=[fd_dinov2]", "steps=1", f"out={tmp_path / 'out'}")
+    assert said.startswith("metrics.networks: the weights of facebook/dinov2-large cannot be read (")
+    assert said.endswith("or give a local path, or leave out of metrics.measures what needs them")
+
+
+def test_a_folder_of_pictures_that_cannot_be_judged(asked, refused, tmp_path):
+    pictures = tmp_path / "pictures"
+    for path in eyes.write_pictures(pictures, 3):
+        path.rename(path.with_stem(f"a{path.stem}"))
+    said = refused("evaluate", f"run={pictures}")
+    assert said == f"run={pictures} is a folder of pictures; add metrics=coco5k or metrics=prompts"
+    said = asked("devices=2", run=pictures)
+    assert said == "devices=2: only drawing for coco5k or prompts is shared out; leave it out"
+    clip = f"local-dir:{eyes.write_open_clip(tmp_path / 'open_clip')}"
+    words = ["metrics.measures=[clip_score]", f"metrics.networks.clip_g.path={clip}", f"out={tmp_path / 'out'}"]
+    assert "clip_score needs a .txt beside every picture, or as names the numbers" in asked(*words, run=pictures)
+    for i, path in enumerate(sorted(pictures.iterdir())):
+        path.rename(pictures / f"{i:06d}.jpg")
+    (pictures / "000001.jpg").write_bytes(b"no picture")
+    assert "000001.jpg: cannot be read as a picture (" in asked(*words, "metrics.workers=0", run=pictures)
+    assert "000001.jpg: cannot be read as a picture (" in asked(*words, "metrics.workers=1", run=pictures)
+
+
+def test_distances_on_the_discriminators_own_features_are_refused(refused, command, no_weights, tmp_path):
+    coco, dino = eyes.write_coco(tmp_path / "coco"), "metrics.measures=[fd_dinov2,manifolds,clip_score]"
+    metrics = ["metrics=coco5k", f"metrics.path={coco}", "metrics.prompts=8"]
+    said = "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does, which flatters it"
+    (tmp_path / "old").mkdir()
+    config = {"discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}}
+    (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
+    assert refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino).startswith(said)
+    whole = ["debug=smoke", "method=add", f"run_dir={tmp_path / 'run'}", *metrics, dino]
+    assert command("run", *whole)[2].startswith(f"distill: {said}")
+    assert not (tmp_path / "run").exists()
 
 
 # -- the run folder --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
+import eyes
 import families
 import ldm
 import tiny
@@ -38,6 +39,7 @@ SMALL = {
     "experiment=sd3_turbo": ["teacher.path={sd3}", "teacher.dtype=float32", "discriminator.heads.width=16"],
     "data.size=1024": ["data.size=64", "data.num_workers=0"],
     "data=prompts": ["data.num_workers=0"],
+    "metrics=coco5k": ["metrics.prompts=8"],
     "student=lora": ["teacher.path={sdxl}", "teacher.dtype=float32", "student.rank=4"],
 }
 RUN = ["debug=smoke", "data.batch_size=2", "data.num_workers=0", "optimizer.accumulate=2"]
@@ -70,6 +72,8 @@ def world(tmp_path_factory) -> Path:
     here = tmp_path_factory.mktemp("readme")
     sdxl = families.write("sdxl", here / "models" / "sdxl")
     families.write("sd35", here / "models" / "sd3")
+    eyes.write_clip(here / "models" / "clip")
+    eyes.write_open_clip(here / "models" / "open_clip")
     whole = diffusers.DiffusionPipeline.from_pretrained(sdxl, dtype=torch.float32)
     tiny.shake(whole.unet, 9, std=0.01)  # a fine-tune: another denoiser than the base's
     ldm.write(whole, "sdxl", here / "mine.safetensors")
@@ -78,13 +82,15 @@ def world(tmp_path_factory) -> Path:
         colours = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(colours).save(here / "photos" / f"{i}.png")
         (here / "photos" / f"{i}.txt").write_text(tiny.CAPTIONS[i])
+    eyes.write_coco(here / "coco")
     (here / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:4]))
     return here
 
 
 def small(world: Path, name: str, arguments: list[str]) -> list[str]:
     more = [extra for word in arguments for extra in SMALL.get(word, [])]
-    places = {"sdxl": world / "models" / "sdxl", "sd3": world / "models" / "sd3"}
+    places = {name: world / "models" / name for name in ("sdxl", "sd3", "clip", "open_clip")}
+    more += eyes.small(places) if name == "evaluate" else []
     return [*arguments, *(extra.format(**places) for extra in more), *(RUN if name == "run" else [])]
 
 
@@ -96,6 +102,7 @@ def said(world) -> dict[str, str]:
         name, arguments = words_of(line)
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
             patch.chdir(world)
+            patch.setenv("XDG_CACHE_HOME", str(world / "kept"))
             patch.delenv("HYDRA_FULL_ERROR", raising=False)
             patch.setattr(sys, "argv", [f"distill.{name}", *small(world, name, arguments)])
             importlib.import_module(f"distill.{name}").main()  # raises SystemExit where it fails
@@ -148,6 +155,16 @@ def is_folder(world, out):
     assert index.read_bytes() == of_run.read_bytes()
 
 
+def is_judged(folder: str, *rows: tuple[str, int]) -> Callable[[Path, str], None]:
+    def check(world, out):
+        found = json.loads((world / folder / "evaluation.json").read_text())["rows"]
+        assert [(row["who"], row["steps"]) for row in found] == list(rows)
+        assert all(np.isfinite(row["clip_score"]) and ("fid" in row) == (folder != "evaluations/fast") for row in found)
+        assert "clip score" in out
+
+    return check
+
+
 def is_single_file(world, out):
     found, base = (load_file(world / name) for name in ("fast.safetensors", "mine.safetensors"))
     assert {x.dtype for x in found.values() if x.is_floating_point()} == {torch.float16}
@@ -172,6 +189,9 @@ CHECKS: dict[tuple[str, ...], Callable[[Path, str], None]] = {
     ("sample", "run=runs/mine"): has_pictures,
     ("export", "to=diffusers"): is_folder,
     ("export", "to=single_file"): is_single_file,
+    ("evaluate", "run=runs/mine"): is_judged("runs/mine", *(("student", n) for n in (1, 2, 4))),
+    ("evaluate", "run=fast"): is_judged("evaluations/fast", ("student", 4)),
+    ("evaluate", "run=photos"): is_judged("judged", ("pictures", 0)),
     ("synthesize", "out=synthetic"): is_synthesized,
     ("run", "run_dir=runs/sd3"): is_run("sd3", {"data.path": "synthetic", "name": "sd3_turbo"}),
     ("run", "run_dir=runs/sd3_prompts"): is_run(

@@ -255,7 +255,7 @@ def mistakes(pipelines, shards, tmp_path):
         "an unknown loss": ("run", [*run, teacher, "method.loss=square"], "unknown adversarial loss 'square'"),
         "sample of no run": ("sample", [f"run={nowhere}", "prompt=x"], "neither a finished run"),
         "no steps": ("sample", [f"run={pipelines('mmdit')}", "prompt=x", "steps=0"], "steps=0: must be a whole number"),
-        "evaluate no run": ("evaluate", [f"run={nowhere}"], "not a run folder"),
+        "evaluate no run": ("evaluate", [f"run={nowhere}"], "neither a finished run"),
     }
 
 

@@ -20,9 +20,9 @@ from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
 from distill.files import gathered, newest
 from distill.record import versions
+from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
-from distill.students.card import COLUMNS
 from distill.teachers.reading import class_of
 from distill.types import Cond
 
@@ -59,12 +59,22 @@ def check(cfg: DictConfig) -> None:
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         what = "there is no GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+    if "_target_" in (cfg.get("metrics") or {}):
+        protocol(cfg.metrics, cfg)
     strategy = cfg.trainer.get("strategy", "auto")
     named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
     if "fsdp" in named.lower():
         raise ValueError(f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2")
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
         raise ValueError(f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp")
+
+
+def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
+    """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
+    made = make(metrics)
+    if run and hasattr(made, "check"):
+        made.check(str(OmegaConf.select(run, "discriminator.features._target_")))
+    return made
 
 
 def _space(cfg: DictConfig, key: str) -> str | None:
@@ -202,10 +212,11 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The judging as lines for a terminal."""
-    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in COLUMNS)]
+    columns = [key for key in MEASURES if key not in (*ATTRIBUTES, TIME) and any(key in row for row in rows)]
+    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
     for row in rows:
-        values = "".join(f"{row[name]:>18.3f}" if name in row else f"{'-':>18}" for name in COLUMNS)
-        lines.append(f"{row['who']:10}{row['steps']:>6}{values}")
+        values = "".join(f"{row[name]:>18.4g}" if name in row else f"{'-':>18}" for name in columns)
+        lines.append(f"{row['who']:10}{row['steps'] or '':>6}{values}")
     return "\n".join(lines)
 
 

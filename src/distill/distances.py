@@ -3,6 +3,9 @@
     frechet     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))              Heusel et al. 2017
     precision   share of fakes inside the real manifold                           Kynkaanniemi et al. 2019
     recall      share of reals inside the fake manifold
+    density     mean number of real balls around a fake, over k                   Naeem et al. 2020
+    coverage    share of real balls with a fake inside
+    mmd         E k(a, a') + E k(b, b') - 2 E k(a, b),  k = exp(-|a - b|^2 / 2 s^2)   CMMD: Jayasumana et al. 2024
     diversity   E |f_i - f_j| over pairs of samples of one prompt
 
 The manifold of a set is the union of balls around its members, each reaching the member's k-th nearest neighbour.
@@ -32,10 +35,37 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
 
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
+    """Fidelity and coverage of fake [M, D] by the balls of real [N, D]: density may pass 1, coverage is in [0, 1].
+
+    Unlike precision and recall, an outlier whose ball is huge counts for no more than any other.
+    """
+    if len(real) <= k:
+        raise ValueError(f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)}")
+    inside = _distances(fake, real) <= _radii(real, k)
+    return inside.double().sum(1).mean().item() / k, inside.any(dim=0).double().mean().item()
+
+
+def mmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
+    """Squared maximum mean discrepancy of a [N, D] and b [M, D] under a Gaussian kernel, pairs of one with itself too.
+
+    CMMD is 1,000 times that of CLIP embeddings of length 1 under a bandwidth of 10.
+    """
+    a, b = a.double(), b.double()  # the kernel is all but 1 everywhere
+    aa, bb, ab = (
+        torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2)).mean() for x, y in ((a, a), (b, b), (a, b))
+    )
+    return float(aa + bb - 2 * ab)
+
+
+def _radii(members: Tensor, k: int) -> Tensor:
+    """Distance of each member to its k-th nearest neighbour; the nearest of all is the member itself."""
+    return _distances(members, members).kthvalue(k + 1, dim=1).values
+
+
 def _share_inside(points: Tensor, members: Tensor, k: int) -> float:
     """Share of `points` that lie in the manifold of `members`."""
-    radii = _distances(members, members).kthvalue(k + 1, dim=1).values  # the nearest neighbour is the member itself
-    return (_distances(points, members) <= radii).any(dim=1).double().mean().item()
+    return (_distances(points, members) <= _radii(members, k)).any(dim=1).double().mean().item()
 
 
 def diversity(groups: Tensor) -> float:

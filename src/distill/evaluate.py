@@ -1,25 +1,107 @@
-"""`python -m distill.evaluate run=...`: judge a finished run again, and rewrite its evaluation and report."""
+"""`python -m distill.evaluate run=... steps=1,2,4`: judge a run, any pipeline that we know, or a folder of pictures.
+
+What was drawn stays under `evaluation/`, so a killed command goes on when it is given again.
+"""
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.compose import run_at
+from distill.compose import check_counts, world
 from distill.errors import command
 
+ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
 
-@command("evaluate")
-def main(cfg: DictConfig) -> None:
-    from distill import build
+
+def judge(cfg: DictConfig) -> int:
+    """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
+    from distill import build, launch, making
+    from distill.files import put
+    from distill.metrics.pictures import in_folder
     from distill.report import write_report
-    from distill.sampling import sampler_of
     from distill.students.card import write_card
 
-    folder = run_at(cfg.run)
-    student = build.student_of(cfg.run)
-    teacher = build.make(OmegaConf.load(folder / "config.yaml").teacher)
-    print(build.table(build.make(cfg.metrics)(student, teacher, folder, sampler_of(student.pipeline))))
-    if (folder / "student").is_dir():
-        write_card(folder / "student", folder, teacher.folder)
-    print(f"wrote {folder / 'evaluation.json'} and {write_report(folder)}")
+    check_counts(cfg, {"devices": 1, "metrics.batch_size": 1, "metrics.workers": 0, "metrics.prompts": 1})
+    run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
+    model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
+    pictures = not model and in_folder(run)
+    if world() > 1:
+        raise ValueError("devices: judging starts its processes itself; use devices=8 or the like, without torchrun")
+    if several and (pictures or not hasattr(protocol, "draw")):
+        raise ValueError(f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out")
+    if pictures and not hasattr(protocol, "judge_folder"):
+        raise ValueError(f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts")
+    out = Path(cfg.out or (run if _config_of(run) else Path("evaluations") / run.resolve().name))
+    parts = None if pictures or several else _models(cfg, protocol)  # a mistake in them leaves nothing behind
+    (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
+    put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
+    if several and (code := launch.launch(out, cfg.devices, "evaluate")):
+        return code
+    if not pictures:
+        protocol, student, teacher, sampler = parts or _models(cfg, protocol)
+        rows = protocol(student, teacher, out, sampler)
+    else:
+        rows = protocol.judge_folder(run, out, making.device())
+    print(build.table(rows))
+    if out == run and (run / "student").is_dir():
+        write_card(run / "student", run, teacher.folder)
+    print(f"wrote {out / 'evaluation.json'} and {write_report(out)}")
+    return 0
+
+
+def draw(cfg: DictConfig, folder: Path) -> int:
+    """This process's part of the pictures; returns the exit code."""
+    from distill import compose
+
+    protocol, student, teacher, sampler = _models(cfg, _protocol(cfg))
+    protocol.draw(student, teacher, folder, sampler, rank=compose.rank(), world=compose.world())
+    return 0
+
+
+def _config_of(run: Path) -> Any:
+    """The configuration of a run folder, None of what is none."""
+    return OmegaConf.load(run / "config.yaml") if (run / "config.yaml").is_file() else None
+
+
+def _protocol(cfg: DictConfig) -> Any:
+    """How it is judged; refused where that cannot be, or would flatter the run."""
+    from distill import build
+
+    protocol = build.protocol(cfg.metrics, _config_of(Path(cfg.run)))
+    steps = [cfg.steps] if isinstance(cfg.steps, int) else cfg.steps
+    if isinstance(steps, str) or any(not isinstance(n, int) or n < 1 for n in steps or []):
+        raise ValueError(f"steps={cfg.steps}: must be numbers of steps, 1,2,4 or the like")
+    return replace(protocol, student_steps=list(steps)) if steps else protocol
+
+
+def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
+    """The protocol for what there is; student, or None; teacher, or what stands in for it; the student's sampler."""
+    from distill import build, making
+    from distill.sampling import distilled, sampler_of
+
+    run, model = _config_of(Path(cfg.run)), build.student_of(cfg.run, cfg.dtype).to(making.device())
+    if not run and not distilled(model.pipeline):  # it is a teacher itself
+        steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
+        if not steps:
+            raise ValueError(f"run={cfg.run}: was not distilled to few steps; add steps=28 or the like")
+        return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
+    node = cfg.get("teacher") or (run and run.teacher)
+    if not protocol.teacher_steps or not node:
+        return replace(protocol, teacher_steps=[]), model, model, sampler_of(model.pipeline)
+    return protocol, model, build.make(node).to(making.device()), sampler_of(model.pipeline)
+
+
+_main = command("evaluate")(judge)
+
+
+def main() -> None:
+    # Hydra takes 1,2,4 for a sweep.
+    sys.argv[1:] = [re.sub(r"^steps=(\d+(,\d+)+)$", r"steps=[\1]", word) for word in sys.argv[1:]]
+    _main()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,12 @@ from omegaconf import OmegaConf
 from distill.errors import said_plainly
 
 # Command -> the function of its module, and where in the folder its configuration is.
-TASKS = {"run": ("train", "config.yaml"), "cache": ("encode", "making.yaml"), "synthesize": ("draw", "making.yaml")}
+TASKS = {
+    "run": ("train", "config.yaml"),
+    "cache": ("encode", "making.yaml"),
+    "synthesize": ("draw", "making.yaml"),
+    "evaluate": ("draw", "evaluation/asked.yaml"),
+}
 
 if __name__ == "__main__":
     folder, command = Path(sys.argv[1]), sys.argv[2]

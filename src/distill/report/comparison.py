@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from distill.report.curves import framed, read, smoothed
-from distill.report.evaluation import MEASURES, PERCENT
+from distill.report.evaluation import MAIN, MEASURES
 from distill.report.page import folded, html, img
 from distill.report.runs import SCORES, Line, Run, everyone, lines_of
 
@@ -48,7 +48,7 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
 
 def _headline(lines: Sequence[Line]) -> tuple[str, str, str]:
     """Which group, how good, and a sentence."""
-    for key, pick in (("prompt_accuracy", max), ("frechet", min)):
+    for key, pick in {key: min if MEASURES[key][1] == 0 else max for key in MAIN}.items():
         found = [line for line in lines if line.who == "student" and key in line.values]
         if found:
             few = min(line.steps for line in found)
@@ -76,11 +76,13 @@ def _table(lines: Sequence[Line]) -> str:
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
     """Quality against steps, time and pictures; then whether the discriminators could tell real from fake."""
-    for key in ("prompt_accuracy", "frechet"):
+    for key in MAIN:
         if any(key in line.values for line in lines):
             label, _, words = MEASURES[key]
             title = label.replace("&nbsp;", " ")
             yield framed(title, "By number of steps; the teacher's where it took as few.", _by_steps(lines, key))
+            if not any(line.who == "student" and line.steps == 1 and key in line.values for line in lines):
+                continue
             for cost, unit in (("train_seconds", "training minutes"), ("images_seen", "thousand pictures seen")):
                 draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
                 yield framed(f"{title} in one step", f"By {unit}.", draw)
@@ -96,7 +98,7 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
             look = {"color": "#7d8189", "linestyle": "--"} if group == "teacher" else {}
             points = [line.steps for line in found], [line.mean(key) for line in found]
             axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
-        axes.set_yscale("log" if MEASURES[key][2] != PERCENT else "linear")
+        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
     return draw
 
@@ -112,7 +114,7 @@ def _by_cost(groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: flo
             ]
             axes.plot(*zip(*points, strict=True) if points else ([], []), "o", markersize=4, label=_short(group))
         axes.set_xlim(left=0)
-        axes.set_yscale("log" if MEASURES[key][2] != PERCENT else "linear")
+        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
     return draw
 

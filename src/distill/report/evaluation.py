@@ -2,18 +2,36 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 PERCENT, PLAIN = "{:.1%}", "{:.4g}"
+TIME = "seconds_per_image"
 MEASURES = {  # key -> head of its column, the value it is best to be near, how it reads
     "prompt_accuracy": ("Prompts right&nbsp;↑", 1, PERCENT),
     "frechet": ("Fréchet distance&nbsp;↓", 0, PLAIN),
+    "fid": ("FID&nbsp;↓", 0, PLAIN),
+    "clip_score": ("CLIP score&nbsp;↑", 1, PLAIN),
+    "clip_score_b32": ("CLIP score, B/32&nbsp;↑", 1, PLAIN),
+    "pick_score": ("PickScore&nbsp;↑", 100, PLAIN),
+    "hps": ("HPS&nbsp;↑", 1, PLAIN),
+    "kid": ("KID&nbsp;↓", 0, PLAIN),
+    "fd_dinov2": ("FD-DINOv2&nbsp;↓", 0, PLAIN),
+    "cmmd": ("CMMD&nbsp;↓", 0, PLAIN),
     "precision": ("Precision&nbsp;↑", 1, PERCENT),
     "recall": ("Recall&nbsp;↑", 1, PERCENT),
+    "density": ("Density (data:&nbsp;1)", 1, PLAIN),
+    "coverage": ("Coverage&nbsp;↑", 1, PERCENT),
     "diversity": ("Diversity (data:&nbsp;1)", 1, PLAIN),
+    "variety": ("Variety", inf, PLAIN),
     "stripe_sharpness": ("Sharpness (data:&nbsp;1)", 1, PLAIN),
-    "seconds_per_image": ("Seconds per image&nbsp;↓", 0, PLAIN),
+    TIME: ("Seconds per image&nbsp;↓", 0, PLAIN),
+}
+MAIN = {  # in the order of what is told first -> as a phrase, as a noun
+    "prompt_accuracy": ("gets {} of prompts right", "prompts right"),
+    "frechet": ("has a Fréchet distance of {}", "Fréchet distance"),
+    "fid": ("has an FID of {}", "FID"),
+    "clip_score": ("has a CLIP score of {}", "CLIP score"),
 }
 ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")
 MEASURES |= {key: (f"{key.capitalize()}&nbsp;↑", 1, PERCENT) for key in ATTRIBUTES}
@@ -26,7 +44,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.who.capitalize()}, {_steps(self.steps)}"
+        return f"{self.who.capitalize()}, {_steps(self.steps)}" if self.steps else self.who.capitalize()
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
@@ -39,8 +57,7 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
 
 def headline(rows: Sequence[Row]) -> str:
     """The result in a sentence: the student at its fewest steps, the teacher at its most and at as few."""
-    phrases = {"prompt_accuracy": "gets {} of prompts right", "frechet": "has a Fréchet distance of {}"}
-    for key, phrase in phrases.items():
+    for key, (phrase, _) in MAIN.items():
         if student := _said(rows, "student", key):
             few, teacher = min(student), _said(rows, "teacher", key)
             rivals = sorted({few, max(teacher, default=few)} & teacher.keys(), reverse=True)
@@ -52,7 +69,9 @@ def headline(rows: Sequence[Row]) -> str:
 
 def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
     """Key figures: (what, its value, in which circumstances)."""
-    for key, what in (("prompt_accuracy", "prompts right"), ("frechet", "Fréchet distance")):
+    first, second = list(MAIN)[:2], list(MAIN)[2:]
+    for key in second if any(key in row.scores for row in rows for key in second) else first:
+        what = MAIN[key][1]
         for who, pick in (("student", min), ("teacher", max)):
             said = _said(rows, who, key)
             value, below = (said[n := pick(said)], f"in {_steps(n)}") if said else ("–", "not measured")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.report.evaluation import MEASURES, Row, rows_of
+from distill.report.evaluation import MEASURES, TIME, Row, rows_of
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
-SCORES = [key for key in MEASURES if key != "seconds_per_image"]
+SCORES = [key for key in MEASURES if key != TIME]
 
 
 @dataclass(frozen=True)

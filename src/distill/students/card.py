@@ -11,6 +11,7 @@ from distill.teachers.reading import is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
+COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_score", "hps")
 
 
 def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,19 +42,13 @@ class Shapes:
         self, student: Denoiser, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
     ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
-        judge, shape, rows, strips = Judge.load(), teacher.latent_shape, [], []
-        by_teacher = partial(guided, teacher, shape=shape, guidance=self.guidance)
-        by_student = partial(sampler or Consistency(), student, shape=shape)
-        samplers = [("teacher", n, by_teacher) for n in self.teacher_steps]
-        samplers += [("student", n, by_student) for n in self.student_steps]
-        for who, n, sampler in samplers:
-            scores, shown = self._judge(judge, teacher, partial(sampler, steps=n))
+        judge, rows, strips = Judge.load(), [], []
+        for who, n, make in lineup(self, student, teacher, sampler, teacher.latent_shape):
+            scores, shown = self._judge(judge, teacher, make)
             rows.append({"who": who, "steps": n, **scores})
-            strips.append(shown[:SHOWN])
+            strips.append((shown[:SHOWN] + 1) / 2)
         protocol = {"prompts": self.prompts, "seed": self.seed, "teacher guidance": self.guidance, **ALWAYS}
-        (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
-        (folder / "samples").mkdir(exist_ok=True)
-        save_image((torch.cat(strips) + 1) / 2, folder / "samples" / "comparison.png", nrow=SHOWN)
+        write_verdict(folder, protocol, rows, strips)
         return rows
 
     def _judge(self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor]) -> tuple[dict, Tensor]:
@@ -68,6 +62,23 @@ class Shapes:
         scores = judge(shown, prompts, reference_seed=self.seed)
         scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
         return {**scores, "seconds_per_image": seconds}, shown
+
+
+def lineup(
+    protocol: Any, student: Denoiser, teacher: PipelineTeacher, sampler: FewSteps | None, shape: Sequence[int]
+) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
+    """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and generators."""
+    for n in protocol.teacher_steps:
+        yield "teacher", n, partial(guided, teacher, shape=shape, guidance=protocol.guidance, steps=n)
+    for n in protocol.student_steps:
+        yield "student", n, partial(sampler or Consistency(), student, shape=shape, steps=n)
+
+
+def write_verdict(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], strips: list[Tensor]) -> None:
+    """`evaluation.json`, and `samples/comparison.png` of as many pictures [n, 3, S, S] in [0, 1] of every row."""
+    (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
+    (folder / "samples").mkdir(exist_ok=True)
+    save_image(torch.cat(strips), folder / "samples" / "comparison.png", nrow=len(strips[0]))
 
 
 @torch.no_grad()

@@ -1,0 +1,218 @@
+"""A model judged on prompts of COCO or of a file, against real pictures or without; likewise a folder of pictures.
+
+<folder>/evaluation/<who>-<steps>-<hash>/000000.png   picture i, of seed + i; kept, so that a killed command goes on
+
+The hash is of the weights and of all that makes a picture. A batch has the same pictures whoever makes it, one process
+or one of several, and everything is scored at once from the files: scores do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import ImageOps
+from rich.progress import track
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
+
+from distill.data.datasets import Lines
+from distill.evaluation import SHOWN, lineup, write_verdict
+from distill.files import fingerprint, put
+from distill.metrics.networks import Describer, Dinov2
+from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
+from distill.metrics.scores import Score
+from distill.sampling import Consistency, FewSteps, seeded
+from distill.teachers.pipeline import PipelineTeacher
+from distill.types import Denoiser
+
+TILE = 256  # pixels a side in the comparison
+Row = tuple[str, int, list[Path], Callable[..., Tensor]]  # who, steps, files, what makes their latents
+
+
+@dataclass(kw_only=True)
+class Prompted:
+    """The protocol.
+
+    Args:
+        networks, scores: by name; measures: which of the scores are taken.
+        path: COCO2017's folder, with annotations/ and val2017/, or a text file, a prompt a line.
+        prompts: how many of them, the first; None: all.
+        reference: a folder of real pictures; None: COCO's, or none.
+        variety: captions, pictures of each, for what needs several.
+        guidance: the teacher's; the student has none.
+        size: pixels a side; None: what the teacher was trained for.
+        square: of a picture that is none, generated or real, the largest centred square counts.
+    """
+
+    networks: Mapping[str, Describer]
+    scores: Mapping[str, Score]
+    measures: Sequence[str]
+    path: str
+    prompts: int | None = None
+    reference: str | None = None
+    variety: Sequence[int] = (8, 8)
+    student_steps: Sequence[int] = (1, 2, 4)
+    teacher_steps: Sequence[int] = ()
+    guidance: float = 5.0
+    seed: int = 0
+    size: int | None = None
+    square: bool = True
+    batch_size: int = 16
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.measures or (set(self.measures) - self.scores.keys()):
+            raise ValueError(f"metrics.measures={self.measures}: must be some of {', '.join(self.scores)}")
+        self.data, self.named, self.real = Path(self.path).name, {}, []
+        if Path(self.path).is_dir():
+            self.data = "COCO2017 val, first caption of each picture"
+            self.captions, self.real = coco(self.path, self.prompts)
+            self.named = {path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)}
+        else:
+            self.captions = [line.strip() for line in Lines(self.path, "metrics.path").lines][: self.prompts]
+        if self.reference:
+            self.real = in_folder(Path(self.reference))
+        if not self.real and (needing := self._needing("reference")):
+            what = "holds no pictures" if self.reference else f"{needing[0]} needs a folder of real pictures"
+            raise ValueError(f"metrics.reference={self.reference}: {what}")
+        self.asked = list(self.captions)  # the caption of every picture of a row
+        if self._needing("varied"):
+            self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
+        self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
+
+    def check(self, eyes: str) -> None:
+        """Raise ValueError if all distances look as the discriminator does, the class of whose features is `eyes`."""
+        distances = self._needing("reference")
+        if "ImageFeatures" in eyes and {type(self._network(name)) for name in distances} == {Dinov2}:
+            what = f"{', '.join(distances)} look with DINO, as this run's discriminator does, which flatters it"
+            raise ValueError(f"metrics.measures: {what}; add a distance on other features, fid or cmmd")
+
+    def _needing(self, what: str) -> list[str]:
+        return [name for name in self.measures if self.scores[name].needs == what]
+
+    def _network(self, measure: str) -> Any:
+        return self.networks[self.scores[measure].network]
+
+    def __call__(
+        self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
+    ) -> list[dict[str, Any]]:
+        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
+        self.load()
+        rows, strips, device, sampler = [], [], teacher.device, sampler or Consistency()
+        for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
+            scores = self._scored(paths, paths[0].parent, self.captions, device) | _seconds(paths[0].parent)
+            rows.append({"who": who, "steps": steps, **scores})
+            strips.append(_strip(paths[: len(self.captions)]))
+        euler = "Euler" if teacher.prediction == "flow" else "DDIM"
+        how = {"seeds": f"{self.seed} + number"}
+        if self.teacher_steps:
+            how |= {"teacher sampler": f"{euler}, trailing steps", "teacher guidance": self.guidance}
+        if self.student_steps:
+            how |= {"student sampler": str(sampler), "student guidance": "none"}
+        write_verdict(folder, self._protocol(paths[0]) | how, rows, strips)
+        return rows
+
+    def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
+        """Judge pictures that are there already, and write `evaluation.json` and a strip of them into `out`."""
+        self.load()
+        paths = in_folder(folder)
+        captions = self._told(paths) if self._needing("captions") else []
+        rows = [{"who": "pictures", "steps": 0, **self._scored(paths, out / "evaluation", captions, device)}]
+        how = {"judged": f"{len(paths)} pictures in {folder}"}
+        write_verdict(out, self._protocol(paths[0]) | how, rows, [_strip(paths)])
+        return rows
+
+    def _told(self, paths: list[Path]) -> list[str]:
+        """The captions of files, from .txt beside them, or by their names: numbers of captions, or COCO's own."""
+        if all(path.with_suffix(".txt").is_file() for path in paths):
+            return [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
+        if all(path.stem in self.named for path in paths):
+            return [self.named[path.stem] for path in paths]
+        what = "a .txt beside every picture, or as names the numbers of their captions, 000000.png and so on"
+        raise ValueError(f"run={paths[0].parent}: {self._needing('captions')[0]} needs {what}")
+
+    def load(self) -> None:
+        """Read what is needed of the networks: before hours of drawing, should one be out of reach."""
+        for network in {self.scores[name].network: self._network(name) for name in self.measures}.values():
+            network.load()
+
+    def draw(
+        self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None,
+        *, rank: int = 0, world: int = 1,
+    ) -> list[Row]:  # fmt: skip
+        """Make every picture that is not there, or every world-th batch of them; returns all rows."""
+        cell, (channels, *sides) = teacher.unit // teacher.patch, teacher.latent_shape
+        if self.size is not None and self.size % teacher.unit:
+            raise ValueError(f"metrics.size={self.size}: must be a multiple of {teacher.unit} for this model")
+        shape, rows = (channels, *([self.size // cell] * 2 if self.size else sides)), []
+        for who, n, make in lineup(self, student, teacher, sampler, shape):
+            model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
+            weights = [fingerprint(getattr(model, "network", model)), fingerprint(teacher.vae)]
+            marks = json.dumps([self.asked, self.seed, shape, how, weights, self.batch_size])
+            place = folder / "evaluation" / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
+            rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
+            self._fill(rows[-1], teacher, rank, world)
+        return rows
+
+    @torch.no_grad()
+    def _fill(self, row: Row, teacher: PipelineTeacher, rank: int, world: int) -> None:
+        who, steps, paths, make = row
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        batches = [range(len(paths))[i : i + self.batch_size] for i in range(0, len(paths), self.batch_size)]
+        missing = [batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)]
+        label = f"{who}, {steps} steps" + (f", process 1 of {world}" if world > 1 else "")
+        for batch in track(missing, label, disable=rank != 0 or not missing):
+            began = time.monotonic()
+            x0 = make(teacher.embed([self.asked[i] for i in batch]), seeded([self.seed + i for i in batch]))
+            pixels = ((teacher.decode(x0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            with (paths[0].parent / f"seconds-{rank}.txt").open("a") as file:
+                file.write(f"{time.monotonic() - began} {len(batch)}\n")
+            for i, picture in zip(batch, pixels, strict=True):
+                to_pil_image(picture).save(content := BytesIO(), format="PNG")
+                put(paths[i], content.getvalue())
+
+    def _scored(self, paths: list[Path], cache: Path, captions: list[str], device: torch.device) -> dict[str, float]:
+        """The scores of the first pictures, one a caption if there are any; those behind them are for variety."""
+        found: dict[str, float] = {}
+        how = {"device": device, "square": self.square, "batch_size": self.batch_size, "workers": self.workers}
+        for name in self.measures:
+            score, network = self.scores[name], self._network(name)
+            pictures, varied = features(paths, network, cache, **how).tensor_split([len(captions) or len(paths)])
+            if score.needs == "reference":
+                beside = features(self.real, network, cache_folder(), **how)
+            elif score.needs == "captions":
+                beside = network.texts(captions, device)
+            elif len(varied):
+                beside = varied.unflatten(0, (-1, self.variety[1]))
+            else:  # a folder of pictures
+                continue
+            value = score(pictures, beside, network.scale)
+            found |= value if isinstance(value, dict) else {name: value}
+        return found
+
+    def _protocol(self, first: Path) -> dict[str, Any]:
+        digest, (width, height) = hashlib.sha256("\n".join(self.captions).encode()).hexdigest(), opened(first).size
+        about = {"data": f"{self.data}, sha256 {digest[:12]}", "prompts": len(self.captions)}
+        about["reference"] = f"{len(self.real)} pictures" if self._needing("reference") else "none"
+        about["pictures"] = f"{width} x {height}, 8 bit" + (", centred square" if self.square else "")
+        how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}
+        return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
+
+
+def _strip(paths: list[Path]) -> Tensor:
+    return torch.stack([to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]])
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """Of the batches of a row, whoever made them and when."""
+    lines = [line.split() for file in folder.glob("seconds-*.txt") for line in file.read_text().splitlines()]
+    total = sum(int(count) for _, count in lines)
+    return {"seconds_per_image": sum(float(seconds) for seconds, _ in lines) / total} if total else {}

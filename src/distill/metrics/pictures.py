@@ -1,0 +1,96 @@
+"""Pictures as files, the captions they are of, and their features, which are kept: what is read once is not again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distill.files import put
+from distill.metrics.networks import Describer
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def features(
+    paths: Sequence[Path],
+    network: Describer,
+    cache: Path,
+    *,
+    device: torch.device,
+    square: bool = True,
+    batch_size: int = 16,
+    workers: int = 0,
+) -> Tensor:
+    """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of the folder `cache`,
+    named after the network, its weights, and the names, sizes and times of the pictures."""
+    key = f"{network} {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if not file.is_file():
+        workers = min(workers, os.cpu_count() or 1)
+        loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square))
+        network.model.to(device)
+        with torch.inference_mode():
+            bar = track(loader, f"{network.name}: {len(paths)} pictures", len(loader))
+            found = torch.cat([network.images(batch.to(device)).float().cpu() for batch in bar])
+        network.model.to("cpu")
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(content := BytesIO(), found.numpy())
+        put(file, content.getvalue())
+    return torch.from_numpy(np.load(file, allow_pickle=False))
+
+
+def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
+    pictures = [opened(path) for path in paths]
+    if square:  # which cuts, and resizes nothing
+        pictures = [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in pictures]
+    return torch.stack([network.prepare(picture) for picture in pictures])
+
+
+def opened(path: Path) -> Image.Image:
+    """As RGB; ValueError if it cannot be."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:  # the last is what Pillow raises for some broken PNG
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def cache_folder() -> Path:
+    """Where features of reference pictures are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "features"
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name; there may be no such folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
+    """Captions and pictures of COCO2017 val: of each of the first `count` pictures by id, its first caption by id."""
+    name, advice = "annotations/captions_val2017.json", "give the folder that holds annotations/ and val2017/"
+    try:
+        said = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        names = {entry["id"]: entry["file_name"] for entry in said["images"]}
+        firsts = {x["image_id"]: x["caption"].strip() for x in sorted(said["annotations"], key=lambda x: -x["id"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"metrics.path={folder}: cannot read {name} ({error!r}); {advice}") from None
+    chosen = sorted(firsts.keys() & names)[:count]
+    if len(chosen) < (count or 1):
+        raise ValueError(f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}")
+    paths = [Path(folder) / "val2017" / names[i] for i in chosen]
+    if missing := [f"val2017/{path.name}" for path in paths if not path.is_file()]:
+        what = f"{len(missing)} of {len(paths)} pictures are not there, the first {missing[0]}"
+        raise ValueError(f"metrics.path={folder}: {what}; unpack val2017.zip there")
+    return [firsts[i] for i in chosen], paths

@@ -1,0 +1,283 @@
+"""Judging by prompts: runs, pipelines and folders of pictures, end to end on tiny networks; killed, and gone on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eyes
+import tiny
+from distill.evaluation import prompted
+from distill.report.evaluation import MEASURES, headline, rows_of, table
+from distill.students import save_pipeline
+from distill.teachers.sd3 import SD3
+
+ALL = "metrics.measures=[fid,kid,fd_dinov2,manifolds,cmmd,clip_score,clip_score_b32,pick_score,hps,variety]"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return eyes.write_all(tmp_path_factory.mktemp("eyes"))
+
+
+@pytest.fixture(scope="module")
+def student(pipelines, tmp_path_factory):
+    """A few-step pipeline folder, as another maker's."""
+    from distill.sampling import Consistency
+
+    folder, teacher = tmp_path_factory.mktemp("student") / "fast", SD3(str(pipelines("mmdit")))
+    network = tiny.shake(teacher.network.twin(), 8, std=0.02)
+    return save_pipeline(network, teacher, folder, Consistency().scheduler(network, teacher))
+
+
+@pytest.fixture
+def judged(command, places, monkeypatch, tmp_path):
+    """Evaluate by coco5k made small; in another folder each -> what it wrote."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(run, *more, metrics="coco5k", out="out"):
+        words = [
+            f"run={run}",
+            f"metrics={metrics}",
+            f"metrics.path={places['coco']}",
+            "metrics.prompts=8",
+            f"out={out}",
+        ]
+        code, said, err = command("evaluate", *words, *eyes.small(places), *more)
+        assert code == 0, err
+        assert "evaluation.json" in said
+        return json.loads((tmp_path / out / "evaluation.json").read_text())
+
+    return call
+
+
+def plain(evaluation):
+    """Without times."""
+    return {
+        **evaluation,
+        "rows": [{k: v for k, v in r.items() if k != "seconds_per_image"} for r in evaluation["rows"]],
+    }
+
+
+def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
+    found = judged(student, ALL, "steps=1,2")
+    assert [(row["who"], row["steps"]) for row in found["rows"]] == [("student", 1), ("student", 2)]
+    measures = ["fid", "kid", "fd_dinov2", "precision", "recall", "density", "coverage", "cmmd", "pick_score", "hps"]
+    measures += ["clip_score", "clip_score_b32", "variety", "seconds_per_image"]
+    for row in found["rows"]:
+        assert set(measures) | {"kid_std", "who", "steps"} == set(row)
+        assert all(np.isfinite(row[name]) for name in measures)
+        assert row["fid"] > 0
+        assert row["variety"] > 0
+    assert set(measures) <= set(MEASURES)
+    assert found["rows"][0] != found["rows"][1]
+    protocol = found["protocol"]
+    assert protocol["data"].startswith("COCO2017 val, first caption of each picture, sha256 ")
+    assert (protocol["prompts"], protocol["reference"], protocol["seeds"]) == (8, "8 pictures", "0 + number")
+    assert protocol["pictures"] == "64 x 64, 8 bit, centred square"
+    assert protocol["student sampler"] == "Consistency(levels=None)"
+    assert "weights " in protocol["fid"]
+    assert protocol["kid"].endswith("subsets 100, size 1000, seed 0")
+    assert f"run: {student}\n" in (tmp_path / "out" / "evaluation" / "asked.yaml").read_text()
+    pictures = sorted((tmp_path / "out" / "evaluation").glob("student-2-*/*.png"))
+    assert [path.name for path in pictures] == [f"{i:06d}.png" for i in range(8 + 6)]  # and those for variety
+    assert Image.open(tmp_path / "out" / "samples" / "comparison.png").size == (8 * 258 + 2, 2 * 258 + 2)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "In 1 step the student has an FID of" in page
+    assert "FD-DINOv2" in page
+
+
+def test_scores_are_those_of_their_definition(judged, student, places, tmp_path):
+    """From the PNG files that it left, by other code: the reference features, the mean cosine, the distance."""
+    import open_clip
+    from scipy.linalg import sqrtm
+
+    found = judged(student, "steps=1", "metrics.measures=[fid,clip_score]")["rows"][0]
+    drawn = sorted((tmp_path / "out" / "evaluation").glob("student-1-*/*.png"))
+    assert len(drawn) == 8  # nothing asks for variety
+    name = f"local-dir:{places['open_clip']}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    with torch.no_grad():
+        images = model.eval().encode_image(torch.stack([preprocess(Image.open(path)) for path in drawn]))
+        texts = model.encode_text(open_clip.get_tokenizer(name)(tiny.CAPTIONS[8:16]))
+    cosine = torch.nn.functional.cosine_similarity(images, texts).mean().item()
+    assert found["clip_score"] == pytest.approx(cosine, rel=1e-4)
+
+    from transformers import AutoImageProcessor, CLIPModel
+
+    clip, processor = (
+        CLIPModel.from_pretrained(places["clip"]).eval(),
+        AutoImageProcessor.from_pretrained(places["clip"]),
+    )
+    sides = []
+    for paths in (drawn, sorted((places["coco"] / "val2017").iterdir())):
+        shown = []
+        for path in paths:
+            picture = Image.open(path).convert("RGB")
+            (w, h), side = picture.size, min(picture.size)
+            left, top = (w - side) // 2, (h - side) // 2
+            shown.append(
+                processor(picture.crop((left, top, left + side, top + side)), return_tensors="pt").pixel_values
+            )
+        with torch.no_grad():
+            features = clip.get_image_features(torch.cat(shown)).pooler_output.double()
+        sides.append((features / features.norm(dim=1, keepdim=True)).numpy())
+    (a, b), cov = sides, np.cov
+    root = sqrtm(cov(a.T) @ cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov(a.T) + cov(b.T) - 2 * root)
+    assert found["fid"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkeypatch, tmp_path):
+    whole = judged(student, "steps=[1,2]", out="whole")
+    put, left = prompted.put, [7]
+
+    def dying(path, write):
+        left[0] -= 1
+        if left[0] < 0:
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C; what was being written is lost
+        put(path, write)
+
+    monkeypatch.setattr(prompted, "put", dying)
+    with pytest.raises(KeyboardInterrupt):
+        judged(student, "steps=1,2", out="killed")
+    monkeypatch.setattr(prompted, "put", put)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.png")}
+    assert len(kept) == 7
+    assert not (tmp_path / "killed" / "evaluation.json").exists()
+    assert plain(judged(student, "steps=1,2", out="killed")) == plain(whole)
+    done = {path.name for path in kept if kept[path] == path.stat().st_mtime_ns}
+    assert done == {f"{i:06d}.png" for i in range(6)}  # of the third batch one was there, and all of it was made anew
+    # once more: nothing is drawn, and no feature is computed
+    monkeypatch.setattr(prompted, "seeded", lambda seeds: pytest.fail("drawn again"))
+    monkeypatch.setattr("distill.metrics.pictures.DataLoader", lambda *_, **__: pytest.fail("computed again"))
+    assert judged(student, "steps=1,2", out="killed") == json.loads(
+        (tmp_path / "killed" / "evaluation.json").read_text()
+    )
+
+
+def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp_path):
+    def folders():
+        return {path.name for path in (tmp_path / "out" / "evaluation").iterdir() if path.is_dir()}
+
+    few = ("steps=1", "metrics.measures=[fid]")
+    judged(student, *few)
+    first = folders()
+    judged(student, *few, "metrics.seed=1")
+    judged(student, *few, "metrics.size=32")
+    assert len(folders()) == 3
+    other = shutil.copytree(student, tmp_path / "other")
+    network = SD3(str(other)).network
+    tiny.shake(network.model, 4, std=1e-3).save_pretrained(other / "transformer")
+    judged(other, *few)
+    assert len(folders()) == 4
+    assert first <= folders()
+
+
+def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, places):
+    found = judged(pipelines("unet"), "steps=2", "metrics.measures=[clip_score]", "metrics.guidance=3.0")
+    assert [(row["who"], row["steps"]) for row in found["rows"]] == [("teacher", 2)]
+    assert found["protocol"]["teacher guidance"] == 3.0
+    assert found["protocol"]["teacher sampler"] == "DDIM, trailing steps"
+    assert "student sampler" not in found["protocol"]
+    words = ["metrics=coco5k", f"metrics.path={places['coco']}", "metrics.prompts=8"]
+    code, _, err = command("evaluate", f"run={pipelines('unet')}", *words)
+    assert code == 1
+    assert "was not distilled to few steps; add steps=28 or the like" in err
+
+
+def test_student_and_a_teacher_side_by_side(judged, student, pipelines, tmp_path):
+    more = [
+        "teacher=shapes",
+        f"teacher.path={pipelines('mmdit')}",
+        "metrics.teacher_steps=[2]",
+        "metrics.measures=[fid]",
+    ]
+    found = judged(student, "steps=1", *more)
+    assert [(row["who"], row["steps"]) for row in found["rows"]] == [("teacher", 2), ("student", 1)]
+    assert "its teacher," in headline(rows_of(found)) or "In 1 step the student" in headline(rows_of(found))
+    assert "<td><b>" in table({"rows": [{**row, "steps": 1} for row in found["rows"]]})
+
+
+def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, places, tmp_path):
+    few = "metrics.measures=[fid,clip_score,manifolds,variety]"
+    (row,) = plain(judged(student, "steps=1", few))["rows"]
+    (drawn,) = (tmp_path / "out" / "evaluation").glob("*/")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        shutil.copy(drawn / f"{i:06d}.png", folder)
+    found = judged(folder, few, out="again")
+    (again,) = found["rows"]
+    assert again == {**{k: v for k, v in row.items() if k != "variety"}, "who": "pictures", "steps": 0}
+    assert found["protocol"]["judged"] == f"8 pictures in {folder}"
+    assert "Pictures<" in table(found)
+    for i, path in enumerate(sorted(folder.iterdir())):  # other names, captions beside them, in another order
+        path.rename(folder / f"a_{9 - i}.png")
+        (folder / f"a_{9 - i}.txt").write_text(tiny.CAPTIONS[8 + i])
+    (renamed,) = judged(folder, few, out="renamed")["rows"]
+    assert renamed["clip_score"] == pytest.approx(row["clip_score"], rel=1e-5)
+    assert renamed["fid"] == pytest.approx(row["fid"], rel=1e-4)
+
+
+def test_cocos_own_pictures_are_at_no_distance_from_themselves(judged, places):
+    """Their captions are known by their names."""
+    (row,) = judged(places["coco"] / "val2017", "metrics.measures=[fid,cmmd,clip_score,manifolds]")["rows"]
+    assert row["fid"] == pytest.approx(0, abs=1e-6)
+    assert row["cmmd"] == pytest.approx(0, abs=1e-6)
+    assert (row["precision"], row["recall"], row["coverage"]) == (1, 1, 1)
+    assert -1 < row["clip_score"] < 1
+
+
+def test_prompts_of_a_file_without_and_with_reference(judged, student, places, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n\n")
+    own = ["metrics.path=prompts.txt", "metrics.prompts=null", "steps=1"]
+    found = judged(student, *own, metrics="prompts")
+    assert set(found["rows"][0]) == {"who", "steps", "clip_score", "pick_score", "variety", "seconds_per_image"}
+    assert found["protocol"]["data"].startswith("prompts.txt, sha256 ")
+    assert (found["protocol"]["prompts"], found["protocol"]["reference"]) == (5, "none")
+    real = places["coco"] / "val2017"
+    found = judged(student, *own, "metrics.measures=[cmmd]", f"metrics.reference={real}", metrics="prompts")
+    assert found["protocol"]["reference"] == "8 pictures"
+    assert set(found["rows"][0]) == {"who", "steps", "cmmd", "seconds_per_image"}
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(judged, student, places, tmp_path):
+    few = ("steps=1", "metrics.measures=[fid,variety]")
+    alone = judged(student, *few, out="alone")
+    several = judged(student, *few, "devices=2", out="several")
+    assert plain(several) == plain(alone)
+    made = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "several").rglob("seconds-*.txt"))]
+    assert made == [3, 2]  # batches of three, of 14 pictures
+    files = [sorted(path.read_bytes() for path in (tmp_path / out).rglob("0*.png")) for out in ("alone", "several")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_run_judges_itself_so_and_is_judged_again(command, pipelines, shards, places, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    metrics = ["metrics=coco5k", f"metrics.path={places['coco']}", *eyes.small(places)]
+    code, out, err = command("run", *run, *metrics, "metrics.prompts=8", "metrics.measures=[fid,cmmd]")
+    assert code == 0, err
+    assert "fid" in out
+    first = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = [(row["who"], row["steps"]) for row in first["rows"]]
+    assert found == [("teacher", 1), ("teacher", 2), ("student", 1), ("student", 2)]
+    again = [f"run={tmp_path / 'run'}", *metrics, "metrics.prompts=8", "metrics.measures=[fid]", "steps=2"]
+    assert command("evaluate", *again, "metrics.teacher_steps=[]")[0] == 0
+    (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    assert row["fid"] == pytest.approx(first["rows"][3]["fid"], rel=1e-2)  # with weights read back
+    assert "| fid |" in (tmp_path / "run" / "student" / "README.md").read_text()
+    code, out, err = command("compare", f"runs={tmp_path / 'run'}", f"out={tmp_path / 'compared'}")
+    assert code == 0, err
+    assert "FID" in out
+    assert "best with 2 steps: fid" in Path(tmp_path / "compared" / "compare.html").read_text()
