@@ -1,0 +1,53 @@
+"""One picture of all methods: the same prompts and noise across, a sampler down, the teacher first.
+
+    python experiments/methods_on_shapes/grid.py [grid.png] [name=folder ...]
+
+A folder is a run's, or one that holds a run's evaluation.json and comparison.png; without any, those that are committed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).parent
+STUDIES = {"LADD": "ladd_shapes", "ADD": "add_shapes", "NitroFusion": "nitrofusion_shapes"}
+COMMITTED = {name: HERE.parent / study for name, study in STUDIES.items()} | {
+    name: HERE / name for name in ("consistency", "regression")
+}
+STEPS, SHOWN, PADDING, LABEL = (1, 4), 14, 2, 150  # of the student, pictures a row, torchvision's padding, pixels
+
+
+def rows(folder: Path) -> dict[tuple[str, int], Image.Image]:
+    """(who, steps) -> its row of pictures, cut from the comparison of a run."""
+    path = next(p for p in (folder / "comparison.png", folder / "samples" / "comparison.png") if p.is_file())
+    grid = Image.open(path).convert("RGB")
+    judged = json.loads((folder / "evaluation.json").read_text())["rows"]
+    side = (grid.height - PADDING) // len(judged)
+    cut = {(row["who"], row["steps"]): i * side for i, row in enumerate(judged)}
+    return {key: grid.crop((0, y, SHOWN * side, y + side)) for key, y in cut.items()}
+
+
+def main() -> None:
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "grid.png"
+    given = {name: Path(folder) for name, folder in (word.split("=", 1) for word in sys.argv[2:])} or COMMITTED
+    found = {name: rows(folder) for name, folder in given.items() if (folder / "evaluation.json").is_file()}
+    taught = next(part for part in found.values() if ("teacher", 28) in part)
+    lines = [(f"teacher, {n} steps", row) for (who, n), row in taught.items() if who == "teacher" and n > 1]
+    for name, part in found.items():
+        lines += [(f"{name}, {n} step{'s' * (n > 1)}", part["student", n]) for n in STEPS if ("student", n) in part]
+    width, side = lines[0][1].size
+    sheet = Image.new("RGB", (LABEL + width, side * len(lines)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (label, row) in enumerate(lines):
+        draw.text((4, i * side + side // 2 - 9), label, "black", font)
+        sheet.paste(row, (LABEL, i * side))
+    sheet.save(out, optimize=True)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
