@@ -222,8 +222,10 @@ def adam(lr: float, eps: float = 1e-8) -> Any:
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.0, eps=eps)
 
 
-def engine(*, rate: float = 1e-3, critic_rate: float = 2e-3, critic_eps: float = 1e-8, **options: Any) -> Engine:
-    return Engine(student=adam(rate), discriminator=adam(critic_rate, critic_eps), **options)
+def engine(
+    *, rate: float = 1e-3, eps: float = 1e-8, critic_rate: float = 2e-3, critic_eps: float = 1e-8, **options: Any
+) -> Engine:
+    return Engine(student=adam(rate, eps), discriminator=adam(critic_rate, critic_eps), **options)
 
 
 def parts(teacher: Any, *, seed: int = 0, lora: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
