@@ -294,6 +294,17 @@ def test_the_centred_square_of_a_picture(places, tmp_path):
     assert not torch.allclose(blue, wide, atol=1e-2)
 
 
+def test_the_centred_square_is_made_of_the_pictures_own_pixels(places, tmp_path):
+    """Also where its corner would lie between two pixels, as of COCO's 640 x 427."""
+    columns = np.arange(61, dtype=np.uint8) % 2 * 255  # any resampling at half a pixel makes them grey
+    Image.fromarray(np.tile(columns[None, :, None], (30, 1, 3))).save(tmp_path / "odd.png")
+    network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
+    seen = []
+    network.prepare = lambda picture: seen.append(np.unique(picture).tolist()) or networks.clean(picture, 28)
+    features(in_folder(tmp_path), network, tmp_path / "cache", device=CPU)
+    assert seen == [[0, 255]]
+
+
 def test_coco_gives_the_first_caption_of_each_picture_by_id(places):
     captions, paths = coco(str(places["coco"]), 5)
     assert [int(path.stem) for path in paths] == [100, 101, 102, 103, 104]

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import center_crop
 
 from distill.files import put
 from distill.metrics.networks import Describer
@@ -38,8 +39,7 @@ def features(
     key = f"{network} {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
-        workers = min(workers, os.cpu_count() or 1)
-        loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square))
+        loader = DataLoader(paths, batch_size, num_workers=min(workers, os.cpu_count() or 1), collate_fn=partial(_prepared, network, square))
         network.model.to(device)
         with torch.inference_mode():
             bar = track(loader, f"{network.name}: {len(paths)} pictures", len(loader))
@@ -53,8 +53,8 @@ def features(
 
 def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     pictures = [opened(path) for path in paths]
-    if square:  # which cuts, and resizes nothing
-        pictures = [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in pictures]
+    if square:  # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427 do
+        pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
     return torch.stack([network.prepare(picture) for picture in pictures])
 
 
