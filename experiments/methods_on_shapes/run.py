@@ -132,7 +132,8 @@ def main() -> None:
     parser.add_argument("--only", type=lambda s: s.split(","), default=list(CONTESTANTS))
     parser.add_argument("--stages", type=lambda s: s.split(","), default=list(STAGES))
     asked = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
+    if hasattr(os, "sched_setaffinity"):  # Linux; elsewhere the number of threads alone is held
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
     os.environ["OMP_NUM_THREADS"] = str(asked.cores)
     for stage in [stage for stage in STAGES if stage in asked.stages]:
         if stage == "compare":

@@ -24,7 +24,7 @@ def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
     import torch
 
-    from distill.record import versions
+    from distill.record import cores, versions
 
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
@@ -41,7 +41,7 @@ def machine() -> Iterator[Line]:
         yield "ok", f"GPU {i}: {card.name}, {card.total_memory / GB:.0f} GB", ""
     if not torch.cuda.is_available():
         yield "warn", "no GPU: only small models train in reasonable time", "teacher=shapes is made for it"
-    yield "ok", f"{len(os.sched_getaffinity(0))} CPU cores, {_memory() / GB:.0f} GB of memory", ""
+    yield "ok", f"{cores()} CPU cores, {_memory() / GB:.0f} GB of memory", ""
     free = shutil.disk_usage(".").free / GB
     yield "ok" if free > 20 else "warn", f"{free:.0f} GB of disk free here", "checkpoints need room: set run_dir="
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
