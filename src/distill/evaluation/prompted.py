@@ -85,6 +85,8 @@ class Prompted:
             raise ValueError(f"metrics.reference={self.reference}: {what}")
         self.asked = list(self.captions)  # the caption of every picture of a row
         if self._needing("varied"):
+            if isinstance(self.variety, int) or len(self.variety) != 2 or min(self.variety[0], self.variety[1] - 1) < 1:
+                raise ValueError(f"metrics.variety={self.variety}: must be [captions, pictures of each, 2 or more]")
             self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
         self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
 
