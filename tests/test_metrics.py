@@ -246,6 +246,13 @@ def test_fingerprints_tell_weights_apart():
     assert files.fingerprint(tiny.shake(b, 1, std=1e-6)) != files.fingerprint(a)
 
 
+def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        files.put(tmp_path / "taken", b"x")  # no file takes the place of a folder
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ checkpoints/best.ckpt            the best by a logged value, if one was named
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,13 @@ def write(state: dict[str, Any], path: Path) -> None:
 
 
 def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes may write the same one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    """A small file, there only when whole; several processes, of several machines too, may write the same one."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -52,7 +56,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in module.state_dict().items():
         digest.update(f"{name}{list(x.shape)}".encode())
-        digest.update(str(x.flatten()[:: max(1, x.numel() // 64)].double().tolist()).encode())
+        digest.update(str(x.flatten()[:: -(-x.numel() // 64) or 1].double().tolist()).encode())
     return digest.hexdigest()[:12]
 
 
