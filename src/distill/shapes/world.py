@@ -10,7 +10,7 @@ Everything is drawn from a seed, so that scene `i` of a seed is the same on ever
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,13 +60,6 @@ class Prompt:
     axis: str | None
     background: str | None
     caption: str
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: dict) -> Prompt:
-        return cls(**record | {"things": tuple(Thing(**thing) for thing in record["things"])})
 
 
 @dataclass(frozen=True)
