@@ -29,7 +29,7 @@ from distill.files import fingerprint, put
 from distill.metrics.networks import Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
 from distill.metrics.scores import Score
-from distill.sampling import Consistency, FewSteps, seeded
+from distill.sampling import Consistency, FewSteps, seeded, to_bytes
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
@@ -174,7 +174,7 @@ class Prompted:
         for batch in track(missing, label, disable=rank != 0 or not missing):
             began = time.monotonic()
             x0 = make(teacher.embed([self.asked[i] for i in batch]), seeded([self.seed + i for i in batch]))
-            pixels = ((teacher.decode(x0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            pixels = to_bytes(teacher.decode(x0))
             with (paths[0].parent / f"seconds-{rank}.txt").open("a") as file:
                 file.write(f"{time.monotonic() - began} {len(batch)}\n")
             for i, picture in zip(batch, pixels, strict=True):
