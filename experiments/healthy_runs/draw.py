@@ -31,7 +31,7 @@ PANELS = (
 
 
 def curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each column of a metrics.csv as steps and values, both [N]; `gap` is d/real less d/fake, where there are heads."""
+    """Each column of a metrics.csv as steps and values, both [N]; `gap` is d/real less d/fake, if they are there."""
     rows = list(csv.DictReader(path.open()))
     found = {}
     for key in rows[0]:

@@ -24,6 +24,7 @@ def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
     import torch
 
+    from distill.files import first_line
     from distill.record import cores, versions
 
     found = versions()
@@ -34,8 +35,8 @@ def machine() -> Iterator[Line]:
         importlib.import_module("torchvision.ops").nms  # noqa: B018  # the operator that a mismatched pair lacks
         yield "ok", f"torchvision {importlib.import_module('torchvision').__version__} fits torch", ""
     except Exception as error:  # a broken pair fails in many ways
-        what = str(error).splitlines()[0][:80]
-        yield "fail", f"torchvision does not fit torch ({what})", "install both from one index, without +cpu"
+        what = f"torchvision does not fit torch ({first_line(error, 80)})"
+        yield "fail", what, "install both from one index, without +cpu"
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         yield "ok", f"GPU {i}: {card.name}, {card.total_memory / GB:.0f} GB", ""

@@ -9,6 +9,8 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def write(state: dict[str, Any], path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"
         raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     folder = os.open(path.parent, os.O_RDONLY)
@@ -60,6 +62,22 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """What libraries would warn of in several lines as they read, who calls makes one sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says first, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -76,8 +94,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:  # damaged files raise nearly anything, and a pickle with code in it UnpicklingError
-        what = (str(error).splitlines() or [type(error).__name__])[0][:90]
-        raise ValueError(f"{path} is cut short or no checkpoint of distill ({what})") from None
+        raise ValueError(f"{path} is cut short or no checkpoint of distill ({first_line(error, 90)})") from None
     return kept
 
 

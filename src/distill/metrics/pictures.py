@@ -39,7 +39,8 @@ def features(
     key = f"{network} {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
-        loader = DataLoader(paths, batch_size, num_workers=min(workers, os.cpu_count() or 1), collate_fn=partial(_prepared, network, square))
+        workers = min(workers, os.cpu_count() or 1)
+        loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square))
         network.model.to(device)
         with torch.inference_mode():
             bar = track(loader, f"{network.name}: {len(paths)} pictures", len(loader))
