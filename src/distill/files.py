@@ -1,4 +1,5 @@
-"""Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes.
+"""Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes. Besides
+them small files, and what is said while any file is read.
 
 checkpoints/step_000250.ckpt     a file, or a folder with one part per process (FSDP2 on request)
 checkpoints/best.ckpt            the best by a logged value, if one was named

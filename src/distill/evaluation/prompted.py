@@ -77,7 +77,7 @@ class Prompted:
             self.captions, self.real = coco(self.path, self.prompts)
             self.named = {path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)}
         else:
-            self.captions = [line.strip() for line in Lines(self.path, "metrics.path").lines][: self.prompts]
+            self.captions = Lines(self.path, "metrics.path").lines[: self.prompts]
         if self.reference:
             self.real = in_folder(Path(self.reference))
         if not self.real and (needing := self._needing("reference")):
