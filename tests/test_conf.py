@@ -137,6 +137,15 @@ def test_a_file_reaches_into_no_other_node(name):
 
 
 @needs_conf
+@pytest.mark.parametrize("method", [path.stem for path in (CONF / "method").glob("*.yaml")])
+def test_both_teachers_of_a_world_share_its_recipe(method):
+    one, other = (composed(f"method={method}", f"teacher={teacher}") for teacher in ("shapes", "shapes_unet"))
+    assert one.pop("teacher") != other.pop("teacher")
+    assert one == other
+    assert one["trainer"]["max_steps"] < composed(f"method={method}", "teacher=sd35_large")["trainer"]["max_steps"]
+
+
+@needs_conf
 @pytest.mark.parametrize("root", ROOTS)
 def test_root_comes_first_so_that_every_choice_beats_it(root):
     assert load(root).get("defaults", ["_self_"])[0] == "_self_"

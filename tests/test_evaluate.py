@@ -280,3 +280,16 @@ def test_a_run_judges_itself_so_and_is_judged_again(command, pipelines, shards, 
     assert code == 0, err
     assert "FID" in out
     assert "best with 2 steps: fid" in Path(tmp_path / "compared" / "compare.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_judged_is_finished_and_reported(command, pipelines, shards, places, tmp_path):
+    run = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    metrics = ["metrics=coco5k", f"metrics.path={places['coco']}", *eyes.small(places), "metrics.measures=[cmmd]"]
+    lost = f"metrics.networks.clip_l.path={tmp_path / 'nowhere'}"
+    code, _, said = command("run", *run, *metrics, "metrics.prompts=8", lost)
+    assert code == 1
+    assert said.splitlines()[-1].startswith("distill: metrics.networks: the weights of ")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert "trained, but not judged" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "student" / "README.md").is_file()

@@ -183,3 +183,6 @@ def test_a_search_goes_on_where_it_stopped(command, pipelines, shards, tmp_path)
     rows = list(csv.DictReader((tmp_path / "found" / "trials.csv").open()))
     assert sorted(float(row["optimizer.student.lr"]) for row in rows) == pytest.approx(sorted(rates))
     assert float(rows[0]["value"]) >= float(rows[1]["value"])  # g/adv is to be as large as can be, by default
+    code, _, said = command("search", *options[:2], "metric=d/adv", "out=found", "direction=minimize", "trials=3")
+    assert code == 1
+    assert "out=found holds trials of another metric, direction; choose another out=" in said

@@ -246,6 +246,13 @@ def test_fingerprints_tell_weights_apart():
     assert files.fingerprint(tiny.shake(b, 1, std=1e-6)) != files.fingerprint(a)
 
 
+def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        files.put(tmp_path / "taken", b"x")  # no file takes the place of a folder
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +299,17 @@ def test_the_centred_square_of_a_picture(places, tmp_path):
     torch.testing.assert_close(blue, wide)
     blue, wide = features(paths, network, tmp_path / "cache", **how, square=False)
     assert not torch.allclose(blue, wide, atol=1e-2)
+
+
+def test_the_centred_square_is_made_of_the_pictures_own_pixels(places, tmp_path):
+    """Also where its corner would lie between two pixels, as of COCO's 640 x 427."""
+    columns = np.arange(61, dtype=np.uint8) % 2 * 255  # any resampling at half a pixel makes them grey
+    Image.fromarray(np.tile(columns[None, :, None], (30, 1, 3))).save(tmp_path / "odd.png")
+    network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
+    seen = []
+    network.prepare = lambda picture: seen.append(np.unique(picture).tolist()) or networks.clean(picture, 28)
+    features(in_folder(tmp_path), network, tmp_path / "cache", device=CPU)
+    assert seen == [[0, 255]]
 
 
 def test_coco_gives_the_first_caption_of_each_picture_by_id(places):

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 import tiny
-from distill.sampling import Guided
+from distill.distillation import guided_x0
 from distill.teachers.attention import Attention, attend
 from distill.teachers.reading import read_pipeline
 from distill.teachers.sd import SD
@@ -123,7 +123,7 @@ def test_guided_estimate_is_one_step_of_the_sd3_pipeline(teachers, pipelines, si
     ).images
     teacher = teachers("mmdit")
     with torch.no_grad():
-        x0 = Guided(teacher, 5.0).x0(x_t, torch.full((2,), sigma), teacher.embed(PROMPTS))
+        x0 = guided_x0(teacher, x_t, torch.full((2,), sigma), teacher.embed(PROMPTS), torch.tensor(5.0))
         unguided = teacher.x0(x_t, torch.full((2,), sigma), teacher.embed(PROMPTS))
     torch.testing.assert_close(x0, expected, rtol=0, atol=5e-5)
     assert (unguided - expected).abs().max() > 1e-2
@@ -142,7 +142,7 @@ def test_guided_estimate_is_the_x0_of_ddim(teachers, pipelines, index):
     with torch.no_grad():
         one, other = (unet(x_t, index, encoder_hidden_states=h).sample for h in (with_caption, without))
         expected = scheduler.step(other + 5.0 * (one - other), index, x_t).pred_original_sample
-        x0 = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+        x0 = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
         unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
     assert torch.equal(teacher.process.index(t), torch.tensor([index, index]))
     # At the noisy end x0 is a difference divided by alpha = 0.07, so rounding counts against the largest value.
@@ -165,7 +165,7 @@ def test_sdxl_is_its_pipeline_guided_by_its_own_empty_caption(teachers, pipeline
     ((index, expected),) = estimates
     t = teacher.process.time(torch.tensor([index, index]))
     with torch.no_grad():
-        x0 = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+        x0 = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
         unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
         other_size = teacher.x0(noise(2, 4, 8, 8), t, teacher.embed(PROMPTS))
     torch.testing.assert_close(x0, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

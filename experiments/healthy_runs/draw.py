@@ -31,13 +31,14 @@ PANELS = (
 
 
 def curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each column of a metrics.csv as steps and values, both [N]; `gap` is d/real less d/fake."""
+    """Each column of a metrics.csv as steps and values, both [N]; `gap` is d/real less d/fake, if they are there."""
     rows = list(csv.DictReader(path.open()))
     found = {}
     for key in rows[0]:
         pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key)]
         found[key] = np.array(pairs).reshape(-1, 2).T
-    found["gap"] = np.stack([found["d/real"][0], found["d/real"][1] - found["d/fake"][1]])
+    if "d/real" in found:
+        found["gap"] = np.stack([found["d/real"][0], found["d/real"][1] - found["d/fake"][1]])
     return {key: (steps, values) for key, (steps, values) in found.items()}
 
 
@@ -50,7 +51,10 @@ def running(values: np.ndarray) -> np.ndarray:
 def main() -> None:
     own = {}
     for folder in map(Path, sys.argv[1:]):
-        own[json.loads((folder / "run.json").read_text())["method"]] = curves(folder / "metrics.csv")
+        method = json.loads((folder / "run.json").read_text()).get("method", "").lower()
+        if method not in METHODS:
+            raise SystemExit(f"{folder}: {method or 'not trained yet'}; the curves are of {', '.join(METHODS)}")
+        own[method] = curves(folder / "metrics.csv")
     figure, axes = plt.subplots(len(PANELS), len(METHODS), figsize=(11, 2.1 * len(PANELS)), sharex="col")
     for column, (method, name) in zip(axes.T, METHODS.items(), strict=True):
         reference = curves(HERE.parent / f"{method}_shapes" / "metrics.csv")

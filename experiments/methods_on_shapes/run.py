@@ -106,7 +106,7 @@ def best(name: str, asked: argparse.Namespace) -> list[str]:
 
 
 def pace(name: str, asked: argparse.Namespace) -> float:
-    """Processor seconds of one iteration: what twenty more of them cost, so that starting does not count."""
+    """Processor seconds of one iteration with both players: what twenty more cost, so that starting does not count."""
     file = asked.out / "pace.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     if name not in known:
@@ -115,10 +115,11 @@ def pace(name: str, asked: argparse.Namespace) -> float:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             steps = ["optimizer.head_start=0", f"trainer.max_steps={iterations}", f"run_dir={asked.out / 'pace'}"]
             opening = ["method.opening=0"] if "method=nitrofusion" in contestant.chosen else []
+            shutil.rmtree(asked.out / "pace", ignore_errors=True)  # of a command that was killed
             call("distill.run", *contestant.chosen, *best(name, asked), *opening, *steps, QUIET[0], "~metrics")
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-            shutil.rmtree(asked.out / "pace")
+        shutil.rmtree(asked.out / "pace")
         known[name] = round((used[1] - used[0]) / 20, 4)
         file.write_text(json.dumps(known, indent=2) + "\n")
     return float(known[name])
@@ -132,8 +133,14 @@ def main() -> None:
     parser.add_argument("--only", type=lambda s: s.split(","), default=list(CONTESTANTS))
     parser.add_argument("--stages", type=lambda s: s.split(","), default=list(STAGES))
     asked = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
+    if hasattr(os, "sched_setaffinity"):  # Linux; elsewhere the number of threads alone is held
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
     os.environ["OMP_NUM_THREADS"] = str(asked.cores)
+    kept, lengths = asked.out / "lengths.json", {"steps": asked.steps, "search_steps": asked.search_steps}
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if kept.is_file() and json.loads(kept.read_text()) != lengths:
+        raise SystemExit(f"{asked.out} was begun with {kept.read_text()}; give these, or another folder")
+    kept.write_text(json.dumps(lengths))
     for stage in [stage for stage in STAGES if stage in asked.stages]:
         if stage == "compare":
             for budget in ("images", "time"):

@@ -25,6 +25,8 @@ CLASSES = (*ROOTS[:3], *TRAINER)  # where a class must be defined that it builds
 FUNCTIONS = ("distill.students.", "distill.students.lora.", "distill.data.source.")  # and a function that it calls
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
+# In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
+OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
 FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")  # once a run has begun
 
 

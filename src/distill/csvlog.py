@@ -1,11 +1,14 @@
 """`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what it finds)."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from distill.files import put
 
 FLUSH = 20  # rows between writes
 
@@ -38,12 +41,11 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        partial = self._path.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *sorted({key for row in self._rows for key in row} - {"step"})])
-            writer.writeheader()
-            writer.writerows(self._rows)
-        partial.replace(self._path)
+        columns = ["step", *sorted({key for row in self._rows for key in row} - {"step"})]
+        writer = csv.DictWriter(table := io.StringIO(newline=""), columns)
+        writer.writeheader()
+        writer.writerows(self._rows)
+        put(self._path, table.getvalue().encode())
 
     def finalize(self, status: str) -> None:
         self.save()

@@ -24,7 +24,8 @@ def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
     import torch
 
-    from distill.record import versions
+    from distill.files import first_line
+    from distill.record import cores, versions
 
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
@@ -34,14 +35,14 @@ def machine() -> Iterator[Line]:
         importlib.import_module("torchvision.ops").nms  # noqa: B018  # the operator that a mismatched pair lacks
         yield "ok", f"torchvision {importlib.import_module('torchvision').__version__} fits torch", ""
     except Exception as error:  # a broken pair fails in many ways
-        what = str(error).splitlines()[0][:80]
-        yield "fail", f"torchvision does not fit torch ({what})", "install both from one index, without +cpu"
+        what = f"torchvision does not fit torch ({first_line(error, 80)})"
+        yield "fail", what, "install both from one index, without +cpu"
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         yield "ok", f"GPU {i}: {card.name}, {card.total_memory / GB:.0f} GB", ""
     if not torch.cuda.is_available():
         yield "warn", "no GPU: only small models train in reasonable time", "teacher=shapes is made for it"
-    yield "ok", f"{len(os.sched_getaffinity(0))} CPU cores, {_memory() / GB:.0f} GB of memory", ""
+    yield "ok", f"{cores()} CPU cores, {_memory() / GB:.0f} GB of memory", ""
     free = shutil.disk_usage(".").free / GB
     yield "ok" if free > 20 else "warn", f"{free:.0f} GB of disk free here", "checkpoints need room: set run_dir="
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()

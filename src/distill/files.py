@@ -1,4 +1,5 @@
-"""Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes.
+"""Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes. Besides
+them small files, and what is said while any file is read.
 
 checkpoints/step_000250.ckpt     a file, or a folder with one part per process (FSDP2 on request)
 checkpoints/best.ckpt            the best by a logged value, if one was named
@@ -7,7 +8,10 @@ checkpoints/best.ckpt            the best by a logged value, if one was named
 import hashlib
 import logging
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ def write(state: dict[str, Any], path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"
         raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     folder = os.open(path.parent, os.O_RDONLY)
@@ -41,10 +45,13 @@ def write(state: dict[str, Any], path: Path) -> None:
 
 
 def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes may write the same one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    """A small file, there only when whole; several processes, of several machines too, may write the same one."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -52,8 +59,24 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in module.state_dict().items():
         digest.update(f"{name}{list(x.shape)}".encode())
-        digest.update(str(x.flatten()[:: max(1, x.numel() // 64)].double().tolist()).encode())
+        digest.update(str(x.flatten()[:: -(-x.numel() // 64) or 1].double().tolist()).encode())
     return digest.hexdigest()[:12]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What libraries would warn of in several lines as they read, who calls makes one sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says first, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def remove(path: Path) -> None:
@@ -72,8 +95,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:  # damaged files raise nearly anything, and a pickle with code in it UnpicklingError
-        what = (str(error).splitlines() or [type(error).__name__])[0][:90]
-        raise ValueError(f"{path} is cut short or no checkpoint of distill ({what})") from None
+        raise ValueError(f"{path} is cut short or no checkpoint of distill ({first_line(error, 90)})") from None
     return kept
 
 

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from distill.record import cores
+
 STARTED_ELSEWHERE = ("LOCAL_RANK", "SLURM_PROCID")
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 
@@ -31,7 +33,7 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
 
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    threads = str(max(1, cores() // processes))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "NODE_RANK": "0"}
     worker = [sys.executable, "-m", "distill.worker", str(folder), command]

@@ -56,7 +56,12 @@ def hardware() -> str:
     """In plain words: '2 CPU cores', 'one NVIDIA H200'."""
     if count := torch.cuda.device_count():
         return f"{'one' if count == 1 else count} {torch.cuda.get_device_name(0)}"
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+    return f"{cores()} CPU cores"
+
+
+def cores() -> int:
+    """CPU cores that this process may use: of all, where the system does not say, as macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit() -> str | None:

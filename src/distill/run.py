@@ -79,12 +79,14 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
 
         part = denoiser_part(folder / "student")
         print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', part=part)}")
-    if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
-        rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
-        print(build.table(rows))
-    RunRecord(folder).finished()
-    write_card(folder / "student", folder, teacher.folder)
-    print(f"report: {write_report(folder)}")
+    try:
+        if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
+            rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
+            print(build.table(rows))
+    finally:  # what cannot be judged now is trained all the same
+        RunRecord(folder).finished()
+        write_card(folder / "student", folder, teacher.folder)
+        print(f"report: {write_report(folder)}")
 
 
 @command("config")

@@ -65,7 +65,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
     import torch
 
-    from distill.sampling import check_strength, distilled, guided, sampler_of, seeded
+    from distill.sampling import check_strength, distilled, guided, sampler_of, seeded, to_bytes
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
@@ -90,8 +90,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
             x0 = few(cond, seeded(seeds), image=start, strength=cfg.strength)
         else:
             x0 = few(cond, seeded(seeds))
-        # Rounded, as diffusers does; a cast alone would cut off.
-        return ((model.decode(x0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        return to_bytes(model.decode(x0))
 
     return make
 

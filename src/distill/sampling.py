@@ -25,20 +25,14 @@ from distill.types import Cond, Denoiser
 ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
 
 
-class Guided:
-    """A denoiser under classifier-free guidance of scale s; both estimates come from one doubled batch."""
-
-    def __init__(self, denoiser: Denoiser, scale: float):
-        self.denoiser, self.scale = denoiser, torch.tensor(float(scale))
-        self.process = denoiser.process
-
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return guided_x0(self.denoiser, x_t, t, cond, self.scale)
-
-
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator per picture, on the CPU, so that a seed means the same picture in any batch and on any device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1], some of them beyond -> uint8 on the CPU, rounded as diffusers does: a cast would cut off."""
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -211,11 +205,11 @@ def guided(
     """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise."""
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
-    denoiser, prediction = Guided(teacher, guidance), teacher.network.prediction
+    scale, prediction = torch.tensor(float(guidance)), teacher.network.prediction
     x_t = draw_noise(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
         t = _time(teacher, timestep).expand(len(x_t)).to(device)
-        output = teacher.process.from_x0(denoiser.x0(x_t, t, cond), x_t, t, prediction)
+        output = teacher.process.from_x0(guided_x0(teacher, x_t, t, cond, scale), x_t, t, prediction)
         x_t = scheduler.step(output, timestep, x_t, return_dict=False)[0]
     return x_t
 

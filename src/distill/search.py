@@ -79,6 +79,12 @@ def main(cfg: DictConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = {"study_name": "search", "storage": f"sqlite:///{out / 'study.db'}"}
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
+    asked = {"space": space, "run": list(cfg.run), **{key: cfg[key] for key in ("metric", "steps", "direction")}}
+    if other := [key for key, value in study.user_attrs.get("asked", asked).items() if asked[key] != value]:
+        raise ValueError(
+            f"out={out} holds trials of another {', '.join(other)}; choose another out=, or take that back"
+        )
+    study.set_user_attr("asked", asked)
     for stale in study.get_trials(states=[TrialState.RUNNING]):  # the command was killed in the middle
         study.tell(stale.number, state=TrialState.FAIL)
         study.enqueue_trial(stale.params)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from distill.files import first_line
 from distill.types import EMBEDDED
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -157,5 +158,4 @@ def _pick(sample: dict, extensions: tuple[str, ...], what: str) -> str:
 
 
 def _undecodable(sample: dict, extension: str, error: BaseException) -> BadSample:
-    what = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return BadSample(sample, f"its .{extension} does not decode ({what})")
+    return BadSample(sample, f"its .{extension} does not decode ({first_line(error, 120)})")

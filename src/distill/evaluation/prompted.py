@@ -29,7 +29,7 @@ from distill.files import fingerprint, put
 from distill.metrics.networks import Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
 from distill.metrics.scores import Score
-from distill.sampling import Consistency, FewSteps, seeded
+from distill.sampling import Consistency, FewSteps, seeded, to_bytes
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
@@ -77,7 +77,7 @@ class Prompted:
             self.captions, self.real = coco(self.path, self.prompts)
             self.named = {path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)}
         else:
-            self.captions = [line.strip() for line in Lines(self.path, "metrics.path").lines][: self.prompts]
+            self.captions = Lines(self.path, "metrics.path").lines[: self.prompts]
         if self.reference:
             self.real = in_folder(Path(self.reference))
         if not self.real and (needing := self._needing("reference")):
@@ -85,6 +85,8 @@ class Prompted:
             raise ValueError(f"metrics.reference={self.reference}: {what}")
         self.asked = list(self.captions)  # the caption of every picture of a row
         if self._needing("varied"):
+            if isinstance(self.variety, int) or len(self.variety) != 2 or min(self.variety[0], self.variety[1] - 1) < 1:
+                raise ValueError(f"metrics.variety={self.variety}: must be [captions, pictures of each, 2 or more]")
             self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
         self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
 
@@ -172,7 +174,7 @@ class Prompted:
         for batch in track(missing, label, disable=rank != 0 or not missing):
             began = time.monotonic()
             x0 = make(teacher.embed([self.asked[i] for i in batch]), seeded([self.seed + i for i in batch]))
-            pixels = ((teacher.decode(x0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            pixels = to_bytes(teacher.decode(x0))
             with (paths[0].parent / f"seconds-{rank}.txt").open("a") as file:
                 file.write(f"{time.monotonic() - began} {len(batch)}\n")
             for i, picture in zip(batch, pixels, strict=True):

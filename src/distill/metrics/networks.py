@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from distill.files import fingerprint
+from distill.files import fingerprint, first_line, silent
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2")
@@ -41,20 +40,15 @@ class Describer(ABC):
 
     def load(self) -> None:
         """Read the weights, fetching them if need be. Raises ValueError that says what stood in the way."""
-        before = logging.root.manager.disable
-        logging.disable(logging.ERROR)  # open_clip tells every step of it
         try:
-            with redirect_stderr(StringIO()):  # loading bars
+            with silent(), redirect_stderr(StringIO()):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
         except Exception as error:  # damaged files, hubs and networks raise nearly anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):
                 advice = "pip install 'distill[eval]'"
-            what = f"metrics.networks: the weights of {self.name} cannot be read ({reason}); {advice}"
+            what = f"metrics.networks: the weights of {self.name} cannot be read ({first_line(error)}); {advice}"
             raise ValueError(f"{what}, or leave out of metrics.measures what needs them") from None
-        finally:
-            logging.disable(before)
 
     def __str__(self) -> str:
         """Network, revision of a hub's, a hash of its weights, and how it is shown pictures."""

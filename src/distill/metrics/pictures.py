@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import center_crop
 
 from distill.files import put
 from distill.metrics.networks import Describer
@@ -53,8 +54,8 @@ def features(
 
 def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     pictures = [opened(path) for path in paths]
-    if square:  # which cuts, and resizes nothing
-        pictures = [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in pictures]
+    if square:  # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427 do
+        pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
     return torch.stack([network.prepare(picture) for picture in pictures])
 
 

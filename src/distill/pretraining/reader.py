@@ -8,7 +8,8 @@ from rich.progress import track
 from torch import Tensor
 
 from distill.pretraining.fit import DEVICE
-from distill.pretraining.work import Work, draw, pixels, to_bytes
+from distill.pretraining.work import Work, draw, pixels
+from distill.sampling import to_bytes
 from distill.shapes.judge import fresh_renders, judging_prompts
 from distill.shapes.reader import SLOTS, Reader, targets
 from distill.shapes.world import sample
@@ -23,7 +24,7 @@ def train(work: Work) -> dict[str, Any]:
     asked, seed, vae, fit = work.asked["reader_scenes"], work.data["seed"], work.vae, work.fit("reader")
     shared = min(asked["shared"], work.data["count"])
     parts = track(work.latents[:shared].split(256), description="reader: copying")
-    copies = torch.cat([to_bytes(vae.decode(part.float()).sample.clamp(-1, 1)) for part in parts])
+    copies = torch.cat([to_bytes(vae.decode(part.float()).sample) for part in parts])
     scenes = [sample(seed, i)[1] for i in range(shared)]
     scenes += [sample(seed + 1, i, held_out=i % 5 == 0)[1] for i in range(asked["fresh"])]
     truth, pictures, three = targets(scenes), draw(scenes), torch.tensor([len(s.things) == 3 for s in scenes])

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ def _data(work: Work) -> dict[str, Any]:
     def samples() -> Iterator[tuple[str, np.ndarray, str, dict]]:
         for i in track(range(work.data["count"]), description="data: drawing"):
             prompt, scene = sample(work.data["seed"], i)
-            yield f"{i:06d}", render([scene])[0], prompt.caption, prompt.to_json()
+            yield f"{i:06d}", render([scene])[0], prompt.caption, asdict(prompt)
 
     if work.of_shapes:
         write_images(str(work.out / "data" / "shapes-%06d.tar"), samples(), PER_SHARD)

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.data.datasets import ImageShards
 from distill.files import put
 from distill.pretraining.fit import Fit
+from distill.sampling import to_bytes
 from distill.shapes.judge import MODEL, Judge
 from distill.shapes.render import render
 from distill.shapes.world import SIDE, Scene
@@ -111,11 +112,6 @@ class Work:
 def pixels(pictures: Tensor) -> Tensor:
     """uint8 pictures -> the same in [-1, 1]."""
     return pictures.float() / 127.5 - 1
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """Pictures in [-1, 1] -> the same in uint8."""
-    return ((x + 1) * 127.5).round().to(torch.uint8)
 
 
 def draw(scenes: list[Scene]) -> Tensor:

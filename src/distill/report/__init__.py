@@ -28,7 +28,7 @@ def write_report(run_dir: Path) -> Path:
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
         " · ".join([name, *(run[key] for key in ("method", "teacher") if key in run)]),
-        headline(rows) or f"{name}: trained, but not judged against its teacher yet.",
+        headline(rows) or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
         [*tiles(rows), _training_time(run)],
         status="" if run.get("status", "finished") == "finished" else STOPPED.format(escape(run["status"])),
         pictures=_pictures(run_dir / "samples", rows),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
+from distill.losses import verdicts
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
 from distill.types import Batch
@@ -43,10 +44,10 @@ class Seen:
         """A row for each head and level."""
         for h, head in enumerate(self.heads):
             for k, level in enumerate(self.levels):
-                real, fake = self.real[k, h], self.fake[k, h]
-                right = (real > fake).float().mean() + (real == fake).float().mean() / 2
-                means = {"real": real.mean(), "fake": fake.mean(), "gap": (real - fake).mean(), "right": right}
-                yield {"head": head, "level": level, **{name: round(float(x), 4) for name, x in means.items()}}
+                said = verdicts(self.real[k, h], self.fake[k, h])
+                real, fake, right = (float(said[f"d/{key}"]) for key in ("real", "fake", "accuracy"))
+                means = {"real": real, "fake": fake, "gap": real - fake, "right": right}
+                yield {"head": head, "level": level, **{name: round(x, 4) for name, x in means.items()}}
 
     def agreement(self) -> Tensor:
         """Correlations [H, H], the mean over levels."""

@@ -10,19 +10,16 @@ Everything is drawn from a seed, so that scene `i` of a seed is the same on ever
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {  # sRGB, far enough apart that a shade of one is never another
-    "red": (214, 48, 49),
-    "green": (46, 160, 67),
-    "blue": (48, 96, 220),
-    "yellow": (244, 208, 44),
-    "purple": (150, 66, 190),
-    "orange": (240, 134, 30),
-}
+    "red": (214, 48, 49), "green": (46, 160, 67), "blue": (48, 96, 220),
+    "yellow": (244, 208, 44), "purple": (150, 66, 190), "orange": (240, 134, 30),
+}  # fmt: skip
 BACKGROUNDS = {"white": (244, 244, 244), "gray": (140, 140, 140), "black": (22, 22, 22), "pink": (246, 184, 200)}
 FILLS = ("solid", "striped", "dotted")
 SIZES = ("small", "large")
@@ -61,13 +58,6 @@ class Prompt:
     background: str | None
     caption: str
 
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: dict) -> Prompt:
-        return cls(**record | {"things": tuple(Thing(**thing) for thing in record["things"])})
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -104,17 +94,14 @@ def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
     if held_out:
         pairs[int(rng.integers(count))] = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
     say_fill = 0.7 if count < 3 else 0.35
-    things = tuple(
-        Thing(
-            kind,
-            colour,
-            fill=str(rng.choice(FILLS)) if rng.random() < say_fill else None,
-            size=str(rng.choice(SIZES)) if count < 3 and rng.random() < 0.6 else None,
-        )
-        for kind, colour in pairs
-    )
+
+    def perhaps(odds: float, words: Iterable[str]) -> str | None:
+        return str(rng.choice(list(words))) if rng.random() < odds else None
+
+    free = ((perhaps(say_fill, FILLS), perhaps(0.6, SIZES) if count < 3 else None) for _ in pairs)
+    things = tuple(Thing(*pair, *said) for pair, said in zip(pairs, free, strict=True))
     axis = str(rng.choice(AXES)) if count > 1 else None
-    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.7 else None
+    background = perhaps(0.7, BACKGROUNDS)
     return Prompt(things, axis, background, _caption(rng, things, axis, background))
 
 

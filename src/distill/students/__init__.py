@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
+from distill.files import first_line
 from distill.teachers import schedulers
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -71,7 +72,7 @@ def _read(teacher: PipelineTeacher, init: str) -> Any:
     try:
         found, report = type(model).from_pretrained(part, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"student.init={init}: cannot be read ({str(error)[:120]}); export it anew") from None
+        raise ValueError(f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew") from None
     if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
         raise ValueError(f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew")
     return found

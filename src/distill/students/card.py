@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from distill.teachers.reading import is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
+PAPERS |= {"Consistency": "2310.04378", "Regression": "2101.02388"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
 COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_score", "hps")
 

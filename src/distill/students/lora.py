@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from distill.files import first_line
 from distill.students import shifted
 from distill.teachers.network import Context, Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -48,7 +49,7 @@ def lora(
     try:
         network.model.add_adapter(LoraConfig(**scale, target_modules=names, init_lora_weights=INITS[init]))
     except ValueError as error:
-        what = f"cannot be adapted ({str(error).splitlines()[0][:120]})"
+        what = f"cannot be adapted ({first_line(error, 120)})"
         raise ValueError(f"student.targets={names}: {what}; name linear or convolutional layers") from None
     student, switch = copy.copy(network), Switch(network.model)
     # The model is the teacher's: were it registered here, its weights would count as the student's.

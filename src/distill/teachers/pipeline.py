@@ -17,9 +17,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from distill.files import silent
 from distill.process import Prediction, Process
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_tokenizers, read_pipeline, silent
+from distill.teachers.reading import check_tokenizers, read_pipeline
 from distill.teachers.single import SINGLE, read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond

@@ -1,9 +1,7 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -16,6 +14,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
+from distill.files import first_line, silent
+
 SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
 HUB = {  # an error of the hub's, the more particular first -> what it means
     GatedRepoError: "it is gated: accept its licence on its page, then log in with `hf auth login`",
@@ -24,17 +24,6 @@ HUB = {  # an error of the hub's, the more particular first -> what it means
 }
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """What the libraries would warn of in several lines is made one sentence here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 @silent()
@@ -151,7 +140,7 @@ def whole(network: type, path: str, part: str, *, key: str = "teacher.path", **o
     try:
         model, report = network.from_pretrained(path, subfolder=part, output_loading_info=True, **options)
     except Exception as error:  # damaged files raise nearly anything
-        what = first_line(error).partition(". ")[0][:200]
+        what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
     other = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
     for what, names in {"lacks": sorted(report["missing_keys"]), "has in another shape": sorted(other)}.items():
@@ -181,7 +170,3 @@ def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetch
     meanings = (meaning for cause in causes for kind, meaning in HUB.items() if isinstance(cause, kind))
     why = next(meanings, first_line(error))
     return ValueError(f"{setting}: {what} ({why}); check the name, the network and its licence")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.teachers.reading import PICKLED, dtype_of, fetched, first_line, pipeline_classes, silent, whole
+from distill.files import first_line, silent
+from distill.teachers.reading import PICKLED, dtype_of, fetched, pipeline_classes, whole
 from distill.teachers.weights import local_file
 
 SINGLE = (".safetensors", *PICKLED)
@@ -56,7 +57,7 @@ def read_single(
     except Exception as error:  # what is not there, or of another shape, raises nearly anything
         if str(error).startswith("teacher."):
             raise
-        what = "it lacks tensors of it" if META in str(error) else first_line(error)[:200]
+        what = "it lacks tensors of it" if META in str(error) else first_line(error)
         what = f"does not load as the {kind.__name__} of teacher.config={config} ({what})"
         raise ValueError(f"teacher.path={path} {what}; choose another teacher= or teacher.config=") from None
 
