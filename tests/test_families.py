@@ -13,7 +13,8 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEul
 import families
 import tiny
 from distill.build import student_of
-from distill.sampling import Consistency, Guided, guided, seeded
+from distill.distillation import guided_x0
+from distill.sampling import Consistency, guided, seeded
 from distill.students import full, save_pipeline
 from distill.teachers.flux import Flux
 from distill.teachers.pixart import PixArtSigma
@@ -108,7 +109,7 @@ def test_a_guided_estimate_is_one_step_of_the_pipeline(family, sigma, teachers, 
     expected = unpacked(expected) if family == "flux" else expected
     teacher, t = teachers(family), torch.full((2,), sigma)
     with torch.no_grad():
-        found = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+        found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
         unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (unguided - expected).abs().max() > 1e-2
@@ -127,7 +128,7 @@ def test_a_guided_estimate_is_that_of_the_pixart_pipeline(teachers, folders):
     assert index == 999
     t = teacher.process.time(torch.tensor([index] * 2))
     with torch.no_grad():
-        found = Guided(teacher, 5.0).x0(x_t, t, teacher.embed(PROMPTS))
+        found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
     expected = teacher.process.to_x0(eps, x_t, t, "eps")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -148,7 +149,8 @@ def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
     pipeline(PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent")
     ((index, expected),) = seen
     with torch.no_grad():
-        found = Guided(teacher, 5.0).x0(x_t, teacher.process.time(torch.tensor([index] * 2)), teacher.embed(PROMPTS))
+        t = teacher.process.time(torch.tensor([index] * 2))
+        found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
     assert teacher.prediction == "v"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
