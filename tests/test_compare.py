@@ -108,3 +108,14 @@ def test_the_table_reads_as_markdown(written):
     table = as_markdown(lines_of(grouped([read_run(written("a", LADD, 0, 0.5))])))
     widths = {line.count("|") for line in table.splitlines()}
     assert len(widths) == 1
+
+
+def test_a_method_without_a_discriminator_has_no_curve_of_it(written, command, tmp_path):
+    first, second = written("ladd", LADD, 0, 0.5), written("none", {"_target_": "distill.methods.regression.R"}, 0, 0.5)
+    (second / "metrics.csv").write_text("step,g/regression\n1,0.6\n2,0.7\n")
+    for runs, shown in (([first, second], True), ([second], False)):
+        code, _, err = command("compare", f"runs=[{','.join(map(str, runs))}]", f"out={tmp_path / 'out'}")
+        assert code == 0, err
+        assert ("Discriminator&#x27;s accuracy" in (tmp_path / "out" / "compare.html").read_text()) is shown
+    (second / "metrics.csv").unlink()
+    assert command("compare", f"runs={second}", f"out={tmp_path / 'out'}")[0] == 0

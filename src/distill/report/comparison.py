@@ -86,7 +86,9 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
             for cost, unit in (("train_seconds", "training minutes"), ("images_seen", "thousand pictures seen")):
                 draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
                 yield framed(f"{title} in one step", f"By {unit}.", draw)
-    yield framed("Discriminator's accuracy", "Means over seeds; 0.5 is guessing.", lambda axes: _health(axes, groups))
+    health = {group: [curve for run in runs if (curve := _accuracy(run)) is not None] for group, runs in groups.items()}
+    if any(health.values()):
+        yield framed("Discriminator's accuracy", "Of each run; 0.5 is guessing.", lambda axes: _health(axes, health))
 
 
 def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
@@ -119,12 +121,16 @@ def _by_cost(groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: flo
     return draw
 
 
-def _health(axes: Any, groups: Mapping[str, Sequence[Run]]) -> None:
-    for i, (group, runs) in enumerate(groups.items()):
-        for k, run in enumerate(runs):
-            curve = read(run.folder / "metrics.csv")[0].get("d/accuracy")
-            if curve is not None:
-                axes.plot(curve[0], smoothed(curve[1]), f"C{i % 6}", alpha=0.8, label=None if k else _short(group))
+def _accuracy(run: Run) -> Any:
+    """Steps and how often the discriminator was right, [2, N]; None of a run that has none, or has lost its curves."""
+    path = run.folder / "metrics.csv"
+    return read(path)[0].get("d/accuracy") if path.is_file() else None
+
+
+def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:
+    for i, (group, curves) in enumerate(health.items()):
+        for k, (steps, values) in enumerate(curves):
+            axes.plot(steps, smoothed(values), f"C{i % 6}", alpha=0.8, label=None if k else _short(group))
     axes.axhline(0.5, color="#7d8189", linewidth=0.8, linestyle="--")
 
 
