@@ -194,8 +194,8 @@ def test_the_headline_and_the_key_figures_come_from_the_rows(run):
     )
     assert "Student, prompts right 93.0% in 1 step" in text
     assert "Teacher, prompts right 95.2% in 28 steps" in text
-    assert "Student, Fréchet distance 12.38 in 1 step" in text
-    assert "Teacher, Fréchet distance 4.125 in 28 steps" in text
+    assert "Student, Fréchet distance 12.4 in 1 step" in text
+    assert "Teacher, Fréchet distance 4.1 in 28 steps" in text
     assert "Training time 1:01:40 2,000 steps, 64,000 images" in text
     for said in (
         "LADD",
@@ -228,8 +228,8 @@ def test_the_table_marks_the_best_of_those_with_as_many_steps(run):
     body = page[page.index("<tbody>") : page.rindex("</tbody>")]
     lines = {m[1]: m[2] for m in re.finditer(r'<th scope="row">(.*?)</th>(.*?)</tr>', body)}
     assert list(lines)[:3] == ["Student, 1 step", "Teacher, 1 step", "Student, 2 steps"]
-    assert lines["Student, 1 step"].startswith("<td><b>93.0%</b></td><td><b>12.38</b></td>")
-    assert lines["Teacher, 1 step"].startswith("<td>31.0%</td><td>80.25</td>")
+    assert lines["Student, 1 step"].startswith("<td><b>93.0%</b></td><td><b>12.4</b></td>")
+    assert lines["Teacher, 1 step"].startswith("<td>31.0%</td><td>80.2</td>")
     assert "<b>" not in lines["Teacher, 28 steps"], "nothing else had 28 steps"
     assert "<b>" not in lines["Student, 2 steps"]
     assert "prompts: 400; seed: 0; teacher guidance: 3.0" in page
@@ -287,14 +287,14 @@ def test_a_score_that_is_not_a_number_is_not_shown(run):
     write_evaluation(run, [row("student", 1, 0.5, 2.0, 1.0), row("teacher", 1, 0.5, math.nan, 1.0)])
     page, _ = read(run)
     assert "<td>50.0%</td><td>–</td>" in page
-    assert "<td>50.0%</td><td>2</td>" in page, "nothing to be better than"
+    assert "<td>50.0%</td><td>2.0</td>" in page, "nothing to be better than"
 
 
 def test_without_a_reader_the_distance_is_the_headline(run):
     rows = [{"who": "student", "steps": 2, "frechet": 12.375}, {"who": "teacher", "steps": 2, "frechet": 80.25}]
     write_evaluation(run, rows)
     text = read(run)[1].text
-    assert "In 2 steps the student has a Fréchet distance of 12.38; its teacher, 80.25 in 2 steps." in text
+    assert "In 2 steps the student has a Fréchet distance of 12.4; its teacher, 80.2 in 2 steps." in text
     assert "Student, prompts right – not measured" in text
 
 

@@ -9,7 +9,7 @@ PERCENT, PLAIN = "{:.1%}", "{:.4g}"
 TIME = "seconds_per_image"
 MEASURES = {  # key -> head of its column, the value it is best to be near, how it reads
     "prompt_accuracy": ("Prompts right&nbsp;↑", 1, PERCENT),
-    "frechet": ("Fréchet distance&nbsp;↓", 0, PLAIN),
+    "frechet": ("Fréchet distance&nbsp;↓", 0, "{:,.1f}"),
     "fid": ("FID&nbsp;↓", 0, PLAIN),
     "clip_score": ("CLIP score&nbsp;↑", 1, PLAIN),
     "clip_score_b32": ("CLIP score, B/32&nbsp;↑", 1, PLAIN),
