@@ -59,7 +59,7 @@ def main(asked: dict) -> None:
     warnings.filterwarnings("ignore")
     make = tiny.METHODS[asked["method"]]
     # Adam divides the smallest gradients by themselves, and with them what a processor has rounded: not with this eps.
-    options = {"accumulate": asked.get("accumulate", 1), "lora": asked.get("lora"), "eps": 1e-4, "critic_eps": 1e-3}
+    options = {"accumulate": asked.get("accumulate", 1), "lora": asked.get("lora"), "eps": 1e-4, "critic_eps": 1e-2}
     method = make(SD3(asked["teacher"]), **options)
     for module in method.heads.modules():  # its power iteration counts passes: two micro-batches make twice as many
         if isinstance(module, _SpectralNorm):
