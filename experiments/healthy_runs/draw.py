@@ -7,7 +7,6 @@ A run folder given besides is drawn in black over the method that it was made by
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -18,9 +17,11 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from distill.report.curves import read, smoothed
+
 HERE = Path(__file__).parent
 METHODS = {"ladd": "LADD", "add": "ADD", "nitrofusion": "NitroFusion"}
-# Title, columns with their colours, scale, what to expect.
+# Title, columns with their colours, scale.
 PANELS = (
     ("Student's losses", {"g/adv": "C0", "g/distill": "C1", "g/regression": "C2"}, "linear"),
     ("Discriminator's loss", {"d/adv": "C0"}, "linear"),
@@ -30,22 +31,12 @@ PANELS = (
 )
 
 
-def curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each column of a metrics.csv as steps and values, both [N]; `gap` is d/real less d/fake, if they are there."""
-    rows = list(csv.DictReader(path.open()))
-    found = {}
-    for key in rows[0]:
-        pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key)]
-        found[key] = np.array(pairs).reshape(-1, 2).T
+def curves(path: Path) -> dict[str, np.ndarray]:
+    """Each column of a metrics.csv as steps and values, [2, N]; `gap` is d/real less d/fake, if they are there."""
+    found, _ = read(path)
     if "d/real" in found:
         found["gap"] = np.stack([found["d/real"][0], found["d/real"][1] - found["d/fake"][1]])
-    return {key: (steps, values) for key, (steps, values) in found.items()}
-
-
-def running(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a fortieth of the curve, shorter at its ends."""
-    half = max(1, len(values) // 80)
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    return found
 
 
 def main() -> None:
@@ -62,11 +53,11 @@ def main() -> None:
         for axis, (title, keys, scale) in zip(column, PANELS, strict=True):
             for key, color in keys.items():
                 for found, look in ((reference, color), (own.get(method, {}), "black")):
-                    if len(found.get(key, ((), ()))[0]):
+                    if key in found:
                         steps, values = found[key]
                         axis.plot(steps, values, look, alpha=0.2, linewidth=0.7)
                         label = key if look == color and len(keys) > 1 else None
-                        axis.plot(steps, running(values), look, linewidth=1.3, label=label)
+                        axis.plot(steps, smoothed(values), look, linewidth=1.3, label=label)
             axis.set_yscale(scale)
             axis.grid(alpha=0.3)
             axis.tick_params(labelsize=7)
