@@ -2,7 +2,7 @@
 
     python experiments/healthy_runs/draw.py [runs/mine ...]
 
-A run folder given besides is drawn in black over the method that it was made by.
+A run folder given besides is drawn in black over the method that it was made by; the picture is then in the last one.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def main() -> None:
                 axis.set_ylabel(title, fontsize=8)
         column[-1].set_xlabel("student steps", fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / "curves.png", dpi=90)
-    print(f"wrote {HERE / 'curves.png'}")
+    out = (Path(sys.argv[-1]) if own else HERE) / "curves.png"
+    figure.savefig(out, dpi=90)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
