@@ -253,11 +253,19 @@ def test_two_processes_draw_what_one_draws(judged, student, places, tmp_path):
     few = ("steps=1", "metrics.measures=[fid,variety]")
     alone = judged(student, *few, out="alone")
     several = judged(student, *few, "devices=2", out="several")
-    assert plain(several) == plain(alone)
+    assert several["protocol"] == alone["protocol"]
+    for name, value in plain(alone)["rows"][0].items():
+        assert several["rows"][0][name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
     made = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "several").rglob("seconds-*.txt"))]
     assert made == [3, 2]  # batches of three, of 14 pictures
-    files = [sorted(path.read_bytes() for path in (tmp_path / out).rglob("0*.png")) for out in ("alone", "several")]
-    assert files[0] == files[1]
+    one, two = (
+        np.stack([np.asarray(Image.open(path), int) for path in sorted((tmp_path / out).rglob("0*.png"))])
+        for out in ("alone", "several")
+    )
+    # of another number of threads: sums in another order, which rounding to 8 bits may show
+    assert one.shape == two.shape
+    assert abs(one - two).max() <= 1
+    assert (one != two).mean() < 0.01
 
 
 @pytest.mark.slow
