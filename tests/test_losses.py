@@ -190,6 +190,7 @@ def test_weighted_mse_by_hand():
     target = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     weight = torch.tensor([2.0, 0.5])
     assert weighted_mse(x, target, weight).item() == pytest.approx((2 * (1 + 4) / 2 + 0.5 * 9 / 2) / 2)
+    assert weighted_mse(x, target).item() == pytest.approx((4 + 1 + 9) / 4)
     assert weighted_mse(x.bfloat16(), target.bfloat16(), weight).dtype == torch.float32
     with pytest.raises(ValueError, match="shapes do not fit"):
         weighted_mse(x, target, weight[:1])

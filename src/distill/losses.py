@@ -79,8 +79,9 @@ def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms).sum()
 
 
-def weighted_mse(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B]."""
+def weighted_mse(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B], 1 unless given."""
+    weight = torch.ones(len(x), device=x.device) if weight is None else weight
     if x.shape != target.shape or weight.shape != x.shape[:1]:
         raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
     return (weight * (precise(x) - precise(target)).square().flatten(1).mean(1)).mean()

@@ -161,7 +161,7 @@ class Distillation(L.LightningModule):
                 fakes = [self.fake(batches[0], self._generator(0))]
         else:  # one graph at a time: the fakes are made again, alike, in the student phase
             with torch.no_grad():
-                fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches) if critics]
+                fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches)] if critics else []
         turns = range(self.engine.discriminator_updates if critics else 0)
         moved = [self._update_discriminator(batches, fakes, critics[0], turn) for turn in turns]
         self.updated = not leading and self._update_student(batches, fakes, student)

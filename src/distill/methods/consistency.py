@@ -53,7 +53,7 @@ class Consistency(Distillation):
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         x, y = fake["x0_hat"], fake["target"]
         if self.huber is None:
-            return {"consistency": weighted_mse(x, y, torch.ones(len(x), device=x.device))}
+            return {"consistency": weighted_mse(x, y)}
         return {"consistency": pseudo_huber(x, y, self.huber)}
 
     @torch.no_grad()

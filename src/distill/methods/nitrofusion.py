@@ -110,8 +110,7 @@ class NitroFusion(Distillation):
     def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
         terms = {}
         if self.pairs_weight:
-            away = weighted_mse(x0_hat, batch.x0, torch.ones_like(x0_hat[:, 0, 0, 0]))
-            terms["regression"] = self.pairs_weight * away
+            terms["regression"] = self.pairs_weight * weighted_mse(x0_hat, batch.x0)
         if self.distill_weight:
             target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator)
             terms["distill"] = self.distill_weight * weighted_mse(x0_hat, target, weight)

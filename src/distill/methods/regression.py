@@ -43,5 +43,4 @@ class Regression(Distillation):
         return {"x0_hat": self.student.x0(x_t, t, batch.cond)}
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        x0_hat = fake["x0_hat"]
-        return {"regression": weighted_mse(x0_hat, batch.x0, torch.ones(len(batch), device=x0_hat.device))}
+        return {"regression": weighted_mse(fake["x0_hat"], batch.x0)}
