@@ -13,22 +13,22 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from distill.report.comparison import PADDING, tiles
+
 HERE = Path(__file__).parent
 STUDIES = {"LADD": "ladd_shapes", "ADD": "add_shapes", "NitroFusion": "nitrofusion_shapes"}
 COMMITTED = {name: HERE.parent / study for name, study in STUDIES.items()} | {
     name: HERE / name for name in ("consistency", "regression")
 }
-STEPS, SHOWN, PADDING, LABEL = (1, 4), 14, 2, 150  # of the student, pictures a row, torchvision's padding, pixels
+STEPS, SHOWN, LABEL = (1, 4), 14, 150  # of the student, pictures a row, pixels
 
 
-def rows(folder: Path) -> dict[tuple[str, int], Image.Image]:
-    """(who, steps) -> its row of pictures, cut from the comparison of a run."""
+def rows(folder: Path) -> dict[tuple[str, int], list[Image.Image]]:
+    """(who, steps) -> its pictures, cut from the comparison of a run."""
     path = next(p for p in (folder / "comparison.png", folder / "samples" / "comparison.png") if p.is_file())
-    grid = Image.open(path).convert("RGB")
     judged = json.loads((folder / "evaluation.json").read_text())["rows"]
-    side = (grid.height - PADDING) // len(judged)
-    cut = {(row["who"], row["steps"]): i * side for i, row in enumerate(judged)}
-    return {key: grid.crop((0, y, SHOWN * side, y + side)) for key, y in cut.items()}
+    cut = zip(judged, tiles(path, len(judged)), strict=True)
+    return {(row["who"], row["steps"]): pictures[:SHOWN] for row, pictures in cut}
 
 
 def main() -> None:
@@ -39,12 +39,13 @@ def main() -> None:
     lines = [(f"teacher, {n} steps", row) for (who, n), row in taught.items() if who == "teacher" and n > 1]
     for name, part in found.items():
         lines += [(f"{name}, {n} step{'s' * (n > 1)}", part["student", n]) for n in STEPS if ("student", n) in part]
-    width, side = lines[0][1].size
-    sheet = Image.new("RGB", (LABEL + width, side * len(lines)), "white")
+    side = lines[0][1][0].width + PADDING
+    sheet = Image.new("RGB", (LABEL + SHOWN * side, side * len(lines)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, (label, row) in enumerate(lines):
+    for i, (label, pictures) in enumerate(lines):
         draw.text((4, i * side + side // 2 - 9), label, "black", font)
-        sheet.paste(row, (LABEL, i * side))
+        for k, picture in enumerate(pictures):
+            sheet.paste(picture, (LABEL + k * side, i * side))
     sheet.save(out, optimize=True)
     print(f"wrote {out}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -161,15 +162,21 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:
-    """The pictures of each row of a run's evaluation, cut from its grid."""
+    """The pictures of each row of a run's evaluation."""
     path = run.folder / "samples" / "comparison.png"
-    if not path.is_file() or not run.rows:
-        return
+    if path.is_file() and run.rows:
+        yield from zip(run.rows, tiles(path, len(run.rows)), strict=True)
+
+
+def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
+    """The pictures of a `comparison.png` of so many rows, row by row."""
     with Image.open(path) as grid:
-        side = (grid.height - PADDING) // len(run.rows)
-        for i, row in enumerate(run.rows):
-            corners = [(x, i * side) for x in range(0, grid.width - side + 1, side)]
-            yield row, [grid.crop((x + PADDING, y + PADDING, x + side, y + side)) for x, y in corners]
+        side, whole = (grid.height - PADDING) // rows, grid.convert("RGB")
+    corners = range(PADDING, grid.width - side + PADDING, side)
+    return [
+        [whole.crop((x, y, x + side - PADDING, y + side - PADDING)) for x in corners]
+        for y in range(PADDING, side * rows, side)
+    ]
 
 
 def _made(groups: Mapping[str, Sequence[Run]]) -> str:
