@@ -23,6 +23,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 STAGES = ("search", "pace", "images", "time", "compare")
@@ -63,6 +65,13 @@ CONTESTANTS = {
         ("method=consistency",), (RATE, "method.steps=choice(4,8,16,32)", "method.guidance=uniform(2,6)")
     ),
 }
+
+
+def some(known: tuple[str, ...], text: str) -> list[str]:
+    """Names with commas between, all of them known."""
+    if unknown := set(text.split(",")) - set(known):
+        raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return text.split(",")
 
 
 def call(module: str, *arguments: str) -> None:
@@ -125,13 +134,21 @@ def pace(name: str, asked: argparse.Namespace) -> float:
     return float(known[name])
 
 
+def contest(budget: str, name: str, seed: int, asked: argparse.Namespace) -> None:
+    """One run of the comparison."""
+    share = 1.0 if budget == "images" else pace(YARDSTICK, asked) / pace(name, asked)
+    arguments = [*CONTESTANTS[name].arguments(int(share * asked.steps)), *best(name, asked), QUIET[0]]
+    whole = [] if (name, seed) == (YARDSTICK, 0) else [QUIET[1]]  # the teacher's many steps once
+    train(asked.out / budget / f"{name}_{seed}", [*arguments, *whole, f"name={name}", f"seed={seed}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     for option, value in (("steps", 1200), ("search-steps", 300), ("trials", 8), ("cores", 1)):
         parser.add_argument(f"--{option}", type=int, default=value)
-    parser.add_argument("--only", type=lambda s: s.split(","), default=list(CONTESTANTS))
-    parser.add_argument("--stages", type=lambda s: s.split(","), default=list(STAGES))
+    parser.add_argument("--only", type=partial(some, tuple(CONTESTANTS)), default=list(CONTESTANTS))
+    parser.add_argument("--stages", type=partial(some, STAGES), default=list(STAGES))
     asked = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # Linux; elsewhere the number of threads alone is held
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
@@ -141,19 +158,15 @@ def main() -> None:
     if kept.is_file() and json.loads(kept.read_text()) != lengths:
         raise SystemExit(f"{asked.out} was begun with {kept.read_text()}; give these, or another folder")
     kept.write_text(json.dumps(lengths))
-    for stage in [stage for stage in STAGES if stage in asked.stages]:
-        if stage == "compare":
-            for budget in ("images", "time"):
-                call("distill.compare", f"runs={asked.out / budget}", f"out={asked.out / f'compare_{budget}'}")
-        for seed in SEEDS if stage in ("images", "time") else SEEDS[:1]:
-            for name in asked.only if stage != "compare" else ():
-                if stage in ("search", "pace"):
-                    {"search": search, "pace": pace}[stage](name, asked)
-                    continue
-                share = 1.0 if stage == "images" else pace(YARDSTICK, asked) / pace(name, asked)
-                arguments = [*CONTESTANTS[name].arguments(int(share * asked.steps)), *best(name, asked), QUIET[0]]
-                whole = [] if (name, seed) == (YARDSTICK, 0) else [QUIET[1]]  # the teacher's many steps once
-                train(asked.out / stage / f"{name}_{seed}", [*arguments, *whole, f"name={name}", f"seed={seed}"])
+    for name in asked.only if "search" in asked.stages else ():
+        search(name, asked)
+    for name in asked.only if "pace" in asked.stages else ():
+        pace(name, asked)
+    budgets = [stage for stage in ("images", "time") if stage in asked.stages]
+    for budget, seed, name in product(budgets, SEEDS, asked.only):
+        contest(budget, name, seed, asked)
+    for budget in ("images", "time") if "compare" in asked.stages else ():
+        call("distill.compare", f"runs={asked.out / budget}", f"out={asked.out / f'compare_{budget}'}")
 
 
 if __name__ == "__main__":
