@@ -37,6 +37,8 @@ def judge(cfg: DictConfig) -> int:
         raise ValueError(f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts")
     out = Path(cfg.out or (run if _config_of(run) else Path("evaluations") / run.resolve().name))
     parts = None if pictures or several else _models(cfg, protocol)  # a mistake in them leaves nothing behind
+    if several:
+        protocol.load()  # what cannot be read is said before hours of drawing
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
     put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
     if several and (code := launch.launch(out, cfg.devices, "evaluate")):
