@@ -172,6 +172,10 @@ def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp
     judged(student, *few, "metrics.seed=1")
     judged(student, *few, "metrics.size=32")
     assert len(folders()) == 3
+    with pytest.raises(
+        AssertionError, match=r"metrics\.size=33: must be a side, or \[width,height\], in multiples of "
+    ):
+        judged(student, *few, "metrics.size=33")
     other = shutil.copytree(student, tmp_path / "other")
     network = SD3(str(other)).network
     tiny.shake(network.model, 4, std=1e-3).save_pretrained(other / "transformer")

@@ -29,10 +29,11 @@ def draw(cfg: DictConfig) -> list[Path]:
     from torchvision.utils import make_grid
 
     from distill import build
+    from distill.making import device
 
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     prompts = _prompts(cfg)
-    model = build.student_of(cfg.run, cfg.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = build.student_of(cfg.run, cfg.dtype).to(device())
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
     folder.mkdir(parents=True, exist_ok=True)

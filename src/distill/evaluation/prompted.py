@@ -48,7 +48,7 @@ class Prompted:
         reference: a folder of real pictures; None: COCO's, or none.
         variety: captions, pictures of each, for what needs several.
         guidance: the teacher's; the student has none.
-        size: pixels a side; None: what the teacher was trained for.
+        size: pixels a side, or [width, height]; None: what the teacher was trained for.
         square: of a picture that is none, generated or real, the largest centred square counts.
     """
 
@@ -63,7 +63,7 @@ class Prompted:
     teacher_steps: Sequence[int] = ()
     guidance: float = 5.0
     seed: int = 0
-    size: int | None = None
+    size: int | Sequence[int] | None = None
     square: bool = True
     batch_size: int = 16
     workers: int = 4
@@ -151,10 +151,7 @@ class Prompted:
         *, rank: int = 0, world: int = 1,
     ) -> list[Row]:  # fmt: skip
         """Make every picture that is not there, or every world-th batch of them; returns all rows."""
-        cell, (channels, *sides) = teacher.unit // teacher.patch, teacher.latent_shape
-        if self.size is not None and self.size % teacher.unit:
-            raise ValueError(f"metrics.size={self.size}: must be a multiple of {teacher.unit} for this model")
-        shape, rows = (channels, *([self.size // cell] * 2 if self.size else sides)), []
+        shape, rows = teacher.shape_of(self.size, "metrics.size"), []
         for who, n, make in lineup(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
             weights = [fingerprint(getattr(model, "network", model)), fingerprint(teacher.vae)]

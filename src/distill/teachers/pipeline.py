@@ -114,10 +114,10 @@ class PipelineTeacher(nn.Module):
         config = self.network.model.config
         return config.in_channels, config.sample_size, config.sample_size
 
-    def shape_of(self, size: Any) -> tuple[int, int, int]:
+    def shape_of(self, size: Any, key: str = "size") -> tuple[int, int, int]:
         """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: at the size it was trained for.
 
-        Raises ValueError for sides that it cannot make.
+        Raises ValueError, with the setting's `key`, for sides that it cannot make.
         """
         if size is None:
             return self.latent_shape
@@ -125,7 +125,7 @@ class PipelineTeacher(nn.Module):
         most = self.unit * (self.network.model.config.get("pos_embed_max_size") or math.inf)
         if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [True, True]:
             what = f"a side, or [width,height], in multiples of {self.unit}"
-            raise ValueError(f"size={size}: must be {what}{f' up to {most}' if most < math.inf else ''}")
+            raise ValueError(f"{key}={size}: must be {what}{f' up to {most}' if most < math.inf else ''}")
         width, height = (side * self.patch // self.unit for side in sides)
         return self.latent_shape[0], height, width
 
