@@ -170,7 +170,8 @@ def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp
     judged(student, *few)
     first = folders()
     judged(student, *few, "metrics.seed=1")
-    judged(student, *few, "metrics.size=32")
+    found = judged(student, *few, "metrics.size=[48,32]")
+    assert found["protocol"]["pictures"] == "48 x 32, 8 bit, centred square"
     assert len(folders()) == 3
     with pytest.raises(
         AssertionError, match=r"metrics\.size=33: must be a side, or \[width,height\], in multiples of "

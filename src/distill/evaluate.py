@@ -35,7 +35,8 @@ def judge(cfg: DictConfig) -> int:
         raise ValueError(f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out")
     if pictures and not hasattr(protocol, "judge_folder"):
         raise ValueError(f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts")
-    out = Path(cfg.out or (run if _config_of(run) else Path("evaluations") / run.resolve().name))
+    name = re.sub(r"[^\w.-]+", "_", cfg.run).strip("._") or run.resolve().name  # a/student and b/student are two
+    out = Path(cfg.out or (run if _config_of(run) else Path("evaluations") / name))
     parts = None if pictures or several else _models(cfg, protocol)  # a mistake in them leaves nothing behind
     if several:
         protocol.load()  # what cannot be read is said before hours of drawing
