@@ -7,6 +7,7 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup
 DEV := $(VENV)/.setup-dev
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -21,10 +22,10 @@ run: $(STAMP) ## distil the embedded teacher and write a report; ARGS="method=la
 	$(PY) -m distill.run $(ARGS)
 
 test: $(DEV) ## the fast tests
-	$(PY) -m pytest --timeout 300 $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --timeout 300 $(ARGS)
 
 test-slow: $(DEV) ## the slow tests
-	$(PY) -m pytest --timeout 3600 -m "slow and not gpu" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --timeout 3600 -m "slow and not gpu" $(ARGS)
 
 check: $(DEV) ## format, lint and types
 	$(PY) -m ruff format --check .

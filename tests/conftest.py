@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes side by side have a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
 
 
