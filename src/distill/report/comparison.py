@@ -143,29 +143,23 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
     heads, columns = [], []
     for i, (group, runs) in enumerate(groups.items()):
-        for row, tiles in _strips(runs[0]):
+        path, rows = runs[0].folder / "samples" / "comparison.png", runs[0].rows
+        for row, pictures in zip(rows, tiles(path, len(rows)), strict=True) if rows and path.is_file() else ():
             first = i == 0 and row.who == "teacher"
-            most = max(r.steps for r in runs[0].rows if r.who == row.who)
+            most = max(r.steps for r in rows if r.who == row.who)
             if row.who == "student" or (first and row.steps == most):
                 place = 0 if first else len(heads)
                 heads.insert(place, ("teacher" if first else group, row.steps))
-                columns.insert(place, tiles)
+                columns.insert(place, pictures)
     if not columns:
         return '<p class="none">None of these runs kept its pictures.</p>'
     head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, n in heads)
     body = ""
     for k in range(min(SHOWN, *map(len, columns))):
-        body += f"<tr>{''.join(f'<td>{img(tiles[k])}</td>' for tiles in columns)}</tr>\n"
+        body += f"<tr>{''.join(f'<td>{img(column[k])}</td>' for column in columns)}</tr>\n"
     table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
     note = "One prompt and one noise per row; of each group the first run."
     return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'
-
-
-def _strips(run: Run) -> Iterator[tuple[Any, list[Image.Image]]]:
-    """The pictures of each row of a run's evaluation."""
-    path = run.folder / "samples" / "comparison.png"
-    if path.is_file() and run.rows:
-        yield from zip(run.rows, tiles(path, len(run.rows)), strict=True)
 
 
 def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
