@@ -10,9 +10,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 
 from distill.report import write_report
+from distill.report.curves import framed
 
 HOSTILE = "<script>alert(1)</script>"
 CHARTS = [
@@ -220,6 +223,17 @@ def test_every_chart_is_drawn_on_any_background(run):
     assert reader.tags.count("img") == 8 + 1 + len(CHARTS)
     assert "Step 0" in reader.text
     assert "Step 2,200" in reader.text
+
+
+def test_words_of_a_vertical_axis_lie_within_the_picture():
+    """Their left end by the font's own widths; which numbers stand there depends on the range."""
+    font, places = FontProperties(size=8.5), []
+    for low, high in ((0.81, 4.38), (1.18, 4.39), (0, 1), (-6, 0), (0.5, 12), (-0.02, 0.03), (100, 2300), (1e-4, 3e-4)):
+        page = framed("", "", lambda axes, y=(low, high): axes.plot([0, 1], y, label="a curve"))
+        ends = re.findall(r'text-anchor: end[^>]*?x="([\d.]+)"[^>]*>([^<]*)<', drawings(page)[0])
+        assert len(ends) > 2
+        places += [(float(x) - TextPath((0, 0), text, prop=font).get_extents().width, text) for x, text in ends]
+    assert min(places)[0] > 0, min(places)
 
 
 def test_the_table_marks_the_best_of_those_with_as_many_steps(run):

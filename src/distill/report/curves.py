@@ -131,6 +131,8 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         draw(axes)
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        if axes.get_yscale() == "linear":  # a number that hung on the height would change as the layout does, unseen
+            axes.locator_params(axis="y", nbins=6)
         longest = max((len(text) for text in axes.get_legend_handles_labels()[1]), default=0)
         figure.legend(loc="outside upper left", ncols=3 if longest < 18 else 2 if longest < 30 else 1)
         figure.savefig(file := io.BytesIO(), format="svg")
