@@ -201,16 +201,47 @@ def test_every_value_of_a_sweep_composes(name, overrides):
             assert check_targets(config, whole=True) > 0
 
 
-def contestants() -> dict[str, Any]:
+def comparison() -> Any:
     file = CONF.parent / "experiments" / "methods_on_shapes" / "run.py"
     spec = importlib.util.spec_from_file_location("methods_on_shapes", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for itself
     spec.loader.exec_module(module)
-    return module.CONTESTANTS
+    return module
+
+
+def test_the_comparison_runs_every_seed_once_and_goes_on(monkeypatch, tmp_path):
+    module, said = comparison(), []
+
+    def call(name, *arguments):
+        said.append((name, *arguments))
+        for folder in (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir=")):
+            folder.mkdir(parents=True)
+            (folder / "evaluation.json").write_text("{}")
+
+    monkeypatch.setattr(module, "call", call)
+    monkeypatch.setattr(module.os, "sched_setaffinity", lambda *_: None, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["run.py", str(tmp_path / "out"), "--trials", "0", "--only", "regression,ladd", "--steps", "400"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pace.json").write_text('{"ladd": 1.0, "regression": 0.5}')
+    monkeypatch.setattr(sys, "argv", command)
+    module.main()
+    runs = [a for name, *a in said if name == "distill.run"]
+    assert len(runs) == 3 * (2 + 1)  # LADD's for equal pictures are those for equal time
+    steps = [next(word for word in a if word.startswith("trainer.max_steps=")) for a in runs if "name=regression" in a]
+    assert steps == ["trainer.max_steps=400"] * 3 + ["trainer.max_steps=800"] * 3  # twice as fast
+    assert [name for name, *_ in said].count("distill.compare") == 2
+    assert (tmp_path / "out" / "time" / "ladd_2" / "evaluation.json").is_file()
+    said.clear()
+    module.main()
+    assert {name for name, *_ in said} == {"distill.compare"}
+    monkeypatch.setattr(sys, "argv", [*command, "--stages", "pictures"])
+    with pytest.raises(SystemExit):
+        module.main()
 
 
 @needs_conf
-@pytest.mark.parametrize(("name", "contestant"), contestants().items())
+@pytest.mark.parametrize(("name", "contestant"), comparison().CONTESTANTS.items())
 def test_a_contestant_composes_with_the_ends_of_its_search(name, contestant):
     config = composed(*contestant.arguments(300))
     assert config["trainer"]["max_steps"] + config["optimizer"]["head_start"] == 300
