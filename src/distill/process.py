@@ -62,10 +62,8 @@ class Process(ABC):
         # Looking at values makes a GPU wait, so do it only for the pair that can fail: v and flow divide by
         # alpha^2 + sigma^2 and alpha + sigma, and the usual eps networks never reach alpha = 0.
         if prediction == "eps" and self.ends_in_noise and bool((alpha == 0).any()):
-            raise ValueError(
-                "an eps prediction says nothing about x0 where alpha(t) = 0, which is so at t = 1 of this process; "
-                "use a v, flow or x0 prediction, or evaluate the network at a lower t (NitroFusion's timestep shift)"
-            )
+            what = "an eps prediction says nothing about x0 where alpha(t) = 0, which is so at t = 1 of this process"
+            raise ValueError(f"{what}; use a v, flow or x0 prediction, or a lower t (NitroFusion's timestep shift)")
         return ((b * x_t - sigma * pred) / (b * alpha - a * sigma)).to(x_t.dtype)
 
     def from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:

@@ -113,9 +113,9 @@ class FewSteps(ABC):
     def check(self, network: Any) -> None:
         """Raise ValueError for a network that cannot be sampled so."""
         if self.finite and (network.prediction == "flow" or network.process.ends_in_noise):
+            what = "a little of the data to its end, as Stable Diffusion's does, and this teacher's ends in pure noise"
             raise ValueError(
-                f"sampler={type(self).__name__} needs a process that keeps a little of the data to its end, as Stable "
-                "Diffusion's does, and this teacher's ends in pure noise; use sampler=consistency"
+                f"sampler={type(self).__name__} needs a process that keeps {what}; use sampler=consistency"
             )
 
     @abstractmethod

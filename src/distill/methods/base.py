@@ -175,10 +175,9 @@ class Distillation(L.LightningModule):
             for logger in self.loggers:  # log_dict would say again and again what only some iterations have
                 logger.log_metrics({k: v for k, v in self.numbers.items() if k != "step"}, step=self.step)
         if self._bad_in_a_row >= self.engine.stop_after_bad:
-            raise FloatingPointError(
-                f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}; "
-                "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
-            )
+            what = f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}"
+            advice = "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
+            raise FloatingPointError(f"{what}; {advice}")
 
     def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> bool:
         self._log = {}  # of several updates, the last one's numbers

@@ -102,10 +102,8 @@ class Work:
             settings |= {f"{name}.{k}": v for k, v in node.items()} if isinstance(node, Mapping) else {name: node}
         before = self.stage(stage).get("settings", settings)
         if changed := [f"{k}={v} (was {before.get(k)})" for k, v in settings.items() if v != before.get(k)]:
-            raise ValueError(
-                f"out={self.out}: its stage {stage} was begun with other settings, now {', '.join(changed)}; "
-                "choose another out, or take them back"
-            )
+            what = f"begun with other settings, now {', '.join(changed)}; choose another out, or take them back"
+            raise ValueError(f"out={self.out}: its stage {stage} was {what}")
         self.note(stage, command, settings=settings)
 
 

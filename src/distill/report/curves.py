@@ -29,9 +29,7 @@ CHARTS = (
     Chart("Discriminator's losses", f"d/{LOSS}", "Weighted terms; their sum is minimised."),
     Chart("Logits", "d/(real|fake)", "Mean verdict on real and on generated samples."),
     Chart("Gap by head", "gap/(.+)", "Real minus fake; a head at 0 sees no difference.", guide=0),
-    Chart(
-        "Discriminator's accuracy", "d/(accuracy)", "Pairs whose real one scores higher; 0.5 is guessing.", guide=0.5
-    ),
+    Chart("Discriminator's accuracy", "d/(accuracy)", "Pairs whose real one is ahead; 0.5 is guessing.", guide=0.5),
     Chart("Gradient norms", "(g|d)/grad_norm", "Before clipping, log scale.", "log"),
     Chart("Learning rates", "(g|d)/lr", "After warm-up and decay."),
     Chart("Update-to-weight ratio", "(g|d)/update_ratio", "Length of a step beside the weights', log scale.", "log"),
