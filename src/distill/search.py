@@ -1,7 +1,7 @@
 """`python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]'`: good values of any keys, by Optuna.
 
 Every trial is an ordinary run in a process and a folder of its own; the study is a database beside them, so that the
-same command goes on where it stopped.
+same command goes on where it stopped. The first trial has the values that the run has anyway.
 """
 
 import csv
@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import command
 
+RUN = (sys.executable, "-m", "distill.run")
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
 
 
@@ -67,6 +68,18 @@ def score(folder: Path, metric: str, steps: int) -> float:
     return float(logged[-1])
 
 
+def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
+    """Parameters of the first trial: what the run has at these keys anyway."""
+    shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
+    if shown.returncode:
+        raise ValueError(f"run={run} cannot be composed; see above")
+    plain = OmegaConf.create(shown.stdout.decode())
+    found = {key: OmegaConf.select(plain, key) for key, *_ in map(parsed, space)}
+    of = {key: values for key, kind, values in map(parsed, space) if kind == "choice"}
+    found |= {key: str(found[key]) if str(found[key]) in values else None for key, values in of.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 @command("search")
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
@@ -81,10 +94,11 @@ def main(cfg: DictConfig) -> None:
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     asked = {"space": space, "run": list(cfg.run), **{key: cfg[key] for key in ("metric", "steps", "direction")}}
     if other := [key for key, value in study.user_attrs.get("asked", asked).items() if asked[key] != value]:
-        raise ValueError(
-            f"out={out} holds trials of another {', '.join(other)}; choose another out=, or take that back"
-        )
+        what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
+        raise ValueError(f"out={out} {what}")
     study.set_user_attr("asked", asked)
+    if not study.trials:
+        study.enqueue_trial(_as_it_is(list(cfg.run), space))
     for stale in study.get_trials(states=[TrialState.RUNNING]):  # the command was killed in the middle
         study.tell(stale.number, state=TrialState.FAIL)
         study.enqueue_trial(stale.params)
@@ -93,7 +107,7 @@ def main(cfg: DictConfig) -> None:
         trial = study.ask()
         folder, chosen = out / f"trial_{trial.number:03d}", suggest(trial, space)
         run = [*cfg.run, *chosen, f"run_dir={folder}"]
-        if subprocess.run([sys.executable, "-m", "distill.run", *run], stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL).returncode:
             study.tell(trial, state=TrialState.FAIL)
             raise ValueError(f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}")
         value = score(folder, cfg.metric, cfg.steps)
