@@ -33,7 +33,6 @@ class Describer(ABC):
     """Costs nothing until `load`; then `prepare`, which a loader's workers do, and `images`."""
 
     model: nn.Module
-    weights: str  # a hash of them
     scale = 1.0
 
     def __init__(self, name: str, shown: str):
@@ -44,7 +43,6 @@ class Describer(ABC):
         try:
             with silent(), redirect_stderr(StringIO()):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
-            self.weights = fingerprint(self.model)
         except Exception as error:  # damaged files, hubs and networks raise nearly anything
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):
@@ -55,7 +53,7 @@ class Describer(ABC):
     def __str__(self) -> str:
         """Network, revision of a hub's, a hash of its weights, and how it is shown pictures."""
         revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
-        return f"{self.name}{f'@{revision[:12]}' if revision else ''}, weights {self.weights}, {self.shown}"
+        return f"{self.name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)}, {self.shown}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # workers prepare pictures only
