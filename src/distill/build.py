@@ -14,7 +14,7 @@ import lightning
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
@@ -36,7 +36,7 @@ FAMILIES = {
 }
 ONE_OR_MORE = ("data.batch_size", "optimizer.accumulate", *(f"trainer.{k}" for k in ("max_steps", "num_nodes")))
 COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(ONE_OR_MORE, 1)
-JUDGING = {"prompts": 1, "seed": 0, "batch_size": 1, "workers": 0}
+JUDGING = {"prompts": 1, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
@@ -70,7 +70,10 @@ def check(cfg: DictConfig) -> None:
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
-    check_counts(OmegaConf.create({"metrics": metrics}), {f"metrics.{key}": least for key, least in JUDGING.items()})
+    least = {f"metrics.{key}": least for key, least in JUDGING.items()}
+    if isinstance(metrics.get("size"), ListConfig):  # [width, height]
+        least |= dict.fromkeys((f"metrics.size[{i}]" for i in range(len(metrics.size))), least.pop("metrics.size"))
+    check_counts(OmegaConf.create({"metrics": metrics}), least)
     made = make(metrics)
     if run and hasattr(made, "check"):
         made.check(str(OmegaConf.select(run, "discriminator.features._target_")))
