@@ -153,7 +153,7 @@ def test_a_discriminator_that_does_not_fit_the_method(method, wanted, discrimina
 
 def test_a_head_start_of_no_discriminator(refused, no_weights):
     said = refused("run", "method=regression", "optimizer.head_start=5")
-    assert said == "optimizer.head_start=5: there is no discriminator to lead; use 0"
+    assert said == "optimizer.head_start=5: there is no discriminator to lead; make it 0"
 
 
 def test_a_sampler_that_the_teacher_cannot_follow(refused):

@@ -48,8 +48,8 @@ def check(cfg: DictConfig) -> None:
     if wanted and given and wanted != given:  # first: such a mixture has keys that do not fit either
         what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
         raise ValueError(f"{what}; choose another discriminator=")
-    if alone and cfg.optimizer.get("head_start"):
-        raise ValueError(f"optimizer.head_start={cfg.optimizer.head_start}: there is no discriminator to lead; use 0")
+    if alone and (lead := cfg.optimizer.get("head_start")):
+        raise ValueError(f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0")
     allowed(cfg)
     check_counts(cfg, COUNTS)
     devices, accelerator = cfg.trainer.get("devices", 1), cfg.trainer.get("accelerator", "auto")
