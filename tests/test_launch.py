@@ -173,20 +173,20 @@ def test_a_search_goes_on_where_it_stopped(command, pipelines, shards, tmp_path)
     run = json.dumps(smoke(pipelines, shards)).replace(" ", "")
     options = [
         f"run={run}",
-        "space=['optimizer.student.lr=log(1e-6,1e-3)','method.loss=choice(hinge,non_saturating)']",
+        "space=['optimizer.student.lr=log(1e-6,1e-4)','optimizer.discriminator.lr=log(1e-4,1e-2)']",
         "metric=g/adv",
         "out=found",
     ]
     assert command("search", *options, "trials=1")[0] == 0
-    plain = OmegaConf.load(tmp_path / "found/trial_000/config.yaml").optimizer.student.lr
-    assert plain == 3e-4  # begun with what it has anyway
+    plain = OmegaConf.load(tmp_path / "found/trial_000/config.yaml").optimizer.discriminator.lr
+    assert plain == 2e-3  # begun with what it has anyway
     code, out, _ = command("search", *options, "trials=2")
     assert code == 0
     assert "trial 1: g/adv" in out
     assert "trial 0" not in out.replace("best: trial 0", "")
     rates = [OmegaConf.load(tmp_path / f"found/trial_00{i}/config.yaml").optimizer.student.lr for i in range(2)]
     assert rates[0] != rates[1]
-    assert all(1e-6 <= rate <= 1e-3 for rate in rates)
+    assert all(1e-6 <= rate <= 1e-4 for rate in rates)
     rows = list(csv.DictReader((tmp_path / "found" / "trials.csv").open()))
     assert sorted(float(row["optimizer.student.lr"]) for row in rows) == pytest.approx(sorted(rates))
     assert float(rows[0]["value"]) >= float(rows[1]["value"])  # g/adv is to be as large as can be, by default

@@ -1,7 +1,8 @@
 """`python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]'`: good values of any keys, by Optuna.
 
 Every trial is an ordinary run in a process and a folder of its own; the study is a database beside them, so that the
-same command goes on where it stopped. The first trial has the values that the run has anyway.
+same command goes on where it stopped. The first trial has the values that the run has anyway, where these lie in the
+ranges.
 """
 
 import csv
@@ -69,15 +70,18 @@ def score(folder: Path, metric: str, steps: int) -> float:
 
 
 def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
-    """Parameters of the first trial: what the run has at these keys anyway."""
+    """Parameters of the first trial: what the run has at these keys anyway, where that lies in their ranges."""
     shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
     if shown.returncode:
         raise ValueError(f"run={run} cannot be composed; see above")
-    plain = OmegaConf.create(shown.stdout.decode())
-    found = {key: OmegaConf.select(plain, key) for key, *_ in map(parsed, space)}
-    of = {key: values for key, kind, values in map(parsed, space) if kind == "choice"}
-    found |= {key: str(found[key]) if str(found[key]) in values else None for key, values in of.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    plain, first = OmegaConf.create(shown.stdout.decode()), {}
+    for key, kind, values in map(parsed, space):
+        value = OmegaConf.select(plain, key)
+        if kind == "choice":
+            first |= {key: str(value)} if str(value) in values else {}
+        elif value is not None and float(values[0]) <= float(value) <= float(values[1]):
+            first[key] = value
+    return first
 
 
 @command("search")
