@@ -51,10 +51,10 @@ class Contestant:
 
 CONTESTANTS = {
     "add": Contestant(("method=add",), (RATE, CRITIC, "method.distill_weight=log(1,16)"), 50),
-    "ladd": Contestant(LADD, (RATE, CRITIC, "method.renoise.m=uniform(-0.5,1.5)"), 100),
-    "ladd_distill": Contestant(("method=ladd",), (RATE, CRITIC, "method.distill_weight=log(1,32)"), 100),
+    "ladd": Contestant(LADD, (RATE, CRITIC, "method.renoise.m=uniform(-0.5,1.5)"), 50),
+    "ladd_distill": Contestant(("method=ladd",), (RATE, CRITIC, "method.distill_weight=log(1,32)"), 50),
     "ladd_pool": Contestant(
-        (*LADD, "discriminator=pool"), (RATE, CRITIC, "discriminator.heads.refresh=choice(0,0.002,0.01)"), 100
+        (*LADD, "discriminator=pool"), (RATE, CRITIC, "discriminator.heads.refresh=choice(0,0.002,0.01)"), 50
     ),
     "nitrofusion": Contestant(("method=nitrofusion",), (RATE, CRITIC, "method.distill_weight=log(1,16)")),
     "nitrofusion_heads": Contestant(
