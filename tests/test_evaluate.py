@@ -57,6 +57,16 @@ def judged(command, places, monkeypatch, tmp_path):
     return call
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in every process: a sum in another order may show in a picture of 8 bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def plain(evaluation):
     """Without times."""
     return {
@@ -254,23 +264,19 @@ def test_prompts_of_a_file_without_and_with_reference(judged, student, places, t
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(judged, student, places, tmp_path):
+def test_two_processes_draw_what_one_draws(judged, student, one_thread, tmp_path):
     few = ("steps=1", "metrics.measures=[fid,variety]")
     alone = judged(student, *few, out="alone")
     several = judged(student, *few, "devices=2", out="several")
-    assert several["protocol"] == alone["protocol"]
-    for name, value in plain(alone)["rows"][0].items():
-        assert several["rows"][0][name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
+    assert plain(several) == plain(alone)
     made = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "several").rglob("seconds-*.txt"))]
     assert made == [3, 2]  # batches of three, of 14 pictures
     one, two = (
-        np.stack([np.asarray(Image.open(path), int) for path in sorted((tmp_path / out).rglob("0*.png"))])
-        for out in ("alone", "several")
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("0*.png")}
+        for folder in (tmp_path / "alone", tmp_path / "several")
     )
-    # of another number of threads: sums in another order, which rounding to 8 bits may show
-    assert one.shape == two.shape
-    assert abs(one - two).max() <= 1
-    assert (one != two).mean() < 0.01
+    assert len(one) == 14
+    assert one == two
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 <folder>/evaluation/<who>-<steps>-<hash>/000000.png   picture i, of seed + i; kept, so that a killed command goes on
 
-The hash is of the weights and of all that makes a picture. A batch has the same pictures whoever makes it, one process
-or one of several, and everything is scored at once from the files: scores do not depend on the number of processes.
+The hash is of the weights and of all that makes a picture. A batch has the same pictures whoever makes it, and all are
+scored at once from the files: the number of processes changes no score, but for rounding if that of threads changes.
 """
 
 from __future__ import annotations
