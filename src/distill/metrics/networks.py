@@ -39,7 +39,9 @@ class Describer(ABC):
         self.name, self.shown = name, shown  # in words
 
     def load(self) -> None:
-        """Read the weights, fetching them if need be. Raises ValueError that says what stood in the way."""
+        """Read the weights once, fetching them if need be. Raises ValueError that says what stood in the way."""
+        if hasattr(self, "model"):
+            return
         try:
             with silent(), redirect_stderr(StringIO()):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
