@@ -1,8 +1,7 @@
 """`python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]'`: good values of any keys, by Optuna.
 
 Every trial is an ordinary run in a process and a folder of its own; the study is a database beside them, so that the
-same command goes on where it stopped. The first trial has the values that the run has anyway, where these lie in the
-ranges.
+same command goes on where it stopped. The first trial has the run's own values, where the ranges hold them.
 """
 
 import csv
@@ -47,8 +46,8 @@ def table(study: Any, file: Path) -> None:
     """Every finished trial with its values as a row of `file`, best first."""
     from optuna.trial import TrialState
 
-    done = sorted(study.get_trials(states=[TrialState.COMPLETE]), key=lambda trial: trial.value)
-    done = done[::-1] if study.direction.name == "MAXIMIZE" else done
+    largest = study.direction.name == "MAXIMIZE"
+    done = sorted(study.get_trials(states=[TrialState.COMPLETE]), key=lambda trial: trial.value, reverse=largest)
     keys = sorted({key for trial in done for key in trial.params})
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
@@ -70,7 +69,7 @@ def score(folder: Path, metric: str, steps: int) -> float:
 
 
 def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
-    """Parameters of the first trial: what the run has at these keys anyway, where that lies in their ranges."""
+    """Parameters of the first trial: the run's own, where the ranges hold them."""
     shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
     if shown.returncode:
         raise ValueError(f"run={run} cannot be composed; see above")
@@ -101,12 +100,12 @@ def main(cfg: DictConfig) -> None:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
         raise ValueError(f"out={out} {what}")
     study.set_user_attr("asked", asked)
+    study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     if not study.trials:
         study.enqueue_trial(_as_it_is(list(cfg.run), space))
     for stale in study.get_trials(states=[TrialState.RUNNING]):  # the command was killed in the middle
         study.tell(stale.number, state=TrialState.FAIL)
         study.enqueue_trial(stale.params)
-    study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     while len(study.get_trials(states=[TrialState.COMPLETE])) < cfg.trials:
         trial = study.ask()
         folder, chosen = out / f"trial_{trial.number:03d}", suggest(trial, space)
