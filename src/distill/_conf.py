@@ -5,7 +5,9 @@ from pathlib import Path
 
 def _find(package: Path) -> str:
     """The folder with `config.yaml` that belongs to this copy of the package, absolute: Hydra wants it so."""
-    places = [package / "conf", *([package.parents[1] / "conf"] if package.parent.name == "src" else [])]
+    places = [package / "conf"]
+    if package.parent.name == "src":
+        places.append(package.parents[1] / "conf")
     for place in places:
         if (place / "config.yaml").is_file():
             return str(place)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
-from distill.files import gathered, newest
+from distill.files import gathered
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.strategies import DataParallel, FullyShardedDataParallel
@@ -181,11 +181,6 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         enable_model_summary=False,
         use_distributed_sampler=False,  # the stream shares out samples by itself
     )
-
-
-def checkpoint_of(cfg: DictConfig) -> Path | None:
-    """What to go on from: the newest checkpoint that is whole."""
-    return newest(Path(cfg.resume)) if cfg.resume else None
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from distill.errors import command
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
     from distill import build, compose, launch
-    from distill.files import put
+    from distill.files import newest, put
     from distill.record import RunRecord
 
     if cfg.resume:
         compose.folder_of(cfg.resume)
-        build.checkpoint_of(cfg)
+        newest(Path(cfg.resume))  # a mistake in it is said before anything is read
         cfg = compose.going_on(cfg)
     build.check(cfg)
     processes = compose.processes(cfg)
@@ -43,12 +43,12 @@ def begin(cfg: DictConfig) -> int:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     from distill import build, compose
-    from distill.files import read
+    from distill.files import newest, read
     from distill.record import RunRecord
 
     source, method = parts or build.parts(cfg)
     trainer = build.trainer(cfg, folder)
-    checkpoint = build.checkpoint_of(cfg)
+    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
     loader = source.loader(seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start)
     trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)

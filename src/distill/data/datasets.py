@@ -15,6 +15,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ class Samples(Dataset, ABC):
     def measure(self, i: int) -> Size | None:
         """Width and height of sample i, from its first bytes if these are enough; None if it is bad."""
         for at_most in (decode.HEAD, -1):
-            try:
+            with suppress(decode.BadSample):
                 return self.size_of(self.shards.read(i, at_most))
-            except decode.BadSample:
-                pass
         return None
 
     def _sorted(self) -> tuple[list[int], dict[int, list[int]]]:

@@ -16,12 +16,11 @@ SHOWN = 8  # prompts in the grid of pictures
 PADDING = 2  # of torchvision's grids
 SORT = """<script>
 for (const head of document.querySelectorAll('table.sortable thead th')) head.onclick = () => {
-  const body = head.closest('table').tBodies[0], i = head.cellIndex, up = head.dataset.up !== 'yes'
+  const body = head.closest('table').tBodies[0], i = head.cellIndex, up = head.ariaSort !== 'ascending'
   const key = row => row.cells[i].dataset.sort ?? row.cells[i].textContent
   const by = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b)
-  for (const other of head.parentNode.cells) { delete other.dataset.up; other.removeAttribute('aria-sort') }
-  head.dataset.up = up ? 'yes' : 'no'
-  head.setAttribute('aria-sort', up ? 'ascending' : 'descending')
+  for (const other of head.parentNode.cells) other.ariaSort = null
+  head.ariaSort = up ? 'ascending' : 'descending'
   body.append(...[...body.rows].sort((a, b) => up ? by(a, b) : by(b, a)))
 }
 </script>"""
@@ -70,9 +69,10 @@ def _table(lines: Sequence[Line]) -> str:
             value = f"{line.mean(key):.6g}" if key in line.values else "-1"
             cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
         body += f"<tr>{cells}</tr>\n"
-    note = "Mean ± standard deviation over seeds. A click on a head sorts."
     scores = f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
-    return f'{scores}</table></div>\n<p class="soft">{note}</p>\n'
+    return (
+        f'{scores}</table></div>\n<p class="soft">Mean ± standard deviation over seeds. A click on a head sorts.</p>\n'
+    )
 
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
@@ -144,7 +144,8 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     heads, columns = [], []
     for i, (group, runs) in enumerate(groups.items()):
         path, rows = runs[0].folder / "samples" / "comparison.png", runs[0].rows
-        for row, pictures in zip(rows, tiles(path, len(rows)), strict=True) if rows and path.is_file() else ():
+        drawn = tiles(path, len(rows)) if rows and path.is_file() else []
+        for row, pictures in zip(rows, drawn, strict=False):
             first = i == 0 and row.who == "teacher"
             most = max(r.steps for r in rows if r.who == row.who)
             if row.who == "student" or (first and row.steps == most):

@@ -13,6 +13,7 @@ from distill.report.evaluation import MEASURES, TIME, Row, rows_of
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
+COSTS = ("train_seconds", "images_seen")
 SCORES = [key for key in MEASURES if key != TIME]
 
 
@@ -118,10 +119,8 @@ def everyone(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
 def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
     for steps in sorted({row.steps for run in runs for row in run.rows if row.who == who}):
         rows = [row for run in runs for row in run.rows if (row.who, row.steps) == (who, steps)]
-        scores: dict[str, list[float]] = {}
-        for row in rows:
-            for key, value in row.scores.items():
-                scores.setdefault(key, []).append(value)
+        found = {key: [row.scores[key] for row in rows if key in row.scores] for key in MEASURES}
+        scores = {key: values for key, values in found.items() if values}
         if who == "teacher":  # judged again by every run, on the same prompts: no spread over seeds
             scores = {key: [statistics.fmean(values)] for key, values in scores.items()}
         yield Line(group, who, steps, scores)
@@ -130,11 +129,10 @@ def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
 def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     """A row for each run, sampler and number of steps."""
     table = csv.writer(file := io.StringIO(), lineterminator="\n")
-    table.writerow(["group", "run", "seed", "train_seconds", "images_seen", "who", "steps", *MEASURES])
+    table.writerow(["group", "run", "seed", *COSTS, "who", "steps", *MEASURES])
     for group, runs in groups.items():
         for run in runs:
-            cost = [run.facts.get("train_seconds"), run.facts.get("images_seen")]
-            start = [group, run.folder.name, run.config.get("seed"), *cost]
+            start = [group, run.folder.name, run.config.get("seed"), *map(run.facts.get, COSTS)]
             table.writerows([*start, r.who, r.steps, *(r.scores.get(key, "") for key in MEASURES)] for r in run.rows)
     return file.getvalue()
 

@@ -105,7 +105,12 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
             file.rename(plain)
     part = denoiser_part(teacher.folder or partial)
     shutil.rmtree(partial / part, ignore_errors=True)
-    _whole(student).save_pretrained(partial / part)
+    model = student.model
+    if student.adapters is not None:
+        from distill.students.lora import merged  # peft, which takes its time, for those alone
+
+        model = merged(student)
+    model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((partial / "model_index.json").read_text())
     index |= {name: [None, None] for name in teacher.without}
@@ -113,15 +118,6 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
-
-
-def _whole(student: Network) -> Any:
-    """The student's model without adapters: those of a LoRA are added to its weights."""
-    if student.adapters is None:
-        return student.model
-    from distill.students.lora import merged
-
-    return merged(student)
 
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:

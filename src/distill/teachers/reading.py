@@ -107,8 +107,7 @@ def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str 
         raise FileNotFoundError(f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})")
     index, classes = json.loads(file.read_text()), {}
     if (found := index.get("_class_name")) != expected:
-        what = f"a {found}, but this teacher reads a {expected}"
-        raise ValueError(f"{key}={path} holds {what}; choose another teacher=")
+        raise ValueError(f"{key}={path} holds a {found}, but this teacher reads a {expected}; choose another teacher=")
     for name, pair in index.items():
         if name in without or not isinstance(pair, list) or len(pair) != 2:
             continue
