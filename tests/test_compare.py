@@ -63,6 +63,15 @@ def test_methods_are_told_apart_by_name_and_not_by_their_recipes(written):
     assert list(groups) == ["LADD", "ADD, crop=None", "ADD, crop=8"]
 
 
+def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
+    for seed, method in enumerate((LADD, ADD)):
+        facts = written(f"run{seed}", method, seed, 0.5) / "run.json"
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "name": "tuned"}))
+    code, printed, err = command("compare", f"runs={tmp_path}/runs", "by_name=true", f"out={tmp_path / 'out'}")
+    assert code == 0, err
+    assert "| tuned | 1 | 2 |" in printed
+
+
 def test_another_class_is_one_difference(written):
     one = {**LADD, "renoise": {"_target_": "distill.times.LogitNormal", "m": 1.0}}
     two = {**LADD, "renoise": {"_target_": "distill.times.Discrete", "levels": [1.0]}}

@@ -170,7 +170,7 @@ def main() -> None:
     for budget, seed, name in product(budgets, SEEDS, asked.only):
         contest(budget, name, seed, asked)
     for budget in ("images", "time") if "compare" in asked.stages else ():
-        call("distill.compare", f"runs={asked.out / budget}", f"out={asked.out / f'compare_{budget}'}")
+        call("distill.compare", f"runs={asked.out / budget}", "by_name=true", f"out={asked.out / f'compare_{budget}'}")
 
 
 if __name__ == "__main__":

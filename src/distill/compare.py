@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
     for folder in sorted(set(folders) - {run.folder for run in runs}):
         print(f"left out, not judged yet: {folder}")
-    groups, out = grouped(runs), Path(cfg.out)
+    groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))
     (out / "compare.md").write_text(table)

@@ -42,8 +42,8 @@ def read_run(folder: Path) -> Run:
     return Run(folder, config, facts, rows_of(evaluation), evaluation.get("protocol", {}))
 
 
-def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under what sets them apart from the others.
+def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, under what sets them apart from the others; or those of one `name`.
 
     A method brings a recipe along, so runs of different methods are told apart by its name, and only runs of one
     method by their keys; likewise anything whose class differs, by the name of the class.
@@ -55,7 +55,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
         words = [run.method] if len(methods) > 1 else []
         keys = sorted(_differences("", rivals))
         words += [f"{_short(key, keys)}={_said(run.config, key)}" for key in keys]
-        groups.setdefault(", ".join(words) or run.method, []).append(run)
+        groups.setdefault(str(run.facts["name"]) if by_name else ", ".join(words) or run.method, []).append(run)
     return groups
 
 
