@@ -151,7 +151,25 @@ def test_a_space_is_read():
     assert search.suggest(Trial(), space) == ["a.b=1001.0", "c=-1.0", "d=2", "e=hinge"]
 
 
-@pytest.mark.parametrize("bad", ["a", "a=log(1)", "a=uniform(1,2,3)", "a=any(1,2)", "a=import os(1,2)"])
+def test_choices_are_as_a_configuration_has_them():
+    *_, values = search.parsed("x=choice(true, null, 1e-5, hinge, [global], [global, local])")
+    assert values == ["true", "null", "1e-05", "hinge", '["global"]', '["global","local"]']
+
+
+def test_the_first_trial_has_what_the_run_has_anyway():
+    keys = {
+        "optimizer.student.lr": ("log(1e-4,1e-3)", 3e-4),
+        "discriminator.features.taps": ("choice(encoder,blocks)", "blocks"),
+        "discriminator.heads.spectral": ("choice(true,false)", "false"),
+        "optimizer.discriminator_updates": ("int(1,3)", 2),
+        "student.init": ("choice(random)", None),  # not among them
+        "method.distill_weight": ("log(100,200)", None),
+    }
+    found = search._as_it_is(["method=ladd"], [f"{key}={text}" for key, (text, _) in keys.items()])
+    assert found == {key: value for key, (_, value) in keys.items() if value is not None}
+
+
+@pytest.mark.parametrize("bad", ["a", "a=choice([b)", "a=log(1)", "a=uniform(1,2,3)", "a=any(1,2)", "a=import os(1,2)"])
 def test_a_space_that_does_not_parse_is_named(bad):
     with pytest.raises(ValueError, match="space: "):
         search.suggest(Trial(), [bad])

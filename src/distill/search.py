@@ -9,10 +9,12 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from distill.errors import command
 
@@ -22,11 +24,17 @@ RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^
 
 def parsed(text: str) -> tuple[str, str, list[str]]:
     """Key, kind and values of a range. Raises ValueError for one that does not parse."""
-    found = RANGE.fullmatch(text.replace(" ", ""))
-    if found is None:
-        known = "key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)"
-        raise ValueError(f"space: {text!r} is not {known}")
-    return found[1], found[2] or found[4], (found[3] or found[5]).split(",")
+    with suppress(YAMLError):
+        if found := RANGE.fullmatch(text.replace(" ", "")):
+            values = OmegaConf.create(f"[{found[3] or found[5]}]")  # as in a configuration: null, true, lists
+            return found[1], found[2] or found[4], [as_typed(value) for value in values]
+    known = "key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)"
+    raise ValueError(f"space: {text!r} is not {known}")
+
+
+def as_typed(value: Any) -> str:
+    """A value of a configuration as an override has it."""
+    return value if isinstance(value, str) else json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
 
 
 def suggest(trial: Any, space: list[str]) -> list[str]:
@@ -77,7 +85,7 @@ def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
     for key, kind, values in map(parsed, space):
         value = OmegaConf.select(plain, key)
         if kind == "choice":
-            first |= {key: str(value)} if str(value) in values else {}
+            first |= {key: as_typed(value)} if as_typed(value) in values else {}
         elif value is not None and float(values[0]) <= float(value) <= float(values[1]):
             first[key] = value
     return first
