@@ -94,7 +94,7 @@ class Alarms(L.Callback):
 def alarm(accuracy: float, real: float, fake: float) -> str | None:
     """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is."""
     if max(abs(real), abs(fake)) > 20:
-        return "the discriminator's logits run away: raise method.r1_weight or lower optimizer.discriminator.lr"
+        return "the discriminator's logits run away: lower optimizer.discriminator.lr, or raise method.r1_weight"
     if accuracy > 0.98:
         return "the discriminator is saturated (right nearly always): lower its rate, or let it look at noisier samples"
     if abs(real - fake) < 0.02:
