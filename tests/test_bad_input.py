@@ -469,7 +469,7 @@ def test_what_cannot_be_judged(asked, tmp_path):
     assert asked("metrics.measures=[fid]", **lines) == said
     said = asked("metrics.measures=[fid]", f"metrics.reference={tmp_path}", **lines)
     assert said == f"metrics.reference={tmp_path}: holds no pictures"
-    for wrong in ("batch_size=0", "size=large", "seed=-1", "prompts=some"):
+    for wrong in ("batch_size=0", "size=large", "seed=-1", "prompts=some", "prompts=3"):
         assert asked(f"metrics.{wrong}").startswith(f"metrics.{wrong}: must be a whole number")
     assert asked("metrics.size=[48,large]").startswith("metrics.size[1]=large: must be a whole number")
     for wrong in ("5", "[50, 1]", "[0, 4]", "[50]"):

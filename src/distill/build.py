@@ -36,7 +36,7 @@ FAMILIES = {
 }
 ONE_OR_MORE = ("data.batch_size", "optimizer.accumulate", *(f"trainer.{k}" for k in ("max_steps", "num_nodes")))
 COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(ONE_OR_MORE, 1)
-JUDGING = {"prompts": 1, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
+JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
