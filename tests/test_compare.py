@@ -13,6 +13,7 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
+from distill.report.comparison import _headline, _pictures
 from distill.report.runs import as_markdown, grouped, lines_of, read_run
 
 LADD = {"_target_": "distill.methods.ladd.LADD", "loss": "hinge", "renoise": {"m": 1.0}}
@@ -70,6 +71,31 @@ def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
     code, printed, err = command("compare", f"runs={tmp_path}/runs", "by_name=true", f"out={tmp_path / 'out'}")
     assert code == 0, err
     assert "| tuned | 1 | 2 |" in printed
+
+
+def test_two_teachers_are_not_one(written):
+    runs = [read_run(written(name, LADD, 0, 0.5, teacher={"path": name, "dtype": "float32"})) for name in ("a", "b")]
+    runs[1].rows[0].scores["prompt_accuracy"] = 0.3
+    found = {line.group: line.mean("prompt_accuracy") for line in lines_of(grouped(runs)) if line.who == "teacher"}
+    assert found == {"teacher, path=a": 0.9, "teacher, path=b": 0.3}
+
+
+def test_the_teacher_of_most_steps_is_drawn_whoever_judged_it(written):
+    groups = grouped([read_run(written("a", ADD, 0, 0.4)), read_run(written("l", LADD, 0, 0.5))])
+    assert list(groups) == ["ADD", "LADD"]
+    (add,) = groups["ADD"]
+    add.rows[0] = add.rows[0]._replace(steps=1)
+    heads = re.findall("<th>(.*?)</th>", _pictures(groups))
+    assert heads == ["teacher<br>28 steps", *(f"{name}<br>{n}" for name in groups for n in ("1 step", "4 steps"))]
+
+
+def test_the_best_is_told_by_the_fewest_steps_that_were_judged(written):
+    run = read_run(written("a", LADD, 0, 0.4))
+    tile, said = _headline(lines_of({"LADD": [run]}))
+    assert (tile, said) == (("Best with 1 step", "41.0%", "LADD"), "LADD is best with 1 step: prompts right 41.0%.")
+    del run.rows[1]
+    tile, said = _headline(lines_of({"LADD": [run]}))
+    assert (tile, said) == (("Best with 4 steps", "44.0%", "LADD"), "LADD is best with 4 steps: prompts right 44.0%.")
 
 
 def test_another_class_is_one_difference(written):

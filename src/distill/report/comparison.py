@@ -29,15 +29,15 @@ for (const head of document.querySelectorAll('table.sortable thead th')) head.on
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
     lines, runs = lines_of(groups), everyone(groups)
-    best = _headline(lines)
+    best, said = _headline(lines)
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
-        ("Best in one step", best[1], best[0]),
+        best,
         ("Training", f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min", "all runs together"),
     )
     return html(
         f"{len(runs)} runs side by side",
-        best[2],
+        said,
         tiles,
         pictures=_pictures(groups),
         evaluation=_table(lines) + SORT,
@@ -46,17 +46,17 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
     )
 
 
-def _headline(lines: Sequence[Line]) -> tuple[str, str, str]:
-    """Which group, how good, and a sentence."""
+def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
+    """The best group with the fewest steps: as a tile, and in a sentence."""
     for key, pick in {key: min if MEASURES[key][1] == 0 else max for key in MAIN}.items():
         found = [line for line in lines if line.who == "student" and key in line.values]
         if found:
             few = min(line.steps for line in found)
             line = pick((line for line in found if line.steps == few), key=lambda line: line.mean(key))
-            said = line.said(key, MEASURES[key][2])
+            said, best = line.said(key, MEASURES[key][2]), f"best with {few} step{'s' * (few > 1)}"
             what = MEASURES[key][0].partition("&")[0].lower()
-            return line.group, said, f"{line.group} is best with {few} step{'s' * (few > 1)}: {what} {said}."
-    return "–", "–", "No student among them was judged."
+            return (best.capitalize(), said, line.group), f"{line.group} is {best}: {what} {said}."
+    return ("Best", "–", "–"), "No student among them was judged."
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -98,7 +98,7 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for group in dict.fromkeys(line.group for line in lines):
             found = [line for line in lines if line.group == group and key in line.values and line.steps <= most]
-            look = {"color": "#7d8189", "linestyle": "--"} if group == "teacher" else {}
+            look = {"color": "#7d8189", "linestyle": "--"} if all(line.who == "teacher" for line in found) else {}
             points = [line.steps for line in found], [line.mean(key) for line in found]
             axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
         axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
@@ -141,23 +141,20 @@ def _short(group: str) -> str:
 
 def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
-    heads, columns = [], []
-    for i, (group, runs) in enumerate(groups.items()):
-        path, rows = runs[0].folder / "samples" / "comparison.png", runs[0].rows
-        drawn = tiles(path, len(rows)) if rows and path.is_file() else []
-        for row, pictures in zip(rows, drawn, strict=False):
-            first = i == 0 and row.who == "teacher"
-            most = max(r.steps for r in rows if r.who == row.who)
-            if row.who == "student" or (first and row.steps == most):
-                place = 0 if first else len(heads)
-                heads.insert(place, ("teacher" if first else group, row.steps))
-                columns.insert(place, pictures)
+    found: list[tuple[str, Any, list[Image.Image]]] = []
+    for group, (run, *_) in groups.items():
+        path = run.folder / "samples" / "comparison.png"
+        drawn = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
+        found += [(group, row, pictures) for row, pictures in zip(run.rows, drawn, strict=False)]
+    taught = [("teacher", row, shown) for _, row, shown in found if row.who == "teacher"]
+    columns = sorted(taught, key=lambda column: column[1].steps)[-1:]
+    columns += [column for column in found if column[1].who == "student"]
     if not columns:
         return '<p class="none">None of these runs kept its pictures.</p>'
-    head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, n in heads)
+    head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns)
     body = ""
-    for k in range(min(SHOWN, *map(len, columns))):
-        body += f"<tr>{''.join(f'<td>{img(column[k])}</td>' for column in columns)}</tr>\n"
+    for row in list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]:
+        body += f"<tr>{''.join(f'<td>{img(picture)}</td>' for picture in row)}</tr>\n"
     table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
     note = "One prompt and one noise per row; of each group the first run."
     return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'

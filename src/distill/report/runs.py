@@ -48,13 +48,11 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
     A method brings a recipe along, so runs of different methods are told apart by its name, and only runs of one
     method by their keys; likewise anything whose class differs, by the name of the class.
     """
-    methods = {run.method for run in runs}
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rivals = [other.config for other in runs if other.method == run.method]
-        words = [run.method] if len(methods) > 1 else []
-        keys = sorted(_differences("", rivals))
-        words += [f"{_short(key, keys)}={_said(run.config, key)}" for key in keys]
+        words = [run.method] if len(rivals) < len(runs) else []
+        words += _settings(run, sorted(_differences("", rivals)))
         groups.setdefault(str(run.facts["name"]) if by_name else ", ".join(words) or run.method, []).append(run)
     return groups
 
@@ -72,10 +70,10 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
             yield from _differences(f"{path}.{key}" if path else key, [node.get(key) for node in maps])
 
 
-def _short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a dotted key, if no other ends alike."""
-    last = key.rpartition(".")[2]
-    return key if sum(other.rpartition(".")[2] == last for other in keys) > 1 else last
+def _settings(run: Run, keys: Sequence[str]) -> list[str]:
+    """`key=value` of each dotted key, by its last part if no other ends alike."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return [f"{k if ends.count(end) > 1 else end}={_said(run.config, k)}" for k, end in zip(keys, ends, strict=True)]
 
 
 def _said(config: Mapping[str, Any], key: str) -> str:
@@ -107,9 +105,13 @@ class Line:
 
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
-    """The teacher's lines first, of all runs together, then each group's."""
+    """First the lines of each teacher, of all its runs together, then each group's."""
     students = (line for group, runs in groups.items() for line in _lines(group, "student", runs))
-    return [*_lines("teacher", "teacher", everyone(groups)), *students]
+    runs, teachers = everyone(groups), {}
+    keys = sorted(_differences("teacher", [run.config.get("teacher") for run in runs]))
+    for run in runs:
+        teachers.setdefault(", ".join(["teacher", *_settings(run, keys)]), []).append(run)
+    return [*(line for name, its in teachers.items() for line in _lines(name, "teacher", its)), *students]
 
 
 def everyone(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
