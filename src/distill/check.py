@@ -5,7 +5,7 @@ Every sample is read as a run would read it. The exit code is 1 if more than `da
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from math import log2
 from statistics import median
 
 from omegaconf import DictConfig
@@ -57,15 +57,8 @@ def print_sizes(sizes: list[tuple[int, int]]) -> None:
     for what, sides in zip(("width", "height"), zip(*sizes, strict=True), strict=True):
         print(f"{what}: {min(sides)} to {max(sides)}, median {median(sides):g}")
     print("\nwidth / height")
-    for step, count in histogram(sizes):
+    for step, count in sorted(Counter(round(4 * log2(width / height)) for width, height in sizes).items()):
         print(f"{2 ** (step / 4):7.2f}  {count:8}  {'#' * max(1, round(BAR * count / len(sizes)))}")
-
-
-def histogram(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(4 log2(width / height), rounded; how many), rising."""
-    from math import log2
-
-    return sorted(Counter(round(4 * log2(width / height)) for width, height in sizes).items())
 
 
 if __name__ == "__main__":

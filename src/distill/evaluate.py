@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.compose import check_counts, world
+from distill.compose import check_counts, rank, world
 from distill.errors import command
 
 ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
@@ -58,10 +58,8 @@ def judge(cfg: DictConfig) -> int:
 
 def draw(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the pictures; returns the exit code."""
-    from distill import compose
-
     protocol, student, teacher, sampler = _models(cfg, _protocol(cfg))
-    protocol.draw(student, teacher, folder, sampler, rank=compose.rank(), world=compose.world())
+    protocol.draw(student, teacher, folder, sampler, rank=rank(), world=world())
     return 0
 
 
