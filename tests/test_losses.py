@@ -64,6 +64,22 @@ def test_losses_by_hand(name):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+def test_a_head_counts_no_more_for_its_many_logits(name):
+    """One logit of one head beside sixteen of another: as two losses of one head each, halved."""
+    game, generator = adversarial(name), torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, 3, 17, generator=generator)
+
+    def split(x):
+        return x.split([1, 16], dim=1)
+
+    alone = [game.discriminator(a, b).item() for a, b in zip(split(real), split(fake), strict=True)]
+    assert game.discriminator(real, fake, split).item() == pytest.approx(sum(alone) / 2, rel=1e-6)
+    alone = [game.student(b, a).item() for a, b in zip(split(real), split(fake), strict=True)]
+    assert game.student(fake, real, split).item() == pytest.approx(sum(alone) / 2, rel=1e-6)
+    assert game.student(fake, real).item() != pytest.approx(sum(alone) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
 def test_players_pull_the_fake_in_opposite_directions(name):
     game = adversarial(name)
     fake = FAKE.clone().mul(0.4).requires_grad_()  # within the margin of the hinge

@@ -4,8 +4,9 @@
     non_saturating   D: E softplus(-real) + E softplus(fake)             student:  E softplus(-fake)
     relativistic     D: E softplus(-(real - fake)), sample by sample     student:  E softplus(-(fake - real))
 
-E is the mean over all B * K logits: the papers of ADD and NitroFusion sum over heads, which rescales learning rates and
-weights with the number of heads. Everything is reduced in float32 at least, whatever autocast made of the logits.
+E is the mean over a head's logits, then over heads, so that a head of a large map counts no more than one of the whole:
+the papers of ADD and NitroFusion sum over heads, which rescales learning rates and weights with their number.
+Everything is reduced in float32 at least, whatever autocast made of the logits.
 """
 
 import math
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from distill.process import precise
 
+Split = Callable[[Tensor], Sequence[Tensor]]  # logits [B, K] -> those of each head
+
 
 @dataclass(frozen=True)
 class AdversarialLoss:
@@ -29,22 +32,27 @@ class AdversarialLoss:
     paired: bool = False
     """Whether real and fake are compared sample by sample, as RpGAN does (arXiv 2501.05441)."""
 
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape."""
+    def discriminator(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
+        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape. `split` parts them by head."""
         real, fake = precise(real), precise(fake)
         if not self.paired:
-            return self.wrong(-real).mean() + self.wrong(fake).mean()
+            return by_head(self.wrong(-real), split) + by_head(self.wrong(fake), split)
         if real.shape != fake.shape:
             raise ValueError(f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
-        return self.wrong(fake - real).mean()
+        return by_head(self.wrong(fake - real), split)
 
-    def student(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+    def student(self, fake: Tensor, real: Tensor | None = None, split: Split | None = None) -> Tensor:
         """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
         if not self.paired:
-            return self.own(-precise(fake)).mean()
+            return by_head(self.own(-precise(fake)), split)
         if real is None:
             raise ValueError(f"the {self.name} student loss needs the real logits of the same critic; pass real=")
-        return self.discriminator(fake, real)  # the same with the players exchanged
+        return self.discriminator(fake, real, split)  # the same with the players exchanged
+
+
+def by_head(losses: Tensor, split: Split | None = None) -> Tensor:
+    """Mean over each head's part of losses [B, K], then over heads."""
+    return torch.stack([part.mean() for part in (split(losses) if split else [losses])]).mean()
 
 
 GAMES = (
@@ -97,14 +105,11 @@ def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
     return ((away + h**2).sqrt() - h).mean()
 
 
-def verdicts(
-    real: Tensor, fake: Tensor, split: Callable[[Tensor], Sequence[Tensor]] | None = None
-) -> dict[str, Tensor]:
+def verdicts(real: Tensor, fake: Tensor, split: Split | None = None) -> dict[str, Tensor]:
     """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how often it is right.
 
     It is right about a pair whose real one has the higher logit, a tie counting half: that says the same of every
-    loss, while a relativistic one leaves it open where zero lies. The keys are those of the log; `split` parts logits
-    into those of each head.
+    loss, while a relativistic one leaves it open where zero lies. The keys are those of the log.
     """
     real, fake = precise(real), precise(fake)
     right = (real > fake).float().mean() + (real == fake).float().mean() / 2

@@ -96,7 +96,7 @@ class ADD(Distillation):
         maps = [m.detach().requires_grad_(bool(penalised)) for m in fake["real"]]
         of_real, of_fake = critic(maps, s, told), critic([m.detach() for m in fake["maps"]], s, told)
         self.record(**verdicts(of_real, of_fake, critic.split))
-        terms = {"adv": self.adversarial.discriminator(of_real, of_fake)}
+        terms = {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
         if penalised:
             terms["r1"] = self.r1_weight * self.r1_every * r1(of_real, maps)
         return terms
@@ -106,7 +106,7 @@ class ADD(Distillation):
         if self.adversarial_weight:
             critic = self.critic()
             of_real = critic(fake["real"], s, told) if self.adversarial.paired else None
-            loss = self.adversarial.student(critic(fake["maps"], s, told), of_real)
+            loss = self.adversarial.student(critic(fake["maps"], s, told), of_real, critic.split)
             terms["adv"] = self.adversarial_weight * loss
         if self.distill_weight:
             terms["distill"] = self.distill_weight * self._distillation(batch, fake, generator)

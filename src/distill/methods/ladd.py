@@ -75,7 +75,7 @@ class LADD(Distillation):
         of_real = critic(maps, t_real, batch.cond)
         of_fake = critic([m.detach() for m in fake["maps"]], t_hat, batch.cond)
         self.record(**verdicts(of_real, of_fake, critic.split))
-        terms = {"adv": self.adversarial.discriminator(of_real, of_fake)}
+        terms = {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
         if self.r1_weight:
             terms["r1"] = self.r1_weight * r1(of_real, maps)
         if self.misaligned:
@@ -89,7 +89,7 @@ class LADD(Distillation):
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, (t_hat, _) = self.critic(), fake["look"]
         of_real = critic(self._real(batch, fake), t_hat, batch.cond) if self.adversarial.paired else None
-        terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real)}
+        terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real, critic.split)}
         if self.distill_weight:
             target, weight = self.distill(self.teacher, fake["x0_hat"], batch.cond, generator)
             terms["distill"] = self.distill_weight * weighted_mse(fake["x0_hat"], target, weight)

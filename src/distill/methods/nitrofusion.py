@@ -98,14 +98,14 @@ class NitroFusion(Distillation):
         of_real = critic(self._real(batch, fake, generator), t, batch.cond)
         of_fake = critic([m.detach() for m in fake["maps"]], t, batch.cond)
         self.record(**verdicts(of_real, of_fake, critic.split))
-        return {"adv": self.adversarial.discriminator(of_real, of_fake)}
+        return {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         if self.step < self.opening:
             return self._opening(batch, fake["x0_hat"], generator)
         critic, t = self.critic(), self._level(batch.x0)
         of_real = critic(self._real(batch, fake, generator), t, batch.cond) if self.adversarial.paired else None
-        return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real)}
+        return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real, critic.split)}
 
     def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
         terms = {}
