@@ -156,6 +156,11 @@ def test_a_head_start_of_no_discriminator(refused, no_weights):
     assert said == "optimizer.head_start=5: there is no discriminator to lead; make it 0"
 
 
+def test_scaled_gradients_are_refused(refused, no_weights):
+    said = refused("run", "trainer.precision=16-mixed")
+    assert said == "trainer.precision=16-mixed: is not for two players; use bf16-mixed or 32-true"
+
+
 def test_a_sampler_that_the_teacher_cannot_follow(refused):
     said = refused("run", "sampler=ancestral")
     assert said.startswith("sampler=EulerAncestral needs a process that keeps a little of the data to its end")

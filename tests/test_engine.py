@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 
 import tiny
+from distill.build import whole
+from distill.callbacks import Health
+from distill.checkpoint import Checkpoints
 from distill.data import source
 from distill.engine import Engine
 
@@ -189,7 +194,39 @@ def test_clipping_is_by_the_norm_of_all_gradients(player, tmp_path):
     ],
 )
 def test_rate_in_closed_form(options, step, expected):
-    assert tiny.engine(**options).rate(step, 100) == pytest.approx(expected, abs=1e-9)
+    assert tiny.engine(**options).rate(step, 100, step) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_discriminator_warms_up_in_its_head_start(tmp_path):
+    method, rates = tiny.ladd(toy, critic_rate=4e-3, head_start=3, warmup_steps=4), {"g": [], "d": []}
+    update = method._clip_and_step
+    method._clip_and_step = lambda player, module, optimizer, limit: (
+        update(player, module, optimizer, limit),
+        rates[player].append(optimizer.param_groups[0]["lr"]),
+    )[0]
+    fitted(method, tmp_path, 2)
+    assert rates["d"] == pytest.approx([4e-3 * share for share in (0.25, 0.5, 0.75, 1, 1)])
+    assert rates["g"] == pytest.approx([1e-3 * share for share in (0.25, 0.5)])
+
+
+def test_only_the_last_of_accumulated_batches_moves_the_student(tmp_path):
+    """What callbacks do at a step they do once, and the change that they measure is that of the whole update."""
+    method, told, ratios = tiny.ladd(toy, accumulate=3), [], []
+
+    class Told(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            told.append((pl_module.step, pl_module.updated))
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics, step):
+            ratios.extend((step, value) for key, value in metrics.items() if key == "g/update_ratio")
+
+    running = tiny.trainer(tmp_path, 4, Health(every=2), Told())
+    running.loggers = [Logger()]
+    running.fit(method, tiny.Stream(toy, 4).loader())
+    assert told == [(i // 3, i % 3 == 0) for i in range(1, 13)]
+    assert [step for step, _ in ratios] == [1, 3]
+    assert all(ratio > 1e-6 for _, ratio in ratios)
 
 
 def test_rate_reaches_both_optimisers(tmp_path):
@@ -204,7 +241,7 @@ def test_rate_reaches_both_optimisers(tmp_path):
 
     method._clip_and_step = spy
     fitted(method, tmp_path, 4)
-    shares = [method.engine.rate(step, 4) for step in range(4)]
+    shares = [method.engine.rate(step, 4, step) for step in range(4)]
     assert [rate for player, rate in rates if player == "g"] == pytest.approx([1e-3 * share for share in shares])
     assert [rate for player, rate in rates if player == "d"] == pytest.approx([4e-3 * share for share in shares])
 
@@ -330,3 +367,33 @@ def test_another_seed_is_another_run(tmp_path):
         runs.append(tiny.weights(method.student))
     assert tiny.same(runs[0], runs[1])
     assert not tiny.same(runs[0], runs[2])
+
+
+def test_what_comes_after_training_is_where_the_teacher_is():
+    """Lightning takes what it has trained back to the CPU, and a network that was cut up is made anew there."""
+
+    class Part(torch.nn.Module):
+        device = torch.device("meta")
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    method = SimpleNamespace(teacher=Part(), student=Part(), sharded=False)
+    for part in whole(None, method, {}):
+        assert part.weight.is_meta
+
+
+def test_processes_tell_each_other_of_a_signal_on_their_own_device(tmp_path):
+    """NCCL knows no tensor of the CPU."""
+    told = []
+
+    class Strategy:
+        def reduce(self, tensor, reduce_op):
+            told.append((tensor.device.type, reduce_op))
+            return torch.zeros(())
+
+    trainer = SimpleNamespace(world_size=2, strategy=Strategy(), should_stop=False, max_steps=9)
+    method = SimpleNamespace(device=torch.device("meta"), updated=False)
+    Checkpoints().on_train_batch_end(trainer, method)
+    assert told == [("meta", "max")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from distill.data import source
 from distill.discriminators.pool import Pool
 from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.teachers.decoder import TinyDecoder
+from distill.times import Discrete
 
 LEVELS = torch.tensor([0.01, 0.25, 0.5, 0.75]).tolist()  # of tiny.nitrofusion's pool, as float32 has them
 BOTH, ALL = {"adv"}, {"adv", "distill"}
@@ -110,6 +112,41 @@ def test_student_phase_reaches_the_student_alone(named):
     assert with_gradient(method.student) > 0.9 * len(list(method.student.parameters()))
     assert untouched(method.heads)
     assert untouched(method.teacher)
+
+
+def test_a_misaligned_sample_is_held_against_its_pair(teachers):
+    """Of a relativistic loss only differences count: all logits lower by one number are no better."""
+    method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5, "shared": True, "loss": "relativistic"})
+    method._log = {}
+    batch, of, seen = tiny.simple_batch(method, 3), method.heads.forward, []
+    method.heads.forward = lambda maps, t, cond: seen.append(of(maps, t, cond)) or seen[-1]
+    fake, generator = method.fake(batch, method._generator(0)), method._generator(0, stream=1)
+    term = method.discriminator_loss(batch, fake, generator)["misaligned"]
+    real, _, wrong = seen
+    torch.testing.assert_close(term, 0.5 * torch.nn.functional.softplus(wrong - real).mean())
+
+
+def test_misaligned_needs_another_caption(teachers):
+    method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5})
+    method._log = {}
+    batch = tiny.simple_batch(method, 1)
+    with pytest.raises(ValueError, match="there is no other caption"):
+        method.discriminator_loss(batch, method.fake(batch, method._generator(0)), method._generator(0, stream=1))
+
+
+def test_a_student_begins_from_noise_alone(teachers):
+    """Of a Stable Diffusion schedule too, whose end keeps .068 of the data."""
+    method, seen = tiny.ladd(teachers("unet")), []
+    method.levels = Discrete([1.0, 0.5], [0.5, 0.5])
+    of = method.student.x0
+    method.student.x0 = lambda x_t, t, cond: seen.append((x_t, t)) or of(x_t, t, cond)
+    batch = tiny.simple_batch(method, 8)
+    for x0 in (batch.x0, batch.x0 + 1):
+        method.fake(replace(batch, x0=x0), method._generator(0))
+    (one, t), (other, _) = seen
+    assert {1.0, 0.5} == set(t.tolist())
+    for k in range(8):
+        assert torch.equal(one[k], other[k]) == (t[k] == 1)
 
 
 def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):

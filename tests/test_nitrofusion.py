@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from diffusers import AutoPipelineForText2Image
 from safetensors.torch import save_file
@@ -60,3 +62,10 @@ def test_prompts_alone_need_a_teacher_that_samples(command, pipelines, tmp_path)
     code, _, err = command("run", "method=ladd", "data=prompts", "debug=smoke", "~metrics", *where)
     assert code == 1
     assert "distill: these data are captions alone: set method.real" in err
+
+
+def test_regression_on_pairs_needs_pairs(teachers):
+    method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 200})
+    batch = replace(tiny.simple_batch(method, 2), noise=None)
+    with pytest.raises(ValueError, match="method.pairs_weight needs the noise"):
+        method.student_loss(batch, method.fake(batch, method._generator(0)), method._generator(0, stream=0))

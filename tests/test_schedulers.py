@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline
 
 import tiny
 from distill import students
@@ -136,3 +137,17 @@ def test_a_shift_that_cannot_be_is_refused(shift, teachers):
 def test_noise_is_what_a_pipeline_draws():
     noise = draw_noise((4, 8, 8), seeded([5]))
     assert torch.equal(noise, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
+
+
+@pytest.mark.parametrize("shift", [None, 500])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_an_exported_schedule_is_the_teachers(shift, zero_snr):
+    """That a schedule was rescaled to end in pure noise, and betas of its own, go along."""
+    how = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr}
+    of_teacher = DDIMScheduler(beta_schedule="scaled_linear", **how)
+    teacher = SimpleNamespace(pipeline=SimpleNamespace(scheduler=of_teacher))
+    student = SimpleNamespace(prediction="v", shift=shift, process=None)
+    found = Consistency().scheduler(student, teacher)
+    torch.testing.assert_close(found.alphas_cumprod, of_teacher.alphas_cumprod)
+    again = type(found).from_config(dict(found.config))
+    torch.testing.assert_close(again.alphas_cumprod, of_teacher.alphas_cumprod)

@@ -58,6 +58,10 @@ def check(cfg: DictConfig) -> None:
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         what = "there is no GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+    if str(cfg.trainer.get("precision")).startswith("16"):  # its scaled gradients would be clipped as if they were not
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision}: is not for two players; use bf16-mixed or 32-true"
+        )
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
     strategy = cfg.trainer.get("strategy", "auto")
@@ -189,13 +193,16 @@ def averaged(method: Any, *, first: bool) -> dict[str, Any]:
 
 
 def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
-    """Teacher and averaged student as one process can use them; made anew where the strategy has cut them up."""
-    teacher, student = method.teacher, method.student
+    """Teacher and averaged student as one process can use them; made anew where the strategy has cut them up.
+
+    Both where the teacher is: Lightning takes what it has trained back to the CPU.
+    """
+    teacher, student, device = method.teacher, method.student, method.teacher.device
     if method.sharded:
         teacher = make(cfg.teacher)
         student = make(cfg.student)(teacher=teacher)
     student.load_state_dict(average, strict=False)
-    return teacher, student.eval()
+    return teacher.to(device), student.to(device).eval()
 
 
 def stopped(trainer: Any, method: Any, folder: Path) -> int:

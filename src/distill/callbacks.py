@@ -55,11 +55,11 @@ class Health(L.Callback):
         self._last: tuple[float, int] | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if pl_module.step % self.every == 0 and pl_module.iteration >= pl_module.engine.head_start:
+        if pl_module.step % self.every == 0 and pl_module.iteration >= pl_module.engine.head_start and not self._before:
             self._before = [p.detach().clone() for p in pl_module.student.parameters()]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if not self._before:
+        if not (self._before and pl_module.updated):
             return
         change = torch._foreach_sub(self._before, [p.detach() for p in pl_module.student.parameters()])
         moved, size = (float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before))

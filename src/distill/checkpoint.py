@@ -74,7 +74,8 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if trainer.world_size > 1:  # one process was told: all must save, and together
-            number = trainer.strategy.reduce(torch.tensor(float(self.stopped_by or 0)), reduce_op="max")
+            told = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
+            number = trainer.strategy.reduce(told, reduce_op="max")
             self.stopped_by = signal.Signals(int(number)) if number else None
         trainer.should_stop |= self.stopped_by is not None
         due = pl_module.updated and (pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps)

@@ -34,9 +34,9 @@ class Engine:
             if getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
 
-    def rate(self, step: int, steps: int) -> float:
-        """Share of the peak learning rate at student step `step` of `steps`."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+    def rate(self, step: int, steps: int, updates: int) -> float:
+        """Share of the peak rate at student step `step` of `steps`, of a player after `updates` of its own."""
+        rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return rise
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))

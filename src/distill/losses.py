@@ -34,9 +34,14 @@ class AdversarialLoss:
 
     def discriminator(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
         """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape. `split` parts them by head."""
+        alone = 0.0 if self.paired else by_head(self.wrong(-precise(real)), split)
+        return alone + self.against(real, fake, split)
+
+    def against(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
+        """The discriminator's term of fakes alone, which a paired game holds against the real ones."""
         real, fake = precise(real), precise(fake)
         if not self.paired:
-            return by_head(self.wrong(-real), split) + by_head(self.wrong(fake), split)
+            return by_head(self.wrong(fake), split)
         if real.shape != fake.shape:
             raise ValueError(f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
         return by_head(self.wrong(fake - real), split)

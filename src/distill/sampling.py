@@ -175,8 +175,9 @@ class EulerAncestral(FewSteps):
 
 
 def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    return {key: value for key, value in teacher.pipeline.scheduler.config.items() if key in kept}
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas")
+    config = teacher.pipeline.scheduler.config
+    return {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if config.get(key)}
 
 
 def sampler_of(pipeline: Any) -> FewSteps:

@@ -70,14 +70,12 @@ class ADD(Distillation):
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         s = self.levels.sample(len(batch), self.step, generator)
         eps = noise_like(batch.x0, generator)
-        pure = s == 1
-        x_s = torch.where(pure.view(-1, 1, 1, 1), eps, self.student.process.diffuse(batch.x0, eps, s))
-        x0_hat = self.student.x0(x_s, s, batch.cond)
+        x0_hat = self.student.x0(self.begin(batch.x0, eps, s), s, batch.cond)
         place = self._place(batch.x0, generator)
         pixels = self._decode(x0_hat, place)
         with torch.no_grad():
             real = self._decode(batch.x0, place)
-            told = self.condition(batch, real, pure) if self.condition else batch.cond
+            told = self.condition(batch, real, s == 1) if self.condition else batch.cond
             of_real = self.features(real, s, told, generator)
         maps = self.features(pixels, s, told, generator)
         return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}

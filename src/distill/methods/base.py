@@ -104,6 +104,10 @@ class Distillation(L.LightningModule):
         x_t = self.teacher.process.diffuse(x0, noise, t)
         return self.features(x_t, t, batch.cond, self.common("features")), batch.cond
 
+    def begin(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the student is shown: x_t, and noise alone at t = 1, where some schedules keep a little of the data."""
+        return torch.where((t == 1).view(-1, 1, 1, 1), noise, self.student.process.diffuse(x0, noise, t))
+
     @property
     def step(self) -> int:
         """Student updates so far."""
@@ -150,6 +154,7 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._pending.append(self._embedded(batch))
+        self.updated = False
         if len(self._pending) < self.engine.accumulate:
             return
         batches, self._pending = self._pending, []
@@ -217,7 +222,7 @@ class Distillation(L.LightningModule):
             average(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        rate = self.engine.rate(self.step, self.trainer.max_steps)
+        rate = self.engine.rate(self.step, self.trainer.max_steps, self.iteration if player == "d" else self.step)
         self.record(**{f"{player}/grad_norm": norm, f"{player}/lr": optimizer.param_groups[0]["initial_lr"] * rate})
         if not math.isfinite(norm):
             terms = {k: float(v) for k, v in self._log.items() if k.startswith(f"{player}/")}

@@ -62,7 +62,7 @@ class LADD(Distillation):
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         t = self.levels.sample(len(batch), self.step, generator)
-        x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
+        x_t = self.begin(batch.x0, noise_like(batch.x0, generator), t)
         x0_hat = self.student.x0(x_t, t, batch.cond)
         look = self._look(batch, generator)
         return {"x0_hat": x0_hat, "look": look, "maps": self.see(x0_hat, *look, batch)[0]}
@@ -79,11 +79,15 @@ class LADD(Distillation):
         if self.r1_weight:
             terms["r1"] = self.r1_weight * r1(of_real, maps)
         if self.misaligned:
+            if len(batch) < 2:
+                raise ValueError(
+                    f"method.misaligned={self.misaligned}: there is no other caption; raise data.batch_size"
+                )
             wrong = replace(batch, cond=batch.cond.index(torch.arange(len(batch)).roll(1)))
             with torch.no_grad():
                 maps, _ = self.see(batch.x0, t_real, noise, wrong)
-            alone = self.adversarial.wrong(critic(maps, t_real, wrong.cond)).mean()
-            terms["misaligned"] = self.misaligned * alone
+            of_wrong = critic(maps, t_real, wrong.cond)
+            terms["misaligned"] = self.misaligned * self.adversarial.against(of_real, of_wrong, critic.split)
         return terms
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:

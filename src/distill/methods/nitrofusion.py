@@ -43,8 +43,8 @@ class NitroFusion(Distillation):
         mixed: whether every sample has a t* of its own, or the whole batch one.
         levels: for each number of steps n = 1, 2, ... the t of its steps.
         refine: the student step from which on n steps are trained, for n = 1, 2, ...; none of it: one step alone.
-        keep: odds of the one-step student once there are others.
-        shared: whether real and fake are noised to t* by one noise, and cut at one place.
+        keep: odds of one step once there are others; otherwise n, and which of its steps, are drawn evenly.
+        shared: whether real and fake are noised to t* by one noise.
         loss: hinge, non_saturating or relativistic.
         opening: student steps before the adversarial ones.
         pairs_weight, distill, distill_weight: what makes them, regression and score distillation; 0 leaves one out.
@@ -110,6 +110,8 @@ class NitroFusion(Distillation):
     def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
         terms = {}
         if self.pairs_weight:
+            if batch.noise is None:
+                raise ValueError("method.pairs_weight needs the noise of each sample: data.seeded=true, or make it 0")
             terms["regression"] = self.pairs_weight * weighted_mse(x0_hat, batch.x0)
         if self.distill_weight:
             target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator)

@@ -38,9 +38,8 @@ class Regression(Distillation):
         if batch.noise is None:
             raise ValueError("regression needs the noise of each sample: data.seeded=true, or method.real")
         t = self.levels.sample(len(batch), self.step, generator)
-        x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
-        x_t = torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, x_t)
-        return {"x0_hat": self.student.x0(x_t, t, batch.cond)}
+        noise = torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, noise_like(batch.x0, generator))
+        return {"x0_hat": self.student.x0(self.begin(batch.x0, noise, t), t, batch.cond)}
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         return {"regression": weighted_mse(fake["x0_hat"], batch.x0)}

@@ -26,11 +26,14 @@ class ShiftedLCMScheduler(LCMScheduler):
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",
+        trained_betas: Any = None,
+        rescale_betas_zero_snr: bool = False,
         original_inference_steps: int = 4,
         prediction_type: str = "epsilon",
         shifted_timestep: int = 250,
     ):
         betas = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
+        betas |= {"trained_betas": trained_betas, "rescale_betas_zero_snr": rescale_betas_zero_snr}
         own = {"original_inference_steps": original_inference_steps, "prediction_type": prediction_type}
         # Past its decorator, which would put LCM's other settings among ours and then warn of them when read again.
         LCMScheduler.__init__.__wrapped__(self, num_train_timesteps, **betas, **own)
