@@ -161,12 +161,10 @@ class Distillation(L.LightningModule):
         self._log: dict[str, Tensor | float] = {}
         student, *critics = self._players()
         leading = self.iteration < self.engine.head_start
+        fakes = []  # of several batches they are made again, alike, in either phase: one at a time is what fits
         if self.engine.accumulate == 1:
             with torch.set_grad_enabled(not leading):
                 fakes = [self.fake(batches[0], self._generator(0))]
-        else:  # one graph at a time: the fakes are made again, alike, in the student phase
-            with torch.no_grad():
-                fakes = [self.fake(b, self._generator(i)) for i, b in enumerate(batches)] if critics else []
         turns = range(self.engine.discriminator_updates if critics else 0)
         moved = [self._update_discriminator(batches, fakes, critics[0], turn) for turn in turns]
         self.updated = not leading and self._update_student(batches, fakes, student)
@@ -188,7 +186,9 @@ class Distillation(L.LightningModule):
         self._log = {}  # of several updates, the last one's numbers
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
-        for i, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
+        for i, batch in enumerate(batches):
+            with torch.no_grad():
+                fake = fakes[0] if fakes else self.fake(batch, self._generator(i))
             self._backward("d", self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn)))
         return self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
 
@@ -196,7 +196,7 @@ class Distillation(L.LightningModule):
         self.heads.requires_grad_(False)  # their weight gradients would be computed and thrown away
         optimizer.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
-            fake = fakes[0] if len(batches) == 1 else self.fake(batch, self._generator(i))
+            fake = fakes[0] if fakes else self.fake(batch, self._generator(i))
             self._backward("g", self.student_loss(batch, fake, self._generator(i, stream=0)))
         updated = self._clip_and_step("g", self.student, optimizer, self.engine.clip_student)
         self.heads.requires_grad_(True)
