@@ -68,6 +68,23 @@ def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, m
     assert launch.launch(tmp_path, 2) in (7, -9)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatch, tmp_path):
+    """Before the first checkpoint too; where nothing was trained, no empty run stays behind."""
+
+    def fails(folder, processes):
+        if trained:
+            (folder / "metrics.csv").write_text("step,g/adv\n240,0.5\n")
+        return 1
+
+    monkeypatch.setattr(launch, "launch", fails)
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert command("run", "debug=smoke", *TWO, f"run_dir={tmp_path / 'run'}")[0] == 1
+    left = {p.name for p in (tmp_path / "run").glob("*")}
+    assert left == ({"config.yaml", "run.json", "metrics.csv"} if trained else set())
+
+
 @pytest.mark.slow
 def test_the_jobs_of_a_sweep_run_once_each_on_two_processes(pipelines, shards, tmp_path):
     command = ["distill.run", "-m", "seed=0,1", *smoke(pipelines, shards, *TWO)]

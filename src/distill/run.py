@@ -35,7 +35,7 @@ def begin(cfg: DictConfig) -> int:
     if not several:
         return train(cfg, folder, parts)
     code = launch.launch(folder, processes)
-    if code and fresh and not any((folder / "checkpoints").glob("*.ckpt")):  # never what was there before
+    if code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json"}:  # never what was trained
         shutil.rmtree(folder)
     return code
 
