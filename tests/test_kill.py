@@ -12,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import tiny
+from distill import compose, files
 
 STEPS = 12
 
@@ -173,6 +175,57 @@ def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
     assert kept["global_step"] == 14
     assert kept["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-7
     assert kept["about"]["config"]["teacher"]["path"]
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        (["trainer=fsdp2"], {"devices": "auto", "strategy._target_": "distill.strategies.FullyShardedDataParallel"}),
+        (["trainer.precision=bf16-mixed", "trainer=ddp"], {"devices": "auto", "precision": "bf16-mixed"}),
+    ],
+)
+def test_another_trainer_is_taken_without_what_a_new_run_would_have(given, changed, gone_on):
+    before, now = gone_on(*given)
+    expected = before.trainer.copy()
+    OmegaConf.set_struct(expected, False)
+    for key, value in {"strategy": now.trainer.strategy, **changed}.items():
+        OmegaConf.update(expected, key, value)
+    assert now.trainer == expected  # max_steps of the run, and not of the recipe
+    assert now.trainer.strategy._target_.startswith("distill.strategies.")
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        (["callbacks.samples=null", "~logger"], {"callbacks.samples": None, "logger": None}),
+        (["metrics=coco5k", "metrics.path=coco"], {"metrics.path": "coco", "metrics.prompts": 5000}),
+    ],
+)
+def test_what_is_given_besides_counts_and_nothing_else(given, changed, gone_on):
+    before, now = gone_on(*given)
+    assert {key: OmegaConf.select(now, key) for key in changed} == changed
+    named = ("resume", *(key if now.callbacks.samples is None else "metrics" for key in changed))
+    assert [key for key in compose.changes(before, now) if not key.startswith(named)] == []
+
+
+@pytest.fixture
+def gone_on(command, monkeypatch, tmp_path):
+    """The configuration of a run that is longer than its recipe says, and the one with which it goes on."""
+    seen = []
+    monkeypatch.setattr("distill.build.check", seen.append)
+    monkeypatch.setattr("distill.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.run.train", lambda *_: 0)
+    monkeypatch.setattr("distill.compose.processes", lambda _: 1)
+
+    def call(*given):
+        own = ["trainer.max_steps=5000", "metrics.prompts=50", "callbacks.samples.every=70"]
+        assert command("run", "run_dir=run", *own)[0] == 0
+        state = {"distill": {"iteration": 1}, "about": {"config": {}}}
+        files.write(state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt")
+        assert command("run", "resume=run", *given)[0] == 0
+        return seen
+
+    return call
 
 
 @pytest.fixture(scope="module")

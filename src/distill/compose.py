@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
 
@@ -173,8 +173,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(now, False)
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if override.startswith("~") or OmegaConf.select(cfg, key) is not None:  # not experiment= and the like
-            OmegaConf.update(now, key, OmegaConf.select(cfg, key), merge=False)
+        value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
+        if not MISSING == value == had:  # experiment= and the like
+            OmegaConf.update(now, key, None if value == MISSING else _chosen(key, value, had), merge=False)
     now.resume = cfg.resume
     different = [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
     batches = [c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)]
@@ -183,6 +184,16 @@ def going_on(cfg: DictConfig) -> DictConfig:
     if different:
         raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
     return now
+
+
+def _chosen(key: str, value: Any, had: Any) -> Any:
+    """What an override means for a run that had `had`: of an option of the same class what its own file says alone."""
+    hydra = HydraConfig.get().runtime
+    own = [Path(s.path) / key / f"{hydra.choices.get(key)}.yaml" for s in hydra.config_sources if s.schema == "file"]
+    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get("_target_"):
+        return value
+    said = {name for file in own if file.is_file() for name in OmegaConf.load(file)} & set(value)
+    return OmegaConf.create({**(had if said else value), **{name: value[name] for name in said}})
 
 
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
