@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import launch, search
+from distill import compose, launch, search
 
 TWO = ["trainer=ddp", "trainer.devices=2"]
 
@@ -50,6 +50,17 @@ def test_processes_are_started_unless_someone_else_did(environment, expected, mo
         monkeypatch.setenv(name, value)
     assert launch.needed(2, 1) is expected
     assert launch.needed(1, 1) is False
+
+
+@pytest.mark.parametrize(("accelerator", "expected"), [("cpu", 1), ("auto", 8), ("gpu", 8)])
+def test_auto_is_what_lightning_makes_of_it(accelerator, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    trainer = {"devices": "auto", "accelerator": accelerator}
+    assert compose.processes(OmegaConf.create({"trainer": trainer})) == expected
+    if accelerator == "cpu":
+        from lightning import Trainer
+
+        assert Trainer(**trainer, logger=False, enable_checkpointing=False).num_devices == expected
 
 
 def test_several_nodes_need_a_launcher(monkeypatch):

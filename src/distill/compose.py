@@ -210,7 +210,7 @@ def processes(cfg: DictConfig) -> int:
     if devices in ("auto", -1, "-1"):
         import torch
 
-        devices = max(1, torch.cuda.device_count())
+        devices = 1 if cfg.trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())  # as Lightning
     count = len(devices) if isinstance(devices, ListConfig) else int(devices)
     return count * cfg.trainer.get("num_nodes", 1)
 
