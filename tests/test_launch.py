@@ -41,10 +41,17 @@ def assert_run(folder, *, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"), [({}, True), ({"LOCAL_RANK": "0"}, False), ({"SLURM_PROCID": "1"}, False)]
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, True),  # srun --pty bash
+        ({"SLURM_PROCID": "0"}, True),  # a script without srun
+    ],
 )
 def test_processes_are_started_unless_someone_else_did(environment, expected, monkeypatch):
-    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+    for name in ("LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -68,6 +75,22 @@ def test_several_nodes_need_a_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="trainer.num_nodes=2: start the command by torchrun"):
         launch.needed(4, 2)
+
+
+def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    script = (
+        "import os, sys\n"
+        "from lightning.pytorch.plugins.environments import SLURMEnvironment\n"
+        "from distill import compose\n"
+        "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(\n"
+        "    f'{compose.rank()} {compose.world()} {SLURMEnvironment.detect()} ' + os.environ['SLURM_JOB_ID'])\n"
+    )
+    popen, own = subprocess.Popen, [sys.executable, "-c", script, str(tmp_path)]
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen(own, **kw))
+    assert launch.launch(tmp_path, 2) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 2 False 7", "1 2 False 7"]
 
 
 def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, monkeypatch):

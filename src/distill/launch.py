@@ -13,15 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+from distill.compose import world
 from distill.record import cores
 
-STARTED_ELSEWHERE = ("LOCAL_RANK", "SLURM_PROCID")
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 
 
 def needed(processes: int, nodes: int) -> bool:
     """Whether this process must start the others. Raises ValueError for several nodes without a launcher."""
-    if processes == 1 or any(name in os.environ for name in STARTED_ELSEWHERE):
+    if processes == 1 or "LOCAL_RANK" in os.environ or world() > 1:  # SLURM's one task, a shell say, starts nothing
         return False
     if nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes}: start the command by torchrun on every node, or by srun")
@@ -36,6 +36,7 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
     threads = str(max(1, cores() // processes))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "NODE_RANK": "0"}
+    environment.pop("SLURM_NTASKS", None)  # by which Lightning would take SLURM's one task for all of them
     worker = [sys.executable, "-m", "distill.worker", str(folder), command]
     workers = [
         subprocess.Popen(
