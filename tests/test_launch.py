@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import compose, launch, search
+from distill import compose, files, launch, search
 
 TWO = ["trainer=ddp", "trainer.devices=2"]
 
@@ -117,6 +117,48 @@ def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatc
     assert command("run", "debug=smoke", *TWO, f"run_dir={tmp_path / 'run'}")[0] == 1
     left = {p.name for p in (tmp_path / "run").glob("*")}
     assert left == ({"config.yaml", "run.json", "metrics.csv"} if trained else set())
+
+
+@pytest.fixture
+def job(command, monkeypatch, tmp_path):
+    """A command in a job of SLURM, without any training -> (exit code, stderr, step from which it goes on)."""
+    monkeypatch.setattr("distill.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.build.check", lambda _: None)
+    began = []
+    monkeypatch.setattr("distill.run.train", lambda cfg, folder, parts: began.append((str(folder), cfg.resume)) or 0)
+
+    def call(*arguments, **environment):
+        for name, value in {"JOB_ID": "7", "JOB_NAME": "x", "PROCID": "0", "NTASKS": "1", **environment}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        began.clear()
+        code, _, err = command("run", *arguments)
+        return code, err, list(began)
+
+    return call
+
+
+def test_a_second_run_in_a_job_of_slurm_is_refused(job):
+    folder = "runs/slurm_7_ladd_shapes"
+    assert job() == (0, "", [(folder, None)])
+    said = f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
+    assert job()[:2] == (1, f"distill: {said}\n")
+    assert job(PROCID="1", NTASKS="2")[0] == 0  # the first process has made it a moment ago
+    assert job("name=other")[2] == [("runs/slurm_7_other", None)]
+    assert job("-m", "seed=0,1")[2] == [(f"{folder}_0", None), (f"{folder}_1", None)]
+    first, second = (job(JOB_NAME="bash")[2][0][0] for _ in range(2))  # srun --pty bash
+    assert first != second
+    assert "slurm" not in first + second
+
+
+@pytest.mark.parametrize("arguments", [[], ["run_dir=mine"]])
+def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
+    folder = "mine" if arguments else "runs/slurm_7_ladd_shapes"
+    assert job(*arguments, RESTART_COUNT="0")[2] == [(folder, None)]
+    assert job(*arguments, RESTART_COUNT="1")[2] == [(folder, None)]  # ended before its first checkpoint: anew
+    state = {"distill": {"iteration": 1}, "about": {"config": {}}}
+    files.write(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
+    assert job(*arguments, RESTART_COUNT="2")[2] == [(folder, folder)]
+    assert job(*arguments, RESTART_COUNT="0")[0] == 1
 
 
 @pytest.mark.slow

@@ -109,24 +109,43 @@ def name_of(cfg: DictConfig) -> str:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """The folder of this run, made: `resume`, `run_dir`, or a fresh `runs/<date>_<name>`."""
+    """The folder of this run, made: `resume`, `run_dir`, SLURM's `runs/slurm_<job>_<name>` or a fresh one by date."""
     if cfg.resume:
         return folder_of(cfg.resume)
-    if cfg.run_dir:
-        folder = Path(cfg.run_dir)
-        if rank() == 0 and (folder / "config.yaml").exists():
-            raise FileExistsError(f"run_dir={folder} holds a run already; choose another or resume={folder}")
-    elif "SLURM_PROCID" in os.environ:
-        folder = Path("runs") / f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
-    elif "RANK" in os.environ:
+    if (folder := _own_folder(cfg)) is None and "RANK" in os.environ:
         raise ValueError("run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there")
-    else:
+    if folder is None:
         return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name_of(cfg)}")
+    if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
+        raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"run_dir={folder} cannot be made ({error.strerror}); choose another run_dir=") from None
     return folder
+
+
+def _own_folder(cfg: DictConfig) -> Path | None:
+    """The one that every process of the command knows, and the job when it is started again, if there is such."""
+    if cfg.run_dir or "SLURM_PROCID" not in os.environ:
+        return Path(cfg.run_dir) if cfg.run_dir else None
+    if world() == 1 and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell, for many runs
+        return None
+    sweep = OmegaConf.select(HydraConfig.get(), "job.num") if HydraConfig.initialized() else None
+    stem = f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
+    return Path("runs") / (stem if sweep is None else f"{stem}_{sweep}")
+
+
+def restarted() -> bool:
+    """Whether SLURM runs this job again, after a preemption or because the run asked for it."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def requeued(cfg: DictConfig) -> str | None:
+    """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has a checkpoint."""
+    folder = _own_folder(cfg) if restarted() else None
+    found = folder and (folder / "config.yaml").exists() and any((folder / "checkpoints").glob("step_*.ckpt"))
+    return str(folder) if found else None
 
 
 def _fresh_folder(stem: str) -> Path:

@@ -16,6 +16,7 @@ def begin(cfg: DictConfig) -> int:
     from distill.files import newest, put
     from distill.record import RunRecord
 
+    cfg.resume = cfg.resume or compose.requeued(cfg)
     if cfg.resume:
         compose.folder_of(cfg.resume)
         newest(Path(cfg.resume))  # a mistake in it is said before anything is read
