@@ -131,6 +131,29 @@ def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, sha
     assert not any(name.startswith("teacher") for name in best["state_dict"])
 
 
+def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp_path):
+    """Gone on from an earlier checkpoint and stopped early, the run goes on from its own newest one."""
+    folder, rules = (
+        tmp_path / "run",
+        ["trainer.max_steps=4", "callbacks.samples.every=1", "callbacks.checkpoint.keep=0"],
+    )
+    assert command("run", *arguments(pipelines, shards, folder), *rules)[0] == 0
+    was = {name: (folder / name).read_bytes() for name in ("checkpoints/step_000004.ckpt", "samples/step_000004.png")}
+    for _ in range(2):  # and again: nothing is written over
+        code, out, _ = command("run", f"resume={folder}/checkpoints/step_000002.ckpt", "trainer.max_steps=3")
+        assert code == 0
+        assert "going on from step 2: " in out
+        assert files.newest(folder).name == "step_000003.ckpt"
+        assert not (folder / "samples" / "step_000004.png").exists()
+        time.sleep(1)
+    first, second = sorted((folder / "checkpoints" / "abandoned").iterdir())
+    assert [p.name for p in sorted(first.iterdir())] == [f"step_00000{i}.{k}" for i in (3, 4) for k in ("ckpt", "png")]
+    assert [p.name for p in sorted(second.iterdir())] == ["step_000003.ckpt", "step_000003.png"]
+    assert {name: (first / name.split("/")[1]).read_bytes() for name in was} == was
+    out = command("run", f"resume={folder}", "trainer.max_steps=4")[1]
+    assert "going on from step" not in out
+
+
 @pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
 def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, pipelines, shards, tmp_path, caplog):
     folder = tmp_path / "run"

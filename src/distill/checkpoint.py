@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,20 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for leftover in self.folder.glob("*.part") if trainer.is_global_zero else ():
             remove(leftover)
+        if trainer.is_global_zero:
+            self._set_aside(pl_module.step)
         # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
         self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
+
+    def _set_aside(self, step: int) -> None:
+        """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day."""
+        found = [*self.folder.glob("step_*.ckpt"), *(self.folder.parent / "samples").glob("step_*.png")]
+        aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
+        for path in (later := [p for p in found if int(p.stem[5:]) > step]):
+            aside.mkdir(parents=True, exist_ok=True)
+            path.rename(aside / path.name)
+        if later:
+            print(f"going on from step {step}: {len(later)} checkpoints and pictures of later steps are now in {aside}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         while self._handlers:
