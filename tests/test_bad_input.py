@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import eyes
-from distill import files
+from distill import errors, files
 from distill.data.write import write_latents
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -93,7 +95,8 @@ def png(width, height) -> bytes:
         ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
         ("debugg=smoke", "debugg: no such key (did you mean debug?)"),
         ("~metric", "'metric' does not exist (did you mean metrics?)"),
-        ("name=a=b c", "name=a=b c: cannot be read as key=value"),
+        ("data.buckets=[[64,64]", "data.buckets=[[64,64]: cannot be read as key=value"),
+        ("na me=a", "na me=a: cannot be read as key=value"),
         (
             "+optimizer.shedule=cosine",
             "shedule: distill.engine.Engine takes no such key (did you mean schedule?)",
@@ -118,6 +121,49 @@ def test_a_wrong_argument_is_named_before_weights_are_read(argument, said, comma
     assert err.count("\n") == 1, err
     assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("prompt=ein schöner Hund", "ein schöner Hund"),
+        ("data.path=/tmp/фото", "/tmp/фото"),
+        ("prompt=a dog (big)", "a dog (big)"),
+        ('prompt=a dog\'s house, "red" \\', 'a dog\'s house, "red" \\'),
+        ("+name=a=b c", "a=b c"),
+        ("data.path=~/photos", "/home/me/photos"),
+        ("prompt=1984", "1984"),
+        ("out=1e3", "1e3"),
+        ("name=true", "true"),
+        ("data.path=2024", "2024"),
+        ("prompt=a dog, a cat", "a dog, a cat"),
+        # and as before:
+        ("prompt='a, b'", "a, b"),
+        ("prompt=null", None),
+        ("metrics.prompts=16", 16),
+        ("steps=[1,2]", [1, 2]),
+        ("data.path=${oc.env:X}/a", "${oc.env:X}/a"),
+    ],
+)
+def test_values_that_hydra_does_not_read_are_texts(word, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = OverridesParser.create().parse_override(errors.readable(word, sweep=False))
+    assert found.value() == value
+    assert type(found.value()) in (type(value), QuotedString)
+
+
+def test_a_sweep_stays_one():
+    for word in ("name=a,b", "name=ü,b"):  # of the second Hydra says that it cannot be read
+        assert errors.readable(word, sweep=True) == word
+    assert errors.readable("name=ü", sweep=True) == "name='ü'"
+    assert errors.readable("seed=1,2", sweep=False) == "seed=1,2"  # Hydra says what to do
+
+
+def test_a_text_reaches_the_command_as_it_was_typed(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr("distill.run.begin", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir)))
+    assert command("run", "name=ü (it's)", "data=latents", "data.path=~/фото", "run_dir=007")[0] == 0
+    assert seen == [("ü (it's)", os.path.expanduser("~/фото"), "007")]
 
 
 def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):

@@ -6,11 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -21,6 +23,7 @@ from distill.compose import dotted, nearest
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
+TEXTS = {"prompt", "prompts", "image", "out", "run", "runs", "run_dir", "resume", "name", "base", "delta"}  # keys
 FULL = "HYDRA_FULL_ERROR"
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -45,12 +48,32 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                     if code := task(cfg):
                         raise SystemExit(code)
 
+            sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+            sys.argv[1:] = [readable(word, sweep=sweep) for word in sys.argv[1:]]
             with said_plainly(), _full_errors("1"):
                 hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
 
         return main
 
     return decorate
+
+
+def readable(word: str, *, sweep: bool) -> str:
+    """`key=value` as Hydra's grammar takes it: a text that it cannot read, or takes for no text, in its quotes."""
+    parser, (key, equals, value) = OverridesParser.create(), word.partition("=")
+    is_text = key.lstrip("+") in TEXTS or key.endswith(".path")
+    if word.startswith("-") or not equals:
+        return word
+    with suppress(HydraException):
+        found = parser.parse_override(word)
+        if not is_text or not (isinstance(found.value(), (int, float)) or (found.is_sweep_override() and not sweep)):
+            return word
+    text = QuotedString(text=os.path.expanduser(value), quote=Quote.single)
+    with suppress(HydraException):
+        if (is_text or not value.startswith(("[", "{"))) and not (sweep and "," in value):
+            parser.parse_override(quoted := f"{key}={text.with_quotes()}")
+            return quoted
+    return word
 
 
 @contextmanager
