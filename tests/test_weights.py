@@ -178,6 +178,20 @@ def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_
         assert tiny.same(getattr(pipeline, name).state_dict(), getattr(teacher.pipeline, name).state_dict())
 
 
+def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
+    """Of the hub's SD 1.5 neither safety checker nor feature extractor is here, and its index names both."""
+    snapshot = shutil.copytree(pipelines("unet"), tmp_path / "snapshot")
+    index = json.loads((snapshot / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    folder = made(SD(str(snapshot)), tmp_path)
+    found = AutoPipelineForText2Image.from_pretrained(folder).components
+    assert found["safety_checker"] is found["feature_extractor"] is None
+    assert all(found[name] is not None for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    assert json.loads((folder / "model_index.json").read_text()).keys() == index.keys()
+
+
 def test_a_student_of_another_family_is_refused(teachers, pipelines):
     with pytest.raises(
         ValueError, match=r"student\.init=.*: its \w+ is .* begin from a pipeline of the teacher's family"

@@ -113,7 +113,8 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((partial / "model_index.json").read_text())
-    index |= {name: [None, None] for name in teacher.without}
+    absent = [name for name, pair in index.items() if isinstance(pair, list) and not (partial / name).is_dir()]
+    index |= {name: [None, None] for name in absent}  # left out, or never fetched of the hub's
     index["scheduler"] = [OURS if type(scheduler).__module__ == OURS else "diffusers", type(scheduler).__name__]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
