@@ -90,6 +90,18 @@ def test_the_export_command_writes_and_applies_a_delta(command, teacher, family,
     assert all(torch.allclose(two[k], v, rtol=1e-2, atol=5e-3) for k, v in one.items())
 
 
+def test_a_folder_that_is_there_is_not_replaced_by_a_delta_s(command, pipelines, tmp_path):
+    precious = tmp_path / "mine" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("years")
+    words = [f"base={pipelines('unet')}", "delta=d.safetensors"]
+    code, _, err = command("export", *words, f"out={precious.parent}")
+    assert (code, err) == (1, f"distill: out={precious.parent}: is there already; remove it or name another\n")
+    assert precious.read_text() == "years"
+    (tmp_path / "d.safetensors.student").mkdir()  # where it would go
+    assert "d.safetensors.student: is there already" in command("export", *words)[2]
+
+
 def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"teacher\.weights=.*not of a UNet2DConditionModel"):

@@ -22,12 +22,20 @@ def export(cfg: DictConfig) -> Path:
     from distill.students import apply_delta
 
     if cfg.delta:
-        return apply_delta(build.student_of(cfg.base), Path(cfg.delta), Path(cfg.out or f"{cfg.delta}.student"))
+        out = _new(cfg.out or f"{cfg.delta}.student")
+        return apply_delta(build.student_of(cfg.base), Path(cfg.delta), out)
     forms = {"diffusers": _diffusers, "lora": _lora, "single_file": _single_file, "delta": _delta}
     if cfg.run is None or cfg.to not in forms:
         what = f"give run=<folder> to={'|'.join(forms)}, or base=<folder> delta=<file>"
         raise ValueError(f"run={cfg.run} to={cfg.to}: {what}")
     return forms[cfg.to](cfg, Path(cfg.run))
+
+
+def _new(out: str) -> Path:
+    """Where a folder goes. Raises FileExistsError if something is there: it may be anyone's."""
+    if Path(out).exists():
+        raise FileExistsError(f"out={out}: is there already; remove it or name another")
+    return Path(out)
 
 
 def _base(cfg: DictConfig) -> Any:
@@ -88,9 +96,7 @@ def _diffusers(cfg: DictConfig, run: Path) -> Path:
     if cfg.out is None or Path(cfg.out) == student:
         write_card(student, run, teacher)
         return student
-    out = Path(cfg.out)
-    if out.exists():
-        raise FileExistsError(f"out={out}: is there already; remove it or name another")
+    out = _new(cfg.out)
     partial = out.with_name(out.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(student, partial)
