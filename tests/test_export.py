@@ -324,7 +324,11 @@ def test_layouts_of_full_size_name_what_the_original_names(pipelines, tmp_path):
 
 
 def test_dtype_halves_a_file(run_of, command, tmp_path):
+    """And leaves the run's own file as it is."""
     folder = run_of("unet", "lora")
+    before = (folder / "lora.safetensors").read_bytes()
+    assert command("export", f"run={folder}", "to=lora", "dtype=float16")[1].endswith("lora_float16.safetensors\n")
+    assert (folder / "lora.safetensors").read_bytes() == before
     for dtype in ("float16", "float32"):
         assert command("export", f"run={folder}", "to=lora", f"dtype={dtype}", f"out={tmp_path / dtype}")[0] == 0
         assert {v.dtype for v in load_file(tmp_path / dtype).values()} == {getattr(torch, dtype)}

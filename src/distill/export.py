@@ -62,6 +62,7 @@ def _lora(cfg: DictConfig, run: Path) -> Path:
 
     compose.check_counts(cfg, {"rank": 1})
     own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
+    suffix += f"_{cfg.dtype}" if cfg.dtype else ""  # the run's own are in float32, and stay
     if cfg.rank is None and not own.is_file():
         raise ValueError(f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept")
     if cfg.rank is None:
