@@ -102,7 +102,7 @@ def _read(path: str, height: int, width: int) -> Tensor:
     from torchvision.transforms.functional import to_tensor
 
     try:
-        picture = Image.open(path).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as a phone shows it
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"image={path}: cannot be read as a picture ({error})") from None
     return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
