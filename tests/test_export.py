@@ -163,6 +163,15 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     assert "license: other\nlicense_name: Some Licence 1.0\nlicense_link: LICENSE.md\n" in card
 
 
+def test_a_card_shows_numbers_that_yaml_takes_for_text(tmp_path):
+    rows = [{"who": "student", "steps": 1, "recall": float("nan"), "diversity": 1e-5, "frechet": float("inf")}]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "student").mkdir()
+    card = write_card(tmp_path / "student", tmp_path).read_text()
+    assert "| who | steps | frechet | recall | diversity |" in card
+    assert "| student | 1 | inf | nan | 0.000 |" in card
+
+
 def test_a_finished_run_has_a_card_and_a_lora_its_file(run_of):
     lora, full = run_of("mmdit", "lora"), run_of("mmdit", "full")
     for folder in (lora, full):

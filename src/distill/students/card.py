@@ -1,5 +1,6 @@
 """The model card of a student: what it is, what it may be used for, how it is loaded, and what it was measured at."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    parse = json.loads if file.suffix == ".json" else yaml.safe_load  # for YAML NaN and 1e-05 are text
+    return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _licence(folder: Path | None) -> dict[str, Any]:
