@@ -125,6 +125,22 @@ def test_a_student_may_begin_from_another_run(teacher, family, tmp_path):
         students.full(teacher, init="nothing")
 
 
+def test_a_student_that_begins_from_one_under_a_timestep_shift_has_it_too(teachers, tmp_path):
+    """What was made for t' = 249 must not be told 999."""
+    teacher = teachers("unet")
+    first = tiny.shake(students.full(teacher, shift=250), 8).eval()
+    folder = students.save_pipeline(first, teacher, tmp_path / "it", Consistency().scheduler(first, teacher))
+    second = students.full(teacher, init=str(folder)).eval()
+    x_t, t, cond = torch.randn(1, *teacher.latent_shape), torch.ones(1), teacher.embed(["x"])
+    with torch.no_grad():
+        assert torch.equal(second.x0(x_t, t, cond), first.x0(x_t, t, cond))
+        assert not torch.allclose(first.x0(x_t, t, cond), SD(str(folder)).network.around(first.model).x0(x_t, t, cond))
+    assert (second.shift, students.full(teacher, init=str(folder), shift=500).shift) == (250, 500)
+    assert students.full(teacher, init=str(made(teacher, tmp_path / "other"))).shift is None
+    with pytest.raises(ValueError, match=r"student\.shift=0: must lie in"):
+        students.full(teacher, init=str(folder), shift=0)
+
+
 def of_another_size(family, teacher, folder):
     """A pipeline folder like the teacher's, with a smaller network."""
     model = teacher.network.model

@@ -30,11 +30,13 @@ def full(
     """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
 
     `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from,
-    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000. With `checkpointing` its
-    blocks compute their activations again in the backward pass. Raises ValueError for what cannot be.
+    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000 (None: that of `init`). With
+    `checkpointing` its blocks compute their activations again in the backward pass. Raises ValueError for what cannot be.
     """
     if init not in ("teacher", "random"):
-        student = teacher.network.around(_read(teacher, init)).float().requires_grad_(True).train()
+        model, own = _read(teacher, init)
+        student = teacher.network.around(model).float().requires_grad_(True).train()
+        shift = own if shift is None else shift
     else:
         student = teacher.network.twin()
     if init == "random":
@@ -54,8 +56,8 @@ def shifted(student: Network, shift: int | None) -> Network:
     return student
 
 
-def _read(teacher: PipelineTeacher, init: str) -> Any:
-    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions."""
+def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
+    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions; its timestep shift."""
     folder, model = pipeline_folder(Path(init)), teacher.network.model
     part = folder / denoiser_part(folder)
     if not (part / "config.json").is_file():
@@ -75,7 +77,7 @@ def _read(teacher: PipelineTeacher, init: str) -> Any:
         raise ValueError(f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew") from None
     if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
         raise ValueError(f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew")
-    return found
+    return found, said.get("shifted_timestep")
 
 
 def pipeline_folder(run: Path) -> Path:
