@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -61,6 +62,41 @@ def test_a_lora_is_fused(teachers, pipelines, tmp_path):
         change = low[f"{stem}.lora_B.default.weight"] @ low[f"{stem}.lora_A.default.weight"]
         scale = (found[key] - before[key]).norm() / change.norm()
         torch.testing.assert_close(found[key] - before[key], scale * change, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya"])
+def test_of_a_lora_the_text_encoder_s_layers_are_left_out(naming, teachers, pipelines, tmp_path, caplog):
+    """The student's folder has the text encoder of the teacher's files; and one that is read later would lack them."""
+    base, random = teachers("unet"), torch.Generator().manual_seed(3)
+
+    def low(model, prefix):
+        """Factors of rank 2 of every query's matrix."""
+        of = {
+            n.removesuffix(".weight"): w
+            for n, w in model.state_dict().items()
+            if n.endswith((".to_q.weight", "q_proj.weight"))
+        }
+        sides = {
+            f"{n}.lora_{s}.weight": (2, w.shape[1]) if s == "A" else (w.shape[0], 2)
+            for n, w in of.items()
+            for s in "AB"
+        }
+        return {f"{prefix}.{n}": torch.randn(shape, generator=random) for n, shape in sides.items()}
+
+    unet, text = low(base.network.model, "unet"), low(base.pipeline.text_encoder, "text_encoder")
+    assert unet
+    assert text
+    convert = convert_state_dict_to_kohya if naming == "kohya" else dict
+    save_file(convert(unet), tmp_path / "unet.safetensors")
+    save_file(convert(unet | text), tmp_path / "both.safetensors")
+    alone = SD(str(pipelines("unet")), weights=str(tmp_path / "unet.safetensors"))
+    assert "left out" not in caplog.text
+    for deferred in ((), ("text_encoder", "vae")):
+        found = SD(str(pipelines("unet")), weights=str(tmp_path / "both.safetensors"), deferred=deferred)
+        assert tiny.same(weights(found), weights(alone))
+        assert not tiny.same(weights(found), weights(base))
+        torch.testing.assert_close(found.embed(tiny.CAPTIONS[:2]).tokens, base.embed(tiny.CAPTIONS[:2]).tokens)
+    assert "both.safetensors: its layers for text encoders are left out" in caplog.text
 
 
 def test_a_delta_carries_a_student_over(teacher, family, pipelines, tmp_path):

@@ -30,8 +30,8 @@ def full(
     """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
 
     `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from,
-    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000 (None: that of `init`). With
-    `checkpointing` its blocks compute their activations again in the backward pass. Raises ValueError for what cannot be.
+    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000, None that of `init`. With
+    `checkpointing` its blocks compute activations again in the backward pass. Raises ValueError for what cannot be.
     """
     if init not in ("teacher", "random"):
         model, own = _read(teacher, init)

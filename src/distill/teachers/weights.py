@@ -1,6 +1,7 @@
 """Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,22 @@ from torch import Tensor
 
 from distill.teachers.reading import not_fetched
 
+log = logging.getLogger(__name__)
+
 
 def put_on(pipeline: Any, path: str) -> None:
     """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights under diffusers' names
-    (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export to=delta` wrote, which is added.
+    (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export to=delta` wrote, which is added. Of a LoRA only
+    layers of the denoiser are used: a student's text encoders are copies of the teacher's files.
 
     Raises FileNotFoundError, or ValueError for weights of another network.
     """
     file = local_file(path, "teacher.weights")
     state, about = read_weights(file)
     if any("lora" in name for name in state):
+        if any(name.startswith(("text_encoder", "lora_te")) for name in state):
+            log.warning("teacher.weights=%s: its layers for text encoders are left out, and those may matter", path)
+        pipeline.load_lora_into_text_encoder = lambda *_, **__: None
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
