@@ -13,9 +13,10 @@ from PIL import Image
 
 import eyes
 import tiny
-from distill.evaluation import prompted
+from distill.evaluation import Shapes, prompted
 from distill.report.evaluation import MEASURES, headline, rows_of, table
 from distill.students import save_pipeline
+from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 
 ALL = "metrics.measures=[fid,kid,fd_dinov2,manifolds,cmmd,clip_score,clip_score_b32,pick_score,hps,variety]"
@@ -205,6 +206,20 @@ def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, pl
     code, _, err = command("evaluate", f"run={pipelines('unet')}", *words)
     assert code == 1
     assert "was not distilled to few steps; add steps=28 or the like" in err
+
+
+def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(command, pipelines, monkeypatch, tmp_path):
+    """A model of larger pictures; `metrics: shapes` is what evaluate and run take unless told otherwise."""
+    large = shutil.copytree(pipelines("unet"), tmp_path / "large")
+    config = json.loads((large / "unet" / "config.json").read_text())
+    (large / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 32}))
+    monkeypatch.setattr("distill.evaluation.pictures", lambda *_: pytest.fail("drawn"))
+    code, _, err = command("evaluate", f"run={large}", "steps=1", "out=out")
+    assert code == 1
+    said = err.splitlines()[-1]
+    assert said.startswith("distill: metrics: the judge of shapes reads pictures of 64 pixels a side, and this ")
+    assert said.endswith("teacher's have 128; use metrics=coco5k or prompts, or ~metrics to train")
+    Shapes().fits(SD(str(pipelines("unet"))))
 
 
 def test_student_and_a_teacher_side_by_side(judged, student, pipelines, tmp_path):

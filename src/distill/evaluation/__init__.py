@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 
 from distill.sampling import Consistency, FewSteps, guided, seeded
 from distill.shapes.judge import Judge, judging_prompts
-from distill.shapes.world import Prompt
+from distill.shapes.world import SIDE, Prompt
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
@@ -38,10 +38,19 @@ class Shapes:
     guidance: float = 3.0
     seed: int = 0
 
+    def fits(self, teacher: PipelineTeacher) -> None:
+        """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader cannot read."""
+        if (side := teacher.latent_shape[-1] * teacher.unit // teacher.patch) != SIDE:
+            what = f"reads pictures of {SIDE} pixels a side, and this teacher's have {side}"
+            raise ValueError(
+                f"metrics: the judge of shapes {what}; use metrics=coco5k or prompts, or ~metrics to train"
+            )
+
     def __call__(
         self, student: Denoiser, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
     ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
+        self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
         for who, n, make in lineup(self, student, teacher, sampler, teacher.latent_shape):
             scores, shown = self._judge(judge, teacher, make)
