@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from diffusers.loaders import FromSingleFileMixin
+from hydra.utils import get_object
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import families
@@ -19,6 +23,7 @@ from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 from distill.teachers.sdxl import SDXL
 
+CONF = Path(__file__).parents[1] / "conf" / "teacher"
 MAKE = {"sd15": SD, "sd21": SD, "sdxl": SDXL, "sd3": SD3}
 SOURCE = {"sdxl": "sdxl", "sd3": "sd35"}  # others are tiny's own
 
@@ -163,6 +168,16 @@ def test_a_config_is_needed_and_named(written, tmp_path):
     assert said_of(SD, file, FileNotFoundError, config=f"{tmp_path}/no").startswith(f"teacher.config={tmp_path}/no: no")
     said = said_of(SD, file, config="someone/model")  # tests are offline
     assert said.startswith("teacher.config=someone/model: cannot be fetched (")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_teacher_that_diffusers_reads_from_one_file_is_told_its_kind(name):
+    """By default by the pipeline that it is named after: `teacher=flux teacher.path=x.safetensors` is enough."""
+    node = OmegaConf.load(CONF / f"{name}.yaml")
+    kind = get_object(node._target_).kind
+    if node.path.startswith("shapes:") or not issubclass(kind, FromSingleFileMixin):
+        pytest.skip("is no such teacher")
+    assert node.config == node.path
 
 
 def test_what_is_no_such_file_is_said(written, tmp_path):
