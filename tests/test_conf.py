@@ -45,6 +45,12 @@ def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from nodes(value, f"{path}.{key}".lstrip("."))
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_names_what_its_makers_took_off_the_hub(name):
+    gone = ("stabilityai/stable-diffusion-2", "runwayml/")
+    assert not [prefix for prefix in gone if prefix in (CONF / name).read_text(encoding="utf-8")]
+
+
 def check_targets(tree: Any, *, whole: bool) -> int:
     """Bind the keys of every node with a `_target_` to its signature. A `whole` tree must bring all that it needs."""
     count = 0
