@@ -131,19 +131,30 @@ def test_equal_samples_give_equal_bytes(tmp_path):
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
 
 
-def test_folder_of_images(tmp_path):
+def test_folder_of_images(tmp_path, caplog):
     (tmp_path / "sub").mkdir()
-    for i, name in enumerate(["a.PNG", "b.c.png", "sub/d.png"]):
-        (tmp_path / name).write_bytes(png(np.full((6, 6, 3), 100 * i, np.uint8)))
+    for i, name in enumerate(["a.PNG", "b.c.png", "sub/d.png", "x.png", "y.png"]):
+        (tmp_path / name).write_bytes(png(np.full((6, 6, 3), 50 * i, np.uint8)))
+    (tmp_path / "x.TXT").write_text("capitals")
+    (tmp_path / "y.JSON").write_text('{"caption": "more of them"}')
     (tmp_path / "b.c.txt").write_text("two dots")
     (tmp_path / "notes.md").write_text("not an image")
     data = ImageShards(str(tmp_path), size=6)
-    assert [(data[i]["key"], data[i]["caption"]) for i in range(3)] == [
+    assert [(data[i]["key"], data[i]["caption"]) for i in range(5)] == [
         ("a.PNG", ""),
         ("b.c.png", "two dots"),
         ("sub/d.png", ""),
+        ("x.png", "capitals"),
+        ("y.png", "more of them"),
     ]
-    assert torch.allclose(data[2]["pixels"], torch.full((3, 6, 6), 200 / 127.5 - 1))
+    assert torch.allclose(data[2]["pixels"], torch.full((3, 6, 6), 100 / 127.5 - 1))
+    what = f"2 of 5 pictures in {tmp_path}, a.PNG for one, have no .txt or .json beside them"
+    assert [record.message.partition(", and")[0] for record in caplog.records] == [what]
+    for name in ("a.txt", "sub/d.txt"):
+        (tmp_path / name).write_text("all have one")
+    caplog.clear()
+    ImageShards(str(tmp_path), size=6)
+    assert not caplog.records
 
 
 def test_batches_stack_tensors_and_list_the_rest(tmp_path):

@@ -7,6 +7,7 @@ position. Nothing is ever extracted, so a hostile name can at most become an odd
 
 import glob
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -15,7 +16,9 @@ from braceexpand import braceexpand
 
 from distill.data.decode import CAPTIONS, IMAGES
 
+log = logging.getLogger(__name__)
 Places = dict[str, tuple[str, int, int]]  # lower-case extension -> where it lies: file, offset, size (-1: all of it)
+ENDS = (*map(str.upper, CAPTIONS), *CAPTIONS)  # of captions in a folder; of two that differ in case alone the last
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)  # WebDataset's: key, then all after the first dot
 
 
@@ -122,9 +125,7 @@ def index_tar(path: str) -> dict[str, Places]:
 def index_folder(path: str) -> dict[str, Places]:
     """Images below a folder by their path in it, sorted, each with the `.txt` and `.json` of the same stem.
 
-    One with neither has an empty caption.
-
-    Raises FileNotFoundError if there is none.
+    One with neither has an empty caption, of which the log is told. Raises FileNotFoundError if there is none.
     """
     here = ((folder, name) for folder, _, names in os.walk(path) for name in names if not name.startswith("."))
     files = {os.path.relpath(os.path.join(folder, name), path) for folder, name in here}
@@ -132,9 +133,12 @@ def index_folder(path: str) -> dict[str, Places]:
     for key in sorted(files):
         stem, extension = os.path.splitext(key)
         if (image := extension[1:].lower()) in IMAGES:
-            texts = {end: os.path.join(path, f"{stem}.{end}") for end in CAPTIONS if f"{stem}.{end}" in files}
+            texts = {e.lower(): os.path.join(path, f"{stem}.{e}") for e in ENDS if f"{stem}.{e}" in files}
             there = {image: os.path.join(path, key), **(texts or {"txt": os.devnull})}
             index[key] = {end: (file, 0, -1) for end, file in there.items()}
     if not index:
         raise FileNotFoundError(f"The folder {path!r} has neither .tar shards nor images ({', '.join(IMAGES)}).")
+    if bare := [key for key, there in index.items() if os.devnull in there.get("txt", ())]:
+        what = "no .txt or .json beside them, and count as pictures of the empty caption"
+        log.warning("%d of %d pictures in %s, %s for one, have %s", len(bare), len(index), path, bare[0], what)
     return index
