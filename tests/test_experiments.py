@@ -26,7 +26,7 @@ LESS = ["optimizer.accumulate=2", "data.batch_size=2", "data.num_workers=0"]
 EXPERIMENTS = {
     "add_m_sd15": ("unet", "pictures", [*EYES, *IMAGES]),
     "add_m_sd21": ("unet", "pictures", [*EYES, *IMAGES]),
-    "sdxl_turbo": ("sdxl", "pictures", [*EYES, *IMAGES, "method.crop=8"]),
+    "sdxl_turbo": ("sdxl", "pictures", [*EYES, *IMAGES, "teacher.size=64", "method.crop=8"]),
     "sd3_turbo": ("mmdit", "latents", ["discriminator.heads.width=16"]),
     "sd35_turbo": ("sd35", "latents", ["discriminator.heads.width=16"]),
     "ladd_sdxl": ("sdxl", "latents", []),

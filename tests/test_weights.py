@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from distill import students
+from distill.build import student_of
 from distill.data import source
 from distill.ema import Ema
 from distill.sampling import Consistency
@@ -240,6 +241,28 @@ def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_
     assert tiny.same(opened, tiny.weights(tiny.shake(students.full(teacher), 8).model))
     for name in ("vae", "text_encoder"):
         assert tiny.same(getattr(pipeline, name).state_dict(), getattr(teacher.pipeline, name).state_dict())
+
+
+@pytest.mark.parametrize("init", ["teacher", "folder"])
+def test_a_student_says_the_size_that_it_was_trained_at(init, teachers, pipelines, tmp_path):
+    """Its folder, to plain diffusers and to us; whatever the network that it begins from said of itself."""
+    teacher = SD(str(pipelines("unet")), size=96)
+    assert (teachers("unet").latent_shape, teacher.latent_shape) == ((4, 16, 16), (4, 24, 24))
+    student = students.full(teacher, init=init if init == "teacher" else str(pipelines("unet")))
+    scheduler = Consistency().scheduler(student, teacher)
+    folder = students.save_pipeline(student, teacher, tmp_path / "student", scheduler)
+    assert student_of(str(folder)).latent_shape == (4, 24, 24)
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("x", num_inference_steps=1, guidance_scale=0.0).images[0].size == (96, 96)
+    with pytest.raises(ValueError, match=r"teacher\.size=98: must be a side, or \[width,height\], in multiples of 4"):
+        SD(str(pipelines("unet")), size=98)
+
+
+def test_a_transformer_keeps_the_size_that_its_positions_hang_on(teachers, tmp_path):
+    folder, teacher = made(teachers("mmdit"), tmp_path), teachers("mmdit")
+    said = json.loads((folder / "transformer" / "config.json").read_text())["sample_size"]
+    assert said == teacher.network.model.config.sample_size
 
 
 def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):

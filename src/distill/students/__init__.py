@@ -112,6 +112,8 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         from distill.students.lora import merged  # peft, which takes its time, for those alone
 
         model = merged(student)
+    if part == "unet":  # the size that diffusers draws unless told; a transformer's positions may hang on it
+        model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((partial / "model_index.json").read_text())

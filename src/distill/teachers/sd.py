@@ -55,9 +55,13 @@ class UNet(Network):
 
 
 class SD(PipelineTeacher):
-    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id)."""
+    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another than it, theirs."""
 
     kind, unused = StableDiffusionPipeline, ("safety_checker", "feature_extractor", "image_encoder")
+
+    def __init__(self, path: str, *, size: int | None = None, **options: Any):
+        super().__init__(path, **options)
+        self.latent_shape = self.shape_of(size, "teacher.size")
 
     def _network(self) -> UNet:
         scheduler = self.pipeline.scheduler
