@@ -304,6 +304,17 @@ def test_the_first_block_of_sd35_attends_twice(teachers):
     assert type(blocks[0].attn2.processor).__name__ == "FoldedJointAttention"
 
 
+def test_a_student_of_pixart_under_a_timestep_shift_is_read_under_it(teachers, tmp_path):
+    teacher = teachers("pixart")
+    student = full(teacher, shift=250).eval()
+    folder = save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    again, x_t, t = student_of(str(folder)), noise(2, 4, 16, 16), torch.ones(2)
+    with torch.no_grad():
+        expected = student.x0(x_t, t, teacher.embed(PROMPTS))
+        torch.testing.assert_close(again.x0(x_t, t, again.embed(PROMPTS)), expected)
+        assert not torch.allclose(teacher.x0(x_t, t, teacher.embed(PROMPTS)), expected)
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 CONFIG = {"sd35": "sd35_medium", "pixart": "pixart_sigma", "sana": "sana", "flux": "flux"}

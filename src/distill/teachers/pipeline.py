@@ -89,6 +89,7 @@ class PipelineTeacher(nn.Module):
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
+        self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         encoders = [m for name, m in pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
         self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}

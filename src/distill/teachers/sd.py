@@ -66,9 +66,7 @@ class SD(PipelineTeacher):
     def _network(self) -> UNet:
         scheduler = self.pipeline.scheduler
         process = VariancePreserving(scheduler.alphas_cumprod)
-        network = self._unet(process, PREDICTION[scheduler.config.prediction_type])
-        network.shift = scheduler.config.get("shifted_timestep")
-        return network
+        return self._unet(process, PREDICTION[scheduler.config.prediction_type])
 
     def _unet(self, process: VariancePreserving, prediction: Prediction) -> UNet:
         return UNet(self.pipeline.unet, process, prediction)
