@@ -9,6 +9,7 @@ import string
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 
 import families
 import tiny
@@ -313,6 +314,15 @@ def test_a_student_of_pixart_under_a_timestep_shift_is_read_under_it(teachers, t
         expected = student.x0(x_t, t, teacher.embed(PROMPTS))
         torch.testing.assert_close(again.x0(x_t, t, again.embed(PROMPTS)), expected)
         assert not torch.allclose(teacher.x0(x_t, t, teacher.embed(PROMPTS)), expected)
+
+
+def test_a_lora_on_a_pipeline_that_takes_none_is_refused(folders, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 16)}, file)
+    with pytest.raises(
+        ValueError, match="lora.safetensors is a LoRA, and diffusers puts none on a PixArtSigmaPipeline"
+    ):
+        PixArtSigma(str(folders("pixart")), weights=str(file))
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -26,6 +26,10 @@ def put_on(pipeline: Any, path: str) -> None:
     file = local_file(path, "teacher.weights")
     state, about = read_weights(file)
     if any("lora" in name for name in state):
+        if not hasattr(pipeline, "load_lora_weights"):
+            raise ValueError(
+                f"teacher.weights={path} is a LoRA, and diffusers puts none on a {type(pipeline).__name__}"
+            )
         if any(name.startswith(("text_encoder", "lora_te")) for name in state):
             log.warning("teacher.weights=%s: its layers for text encoders are left out, and those may matter", path)
         pipeline.load_lora_into_text_encoder = lambda *_, **__: None
