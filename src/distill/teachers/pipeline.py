@@ -97,8 +97,7 @@ class PipelineTeacher(nn.Module):
         self.latent_shape, self.patch = self._shape(), self.network.patch
         self.unit = self.patch * pipeline.vae_scale_factor
         self.null: Cond | None = None
-        self.requires_grad_(False)
-        super().train(False)
+        super().train(False).requires_grad_(False)
 
     def train(self, mode: bool = True) -> PipelineTeacher:
         return self
