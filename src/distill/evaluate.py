@@ -85,6 +85,8 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     from distill.sampling import distilled, sampler_of
 
     run, model = _config_of(Path(cfg.run)), build.student_of(cfg.run, cfg.dtype).to(making.device())
+    if hasattr(protocol, "fits"):
+        protocol.fits(model)
     if not run and not distilled(model.pipeline):  # it is a teacher itself
         steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
         if not steps:

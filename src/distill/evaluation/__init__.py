@@ -41,10 +41,8 @@ class Shapes:
     def fits(self, teacher: PipelineTeacher) -> None:
         """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader cannot read."""
         if (side := teacher.latent_shape[-1] * teacher.unit // teacher.patch) != SIDE:
-            what = f"reads pictures of {SIDE} pixels a side, and this teacher's have {side}"
-            raise ValueError(
-                f"metrics: the judge of shapes {what}; use metrics=coco5k or prompts, or ~metrics to train"
-            )
+            what = f"the judge of shapes reads pictures of {SIDE} pixels a side, and this teacher's have {side}"
+            raise ValueError(f"metrics: {what}; use metrics=coco5k or prompts, or ~metrics to train")
 
     def __call__(
         self, student: Denoiser, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
