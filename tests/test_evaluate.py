@@ -208,7 +208,9 @@ def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, pl
     assert "was not distilled to few steps; add steps=28 or the like" in err
 
 
-def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(command, pipelines, monkeypatch, tmp_path):
+def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
+    command, pipelines, shards, monkeypatch, tmp_path
+):
     """A model of larger pictures; `metrics: shapes` is what evaluate and run take unless told otherwise."""
     large = shutil.copytree(pipelines("unet"), tmp_path / "large")
     config = json.loads((large / "unet" / "config.json").read_text())
@@ -219,6 +221,12 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(com
     said = err.splitlines()[-1]
     assert said.startswith("distill: metrics: the judge of shapes reads pictures of 64 pixels a side, and this ")
     assert said.endswith("teacher's have 128; use metrics=coco5k or prompts, or ~metrics to train")
+    assert not (tmp_path / "out").exists()
+    run = ["debug=smoke", "method=ladd", "teacher=shapes_unet", f"teacher.path={large}", f"run_dir={tmp_path / 'run'}"]
+    code, _, err = command("run", *run, f"data.path={shards}")
+    assert code == 1
+    assert err.splitlines()[-1] == said
+    assert not (tmp_path / "run").exists()  # before training
     Shapes().fits(SD(str(pipelines("unet"))))
 
 
