@@ -328,6 +328,11 @@ def test_a_method_file_is_short_and_holds_only_the_method(path):
     assert found == []
 
 
+def paired(batch):
+    """With the noise that its samples, or so it says, were made from."""
+    return replace(batch, noise=torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(5)))
+
+
 def test_the_opening_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path, shards, monkeypatch):
     """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then adversarial alone."""
     monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
@@ -344,10 +349,10 @@ def test_the_opening_comes_first_and_the_heads_join_at_its_end(teachers, tmp_pat
         return result
 
     method._update_student = watched
-    batch = tiny.simple_batch(method)
+    batch = paired(tiny.simple_batch(method))
     terms = method.student_loss(batch, fake := method.fake(batch, method._generator(0)), method._generator(0))
     torch.testing.assert_close(terms["regression"], (fake["x0_hat"] - batch.x0).square().mean())
-    tiny.trainer(tmp_path, 6).fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    tiny.trainer(tmp_path, 6).fit(method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0))
     assert [learnt for learnt, _ in seen] == [False, False, True, True, True, True]
     assert [terms for _, terms in seen] == [["g/regression"]] * 4 + [["g/adv"]] * 2
 
@@ -356,7 +361,7 @@ def test_what_only_some_iterations_have_is_logged_of_them_alone(teachers, tmp_pa
     method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 2, "refine": [0]}, rate=1e-4)
     trainer = tiny.trainer(tmp_path, 4)
     trainer.loggers, trainer.log_every_n_steps = [table := CsvLog(str(tmp_path))], 1
-    trainer.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    trainer.fit(method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0))
     table.save()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
@@ -368,7 +373,7 @@ def test_the_opening_can_hear_the_teacher_too(teachers):
     """2 alpha(t) |x0_hat - x_psi|^2 besides the pairs, with the guided estimate written out."""
     teacher, low = teachers("mmdit"), ScoreDistillation(guidance=3.0, low=0.4, high=0.6)
     method = tiny.nitrofusion(teacher, options={"opening": 200, "distill": low, "distill_weight": 2.0})
-    batch = tiny.simple_batch(method)
+    batch = paired(tiny.simple_batch(method))
     fake = method.fake(batch, method._generator(0))
     terms = method.student_loss(batch, fake, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
