@@ -105,8 +105,9 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     teacher = teacher_of(cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else [])
     make(cfg.sampler).check(teacher.network)
     refuse_misfit(cfg, source.dataset, teacher)
-    if "_target_" in (cfg.get("metrics") or {}) and hasattr(judge := make(cfg.metrics), "fits"):
-        judge.fits(teacher)
+    judge = OmegaConf.select(cfg, "metrics._target_")
+    if judge and hasattr(get_object(judge), "fits"):  # others read data when they are made, as `check` has done
+        make(cfg.metrics).fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
     players = {"student": make(cfg.student)(teacher=teacher), **_discriminator(cfg.discriminator, teacher)}
