@@ -56,9 +56,9 @@ class Checkpoints(L.Callback):
         checkpoint["about"] = self.about
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for leftover in self.folder.glob("*.part") if trainer.is_global_zero else ():
-            remove(leftover)
         if trainer.is_global_zero:
+            for leftover in self.folder.glob("*.part"):
+                remove(leftover)
             self._set_aside(pl_module.step)
         # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
         self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
