@@ -179,6 +179,8 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, p
         ("discriminator.heads.kernel=3", "discriminator.heads.kernel=3 (was 1)"),
         ("data.batch_size=3", "samples a step=3 (was 4"),
         ("seed=5", "seed=5 (was 0)"),
+        ("debug=smoke", "debug=smoke (many keys at once, for new runs alone; name the keys)"),
+        ("experiment=add_shapes", "experiment=add_shapes (many keys at once, for new runs alone; name the keys)"),
     ],
 )
 def test_another_run_is_not_resumed(change, said, command, pipelines, shards, tmp_path, finished):

@@ -190,13 +190,16 @@ def going_on(cfg: DictConfig) -> DictConfig:
     before = OmegaConf.load(folder_of(cfg.resume) / "config.yaml")
     now = before.copy()
     OmegaConf.set_struct(now, False)
+    several = []
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
-        if not MISSING == value == had:  # experiment= and the like
+        if not MISSING == value == had:
             OmegaConf.update(now, key, None if value == MISSING else _chosen(key, value, had), merge=False)
+        elif not override.startswith("~") and not restarted():  # experiment= and the like; SLURM repeats the command
+            several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
     now.resume = cfg.resume
-    different = [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
+    different = several + [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
     batches = [c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)]
     if batches[0] != batches[1]:
         different.append(f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)")
