@@ -150,7 +150,7 @@ def test_a_second_run_in_a_job_of_slurm_is_refused(job):
     assert "slurm" not in first + second
 
 
-@pytest.mark.parametrize("arguments", [[], ["run_dir=mine"]])
+@pytest.mark.parametrize("arguments", [[], ["run_dir=mine", "experiment=add_shapes"]])
 def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
     folder = "mine" if arguments else "runs/slurm_7_ladd_shapes"
     assert job(*arguments, RESTART_COUNT="0")[2] == [(folder, None)]
