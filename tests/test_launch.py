@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,8 +277,50 @@ def test_the_score_is_judged_or_logged(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,g/adv,other\n1,0.5,\n2,0.25,\n3,,1\n")
     assert search.score(tmp_path, "frechet", 1) == 4.0
     assert search.score(tmp_path, "g/adv", 1) == 0.25
-    with pytest.raises(KeyError, match="metric=none"):
+    with pytest.raises(ValueError, match="metric=none"):
         search.score(tmp_path, "none", 1)
+
+
+@pytest.fixture
+def trials(command, monkeypatch, tmp_path):
+    """A search whose trials are judged at once, by the rate they have: -> what it said, and the rates so far."""
+    pytest.importorskip("optuna")
+    rates = []
+
+    def run(words, **_):
+        rates.append(float(next(word for word in words if word.startswith("a.b=")).removeprefix("a.b=")))
+        folder = Path(next(word for word in words if word.startswith("run_dir=")).removeprefix("run_dir="))
+        folder.mkdir(parents=True)
+        row = {"who": "student", "steps": 1, "rate": rates[-1], "broken": math.nan}
+        (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}))
+        (folder / "metrics.csv").write_text("step\n1\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("distill.search.subprocess.run", run)
+    monkeypatch.setattr("distill.search._as_it_is", lambda *_: {"a.b": 0.25})
+
+    def call(metric, count):
+        words = ["space=['a.b=uniform(0,1)']", f"metric={metric}", f"trials={count}", "run=[]", "out=found"]
+        code, _, err = command("search", *words)
+        return code, err, list(rates)
+
+    return call
+
+
+def test_a_misspelt_metric_is_said_and_may_be_corrected(trials):
+    code, said, _ = trials("rates", 2)
+    assert code == 1
+    assert said.startswith("distill: metric=rates: ")
+    code, _, rates = trials("rate", 2)
+    assert code == 0
+    assert rates[:2] == [0.25, 0.25]  # the run's own values are tried first all the same
+    assert len(rates) == 3
+
+
+def test_trials_without_a_finite_value_count(trials):
+    code, said, rates = trials("broken", 3)
+    assert (code, len(rates)) == (1, 3)
+    assert said.startswith("distill: ")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ same command goes on where it stopped. The first trial has the run's own values,
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def table(study: Any, file: Path) -> None:
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
-    """What a finished run is worth. Raises KeyError if it has no such number."""
+    """What a finished run is worth. Raises ValueError if it has no such number."""
     verdict = folder / "evaluation.json"
     for row in json.loads(verdict.read_text())["rows"] if verdict.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
@@ -72,7 +73,7 @@ def score(folder: Path, metric: str, steps: int) -> float:
     with (folder / "metrics.csv").open(newline="") as file:
         logged = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
     if not logged:
-        raise KeyError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
+        raise ValueError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
     return float(logged[-1])
 
 
@@ -91,38 +92,65 @@ def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
     return first
 
 
+def again(study: Any, trial: Any) -> None:
+    """Have the same values tried once more: this trial came to nothing by no fault of theirs."""
+    from optuna.trial import TrialState
+
+    study.tell(trial.number, state=TrialState.FAIL)
+    study.enqueue_trial(trial.params)
+
+
+def study_in(out: Path, cfg: DictConfig) -> Any:
+    """The study in this folder, a new one if there is none. Raises ValueError for one that asks for something else."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    place = {"study_name": "search", "storage": f"sqlite:///{out / 'study.db'}"}
+    study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
+    keys = ("space", "run", "metric", "steps", "direction")
+    asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
+    known = study.user_attrs.get("asked", asked) if study.get_trials(states=counted()) else asked
+    if other := [key for key, value in known.items() if asked[key] != value]:
+        what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
+        raise ValueError(f"out={out} {what}")
+    study.set_user_attr("asked", asked)
+    study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
+    return study
+
+
+def counted() -> list[Any]:
+    """The states of trials that count: those without a finite value say that they are bad."""
+    from optuna.trial import TrialState
+
+    return [TrialState.COMPLETE, TrialState.PRUNED]
+
+
 @command("search")
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
-    import optuna
     from optuna.trial import TrialState
 
     out, space = Path(cfg.out), list(cfg.space)
     list(map(parsed, space))  # what is wrong with it shows before anything is made
     out.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    place = {"study_name": "search", "storage": f"sqlite:///{out / 'study.db'}"}
-    study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
-    asked = {"space": space, "run": list(cfg.run), **{key: cfg[key] for key in ("metric", "steps", "direction")}}
-    if other := [key for key, value in study.user_attrs.get("asked", asked).items() if asked[key] != value]:
-        what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
-        raise ValueError(f"out={out} {what}")
-    study.set_user_attr("asked", asked)
-    study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
+    study = study_in(out, cfg)
     if not study.trials:
         study.enqueue_trial(_as_it_is(list(cfg.run), space))
     for stale in study.get_trials(states=[TrialState.RUNNING]):  # the command was killed in the middle
-        study.tell(stale.number, state=TrialState.FAIL)
-        study.enqueue_trial(stale.params)
-    while len(study.get_trials(states=[TrialState.COMPLETE])) < cfg.trials:
+        again(study, stale)
+    while len(study.get_trials(states=counted())) < cfg.trials:
         trial = study.ask()
         folder, chosen = out / f"trial_{trial.number:03d}", suggest(trial, space)
         run = [*cfg.run, *chosen, f"run_dir={folder}"]
         if subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL).returncode:
             study.tell(trial, state=TrialState.FAIL)
             raise ValueError(f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}")
-        value = score(folder, cfg.metric, cfg.steps)
-        study.tell(trial, value)
+        try:
+            value = score(folder, cfg.metric, cfg.steps)
+        except ValueError:
+            again(study, trial)
+            raise
+        study.tell(trial, *([value] if math.isfinite(value) else [None, TrialState.PRUNED]))
         table(study, out / "trials.csv")
         print(f"trial {trial.number}: {cfg.metric} {value:.4g} with {' '.join(chosen)}", flush=True)
     best = study.best_trial
