@@ -73,6 +73,22 @@ def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
     assert "| tuned | 1 | 2 |" in printed
 
 
+def test_runs_judged_otherwise_are_not_averaged(written):
+    """`distill.evaluate` with more prompts writes over what a run said of itself."""
+    folders = [written(f"seed{seed}", LADD, seed, 0.5) for seed in range(3)]
+    verdict = json.loads((folders[2] / "evaluation.json").read_text())
+    verdict["protocol"] = {"prompts": 2000, "teacher guidance": 3.0}
+    (folders[2] / "evaluation.json").write_text(json.dumps(verdict))
+    facts = json.loads((folders[0] / "run.json").read_text()) | {"name": "mine"}
+    for folder in folders:
+        (folder / "run.json").write_text(json.dumps(facts))
+    runs = [read_run(folder) for folder in folders]
+    assert {name: len(found) for name, found in grouped(runs).items()} == {"prompts=8": 2, "prompts=2000": 1}
+    assert list(grouped(runs, by_name=True)) == ["mine, prompts=8", "mine, prompts=2000"]
+    teachers = [line.group for line in lines_of(grouped(runs)) if line.who == "teacher"]
+    assert teachers == ["teacher, prompts=8, teacher guidance=None", "teacher, prompts=2000, teacher guidance=3.0"]
+
+
 def test_two_teachers_are_not_one(written):
     runs = [read_run(written(name, LADD, 0, 0.5, teacher={"path": name, "dtype": "float32"})) for name in ("a", "b")]
     runs[1].rows[0].scores["prompt_accuracy"] = 0.3

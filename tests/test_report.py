@@ -236,6 +236,13 @@ def test_words_of_a_vertical_axis_lie_within_the_picture():
     assert min(places)[0] > 0, min(places)
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib's, of axes that collapsed
+def test_a_legend_of_many_long_rows_leaves_room_for_the_curves():
+    names = [f"optimizer.student.lr=0.{i:03d}, refresh=0.01" for i in range(20)]
+    page = framed("", "", lambda axes: [axes.plot([0, 1], [0, 1], label=name) for name in names])
+    assert all(name in drawings(page)[0] for name in names)
+
+
 def test_the_table_marks_the_best_of_those_with_as_many_steps(run):
     page, reader = read(run)
     assert reader.tags.count("tbody") == 4, "one for each number of steps"

@@ -56,7 +56,7 @@ def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
             said, best = line.said(key, MEASURES[key][2]), f"best with {few} step{'s' * (few > 1)}"
             what = MEASURES[key][0].partition("&")[0].lower()
             return (best.capitalize(), said, line.group), f"{line.group} is {best}: {what} {said}."
-    return ("Best", "–", "–"), "No student among them was judged."
+    return ("Best", "–", "–"), "No student among them was judged by one of the main measures."
 
 
 def _table(lines: Sequence[Line]) -> str:

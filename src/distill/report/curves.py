@@ -131,8 +131,11 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if axes.get_yscale() == "linear":  # a number that hung on the height would change as the layout does, unseen
             axes.locator_params(axis="y", nbins=6)
-        longest = max((len(text) for text in axes.get_legend_handles_labels()[1]), default=0)
-        figure.legend(loc="outside upper left", ncols=3 if longest < 18 else 2 if longest < 30 else 1)
+        labels = axes.get_legend_handles_labels()[1]
+        longest = max(map(len, labels), default=0)
+        columns = 3 if longest < 18 else 2 if longest < 30 else 1
+        figure.set_figheight(2.5 + 0.18 * max(0, -(-len(labels) // columns) - 3))
+        figure.legend(loc="outside upper left", ncols=columns)
         figure.savefig(file := io.BytesIO(), format="svg")
     words = f'<h3>{escape(title)}</h3><p class="soft">{escape(about)}</p>'
     return f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}" alt="{escape(title)}"></figure>'

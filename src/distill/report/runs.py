@@ -39,7 +39,8 @@ def read_run(folder: Path) -> Run:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     facts = json.loads((folder / "run.json").read_text())
-    return Run(folder, config, facts, rows_of(evaluation), evaluation.get("protocol", {}))
+    protocol = evaluation.get("protocol", {})
+    return Run(folder, {**config, "judged": protocol}, facts, rows_of(evaluation), protocol)
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
@@ -52,8 +53,10 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
     for run in runs:
         rivals = [other.config for other in runs if other.method == run.method]
         words = [run.method] if len(rivals) < len(runs) else []
-        words += _settings(run, sorted(_differences("", rivals)))
-        groups.setdefault(str(run.facts["name"]) if by_name else ", ".join(words) or run.method, []).append(run)
+        words += _settings(run, _keys("", rivals))
+        if by_name:
+            words = [str(run.facts["name"]), *_settings(run, _keys("judged", [other.config for other in runs]))]
+        groups.setdefault(", ".join(words) or run.method, []).append(run)
     return groups
 
 
@@ -68,6 +71,12 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
     for key in dict.fromkeys(key for node in maps for key in node):
         if path or key not in ASIDE:
             yield from _differences(f"{path}.{key}" if path else key, [node.get(key) for node in maps])
+
+
+def _keys(path: str, nodes: Sequence[Mapping[str, Any]], but: str = "judged.teacher") -> list[str]:
+    """What the nodes differ in at this path, those aside that begin with `but`: how the others are judged."""
+    found = _differences(path, [node[path] if path else node for node in nodes])
+    return sorted(key for key in found if not key.startswith(but))
 
 
 def _settings(run: Run, keys: Sequence[str]) -> list[str]:
@@ -108,7 +117,8 @@ def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
     """First the lines of each teacher, of all its runs together, then each group's."""
     students = (line for group, runs in groups.items() for line in _lines(group, "student", runs))
     runs, teachers = everyone(groups), {}
-    keys = sorted(_differences("teacher", [run.config.get("teacher") for run in runs]))
+    configs = [{key: run.config.get(key) for key in ("teacher", "judged")} for run in runs]
+    keys = _keys("", configs, but="judged.student")
     for run in runs:
         teachers.setdefault(", ".join(["teacher", *_settings(run, keys)]), []).append(run)
     return [*(line for name, its in teachers.items() for line in _lines(name, "teacher", its)), *students]
