@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import tiny
+from distill import files
 from distill.build import whole
 from distill.callbacks import Health
 from distill.checkpoint import Checkpoints
+from distill.csvlog import CsvLog
 from distill.data import source
 from distill.engine import Engine
 
@@ -382,6 +384,20 @@ def test_what_comes_after_training_is_where_the_teacher_is():
     method = SimpleNamespace(teacher=Part(), student=Part(), sharded=False)
     for part in whole(None, method, {}):
         assert part.weight.is_meta
+
+
+def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
+    """A killed run goes on behind it, and would not log it again."""
+    logger, checkpoints = CsvLog(str(tmp_path)), Checkpoints(every=3)
+    checkpoints.folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        logger.log_metrics({"g/adv": 0.5}, step)
+    method = SimpleNamespace(step=3, updated=True, numbers={})
+    saved = {"loggers": [logger], "save_checkpoint": lambda path: files.write({}, path), "is_global_zero": True}
+    trainer = SimpleNamespace(world_size=1, should_stop=False, max_steps=9, callback_metrics={}, **saved)
+    checkpoints.on_train_batch_end(trainer, method)
+    assert (checkpoints.folder / "step_000003.ckpt").exists()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,g/adv", "1,0.5", "2,0.5", "3,0.5"]
 
 
 def test_processes_tell_each_other_of_a_signal_on_their_own_device(tmp_path):

@@ -99,6 +99,8 @@ class Checkpoints(L.Callback):
         step, known = pl_module.step, trainer.callback_metrics | pl_module.numbers
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
         trainer.save_checkpoint(path)
+        for logger in trainer.loggers:  # what lies before the checkpoint is not logged again
+            logger.save()
         if not trainer.is_global_zero:
             return
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
