@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from PIL import Image
 import tiny
 from distill import sample, students
 from distill.build import student_of
-from distill.sampling import Consistency, guided, seeded
+from distill.sampling import Consistency, guided, seeded, to_bytes
 
 PROMPTS = [tiny.CAPTIONS[0], tiny.CAPTIONS[1], tiny.CAPTIONS[0]]
 
@@ -52,6 +54,20 @@ def test_prompts_of_a_file_in_batches_are_those_alone(family, exported, command,
     assert command("sample", run, f"prompt='{PROMPTS[1]}'", "seed=4", "out=alone")[0] == 0
     (alone,) = (tmp_path / "alone").iterdir()  # one picture has no grid
     assert abs(pixels(alone) - pixels(paths[3])).max() <= 1
+
+
+def test_a_runs_own_levels_are_those_it_is_sampled_with(exported, command, tmp_path):
+    shutil.copytree(exported("mmdit"), tmp_path / "run" / "student")
+    (tmp_path / "run" / "config.yaml").write_text("sampler: {_target_: distill.sampling.Consistency, levels: [0.5]}\n")
+    for run in ("run/student", "run"):  # into one folder: neither writes over the other
+        assert command("sample", f"run={run}", "prompt=x", "out=out")[0] == 0
+    exports, own = (pixels(p) for p in sorted((tmp_path / "out").iterdir(), key=lambda p: p.stat().st_mtime_ns))
+    model = student_of(str(tmp_path / "run"))
+    how = {"shape": model.latent_shape, "steps": 1}
+    x0 = Consistency(levels=[0.5])(model, model.embed(["x"]), seeded([0]), **how)
+    expected = to_bytes(model.decode(x0).detach())[0].permute(1, 2, 0).numpy().astype(int)
+    assert abs(own - expected).max() <= 1
+    assert abs(own - exports).max() > 1
 
 
 @pytest.mark.parametrize("size", [96, [96, 64]])

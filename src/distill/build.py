@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from distill import sampling
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, make, processes, shipped
 from distill.files import gathered
@@ -80,8 +81,16 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     check_counts(OmegaConf.create({"metrics": metrics}), least)
     made = make(metrics)
     if run and hasattr(made, "check"):
-        made.check(str(OmegaConf.select(run, "discriminator.features._target_")))
+        eyes = (str(OmegaConf.select(run, f"discriminator.features.{key}")) for key in ("_target_", "path"))
+        made.check(*eyes)
     return made
+
+
+def sampler_of(run: str, student: Any) -> Any:
+    """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
+    file = Path(run) / "config.yaml"
+    own = OmegaConf.load(file).get("sampler") if file.is_file() else None
+    return make(own) if own else sampling.sampler_of(student.pipeline)
 
 
 def _space(cfg: DictConfig, key: str) -> str | None:

@@ -82,7 +82,7 @@ def _protocol(cfg: DictConfig) -> Any:
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     """The protocol for what there is; student, or None; teacher, or what stands in for it; the student's sampler."""
     from distill import build, making
-    from distill.sampling import distilled, sampler_of
+    from distill.sampling import distilled
 
     run, model = _config_of(Path(cfg.run)), build.student_of(cfg.run, cfg.dtype).to(making.device())
     if hasattr(protocol, "fits"):
@@ -94,8 +94,8 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
         return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
     node = cfg.get("teacher") or (run and run.teacher)
     if not protocol.teacher_steps or not node:
-        return replace(protocol, teacher_steps=[]), model, model, sampler_of(model.pipeline)
-    return protocol, model, build.make(node).to(making.device()), sampler_of(model.pipeline)
+        return replace(protocol, teacher_steps=[]), model, model, build.sampler_of(cfg.run, model)
+    return protocol, model, build.make(node).to(making.device()), build.sampler_of(cfg.run, model)
 
 
 _main = command("evaluate")(judge)

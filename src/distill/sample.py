@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def draw(cfg: DictConfig) -> list[Path]:
     model = build.student_of(cfg.run, cfg.dtype).to(device())
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
+    others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength")]
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(jobs), cfg.batch_size):
         batch = jobs[start : start + cfg.batch_size]
@@ -43,7 +45,8 @@ def draw(cfg: DictConfig) -> list[Path]:
         for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
             stem = re.sub(r"[^\w]+", "_", prompt).strip("_")[:60]
             number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
-            paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}.png")
+            mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[:4]  # two models' may lie side by side
+            paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{mark}.png")
             _write(picture, paths[-1], {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run}, cfg)
             shown += [picture] if len(shown) < SHOWN else []
     if len(paths) > 1:
@@ -66,7 +69,8 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
     import torch
 
-    from distill.sampling import check_strength, distilled, guided, sampler_of, seeded, to_bytes
+    from distill.build import sampler_of
+    from distill.sampling import check_strength, distilled, guided, seeded, to_bytes
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
@@ -79,7 +83,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
         check_strength(cfg.steps, cfg.strength)
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = _read(cfg.image, height, width).to(model.device)
-    few = partial(sampler_of(model.pipeline), model, **how)
+    few = partial(sampler_of(cfg.run, model), model, **how)
 
     @torch.no_grad()
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
@@ -101,8 +105,10 @@ def _read(path: str, height: int, width: int) -> Tensor:
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms.functional import to_tensor
 
+    from distill.files import upright
+
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as a phone shows it
+        picture = upright(Image.open(path))
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"image={path}: cannot be read as a picture ({error})") from None
     return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1

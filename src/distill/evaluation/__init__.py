@@ -55,6 +55,7 @@ class Shapes:
             rows.append({"who": who, "steps": n, **scores})
             strips.append((shown[:SHOWN] + 1) / 2)
         protocol = {"prompts": self.prompts, "seed": self.seed, "teacher guidance": self.guidance, **ALWAYS}
+        protocol |= {"student sampler": str(sampler or Consistency())}
         write_verdict(folder, protocol, rows, strips)
         return rows
 
