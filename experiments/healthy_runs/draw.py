@@ -34,8 +34,9 @@ PANELS = (
 def curves(path: Path) -> dict[str, np.ndarray]:
     """Each column of a metrics.csv as steps and values, [2, N]; `gap` is d/real less d/fake, if they are there."""
     found, _ = read(path)
-    if "d/real" in found:
-        found["gap"] = np.stack([found["d/real"][0], found["d/real"][1] - found["d/fake"][1]])
+    if {"d/real", "d/fake"} <= found.keys():  # each lacks the steps at which it was not finite
+        steps, i, j = np.intersect1d(found["d/real"][0], found["d/fake"][0], return_indices=True)
+        found["gap"] = np.stack([steps, found["d/real"][1][i] - found["d/fake"][1][j]])
     return found
 
 
