@@ -568,6 +568,11 @@ def test_distances_on_the_discriminators_own_features_are_refused(refused, comma
     config = {"discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}}
     (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
     assert refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino).startswith(said)
+    config["discriminator"]["features"]["path"] = "openai/CLIP-vit-large-patch14"
+    (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
+    said_of_clip = refused("evaluate", f"run={tmp_path / 'old'}", *metrics, "metrics.measures=[cmmd,clip_score]")
+    assert said_of_clip.startswith("metrics.measures: cmmd look with CLIP, as this run's discriminator does")
+    assert "flatters" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
     whole = ["debug=smoke", "method=add", f"run_dir={tmp_path / 'run'}", *metrics, dino]
     assert command("run", *whole)[2].startswith(f"distill: {said}")
     assert not (tmp_path / "run").exists()

@@ -193,7 +193,23 @@ def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp
     tiny.shake(network.model, 4, std=1e-3).save_pretrained(other / "transformer")
     judged(other, *few)
     assert len(folders()) == 4
+    shutil.rmtree(other / "text_encoder")
+    encoder = tiny.shake(SD3(str(student)).pipeline.text_encoder, 5, std=1e-2)
+    encoder.save_pretrained(other / "text_encoder")
+    judged(other, *few)
+    assert len(folders()) == 5
     assert first <= folders()
+
+
+def test_a_teachers_pictures_are_its_schedulers_too(pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
+    before, again = (SD3(str(folder)) for _ in range(2))
+    assert before.marks(before) == again.marks(again)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": 9.0}))
+    shifted = SD3(str(folder))
+    assert shifted.marks(shifted) != before.marks(before)
+    assert shifted.marks(before.network) == before.marks(before.network)  # a student's sampler has levels of its own
 
 
 def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, places):
@@ -255,10 +271,17 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
     (again,) = found["rows"]
     assert again == {**{k: v for k, v in row.items() if k != "variety"}, "who": "pictures", "steps": 0}
     assert found["protocol"]["judged"] == f"8 pictures in {folder}"
+    assert found["protocol"]["prompts"] == 8
     assert "Pictures<" in table(found)
     for i, path in enumerate(sorted(folder.iterdir())):  # other names, captions beside them, in another order
         path.rename(folder / f"a_{9 - i}.png")
         (folder / f"a_{9 - i}.txt").write_text(tiny.CAPTIONS[8 + i])
+    (folder / "a_2.png").unlink()
+    found = judged(folder, few, out="fewer")["protocol"]
+    assert found["prompts"] == 7  # and not what the protocol would have had drawn
+    assert found["data"].startswith("captions of the pictures, sha256 ")
+    assert "data" not in judged(folder, "metrics.measures=[fid]", out="fewer")["protocol"]
+    shutil.copy(drawn / "000007.png", folder / "a_2.png")
     (renamed,) = judged(folder, few, out="renamed")["rows"]
     assert renamed["clip_score"] == pytest.approx(row["clip_score"], rel=1e-5)
     assert renamed["fid"] == pytest.approx(row["fid"], rel=1e-4)

@@ -16,7 +16,7 @@ import eyes
 import tiny
 from distill import distances, files
 from distill.metrics import networks, scores
-from distill.metrics.pictures import coco, features, in_folder
+from distill.metrics.pictures import coco, features, in_folder, opened
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,14 @@ def test_kid_draws_its_subsets_from_its_own_seed_and_leaves_the_global_one():
     torch.manual_seed(2)
     assert scores.Kid(network="x", subsets=5, size=10)(*seen) == first
     assert scores.Kid(network="x", subsets=5, size=10, seed=1)(*seen) != first
+
+
+def test_kid_is_computed_by_one_process_of_several(monkeypatch):
+    """A run of several judges itself in the first alone: nobody would answer."""
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", lambda *_, **__: pytest.fail("asked the others"))
+    found = scores.Kid(network="x", subsets=3)(normal(9, 4), normal(9, 4, seed=1), 1.0)
+    assert math.isfinite(found["kid"])
 
 
 def test_mmd_is_that_of_its_definition():
@@ -285,6 +293,19 @@ def test_features_are_kept_until_anything_changes(places, tmp_path, monkeypatch)
     features(paths, network, tmp_path / "cache", **how)
     assert len(calls) == 15
     assert len(list((tmp_path / "cache").iterdir())) == 5  # and no part of a file
+
+
+def test_pictures_are_read_as_in_training(tmp_path):
+    exif, clear = Image.Exif(), np.zeros((4, 4, 4), np.uint8)
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "sideways.jpg", exif=exif)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(tmp_path / "grey.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "grid.png")  # of distill.sample: no picture, but all of them
+    clear, grey, sideways = map(opened, in_folder(tmp_path))
+    assert sideways.size == (4, 8)
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert grey.getpixel((0, 0)) == (117, 117, 117)
 
 
 def test_the_centred_square_of_a_picture(places, tmp_path):

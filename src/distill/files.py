@@ -1,5 +1,5 @@
 """Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes. Besides
-them small files, and what is said while any file is read.
+them small files, pictures, and what is said while any file is read.
 
 checkpoints/step_000250.ckpt     a file, or a folder with one part per process (FSDP2 on request)
 checkpoints/best.ckpt            the best by a logged value, if one was named
@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
@@ -61,6 +63,17 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}{list(x.shape)}".encode())
         digest.update(str(x.flatten()[:: -(-x.numel() // 64) or 1].double().tolist()).encode())
     return digest.hexdigest()[:12]
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # Pillow would clip it to white
+        picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:  # what lies under full transparency is arbitrary: do not teach it
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from distill.files import first_line
+from distill.files import first_line, upright
 from distill.types import EMBEDDED
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -41,7 +41,7 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # harmless oddities, told anew for every image; bombs are errors
-            picture = _rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(sample[extension]), formats=FORMATS)))
+            picture = upright(Image.open(io.BytesIO(sample[extension]), formats=FORMATS))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
     has = picture.size
@@ -66,15 +66,6 @@ def image_size(sample: dict) -> tuple[int, int]:
     except Exception as error:
         raise _undecodable(sample, extension, error) from None
     return picture.size[::-1] if turned else picture.size
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
-        picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:  # what lies under full transparency is arbitrary: do not teach it
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
 
 
 def caption(sample: dict, key: str = "caption") -> str:

@@ -25,8 +25,8 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from distill.data.datasets import Lines
 from distill.evaluation import SHOWN, lineup, write_verdict
-from distill.files import fingerprint, put
-from distill.metrics.networks import Describer, Dinov2
+from distill.files import put
+from distill.metrics.networks import Clip, Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
 from distill.metrics.scores import Score
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
@@ -90,12 +90,13 @@ class Prompted:
             self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
         self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
 
-    def check(self, eyes: str) -> None:
-        """Raise ValueError if all distances look as the discriminator does, the class of whose features is `eyes`."""
-        distances = self._needing("reference")
-        if "ImageFeatures" in eyes and {type(self._network(name)) for name in distances} == {Dinov2}:
-            what = f"{', '.join(distances)} look with DINO, as this run's discriminator does, which flatters it"
-            raise ValueError(f"metrics.measures: {what}; add a distance on other features, fid or cmmd")
+    def check(self, kind: str, path: str = "") -> None:
+        """Raise ValueError if all distances look as the discriminator does, by its features' class and path."""
+        distances, eyes = self._needing("reference"), Clip if "clip" in path.lower() else Dinov2
+        if "ImageFeatures" in kind and {type(self._network(name)) for name in distances} == {eyes}:
+            name, other = ("DINO", "cmmd") if eyes is Dinov2 else ("CLIP", "fd_dinov2")
+            what = f"{', '.join(distances)} look with {name}, as this run's discriminator does, which flatters it"
+            raise ValueError(f"metrics.measures: {what}; add a distance on other features, fid or {other}")
 
     def _needing(self, what: str) -> list[str]:
         return [name for name in self.measures if self.scores[name].needs == what]
@@ -119,7 +120,7 @@ class Prompted:
             how |= {"teacher sampler": f"{euler}, trailing steps", "teacher guidance": self.guidance}
         if self.student_steps:
             how |= {"student sampler": str(sampler), "student guidance": "none"}
-        write_verdict(folder, self._protocol(paths[0]) | how, rows, strips)
+        write_verdict(folder, self._protocol(paths[0], self.captions, self.data) | how, rows, strips)
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -129,7 +130,8 @@ class Prompted:
         captions = self._told(paths) if self._needing("captions") else []
         rows = [{"who": "pictures", "steps": 0, **self._scored(paths, out / "evaluation", captions, device)}]
         how = {"judged": f"{len(paths)} pictures in {folder}"}
-        write_verdict(out, self._protocol(paths[0]) | how, rows, [_strip(paths)])
+        about = self._protocol(paths[0], captions, "captions of the pictures")
+        write_verdict(out, about | how, rows, [_strip(paths)])
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:
@@ -154,8 +156,7 @@ class Prompted:
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
         for who, n, make in lineup(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
-            weights = [fingerprint(getattr(model, "network", model)), fingerprint(teacher.vae)]
-            marks = json.dumps([self.asked, self.seed, shape, how, weights, self.batch_size])
+            marks = json.dumps([self.asked, self.seed, shape, how, teacher.marks(model), self.batch_size])
             place = folder / "evaluation" / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
             rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
             self._fill(rows[-1], teacher, rank, world)
@@ -197,9 +198,9 @@ class Prompted:
             found |= value if isinstance(value, dict) else {name: value}
         return found
 
-    def _protocol(self, first: Path) -> dict[str, Any]:
-        digest, (width, height) = hashlib.sha256("\n".join(self.captions).encode()).hexdigest(), opened(first).size
-        about = {"data": f"{self.data}, sha256 {digest[:12]}", "prompts": len(self.captions)}
+    def _protocol(self, first: Path, captions: list[str], data: str) -> dict[str, Any]:
+        digest, (width, height) = hashlib.sha256("\n".join(captions).encode()).hexdigest(), opened(first).size
+        about: dict[str, Any] = {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)} if captions else {}
         about["reference"] = f"{len(self.real)} pictures" if self._needing("reference") else "none"
         about["pictures"] = f"{width} x {height}, 8 bit" + (", centred square" if self.square else "")
         how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}

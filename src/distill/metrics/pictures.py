@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop
 
-from distill.files import put
+from distill.files import put, upright
 from distill.metrics.networks import Describer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -36,7 +36,7 @@ def features(
 ) -> Tensor:
     """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of the folder `cache`,
     named after the network, its weights, and the names, sizes and times of the pictures."""
-    key = f"{network} {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
+    key = f"{network} upright {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
         workers = min(workers, os.cpu_count() or 1)
@@ -60,10 +60,10 @@ def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
 
 
 def opened(path: Path) -> Image.Image:
-    """As RGB; ValueError if it cannot be."""
+    """As RGB, like those that are trained on; ValueError if it cannot be."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return upright(picture)
     except (OSError, SyntaxError) as error:  # the last is what Pillow raises for some broken PNG
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
@@ -75,7 +75,7 @@ def cache_folder() -> Path:
 
 def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, by name; there may be no such folder."""
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.name != "grid.png")  # sample's
 
 
 def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:

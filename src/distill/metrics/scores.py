@@ -53,7 +53,8 @@ class Kid(Score):
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # that it keeps features
             torch.default_generator.manual_seed(self.seed)
-            metric = KernelInceptionDistance(nn.Identity(), subsets=self.subsets, subset_size=size)
+            how = {"subsets": self.subsets, "subset_size": size, "sync_on_compute": False}  # one process has it all
+            metric = KernelInceptionDistance(nn.Identity(), **how)
             metric.update(beside.double(), real=True)
             metric.update(pictures.double(), real=False)
             return dict(zip(("kid", "kid_std"), map(float, metric.compute()), strict=True))

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from distill.files import silent
+from distill.files import fingerprint, silent
 from distill.process import Prediction, Process
 from distill.teachers.network import Network, is_block
 from distill.teachers.reading import check_tokenizers, read_pipeline
@@ -155,6 +155,16 @@ class PipelineTeacher(nn.Module):
         """Move to the device without the denoiser, whose weights are let go."""
         self.network.model.to("meta")
         self._encoders.to(device)
+
+    def marks(self, model: Any) -> list[Any]:
+        """All that makes its pictures, or those of the student `model` with its encoders, but noise and steps."""
+        self._bring("text_encoder")
+        network = getattr(model, "network", model)
+        own = [getattr(network, "shift", None), getattr(network, "guidance", None), network.prediction]
+        own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
+        own += [str(self.pipeline.scheduler.config)] if model is self else []  # a student's sampler has its levels
+        coders = [m for name, m in self.pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
+        return [*own, *map(fingerprint, [network, self.vae, *coders])]
 
     @property
     def vae(self) -> Any:
