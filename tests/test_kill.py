@@ -179,7 +179,6 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, p
         ("discriminator.heads.kernel=3", "discriminator.heads.kernel=3 (was 1)"),
         ("data.batch_size=3", "samples a step=3 (was 4"),
         ("seed=5", "seed=5 (was 0)"),
-        ("debug=smoke", "debug=smoke (many keys at once, for new runs alone; name the keys)"),
         ("experiment=add_shapes", "experiment=add_shapes (many keys at once, for new runs alone; name the keys)"),
     ],
 )
@@ -188,6 +187,11 @@ def test_another_run_is_not_resumed(change, said, command, pipelines, shards, tm
     assert code == 1
     assert said in err
     assert len([line for line in err.splitlines() if line.startswith("distill: ")]) == 1
+
+
+def test_what_the_run_began_with_may_be_given_again(gone_on):
+    before, now = gone_on("callbacks.samples.every=70", began=["debug=smoke"], again=True)
+    assert set(compose.changes(before, now)) == {"resume"}
 
 
 def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
@@ -242,8 +246,9 @@ def gone_on(command, monkeypatch, tmp_path):
     monkeypatch.setattr("distill.run.train", lambda *_: 0)
     monkeypatch.setattr("distill.compose.processes", lambda _: 1)
 
-    def call(*given):
-        own = ["trainer.max_steps=5000", "metrics.prompts=50", "callbacks.samples.every=70"]
+    def call(*given, began=(), again=False):
+        given = [*began, *given] if again else given
+        own = [*began, "trainer.max_steps=5000", "metrics.prompts=50", "callbacks.samples.every=70"]
         assert command("run", "run_dir=run", *own)[0] == 0
         state = {"distill": {"iteration": 1}, "about": {"config": {}}}
         files.write(state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt")

@@ -8,6 +8,7 @@ import datetime
 import difflib
 import inspect
 import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -196,7 +197,8 @@ def going_on(cfg: DictConfig) -> DictConfig:
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
             OmegaConf.update(now, key, None if value == MISSING else _chosen(key, value, had), merge=False)
-        elif not override.startswith("~") and not restarted():  # experiment= and the like; SLURM repeats the command
+        elif not (override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))):
+            # experiment= and the like
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
     now.resume = cfg.resume
     different = several + [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
@@ -206,6 +208,14 @@ def going_on(cfg: DictConfig) -> DictConfig:
     if different:
         raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
     return now
+
+
+def _began_with(override: str, folder: Path) -> bool:
+    """Whether the run's first command had this option, so that all of it may be given again."""
+    file, (key, _, value) = folder / "run.json", override.partition("=")
+    command = json.loads(file.read_text()).get("command", "") if file.is_file() else ""
+    words = [word.partition("=") for word in command.split()]
+    return any(name == key and value in values.split(",") for name, _, values in words)
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:
