@@ -453,12 +453,38 @@ def test_a_corrupt_image_is_replaced_counted_and_named(tmp_path, workers, caplog
     data = ImageShards(path, size=8)
     seen = list(itertools.chain(*keys(loader(data, batch_size=6, seed=4, num_workers=workers), 10)))
     expected = permutation(30, 4, 0).tolist() + permutation(30, 4, 1).tolist()
-    assert seen == [f"{ {7: 8, 29: 0}.get(i, i):03d}" for i in expected]  # the next index, cyclically
+    assert seen == [f"{ {7: 26, 29: 18}.get(i, i):03d}" for i in expected]  # 19 on, cyclically
     assert set(data.bad) == {f"{path}:007", f"{path}:029"}
     assert all("its .png does not decode" in reason for reason in data.bad.values())
     assert (data.failed, data.tried) == (4, 64)  # each met twice
     assert len(caplog.messages) == 2  # but named once
     assert f"{path}:007" in caplog.text
+
+
+def test_bad_samples_that_lie_together_count_no_more_than_others(tmp_path):
+    """A folder of thumbnails, say: each was replaced by its neighbour, and one draw counted them all."""
+    path = put_images(tmp_path / "x.tar", 600, broken=frozenset(range(100, 140)))
+    data = ImageShards(path, size=8)
+    assert len(keys(loader(data, batch_size=4, seed=0), 300)) == 300
+    assert data.failed / data.tried == pytest.approx(40 / 600, rel=0.3)
+    places = {(100 + k * datasets._stride(600)) % 600 for k in range(600)}
+    assert len(places) == 600
+
+
+def test_a_few_more_bad_ones_than_expected_are_chance(tmp_path):
+    """Of twenty draws at eight in a hundred three are bad half the time; what is read once is counted whole."""
+    data = ImageShards(put_images(tmp_path / "x.tar", 50), size=8, max_bad_share=0.1)
+    data.account(17, [("x", "bad")] * 3)
+    with pytest.raises(ValueError, match="12 of 29 samples tried are bad, more than data.max_bad_share=0.1"):
+        data.account(0, [("x", "bad")] * 9, needed=False)
+    with pytest.raises(ValueError, match="more than data.max_bad_share=0:"):
+        ImageShards(str(tmp_path / "x.tar"), size=8, max_bad_share=0).account(30, [("x", "bad")])
+
+
+@pytest.mark.parametrize("size", [[64, 32], 0, 64.5])
+def test_a_size_that_is_none_is_refused(size, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.size=.*: must be pixels a side; other shapes are data\.buckets="):
+        ImageShards(put_images(tmp_path / "x.tar", 3), size=size)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -492,7 +518,7 @@ def test_latents_where_there_are_images(tmp_path):
 def test_latents_of_another_shape_are_bad(tmp_path):
     arrays = [latent_of(0), np.zeros((2, 3, 5), np.float16), latent_of(2)]
     data = LatentShards(put_tar_of_latents(tmp_path / "x.tar", [npy(a) for a in arrays]))
-    assert data[1]["key"] == "2"
+    assert data[1]["key"] == "0"
     assert list(data.bad.values()) == ["its latents are [2, 3, 5], the first sample's [2, 3, 4]"]
 
 
@@ -511,7 +537,7 @@ class Bomb:
 def test_a_pickle_in_npy_is_never_opened(tmp_path):
     bomb = npy(np.array([Bomb()], dtype=object), allow_pickle=True)
     data = LatentShards(put_tar_of_latents(tmp_path / "x.tar", [npy(latent_of(0)), bomb, pickle.dumps(Bomb())]))
-    assert data[1]["key"] == "0"  # past 1 and 2
+    assert data[2]["key"] == "0"  # past 2 and 1
     assert sorted(data.bad) == [f"{tmp_path}/x.tar:1", f"{tmp_path}/x.tar:2"]
     assert "allow_pickle=False" in data.bad[f"{tmp_path}/x.tar:1"]
 
@@ -647,5 +673,5 @@ def test_a_key_may_be_the_seed_of_the_noise(tmp_path):
         assert torch.equal(data[i]["noise"], draw_noise((2, 3, 3), seeded([seed]))[0])
     assert "noise" not in LatentShards(str(tmp_path))[0]
     whole = LatentShards(str(tmp_path), seeded=True, max_bad_share=1.0)
-    assert whole[2]["key"] == "000004"
+    assert whole[2]["key"] == "17"
     assert "no seed" in next(iter(whole.bad.values()))

@@ -44,7 +44,7 @@ def print_reasons(bad: list[tuple[str, str]]) -> None:
     """How many samples each reason drops, and one of them: reasons that differ in their numbers alone are one."""
     kinds: dict[str, list[tuple[str, str]]] = {}
     for name, reason in bad:
-        kinds.setdefault(re.sub(r"\d+", "0", reason), []).append((name, reason))
+        kinds.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "0", reason), []).append((name, reason))
     if kinds:
         print("\n  dropped  why")
     for pairs in sorted(kinds.values(), key=len, reverse=True):

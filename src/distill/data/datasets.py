@@ -1,7 +1,8 @@
 """Latents and images by index, past samples that are bad.
 
-A sample that does not decode is replaced by the next index, so that the order stays a function of (seed, step, rank);
-it is counted and its name and reason are kept. If too many are bad, the run stops and says so.
+A sample that does not decode is replaced by one far away, since bad ones lie together in folders; by which is fixed, so
+that the order stays a function of (seed, step, rank). It is counted and its name and reason are kept. If too many are
+bad, the run stops and says so.
 
 With buckets every sample belongs to the one of its shape, and what replaces it comes from the same: batches stack.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from torch.utils.data import Dataset
 
 from distill.data import decode
 from distill.data.shards import Shards, expand
-from distill.data.write import BEGUN, MANIFEST, NULL
+from distill.data.write import BEGUN, MANIFEST, NULL, PICTURES
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
@@ -108,13 +111,13 @@ class Samples(Dataset, ABC):
         return [self.find(i) for i in indices]
 
     def find(self, i: int, most: int = MAX_IN_A_ROW) -> Found:
-        """The first good item at or after i (cyclic, in its bucket), or None after `most`; and those passed over."""
+        """Item i, or the first good one of its bucket that stands in for it; None after `most`. And those passed over."""
         bucket = self.buckets[self.bucket_of[i]] if self.groups else None
         peers = self.groups[self.bucket_of[i]] if self.groups else range(self.length)
         start = bisect.bisect_left(peers, i)
         skipped: Skipped = []
         for ahead in range(min(most, len(peers))):
-            sample = self.shards.read(peers[(start + ahead) % len(peers)])
+            sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
             try:
                 found = self.tensors(sample, bucket)
                 item = {**found, "caption": decode.caption(sample, self.caption_key), "key": sample["__key__"]}
@@ -131,13 +134,21 @@ class Samples(Dataset, ABC):
             self.bad[name] = reason
         self.tried += good + len(skipped)
         self.failed += len(skipped)
-        enough = good or not needed
-        if enough and (self.tried < MIN_TRIED or self.failed <= self.max_bad_share * self.tried):
+        enough, share = good or not needed, self.max_bad_share
+        # What is drawn at random may have a few too many: four standard deviations. What is read once is counted whole.
+        most = share * self.tried + 4 * math.sqrt(share * (1 - share) * self.tried) if needed else share * len(self)
+        if enough and (self.tried < MIN_TRIED or self.failed <= most):
             return
         what = f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the share"
         what = what if enough else f"the last {len(skipped)} in a row: repair the data"
         some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
         raise ValueError(f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}")
+
+
+@cache
+def _stride(n: int) -> int:
+    """Steps of this length pass through all of n places, the next one far from the last."""
+    return next(k for k in itertools.count(int(0.618 * n) + 1) if math.gcd(k, n) == 1)
 
 
 def nearest(buckets: Sequence[Size], size: Size) -> int:
@@ -155,7 +166,8 @@ class LatentShards(Samples):
 
     With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed. Beside shards that
     `distill.cache` or `distill.synthesize` made there are `null`, the embedded empty caption, with which each sample
-    comes with its own `tokens`, `pooled` and `mask` in half precision, and the buckets, [w, h] in latents.
+    comes with its own `tokens`, `pooled` and `mask` in half precision, and what they say of themselves, `made`: the
+    buckets, [w, h] in latents, and the teacher.
     """
 
     shape = None
@@ -166,9 +178,11 @@ class LatentShards(Samples):
         folder = Path(expand(path)[0]).parent
         if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
             raise ValueError(f"data.path={path}: its making was not finished; give the command that makes it once more")
-        if (folder / MANIFEST).is_file():
-            said = json.loads((folder / MANIFEST).read_text())
-            buckets = buckets or (said.get("buckets") if isinstance(said, dict) else None)
+        said = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+        self.made: dict[str, Any] = said if isinstance(said, dict) else {}
+        if seeded and self.made.get("what") == PICTURES:
+            raise ValueError(f"data.path={path}: holds pictures, of which no noise is known; use data=latents")
+        buckets = buckets or self.made.get("buckets")
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
             with np.load(folder / NULL, allow_pickle=False) as kept:
@@ -203,8 +217,8 @@ class ImageShards(Samples):
     """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is under 1."""
 
     def __init__(self, path: str, *, size: int, **options: Any):
-        if size < 1:
-            raise ValueError(f"data.size={size}: must be at least 1 pixel")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"data.size={size}: must be pixels a side; other shapes are data.buckets=[[width,height]]")
         super().__init__(path, **options)
         self.size = size
 
@@ -220,7 +234,7 @@ class Lines:
 
     def __init__(self, path: str, key: str = "data.path"):
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines knows ten more separators
         except (OSError, UnicodeError) as error:
             raise ValueError(f"{key}={path}: cannot be read as lines of UTF-8 text ({error})") from None
         self.path, self.lines = path, [line.strip() for line in lines if line.strip()]

@@ -18,6 +18,7 @@ HEADER = {"user": "distill", "group": "distill", "mtime": 0, "encoder": False}
 JSON = {"sort_keys": True, "ensure_ascii": False}
 # What `distill.cache` and `distill.synthesize` leave beside their shards: first, with them, and last.
 BEGUN, NULL, MANIFEST = "making.yaml", "null.npz", "manifest.json"
+PICTURES = "encoded pictures"  # what the first of them says that it made
 PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number stands in the file's name
 KEY = re.compile(r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+")  # any other would be read back as another key, or not at all
 
