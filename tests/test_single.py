@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import ldm
 import tiny
 from distill.sampling import Consistency, seeded
 from distill.students import full, save_pipeline
+from distill.students.single_file import save_single_file
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -129,6 +131,26 @@ def test_tensors_that_are_missing_are_not_made_up(layout, name, written, tmp_pat
     said = said_of(MAKE[layout], cut, config=str(config))
     assert said.startswith(f"teacher.path={cut} does not load as the ")
     assert said.endswith("(it lacks tensors of it); choose another teacher= or teacher.config=")
+
+
+def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
+    """As NoobAI-XL's: two tensors that diffusers passes over. Ours has them too, where it predicts v."""
+    _, file, config = written("sdxl")
+    save_file(load_file(file) | {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, tmp_path / "v.safetensors")
+    with pytest.raises(
+        ValueError, match=r"v\.safetensors says that it predicts v, and teacher\.config=.* says epsilon; "
+    ):
+        SDXL(str(tmp_path / "v.safetensors"), config=str(config))
+    own = shutil.copytree(config, tmp_path / "config")
+    place = own / "scheduler" / "scheduler_config.json"
+    terms = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    place.write_text(json.dumps(json.loads(place.read_text()) | terms))
+    teacher = SDXL(str(tmp_path / "v.safetensors"), config=str(own))
+    assert teacher.prediction == "v"
+    again = save_single_file(teacher.pipeline, tmp_path / "again.safetensors")
+    assert {"v_pred", "ztsnr"} <= load_file(again).keys()
+    assert SDXL(str(again), config=str(own)).prediction == "v"
+    assert "v_pred" not in load_file(save_single_file(SDXL(str(file), config=str(config)).pipeline, again))
 
 
 def test_a_part_that_is_nowhere_is_named(written, tmp_path):

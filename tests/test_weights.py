@@ -145,6 +145,19 @@ def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
         SD(str(pipelines("unet")), weights=str(tmp_path / "x.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"teacher\.weights=nowhere: no such file"):
         SD(str(pipelines("unet")), weights="nowhere")
+    sides = {"A": (2, 16), "B": (16, 2)}
+    for prefix in ("base_model.model.", "text_encoder.", ""):  # peft's own; of another part; bare
+        name = f"{prefix}down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+        save_file(
+            {f"{name}_{s}.weight": torch.ones(shape) for s, shape in sides.items()}, tmp_path / "lora.safetensors"
+        )
+        with pytest.raises(ValueError, match=r"lora\.safetensors: none of its layers is one of this UNet2DCondition"):
+            SD(str(pipelines("unet")), weights=str(tmp_path / "lora.safetensors"))
+    for without in ("text_encoder", ["text_encoder3"]):
+        with pytest.raises(
+            ValueError, match=r"teacher\.without=.*: there is no .*; must be a list of vae, text_encoder, "
+        ):
+            SD(str(pipelines("unet")), without=without)
     with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export"):
         students.apply_delta(SD(str(pipelines("unet"))), tmp_path / "x.safetensors", tmp_path / "y")
     with pytest.raises(ValueError, match="base: .*not of the student's shape"):
@@ -287,10 +300,10 @@ def test_a_student_of_another_family_is_refused(teachers, pipelines):
 
 
 def test_prompts_are_lines_of_a_file(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a\n\n b \nc\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa\r\n\r\n b \u2028 d\r\nc\r\n".encode())  # Notepad's
     loader = source.prompts(str(tmp_path / "prompts.txt"), batch_size=3).loader(seed=0)
     batch = next(iter(loader))
-    assert sorted(batch["caption"]) == ["a", "b", "c"]
+    assert sorted(batch["caption"]) == ["a", "b \u2028 d", "c"]
     for path, what in (
         (tmp_path / "none.txt", "cannot be read"),
         (tmp_path / "blank.txt", "no line that is not blank"),

@@ -54,6 +54,9 @@ def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Pat
         state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip(pipeline.text_encoder)}
     else:
         state |= {f"cond_stage_model.model.{k}": v for k, v in open_clip(pipeline.text_encoder)}
+    if pipeline.scheduler.config.get("prediction_type") == "v_prediction":  # marks of ComfyUI's
+        marks = ["v_pred", *["ztsnr"] * bool(pipeline.scheduler.config.get("rescale_betas_zero_snr"))]
+        state |= {mark: torch.zeros(1) for mark in marks}
     return write_weights(state, file, dtype=dtype)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill.files import fingerprint, silent
 from distill.process import Prediction, Process
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_tokenizers, read_pipeline
+from distill.teachers.reading import check_parts, read_pipeline
 from distill.teachers.single import SINGLE, read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
@@ -80,7 +80,7 @@ class PipelineTeacher(nn.Module):
         else:
             options |= {"revision": revision, "variant": variant, "deferred": deferred}
             pipeline = read_pipeline(self.kind, path, **options)
-        check_tokenizers(path, pipeline.components)
+        check_parts(path, pipeline.components, without)
         self.pipeline, self.folder = pipeline, Path(pipeline.name_or_path) if pipeline.name_or_path else None
         if pipeline.vae is None:  # deferred, and the pipeline guessed
             pipeline.vae_scale_factor = _scale_factor(self.folder)

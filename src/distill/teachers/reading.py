@@ -150,8 +150,10 @@ def whole(network: type, path: str, part: str, *, key: str = "teacher.path", **o
     return model
 
 
-def check_tokenizers(path: str, parts: Mapping[str, Any]) -> None:
-    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of."""
+def check_parts(path: str, parts: Mapping[str, Any], without: Sequence[str] = ()) -> None:
+    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of, or no part `without`."""
+    if wrong := sorted(set(without) - set(parts)):
+        raise ValueError(f"teacher.without={without}: there is no {wrong[0]}; must be a list of {', '.join(parts)}")
     for name, encoder in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:

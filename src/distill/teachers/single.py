@@ -51,6 +51,10 @@ def read_single(
             options = {"use_safetensors": use_safetensors or None, "variant": None, "dtype": precision}
             parts[name] = whole(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
+        kept = pipeline.scheduler.config.get("prediction_type")
+        if "v_pred" in _held(file) and kept != "v_prediction":  # as ComfyUI marks it; diffusers does not look
+            what = f"says that it predicts v, and teacher.config={config} says {kept}"
+            raise ValueError(f"teacher.path={path} {what}; give a teacher.config of its kind")
         _tie(pipeline)
         pipeline.deferred = {}
         return pipeline
@@ -73,12 +77,18 @@ def _tie(pipeline: Any) -> None:
 
 def _left_out(file: Path, classes: dict[str, Any]) -> list[str]:
     """The text encoders and autoencoder of the pipeline that this file has nothing of."""
-    if file.suffix in PICKLED:  # whole ones, from before safetensors
+    if not (held := _held(file)):
         return []
-    with safe_open(file, "pt") as opened:
-        held = set(opened.keys())
     wanted = {part: places for part, places in PLACES.items() if classes.get(part, NoneType) is not NoneType}
     return [part for part, places in wanted.items() if not any(k.startswith(places) for k in held)]
+
+
+def _held(file: Path) -> set[str]:
+    """The names of its tensors; nothing for a pickled one, which is whole, from before safetensors."""
+    if file.suffix in PICKLED:
+        return set()
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
 
 
 def _config(config: str | None, path: str, patterns: list[str]) -> str:

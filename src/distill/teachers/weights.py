@@ -34,6 +34,10 @@ def put_on(pipeline: Any, path: str) -> None:
             log.warning("teacher.weights=%s: its layers for text encoders are left out, and those may matter", path)
         pipeline.load_lora_into_text_encoder = lambda *_, **__: None
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        model = getattr(pipeline, "transformer", None) or pipeline.unet
+        if not getattr(model, "peft_config", None):  # diffusers says no more than that this is safe to ignore
+            what = f"none of its layers is one of this {type(model).__name__}; their names must begin with transformer."
+            raise ValueError(f"teacher.weights={path}: {what} or unet., or be kohya's of a UNet")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         return
