@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import families
 import tiny
-from distill.build import student_of
+from distill.build import refuse_misfit, student_of
 from distill.distillation import guided_x0
 from distill.sampling import Consistency, guided, seeded
 from distill.students import full, save_pipeline
@@ -263,6 +265,19 @@ def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, folders):
     assert {x.dtype for x in (cond.tokens, x0, pixels, *maps)} == {torch.float32}
     assert (x0 - expected).norm() < 0.1 * expected.norm()
     assert {p.dtype for p in half.network.twin().parameters()} == {torch.float32}
+
+
+@each
+def test_embeddings_of_its_own_are_not_refused(family, teachers):
+    """The width of the tokens has another name in each family."""
+    teacher = teachers(family)
+    null = {"tokens": teacher.embed([""]).tokens}
+    data = SimpleNamespace(null=null, buckets=[], made={"teacher": "x", "without": []})
+    cfg = OmegaConf.create({"data": {"path": "cached"}, "teacher": {"path": "x"}})
+    refuse_misfit(cfg, data, teacher)
+    null["tokens"] = null["tokens"][..., :-1]
+    with pytest.raises(ValueError, match=r"its embeddings are \d+ wide and this teacher reads \d+"):
+        refuse_misfit(cfg, data, teacher)
 
 
 @each

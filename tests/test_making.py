@@ -356,6 +356,23 @@ def test_embeddings_of_another_teacher(command, pipelines, tmp_path):
     assert "its embeddings are 4 wide and this teacher reads" in err
 
 
+def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
+    assert command("cache", *asked["cache"], "out=made")[0] == 0
+    teacher, run = asked["cache"][0], ["debug=smoke", "data.path=made", "data.num_workers=0", "~metrics"]
+    manifest = tmp_path / "made" / "manifest.json"
+    made = json.loads(manifest.read_text())
+    assert (made["what"], made["without"]) == ("encoded pictures", [])
+    said = "data.path=made: holds pictures, of which no noise is known; use data=latents"
+    assert said in command("run", "data=synthetic", "method=regression", teacher, *run)[2]
+    manifest.write_text(json.dumps(made | {"without": ["text_encoder_3", "tokenizer_3"]}))
+    said = "were made with teacher.without=[text_encoder_3,tokenizer_3], and this run has []; give both the same"
+    assert said in command("run", "data=latents", teacher, *run)[2]
+    manifest.write_text(json.dumps(made | {"teacher": "another"}))
+    code, *said = command("run", "data=latents", teacher, *run)
+    assert code == 0
+    assert "was made with another, not with this run's teacher: right if both" in " ".join([*said, caplog.text])
+
+
 # -- check, and what img2dataset leaves -------------------------------------------------------------------------------
 
 
@@ -376,6 +393,14 @@ def test_check_says_what_is_wrong_and_how_much(command, tmp_path):
     assert code == 1
     assert "0 of 4 samples are good" in out
     assert "        4  its image is 64 x 64, under half of 200 a side" in out
+
+
+def test_one_fault_is_one_reason(command, tmp_path):
+    page = b"<html>not found</html>"
+    files = {f"{i}.{end}": data for i in range(5) for end, data in (("jpg", page), ("txt", b"a"))}
+    path = put_tar(tmp_path / "x.tar", files)
+    out = command("check", f"data.path={path}", "data.size=64", "data.num_workers=0")[1]
+    assert "        5  its .jpg does not decode" in out
 
 
 def test_check_reads_latents_and_prompts_too(command, shards, tmp_path):

@@ -27,6 +27,7 @@ from distill.students import pipeline_folder
 from distill.teachers.reading import class_of
 from distill.types import Cond
 
+log = logging.getLogger(__name__)
 FAMILIES = {
     "FluxPipeline": "distill.teachers.flux.Flux",
     "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
@@ -112,7 +113,6 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     null = getattr(source.dataset, "null", None)
     decodes = _space(cfg, "method") == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else [])
-    make(cfg.sampler).check(teacher.network)
     refuse_misfit(cfg, source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
     if judge and hasattr(get_object(judge), "fits"):  # others read data when they are made, as `check` has done
@@ -120,6 +120,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
     players = {"student": make(cfg.student)(teacher=teacher), **_discriminator(cfg.discriminator, teacher)}
+    make(cfg.sampler).check(players["student"])
     return source, make(cfg.method)(teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed)
 
 
@@ -162,11 +163,20 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
         )
     config, null = teacher.network.model.config, getattr(data, "null", None)
-    width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    width = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
     if null and isinstance(width, int) and null["tokens"].shape[-1] != width:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and this teacher reads "
             f"{width}; make them with this teacher by distill.cache"
+        )
+    made = getattr(data, "made", {})
+    if null and sorted(made.get("without", teacher.without)) != sorted(teacher.without):
+        what = f"teacher.without=[{','.join(made['without'])}], and this run has [{','.join(teacher.without)}]"
+        raise ValueError(f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same")
+    if made.get("teacher", cfg.teacher.path) != cfg.teacher.path:
+        what = "right if both have one autoencoder and one text encoder"
+        log.warning(
+            "data.path=%s was made with %s, not with this run's teacher: %s", cfg.data.path, made["teacher"], what
         )
     if size and size % teacher.unit and not data.buckets:
         raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")

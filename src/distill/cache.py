@@ -19,7 +19,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     from distill import making
     from distill.build import make, refuse_misfit, teacher_of
     from distill.data.datasets import ImageShards
-    from distill.data.write import cached
+    from distill.data.write import PICTURES, cached
 
     source = make(cfg.data)
     if not isinstance(source.dataset, ImageShards):
@@ -47,7 +47,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
     job.make(samples)
     cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets
-    about = {"what": "encoded pictures", "teacher": cfg.teacher.path, "data": cfg.data.path}
+    about = {"what": PICTURES, **making.of_teacher(cfg), "data": cfg.data.path}
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
     job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)

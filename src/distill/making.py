@@ -148,6 +148,11 @@ def device() -> torch.device:
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def of_teacher(cfg: DictConfig) -> dict[str, Any]:
+    """What a manifest says of the teacher."""
+    return {"teacher": cfg.teacher.path, "without": list(cfg.teacher.get("without") or [])}
+
+
 def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
     """The tensors of each sample of a Cond, by name."""
     tensors = {name: x.cpu().numpy() for name, x in cond.tensors().items()}

@@ -5,10 +5,12 @@ guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler 
 """
 
 import itertools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +24,7 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
 
+log = logging.getLogger(__name__)
 ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
 
 
@@ -169,6 +172,11 @@ class EulerAncestral(FewSteps):
         z = x0 + (x_t / process.alpha(t).view(column) - x0) * down / rho + up * noise
         return process.alpha(later).view(column) * z
 
+    def check(self, network: Any) -> None:
+        super().check(network)
+        if shift := getattr(network, "shift", None):
+            raise ValueError(f"student.shift={shift}: diffusers' Euler sampler knows none; use sampler=consistency")
+
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         self.check(student)
         return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), timestep_spacing="trailing")
@@ -204,6 +212,8 @@ def guided(
     guidance: float,
 ) -> Tensor:
     """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise."""
+    if guidance != 1 and (told := getattr(teacher, "guidance", None)):
+        _warn_of_twice(guidance, told)
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
     scale, prediction = torch.tensor(float(guidance)), teacher.network.prediction
@@ -213,6 +223,12 @@ def guided(
         output = teacher.process.from_x0(guided_x0(teacher, x_t, t, cond, scale), x_t, t, prediction)
         x_t = scheduler.step(output, timestep, x_t, return_dict=False)[0]
     return x_t
+
+
+@cache
+def _warn_of_twice(guidance: float, told: float) -> None:
+    what = "%g guides a teacher that was told %g already (teacher.guidance), in two passes a step; guidance=1 is one"
+    log.warning(f"guidance={what}", guidance, told)
 
 
 def _scheduler(

@@ -42,7 +42,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     job.make(samples)
     size = [side * teacher.unit // teacher.patch for side in shape[:0:-1]]
-    about = {"what": "samples of a teacher", "teacher": cfg.teacher.path, "size": size, "buckets": None}
+    about = {"what": "samples of a teacher", **making.of_teacher(cfg), "size": size, "buckets": None}
     job.finish(**about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings)
     return 0
 
