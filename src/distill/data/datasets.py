@@ -111,7 +111,7 @@ class Samples(Dataset, ABC):
         return [self.find(i) for i in indices]
 
     def find(self, i: int, most: int = MAX_IN_A_ROW) -> Found:
-        """Item i, or the first good one of its bucket that stands in for it; None after `most`. And those passed over."""
+        """Item i, or the first good one of its bucket that stands in for it; None after `most`. And those skipped."""
         bucket = self.buckets[self.bucket_of[i]] if self.groups else None
         peers = self.groups[self.bucket_of[i]] if self.groups else range(self.length)
         start = bisect.bisect_left(peers, i)
