@@ -86,7 +86,11 @@ def test_runs_judged_otherwise_are_not_averaged(written):
     assert {name: len(found) for name, found in grouped(runs).items()} == {"prompts=8": 2, "prompts=2000": 1}
     assert list(grouped(runs, by_name=True)) == ["mine, prompts=8", "mine, prompts=2000"]
     teachers = [line.group for line in lines_of(grouped(runs)) if line.who == "teacher"]
-    assert teachers == ["teacher, prompts=8, teacher guidance=None", "teacher, prompts=2000, teacher guidance=3.0"]
+    assert teachers == ["teacher, prompts=8", "teacher, prompts=2000"]
+    # but a measure more, or what older runs did not say, is no other judging
+    verdict["protocol"] = {"prompts": 8, "student sampler": "Consistency()", "fid": "Inception"}
+    (folders[2] / "evaluation.json").write_text(json.dumps(verdict))
+    assert [len(found) for found in grouped([read_run(folder) for folder in folders]).values()] == [3]
 
 
 def test_two_teachers_are_not_one(written):

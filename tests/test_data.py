@@ -477,6 +477,8 @@ def test_a_few_more_bad_ones_than_expected_are_chance(tmp_path):
     data.account(17, [("x", "bad")] * 3)
     with pytest.raises(ValueError, match="12 of 29 samples tried are bad, more than data.max_bad_share=0.1"):
         data.account(0, [("x", "bad")] * 9, needed=False)
+    with pytest.raises(ValueError, match=r"data\.max_bad_share=2: must be a share, from 0 to 1"):
+        ImageShards(str(tmp_path / "x.tar"), size=8, max_bad_share=2)
     with pytest.raises(ValueError, match="more than data.max_bad_share=0:"):
         ImageShards(str(tmp_path / "x.tar"), size=8, max_bad_share=0).account(30, [("x", "bad")])
 

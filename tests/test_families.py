@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import string
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,18 @@ def test_flux_shifts_its_grid_with_the_size_as_its_pipeline_does(teachers, folde
     cond, shape = teacher.embed(PROMPTS[:1]), teacher.latent_shape
     found = guided(teacher, cond, seeded([SEED]), shape=shape, steps=4, guidance=1.0)
     torch.testing.assert_close(found, unpacked(expected), rtol=0, atol=2e-4)
+
+
+def test_flux_is_said_to_be_guided_twice(teachers, caplog):
+    """Which schnell, that is told nothing, is not."""
+    teacher = teachers("flux")
+    how = {"shape": teacher.latent_shape, "steps": 1}
+    for guidance, told in ((1.0, True), (4.0, False), (4.0, True)):
+        assert not caplog.messages
+        teacher.network.model.register_to_config(guidance_embeds=told)
+        with suppress(TypeError):  # a dev that is told nothing has layers for it all the same
+            guided(teacher, teacher.embed(["x"]), seeded([0]), guidance=guidance, **how)
+    assert caplog.messages[0].startswith("guidance=4 guides a teacher that was told 3.5 already (teacher.guidance)")
 
 
 def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):

@@ -64,7 +64,7 @@ HEAVY = {
 
 # Lines of a file, a method's file, a function (docstring included), all of them counted; and of the whole source those
 # that are not blank, for it is the formatter that sets the blank ones between ever smaller functions.
-FILE, METHOD_FILE, FUNCTION, LONG_FUNCTION, SOURCE, CONF_FILES = 300, 150, 40, 60, 9020, 79
+FILE, METHOD_FILE, FUNCTION, LONG_FUNCTION, SOURCE, CONF_FILES = 300, 150, 40, 60, 9040, 79
 
 # "file:function" -> why it reads better in one piece. These may have 60 lines.
 LONG_FUNCTIONS: dict[str, str] = {}

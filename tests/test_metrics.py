@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 
 import numpy as np
 import open_clip
@@ -295,7 +296,7 @@ def test_features_are_kept_until_anything_changes(places, tmp_path, monkeypatch)
     assert len(list((tmp_path / "cache").iterdir())) == 5  # and no part of a file
 
 
-def test_pictures_are_read_as_in_training(tmp_path):
+def test_pictures_are_read_as_in_training(monkeypatch, tmp_path):
     exif, clear = Image.Exif(), np.zeros((4, 4, 4), np.uint8)
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "sideways.jpg", exif=exif)
@@ -303,6 +304,10 @@ def test_pictures_are_read_as_in_training(tmp_path):
     Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(tmp_path / "grey.png")
     Image.new("RGB", (8, 4)).save(tmp_path / "grid.png")  # of distill.sample: no picture, but all of them
     clear, grey, sideways = map(opened, in_folder(tmp_path))
+    with monkeypatch.context() as patch:  # Pillow, of an EXIF block that is damaged
+        patch.setattr("distill.files.ImageOps.exif_transpose", lambda _: struct.unpack("I", b""))
+        with pytest.raises(ValueError, match=r"sideways\.jpg: cannot be read as a picture"):
+            opened(tmp_path / "sideways.jpg")
     assert sideways.size == (4, 8)
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     assert grey.getpixel((0, 0)) == (117, 117, 117)

@@ -310,19 +310,6 @@ def test_noise_is_drawn_as_a_pipeline_draws_it():
     assert not torch.equal(draw_noise((4, 16, 16), generators), first)
 
 
-def test_a_model_that_is_told_its_guidance_is_said_to_be_guided_twice(teachers, caplog):
-    teacher = teachers("mmdit")
-    cond, how = teacher.embed([PROMPT]), {"shape": teacher.latent_shape, "steps": 1}
-    try:
-        teacher.guidance = 3.5  # as Flux has it
-        guided(teacher, cond, seeded([0]), guidance=1.0, **how)
-        assert not caplog.messages
-        guided(teacher, cond, seeded([0]), guidance=4.0, **how)
-    finally:
-        del teacher.guidance
-    assert caplog.messages[0].startswith("guidance=4 guides a teacher that was told 3.5 already (teacher.guidance)")
-
-
 # -- Euler-ancestral -------------------------------------------------------------------------------------------------
 
 

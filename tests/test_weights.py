@@ -146,8 +146,9 @@ def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"teacher\.weights=nowhere: no such file"):
         SD(str(pipelines("unet")), weights="nowhere")
     sides = {"A": (2, 16), "B": (16, 2)}
-    for prefix in ("base_model.model.", "text_encoder.", ""):  # peft's own; of another part; bare
-        name = f"{prefix}down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    for stem in (f"base_model.model.{layer}", f"text_encoder.{layer}", layer, "unet.single_blocks.0.to_q"):
+        name = f"{stem}.lora"  # peft's own; of another part; bare; of another network
         save_file(
             {f"{name}_{s}.weight": torch.ones(shape) for s, shape in sides.items()}, tmp_path / "lora.safetensors"
         )

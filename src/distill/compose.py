@@ -171,6 +171,11 @@ def run_at(path: str, key: str = "run") -> Path:
     return Path(path)
 
 
+def overrides() -> list[str]:
+    """What the command line says, of one job where it is a sweep."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def rank() -> int:
     """Which of the run's processes this one is, before anything distributed has begun."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
@@ -192,7 +197,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
     now = before.copy()
     OmegaConf.set_struct(now, False)
     several = []
-    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+    for override in overrides():
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
@@ -211,11 +216,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
 
 
 def _began_with(override: str, folder: Path) -> bool:
-    """Whether the run's first command had this option, so that all of it may be given again."""
-    file, (key, _, value) = folder / "run.json", override.partition("=")
-    command = json.loads(file.read_text()).get("command", "") if file.is_file() else ""
-    words = [word.partition("=") for word in command.split()]
-    return any(name == key and value in values.split(",") for name, _, values in words)
+    """Whether the run began with this option, so that its whole command may be given again."""
+    file = folder / "run.json"
+    return file.is_file() and override in json.loads(file.read_text()).get("overrides", ())
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,12 +26,13 @@ class RunRecord:
         self._path = folder / "run.json"
         self.facts: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
-    def begun(self, command: str, name: str) -> None:
+    def begun(self, command: str, name: str, overrides: Sequence[str] = ()) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if self.facts:
             self.facts["resumed"] = [*self.facts.get("resumed", []), {"command": command, "at": now}]
         else:
             self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
+            self.facts["overrides"] = list(overrides)
         machine = {"commit": _commit(), "hardware": hardware(), "versions": versions()}
         self._write(status="stopped", began=time.time(), **machine)
 

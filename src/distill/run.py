@@ -31,7 +31,8 @@ def begin(cfg: DictConfig) -> int:
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
         put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-        RunRecord(folder).begun(" ".join(["python -m distill.run", *sys.argv[1:]]), compose.name_of(cfg))
+        command = " ".join(["python -m distill.run", *sys.argv[1:]])
+        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides())
         print(f"run folder: {folder}")
     if not several:
         return train(cfg, folder, parts)

@@ -212,8 +212,8 @@ def guided(
     guidance: float,
 ) -> Tensor:
     """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise."""
-    if guidance != 1 and (told := getattr(teacher, "guidance", None)):
-        _warn_of_twice(guidance, told)
+    if guidance != 1 and teacher.network.model.config.get("guidance_embeds"):
+        _warn_of_twice(guidance, teacher.guidance)
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
     scale, prediction = torch.tensor(float(guidance)), teacher.network.prediction

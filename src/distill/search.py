@@ -109,8 +109,9 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    known = study.user_attrs.get("asked", asked) if study.get_trials(states=counted()) else asked
-    if other := [key for key, value in known.items() if asked[key] != value]:
+    free = () if study.get_trials(states=counted()) else ("metric", "steps")  # as long as nothing was measured by them
+    known = study.user_attrs.get("asked", asked)
+    if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
         raise ValueError(f"out={out} {what}")
     study.set_user_attr("asked", asked)
@@ -153,6 +154,8 @@ def main(cfg: DictConfig) -> None:
         study.tell(trial, *([value] if math.isfinite(value) else [None, TrialState.PRUNED]))
         table(study, out / "trials.csv")
         print(f"trial {trial.number}: {cfg.metric} {value:.4g} with {' '.join(chosen)}", flush=True)
+    if not study.get_trials(states=[TrialState.COMPLETE]):
+        raise ValueError(f"metric={cfg.metric}: none of the trials has a finite value of it")
     best = study.best_trial
     print(f"best: trial {best.number}, {cfg.metric} {best.value:.4g} with {best.params}")
 

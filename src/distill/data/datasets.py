@@ -64,6 +64,8 @@ class Samples(Dataset, ABC):
         self.length = min(limit or len(self.shards), len(self.shards))
         self.buckets: list[Size] = [(w, h) for w, h in buckets or ()]
         self.bucket_of, self.groups = self._sorted()
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={max_bad_share}: must be a share, from 0 to 1")
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
 

@@ -156,7 +156,9 @@ class Prompted:
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
         for who, n, make in lineup(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
-            marks = json.dumps([self.asked, self.seed, shape, how, teacher.marks(model), self.batch_size])
+            marks = json.dumps(
+                [self.asked, self.seed, shape, how, teacher.marks(model, scheduled=who == "teacher"), self.batch_size]
+            )
             place = folder / "evaluation" / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
             rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
             self._fill(rows[-1], teacher, rank, world)

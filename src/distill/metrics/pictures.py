@@ -64,7 +64,7 @@ def opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return upright(picture)
-    except (OSError, SyntaxError) as error:  # the last is what Pillow raises for some broken PNG
+    except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
 

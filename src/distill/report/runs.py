@@ -55,7 +55,8 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
         words = [run.method] if len(rivals) < len(runs) else []
         words += _settings(run, _keys("", rivals))
         if by_name:
-            words = [str(run.facts["name"]), *_settings(run, _keys("judged", [other.config for other in runs]))]
+            rivals = [other.config for other in runs if other.facts["name"] == run.facts["name"]]
+            words = [str(run.facts["name"]), *_settings(run, _keys("judged", rivals))]
         groups.setdefault(", ".join(words) or run.method, []).append(run)
     return groups
 
@@ -74,9 +75,10 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
 
 
 def _keys(path: str, nodes: Sequence[Mapping[str, Any]], but: str = "judged.teacher") -> list[str]:
-    """What the nodes differ in at this path, those aside that begin with `but`: how the others are judged."""
+    """What the nodes differ in at this path, but not how others are judged (`but`), nor measures that one lacks."""
     found = _differences(path, [node[path] if path else node for node in nodes])
-    return sorted(key for key in found if not key.startswith(but))
+    known = set.intersection(*(set(node["judged"] or ()) for node in nodes))
+    return sorted(k for k in found if not k.startswith("judged") or (k[7:] in known and not k.startswith(but)))
 
 
 def _settings(run: Run, keys: Sequence[str]) -> list[str]:

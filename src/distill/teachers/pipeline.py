@@ -156,13 +156,18 @@ class PipelineTeacher(nn.Module):
         self.network.model.to("meta")
         self._encoders.to(device)
 
-    def marks(self, model: Any) -> list[Any]:
-        """All that makes its pictures, or those of the student `model` with its encoders, but noise and steps."""
+    def marks(self, model: Any, *, scheduled: bool) -> list[Any]:
+        """All that makes the pictures of `model`, itself or a student, with its encoders, but noise and steps.
+
+        `scheduled` by its own scheduler; a student's sampler has its levels.
+        """
         self._bring("text_encoder")
         network = getattr(model, "network", model)
         own = [getattr(network, "shift", None), getattr(network, "guidance", None), network.prediction]
         own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
-        own += [str(self.pipeline.scheduler.config)] if model is self else []  # a student's sampler has its levels
+        # What begins so is diffusers' own list of keys that the file lacks, in any order.
+        terms = sorted((k, str(v)) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_"))
+        own += [terms] if scheduled else []
         coders = [m for name, m in self.pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
         return [*own, *map(fingerprint, [network, self.vae, *coders])]
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ def put_on(pipeline: Any, path: str) -> None:
         if any(name.startswith(("text_encoder", "lora_te")) for name in state):
             log.warning("teacher.weights=%s: its layers for text encoders are left out, and those may matter", path)
         pipeline.load_lora_into_text_encoder = lambda *_, **__: None
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         model = getattr(pipeline, "transformer", None) or pipeline.unet
-        if not getattr(model, "peft_config", None):  # diffusers says no more than that this is safe to ignore
+        with suppress(ValueError):  # peft's, of layers that are not there, with all their names
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        if not getattr(model, "peft_config", None):  # of some namings diffusers says only that it is safe to ignore
             what = f"none of its layers is one of this {type(model).__name__}; their names must begin with transformer."
             raise ValueError(f"teacher.weights={path}: {what} or unet., or be kohya's of a UNet")
         pipeline.fuse_lora()
