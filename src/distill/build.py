@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill import sampling
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
-from distill.compose import allowed, check_counts, make, processes, shipped
+from distill.compose import allowed, check_counts, config_of, make, processes, shipped
 from distill.files import gathered
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
@@ -89,8 +89,7 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 def sampler_of(run: str, student: Any) -> Any:
     """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
-    file = Path(run) / "config.yaml"
-    own = OmegaConf.load(file).get("sampler") if file.is_file() else None
+    own = (config_of(run) or {}).get("sampler")
     return make(own) if own else sampling.sampler_of(student.pipeline)
 
 
@@ -119,8 +118,9 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
         make(cfg.metrics).fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
-    players = {"student": make(cfg.student)(teacher=teacher), **_discriminator(cfg.discriminator, teacher)}
-    make(cfg.sampler).check(players["student"])
+    student = make(cfg.student)(teacher=teacher)
+    make(cfg.sampler).check(student)
+    players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
     return source, make(cfg.method)(teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed)
 
 
@@ -254,8 +254,8 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     if (found := class_of(path)) not in FAMILIES:
         raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
     node = {"_target_": FAMILIES[found], "path": path, "dtype": dtype}
-    if (config := Path(run) / "config.yaml").is_file():  # what a family lets one choose is as in the run
-        chosen = OmegaConf.load(config).get("teacher") or {}
+    if config := config_of(run):  # what a family lets one choose is as in the run
+        chosen = config.get("teacher") or {}
         node |= {key: chosen[key] for key in get_object(FAMILIES[found]).own if key in chosen}
     try:
         return make(OmegaConf.create(node))

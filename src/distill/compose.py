@@ -171,6 +171,12 @@ def run_at(path: str, key: str = "run") -> Path:
     return Path(path)
 
 
+def config_of(run: str | Path) -> DictConfig | None:
+    """The configuration of a run folder, None of what is none."""
+    file = Path(run) / "config.yaml"
+    return OmegaConf.load(file) if file.is_file() else None
+
+
 def overrides() -> list[str]:
     """What the command line says, of one job where it is a sweep."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.compose import check_counts, rank, world
+from distill.compose import check_counts, config_of, rank, world
 from distill.errors import command
 
 ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
@@ -36,7 +36,7 @@ def judge(cfg: DictConfig) -> int:
     if pictures and not hasattr(protocol, "judge_folder"):
         raise ValueError(f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts")
     name = re.sub(r"[^\w.-]+", "_", cfg.run).strip("._") or run.resolve().name  # a/student and b/student are two
-    out = Path(cfg.out or (run if _config_of(run) else Path("evaluations") / name))
+    out = Path(cfg.out or (run if config_of(run) else Path("evaluations") / name))
     parts = None if pictures or several else _models(cfg, protocol)  # a mistake in them leaves nothing behind
     if several:
         protocol.load()  # what cannot be read is said before hours of drawing
@@ -63,16 +63,11 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     return 0
 
 
-def _config_of(run: Path) -> Any:
-    """The configuration of a run folder, None of what is none."""
-    return OmegaConf.load(run / "config.yaml") if (run / "config.yaml").is_file() else None
-
-
 def _protocol(cfg: DictConfig) -> Any:
     """How it is judged; refused where that cannot be, or would flatter the run."""
     from distill import build
 
-    protocol = build.protocol(cfg.metrics, _config_of(Path(cfg.run)))
+    protocol = build.protocol(cfg.metrics, config_of(cfg.run))
     steps = [cfg.steps] if isinstance(cfg.steps, int) else cfg.steps
     if isinstance(steps, str) or any(not isinstance(n, int) or n < 1 for n in steps or []):
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, 1,2,4 or the like")
@@ -84,7 +79,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     from distill import build, making
     from distill.sampling import distilled
 
-    run, model = _config_of(Path(cfg.run)), build.student_of(cfg.run, cfg.dtype).to(making.device())
+    run, model = config_of(cfg.run), build.student_of(cfg.run, cfg.dtype).to(making.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
     if not run and not distilled(model.pipeline):  # it is a teacher itself

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill.errors import command
 
@@ -40,13 +40,13 @@ def _new(out: str) -> Path:
 
 def _base(cfg: DictConfig) -> Any:
     """What the student was made from: `base`, or the teacher that the run names."""
-    from distill import build
+    from distill import build, compose
 
     if cfg.base is not None:
         return build.student_of(cfg.base)
-    if not (file := Path(cfg.run) / "config.yaml").is_file():
+    if (config := compose.config_of(cfg.run)) is None:
         raise ValueError(f"base=null: run={cfg.run} does not say what its student was made from; add base=<folder>")
-    return build.make(OmegaConf.load(file).teacher)
+    return build.make(config.teacher)
 
 
 def _delta(cfg: DictConfig, run: Path) -> Path:
@@ -92,8 +92,8 @@ def _diffusers(cfg: DictConfig, run: Path) -> Path:
 
     student, teacher = pipeline_folder(run), None
     class_of(str(student))
-    if (run / "config.yaml").is_file():
-        teacher = Path(compose.shipped(OmegaConf.load(run / "config.yaml").teacher.path))
+    if config := compose.config_of(run):
+        teacher = Path(compose.shipped(config.teacher.path))
     if cfg.out is None or Path(cfg.out) == student:
         write_card(student, run, teacher)
         return student

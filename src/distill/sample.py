@@ -102,16 +102,12 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
 
 def _read(path: str, height: int, width: int) -> Tensor:
     """The picture as an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
     from torchvision.transforms.functional import to_tensor
 
-    from distill.files import upright
+    from distill.metrics.pictures import opened
 
-    try:
-        picture = upright(Image.open(path))
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"image={path}: cannot be read as a picture ({error})") from None
-    return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
+    return to_tensor(ImageOps.fit(opened(Path(path), "image="), (width, height)))[None] * 2 - 1
 
 
 def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -> None:

@@ -58,14 +58,14 @@ class Samples(Dataset, ABC):
     ):
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit={limit}: must be at least 1")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={max_bad_share}: must be a share, from 0 to 1")
         if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
             raise ValueError(f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], width and height")
         self.shards, self.max_bad_share, self.caption_key = self.open(path), max_bad_share, caption_key
         self.length = min(limit or len(self.shards), len(self.shards))
         self.buckets: list[Size] = [(w, h) for w, h in buckets or ()]
         self.bucket_of, self.groups = self._sorted()
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share={max_bad_share}: must be a share, from 0 to 1")
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
 

@@ -59,13 +59,13 @@ def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     return torch.stack([network.prepare(picture) for picture in pictures])
 
 
-def opened(path: Path) -> Image.Image:
-    """As RGB, like those that are trained on; ValueError if it cannot be."""
+def opened(path: Path, key: str = "") -> Image.Image:
+    """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
     try:
         with Image.open(path) as picture:
             return upright(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+        raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
 
 
 def cache_folder() -> Path:

@@ -25,7 +25,11 @@ class Run:
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
     rows: Sequence[Row]
-    protocol: Mapping[str, Any]
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """How it was judged, kept with the configuration since runs differ in it likewise."""
+        return self.config["judged"]
 
     @property
     def method(self) -> str:
@@ -39,8 +43,7 @@ def read_run(folder: Path) -> Run:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     facts = json.loads((folder / "run.json").read_text())
-    protocol = evaluation.get("protocol", {})
-    return Run(folder, {**config, "judged": protocol}, facts, rows_of(evaluation), protocol)
+    return Run(folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation))
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:

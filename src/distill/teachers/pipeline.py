@@ -165,9 +165,8 @@ class PipelineTeacher(nn.Module):
         network = getattr(model, "network", model)
         own = [getattr(network, "shift", None), getattr(network, "guidance", None), network.prediction]
         own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
-        # What begins so is diffusers' own list of keys that the file lacks, in any order.
-        terms = sorted((k, str(v)) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_"))
-        own += [terms] if scheduled else []
+        if scheduled:  # what begins with _ is diffusers' own, its list of keys that the file lacks in any order
+            own += sorted((k, str(v)) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_"))
         coders = [m for name, m in self.pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
         return [*own, *map(fingerprint, [network, self.vae, *coders])]
 

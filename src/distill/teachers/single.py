@@ -45,14 +45,15 @@ def read_single(
     folder, parts = _config(config, path, WORDS), dict.fromkeys(without)
     classes = pipeline_classes(folder, kind.__name__, without, "teacher.config")
     try:
-        for name in _left_out(file, classes):
+        held = _held(file)
+        for name in _left_out(held, classes):
             there = _config(config, path, [f"{name}/*.json", f"{name}/*.safetensors"])
             key = f"teacher.path={path} has no {name}, and teacher.config"
             options = {"use_safetensors": use_safetensors or None, "variant": None, "dtype": precision}
             parts[name] = whole(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
         kept = pipeline.scheduler.config.get("prediction_type")
-        if "v_pred" in _held(file) and kept != "v_prediction":  # as ComfyUI marks it; diffusers does not look
+        if "v_pred" in held and kept != "v_prediction":  # as ComfyUI marks it; diffusers does not look
             what = f"says that it predicts v, and teacher.config={config} says {kept}"
             raise ValueError(f"teacher.path={path} {what}; give a teacher.config of its kind")
         _tie(pipeline)
@@ -75,9 +76,9 @@ def _tie(pipeline: Any) -> None:
             raise ValueError(META)
 
 
-def _left_out(file: Path, classes: dict[str, Any]) -> list[str]:
-    """The text encoders and autoencoder of the pipeline that this file has nothing of."""
-    if not (held := _held(file)):
+def _left_out(held: set[str], classes: dict[str, Any]) -> list[str]:
+    """The text encoders and autoencoder of the pipeline that a file with these tensors has nothing of."""
+    if not held:
         return []
     wanted = {part: places for part, places in PLACES.items() if classes.get(part, NoneType) is not NoneType}
     return [part for part, places in wanted.items() if not any(k.startswith(places) for k in held)]

@@ -26,6 +26,7 @@ def put_on(pipeline: Any, path: str) -> None:
     """
     file = local_file(path, "teacher.weights")
     state, about = read_weights(file)
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
         if not hasattr(pipeline, "load_lora_weights"):
             raise ValueError(
@@ -34,7 +35,6 @@ def put_on(pipeline: Any, path: str) -> None:
         if any(name.startswith(("text_encoder", "lora_te")) for name in state):
             log.warning("teacher.weights=%s: its layers for text encoders are left out, and those may matter", path)
         pipeline.load_lora_into_text_encoder = lambda *_, **__: None
-        model = getattr(pipeline, "transformer", None) or pipeline.unet
         with suppress(ValueError):  # peft's, of layers that are not there, with all their names
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         if not getattr(model, "peft_config", None):  # of some namings diffusers says only that it is safe to ignore
@@ -43,7 +43,6 @@ def put_on(pipeline: Any, path: str) -> None:
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         return
-    model = getattr(pipeline, "transformer", None) or pipeline.unet
     own = model.state_dict()
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
     if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
