@@ -62,12 +62,9 @@ HEAVY = {
     "tests": set(),
 }
 
-# Lines of a file, a method's file, a function (docstring included), all of them counted; and of the whole source those
-# that are not blank, for it is the formatter that sets the blank ones between ever smaller functions.
-FILE, METHOD_FILE, FUNCTION, LONG_FUNCTION, SOURCE, CONF_FILES = 300, 150, 40, 60, 9040, 79
-
-# "file:function" -> why it reads better in one piece. These may have 60 lines.
-LONG_FUNCTIONS: dict[str, str] = {}
+# Lines of a file, of a method's file and of a function, docstring included. Totals are not limited: a limit on them
+# makes people pack code.
+FILE, METHOD_FILE, FUNCTION = 400, 180, 60
 
 
 def module_of(path: Path, package: Path) -> str:
@@ -97,7 +94,9 @@ def imports_of(path: Path, package: Path) -> Iterator[tuple[int, str]]:
             start = parents[: len(parents) - node.level + 1] if node.level else []
             source = ".".join([*start, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
             names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
             yield from ((node.lineno, str(name)) for name in names)
 
@@ -115,7 +114,9 @@ def wrong_imports(package: Path) -> list[str]:
             if library == "distill":
                 reason = wrong_target(module, target)
             elif library in HEAVY and not HEAVY[library] & {place_of(module), layer_of(module)}:
-                reason = f"{library} belongs to {sorted(HEAVY[library]) or 'no file of the package'}"
+                reason = (
+                    f"{library} belongs to {sorted(HEAVY[library]) or 'no file of the package'}"
+                )
             else:
                 reason = None
             if reason:
@@ -138,27 +139,21 @@ def wrong_target(module: str, target: str) -> str | None:
 
 
 def too_long(package: Path) -> list[str]:
-    """Every file and function over its budget, every excuse that is no longer needed, and the whole."""
-    wrong, total, excused = [], 0, set()
+    """Every file and function that is longer than one reads at a time."""
+    wrong = []
     for path in sorted(package.rglob("*.py")):
         name, text = path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")
         lines = len(text.splitlines())
-        total += sum(bool(line.strip()) for line in text.splitlines())
         is_method = name.startswith("methods/") and path.stem not in ("base", "__init__")
-        budget = METHOD_FILE if is_method else FILE
-        if lines > budget:
-            wrong.append(f"{name} has {lines} lines, {budget} are its budget")
+        limit = METHOD_FILE if is_method else FILE
+        if lines > limit:
+            wrong.append(f"{name} has {lines} lines, {limit} are its limit")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length, key = node.end_lineno - node.lineno + 1, f"{name}:{node.name}"
-                if length > FUNCTION and key in LONG_FUNCTIONS:
-                    excused.add(key)
-                limit = LONG_FUNCTION if key in LONG_FUNCTIONS else FUNCTION
-                if length > limit:
-                    wrong.append(f"{key} has {length} lines, {limit} are its budget")
-    if total > SOURCE:
-        wrong.append(f"the source has {total} lines, {SOURCE} are its budget")
-    return wrong + [f"{key} needs no excuse: remove it from LONG_FUNCTIONS" for key in set(LONG_FUNCTIONS) - excused]
+                length = node.end_lineno - node.lineno + 1
+                if length > FUNCTION:
+                    wrong.append(f"{name}:{node.name} has {length} lines, {FUNCTION} are its limit")
+    return wrong
 
 
 def test_imports_point_down_and_heavy_libraries_stay_in_their_places():
@@ -166,13 +161,8 @@ def test_imports_point_down_and_heavy_libraries_stay_in_their_places():
     assert not (wrong := wrong_imports(PACKAGE)), "\n" + "\n".join(wrong)
 
 
-def test_source_is_within_its_budgets():
+def test_files_and_functions_are_short():
     assert not (wrong := too_long(PACKAGE)), "\n" + "\n".join(wrong)
-
-
-def test_configuration_is_within_its_budget():
-    files = list((ROOT / "conf").rglob("*.yaml"))
-    assert len(files) <= CONF_FILES, f"{len(files)} files in conf/, {CONF_FILES} are the budget"
 
 
 def write(package: Path, name: str, text: str) -> None:
@@ -216,10 +206,22 @@ def test_a_forbidden_import_is_caught(tmp_path, name, text, expected):
 def test_allowed_imports_pass(tmp_path):
     write(tmp_path, "__init__.py", "")
     write(tmp_path, "losses.py", "from distill.types import Cond\nimport torch")
-    write(tmp_path, "teachers/sd3.py", "from . import taps\nfrom ..process import Process\nimport diffusers")
+    write(
+        tmp_path,
+        "teachers/sd3.py",
+        "from . import taps\nfrom ..process import Process\nimport diffusers",
+    )
     write(tmp_path, "methods/base.py", "import lightning\nfrom distill import ema")
-    write(tmp_path, "methods/add.py", "from .base import Distillation\nfrom distill.losses import hinge")
-    write(tmp_path, "report.py", "from matplotlib import pyplot\nfrom distill.methods.base import Distillation")
+    write(
+        tmp_path,
+        "methods/add.py",
+        "from .base import Distillation\nfrom distill.losses import hinge",
+    )
+    write(
+        tmp_path,
+        "report.py",
+        "from matplotlib import pyplot\nfrom distill.methods.base import Distillation",
+    )
     write(tmp_path, "run.py", "import hydra\nfrom distill import _conf, build")
     assert wrong_imports(tmp_path) == []
 
@@ -229,6 +231,6 @@ def test_long_files_and_functions_are_caught(tmp_path):
     write(tmp_path, "methods/add.py", "x = 1\n" * (METHOD_FILE + 1))
     write(tmp_path, "methods/base.py", "def f():\n" + "    x = 1\n" * FUNCTION)
     wrong = too_long(tmp_path)
-    assert [line.split()[0] for line in wrong if "excuse" not in line] == [
+    assert [line.split()[0] for line in wrong] == [
         "losses.py", "methods/add.py", "methods/base.py:f",
     ]  # fmt: skip
