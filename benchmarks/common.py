@@ -19,8 +19,14 @@ def composed(overrides: Sequence[str]) -> Any:
 
 def fit(cfg: Any, method: Any, source: Any, steps: int, *callbacks: L.Callback) -> L.Trainer:
     """Train on one device and leave nothing behind."""
-    bare = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-    given = {"accelerator": cfg.trainer.accelerator, "precision": cfg.trainer.precision, "callbacks": list(callbacks)}
+    bare = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+    )
+    given = {
+        "accelerator": cfg.trainer.accelerator,
+        "precision": cfg.trainer.precision,
+        "callbacks": list(callbacks),
+    }
     trainer = L.Trainer(max_steps=steps, max_epochs=-1, devices=1, **bare, **given)
     trainer.fit(method, source.loader(seed=cfg.seed))
     return trainer

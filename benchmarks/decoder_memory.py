@@ -33,10 +33,17 @@ def measure(way: str, side: int, count: int) -> None:
         vae = AutoencoderTiny()
     else:
         widths = (128, 256, 512, 512)
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        }
+        vae = AutoencoderKL(
+            block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks
+        )
         del vae.encoder
-    eyes = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14))
+    eyes = Dinov2Model(
+        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    )
     for network in (vae, eyes):
         network.to(device).eval().requires_grad_(False)
     if way.startswith("checkpointing"):
@@ -45,7 +52,9 @@ def measure(way: str, side: int, count: int) -> None:
     x = torch.randn(count, 4, cells, cells, device=device, requires_grad=True)
 
     before, began = megabytes(), time.perf_counter()
-    pixels = torch.nn.functional.interpolate(vae.decode(x).sample, size=(224, 224), mode="bilinear", antialias=True)
+    pixels = torch.nn.functional.interpolate(
+        vae.decode(x).sample, size=(224, 224), mode="bilinear", antialias=True
+    )
     sum(h.square().mean() for h in eyes(pixels, output_hidden_states=True).hidden_states).backward()
     assert x.grad.abs().max() > 0
     print(f"| {way} | {megabytes() - before:,.0f} | {time.perf_counter() - began:.1f} |")
@@ -55,7 +64,9 @@ def main() -> None:
     side, count = (int(a) for a in [*sys.argv[1:], *("512", "1")[len(sys.argv) - 1 :]])
     print(f"{count} of {side}x{side}\n\n| way | MB | seconds |\n|---|---|---|", flush=True)
     for way in WAYS:
-        subprocess.run([sys.executable, __file__, "measure", way, str(side), str(count)], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "measure", way, str(side), str(count)], check=True
+        )
 
 
 if __name__ == "__main__":

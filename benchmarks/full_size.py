@@ -39,10 +39,17 @@ def vae(channels: int, small: bool) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL(block_out_channels=widths, latent_channels=channels, **VAE)
 
 
-def clip(width: int, layers: int, heads: int, kind: type, small: bool) -> transformers.PreTrainedModel:
+def clip(
+    width: int, layers: int, heads: int, kind: type, small: bool
+) -> transformers.PreTrainedModel:
     if small:
         width, layers, heads = 64, 1, 2
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "projection_dim": width}
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+    }
     return kind(transformers.CLIPTextConfig(**shape, intermediate_size=4 * width))
 
 
@@ -50,7 +57,11 @@ def sd3(small: bool) -> diffusers.DiffusionPipeline:
     kind = transformers.CLIPTextModelWithProjection
     texts = [clip(768, 12, 12, kind, small), clip(1280, 32, 20, kind, small)]
     pooled = sum(text.config.projection_dim for text in texts)
-    shape = {"num_layers": 2, "num_attention_heads": 2} if small else {"num_layers": 24, "num_attention_heads": 24}
+    shape = (
+        {"num_layers": 2, "num_attention_heads": 2}
+        if small
+        else {"num_layers": 24, "num_attention_heads": 24}
+    )
     net = diffusers.SD3Transformer2DModel(
         sample_size=64,
         in_channels=16,
@@ -113,7 +124,9 @@ def eyes(folder: Path, small: bool) -> list[str]:
     shape = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2} if small else {
         "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6
     }  # fmt: skip
-    transformers.Dinov2Model(transformers.Dinov2Config(**shape, image_size=518, patch_size=14)).save_pretrained(folder)
+    transformers.Dinov2Model(
+        transformers.Dinov2Config(**shape, image_size=518, patch_size=14)
+    ).save_pretrained(folder)
     told = ["discriminator.condition.text=teacher", "discriminator.condition.image=features"]
     return [f"discriminator.features.path={folder}", "discriminator.features.size=224", *told]
 
@@ -122,7 +135,9 @@ def pictures(folder: Path, count: int, side: int) -> None:
     folder.mkdir()
     random = np.random.default_rng(0)
     for i in range(count):
-        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
         (folder / f"{i}.txt").write_text(f"a picture of noise, number {i}")
 
 
@@ -141,21 +156,40 @@ def main(arguments: list[str]) -> None:
         del pipeline
         pictures(folder / "pictures", 64, 64 if small else 512)
         command = [sys.executable, "-m", "distill.run", f"method={method}", f"teacher={family}"]
-        command += [f"teacher.path={folder / 'teacher'}", "data=images", f"data.path={folder / 'pictures'}"]
+        command += [
+            f"teacher.path={folder / 'teacher'}",
+            "data=images",
+            f"data.path={folder / 'pictures'}",
+        ]
         command += ["data.size=64"] if small else []
         command += ["teacher.without=[text_encoder_3,tokenizer_3]"] if family == "sd3" else []
         command += eyes(folder / "eyes", small) if method == "add" else []
-        command += [f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1", "~metrics", "callbacks.samples=null"]
-        command += [f"run_dir={folder / 'run'}", "callbacks.checkpoint=null", "+callbacks.health.every=4"]
+        command += [
+            f"trainer.max_steps={steps}",
+            "trainer.log_every_n_steps=1",
+            "~metrics",
+            "callbacks.samples=null",
+        ]
+        command += [
+            f"run_dir={folder / 'run'}",
+            "callbacks.checkpoint=null",
+            "+callbacks.health.every=4",
+        ]
         command += overrides
         subprocess.run(command, check=True)
         with open(folder / "run" / "metrics.csv") as file:
-            rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
+            rates = [
+                float(row["images_per_second"])
+                for row in csv.DictReader(file)
+                if row["images_per_second"]
+            ]
         facts = json.loads((folder / "run" / "run.json").read_text())
         batch = facts["images_seen"] / facts["steps"]
         seconds = batch / statistics.median(rates[2:] or rates)
         print(f"{family} {method} {' '.join(overrides)}, {facts['hardware']}:")
-        print(f"{seconds:.2f} s a step of {batch:.0f}, peak {facts.get('peak_memory_gib', '-')} GiB")
+        print(
+            f"{seconds:.2f} s a step of {batch:.0f}, peak {facts.get('peak_memory_gib', '-')} GiB"
+        )
 
 
 if __name__ == "__main__":

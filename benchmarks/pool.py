@@ -41,7 +41,9 @@ def players(method: Any) -> tuple[Player, Player]:
     return student, Player(method.heads, method.engine.discriminator(method.heads.parameters()))
 
 
-def iteration(method: Any, batch: Any, student: Player, heads: Player, cast: torch.autocast) -> float:
+def iteration(
+    method: Any, batch: Any, student: Player, heads: Player, cast: torch.autocast
+) -> float:
     """Seconds that the heads' own work took, of a whole iteration."""
     method._log = {}
     with cast:
@@ -73,7 +75,14 @@ def megabytes(heads: Player) -> tuple[float, float]:
 def main() -> None:
     made = []
     for size in SIZES:
-        cfg = composed(["method=nitrofusion", "method.opening=0", *sys.argv[1:], f"discriminator.heads.size={size}"])
+        cfg = composed(
+            [
+                "method=nitrofusion",
+                "method.opening=0",
+                *sys.argv[1:],
+                f"discriminator.heads.size={size}",
+            ]
+        )
         source, method = build.parts(cfg)
         batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
         made.append((method, batch, *players(method)))
@@ -91,7 +100,12 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {len(batch)} pictures, {cfg.trainer.precision}")
     print("heads in all   iteration, ms   its discriminator phase, ms   heads, MB   optimiser, MB")
     for (method, _, _, heads), a, b in zip(made, whole, own, strict=True):
-        row = (len(method.heads.heads), 1e3 * statistics.median(a), 1e3 * statistics.median(b), *megabytes(heads))
+        row = (
+            len(method.heads.heads),
+            1e3 * statistics.median(a),
+            1e3 * statistics.median(b),
+            *megabytes(heads),
+        )
         print("{:>12}   {:>13.1f}   {:>27.1f}   {:>9.1f}   {:>13.1f}".format(*row))
 
 

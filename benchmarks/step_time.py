@@ -44,7 +44,9 @@ def main() -> None:
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
     taps = list(teacher.blocks)
-    mixed = cfg.trainer.precision == "bf16-mixed"  # as the trainer does: autocast around the forward passes
+    mixed = (
+        cfg.trainer.precision == "bf16-mixed"
+    )  # as the trainer does: autocast around the forward passes
 
     def cast() -> torch.autocast:
         return torch.autocast(noise.device.type, torch.bfloat16, enabled=mixed)
@@ -79,11 +81,15 @@ def main() -> None:
         parts["teacher's estimate for the distillation, forward"] = seconds(word_pass)
     whole = step_time(cfg, method, source)
     unavoidable = sum(parts.values())
-    print(f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch {torch.__version__}")
+    print(
+        f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch {torch.__version__}"
+    )
     for name, value in parts.items():
         print(f"{1000 * value:8.1f} ms  {name}")
     print(f"{1000 * unavoidable:8.1f} ms  sum of the passes that cannot be avoided")
-    print(f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} % over that sum")
+    print(
+        f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} % over that sum"
+    )
 
 
 def step_time(cfg: object, method: object, source: object) -> float:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes side by side have a core each
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported: processes side by side have a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
 
@@ -73,7 +75,11 @@ def shards(tmp_path_factory) -> Path:
 def _lightning_is_quiet():
     """Its hints about loaders and manual optimisation, which `run` silences as well."""
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*in eval mode.*", ".*treespec, LeafSpec.*"):
+        for message in (
+            ".*does not have many workers.*",
+            ".*in eval mode.*",
+            ".*treespec, LeafSpec.*",
+        ):
             warnings.filterwarnings("ignore", message=message)
         yield
 

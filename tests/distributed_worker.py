@@ -49,7 +49,11 @@ class SaveAt(L.Callback):
 def strategy_of(name: str | None):
     if name is None:
         return "auto"
-    return DataParallel() if name == "ddp" else FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"))
+    return (
+        DataParallel()
+        if name == "ddp"
+        else FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"))
+    )
 
 
 def main(asked: dict) -> None:
@@ -59,9 +63,16 @@ def main(asked: dict) -> None:
     warnings.filterwarnings("ignore")
     make = tiny.METHODS[asked["method"]]
     # Adam divides the smallest gradients by themselves, and with them what a processor has rounded: not with this eps.
-    options = {"accumulate": asked.get("accumulate", 1), "lora": asked.get("lora"), "eps": 1e-4, "critic_eps": 1e-2}
+    options = {
+        "accumulate": asked.get("accumulate", 1),
+        "lora": asked.get("lora"),
+        "eps": 1e-4,
+        "critic_eps": 1e-2,
+    }
     method = make(SD3(asked["teacher"]), **options)
-    for module in method.heads.modules():  # its power iteration counts passes: two micro-batches make twice as many
+    for module in (
+        method.heads.modules()
+    ):  # its power iteration counts passes: two micro-batches make twice as many
         if isinstance(module, _SpectralNorm):
             module.eval()
     losses = Losses()
@@ -100,7 +111,11 @@ def main(asked: dict) -> None:
         "heads": gathered(method.heads.state_dict(), keep=True),
         "ema": gathered(method.ema.state_dict(), keep=True),
         "losses": {name: values[-2:] for name, values in losses.seen.items()},
-        "counts": {"step": method.step, "iteration": method.iteration - method.skipped, "global": trainer.global_step},
+        "counts": {
+            "step": method.step,
+            "iteration": method.iteration - method.skipped,
+            "global": trainer.global_step,
+        },
         "skipped": method.skipped,
     }
     torch.save(end, folder / f"end_{rank}.pt")

@@ -26,23 +26,49 @@ def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> d
     from distill.pretraining import text
 
     tokenizer = text.train_tokenizer(tiny.CAPTIONS, length=tiny.LENGTH, vocab_size=600)
-    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    shape = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2}
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tiny.LENGTH, "num_attention_heads": 2}
-    return {"text_encoder": kind(transformers.CLIPTextConfig(**shape, **sizes, **ends)), "tokenizer": tokenizer}
+    ends = {
+        f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")
+    }
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "num_hidden_layers": 2,
+    }
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tiny.LENGTH,
+        "num_attention_heads": 2,
+    }
+    return {
+        "text_encoder": kind(transformers.CLIPTextConfig(**shape, **sizes, **ends)),
+        "tokenizer": tokenizer,
+    }
 
 
 def t5() -> dict[str, Any]:
     """A T5 encoder that reads letter by letter."""
     letters = [("▁", -2.0), *((c, -3.0) for c in string.ascii_letters + string.digits + ",.-")]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
-    config = transformers.T5Config(vocab_size=80, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=80, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
     tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
     return {"text_encoder": transformers.T5EncoderModel(config), "tokenizer": tokenizer}
 
 
 def gemma() -> dict[str, Any]:
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters, *string.digits, *",.-:\n"]
+    words = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        "▁",
+        *string.ascii_letters,
+        *string.digits,
+        *",.-:\n",
+    ]
     tokenizer = transformers.GemmaTokenizer(
         vocab={word: i for i, word in enumerate(words)}, merges=[], add_bos_token=True
     )
@@ -79,7 +105,9 @@ def sd35() -> Any:
     texts = {}
     for place, parts in {"": clip(CLIP), "_2": clip(24), "_3": t5()}.items():
         texts |= {f"{name}{place}": part for name, part in parts.items()}
-    torch.nn.init.eye_(texts["text_encoder"].text_projection.weight)  # as single files have it, which leave it out
+    torch.nn.init.eye_(
+        texts["text_encoder"].text_projection.weight
+    )  # as single files have it, which leave it out
     return diffusers.StableDiffusion3Pipeline(
         transformer=tiny.shake(net, 2),
         vae=vae(shift_factor=0.1),
@@ -91,9 +119,15 @@ def sd35() -> Any:
 def sdxl() -> Any:
     """As tiny's, but for two CLIPs that differ, as in the real one: by their width a single file's are told apart."""
     net = tiny.sdxl_unet(CLIP + 24, 24)
-    texts = clip(CLIP, transformers.CLIPTextModel) | {f"{name}_2": part for name, part in clip(24).items()}
-    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return diffusers.StableDiffusionXLPipeline(unet=net, vae=vae(), scheduler=scheduler, add_watermarker=False, **texts)
+    texts = clip(CLIP, transformers.CLIPTextModel) | {
+        f"{name}_2": part for name, part in clip(24).items()
+    }
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        unet=net, vae=vae(), scheduler=scheduler, add_watermarker=False, **texts
+    )
 
 
 def pixart() -> Any:
@@ -105,8 +139,12 @@ def pixart() -> Any:
         cross_attention_dim=16,
         caption_channels=TEXT,
     )
-    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
-    return diffusers.PixArtSigmaPipeline(transformer=tiny.shake(net, 2), vae=vae(), scheduler=scheduler, **t5())
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="linear", beta_start=0.0001, beta_end=0.02
+    )
+    return diffusers.PixArtSigmaPipeline(
+        transformer=tiny.shake(net, 2), vae=vae(), scheduler=scheduler, **t5()
+    )
 
 
 def sana() -> Any:
@@ -128,10 +166,14 @@ def sana() -> Any:
         halves[f"{half}_block_out_channels"] = (8, 8, 8)
         halves[f"{half}_layers_per_block"] = (1, 1, 1)
         halves[f"{half}_qkv_multiscales"] = ((), (), (5,))
-    dc = diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.8, **halves)
+    dc = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, scaling_factor=0.8, **halves
+    )
     solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
     scheduler = diffusers.DPMSolverMultistepScheduler(**solver)
-    return diffusers.SanaPipeline(transformer=tiny.shake(net, 2), vae=dc, scheduler=scheduler, **gemma())
+    return diffusers.SanaPipeline(
+        transformer=tiny.shake(net, 2), vae=dc, scheduler=scheduler, **gemma()
+    )
 
 
 def flux() -> Any:
@@ -146,7 +188,9 @@ def flux() -> Any:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    texts = clip(CLIP, transformers.CLIPTextModel) | {f"{name}_2": part for name, part in t5().items()}
+    texts = clip(CLIP, transformers.CLIPTextModel) | {
+        f"{name}_2": part for name, part in t5().items()
+    }
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     return diffusers.FluxPipeline(
         transformer=tiny.shake(net, 2), vae=vae(shift_factor=0.1), scheduler=scheduler, **texts

@@ -100,7 +100,9 @@ def write(pipeline: Any, layout: str, file: Path) -> Path:
     elif layout == "sd21":
         state |= under("cond_stage_model.model.", open_clip(pipeline.text_encoder))
     elif layout == "sdxl":
-        state |= under("conditioner.embedders.0.transformer.text_model.", clip(pipeline.text_encoder))
+        state |= under(
+            "conditioner.embedders.0.transformer.text_model.", clip(pipeline.text_encoder)
+        )
         state |= under("conditioner.embedders.1.model.", open_clip(pipeline.text_encoder_2))
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, file)
     return file
@@ -141,7 +143,9 @@ def vae(model: Any) -> State:
     last, found = len(model.config.block_out_channels) - 1, {}
     for name, tensor in model.state_dict().items():
         inner = re.sub(r"down_blocks\.(\d+)\.(?:resnets\.)?", lambda m: f"down.{m[1]}.", name)
-        inner = re.sub(r"up_blocks\.(\d+)\.(?:resnets\.)?", lambda m: f"up.{last - int(m[1])}.", inner)
+        inner = re.sub(
+            r"up_blocks\.(\d+)\.(?:resnets\.)?", lambda m: f"up.{last - int(m[1])}.", inner
+        )
         inner = re.sub(r"((?:down|up)\.\d+)\.(\d+)\.", r"\1.block.\2.", inner)
         linear = ".attentions." in name and tensor.ndim == 2
         found[renamed(inner, VAE)] = tensor[..., None, None] if linear else tensor
@@ -149,7 +153,9 @@ def vae(model: Any) -> State:
 
 
 def clip(model: Any) -> State:
-    state = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()
+    }
     return {name: tensor for name, tensor in state.items() if name != "text_projection.weight"}
 
 
@@ -161,7 +167,9 @@ def open_clip(model: Any) -> State:
         if ".q_proj." in name:
             whole = [clip(model)[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
             kind = name.rpartition(".")[2]
-            found[renamed(name.partition("q_proj")[0], OPEN_CLIP) + f"in_proj_{kind}"] = torch.cat(whole)
+            found[renamed(name.partition("q_proj")[0], OPEN_CLIP) + f"in_proj_{kind}"] = torch.cat(
+                whole
+            )
         elif "k_proj" not in name and "v_proj" not in name:
             found[renamed(name, OPEN_CLIP)] = tensor
     return found
@@ -170,7 +178,9 @@ def open_clip(model: Any) -> State:
 def mmdit(model: Any) -> State:
     state, found = model.state_dict(), {}
     for name, tensor in state.items():
-        if match := re.fullmatch(r"transformer_blocks\.(\d+)\.(attn2?)\.(to_|add_)q(_proj)?\.(\w+)", name):
+        if match := re.fullmatch(
+            r"transformer_blocks\.(\d+)\.(attn2?)\.(to_|add_)q(_proj)?\.(\w+)", name
+        ):
             block, attn, kind, _, end = match.groups()
             side = "x_block" if kind == "to_" else "context_block"
             parts = [state[re.sub(r"_q(?=[_.])", f"_{part}", name)] for part in "qkv"]

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill.discriminators.stylegan_t import EqualisedLinear, LocalBatchNorm, StyleGANTHeads, TokenHead
+from distill.discriminators.stylegan_t import (
+    EqualisedLinear,
+    LocalBatchNorm,
+    StyleGANTHeads,
+    TokenHead,
+)
 from distill.distillation import ScoreDistillation
 from distill.losses import r1, weighted_mse
 from distill.process import RectifiedFlow, VariancePreserving
@@ -91,9 +96,13 @@ def test_exponential_and_nfsd_by_their_formulas(process):
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weight.double(), alpha.flatten(), rtol=1e-6, atol=0)
 
-    target, _ = distill(teacher, x, told(1, 6), torch.Generator().manual_seed(8))  # no caption of bad pictures
+    target, _ = distill(
+        teacher, x, told(1, 6), torch.Generator().manual_seed(8)
+    )  # no caption of bad pictures
     domain = torch.where(t.view(-1, 1, 1, 1) < 0.2, empty, 0.0)
-    torch.testing.assert_close(target, x - sigma / alpha * (domain + 7.5 * (text - empty)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        target, x - sigma / alpha * (domain + 7.5 * (text - empty)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_more_teacher_steps_are_ddim():
@@ -108,7 +117,9 @@ def test_more_teacher_steps_are_ddim():
         x0 = (x_t - t * teacher.eps(x_t, None, told(1, 3))) / (1 - t)
         earlier = t * left / (left + 1)
         x_t, t = x_t + (earlier - t) * (x_t - x0) / t, earlier
-    torch.testing.assert_close(target, (x_t - t * teacher.eps(x_t, None, told(1, 3))) / (1 - t), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        target, (x_t - t * teacher.eps(x_t, None, told(1, 3))) / (1 - t), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_teacher_s_input_has_no_gradient():
@@ -123,7 +134,11 @@ def test_the_teacher_s_input_has_no_gradient():
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"kind": "sd"}, "exponential, sds, nfsd"), ({"steps": 0}, "at least 1"), ({"low": 0.0}, r"inside \(0, 1\)")],
+    [
+        ({"kind": "sd"}, "exponential, sds, nfsd"),
+        ({"steps": 0}, "at least 1"),
+        ({"low": 0.0}, r"inside \(0, 1\)"),
+    ],
 )
 def test_distillation_that_cannot_be_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
@@ -144,7 +159,9 @@ def test_local_batch_norm_by_hand():
             values = torch.cat([x[i, c] for i in group])
             spread = ((values - values.mean()) ** 2).mean()
             for i in group:
-                expected[i, c] = (x[i, c] - values.mean()) / (spread + 1e-5).sqrt() * norm.weight[c] + norm.bias[c]
+                expected[i, c] = (x[i, c] - values.mean()) / (spread + 1e-5).sqrt() * norm.weight[
+                    c
+                ] + norm.bias[c]
     torch.testing.assert_close(norm(x), expected)
     torch.testing.assert_close(norm.eval()(x), expected)
     assert not list(norm.buffers())
@@ -174,7 +191,9 @@ def test_every_convolution_has_spectral_norm_one_and_wraps_around():
         assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-2)
     head.eval()
     x = torch.randn(8, 8, 12)
-    torch.testing.assert_close(head(x, x[:, :0, 0]).roll(3, 1), head(x.roll(3, 2), x[:, :0, 0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        head(x, x[:, :0, 0]).roll(3, 1), head(x.roll(3, 2), x[:, :0, 0]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_equalised_rate():
@@ -190,11 +209,17 @@ def test_r1_reaches_the_heads_alone_and_is_the_finite_difference(pooled, image):
     torch.manual_seed(1)
     heads = StyleGANTHeads({"a": 3, "b": 4}, pooled=pooled, image=image).double().eval()
     maps = [torch.randn(4, c, 6, dtype=torch.float64).requires_grad_() for c in (3, 4)]
-    cond = Cond(torch.zeros(4, 1, 1), pooled=torch.randn(4, 5).double(), extra=torch.randn(4, 4).double())
+    cond = Cond(
+        torch.zeros(4, 1, 1), pooled=torch.randn(4, 5).double(), extra=torch.randn(4, 4).double()
+    )
     t = torch.ones(4)
     penalty = r1(heads(maps, t, cond), maps)
     penalty.backward()
-    with_gradient = {name for name, p in heads.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    with_gradient = {
+        name
+        for name, p in heads.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert any("mix" in name for name in with_gradient)
     step, expected = 1e-5, 0.0
     for k, m in enumerate(maps):

@@ -34,7 +34,11 @@ def refused(command, pipelines, shards, tmp_path):
 
     def call(name, *arguments):
         if name == "run":
-            good = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+            good = [
+                f"teacher.path={pipelines('mmdit')}",
+                f"data.path={shards}",
+                f"run_dir={tmp_path / 'run'}",
+            ]
             arguments = ("debug=smoke", "~metrics", *good, *arguments)
         code, _, err = command(name, *arguments)
         said = [line for line in err.splitlines() if line.startswith("distill: ")]
@@ -79,7 +83,9 @@ def put_tar(path, contents: dict[str, bytes]):
 
 def png(width, height) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
+    Image.fromarray(
+        np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    ).save(file, "PNG")
     return file.getvalue()
 
 
@@ -89,7 +95,10 @@ def png(width, height) -> bytes:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("teacher=shape", "teacher=shape: no such option (did you mean shapes?); there is flux, pixart_sigma"),
+        (
+            "teacher=shape",
+            "teacher=shape: no such option (did you mean shapes?); there is flux, pixart_sigma",
+        ),
         ("metod=ladd", "metod: no such key (did you mean method?)"),
         ("trainer.max_step=3", "trainer.max_step: no such key (did you mean trainer.max_steps?)"),
         ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
@@ -114,7 +123,9 @@ def png(width, height) -> bytes:
         ("method.levels.odds=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
     ],
 )
-def test_a_wrong_argument_is_named_before_weights_are_read(argument, said, command, no_weights, tmp_path):
+def test_a_wrong_argument_is_named_before_weights_are_read(
+    argument, said, command, no_weights, tmp_path
+):
     code, _, err = command("run", argument)
     assert code == 1
     assert err.startswith("distill: ")
@@ -161,8 +172,12 @@ def test_a_sweep_stays_one():
 
 def test_a_text_reaches_the_command_as_it_was_typed(command, monkeypatch):
     seen = []
-    monkeypatch.setattr("distill.run.begin", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir)))
-    assert command("run", "name=ü (it's)", "data=latents", "data.path=~/фото", "run_dir=007")[0] == 0
+    monkeypatch.setattr(
+        "distill.run.begin", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir))
+    )
+    assert (
+        command("run", "name=ü (it's)", "data=latents", "data.path=~/фото", "run_dir=007")[0] == 0
+    )
     assert seen == [("ü (it's)", os.path.expanduser("~/фото"), "007")]
 
 
@@ -171,7 +186,9 @@ def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):
         "prompt: not given; add prompt=... to the command, or prompts=<file with one a line>"
     )
     assert "(did you mean steps?)" in refused("sample", "step=1")
-    assert "count=x: must be a whole number" in refused("sample", f"run={tmp_path}", "prompt=x", "count=x")
+    assert "count=x: must be a whole number" in refused(
+        "sample", f"run={tmp_path}", "prompt=x", "count=x"
+    )
     assert "(did you mean metrics.prompts?)" in refused("evaluate", "metrics.prompt=3")
     assert "(did you mean out?)" in refused("pretrain", "ou=x")
 
@@ -179,7 +196,9 @@ def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):
 def test_a_gpu_that_is_not_there(refused, no_weights, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused("run", "trainer.accelerator=gpu")
-    assert said == "trainer.accelerator=gpu: there is no GPU here; use trainer.accelerator=cpu or auto"
+    assert (
+        said == "trainer.accelerator=gpu: there is no GPU here; use trainer.accelerator=cpu or auto"
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +210,9 @@ def test_a_gpu_that_is_not_there(refused, no_weights, monkeypatch):
         ("consistency", "nothing", "dino", "pixels"),
     ],
 )
-def test_a_discriminator_that_does_not_fit_the_method(method, wanted, discriminator, given, refused, no_weights):
+def test_a_discriminator_that_does_not_fit_the_method(
+    method, wanted, discriminator, given, refused, no_weights
+):
     said = refused("run", f"method={method}", f"discriminator={discriminator}")
     what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
     assert said == f"{what}; choose another discriminator="
@@ -209,12 +230,18 @@ def test_scaled_gradients_are_refused(refused, no_weights):
 
 def test_a_sampler_that_the_teacher_cannot_follow(refused):
     said = refused("run", "sampler=ancestral")
-    assert said.startswith("sampler=EulerAncestral needs a process that keeps a little of the data to its end")
+    assert said.startswith(
+        "sampler=EulerAncestral needs a process that keeps a little of the data to its end"
+    )
 
 
 def test_words_with_few_meanings(refused):
-    assert refused("run", "student.init=zero").startswith("student.init=zero: must be teacher, random, or a")
-    assert refused("run", "sampler.levels=[0.2,0.5]").startswith("sampler.levels=[0.2, 0.5]: must fall from at most 1")
+    assert refused("run", "student.init=zero").startswith(
+        "student.init=zero: must be teacher, random, or a"
+    )
+    assert refused("run", "sampler.levels=[0.2,0.5]").startswith(
+        "sampler.levels=[0.2, 0.5]: must fall from at most 1"
+    )
 
 
 # -- the teacher -----------------------------------------------------------------------------------------------------
@@ -252,7 +279,9 @@ def test_tensors_of_another_shape_are_named(part, refused, copied):
 
 def test_other_damage_to_a_teacher(refused, copied):
     folder = copied()
-    assert refused("run", "++teacher.dtype=float99").startswith("teacher.dtype=float99: must be a dtype of torch")
+    assert refused("run", "++teacher.dtype=float99").startswith(
+        "teacher.dtype=float99: must be a dtype of torch"
+    )
     whole = next((folder / "transformer").glob("*.safetensors"))
     whole.write_bytes(whole.read_bytes()[:1000])
     assert f"{folder}: transformer/ does not load" in refused("run", f"teacher.path={folder}")
@@ -274,7 +303,10 @@ def test_a_hub_that_cannot_be_reached(refused, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (GatedRepoError, "it is gated: accept its licence on its page, then log in with `hf auth login`"),
+        (
+            GatedRepoError,
+            "it is gated: accept its licence on its page, then log in with `hf auth login`",
+        ),
         (RepositoryNotFoundError, "there is no such repository, or it is private"),
         (RevisionNotFoundError, "it has no such revision"),
     ],
@@ -284,7 +316,9 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
 
     def behind(*_, **__):
         try:
-            asked = kind("401 Client Error. (Request ID: 1)\n\nCannot access.", response=MagicMock())
+            asked = kind(
+                "401 Client Error. (Request ID: 1)\n\nCannot access.", response=MagicMock()
+            )
             raise asked
         except kind as error:
             raise OSError("Cannot load model: please check the root cause above.") from error
@@ -299,8 +333,13 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
         ("teacher.config", "someone/model", [f"teacher.path={tmp_path / 'x.safetensors'}"]),
     ):
         found = refused("run", "teacher=sd15", *more, f"{key}={value}")
-        assert found == f"{key}={value}: cannot be fetched ({said}); check the name, the network and its licence"
-    assert f"cannot be fetched from the hub ({said})" in refused("sample", "run=someone/model", "prompt=x")
+        assert (
+            found
+            == f"{key}={value}: cannot be fetched ({said}); check the name, the network and its licence"
+        )
+    assert f"cannot be fetched from the hub ({said})" in refused(
+        "sample", "run=someone/model", "prompt=x"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -321,24 +360,33 @@ def damaged(fault, copied) -> str:
     if fault == "file":
         (folder / "transformer" / "config.json").unlink()
     elif fault == "tensors":
-        rewrite(next((folder / "transformer").glob("*.safetensors")), lambda tensors: tensors.popitem())
+        rewrite(
+            next((folder / "transformer").glob("*.safetensors")), lambda tensors: tensors.popitem()
+        )
     elif fault == "tokenizer":
         grow(folder / "tokenizer_2" / "tokenizer.json")
     return str(folder)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_other_commands_refuse_a_teacher_likewise_and_write_nothing(fault, refused, copied, tmp_path):
+def test_other_commands_refuse_a_teacher_likewise_and_write_nothing(
+    fault, refused, copied, tmp_path
+):
     path = damaged(fault, copied)
     (tmp_path / "prompts.txt").write_text("a\n")
     data = [f"data.path={put_images(tmp_path / 'x.tar', 2)}", "data.size=64", "data.num_workers=0"]
     before = sorted(tmp_path.iterdir())
-    for name, arguments in {"cache": data, "synthesize": [f"prompts={tmp_path / 'prompts.txt'}"]}.items():
+    for name, arguments in {
+        "cache": data,
+        "synthesize": [f"prompts={tmp_path / 'prompts.txt'}"],
+    }.items():
         said = refused(name, f"teacher.path={path}", *arguments, f"out={tmp_path / 'made'}")
         assert said.startswith(f"teacher.path={path}")
         assert FAULTS[fault] in said
     if fault != "class":  # which sample takes as it comes
-        said = refused("sample", f"run={path}", "prompt=x", "guidance=4", f"out={tmp_path / 'made'}")
+        said = refused(
+            "sample", f"run={path}", "prompt=x", "guidance=4", f"out={tmp_path / 'made'}"
+        )
         assert said.startswith(f"run={path}")
         assert FAULTS[fault].replace("fetched (", "fetched from the hub (") in said
     assert sorted(tmp_path.iterdir()) == before
@@ -355,7 +403,10 @@ def test_a_prompt_that_is_too_long_is_said_by_every_command(command, pipelines, 
     for name, arguments in asked.items():
         code, out, err = command(name, *arguments)
         assert code == 0
-        assert out.count("a caption is longer than this teacher reads, and ends before '") == 1, (out, err)
+        assert out.count("a caption is longer than this teacher reads, and ends before '") == 1, (
+            out,
+            err,
+        )
         assert "and the end'" in out
 
 
@@ -365,13 +416,24 @@ def test_captions_in_the_wrong_form(refused, tmp_path):
     for i in range(3):
         (tmp_path / "photos" / f"{i}.png").write_bytes(png(64, 64))
         (tmp_path / "photos" / f"{i}.json").write_text('["a caption"]')
-    both = {f"{i}.{end}": data for i in range(3) for end, data in (("png", png(64, 64)), ("json", b'["a caption"]'))}
+    both = {
+        f"{i}.{end}": data
+        for i in range(3)
+        for end, data in (("png", png(64, 64)), ("json", b'["a caption"]'))
+    }
     for path in (tmp_path / "photos", put_tar(tmp_path / "x.tar", both)):
         data = ["data=images", f"data.path={path}", "data.size=64", "data.num_workers=0"]
-        for name, arguments in {"run": data, "cache": [*data[1:], f"out={tmp_path / 'made'}"]}.items():
+        for name, arguments in {
+            "run": data,
+            "cache": [*data[1:], f"out={tmp_path / 'made'}"],
+        }.items():
             said = refused(name, *arguments)
-            reason = f"{path}:" in said and "its .json has no text under 'caption' or 'text'" in said
-            assert reason or said.endswith("made: all 3 samples are bad; `python -m distill.check` says why"), said
+            reason = (
+                f"{path}:" in said and "its .json has no text under 'caption' or 'text'" in said
+            )
+            assert reason or said.endswith(
+                "made: all 3 samples are bad; `python -m distill.check` says why"
+            ), said
         assert not (tmp_path / "made").exists()
         assert not list(tmp_path.glob("run/checkpoints/*"))
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -379,11 +441,18 @@ def test_captions_in_the_wrong_form(refused, tmp_path):
 
 def test_a_single_file_that_is_none(refused, copied, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
-    file, single = tmp_path / "x.safetensors", ["teacher=sd15", f"teacher.path={tmp_path}/x.safetensors"]
+    file, single = (
+        tmp_path / "x.safetensors",
+        ["teacher=sd15", f"teacher.path={tmp_path}/x.safetensors"],
+    )
     said = refused("run", *single, f"teacher.config={copied('unet')}")
-    assert said.startswith(f"teacher.path={file} does not load as the StableDiffusionPipeline of teacher.config=")
+    assert said.startswith(
+        f"teacher.path={file} does not load as the StableDiffusionPipeline of teacher.config="
+    )
     said = refused("run", *single)
-    assert said.startswith("teacher.config=stable-diffusion-v1-5/stable-diffusion-v1-5: cannot be fetched (")
+    assert said.startswith(
+        "teacher.config=stable-diffusion-v1-5/stable-diffusion-v1-5: cannot be fetched ("
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -399,13 +468,18 @@ def test_a_tokenizer_of_another_model(refused, copied):
     grow(folder / "tokenizer_2" / "tokenizer.json")
     said = refused("run", f"teacher.path={folder}")
     assert re.fullmatch(
-        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*: fetch both anew", said
+        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*: fetch both anew",
+        said,
     )
 
 
 def test_a_caption_that_is_too_long_is_said_once(pipelines, caplog):
     teacher, words = SD(str(pipelines("unet"))), "small red star " * 20
-    for captions in (["a short one"], ["short", f"{words}and the end"], [f"{words}and another end"]):
+    for captions in (
+        ["a short one"],
+        ["short", f"{words}and the end"],
+        [f"{words}and another end"],
+    ):
         teacher.embed(captions)
     (said,) = [r.message for r in caplog.records if r.name.startswith("distill.")]
     assert said.startswith("a caption is longer than this teacher reads, and ends before '")
@@ -419,7 +493,11 @@ def test_a_caption_that_is_too_long_is_said_once(pipelines, caplog):
 
 def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
     shard = next(shards.glob("*.tar")).read_bytes()
-    for name, content in {"cut": shard[:3000], "text": b"no tar at all\n" * 100, "nothing": b""}.items():
+    for name, content in {
+        "cut": shard[:3000],
+        "text": b"no tar at all\n" * 100,
+        "nothing": b"",
+    }.items():
         (tmp_path / f"{name}.tar").write_bytes(content)
         said = refused("run", f"data.path={tmp_path / name}.tar")
         assert f"{name}.tar' is cut short or" in said
@@ -433,12 +511,20 @@ def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ((16, 16, 16), "its latents have 16 channels and this teacher's have 4; make them with this teacher's"),
-        ((4, 16, 15), "latents of 16 x 15 do not divide into this teacher's patches of 2; make them of pictures whose"),
+        (
+            (16, 16, 16),
+            "its latents have 16 channels and this teacher's have 4; make them with this teacher's",
+        ),
+        (
+            (4, 16, 15),
+            "latents of 16 x 15 do not divide into this teacher's patches of 2; make them of pictures whose",
+        ),
     ],
 )
 def test_latents_of_another_teacher(shape, said, refused, tmp_path):
-    write_latents(f"{tmp_path}/x-%d.tar", ((f"{i}", np.zeros(shape), "c") for i in range(4)), per_shard=4)
+    write_latents(
+        f"{tmp_path}/x-%d.tar", ((f"{i}", np.zeros(shape), "c") for i in range(4)), per_shard=4
+    )
     assert refused("run", f"data.path={tmp_path}").startswith(f"data.path={tmp_path}: {said}")
     assert not (tmp_path / "run").exists()
 
@@ -458,9 +544,14 @@ BAD = {
 
 
 def put_images(path, good, *bad):
-    samples = {f"{i:03d}": {"png": png(64, 64), "txt": f"caption {i}".encode()} for i in range(good)}
+    samples = {
+        f"{i:03d}": {"png": png(64, 64), "txt": f"caption {i}".encode()} for i in range(good)
+    }
     samples |= {name: BAD[name][0] for name in bad}
-    return put_tar(path, {f"{key}.{end}": data for key, files in samples.items() for end, data in files.items()})
+    return put_tar(
+        path,
+        {f"{key}.{end}": data for key, files in samples.items() for end, data in files.items()},
+    )
 
 
 def test_bad_samples_are_skipped_counted_and_named(tmp_path, caplog):
@@ -481,11 +572,22 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, caplog):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused, tmp_path):
     path = put_images(tmp_path / "x.tar", 12, *BAD)
-    run = ["data=images", "data.size=64", f"data.path={path}", "trainer.max_steps=40", "callbacks.checkpoint.every=1"]
+    run = [
+        "data=images",
+        "data.size=64",
+        f"data.path={path}",
+        "trainer.max_steps=40",
+        "callbacks.checkpoint.every=1",
+    ]
     said = refused("run", *run, f"data.num_workers={workers}", "callbacks.samples.every=1000")
-    assert "samples tried are bad, more than data.max_bad_share=0.1: repair the data or raise the share." in said
+    assert (
+        "samples tried are bad, more than data.max_bad_share=0.1: repair the data or raise the share."
+        in said
+    )
     assert f"{path}:" in said
-    if workers == 0:  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
+    if (
+        workers == 0
+    ):  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
         assert files.newest(tmp_path / "run").is_file()
 
 
@@ -499,7 +601,12 @@ def asked(refused, pipelines, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star")
 
     def call(*arguments, metrics="coco5k", run=None, path=coco):
-        words = [f"run={run or pipelines('mmdit')}", f"metrics={metrics}", f"metrics.path={path}", "metrics.prompts=8"]
+        words = [
+            f"run={run or pipelines('mmdit')}",
+            f"metrics={metrics}",
+            f"metrics.path={path}",
+            "metrics.prompts=8",
+        ]
         said = refused("evaluate", *words, *arguments)
         assert not (tmp_path / "evaluations").exists()
         return said
@@ -510,11 +617,21 @@ def asked(refused, pipelines, tmp_path):
 def test_what_cannot_be_judged(asked, tmp_path):
     assert asked("steps=many") == "steps=many: must be numbers of steps, 1,2,4 or the like"
     assert asked("steps=[0]").startswith("steps=[0]: must be numbers of steps")
-    assert asked("metrics.measures=[clp]").startswith("metrics.measures=['clp']: must be some of fid, kid, ")
-    assert asked("metrics.measures=[]").startswith("metrics.measures=[]: must be some of fid, kid, ")
-    assert asked("metrics.prompts=9").endswith("coco: has captions of 8 pictures, metrics.prompts=9")
-    assert "cannot read annotations/captions_val2017.json (FileNotFoundError" in asked(path=tmp_path)
-    assert "cannot be read as lines of UTF-8 text" in asked(path=tmp_path / "nowhere", metrics="prompts")
+    assert asked("metrics.measures=[clp]").startswith(
+        "metrics.measures=['clp']: must be some of fid, kid, "
+    )
+    assert asked("metrics.measures=[]").startswith(
+        "metrics.measures=[]: must be some of fid, kid, "
+    )
+    assert asked("metrics.prompts=9").endswith(
+        "coco: has captions of 8 pictures, metrics.prompts=9"
+    )
+    assert "cannot read annotations/captions_val2017.json (FileNotFoundError" in asked(
+        path=tmp_path
+    )
+    assert "cannot be read as lines of UTF-8 text" in asked(
+        path=tmp_path / "nowhere", metrics="prompts"
+    )
     lines = {"metrics": "prompts", "path": tmp_path / "prompts.txt"}
     said = "metrics.reference=None: fid needs a folder of real pictures"
     assert asked("metrics.measures=[fid]", **lines) == said
@@ -522,11 +639,15 @@ def test_what_cannot_be_judged(asked, tmp_path):
     assert said == f"metrics.reference={tmp_path}: holds no pictures"
     for wrong in ("batch_size=0", "size=large", "seed=-1", "prompts=some", "prompts=3"):
         assert asked(f"metrics.{wrong}").startswith(f"metrics.{wrong}: must be a whole number")
-    assert asked("metrics.size=[48,large]").startswith("metrics.size[1]=large: must be a whole number")
+    assert asked("metrics.size=[48,large]").startswith(
+        "metrics.size[1]=large: must be a whole number"
+    )
     for wrong in ("5", "[50, 1]", "[0, 4]", "[50]"):
         said = asked(f"metrics.variety={wrong}", "metrics.measures=[variety]")
         assert said == f"metrics.variety={wrong}: must be [captions, pictures of each, 2 or more]"
-    assert "neither a finished run (with a student/) nor a diffusers pipeline folder" in asked(run=tmp_path / "no")
+    assert "neither a finished run (with a student/) nor a diffusers pipeline folder" in asked(
+        run=tmp_path / "no"
+    )
 
 
 def test_judging_under_torchrun(asked, monkeypatch):
@@ -535,10 +656,14 @@ def test_judging_under_torchrun(asked, monkeypatch):
     assert asked("steps=1").endswith("use devices=8 or the like, without torchrun")
 
 
-def test_a_judging_network_out_of_reach_is_named_before_anything_is_drawn(asked, monkeypatch, tmp_path):
+def test_a_judging_network_out_of_reach_is_named_before_anything_is_drawn(
+    asked, monkeypatch, tmp_path
+):
     monkeypatch.setattr("distill.evaluation.prompted.seeded", lambda _: pytest.fail("drawn"))
     said = asked("metrics.measures=[fd_dinov2]", "steps=1", f"out={tmp_path / 'out'}")
-    assert said.startswith("metrics.networks: the weights of facebook/dinov2-large cannot be read (")
+    assert said.startswith(
+        "metrics.networks: the weights of facebook/dinov2-large cannot be read ("
+    )
     assert said.endswith("or give a local path, or leave out of metrics.measures what needs them")
 
 
@@ -551,27 +676,48 @@ def test_a_folder_of_pictures_that_cannot_be_judged(asked, refused, tmp_path):
     said = asked("devices=2", run=pictures)
     assert said == "devices=2: only drawing for coco5k or prompts is shared out; leave it out"
     clip = f"local-dir:{eyes.write_open_clip(tmp_path / 'open_clip')}"
-    words = ["metrics.measures=[clip_score]", f"metrics.networks.clip_g.path={clip}", f"out={tmp_path / 'out'}"]
-    assert "clip_score needs a .txt beside every picture, or as names the numbers" in asked(*words, run=pictures)
+    words = [
+        "metrics.measures=[clip_score]",
+        f"metrics.networks.clip_g.path={clip}",
+        f"out={tmp_path / 'out'}",
+    ]
+    assert "clip_score needs a .txt beside every picture, or as names the numbers" in asked(
+        *words, run=pictures
+    )
     for i, path in enumerate(sorted(pictures.iterdir())):
         path.rename(pictures / f"{i:06d}.jpg")
     (pictures / "000001.jpg").write_bytes(b"no picture")
-    assert "000001.jpg: cannot be read as a picture (" in asked(*words, "metrics.workers=0", run=pictures)
-    assert "000001.jpg: cannot be read as a picture (" in asked(*words, "metrics.workers=1", run=pictures)
+    assert "000001.jpg: cannot be read as a picture (" in asked(
+        *words, "metrics.workers=0", run=pictures
+    )
+    assert "000001.jpg: cannot be read as a picture (" in asked(
+        *words, "metrics.workers=1", run=pictures
+    )
 
 
-def test_distances_on_the_discriminators_own_features_are_refused(refused, command, no_weights, tmp_path):
-    coco, dino = eyes.write_coco(tmp_path / "coco"), "metrics.measures=[fd_dinov2,manifolds,clip_score]"
+def test_distances_on_the_discriminators_own_features_are_refused(
+    refused, command, no_weights, tmp_path
+):
+    coco, dino = (
+        eyes.write_coco(tmp_path / "coco"),
+        "metrics.measures=[fd_dinov2,manifolds,clip_score]",
+    )
     metrics = ["metrics=coco5k", f"metrics.path={coco}", "metrics.prompts=8"]
     said = "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does, which flatters it"
     (tmp_path / "old").mkdir()
-    config = {"discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}}
+    config = {
+        "discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}
+    }
     (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
     assert refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino).startswith(said)
     config["discriminator"]["features"]["path"] = "openai/CLIP-vit-large-patch14"
     (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
-    said_of_clip = refused("evaluate", f"run={tmp_path / 'old'}", *metrics, "metrics.measures=[cmmd,clip_score]")
-    assert said_of_clip.startswith("metrics.measures: cmmd look with CLIP, as this run's discriminator does")
+    said_of_clip = refused(
+        "evaluate", f"run={tmp_path / 'old'}", *metrics, "metrics.measures=[cmmd,clip_score]"
+    )
+    assert said_of_clip.startswith(
+        "metrics.measures: cmmd look with CLIP, as this run's discriminator does"
+    )
     assert "flatters" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
     whole = ["debug=smoke", "method=add", f"run_dir={tmp_path / 'run'}", *metrics, dino]
     assert command("run", *whole)[2].startswith(f"distill: {said}")
@@ -606,7 +752,10 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     said = refused("run", "callbacks.checkpoint.every=1", "callbacks.samples.every=1000")
     folder = tmp_path / "run"
     assert said.startswith("cannot write the checkpoint ")
-    assert "step_000002.ckpt (No space left on device); those before it are untouched: make room, then resume" in said
+    assert (
+        "step_000002.ckpt (No space left on device); those before it are untouched: make room, then resume"
+        in said
+    )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
     assert command("run", f"resume={folder}", "~metrics")[0] == 0
     assert files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"] == 2
@@ -615,7 +764,9 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, _: full_disk(path))
     said = refused("run", f"resume={folder}", "trainer.max_steps=3")
     assert f"{folder}/config.yaml." in said
-    assert said.endswith(".part: No space left on device; make room, then go on with resume=<run folder>")
+    assert said.endswith(
+        ".part: No space left on device; make room, then go on with resume=<run folder>"
+    )
     assert (folder / "config.yaml").read_text() == before
 
 
@@ -632,7 +783,9 @@ def test_a_damaged_configuration_of_a_run(refused, tmp_path):
 
 
 def test_numbers_that_are_not_finite(refused, monkeypatch):
-    monkeypatch.setattr("distill.methods.ladd.LADD.discriminator_loss", lambda self, batch, *_: {"adv": self.bad()})
+    monkeypatch.setattr(
+        "distill.methods.ladd.LADD.discriminator_loss", lambda self, batch, *_: {"adv": self.bad()}
+    )
     bad = lambda self: sum(p.sum() for p in self.heads.parameters()) * float("nan")  # noqa: E731
     monkeypatch.setattr("distill.methods.ladd.LADD.bad", bad, raising=False)
     said = refused("run", "optimizer.stop_after_bad=1", "callbacks.samples.every=1000")

@@ -17,7 +17,9 @@ toy = tiny.Toy()
 def watched(method) -> list[tuple]:
     """What the student is asked from now on: x_t, t, and whether with graph."""
     asked, of = [], method.student.x0
-    method.student.x0 = lambda x_t, t, cond: asked.append((x_t, t, torch.is_grad_enabled())) or of(x_t, t, cond)
+    method.student.x0 = lambda x_t, t, cond: (
+        asked.append((x_t, t, torch.is_grad_enabled())) or of(x_t, t, cond)
+    )
     return asked
 
 
@@ -33,7 +35,9 @@ def test_regression_repeats_pairs_at_t_1_and_denoises_below():
     assert torch.equal(x_t[pure], batch.noise[pure])
     levels = t.view(-1, 1, 1, 1)
     eps = ((x_t - (1 - levels) * batch.x0) / levels)[~pure]
-    assert not torch.allclose(eps, batch.noise[~pure], atol=0.1)  # what it was made from is not what it is shown
+    assert not torch.allclose(
+        eps, batch.noise[~pure], atol=0.1
+    )  # what it was made from is not what it is shown
     assert float(eps.std()) == pytest.approx(1, abs=0.1)
     terms = method.student_loss(batch, fake, method._generator(0))
     torch.testing.assert_close(terms["regression"], (fake["x0_hat"] - batch.x0).square().mean())
@@ -41,7 +45,9 @@ def test_regression_repeats_pairs_at_t_1_and_denoises_below():
 
 def test_regression_wants_the_noise():
     method = tiny.regression(toy, options={"real": None})
-    with pytest.raises(ValueError, match=r"needs the noise of each sample: data\.seeded=true, or method\.real"):
+    with pytest.raises(
+        ValueError, match=r"needs the noise of each sample: data\.seeded=true, or method\.real"
+    ):
         method.fake(tiny.simple_batch(method), method._generator(0))
 
 
@@ -62,13 +68,17 @@ def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
         told, empty = teacher.x0(x_t, t, batch.cond), teacher.x0(x_t, t, batch.cond.unconditional())
         guided = empty + 3 * (told - empty)
         speed = (x_t - guided) / t.view(-1, 1, 1, 1)
-        torch.testing.assert_close(x_s, x_t + (s - t).view(-1, 1, 1, 1) * speed, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            x_s, x_t + (s - t).view(-1, 1, 1, 1) * speed, rtol=1e-4, atol=1e-4
+        )
         last = s == 0
         torch.testing.assert_close(fake["target"][last], guided[last], rtol=1e-4, atol=1e-4)
         ahead = method.student.x0(x_s, s, batch.cond)
     torch.testing.assert_close(fake["target"][~last], ahead[~last], rtol=1e-4, atol=1e-4)
     terms = method.student_loss(batch, fake, method._generator(0))
-    torch.testing.assert_close(terms["consistency"], (fake["x0_hat"] - fake["target"]).square().mean())
+    torch.testing.assert_close(
+        terms["consistency"], (fake["x0_hat"] - fake["target"]).square().mean()
+    )
 
 
 def test_the_exact_solution_of_the_path_is_consistent():
@@ -79,13 +89,19 @@ def test_the_exact_solution_of_the_path_is_consistent():
 
     def solved(x_t, t, cond):
         for left in torch.linspace(1, 0, 401)[:-1]:
-            speed = (x_t - toy.x0(x_t, (t * left).clamp(min=1e-6), cond)) / (t * left).clamp(min=1e-6).view(-1, 1, 1, 1)
+            speed = (x_t - toy.x0(x_t, (t * left).clamp(min=1e-6), cond)) / (t * left).clamp(
+                min=1e-6
+            ).view(-1, 1, 1, 1)
             x_t = x_t - (t / 400).view(-1, 1, 1, 1) * speed
         return x_t
 
     def loss(student):
         method.student.x0 = student
-        return float(method.student_loss(batch, method.fake(batch, method._generator(0)), None)["consistency"])
+        return float(
+            method.student_loss(batch, method.fake(batch, method._generator(0)), None)[
+                "consistency"
+            ]
+        )
 
     with torch.no_grad():
         assert loss(solved) < 0.2 * loss(toy.x0)
@@ -93,12 +109,22 @@ def test_the_exact_solution_of_the_path_is_consistent():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["method=consistency"], ["method=consistency", "teacher=shapes_unet"], ["method=regression", "data.seeded=true"]],
+    [
+        ["method=consistency"],
+        ["method=consistency", "teacher=shapes_unet"],
+        ["method=regression", "data.seeded=true"],
+    ],
     ids=["consistency", "unet", "regression"],
 )
-def test_a_run_without_a_discriminator_is_like_any_other(arguments, command, pipelines, shards, tmp_path):
+def test_a_run_without_a_discriminator_is_like_any_other(
+    arguments, command, pipelines, shards, tmp_path
+):
     family = "unet" if "teacher=shapes_unet" in arguments else "mmdit"
-    where = [f"teacher.path={pipelines(family)}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    where = [
+        f"teacher.path={pipelines(family)}",
+        f"data.path={shards}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     code, _, err = command("run", "debug=smoke", *arguments, *where)
     assert code == 0, err
     name = f"g/{arguments[0].partition('=')[2]}"
@@ -108,7 +134,13 @@ def test_a_run_without_a_discriminator_is_like_any_other(arguments, command, pip
     assert not [key for key in rows[0] if key.startswith("d/")]
     assert all(float(row["g/grad_norm"]) > 0 for row in rows)
     judged = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
-    assert [(row["who"], row["steps"]) for row in judged if row["who"] == "student"] == [("student", 1), ("student", 2)]
+    assert [(row["who"], row["steps"]) for row in judged if row["who"] == "student"] == [
+        ("student", 1),
+        ("student", 2),
+    ]
     assert (tmp_path / "run" / "report.html").is_file()
     code, _, err = command("inspect", f"run={tmp_path / 'run'}")
-    assert (code, err) == (1, f"distill: run={tmp_path / 'run'}: it was made without a discriminator\n")
+    assert (code, err) == (
+        1,
+        f"distill: run={tmp_path / 'run'}: it was made without a discriminator\n",
+    )

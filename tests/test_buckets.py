@@ -20,7 +20,9 @@ BUCKETS = [[16, 8], [8, 8], [8, 16]]
 
 
 def order(steps: int, groups=GROUPS, **options) -> list[list[int]]:
-    return list(itertools.islice(BucketOrder(groups, **{"seed": 3, "batch_size": 4} | options), steps))
+    return list(
+        itertools.islice(BucketOrder(groups, **{"seed": 3, "batch_size": 4} | options), steps)
+    )
 
 
 def bucket_of(batch) -> int:
@@ -52,12 +54,16 @@ def test_each_bucket_gives_every_sample_once_an_epoch_of_its_own():
     for batch in order(200):
         seen[bucket_of(batch)] += batch
     for k, group in GROUPS.items():
-        epochs = [seen[k][i : i + len(group)] for i in range(0, len(seen[k]) - len(group) + 1, len(group))]
+        epochs = [
+            seen[k][i : i + len(group)] for i in range(0, len(seen[k]) - len(group) + 1, len(group))
+        ]
         assert len(epochs) > 20
         assert all(sorted(epoch) == group for epoch in epochs)
         assert len(set(map(tuple, epochs))) > 1
     shares = Counter(bucket_of(batch) for batch in order(900))
-    assert all(abs(shares[k] - 50 * len(group)) <= 3 for k, group in GROUPS.items())  # 18 samples, 900 batches
+    assert all(
+        abs(shares[k] - 50 * len(group)) <= 3 for k, group in GROUPS.items()
+    )  # 18 samples, 900 batches
 
 
 def test_the_order_is_pinned():
@@ -80,12 +86,17 @@ def put_pictures(path, n: int = 24) -> str:
     for i in range(n):
         width, height = ((40, 20), (18, 18), (16, 30))[i % 3]
         data = png(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8))
-        files |= {f"{i:03d}.png": data[: len(data) // 2] if i % 7 == 6 else data, f"{i:03d}.txt": b"c"}
+        files |= {
+            f"{i:03d}.png": data[: len(data) // 2] if i % 7 == 6 else data,
+            f"{i:03d}.txt": b"c",
+        }
     return put_tar(path, files)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_of_pictures_has_one_shape_and_bad_ones_are_replaced_by_their_like(tmp_path, workers):
+def test_a_batch_of_pictures_has_one_shape_and_bad_ones_are_replaced_by_their_like(
+    tmp_path, workers
+):
     data = ImageShards(put_pictures(tmp_path / "x.tar"), size=8, buckets=BUCKETS, max_bad_share=0.5)
     assert data.groups == {k: list(range(k, 24, 3)) for k in range(3)}
     source = Source(data, 2, workers)
@@ -97,7 +108,9 @@ def test_a_batch_of_pictures_has_one_shape_and_bad_ones_are_replaced_by_their_li
     assert data.failed > 0
     resumed = list(itertools.islice(source.loader(seed=1, start=13), 7))
     assert [b["key"] for b in resumed] == [b["key"] for b in whole[13:]]
-    halves = [itertools.islice(Source(data, 1).loader(seed=1, rank=r, world=2), 20) for r in range(2)]
+    halves = [
+        itertools.islice(Source(data, 1).loader(seed=1, rank=r, world=2), 20) for r in range(2)
+    ]
     assert [a["key"] + b["key"] for a, b in zip(*halves, strict=True)] == [b["key"] for b in whole]
 
 
@@ -120,7 +133,9 @@ def test_the_size_is_read_from_the_first_bytes_and_turned_as_the_camera_says(tmp
     exif[0x0112] = 6
     files = {}
     for name, options in {"a.jpg": {"exif": exif}, "b.webp": {}, "c.png": {}}.items():
-        picture.save(file := io.BytesIO(), {"j": "JPEG", "w": "WEBP", "p": "PNG"}[name[2]], **options)
+        picture.save(
+            file := io.BytesIO(), {"j": "JPEG", "w": "WEBP", "p": "PNG"}[name[2]], **options
+        )
         files |= {name: file.getvalue(), f"{name[0]}.txt": b"c"}
     data = ImageShards(put_tar(tmp_path / "x.tar", files), size=64)
     assert [data.measure(i) for i in range(3)] == [(300, 500), (500, 300), (500, 300)]
@@ -130,7 +145,10 @@ def test_latents_take_their_buckets_from_the_manifest(tmp_path):
     files = {}
     for i in range(9):
         width, height = ((4, 2), (3, 3), (5, 5))[i % 3]
-        files |= {f"{i}.latent.npy": npy(np.full((2, height, width), i, np.float16)), f"{i}.txt": b"c"}
+        files |= {
+            f"{i}.latent.npy": npy(np.full((2, height, width), i, np.float16)),
+            f"{i}.txt": b"c",
+        }
     path = put_tar(tmp_path / "x.tar", files)
     (tmp_path / "manifest.json").write_text(json.dumps({"buckets": [[4, 2], [3, 3]]}))
     data = LatentShards(path, max_bad_share=1.0)
@@ -152,12 +170,30 @@ def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     import tiny
     from distill import files
 
-    data = ["data=images", f"data.path={put_pictures(tmp_path / 'x.tar')}", "data.buckets=[[32,16],[16,16],[16,32]]"]
+    data = [
+        "data=images",
+        f"data.path={put_pictures(tmp_path / 'x.tar')}",
+        "data.buckets=[[32,16],[16,16],[16,32]]",
+    ]
     eyes = [f"discriminator.features.path={tiny.vit()}"] if method == "add" else []
-    eyes += ["method.opening=0"] if method == "nitrofusion" else []  # which learns from pairs, and pictures are none
+    eyes += (
+        ["method.opening=0"] if method == "nitrofusion" else []
+    )  # which learns from pairs, and pictures are none
     quiet = ["~metrics", "~callbacks.samples", "data.num_workers=0", "data.max_bad_share=0.5"]
-    run = ["debug=smoke", f"method={method}", f"teacher.path={pipelines('mmdit')}", *data, *eyes, *quiet]
-    run += ["callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=0", "trainer.max_steps=4", "run_dir=run"]
+    run = [
+        "debug=smoke",
+        f"method={method}",
+        f"teacher.path={pipelines('mmdit')}",
+        *data,
+        *eyes,
+        *quiet,
+    ]
+    run += [
+        "callbacks.checkpoint.every=2",
+        "callbacks.checkpoint.keep=0",
+        "trainer.max_steps=4",
+        "run_dir=run",
+    ]
     assert command("run", *run)[0] == 0
     end = tmp_path / "run" / "checkpoints" / "step_000004.ckpt"
     whole = files.read(end)["state_dict"]

@@ -27,17 +27,39 @@ def written(tmp_path):
     def write(name, method, seed, accuracy, **more):
         folder = tmp_path / "runs" / name
         (folder / "samples").mkdir(parents=True)
-        config = {"run_dir": str(folder), "seed": seed, "method": copy.deepcopy(method), "data": {"batch_size": 4}}
+        config = {
+            "run_dir": str(folder),
+            "seed": seed,
+            "method": copy.deepcopy(method),
+            "data": {"batch_size": 4},
+        }
         (folder / "config.yaml").write_text(yaml.safe_dump({**config, **more}))
-        facts = {"method": method["_target_"].rpartition(".")[2], "train_seconds": 60.0, "images_seen": 100}
-        (folder / "run.json").write_text(json.dumps({**facts, "command": "python -m distill.run", "commit": "abc"}))
+        facts = {
+            "method": method["_target_"].rpartition(".")[2],
+            "train_seconds": 60.0,
+            "images_seen": 100,
+        }
+        (folder / "run.json").write_text(
+            json.dumps({**facts, "command": "python -m distill.run", "commit": "abc"})
+        )
         scores = {"frechet": 100.0, "precision": 1.0}
         rows = [{"who": "teacher", "steps": 28, "prompt_accuracy": 0.9, **scores}]
-        rows += [{"who": "student", "steps": n, "prompt_accuracy": accuracy + 0.01 * n, **scores} for n in (1, 4)]
-        (folder / "evaluation.json").write_text(json.dumps({"protocol": {"prompts": 8}, "rows": rows}))
+        rows += [
+            {"who": "student", "steps": n, "prompt_accuracy": accuracy + 0.01 * n, **scores}
+            for n in (1, 4)
+        ]
+        (folder / "evaluation.json").write_text(
+            json.dumps({"protocol": {"prompts": 8}, "rows": rows})
+        )
         (folder / "metrics.csv").write_text("step,d/accuracy\n1,0.6\n2,0.7\n")
-        pictures = torch.arange(3)[:, None].expand(3, 4).flatten().float() / 2  # a grey for each row of the grid
-        save_image(pictures.view(-1, 1, 1, 1).expand(-1, 3, 8, 8), folder / "samples" / "comparison.png", nrow=4)
+        pictures = (
+            torch.arange(3)[:, None].expand(3, 4).flatten().float() / 2
+        )  # a grey for each row of the grid
+        save_image(
+            pictures.view(-1, 1, 1, 1).expand(-1, 3, 8, 8),
+            folder / "samples" / "comparison.png",
+            nrow=4,
+        )
         return folder
 
     return write
@@ -54,7 +76,9 @@ def test_seeds_of_one_setting_make_a_group(written):
     assert line.mean("prompt_accuracy") == pytest.approx(statistics.mean(values))
     assert line.said("prompt_accuracy", "{:.4f}") == f"0.6100 ± {statistics.stdev(values):.4f}"
     teacher = [line for line in lines_of(groups) if line.who == "teacher"]
-    assert [(line.steps, line.values["prompt_accuracy"]) for line in teacher] == [(28, [pytest.approx(0.9)])]
+    assert [(line.steps, line.values["prompt_accuracy"]) for line in teacher] == [
+        (28, [pytest.approx(0.9)])
+    ]
 
 
 def test_methods_are_told_apart_by_name_and_not_by_their_recipes(written):
@@ -68,7 +92,9 @@ def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
     for seed, method in enumerate((LADD, ADD)):
         facts = written(f"run{seed}", method, seed, 0.5) / "run.json"
         facts.write_text(json.dumps({**json.loads(facts.read_text()), "name": "tuned"}))
-    code, printed, err = command("compare", f"runs={tmp_path}/runs", "by_name=true", f"out={tmp_path / 'out'}")
+    code, printed, err = command(
+        "compare", f"runs={tmp_path}/runs", "by_name=true", f"out={tmp_path / 'out'}"
+    )
     assert code == 0, err
     assert "| tuned | 1 | 2 |" in printed
 
@@ -83,20 +109,32 @@ def test_runs_judged_otherwise_are_not_averaged(written):
     for folder in folders:
         (folder / "run.json").write_text(json.dumps(facts))
     runs = [read_run(folder) for folder in folders]
-    assert {name: len(found) for name, found in grouped(runs).items()} == {"prompts=8": 2, "prompts=2000": 1}
+    assert {name: len(found) for name, found in grouped(runs).items()} == {
+        "prompts=8": 2,
+        "prompts=2000": 1,
+    }
     assert list(grouped(runs, by_name=True)) == ["mine, prompts=8", "mine, prompts=2000"]
     teachers = [line.group for line in lines_of(grouped(runs)) if line.who == "teacher"]
     assert teachers == ["teacher, prompts=8", "teacher, prompts=2000"]
     # but a measure more, or what older runs did not say, is no other judging
     verdict["protocol"] = {"prompts": 8, "student sampler": "Consistency()", "fid": "Inception"}
     (folders[2] / "evaluation.json").write_text(json.dumps(verdict))
-    assert [len(found) for found in grouped([read_run(folder) for folder in folders]).values()] == [3]
+    assert [len(found) for found in grouped([read_run(folder) for folder in folders]).values()] == [
+        3
+    ]
 
 
 def test_two_teachers_are_not_one(written):
-    runs = [read_run(written(name, LADD, 0, 0.5, teacher={"path": name, "dtype": "float32"})) for name in ("a", "b")]
+    runs = [
+        read_run(written(name, LADD, 0, 0.5, teacher={"path": name, "dtype": "float32"}))
+        for name in ("a", "b")
+    ]
     runs[1].rows[0].scores["prompt_accuracy"] = 0.3
-    found = {line.group: line.mean("prompt_accuracy") for line in lines_of(grouped(runs)) if line.who == "teacher"}
+    found = {
+        line.group: line.mean("prompt_accuracy")
+        for line in lines_of(grouped(runs))
+        if line.who == "teacher"
+    }
     assert found == {"teacher, path=a": 0.9, "teacher, path=b": 0.3}
 
 
@@ -106,16 +144,25 @@ def test_the_teacher_of_most_steps_is_drawn_whoever_judged_it(written):
     (add,) = groups["ADD"]
     add.rows[0] = add.rows[0]._replace(steps=1)
     heads = re.findall("<th>(.*?)</th>", _pictures(groups))
-    assert heads == ["teacher<br>28 steps", *(f"{name}<br>{n}" for name in groups for n in ("1 step", "4 steps"))]
+    assert heads == [
+        "teacher<br>28 steps",
+        *(f"{name}<br>{n}" for name in groups for n in ("1 step", "4 steps")),
+    ]
 
 
 def test_the_best_is_told_by_the_fewest_steps_that_were_judged(written):
     run = read_run(written("a", LADD, 0, 0.4))
     tile, said = _headline(lines_of({"LADD": [run]}))
-    assert (tile, said) == (("Best with 1 step", "41.0%", "LADD"), "LADD is best with 1 step: prompts right 41.0%.")
+    assert (tile, said) == (
+        ("Best with 1 step", "41.0%", "LADD"),
+        "LADD is best with 1 step: prompts right 41.0%.",
+    )
     del run.rows[1]
     tile, said = _headline(lines_of({"LADD": [run]}))
-    assert (tile, said) == (("Best with 4 steps", "44.0%", "LADD"), "LADD is best with 4 steps: prompts right 44.0%.")
+    assert (tile, said) == (
+        ("Best with 4 steps", "44.0%", "LADD"),
+        "LADD is best with 4 steps: prompts right 44.0%.",
+    )
 
 
 def test_another_class_is_one_difference(written):
@@ -166,11 +213,18 @@ def test_the_table_reads_as_markdown(written):
 
 
 def test_a_method_without_a_discriminator_has_no_curve_of_it(written, command, tmp_path):
-    first, second = written("ladd", LADD, 0, 0.5), written("none", {"_target_": "distill.methods.regression.R"}, 0, 0.5)
+    first, second = (
+        written("ladd", LADD, 0, 0.5),
+        written("none", {"_target_": "distill.methods.regression.R"}, 0, 0.5),
+    )
     (second / "metrics.csv").write_text("step,g/regression\n1,0.6\n2,0.7\n")
     for runs, shown in (([first, second], True), ([second], False)):
-        code, _, err = command("compare", f"runs=[{','.join(map(str, runs))}]", f"out={tmp_path / 'out'}")
+        code, _, err = command(
+            "compare", f"runs=[{','.join(map(str, runs))}]", f"out={tmp_path / 'out'}"
+        )
         assert code == 0, err
-        assert ("Discriminator&#x27;s accuracy" in (tmp_path / "out" / "compare.html").read_text()) is shown
+        assert (
+            "Discriminator&#x27;s accuracy" in (tmp_path / "out" / "compare.html").read_text()
+        ) is shown
     (second / "metrics.csv").unlink()
     assert command("compare", f"runs={second}", f"out={tmp_path / 'out'}")[0] == 0

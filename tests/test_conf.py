@@ -29,7 +29,9 @@ FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"
 ROOTS = [name for name in FILES if "/" not in name]  # config.yaml, and those of other commands
 CHOICES = [name.removesuffix(".yaml") for name in FILES if "/" in name]
 EXPERIMENTS = [name for name in CHOICES if name.startswith("experiment/")]
-needs_conf = pytest.mark.skipif(not (CONF / "config.yaml").is_file(), reason="conf/config.yaml is not written yet")
+needs_conf = pytest.mark.skipif(
+    not (CONF / "config.yaml").is_file(), reason="conf/config.yaml is not written yet"
+)
 
 
 def load(name: str) -> Any:
@@ -40,7 +42,13 @@ def load(name: str) -> Any:
 def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a tree, the branches too, with its dotted path."""
     yield path, tree
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    pairs = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in pairs:
         yield from nodes(value, f"{path}.{key}".lstrip("."))
 
@@ -67,7 +75,9 @@ def check_targets(tree: Any, *, whole: bool) -> int:
         try:
             bind(*node.get("_args_", ()), **kwargs)
         except TypeError as error:
-            raise AssertionError(f"{path}: {target}{signature} does not fit {sorted(kwargs)}: {error}") from error
+            raise AssertionError(
+                f"{path}: {target}{signature} does not fit {sorted(kwargs)}: {error}"
+            ) from error
         count += 1
     return count
 
@@ -75,9 +85,17 @@ def check_targets(tree: Any, *, whole: bool) -> int:
 def fill_ins(overrides: list[str], root: str = "config.yaml") -> list[str]:
     """A choice for each group that the root leaves open, as a user must make it too."""
     entries = [entry for entry in load(root).get("defaults", []) if isinstance(entry, dict)]
-    opened = [str(group).split()[-1] for entry in entries for group, option in entry.items() if option == "???"]
+    opened = [
+        str(group).split()[-1]
+        for entry in entries
+        for group, option in entry.items()
+        if option == "???"
+    ]
     chosen = {override.lstrip("+").partition("=")[0] for override in overrides}
-    first = {group: Path(next(n for n in CHOICES if n.rpartition("/")[0] == group)).name for group in opened}
+    first = {
+        group: Path(next(n for n in CHOICES if n.rpartition("/")[0] == group)).name
+        for group in opened
+    }
     return [f"{group}={option}" for group, option in first.items() if group not in chosen]
 
 
@@ -98,7 +116,11 @@ def composed_with(choice: str) -> dict[str, Any]:
     # What belongs to one method goes with it: a recipe by its name, a discriminator by the method's defaults.
     methods = [path.stem for path in (CONF / "method").glob("*.yaml")]
     own = [m for m in methods if group == "recipe" and option.startswith(f"{m}_")]
-    own += [m for m in methods if group == "discriminator" and option in str(load(f"method/{m}.yaml")["defaults"])]
+    own += [
+        m
+        for m in methods
+        if group == "discriminator" and option in str(load(f"method/{m}.yaml")["defaults"])
+    ]
     try:
         return composed(override, *(f"method={m}" for m in own[:1]), *fill_ins([override]))
     except ConfigCompositionException as error:
@@ -122,13 +144,18 @@ def test_a_missing_configuration_is_named(tmp_path):
     package = tmp_path / "src" / "distill"
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml in .*install it again"):
         _find(package)
-    for place in (tmp_path / "conf", package / "conf"):  # the second is a wheel's, and comes first once it is there
+    for place in (
+        tmp_path / "conf",
+        package / "conf",
+    ):  # the second is a wheel's, and comes first once it is there
         place.mkdir(parents=True)
         (place / "config.yaml").touch()
         assert _find(package) == str(place)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("hydra/")])  # those are plugins' own
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if not name.startswith("hydra/")]
+)  # those are plugins' own
 def test_targets_of_a_file_take_its_keys(name):
     check_targets(load(name), whole=False)
 
@@ -136,19 +163,28 @@ def test_targets_of_a_file_take_its_keys(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_reaches_into_no_other_node(name):
     for path, value in nodes(load(name)):
-        if path.startswith("defaults"):  # choosing a file by the names of two others (recipe) reads no value
+        if path.startswith(
+            "defaults"
+        ):  # choosing a file by the names of two others (recipe) reads no value
             continue
         for inner in re.findall(r"\$\{([^}]*)", value) if isinstance(value, str) else ():
-            assert inner.startswith(INTERPOLATIONS), f"{name}, {path}: ${{{inner}}} is none of {INTERPOLATIONS}"
+            assert inner.startswith(INTERPOLATIONS), (
+                f"{name}, {path}: ${{{inner}}} is none of {INTERPOLATIONS}"
+            )
 
 
 @needs_conf
 @pytest.mark.parametrize("method", [path.stem for path in (CONF / "method").glob("*.yaml")])
 def test_both_teachers_of_a_world_share_its_recipe(method):
-    one, other = (composed(f"method={method}", f"teacher={teacher}") for teacher in ("shapes", "shapes_unet"))
+    one, other = (
+        composed(f"method={method}", f"teacher={teacher}") for teacher in ("shapes", "shapes_unet")
+    )
     assert one.pop("teacher") != other.pop("teacher")
     assert one == other
-    assert one["trainer"]["max_steps"] < composed(f"method={method}", "teacher=sd35_large")["trainer"]["max_steps"]
+    assert (
+        one["trainer"]["max_steps"]
+        < composed(f"method={method}", "teacher=sd35_large")["trainer"]["max_steps"]
+    )
 
 
 @needs_conf
@@ -178,28 +214,46 @@ def test_every_choice_composes_and_its_targets_get_what_they_need(choice):
 @pytest.mark.parametrize("choice", EXPERIMENTS)
 def test_every_value_of_an_experiment_survives(choice):
     config = dict(nodes(composed_with(choice)))
-    for path, value in nodes({key: value for key, value in load(f"{choice}.yaml").items() if key != "defaults"}):
+    for path, value in nodes(
+        {key: value for key, value in load(f"{choice}.yaml").items() if key != "defaults"}
+    ):
         if not isinstance(value, dict) and path and not path.startswith("hydra."):
-            assert config[path] == value, f"{choice}: {path} is {config[path]!r}, the experiment says {value!r}"
+            assert config[path] == value, (
+                f"{choice}: {path} is {config[path]!r}, the experiment says {value!r}"
+            )
 
 
 def sweeps() -> Iterator[tuple[str, list[str]]]:
     """Each sweep that an experiment's head gives as a command, with its overrides as they are typed, and its own."""
     for choice in EXPERIMENTS:
         text = (CONF / f"{choice}.yaml").read_text().replace(" \\\n#", "")
-        params = OmegaConf.select(OmegaConf.create(load(f"{choice}.yaml")), "hydra.sweeper.params") or {}
-        for i, command in enumerate(re.findall(r"^#     python -m distill\.run -m (.*)$", text, re.M)):
+        params = (
+            OmegaConf.select(OmegaConf.create(load(f"{choice}.yaml")), "hydra.sweeper.params") or {}
+        )
+        for i, command in enumerate(
+            re.findall(r"^#     python -m distill\.run -m (.*)$", text, re.M)
+        ):
             typed = shlex.split(command)
-            own = [f"{k}={v}" for k, v in params.items() if not any(t.startswith(f"{k}=") for t in typed)]
+            own = [
+                f"{k}={v}"
+                for k, v in params.items()
+                if not any(t.startswith(f"{k}=") for t in typed)
+            ]
             yield f"{choice}:{i}", [*typed, *own]
 
 
 @needs_conf
-@pytest.mark.parametrize(("name", "overrides"), [pytest.param(*found, id=found[0]) for found in sweeps()])
+@pytest.mark.parametrize(
+    ("name", "overrides"), [pytest.param(*found, id=found[0]) for found in sweeps()]
+)
 def test_every_value_of_a_sweep_composes(name, overrides):
     parsed = OverridesParser.create().parse_overrides(overrides)
     fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
-    swept = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in parsed if o.is_sweep_override()]
+    swept = [
+        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+        for o in parsed
+        if o.is_sweep_override()
+    ]
     assert [f"seed={seed}" for seed in (0, 1, 2)] in swept
     for values in swept:
         for value in values:
@@ -210,7 +264,9 @@ def test_every_value_of_a_sweep_composes(name, overrides):
 def comparison() -> Any:
     file = CONF.parent / "experiments" / "methods_on_shapes" / "run.py"
     spec = importlib.util.spec_from_file_location("methods_on_shapes", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for itself
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # where a dataclass looks for itself
     spec.loader.exec_module(module)
     return module
 
@@ -220,21 +276,36 @@ def test_the_comparison_runs_every_seed_once_and_goes_on(monkeypatch, tmp_path):
 
     def call(name, *arguments):
         said.append((name, *arguments))
-        for folder in (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir=")):
+        for folder in (
+            Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir=")
+        ):
             folder.mkdir(parents=True)
             (folder / "evaluation.json").write_text("{}")
 
     monkeypatch.setattr(module, "call", call)
     monkeypatch.setattr(module.os, "sched_setaffinity", lambda *_: None, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = ["run.py", str(tmp_path / "out"), "--trials", "0", "--only", "regression,ladd", "--steps", "400"]
+    command = [
+        "run.py",
+        str(tmp_path / "out"),
+        "--trials",
+        "0",
+        "--only",
+        "regression,ladd",
+        "--steps",
+        "400",
+    ]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pace.json").write_text('{"ladd": 1.0, "regression": 0.5}')
     monkeypatch.setattr(sys, "argv", command)
     module.main()
     runs = [a for name, *a in said if name == "distill.run"]
     assert len(runs) == 3 * (2 + 1)  # LADD's for equal pictures are those for equal time
-    steps = [next(word for word in a if word.startswith("trainer.max_steps=")) for a in runs if "name=regression" in a]
+    steps = [
+        next(word for word in a if word.startswith("trainer.max_steps="))
+        for a in runs
+        if "name=regression" in a
+    ]
     assert steps == ["trainer.max_steps=400"] * 3 + ["trainer.max_steps=800"] * 3  # twice as fast
     assert [name for name, *_ in said].count("distill.compare") == 2
     assert (tmp_path / "out" / "time" / "ladd_2" / "evaluation.json").is_file()
@@ -254,13 +325,20 @@ def test_a_contestant_composes_with_the_ends_of_its_search(name, contestant):
     assert config["data"]["batch_size"] == 16
     for key, _, values in map(parsed, contestant.space):
         for value in values:
-            assert check_targets(composed(*contestant.arguments(300), f"{key}={value}"), whole=True) > 0
+            assert (
+                check_targets(composed(*contestant.arguments(300), f"{key}={value}"), whole=True)
+                > 0
+            )
 
 
 @needs_conf
 def test_an_experiment_beats_the_root(tmp_path):
     """Written here, so that it holds before the first experiment is: each plain value of the root gives way."""
-    plain = {key: value for key, value in load("config.yaml").items() if isinstance(value, int | float | str | None)}
+    plain = {
+        key: value
+        for key, value in load("config.yaml").items()
+        if isinstance(value, int | float | str | None)
+    }
     assert plain, "the root has no plain value, not even a seed"
     probe = tmp_path / "experiment" / "probe.yaml"
     probe.parent.mkdir()
@@ -285,4 +363,9 @@ def test_a_wrong_node_is_caught(node, expected):
 
 
 def test_a_right_node_passes():
-    assert check_targets({"a": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}}, whole=True) == 1
+    assert (
+        check_targets(
+            {"a": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}}, whole=True
+        )
+        == 1
+    )

@@ -26,7 +26,11 @@ def latent_of(i: int) -> np.ndarray:
 
 
 def put_latents(folder, n: int, per_shard: int = 4) -> str:
-    write_latents(f"{folder}/x-%03d.tar", ((f"{i:04d}", latent_of(i), f"caption {i}") for i in range(n)), per_shard)
+    write_latents(
+        f"{folder}/x-%03d.tar",
+        ((f"{i:04d}", latent_of(i), f"caption {i}") for i in range(n)),
+        per_shard,
+    )
     return str(folder)
 
 
@@ -79,7 +83,9 @@ def complaint(batches) -> str:
 
 
 def raw(**files: bytes) -> dict:
-    return {"__key__": "7", "__url__": "a.tar"} | {name.replace("_", "."): data for name, data in files.items()}
+    return {"__key__": "7", "__url__": "a.tar"} | {
+        name.replace("_", "."): data for name, data in files.items()
+    }
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------
@@ -88,7 +94,9 @@ def raw(**files: bytes) -> dict:
 def test_latents_come_back_as_written(tmp_path):
     rng = np.random.default_rng(0)
     written = {f"k{i}": rng.normal(size=(4, 8, 6)).astype(np.float16) for i in range(5)}
-    shards = write_latents(f"{tmp_path}/a/x-%02d.tar", ((k, v, f"ein Bär, {k}") for k, v in written.items()), 2)
+    shards = write_latents(
+        f"{tmp_path}/a/x-%02d.tar", ((k, v, f"ein Bär, {k}") for k, v in written.items()), 2
+    )
     assert shards == [f"{tmp_path}/a/x-0{i}.tar" for i in range(3)]
     data = LatentShards(f"{tmp_path}/a")
     assert data.shape == (4, 8, 6)
@@ -105,7 +113,9 @@ def test_images_come_back_as_written(tmp_path):
     write_images(f"{tmp_path}/x-%d.tar", [("s", pixels, " a dog\n", {"b": 1, "a": "ä"})], 10)
     item = ImageShards(f"{tmp_path}/x-0.tar", size=8)[0]
     assert item["caption"] == "a dog"
-    assert torch.equal(item["pixels"], torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1)
+    assert torch.equal(
+        item["pixels"], torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    )
     assert item["pixels"].is_contiguous()
     record = Shards(str(tmp_path)).read(0)
     assert record["json"] == '{"a": "ä", "b": 1}'.encode()
@@ -116,7 +126,9 @@ def test_webdataset_itself_reads_our_shards(tmp_path):
     import webdataset
 
     put_latents(tmp_path, 3)
-    samples = list(webdataset.WebDataset(f"{tmp_path}/x-000.tar", shardshuffle=False, empty_check=False))
+    samples = list(
+        webdataset.WebDataset(f"{tmp_path}/x-000.tar", shardshuffle=False, empty_check=False)
+    )
     assert [s["__key__"] for s in samples] == ["0000", "0001", "0002"]
     assert [s["txt"] for s in samples] == [b"caption 0", b"caption 1", b"caption 2"]
 
@@ -189,7 +201,12 @@ def test_keys_that_would_not_come_back_are_refused(tmp_path, key):
 
 
 def test_a_failed_write_leaves_only_complete_shards(tmp_path):
-    samples = [("a", latent_of(0), "c"), ("b", latent_of(1), "c"), ("c", latent_of(2), "c"), ("c", latent_of(3), "c")]
+    samples = [
+        ("a", latent_of(0), "c"),
+        ("b", latent_of(1), "c"),
+        ("c", latent_of(2), "c"),
+        ("c", latent_of(3), "c"),
+    ]
     with pytest.raises(ValueError, match="'c' occurs twice"):
         write_latents(f"{tmp_path}/x-%d.tar", samples, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["x-0.tar"]
@@ -206,7 +223,12 @@ def test_write_refuses_bad_values(tmp_path):
         write_latents(pattern, [], 1)
     with pytest.raises(ValueError, match="per_shard=0: must be"):
         write_latents(pattern, [("k", latent_of(0), "c")], 0)
-    for wrong in (f"{tmp_path}/x.tar", f"{tmp_path}/x-%d", f"{tmp_path}/%d/x.tar", f"{tmp_path}/%s-%d.tar"):
+    for wrong in (
+        f"{tmp_path}/x.tar",
+        f"{tmp_path}/x-%d",
+        f"{tmp_path}/%d/x.tar",
+        f"{tmp_path}/%s-%d.tar",
+    ):
         with pytest.raises(ValueError, match="must be like 'out/shards-%06d.tar'"):
             write_latents(wrong, [("k", latent_of(0), "c")], 1)
     assert list(tmp_path.iterdir()) == []
@@ -216,7 +238,9 @@ def test_shards_left_from_a_longer_run_are_pointed_out(tmp_path, caplog):
     put_latents(tmp_path, 8)
     assert caplog.messages == []
     put_latents(tmp_path, 4)
-    assert [message.split(" is left")[0] for message in caplog.messages] == [f"{tmp_path}/x-001.tar"]
+    assert [message.split(" is left")[0] for message in caplog.messages] == [
+        f"{tmp_path}/x-001.tar"
+    ]
 
 
 # --- the order ------------------------------------------------------------------------------------------------------
@@ -260,8 +284,17 @@ def test_start_step_resumes_exactly():
 
 def test_order_refuses_nonsense():
     good = {"length": 5, "seed": 0, "batch_size": 2}
-    for wrong in ({"length": 0}, {"batch_size": 0}, {"rank": 2, "world": 2}, {"rank": -1}, {"start": -1}):
-        with pytest.raises(ValueError, match=rf"{next(iter(wrong.items()))[0]}=.*must be 1 or more, start 0 or more"):
+    for wrong in (
+        {"length": 0},
+        {"batch_size": 0},
+        {"rank": 2, "world": 2},
+        {"rank": -1},
+        {"start": -1},
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"{next(iter(wrong.items()))[0]}=.*must be 1 or more, start 0 or more",
+        ):
             Order(**good | wrong)
 
 
@@ -272,7 +305,9 @@ def test_batches_do_not_depend_on_workers_and_resume_exactly(tmp_path):
     for _ in range(2):  # the second time with workers that persist
         assert keys(with_workers, 9) == [b["key"] for b in whole]
     for workers in (0, 2):
-        resumed = list(itertools.islice(loader(data, batch_size=4, seed=2, start=4, num_workers=workers), 5))
+        resumed = list(
+            itertools.islice(loader(data, batch_size=4, seed=2, start=4, num_workers=workers), 5)
+        )
         assert [b["key"] for b in resumed] == [b["key"] for b in whole[4:]]
         assert all(torch.equal(a["x0"], b["x0"]) for a, b in zip(resumed, whole[4:], strict=True))
 
@@ -363,7 +398,9 @@ def test_samples_are_grouped_by_webdataset_s_convention(tmp_path):
 
 def test_a_truncated_shard_is_named_wherever_it_is_cut(tmp_path):
     path = tmp_path / "cut.tar"
-    put_tar(path, {f"{i}.txt": bytes([65 + i]) * 600 for i in range(3)})  # a header and two blocks each
+    put_tar(
+        path, {f"{i}.txt": bytes([65 + i]) * 600 for i in range(3)}
+    )  # a header and two blocks each
     whole = path.read_bytes()
     assert len(Shards(str(path))) == 3
     # in a header, after a header, in data, between two samples, in the padding and before the end mark
@@ -379,7 +416,9 @@ def test_a_damaged_header_does_not_hide_the_rest(tmp_path):
     data = bytearray(path.read_bytes())
     data[1024:1034] = b"\xff" * 10
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"hurt\.tar' is cut short or damaged.*no header at byte 1024"):
+    with pytest.raises(
+        ValueError, match=r"hurt\.tar' is cut short or damaged.*no header at byte 1024"
+    ):
         Shards(str(path))
 
 
@@ -421,7 +460,11 @@ def test_a_hostile_tar_writes_nothing_and_follows_nothing(tmp_path):
     inside = tmp_path / "data"
     inside.mkdir()
     with tarfile.open(inside / "x.tar", "w") as tar:
-        for name, kind in [("s.txt", tarfile.SYMTYPE), ("h.txt", tarfile.LNKTYPE), ("f.txt", tarfile.FIFOTYPE)]:
+        for name, kind in [
+            ("s.txt", tarfile.SYMTYPE),
+            ("h.txt", tarfile.LNKTYPE),
+            ("f.txt", tarfile.FIFOTYPE),
+        ]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, str(tmp_path / "secret.txt")
             tar.addfile(info)
@@ -475,7 +518,9 @@ def test_a_few_more_bad_ones_than_expected_are_chance(tmp_path):
     """Of twenty draws at eight in a hundred three are bad half the time; what is read once is counted whole."""
     data = ImageShards(put_images(tmp_path / "x.tar", 50), size=8, max_bad_share=0.1)
     data.account(17, [("x", "bad")] * 3)
-    with pytest.raises(ValueError, match="12 of 29 samples tried are bad, more than data.max_bad_share=0.1"):
+    with pytest.raises(
+        ValueError, match="12 of 29 samples tried are bad, more than data.max_bad_share=0.1"
+    ):
         data.account(0, [("x", "bad")] * 9, needed=False)
     with pytest.raises(ValueError, match=r"data\.max_bad_share=2: must be a share, from 0 to 1"):
         ImageShards(str(tmp_path / "x.tar"), size=8, max_bad_share=2)
@@ -485,7 +530,9 @@ def test_a_few_more_bad_ones_than_expected_are_chance(tmp_path):
 
 @pytest.mark.parametrize("size", [[64, 32], 0, 64.5])
 def test_a_size_that_is_none_is_refused(size, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.size=.*: must be pixels a side; other shapes are data\.buckets="):
+    with pytest.raises(
+        ValueError, match=r"data\.size=.*: must be pixels a side; other shapes are data\.buckets="
+    ):
         ImageShards(put_images(tmp_path / "x.tar", 3), size=size)
 
 
@@ -493,9 +540,7 @@ def test_a_size_that_is_none_is_refused(size, tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
     path = put_images(tmp_path / "x.tar", 40, broken=frozenset(range(0, 40, 4)))
     data = ImageShards(path, size=8)
-    message = (
-        rf"\d+ of \d+ samples tried are bad, more than data.max_bad_share=0.1: .*The first: {path}:\d+: its .png does.*"
-    )
+    message = rf"\d+ of \d+ samples tried are bad, more than data.max_bad_share=0.1: .*The first: {path}:\d+: its .png does.*"
     assert re.fullmatch(message, complaint(loader(data, batch_size=4, seed=0, num_workers=workers)))
     assert data.tried >= datasets.MIN_TRIED
     tolerant = ImageShards(path, size=8, max_bad_share=0.5)
@@ -504,15 +549,20 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_bad_samples(tmp_path, workers):
-    data = ImageShards(put_images(tmp_path / "x.tar", 6, broken=frozenset(range(6))), size=8, max_bad_share=1.0)
-    message = r"\d+ of \d+ samples tried are bad, the last \d+ in a row: repair the data\. The first: .*"
+    data = ImageShards(
+        put_images(tmp_path / "x.tar", 6, broken=frozenset(range(6))), size=8, max_bad_share=1.0
+    )
+    message = (
+        r"\d+ of \d+ samples tried are bad, the last \d+ in a row: repair the data\. The first: .*"
+    )
     assert re.fullmatch(message, complaint(loader(data, batch_size=2, seed=0, num_workers=workers)))
 
 
 def test_latents_where_there_are_images(tmp_path):
     path = put_images(tmp_path / "x.tar", 3)
     with pytest.raises(
-        ValueError, match=r"data.path=.*x.tar: none of its first 3 samples.*x.tar:000.*it has no latents.*only png, txt"
+        ValueError,
+        match=r"data.path=.*x.tar: none of its first 3 samples.*x.tar:000.*it has no latents.*only png, txt",
     ):
         LatentShards(path)
 
@@ -538,7 +588,9 @@ class Bomb:
 
 def test_a_pickle_in_npy_is_never_opened(tmp_path):
     bomb = npy(np.array([Bomb()], dtype=object), allow_pickle=True)
-    data = LatentShards(put_tar_of_latents(tmp_path / "x.tar", [npy(latent_of(0)), bomb, pickle.dumps(Bomb())]))
+    data = LatentShards(
+        put_tar_of_latents(tmp_path / "x.tar", [npy(latent_of(0)), bomb, pickle.dumps(Bomb())])
+    )
     assert data[2]["key"] == "0"  # past 2 and 1
     assert sorted(data.bad) == [f"{tmp_path}/x.tar:1", f"{tmp_path}/x.tar:2"]
     assert "allow_pickle=False" in data.bad[f"{tmp_path}/x.tar:1"]
@@ -557,7 +609,9 @@ def test_latents_that_are_refused():
         (huge, "does not decode"),
         (claims, "does not decode"),
     ]:
-        with pytest.raises(decode.BadSample, match=rf"^a\.tar:7: its \.latent\.npy .*{message}|{message}"):
+        with pytest.raises(
+            decode.BadSample, match=rf"^a\.tar:7: its \.latent\.npy .*{message}|{message}"
+        ):
             decode.latent(raw(latent_npy=blob))
 
 
@@ -603,7 +657,9 @@ def test_crop_is_central_and_keeps_the_shape_of_things():
         assert torch.equal(decode.image(raw(png=png(pixels)), 20), torch.ones(3, 20, 20))
         small = decode.image(raw(png=png(pixels)), 10)
         assert small.shape == (3, 10, 10)
-        assert small[:, 1:-1, 1:-1].min() > 0.99  # the outermost pixels see their neighbours beyond the crop
+        assert (
+            small[:, 1:-1, 1:-1].min() > 0.99
+        )  # the outermost pixels see their neighbours beyond the crop
 
 
 def test_resize_antialiases():
@@ -615,7 +671,9 @@ def test_resize_antialiases():
 
 def test_modes_become_rgb():
     grey16 = np.full((4, 4), 32768, np.uint16)
-    assert decode.image(raw(png=png(grey16)), 4).unique().tolist() == pytest.approx([128 / 127.5 - 1], abs=1e-6)
+    assert decode.image(raw(png=png(grey16)), 4).unique().tolist() == pytest.approx(
+        [128 / 127.5 - 1], abs=1e-6
+    )
     clear = np.zeros((4, 4, 4), np.uint8)  # fully transparent black
     assert decode.image(raw(png=png(clear)), 4).unique().tolist() == [1.0]
     red = Image.new("P", (4, 4), 0)
@@ -630,7 +688,9 @@ def test_lossy_formats(name, kind):
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 100, 50)).save(file, kind)
     pixels = decode.image(raw(**{name: file.getvalue()}), 8)
-    assert torch.allclose(pixels.mean((1, 2)), torch.tensor([200.0, 100.0, 50.0]) / 127.5 - 1, atol=0.05)
+    assert torch.allclose(
+        pixels.mean((1, 2)), torch.tensor([200.0, 100.0, 50.0]) / 127.5 - 1, atol=0.05
+    )
 
 
 def test_camera_rotation_is_applied():
@@ -649,7 +709,10 @@ def test_images_that_are_refused():
     gif = io.BytesIO()
     Image.new("RGB", (4, 4)).save(gif, "GIF")
     for files, message in [
-        ({"png": gif.getvalue()}, r"its \.png does not decode"),  # only the formats named, whatever the extension
+        (
+            {"png": gif.getvalue()},
+            r"its \.png does not decode",
+        ),  # only the formats named, whatever the extension
         ({"jpg": b""}, r"its \.jpg does not decode"),
         ({"txt": b"x"}, r"it has no image \(jpg, jpeg, png, webp\), only txt"),
     ]:
@@ -669,7 +732,9 @@ def test_a_key_may_be_the_seed_of_the_noise(tmp_path):
     from distill.sampling import draw_noise, seeded
 
     x = np.ones((2, 3, 3))
-    write_latents(str(tmp_path / "%06d.tar"), [("000004", x, "a"), ("17", x, "b"), ("x", x, "c")], per_shard=3)
+    write_latents(
+        str(tmp_path / "%06d.tar"), [("000004", x, "a"), ("17", x, "b"), ("x", x, "c")], per_shard=3
+    )
     data = LatentShards(str(tmp_path), seeded=True, limit=2, max_bad_share=1.0)
     for i, seed in enumerate((4, 17)):
         assert torch.equal(data[i]["noise"], draw_noise((2, 3, 3), seeded([seed]))[0])

@@ -35,7 +35,10 @@ def test_frechet_in_one_dimension():
 
 def test_frechet_agrees_with_scipy():
     sqrtm = pytest.importorskip("scipy.linalg").sqrtm
-    a, b = normal(300, 12, seed=3) @ normal(12, 12, seed=4), normal(200, 12, seed=5) @ normal(12, 12, seed=6) + 0.3
+    a, b = (
+        normal(300, 12, seed=3) @ normal(12, 12, seed=4),
+        normal(200, 12, seed=5) @ normal(12, 12, seed=6) + 0.3,
+    )
     s_a, s_b = a.T.cov(), b.T.cov()
     root = torch.from_numpy(sqrtm((s_a @ s_b).numpy()).real)
     expected = (a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * root.trace()
@@ -60,7 +63,9 @@ def test_frechet_between_two_sets_that_span_different_planes():
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.zeros(1, 4), torch.zeros(8), torch.full((8, 4), math.nan)], ids=["one row", "vector", "nan"]
+    "bad",
+    [torch.zeros(1, 4), torch.zeros(8), torch.full((8, 4), math.nan)],
+    ids=["one row", "vector", "nan"],
 )
 def test_frechet_refuses_what_has_no_covariance(bad):
     with pytest.raises(ValueError, match="in b"):
@@ -91,9 +96,12 @@ def test_precision_and_recall_agree_with_a_naive_loop(k):
 
     def share(points: torch.Tensor, members: torch.Tensor) -> float:
         reach = [
-            sorted((m - o).norm().item() for j, o in enumerate(members) if j != i)[k - 1] for i, m in enumerate(members)
+            sorted((m - o).norm().item() for j, o in enumerate(members) if j != i)[k - 1]
+            for i, m in enumerate(members)
         ]
-        return sum(any((p - m).norm() <= r for m, r in zip(members, reach, strict=True)) for p in points) / len(points)
+        return sum(
+            any((p - m).norm() <= r for m, r in zip(members, reach, strict=True)) for p in points
+        ) / len(points)
 
     expected = share(fake, real), share(real, fake)
     assert min(expected) > 0.2
@@ -115,8 +123,12 @@ def test_too_few_samples_for_a_manifold_are_refused():
 def test_diversity_by_hand():
     triangle = torch.tensor([[0.0, 0], [3, 0], [0, 4]])  # sides 3, 4, 5
     assert diversity(triangle[None]) == pytest.approx(4)
-    assert diversity(torch.stack([triangle, torch.ones(3, 2)])) == pytest.approx(2)  # the second group is one point
-    assert diversity(torch.stack([triangle, 2 * triangle + 7])) == pytest.approx(6)  # blind to where a group lies
+    assert diversity(torch.stack([triangle, torch.ones(3, 2)])) == pytest.approx(
+        2
+    )  # the second group is one point
+    assert diversity(torch.stack([triangle, 2 * triangle + 7])) == pytest.approx(
+        6
+    )  # blind to where a group lies
 
 
 def test_diversity_needs_two_samples():

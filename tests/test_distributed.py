@@ -28,11 +28,18 @@ def run(folder: Path, *, processes: int, **options) -> list[dict]:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
     workers = []
     for rank in range(processes):
-        own = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
+        own = {
+            "LOCAL_RANK": str(rank),
+            "RANK": str(rank),
+            "NODE_RANK": "0",
+            "WORLD_SIZE": str(processes),
+        }
         asked = json.dumps({"folder": str(folder), "processes": processes, **options})
         environment = {**os.environ, **shared, **own}
         workers.append(
-            subprocess.Popen([sys.executable, WORKER, asked], env=environment, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, WORKER, asked], env=environment, stderr=subprocess.PIPE, text=True
+            )
         )
     for worker in workers:
         _, err = worker.communicate(timeout=240)
@@ -43,7 +50,9 @@ def run(folder: Path, *, processes: int, **options) -> list[dict]:
 def assert_close(a: dict, b: dict, what: str) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
 
 
 def assert_same_end(one: dict, other: dict) -> None:
@@ -51,7 +60,9 @@ def assert_same_end(one: dict, other: dict) -> None:
         assert_close(one[what], other[what], what)
     assert one["losses"].keys() == other["losses"].keys()
     for name, values in one["losses"].items():
-        torch.testing.assert_close(torch.tensor(values), torch.tensor(other["losses"][name]), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(values), torch.tensor(other["losses"][name]), rtol=1e-3, atol=1e-5
+        )
     assert one["counts"] == other["counts"]
 
 
@@ -67,7 +78,9 @@ def alone(tmp_path_factory, parts):
 
     @functools.cache
     def end(method: str) -> dict:
-        return run(tmp_path_factory.mktemp("alone"), processes=1, accumulate=2, method=method, **parts)[0]
+        return run(
+            tmp_path_factory.mktemp("alone"), processes=1, accumulate=2, method=method, **parts
+        )[0]
 
     return end
 
@@ -138,9 +151,18 @@ def test_a_lora_goes_on_from_parts(alone_with_a_lora, parts, tmp_path):
     options = {"processes": 2, "method": "ladd", "lora": {"rank": 4}, **parts}
     run(tmp_path / "first", strategy="fsdp2_parts", save_at=2, **options)
     saved = str(tmp_path / "first" / "step_000002.ckpt")
-    assert_same_end(run(tmp_path / "then", strategy="fsdp2", resume=saved, **options)[0], alone_with_a_lora)
+    assert_same_end(
+        run(tmp_path / "then", strategy="fsdp2", resume=saved, **options)[0], alone_with_a_lora
+    )
 
 
 @pytest.fixture(scope="module")
 def alone_with_a_lora(tmp_path_factory, parts):
-    return run(tmp_path_factory.mktemp("lora"), processes=1, accumulate=2, method="ladd", lora={"rank": 4}, **parts)[0]
+    return run(
+        tmp_path_factory.mktemp("lora"),
+        processes=1,
+        accumulate=2,
+        method="ladd",
+        lora={"rank": 4},
+        **parts,
+    )[0]

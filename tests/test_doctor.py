@@ -14,11 +14,18 @@ from distill.callbacks import Alarms, alarm
 def test_parameters_are_counted_from_headers(tmp_path, teacher):
     folder = tmp_path / "part"
     folder.mkdir()
-    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.float16)}, folder / "model.safetensors")
-    save_file({"a": torch.zeros(3, 5)}, folder / "model.fp16.safetensors")  # a variant of the same weights
+    save_file(
+        {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.float16)},
+        folder / "model.safetensors",
+    )
+    save_file(
+        {"a": torch.zeros(3, 5)}, folder / "model.fp16.safetensors"
+    )  # a variant of the same weights
     assert doctor.parameters(folder) == 22
     part = "transformer" if teacher.pipeline.config.get("transformer") else "unet"
-    assert doctor.parameters(teacher.folder / part) == sum(p.numel() for p in teacher.network.state_dict().values())
+    assert doctor.parameters(teacher.folder / part) == sum(
+        p.numel() for p in teacher.network.state_dict().values()
+    )
 
 
 def test_a_healthy_machine_gets_no_fail(command, pipelines):
@@ -28,14 +35,20 @@ def test_a_healthy_machine_gets_no_fail(command, pipelines):
     assert all(line.startswith(("ok ", "warn ")) for line in lines)
     assert any("torchvision" in line and "fits torch" in line for line in lines)
     assert any("trainer=fsdp2" in line for line in lines)
-    assert any(line.startswith("warn") and " -> " in line for line in lines) or torch.cuda.is_available()
+    assert (
+        any(line.startswith("warn") and " -> " in line for line in lines)
+        or torch.cuda.is_available()
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["trainer.accelerator=gpu"], "there is no GPU here"),
-        (["+trainer.strategy=fsdp"], "FSDP1 wraps the forward pass of one player; use trainer=fsdp2"),
+        (
+            ["+trainer.strategy=fsdp"],
+            "FSDP1 wraps the forward pass of one player; use trainer=fsdp2",
+        ),
         (["+trainer.strategy=ddp_find_unused_parameters_true"], "use trainer=ddp"),
     ],
 )

@@ -30,7 +30,8 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     for name, x in model.state_dict().items():
         assert torch.equal(
-            x.view(torch.uint8) if x.ndim else x, before[name].view(torch.uint8) if x.ndim else before[name]
+            x.view(torch.uint8) if x.ndim else x,
+            before[name].view(torch.uint8) if x.ndim else before[name],
         )
 
 
@@ -38,7 +39,9 @@ def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 def test_average_follows_the_recursion(decay, warmup_steps):
     model = make_model()
     ema = Ema(model, decay=decay, warmup_steps=warmup_steps)
-    expected = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
+    expected = {
+        name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad
+    }
     for step in range(60):
         move(model, step)
         ema.update(step)
@@ -64,7 +67,9 @@ def test_constant_target_is_approached_in_closed_form():
 
 def test_warmup_starts_low_and_ends_at_the_decay():
     ema = Ema(make_model(), decay=0.99)
-    assert [ema.decay_at(step) for step in (0, 8, 890, 10**6)] == pytest.approx([0.1, 0.5, 0.99, 0.99])
+    assert [ema.decay_at(step) for step in (0, 8, 890, 10**6)] == pytest.approx(
+        [0.1, 0.5, 0.99, 0.99]
+    )
     assert Ema(make_model(), decay=0.99, warmup_steps=0).decay_at(0) == 0.99
     assert Ema(make_model(), decay=0.99, warmup_steps=1).decay_at(0) == 0.99
 
@@ -91,7 +96,9 @@ def test_only_trainable_parameters_are_averaged():
     assert set(Ema(model).state_dict()) == {"0.weight", "1.weight", "1.bias", "2.weight", "2.bias"}
     ema = Ema(model)
     for p in model.parameters():
-        p.requires_grad_(False)  # as when the other player trains; it is the state at construction that counts
+        p.requires_grad_(
+            False
+        )  # as when the other player trains; it is the state at construction that counts
     move(model, 0)
     before = ema.state_dict()["2.bias"].clone()
     ema.update(0)
@@ -164,7 +171,9 @@ def test_loading_is_strict_about_names_and_shapes():
         change(bad)
         with pytest.raises(ValueError, match=message):
             ema.load_state_dict(bad)
-        assert all(torch.equal(x, before[name]) for name, x in ema.state_dict().items())  # refused as a whole
+        assert all(
+            torch.equal(x, before[name]) for name, x in ema.state_dict().items()
+        )  # refused as a whole
 
 
 def test_impossible_settings_are_refused():

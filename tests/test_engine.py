@@ -70,7 +70,11 @@ def test_a_step_is_a_student_update(tmp_path):
 
 def test_head_start_trains_the_heads_alone(tmp_path):
     method, log = tiny.ladd(toy, head_start=3), EachIteration()
-    student, heads, average = tiny.weights(method.student), tiny.weights(method.heads), dict(method.ema.state_dict())
+    student, heads, average = (
+        tiny.weights(method.student),
+        tiny.weights(method.heads),
+        dict(method.ema.state_dict()),
+    )
     average = {name: value.clone() for name, value in average.items()}
     fitted(method, tmp_path, 2, callbacks=[log])
     for seen in log.seen[:3]:
@@ -86,12 +90,16 @@ def test_what_is_logged_is_that_of_the_last_update(tmp_path):
 
     def logged(**options):
         method = tiny.ladd(toy)
-        still = {name: lambda p: torch.optim.SGD(p, lr=0.0) for name in ("student", "discriminator")}
+        still = {
+            name: lambda p: torch.optim.SGD(p, lr=0.0) for name in ("student", "discriminator")
+        }
         method.engine = Engine(**still, **options)
         fitted(method, tmp_path, 1)
         return method.numbers["d/adv"]
 
-    assert logged(discriminator_updates=2) == pytest.approx(logged(), rel=0.2)  # real samples get noise of their own
+    assert logged(discriminator_updates=2) == pytest.approx(
+        logged(), rel=0.2
+    )  # real samples get noise of their own
 
 
 def test_average_moves_once_a_step_by_its_formula(tmp_path):
@@ -99,8 +107,13 @@ def test_average_moves_once_a_step_by_its_formula(tmp_path):
     average = {name: value.clone() for name, value in method.ema.state_dict().items()}
     fitted(method, tmp_path, 4, callbacks=[log])
     for seen in log.seen:
-        decay = method.ema.decay_at(seen["step"] - 1)  # the average counts from 0 and is moved after the update
-        average = {name: decay * value + (1 - decay) * seen["student"][name] for name, value in average.items()}
+        decay = method.ema.decay_at(
+            seen["step"] - 1
+        )  # the average counts from 0 and is moved after the update
+        average = {
+            name: decay * value + (1 - decay) * seen["student"][name]
+            for name, value in average.items()
+        }
         for name, value in average.items():
             torch.testing.assert_close(seen["ema"][name], value, rtol=1e-5, atol=1e-7)
 
@@ -132,11 +145,19 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
     def fake(i):
         return reference.fake(batches[i], reference._generator(i))
 
-    losses = [reference.discriminator_loss(batches[i], fake(i), reference._generator(i, stream=1)) for i in range(2)]
+    losses = [
+        reference.discriminator_loss(batches[i], fake(i), reference._generator(i, stream=1))
+        for i in range(2)
+    ]
     of_heads = mean_gradient(reference.heads, [sum(terms.values()) for terms in losses])
     torch.testing.assert_close(seen["d"], of_heads, rtol=1e-4, atol=1e-7)
-    reference.heads.load_state_dict(method.heads.state_dict())  # the student meets the heads after their update
-    losses = [reference.student_loss(batches[i], fake(i), reference._generator(i, stream=0)) for i in range(2)]
+    reference.heads.load_state_dict(
+        method.heads.state_dict()
+    )  # the student meets the heads after their update
+    losses = [
+        reference.student_loss(batches[i], fake(i), reference._generator(i, stream=0))
+        for i in range(2)
+    ]
     of_student = mean_gradient(reference.student, [sum(terms.values()) for terms in losses])
     assert any(g.abs().max() > 1e-4 for g in of_student)
     torch.testing.assert_close(seen["g"], of_student, rtol=1e-4, atol=1e-7)
@@ -162,7 +183,9 @@ def test_clipping_is_by_the_norm_of_all_gradients(player, tmp_path):
     def change(**clip):
         method = tiny.ladd(toy)
         rates = {"student": 0.0, "discriminator": 0.0} | {player: 1.0}
-        sgd = {name: lambda p, rate=rate: torch.optim.SGD(p, lr=rate) for name, rate in rates.items()}
+        sgd = {
+            name: lambda p, rate=rate: torch.optim.SGD(p, lr=rate) for name, rate in rates.items()
+        }
         options = {"clip_student": 1e9, "clip_discriminator": 1e9} | clip
         method.engine = Engine(**sgd, **options)
         module = method.student if player == "student" else method.heads
@@ -200,7 +223,10 @@ def test_rate_in_closed_form(options, step, expected):
 
 
 def test_the_discriminator_warms_up_in_its_head_start(tmp_path):
-    method, rates = tiny.ladd(toy, critic_rate=4e-3, head_start=3, warmup_steps=4), {"g": [], "d": []}
+    method, rates = (
+        tiny.ladd(toy, critic_rate=4e-3, head_start=3, warmup_steps=4),
+        {"g": [], "d": []},
+    )
     update = method._clip_and_step
     method._clip_and_step = lambda player, module, optimizer, limit: (
         update(player, module, optimizer, limit),
@@ -221,7 +247,9 @@ def test_only_the_last_of_accumulated_batches_moves_the_student(tmp_path):
 
     class Logger(DummyLogger):
         def log_metrics(self, metrics, step):
-            ratios.extend((step, value) for key, value in metrics.items() if key == "g/update_ratio")
+            ratios.extend(
+                (step, value) for key, value in metrics.items() if key == "g/update_ratio"
+            )
 
     running = tiny.trainer(tmp_path, 4, Health(every=2), Told())
     running.loggers = [Logger()]
@@ -232,7 +260,9 @@ def test_only_the_last_of_accumulated_batches_moves_the_student(tmp_path):
 
 
 def test_rate_reaches_both_optimisers(tmp_path):
-    method = tiny.ladd(toy, rate=1e-3, critic_rate=4e-3, schedule="cosine", final_rate=0.1, warmup_steps=2)
+    method = tiny.ladd(
+        toy, rate=1e-3, critic_rate=4e-3, schedule="cosine", final_rate=0.1, warmup_steps=2
+    )
     rates = []
     update = method._clip_and_step
 
@@ -244,8 +274,12 @@ def test_rate_reaches_both_optimisers(tmp_path):
     method._clip_and_step = spy
     fitted(method, tmp_path, 4)
     shares = [method.engine.rate(step, 4, step) for step in range(4)]
-    assert [rate for player, rate in rates if player == "g"] == pytest.approx([1e-3 * share for share in shares])
-    assert [rate for player, rate in rates if player == "d"] == pytest.approx([4e-3 * share for share in shares])
+    assert [rate for player, rate in rates if player == "g"] == pytest.approx(
+        [1e-3 * share for share in shares]
+    )
+    assert [rate for player, rate in rates if player == "d"] == pytest.approx(
+        [4e-3 * share for share in shares]
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,7 +326,11 @@ def state(method, running):
         "heads": tiny.weights(method.heads),
         "ema": method.ema.state_dict(),
         "optimizers": [
-            {f"{i}.{name}": torch.as_tensor(value) for i, s in o["state"].items() for name, value in s.items()}
+            {
+                f"{i}.{name}": torch.as_tensor(value)
+                for i, s in o["state"].items()
+                for name, value in s.items()
+            }
             for o in optimizers
         ],
         "rates": [group["lr"] for o in optimizers for group in o["param_groups"]],
@@ -313,7 +351,11 @@ def assert_same_state(a, b):
 @pytest.mark.parametrize("make", METHODS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"head_start": 2, "discriminator_updates": 2}, {"accumulate": 2, "schedule": "cosine", "warmup_steps": 4}],
+    [
+        {},
+        {"head_start": 2, "discriminator_updates": 2},
+        {"accumulate": 2, "schedule": "cosine", "warmup_steps": 4},
+    ],
     ids=["plain", "head_start", "accumulate"],
 )
 def test_resumed_run_is_the_uninterrupted_one(make, options, tmp_path):
@@ -393,11 +435,22 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     for step in (1, 2, 3):
         logger.log_metrics({"g/adv": 0.5}, step)
     method = SimpleNamespace(step=3, updated=True, numbers={})
-    saved = {"loggers": [logger], "save_checkpoint": lambda path: files.write({}, path), "is_global_zero": True}
-    trainer = SimpleNamespace(world_size=1, should_stop=False, max_steps=9, callback_metrics={}, **saved)
+    saved = {
+        "loggers": [logger],
+        "save_checkpoint": lambda path: files.write({}, path),
+        "is_global_zero": True,
+    }
+    trainer = SimpleNamespace(
+        world_size=1, should_stop=False, max_steps=9, callback_metrics={}, **saved
+    )
     checkpoints.on_train_batch_end(trainer, method)
     assert (checkpoints.folder / "step_000003.ckpt").exists()
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,g/adv", "1,0.5", "2,0.5", "3,0.5"]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,g/adv",
+        "1,0.5",
+        "2,0.5",
+        "3,0.5",
+    ]
 
 
 def test_processes_tell_each_other_of_a_signal_on_their_own_device(tmp_path):

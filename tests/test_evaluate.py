@@ -73,14 +73,27 @@ def plain(evaluation):
     """Without times."""
     return {
         **evaluation,
-        "rows": [{k: v for k, v in r.items() if k != "seconds_per_image"} for r in evaluation["rows"]],
+        "rows": [
+            {k: v for k, v in r.items() if k != "seconds_per_image"} for r in evaluation["rows"]
+        ],
     }
 
 
 def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     found = judged(student, ALL, "steps=1,2")
     assert [(row["who"], row["steps"]) for row in found["rows"]] == [("student", 1), ("student", 2)]
-    measures = ["fid", "kid", "fd_dinov2", "precision", "recall", "density", "coverage", "cmmd", "pick_score", "hps"]
+    measures = [
+        "fid",
+        "kid",
+        "fd_dinov2",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "cmmd",
+        "pick_score",
+        "hps",
+    ]
     measures += ["clip_score", "clip_score_b32", "variety", "seconds_per_image"]
     for row in found["rows"]:
         assert set(measures) | {"kid_std", "who", "steps"} == set(row)
@@ -91,15 +104,24 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     assert found["rows"][0] != found["rows"][1]
     protocol = found["protocol"]
     assert protocol["data"].startswith("COCO2017 val, first caption of each picture, sha256 ")
-    assert (protocol["prompts"], protocol["reference"], protocol["seeds"]) == (8, "8 pictures", "0 + number")
+    assert (protocol["prompts"], protocol["reference"], protocol["seeds"]) == (
+        8,
+        "8 pictures",
+        "0 + number",
+    )
     assert protocol["pictures"] == "64 x 64, 8 bit, centred square"
     assert protocol["student sampler"] == "Consistency(levels=None)"
     assert "weights " in protocol["fid"]
     assert protocol["kid"].endswith("subsets 100, size 1000, seed 0")
     assert f"run: {student}\n" in (tmp_path / "out" / "evaluation" / "asked.yaml").read_text()
     pictures = sorted((tmp_path / "out" / "evaluation").glob("student-2-*/*.png"))
-    assert [path.name for path in pictures] == [f"{i:06d}.png" for i in range(8 + 6)]  # and those for variety
-    assert Image.open(tmp_path / "out" / "samples" / "comparison.png").size == (8 * 258 + 2, 2 * 258 + 2)
+    assert [path.name for path in pictures] == [
+        f"{i:06d}.png" for i in range(8 + 6)
+    ]  # and those for variety
+    assert Image.open(tmp_path / "out" / "samples" / "comparison.png").size == (
+        8 * 258 + 2,
+        2 * 258 + 2,
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "In 1 step the student has an FID of" in page
     assert "FD-DINOv2" in page
@@ -116,7 +138,9 @@ def test_scores_are_those_of_their_definition(judged, student, places, tmp_path)
     name = f"local-dir:{places['open_clip']}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     with torch.no_grad():
-        images = model.eval().encode_image(torch.stack([preprocess(Image.open(path)) for path in drawn]))
+        images = model.eval().encode_image(
+            torch.stack([preprocess(Image.open(path)) for path in drawn])
+        )
         texts = model.encode_text(open_clip.get_tokenizer(name)(tiny.CAPTIONS[8:16]))
     cosine = torch.nn.functional.cosine_similarity(images, texts).mean().item()
     assert found["clip_score"] == pytest.approx(cosine, rel=1e-4)
@@ -135,7 +159,9 @@ def test_scores_are_those_of_their_definition(judged, student, places, tmp_path)
             (w, h), side = picture.size, min(picture.size)
             left, top = (w - side) // 2, (h - side) // 2
             shown.append(
-                processor(picture.crop((left, top, left + side, top + side)), return_tensors="pt").pixel_values
+                processor(
+                    picture.crop((left, top, left + side, top + side)), return_tensors="pt"
+                ).pixel_values
             )
         with torch.no_grad():
             features = clip.get_image_features(torch.cat(shown)).pooler_output.double()
@@ -165,10 +191,14 @@ def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkey
     assert not (tmp_path / "killed" / "evaluation.json").exists()
     assert plain(judged(student, "steps=1,2", out="killed")) == plain(whole)
     done = {path.name for path in kept if kept[path] == path.stat().st_mtime_ns}
-    assert done == {f"{i:06d}.png" for i in range(6)}  # of the third batch one was there, and all of it was made anew
+    assert done == {
+        f"{i:06d}.png" for i in range(6)
+    }  # of the third batch one was there, and all of it was made anew
     # once more: nothing is drawn, and no feature is computed
     monkeypatch.setattr(prompted, "seeded", lambda seeds: pytest.fail("drawn again"))
-    monkeypatch.setattr("distill.metrics.pictures.DataLoader", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        "distill.metrics.pictures.DataLoader", lambda *_, **__: pytest.fail("computed again")
+    )
     assert judged(student, "steps=1,2", out="killed") == json.loads(
         (tmp_path / "killed" / "evaluation.json").read_text()
     )
@@ -186,7 +216,8 @@ def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp
     assert found["protocol"]["pictures"] == "48 x 32, 8 bit, centred square"
     assert len(folders()) == 3
     with pytest.raises(
-        AssertionError, match=r"metrics\.size=33: must be a side, or \[width,height\], in multiples of "
+        AssertionError,
+        match=r"metrics\.size=33: must be a side, or \[width,height\], in multiples of ",
     ):
         judged(student, *few, "metrics.size=33")
     other = shutil.copytree(student, tmp_path / "other")
@@ -207,10 +238,14 @@ def test_a_teachers_pictures_are_its_schedulers_too(pipelines, tmp_path):
     before, again = (SD3(str(folder)) for _ in range(2))
     assert before.marks(before, scheduled=True) == again.marks(again, scheduled=True)
     file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({"shift": 9.0, "_class_name": "FlowMatchEulerDiscreteScheduler"}))  # short, as SD3's
+    file.write_text(
+        json.dumps({"shift": 9.0, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    )  # short, as SD3's
     shifted = SD3(str(folder))
     assert shifted.marks(shifted, scheduled=True) != before.marks(before, scheduled=True)
-    assert shifted.marks(before.network, scheduled=False) == before.marks(before.network, scheduled=False)
+    assert shifted.marks(before.network, scheduled=False) == before.marks(
+        before.network, scheduled=False
+    )
     # and in no process otherwise: diffusers lists what the file lacks in the order of a set
     found = shifted.marks(shifted, scheduled=True)
     shifted.pipeline.scheduler._internal_dict = FrozenDict(
@@ -220,7 +255,9 @@ def test_a_teachers_pictures_are_its_schedulers_too(pipelines, tmp_path):
 
 
 def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, places):
-    found = judged(pipelines("unet"), "steps=2", "metrics.measures=[clip_score]", "metrics.guidance=3.0")
+    found = judged(
+        pipelines("unet"), "steps=2", "metrics.measures=[clip_score]", "metrics.guidance=3.0"
+    )
     assert [(row["who"], row["steps"]) for row in found["rows"]] == [("teacher", 2)]
     assert found["protocol"]["teacher guidance"] == 3.0
     assert found["protocol"]["teacher sampler"] == "DDIM, trailing steps"
@@ -242,10 +279,18 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     code, _, err = command("evaluate", f"run={large}", "steps=1", "out=out")
     assert code == 1
     said = err.splitlines()[-1]
-    assert said.startswith("distill: metrics: the judge of shapes reads pictures of 64 pixels a side, and this ")
+    assert said.startswith(
+        "distill: metrics: the judge of shapes reads pictures of 64 pixels a side, and this "
+    )
     assert said.endswith("teacher's have 128; use metrics=coco5k or prompts, or ~metrics to train")
     assert not (tmp_path / "out").exists()
-    run = ["debug=smoke", "method=ladd", "teacher=shapes_unet", f"teacher.path={large}", f"run_dir={tmp_path / 'run'}"]
+    run = [
+        "debug=smoke",
+        "method=ladd",
+        "teacher=shapes_unet",
+        f"teacher.path={large}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     code, _, err = command("run", *run, f"data.path={shards}")
     assert code == 1
     assert err.splitlines()[-1] == said
@@ -262,7 +307,9 @@ def test_student_and_a_teacher_side_by_side(judged, student, pipelines, tmp_path
     ]
     found = judged(student, "steps=1", *more)
     assert [(row["who"], row["steps"]) for row in found["rows"]] == [("teacher", 2), ("student", 1)]
-    assert "its teacher," in headline(rows_of(found)) or "In 1 step the student" in headline(rows_of(found))
+    assert "its teacher," in headline(rows_of(found)) or "In 1 step the student" in headline(
+        rows_of(found)
+    )
     assert "<td><b>" in table({"rows": [{**row, "steps": 1} for row in found["rows"]]})
 
 
@@ -276,11 +323,17 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
         shutil.copy(drawn / f"{i:06d}.png", folder)
     found = judged(folder, few, out="again")
     (again,) = found["rows"]
-    assert again == {**{k: v for k, v in row.items() if k != "variety"}, "who": "pictures", "steps": 0}
+    assert again == {
+        **{k: v for k, v in row.items() if k != "variety"},
+        "who": "pictures",
+        "steps": 0,
+    }
     assert found["protocol"]["judged"] == f"8 pictures in {folder}"
     assert found["protocol"]["prompts"] == 8
     assert "Pictures<" in table(found)
-    for i, path in enumerate(sorted(folder.iterdir())):  # other names, captions beside them, in another order
+    for i, path in enumerate(
+        sorted(folder.iterdir())
+    ):  # other names, captions beside them, in another order
         path.rename(folder / f"a_{9 - i}.png")
         (folder / f"a_{9 - i}.txt").write_text(tiny.CAPTIONS[8 + i])
     (folder / "a_2.png").unlink()
@@ -296,7 +349,9 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
 
 def test_cocos_own_pictures_are_at_no_distance_from_themselves(judged, places):
     """Their captions are known by their names."""
-    (row,) = judged(places["coco"] / "val2017", "metrics.measures=[fid,cmmd,clip_score,manifolds]")["rows"]
+    (row,) = judged(places["coco"] / "val2017", "metrics.measures=[fid,cmmd,clip_score,manifolds]")[
+        "rows"
+    ]
     assert row["fid"] == pytest.approx(0, abs=1e-6)
     assert row["cmmd"] == pytest.approx(0, abs=1e-6)
     assert (row["precision"], row["recall"], row["coverage"]) == (1, 1, 1)
@@ -307,11 +362,20 @@ def test_prompts_of_a_file_without_and_with_reference(judged, student, places, t
     (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n\n")
     own = ["metrics.path=prompts.txt", "metrics.prompts=null", "steps=1"]
     found = judged(student, *own, metrics="prompts")
-    assert set(found["rows"][0]) == {"who", "steps", "clip_score", "pick_score", "variety", "seconds_per_image"}
+    assert set(found["rows"][0]) == {
+        "who",
+        "steps",
+        "clip_score",
+        "pick_score",
+        "variety",
+        "seconds_per_image",
+    }
     assert found["protocol"]["data"].startswith("prompts.txt, sha256 ")
     assert (found["protocol"]["prompts"], found["protocol"]["reference"]) == (5, "none")
     real = places["coco"] / "val2017"
-    found = judged(student, *own, "metrics.measures=[cmmd]", f"metrics.reference={real}", metrics="prompts")
+    found = judged(
+        student, *own, "metrics.measures=[cmmd]", f"metrics.reference={real}", metrics="prompts"
+    )
     assert found["protocol"]["reference"] == "8 pictures"
     assert set(found["rows"][0]) == {"who", "steps", "cmmd", "seconds_per_image"}
 
@@ -322,7 +386,10 @@ def test_two_processes_draw_what_one_draws(judged, student, one_thread, tmp_path
     alone = judged(student, *few, out="alone")
     several = judged(student, *few, "devices=2", out="several")
     assert plain(several) == plain(alone)
-    made = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "several").rglob("seconds-*.txt"))]
+    made = [
+        len(path.read_text().splitlines())
+        for path in sorted((tmp_path / "several").rglob("seconds-*.txt"))
+    ]
     assert made == [3, 2]  # batches of three, of 14 pictures
     one, two = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("0*.png")}
@@ -333,17 +400,32 @@ def test_two_processes_draw_what_one_draws(judged, student, one_thread, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_judges_itself_so_and_is_judged_again(command, pipelines, shards, places, monkeypatch, tmp_path):
+def test_a_run_judges_itself_so_and_is_judged_again(
+    command, pipelines, shards, places, monkeypatch, tmp_path
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    run = [
+        "debug=smoke",
+        f"teacher.path={pipelines('mmdit')}",
+        f"data.path={shards}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     metrics = ["metrics=coco5k", f"metrics.path={places['coco']}", *eyes.small(places)]
-    code, out, err = command("run", *run, *metrics, "metrics.prompts=8", "metrics.measures=[fid,cmmd]")
+    code, out, err = command(
+        "run", *run, *metrics, "metrics.prompts=8", "metrics.measures=[fid,cmmd]"
+    )
     assert code == 0, err
     assert "fid" in out
     first = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     found = [(row["who"], row["steps"]) for row in first["rows"]]
     assert found == [("teacher", 1), ("teacher", 2), ("student", 1), ("student", 2)]
-    again = [f"run={tmp_path / 'run'}", *metrics, "metrics.prompts=8", "metrics.measures=[fid]", "steps=2"]
+    again = [
+        f"run={tmp_path / 'run'}",
+        *metrics,
+        "metrics.prompts=8",
+        "metrics.measures=[fid]",
+        "steps=2",
+    ]
     assert command("evaluate", *again, "metrics.teacher_steps=[]")[0] == 0
     (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
     assert row["fid"] == pytest.approx(first["rows"][3]["fid"], rel=1e-2)  # with weights read back
@@ -355,9 +437,21 @@ def test_a_run_judges_itself_so_and_is_judged_again(command, pipelines, shards, 
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_judged_is_finished_and_reported(command, pipelines, shards, places, tmp_path):
-    run = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
-    metrics = ["metrics=coco5k", f"metrics.path={places['coco']}", *eyes.small(places), "metrics.measures=[cmmd]"]
+def test_a_run_that_cannot_be_judged_is_finished_and_reported(
+    command, pipelines, shards, places, tmp_path
+):
+    run = [
+        "debug=smoke",
+        f"teacher.path={pipelines('mmdit')}",
+        f"data.path={shards}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    metrics = [
+        "metrics=coco5k",
+        f"metrics.path={places['coco']}",
+        *eyes.small(places),
+        "metrics.measures=[cmmd]",
+    ]
     lost = f"metrics.networks.clip_l.path={tmp_path / 'nowhere'}"
     code, _, said = command("run", *run, *metrics, "metrics.prompts=8", lost)
     assert code == 1

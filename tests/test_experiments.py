@@ -48,19 +48,30 @@ def data(shards, tmp_path):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:8]))
-    return {"pictures": tmp_path / "pictures.tar", "latents": shards, "prompts": tmp_path / "prompts.txt"}
+    return {
+        "pictures": tmp_path / "pictures.tar",
+        "latents": shards,
+        "prompts": tmp_path / "prompts.txt",
+    }
 
 
 @pytest.fixture
 def teacher_of(pipelines, tmp_path):
     """Family -> the folder of its pipeline."""
-    return lambda family: families.write(family, tmp_path / family) if family == "sd35" else pipelines(family)
+    return lambda family: (
+        families.write(family, tmp_path / family) if family == "sd35" else pipelines(family)
+    )
 
 
 def with_tiny_parts(name: str, folder: Path, teachers, tmp_path: Path) -> list[str]:
     """The experiment with every network that it names replaced by a small one."""
     experiment = OmegaConf.load(CONF / f"{name}.yaml")
-    arguments = [f"experiment={name}", f"teacher.path={folder}", "teacher.dtype=float32", *EXPERIMENTS[name][2]]
+    arguments = [
+        f"experiment={name}",
+        f"teacher.path={folder}",
+        "teacher.dtype=float32",
+        *EXPERIMENTS[name][2],
+    ]
     if any(key in name for key in ("add_m", "sdxl_turbo")):
         arguments.append(f"discriminator.features.path={tiny.vit()}")
     if OmegaConf.select(experiment, "teacher.weights"):
@@ -69,7 +80,9 @@ def with_tiny_parts(name: str, folder: Path, teachers, tmp_path: Path) -> list[s
     return arguments
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS]
+)
 def test_an_experiment_runs_two_steps(name, command, data, teacher_of, teachers, tmp_path):
     family, kind, _ = EXPERIMENTS[name]
     arguments = with_tiny_parts(name, teacher_of(family), teachers, tmp_path)
@@ -81,7 +94,9 @@ def test_an_experiment_runs_two_steps(name, command, data, teacher_of, teachers,
     assert {int(float(row["step"])) for row in rows} == {1, 2}
     assert all(float(row["g/grad_norm"]) > 0 for row in rows)
     assert (tmp_path / "run" / "report.html").is_file()
-    scheduler = json.loads((tmp_path / "run" / "student" / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = json.loads(
+        (tmp_path / "run" / "student" / "scheduler" / "scheduler_config.json").read_text()
+    )
     if name.startswith("nitrosd"):
         assert scheduler["shifted_timestep"] == (250 if name == "nitrosd_realism" else 500)
 

@@ -45,12 +45,25 @@ def run_of(pipelines, shards, tmp_path_factory):
         if (family, student) not in made:
             folder = tmp_path_factory.mktemp("runs") / f"{family}_{student}"
             options = [f"student={student}", *(["student.rank=4"] if student == "lora" else [])]
-            options += ["optimizer.student.lr=0.01", "optimizer.warmup_steps=0", "optimizer.ema_decay=0", "~metrics"]
+            options += [
+                "optimizer.student.lr=0.01",
+                "optimizer.warmup_steps=0",
+                "optimizer.ema_decay=0",
+                "~metrics",
+            ]
             options += ["teacher.dtype=float32"] if family == "sdxl" else []
-            where = [f"teacher.path={pipelines(family)}", f"data.path={shards}", f"run_dir={folder}"]
+            where = [
+                f"teacher.path={pipelines(family)}",
+                f"data.path={shards}",
+                f"run_dir={folder}",
+            ]
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder.parent)
-                patch.setattr(sys, "argv", ["distill.run", "debug=smoke", f"teacher={KIND[family]}", *options, *where])
+                patch.setattr(
+                    sys,
+                    "argv",
+                    ["distill.run", "debug=smoke", f"teacher={KIND[family]}", *options, *where],
+                )
                 importlib.import_module("distill.run").main()
             made[family, student] = folder
         return made[family, student]
@@ -91,7 +104,12 @@ def called(pipeline, steps, **options):
     if "Flow" in type(pipeline.scheduler).__name__:
         pipeline.scheduler.step = lambda *a, **o: step(*a, **{**o, "generator": generator})
         options["sigmas"] = [1 - i / steps for i in range(steps)]
-    options |= {"num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "np", "generator": generator}
+    options |= {
+        "num_inference_steps": steps,
+        "guidance_scale": 0.0,
+        "output_type": "np",
+        "generator": generator,
+    }
     try:
         return torch.from_numpy(pipeline(PROMPT, **options).images[0])
     finally:
@@ -101,7 +119,9 @@ def called(pipeline, steps, **options):
 # -- to=diffusers ----------------------------------------------------------------------------------------------------
 
 
-def test_the_exported_folder_draws_what_our_sampler_draws(run, family, command, pipelines, tmp_path):
+def test_the_exported_folder_draws_what_our_sampler_draws(
+    run, family, command, pipelines, tmp_path
+):
     code, out, _ = command("export", f"run={run}", "to=diffusers", f"out={tmp_path / 'mine'}")
     assert (code, out) == (0, f"wrote {tmp_path / 'mine'}\n")
     model, pipeline = student_of(str(run)), opened(AutoPipelineForText2Image, tmp_path / "mine")
@@ -112,8 +132,12 @@ def test_the_exported_folder_draws_what_our_sampler_draws(run, family, command, 
             x0 = sampler(model, cond, seeded([SEED]), shape=shape, steps=steps)
             close(called(pipeline, steps), pixels(model, x0))
         before = student_of(str(pipelines(family)))
-        assert not torch.allclose(Consistency()(before, cond, seeded([SEED]), shape=shape, steps=4), x0, atol=1e-3)
-        image = model.encode(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1)
+        assert not torch.allclose(
+            Consistency()(before, cond, seeded([SEED]), shape=shape, steps=4), x0, atol=1e-3
+        )
+        image = model.encode(
+            torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
+        )
         options = {"image": image, "strength": 0.5}
         x0 = sampler(model, cond, seeded([SEED]), shape=shape, steps=2, **options)
     again = opened(AutoPipelineForImage2Image, tmp_path / "mine")
@@ -123,11 +147,16 @@ def test_the_exported_folder_draws_what_our_sampler_draws(run, family, command, 
 
 def test_text_encoders_are_the_teacher_s_very_files(run, family, pipelines):
     for file in (pipelines(family)).glob("text_encoder*/*"):
-        assert file.read_bytes() == (run / "student" / file.relative_to(pipelines(family))).read_bytes()
+        assert (
+            file.read_bytes()
+            == (run / "student" / file.relative_to(pipelines(family))).read_bytes()
+        )
 
 
 def test_out_is_never_overwritten(run_of, command, tmp_path):
-    code, _, err = command("export", f"run={run_of('unet', 'lora')}", "to=diffusers", f"out={tmp_path}")
+    code, _, err = command(
+        "export", f"run={run_of('unet', 'lora')}", "to=diffusers", f"out={tmp_path}"
+    )
     assert code == 1
     assert err.endswith("is there already; remove it or name another\n")
 
@@ -139,11 +168,18 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     shutil.copytree(run_of("unet", "full"), tmp_path / "run")
     shutil.copytree(pipelines("unet"), tmp_path / "teacher")
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: openrail++\n---\n# a model\n")
-    rows = [{"who": "teacher", "steps": 28, "frechet": 400.0}, {"who": "student", "steps": 1, "frechet": 500.5}]
-    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"protocol": {"prompts": 16}, "rows": rows}))
+    rows = [
+        {"who": "teacher", "steps": 28, "frechet": 400.0},
+        {"who": "student", "steps": 1, "frechet": 500.5},
+    ]
+    (tmp_path / "run" / "evaluation.json").write_text(
+        json.dumps({"protocol": {"prompts": 16}, "rows": rows})
+    )
     (tmp_path / "run" / "samples").mkdir(exist_ok=True)
     (tmp_path / "run" / "samples" / "comparison.png").write_bytes(b"a picture")
-    card = write_card(tmp_path / "run" / "student", tmp_path / "run", tmp_path / "teacher").read_text()
+    card = write_card(
+        tmp_path / "run" / "student", tmp_path / "run", tmp_path / "teacher"
+    ).read_text()
     for said in (
         "\nlicense: openrail++\n",
         "by LADD ([2403.12015](https://arxiv.org/abs/2403.12015)), trained for 2 steps on 8 images",
@@ -159,12 +195,22 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     (tmp_path / "teacher" / "README.md").unlink()
     (tmp_path / "teacher" / "LICENSE.md").write_text("# Some Licence 1.0\n")
     (tmp_path / "run" / "student" / "README.md").unlink()
-    card = write_card(tmp_path / "run" / "student", tmp_path / "run", tmp_path / "teacher").read_text()
+    card = write_card(
+        tmp_path / "run" / "student", tmp_path / "run", tmp_path / "teacher"
+    ).read_text()
     assert "license: other\nlicense_name: Some Licence 1.0\nlicense_link: LICENSE.md\n" in card
 
 
 def test_a_card_shows_numbers_that_yaml_takes_for_text(tmp_path):
-    rows = [{"who": "student", "steps": 1, "recall": float("nan"), "diversity": 1e-5, "frechet": float("inf")}]
+    rows = [
+        {
+            "who": "student",
+            "steps": 1,
+            "recall": float("nan"),
+            "diversity": 1e-5,
+            "frechet": float("inf"),
+        }
+    ]
     (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "student").mkdir()
     card = write_card(tmp_path / "student", tmp_path).read_text()
@@ -183,14 +229,18 @@ def test_a_finished_run_has_a_card_and_a_lora_its_file(run_of):
 def test_without_its_third_text_encoder_it_opens_as_the_card_says(pipelines, tmp_path):
     teacher = SD3(str(pipelines("mmdit")), without=["text_encoder_3", "tokenizer_3"])
     student = tiny.shake(students.full(teacher), 4)
-    folder = students.save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    folder = students.save_pipeline(
+        student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher)
+    )
     assert not (folder / "text_encoder_3").exists()
     card = write_card(folder, tmp_path).read_text()
     assert 'from_pretrained("<this folder>", text_encoder_3=None, tokenizer_3=None)' in card
     pipeline = opened(AutoPipelineForText2Image, folder, text_encoder_3=None, tokenizer_3=None)
     model = student_of(str(folder))
     with torch.no_grad():
-        x0 = Consistency()(model, model.embed([PROMPT]), seeded([SEED]), shape=model.latent_shape, steps=2)
+        x0 = Consistency()(
+            model, model.embed([PROMPT]), seeded([SEED]), shape=model.latent_shape, steps=2
+        )
     close(called(pipeline, 2), pixels(model, x0))
 
 
@@ -206,13 +256,18 @@ def assert_lora_gives(file, family, base, expected, *, rtol=1e-3):
     found, before = (m.state_dict() for m in (getattr(pipeline, PART[family]), expected))
     assert found.keys() == before.keys()
     for name, value in before.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * float(value.abs().max()))
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=rtol * float(value.abs().max())
+        )
 
 
 @pytest.mark.parametrize(
-    ("family", "naming"), [("mmdit", "diffusers"), ("unet", "diffusers"), ("unet", "kohya"), ("sdxl", "kohya")]
+    ("family", "naming"),
+    [("mmdit", "diffusers"), ("unet", "diffusers"), ("unet", "kohya"), ("sdxl", "kohya")],
 )
-def test_a_lora_put_on_the_teacher_is_the_student(family, naming, run_of, pipelines, command, tmp_path):
+def test_a_lora_put_on_the_teacher_is_the_student(
+    family, naming, run_of, pipelines, command, tmp_path
+):
     folder = run_of(family, "lora")
     file = tmp_path / "lora.safetensors"
     code, *_ = command("export", f"run={folder}", "to=lora", f"naming={naming}", f"out={file}")
@@ -237,7 +292,9 @@ def test_alpha_goes_into_the_file(pipelines, tmp_path, teachers):
 
     student = tiny.shake(lora(SD(str(pipelines("unet"))), rank=2, alpha=7), 3)
     for naming in ("diffusers", "kohya"):
-        file = save_lora(factors(student), tmp_path / f"{naming}.safetensors", part="unet", naming=naming)
+        file = save_lora(
+            factors(student), tmp_path / f"{naming}.safetensors", part="unet", naming=naming
+        )
         assert_lora_gives(file, "unet", pipelines("unet"), merged(student))
 
 
@@ -246,12 +303,17 @@ def test_of_a_full_student_a_rank_keeps_what_it_can(run_of, pipelines, command, 
     student, base = (student_of(str(f)).network.model for f in (folder, pipelines(family)))
     few, whole = difference(student, base, 2)[1], difference(student, base, 1000)[1]
     assert 0 < few < whole <= 1
-    code, out, _ = command("export", f"run={folder}", "to=lora", "rank=300", f"out={tmp_path / 'all.safetensors'}")
+    code, out, _ = command(
+        "export", f"run={folder}", "to=lora", "rank=300", f"out={tmp_path / 'all.safetensors'}"
+    )
     assert code == 0
     assert "rank 300 keeps" in out
     adapted = set(load_file(tmp_path / "all.safetensors"))
     merged = {k: v.clone() for k, v in base.state_dict().items()}
-    for name, value in student.state_dict().items():  # of all else, biases and norms, the base's own
+    for (
+        name,
+        value,
+    ) in student.state_dict().items():  # of all else, biases and norms, the base's own
         if f"{PART[family]}.{name.removesuffix('.weight')}.lora_A.weight" in adapted:
             merged[name] = value
     base.load_state_dict(merged)
@@ -268,26 +330,46 @@ def test_a_single_file_has_the_student_s_tensors(family, run_of, command, tmp_pa
     ours = student_of(str(folder)).pipeline
     student, names = str(folder / "student"), {}
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        names[part] = kind.from_single_file(file, config=student, subfolder=part, local_files_only=True)
+        names[part] = kind.from_single_file(
+            file, config=student, subfolder=part, local_files_only=True
+        )
     for part, found in names.items():
         assert tiny.same(tiny.weights(found), tiny.weights(getattr(ours, part))), part
     kind = StableDiffusionPipeline if family == "unet" else StableDiffusionXLPipeline
     whole = kind.from_single_file(file, config=student, local_files_only=True, safety_checker=None)
     assert tiny.same(tiny.weights(whole.text_encoder), tiny.weights(ours.text_encoder))
-    if family == "sdxl":  # its two are of one width here, by which diffusers tells them apart: so its converter alone
+    if (
+        family == "sdxl"
+    ):  # its two are of one width here, by which diffusers tells them apart: so its converter alone
         text = ours.text_encoder_2
-        found = convert_open_clip_checkpoint(text, load_file(file), prefix="conditioner.embedders.1.model.")
-        assert tiny.same({k: v for k, v in found.items() if k in text.state_dict()}, tiny.weights(text))
+        found = convert_open_clip_checkpoint(
+            text, load_file(file), prefix="conditioner.embedders.1.model."
+        )
+        assert tiny.same(
+            {k: v for k, v in found.items() if k in text.state_dict()}, tiny.weights(text)
+        )
 
 
 def test_stable_diffusion_2_has_an_open_clip():
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text = CLIPTextModel(CLIPTextConfig(**shape, vocab_size=49408, hidden_act="gelu"))
     state = {f"cond_stage_model.model.{k}": v for k, v in open_clip(text)}
-    assert {k.split(".")[2] for k in state} == {"positional_embedding", "token_embedding", "ln_final", "transformer"}
+    assert {k.split(".")[2] for k in state} == {
+        "positional_embedding",
+        "token_embedding",
+        "ln_final",
+        "transformer",
+    }
     found = convert_open_clip_checkpoint(text, state)
-    assert tiny.same({k.removeprefix("text_model."): v for k, v in found.items()}, tiny.weights(text))
+    assert tiny.same(
+        {k.removeprefix("text_model."): v for k, v in found.items()}, tiny.weights(text)
+    )
 
 
 def test_layouts_of_full_size_name_what_the_original_names(pipelines, tmp_path):
@@ -336,17 +418,29 @@ def test_dtype_halves_a_file(run_of, command, tmp_path):
     """And leaves the run's own file as it is."""
     folder = run_of("unet", "lora")
     before = (folder / "lora.safetensors").read_bytes()
-    assert command("export", f"run={folder}", "to=lora", "dtype=float16")[1].endswith("lora_float16.safetensors\n")
+    assert command("export", f"run={folder}", "to=lora", "dtype=float16")[1].endswith(
+        "lora_float16.safetensors\n"
+    )
     assert (folder / "lora.safetensors").read_bytes() == before
     for dtype in ("float16", "float32"):
-        assert command("export", f"run={folder}", "to=lora", f"dtype={dtype}", f"out={tmp_path / dtype}")[0] == 0
+        assert (
+            command(
+                "export", f"run={folder}", "to=lora", f"dtype={dtype}", f"out={tmp_path / dtype}"
+            )[0]
+            == 0
+        )
         assert {v.dtype for v in load_file(tmp_path / dtype).values()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize(
     ("family", "student", "options", "said"),
     [
-        ("mmdit", "lora", ["to=single_file"], "to=single_file: is for Stable Diffusion 1, 2 and XL"),
+        (
+            "mmdit",
+            "lora",
+            ["to=single_file"],
+            "to=single_file: is for Stable Diffusion 1, 2 and XL",
+        ),
         ("mmdit", "lora", ["to=lora", "naming=kohya"], "naming=kohya: is for UNets"),
         ("unet", "lora", ["to=lora", "naming=other"], "naming=other: must be diffusers or kohya"),
         ("unet", "lora", ["to=lora", "dtype=int8"], "dtype=int8: must be a floating dtype"),
@@ -356,7 +450,9 @@ def test_dtype_halves_a_file(run_of, command, tmp_path):
     ],
 )
 def test_what_cannot_be_exported_is_said(family, student, options, said, run_of, command, tmp_path):
-    code, _, err = command("export", f"run={run_of(family, student)}", *options, f"out={tmp_path / 'x'}")
+    code, _, err = command(
+        "export", f"run={run_of(family, student)}", *options, f"out={tmp_path / 'x'}"
+    )
     assert code == 1
     assert err.startswith(f"distill: {said}")
     assert err.count("\n") == 1

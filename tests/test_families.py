@@ -108,7 +108,13 @@ def test_a_guided_estimate_is_one_step_of_the_pipeline(family, sigma, teachers, 
     if family == "flux":
         guidance = {"guidance_scale": 3.5, "true_cfg_scale": 5.0, "negative_prompt": [""] * 2}
     latents = packed(x_t) if family == "flux" else x_t.clone()
-    options = {"num_inference_steps": 1, "sigmas": [sigma], "output_type": "latent", **guidance, **CALL[family]}
+    options = {
+        "num_inference_steps": 1,
+        "sigmas": [sigma],
+        "output_type": "latent",
+        **guidance,
+        **CALL[family],
+    }
     expected = pipeline(PROMPTS, latents=latents, **options).images
     expected = unpacked(expected) if family == "flux" else expected
     teacher, t = teachers(family), torch.full((2,), sigma)
@@ -126,7 +132,12 @@ def test_a_guided_estimate_is_that_of_the_pixart_pipeline(teachers, folders):
         seen.append((int(index), output)) or step(output, index, x, **o)
     )
     pipeline(
-        PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent", **CALL["pixart"]
+        PROMPTS,
+        latents=x_t.clone(),
+        num_inference_steps=1,
+        guidance_scale=5.0,
+        output_type="latent",
+        **CALL["pixart"],
     )
     ((index, eps),) = seen
     assert index == 999
@@ -150,7 +161,13 @@ def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
         return step(output, index, x, **options)
 
     pipeline.scheduler.step = spy
-    pipeline(PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    pipeline(
+        PROMPTS,
+        latents=x_t.clone(),
+        num_inference_steps=1,
+        guidance_scale=5.0,
+        output_type="latent",
+    )
     ((index, expected),) = seen
     with torch.no_grad():
         t = teacher.process.time(torch.tensor([index] * 2))
@@ -161,7 +178,12 @@ def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
 
 def test_flux_shifts_its_grid_with_the_size_as_its_pipeline_does(teachers, folders):
     pipeline, teacher = opened(folders("flux")), teachers("flux")
-    options = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.5, **CALL["flux"]}
+    options = {
+        "num_inference_steps": 4,
+        "output_type": "latent",
+        "guidance_scale": 3.5,
+        **CALL["flux"],
+    }
     expected = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(SEED), **options).images
     cond, shape = teacher.embed(PROMPTS[:1]), teacher.latent_shape
     found = guided(teacher, cond, seeded([SEED]), shape=shape, steps=4, guidance=1.0)
@@ -177,13 +199,22 @@ def test_flux_is_said_to_be_guided_twice(teachers, caplog):
         teacher.network.model.register_to_config(guidance_embeds=told)
         with suppress(TypeError):  # a dev that is told nothing has layers for it all the same
             guided(teacher, teacher.embed(["x"]), seeded([0]), guidance=guidance, **how)
-    assert caplog.messages[0].startswith("guidance=4 guides a teacher that was told 3.5 already (teacher.guidance)")
+    assert caplog.messages[0].startswith(
+        "guidance=4 guides a teacher that was told 3.5 already (teacher.guidance)"
+    )
 
 
 def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):
     teacher, asked = teachers("sana"), []
     monkeypatch.setattr(teacher, "x0", lambda x_t, t, cond: asked.append(t[0].item()) or x_t)
-    guided(teacher, teacher.embed(PROMPTS[:1]), seeded([0]), shape=teacher.latent_shape, steps=2, guidance=1.0)
+    guided(
+        teacher,
+        teacher.embed(PROMPTS[:1]),
+        seeded([0]),
+        shape=teacher.latent_shape,
+        steps=2,
+        guidance=1.0,
+    )
     assert asked == pytest.approx([1.0, 0.75])  # 3 t / (1 + 2 t) at a half
 
 
@@ -191,12 +222,20 @@ def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):
 def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teachers, tmp_path):
     teacher = teachers(family)
     student = tiny.shake(full(teacher), 21, std=0.03).eval()
-    folder = save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    folder = save_pipeline(
+        student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher)
+    )
     # FLUX's guidance is an input like the caption, and the student has learnt with the teacher's.
-    options = {"num_inference_steps": 1, "guidance_scale": 3.5 if family == "flux" else 0.0, "output_type": "np"}
+    options = {
+        "num_inference_steps": 1,
+        "guidance_scale": 3.5 if family == "flux" else 0.0,
+        "output_type": "np",
+    }
     generator = torch.Generator().manual_seed(SEED)
     pipeline = opened(folder, AutoPipelineForText2Image)
-    picture = torch.from_numpy(pipeline(PROMPTS[0], generator=generator, **options, **CALL[family]).images[0])
+    picture = torch.from_numpy(
+        pipeline(PROMPTS[0], generator=generator, **options, **CALL[family]).images[0]
+    )
     loaded = student_of(str(folder))
     loaded = Flux(str(folder), **OPTIONS["flux"]) if family == "flux" else loaded
     with torch.no_grad():
@@ -205,7 +244,9 @@ def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teachers, tmp_
             x0 = Consistency()(ours, cond, seeded([SEED]), shape=teacher.latent_shape, steps=1)
             expected = (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
             assert (picture - expected).abs().max() < 2e-3
-        of_teacher = Consistency()(teacher, cond, seeded([SEED]), shape=teacher.latent_shape, steps=1)
+        of_teacher = Consistency()(
+            teacher, cond, seeded([SEED]), shape=teacher.latent_shape, steps=1
+        )
     assert picture.shape == (tiny.SIDE, tiny.SIDE, 3)
     assert picture.std() > 0.02
     assert (of_teacher - x0).abs().max() > 0.1
@@ -227,7 +268,9 @@ def test_shapes_and_sizes_are_those_of_the_files(family, teachers):
         raw = kept.latent if family == "sana" else kept.latent_dist.mean
         shift = teacher.vae.config.get("shift_factor") or 0.0
         torch.testing.assert_close(latents, 0.8 * (raw - shift), rtol=0, atol=1e-6)
-        torch.testing.assert_close(teacher.decode(latents), teacher.vae.decode(raw).sample, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            teacher.decode(latents), teacher.vae.decode(raw).sample, rtol=0, atol=1e-4
+        )
 
 
 @each
@@ -236,7 +279,9 @@ def test_maps_are_the_outputs_of_the_blocks(family, teachers):
     x_t, t, cond = inputs(teacher)
     heard = {}
     handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: heard.__setitem__(name, output))
+        module.register_forward_hook(
+            lambda _m, _i, output, name=name: heard.__setitem__(name, output)
+        )
         for name, (module, _) in teacher.network.tappable().items()
     ]
     with torch.no_grad():
@@ -269,7 +314,10 @@ def test_gradient_reaches_the_input_and_no_weight(family, teachers):
 
 @each
 def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, folders):
-    exact, half = teachers(family), MAKE[family](str(folders(family)), dtype="bfloat16", **OPTIONS.get(family, {}))
+    exact, half = (
+        teachers(family),
+        MAKE[family](str(folders(family)), dtype="bfloat16", **OPTIONS.get(family, {})),
+    )
     x_t, t, cond = inputs(half)
     with torch.no_grad():
         x0, maps = half.x0(x_t, t, cond), half.features(x_t, t, cond, TAPS[family])
@@ -307,10 +355,14 @@ def test_captions_know_the_empty_one(family, teachers):
 @pytest.mark.parametrize("family", ["pixart", "sana", "flux"])
 def test_what_is_said_to_be_cut_is_all_that_is_not_read(family, teachers):
     teacher = teachers(family)
-    long = "".join(string.ascii_lowercase[i * i % 23] for i in range(400))  # a letter is a token here
+    long = "".join(
+        string.ascii_lowercase[i * i % 23] for i in range(400)
+    )  # a letter is a token here
     kept = long.removesuffix(teacher._cut([long]))
     assert 0 < len(kept) < 400
-    whole, same, other = (teacher.embed([caption]).tokens for caption in (long, kept + "zzz", kept[:-1] + "zzz"))
+    whole, same, other = (
+        teacher.embed([caption]).tokens for caption in (long, kept + "zzz", kept[:-1] + "zzz")
+    )
     torch.testing.assert_close(same, whole, rtol=0, atol=1e-5)
     assert (other - whole).abs().max() > 1e-2
     assert teacher._cut([kept]) is None
@@ -319,7 +371,9 @@ def test_what_is_said_to_be_cut_is_all_that_is_not_read(family, teachers):
 def test_sana_reads_captions_behind_the_instruction_or_alone(teachers, folders):
     pipeline, alone = opened(folders("sana")), Sana(str(folders("sana")), instruction=False)
     for teacher, instruction in ((teachers("sana"), INSTRUCTION), (alone, None)):
-        tokens, mask, *_ = pipeline.encode_prompt(PROMPTS, False, complex_human_instruction=instruction)
+        tokens, mask, *_ = pipeline.encode_prompt(
+            PROMPTS, False, complex_human_instruction=instruction
+        )
         cond = teacher.embed(PROMPTS)
         torch.testing.assert_close(cond.tokens, tokens, rtol=0, atol=1e-5)
         assert torch.equal(cond.mask.bool(), mask.bool())
@@ -336,7 +390,9 @@ def test_the_first_block_of_sd35_attends_twice(teachers):
 def test_a_student_of_pixart_under_a_timestep_shift_is_read_under_it(teachers, tmp_path):
     teacher = teachers("pixart")
     student = full(teacher, shift=250).eval()
-    folder = save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    folder = save_pipeline(
+        student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher)
+    )
     again, x_t, t = student_of(str(folder)), noise(2, 4, 16, 16), torch.ones(2)
     with torch.no_grad():
         expected = student.x0(x_t, t, teacher.embed(PROMPTS))
@@ -346,9 +402,12 @@ def test_a_student_of_pixart_under_a_timestep_shift_is_read_under_it(teachers, t
 
 def test_a_lora_on_a_pipeline_that_takes_none_is_refused(folders, tmp_path):
     file = tmp_path / "lora.safetensors"
-    save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 16)}, file)
+    save_file(
+        {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 16)}, file
+    )
     with pytest.raises(
-        ValueError, match="lora.safetensors is a LoRA, and diffusers puts none on a PixArtSigmaPipeline"
+        ValueError,
+        match="lora.safetensors is a LoRA, and diffusers puts none on a PixArtSigmaPipeline",
     ):
         PixArtSigma(str(folders("pixart")), weights=str(file))
 
@@ -357,15 +416,29 @@ def test_a_lora_on_a_pipeline_that_takes_none_is_refused(folders, tmp_path):
 
 CONFIG = {"sd35": "sd35_medium", "pixart": "pixart_sigma", "sana": "sana", "flux": "flux"}
 MORE = {
-    "sana": ["teacher.variant=null", "teacher.instruction=false"],  # which is long, letter by letter
+    "sana": [
+        "teacher.variant=null",
+        "teacher.instruction=false",
+    ],  # which is long, letter by letter
     "flux": [f"teacher.size={tiny.SIDE}", "teacher.length=64"],
 }
 
 
-@pytest.mark.parametrize(("family", "method"), [*((family, "ladd") for family in MAKE), ("pixart", "nitrofusion")])
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "ladd") for family in MAKE), ("pixart", "nitrofusion")]
+)
 def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, tmp_path):
-    run = [f"method={method}", f"teacher={CONFIG[family]}", "teacher.dtype=float32", *MORE.get(family, [])]
-    paths = [f"teacher.path={folders(family)}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    run = [
+        f"method={method}",
+        f"teacher={CONFIG[family]}",
+        "teacher.dtype=float32",
+        *MORE.get(family, []),
+    ]
+    paths = [
+        f"teacher.path={folders(family)}",
+        f"data.path={shards}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     code, _, err = command("run", "debug=smoke", "~metrics", *run, *paths)
     assert code == 0, err
     folder = tmp_path / "run" / "student"
@@ -378,5 +451,7 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
 
 
 def test_flux_refuses_a_size_that_its_patches_do_not_divide(folders):
-    with pytest.raises(ValueError, match=r"^teacher.size=60: must be a multiple of 8 for this teacher$"):
+    with pytest.raises(
+        ValueError, match=r"^teacher.size=60: must be a multiple of 8 for this teacher$"
+    ):
         Flux(str(folders("flux")), size=60)

@@ -15,12 +15,16 @@ CHANNELS = {"block0": 12, "block1": 12, "mid": 20}
 
 def make(**kwargs) -> ConvHeads:
     torch.manual_seed(0)
-    return ConvHeads(CHANNELS, pooled=6, **kwargs).eval()  # training moves the power iteration on every call
+    return ConvHeads(
+        CHANNELS, pooled=6, **kwargs
+    ).eval()  # training moves the power iteration on every call
 
 
 def inputs(n: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Cond]:
     generator = torch.Generator().manual_seed(1)
-    maps = [torch.randn(n, c, 4, 4 if c == 12 else 2, generator=generator) for c in CHANNELS.values()]
+    maps = [
+        torch.randn(n, c, 4, 4 if c == 12 else 2, generator=generator) for c in CHANNELS.values()
+    ]
     cond = Cond(torch.zeros(n, 2, 5), pooled=torch.randn(n, 6, generator=generator))
     return maps, torch.rand(n, generator=generator), cond
 

@@ -21,9 +21,18 @@ def pictures(n=3, side=tiny.SIDE, seed=0):
 
 def test_maps_are_patches_plus_class_token_after_the_blocks():
     eyes, x, seen = tiny.eyes(), pictures(), {}
-    assert eyes.taps == [-1, 1, 2, 3, 5]  # six blocks: the embedding, and about a quarter, half, three quarters, all
+    assert eyes.taps == [
+        -1,
+        1,
+        2,
+        3,
+        5,
+    ]  # six blocks: the embedding, and about a quarter, half, three quarters, all
     layers = [eyes.model.embeddings, *eyes.model.encoder.layer]
-    handles = [m.register_forward_hook(lambda _m, _i, out, k=k: seen.update({k: out})) for k, m in enumerate(layers)]
+    handles = [
+        m.register_forward_hook(lambda _m, _i, out, k=k: seen.update({k: out}))
+        for k, m in enumerate(layers)
+    ]
     eyes.model(pixel_values=x)  # mean and deviation of a half: what it reads is x itself
     for handle in handles:
         handle.remove()
@@ -31,7 +40,9 @@ def test_maps_are_patches_plus_class_token_after_the_blocks():
     assert [m.shape for m in maps] == [(3, width, 64) for width in eyes.channels.values()]
     for k, found in zip(eyes.taps, maps, strict=True):
         tokens = seen[k + 1][0] if isinstance(seen[k + 1], tuple) else seen[k + 1]
-        torch.testing.assert_close(found, (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found, (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2), rtol=0, atol=1e-5
+        )
 
 
 def test_gradient_reaches_the_pixels_and_no_weight():
@@ -46,7 +57,9 @@ def test_gradient_reaches_the_pixels_and_no_weight():
 def test_pictures_are_resized_and_normalised():
     eyes = ImageFeatures(str(tiny.vit()), size=32)
     found = eyes.prepare(pictures(side=64))
-    expected = torch.nn.functional.interpolate((pictures(side=64) + 1) / 2, size=32, mode="bilinear", antialias=True)
+    expected = torch.nn.functional.interpolate(
+        (pictures(side=64) + 1) / 2, size=32, mode="bilinear", antialias=True
+    )
     expected = (expected - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]
     ).view(3, 1, 1)
@@ -55,14 +68,21 @@ def test_pictures_are_resized_and_normalised():
 
 
 def test_a_crop_is_a_square_of_the_picture_for_the_whole_batch():
-    eyes, x = ImageFeatures(str(tiny.vit()), size=32, mean=[0] * 3, std=[1] * 3, crop=0.5), pictures(2)
-    windows = x.unfold(2, 32, 1).unfold(3, 32, 1).permute(2, 3, 0, 1, 4, 5).flatten(0, 1)  # every square there is
+    eyes, x = (
+        ImageFeatures(str(tiny.vit()), size=32, mean=[0] * 3, std=[1] * 3, crop=0.5),
+        pictures(2),
+    )
+    windows = (
+        x.unfold(2, 32, 1).unfold(3, 32, 1).permute(2, 3, 0, 1, 4, 5).flatten(0, 1)
+    )  # every square there is
     cropped = 0
     for seed in range(40):
         found = eyes.prepare(x, torch.Generator().manual_seed(seed)) * 2 - 1
         cropped += bool((windows - found).abs().amax((1, 2, 3, 4)).min() < 1e-5)
     assert 10 < cropped < 30
-    assert torch.equal(eyes.prepare(x), eyes.prepare(x))  # without a generator, as for a description: never
+    assert torch.equal(
+        eyes.prepare(x), eyes.prepare(x)
+    )  # without a generator, as for a description: never
 
 
 def test_augmentation_pixel_by_pixel():
@@ -91,12 +111,20 @@ def test_augmentation_pixel_by_pixel():
 
 def test_augmented_eyes_draw_from_their_generator_alone():
     eyes, x = tiny.eyes(augment=True), pictures()
-    first, again, other = (eyes(x, None, None, torch.Generator().manual_seed(k))[0] for k in (1, 1, 2))
+    first, again, other = (
+        eyes(x, None, None, torch.Generator().manual_seed(k))[0] for k in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-3)
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 8,
+}
 
 
 @pytest.mark.parametrize("family", ["dino", "clip"])
@@ -105,8 +133,17 @@ def test_other_eyes_of_table_1a(family, tmp_path):
     if family == "dino":
         model = ViTModel(ViTConfig(**SMALL, image_size=32))
     else:
-        text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config={**SMALL, "image_size": 32}, projection_dim=16))
+        text = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 16,
+        }
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=text, vision_config={**SMALL, "image_size": 32}, projection_dim=16
+            )
+        )
     model.save_pretrained(tmp_path / family)
     for size in (32, 64):
         eyes = ImageFeatures(str(tmp_path / family), size=size)
@@ -141,7 +178,9 @@ def test_the_real_image_is_told_only_where_the_student_saw_of_it(teachers):
     teacher, eyes = teachers("mmdit"), tiny.eyes()
     told = Projection(teacher, eyes)(batch(teacher), pictures(), torch.tensor([True, False, False]))
     assert not told.extra[0].any()
-    torch.testing.assert_close(told.extra[1:], eyes.model(pictures()[1:]).last_hidden_state[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        told.extra[1:], eyes.model(pictures()[1:]).last_hidden_state[:, 0], rtol=0, atol=1e-5
+    )
     assert torch.equal(told.pooled, batch(teacher).cond.pooled)
 
 
@@ -159,7 +198,9 @@ def test_what_is_left_out_is_not_told(text, image, teachers):
 
 
 def test_words_that_mean_nothing_are_refused(teachers):
-    with pytest.raises(ValueError, match="condition.image=dino: must be features, null or a network"):
+    with pytest.raises(
+        ValueError, match="condition.image=dino: must be features, null or a network"
+    ):
         Projection(teachers("mmdit"), tiny.eyes(), image="dino")
     with pytest.raises(ValueError, match="pools nothing; use null"):
         Projection(NoPool(), tiny.eyes(), text="teacher")
@@ -168,8 +209,20 @@ def test_words_that_mean_nothing_are_refused(teachers):
 def test_captions_as_open_clip_embeds_them(tmp_path):
     config = {
         "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "layers": 1, "width": 32, "heads": 2},
+        "vision_cfg": {
+            "image_size": 32,
+            "patch_size": 16,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "layers": 1,
+            "width": 32,
+            "heads": 2,
+        },
     }
     (tmp_path / "tiny-text.json").write_text(json.dumps(config))
     open_clip.factory.add_model_config(tmp_path / "tiny-text.json")

@@ -74,14 +74,20 @@ def test_rows_and_agreement_by_hand(tmp_path):
     assert [row["right"] for row in rows] == [pytest.approx(0.5), pytest.approx(1 / 3, abs=1e-4)]
     assert [row["gap"] for row in rows] == [pytest.approx(0.0), pytest.approx(-1 / 3, abs=1e-4)]
     a, b = (torch.cat([real[0, i], fake[0, i]]) for i in (0, 1))
-    assert float(seen.agreement()[0, 1]) == pytest.approx(float(torch.corrcoef(torch.stack([a, b]))[0, 1]), abs=1e-6)
+    assert float(seen.agreement()[0, 1]) == pytest.approx(
+        float(torch.corrcoef(torch.stack([a, b]))[0, 1]), abs=1e-6
+    )
     page = write(seen, tmp_path, "a run").read_text()
     assert "tell real from fake 42% of the time; the best, a at t = 0.5, 50%." in page
     assert len(list(csv.DictReader((tmp_path / "heads.csv").open()))) == 2
 
 
 def test_the_command_reads_a_run(command, pipelines, shards, tmp_path):
-    given = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", f"run_dir={tmp_path / 'run'}"]
+    given = [
+        f"teacher.path={pipelines('mmdit')}",
+        f"data.path={shards}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     code, _, err = command("run", "debug=smoke", "~metrics", *given)
     assert code == 0, err
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -92,4 +98,7 @@ def test_the_command_reads_a_run(command, pipelines, shards, tmp_path):
     assert said == f"wrote {tmp_path / 'in' / 'inspect.html'}\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     code, _, err = command("inspect", f"run={tmp_path}")
-    assert (code, err) == (1, f"distill: run={tmp_path}: not a run folder (it has no config.yaml)\n")
+    assert (code, err) == (
+        1,
+        f"distill: run={tmp_path}: not a run folder (it has no config.yaml)\n",
+    )

@@ -14,10 +14,20 @@ from distill.shapes.render import render
 from distill.shapes.world import HELD_OUT, Prompt, Scene, Thing, draw_scene, sample
 
 SAID = Prompt(
-    (Thing("circle", "red", "striped", "small"), Thing("star", "green", "solid", "large")), "horizontal", "white", ""
+    (Thing("circle", "red", "striped", "small"), Thing("star", "green", "solid", "large")),
+    "horizontal",
+    "white",
+    "",
 )
 SILENT = Prompt((Thing("circle", "red"), Thing("star", "green")), "horizontal", None, "")
-OTHER = {"kind": "cross", "colour": "blue", "fill": "dotted", "size": "large", "axis": "vertical", "background": "pink"}
+OTHER = {
+    "kind": "cross",
+    "colour": "blue",
+    "fill": "dotted",
+    "size": "large",
+    "axis": "vertical",
+    "background": "pink",
+}
 PROMPTS = judging_prompts(64, seed=0)
 
 
@@ -31,19 +41,27 @@ class Oracle:
 
     def __init__(self, scenes: list[Scene]):
         self.truth = targets([facts(scene) for scene in scenes])
-        self.known = self.features(torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        self.known = self.features(
+            torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        )
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool2d(pixels, (4, 8)).flatten(1)  # [B, 96]
 
     def answer(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         index = torch.cdist(features, self.known).argmin(1)
-        return {q: F.one_hot(self.truth[q][index].clamp(min=0), len(CHOICES[q])).float() for q in CHOICES}
+        return {
+            q: F.one_hot(self.truth[q][index].clamp(min=0), len(CHOICES[q])).float()
+            for q in CHOICES
+        }
 
 
 def scenes_of(prompts: list[Prompt], seed: int) -> list[Scene]:
     """The scenes behind `fresh_renders`."""
-    return [draw_scene(np.random.default_rng([9_000_000 + seed, i, 2]), prompt) for i, prompt in enumerate(prompts)]
+    return [
+        draw_scene(np.random.default_rng([9_000_000 + seed, i, 2]), prompt)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +93,9 @@ def test_one_wrong_word_fails_the_prompt_and_counts_once(attribute):
     """Four pictures of the same eleven facts; what is seen in one of them differs in one word."""
     seen = [SAID, SAID, changed(SAID, attribute), SAID]
     scores = Judge.accuracy({q: t.clamp(min=0) for q, t in targets(seen).items()}, [SAID] * 4)
-    times_said = 4 if attribute in ("axis", "background", "count") else 8  # scene by scene, or thing by thing
+    times_said = (
+        4 if attribute in ("axis", "background", "count") else 8
+    )  # scene by scene, or thing by thing
     expected = dict.fromkeys(scores, 1.0) | {"prompt_accuracy": 0.75, attribute: 1 - 1 / times_said}
     assert scores == pytest.approx(expected)
 
@@ -119,7 +139,9 @@ def test_other_renders_are_closer_to_the_reference_than_noise_or_one_picture(jud
     renders = fresh_renders(PROMPTS, seed=1)
     blocks = torch.randint(2, (64, 3, 4, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     noise = F.interpolate(blocks, size=64)
-    good, noisy, collapsed = (judge(x, PROMPTS) for x in (renders, noise, renders[:1].expand_as(renders)))
+    good, noisy, collapsed = (
+        judge(x, PROMPTS) for x in (renders, noise, renders[:1].expand_as(renders))
+    )
     assert good["frechet"] < 0.25 * min(noisy["frechet"], collapsed["frechet"])
     assert min(good["precision"], good["recall"]) > 0.6
     assert noisy["precision"] == 0
@@ -135,10 +157,14 @@ def test_another_reference_seed_is_another_reference(judge):
 def test_diversity_of_renders_is_that_of_the_data(judge):
     prompts = PROMPTS[:24]
     many = fresh_renders([p for p in prompts for _ in range(4)], seed=5).unflatten(0, (24, 4))
-    pairs = many[:, :1] + torch.tensor([0.0, 0.0, 0.0, 0.05])[:, None, None, None]  # nearly the same picture four times
+    pairs = (
+        many[:, :1] + torch.tensor([0.0, 0.0, 0.0, 0.05])[:, None, None, None]
+    )  # nearly the same picture four times
     assert judge.diversity(many, prompts) == pytest.approx(1, abs=0.12)
     assert 0 < judge.diversity(pairs, prompts) < 0.2
-    assert judge.diversity(torch.zeros(4, 2, 3, 64, 64), PROMPTS[:4]) == 0  # one picture, whatever the noise
+    assert (
+        judge.diversity(torch.zeros(4, 2, 3, 64, 64), PROMPTS[:4]) == 0
+    )  # one picture, whatever the noise
 
 
 def test_sharpness_falls_with_blur_and_rises_with_noise():
@@ -166,7 +192,9 @@ def test_pixels_are_judged_as_a_file_would_hold_them():
     assert ((saved + 1) * 127.5).tolist() == pytest.approx([0, 0, 128, 255, 255], abs=1e-4)
     renders = fresh_renders(PROMPTS[:4], seed=0)
     assert torch.equal(as_saved(renders), renders)
-    assert torch.equal(as_saved(renders.double() + 0.003), renders.clamp(max=1))  # less than half a step
+    assert torch.equal(
+        as_saved(renders.double() + 0.003), renders.clamp(max=1)
+    )  # less than half a step
     assert as_saved(renders.bfloat16()).dtype == torch.float32
 
 
@@ -188,7 +216,10 @@ def test_judging_prompts_are_stable_and_apart_from_training():
     assert judging_prompts(10, seed=0) == PROMPTS[:10]
     assert judging_prompts(10, seed=1) != PROMPTS[:10]
     known = [{(t.kind, t.colour) for t in p.things} & HELD_OUT for p in PROMPTS]
-    unseen = [{(t.kind, t.colour) for t in p.things} & HELD_OUT for p in judging_prompts(64, seed=0, held_out=True)]
+    unseen = [
+        {(t.kind, t.colour) for t in p.things} & HELD_OUT
+        for p in judging_prompts(64, seed=0, held_out=True)
+    ]
     assert not any(known)
     assert all(unseen)
     trained = {sample(0, i)[1] for i in range(200)}

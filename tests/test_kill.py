@@ -39,7 +39,9 @@ def arguments(pipelines, shards, folder, workers=0, method="ladd"):
 
 def start(command, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "distill.run", *command], cwd=folder, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill.run", *command], cwd=folder, env=environment
+    )
 
 
 def end_of(folder):
@@ -50,16 +52,28 @@ def end_of(folder):
         for k, state in optimizer["state"].items()
         for name, value in state.items()
     }
-    return {**kept["state_dict"], **moments, **{f"ema.{k}": v for k, v in kept["distill"]["ema"].items()}}
+    return {
+        **kept["state_dict"],
+        **moments,
+        **{f"ema.{k}": v for k, v in kept["distill"]["ema"].items()},
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "workers"), [("ladd", 0), ("ladd", 2), ("add", 0), ("nitrofusion", 0), ("consistency", 0)]
+    ("method", "workers"),
+    [("ladd", 0), ("ladd", 2), ("add", 0), ("nitrofusion", 0), ("consistency", 0)],
 )
-def test_killed_at_any_moment_it_ends_with_the_same_bits(method, workers, pipelines, shards, tmp_path):
+def test_killed_at_any_moment_it_ends_with_the_same_bits(
+    method, workers, pipelines, shards, tmp_path
+):
     """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may pass for a whole."""
-    assert start(arguments(pipelines, shards, tmp_path / "whole", workers, method), tmp_path).wait(timeout=300) == 0
+    assert (
+        start(arguments(pipelines, shards, tmp_path / "whole", workers, method), tmp_path).wait(
+            timeout=300
+        )
+        == 0
+    )
     chance = random.Random(7 + workers)
     command, checkpoints = (
         arguments(pipelines, shards, tmp_path / "parts", workers, method),
@@ -78,13 +92,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(method, workers, pipeli
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
-        command = [*[c for c in command if not c.startswith(("run_dir", "resume"))], f"resume={tmp_path / 'parts'}"]
+        command = [
+            *[c for c in command if not c.startswith(("run_dir", "resume"))],
+            f"resume={tmp_path / 'parts'}",
+        ]
     assert start(command, tmp_path).wait(timeout=300) == 0
     assert tiny.same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
     assert not list(checkpoints.glob("*.part"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
+)
 def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     number, code, command, monkeypatch, pipelines, shards, tmp_path
 ):
@@ -105,11 +124,18 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
         before = signal.getsignal(number)
         stopped, out, err = command("run", *common)
     assert (stopped, signal.getsignal(number)) == (code, before)
-    assert f"stopped by {number.name} at step 4; go on with: python -m distill.run resume={tmp_path / 'parts'}" in out
+    assert (
+        f"stopped by {number.name} at step 4; go on with: python -m distill.run resume={tmp_path / 'parts'}"
+        in out
+    )
     assert "Traceback" not in err
     assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step_000004.ckpt"]
-    assert [a for a in asked if a[0] == "scontrol"] == ([["scontrol", "requeue", "17"]] if code == 0 else [])
-    assert command("run", f"resume={tmp_path / 'parts'}")[0] == 0  # and nothing else: the run knows what it is
+    assert [a for a in asked if a[0] == "scontrol"] == (
+        [["scontrol", "requeue", "17"]] if code == 0 else []
+    )
+    assert (
+        command("run", f"resume={tmp_path / 'parts'}")[0] == 0
+    )  # and nothing else: the run knows what it is
     whole = [a for a in arguments(pipelines, shards, tmp_path / "whole") if "every=1" not in a]
     assert command("run", *whole)[0] == 0
     assert tiny.same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
@@ -123,7 +149,11 @@ def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, sha
     with open(tmp_path / "run" / "metrics.csv") as file:
         import csv
 
-        norms = {int(float(r["step"])): float(r["g/grad_norm"]) for r in csv.DictReader(file) if r["g/grad_norm"]}
+        norms = {
+            int(float(r["step"])): float(r["g/grad_norm"])
+            for r in csv.DictReader(file)
+            if r["g/grad_norm"]
+        }
     best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == min(norms, key=norms.get)
     assert best["about"]["config"]["trainer"]["max_steps"] == STEPS
@@ -138,16 +168,23 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
         ["trainer.max_steps=4", "callbacks.samples.every=1", "callbacks.checkpoint.keep=0"],
     )
     assert command("run", *arguments(pipelines, shards, folder), *rules)[0] == 0
-    was = {name: (folder / name).read_bytes() for name in ("checkpoints/step_000004.ckpt", "samples/step_000004.png")}
+    was = {
+        name: (folder / name).read_bytes()
+        for name in ("checkpoints/step_000004.ckpt", "samples/step_000004.png")
+    }
     for _ in range(2):  # and again: nothing is written over
-        code, out, _ = command("run", f"resume={folder}/checkpoints/step_000002.ckpt", "trainer.max_steps=3")
+        code, out, _ = command(
+            "run", f"resume={folder}/checkpoints/step_000002.ckpt", "trainer.max_steps=3"
+        )
         assert code == 0
         assert "going on from step 2: " in out
         assert files.newest(folder).name == "step_000003.ckpt"
         assert not (folder / "samples" / "step_000004.png").exists()
         time.sleep(1)
     first, second = sorted((folder / "checkpoints" / "abandoned").iterdir())
-    assert [p.name for p in sorted(first.iterdir())] == [f"step_00000{i}.{k}" for i in (3, 4) for k in ("ckpt", "png")]
+    assert [p.name for p in sorted(first.iterdir())] == [
+        f"step_00000{i}.{k}" for i in (3, 4) for k in ("ckpt", "png")
+    ]
     assert [p.name for p in sorted(second.iterdir())] == ["step_000003.ckpt", "step_000003.png"]
     assert {name: (first / name.split("/")[1]).read_bytes() for name in was} == was
     out = command("run", f"resume={folder}", "trainer.max_steps=4")[1]
@@ -155,7 +192,9 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
 
 
 @pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
-def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, pipelines, shards, tmp_path, caplog):
+def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
+    damage, command, pipelines, shards, tmp_path, caplog
+):
     folder = tmp_path / "run"
     assert command("run", *arguments(pipelines, shards, folder), "optimizer.head_start=0")[0] == 0
     expected = end_of(folder)
@@ -179,7 +218,10 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(damage, command, p
         ("discriminator.heads.kernel=3", "discriminator.heads.kernel=3 (was 1)"),
         ("data.batch_size=3", "samples a step=3 (was 4"),
         ("seed=5", "seed=5 (was 0)"),
-        ("experiment=add_shapes", "experiment=add_shapes (many keys at once, for new runs alone; name the keys)"),
+        (
+            "experiment=add_shapes",
+            "experiment=add_shapes (many keys at once, for new runs alone; name the keys)",
+        ),
     ],
 )
 def test_another_run_is_not_resumed(change, said, command, pipelines, shards, tmp_path, finished):
@@ -198,7 +240,12 @@ def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
     import shutil
 
     folder = shutil.copytree(finished, tmp_path / "copy")
-    more = ["trainer.max_steps=14", "optimizer.student.lr=1e-7", "data.num_workers=0", "trainer.log_every_n_steps=1"]
+    more = [
+        "trainer.max_steps=14",
+        "optimizer.student.lr=1e-7",
+        "data.num_workers=0",
+        "trainer.log_every_n_steps=1",
+    ]
     assert command("run", f"resume={folder}", *more)[0] == 0
     kept = torch.load(folder / "checkpoints" / "step_000014.ckpt", weights_only=True)
     assert kept["global_step"] == 14
@@ -209,8 +256,14 @@ def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
 @pytest.mark.parametrize(
     ("given", "changed"),
     [
-        (["trainer=fsdp2"], {"devices": "auto", "strategy._target_": "distill.strategies.FullyShardedDataParallel"}),
-        (["trainer.precision=bf16-mixed", "trainer=ddp"], {"devices": "auto", "precision": "bf16-mixed"}),
+        (
+            ["trainer=fsdp2"],
+            {"devices": "auto", "strategy._target_": "distill.strategies.FullyShardedDataParallel"},
+        ),
+        (
+            ["trainer.precision=bf16-mixed", "trainer=ddp"],
+            {"devices": "auto", "precision": "bf16-mixed"},
+        ),
     ],
 )
 def test_another_trainer_is_taken_without_what_a_new_run_would_have(given, changed, gone_on):
@@ -227,7 +280,10 @@ def test_another_trainer_is_taken_without_what_a_new_run_would_have(given, chang
     ("given", "changed"),
     [
         (["callbacks.samples=null", "~logger"], {"callbacks.samples": None, "logger": None}),
-        (["metrics=coco5k", "metrics.path=coco"], {"metrics.path": "coco", "metrics.prompts": 5000}),
+        (
+            ["metrics=coco5k", "metrics.path=coco"],
+            {"metrics.path": "coco", "metrics.prompts": 5000},
+        ),
     ],
 )
 def test_what_is_given_besides_counts_and_nothing_else(given, changed, gone_on):

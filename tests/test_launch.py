@@ -27,9 +27,15 @@ def smoke(pipelines, shards, *more):
 
 
 def start(command, folder, **environment):
-    known = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "LOCAL_RANK", "WORLD_SIZE"))}
+    known = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    }
     known |= {"OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=known, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=folder, env=known, stdout=subprocess.PIPE, text=True
+    )
 
 
 def student_of(folder):
@@ -81,7 +87,12 @@ def test_several_nodes_need_a_launcher(monkeypatch):
 
 
 def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeypatch):
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x"}.items():
+    for name, value in {
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "x",
+    }.items():
         monkeypatch.setenv(name, value)
     script = (
         "import os, sys\n"
@@ -93,7 +104,10 @@ def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeyp
     popen, own = subprocess.Popen, [sys.executable, "-c", script, str(tmp_path)]
     monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen(own, **kw))
     assert launch.launch(tmp_path, 2) == 0
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 2 False 7", "1 2 False 7"]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [
+        "0 2 False 7",
+        "1 2 False 7",
+    ]
 
 
 def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, monkeypatch):
@@ -101,7 +115,9 @@ def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, m
     script = "import os,sys,time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
     popen = subprocess.Popen
     monkeypatch.setattr(launch, "GRACE", 0.5)
-    monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen([sys.executable, "-c", script], **kw))
+    monkeypatch.setattr(
+        launch.subprocess, "Popen", lambda _, **kw: popen([sys.executable, "-c", script], **kw)
+    )
     assert launch.launch(tmp_path, 2) in (7, -9)
 
 
@@ -128,10 +144,18 @@ def job(command, monkeypatch, tmp_path):
     monkeypatch.setattr("distill.build.parts", lambda _: None)
     monkeypatch.setattr("distill.build.check", lambda _: None)
     began = []
-    monkeypatch.setattr("distill.run.train", lambda cfg, folder, parts: began.append((str(folder), cfg.resume)) or 0)
+    monkeypatch.setattr(
+        "distill.run.train", lambda cfg, folder, parts: began.append((str(folder), cfg.resume)) or 0
+    )
 
     def call(*arguments, **environment):
-        for name, value in {"JOB_ID": "7", "JOB_NAME": "x", "PROCID": "0", "NTASKS": "1", **environment}.items():
+        for name, value in {
+            "JOB_ID": "7",
+            "JOB_NAME": "x",
+            "PROCID": "0",
+            "NTASKS": "1",
+            **environment,
+        }.items():
             monkeypatch.setenv(f"SLURM_{name}", value)
         began.clear()
         code, _, err = command("run", *arguments)
@@ -157,7 +181,9 @@ def test_a_second_run_in_a_job_of_slurm_is_refused(job):
 def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
     folder = "mine" if arguments else "runs/slurm_7_ladd_shapes"
     assert job(*arguments, RESTART_COUNT="0")[2] == [(folder, None)]
-    assert job(*arguments, RESTART_COUNT="1")[2] == [(folder, None)]  # ended before its first checkpoint: anew
+    assert job(*arguments, RESTART_COUNT="1")[2] == [
+        (folder, None)
+    ]  # ended before its first checkpoint: anew
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
     files.write(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
     assert job(*arguments, RESTART_COUNT="2")[2] == [(folder, folder)]
@@ -195,7 +221,10 @@ def test_torchrun_and_slurm_give_what_the_command_gives(pipelines, shards, tmp_p
         "MASTER_ADDR": "127.0.0.1",
     }
     command = ["distill.run", *smoke(pipelines, shards, *TWO, "name=job")]
-    tasks = [start(command, tmp_path, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    tasks = [
+        start(command, tmp_path, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+        for i in range(2)
+    ]
     assert [task.wait(timeout=300) for task in tasks] == [0, 0]
     folders = [tmp_path / "own", tmp_path / "torchrun", tmp_path / "runs" / "slurm_4711_job"]
     for folder in folders:
@@ -215,14 +244,20 @@ def test_torchrun_without_a_run_folder_is_refused(command, monkeypatch, pipeline
 def test_launchers_of_hydra_compose_with_ours(launcher):
     """They are plugins: `pip install hydra-submitit-launcher`, `hydra-ray-launcher`."""
     pytest.importorskip(
-        {"r": "hydra_plugins.hydra_ray_launcher"}.get(launcher[0], "hydra_plugins.hydra_submitit_launcher")
+        {"r": "hydra_plugins.hydra_ray_launcher"}.get(
+            launcher[0], "hydra_plugins.hydra_submitit_launcher"
+        )
     )
     from hydra import compose, initialize_config_dir
 
     from distill._conf import CONF_DIR
 
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        cfg = compose("config", overrides=[f"hydra/launcher={launcher}", "method=ladd"], return_hydra_config=True)
+        cfg = compose(
+            "config",
+            overrides=[f"hydra/launcher={launcher}", "method=ladd"],
+            return_hydra_config=True,
+        )
     assert launcher.split("_")[0] in cfg.hydra.launcher._target_
 
 
@@ -265,14 +300,19 @@ def test_the_first_trial_has_what_the_run_has_anyway():
     assert found == {key: value for key, (_, value) in keys.items() if value is not None}
 
 
-@pytest.mark.parametrize("bad", ["a", "a=choice([b)", "a=log(1)", "a=uniform(1,2,3)", "a=any(1,2)", "a=import os(1,2)"])
+@pytest.mark.parametrize(
+    "bad", ["a", "a=choice([b)", "a=log(1)", "a=uniform(1,2,3)", "a=any(1,2)", "a=import os(1,2)"]
+)
 def test_a_space_that_does_not_parse_is_named(bad):
     with pytest.raises(ValueError, match="space: "):
         search.suggest(Trial(), [bad])
 
 
 def test_the_score_is_judged_or_logged(tmp_path):
-    rows = [{"who": "teacher", "steps": 1, "frechet": 9.0}, {"who": "student", "steps": 1, "frechet": 4.0}]
+    rows = [
+        {"who": "teacher", "steps": 1, "frechet": 9.0},
+        {"who": "student", "steps": 1, "frechet": 4.0},
+    ]
     (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "metrics.csv").write_text("step,g/adv,other\n1,0.5,\n2,0.25,\n3,,1\n")
     assert search.score(tmp_path, "frechet", 1) == 4.0
@@ -288,8 +328,12 @@ def trials(command, monkeypatch, tmp_path):
     rates = []
 
     def run(words, **_):
-        rates.append(float(next(word for word in words if word.startswith("a.b=")).removeprefix("a.b=")))
-        folder = Path(next(word for word in words if word.startswith("run_dir=")).removeprefix("run_dir="))
+        rates.append(
+            float(next(word for word in words if word.startswith("a.b=")).removeprefix("a.b="))
+        )
+        folder = Path(
+            next(word for word in words if word.startswith("run_dir=")).removeprefix("run_dir=")
+        )
         folder.mkdir(parents=True)
         row = {"who": "student", "steps": 1, "rate": rates[-1], "broken": math.nan}
         (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}))
@@ -300,7 +344,13 @@ def trials(command, monkeypatch, tmp_path):
     monkeypatch.setattr("distill.search._as_it_is", lambda *_: {"a.b": 0.25})
 
     def call(metric, count):
-        words = ["space=['a.b=uniform(0,1)']", f"metric={metric}", f"trials={count}", "run=[]", "out=found"]
+        words = [
+            "space=['a.b=uniform(0,1)']",
+            f"metric={metric}",
+            f"trials={count}",
+            "run=[]",
+            "out=found",
+        ]
         code, _, err = command("search", *words)
         return code, err, list(rates)
 
@@ -340,12 +390,21 @@ def test_a_search_goes_on_where_it_stopped(command, pipelines, shards, tmp_path)
     assert code == 0
     assert "trial 1: g/adv" in out
     assert "trial 0" not in out.replace("best: trial 0", "")
-    rates = [OmegaConf.load(tmp_path / f"found/trial_00{i}/config.yaml").optimizer.student.lr for i in range(2)]
+    rates = [
+        OmegaConf.load(tmp_path / f"found/trial_00{i}/config.yaml").optimizer.student.lr
+        for i in range(2)
+    ]
     assert rates[0] != rates[1]
     assert all(1e-6 <= rate <= 1e-4 for rate in rates)
     rows = list(csv.DictReader((tmp_path / "found" / "trials.csv").open()))
-    assert sorted(float(row["optimizer.student.lr"]) for row in rows) == pytest.approx(sorted(rates))
-    assert float(rows[0]["value"]) >= float(rows[1]["value"])  # g/adv is to be as large as can be, by default
-    code, _, said = command("search", *options[:2], "metric=d/adv", "out=found", "direction=minimize", "trials=3")
+    assert sorted(float(row["optimizer.student.lr"]) for row in rows) == pytest.approx(
+        sorted(rates)
+    )
+    assert float(rows[0]["value"]) >= float(
+        rows[1]["value"]
+    )  # g/adv is to be as large as can be, by default
+    code, _, said = command(
+        "search", *options[:2], "metric=d/adv", "out=found", "direction=minimize", "trials=3"
+    )
     assert code == 1
     assert "out=found holds trials of another metric, direction; choose another out=" in said

@@ -28,13 +28,17 @@ def distance(student) -> float:
 
 def trained(folder, make, *, sign: float = 1.0):
     options = {"schedule": "cosine", "final_rate": 0.05, "ema_decay": 0.95}
-    if make is tiny.nitrofusion:  # a head sees a quarter of the batch, so all are at work, twice a step; maps are 4x4
+    if (
+        make is tiny.nitrofusion
+    ):  # a head sees a quarter of the batch, so all are at work, twice a step; maps are 4x4
         pool = {"size": 1, "refresh": 0.0, "layers": 1, "norm_input": False, "single": ["none"]}
         options |= {"pool": pool, "options": {"refine": [0], "mixed": True, "shared": False}}
         options |= {"critic_eps": 1e-8, "discriminator_updates": 2}
     method = make(toy, rate=2e-3, critic_rate=5e-3, **options)
     if not method.alone:
-        method.adversarial = replace(method.adversarial, own=lambda margin: sign * margin)  # of the hinge
+        method.adversarial = replace(
+            method.adversarial, own=lambda margin: sign * margin
+        )  # of the hinge
     tiny.trainer(folder, STEPS).fit(method, tiny.Stream(toy, BATCH).loader())
     method.student.load_state_dict(method.ema.state_dict(), strict=False)
     return method.student
@@ -43,24 +47,33 @@ def trained(folder, make, *, sign: float = 1.0):
 def test_the_toy_is_what_its_docstring_says():
     """E[x0 | x_t] by weighing many clean samples with how likely they make x_t, and the start between the modes."""
     clean = toy.data(200_000, torch.Generator().manual_seed(1))
-    for t, x_t in ((0.9, 0.5 * toy.mode), (0.8, torch.randn(toy.shape, generator=torch.Generator().manual_seed(2)))):
+    for t, x_t in (
+        (0.9, 0.5 * toy.mode),
+        (0.8, torch.randn(toy.shape, generator=torch.Generator().manual_seed(2))),
+    ):
         error = (x_t - (1 - t) * clean).square().flatten(1).sum(1)
         weight = torch.softmax(-error / (2 * t**2), dim=0)
         expected = (weight.view(-1, 1, 1, 1) * clean).sum(0)
         found = toy.x0(x_t[None], torch.tensor([t]), toy.embed([""]))[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
-    assert float(toy.distance(toy.data(512, torch.Generator().manual_seed(0))).mean()) == pytest.approx(0.1, abs=0.01)
+    assert float(
+        toy.distance(toy.data(512, torch.Generator().manual_seed(0))).mean()
+    ) == pytest.approx(0.1, abs=0.01)
     assert distance(tiny.ladd(toy).student) == pytest.approx(1.0, abs=1e-6)
 
 
-each_method = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in tiny.METHODS.items()])
+each_method = pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name) for name, make in tiny.METHODS.items()]
+)
 
 
 @pytest.mark.slow
 @each_method
 def test_one_step_samples_come_to_the_modes(make, tmp_path):
     student = trained(tmp_path, make)
-    assert distance(student) < (0.6 if make is tiny.nitrofusion else 0.5)  # from 1; the data's own is 0.1
+    assert distance(student) < (
+        0.6 if make is tiny.nitrofusion else 0.5
+    )  # from 1; the data's own is 0.1
     if (
         make is tiny.ladd
     ):  # ADD comes to one of them: score distillation seeks a mode, and the paper too loses diversity
@@ -71,4 +84,6 @@ def test_one_step_samples_come_to_the_modes(make, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", tiny.GAMES.values(), ids=tiny.GAMES)
 def test_with_the_sign_flipped_they_do_not(make, tmp_path):
-    assert distance(trained(tmp_path, make, sign=-1.0)) > 0.9  # where it began, for all that distillation does
+    assert (
+        distance(trained(tmp_path, make, sign=-1.0)) > 0.9
+    )  # where it began, for all that distillation does

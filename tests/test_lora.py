@@ -34,7 +34,11 @@ def base_weights(teacher):
 
 def inputs(teacher):
     cond = teacher.embed(tiny.CAPTIONS[:2])
-    return torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(1)), T, cond
+    return (
+        torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(1)),
+        T,
+        cond,
+    )
 
 
 # -- one network in three roles --------------------------------------------------------------------------------------
@@ -57,7 +61,9 @@ def test_a_student_is_its_adapters_and_begins_as_the_teacher(fresh, teacher):
         assert torch.equal(base.x0(*x), expected)  # the adapters are on within the student alone
         assert not torch.allclose(student.x0(*x), expected, atol=1e-2)
         maps = teacher.features(*x, teacher.blocks)
-        assert all(torch.equal(a, b) for a, b in zip(base.features(*x, base.blocks), maps, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(base.features(*x, base.blocks), maps, strict=True)
+        )
         assert torch.equal(base.x0(*x), expected)
 
 
@@ -96,7 +102,10 @@ def test_gradients_are_those_of_two_networks(checkpointing, fresh, teacher):
         expected = b.flatten(1).T @ gradient.flatten(1)
         none = torch.zeros_like(a) if a.grad is None else a.grad
         torch.testing.assert_close(
-            none.flatten(1), expected, rtol=2e-3, atol=1e-5 * float(1 + expected.detach().abs().max())
+            none.flatten(1),
+            expected,
+            rtol=2e-3,
+            atol=1e-5 * float(1 + expected.detach().abs().max()),
         )
     assert untouched_base(base)
 
@@ -153,7 +162,9 @@ def test_layers_rank_and_scale_are_chosen(fresh, family):
     student = lora(fresh(), rank=2, alpha=6, targets=["to_q", "to_v"], init="gaussian")
     found = layers(student.model)
     assert {name.rpartition(".")[2] for name in found} == {"to_q", "to_v"}
-    assert all(layer.scaling["default"] == 3 and layer.r["default"] == 2 for layer in found.values())
+    assert all(
+        layer.scaling["default"] == 3 and layer.r["default"] == 2 for layer in found.values()
+    )
     for options, what in (
         ({"rank": 0}, r"student\.rank=0"),
         ({"init": "pissa"}, r"student\.init=pissa"),
@@ -176,19 +187,27 @@ def test_gradients_go_where_they_should(name, fresh):
     fake = method.fake(batch, method._generator(0))
     assert fake["x0_hat"].requires_grad
     if not method.alone:
-        sum(method.discriminator_loss(batch, fake, method._generator(0, stream=1)).values()).backward()
+        sum(
+            method.discriminator_loss(batch, fake, method._generator(0, stream=1)).values()
+        ).backward()
         assert untouched(method.student)
         assert with_gradient(method.heads) > 0
         method.heads.zero_grad()
     method.heads.requires_grad_(False)
     sum(method.student_loss(batch, fake, method._generator(0, stream=0)).values()).backward()
-    assert with_gradient(method.student) >= 0.4 * len(list(method.student.parameters()))  # of A none, as B is 0
+    assert with_gradient(method.student) >= 0.4 * len(
+        list(method.student.parameters())
+    )  # of A none, as B is 0
     assert untouched(method.heads)
     assert untouched_base(method.teacher)
 
 
-@pytest.mark.parametrize("name", [m if m == "ladd" else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS])
-def test_training_moves_the_adapters_alone_and_goes_on_where_it_stopped(name, fresh, tmp_path, shards):
+@pytest.mark.parametrize(
+    "name", [m if m == "ladd" else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS]
+)
+def test_training_moves_the_adapters_alone_and_goes_on_where_it_stopped(
+    name, fresh, tmp_path, shards
+):
     def method():
         return tiny.METHODS[name](fresh(), lora={"rank": 4})
 
@@ -202,7 +221,11 @@ def test_training_moves_the_adapters_alone_and_goes_on_where_it_stopped(name, fr
     before, adapters = base_weights(whole.teacher), tiny.weights(whole.student)
     expected = state(whole, trained(whole, 4))
     assert tiny.same(base_weights(whole.teacher), before)
-    assert not any(torch.equal(adapters[k], v) for k, v in expected["student"].items() if "lora_B" in k and v.any())
+    assert not any(
+        torch.equal(adapters[k], v)
+        for k, v in expected["student"].items()
+        if "lora_B" in k and v.any()
+    )
     first, path = method(), tmp_path / "two.ckpt"
     trained(first, 2).save_checkpoint(path)
     kept = torch.load(path, weights_only=True)
@@ -218,11 +241,17 @@ def test_training_moves_the_adapters_alone_and_goes_on_where_it_stopped(name, fr
 def test_what_is_left_behind_is_an_ordinary_pipeline(family, fresh, tmp_path):
     base = fresh()
     student = tiny.shake(lora(base, rank=4), 3)
-    folder = students.save_pipeline(student, base, tmp_path / "student", Consistency().scheduler(student, base))
+    folder = students.save_pipeline(
+        student, base, tmp_path / "student", Consistency().scheduler(student, base)
+    )
     loaded, x = FAMILIES[family](str(folder)), inputs(base)
-    names = {k.replace(".base_layer", "") for k in tiny.weights(base.network.model) if "lora" not in k}
+    names = {
+        k.replace(".base_layer", "") for k in tiny.weights(base.network.model) if "lora" not in k
+    }
     assert set(tiny.weights(loaded.network.model)) == names
     with torch.no_grad():
         expected = student.x0(*x)
-        torch.testing.assert_close(loaded.x0(*x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            loaded.x0(*x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
     AutoPipelineForText2Image.from_pretrained(folder)

@@ -114,7 +114,9 @@ def test_only_the_paired_game_needs_real_logits():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="'hinges'; choose one of hinge, non_saturating, relativistic"):
+    with pytest.raises(
+        ValueError, match="'hinges'; choose one of hinge, non_saturating, relativistic"
+    ):
         adversarial("hinges")
 
 
@@ -124,7 +126,9 @@ def test_r1_of_a_linear_critic_is_its_squared_norm():
     logits = (x.flatten(1) @ weight)[:, None]
     assert r1(logits, [x]).item() == pytest.approx(weight.square().sum().item(), rel=1e-12)
     # Logits are summed over K first, so two equal logits count as one twice as steep.
-    assert r1(logits.expand(7, 2), [x]).item() == pytest.approx(4 * weight.square().sum().item(), rel=1e-12)
+    assert r1(logits.expand(7, 2), [x]).item() == pytest.approx(
+        4 * weight.square().sum().item(), rel=1e-12
+    )
 
 
 def test_r1_agrees_with_central_differences():
@@ -170,7 +174,9 @@ def test_r1_trains_the_heads_with_the_right_gradient():
 def test_r1_reaches_the_heads_and_not_the_extractor():
     extractor, critic = nn.Linear(6, 17).double(), Critic()
     features = extractor(torch.randn(4, 6, dtype=torch.float64))
-    inputs = [m.detach().requires_grad_() for m in (features[:, :12].view(4, 3, 2, 2), features[:, 12:])]
+    inputs = [
+        m.detach().requires_grad_() for m in (features[:, :12].view(4, 3, 2, 2), features[:, 12:])
+    ]
     r1(critic(inputs), inputs).backward()
     assert all(p.grad is None for p in extractor.parameters())
     assert all(p.grad.abs().sum() > 0 for p in critic.parameters())
@@ -205,7 +211,9 @@ def test_weighted_mse_by_hand():
     x = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
     target = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     weight = torch.tensor([2.0, 0.5])
-    assert weighted_mse(x, target, weight).item() == pytest.approx((2 * (1 + 4) / 2 + 0.5 * 9 / 2) / 2)
+    assert weighted_mse(x, target, weight).item() == pytest.approx(
+        (2 * (1 + 4) / 2 + 0.5 * 9 / 2) / 2
+    )
     assert weighted_mse(x, target).item() == pytest.approx((4 + 1 + 9) / 4)
     assert weighted_mse(x.bfloat16(), target.bfloat16(), weight).dtype == torch.float32
     with pytest.raises(ValueError, match="shapes do not fit"):

@@ -35,7 +35,9 @@ def pictures(path, count: int = COUNT, bad: tuple[int, ...] = (4,), sizes=((64, 
     files = {}
     for i in range(count):
         width, height = sizes[i % len(sizes)]
-        files[f"{i:03d}.png"] = png(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        files[f"{i:03d}.png"] = png(
+            np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        )
         files |= {} if i in bad else {f"{i:03d}.txt": tiny.CAPTIONS[i].encode()}
     return put_tar(path, files)
 
@@ -45,8 +47,19 @@ def asked(pipelines, tmp_path):
     """Command -> its arguments but for `out`."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     fixed = [f"teacher.path={pipelines('mmdit')}", f"per_shard={PER_SHARD}"]
-    data = [f"data.path={pictures(tmp_path / 'x.tar')}", "data.size=64", "data.num_workers=0", "data.batch_size=2"]
-    prompts = [f"prompts={tmp_path / 'prompts.txt'}", f"count={COUNT}", "seed=5", "steps=2", "batch_size=2"]
+    data = [
+        f"data.path={pictures(tmp_path / 'x.tar')}",
+        "data.size=64",
+        "data.num_workers=0",
+        "data.batch_size=2",
+    ]
+    prompts = [
+        f"prompts={tmp_path / 'prompts.txt'}",
+        f"count={COUNT}",
+        "seed=5",
+        "steps=2",
+        "batch_size=2",
+    ]
     return {"cache": [*fixed, *data], "synthesize": [*fixed, *prompts]}
 
 
@@ -72,11 +85,16 @@ each_command = pytest.mark.parametrize("name", ["cache", "synthesize"])
 
 
 @each_command
-def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(name, command, asked, monkeypatch, tmp_path):
+def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(
+    name, command, asked, monkeypatch, tmp_path
+):
     code, out, _ = command(name, *asked[name], "out=whole")
     assert code == 0
     assert keys(tmp_path / "whole") == EXPECTED[name]
-    assert f"whole: {len(EXPECTED[name])} samples in 4 shards, {COUNT - len(EXPECTED[name])} bad ones left out" in out
+    assert (
+        f"whole: {len(EXPECTED[name])} samples in 4 shards, {COUNT - len(EXPECTED[name])} bad ones left out"
+        in out
+    )
     calls, embed = itertools.count(), PipelineTeacher.embed
 
     def failing(self, captions):
@@ -89,11 +107,16 @@ def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(name, command, a
         assert command(name, *asked[name], "out=parts")[0] == 1
         assert not (tmp_path / "parts" / "manifest.json").exists()
         assert len(list((tmp_path / "parts").glob("*.tar"))) >= left
-        with pytest.raises(ValueError, match="its making was not finished; give the command that makes it once more"):
+        with pytest.raises(
+            ValueError,
+            match="its making was not finished; give the command that makes it once more",
+        ):
             LatentShards(str(tmp_path / "parts"))
     assert command(name, *asked[name], "out=parts")[0] == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
-    assert "11 samples" in command(name, *asked[name], "out=parts")[1] or name == "cache"  # done: nothing is made anew
+    assert (
+        "11 samples" in command(name, *asked[name], "out=parts")[1] or name == "cache"
+    )  # done: nothing is made anew
 
 
 @pytest.mark.slow
@@ -101,7 +124,9 @@ def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(name, command, a
 def test_sigkill_at_any_moment_leaves_no_duplicate_and_no_hole(name, asked, tmp_path):
     def start(out):
         known = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-m", f"distill.{name}", *asked[name], f"out={out}"], env=known)
+        return subprocess.Popen(
+            [sys.executable, "-m", f"distill.{name}", *asked[name], f"out={out}"], env=known
+        )
 
     asked[name] += ["per_shard=1"]
     assert start(tmp_path / "whole").wait(timeout=300) == 0
@@ -132,8 +157,17 @@ def test_two_ranks_make_what_one_makes(name, command, asked, monkeypatch, tmp_pa
 @each_command
 def test_two_processes_of_the_command_make_what_one_makes(name, asked, tmp_path):
     for devices, out in ((1, "whole"), (2, "parts")):
-        command = [sys.executable, "-m", f"distill.{name}", *asked[name], f"out={tmp_path / out}", f"devices={devices}"]
-        said = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            f"distill.{name}",
+            *asked[name],
+            f"out={tmp_path / out}",
+            f"devices={devices}",
+        ]
+        said = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
         assert said.returncode == 0, said.stderr
         assert "samples in 4 shards" in said.stdout
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
@@ -152,8 +186,14 @@ def test_other_settings_are_refused_and_mistakes_leave_nothing(name, command, as
     assert command(name, *asked[name], "out=made")[0] == 0
     code, _, err = command(name, *asked[name], "out=made", "embeddings=false")
     assert code == 1
-    assert "out=made was begun with other settings: embeddings=False (was True); choose another out=" in err
-    assert "per_shard=0: must be a whole number, 1 or more" in command(name, *asked[name], "out=x", "per_shard=0")[2]
+    assert (
+        "out=made was begun with other settings: embeddings=False (was True); choose another out="
+        in err
+    )
+    assert (
+        "per_shard=0: must be a whole number, 1 or more"
+        in command(name, *asked[name], "out=x", "per_shard=0")[2]
+    )
 
 
 def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
@@ -163,15 +203,25 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
     assert "more than data.max_bad_share=0.1: repair the data or raise the share" in err
     assert "it has no caption (txt, json), only png" in err
     only = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}", "out=other"]
-    assert "only pictures can be encoded; choose data=images" in command("cache", *asked["cache"][:2], *only)[2]
+    assert (
+        "only pictures can be encoded; choose data=images"
+        in command("cache", *asked["cache"][:2], *only)[2]
+    )
 
 
 def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
     path = pictures(tmp_path / "bad.tar", 12, (1, 2, 3))  # too few for the alarm on the way
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
     assert code == 1
-    assert "out=made: 3 of 12 samples are bad, more than data.max_bad_share=0.1; raise it, or" in err
-    assert command("cache", *asked["cache"], f"data.path={path}", "out=made", "data.max_bad_share=0.3")[0] == 0
+    assert (
+        "out=made: 3 of 12 samples are bad, more than data.max_bad_share=0.1; raise it, or" in err
+    )
+    assert (
+        command(
+            "cache", *asked["cache"], f"data.path={path}", "out=made", "data.max_bad_share=0.3"
+        )[0]
+        == 0
+    )
 
 
 @each_command
@@ -184,19 +234,29 @@ def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch,
     else:
         (tmp_path / "prompts.txt").write_text("another\n" * 5)
     code, _, err = command(name, *asked[name], "out=made")
-    assert (code, "prompts or data have changed since it was begun; choose another out=" in err) == (1, True)
-    assert "prompts=gone.txt: cannot be read" in command("synthesize", "prompts=gone.txt", "out=other")[2]
+    assert (
+        code,
+        "prompts or data have changed since it was begun; choose another out=" in err,
+    ) == (1, True)
+    assert (
+        "prompts=gone.txt: cannot be read"
+        in command("synthesize", "prompts=gone.txt", "out=other")[2]
+    )
     assert not (tmp_path / "other").exists()
 
 
 # -- what was made -----------------------------------------------------------------------------------------------------
 
 
-def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(command, asked, teachers, monkeypatch, tmp_path):
+def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
+    command, asked, teachers, monkeypatch, tmp_path
+):
     drawn = []
 
     def noise(shape, generators):
-        drawn.append(found := torch.cat([torch.randn((1, *shape), generator=g) for g in generators]))
+        drawn.append(
+            found := torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
+        )
         return found
 
     monkeypatch.setattr(sampling, "draw_noise", noise)
@@ -206,12 +266,21 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(command, 
     assert torch.equal(torch.stack([item["noise"] for item in items]), torch.cat(drawn))
     assert [item["caption"] for item in items] == [PROMPTS[i % 5] for i in range(COUNT)]
     teacher, made = teachers("mmdit"), items[:2]  # the first batch
-    monkeypatch.setattr(sampling, "draw_noise", lambda *_: torch.stack([item["noise"] for item in made]))
+    monkeypatch.setattr(
+        sampling, "draw_noise", lambda *_: torch.stack([item["noise"] for item in made])
+    )
     how = {"shape": teacher.latent_shape, "steps": 2, "guidance": 4.0}
     again = sampling.guided(teacher, teacher.embed([item["caption"] for item in made]), [], **how)
     assert torch.equal(again.half().float(), torch.stack([item["x0"] for item in made]))
     about = json.loads((tmp_path / "made" / "manifest.json").read_text())
-    wanted = {"samples": COUNT, "size": [64, 64], "guidance": 4.0, "steps": 2, "seed": 5, "dropped": 0}
+    wanted = {
+        "samples": COUNT,
+        "size": [64, 64],
+        "guidance": 4.0,
+        "steps": 2,
+        "seed": 5,
+        "dropped": 0,
+    }
     assert about | wanted == about
     assert {"teacher", "versions", "sha256", "what"} <= set(about)
 
@@ -229,7 +298,9 @@ def test_samples_of_another_size(command, asked, tmp_path):
 def test_a_cached_sample_is_what_the_encoders_make(command, asked, teachers, tmp_path):
     assert command("cache", *asked["cache"], "out=made")[0] == 0
     teacher, data = teachers("mmdit"), LatentShards(str(tmp_path / "made"))
-    assert [data[i]["caption"] for i in range(len(data))] == [c for i, c in enumerate(tiny.CAPTIONS[:COUNT]) if i != 4]
+    assert [data[i]["caption"] for i in range(len(data))] == [
+        c for i, c in enumerate(tiny.CAPTIONS[:COUNT]) if i != 4
+    ]
     cond, null = teacher.embed([data[3]["caption"]]), teacher.embed([""])
     for name, x in cond.tensors().items():
         torch.testing.assert_close(data[3][name].float(), x[0], rtol=1e-3, atol=1e-3)
@@ -246,14 +317,20 @@ def test_a_cache_in_buckets(command, asked, tmp_path):
     assert sorted(keys(tmp_path / "made")) == [f"{i:09d}" for i in range(12)]
     assert {key: len(group) for key, group in data.groups.items()} == {0: 4, 1: 8}
     code, _, err = command("cache", *asked["cache"], "data.buckets=[[60,64]]", "out=other")
-    assert (code, "data.buckets: [60, 64] must be multiples of 8 for this teacher" in err) == (1, True)
+    assert (code, "data.buckets: [60, 64] must be multiples of 8 for this teacher" in err) == (
+        1,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
     ("member", "said"),
     [
         ({}, r"it has no embedding \(tokens.npy\), only latent.npy, txt"),
-        ({"tokens.npy": npy(np.zeros((3, 4), np.float16))}, r"its .tokens.npy is float16 \[3, 4\], not finite float16"),
+        (
+            {"tokens.npy": npy(np.zeros((3, 4), np.float16))},
+            r"its .tokens.npy is float16 \[3, 4\], not finite float16",
+        ),
         ({"tokens.npy": npy(np.zeros((2, 4), np.float32))}, "its .tokens.npy is float32"),
         ({"tokens.npy": npy(np.full((2, 4), np.nan, np.float16))}, "not finite"),
         ({"tokens.npy": b"x"}, "its .tokens.npy does not decode"),
@@ -269,7 +346,11 @@ def test_embeddings_that_are_refused(member, said, tmp_path):
 
 # -- a run on it -------------------------------------------------------------------------------------------------------
 
-ENCODERS = (diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
+ENCODERS = (
+    diffusers.AutoencoderKL,
+    transformers.CLIPTextModel,
+    transformers.CLIPTextModelWithProjection,
+)
 
 
 @pytest.fixture
@@ -289,24 +370,39 @@ def read(monkeypatch):
 
 def steps(command, folder, *arguments) -> list[dict[str, float]]:
     """A short run -> what it logged of each step."""
-    common = ["debug=smoke", "data.num_workers=0", "data.batch_size=3", "~metrics", f"run_dir={folder}"]
+    common = [
+        "debug=smoke",
+        "data.num_workers=0",
+        "data.batch_size=3",
+        "~metrics",
+        f"run_dir={folder}",
+    ]
     code, _, err = command("run", *common, *arguments)
     assert code == 0, err
-    rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader((folder / "metrics.csv").open())]
+    rows = [
+        {k: float(v) for k, v in row.items() if v}
+        for row in csv.DictReader((folder / "metrics.csv").open())
+    ]
     return [row for row in rows if "g/grad_norm" in row]
 
 
 @pytest.mark.parametrize("family", ["mmdit", "unet"])
-def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(family, command, pipelines, read, tmp_path):
+def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(
+    family, command, pipelines, read, tmp_path
+):
     path, teacher = pictures(tmp_path / "x.tar", bad=()), f"teacher.path={pipelines(family)}"
     kind = [] if family == "mmdit" else ["teacher=shapes_unet"]
     cache = [*kind, teacher, f"data.path={path}", "data.size=64", "data.num_workers=0", "out=made"]
     assert command("cache", *cache)[0] == 0
     run = [*kind, teacher, "~callbacks.samples", "trainer.precision=32-true"]
-    plain = steps(command, tmp_path / "plain", *run, "data=images", "data.size=64", f"data.path={path}")
+    plain = steps(
+        command, tmp_path / "plain", *run, "data=images", "data.size=64", f"data.path={path}"
+    )
     assert "AutoencoderKL" in read
     read.clear()
-    cached = steps(command, tmp_path / "cached", *run, "data=latents", f"data.path={tmp_path / 'made'}")
+    cached = steps(
+        command, tmp_path / "cached", *run, "data=latents", f"data.path={tmp_path / 'made'}"
+    )
     assert read == []
     assert (tmp_path / "cached" / "student" / "vae").is_dir()  # the student is whole all the same
     for a, b in zip(plain, cached, strict=True):
@@ -314,7 +410,9 @@ def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(family, comma
             assert b[name] == pytest.approx(a[name], rel=5e-3, abs=1e-3), name
 
 
-def test_pictures_on_the_way_read_the_encoders_and_let_them_go(command, pipelines, read, monkeypatch, asked, tmp_path):
+def test_pictures_on_the_way_read_the_encoders_and_let_them_go(
+    command, pipelines, read, monkeypatch, asked, tmp_path
+):
     assert command("synthesize", *asked["synthesize"], "out=made")[0] == 0
     read.clear()
     gone, release = [], PipelineTeacher.release
@@ -324,7 +422,11 @@ def test_pictures_on_the_way_read_the_encoders_and_let_them_go(command, pipeline
         gone.append(all(getattr(self.pipeline, name) is None for name in self.pipeline.deferred))
 
     monkeypatch.setattr(PipelineTeacher, "release", watched)
-    data = ["data=synthetic", f"data.path={tmp_path / 'made'}", f"teacher.path={pipelines('mmdit')}"]
+    data = [
+        "data=synthetic",
+        f"data.path={tmp_path / 'made'}",
+        f"teacher.path={pipelines('mmdit')}",
+    ]
     steps(command, tmp_path / "run", *data)
     assert gone == [True] * 3  # before the first step, after it, and after the second
     assert read.count("CLIPTextModelWithProjection") == 2  # the teacher's two, once for all
@@ -335,7 +437,11 @@ def test_pictures_on_the_way_read_the_encoders_and_let_them_go(command, pipeline
 def test_add_keeps_the_decoder_of_its_loss(command, pipelines, read, asked, tmp_path):
     assert command("synthesize", *asked["synthesize"], "out=made")[0] == 0
     read.clear()
-    data = ["data=synthetic", f"data.path={tmp_path / 'made'}", f"teacher.path={pipelines('mmdit')}"]
+    data = [
+        "data=synthetic",
+        f"data.path={tmp_path / 'made'}",
+        f"teacher.path={pipelines('mmdit')}",
+    ]
     steps(
         command,
         tmp_path / "run",
@@ -351,14 +457,19 @@ def test_embeddings_of_another_teacher(command, pipelines, tmp_path):
     np.savez(tmp_path / "null.npz", tokens=np.zeros((1, 2, 4), np.float16))
     files = {"0.latent.npy": npy(np.zeros((4, 16, 16), np.float16)), "0.txt": b"c"}
     path = put_tar(tmp_path / "x.tar", files | {"0.tokens.npy": npy(np.zeros((2, 4), np.float16))})
-    code, _, err = command("run", "data=latents", f"data.path={path}", f"teacher.path={pipelines('mmdit')}")
+    code, _, err = command(
+        "run", "data=latents", f"data.path={path}", f"teacher.path={pipelines('mmdit')}"
+    )
     assert code == 1
     assert "its embeddings are 4 wide and this teacher reads" in err
 
 
 def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     assert command("cache", *asked["cache"], "out=made")[0] == 0
-    teacher, run = asked["cache"][0], ["debug=smoke", "data.path=made", "data.num_workers=0", "~metrics"]
+    teacher, run = (
+        asked["cache"][0],
+        ["debug=smoke", "data.path=made", "data.num_workers=0", "~metrics"],
+    )
     manifest = tmp_path / "made" / "manifest.json"
     made = json.loads(manifest.read_text())
     assert (made["what"], made["without"]) == ("encoded pictures", [])
@@ -370,7 +481,9 @@ def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     manifest.write_text(json.dumps(made | {"teacher": "another"}))
     code, *said = command("run", "data=latents", teacher, *run)
     assert code == 0
-    assert "was made with another, not with this run's teacher: right if both" in " ".join([*said, caplog.text])
+    assert "was made with another, not with this run's teacher: right if both" in " ".join(
+        [*said, caplog.text]
+    )
 
 
 # -- check, and what img2dataset leaves -------------------------------------------------------------------------------
@@ -386,10 +499,16 @@ def test_check_says_what_is_wrong_and_how_much(command, tmp_path):
     assert "   2.00        10  " + "#" * 20 in out
     assert "words of a caption: " in out
     code, out, _ = command(
-        "check", f"data.path={path}", "data.size=64", "data.num_workers=0", "data.max_bad_share=0.05"
+        "check",
+        f"data.path={path}",
+        "data.size=64",
+        "data.num_workers=0",
+        "data.max_bad_share=0.05",
     )
     assert code == 1
-    code, out, _ = command("check", f"data.path={path}", "data.size=200", "data.num_workers=0", "data.limit=4")
+    code, out, _ = command(
+        "check", f"data.path={path}", "data.size=200", "data.num_workers=0", "data.limit=4"
+    )
     assert code == 1
     assert "0 of 4 samples are good" in out
     assert "        4  its image is 64 x 64, under half of 200 a side" in out
@@ -440,7 +559,11 @@ def test_img2dataset_s_output_is_read_as_it_comes(command, tmp_path):
     assert [data[i]["caption"] for i in (0, 5)] == ["alt text 0", "alt text 2"]
     assert ImageShards(str(folder), size=64, caption_key="long")[4]["caption"] == "recaption 1"
     code, out, _ = command(
-        "check", f"data.path={folder}", "data.size=64", "data.num_workers=0", "data.caption_key=shrot"
+        "check",
+        f"data.path={folder}",
+        "data.size=64",
+        "data.num_workers=0",
+        "data.caption_key=shrot",
     )
     assert code == 1
     assert "        6  its .json has no text under 'shrot'" in out

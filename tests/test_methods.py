@@ -24,7 +24,9 @@ from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.teachers.decoder import TinyDecoder
 from distill.times import Discrete
 
-LEVELS = torch.tensor([0.01, 0.25, 0.5, 0.75]).tolist()  # of tiny.nitrofusion's pool, as float32 has them
+LEVELS = torch.tensor(
+    [0.01, 0.25, 0.5, 0.75]
+).tolist()  # of tiny.nitrofusion's pool, as float32 has them
 BOTH, ALL = {"adv"}, {"adv", "distill"}
 METHODS = {  # name -> (how to make it, its discriminator's terms, its student's)
     "ladd": (tiny.ladd, {}, BOTH, BOTH),
@@ -39,9 +41,19 @@ METHODS = {  # name -> (how to make it, its discriminator's terms, its student's
     "add_latents": (tiny.add, {"distill_space": "latents", "r1_weight": 0.0}, BOTH, ALL),
     "add_crop": (tiny.add, {"crop": 8, "loss": "relativistic"}, {"adv", "r1"}, ALL),
     "add_adversarial": (tiny.add, {"distill_weight": 0.0}, {"adv", "r1"}, BOTH),
-    "add_nfsd": (tiny.add, {"distill": ScoreDistillation(kind="nfsd", guidance=2.0), "negative": "a blur"}, None, ALL),
+    "add_nfsd": (
+        tiny.add,
+        {"distill": ScoreDistillation(kind="nfsd", guidance=2.0), "negative": "a blur"},
+        None,
+        ALL,
+    ),
     "nitrofusion": (tiny.nitrofusion, {}, BOTH, BOTH),
-    "nitrofusion_relativistic": (tiny.nitrofusion, {"loss": "relativistic", "shared": False}, BOTH, BOTH),
+    "nitrofusion_relativistic": (
+        tiny.nitrofusion,
+        {"loss": "relativistic", "shared": False},
+        BOTH,
+        BOTH,
+    ),
     "nitrofusion_refined": (tiny.nitrofusion, {"refine": [0, 0], "keep": 0.0}, BOTH, BOTH),
     "regression": (tiny.regression, {}, set(), {"regression"}),
     "consistency": (tiny.consistency, {}, set(), {"consistency"}),
@@ -73,7 +85,10 @@ def at_work(method) -> dict[str, torch.nn.Parameter]:
         return named
     level = float(method._level(torch.zeros(1, 1)))
     chosen = method.critic().chosen
-    return {f"heads.{i}": named[f"heads.{i}"] for i in sorted(i for (k, _), i in chosen.items() if LEVELS[k] == level)}
+    return {
+        f"heads.{i}": named[f"heads.{i}"]
+        for i in sorted(i for (k, _), i in chosen.items() if LEVELS[k] == level)
+    }
 
 
 def untouched(module) -> bool:
@@ -116,7 +131,9 @@ def test_student_phase_reaches_the_student_alone(named):
 
 def test_a_misaligned_sample_is_held_against_its_pair(teachers):
     """Of a relativistic loss only differences count: all logits lower by one number are no better."""
-    method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5, "shared": True, "loss": "relativistic"})
+    method = tiny.ladd(
+        teachers("mmdit"), options={"misaligned": 0.5, "shared": True, "loss": "relativistic"}
+    )
     method._log = {}
     batch, of, seen = tiny.simple_batch(method, 3), method.heads.forward, []
     method.heads.forward = lambda maps, t, cond: seen.append(of(maps, t, cond)) or seen[-1]
@@ -131,7 +148,9 @@ def test_misaligned_needs_another_caption(teachers):
     method._log = {}
     batch = tiny.simple_batch(method, 1)
     with pytest.raises(ValueError, match="there is no other caption"):
-        method.discriminator_loss(batch, method.fake(batch, method._generator(0)), method._generator(0, stream=1))
+        method.discriminator_loss(
+            batch, method.fake(batch, method._generator(0)), method._generator(0, stream=1)
+        )
 
 
 def test_a_student_begins_from_noise_alone(teachers):
@@ -154,12 +173,18 @@ def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):
     method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5, "shared": True})
     method._log = {}
     batch = tiny.simple_batch(method, 3)
-    alike = type(batch)(x0=batch.x0, captions=batch.captions[:1] * 3, cond=batch.cond.index(torch.tensor([0, 0, 0])))
+    alike = type(batch)(
+        x0=batch.x0, captions=batch.captions[:1] * 3, cond=batch.cond.index(torch.tensor([0, 0, 0]))
+    )
     seen, of = [], method.heads.forward
-    method.heads.forward = lambda maps, t, cond: seen.append((of(maps, t, cond), cond)) or seen[-1][0]
+    method.heads.forward = lambda maps, t, cond: (
+        seen.append((of(maps, t, cond), cond)) or seen[-1][0]
+    )
     for one in (alike, batch):
         seen.clear()
-        terms = method.discriminator_loss(one, method.fake(one, method._generator(0)), method._generator(0, stream=1))
+        terms = method.discriminator_loss(
+            one, method.fake(one, method._generator(0)), method._generator(0, stream=1)
+        )
         (real, _), _, (wrong, cond) = seen
         torch.testing.assert_close(terms["misaligned"], 0.5 * (1 + wrong).relu().mean())
         assert torch.equal(cond.pooled, one.cond.pooled[[2, 0, 1]])
@@ -187,7 +212,13 @@ def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
         if player == "d":
             assert untouched(method.student)
         update(player, module, optimizer, limit)
-        seen.append((player, tiny.weights(method.heads), [p.grad.clone() for p in method.heads.parameters()]))
+        seen.append(
+            (
+                player,
+                tiny.weights(method.heads),
+                [p.grad.clone() for p in method.heads.parameters()],
+            )
+        )
 
     method._clip_and_step = spy
     loader = source.latents(str(shards), batch_size=2).loader(seed=0)
@@ -201,7 +232,11 @@ def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
 def test_three_steps_change_the_players_and_leave_the_teacher(name, teacher, tmp_path, shards):
     make, options, *_ = METHODS[name]
     method = make(teacher, options=options)
-    frozen, student, heads = tiny.weights(teacher), tiny.weights(method.student), tiny.weights(method.heads)
+    frozen, student, heads = (
+        tiny.weights(teacher),
+        tiny.weights(method.student),
+        tiny.weights(method.heads),
+    )
     running = tiny.trainer(tmp_path, 3)
     running.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
     assert method.step == running.global_step == 3
@@ -209,19 +244,31 @@ def test_three_steps_change_the_players_and_leave_the_teacher(name, teacher, tmp
     assert tiny.same(frozen, tiny.weights(teacher))
     for before, module in ((student, method.student), (heads, method.heads)):
         after = tiny.weights(module)
-        changed = [name for name, _ in module.named_parameters() if not torch.equal(before[name], after[name])]
-        share = 0.9 if not isinstance(module, Pool) else 0.05  # of a pool only what was drawn, in three draws
-        assert len(changed) >= share * len(list(module.parameters()))  # a paired game moves no bias at the end
+        changed = [
+            name
+            for name, _ in module.named_parameters()
+            if not torch.equal(before[name], after[name])
+        ]
+        share = (
+            0.9 if not isinstance(module, Pool) else 0.05
+        )  # of a pool only what was drawn, in three draws
+        assert len(changed) >= share * len(
+            list(module.parameters())
+        )  # a paired game moves no bias at the end
         assert all(value.isfinite().all() for value in after.values())
 
 
-@pytest.mark.parametrize("luck", [[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0.1], [0.9, 0.9, 0.9]])
+@pytest.mark.parametrize(
+    "luck", [[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0.1], [0.9, 0.9, 0.9]]
+)
 def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monkeypatch):
     """Of two steps, the second is trained on the student's own first, noised anew; all else is the one-step student."""
     method = tiny.nitrofusion(teachers("mmdit"), options={"refine": [0, 0], "keep": 0.5})
     batch, seen = tiny.simple_batch(method), []
     of = method.student.x0
-    method.student.x0 = lambda x_t, t, cond: seen.append((x_t, t, torch.is_grad_enabled())) or of(x_t, t, cond)
+    method.student.x0 = lambda x_t, t, cond: (
+        seen.append((x_t, t, torch.is_grad_enabled())) or of(x_t, t, cond)
+    )
     monkeypatch.setattr(method, "_place", lambda: place(method, luck))
     method.fake(batch, method._generator(0))
     assert all(float(seen[0][1][0]) == 1 for _ in seen)
@@ -232,7 +279,9 @@ def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monke
     first = of(*seen[0][:2], batch.cond)
     noise = method._generator(0)
     torch.randn(batch.x0.shape, generator=noise)  # where it began
-    again = method.student.process.diffuse(first, torch.randn(batch.x0.shape, generator=noise), seen[1][1])
+    again = method.student.process.diffuse(
+        first, torch.randn(batch.x0.shape, generator=noise), seen[1][1]
+    )
     torch.testing.assert_close(seen[1][0], again)
 
 
@@ -245,7 +294,9 @@ def place(method, luck):
 
 def test_refinement_joins_steps_one_after_another(teachers):
     levels = [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5]]
-    method = tiny.nitrofusion(teachers("mmdit"), options={"levels": levels, "refine": [0, 3, 6], "keep": 0.5})
+    method = tiny.nitrofusion(
+        teachers("mmdit"), options={"levels": levels, "refine": [0, 3, 6], "keep": 0.5}
+    )
     found = {}
     for method.iteration in range(3000):
         done, now = method._place()
@@ -260,7 +311,9 @@ def test_refinement_joins_steps_one_after_another(teachers):
 def test_noise_that_made_the_sample_is_where_the_student_begins(teachers):
     method = tiny.nitrofusion(teachers("mmdit"))
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    batch = method._embedded({"x0": torch.zeros(2, 4, 16, 16), "noise": noise, "caption": tiny.CAPTIONS[:2]})
+    batch = method._embedded(
+        {"x0": torch.zeros(2, 4, 16, 16), "noise": noise, "caption": tiny.CAPTIONS[:2]}
+    )
     with torch.no_grad():
         expected = method.student.x0(noise, torch.ones(2), batch.cond)
         torch.testing.assert_close(method.fake(batch, method._generator(0))["x0_hat"], expected)
@@ -292,7 +345,9 @@ def test_student_starts_as_the_teacher_and_shares_nothing_with_it(teacher):
     t = torch.tensor([1.0, 0.5])
     with torch.no_grad():
         before = teacher.x0(batch.x0, t, batch.cond)
-        torch.testing.assert_close(method.student.x0(batch.x0, t, batch.cond), before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            method.student.x0(batch.x0, t, batch.cond), before, rtol=0, atol=1e-6
+        )
         tiny.shake(method.student, 9)
         assert torch.equal(teacher.x0(batch.x0, t, batch.cond), before)
         assert not torch.allclose(method.student.x0(batch.x0, t, batch.cond), before, atol=1e-2)
@@ -324,16 +379,22 @@ def test_a_method_file_is_short_and_holds_only_the_method(path):
     assert len(text.splitlines()) <= 150
     code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
     code = re.sub(r"device=[\w.]+\.device", "", code)  # where noise is drawn
-    found = re.findall(r"\w*(?:optimi[sz]er|device|logger|hydra|cfg|config|checkpoint|backward|wandb)\w*", code)
+    found = re.findall(
+        r"\w*(?:optimi[sz]er|device|logger|hydra|cfg|config|checkpoint|backward|wandb)\w*", code
+    )
     assert found == []
 
 
 def paired(batch):
     """With the noise that its samples, or so it says, were made from."""
-    return replace(batch, noise=torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(5)))
+    return replace(
+        batch, noise=torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(5))
+    )
 
 
-def test_the_opening_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path, shards, monkeypatch):
+def test_the_opening_comes_first_and_the_heads_join_at_its_end(
+    teachers, tmp_path, shards, monkeypatch
+):
     """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then adversarial alone."""
     monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
     method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 4, "refine": [0]}, rate=1e-4)
@@ -344,15 +405,24 @@ def test_the_opening_comes_first_and_the_heads_join_at_its_end(teachers, tmp_pat
         moments = len(method._players()[1].optimizer.state)
         result = update(batches, fakes, optimizer)
         seen.append(
-            (moments > 0, sorted(k for k in method._log if k.startswith("g/") and "_" not in k and k != "g/lr"))
+            (
+                moments > 0,
+                sorted(
+                    k for k in method._log if k.startswith("g/") and "_" not in k and k != "g/lr"
+                ),
+            )
         )
         return result
 
     method._update_student = watched
     batch = paired(tiny.simple_batch(method))
-    terms = method.student_loss(batch, fake := method.fake(batch, method._generator(0)), method._generator(0))
+    terms = method.student_loss(
+        batch, fake := method.fake(batch, method._generator(0)), method._generator(0)
+    )
     torch.testing.assert_close(terms["regression"], (fake["x0_hat"] - batch.x0).square().mean())
-    tiny.trainer(tmp_path, 6).fit(method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0))
+    tiny.trainer(tmp_path, 6).fit(
+        method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0)
+    )
     assert [learnt for learnt, _ in seen] == [False, False, True, True, True, True]
     assert [terms for _, terms in seen] == [["g/regression"]] * 4 + [["g/adv"]] * 2
 
@@ -372,7 +442,9 @@ def test_what_only_some_iterations_have_is_logged_of_them_alone(teachers, tmp_pa
 def test_the_opening_can_hear_the_teacher_too(teachers):
     """2 alpha(t) |x0_hat - x_psi|^2 besides the pairs, with the guided estimate written out."""
     teacher, low = teachers("mmdit"), ScoreDistillation(guidance=3.0, low=0.4, high=0.6)
-    method = tiny.nitrofusion(teacher, options={"opening": 200, "distill": low, "distill_weight": 2.0})
+    method = tiny.nitrofusion(
+        teacher, options={"opening": 200, "distill": low, "distill_weight": 2.0}
+    )
     batch = paired(tiny.simple_batch(method))
     fake = method.fake(batch, method._generator(0))
     terms = method.student_loss(batch, fake, torch.Generator().manual_seed(3))

@@ -64,7 +64,10 @@ def test_kid_of_all_samples_is_the_unbiased_estimate_by_hand():
         return (sum(a * b for a, b in zip(x.tolist(), y.tolist(), strict=True)) / 4 + 1) ** 3
 
     n = len(real)
-    same = [sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1)) for x in (real, fake)]
+    same = [
+        sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        for x in (real, fake)
+    ]
     cross = sum(k(x, y) for x in real for y in fake) / n**2
     found = scores.Kid(network="x", subsets=3)(fake, real, 1.0)
     assert found["kid"] == pytest.approx(sum(same) - 2 * cross, rel=1e-9)
@@ -85,7 +88,9 @@ def test_kid_draws_its_subsets_from_its_own_seed_and_leaves_the_global_one():
 def test_kid_is_computed_by_one_process_of_several(monkeypatch):
     """A run of several judges itself in the first alone: nobody would answer."""
     monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
-    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", lambda *_, **__: pytest.fail("asked the others"))
+    monkeypatch.setattr(
+        "torchmetrics.metric.gather_all_tensors", lambda *_, **__: pytest.fail("asked the others")
+    )
     found = scores.Kid(network="x", subsets=3)(normal(9, 4), normal(9, 4, seed=1), 1.0)
     assert math.isfinite(found["kid"])
 
@@ -94,11 +99,15 @@ def test_mmd_is_that_of_its_definition():
     a, b = normal(7, 3).double(), normal(5, 3, seed=1).double() + 1
 
     def mean(x, y):
-        return sum(math.exp(-(p - q).square().sum().item() / (2 * 4.0)) for p in x for q in y) / (len(x) * len(y))
+        return sum(math.exp(-(p - q).square().sum().item() / (2 * 4.0)) for p in x for q in y) / (
+            len(x) * len(y)
+        )
 
     expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
     assert distances.mmd(a, b, bandwidth=2.0) == pytest.approx(expected, rel=1e-9)
-    assert scores.Mmd(network="x", bandwidth=2.0)(a, b, 1.0) == pytest.approx(1000 * expected, rel=1e-9)
+    assert scores.Mmd(network="x", bandwidth=2.0)(a, b, 1.0) == pytest.approx(
+        1000 * expected, rel=1e-9
+    )
     assert distances.mmd(a, a) == pytest.approx(0, abs=1e-12)
 
 
@@ -109,7 +118,10 @@ def test_manifolds_by_brute_force():
         return [sorted((p - q).norm().item() for q in points)[k] for p in points]
 
     def inside(points, members):
-        return [[(p - m).norm().item() <= r for m, r in zip(members, radii(members), strict=True)] for p in points]
+        return [
+            [(p - m).norm().item() <= r for m, r in zip(members, radii(members), strict=True)]
+            for p in points
+        ]
 
     fakes, reals = inside(fake, real), inside(real, fake)
     expected = {
@@ -134,9 +146,14 @@ def test_density_and_coverage_of_the_data_itself_and_too_few():
 
 
 def test_alignment_and_variety_by_hand():
-    pictures, captions = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    pictures, captions = (
+        torch.tensor([[0.6, 0.8], [1.0, 0.0]]),
+        torch.tensor([[1.0, 0.0], [0.8, 0.6]]),
+    )
     assert scores.Alignment(network="x")(pictures, captions, 50.0) == pytest.approx((0.6 + 0.8) / 2)
-    assert scores.Alignment(network="x", scaled=True)(pictures, captions, 50.0) == pytest.approx(50 * 0.7)
+    assert scores.Alignment(network="x", scaled=True)(pictures, captions, 50.0) == pytest.approx(
+        50 * 0.7
+    )
     groups = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]])
     assert scores.Variety(network="x")(pictures, groups, 1.0) == pytest.approx(2.5)
 
@@ -168,9 +185,13 @@ def test_inception_is_that_of_torch_fidelity(tmp_path, monkeypatch):
         reference = theirs.FeatureExtractorInceptionV3("inception", ["2048"])
     torch.save(reference.state_dict(), tmp_path / "weights.pth")
     network = loaded(networks.Inception(str(tmp_path / "weights.pth")))
-    pictures = torch.randint(0, 256, (2, 3, 299, 299), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures = torch.randint(
+        0, 256, (2, 3, 299, 299), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     (expected,) = reference(pictures)
-    shown = torch.stack([network.prepare(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures])
+    shown = torch.stack(
+        [network.prepare(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures]
+    )
     found = network.images(shown)
     assert found.shape == (2, 2048)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -191,7 +212,9 @@ def test_clip_agrees_with_the_model_on_its_own_processor(places, picture):
     network = loaded(networks.Clip(str(places["clip"])))
     model = transformers.CLIPModel.from_pretrained(places["clip"]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(places["clip"])
-    pixels = transformers.AutoImageProcessor.from_pretrained(places["clip"])(picture, return_tensors="pt").pixel_values
+    pixels = transformers.AutoImageProcessor.from_pretrained(places["clip"])(
+        picture, return_tensors="pt"
+    ).pixel_values
     said = ["a red star", "two blue circles on white"]
     words = tokenizer(said, padding="max_length", max_length=24, return_tensors="pt")
     with torch.no_grad():
@@ -234,7 +257,9 @@ def test_a_network_out_of_reach_is_one_sentence(tmp_path):
         networks.OpenClip("ViT-g-14"),
         networks.OpenClip("ViT-H-14", pretrained="HPS_v2.1_compressed.pt"),
     ):
-        with pytest.raises(ValueError, match=r"^metrics\.networks: the weights of .* cannot be read \(") as error:
+        with pytest.raises(
+            ValueError, match=r"^metrics\.networks: the weights of .* cannot be read \("
+        ) as error:
             network.load()
         assert "\n" not in str(error.value)
 
@@ -267,10 +292,15 @@ def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
 
 def test_features_of_a_folder_in_any_batches_and_halves(places, tmp_path):
     """What is exact over processes: each picture's features are its own, whoever computes them."""
-    network, paths = loaded(networks.Dinov2(str(places["dinov2"]), size=64)), in_folder(places["coco"] / "val2017")
+    network, paths = (
+        loaded(networks.Dinov2(str(places["dinov2"]), size=64)),
+        in_folder(places["coco"] / "val2017"),
+    )
     how = {"workers": 0, "device": CPU}
     whole = features(paths, network, tmp_path / "a", batch_size=8, **how)
-    halves = [features(p, network, tmp_path / "b", batch_size=3, **how) for p in (paths[:5], paths[5:])]
+    halves = [
+        features(p, network, tmp_path / "b", batch_size=3, **how) for p in (paths[:5], paths[5:])
+    ]
     torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-5, atol=1e-5)
     loader = features(paths, network, tmp_path / "c", batch_size=8, workers=1, device=CPU)
     assert torch.equal(loader, whole)
@@ -302,7 +332,9 @@ def test_pictures_are_read_as_in_training(monkeypatch, tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "sideways.jpg", exif=exif)
     Image.fromarray(clear).save(tmp_path / "clear.png")
     Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(tmp_path / "grey.png")
-    Image.new("RGB", (8, 4)).save(tmp_path / "grid.png")  # of distill.sample: no picture, but all of them
+    Image.new("RGB", (8, 4)).save(
+        tmp_path / "grid.png"
+    )  # of distill.sample: no picture, but all of them
     clear, grey, sideways = map(opened, in_folder(tmp_path))
     with monkeypatch.context() as patch:  # Pillow, of an EXIF block that is damaged
         patch.setattr("distill.files.ImageOps.exif_transpose", lambda _: struct.unpack("I", b""))
@@ -329,11 +361,15 @@ def test_the_centred_square_of_a_picture(places, tmp_path):
 
 def test_the_centred_square_is_made_of_the_pictures_own_pixels(places, tmp_path):
     """Also where its corner would lie between two pixels, as of COCO's 640 x 427."""
-    columns = np.arange(61, dtype=np.uint8) % 2 * 255  # any resampling at half a pixel makes them grey
+    columns = (
+        np.arange(61, dtype=np.uint8) % 2 * 255
+    )  # any resampling at half a pixel makes them grey
     Image.fromarray(np.tile(columns[None, :, None], (30, 1, 3))).save(tmp_path / "odd.png")
     network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
     seen = []
-    network.prepare = lambda picture: seen.append(np.unique(picture).tolist()) or networks.clean(picture, 28)
+    network.prepare = lambda picture: (
+        seen.append(np.unique(picture).tolist()) or networks.clean(picture, 28)
+    )
     features(in_folder(tmp_path), network, tmp_path / "cache", device=CPU)
     assert seen == [[0, 255]]
 
@@ -352,7 +388,10 @@ def test_coco_that_is_not_whole(places, tmp_path):
         coco(str(tmp_path), 5)
     folder = eyes.write_coco(tmp_path / "coco")
     (folder / "val2017" / "000000000102.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 8 pictures are not there, the first val2017/000000000102\.jpg; unpack"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 8 pictures are not there, the first val2017/000000000102\.jpg; unpack",
+    ):
         coco(str(folder), None)
     (folder / "annotations" / "captions_val2017.json").write_text(
         json.dumps({"images": [{"id": 1}], "annotations": []})

@@ -14,8 +14,14 @@ import tiny
 @pytest.fixture
 def smoke(command, pipelines, shards, tmp_path):
     def run(*arguments, family="mmdit", data=None):
-        where = [f"teacher.path={pipelines(family)}", f"data.path={data or shards}", f"run_dir={tmp_path / 'run'}"]
-        code, out, err = command("run", *arguments, "debug=smoke", *where, *([] if data else ["~metrics"]))
+        where = [
+            f"teacher.path={pipelines(family)}",
+            f"data.path={data or shards}",
+            f"run_dir={tmp_path / 'run'}",
+        ]
+        code, out, err = command(
+            "run", *arguments, "debug=smoke", *where, *([] if data else ["~metrics"])
+        )
         assert code == 0, err
         return tmp_path / "run", out
 
@@ -39,12 +45,18 @@ CROSSES = {
 FAST = ("nitrofusion", "ladd with the pool")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CROSSES])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CROSSES]
+)
 def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
-    folder, _ = smoke(*CROSSES[name], family="unet" if "teacher=shapes_unet" in CROSSES[name] else "mmdit")
+    folder, _ = smoke(
+        *CROSSES[name], family="unet" if "teacher=shapes_unet" in CROSSES[name] else "mmdit"
+    )
     pipeline = AutoPipelineForText2Image.from_pretrained(folder / "student", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(tiny.CAPTIONS[0], num_inference_steps=1, guidance_scale=0.0, output_type="pt").images
+    picture = pipeline(
+        tiny.CAPTIONS[0], num_inference_steps=1, guidance_scale=0.0, output_type="pt"
+    ).images
     assert picture.shape == (1, 3, 64, 64)
     assert picture.isfinite().all()
 
@@ -52,7 +64,9 @@ def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
 @pytest.mark.slow
 def test_a_few_step_teacher_is_all_it_needs(smoke, teachers, tmp_path):
     save_file(teachers("mmdit").network.model.state_dict(), tmp_path / "few.safetensors")
-    folder, _ = smoke("experiment=nitrofusion_few_step_shapes", f"teacher.weights={tmp_path / 'few.safetensors'}")
+    folder, _ = smoke(
+        "experiment=nitrofusion_few_step_shapes", f"teacher.weights={tmp_path / 'few.safetensors'}"
+    )
     assert (folder / "student" / "model_index.json").is_file()
 
 
@@ -68,4 +82,6 @@ def test_regression_on_pairs_needs_pairs(teachers):
     method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 200})
     batch = replace(tiny.simple_batch(method, 2), noise=None)
     with pytest.raises(ValueError, match="method.pairs_weight needs the noise"):
-        method.student_loss(batch, method.fake(batch, method._generator(0)), method._generator(0, stream=0))
+        method.student_loss(
+            batch, method.fake(batch, method._generator(0)), method._generator(0, stream=0)
+        )

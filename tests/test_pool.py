@@ -30,7 +30,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def maps(n: int = 6) -> list[torch.Tensor]:
     sides = {"global.a": 8, "global.b": 8, "local.a": 4, "local.c": 1}
-    return [torch.randn(n, c, sides[name], sides[name], generator=generator(c)) for name, c in CHANNELS.items()]
+    return [
+        torch.randn(n, c, sides[name], sides[name], generator=generator(c))
+        for name, c in CHANNELS.items()
+    ]
 
 
 def at(level: float, n: int = 6) -> torch.Tensor:
@@ -40,7 +43,10 @@ def at(level: float, n: int = 6) -> torch.Tensor:
 def test_heads_are_dealt_out_evenly_to_maps_and_levels():
     pool = make()
     assert len(pool.heads) == 100
-    assert sorted(Counter(len(members) for members in pool.members.values()).items()) == [(6, 12), (7, 4)]
+    assert sorted(Counter(len(members) for members in pool.members.values()).items()) == [
+        (6, 12),
+        (7, 4),
+    ]
     every = [i for members in pool.members.values() for i in members]
     assert sorted(every) == list(range(100))  # each head belongs to one place
     assert len(make(size=1).heads) == 16  # no fewer than there are places
@@ -53,7 +59,9 @@ def test_draws_are_even_and_a_function_of_the_generator():
     for place, members in pool.members.items():
         shares = torch.tensor([seen[i] for i in members]) / 2000
         assert sum(seen[i] for i in members) == 2000, place  # one head a draw
-        assert (shares - 1 / len(members)).abs().max() < 0.045  # five standard errors of a share of 1/6
+        assert (
+            shares - 1 / len(members)
+        ).abs().max() < 0.045  # five standard errors of a share of 1/6
     assert pool.draw(generator(7)).chosen == pool.draw(generator(7)).chosen
     assert pool.draw(generator(7)).chosen != pool.draw(generator(8)).chosen
 
@@ -69,10 +77,17 @@ def one_by_one(pool: Pool, head: int, x: torch.Tensor) -> torch.Tensor:
         position += parameter.numel()
 
     for wide in (channels, 16):
-        convolution, norm = nn.Conv2d(wide, 16, 4, stride=2, padding=1, bias=False), nn.GroupNorm(1, 16)
+        convolution, norm = (
+            nn.Conv2d(wide, 16, 4, stride=2, padding=1, bias=False),
+            nn.GroupNorm(1, 16),
+        )
         for parameter in (convolution.weight, norm.weight, norm.bias):
             take(parameter)
-        layers += [nn.ZeroPad2d((0, 1, 0, 1)) if x.shape[-1] < 2 or wide == 16 and x.shape[-1] < 4 else nn.Identity()]
+        layers += [
+            nn.ZeroPad2d((0, 1, 0, 1))
+            if x.shape[-1] < 2 or wide == 16 and x.shape[-1] < 4
+            else nn.Identity()
+        ]
         layers += [convolution, norm, nn.SiLU()]
     last = nn.Conv2d(16, 1, 1)
     take(last.weight)
@@ -92,8 +107,16 @@ def test_stacked_heads_say_what_each_says_alone(level):
         expected = one_by_one(pool, critic.chosen[place, name], x)
         expected = expected.mean(1, keepdim=True) if name.startswith("global") else expected
         torch.testing.assert_close(logits, expected)
-    assert [part.shape[1] for part in found] == [1, 1, 1, 1]  # of a map of 4 x 4 two layers leave one place
-    assert [part.shape[1] for part in critic.split(critic([m[..., :4, :4] for m in inputs], at(level), told))][:2] == [
+    assert [part.shape[1] for part in found] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # of a map of 4 x 4 two layers leave one place
+    assert [
+        part.shape[1]
+        for part in critic.split(critic([m[..., :4, :4] for m in inputs], at(level), told))
+    ][:2] == [
         1,
         1,
     ]
@@ -135,14 +158,18 @@ def test_refresh_replaces_its_share_by_heads_like_the_first(rate):
         count += len(gone)
         changed = [p for p, old in zip(pool.heads, before, strict=True) if not torch.equal(p, old)]
         assert {id(p) for p in changed} == {id(p) for p in gone}
-        assert all(p.abs().max() <= 1 for p in gone)  # torch's layers begin so, and shaken ones are far beyond
+        assert all(
+            p.abs().max() <= 1 for p in gone
+        )  # torch's layers begin so, and shaken ones are far beyond
         for p, old in zip(pool.heads, before, strict=True):
             p.data.copy_(old)
     expected = rate * 100 * times
     assert abs(count - expected) <= 5 * (expected * (1 - rate)) ** 0.5
 
 
-@pytest.mark.parametrize("bad", [{"levels": []}, {"levels": [0.0]}, {"refresh": 1.1}, {"width": 12}, {"layers": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"levels": []}, {"levels": [0.0]}, {"refresh": 1.1}, {"width": 12}, {"layers": 0}]
+)
 def test_what_cannot_be_a_pool_is_refused(bad):
     with pytest.raises(ValueError, match=r"discriminator\.heads: .*" + next(iter(bad))):
         make(**bad)
@@ -199,7 +226,9 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
     assert sum(map(len, refreshed)) > 0
     gone = {id(p) for p in refreshed[-1]}
     state = running.strategy.optimizers[1].state
-    assert not [p for p in method.heads.heads if id(p) in gone and p in state]  # cleared, and not drawn since
+    assert not [
+        p for p in method.heads.heads if id(p) in gone and p in state
+    ]  # cleared, and not drawn since
 
 
 def test_draws_differ_between_iterations_and_not_between_players(teachers):
@@ -218,7 +247,9 @@ def test_tasks_see_the_whole_the_patch_and_the_patch_untold(teacher):
     features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     batch = tiny.simple_batch(tiny.ladd(teacher), 3)
     t = torch.tensor([0.3, 0.5, 0.7])
-    found = dict(zip(features.channels, features(batch.x0, t, batch.cond, generator(5)), strict=True))
+    found = dict(
+        zip(features.channels, features(batch.x0, t, batch.cond, generator(5)), strict=True)
+    )
     tap = teacher.encoder[-1]
     whole = teacher.features(batch.x0, t, batch.cond, [tap])[0]
     torch.testing.assert_close(found[f"global.{tap}"], whole)
@@ -250,13 +281,21 @@ def test_the_encoder_of_a_unet_is_what_it_hands_across(teachers):
         lambda _m, _a, kwargs: seen.update(middle=kwargs["hidden_states"]), with_kwargs=True
     )
     calls = []
-    hooks = [b.register_forward_hook(lambda _m, _i, out: calls.extend(out[1])) for b in model.down_blocks]
+    hooks = [
+        b.register_forward_hook(lambda _m, _i, out: calls.extend(out[1])) for b in model.down_blocks
+    ]
     teacher.x0(batch.x0, t, batch.cond)
     for hook in (up, *hooks):
         hook.remove()
-    found = dict(zip(teacher.encoder, teacher.features(batch.x0, t, batch.cond, teacher.encoder), strict=True))
+    found = dict(
+        zip(
+            teacher.encoder, teacher.features(batch.x0, t, batch.cond, teacher.encoder), strict=True
+        )
+    )
     assert teacher.encoder == ["in", "down0.0", "down0.1", "down1.0", "mid"]
     for name, expected in zip(("down0.0", "down0.1", "down1.0"), calls, strict=True):
         torch.testing.assert_close(found[name], expected)
     torch.testing.assert_close(found["mid"], seen["middle"])
-    assert {name: m.shape[1] for name, m in found.items()} == {k: teacher.channels[k] for k in teacher.encoder}
+    assert {name: m.shape[1] for name, m in found.items()} == {
+        k: teacher.channels[k] for k in teacher.encoder
+    }

@@ -49,7 +49,9 @@ def test_every_stage_leaves_its_models_and_a_card(made):
     assert list(scores) == list(STAGES)
     assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
     assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 4"}
-    assert all(set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values())
+    assert all(
+        set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values()
+    )
     assert {p.name for p in made.iterdir()} == {
         "mmdit", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
     }  # fmt: skip
@@ -77,7 +79,8 @@ def test_feature_networks_and_latents_open(made):
 
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     net, clip = (
-        c.from_pretrained(made / n) for c, n in ((Dinov2Model, "vit"), (CLIPVisionModelWithProjection, "clip_vision"))
+        c.from_pretrained(made / n)
+        for c, n in ((Dinov2Model, "vit"), (CLIPVisionModelWithProjection, "clip_vision"))
     )
     assert net.dtype == clip.dtype == torch.float32
     assert net(x).last_hidden_state.shape == (2, 65, 128)
@@ -106,7 +109,9 @@ def test_a_stage_begun_with_other_settings_is_refused(made):
 def test_ones_own_pictures_need_no_shapes(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(256):
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
         (tmp_path / f"{i}.txt").write_text(f"noise number {i}")
     models = run(
         f"out={tmp_path / 'out'}",
@@ -115,9 +120,14 @@ def test_ones_own_pictures_need_no_shapes(tmp_path):
         "stages=[data,clip,vae,latents,reader,mmdit,shards]",
     )
     assert not (models / "reader").exists()
-    numbers = [int(caption.split()[-1]) for caption in json.loads((tmp_path / "out" / "captions.json").read_text())]
+    numbers = [
+        int(caption.split()[-1])
+        for caption in json.loads((tmp_path / "out" / "captions.json").read_text())
+    ]
     assert sorted(numbers) == list(range(256))
-    assert max(numbers[-20:]) - min(numbers[-20:]) > 100, "what is held out is not drawn from everywhere"
+    assert max(numbers[-20:]) - min(numbers[-20:]) > 100, (
+        "what is held out is not drawn from everywhere"
+    )
     assert LatentShards(str(models / "latents")).shape == (4, 10, 10)
 
 
@@ -163,15 +173,30 @@ class Killed(Exception):
 def little(out: Path, stop: int | None = None, **kind: Any) -> nn.Module:
     """A net trained on a moving goal; with `stop`, killed at the beginning of that step."""
     torch.manual_seed(0)
-    net, data = nn.ModuleDict({"blocks": nn.Linear(6, 6), "last": nn.Linear(6, 2)}), torch.randn(50, 6)
+    net, data = (
+        nn.ModuleDict({"blocks": nn.Linear(6, 6), "last": nn.Linear(6, 2)}),
+        torch.randn(50, 6),
+    )
 
-    def objective(step: int, index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def objective(
+        step: int, index: torch.Tensor, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
         if step == stop:
             raise Killed
         x = data[index] + 0.1 * torch.randn(8, 6, generator=generator)
         return {"mse": (net["last"](net["blocks"](x).tanh()) - x[:, :2]).square().mean()}
 
-    fit = Fit(name="little", out=out, seed=3, steps=12, batch_size=8, lr=1e-2, warmup=3, save_every=4, **kind)
+    fit = Fit(
+        name="little",
+        out=out,
+        seed=3,
+        steps=12,
+        batch_size=8,
+        lr=1e-2,
+        warmup=3,
+        save_every=4,
+        **kind,
+    )
     return fit(net, objective, samples=len(data))
 
 
@@ -193,12 +218,16 @@ def tokenizer():
     return text.train_tokenizer(captions, length=25)
 
 
-@pytest.mark.parametrize("caption", ["a zebra in Zürich", "日本 ~|\t§", "x" * 500, "a red " * 40, "", "🦓"])
+@pytest.mark.parametrize(
+    "caption", ["a zebra in Zürich", "日本 ~|\t§", "x" * 500, "a red " * 40, "", "🦓"]
+)
 def test_the_tokenizer_has_a_word_for_everything(tokenizer, caption):
     (ids,) = text.tokenize(tokenizer, [caption]).tolist()
     assert len(ids) == 25
     assert max(ids) < len(tokenizer)
-    end = ids.index(tokenizer.eos_token_id)  # the end is met once, after all that was said: nothing unknown maps to it
+    end = ids.index(
+        tokenizer.eos_token_id
+    )  # the end is met once, after all that was said: nothing unknown maps to it
     assert ids[0] == tokenizer.bos_token_id
     assert set(ids[end:]) <= {tokenizer.eos_token_id, tokenizer.pad_token_id}
     pieces = tokenizer.tokenize(caption)
@@ -211,7 +240,9 @@ def test_the_tokenizer_has_a_word_for_everything(tokenizer, caption):
 def test_captions_of_shapes_fit(tokenizer):
     captions = [draw_prompt(np.random.default_rng([1, i])).caption for i in range(500)]
     assert max(len(ids) for ids in tokenizer(captions).input_ids) <= 25
-    assert len({tuple(ids) for ids in text.tokenize(tokenizer, captions).tolist()}) == len(set(captions))
+    assert len({tuple(ids) for ids in text.tokenize(tokenizer, captions).tolist()}) == len(
+        set(captions)
+    )
 
 
 def test_standardising_leaves_pictures_alone():
@@ -236,7 +267,9 @@ def test_standardising_leaves_pictures_alone():
 
 def test_the_silent_encoder_says_exactly_nothing():
     encoder, tokenizer = silent_t5(32)
-    ids = tokenizer(["a red star", ""], padding="max_length", max_length=8, return_tensors="pt").input_ids
+    ids = tokenizer(
+        ["a red star", ""], padding="max_length", max_length=8, return_tensors="pt"
+    ).input_ids
     output = encoder(ids).last_hidden_state
     assert output.shape == (2, 8, 32)
     assert not output.any()
@@ -276,7 +309,9 @@ def test_guesses_of_hidden_patches_by_hand(side):
     ]
     torch.testing.assert_close(losses["patches"], torch.stack(off).abs().mean())
     small = F.interpolate(x, scale_factor=0.25, mode="area")
-    torch.testing.assert_close(losses["whole"], (net.of_whole(tokens[:, 0]).view_as(small) - small).abs().mean())
+    torch.testing.assert_close(
+        losses["whole"], (net.of_whole(tokens[:, 0]).view_as(small) - small).abs().mean()
+    )
     hidden = masked.view(2, 1, 8, 8).repeat_interleave(p, 2).repeat_interleave(p, 3)
     other = torch.where(hidden, torch.rand_like(x), x)
     assert torch.equal(net.vit(other, bool_masked_pos=masked).last_hidden_state, tokens)

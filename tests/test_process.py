@@ -11,7 +11,9 @@ STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "
 
 
 def stable_diffusion_table() -> torch.Tensor:
-    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    return torch.cumprod(
+        1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+    )
 
 
 PROCESSES = {
@@ -27,14 +29,18 @@ def process(request) -> Process:
     return request.param
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x0 and eps."""
     generator = torch.Generator().manual_seed(seed)
     x0, eps = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     return x0, eps
 
 
-def predict(prediction: str, x0: torch.Tensor, eps: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):
+def predict(
+    prediction: str, x0: torch.Tensor, eps: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+):
     """What an ideal network of each kind says, written out from the definitions."""
     return {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0, "flow": eps - x0}[prediction]
 
@@ -74,8 +80,12 @@ def test_levels_run_from_data_to_noise(process):
 def test_rectified_flow_closed_form(shift):
     process = RectifiedFlow(shift)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    torch.testing.assert_close(process.sigma(t), shift * t / (1 + (shift - 1) * t), rtol=1e-14, atol=0)
-    torch.testing.assert_close(process.alpha(t) + process.sigma(t), torch.ones_like(t), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        process.sigma(t), shift * t / (1 + (shift - 1) * t), rtol=1e-14, atol=0
+    )
+    torch.testing.assert_close(
+        process.alpha(t) + process.sigma(t), torch.ones_like(t), rtol=1e-15, atol=0
+    )
 
 
 @pytest.mark.parametrize("shift", [hundredths / 100 for hundredths in range(10, 800, 13)])
@@ -96,10 +106,18 @@ def test_unshifted_flow_is_t_itself():
 def test_variance_is_preserved_and_interpolation_is_linear_in_alpha():
     process = PROCESSES["vp"]
     t = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), rtol=0, atol=1e-14
+    )
     root = stable_diffusion_table().sqrt()
-    between = torch.tensor([0.25 / 1000, (41 + 0.25) / 1000, (999 + 0.75) / 1000], dtype=torch.float64)
-    expected = [0.75 + 0.25 * root[0], 0.75 * root[40] + 0.25 * root[41], 0.25 * root[998] + 0.75 * root[999]]
+    between = torch.tensor(
+        [0.25 / 1000, (41 + 0.25) / 1000, (999 + 0.75) / 1000], dtype=torch.float64
+    )
+    expected = [
+        0.75 + 0.25 * root[0],
+        0.75 * root[40] + 0.25 * root[41],
+        0.25 * root[998] + 0.75 * root[999],
+    ]
     torch.testing.assert_close(process.alpha(between), torch.stack(expected), rtol=0, atol=1e-12)
 
 
@@ -138,7 +156,9 @@ def test_ddpm_scheduler_agrees_on_noising_and_velocity():
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize(("prediction", "theirs"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+@pytest.mark.parametrize(
+    ("prediction", "theirs"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
+)
 def test_ddim_scheduler_agrees_on_the_clean_estimate(prediction, theirs, zero_snr):
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=1000,
@@ -165,7 +185,9 @@ def test_ddpm_table_with_zero_terminal_snr_agrees():
     alpha = process.alpha(process.time(torch.arange(1000)))
     torch.testing.assert_close(alpha, scheduler.alphas_cumprod.sqrt(), rtol=0, atol=1e-5)
     assert alpha[-1] == 0
-    torch.testing.assert_close(alpha[0], stable_diffusion_table()[0].sqrt().float(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        alpha[0], stable_diffusion_table()[0].sqrt().float(), rtol=1e-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -177,7 +199,9 @@ def test_flow_match_scheduler_agrees(shift):
     x0, eps = draw(3, 4, 3, 3, dtype=torch.float32)
     chosen = torch.tensor([0, 400, 990])
     noised = scheduler.scale_noise(x0, scheduler.timesteps[chosen], eps)
-    torch.testing.assert_close(process.diffuse(x0, eps, unshifted[chosen]), noised, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        process.diffuse(x0, eps, unshifted[chosen]), noised, rtol=0, atol=1e-5
+    )
 
 
 def test_flow_match_euler_steps_reach_what_x0_says():
@@ -225,7 +249,9 @@ def test_eps_at_pure_noise_is_refused_and_the_rest_is_fine(name):
 def test_eps_at_the_last_step_of_stable_diffusion_is_fine():
     x0, eps = draw(1, 3)
     x_t = PROCESSES["vp"].diffuse(x0, eps, torch.ones(1))
-    torch.testing.assert_close(PROCESSES["vp"].to_x0(eps, x_t, torch.ones(1), "eps"), x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        PROCESSES["vp"].to_x0(eps, x_t, torch.ones(1), "eps"), x0, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
@@ -275,5 +301,7 @@ def test_flow_time_names_the_same_ratio_on_the_sd_schedule() -> None:
     tau = torch.tensor([0.25, 0.5, 0.73, 0.9], dtype=torch.float64)
     t = process.from_flow_time(tau)
     torch.testing.assert_close(process.sigma(t) / process.alpha(t), tau / (1 - tau))
-    torch.testing.assert_close(process.index(t), torch.tensor([95, 354, 647, 914]), atol=1, rtol=0)  # .73 is rounded
+    torch.testing.assert_close(
+        process.index(t), torch.tensor([95, 354, 647, 914]), atol=1, rtol=0
+    )  # .73 is rounded
     assert process.from_flow_time(torch.tensor([0.99, 1.0])).tolist() == [1.0, 1.0]

@@ -36,7 +36,11 @@ SMALL = {
     "teacher=sdxl": ["teacher.dtype=float32"],
     "teacher.path=mine.safetensors": ["teacher.config={sdxl}", "teacher.dtype=float32"],
     "teacher=sd3": ["teacher.path={sd3}", "teacher.dtype=float32", "steps=2"],
-    "experiment=sd3_turbo": ["teacher.path={sd3}", "teacher.dtype=float32", "discriminator.heads.width=16"],
+    "experiment=sd3_turbo": [
+        "teacher.path={sd3}",
+        "teacher.dtype=float32",
+        "discriminator.heads.width=16",
+    ],
     "data.size=1024": ["data.size=64", "data.num_workers=0"],
     "data=prompts": ["data.num_workers=0"],
     "metrics=coco5k": ["metrics.prompts=8"],
@@ -44,7 +48,12 @@ SMALL = {
 }
 RUN = ["debug=smoke", "data.batch_size=2", "data.num_workers=0", "optimizer.accumulate=2"]
 # As in test_export: two steps that can be seen.
-RUN += ["optimizer.student.lr=0.01", "optimizer.warmup_steps=0", "optimizer.ema_decay=0", "~callbacks.samples"]
+RUN += [
+    "optimizer.student.lr=0.01",
+    "optimizer.warmup_steps=0",
+    "optimizer.ema_decay=0",
+    "~callbacks.samples",
+]
 
 
 def section() -> str:
@@ -52,7 +61,11 @@ def section() -> str:
 
 
 def blocks(language: str) -> list[str]:
-    return [code for name, code in re.findall(r"```(\w*)\n(.*?)```", section(), re.DOTALL) if name == language]
+    return [
+        code
+        for name, code in re.findall(r"```(\w*)\n(.*?)```", section(), re.DOTALL)
+        if name == language
+    ]
 
 
 def commands() -> list[str]:
@@ -91,7 +104,11 @@ def small(world: Path, name: str, arguments: list[str]) -> list[str]:
     more = [extra for word in arguments for extra in SMALL.get(word, [])]
     places = {name: world / "models" / name for name in ("sdxl", "sd3", "clip", "open_clip")}
     more += eyes.small(places) if name == "evaluate" else []
-    return [*arguments, *(extra.format(**places) for extra in more), *(RUN if name == "run" else [])]
+    return [
+        *arguments,
+        *(extra.format(**places) for extra in more),
+        *(RUN if name == "run" else []),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +168,10 @@ def has_pictures(world, out):
 
 def is_folder(world, out):
     assert out == "wrote fast\n"
-    index, of_run = (folder / "model_index.json" for folder in (world / "fast", world / "runs" / "mine" / "student"))
+    index, of_run = (
+        folder / "model_index.json"
+        for folder in (world / "fast", world / "runs" / "mine" / "student")
+    )
     assert index.read_bytes() == of_run.read_bytes()
 
 
@@ -159,7 +179,10 @@ def is_judged(folder: str, *rows: tuple[str, int]) -> Callable[[Path, str], None
     def check(world, out):
         found = json.loads((world / folder / "evaluation.json").read_text())["rows"]
         assert [(row["who"], row["steps"]) for row in found] == list(rows)
-        assert all(np.isfinite(row["clip_score"]) and ("fid" in row) == (folder != "evaluations/fast") for row in found)
+        assert all(
+            np.isfinite(row["clip_score"]) and ("fid" in row) == (folder != "evaluations/fast")
+            for row in found
+        )
         assert "clip score" in out
 
     return check
@@ -185,7 +208,9 @@ def is_lora(name: str, begins: str) -> Callable[[Path, str], None]:
 CHECKS: dict[tuple[str, ...], Callable[[Path, str], None]] = {
     ("check", "data.path=photos"): is_checked,
     ("cache", "out=cached"): is_cached,
-    ("run", "run_dir=runs/mine"): is_run("mine", {"teacher.path": "mine.safetensors", "method.distill_weight": 2.5}),
+    ("run", "run_dir=runs/mine"): is_run(
+        "mine", {"teacher.path": "mine.safetensors", "method.distill_weight": 2.5}
+    ),
     ("sample", "run=runs/mine"): has_pictures,
     ("export", "to=diffusers"): is_folder,
     ("export", "to=single_file"): is_single_file,
@@ -198,7 +223,9 @@ CHECKS: dict[tuple[str, ...], Callable[[Path, str], None]] = {
         "sd3_prompts", {"data.path": "prompts.txt", "method.real.guidance": 4.5}
     ),
     ("sample", "run=runs/sd3"): has_pictures,
-    ("run", "run_dir=runs/lora"): is_run("lora", {"student.checkpointing": True, "trainer.precision": "bf16-mixed"}),
+    ("run", "run_dir=runs/lora"): is_run(
+        "lora", {"student.checkpointing": True, "trainer.precision": "bf16-mixed"}
+    ),
     ("export", "out=lora.safetensors"): is_lora("lora.safetensors", "unet."),
     ("export", "out=lora_kohya.safetensors"): is_lora("lora_kohya.safetensors", "lora_unet_"),
 }
@@ -213,9 +240,13 @@ def test_every_command_of_the_section_is_covered(tmp_path):
     for check in CHECKS.values():  # one that holds where no command was run would check nothing
         with pytest.raises((AssertionError, FileNotFoundError)):
             check(tmp_path, "")
-    known = set(SMALL) | {"experiment=ladd_sdxl"}  # whose teacher another word of the command brings
+    known = set(SMALL) | {
+        "experiment=ladd_sdxl"
+    }  # whose teacher another word of the command brings
     for _, arguments in found:
-        assert {a for a in arguments if a.startswith(("teacher=", "experiment=", "teacher.path="))} <= known
+        assert {
+            a for a in arguments if a.startswith(("teacher=", "experiment=", "teacher.path="))
+        } <= known
 
 
 @pytest.mark.slow
@@ -223,15 +254,23 @@ def test_every_command_of_the_section_is_covered(tmp_path):
 def test_a_command_leaves_what_the_readme_says(line, said, world):
     """The assertions are those of its check; a command without one fails."""
     name, arguments = words_of(line)
-    checks = [check for (command, word), check in CHECKS.items() if command == name and word in arguments]
-    assert len(checks) == 1, f"{len(checks)} entries of CHECKS are for this command, and it needs one"
+    checks = [
+        check for (command, word), check in CHECKS.items() if command == name and word in arguments
+    ]
+    assert len(checks) == 1, (
+        f"{len(checks)} entries of CHECKS are for this command, and it needs one"
+    )
     checks[0](world, said[line])
 
 
 @pytest.mark.slow
 def test_its_python_draws_with_what_the_commands_left(said, world, monkeypatch):
     (code,) = blocks("python")
-    for real, little in {BASE: "models/sdxl", '.to("cuda")': "", "torch.bfloat16": "torch.float32"}.items():
+    for real, little in {
+        BASE: "models/sdxl",
+        '.to("cuda")': "",
+        "torch.bfloat16": "torch.float32",
+    }.items():
         assert real in code
         code = code.replace(real, little)
     monkeypatch.chdir(world)

@@ -43,7 +43,9 @@ class Reader(HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.loads += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")
+        ]
         self.ids += [value for name, value in attrs if name == "id"]
 
     def handle_endtag(self, tag):
@@ -67,7 +69,10 @@ def read(folder) -> tuple[str, Reader]:
 
 
 def drawings(page) -> list[str]:
-    return [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    return [
+        base64.b64decode(data).decode()
+        for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)
+    ]
 
 
 def write_run(folder, **more):
@@ -102,20 +107,41 @@ def write_metrics(folder, steps=200, heads=3):
         for step in range(1, steps + 1):
             u, noise = step / steps, draw.gauss(0, 0.15)
             gap = 1.2 * math.exp(-3 * u) + 0.3
-            row = {"step": step, "images_seen": 32 * step, "g/adv": gap / 2 + noise, "g/distill": 0.4 * math.exp(-u)}
+            row = {
+                "step": step,
+                "images_seen": 32 * step,
+                "g/adv": gap / 2 + noise,
+                "g/distill": 0.4 * math.exp(-u),
+            }
             row |= {
                 "d/adv": 2 - gap + noise,
                 "d/r1": 0.05 + abs(noise) / 5,
                 "d/real": gap / 2,
                 "d/fake": noise - gap / 2,
             }
-            row |= {"d/accuracy": min(1, 0.5 + gap / 3 + noise / 5), "g/lr": 1e-4 * min(1, 9 * u), "d/lr": 2e-4}
-            row |= {"g/grad_norm": math.exp(noise * 3), "d/grad_norm": 4 * math.exp(draw.gauss(0, 0.5))}
+            row |= {
+                "d/accuracy": min(1, 0.5 + gap / 3 + noise / 5),
+                "g/lr": 1e-4 * min(1, 9 * u),
+                "d/lr": 2e-4,
+            }
+            row |= {
+                "g/grad_norm": math.exp(noise * 3),
+                "d/grad_norm": 4 * math.exp(draw.gauss(0, 0.5)),
+            }
             for k in range(heads):
-                row |= {f"d/real_head{k}": gap * k / 3 + draw.gauss(0, 0.1), f"d/fake_head{k}": -gap / 2}
+                row |= {
+                    f"d/real_head{k}": gap * k / 3 + draw.gauss(0, 0.1),
+                    f"d/fake_head{k}": -gap / 2,
+                }
             rows.writerow(row)
             if step % 10 == 0:
-                rows.writerow({"step": step, "images_per_second": 30 + noise, "g/update_ratio": 1e-3 * math.exp(noise)})
+                rows.writerow(
+                    {
+                        "step": step,
+                        "images_per_second": 30 + noise,
+                        "g/update_ratio": 1e-3 * math.exp(noise),
+                    }
+                )
 
 
 def row(who, steps, accuracy, frechet, seconds):
@@ -137,7 +163,12 @@ def row(who, steps, accuracy, frechet, seconds):
 
 
 def write_evaluation(folder, rows=None):
-    protocol = {"prompts": 400, "seed": 0, "teacher guidance": 3.0, "feature network": "reader of shapes, 96 features"}
+    protocol = {
+        "prompts": 400,
+        "seed": 0,
+        "teacher guidance": 3.0,
+        "feature network": "reader of shapes, 96 features",
+    }
     rows = rows or [
         row("teacher", 1, 0.31, 80.25, 0.012),
         row("teacher", 4, 0.62, 30.5, 0.045),
@@ -156,10 +187,14 @@ def grid(path, columns, rows, seed=0):
     pen = ImageDraw.Draw(picture)
     for i in range(columns * rows):
         x, y = 66 * (i % columns) + 2, 66 * (i // columns) + 2
-        pen.rectangle((x, y, x + 63, y + 63), fill=draw.choice(["#dddddd", "#efe6d0", "#cfe0ee", "#303848"]))
+        pen.rectangle(
+            (x, y, x + 63, y + 63), fill=draw.choice(["#dddddd", "#efe6d0", "#cfe0ee", "#303848"])
+        )
         corner, size = draw.randrange(6, 24), draw.randrange(16, 32)
         box = (x + corner, y + corner, x + corner + size, y + corner + size)
-        (pen.ellipse if draw.random() < 0.5 else pen.rectangle)(box, fill=draw.choice(["#c33", "#2a6", "#36c", "#e90"]))
+        (pen.ellipse if draw.random() < 0.5 else pen.rectangle)(
+            box, fill=draw.choice(["#c33", "#2a6", "#36c", "#e90"])
+        )
     picture.save(path)
 
 
@@ -169,7 +204,10 @@ def write_samples(folder, frames=12):
     for i in range(frames):
         grid(samples / f"step_{200 * i:06d}.png", 8, 2, seed=i)
     grid(samples / "comparison.png", 16, 6)
-    prompts = [HOSTILE, *(f"a small red striped circle left of a large blue square, number {i}" for i in range(15))]
+    prompts = [
+        HOSTILE,
+        *(f"a small red striped circle left of a large blue square, number {i}" for i in range(15)),
+    ]
     (samples / "captions.txt").write_text("\n".join(prompts) + "\n")
 
 
@@ -193,7 +231,8 @@ def test_a_whole_run_is_one_file_that_loads_nothing(run):
 def test_the_headline_and_the_key_figures_come_from_the_rows(run):
     text = read(run)[1].text
     assert (
-        "In 1 step the student gets 93.0% of prompts right; its teacher, 95.2% in 28 steps and 31.0% in 1 step." in text
+        "In 1 step the student gets 93.0% of prompts right; its teacher, 95.2% in 28 steps and 31.0% in 1 step."
+        in text
     )
     assert "Student, prompts right 93.0% in 1 step" in text
     assert "Teacher, prompts right 95.2% in 28 steps" in text
@@ -218,7 +257,9 @@ def test_every_chart_is_drawn_on_any_background(run):
     assert len(pictures) == len(CHARTS)
     for svg in pictures:
         ElementTree.fromstring(svg)
-        assert set(re.findall(r"(?:fill|stroke): ?(#\w+)", svg)) <= COLOURS, "not seen on white and on black"
+        assert set(re.findall(r"(?:fill|stroke): ?(#\w+)", svg)) <= COLOURS, (
+            "not seen on white and on black"
+        )
     assert "head 2" in pictures[CHARTS.index("Gap by head")]
     assert reader.tags.count("img") == 8 + 1 + len(CHARTS)
     assert "Step 0" in reader.text
@@ -228,11 +269,23 @@ def test_every_chart_is_drawn_on_any_background(run):
 def test_words_of_a_vertical_axis_lie_within_the_picture():
     """Their left end by the font's own widths; which numbers stand there depends on the range."""
     font, places = FontProperties(size=8.5), []
-    for low, high in ((0.81, 4.38), (1.18, 4.39), (0, 1), (-6, 0), (0.5, 12), (-0.02, 0.03), (100, 2300), (1e-4, 3e-4)):
+    for low, high in (
+        (0.81, 4.38),
+        (1.18, 4.39),
+        (0, 1),
+        (-6, 0),
+        (0.5, 12),
+        (-0.02, 0.03),
+        (100, 2300),
+        (1e-4, 3e-4),
+    ):
         page = framed("", "", lambda axes, y=(low, high): axes.plot([0, 1], y, label="a curve"))
         ends = re.findall(r'text-anchor: end[^>]*?x="([\d.]+)"[^>]*>([^<]*)<', drawings(page)[0])
         assert len(ends) > 2
-        places += [(float(x) - TextPath((0, 0), text, prop=font).get_extents().width, text) for x, text in ends]
+        places += [
+            (float(x) - TextPath((0, 0), text, prop=font).get_extents().width, text)
+            for x, text in ends
+        ]
     assert min(places)[0] > 0, min(places)
 
 
@@ -257,7 +310,13 @@ def test_the_table_marks_the_best_of_those_with_as_many_steps(run):
 
 
 def test_text_from_the_run_stays_text(run):
-    write_run(run, name=HOSTILE, command=f"run note={HOSTILE}", versions={HOSTILE: HOSTILE}, status=HOSTILE)
+    write_run(
+        run,
+        name=HOSTILE,
+        command=f"run note={HOSTILE}",
+        versions={HOSTILE: HOSTILE},
+        status=HOSTILE,
+    )
     write_evaluation(run, [row(HOSTILE, 1, 0.5, 2.0, 1.0), row("student", 1, 0.4, 2.0, 1.0)])
     page, reader = read(run)
     assert "<script" not in page.lower()
@@ -312,10 +371,16 @@ def test_a_score_that_is_not_a_number_is_not_shown(run):
 
 
 def test_without_a_reader_the_distance_is_the_headline(run):
-    rows = [{"who": "student", "steps": 2, "frechet": 12.375}, {"who": "teacher", "steps": 2, "frechet": 80.25}]
+    rows = [
+        {"who": "student", "steps": 2, "frechet": 12.375},
+        {"who": "teacher", "steps": 2, "frechet": 80.25},
+    ]
     write_evaluation(run, rows)
     text = read(run)[1].text
-    assert "In 2 steps the student has a Fréchet distance of 12.4; its teacher, 80.2 in 2 steps." in text
+    assert (
+        "In 2 steps the student has a Fréchet distance of 12.4; its teacher, 80.2 in 2 steps."
+        in text
+    )
     assert "Student, prompts right – not measured" in text
 
 

@@ -65,14 +65,20 @@ def test_add_runs_on_every_teacher(family, sampler, command, pipelines, shards, 
         tmp_path / "run",
         [f"discriminator.features.path={tiny.vit()}", "discriminator.condition.image=features"],
     )
-    arguments = smoke_arguments(family, pipelines, shards, folder, *ADD, *eyes, f"sampler={sampler}")
+    arguments = smoke_arguments(
+        family, pipelines, shards, folder, *ADD, *eyes, f"sampler={sampler}"
+    )
     assert command("run", *arguments)[0] == 0
     rows = terms_of(folder)
     assert len(rows) == 2
-    assert all(float(row[name]) > 0 for row in rows for name in ("d/adv", "g/distill", "g/grad_norm"))
+    assert all(
+        float(row[name]) > 0 for row in rows for name in ("d/adv", "g/distill", "g/grad_norm")
+    )
     assert float(rows[0]["d/r1"]) > 0  # the second has none where the recipe says every fourth
     index = json.loads((folder / "student" / "model_index.json").read_text())
-    scheduler = {"mmdit": "FlowMatchEulerDiscreteScheduler"}.get(family, "EulerAncestralDiscreteScheduler")
+    scheduler = {"mmdit": "FlowMatchEulerDiscreteScheduler"}.get(
+        family, "EulerAncestralDiscreteScheduler"
+    )
     assert index["scheduler"] == ["diffusers", scheduler]
     start = tmp_path / "start.png"
     Image.new("RGB", (100, 80), (200, 30, 30)).save(start)
@@ -81,7 +87,10 @@ def test_add_runs_on_every_teacher(family, sampler, command, pipelines, shards, 
     (made,) = (tmp_path / "out").iterdir()
     assert Image.open(made).text["strength"] == "0.5"
     code, _, err = command("sample", *sample, "steps=1")
-    assert (code, err) == (1, "distill: steps=1 strength=0.5: their product must be at least 1; use steps=2\n")
+    assert (code, err) == (
+        1,
+        "distill: steps=1 strength=0.5: their product must be at least 1; use steps=2\n",
+    )
 
 
 def terms_of(folder):
@@ -118,7 +127,10 @@ def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
     terms = terms_of(folder)
     assert [int(float(row["step"])) for row in terms] == [1, 2]
     for row in terms:
-        assert all(np.isfinite(float(row[name])) for name in ("d/adv", "g/adv", "d/grad_norm", "g/grad_norm"))
+        assert all(
+            np.isfinite(float(row[name]))
+            for name in ("d/adv", "g/adv", "d/grad_norm", "g/grad_norm")
+        )
 
     report = (folder / "report.html").read_text()
     assert report.lstrip().lower().startswith("<!doctype html>")
@@ -131,7 +143,9 @@ def test_exported_student_of_a_run_is_its_average(family, smoke, teachers):
     from distill.build import student_of
 
     folder = smoke(family)
-    average = torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)["distill"]["ema"]
+    average = torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)["distill"][
+        "ema"
+    ]
     network = student_of(str(folder)).network
     found = dict(network.named_parameters())
     assert set(found) == set(average)
@@ -143,7 +157,9 @@ def test_exported_student_of_a_run_is_its_average(family, smoke, teachers):
 
 def test_sample_writes_the_pipeline_s_pixels_and_its_settings(family, smoke, command, tmp_path):
     folder, prompt = smoke(family), tiny.CAPTIONS[3]
-    code, out, _ = command("sample", f"run={folder}", f"prompt='{prompt}'", "seed=7", "count=2", "out=pictures")
+    code, out, _ = command(
+        "sample", f"run={folder}", f"prompt='{prompt}'", "seed=7", "count=2", "out=pictures"
+    )
     assert code == 0
     paths = [tmp_path / line for line in out.split()]
     assert sorted(paths) == sorted((tmp_path / "pictures").glob("*.png"))
@@ -153,9 +169,17 @@ def test_sample_writes_the_pipeline_s_pixels_and_its_settings(family, smoke, com
     pipeline.set_progress_bar_config(disable=True)
     for seed, path in zip((7, 8), paths, strict=True):
         picture = Image.open(path)
-        assert picture.text == {"prompt": prompt, "seed": str(seed), "steps": "1", "run": str(folder)}
+        assert picture.text == {
+            "prompt": prompt,
+            "seed": str(seed),
+            "steps": "1",
+            "run": str(folder),
+        }
         expected = pipeline(
-            prompt, num_inference_steps=1, guidance_scale=0.0, generator=torch.Generator().manual_seed(seed)
+            prompt,
+            num_inference_steps=1,
+            guidance_scale=0.0,
+            generator=torch.Generator().manual_seed(seed),
         ).images[0]
         difference = np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int)
         assert picture.size == (tiny.SIDE, tiny.SIDE)
@@ -167,7 +191,9 @@ def test_sample_writes_the_pipeline_s_pixels_and_its_settings(family, smoke, com
 def test_a_run_goes_on_where_it_stopped(family, smoke, command, pipelines, shards, tmp_path):
     """Two steps, then `resume` to four: the checkpoint of four steps at a stretch, bit by bit."""
     constant = "optimizer.schedule=constant"  # the cosine is one of all steps, which here change on the way
-    plain = smoke_arguments(family, pipelines, shards, tmp_path / "whole", constant, "trainer.max_steps=4")
+    plain = smoke_arguments(
+        family, pipelines, shards, tmp_path / "whole", constant, "trainer.max_steps=4"
+    )
     assert command("run", *plain)[0] == 0
     first = smoke_arguments(family, pipelines, shards, tmp_path / "parts", constant)
     assert command("run", *first)[0] == 0
@@ -233,28 +259,60 @@ def mistakes(pipelines, shards, tmp_path):
     taken.mkdir()
     (taken / "config.yaml").touch()
     return {
-        "no teacher": ("run", [*run, f"teacher.path={nowhere}"], f"teacher.path={nowhere}: no such folder"),
+        "no teacher": (
+            "run",
+            [*run, f"teacher.path={nowhere}"],
+            f"teacher.path={nowhere}: no such folder",
+        ),
         "teacher of another class": (
             "run",
             [*run, f"teacher.path={pipelines('unet')}"],
             "holds a StableDiffusionPipeline, but this teacher reads a StableDiffusion3Pipeline",
         ),
-        "no such shipped model": ("run", [*run, "teacher.path=shapes:unknown"], "nothing of this name is shipped"),
+        "no such shipped model": (
+            "run",
+            [*run, "teacher.path=shapes:unknown"],
+            "nothing of this name is shipped",
+        ),
         "no data": ("run", [*run, teacher, f"data.path={nowhere}"], str(nowhere)),
         "run_dir is taken": ("run", [*run, teacher, f"run_dir={taken}"], "holds a run already"),
         "resume from no run": ("run", [*run, teacher, f"resume={nowhere}"], "not a run folder"),
-        "resume without a checkpoint": ("run", [*run, teacher, f"resume={taken}"], "holds no checkpoint"),
-        "a target that is not allowed": ("run", [*run, teacher, "student._target_=os.getcwd"], "os.getcwd is refused"),
+        "resume without a checkpoint": (
+            "run",
+            [*run, teacher, f"resume={taken}"],
+            "holds no checkpoint",
+        ),
+        "a target that is not allowed": (
+            "run",
+            [*run, teacher, "student._target_=os.getcwd"],
+            "os.getcwd is refused",
+        ),
         "a hidden target that is not allowed": (
             "run",
             [*run, teacher, "optimizer.student._target_=subprocess.run"],
             "subprocess.run is refused",
         ),
-        "an unknown tap": ("run", [*run, teacher, "discriminator.features.taps=[block9]"], "block9"),
-        "an unknown schedule": ("run", [*run, teacher, "optimizer.schedule=linear"], "optimizer.schedule=linear"),
-        "an unknown loss": ("run", [*run, teacher, "method.loss=square"], "unknown adversarial loss 'square'"),
+        "an unknown tap": (
+            "run",
+            [*run, teacher, "discriminator.features.taps=[block9]"],
+            "block9",
+        ),
+        "an unknown schedule": (
+            "run",
+            [*run, teacher, "optimizer.schedule=linear"],
+            "optimizer.schedule=linear",
+        ),
+        "an unknown loss": (
+            "run",
+            [*run, teacher, "method.loss=square"],
+            "unknown adversarial loss 'square'",
+        ),
         "sample of no run": ("sample", [f"run={nowhere}", "prompt=x"], "neither a finished run"),
-        "no steps": ("sample", [f"run={pipelines('mmdit')}", "prompt=x", "steps=0"], "steps=0: must be a whole number"),
+        "no steps": (
+            "sample",
+            [f"run={pipelines('mmdit')}", "prompt=x", "steps=0"],
+            "steps=0: must be a whole number",
+        ),
         "evaluate no run": ("evaluate", [f"run={nowhere}"], "neither a finished run"),
     }
 
@@ -302,7 +360,14 @@ def test_the_whole_error_is_there_for_who_asks(command, monkeypatch, tmp_path):
 def test_a_mistake_in_a_process_of_its_own(tmp_path):
     path = tmp_path / "nowhere"
     done = subprocess.run(
-        [sys.executable, "-m", "distill.run", "debug=smoke", f"teacher.path={path}", f"run_dir={tmp_path / 'run'}"],
+        [
+            sys.executable,
+            "-m",
+            "distill.run",
+            "debug=smoke",
+            f"teacher.path={path}",
+            f"run_dir={tmp_path / 'run'}",
+        ],
         cwd=tmp_path,
         env={**os.environ, "HYDRA_FULL_ERROR": "0"},
         capture_output=True,

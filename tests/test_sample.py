@@ -26,7 +26,9 @@ def exported(teachers, tmp_path_factory):
         folder, teacher = tmp_path_factory.getbasetemp() / f"student_{family}", teachers(family)
         if not folder.exists():
             student = tiny.shake(students.full(teacher), 21, std=0.03)
-            students.save_pipeline(student, teacher, folder, Consistency().scheduler(student, teacher))
+            students.save_pipeline(
+                student, teacher, folder, Consistency().scheduler(student, teacher)
+            )
         return folder
 
     return of
@@ -36,13 +38,19 @@ def pixels(path):
     return np.asarray(Image.open(path), dtype=int)
 
 
-def test_prompts_of_a_file_in_batches_are_those_alone(family, exported, command, tmp_path, monkeypatch):
+def test_prompts_of_a_file_in_batches_are_those_alone(
+    family, exported, command, tmp_path, monkeypatch
+):
     """However many at a time; a grid has a row for each prompt."""
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
     run, embedded = f"run={exported(family)}", []
     of = sample._maker
-    monkeypatch.setattr(sample, "_maker", lambda *a: lambda p, s: embedded.append(len(p)) or of(*a)(p, s))
-    code, out, _ = command("sample", run, "prompts=prompts.txt", "count=2", "seed=3", "batch_size=4", "out=many")
+    monkeypatch.setattr(
+        sample, "_maker", lambda *a: lambda p, s: embedded.append(len(p)) or of(*a)(p, s)
+    )
+    code, out, _ = command(
+        "sample", run, "prompts=prompts.txt", "count=2", "seed=3", "batch_size=4", "out=many"
+    )
     assert code == 0
     assert embedded == [4, 2]
     *paths, grid = [tmp_path / line for line in out.split()]
@@ -58,10 +66,14 @@ def test_prompts_of_a_file_in_batches_are_those_alone(family, exported, command,
 
 def test_a_runs_own_levels_are_those_it_is_sampled_with(exported, command, tmp_path):
     shutil.copytree(exported("mmdit"), tmp_path / "run" / "student")
-    (tmp_path / "run" / "config.yaml").write_text("sampler: {_target_: distill.sampling.Consistency, levels: [0.5]}\n")
+    (tmp_path / "run" / "config.yaml").write_text(
+        "sampler: {_target_: distill.sampling.Consistency, levels: [0.5]}\n"
+    )
     for run in ("run/student", "run"):  # into one folder: neither writes over the other
         assert command("sample", f"run={run}", "prompt=x", "out=out")[0] == 0
-    exports, own = (pixels(p) for p in sorted((tmp_path / "out").iterdir(), key=lambda p: p.stat().st_mtime_ns))
+    exports, own = (
+        pixels(p) for p in sorted((tmp_path / "out").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    )
     model = student_of(str(tmp_path / "run"))
     how = {"shape": model.latent_shape, "steps": 1}
     x0 = Consistency(levels=[0.5])(model, model.embed(["x"]), seeded([0]), **how)
@@ -73,7 +85,12 @@ def test_a_runs_own_levels_are_those_it_is_sampled_with(exported, command, tmp_p
 @pytest.mark.parametrize("size", [96, [96, 64]])
 def test_a_size_of_one_s_own_is_the_pipeline_s(size, exported, command, tmp_path):
     folder, (width, height) = exported("unet"), [size, size] if isinstance(size, int) else size
-    assert command("sample", f"run={folder}", "prompt=x", f"size={size}".replace(" ", ""), "out=out")[0] == 0
+    assert (
+        command("sample", f"run={folder}", "prompt=x", f"size={size}".replace(" ", ""), "out=out")[
+            0
+        ]
+        == 0
+    )
     (path,) = (tmp_path / "out").iterdir()
     pipeline = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -89,7 +106,10 @@ def test_what_was_not_distilled_is_sampled_with_guidance(family, pipelines, comm
     code, _, err = command("sample", run, "prompt=x")
     assert code == 1
     assert err.endswith("was not distilled to few steps; add guidance=5 steps=28 or the like\n")
-    assert command("sample", run, f"prompt='{PROMPTS[0]}'", "steps=3", "guidance=4.5", "out=out")[0] == 0
+    assert (
+        command("sample", run, f"prompt='{PROMPTS[0]}'", "steps=3", "guidance=4.5", "out=out")[0]
+        == 0
+    )
     (path,) = (tmp_path / "out").iterdir()
     model = student_of(str(pipelines(family)))
     with torch.no_grad():
@@ -121,13 +141,19 @@ def test_a_picture_to_go_on_from_stands_upright(tmp_path):
         (["prompt=x", "prompts=y"], "prompt: given, and prompts too"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read as lines"),
         (["prompts=blank.txt"], "prompts=blank.txt: has no line"),
-        (["prompt=x", "size=60"], "size=60: must be a side, or [width,height], in multiples of 8 up to"),
+        (
+            ["prompt=x", "size=60"],
+            "size=60: must be a side, or [width,height], in multiples of 8 up to",
+        ),
         (["prompt=x", "size=100000"], "size=100000: must be"),
         (["prompt=x", "size=[64,64,64]"], "size=[64, 64, 64]: must be"),
         (["prompt=x", "size=64.5"], "size=64.5: must be"),
         (["prompt=x", "guidance=5"], "guidance=5: run="),
         (["prompt=x", "batch_size=0"], "batch_size=0: must be a whole number"),
-        (["prompt=x", "image=nowhere.png", "steps=2"], "image=nowhere.png: cannot be read as a picture"),
+        (
+            ["prompt=x", "image=nowhere.png", "steps=2"],
+            "image=nowhere.png: cannot be read as a picture",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_said(options, said, exported, command, tmp_path):
@@ -142,13 +168,17 @@ def test_what_cannot_be_sampled_is_said(options, said, exported, command, tmp_pa
 def test_an_id_of_the_hub_is_asked_for_its_class(command):
     code, _, err = command("sample", "run=someone/something", "prompt=x")
     assert code == 1
-    assert err.startswith("distill: run=someone/something: no such folder, and cannot be fetched from the hub (")
+    assert err.startswith(
+        "distill: run=someone/something: no such folder, and cannot be fetched from the hub ("
+    )
 
 
 def test_an_id_of_the_hub_goes_to_its_adapter(exported, command, monkeypatch, tmp_path):
     """The hub is played by a folder."""
     folder = exported("unet")
-    monkeypatch.setattr("distill.teachers.reading.hf_hub_download", lambda of, name: str(folder / name))
+    monkeypatch.setattr(
+        "distill.teachers.reading.hf_hub_download", lambda of, name: str(folder / name)
+    )
     monkeypatch.setattr("distill.teachers.sd.SD.kind.download", lambda of, **_: str(folder))
     assert command("sample", "run=someone/something", "prompt=x", "out=out")[0] == 0
     (path,) = (tmp_path / "out").iterdir()

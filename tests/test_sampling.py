@@ -42,7 +42,9 @@ def exported(teachers, tmp_path_factory):
 
 
 def saved(student, teacher, folder, sampler=None):
-    return save_pipeline(student, teacher, folder, (sampler or Consistency()).scheduler(student, teacher))
+    return save_pipeline(
+        student, teacher, folder, (sampler or Consistency()).scheduler(student, teacher)
+    )
 
 
 def opened(folder):
@@ -54,7 +56,13 @@ def opened(folder):
 def ours(teacher, student, *, steps, seed=SEED, prompt=PROMPT):
     """Pixels of the consistency sampler as diffusers gives them: [S, S, 3] in [0, 1]."""
     with torch.no_grad():
-        x0 = Consistency()(student, teacher.embed([prompt]), seeded([seed]), shape=teacher.latent_shape, steps=steps)
+        x0 = Consistency()(
+            student,
+            teacher.embed([prompt]),
+            seeded([seed]),
+            shape=teacher.latent_shape,
+            steps=steps,
+        )
         return (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
 
 
@@ -65,7 +73,9 @@ def eight_bit(pixels):
 def test_a_student_from_scratch_has_the_teacher_s_shape_and_none_of_its_weights(teacher):
     torch.manual_seed(0)
     student, names = full(teacher, init="random"), dict(teacher.network.named_parameters())
-    assert {k: p.shape for k, p in student.named_parameters()} == {k: p.shape for k, p in names.items()}
+    assert {k: p.shape for k, p in student.named_parameters()} == {
+        k: p.shape for k, p in names.items()
+    }
     assert all(p.requires_grad for p in student.parameters())
     matrices = [(p, names[k]) for k, p in student.named_parameters() if p.ndim > 1 and p.any()]
     assert matrices
@@ -94,7 +104,9 @@ def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teachers, expo
     assert (eight_bit(found) - eight_bit(expected)).abs().max() <= 1
     assert (found - expected).abs().max() < 2e-4
     of_teacher = ours(teacher, teacher, steps=1)
-    assert (eight_bit(of_teacher) - eight_bit(expected)).abs().max() > 8  # the test can tell student and teacher apart
+    assert (
+        eight_bit(of_teacher) - eight_bit(expected)
+    ).abs().max() > 8  # the test can tell student and teacher apart
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -117,7 +129,9 @@ def test_several_steps_of_the_exported_mmdit_are_our_sampler(steps, teachers, ex
     student, folder = exported("mmdit")
     pipeline, generator = opened(folder), torch.Generator().manual_seed(SEED)
     step = pipeline.scheduler.step
-    pipeline.scheduler.step = lambda *args, **options: step(*args, **{**options, "generator": generator})
+    pipeline.scheduler.step = lambda *args, **options: step(
+        *args, **{**options, "generator": generator}
+    )
     picture = pipeline(
         PROMPT,
         num_inference_steps=steps,
@@ -131,7 +145,9 @@ def test_several_steps_of_the_exported_mmdit_are_our_sampler(steps, teachers, ex
 
 
 @pytest.mark.parametrize(
-    ("steps", "levels"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])], ids=["1", "2", "4"]
+    ("steps", "levels"),
+    [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])],
+    ids=["1", "2", "4"],
 )
 def test_levels_of_the_exported_unet(steps, levels, exported):
     scheduler = opened(exported("unet")[1]).scheduler
@@ -157,7 +173,9 @@ def test_all_but_network_and_scheduler_are_the_teacher_s_files(family, pipelines
     assert {p.parts[0] for p in kept} >= {"vae", "text_encoder", "tokenizer"}
     for path in kept:
         assert filecmp.cmp(source / path, folder / path, shallow=False), path
-    before, after = (json.loads((place / "model_index.json").read_text()) for place in (source, folder))
+    before, after = (
+        json.loads((place / "model_index.json").read_text()) for place in (source, folder)
+    )
     assert {**before, "scheduler": None} == {**after, "scheduler": None}
     assert list(folder.parent.iterdir()) == [folder]  # nothing half-written beside it
 
@@ -178,7 +196,9 @@ def test_exporting_again_replaces_the_folder(teachers, tmp_path):
 def test_our_own_adapter_opens_what_was_exported(family, teacher, exported):
     student, folder = exported(family)
     loaded = student_of(str(folder))
-    assert (eight_bit(ours(loaded, loaded, steps=1)) - eight_bit(ours(teacher, student, steps=1))).abs().max() == 0
+    assert (
+        eight_bit(ours(loaded, loaded, steps=1)) - eight_bit(ours(teacher, student, steps=1))
+    ).abs().max() == 0
 
 
 # -- samplers --------------------------------------------------------------------------------------------------------
@@ -224,7 +244,12 @@ def test_a_shift_of_the_teacher_s_scheduler_bends_its_grid(teachers, monkeypatch
         monkeypatch,
         teacher,
         lambda: guided(
-            teacher, teacher.embed([PROMPT]), seeded([0]), shape=teacher.latent_shape, steps=4, guidance=1.0
+            teacher,
+            teacher.embed([PROMPT]),
+            seeded([0]),
+            shape=teacher.latent_shape,
+            steps=4,
+            guidance=1.0,
         ),
     )
     assert times == pytest.approx([3 * t / (1 + 2 * t) for t in (1.0, 0.75, 0.5, 0.25)], abs=1e-6)
@@ -244,7 +269,12 @@ def test_guided_sampler_is_the_sd3_pipeline(guidance, teachers, pipelines):
         output_type="latent",
     ).images
     found = guided(
-        teacher, teacher.embed([PROMPT]), seeded([SEED]), shape=teacher.latent_shape, steps=4, guidance=guidance
+        teacher,
+        teacher.embed([PROMPT]),
+        seeded([SEED]),
+        shape=teacher.latent_shape,
+        steps=4,
+        guidance=guidance,
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
@@ -265,17 +295,28 @@ def test_guided_sampler_is_the_sd_pipeline(guidance, teachers, pipelines):
         output_type="latent",
     ).images
     found = guided(
-        teacher, teacher.embed([PROMPT]), seeded([SEED]), shape=teacher.latent_shape, steps=4, guidance=guidance
+        teacher,
+        teacher.embed([PROMPT]),
+        seeded([SEED]),
+        shape=teacher.latent_shape,
+        steps=4,
+        guidance=guidance,
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_guidance_one_is_no_guidance(teacher):
-    cond, x_t = teacher.embed(tiny.CAPTIONS[:2]), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    cond, x_t = (
+        teacher.embed(tiny.CAPTIONS[:2]),
+        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+    )
     t = torch.tensor([1.0, 0.5])
     with torch.no_grad():
         plain = teacher.x0(x_t, t, cond)
-        by = {scale: guided_x0(teacher, x_t, t, cond, torch.tensor(scale)) for scale in (0.0, 1.0, 3.0)}
+        by = {
+            scale: guided_x0(teacher, x_t, t, cond, torch.tensor(scale))
+            for scale in (0.0, 1.0, 3.0)
+        }
         assert torch.equal(by[1.0], plain)
         empty = teacher.x0(x_t, t, cond.unconditional())
         scale = float(plain.abs().max())
@@ -321,7 +362,9 @@ def test_a_timestep_shift_is_not_lost_under_ancestral_steps(teachers):
 
 
 @pytest.mark.parametrize(("family", "steps"), [("unet", 1), ("unet", 2), ("unet", 4), ("sdxl", 4)])
-def test_ancestral_steps_of_the_exported_unet_are_our_sampler(family, steps, teachers, exported, tmp_path):
+def test_ancestral_steps_of_the_exported_unet_are_our_sampler(
+    family, steps, teachers, exported, tmp_path
+):
     teacher, (student, _) = teachers(family), exported(family)
     pipeline = opened(saved(student, teacher, tmp_path / "student", EulerAncestral()))
     assert type(pipeline.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
@@ -335,8 +378,12 @@ def test_ancestral_steps_of_the_exported_unet_are_our_sampler(family, steps, tea
     assert (eight_bit(torch.from_numpy(found)) - eight_bit(expected)).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("sampler", "strength"), [(EulerAncestral(), 0.5), (Consistency(), 0.5), (Consistency(), 1.0)])
-def test_an_image_is_gone_on_from_as_diffusers_does(sampler, strength, teachers, exported, tmp_path):
+@pytest.mark.parametrize(
+    ("sampler", "strength"), [(EulerAncestral(), 0.5), (Consistency(), 0.5), (Consistency(), 1.0)]
+)
+def test_an_image_is_gone_on_from_as_diffusers_does(
+    sampler, strength, teachers, exported, tmp_path
+):
     teacher, (student, _) = teachers("unet"), exported("unet")
     folder = saved(student, teacher, tmp_path / "student", sampler)
     pipeline = AutoPipelineForImage2Image.from_pretrained(folder, dtype=torch.float32)
@@ -345,7 +392,12 @@ def test_an_image_is_gone_on_from_as_diffusers_does(sampler, strength, teachers,
     with torch.no_grad():
         image, cond = teacher.encode(pixels * 2 - 1), teacher.embed([PROMPT])
         # It draws the autoencoder's posterior before the noise; handed latents, it takes them as they are.
-        options = {"num_inference_steps": 2, "guidance_scale": 0.0, "strength": strength, "output_type": "latent"}
+        options = {
+            "num_inference_steps": 2,
+            "guidance_scale": 0.0,
+            "strength": strength,
+            "output_type": "latent",
+        }
         generator = torch.Generator().manual_seed(SEED)
         found = pipeline(PROMPT, image=image, generator=generator, **options).images
         how = {"shape": teacher.latent_shape, "steps": 2, "image": image, "strength": strength}
@@ -367,12 +419,17 @@ def test_trained_levels_are_taken_from_the_front():
 def test_a_level_may_be_typed_as_a_whole_number(teachers):
     model = teachers("mmdit")
     cond, shape = model.embed(tiny.CAPTIONS[:1]), model.latent_shape
-    whole, plain = (Consistency(levels=[one, 0.5])(model, cond, seeded([0]), shape=shape, steps=2) for one in (1, 1.0))
+    whole, plain = (
+        Consistency(levels=[one, 0.5])(model, cond, seeded([0]), shape=shape, steps=2)
+        for one in (1, 1.0)
+    )
     assert torch.equal(whole, plain)
 
 
 def test_what_leaves_no_step_or_cannot_begin_is_refused(teachers):
-    with pytest.raises(ValueError, match=r"steps=1 strength=0.5: their product must be at least 1; use steps=2"):
+    with pytest.raises(
+        ValueError, match=r"steps=1 strength=0.5: their product must be at least 1; use steps=2"
+    ):
         Consistency().grid(1, 0.5)
     with pytest.raises(ValueError, match="strength=1.5"):
         Consistency().grid(1, 1.5)

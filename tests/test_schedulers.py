@@ -7,7 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+)
 
 import tiny
 from distill import students
@@ -38,7 +43,9 @@ def test_a_step_is_the_formula(prediction):
     """x0 by the constants that papers.md prints for SDXL's schedule, the next x by an alpha computed here."""
     scheduler = ShiftedLCMScheduler(shifted_timestep=250, prediction_type=prediction)
     scheduler.set_timesteps(2)
-    x, output = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, output = torch.randn(
+        2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     later = (1 - betas).cumprod(0)[499]
     found = scheduler.step(output, 249, x, generator=torch.Generator().manual_seed(1))
@@ -47,12 +54,17 @@ def test_a_step_is_the_formula(prediction):
     torch.testing.assert_close(found.denoised, x0, rtol=1e-3, atol=1e-3)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
-        found.prev_sample, later.sqrt() * found.denoised + (1 - later).sqrt() * z, rtol=1e-5, atol=1e-5
+        found.prev_sample,
+        later.sqrt() * found.denoised + (1 - later).sqrt() * z,
+        rtol=1e-5,
+        atol=1e-5,
     )
     alpha, sigma = LEVELS[124]
     last = scheduler.step(output, 124, x)
     x0 = (x - sigma * output) / alpha if prediction == "epsilon" else alpha * x - sigma * output
-    torch.testing.assert_close(last.prev_sample, x0, rtol=1e-3, atol=1e-3)  # the last step adds no noise
+    torch.testing.assert_close(
+        last.prev_sample, x0, rtol=1e-3, atol=1e-3
+    )  # the last step adds no noise
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +83,15 @@ def test_the_student_answers_at_the_shifted_step(shifted, teachers):
     batch = tiny.simple_batch(tiny.ladd(teachers("unet")))
     t = torch.tensor([1.0, 0.5])
     with torch.no_grad():
-        eps = student.model(batch.x0, torch.tensor([249, 124]), encoder_hidden_states=batch.cond.tokens).sample
-        expected = [(batch.x0[i] - s * eps[i]) / a for i, (a, s) in enumerate((LEVELS[249], LEVELS[124]))]
-        torch.testing.assert_close(student.x0(batch.x0, t, batch.cond), torch.stack(expected), rtol=2e-3, atol=2e-3)
+        eps = student.model(
+            batch.x0, torch.tensor([249, 124]), encoder_hidden_states=batch.cond.tokens
+        ).sample
+        expected = [
+            (batch.x0[i] - s * eps[i]) / a for i, (a, s) in enumerate((LEVELS[249], LEVELS[124]))
+        ]
+        torch.testing.assert_close(
+            student.x0(batch.x0, t, batch.cond), torch.stack(expected), rtol=2e-3, atol=2e-3
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -107,8 +125,14 @@ def test_image_to_image_begins_at_the_unshifted_level(shifted):
     pipeline = AutoPipelineForImage2Image.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    seed = {"generator": torch.Generator().manual_seed(3), "guidance_scale": 0.0, "output_type": "latent"}
-    theirs = pipeline(tiny.CAPTIONS[0], image=latents, strength=0.5, num_inference_steps=4, **seed).images
+    seed = {
+        "generator": torch.Generator().manual_seed(3),
+        "guidance_scale": 0.0,
+        "output_type": "latent",
+    }
+    theirs = pipeline(
+        tiny.CAPTIONS[0], image=latents, strength=0.5, num_inference_steps=4, **seed
+    ).images
     opened = SD(str(folder))
     with torch.no_grad():
         cond = opened.embed(tiny.CAPTIONS[:1])

@@ -83,16 +83,24 @@ def test_a_hostile_target_is_refused(target):
     node = {"_target_": target, "args": ["true"]}
     nested = {"_target_": "distill.times.LogitNormal", "m": [{"deep": [node]}]}
     for tree in (node, [node], {"a": node}, nested, {"name": target, "a": {"_target_": "${name}"}}):
-        with pytest.raises(ValueError, match=f"^_target_: {re.escape(target)}( is refused|: there is nothing of this)"):
+        with pytest.raises(
+            ValueError,
+            match=f"^_target_: {re.escape(target)}( is refused|: there is nothing of this)",
+        ):
             compose.make(OmegaConf.create(tree))
     # read a second time, this would be a node
-    escaped = {"_target_": "distill.times.LogitNormal", "m": "\\${oc.create:{_target_: " + target + "}}"}
+    escaped = {
+        "_target_": "distill.times.LogitNormal",
+        "m": "\\${oc.create:{_target_: " + target + "}}",
+    }
     with pytest.raises(ValueError, match="escaped interpolation"):
         compose.make(OmegaConf.create(escaped))
 
 
 def test_what_runs_are_made_of_is_allowed():
-    trainer = compose.make(OmegaConf.create({"_target_": "lightning.Trainer", "_partial_": True, "max_steps": 3}))
+    trainer = compose.make(
+        OmegaConf.create({"_target_": "lightning.Trainer", "_partial_": True, "max_steps": 3})
+    )
     assert trainer.keywords == {"max_steps": 3}
     callback = {"_target_": "lightning.pytorch.callbacks.DeviceStatsMonitor"}
     assert type(compose.make(OmegaConf.create(callback))).__name__ == "DeviceStatsMonitor"
@@ -103,7 +111,9 @@ def test_what_runs_are_made_of_is_allowed():
 
 @pytest.mark.parametrize("node", NODES)
 def test_a_hostile_node_is_refused_before_anything_is_made(node, command, tmp_path):
-    code, _, err = command("run", f"++{node}._target_=os.system", f"++{node}.command='touch {tmp_path / 'owned'}'")
+    code, _, err = command(
+        "run", f"++{node}._target_=os.system", f"++{node}.command='touch {tmp_path / 'owned'}'"
+    )
     assert code == 1
     assert err.startswith("distill: _target_: os.system is refused")
     assert list(tmp_path.iterdir()) == []
@@ -124,14 +134,29 @@ def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path)
     run, owned = tmp_path / "run", tmp_path / "owned"
     shutil.copytree(pipelines("mmdit"), run / "student")
     hostile = {"_target_": "os.system", "command": f"touch {owned}"}
-    (tmp_path / "evil.py").write_text(f"open({str(owned)!r}, 'w')\n")  # would be imported from the current folder
-    files.write({"distill": {"iteration": 1}, "about": {"config": {}}}, run / "checkpoints" / "step_000001.ckpt")
-    for node in (hostile, {"_target_": "evil.Teacher"}, {"_target_": "distill.teachers.sd3.SD3", "path": hostile}):
+    (tmp_path / "evil.py").write_text(
+        f"open({str(owned)!r}, 'w')\n"
+    )  # would be imported from the current folder
+    files.write(
+        {"distill": {"iteration": 1}, "about": {"config": {}}},
+        run / "checkpoints" / "step_000001.ckpt",
+    )
+    for node in (
+        hostile,
+        {"_target_": "evil.Teacher"},
+        {"_target_": "distill.teachers.sd3.SD3", "path": hostile},
+    ):
         OmegaConf.save({"teacher": node}, run / "config.yaml")
         code, _, err = command("evaluate", f"run={run}")
         assert code == 1
         assert err.count("distill: ") == 1
-        cfg = {"data": {"batch_size": 4}, "optimizer": {}, "trainer": {"devices": 1}, "method": node, "teacher": node}
+        cfg = {
+            "data": {"batch_size": 4},
+            "optimizer": {},
+            "trainer": {"devices": 1},
+            "method": node,
+            "teacher": node,
+        }
         OmegaConf.save(cfg, run / "config.yaml")
         code, _, err = command("run", f"resume={run}")
         assert code == 1
@@ -150,17 +175,24 @@ def test_pickled_weights_are_refused_unless_asked_for(part, command, pipelines, 
 
     folder, owned = shutil.copytree(pipelines("mmdit"), tmp_path / "copy"), tmp_path / "owned"
     safe = next((folder / part).glob("*.safetensors"))
-    pickled = safe.with_name("pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin")
+    pickled = safe.with_name(
+        "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    )
     torch.save(load_file(safe), pickled)
     safe.unlink()
     run = ["debug=smoke", f"teacher.path={folder}", "~metrics", f"run_dir={tmp_path / 'run'}"]
     code, _, err = command("run", *run)
     assert code == 1
-    assert f"distill: teacher.path={folder}: {part}/ has only pickled weights ({pickled.name}), which" in err
+    assert (
+        f"distill: teacher.path={folder}: {part}/ has only pickled weights ({pickled.name}), which"
+        in err
+    )
     assert err.strip().endswith("add teacher.use_safetensors=false")
     SD3(str(folder), use_safetensors=False)
     pickled.write_bytes(pickle.dumps(Bomb(owned)))
-    code, _, err = command("run", *run, "teacher.use_safetensors=false")  # even then a pickle may hold tensors alone
+    code, _, err = command(
+        "run", *run, "teacher.use_safetensors=false"
+    )  # even then a pickle may hold tensors alone
     assert code == 1
     assert f"{part}/ does not load" in err
     assert not owned.exists()
@@ -170,7 +202,9 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["evil", "Tokenizer"]}))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"tokenizer": ["evil", "Tokenizer"]})
+    )
     code, _, err = command("sample", f"run={folder}", "prompt=x")
     assert code == 1
     assert "tokenizer is code of 'evil', which this teacher does not read" in err
@@ -194,7 +228,10 @@ def test_a_pickle_bomb_as_checkpoint_is_named_and_the_one_before_used(disguised,
     assert f"{bomb} is cut short or no checkpoint of distill" in caplog.text
     assert "going on from step_000001.ckpt instead" in caplog.text
     (folder / "step_000001.ckpt").unlink()
-    with pytest.raises(ValueError, match="no checkpoint can be used: .*step_000002.ckpt is cut short or no checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match="no checkpoint can be used: .*step_000002.ckpt is cut short or no checkpoint",
+    ):
         files.newest(tmp_path)
     assert not owned.exists()
     assert bomb.exists()
@@ -215,5 +252,8 @@ def test_a_tar_cannot_leave_its_folder(tmp_path):
             tar.addfile(info, io.BytesIO(b"evil"))
     before = sorted(tmp_path.rglob("*"))
     shards = Shards(str(data))
-    assert [shards.read(i)["txt"] for i in range(len(shards))] == [b"evil", b"evil"]  # text of odd keys, and no secret
+    assert [shards.read(i)["txt"] for i in range(len(shards))] == [
+        b"evil",
+        b"evil",
+    ]  # text of odd keys, and no secret
     assert sorted(tmp_path.rglob("*")) == before

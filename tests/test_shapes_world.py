@@ -30,7 +30,9 @@ PROMPTS = [draw_prompt(np.random.default_rng([11, i])) for i in range(5000)]
 HELD = [draw_prompt(np.random.default_rng([12, i]), held_out=True) for i in range(500)]
 SCENES = [sample(13, i) for i in range(300)]
 
-NAME = re.compile(rf"a (?:({'|'.join(SIZES)}) )?(?:({'|'.join(FILLS)}) )?({'|'.join(COLOURS)}) ({'|'.join(KINDS)})")
+NAME = re.compile(
+    rf"a (?:({'|'.join(SIZES)}) )?(?:({'|'.join(FILLS)}) )?({'|'.join(COLOURS)}) ({'|'.join(KINDS)})"
+)
 GROUND = re.compile(rf" on (?:a )?({'|'.join(BACKGROUNDS)})( background)?$")
 ORDERS = {  # the words between, before or after the names -> axis, and whether they are listed in order
     "THING": (None, True),
@@ -53,7 +55,10 @@ def parse(caption: str) -> tuple[tuple[Thing, ...], str | None, str | None]:
     """What a caption says, read without the grammar that wrote it."""
     ground = GROUND.search(caption)
     axis, in_order = ORDERS[phrasing(caption)]
-    things = [Thing(kind, colour, fill or None, size or None) for size, fill, colour, kind in NAME.findall(caption)]
+    things = [
+        Thing(kind, colour, fill or None, size or None)
+        for size, fill, colour, kind in NAME.findall(caption)
+    ]
     return tuple(things if in_order else things[::-1]), axis, ground[1] if ground else None
 
 
@@ -65,19 +70,24 @@ def covers(scene: Scene, *, margin: int = 0) -> list[np.ndarray]:
     """How much each thing covers each pixel of the frame, widened by `margin` pixels on every side."""
     ys, xs = np.mgrid[-margin : SIDE + margin, -margin : SIDE + margin].astype(np.float32) + 0.5
     return [
-        np.clip(0.5 - DISTANCE[t.kind](*_rotate(xs - t.x, ys - t.y, t.angle), t.radius), 0, 1) for t in scene.things
+        np.clip(0.5 - DISTANCE[t.kind](*_rotate(xs - t.x, ys - t.y, t.angle), t.radius), 0, 1)
+        for t in scene.things
     ]
 
 
 def plain(**changes) -> Scene:
     """A solid red circle in the middle of white."""
-    thing = Placed("circle", "red", "solid", "large", 32.0, 32.0, 14.0, 0.0, 0.0, (0.0, 0.0), (0.0, 0.0, 0.0))
+    thing = Placed(
+        "circle", "red", "solid", "large", 32.0, 32.0, 14.0, 0.0, 0.0, (0.0, 0.0), (0.0, 0.0, 0.0)
+    )
     return Scene((replace(thing, **changes),), None, "white")
 
 
 def test_captions_say_exactly_what_prompts_fix():
     for prompt in PROMPTS + HELD:
-        assert parse(prompt.caption) == (prompt.things, prompt.axis, prompt.background), prompt.caption
+        assert parse(prompt.caption) == (prompt.things, prompt.axis, prompt.background), (
+            prompt.caption
+        )
 
 
 def test_every_phrasing_and_every_word_occurs():
@@ -131,7 +141,13 @@ def test_scenes_obey_their_prompts():
 
 def test_large_is_larger_than_small():
     radii = {
-        (count, size): [t.radius for p, s in SCENES if len(p.things) == count for t in s.things if t.size == size]
+        (count, size): [
+            t.radius
+            for p, s in SCENES
+            if len(p.things) == count
+            for t in s.things
+            if t.size == size
+        ]
         for count in (1, 2)
         for size in SIZES
     }
@@ -163,7 +179,12 @@ def test_things_are_in_the_frame_and_apart():
 
 
 def test_a_prompt_leaves_freedom():
-    prompt = Prompt((Thing("star", "red", "striped", "large"),), None, "white", "a large striped red star on white")
+    prompt = Prompt(
+        (Thing("star", "red", "striped", "large"),),
+        None,
+        "white",
+        "a large striped red star on white",
+    )
     a, b = (draw_scene(np.random.default_rng(seed), prompt) for seed in (0, 1))
     for name in ("x", "y", "radius", "angle", "pattern_angle", "phase", "shade"):
         assert getattr(a.things[0], name) != getattr(b.things[0], name)
@@ -183,7 +204,9 @@ def test_a_solid_thing_is_its_colour_on_its_background():
     assert tuple(picture[32, 32]) == COLOURS["red"]
     assert tuple(picture[2, 2]) == BACKGROUNDS["white"]
     red = (picture == COLOURS["red"]).all(-1).sum()
-    assert red == pytest.approx(np.pi * 13.5**2, rel=0.03)  # the pixels wholly inside a radius of 14
+    assert red == pytest.approx(
+        np.pi * 13.5**2, rel=0.03
+    )  # the pixels wholly inside a radius of 14
 
 
 def test_edges_are_anti_aliased():
@@ -193,7 +216,9 @@ def test_edges_are_anti_aliased():
     assert 60 < between.sum() < 200  # a ring of circumference 88 pixels, one to two pixels wide
     assert len(np.unique(picture[between][:, 1])) > 10
     area = ((white - picture[..., 1]) / (white - red)).sum()
-    assert area == pytest.approx(np.pi * 14**2, rel=0.002)  # coverage adds up, as jagged edges would not
+    assert area == pytest.approx(
+        np.pi * 14**2, rel=0.002
+    )  # coverage adds up, as jagged edges would not
 
 
 def test_a_move_of_a_quarter_pixel_changes_the_picture():
@@ -215,7 +240,8 @@ def test_patterns_darken_a_share_of_the_thing_only(kind, fill):
 
 def test_kinds_fills_and_colours_look_different():
     scenes = [
-        plain(kind=kind, fill=fill, colour=colour) for kind, fill, colour in itertools.product(KINDS, FILLS, COLOURS)
+        plain(kind=kind, fill=fill, colour=colour)
+        for kind, fill, colour in itertools.product(KINDS, FILLS, COLOURS)
     ]
     pictures = render(scenes).reshape(len(scenes), -1).astype(int)
     gaps = [np.abs(a - b).mean() for a, b in itertools.combinations(pictures, 2)]

@@ -40,7 +40,9 @@ def written(pipelines, tmp_path_factory):
             place = tmp_path_factory.mktemp(layout)
             source = SOURCE.get(layout)
             folder = families.write(source, place / "folder") if source else pipelines("unet")
-            config = shutil.copytree(folder, place / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+            config = shutil.copytree(
+                folder, place / "config", ignore=shutil.ignore_patterns("*.safetensors")
+            )
             pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
             made[layout] = folder, ldm.write(pipeline, layout, place / "model.safetensors"), config
         return made[layout]
@@ -62,7 +64,9 @@ def test_a_single_file_is_the_folder(layout, written):
     cond, x_t = single.embed(tiny.CAPTIONS[:2]), torch.randn(2, *single.latent_shape)
     with torch.no_grad():
         t = torch.tensor([0.9, 0.3])
-        torch.testing.assert_close(single.x0(x_t, t, cond), whole.x0(x_t, t, whole.embed(tiny.CAPTIONS[:2])))
+        torch.testing.assert_close(
+            single.x0(x_t, t, cond), whole.x0(x_t, t, whole.embed(tiny.CAPTIONS[:2]))
+        )
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sd3"])
@@ -70,11 +74,15 @@ def test_its_student_is_a_folder_that_diffusers_opens(layout, written, tmp_path)
     _, file, config = written(layout)
     teacher = MAKE[layout](str(file), config=str(config))
     student = tiny.shake(full(teacher), 21, std=0.03).eval()
-    folder = save_pipeline(student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher))
+    folder = save_pipeline(
+        student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher)
+    )
     assert list(tmp_path.iterdir()) == [folder]
     pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
     options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "np"}
-    picture = pipeline(tiny.CAPTIONS[0], generator=torch.Generator().manual_seed(5), **options).images[0]
+    picture = pipeline(
+        tiny.CAPTIONS[0], generator=torch.Generator().manual_seed(5), **options
+    ).images[0]
     with torch.no_grad():
         cond, shape = teacher.embed(tiny.CAPTIONS[:1]), teacher.latent_shape
         x0 = Consistency()(student, cond, seeded([5]), shape=shape, steps=1)
@@ -84,7 +92,13 @@ def test_its_student_is_a_folder_that_diffusers_opens(layout, written, tmp_path)
 
 def test_the_command_distils_a_single_file(written, shards, command, tmp_path):
     _, file, config = written("sdxl")
-    run = ["teacher=sdxl", f"teacher.path={file}", f"teacher.config={config}", f"data.path={shards}", "~metrics"]
+    run = [
+        "teacher=sdxl",
+        f"teacher.path={file}",
+        f"teacher.config={config}",
+        f"data.path={shards}",
+        "~metrics",
+    ]
     code, _, err = command("run", "debug=smoke", *run, f"run_dir={tmp_path / 'run'}")
     assert code == 0, err
     sample = [f"run={tmp_path / 'run'}", "prompt=a red square", f"out={tmp_path / 'out'}"]
@@ -92,12 +106,16 @@ def test_the_command_distils_a_single_file(written, shards, command, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("layout", "kept"), [("sd15", "model."), ("sd3", "model."), ("sd3", "text_encoders.t5")])
+@pytest.mark.parametrize(
+    ("layout", "kept"), [("sd15", "model."), ("sd3", "model."), ("sd3", "text_encoders.t5")]
+)
 def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, tmp_path):
     """Stability's own files of SD3.5 have no text encoders; fine-tunes of the denoiser alone have no autoencoder."""
     folder, file, _ = written(layout)
     tied = "encoder.embed_tokens"  # T5's, which many files have only once
-    state = {k: x for k, x in load_file(file).items() if k.startswith(("model.", kept)) and tied not in k}
+    state = {
+        k: x for k, x in load_file(file).items() if k.startswith(("model.", kept)) and tied not in k
+    }
     save_file(state, bare := tmp_path / "bare.safetensors")
     teacher = MAKE[layout](str(bare), config=str(folder))
     expected = MAKE[layout](str(folder)).state_dict()
@@ -136,9 +154,13 @@ def test_tensors_that_are_missing_are_not_made_up(layout, name, written, tmp_pat
 def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
     """As NoobAI-XL's: two tensors that diffusers passes over. Ours has them too, where it predicts v."""
     _, file, config = written("sdxl")
-    save_file(load_file(file) | {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, tmp_path / "v.safetensors")
+    save_file(
+        load_file(file) | {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)},
+        tmp_path / "v.safetensors",
+    )
     with pytest.raises(
-        ValueError, match=r"v\.safetensors says that it predicts v, and teacher\.config=.* says epsilon; "
+        ValueError,
+        match=r"v\.safetensors says that it predicts v, and teacher\.config=.* says epsilon; ",
     ):
         SDXL(str(tmp_path / "v.safetensors"), config=str(config))
     own = shutil.copytree(config, tmp_path / "config")
@@ -150,14 +172,21 @@ def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
     again = save_single_file(teacher.pipeline, tmp_path / "again.safetensors")
     assert {"v_pred", "ztsnr"} <= load_file(again).keys()
     assert SDXL(str(again), config=str(own)).prediction == "v"
-    assert "v_pred" not in load_file(save_single_file(SDXL(str(file), config=str(config)).pipeline, again))
+    assert "v_pred" not in load_file(
+        save_single_file(SDXL(str(file), config=str(config)).pipeline, again)
+    )
 
 
 def test_a_part_that_is_nowhere_is_named(written, tmp_path):
     _, file, config = written("sd15")
-    save_file({k: x for k, x in load_file(file).items() if k.startswith("model.")}, bare := tmp_path / "a.safetensors")
+    save_file(
+        {k: x for k, x in load_file(file).items() if k.startswith("model.")},
+        bare := tmp_path / "a.safetensors",
+    )
     said = said_of(SD, bare, config=str(config))
-    assert said.startswith(f"teacher.path={bare} has no vae, and teacher.config={config}: vae/ does not load (")
+    assert said.startswith(
+        f"teacher.path={bare} has no vae, and teacher.config={config}: vae/ does not load ("
+    )
 
 
 def test_a_config_that_names_foreign_code_is_refused(written, tmp_path):
@@ -165,7 +194,9 @@ def test_a_config_that_names_foreign_code_is_refused(written, tmp_path):
     folder = shutil.copytree(config, tmp_path / "config")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"transformers"', '"os"'))
-    assert "is code of 'os', which this teacher does not read" in said_of(SD, file, config=str(folder))
+    assert "is code of 'os', which this teacher does not read" in said_of(
+        SD, file, config=str(folder)
+    )
 
 
 def test_a_file_of_another_model_is_refused(written):
@@ -178,16 +209,18 @@ def test_a_file_of_another_model_is_refused(written):
 def test_a_config_of_another_class_is_named(written):
     _, file, config = written("sdxl")
     said = said_of(SD, file, config=str(config))
-    what = (
-        "holds a StableDiffusionXLPipeline, but this teacher reads a StableDiffusionPipeline; choose another teacher="
-    )
+    what = "holds a StableDiffusionXLPipeline, but this teacher reads a StableDiffusionPipeline; choose another teacher="
     assert said == f"teacher.config={config} {what}"
 
 
 def test_a_config_is_needed_and_named(written, tmp_path):
     _, file, _ = written("sd15")
-    assert said_of(SD, file).startswith(f"teacher.config=null: {file} is a single file; give the pipeline folder or")
-    assert said_of(SD, file, FileNotFoundError, config=f"{tmp_path}/no").startswith(f"teacher.config={tmp_path}/no: no")
+    assert said_of(SD, file).startswith(
+        f"teacher.config=null: {file} is a single file; give the pipeline folder or"
+    )
+    assert said_of(SD, file, FileNotFoundError, config=f"{tmp_path}/no").startswith(
+        f"teacher.config={tmp_path}/no: no"
+    )
     said = said_of(SD, file, config="someone/model")  # tests are offline
     assert said.startswith("teacher.config=someone/model: cannot be fetched (")
 
@@ -206,10 +239,17 @@ def test_what_is_no_such_file_is_said(written, tmp_path):
     config = str(written("sd15")[2])
     missing = tmp_path / "no.safetensors"
     said = said_of(SD, missing, FileNotFoundError, config=config)
-    assert said == f"teacher.path={missing}: no such file; give one, or owner/repository/file of the hub"
+    assert (
+        said
+        == f"teacher.path={missing}: no such file; give one, or owner/repository/file of the hub"
+    )
     (tmp_path / "text.safetensors").write_text("no tensors here")
-    assert "does not load as the StableDiffusionPipeline" in said_of(SD, tmp_path / "text.safetensors", config=config)
+    assert "does not load as the StableDiffusionPipeline" in said_of(
+        SD, tmp_path / "text.safetensors", config=config
+    )
     torch.save({}, tmp_path / "old.ckpt")
-    assert "old.ckpt is pickled, which can run code when read" in said_of(SD, tmp_path / "old.ckpt", config=config)
+    assert "old.ckpt is pickled, which can run code when read" in said_of(
+        SD, tmp_path / "old.ckpt", config=config
+    )
     said = said_of(PixArtSigma, written("sd15")[1], config=config)
     assert said.endswith("diffusers reads no PixArtSigmaPipeline from one file; give a folder")

@@ -41,7 +41,10 @@ def test_attention_in_half_precision_is_that_of_float64(length):
     """Short sequences take another way than long ones on a CPU."""
     q, k, v = (noise(2, 3, length, 16, seed=i).bfloat16().requires_grad_() for i in range(3))
     bias = torch.zeros(1, 1, 1, length)
-    bias[..., 0], bias[..., -1] = -math.inf, math.log(256)  # a hidden key, and one that counts for many
+    bias[..., 0], bias[..., -1] = (
+        -math.inf,
+        math.log(256),
+    )  # a hidden key, and one that counts for many
     mixed = attend(q, k, v, bias.bfloat16())
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = (exact[0] @ exact[1].mT / 4 + bias.double()).softmax(-1) @ exact[2]
@@ -56,7 +59,10 @@ def test_attention_in_half_precision_is_that_of_float64(length):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_unet_attends_as_diffusers_has_it(teachers, pipelines, dtype):
     """Self-attention and attention to the text, in the kernel's precision and in half of it."""
-    network, plain = teachers("unet").network, UNet2DConditionModel.from_pretrained(pipelines("unet") / "unet")
+    network, plain = (
+        teachers("unet").network,
+        UNet2DConditionModel.from_pretrained(pipelines("unet") / "unet"),
+    )
     assert {type(p) for p in network.model.attn_processors.values()} == {Attention}
     cond, t = teachers("unet").embed(PROMPTS), torch.tensor([1.0, 0.3])
     x, plain_x = (noise(2, 4, 16, 16).requires_grad_() for _ in range(2))
@@ -82,8 +88,12 @@ def test_one_silent_token_of_weight_256_is_256_of_them(teachers, pipelines):
     t = torch.tensor([1.0, 0.3])
     folded_x, plain_x = (noise(2, 4, 16, 16).requires_grad_() for _ in range(2))
     folded = teacher.network.predict(folded_x, t, cond)
-    tokens = torch.cat([cond.tokens[:, :-1], torch.zeros(2, SILENT_TOKENS, cond.tokens.shape[2])], dim=1)
-    expected = plain(plain_x, encoder_hidden_states=tokens, pooled_projections=cond.pooled, timestep=1000 * t).sample
+    tokens = torch.cat(
+        [cond.tokens[:, :-1], torch.zeros(2, SILENT_TOKENS, cond.tokens.shape[2])], dim=1
+    )
+    expected = plain(
+        plain_x, encoder_hidden_states=tokens, pooled_projections=cond.pooled, timestep=1000 * t
+    ).sample
     assert expected.std() > 0.1
     torch.testing.assert_close(folded, expected, rtol=0, atol=1e-5)
     direction = noise(2, 4, 16, 16, seed=1)
@@ -92,13 +102,17 @@ def test_one_silent_token_of_weight_256_is_256_of_them(teachers, pipelines):
     assert plain_x.grad.abs().max() > 1e-2
     torch.testing.assert_close(folded_x.grad, plain_x.grad, rtol=0, atol=1e-5)
     # The weight matters: without it the one token is one among 97, not 256 among 352.
-    unweighted = teacher.network.predict(noise(2, 4, 16, 16), t, type(cond)(cond.tokens, cond.pooled))
+    unweighted = teacher.network.predict(
+        noise(2, 4, 16, 16), t, type(cond)(cond.tokens, cond.pooled)
+    )
     assert (unweighted - expected).abs().max() > 1e-3
 
 
 def test_tokens_and_pooled_are_the_pipeline_s_own(teachers, pipelines):
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipelines("mmdit"), dtype=torch.float32)
-    tokens, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        PROMPTS, None, None, do_classifier_free_guidance=False
+    )
     cond = teachers("mmdit").embed(PROMPTS)
     torch.testing.assert_close(cond.tokens[:, :-1], tokens[:, : tiny.LENGTH], rtol=0, atol=1e-6)
     assert not tokens[:, tiny.LENGTH :].any()
@@ -108,7 +122,9 @@ def test_tokens_and_pooled_are_the_pipeline_s_own(teachers, pipelines):
     cond = teachers("unet").embed(PROMPTS)
     tokens, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
     torch.testing.assert_close(cond.tokens, tokens, rtol=0, atol=1e-6)
-    ids = pipeline.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = pipeline.tokenizer(
+        PROMPTS, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     pooled = pipeline.text_encoder(ids).pooler_output
     torch.testing.assert_close(cond.pooled, pooled, rtol=0, atol=1e-6)
 
@@ -119,11 +135,18 @@ def test_guided_estimate_is_one_step_of_the_sd3_pipeline(teachers, pipelines, si
     pipeline.set_progress_bar_config(disable=True)
     x_t = noise(2, 4, 16, 16)
     expected = pipeline(
-        PROMPTS, latents=x_t.clone(), num_inference_steps=1, sigmas=[sigma], guidance_scale=5.0, output_type="latent"
+        PROMPTS,
+        latents=x_t.clone(),
+        num_inference_steps=1,
+        sigmas=[sigma],
+        guidance_scale=5.0,
+        output_type="latent",
     ).images
     teacher = teachers("mmdit")
     with torch.no_grad():
-        x0 = guided_x0(teacher, x_t, torch.full((2,), sigma), teacher.embed(PROMPTS), torch.tensor(5.0))
+        x0 = guided_x0(
+            teacher, x_t, torch.full((2,), sigma), teacher.embed(PROMPTS), torch.tensor(5.0)
+        )
         unguided = teacher.x0(x_t, torch.full((2,), sigma), teacher.embed(PROMPTS))
     torch.testing.assert_close(x0, expected, rtol=0, atol=5e-5)
     assert (unguided - expected).abs().max() > 1e-2
@@ -140,7 +163,9 @@ def test_guided_estimate_is_the_x0_of_ddim(teachers, pipelines, index):
     teacher = teachers("unet")
     t = teacher.process.time(torch.tensor([index, index]))
     with torch.no_grad():
-        one, other = (unet(x_t, index, encoder_hidden_states=h).sample for h in (with_caption, without))
+        one, other = (
+            unet(x_t, index, encoder_hidden_states=h).sample for h in (with_caption, without)
+        )
         expected = scheduler.step(other + 5.0 * (one - other), index, x_t).pred_original_sample
         x0 = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
         unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
@@ -156,12 +181,20 @@ def test_sdxl_is_its_pipeline_guided_by_its_own_empty_caption(teachers, pipeline
     estimates, step = [], pipeline.scheduler.step
 
     def spy(output, index, x_t, **options):
-        estimates.append((int(index), step(output, index, x_t, return_dict=True).pred_original_sample))
+        estimates.append(
+            (int(index), step(output, index, x_t, return_dict=True).pred_original_sample)
+        )
         return step(output, index, x_t, **options)
 
     pipeline.scheduler.step = spy
     teacher, x_t = teachers("sdxl"), noise(2, 4, 16, 16)
-    pipeline(PROMPTS, latents=x_t.clone(), num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    pipeline(
+        PROMPTS,
+        latents=x_t.clone(),
+        num_inference_steps=1,
+        guidance_scale=5.0,
+        output_type="latent",
+    )
     ((index, expected),) = estimates
     t = teacher.process.time(torch.tensor([index, index]))
     with torch.no_grad():
@@ -181,7 +214,9 @@ def test_encode_and_decode_use_the_scale_and_shift_of_the_file(teacher, family):
         raw = teacher.vae.encode(pixels).latent_dist.mean
         latents = teacher.encode(pixels)
         torch.testing.assert_close(latents, 0.8 * (raw - shift), rtol=0, atol=1e-6)
-        torch.testing.assert_close(teacher.decode(latents), teacher.vae.decode(raw).sample, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            teacher.decode(latents), teacher.vae.decode(raw).sample, rtol=0, atol=1e-5
+        )
     x = latents.clone().requires_grad_()
     teacher.decode(x).sum().backward()
     assert x.grad.abs().max() > 0
@@ -238,7 +273,13 @@ def listen(module):
 def test_maps_are_the_outputs_of_the_blocks(teacher, family):
     x_t, t, cond = noise(2, 4, 16, 16), torch.tensor([0.9, 0.4]), teacher.embed(PROMPTS)
     taps = list(teacher.blocks)
-    assert taps == {"mmdit": [f"block{i}" for i in range(5)], "unet": ["down0", "down1", "mid", "up0", "up1"]}[family]
+    assert (
+        taps
+        == {
+            "mmdit": [f"block{i}" for i in range(5)],
+            "unet": ["down0", "down1", "mid", "up0", "up1"],
+        }[family]
+    )
     listening = {name: listen(module) for name, (module, _) in teacher.network.tappable().items()}
     with torch.no_grad():
         teacher.network.predict(x_t, t, cond)  # whole, without taps
@@ -302,7 +343,9 @@ def test_gradient_reaches_the_input_and_no_weight(teacher):
     t, cond = torch.tensor([0.9, 0.4]), teacher.embed(PROMPTS)
     maps = teacher.features(x_t, t, cond, list(teacher.channels))
     for number, found in enumerate(maps):
-        (gradient,) = torch.autograd.grad(found.square().mean(), x_t, retain_graph=number + 1 < len(maps))
+        (gradient,) = torch.autograd.grad(
+            found.square().mean(), x_t, retain_graph=number + 1 < len(maps)
+        )
         assert gradient.abs().max() > 0
         assert gradient.isfinite().all()
     (gradient,) = torch.autograd.grad(teacher.x0(x_t, t, cond).sum(), x_t)
@@ -314,7 +357,11 @@ def test_frozen_whatever_is_called_on_it(teacher):
     names = [type(m).__name__ for m in teacher.modules()]
     assert "AutoencoderKL" in names
     assert any("CLIPText" in name for name in names)
-    for call in (lambda: teacher.train(), lambda: teacher.train(True), lambda: torch.nn.Sequential(teacher).train()):
+    for call in (
+        lambda: teacher.train(),
+        lambda: teacher.train(True),
+        lambda: torch.nn.Sequential(teacher).train(),
+    ):
         call()
         assert not any(m.training for m in teacher.modules())
         assert not any(p.requires_grad for p in teacher.parameters())
@@ -326,7 +373,9 @@ def test_twin_is_trainable_whole(teacher, family):
     assert all(m.training for m in twin.modules())
     ours = {p.data_ptr() for p in teacher.parameters()}
     assert not ours & {p.data_ptr() for p in twin.parameters()}
-    if family == "mmdit":  # the processor holds state, and is the one that the copy's own blocks use
+    if (
+        family == "mmdit"
+    ):  # the processor holds state, and is the one that the copy's own blocks use
         assert twin._folded is not teacher.network._folded
         assert all(block.attn.processor is twin._folded for block in twin.model.transformer_blocks)
 
@@ -364,7 +413,9 @@ def test_a_path_that_is_not_there_is_named(make, tmp_path):
     path = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError) as caught:
         make(path)
-    assert str(caught.value) == (f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id")
+    assert str(caught.value) == (
+        f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id"
+    )
 
 
 @pytest.mark.parametrize("make", [SD, SD3], ids=["SD", "SD3"])
@@ -400,10 +451,16 @@ def test_a_hub_id_is_left_to_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"dtype": "float32", "use_safetensors": True, "revision": "main", "variant": "fp16"}
     with pytest.raises(
-        ValueError, match=r"^teacher.path=someone/some-model: cannot be fetched \(no such model\); check"
+        ValueError,
+        match=r"^teacher.path=someone/some-model: cannot be fetched \(no such model\); check",
     ):
         read_pipeline(Pipeline, "someone/some-model", without=("text_encoder_3",), **options)
-    expected = {"use_safetensors": True, "revision": "main", "variant": "fp16", "text_encoder_3": None}
+    expected = {
+        "use_safetensors": True,
+        "revision": "main",
+        "variant": "fp16",
+        "text_encoder_3": None,
+    }
     assert asked == [("someone/some-model", expected)]
     for path in ("./someone/some-model", "someone", "a/b/c", "/some-model", "~/some-model"):
         with pytest.raises(FileNotFoundError, match="no such folder"):

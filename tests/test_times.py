@@ -23,7 +23,9 @@ def test_discrete_follows_its_odds_and_its_warmup():
     times = Discrete(levels, [7, 1, 1, 1], warmup_odds=[0, 0, 0.5, 0.5], warmup_steps=500)
     tolerance = 5 * (0.25 / MANY) ** 0.5  # five standard deviations of a frequency, at most
     for step in (0, 499):
-        assert frequencies(times.sample(MANY, step, seeded()), levels) == pytest.approx([0, 0, 0.5, 0.5], abs=tolerance)
+        assert frequencies(times.sample(MANY, step, seeded()), levels) == pytest.approx(
+            [0, 0, 0.5, 0.5], abs=tolerance
+        )
     for step in (500, 100_000):
         expected = pytest.approx([0.7, 0.1, 0.1, 0.1], abs=tolerance)
         assert frequencies(times.sample(MANY, step, seeded()), levels) == expected
@@ -80,7 +82,9 @@ def test_draws_are_float32_in_range_and_belong_to_the_generator(times):
     assert torch.equal(first, times.sample(1000, 3))
     before = torch.get_rng_state()
     times.sample(10, 0, seeded())
-    assert torch.equal(before, torch.get_rng_state())  # its own generator leaves the global one alone
+    assert torch.equal(
+        before, torch.get_rng_state()
+    )  # its own generator leaves the global one alone
 
 
 @pytest.mark.parametrize(

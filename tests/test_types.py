@@ -83,7 +83,9 @@ def test_cat_refuses_a_field_that_only_some_have():
         Cond.cat([])
 
 
-@pytest.mark.parametrize("arguments", [(torch.bfloat16,), ("cpu", torch.bfloat16), (torch.zeros(1).bfloat16(),)])
+@pytest.mark.parametrize(
+    "arguments", [(torch.bfloat16,), ("cpu", torch.bfloat16), (torch.zeros(1).bfloat16(),)]
+)
 def test_to_changes_floats_only_and_reaches_the_null(arguments):
     cond = make_cond(2).to(*arguments)
     assert cond.null is not None
@@ -95,7 +97,9 @@ def test_to_changes_floats_only_and_reaches_the_null(arguments):
 
 def test_to_moves_every_tensor():
     cond = make_cond(2).to(device="meta", non_blocking=True)
-    assert {x.device.type for x in (cond.tokens, cond.pooled, cond.mask, cond.extra, cond.null.mask)} == {"meta"}
+    assert {
+        x.device.type for x in (cond.tokens, cond.pooled, cond.mask, cond.extra, cond.null.mask)
+    } == {"meta"}
     assert cond.mask.dtype == torch.bool
 
 

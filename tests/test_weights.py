@@ -27,7 +27,9 @@ FAMILIES = {"mmdit": SD3, "unet": SD}
 def made(teacher, folder, seed=8):
     """A student's folder, its weights off the teacher's."""
     student = tiny.shake(students.full(teacher), seed)
-    return students.save_pipeline(student, teacher, folder / "student", Consistency().scheduler(student, teacher))
+    return students.save_pipeline(
+        student, teacher, folder / "student", Consistency().scheduler(student, teacher)
+    )
 
 
 def weights(pipeline_teacher):
@@ -47,11 +49,15 @@ def test_a_lora_is_fused(teachers, pipelines, tmp_path):
     """W + (alpha / r) B A on the attention's queries, and nothing else."""
     teacher = SD(str(pipelines("unet")))
     before = {k: v.clone() for k, v in weights(teacher).items()}
-    teacher.network.model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False))
+    teacher.network.model.add_adapter(
+        LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False)
+    )
     low = {k: v.clone() for k, v in weights(teacher).items() if "lora" in k}
     from peft.utils import get_peft_model_state_dict
 
-    teacher.pipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(teacher.network.model))
+    teacher.pipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(teacher.network.model)
+    )
     (file,) = tmp_path.glob("*.safetensors")
     found = weights(SD(str(pipelines("unet")), weights=str(file)))
     assert found.keys() == before.keys()
@@ -66,7 +72,9 @@ def test_a_lora_is_fused(teachers, pipelines, tmp_path):
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
-def test_of_a_lora_the_text_encoder_s_layers_are_left_out(naming, teachers, pipelines, tmp_path, caplog):
+def test_of_a_lora_the_text_encoder_s_layers_are_left_out(
+    naming, teachers, pipelines, tmp_path, caplog
+):
     """The student's folder has the text encoder of the teacher's files; and one that is read later would lack them."""
     base, random = teachers("unet"), torch.Generator().manual_seed(3)
 
@@ -93,10 +101,14 @@ def test_of_a_lora_the_text_encoder_s_layers_are_left_out(naming, teachers, pipe
     alone = SD(str(pipelines("unet")), weights=str(tmp_path / "unet.safetensors"))
     assert "left out" not in caplog.text
     for deferred in ((), ("text_encoder", "vae")):
-        found = SD(str(pipelines("unet")), weights=str(tmp_path / "both.safetensors"), deferred=deferred)
+        found = SD(
+            str(pipelines("unet")), weights=str(tmp_path / "both.safetensors"), deferred=deferred
+        )
         assert tiny.same(weights(found), weights(alone))
         assert not tiny.same(weights(found), weights(base))
-        torch.testing.assert_close(found.embed(tiny.CAPTIONS[:2]).tokens, base.embed(tiny.CAPTIONS[:2]).tokens)
+        torch.testing.assert_close(
+            found.embed(tiny.CAPTIONS[:2]).tokens, base.embed(tiny.CAPTIONS[:2]).tokens
+        )
     assert "both.safetensors: its layers for text encoders are left out" in caplog.text
 
 
@@ -117,12 +129,18 @@ def test_a_delta_carries_a_student_over(teacher, family, pipelines, tmp_path):
     assert type(result.pipeline.scheduler) is kind
 
 
-def test_the_export_command_writes_and_applies_a_delta(command, teacher, family, pipelines, tmp_path):
+def test_the_export_command_writes_and_applies_a_delta(
+    command, teacher, family, pipelines, tmp_path
+):
     folder, base = made(teacher, tmp_path), pipelines(family)
-    code, out, _ = command("export", f"run={folder}", f"base={base}", f"out={tmp_path / 'd.safetensors'}")
+    code, out, _ = command(
+        "export", f"run={folder}", f"base={base}", f"out={tmp_path / 'd.safetensors'}"
+    )
     assert code == 0
     assert "d.safetensors" in out
-    command("export", f"base={base}", f"delta={tmp_path / 'd.safetensors'}", f"out={tmp_path / 'again'}")
+    command(
+        "export", f"base={base}", f"delta={tmp_path / 'd.safetensors'}", f"out={tmp_path / 'again'}"
+    )
     one, two = (weights(FAMILIES[family](str(path))) for path in (folder, tmp_path / "again"))
     assert all(torch.allclose(two[k], v, rtol=1e-2, atol=5e-3) for k, v in one.items())
 
@@ -133,7 +151,10 @@ def test_a_folder_that_is_there_is_not_replaced_by_a_delta_s(command, pipelines,
     precious.write_text("years")
     words = [f"base={pipelines('unet')}", "delta=d.safetensors"]
     code, _, err = command("export", *words, f"out={precious.parent}")
-    assert (code, err) == (1, f"distill: out={precious.parent}: is there already; remove it or name another\n")
+    assert (code, err) == (
+        1,
+        f"distill: out={precious.parent}: is there already; remove it or name another\n",
+    )
     assert precious.read_text() == "years"
     (tmp_path / "d.safetensors.student").mkdir()  # where it would go
     assert "d.safetensors.student: is there already" in command("export", *words)[2]
@@ -147,16 +168,26 @@ def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
         SD(str(pipelines("unet")), weights="nowhere")
     sides = {"A": (2, 16), "B": (16, 2)}
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    for stem in (f"base_model.model.{layer}", f"text_encoder.{layer}", layer, "unet.single_blocks.0.to_q"):
+    for stem in (
+        f"base_model.model.{layer}",
+        f"text_encoder.{layer}",
+        layer,
+        "unet.single_blocks.0.to_q",
+    ):
         name = f"{stem}.lora"  # peft's own; of another part; bare; of another network
         save_file(
-            {f"{name}_{s}.weight": torch.ones(shape) for s, shape in sides.items()}, tmp_path / "lora.safetensors"
+            {f"{name}_{s}.weight": torch.ones(shape) for s, shape in sides.items()},
+            tmp_path / "lora.safetensors",
         )
-        with pytest.raises(ValueError, match=r"lora\.safetensors: none of its layers is one of this UNet2DCondition"):
+        with pytest.raises(
+            ValueError,
+            match=r"lora\.safetensors: none of its layers is one of this UNet2DCondition",
+        ):
             SD(str(pipelines("unet")), weights=str(tmp_path / "lora.safetensors"))
     for without in ("text_encoder", ["text_encoder3"]):
         with pytest.raises(
-            ValueError, match=r"teacher\.without=.*: there is no .*; must be a list of vae, text_encoder, "
+            ValueError,
+            match=r"teacher\.without=.*: there is no .*; must be a list of vae, text_encoder, ",
         ):
             SD(str(pipelines("unet")), without=without)
     with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export"):
@@ -169,9 +200,12 @@ def test_a_student_may_begin_from_another_run(teacher, family, tmp_path):
     folder = made(teacher, tmp_path)
     for init in (folder, folder.parent):  # the pipeline, and the run that it lies in
         found = students.full(teacher, init=str(init)).model.state_dict()
-        assert all(torch.equal(found[k], v) for k, v in weights(FAMILIES[family](str(folder))).items())
+        assert all(
+            torch.equal(found[k], v) for k, v in weights(FAMILIES[family](str(folder))).items()
+        )
     with pytest.raises(
-        ValueError, match=r"student\.init=nothing: must be teacher, random, or a run or pipeline folder"
+        ValueError,
+        match=r"student\.init=nothing: must be teacher, random, or a run or pipeline folder",
     ):
         students.full(teacher, init="nothing")
 
@@ -180,12 +214,16 @@ def test_a_student_that_begins_from_one_under_a_timestep_shift_has_it_too(teache
     """What was made for t' = 249 must not be told 999."""
     teacher = teachers("unet")
     first = tiny.shake(students.full(teacher, shift=250), 8).eval()
-    folder = students.save_pipeline(first, teacher, tmp_path / "it", Consistency().scheduler(first, teacher))
+    folder = students.save_pipeline(
+        first, teacher, tmp_path / "it", Consistency().scheduler(first, teacher)
+    )
     second = students.full(teacher, init=str(folder)).eval()
     x_t, t, cond = torch.randn(1, *teacher.latent_shape), torch.ones(1), teacher.embed(["x"])
     with torch.no_grad():
         assert torch.equal(second.x0(x_t, t, cond), first.x0(x_t, t, cond))
-        assert not torch.allclose(first.x0(x_t, t, cond), SD(str(folder)).network.around(first.model).x0(x_t, t, cond))
+        assert not torch.allclose(
+            first.x0(x_t, t, cond), SD(str(folder)).network.around(first.model).x0(x_t, t, cond)
+        )
     assert (second.shift, students.full(teacher, init=str(folder), shift=500).shift) == (250, 500)
     assert students.full(teacher, init=str(made(teacher, tmp_path / "other"))).shift is None
     with pytest.raises(ValueError, match=r"student\.shift=0: must lie in"):
@@ -195,12 +233,17 @@ def test_a_student_that_begins_from_one_under_a_timestep_shift_has_it_too(teache
 def of_another_size(family, teacher, folder):
     """A pipeline folder like the teacher's, with a smaller network."""
     model = teacher.network.model
-    smaller = {"mmdit": {"num_layers": 1}, "unet": {"block_out_channels": (16, 32), "norm_num_groups": 8}}[family]
+    smaller = {
+        "mmdit": {"num_layers": 1},
+        "unet": {"block_out_channels": (16, 32), "norm_num_groups": 8},
+    }[family]
     config = {**model.config, **smaller}
     if family == "unet":  # two stages of what are three
         config |= {k: config[k][:2] for k in ("down_block_types", "up_block_types")}
     small = teacher.network.around(tiny.shake(type(model).from_config(config), 6))
-    return small, students.save_pipeline(small, teacher, folder, Consistency().scheduler(small, teacher))
+    return small, students.save_pipeline(
+        small, teacher, folder, Consistency().scheduler(small, teacher)
+    )
 
 
 def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, shards):
@@ -215,15 +258,26 @@ def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, s
     tiny.trainer(tmp_path, 2).fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
     assert not tiny.same(tiny.weights(student), tiny.weights(small))
     scheduler = Consistency().scheduler(student, teacher)
-    loaded = FAMILIES[family](str(students.save_pipeline(student, teacher, tmp_path / "student", scheduler)))
-    assert tiny.same(weights(loaded), {k: v.detach() for k, v in student.model.state_dict().items()})
+    loaded = FAMILIES[family](
+        str(students.save_pipeline(student, teacher, tmp_path / "student", scheduler))
+    )
+    assert tiny.same(
+        weights(loaded), {k: v.detach() for k, v in student.model.state_dict().items()}
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("in_channels", 8), ("joint_attention_dim", 96), ("cross_attention_dim", 96), ("prediction_type", "v_prediction")],
+    [
+        ("in_channels", 8),
+        ("joint_attention_dim", 96),
+        ("cross_attention_dim", 96),
+        ("prediction_type", "v_prediction"),
+    ],
 )
-def test_a_student_that_cannot_read_what_its_teacher_reads_is_refused(key, value, teacher, family, pipelines, tmp_path):
+def test_a_student_that_cannot_read_what_its_teacher_reads_is_refused(
+    key, value, teacher, family, pipelines, tmp_path
+):
     part = "transformer" if family == "mmdit" else "unet"
     file = f"{part}/config.json" if key != "prediction_type" else "scheduler/scheduler_config.json"
     shutil.copytree(pipelines(family), tmp_path / "other")
@@ -231,7 +285,9 @@ def test_a_student_that_cannot_read_what_its_teacher_reads_is_refused(key, value
     if key not in config:
         pytest.skip("a setting of the other family")
     (tmp_path / "other" / file).write_text(json.dumps({**config, key: value}))
-    with pytest.raises(ValueError, match=rf"student\.init=.*: its {key} is {value} and the teacher's is"):
+    with pytest.raises(
+        ValueError, match=rf"student\.init=.*: its {key} is {value} and the teacher's is"
+    ):
         students.full(teacher, init=str(tmp_path / "other"))
 
 
@@ -254,7 +310,9 @@ def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_
     opened = (getattr(pipeline, "transformer", None) or pipeline.unet).state_dict()
     assert tiny.same(opened, tiny.weights(tiny.shake(students.full(teacher), 8).model))
     for name in ("vae", "text_encoder"):
-        assert tiny.same(getattr(pipeline, name).state_dict(), getattr(teacher.pipeline, name).state_dict())
+        assert tiny.same(
+            getattr(pipeline, name).state_dict(), getattr(teacher.pipeline, name).state_dict()
+        )
 
 
 @pytest.mark.parametrize("init", ["teacher", "folder"])
@@ -269,7 +327,10 @@ def test_a_student_says_the_size_that_it_was_trained_at(init, teachers, pipeline
     pipeline = AutoPipelineForText2Image.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("x", num_inference_steps=1, guidance_scale=0.0).images[0].size == (96, 96)
-    with pytest.raises(ValueError, match=r"teacher\.size=98: must be a side, or \[width,height\], in multiples of 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"teacher\.size=98: must be a side, or \[width,height\], in multiples of 4",
+    ):
         SD(str(pipelines("unet")), size=98)
 
 
@@ -289,19 +350,25 @@ def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
     folder = made(SD(str(snapshot)), tmp_path)
     found = AutoPipelineForText2Image.from_pretrained(folder).components
     assert found["safety_checker"] is found["feature_extractor"] is None
-    assert all(found[name] is not None for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    assert all(
+        found[name] is not None
+        for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    )
     assert json.loads((folder / "model_index.json").read_text()).keys() == index.keys()
 
 
 def test_a_student_of_another_family_is_refused(teachers, pipelines):
     with pytest.raises(
-        ValueError, match=r"student\.init=.*: its \w+ is .* begin from a pipeline of the teacher's family"
+        ValueError,
+        match=r"student\.init=.*: its \w+ is .* begin from a pipeline of the teacher's family",
     ):
         students.full(teachers("sdxl"), init=str(pipelines("unet")))
 
 
 def test_prompts_are_lines_of_a_file(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("\ufeffa\r\n\r\n b \u2028 d\r\nc\r\n".encode())  # Notepad's
+    (tmp_path / "prompts.txt").write_bytes(
+        "\ufeffa\r\n\r\n b \u2028 d\r\nc\r\n".encode()
+    )  # Notepad's
     loader = source.prompts(str(tmp_path / "prompts.txt"), batch_size=3).loader(seed=0)
     batch = next(iter(loader))
     assert sorted(batch["caption"]) == ["a", "b \u2028 d", "c"]

@@ -31,7 +31,9 @@ assert not loaded, f"{module} {sys.argv[1:]} loads {sorted(loaded)}"
 def python(*args: str, cwd: Path, path: Path | None = None) -> str:
     """What a fresh interpreter prints; its complaint is the failure's text."""
     env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
-    done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, f"python {' '.join(args)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -44,9 +46,7 @@ def test_a_question_to_a_command_loads_nothing_heavy(command, question, tmp_path
 
 
 def test_the_console_script_lists_its_commands(tmp_path):
-    code = (
-        "import sys; from distill.cli import main; status = main(); assert 'torch' not in sys.modules; sys.exit(status)"
-    )
+    code = "import sys; from distill.cli import main; status = main(); assert 'torch' not in sys.modules; sys.exit(status)"
     printed = python("-c", code, "--help", cwd=tmp_path)
     assert all(name in printed for name in COMMANDS)
 
@@ -54,7 +54,9 @@ def test_the_console_script_lists_its_commands(tmp_path):
 def test_the_console_script_is_the_module(tmp_path):
     code = "import sys; from distill.cli import main; sys.exit(main())"
     question = ("--cfg", "job", "seed=7")
-    assert python("-c", code, "run", *question, cwd=tmp_path) == python("-m", "distill.run", *question, cwd=tmp_path)
+    assert python("-c", code, "run", *question, cwd=tmp_path) == python(
+        "-m", "distill.run", *question, cwd=tmp_path
+    )
 
 
 def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
@@ -66,7 +68,11 @@ def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
 
 
 def test_the_console_script_knows_every_command():
-    guarded = {p.stem for p in (ROOT / "src" / "distill").glob("*.py") if "\nif __name__ ==" in p.read_text("utf-8")}
+    guarded = {
+        p.stem
+        for p in (ROOT / "src" / "distill").glob("*.py")
+        if "\nif __name__ ==" in p.read_text("utf-8")
+    }
     guarded.remove("worker")  # which `run` starts, and nobody else
     assert set(COMMANDS) == guarded, "distill.cli.COMMANDS and the modules that can be run differ"
 
@@ -82,8 +88,13 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_configuration_models_and_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    conf = {"distill/conf/" + path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
-    models = {path.relative_to(ROOT / "src").as_posix() for path in MODELS.rglob("*") if path.is_file()}
+    conf = {
+        "distill/conf/" + path.relative_to(ROOT / "conf").as_posix()
+        for path in (ROOT / "conf").rglob("*.yaml")
+    }
+    models = {
+        path.relative_to(ROOT / "src").as_posix() for path in MODELS.rglob("*") if path.is_file()
+    }
     assert conf
     assert any(name.endswith(".safetensors") for name in models), f"no model in {MODELS}"
     assert not (missing := (conf | models) - names), sorted(missing)
@@ -94,7 +105,17 @@ def test_the_wheel_holds_configuration_models_and_licence(wheel):
 def test_an_installed_wheel_finds_its_configuration(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=elsewhere)
+    python(
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+        cwd=elsewhere,
+    )
     where = python("-c", "import distill; print(distill.__path__[0])", cwd=elsewhere, path=site)
     assert Path(where.strip()).samefile(site / "distill"), "another copy of the package answered"
     printed = python("-m", "distill.run", "--cfg", "job", cwd=elsewhere, path=site)

@@ -59,13 +59,19 @@ def write_pipeline(family: str, folder: Path) -> Path:
     clip = text.build(tokenizer, SIDE).eval()
     autoencoder = shake(vae.build(SIDE), 1, std=0.02)
     # Each family writes its own scale and, where its pipeline knows one, its own shift.
-    autoencoder.register_to_config(scaling_factor=0.8, shift_factor=0.1 if family == "mmdit" else None)
+    autoencoder.register_to_config(
+        scaling_factor=0.8, shift_factor=0.1 if family == "mmdit" else None
+    )
     if family == "sdxl":
         write_sdxl(autoencoder, clip, tokenizer, folder)
     elif family == "mmdit":
-        assemble.save_sd3(shake(diffusion.build_mmdit(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder)
+        assemble.save_sd3(
+            shake(diffusion.build_mmdit(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder
+        )
     else:
-        assemble.save_sd(shake(diffusion.build_unet(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder)
+        assemble.save_sd(
+            shake(diffusion.build_unet(16, text.WIDTH), 2), autoencoder, clip, tokenizer, folder
+        )
     return folder
 
 
@@ -101,7 +107,11 @@ def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
     }
     scheduler = diffusers.DDIMScheduler(**assemble.SCHEDULE)
     whole = diffusers.StableDiffusionXLPipeline(
-        unet=sdxl_unet(2 * width, pooled), vae=vae, scheduler=scheduler, add_watermarker=False, **texts
+        unet=sdxl_unet(2 * width, pooled),
+        vae=vae,
+        scheduler=scheduler,
+        add_watermarker=False,
+        **texts,
     )
     assemble.save_half(whole, folder)
 
@@ -140,7 +150,9 @@ class Toy(nn.Module):
         self.first = nn.Conv2d(2, 16, 3, padding=1)
         self.second = nn.Conv2d(16, 16, 3, padding=1)
         for convolution in (self.first, self.second):
-            nn.init.normal_(convolution.weight, std=(convolution.in_channels * 9) ** -0.5, generator=generator)
+            nn.init.normal_(
+                convolution.weight, std=(convolution.in_channels * 9) ** -0.5, generator=generator
+            )
             nn.init.zeros_(convolution.bias)
         self.requires_grad_(False)
 
@@ -184,7 +196,9 @@ class ToyStudent(nn.Module):
         self.process = toy.process
         size = toy.mode.numel()
         torch.manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(size + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.net = nn.Sequential(
+            nn.Linear(size + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
         self.out = nn.Linear(width, size)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -219,21 +233,32 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def adam(lr: float, eps: float = 1e-8) -> Any:
-    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.0, eps=eps)
+    return lambda parameters: torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.0, eps=eps
+    )
 
 
 def engine(
-    *, rate: float = 1e-3, eps: float = 1e-8, critic_rate: float = 2e-3, critic_eps: float = 1e-8, **options: Any
+    *,
+    rate: float = 1e-3,
+    eps: float = 1e-8,
+    critic_rate: float = 2e-3,
+    critic_eps: float = 1e-8,
+    **options: Any,
 ) -> Engine:
     return Engine(student=adam(rate, eps), discriminator=adam(critic_rate, critic_eps), **options)
 
 
-def parts(teacher: Any, *, seed: int = 0, lora: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def parts(
+    teacher: Any, *, seed: int = 0, lora: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     """What every method is handed, alike for equal arguments; with `lora`, its options, a student on the teacher."""
     torch.manual_seed(seed)
     features = TeacherFeatures(teacher)
     pooled = teacher.embed([""]).pooled
-    heads = ConvHeads(features.channels, pooled=0 if pooled is None else pooled.shape[1], width=16, spectral=False)
+    heads = ConvHeads(
+        features.channels, pooled=0 if pooled is None else pooled.shape[1], width=16, spectral=False
+    )
     if lora:
         from distill.students.lora import lora as adapted
 
@@ -270,7 +295,9 @@ class ToyImages:
     def __init__(self, toy: Toy) -> None:
         self.toy, self.channels = toy, toy.channels
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
         return [m.flatten(2).tanh() for m in self.toy.features(x, t, cond, list(self.channels))]
 
     def describe(self, x: Tensor) -> Tensor:
@@ -281,7 +308,13 @@ class ToyImages:
 def vit() -> Path:
     """The folder of a random DINOv2; the same for every process of a session, and whole whenever it can be seen."""
     torch.manual_seed(4)
-    shape = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": 8,
+    }
     folder = Path(tempfile.mkdtemp(prefix="distill-vit-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shake(Dinov2Model(Dinov2Config(**shape)), 4).save_pretrained(folder)
@@ -305,7 +338,11 @@ def add(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options
 
 
 def nitrofusion(
-    teacher: Any, *, options: dict[str, Any] | None = None, pool: dict[str, Any] | None = None, **engine_options: Any
+    teacher: Any,
+    *,
+    options: dict[str, Any] | None = None,
+    pool: dict[str, Any] | None = None,
+    **engine_options: Any,
 ) -> NitroFusion:
     # A head drawn for the first time moves by the signs of its gradient, those that are rounding errors among them:
     # with this eps these do not count, and runs that differ in rounding alone stay together.
@@ -319,7 +356,9 @@ def nitrofusion(
     return NitroFusion(renoise=Discrete(levels, [0.25] * 4), **own, **given)
 
 
-def regression(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> Regression:
+def regression(
+    teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any
+) -> Regression:
     """On pairs that the teacher makes as it goes: no noise is known of the data here."""
     given = alone(parts(teacher, **engine_options))
     levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1])
@@ -327,7 +366,9 @@ def regression(teacher: Any, *, options: dict[str, Any] | None = None, **engine_
     return Regression(**{"levels": levels, "real": pairs} | (options or {}) | given)
 
 
-def consistency(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> Consistency:
+def consistency(
+    teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any
+) -> Consistency:
     given = alone(parts(teacher, **engine_options))
     return Consistency(**{"steps": 4, "guidance": 2.0} | (options or {}) | given)
 

@@ -45,9 +45,13 @@ def main() -> None:
     for folder in map(Path, sys.argv[1:]):
         method = json.loads((folder / "run.json").read_text()).get("method", "").lower()
         if method not in METHODS:
-            raise SystemExit(f"{folder}: {method or 'not trained yet'}; the curves are of {', '.join(METHODS)}")
+            raise SystemExit(
+                f"{folder}: {method or 'not trained yet'}; the curves are of {', '.join(METHODS)}"
+            )
         own[method] = curves(folder / "metrics.csv")
-    figure, axes = plt.subplots(len(PANELS), len(METHODS), figsize=(11, 2.1 * len(PANELS)), sharex="col")
+    figure, axes = plt.subplots(
+        len(PANELS), len(METHODS), figsize=(11, 2.1 * len(PANELS)), sharex="col"
+    )
     for column, (method, name) in zip(axes.T, METHODS.items(), strict=True):
         reference = curves(HERE.parent / f"{method}_shapes" / "metrics.csv")
         column[0].set_title(name)

@@ -32,11 +32,15 @@ def scenes(count: int) -> Iterator[tuple[str, np.ndarray, str, dict[str, Any]]]:
 
 
 def fewer(folder: str, blocks: int, out: Path) -> None:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder, text_encoder_3=None, tokenizer_3=None
+    )
     whole = pipeline.transformer
     kept = np.linspace(0, len(whole.transformer_blocks) - 1, blocks).round().astype(int).tolist()
     part = SD3Transformer2DModel.from_config({**whole.config, "num_layers": blocks})
-    weights = {k: v for k, v in whole.state_dict().items() if not k.startswith("transformer_blocks.")}
+    weights = {
+        k: v for k, v in whole.state_dict().items() if not k.startswith("transformer_blocks.")
+    }
     for place, block in enumerate(kept):
         own = whole.transformer_blocks[block].state_dict()
         weights |= {f"transformer_blocks.{place}.{k}": v for k, v in own.items()}

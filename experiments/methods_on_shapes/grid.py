@@ -25,7 +25,9 @@ STEPS, SHOWN, LABEL = (1, 4), 14, 150  # of the student, pictures a row, pixels
 
 def rows(folder: Path) -> dict[tuple[str, int], list[Image.Image]]:
     """(who, steps) -> its pictures, cut from the comparison of a run."""
-    path = next(p for p in (folder / "comparison.png", folder / "samples" / "comparison.png") if p.is_file())
+    path = next(
+        p for p in (folder / "comparison.png", folder / "samples" / "comparison.png") if p.is_file()
+    )
     judged = json.loads((folder / "evaluation.json").read_text())["rows"]
     cut = zip(judged, tiles(path, len(judged)), strict=True)
     return {(row["who"], row["steps"]): pictures[:SHOWN] for row, pictures in cut}
@@ -33,12 +35,26 @@ def rows(folder: Path) -> dict[tuple[str, int], list[Image.Image]]:
 
 def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "grid.png"
-    given = {name: Path(folder) for name, folder in (word.split("=", 1) for word in sys.argv[2:])} or COMMITTED
-    found = {name: rows(folder) for name, folder in given.items() if (folder / "evaluation.json").is_file()}
+    given = {
+        name: Path(folder) for name, folder in (word.split("=", 1) for word in sys.argv[2:])
+    } or COMMITTED
+    found = {
+        name: rows(folder)
+        for name, folder in given.items()
+        if (folder / "evaluation.json").is_file()
+    }
     taught = next(part for part in found.values() if ("teacher", 28) in part)
-    lines = [(f"teacher, {n} steps", row) for (who, n), row in taught.items() if who == "teacher" and n > 1]
+    lines = [
+        (f"teacher, {n} steps", row)
+        for (who, n), row in taught.items()
+        if who == "teacher" and n > 1
+    ]
     for name, part in found.items():
-        lines += [(f"{name}, {n} step{'s' * (n > 1)}", part["student", n]) for n in STEPS if ("student", n) in part]
+        lines += [
+            (f"{name}, {n} step{'s' * (n > 1)}", part["student", n])
+            for n in STEPS
+            if ("student", n) in part
+        ]
     side = lines[0][1][0].width + PADDING
     sheet = Image.new("RGB", (LABEL + SHOWN * side, side * len(lines)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)

@@ -45,24 +45,43 @@ class Contestant:
     def arguments(self, iterations: int) -> list[str]:
         """Of a run that sees this many batches; the head start sees its share of them."""
         steps = iterations - self.head_start
-        opening = [f"method.opening={int(OPENING * steps)}"] if "method=nitrofusion" in self.chosen else []
-        return [*self.chosen, f"optimizer.head_start={self.head_start}", f"trainer.max_steps={steps}", *opening]
+        opening = (
+            [f"method.opening={int(OPENING * steps)}"]
+            if "method=nitrofusion" in self.chosen
+            else []
+        )
+        return [
+            *self.chosen,
+            f"optimizer.head_start={self.head_start}",
+            f"trainer.max_steps={steps}",
+            *opening,
+        ]
 
 
 CONTESTANTS = {
     "add": Contestant(("method=add",), (RATE, CRITIC, "method.distill_weight=log(1,16)"), 50),
     "ladd": Contestant(LADD, (RATE, CRITIC, "method.renoise.m=uniform(-0.5,1.5)"), 50),
-    "ladd_distill": Contestant(("method=ladd",), (RATE, CRITIC, "method.distill_weight=log(1,32)"), 50),
+    "ladd_distill": Contestant(
+        ("method=ladd",), (RATE, CRITIC, "method.distill_weight=log(1,32)"), 50
+    ),
     "ladd_pool": Contestant(
-        (*LADD, "discriminator=pool"), (RATE, CRITIC, "discriminator.heads.refresh=choice(0,0.002,0.01)"), 50
+        (*LADD, "discriminator=pool"),
+        (RATE, CRITIC, "discriminator.heads.refresh=choice(0,0.002,0.01)"),
+        50,
     ),
-    "nitrofusion": Contestant(("method=nitrofusion",), (RATE, CRITIC, "method.distill_weight=log(1,16)")),
+    "nitrofusion": Contestant(
+        ("method=nitrofusion",), (RATE, CRITIC, "method.distill_weight=log(1,16)")
+    ),
     "nitrofusion_heads": Contestant(
-        ("method=nitrofusion", "discriminator=teacher_features"), (RATE, CRITIC, "method.distill_weight=log(1,16)")
+        ("method=nitrofusion", "discriminator=teacher_features"),
+        (RATE, CRITIC, "method.distill_weight=log(1,16)"),
     ),
-    "regression": Contestant(("method=regression",), (RATE, "optimizer.ema_decay=choice(0.99,0.995,0.998)")),
+    "regression": Contestant(
+        ("method=regression",), (RATE, "optimizer.ema_decay=choice(0.99,0.995,0.998)")
+    ),
     "consistency": Contestant(
-        ("method=consistency",), (RATE, "method.steps=choice(4,8,16,32)", "method.guidance=uniform(2,6)")
+        ("method=consistency",),
+        (RATE, "method.steps=choice(4,8,16,32)", "method.guidance=uniform(2,6)"),
     ),
 }
 
@@ -70,14 +89,23 @@ CONTESTANTS = {
 def some(known: tuple[str, ...], text: str) -> list[str]:
     """Names with commas between, all of them known."""
     if unknown := set(text.split(",")) - set(known):
-        raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(
+            f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+        )
     return text.split(",")
 
 
 def call(module: str, *arguments: str) -> None:
     """One command of the package, said before it is run."""
-    print(" ".join(["python", "-m", module, *(f"'{a}'" if set(a) & set("[]()") else a for a in arguments)]), flush=True)
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL)
+    print(
+        " ".join(
+            ["python", "-m", module, *(f"'{a}'" if set(a) & set("[]()") else a for a in arguments)]
+        ),
+        flush=True,
+    )
+    subprocess.run(
+        [sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def train(folder: Path, arguments: list[str]) -> None:
@@ -97,7 +125,12 @@ def search(name: str, asked: argparse.Namespace) -> None:
     if not asked.trials:
         return
     contestant, out = CONTESTANTS[name], asked.out / "search" / name
-    run = [*contestant.arguments(asked.search_steps), *QUIET, "metrics.prompts=200", "metrics.student_steps=[1]"]
+    run = [
+        *contestant.arguments(asked.search_steps),
+        *QUIET,
+        "metrics.prompts=200",
+        "metrics.student_steps=[1]",
+    ]
     goal = ["metric=frechet", "direction=minimize", f"trials={asked.trials}"]
     space, run = (json.dumps(x, separators=(",", ":")) for x in (contestant.space, run))
     call("distill.search", f"space={space}", f"run={run}", *goal, f"out={out}")
@@ -122,10 +155,22 @@ def pace(name: str, asked: argparse.Namespace) -> float:
         used, contestant = [], CONTESTANTS[name]
         for iterations in (10, 30):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            steps = ["optimizer.head_start=0", f"trainer.max_steps={iterations}", f"run_dir={asked.out / 'pace'}"]
+            steps = [
+                "optimizer.head_start=0",
+                f"trainer.max_steps={iterations}",
+                f"run_dir={asked.out / 'pace'}",
+            ]
             opening = ["method.opening=0"] if "method=nitrofusion" in contestant.chosen else []
             shutil.rmtree(asked.out / "pace", ignore_errors=True)  # of a command that was killed
-            call("distill.run", *contestant.chosen, *best(name, asked), *opening, *steps, QUIET[0], "~metrics")
+            call(
+                "distill.run",
+                *contestant.chosen,
+                *best(name, asked),
+                *opening,
+                *steps,
+                QUIET[0],
+                "~metrics",
+            )
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         shutil.rmtree(asked.out / "pace")
@@ -141,13 +186,21 @@ def contest(budget: str, name: str, seed: int, asked: argparse.Namespace) -> Non
         shutil.copytree(equal, asked.out / budget / equal.name, dirs_exist_ok=True)
         return
     share = 1.0 if budget == "images" else pace(YARDSTICK, asked) / pace(name, asked)
-    arguments = [*CONTESTANTS[name].arguments(int(share * asked.steps)), *best(name, asked), QUIET[0]]
+    arguments = [
+        *CONTESTANTS[name].arguments(int(share * asked.steps)),
+        *best(name, asked),
+        QUIET[0],
+    ]
     whole = [] if (name, seed) == (YARDSTICK, 0) else [QUIET[1]]  # the teacher's many steps once
-    train(asked.out / budget / f"{name}_{seed}", [*arguments, *whole, f"name={name}", f"seed={seed}"])
+    train(
+        asked.out / budget / f"{name}_{seed}", [*arguments, *whole, f"name={name}", f"seed={seed}"]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     for option, value in (("steps", 1200), ("search-steps", 300), ("trials", 8), ("cores", 1)):
         parser.add_argument(f"--{option}", type=int, default=value)
@@ -157,10 +210,15 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # Linux; elsewhere the number of threads alone is held
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
     os.environ["OMP_NUM_THREADS"] = str(asked.cores)
-    kept, lengths = asked.out / "lengths.json", {"steps": asked.steps, "search_steps": asked.search_steps}
+    kept, lengths = (
+        asked.out / "lengths.json",
+        {"steps": asked.steps, "search_steps": asked.search_steps},
+    )
     asked.out.mkdir(parents=True, exist_ok=True)
     if kept.is_file() and json.loads(kept.read_text()) != lengths:
-        raise SystemExit(f"{asked.out} was begun with {kept.read_text()}; give these, or another folder")
+        raise SystemExit(
+            f"{asked.out} was begun with {kept.read_text()}; give these, or another folder"
+        )
     kept.write_text(json.dumps(lengths))
     for name in asked.only if "search" in asked.stages else ():
         search(name, asked)
@@ -170,7 +228,12 @@ def main() -> None:
     for budget, seed, name in product(budgets, SEEDS, asked.only):
         contest(budget, name, seed, asked)
     for budget in ("images", "time") if "compare" in asked.stages else ():
-        call("distill.compare", f"runs={asked.out / budget}", "by_name=true", f"out={asked.out / f'compare_{budget}'}")
+        call(
+            "distill.compare",
+            f"runs={asked.out / budget}",
+            "by_name=true",
+            f"out={asked.out / f'compare_{budget}'}",
+        )
 
 
 if __name__ == "__main__":

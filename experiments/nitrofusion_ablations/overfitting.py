@@ -35,7 +35,9 @@ class Ask(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, method: Any, *_: Any) -> None:
         if method.iteration % EVERY == 0:
-            self.rows.append({"iteration": method.iteration, "step": method.step, **self.ask(method)})
+            self.rows.append(
+                {"iteration": method.iteration, "step": method.step, **self.ask(method)}
+            )
             with open(self.path, "w", newline="") as file:
                 table = csv.DictWriter(file, list(self.rows[0]))
                 table.writeheader()
@@ -49,7 +51,9 @@ class Ask(L.Callback):
                 batch = method._embedded(samples)
                 means[name].append(self.judge(method, level, batch.x0, batch))
             with torch.autocast(batch.x0.device.type, torch.bfloat16):
-                x0_hat = method.student.x0(batch.noise, torch.ones(len(batch), device=batch.x0.device), batch.cond)
+                x0_hat = method.student.x0(
+                    batch.noise, torch.ones(len(batch), device=batch.x0.device), batch.cond
+                )
             means["fake"].append(self.judge(method, level, x0_hat, batch))
         found = {name: sum(values) / len(values) for name, values in means.items()}
         return {
@@ -62,13 +66,20 @@ class Ask(L.Callback):
         """The mean logit of every head of this level, under one noise and one patch for all that are asked."""
         generator = torch.Generator(x0.device).manual_seed(level)
         t = torch.full((len(x0),), method.heads.levels[level], device=x0.device)
-        x_t = method.teacher.process.diffuse(x0, torch.randn(x0.shape, generator=generator, device=x0.device), t)
+        x_t = method.teacher.process.diffuse(
+            x0, torch.randn(x0.shape, generator=generator, device=x0.device), t
+        )
         with torch.autocast(x0.device.type, torch.bfloat16):
             maps = method.features(x_t, t, batch.cond, generator)
             of_map = [list(method.heads.members[level, name]) for name in method.heads.channels]
             rounds = range(max(map(len, of_map)))
-            logits = [method.heads.judge([heads[k % len(heads)] for heads in of_map], maps) for k in rounds]
-        return float(torch.cat([part.float().flatten() for parts in logits for part in parts]).mean())
+            logits = [
+                method.heads.judge([heads[k % len(heads)] for heads in of_map], maps)
+                for k in rounds
+            ]
+        return float(
+            torch.cat([part.float().flatten() for parts in logits for part in parts]).mean()
+        )
 
 
 def batch_of(data: LatentShards, rows: range) -> dict[str, Any]:
@@ -81,7 +92,13 @@ def main() -> None:
     path, *overrides = sys.argv[1:]
     folder = tempfile.mkdtemp()
     with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-        keys = ["method=nitrofusion", f"data.limit={TRAINED}", "~metrics", "~callbacks.progress", *overrides]
+        keys = [
+            "method=nitrofusion",
+            f"data.limit={TRAINED}",
+            "~metrics",
+            "~callbacks.progress",
+            *overrides,
+        ]
         cfg = compose("config", overrides=keys)
     source, method = build.parts(cfg)
     data = LatentShards(shipped(cfg.data.path), seeded=True)

@@ -36,8 +36,14 @@ FAMILIES = {
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
     "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
 }
-ONE_OR_MORE = ("data.batch_size", "optimizer.accumulate", *(f"trainer.{k}" for k in ("max_steps", "num_nodes")))
-COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(ONE_OR_MORE, 1)
+ONE_OR_MORE = (
+    "data.batch_size",
+    "optimizer.accumulate",
+    *(f"trainer.{k}" for k in ("max_steps", "num_nodes")),
+)
+COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(
+    ONE_OR_MORE, 1
+)
 JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
@@ -46,21 +52,34 @@ EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists an
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
     alone = OmegaConf.select(cfg, "discriminator.features") is None
-    wanted, given = _space(cfg, "method"), "nothing" if alone else _space(cfg, "discriminator.features")
-    if wanted and given and wanted != given:  # first: such a mixture has keys that do not fit either
+    wanted, given = (
+        _space(cfg, "method"),
+        "nothing" if alone else _space(cfg, "discriminator.features"),
+    )
+    if (
+        wanted and given and wanted != given
+    ):  # first: such a mixture has keys that do not fit either
         what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
         raise ValueError(f"{what}; choose another discriminator=")
     if alone and (lead := cfg.optimizer.get("head_start")):
-        raise ValueError(f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0")
+        raise ValueError(
+            f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0"
+        )
     allowed(cfg)
     check_counts(cfg, COUNTS)
     devices, accelerator = cfg.trainer.get("devices", 1), cfg.trainer.get("accelerator", "auto")
-    if isinstance(devices, (str, int, float)) and not re.fullmatch(r"auto|-1|[1-9]\d*", str(devices)):
-        raise ValueError(f"trainer.devices={devices}: must be a number of devices, a list of them, or auto")
+    if isinstance(devices, (str, int, float)) and not re.fullmatch(
+        r"auto|-1|[1-9]\d*", str(devices)
+    ):
+        raise ValueError(
+            f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
+        )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         what = "there is no GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
-    if str(cfg.trainer.get("precision")).startswith("16"):  # its scaled gradients would be clipped as if they were not
+    if str(cfg.trainer.get("precision")).startswith(
+        "16"
+    ):  # its scaled gradients would be clipped as if they were not
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision}: is not for two players; use bf16-mixed or 32-true"
         )
@@ -69,20 +88,29 @@ def check(cfg: DictConfig) -> None:
     strategy = cfg.trainer.get("strategy", "auto")
     named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
     if "fsdp" in named.lower():
-        raise ValueError(f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2")
+        raise ValueError(
+            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
+        )
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
-        raise ValueError(f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp")
+        raise ValueError(
+            f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
+        )
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
     least = {f"metrics.{key}": least for key, least in JUDGING.items()}
     if isinstance(metrics.get("size"), ListConfig):  # [width, height]
-        least |= dict.fromkeys((f"metrics.size[{i}]" for i in range(len(metrics.size))), least.pop("metrics.size"))
+        least |= dict.fromkeys(
+            (f"metrics.size[{i}]" for i in range(len(metrics.size))), least.pop("metrics.size")
+        )
     check_counts(OmegaConf.create({"metrics": metrics}), least)
     made = make(metrics)
     if run and hasattr(made, "check"):
-        eyes = (str(OmegaConf.select(run, f"discriminator.features.{key}")) for key in ("_target_", "path"))
+        eyes = (
+            str(OmegaConf.select(run, f"discriminator.features.{key}"))
+            for key in ("_target_", "path")
+        )
         made.check(*eyes)
     return made
 
@@ -98,7 +126,9 @@ def _space(cfg: DictConfig, key: str) -> str | None:
     target = str(OmegaConf.select(cfg, f"{key}._target_"))
     try:
         return getattr(get_object(target), "space", None) if target.startswith("distill.") else None
-    except Exception:  # Hydra wraps whatever an import raises; the check of all targets says it better
+    except (
+        Exception
+    ):  # Hydra wraps whatever an import raises; the check of all targets says it better
         return None
 
 
@@ -111,17 +141,23 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     source = make(cfg.data)  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
     decodes = _space(cfg, "method") == "pixels" and not cfg.method.get("decoder")
-    teacher = teacher_of(cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else [])
+    teacher = teacher_of(
+        cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
+    )
     refuse_misfit(cfg, source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
-    if judge and hasattr(get_object(judge), "fits"):  # others read data when they are made, as `check` has done
+    if judge and hasattr(
+        get_object(judge), "fits"
+    ):  # others read data when they are made, as `check` has done
         make(cfg.metrics).fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
     student = make(cfg.student)(teacher=teacher)
     make(cfg.sampler).check(student)
     players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
-    return source, make(cfg.method)(teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed)
+    return source, make(cfg.method)(
+        teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
+    )
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
@@ -137,7 +173,10 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
     if "condition" not in cfg:
         pooled = teacher.embed([""]).pooled
         width = 0 if pooled is None else pooled.shape[1]
-        return {"features": features, "heads": make(cfg.heads)(channels=features.channels, pooled=width)}
+        return {
+            "features": features,
+            "heads": make(cfg.heads)(channels=features.channels, pooled=width),
+        }
     condition = make(cfg.condition)(teacher=teacher, features=features)
     widths = {"pooled": condition.pooled_width, "image": condition.image_width}
     heads = make(cfg.heads)(channels=features.channels, **widths)
@@ -146,7 +185,9 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
 
 def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
     """The teacher; parts of it whose names begin so are read only if they are asked for."""
-    return make(OmegaConf.create({**cfg.teacher, "deferred": list(deferred)}) if deferred else cfg.teacher)
+    return make(
+        OmegaConf.create({**cfg.teacher, "deferred": list(deferred)}) if deferred else cfg.teacher
+    )
 
 
 def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
@@ -163,7 +204,11 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
         )
     config, null = teacher.network.model.config, getattr(data, "null", None)
-    width = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    width = (
+        config.get("caption_channels")
+        or config.get("joint_attention_dim")
+        or config.get("cross_attention_dim")
+    )
     if null and isinstance(width, int) and null["tokens"].shape[-1] != width:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and this teacher reads "
@@ -172,11 +217,16 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     made = getattr(data, "made", {})
     if null and sorted(made.get("without", teacher.without)) != sorted(teacher.without):
         what = f"teacher.without=[{','.join(made['without'])}], and this run has [{','.join(teacher.without)}]"
-        raise ValueError(f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same")
+        raise ValueError(
+            f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
+        )
     if made.get("teacher", cfg.teacher.path) != cfg.teacher.path:
         what = "right if both have one autoencoder and one text encoder"
         log.warning(
-            "data.path=%s was made with %s, not with this run's teacher: %s", cfg.data.path, made["teacher"], what
+            "data.path=%s was made with %s, not with this run's teacher: %s",
+            cfg.data.path,
+            made["teacher"],
+            what,
         )
     if size and size % teacher.unit and not data.buckets:
         raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
@@ -191,13 +241,20 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
-            callback.about = {"config": OmegaConf.to_container(cfg, resolve=True), "versions": versions()}
+            callback.about = {
+                "config": OmegaConf.to_container(cfg, resolve=True),
+                "versions": versions(),
+            }
     loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
     build = make(cfg.trainer)
-    strategy = build.keywords.pop("strategy", None) or (DataParallel() if processes(cfg) > 1 else "auto")
+    strategy = build.keywords.pop("strategy", None) or (
+        DataParallel() if processes(cfg) > 1 else "auto"
+    )
     return build(
         strategy=strategy,
-        plugins=[] if isinstance(strategy, FullyShardedDataParallel) else [AtomicIO()],  # that one has its own files
+        plugins=[]
+        if isinstance(strategy, FullyShardedDataParallel)
+        else [AtomicIO()],  # that one has its own files
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(folder),
@@ -231,7 +288,9 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
     """The exit code of a run that a signal has ended, said in words; 0 if none has."""
     by = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
     if by and trainer.is_global_zero:
-        print(f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}")
+        print(
+            f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}"
+        )
         if by == signal.SIGUSR1:
             requeue()
     return 128 + by if by and by != signal.SIGUSR1 else 0
@@ -239,7 +298,11 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The judging as lines for a terminal."""
-    columns = [key for key in MEASURES if key not in (*ATTRIBUTES, TIME) and any(key in row for row in rows)]
+    columns = [
+        key
+        for key in MEASURES
+        if key not in (*ATTRIBUTES, TIME) and any(key in row for row in rows)
+    ]
     lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
     for row in rows:
         values = "".join(f"{row[name]:>18.4g}" if name in row else f"{'-':>18}" for name in columns)

@@ -36,13 +36,19 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     def samples(shard: int, _: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for numbers, found in zip(plan[shard], stream, strict=False):
             good = [(f"{i:09d}", item) for i, (item, _) in zip(numbers, found, strict=True) if item]
-            source.dataset.account(len(good), [pair for _, bad in found for pair in bad], needed=False)
+            source.dataset.account(
+                len(good), [pair for _, bad in found for pair in bad], needed=False
+            )
             captions = [item["caption"] for _, item in good]
             if good:
                 pixels = torch.stack([item["pixels"] for _, item in good]).to(device)
                 with torch.no_grad():
                     latents = teacher.encode(pixels).float().cpu().numpy()
-                    told = making.embedded(teacher.embed(captions)) if cfg.embeddings else [{}] * len(good)
+                    told = (
+                        making.embedded(teacher.embed(captions))
+                        if cfg.embeddings
+                        else [{}] * len(good)
+                    )
                 yield from map(cached, [key for key, _ in good], latents, captions, told)
 
     job.make(samples)

@@ -27,9 +27,16 @@ class Progress(L.Callback):
     """A bar over student steps with the time left and what the players say of each other."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self.bar = RichProgress(*columns, refresh_per_second=2, disable=not trainer.is_global_zero)
-        self.task = self.bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step)
+        self.task = self.bar.add_task(
+            "training", total=trainer.max_steps, completed=trainer.global_step
+        )
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
@@ -41,7 +48,9 @@ class Progress(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         self.bar.stop()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Distillation, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: Distillation, exception: BaseException
+    ) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
 
@@ -55,7 +64,11 @@ class Health(L.Callback):
         self._last: tuple[float, int] | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if pl_module.step % self.every == 0 and pl_module.iteration >= pl_module.engine.head_start and not self._before:
+        if (
+            pl_module.step % self.every == 0
+            and pl_module.iteration >= pl_module.engine.head_start
+            and not self._before
+        ):
             self._before = [p.detach().clone() for p in self._some(pl_module)]
 
     def _some(self, pl_module: Distillation) -> list[Tensor]:
@@ -66,7 +79,9 @@ class Health(L.Callback):
         if not (self._before and pl_module.updated):
             return
         change = torch._foreach_sub(self._before, [p.detach() for p in self._some(pl_module)])
-        moved, size = (float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before))
+        moved, size = (
+            float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before)
+        )
         now, values = (time.monotonic(), pl_module.images_seen), {"g/update_ratio": moved / size}
         if self._last:
             values["images_per_second"] = (now[1] - self._last[1]) / (now[0] - self._last[0])
@@ -124,19 +139,25 @@ class Samples(L.Callback):
         self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if pl_module.updated and (pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps):
+        if pl_module.updated and (
+            pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
+        ):
             self._draw(trainer, pl_module)
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
         # Where networks are cut up all processes must run them, hence all ask the first one whether to.
-        if trainer.strategy.broadcast(path.exists()) or not (pl_module.sharded or trainer.is_global_zero):
+        if trainer.strategy.broadcast(path.exists()) or not (
+            pl_module.sharded or trainer.is_global_zero
+        ):
             return
         self._cond = self._cond or teacher.embed(self.prompts)
         cond, generators = self._cond.to(teacher.device), seeded(range(len(self.prompts)))
         with pl_module.ema.swap():
-            x0 = Consistency()(pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1)
+            x0 = Consistency()(
+                pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1
+            )
         if trainer.is_global_zero:
             save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)
         teacher.release()  # what a run on cached embeddings has read for this alone

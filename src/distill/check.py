@@ -24,7 +24,9 @@ def main(cfg: DictConfig) -> int:
     source = make(cfg.data)
     data, captions, bad = source.dataset, [], []
     batches = source.batches(range(len(data)))
-    for found in track(source.once(batches), total=len(batches), description="reading", transient=True):
+    for found in track(
+        source.once(batches), total=len(batches), description="reading", transient=True
+    ):
         captions += [item["caption"] for item, _ in found if item]
         bad += [pair for _, pairs in found for pair in pairs]
     print(f"{len(captions)} of {len(data)} samples are good")
@@ -36,7 +38,9 @@ def main(cfg: DictConfig) -> int:
     if captions:
         lengths = sorted(len(caption.split()) for caption in captions)
         empty = sum(not length for length in lengths)
-        print(f"\nwords of a caption: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}; {empty} are empty")
+        print(
+            f"\nwords of a caption: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}; {empty} are empty"
+        )
     return int(len(bad) > data.max_bad_share * len(data))
 
 
@@ -57,7 +61,9 @@ def print_sizes(sizes: list[tuple[int, int]]) -> None:
     for what, sides in zip(("width", "height"), zip(*sizes, strict=True), strict=True):
         print(f"{what}: {min(sides)} to {max(sides)}, median {median(sides):g}")
     print("\nwidth / height")
-    for step, count in sorted(Counter(round(4 * log2(width / height)) for width, height in sizes).items()):
+    for step, count in sorted(
+        Counter(round(4 * log2(width / height)) for width, height in sizes).items()
+    ):
         print(f"{2 ** (step / 4):7.2f}  {count:8}  {'#' * max(1, round(BAR * count / len(sizes)))}")
 
 

@@ -15,13 +15,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from distill.files import read, remove, write
 from distill.methods.base import Distillation
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM announces a job's end by the last one
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+)  # SLURM announces a job's end by the last one
 
 
 class AtomicIO(TorchCheckpointIO):
     """Lightning's reading and writing, by ours."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         write(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
@@ -36,11 +42,24 @@ class Checkpoints(L.Callback):
     """
 
     def __init__(
-        self, every: int = 250, keep: int = 2, archive: int = 0, best: str | None = None, best_is: str = "min"
+        self,
+        every: int = 250,
+        keep: int = 2,
+        archive: int = 0,
+        best: str | None = None,
+        best_is: str = "min",
     ):
         if every < 1 or keep < 0 or best_is not in ("min", "max"):
-            raise ValueError(f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min or max")
-        self.every, self.keep, self.archive, self.best, self.best_is = every, keep, archive, best, best_is
+            raise ValueError(
+                f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min or max"
+            )
+        self.every, self.keep, self.archive, self.best, self.best_is = (
+            every,
+            keep,
+            archive,
+            best,
+            best_is,
+        )
         self.folder, self.about = Path("checkpoints"), {}
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
@@ -52,7 +71,9 @@ class Checkpoints(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best = state["best"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["about"] = self.about
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,19 +86,26 @@ class Checkpoints(L.Callback):
 
     def _set_aside(self, step: int) -> None:
         """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day."""
-        found = [*self.folder.glob("step_*.ckpt"), *(self.folder.parent / "samples").glob("step_*.png")]
+        found = [
+            *self.folder.glob("step_*.ckpt"),
+            *(self.folder.parent / "samples").glob("step_*.png"),
+        ]
         aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
         for path in (later := [p for p in found if int(p.stem[5:]) > step]):
             aside.mkdir(parents=True, exist_ok=True)
             path.rename(aside / path.name)
         if later:
-            print(f"going on from step {step}: {len(later)} checkpoints and pictures of later steps are now in {aside}")
+            print(
+                f"going on from step {step}: {len(later)} checkpoints and pictures of later steps are now in {aside}"
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self.on_train_end(trainer, pl_module)
 
     def _heard(self, number: int, _frame: Any) -> None:
@@ -91,7 +119,9 @@ class Checkpoints(L.Callback):
             number = trainer.strategy.reduce(told, reduce_op="max")
             self.stopped_by = signal.Signals(int(number)) if number else None
         trainer.should_stop |= self.stopped_by is not None
-        due = pl_module.updated and (pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps)
+        due = pl_module.updated and (
+            pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
+        )
         if due or self.stopped_by:
             self._save(trainer, pl_module)
 

@@ -18,7 +18,9 @@ COMMANDS = {
     "search": "look for good values of any keys",
     "doctor": "say whether this machine can run a configuration",
 }
-USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(f"  {k:12}{what}" for k, what in COMMANDS.items())
+USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
+    f"  {k:12}{what}" for k, what in COMMANDS.items()
+)
 
 
 def main() -> int:

@@ -17,9 +17,17 @@ def main(cfg: DictConfig) -> None:
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
     found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    runs = [read_run(folder) for folder in dict.fromkeys(folders) if (folder / "evaluation.json").is_file()]
+    runs = [
+        read_run(folder)
+        for folder in dict.fromkeys(folders)
+        if (folder / "evaluation.json").is_file()
+    ]
     if not runs:
-        what = f"{len(folders)} runs, none judged yet: python -m distill.evaluate run=..." if folders else "no runs"
+        what = (
+            f"{len(folders)} runs, none judged yet: python -m distill.evaluate run=..."
+            if folders
+            else "no runs"
+        )
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
     for folder in sorted(set(folders) - {run.folder for run in runs}):
         print(f"left out, not judged yet: {folder}")

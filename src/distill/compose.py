@@ -20,15 +20,36 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
 
-ROOTS = ("distill.", "torch.optim.", "torch.nn.", "lightning.")  # what a configuration may look into,
-TRAINER = [f"lightning.pytorch.{m}." for m in ("trainer", "callbacks", "loggers", "strategies", "plugins", "profilers")]
+ROOTS = (
+    "distill.",
+    "torch.optim.",
+    "torch.nn.",
+    "lightning.",
+)  # what a configuration may look into,
+TRAINER = [
+    f"lightning.pytorch.{m}."
+    for m in ("trainer", "callbacks", "loggers", "strategies", "plugins", "profilers")
+]
 CLASSES = (*ROOTS[:3], *TRAINER)  # where a class must be defined that it builds,
-FUNCTIONS = ("distill.students.", "distill.students.lora.", "distill.data.source.")  # and a function that it calls
+FUNCTIONS = (
+    "distill.students.",
+    "distill.students.lora.",
+    "distill.data.source.",
+)  # and a function that it calls
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-SHIPPED = "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
+SHIPPED = (
+    "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
+)
 # In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
 OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
-FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")  # once a run has begun
+FIXED = (
+    "method",
+    "teacher",
+    "student",
+    "discriminator",
+    "seed",
+    "optimizer.head_start",
+)  # once a run has begun
 
 
 def make(node: DictConfig) -> Any:
@@ -48,7 +69,9 @@ def allowed(node: DictConfig) -> Any:
 def _allowed(value: Any) -> Any:
     if isinstance(value, str):
         if "${" in value:
-            raise ValueError(f"{value}: a value must not hold an escaped interpolation; write it out")
+            raise ValueError(
+                f"{value}: a value must not hold an escaped interpolation; write it out"
+            )
         return shipped(value)
     if isinstance(value, list):
         return [_allowed(inner) for inner in value]
@@ -59,7 +82,9 @@ def _allowed(value: Any) -> Any:
         takes = inspect.signature(_target(name)).parameters
         unknown = sorted(set(map(str, value)) - set(takes) - SPECIAL)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            raise ValueError(f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out")
+            raise ValueError(
+                f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out"
+            )
     return {key: _allowed(inner) for key, inner in value.items()}
 
 
@@ -69,12 +94,21 @@ def _target(name: str) -> Any:
         try:
             found = get_object(name)
         except Exception:  # Hydra wraps whatever an import raises
-            raise ValueError(f"_target_: {name}: there is nothing of this name; check how it is written") from None
+            raise ValueError(
+                f"_target_: {name}: there is nothing of this name; check how it is written"
+            ) from None
         home = f"{getattr(found, '__module__', '')}."
         if home.startswith(CLASSES) if inspect.isclass(found) else home in FUNCTIONS:
             return found
-    allowed = ", ".join([*(r + "*" for r in ROOTS[:3]), "and Lightning's trainer, callbacks, loggers and strategies"])
-    raise ValueError(f"_target_: {name} is refused: a configuration may build only classes of {allowed}")
+    allowed = ", ".join(
+        [
+            *(r + "*" for r in ROOTS[:3]),
+            "and Lightning's trainer, callbacks, loggers and strategies",
+        ]
+    )
+    raise ValueError(
+        f"_target_: {name} is refused: a configuration may build only classes of {allowed}"
+    )
 
 
 def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
@@ -98,7 +132,9 @@ def shipped(path: str) -> str:
     folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
     if not folder.exists():
         known = sorted(p.name for p in folder.parent.glob("*"))
-        raise FileNotFoundError(f"{path}: nothing of this name is shipped; there is {', '.join(known)}")
+        raise FileNotFoundError(
+            f"{path}: nothing of this name is shipped; there is {', '.join(known)}"
+        )
     return str(folder)
 
 
@@ -114,15 +150,21 @@ def run_folder(cfg: DictConfig) -> Path:
     if cfg.resume:
         return folder_of(cfg.resume)
     if (folder := _own_folder(cfg)) is None and "RANK" in os.environ:
-        raise ValueError("run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there")
+        raise ValueError(
+            "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there"
+        )
     if folder is None:
         return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name_of(cfg)}")
     if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
-        raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}")
+        raise FileExistsError(
+            f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run_dir={folder} cannot be made ({error.strerror}); choose another run_dir=") from None
+        raise ValueError(
+            f"run_dir={folder} cannot be made ({error.strerror}); choose another run_dir="
+        ) from None
     return folder
 
 
@@ -130,7 +172,10 @@ def _own_folder(cfg: DictConfig) -> Path | None:
     """The one that every process of the command knows, and the job when it is started again, if there is such."""
     if cfg.run_dir or "SLURM_PROCID" not in os.environ:
         return Path(cfg.run_dir) if cfg.run_dir else None
-    if world() == 1 and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell, for many runs
+    if world() == 1 and os.environ.get("SLURM_JOB_NAME") in (
+        "bash",
+        "interactive",
+    ):  # a shell, for many runs
         return None
     sweep = OmegaConf.select(HydraConfig.get(), "job.num") if HydraConfig.initialized() else None
     stem = f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
@@ -145,7 +190,11 @@ def restarted() -> bool:
 def requeued(cfg: DictConfig) -> str | None:
     """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has a checkpoint."""
     folder = _own_folder(cfg) if restarted() else None
-    found = folder and (folder / "config.yaml").exists() and any((folder / "checkpoints").glob("step_*.ckpt"))
+    found = (
+        folder
+        and (folder / "config.yaml").exists()
+        and any((folder / "checkpoints").glob("step_*.ckpt"))
+    )
     return str(folder) if found else None
 
 
@@ -161,7 +210,9 @@ def _fresh_folder(stem: str) -> Path:
 
 def folder_of(resume: str) -> Path:
     """The run folder that `resume`, a run folder or one of its checkpoints, lies in."""
-    return run_at(str(Path(resume).parent.parent) if resume.endswith(".ckpt") else resume, key="resume")
+    return run_at(
+        str(Path(resume).parent.parent) if resume.endswith(".ckpt") else resume, key="resume"
+    )
 
 
 def run_at(path: str, key: str = "run") -> Path:
@@ -207,17 +258,29 @@ def going_on(cfg: DictConfig) -> DictConfig:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
-            OmegaConf.update(now, key, None if value == MISSING else _chosen(key, value, had), merge=False)
-        elif not (override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))):
+            OmegaConf.update(
+                now, key, None if value == MISSING else _chosen(key, value, had), merge=False
+            )
+        elif not (
+            override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
+        ):
             # experiment= and the like
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
     now.resume = cfg.resume
-    different = several + [said for key, said in changes(before, now).items() if key.startswith(FIXED)]
-    batches = [c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)]
+    different = several + [
+        said for key, said in changes(before, now).items() if key.startswith(FIXED)
+    ]
+    batches = [
+        c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)
+    ]
     if batches[0] != batches[1]:
-        different.append(f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)")
+        different.append(
+            f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)"
+        )
     if different:
-        raise ValueError(f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew")
+        raise ValueError(
+            f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew"
+        )
     return now
 
 
@@ -230,8 +293,14 @@ def _began_with(override: str, folder: Path) -> bool:
 def _chosen(key: str, value: Any, had: Any) -> Any:
     """What an override means for a run that had `had`: of an option of the same class what its own file says alone."""
     hydra = HydraConfig.get().runtime
-    own = [Path(s.path) / key / f"{hydra.choices.get(key)}.yaml" for s in hydra.config_sources if s.schema == "file"]
-    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get("_target_"):
+    own = [
+        Path(s.path) / key / f"{hydra.choices.get(key)}.yaml"
+        for s in hydra.config_sources
+        if s.schema == "file"
+    ]
+    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
+        "_target_"
+    ):
         return value
     said = {name for file in own if file.is_file() for name in OmegaConf.load(file)} & set(value)
     return OmegaConf.create({**(had if said else value), **{name: value[name] for name in said}})
@@ -240,7 +309,9 @@ def _chosen(key: str, value: Any, had: Any) -> Any:
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
     """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
     both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
-    old, new = ({key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both)
+    old, new = (
+        {key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both
+    )
     keys = (key for key in sorted(old | new) if old.get(key) != new.get(key))
     return {key: f"{key}={new.get(key)} (was {old.get(key)})" for key in keys}
 
@@ -251,7 +322,9 @@ def processes(cfg: DictConfig) -> int:
     if devices in ("auto", -1, "-1"):
         import torch
 
-        devices = 1 if cfg.trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())  # as Lightning
+        devices = (
+            1 if cfg.trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
+        )  # as Lightning
     count = len(devices) if isinstance(devices, ListConfig) else int(devices)
     return count * cfg.trainer.get("num_nodes", 1)
 

@@ -19,19 +19,25 @@ def frechet(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance between the Gaussians fitted to a [N, D] and b [M, D]; fewer samples than D are fine."""
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
-            raise ValueError(f"frechet needs two or more finite rows [N, D] in {name}, got shape {list(x.shape)}")
+            raise ValueError(
+                f"frechet needs two or more finite rows [N, D] in {name}, got shape {list(x.shape)}"
+            )
     a, b = a.double(), b.double()  # the result is a small difference of large traces
     # With S = R^T R, tr S is |R|^2, and tr (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T.
     r_a, r_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5).R for x in (a, b))
     cross = torch.linalg.svdvals(r_a @ r_b.T).sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross
+    distance = (
+        (a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross
+    )
     return max(0.0, float(distance))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Fidelity and coverage of fake [M, D] with respect to real [N, D], both in [0, 1]."""
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)}, {len(fake)}")
+        raise ValueError(
+            f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)}, {len(fake)}"
+        )
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
 
@@ -41,7 +47,9 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
     Unlike precision and recall, an outlier whose ball is huge counts for no more than any other.
     """
     if len(real) <= k:
-        raise ValueError(f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)}")
+        raise ValueError(
+            f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)}"
+        )
     inside = _distances(fake, real) <= _radii(real, k)
     return inside.double().sum(1).mean().item() / k, inside.any(dim=0).double().mean().item()
 
@@ -53,7 +61,8 @@ def mmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
     """
     a, b = a.double(), b.double()  # the kernel is all but 1 everywhere
     aa, bb, ab = (
-        torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2)).mean() for x, y in ((a, a), (b, b), (a, b))
+        torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2)).mean()
+        for x, y in ((a, a), (b, b), (a, b))
     )
     return float(aa + bb - 2 * ab)
 
@@ -72,7 +81,9 @@ def diversity(groups: Tensor) -> float:
     """Mean Euclidean distance between two of the n samples of a group, over all pairs of groups [G, n, D]."""
     n = groups.shape[1]
     if n < 2:
-        raise ValueError(f"diversity compares samples of one prompt: groups [G, n, D] need n >= 2, got n = {n}")
+        raise ValueError(
+            f"diversity compares samples of one prompt: groups [G, n, D] need n >= 2, got n = {n}"
+        )
     return (_distances(groups, groups).double().sum() / (len(groups) * n * (n - 1))).item()
 
 

@@ -20,7 +20,9 @@ from distill.process import level_like, noise_like
 from distill.types import Cond, Denoiser
 
 KINDS = ("exponential", "sds", "nfsd")
-SMALL = 0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
+SMALL = (
+    0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,28 @@ class ScoreDistillation:
         if self.steps < 1 or (self.kind == "nfsd" and self.steps > 1):
             raise ValueError(f"method.distill.steps={self.steps}: at least 1, and 1 for nfsd")
         if not 0 < self.low < self.high < 1:
-            raise ValueError(f"method.distill: t from low={self.low} to high={self.high} must lie inside (0, 1)")
+            raise ValueError(
+                f"method.distill: t from low={self.low} to high={self.high} must lie inside (0, 1)"
+            )
 
     @torch.no_grad()
     def __call__(
-        self, teacher: Denoiser, x_hat: Tensor, cond: Cond, generator: torch.Generator, negative: Cond | None = None
+        self,
+        teacher: Denoiser,
+        x_hat: Tensor,
+        cond: Cond,
+        generator: torch.Generator,
+        negative: Cond | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, is nfsd's."""
         n, device = len(x_hat), x_hat.device
         t, u = torch.rand(2, n, generator=generator, device=device)
         t = self.low + (self.high - self.low) * t
-        least, most = (self.guidance, self.guidance) if isinstance(self.guidance, int | float) else self.guidance
+        least, most = (
+            (self.guidance, self.guidance)
+            if isinstance(self.guidance, int | float)
+            else self.guidance
+        )
         scale = (least + (most - least) * u).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
         eps = noise_like(x_hat, generator)
         alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
@@ -76,7 +89,9 @@ def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tens
     return empty + scale * (told - empty)
 
 
-def _denoised(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, steps: int) -> Tensor:
+def _denoised(
+    teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, steps: int
+) -> Tensor:
     """DDIM from t to 0 in equal steps."""
     x0 = guided_x0(teacher, x_t, t, cond, scale)
     for left in range(steps - 1, 0, -1):
@@ -88,12 +103,23 @@ def _denoised(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tens
 
 
 def _noise_free(
-    teacher: Denoiser, x_hat: Tensor, x_t: Tensor, t: Tensor, cond: Cond, negative: Cond | None, scale: Tensor
+    teacher: Denoiser,
+    x_hat: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    negative: Cond | None,
+    scale: Tensor,
 ) -> Tensor:
     """sigma / alpha times a difference of eps is the opposite difference of estimates; eps alone needs the estimate."""
-    process, conds = teacher.process, [cond, cond.unconditional(), *([negative] if negative is not None else [])]
+    process, conds = (
+        teacher.process,
+        [cond, cond.unconditional(), *([negative] if negative is not None else [])],
+    )
     ratio = (process.sigma(t) / process.alpha(t)).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
-    x0 = teacher.x0(torch.cat([x_t] * len(conds)), t.repeat(len(conds)), Cond.cat(conds)).chunk(len(conds))
+    x0 = teacher.x0(torch.cat([x_t] * len(conds)), t.repeat(len(conds)), Cond.cat(conds)).chunk(
+        len(conds)
+    )
     told, empty, *bad = (process.from_x0(guess, x_t, t, "eps") for guess in x0)
     domain = empty - torch.where((t < SMALL).view(ratio.shape), 0.0, bad[0] if bad else empty)
     return x_hat - ratio * (domain + scale * (told - empty))
@@ -114,17 +140,29 @@ class TeacherSamples:
     fresh: bool = True
 
     def __post_init__(self) -> None:
-        if not self.levels or self.levels[0] != 1 or not all(a > b for a, b in pairwise([*self.levels, 0.0])):
-            raise ValueError(f"method.real.levels={list(self.levels)}: must fall from 1, and stay above 0")
+        if (
+            not self.levels
+            or self.levels[0] != 1
+            or not all(a > b for a, b in pairwise([*self.levels, 0.0]))
+        ):
+            raise ValueError(
+                f"method.real.levels={list(self.levels)}: must fall from 1, and stay above 0"
+            )
 
     @torch.no_grad()
-    def __call__(self, teacher: Denoiser, noise: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, teacher: Denoiser, noise: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Tensor:
         """Noise [B, C, H, W] -> samples of the same shape."""
         x_t, scale = noise, torch.tensor(float(self.guidance))
         for now, later in pairwise([*self.levels, 0.0]):
             t = level_like(noise, now)
             x0 = guided_x0(teacher, x_t, t, cond, scale)
             if later:
-                eps = noise_like(x_t, generator) if self.fresh else teacher.process.from_x0(x0, x_t, t, "eps")
+                eps = (
+                    noise_like(x_t, generator)
+                    if self.fresh
+                    else teacher.process.from_x0(x0, x_t, t, "eps")
+                )
                 x_t = teacher.process.diffuse(x0, eps, level_like(noise, later))
         return x0

@@ -30,10 +30,18 @@ def machine() -> Iterator[Line]:
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
     if found.get("lightning") in BAD_LIGHTNING:
-        yield "fail", f"lightning {found['lightning']} is a withdrawn release", "pip install -U lightning"
+        yield (
+            "fail",
+            f"lightning {found['lightning']} is a withdrawn release",
+            "pip install -U lightning",
+        )
     try:
         importlib.import_module("torchvision.ops").nms  # noqa: B018  # the operator that a mismatched pair lacks
-        yield "ok", f"torchvision {importlib.import_module('torchvision').__version__} fits torch", ""
+        yield (
+            "ok",
+            f"torchvision {importlib.import_module('torchvision').__version__} fits torch",
+            "",
+        )
     except Exception as error:  # a broken pair fails in many ways
         what = f"torchvision does not fit torch ({first_line(error, 80)})"
         yield "fail", what, "install both from one index, without +cpu"
@@ -41,12 +49,24 @@ def machine() -> Iterator[Line]:
         card = torch.cuda.get_device_properties(i)
         yield "ok", f"GPU {i}: {card.name}, {card.total_memory / GB:.0f} GB", ""
     if not torch.cuda.is_available():
-        yield "warn", "no GPU: only small models train in reasonable time", "teacher=shapes is made for it"
+        yield (
+            "warn",
+            "no GPU: only small models train in reasonable time",
+            "teacher=shapes is made for it",
+        )
     yield "ok", f"{cores()} CPU cores, {_memory() / GB:.0f} GB of memory", ""
     free = shutil.disk_usage(".").free / GB
-    yield "ok" if free > 20 else "warn", f"{free:.0f} GB of disk free here", "checkpoints need room: set run_dir="
+    yield (
+        "ok" if free > 20 else "warn",
+        f"{free:.0f} GB of disk free here",
+        "checkpoints need room: set run_dir=",
+    )
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    yield "ok", f"model cache {cache}{' (offline)' if os.environ.get('HF_HUB_OFFLINE') == '1' else ''}", ""
+    yield (
+        "ok",
+        f"model cache {cache}{' (offline)' if os.environ.get('HF_HUB_OFFLINE') == '1' else ''}",
+        "",
+    )
 
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
@@ -63,7 +83,11 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
         return
     path = Path(shipped(str(cfg.teacher.path)))
     if not path.is_dir():
-        yield "warn", f"teacher.path={path} is no local pipeline folder", "sizes are counted only there"
+        yield (
+            "warn",
+            f"teacher.path={path} is no local pipeline folder",
+            "sizes are counted only there",
+        )
         return
     sizes = {part.name: parameters(part) for part in path.iterdir() if part.is_dir()}
     network, total = sizes.get("transformer", 0) or sizes.get("unet", 0), sum(sizes.values())
@@ -72,8 +96,13 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
     width, count = getattr(torch, cfg.teacher.get("dtype", "float32")).itemsize, processes(cfg)
     # The student's weights, gradient, two moments and average in float32; a LoRA's are a few hundredths of that.
     shared = network * (width + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5))
-    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _memory()
-    for name, share in {"one process or trainer=ddp": 1, f"trainer=fsdp2 on {count}": count}.items():
+    room = (
+        torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _memory()
+    )
+    for name, share in {
+        "one process or trainer=ddp": 1,
+        f"trainer=fsdp2 on {count}": count,
+    }.items():
         need = shared / share + (total - network) * width
         level = "ok" if need < 0.7 * room else "warn" if need < room else "fail"
         what = f"{name}: {need / GB:.2f} GB of {room / GB:.0f} GB a process, and activations on top"
@@ -86,7 +115,9 @@ def parameters(folder: Path) -> int:
 
     files = sorted(folder.glob("*.safetensors"))
     total = 0
-    for file in [f for f in files if not any(v in f.name for v in (".fp16.", ".bf16.", ".non_ema."))] or files:
+    for file in [
+        f for f in files if not any(v in f.name for v in (".fp16.", ".bf16.", ".non_ema."))
+    ] or files:
         with safe_open(file, "pt") as kept:
             total += sum(math.prod(kept.get_slice(key).get_shape()) for key in kept.keys())  # noqa: SIM118
     return total

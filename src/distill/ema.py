@@ -67,7 +67,9 @@ class Ema:
         problems += [f"it has an unknown {name}" for name in state if name not in ours]
         for name, x in state.items():
             if name in ours and x.shape != ours[name].shape:
-                problems.append(f"{name} is {list(x.shape)} in it and {list(ours[name].shape)} here")
+                problems.append(
+                    f"{name} is {list(x.shape)} in it and {list(ours[name].shape)} here"
+                )
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ValueError(f"the saved average does not fit: {'; '.join(problems[:3])}{more}")

@@ -22,8 +22,27 @@ from distill._conf import CONF_DIR
 from distill.compose import dotted, nearest
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
-MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
-TEXTS = {"prompt", "prompts", "image", "out", "run", "runs", "run_dir", "resume", "name", "base", "delta"}  # keys
+MISTAKES = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    HydraException,
+    OmegaConfBaseException,
+    YAMLError,
+)
+TEXTS = {
+    "prompt",
+    "prompts",
+    "image",
+    "out",
+    "run",
+    "runs",
+    "run_dir",
+    "resume",
+    "name",
+    "base",
+    "delta",
+}  # keys
 FULL = "HYDRA_FULL_ERROR"
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -44,7 +63,9 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             def job(cfg: DictConfig) -> None:
                 with _full_errors(asked), said_plainly():
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
-                        raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
+                        raise ValueError(
+                            f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
+                        )
                     if code := task(cfg):
                         raise SystemExit(code)
 
@@ -66,7 +87,9 @@ def readable(word: str, *, sweep: bool) -> str:
         return word
     with suppress(HydraException):
         found = parser.parse_override(word)
-        if not is_text or not (isinstance(found.value(), (int, float)) or (found.is_sweep_override() and not sweep)):
+        if not is_text or not (
+            isinstance(found.value(), (int, float)) or (found.is_sweep_override() and not sweep)
+        ):
             return word
     text = QuotedString(text=os.path.expanduser(value), quote=Quote.single)
     with suppress(HydraException):
@@ -108,13 +131,19 @@ def sentence(error: BaseException) -> str:
         return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
     if isinstance(cause, OverrideParseException):
         return f"{cause.override}: cannot be read as key=value; put quotes around a value with spaces or commas"
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(error, HydraException):
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(
+        error, HydraException
+    ):
         return f"{cause.full_key}: no such key{nearest(str(cause.full_key), _keys(cause))}; --cfg job prints all"
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
-        remedy = "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""
+        remedy = (
+            "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""
+        )
         return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}{remedy}"
     text = str(cause)
-    if "Original Traceback" in text:  # a worker of the loader: the sentence comes last, after the exception's name
+    if (
+        "Original Traceback" in text
+    ):  # a worker of the loader: the sentence comes last, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
     elif isinstance(cause, HydraException) and (named := re.search(r"'([\w./@]+)'", text)):
         text = text.rstrip(". ") + nearest(named[1], GROUPS)

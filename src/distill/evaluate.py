@@ -30,14 +30,24 @@ def judge(cfg: DictConfig) -> int:
     model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
     pictures = not model and in_folder(run)
     if world() > 1:
-        raise ValueError("devices: judging starts its processes itself; use devices=8 or the like, without torchrun")
+        raise ValueError(
+            "devices: judging starts its processes itself; use devices=8 or the like, without torchrun"
+        )
     if several and (pictures or not hasattr(protocol, "draw")):
-        raise ValueError(f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out")
+        raise ValueError(
+            f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out"
+        )
     if pictures and not hasattr(protocol, "judge_folder"):
-        raise ValueError(f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts")
-    name = re.sub(r"[^\w.-]+", "_", cfg.run).strip("._") or run.resolve().name  # a/student and b/student are two
+        raise ValueError(
+            f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts"
+        )
+    name = (
+        re.sub(r"[^\w.-]+", "_", cfg.run).strip("._") or run.resolve().name
+    )  # a/student and b/student are two
     out = Path(cfg.out or (run if config_of(run) else Path("evaluations") / name))
-    parts = None if pictures or several else _models(cfg, protocol)  # a mistake in them leaves nothing behind
+    parts = (
+        None if pictures or several else _models(cfg, protocol)
+    )  # a mistake in them leaves nothing behind
     if several:
         protocol.load()  # what cannot be read is said before hours of drawing
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +95,9 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     if not run and not distilled(model.pipeline):  # it is a teacher itself
         steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
         if not steps:
-            raise ValueError(f"run={cfg.run}: was not distilled to few steps; add steps=28 or the like")
+            raise ValueError(
+                f"run={cfg.run}: was not distilled to few steps; add steps=28 or the like"
+            )
         return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
     node = cfg.get("teacher") or (run and run.teacher)
     if not protocol.teacher_steps or not node:

@@ -45,7 +45,9 @@ def _base(cfg: DictConfig) -> Any:
     if cfg.base is not None:
         return build.student_of(cfg.base)
     if (config := compose.config_of(cfg.run)) is None:
-        raise ValueError(f"base=null: run={cfg.run} does not say what its student was made from; add base=<folder>")
+        raise ValueError(
+            f"base=null: run={cfg.run} does not say what its student was made from; add base=<folder>"
+        )
     return build.make(config.teacher)
 
 
@@ -53,7 +55,9 @@ def _delta(cfg: DictConfig, run: Path) -> Path:
     from distill import build
     from distill.students import save_delta
 
-    return save_delta(build.student_of(cfg.run), _base(cfg), Path(cfg.out or run / "delta.safetensors"))
+    return save_delta(
+        build.student_of(cfg.run), _base(cfg), Path(cfg.out or run / "delta.safetensors")
+    )
 
 
 def _lora(cfg: DictConfig, run: Path) -> Path:
@@ -64,16 +68,22 @@ def _lora(cfg: DictConfig, run: Path) -> Path:
     own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
     suffix += f"_{cfg.dtype}" if cfg.dtype else ""  # the run's own are in float32, and stay
     if cfg.rank is None and not own.is_file():
-        raise ValueError(f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept")
+        raise ValueError(
+            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept"
+        )
     if cfg.rank is None:
         factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
     else:
         student, base = build.student_of(cfg.run), _base(cfg)
         factors, share = low_rank.difference(student.network.model, base.network.model, cfg.rank)
-        print(f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt")
+        print(
+            f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt"
+        )
         out = run / f"lora_rank{cfg.rank}{suffix}.safetensors"
     part = denoiser_part(pipeline_folder(run))
-    return low_rank.save_lora(factors, Path(cfg.out or out), part=part, naming=cfg.naming, dtype=cfg.dtype)
+    return low_rank.save_lora(
+        factors, Path(cfg.out or out), part=part, naming=cfg.naming, dtype=cfg.dtype
+    )
 
 
 def _single_file(cfg: DictConfig, run: Path) -> Path:

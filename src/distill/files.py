@@ -38,7 +38,9 @@ def write(state: dict[str, Any], path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        )
         what = f"cannot write the checkpoint {path} ({reason})"
         raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     folder = os.open(path.parent, os.O_RDONLY)
@@ -70,9 +72,13 @@ def upright(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # Pillow would clip it to white
         picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:  # what lies under full transparency is arbitrary: do not teach it
+    if (
+        picture.has_transparency_data
+    ):  # what lies under full transparency is arbitrary: do not teach it
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture.convert("RGB")
 
 
@@ -100,15 +106,21 @@ def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     try:
-        parts = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
+        parts = [
+            torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files
+        ]
         kept = joined(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
             raise KeyError("parts are missing")
         kept["distill"]["iteration"], kept["about"]["config"]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # damaged files raise nearly anything, and a pickle with code in it UnpicklingError
-        raise ValueError(f"{path} is cut short or no checkpoint of distill ({first_line(error, 90)})") from None
+    except (
+        Exception
+    ) as error:  # damaged files raise nearly anything, and a pickle with code in it UnpicklingError
+        raise ValueError(
+            f"{path} is cut short or no checkpoint of distill ({first_line(error, 90)})"
+        ) from None
     return kept
 
 
@@ -118,7 +130,9 @@ def newest(path: Path) -> Path:
     Raises FileNotFoundError if there is none, ValueError if none can be used.
     """
     named = path.name.endswith(".ckpt")
-    found = sorted((path.parent if named else path / "checkpoints").glob("step_*.ckpt"), reverse=True)
+    found = sorted(
+        (path.parent if named else path / "checkpoints").glob("step_*.ckpt"), reverse=True
+    )
     if named:
         found = [path, *(other for other in found if other.name < path.name)]
     if not found or not path.exists():
@@ -164,7 +178,9 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 
 def split(tree: Any) -> Any:
     """This process's parts of all cut tensors, and all others, on the CPU."""
-    return tree_map_only(Tensor, lambda x: {CUT: x.to_local().cpu()} if isinstance(x, DTensor) else x.cpu(), tree)
+    return tree_map_only(
+        Tensor, lambda x: {CUT: x.to_local().cpu()} if isinstance(x, DTensor) else x.cpu(), tree
+    )
 
 
 def joined(parts: list[Any]) -> Any:
@@ -174,4 +190,6 @@ def joined(parts: list[Any]) -> Any:
         return torch.cat([part[CUT] for part in parts])
     if isinstance(first, dict):
         return {key: joined([part[key] for part in parts]) for key in first}
-    return [joined(list(of)) for of in zip(*parts, strict=True)] if isinstance(first, list) else first
+    return (
+        [joined(list(of)) for of in zip(*parts, strict=True)] if isinstance(first, list) else first
+    )

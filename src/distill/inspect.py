@@ -23,7 +23,9 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"levels={list(cfg.levels)}: must lie in (0, 1]")
     kept = newest(folder)
     if kept.is_dir():
-        raise ValueError(f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones")
+        raise ValueError(
+            f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones"
+        )
     made = OmegaConf.load(folder / "config.yaml")
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)
@@ -32,7 +34,10 @@ def main(cfg: DictConfig) -> None:
     method.load_state_dict(read(kept)["state_dict"], strict=False)
     batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
-    seen, out = look(method, batch, list(cfg.levels), generator), Path(cfg.out or folder / "inspect")
+    seen, out = (
+        look(method, batch, list(cfg.levels), generator),
+        Path(cfg.out or folder / "inspect"),
+    )
     print(f"wrote {write(seen, out, folder.name)}")
 
 

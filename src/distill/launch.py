@@ -21,10 +21,14 @@ GRACE = 20.0  # seconds for the other workers to stop by themselves once one has
 
 def needed(processes: int, nodes: int) -> bool:
     """Whether this process must start the others. Raises ValueError for several nodes without a launcher."""
-    if processes == 1 or "LOCAL_RANK" in os.environ or world() > 1:  # SLURM's one task, a shell say, starts nothing
+    if (
+        processes == 1 or "LOCAL_RANK" in os.environ or world() > 1
+    ):  # SLURM's one task, a shell say, starts nothing
         return False
     if nodes > 1:
-        raise ValueError(f"trainer.num_nodes={nodes}: start the command by torchrun on every node, or by srun")
+        raise ValueError(
+            f"trainer.num_nodes={nodes}: start the command by torchrun on every node, or by srun"
+        )
     return True
 
 
@@ -34,9 +38,15 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
     threads = str(max(1, cores() // processes))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+    }
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "NODE_RANK": "0"}
-    environment.pop("SLURM_NTASKS", None)  # by which Lightning would take SLURM's one task for all of them
+    environment.pop(
+        "SLURM_NTASKS", None
+    )  # by which Lightning would take SLURM's one task for all of them
     worker = [sys.executable, "-m", "distill.worker", str(folder), command]
     workers = [
         subprocess.Popen(

@@ -43,15 +43,21 @@ class AdversarialLoss:
         if not self.paired:
             return by_head(self.wrong(fake), split)
         if real.shape != fake.shape:
-            raise ValueError(f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}")
+            raise ValueError(
+                f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}"
+            )
         return by_head(self.wrong(fake - real), split)
 
-    def student(self, fake: Tensor, real: Tensor | None = None, split: Split | None = None) -> Tensor:
+    def student(
+        self, fake: Tensor, real: Tensor | None = None, split: Split | None = None
+    ) -> Tensor:
         """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
         if not self.paired:
             return by_head(self.own(-precise(fake)), split)
         if real is None:
-            raise ValueError(f"the {self.name} student loss needs the real logits of the same critic; pass real=")
+            raise ValueError(
+                f"the {self.name} student loss needs the real logits of the same critic; pass real="
+            )
         return self.discriminator(fake, real, split)  # the same with the players exchanged
 
 
@@ -72,7 +78,9 @@ def adversarial(name: str) -> AdversarialLoss:
     for game in GAMES:
         if game.name == name:
             return game
-    raise ValueError(f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}")
+    raise ValueError(
+        f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}"
+    )
 
 
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -84,11 +92,17 @@ def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     gradients are small and double backward loses digits. A map that no drawn head reads adds nothing.
     """
     if not inputs or not all(x.requires_grad for x in inputs):
-        raise ValueError("R1 needs inputs with gradient: detach the maps, requires_grad_(), then call the heads")
-    gradients = torch.autograd.grad(precise(logits).sum(), inputs, create_graph=True, allow_unused=True)
+        raise ValueError(
+            "R1 needs inputs with gradient: detach the maps, requires_grad_(), then call the heads"
+        )
+    gradients = torch.autograd.grad(
+        precise(logits).sum(), inputs, create_graph=True, allow_unused=True
+    )
     norms = [precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
     if not norms:
-        raise ValueError("the logits do not depend on these inputs; R1 needs the very maps the heads were called with")
+        raise ValueError(
+            "the logits do not depend on these inputs; R1 needs the very maps the heads were called with"
+        )
     return torch.stack(norms).sum()
 
 

@@ -33,7 +33,12 @@ from distill.files import put
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
-FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")  # what may be different when a command goes on
+FREE = (
+    "out",
+    "devices",
+    "data.num_workers",
+    "data.max_bad_share",
+)  # what may be different when a command goes on
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Making:
 
     def __post_init__(self) -> None:
         if any(self.folder.glob("*.tar")) and (self.folder / INPUTS).read_text() != self.inputs:
-            raise ValueError(f"out={self.folder}: prompts or data have changed since it was begun; choose another out=")
+            raise ValueError(
+                f"out={self.folder}: prompts or data have changed since it was begun; choose another out="
+            )
         put(self.folder / INPUTS, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
@@ -62,18 +69,33 @@ class Making:
 
     def missing(self) -> dict[int, range]:
         """The shards that are this process's to make and not there, with their numbers."""
-        mine = [shard for shard in self.shards[compose.rank() :: compose.world()] if not self.path(shard).exists()]
-        return {k: range(k * self.per_shard, min(self.count, (k + 1) * self.per_shard)) for k in mine}
+        mine = [
+            shard
+            for shard in self.shards[compose.rank() :: compose.world()]
+            if not self.path(shard).exists()
+        ]
+        return {
+            k: range(k * self.per_shard, min(self.count, (k + 1) * self.per_shard)) for k in mine
+        }
 
     def make(self, samples: Callable[[int, range], Iterator[tuple[str, dict[str, bytes]]]]) -> None:
         """Write every missing shard k as `samples(k, numbers)`, under a bar over the numbers."""
         missing = self.missing()
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, refresh_per_second=2, disable=compose.rank() != 0) as bar:
-            whose = f"samples of process 1 of {compose.world()}" if compose.world() > 1 else "samples"
+            whose = (
+                f"samples of process 1 of {compose.world()}" if compose.world() > 1 else "samples"
+            )
             task, done = bar.add_task(whose, total=sum(map(len, missing.values()))), 0
             for shard, numbers in missing.items():
-                write_shard(self.path(shard), watched(samples(shard, numbers), lambda: bar.advance(task)))
+                write_shard(
+                    self.path(shard), watched(samples(shard, numbers), lambda: bar.advance(task))
+                )
                 bar.update(task, completed=(done := done + len(numbers)))  # bad ones among them
 
     def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
@@ -85,10 +107,14 @@ class Making:
         if not samples:
             for path in paths:  # so that nothing stays behind
                 path.unlink(missing_ok=True)
-            raise ValueError(f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check` says why")
+            raise ValueError(
+                f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check` says why"
+            )
         if (dropped := self.count - samples) > max_bad_share * self.count:
             what = f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and choose another out="
-            raise ValueError(f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}")
+            raise ValueError(
+                f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}"
+            )
         for left in self.folder.glob("*.tar.*.part"):  # by kills
             left.unlink(missing_ok=True)
         for path in paths:
@@ -108,7 +134,9 @@ def watched(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any
 
 def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
     """Check and note what is to be made, then work, here or in `devices` processes; returns the exit code."""
-    compose.check_counts(cfg, {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1})
+    compose.check_counts(
+        cfg, {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}
+    )
     compose.check_counts(cfg, {"data.batch_size": 1, "data.num_workers": 0})
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
     if not any(folder.glob("*.tar")):
@@ -118,20 +146,26 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     elif (folder / BEGUN).is_file():
         refuse_another(cfg, folder)
     else:
-        raise ValueError(f"out={folder} holds shards that were not made by this command; choose another out=")
+        raise ValueError(
+            f"out={folder} holds shards that were not made by this command; choose another out="
+        )
     code = 0
     try:
         if not done.is_file():
             code = launch.launch(folder, cfg.devices, command) if several else work(cfg, folder)
     finally:
-        if compose.world() == 1 and not any(folder.glob("*.tar")):  # of a mistake nothing stays behind
+        if compose.world() == 1 and not any(
+            folder.glob("*.tar")
+        ):  # of a mistake nothing stays behind
             for name in (BEGUN, INPUTS, NULL):
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # what else is in it is not ours
                 folder.rmdir()
     if done.is_file():
         made = json.loads(done.read_text())
-        print(f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out")
+        print(
+            f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out"
+        )
     return code
 
 
@@ -139,7 +173,9 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder was begun with other settings, naming them."""
     changes = compose.changes(OmegaConf.load(folder / BEGUN), cfg)
     if different := [said for key, said in changes.items() if not key.startswith(FREE)]:
-        raise ValueError(f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out=")
+        raise ValueError(
+            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
+        )
 
 
 def device() -> torch.device:
@@ -161,5 +197,8 @@ def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
 
 def put_null(teacher: Any, folder: Path) -> None:
     """The embedded empty caption, in half precision as those of the samples."""
-    np.savez(file := io.BytesIO(), **{k: x.half().cpu().numpy() for k, x in teacher.embed([""]).tensors().items()})
+    np.savez(
+        file := io.BytesIO(),
+        **{k: x.half().cpu().numpy() for k, x in teacher.embed([""]).tensors().items()},
+    )
     put(folder / NULL, file.getvalue())

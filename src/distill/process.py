@@ -63,7 +63,9 @@ class Process(ABC):
         # alpha^2 + sigma^2 and alpha + sigma, and the usual eps networks never reach alpha = 0.
         if prediction == "eps" and self.ends_in_noise and bool((alpha == 0).any()):
             what = "an eps prediction says nothing about x0 where alpha(t) = 0, which is so at t = 1 of this process"
-            raise ValueError(f"{what}; use a v, flow or x0 prediction, or a lower t (NitroFusion's timestep shift)")
+            raise ValueError(
+                f"{what}; use a v, flow or x0 prediction, or a lower t (NitroFusion's timestep shift)"
+            )
         return ((b * x_t - sigma * pred) / (b * alpha - a * sigma)).to(x_t.dtype)
 
     def from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
@@ -73,15 +75,21 @@ class Process(ABC):
         if prediction == "x0":
             return x0.to(x_t.dtype)
         if bool((sigma == 0).any()):
-            raise ValueError(f"x_t holds no noise where sigma(t) = 0, so that {prediction} cannot be told; use t > 0")
+            raise ValueError(
+                f"x_t holds no noise where sigma(t) = 0, so that {prediction} cannot be told; use t > 0"
+            )
         return ((b * x_t - (b * alpha - a * sigma) * x0) / sigma).to(x_t.dtype)
 
     def _columns(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), shaped [B, 1, ...] to multiply x [B, ...], in float32 or in x's float64."""
         if t.ndim != 1 or len(t) != len(x):
-            raise ValueError(f"t must have shape [{len(x)}] to go with x {list(x.shape)}, got {list(t.shape)}")
+            raise ValueError(
+                f"t must have shape [{len(x)}] to go with x {list(x.shape)}, got {list(t.shape)}"
+            )
         t = _checked(t).to(x.device, torch.promote_types(x.dtype, torch.float32))
-        alpha, sigma = (level.to(t.dtype).view(-1, *[1] * (x.ndim - 1)) for level in self._levels(t))
+        alpha, sigma = (
+            level.to(t.dtype).view(-1, *[1] * (x.ndim - 1)) for level in self._levels(t)
+        )
         return alpha, sigma
 
 
@@ -99,7 +107,9 @@ class RectifiedFlow(Process):
         self.shift = float(shift)
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        total = (1 - t) + self.shift * t  # so written, both ends of the path are exact for every shift
+        total = (
+            1 - t
+        ) + self.shift * t  # so written, both ends of the path are exact for every shift
         return (1 - t) / total, self.shift * t / total
 
     def from_flow_time(self, tau: Tensor) -> Tensor:
@@ -115,18 +125,26 @@ class VariancePreserving(Process):
     With zero_terminal_snr the table is first stretched so that the last step is pure noise (arXiv 2305.08891, Alg. 1).
     """
 
-    def __init__(self, alphas_cumprod: Tensor | Sequence[float], zero_terminal_snr: bool = False) -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor | Sequence[float], zero_terminal_snr: bool = False
+    ) -> None:
         table = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
         if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod must be a list of at least two numbers, got shape {list(table.shape)}")
+            raise ValueError(
+                f"alphas_cumprod must be a list of at least two numbers, got shape {list(table.shape)}"
+            )
         if not (table[0] <= 1 and table[-1] >= 0 and (table.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must fall strictly within [0, 1]; pass cumprod(1 - betas), not the betas")
+            raise ValueError(
+                "alphas_cumprod must fall strictly within [0, 1]; pass cumprod(1 - betas), not the betas"
+            )
         alpha = table.sqrt()
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         self.steps = len(alpha)
         self.ends_in_noise = bool(alpha[-1] == 0)
-        self._alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # [T + 1], entry k belongs to t = k / T
+        self._alpha = torch.cat(
+            [torch.ones(1, dtype=torch.float64), alpha]
+        )  # [T + 1], entry k belongs to t = k / T
         self._moved: dict[torch.device, Tensor] = {}
 
     def from_flow_time(self, tau: Tensor) -> Tensor:
@@ -164,7 +182,9 @@ class VariancePreserving(Process):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._moved:  # Apple's GPUs have no float64
-            self._moved[device] = self._alpha.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            self._moved[device] = self._alpha.to(
+                device, torch.float32 if device.type == "mps" else torch.float64
+            )
         return self._moved[device]
 
 
@@ -186,14 +206,18 @@ def precise(x: Tensor) -> Tensor:
 def _checked(t: Tensor) -> Tensor:
     """t itself, in float32 at least, or an error for what is not a time in [0, 1]."""
     if not t.is_floating_point():
-        raise ValueError(f"t must be float in [0, 1], got {t.dtype}; VariancePreserving.time converts step indices")
+        raise ValueError(
+            f"t must be float in [0, 1], got {t.dtype}; VariancePreserving.time converts step indices"
+        )
     # On a GPU reading the values would stall every call; there the samplers of times.py answer for the range.
     if t.device.type == "cpu" and len(t) and not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"t must lie in [0, 1], got values from {t.min():.4g} to {t.max():.4g}")
     return precise(t)
 
 
-def _coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def _coefficients(
+    prediction: Prediction, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor | float, Tensor | float]:
     """a and b of pred = a * x0 + b * eps."""
     known: dict[str, tuple[Tensor | float, Tensor | float]]
     known = {"eps": (0.0, 1.0), "v": (-sigma, alpha), "x0": (1.0, 0.0), "flow": (-1.0, 1.0)}

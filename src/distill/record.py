@@ -16,7 +16,15 @@ import torch
 
 from distill.files import put
 
-PACKAGES = ("distill", "torch", "lightning", "diffusers", "transformers", "hydra-core", "webdataset")
+PACKAGES = (
+    "distill",
+    "torch",
+    "lightning",
+    "diffusers",
+    "transformers",
+    "hydra-core",
+    "webdataset",
+)
 
 
 class RunRecord:
@@ -24,12 +32,17 @@ class RunRecord:
 
     def __init__(self, folder: Path):
         self._path = folder / "run.json"
-        self.facts: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self.facts: dict[str, Any] = (
+            json.loads(self._path.read_text()) if self._path.is_file() else {}
+        )
 
     def begun(self, command: str, name: str, overrides: Sequence[str] = ()) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if self.facts:
-            self.facts["resumed"] = [*self.facts.get("resumed", []), {"command": command, "at": now}]
+            self.facts["resumed"] = [
+                *self.facts.get("resumed", []),
+                {"command": command, "at": now},
+            ]
         else:
             self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
             self.facts["overrides"] = list(overrides)
@@ -40,7 +53,11 @@ class RunRecord:
         """The seconds of a run that was resumed add up over its parts."""
         seconds = round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
-        counts = {"steps": method.step, "images_seen": method.images_seen, "skipped": method.skipped}
+        counts = {
+            "steps": method.step,
+            "images_seen": method.images_seen,
+            "skipped": method.skipped,
+        }
         if torch.cuda.is_available():
             counts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self._write(train_seconds=seconds, trained=time.time(), **names, **counts)
@@ -69,7 +86,9 @@ def cores() -> int:
 def _commit() -> str | None:
     command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

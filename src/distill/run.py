@@ -37,7 +37,9 @@ def begin(cfg: DictConfig) -> int:
     if not several:
         return train(cfg, folder, parts)
     code = launch.launch(folder, processes)
-    if code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json"}:  # never what was trained
+    if (
+        code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json"}
+    ):  # never what was trained
         shutil.rmtree(folder)
     return code
 
@@ -52,7 +54,9 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     trainer = build.trainer(cfg, folder)
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
-    loader = source.loader(seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start)
+    loader = source.loader(
+        seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
+    )
     trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     student = build.averaged(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:

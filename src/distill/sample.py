@@ -45,14 +45,26 @@ def draw(cfg: DictConfig) -> list[Path]:
         for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
             stem = re.sub(r"[^\w]+", "_", prompt).strip("_")[:60]
             number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
-            mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[:4]  # two models' may lie side by side
+            mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[
+                :4
+            ]  # two models' may lie side by side
             paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{mark}.png")
-            _write(picture, paths[-1], {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run}, cfg)
+            _write(
+                picture,
+                paths[-1],
+                {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run},
+                cfg,
+            )
             shown += [picture] if len(shown) < SHOWN else []
     if len(paths) > 1:
         row = cfg.count if 1 < cfg.count <= SHOWN else math.ceil(math.sqrt(len(shown)))
         paths.append(folder / "grid.png")
-        _write(make_grid(torch.stack(shown), nrow=row), paths[-1], {"steps": cfg.steps, "run": cfg.run}, cfg)
+        _write(
+            make_grid(torch.stack(shown), nrow=row),
+            paths[-1],
+            {"steps": cfg.steps, "run": cfg.run},
+            cfg,
+        )
     return paths
 
 
@@ -61,7 +73,9 @@ def _prompts(cfg: DictConfig) -> list[str]:
 
     if (cfg.prompt is None) == (cfg.prompts is None):
         said = "not given" if cfg.prompt is None else "given, and prompts too"
-        raise ValueError(f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>")
+        raise ValueError(
+            f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>"
+        )
     return [cfg.prompt] if cfg.prompts is None else Lines(cfg.prompts, key="prompts").lines
 
 
@@ -74,12 +88,18 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
-        raise ValueError(f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like")
+        raise ValueError(
+            f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like"
+        )
     if cfg.guidance is not None and distilled(model.pipeline):
-        raise ValueError(f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out")
+        raise ValueError(
+            f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out"
+        )
     if cfg.image:
         if cfg.guidance is not None:
-            raise ValueError(f"image={cfg.image}: only a distilled model goes on from a picture; leave it out")
+            raise ValueError(
+                f"image={cfg.image}: only a distilled model goes on from a picture; leave it out"
+            )
         check_strength(cfg.steps, cfg.strength)
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = _read(cfg.image, height, width).to(model.device)

@@ -14,7 +14,12 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from torch import Tensor
 
 from distill.distillation import guided_x0
@@ -49,7 +54,9 @@ def check_strength(steps: int, strength: float) -> None:
         raise ValueError(f"strength={strength}: must be above 0 and at most 1")
     if int(steps * strength) < 1:
         needed = math.ceil(1 / strength)
-        raise ValueError(f"steps={steps} strength={strength}: their product must be at least 1; use steps={needed}")
+        raise ValueError(
+            f"steps={steps} strength={strength}: their product must be at least 1; use steps={needed}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +70,13 @@ class FewSteps(ABC):
     finite: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        falling = self.levels is None or all(a > b for a, b in itertools.pairwise([*self.levels, 0.0]))
+        falling = self.levels is None or all(
+            a > b for a, b in itertools.pairwise([*self.levels, 0.0])
+        )
         if not falling or (self.levels is not None and not 0 < self.levels[0] <= 1):
-            raise ValueError(f"sampler.levels={self.levels}: must fall from at most 1, and stay above 0")
+            raise ValueError(
+                f"sampler.levels={self.levels}: must fall from at most 1, and stay above 0"
+            )
 
     def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
         """The levels of `steps` steps; of them the last int(steps * strength), as diffusers has it for images."""
@@ -91,7 +102,10 @@ class FewSteps(ABC):
         strength: float = 1.0,
     ) -> Tensor:
         """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the first level left."""
-        grid, device = self.grid(steps, 1.0 if image is None else strength, student), cond.tokens.device
+        grid, device = (
+            self.grid(steps, 1.0 if image is None else strength, student),
+            cond.tokens.device,
+        )
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:
             x_t = student.process.diffuse(image, x_t, level_like(x_t, grid[0]))
@@ -110,7 +124,9 @@ class FewSteps(ABC):
         return noise
 
     @abstractmethod
-    def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
+    def _next(
+        self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
+    ) -> Tensor:
         """x at the level `later`."""
 
     def check(self, network: Any) -> None:
@@ -137,7 +153,9 @@ class Consistency(FewSteps):
             raise ValueError(f"steps={steps}: this student's scheduler has at most {ORIGINAL}")
         return [1 - (ORIGINAL * i // steps) / ORIGINAL for i in range(steps)]
 
-    def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
+    def _next(
+        self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
+    ) -> Tensor:
         return student.process.diffuse(x0, noise, later)
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
@@ -149,7 +167,9 @@ class Consistency(FewSteps):
             return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
-        return LCMScheduler(**_schedule_of(teacher), original_inference_steps=ORIGINAL, clip_sample=False)
+        return LCMScheduler(
+            **_schedule_of(teacher), original_inference_steps=ORIGINAL, clip_sample=False
+        )
 
 
 class EulerAncestral(FewSteps):
@@ -164,7 +184,9 @@ class EulerAncestral(FewSteps):
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
         return student.process.diffuse(torch.zeros_like(noise), noise, level_like(noise, 1))
 
-    def _next(self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor) -> Tensor:
+    def _next(
+        self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
+    ) -> Tensor:
         process, column = student.process, (-1, *[1] * (x_t.ndim - 1))
         rho, rho_later = ((process.sigma(at) / process.alpha(at)).view(column) for at in (t, later))
         up = rho_later * (rho**2 - rho_later**2).sqrt() / rho
@@ -175,7 +197,9 @@ class EulerAncestral(FewSteps):
     def check(self, network: Any) -> None:
         super().check(network)
         if shift := getattr(network, "shift", None):
-            raise ValueError(f"student.shift={shift}: diffusers' Euler sampler knows none; use sampler=consistency")
+            raise ValueError(
+                f"student.shift={shift}: diffusers' Euler sampler knows none; use sampler=consistency"
+            )
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         self.check(student)
@@ -183,14 +207,25 @@ class EulerAncestral(FewSteps):
 
 
 def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas")
+    kept = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "prediction_type",
+        "trained_betas",
+    )
     config = teacher.pipeline.scheduler.config
     return {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if config.get(key)}
 
 
 def sampler_of(pipeline: Any) -> FewSteps:
     """The sampler that an exported pipeline's scheduler stands for."""
-    return EulerAncestral() if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler) else Consistency()
+    return (
+        EulerAncestral()
+        if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
+        else Consistency()
+    )
 
 
 def distilled(pipeline: Any) -> bool:
@@ -220,7 +255,9 @@ def guided(
     x_t = draw_noise(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
         t = _time(teacher, timestep).expand(len(x_t)).to(device)
-        output = teacher.process.from_x0(guided_x0(teacher, x_t, t, cond, scale), x_t, t, prediction)
+        output = teacher.process.from_x0(
+            guided_x0(teacher, x_t, t, cond, scale), x_t, t, prediction
+        )
         x_t = scheduler.step(output, timestep, x_t, return_dict=False)[0]
     return x_t
 
@@ -253,7 +290,9 @@ def _shift_of(config: Any, tokens: int) -> float | None:
     """The logarithm of the shift for a picture of so many tokens, where the scheduler has it grow with them (FLUX)."""
     if not config.use_dynamic_shifting:
         return None
-    share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+    share = (tokens - config.base_image_seq_len) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
     return config.base_shift + share * (config.max_shift - config.base_shift)
 
 

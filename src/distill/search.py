@@ -27,7 +27,9 @@ def parsed(text: str) -> tuple[str, str, list[str]]:
     """Key, kind and values of a range. Raises ValueError for one that does not parse."""
     with suppress(YAMLError):
         if found := RANGE.fullmatch(text.replace(" ", "")):
-            values = OmegaConf.create(f"[{found[3] or found[5]}]")  # as in a configuration: null, true, lists
+            values = OmegaConf.create(
+                f"[{found[3] or found[5]}]"
+            )  # as in a configuration: null, true, lists
             return found[1], found[2] or found[4], [as_typed(value) for value in values]
     known = "key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)"
     raise ValueError(f"space: {text!r} is not {known}")
@@ -35,7 +37,11 @@ def parsed(text: str) -> tuple[str, str, list[str]]:
 
 def as_typed(value: Any) -> str:
     """A value of a configuration as an override has it."""
-    return value if isinstance(value, str) else json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
+    )
 
 
 def suggest(trial: Any, space: list[str]) -> list[str]:
@@ -56,12 +62,18 @@ def table(study: Any, file: Path) -> None:
     from optuna.trial import TrialState
 
     largest = study.direction.name == "MAXIMIZE"
-    done = sorted(study.get_trials(states=[TrialState.COMPLETE]), key=lambda trial: trial.value, reverse=largest)
+    done = sorted(
+        study.get_trials(states=[TrialState.COMPLETE]),
+        key=lambda trial: trial.value,
+        reverse=largest,
+    )
     keys = sorted({key for trial in done for key in trial.params})
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(["trial", "value", *keys])
-        rows.writerows([trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done)
+        rows.writerows(
+            [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
+        )
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
@@ -109,7 +121,9 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    free = () if study.get_trials(states=counted()) else ("metric", "steps")  # as long as nothing was measured by them
+    free = (
+        () if study.get_trials(states=counted()) else ("metric", "steps")
+    )  # as long as nothing was measured by them
     known = study.user_attrs.get("asked", asked)
     if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
@@ -137,7 +151,9 @@ def main(cfg: DictConfig) -> None:
     study = study_in(out, cfg)
     if not study.trials:
         study.enqueue_trial(_as_it_is(list(cfg.run), space))
-    for stale in study.get_trials(states=[TrialState.RUNNING]):  # the command was killed in the middle
+    for stale in study.get_trials(
+        states=[TrialState.RUNNING]
+    ):  # the command was killed in the middle
         again(study, stale)
     while len(study.get_trials(states=counted())) < cfg.trials:
         trial = study.ask()
@@ -145,7 +161,9 @@ def main(cfg: DictConfig) -> None:
         run = [*cfg.run, *chosen, f"run_dir={folder}"]
         if subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL).returncode:
             study.tell(trial, state=TrialState.FAIL)
-            raise ValueError(f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}")
+            raise ValueError(
+                f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}"
+            )
         try:
             value = score(folder, cfg.metric, cfg.steps)
         except ValueError:

@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from distill.files import gathered, like, read, remove, split, write
 
-BUCKET = 32 * 1024 * 1024  # numbers reduced at once: large enough to be fast, small beside the model
+BUCKET = (
+    32 * 1024 * 1024
+)  # numbers reduced at once: large enough to be fast, small beside the model
 
 
 class DataParallel(DDPStrategy):
@@ -40,7 +42,9 @@ def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
     """Replace each gradient by its mean over the processes; what none of them has used goes on having none."""
     if world == 1 or not parameters:
         return
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    used = torch.tensor(
+        [p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device
+    )
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
     parameters = [p for p, by_any in zip(parameters, used.tolist(), strict=True) if by_any]
     if not parameters:
@@ -76,19 +80,27 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     reduce_dtype is that of the gradient's sum over processes.
     """
 
-    def __init__(self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any):
+    def __init__(
+        self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any
+    ):
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1, **options)
         self._sharded_checkpoints = sharded_checkpoints
         self._policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_processes * self.num_nodes  # Lightning's own "auto" gives all the same data
+        self._data_parallel_size = (
+            self.num_processes * self.num_nodes
+        )  # Lightning's own "auto" gives all the same data
         super().setup_environment()
 
     def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
         """Cut `module` in place, but for the parameters `whole`: its blocks one by one, then what is left of it."""
         # Resharded after every forward: otherwise what an average reads and writes would not be what runs.
-        options = {"mesh": self.device_mesh["data_parallel"], "mp_policy": self._policy, "ignored_params": set(whole)}
+        options = {
+            "mesh": self.device_mesh["data_parallel"],
+            "mp_policy": self._policy,
+            "ignored_params": set(whole),
+        }
         for part in (*_blocks(module), module):
             fully_shard(part, reshard_after_forward=True, **options)
 
@@ -106,7 +118,9 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._sharded_checkpoints:
             part = path.with_name(path.name + ".part")
@@ -121,7 +135,9 @@ class FullyShardedDataParallel(ModelParallelStrategy):
                 write(state, path)
         self.barrier()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read(Path(self.broadcast(str(checkpoint_path))))
 
     @torch.no_grad()
@@ -133,7 +149,10 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments = {
-                i: {k: like(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in state.items()}
+                i: {
+                    k: like(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v
+                    for k, v in state.items()
+                }
                 for i, state in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": moments})

@@ -34,7 +34,10 @@ def draw(cfg: DictConfig, folder: Path) -> int:
             part = range(start, min(start + cfg.batch_size, numbers.stop))
             captions, seeds = [lines[i % len(lines)] for i in part], [cfg.seed + i for i in part]
             with torch.no_grad():
-                cond, how = teacher.embed(captions), {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
+                cond, how = (
+                    teacher.embed(captions),
+                    {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance},
+                )
                 latents = guided(teacher, cond, seeded(seeds), **how).float().cpu().numpy()
             told = making.embedded(cond) if cfg.embeddings else [{}] * len(part)
             for seed, *rest in zip(seeds, latents, captions, told, strict=True):
@@ -42,8 +45,15 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     job.make(samples)
     size = [side * teacher.unit // teacher.patch for side in shape[:0:-1]]
-    about = {"what": "samples of a teacher", **making.of_teacher(cfg), "size": size, "buckets": None}
-    job.finish(**about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings)
+    about = {
+        "what": "samples of a teacher",
+        **making.of_teacher(cfg),
+        "size": size,
+        "buckets": None,
+    }
+    job.finish(
+        **about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings
+    )
     return 0
 
 

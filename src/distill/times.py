@@ -19,19 +19,33 @@ class Discrete:
     LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5, .5).
     """
 
-    def __init__(self, levels: Numbers, odds: Numbers, warmup_odds: Numbers | None = None, warmup_steps: int = 0):
+    def __init__(
+        self,
+        levels: Numbers,
+        odds: Numbers,
+        warmup_odds: Numbers | None = None,
+        warmup_steps: int = 0,
+    ):
         self.levels = [float(level) for level in levels]
         if not self.levels or not all(0 < level <= 1 for level in self.levels):
-            raise ValueError(f"levels must lie in (0, 1], with 0 = data and 1 = noise, got {self.levels}")
+            raise ValueError(
+                f"levels must lie in (0, 1], with 0 = data and 1 = noise, got {self.levels}"
+            )
         if warmup_steps < 0 or (warmup_steps > 0 and warmup_odds is None):
-            raise ValueError(f"warmup_steps={warmup_steps} must be 0, or positive and come with warmup_odds")
+            raise ValueError(
+                f"warmup_steps={warmup_steps} must be 0, or positive and come with warmup_odds"
+            )
         self.warmup_steps, count = warmup_steps, len(self.levels)
         self.odds = _normalised("odds", odds, count)
-        self.warmup_odds = self.odds if warmup_odds is None else _normalised("warmup_odds", warmup_odds, count)
+        self.warmup_odds = (
+            self.odds if warmup_odds is None else _normalised("warmup_odds", warmup_odds, count)
+        )
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
         device = _device(generator)
-        odds = torch.tensor(self.warmup_odds if step < self.warmup_steps else self.odds, device=device)
+        odds = torch.tensor(
+            self.warmup_odds if step < self.warmup_steps else self.odds, device=device
+        )
         index = torch.multinomial(odds, n, replacement=True, generator=generator)
         return torch.tensor(self.levels, device=device, dtype=torch.float32)[index]
 
@@ -57,18 +71,24 @@ class Uniform:
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
         if not 0 <= low < high <= 1:
-            raise ValueError(f"a uniform range of levels needs 0 <= low < high <= 1, got low={low}, high={high}")
+            raise ValueError(
+                f"a uniform range of levels needs 0 <= low < high <= 1, got low={low}, high={high}"
+            )
         self.low, self.high = float(low), float(high)
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
         u = torch.rand(n, generator=generator, device=_device(generator), dtype=torch.float32)
-        return self.high - (self.high - self.low) * u  # u < 1: this end is open, so that low = 0 never gives t = 0
+        return (
+            self.high - (self.high - self.low) * u
+        )  # u < 1: this end is open, so that low = 0 never gives t = 0
 
 
 def _normalised(name: str, odds: Numbers, count: int) -> list[float]:
     weights = [float(weight) for weight in odds]
     if len(weights) != count:
-        raise ValueError(f"{name} must have one number per level: {count} levels, {len(weights)} {name}")
+        raise ValueError(
+            f"{name} must have one number per level: {count} levels, {len(weights)} {name}"
+        )
     if not (all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf):
         raise ValueError(f"{name} must be finite, not negative and not all zero, got {weights}")
     return [weight / sum(weights) for weight in weights]

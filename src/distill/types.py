@@ -18,7 +18,12 @@ from torch import Tensor
 
 from distill.process import Process
 
-EMBEDDED = ("tokens", "pooled", "mask", "extra")  # the tensors of a Cond, under which names they are cached
+EMBEDDED = (
+    "tokens",
+    "pooled",
+    "mask",
+    "extra",
+)  # the tensors of a Cond, under which names they are cached
 Terms = dict[str, Tensor]
 """Already weighted scalar losses under the paper's names; the objective is their sum."""
 
@@ -43,7 +48,9 @@ class Cond:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the tensors of a Cond must share one batch size, got {sizes}")
         if self.null is not None and len(self.null) != 1:
-            raise ValueError(f"the null of a Cond describes one empty caption, got batch size {len(self.null)}")
+            raise ValueError(
+                f"the null of a Cond describes one empty caption, got batch size {len(self.null)}"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,7 +64,9 @@ class Cond:
             # Whatever form the arguments have, an empty probe tells the device they name.
             return x.to(torch.empty(0, device=x.device).to(*args, **kwargs).device)
 
-        return replace(self._map(moved), null=None if self.null is None else self.null.to(*args, **kwargs))
+        return replace(
+            self._map(moved), null=None if self.null is None else self.null.to(*args, **kwargs)
+        )
 
     def index(self, i: slice | Tensor) -> Cond:
         """The samples picked by a slice, a long tensor of positions or a bool tensor [B]."""
@@ -66,7 +75,9 @@ class Cond:
     def unconditional(self) -> Cond:
         """The empty caption for every sample of this record, without copying."""
         if self.null is None:
-            raise ValueError("this Cond has no null record; build it with null=, the embedding of the empty caption")
+            raise ValueError(
+                "this Cond has no null record; build it with null=, the embedding of the empty caption"
+            )
         return replace(self.null._map(lambda x: x.expand(len(self), *x.shape[1:])), null=self.null)
 
     @staticmethod
@@ -77,8 +88,12 @@ class Cond:
         parts = [cond.tensors() for cond in conds]
         for name in set().union(*parts):
             if (having := sum(name in part for part in parts)) < len(parts):
-                raise ValueError(f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none must")
-        joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                raise ValueError(
+                    f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none must"
+                )
+        joined: dict[str, Any] = {
+            name: torch.cat([part[name] for part in parts]) for name in parts[0]
+        }
         return Cond(**joined, null=next((c.null for c in conds if c.null is not None), None))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -165,7 +180,9 @@ class Features(Protocol):
     def channels(self) -> Mapping[str, int]:
         """Channels of each map, in the order in which the maps are returned."""
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
         """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x. `generator` is for augmentations, if any."""
 
 

@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
 MAX_IN_A_ROW = 50  # samples tried for one place in a batch
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
-Found = tuple[dict | None, Skipped]  # the item for a place in a batch, or None; what was passed over on the way
+Found = tuple[
+    dict | None, Skipped
+]  # the item for a place in a batch, or None; what was passed over on the way
 Size = tuple[int, int]  # width, height
 
 
@@ -60,9 +62,17 @@ class Samples(Dataset, ABC):
             raise ValueError(f"data.limit={limit}: must be at least 1")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share={max_bad_share}: must be a share, from 0 to 1")
-        if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
-            raise ValueError(f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], width and height")
-        self.shards, self.max_bad_share, self.caption_key = self.open(path), max_bad_share, caption_key
+        if buckets is not None and not (
+            buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)
+        ):
+            raise ValueError(
+                f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], width and height"
+            )
+        self.shards, self.max_bad_share, self.caption_key = (
+            self.open(path),
+            max_bad_share,
+            caption_key,
+        )
         self.length = min(limit or len(self.shards), len(self.shards))
         self.buckets: list[Size] = [(w, h) for w, h in buckets or ()]
         self.bucket_of, self.groups = self._sorted()
@@ -92,7 +102,9 @@ class Samples(Dataset, ABC):
         """The bucket of every sample, and the samples of every bucket; a bad one goes to the first, to be found so."""
         if not self.buckets:
             return [], {}
-        bucket_of = [nearest(self.buckets, self.measure(i) or self.buckets[0]) for i in range(self.length)]
+        bucket_of = [
+            nearest(self.buckets, self.measure(i) or self.buckets[0]) for i in range(self.length)
+        ]
         groups: dict[int, list[int]] = {}
         for i, bucket in enumerate(bucket_of):
             groups.setdefault(bucket, []).append(i)
@@ -122,7 +134,11 @@ class Samples(Dataset, ABC):
             sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
             try:
                 found = self.tensors(sample, bucket)
-                item = {**found, "caption": decode.caption(sample, self.caption_key), "key": sample["__key__"]}
+                item = {
+                    **found,
+                    "caption": decode.caption(sample, self.caption_key),
+                    "key": sample["__key__"],
+                }
                 return item, skipped
             except decode.BadSample as error:
                 skipped.append((error.name, error.reason))
@@ -138,13 +154,19 @@ class Samples(Dataset, ABC):
         self.failed += len(skipped)
         enough, share = good or not needed, self.max_bad_share
         # What is drawn at random may have a few too many: four standard deviations. What is read once is counted whole.
-        most = share * self.tried + 4 * math.sqrt(share * (1 - share) * self.tried) if needed else share * len(self)
+        most = (
+            share * self.tried + 4 * math.sqrt(share * (1 - share) * self.tried)
+            if needed
+            else share * len(self)
+        )
         if enough and (self.tried < MIN_TRIED or self.failed <= most):
             return
         what = f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the share"
         what = what if enough else f"the last {len(skipped)} in a row: repair the data"
         some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
-        raise ValueError(f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}")
+        raise ValueError(
+            f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}"
+        )
 
 
 @cache
@@ -158,7 +180,9 @@ def nearest(buckets: Sequence[Size], size: Size) -> int:
 
     def distance(k: int) -> tuple[float, float]:
         width, height = buckets[k]
-        return abs(math.log(size[0] * height / (size[1] * width))), abs(math.log(size[0] * size[1] / (width * height)))
+        return abs(math.log(size[0] * height / (size[1] * width))), abs(
+            math.log(size[0] * size[1] / (width * height))
+        )
 
     return min(range(len(buckets)), key=distance)
 
@@ -175,15 +199,24 @@ class LatentShards(Samples):
     shape = None
 
     def __init__(
-        self, path: str, *, seeded: bool = False, buckets: Sequence[Sequence[int]] | None = None, **options: Any
+        self,
+        path: str,
+        *,
+        seeded: bool = False,
+        buckets: Sequence[Sequence[int]] | None = None,
+        **options: Any,
     ):
         folder = Path(expand(path)[0]).parent
         if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
-            raise ValueError(f"data.path={path}: its making was not finished; give the command that makes it once more")
+            raise ValueError(
+                f"data.path={path}: its making was not finished; give the command that makes it once more"
+            )
         said = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
         self.made: dict[str, Any] = said if isinstance(said, dict) else {}
         if seeded and self.made.get("what") == PICTURES:
-            raise ValueError(f"data.path={path}: holds pictures, of which no noise is known; use data=latents")
+            raise ValueError(
+                f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
+            )
         buckets = buckets or self.made.get("buckets")
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
@@ -193,7 +226,9 @@ class LatentShards(Samples):
         self.seeded = seeded
         first, skipped = self.find(0)
         if first is None:
-            raise ValueError(f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}")
+            raise ValueError(
+                f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}"
+            )
         self.shape = tuple(first["x0"].shape)
 
     def size_of(self, sample: dict) -> Size:
@@ -203,7 +238,9 @@ class LatentShards(Samples):
         x0 = decode.latent(sample)
         shape = self.shape and (self.shape[0], *(reversed(bucket) if bucket else self.shape[1:]))
         if shape and tuple(x0.shape) != shape:
-            wanted = f"its bucket's {list(shape)}" if bucket else f"the first sample's {list(shape)}"
+            wanted = (
+                f"its bucket's {list(shape)}" if bucket else f"the first sample's {list(shape)}"
+            )
             raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, {wanted}")
         found = {"x0": x0, **decode.embedding(sample, self.null)}
         if not self.seeded:
@@ -211,8 +248,13 @@ class LatentShards(Samples):
         try:
             seed = int(sample["__key__"].rpartition("/")[2])
         except ValueError:
-            raise decode.BadSample(sample, "its key is no seed, as data.seeded=true has it") from None
-        return {**found, "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))}
+            raise decode.BadSample(
+                sample, "its key is no seed, as data.seeded=true has it"
+            ) from None
+        return {
+            **found,
+            "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)),
+        }
 
 
 class ImageShards(Samples):
@@ -220,7 +262,9 @@ class ImageShards(Samples):
 
     def __init__(self, path: str, *, size: int, **options: Any):
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"data.size={size}: must be pixels a side; other shapes are data.buckets=[[width,height]]")
+            raise ValueError(
+                f"data.size={size}: must be pixels a side; other shapes are data.buckets=[[width,height]]"
+            )
         super().__init__(path, **options)
         self.size = size
 
@@ -236,12 +280,18 @@ class Lines:
 
     def __init__(self, path: str, key: str = "data.path"):
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines knows ten more separators
+            lines = (
+                Path(path).read_text(encoding="utf-8-sig").split("\n")
+            )  # splitlines knows ten more separators
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"{key}={path}: cannot be read as lines of UTF-8 text ({error})") from None
+            raise ValueError(
+                f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
+            ) from None
         self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
         if not self.lines:
-            raise ValueError(f"{key}={path}: has no line that is not blank; write one prompt a line")
+            raise ValueError(
+                f"{key}={path}: has no line that is not blank; write one prompt a line"
+            )
 
     def __len__(self) -> int:
         return len(self.lines)

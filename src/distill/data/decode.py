@@ -17,7 +17,11 @@ from distill.files import first_line, upright
 from distill.types import EMBEDDED
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-IMAGES, CAPTIONS, LATENTS = ("jpg", "jpeg", "png", "webp"), ("txt", "json"), ("latent.npy", "latents.npy", "npy")
+IMAGES, CAPTIONS, LATENTS = (
+    ("jpg", "jpeg", "png", "webp"),
+    ("txt", "json"),
+    ("latent.npy", "latents.npy", "npy"),
+)
 HEAD = 2**16  # bytes in which a file says what size it has, nearly always
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
@@ -40,7 +44,9 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     extension, height = _pick(sample, IMAGES, "image"), height or width
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # harmless oddities, told anew for every image; bombs are errors
+            warnings.simplefilter(
+                "ignore"
+            )  # harmless oddities, told anew for every image; bombs are errors
             picture = upright(Image.open(io.BytesIO(sample[extension]), formats=FORMATS))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
@@ -50,9 +56,21 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
         wanted = f"{width} a side" if width == height else f"{width} x {height}"
         raise BadSample(sample, f"its image is {has[0]} x {has[1]}, under half of {wanted}")
     left, top = (has[0] - across) / 2, (has[1] - down) / 2
-    box = (left, top, left + across, top + down)  # cropped while resampling: a strip of 1 x 100,000 stays harmless
+    box = (
+        left,
+        top,
+        left + across,
+        top + down,
+    )  # cropped while resampling: a strip of 1 x 100,000 stays harmless
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(127.5).sub(1.0)
+    return (
+        torch.from_numpy(np.array(picture))
+        .permute(2, 0, 1)
+        .contiguous()
+        .float()
+        .div(127.5)
+        .sub(1.0)
+    )
 
 
 def image_size(sample: dict) -> tuple[int, int]:
@@ -62,7 +80,9 @@ def image_size(sample: dict) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(sample[extension]), formats=FORMATS)
-            turned = picture.format != "PNG" and picture.getexif().get(0x0112) in SIDEWAYS  # a PNG would be read whole
+            turned = (
+                picture.format != "PNG" and picture.getexif().get(0x0112) in SIDEWAYS
+            )  # a PNG would be read whole
     except Exception as error:
         raise _undecodable(sample, extension, error) from None
     return picture.size[::-1] if turned else picture.size
@@ -97,7 +117,9 @@ def latent(sample: dict) -> Tensor:
     extension = _pick(sample, LATENTS, "latents")
     array = _array(sample, extension)
     if array.ndim != 3 or array.dtype.kind != "f":
-        raise BadSample(sample, f"its .{extension} is {array.dtype} {list(array.shape)}, not floats [C, h, w]")
+        raise BadSample(
+            sample, f"its .{extension} is {array.dtype} {list(array.shape)}, not floats [C, h, w]"
+        )
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf and is refused below
         x = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
     if not torch.isfinite(x).all():
@@ -125,7 +147,10 @@ def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name in (name for name in EMBEDDED if name in like):
-        array, shape = _array(sample, _pick(sample, (f"{name}.npy",), "embedding")), list(like[name].shape[1:])
+        array, shape = (
+            _array(sample, _pick(sample, (f"{name}.npy",), "embedding")),
+            list(like[name].shape[1:]),
+        )
         if array.dtype != np.float16 or list(array.shape) != shape or not np.isfinite(array).all():
             what = f"is {array.dtype} {list(array.shape)}, not finite float16 {shape} as the empty caption's"
             raise BadSample(sample, f"its .{name}.npy {what}")
@@ -136,7 +161,9 @@ def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
 def _array(sample: dict, extension: str) -> np.ndarray:
     try:
         return np.lib.format.read_array(io.BytesIO(sample[extension]), allow_pickle=False)
-    except Exception as error:  # a damaged header raises nearly anything, and one that claims any size MemoryError
+    except (
+        Exception
+    ) as error:  # a damaged header raises nearly anything, and one that claims any size MemoryError
         raise _undecodable(sample, extension, error) from None
 
 

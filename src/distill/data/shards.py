@@ -17,9 +17,16 @@ from braceexpand import braceexpand
 from distill.data.decode import CAPTIONS, IMAGES
 
 log = logging.getLogger(__name__)
-Places = dict[str, tuple[str, int, int]]  # lower-case extension -> where it lies: file, offset, size (-1: all of it)
-ENDS = (*map(str.upper, CAPTIONS), *CAPTIONS)  # of captions in a folder; of two that differ in case alone the last
-_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)  # WebDataset's: key, then all after the first dot
+Places = dict[
+    str, tuple[str, int, int]
+]  # lower-case extension -> where it lies: file, offset, size (-1: all of it)
+ENDS = (
+    *map(str.upper, CAPTIONS),
+    *CAPTIONS,
+)  # of captions in a folder; of two that differ in case alone the last
+_NAME = re.compile(
+    r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
+)  # WebDataset's: key, then all after the first dot
 
 
 class Shards:
@@ -33,9 +40,15 @@ class Shards:
         if os.path.isdir(folder) and not any(name.endswith(".tar") for name in os.listdir(folder)):
             self._index = [(key, folder, places) for key, places in index_folder(folder).items()]
         else:
-            self._index = [(key, shard, files) for shard in expand(path) for key, files in index_tar(shard).items()]
+            self._index = [
+                (key, shard, files)
+                for shard in expand(path)
+                for key, files in index_tar(shard).items()
+            ]
         if not self._index:
-            raise ValueError(f"The shards at {path!r} hold no samples: files must be named <key>.<extension>.")
+            raise ValueError(
+                f"The shards at {path!r} hold no samples: files must be named <key>.<extension>."
+            )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -61,7 +74,9 @@ class Shards:
                 file.seek(offset)
                 sample[extension] = data = file.read(size)
             if len(data) < size and at_most < 0:
-                raise ValueError(f"The shard {path!r} has shrunk since it was opened (sample {key!r}).")
+                raise ValueError(
+                    f"The shard {path!r} has shrunk since it was opened (sample {key!r})."
+                )
         return sample | {"__key__": key, "__url__": url}  # last: no file may pose as these
 
 
@@ -73,22 +88,34 @@ def expand(path: str) -> list[str]:
     """
     path = os.path.expanduser(path)
     if not path or path.startswith("pipe:") or "://" in path:
-        raise ValueError(f"data.path={path!r}: must be a folder of .tar shards, one .tar or a pattern, on a local disk")
+        raise ValueError(
+            f"data.path={path!r}: must be a folder of .tar shards, one .tar or a pattern, on a local disk"
+        )
     if os.path.isdir(path):
         names = [os.path.join(glob.escape(path), "*.tar")]
     else:
         try:
             names = [path] if os.path.isfile(path) else list(braceexpand(path))
         except ValueError:
-            raise ValueError(f"data.path={path!r}: its braces do not pair; write, say, x-{{000..003}}.tar") from None
+            raise ValueError(
+                f"data.path={path!r}: its braces do not pair; write, say, x-{{000..003}}.tar"
+            ) from None
     found = set()
     for name in names:
-        matches = [name] if os.path.isfile(name) else [m for m in glob.glob(name, recursive=True) if os.path.isfile(m)]
+        matches = (
+            [name]
+            if os.path.isfile(name)
+            else [m for m in glob.glob(name, recursive=True) if os.path.isfile(m)]
+        )
         if not matches and not glob.has_magic(name):  # a missing shard is a mistake, not fewer data
-            raise FileNotFoundError(f"There is no shard {name!r}, named by data.path={path!r}: check it.")
+            raise FileNotFoundError(
+                f"There is no shard {name!r}, named by data.path={path!r}: check it."
+            )
         found.update(matches)
     if not found:
-        raise FileNotFoundError(f"No file matches data.path={path!r}: check the folder and the pattern.")
+        raise FileNotFoundError(
+            f"No file matches data.path={path!r}: check the folder and the pattern."
+        )
     return sorted(found)
 
 
@@ -102,7 +129,9 @@ def index_tar(path: str) -> dict[str, Places]:
     with open(path, "rb") as file:
         try:
             # backslashreplace: a key must always be printable, whatever bytes the name has
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+            with tarfile.open(
+                fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
+            ) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps every one: gigabytes for a large set
                     match = _NAME.match(member.name)
@@ -110,7 +139,9 @@ def index_tar(path: str) -> dict[str, Places]:
                         continue
                     key, extension = match[1], match[2].lower()
                     if extension in index.setdefault(key, {}):
-                        raise ValueError(f"The shard {path!r} holds {key}.{extension} twice: each needs its own key.")
+                        raise ValueError(
+                            f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
+                        )
                     index[key][extension] = path, member.offset_data, member.size
             # tarfile stops without a word at a damaged header or a cut between two members: ask for the end mark.
             file.seek(tar.offset)
@@ -127,18 +158,34 @@ def index_folder(path: str) -> dict[str, Places]:
 
     One with neither has an empty caption, of which the log is told. Raises FileNotFoundError if there is none.
     """
-    here = ((folder, name) for folder, _, names in os.walk(path) for name in names if not name.startswith("."))
+    here = (
+        (folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if not name.startswith(".")
+    )
     files = {os.path.relpath(os.path.join(folder, name), path) for folder, name in here}
     index = {}
     for key in sorted(files):
         stem, extension = os.path.splitext(key)
         if (image := extension[1:].lower()) in IMAGES:
-            texts = {e.lower(): os.path.join(path, f"{stem}.{e}") for e in ENDS if f"{stem}.{e}" in files}
+            texts = {
+                e.lower(): os.path.join(path, f"{stem}.{e}") for e in ENDS if f"{stem}.{e}" in files
+            }
             there = {image: os.path.join(path, key), **(texts or {"txt": os.devnull})}
             index[key] = {end: (file, 0, -1) for end, file in there.items()}
     if not index:
-        raise FileNotFoundError(f"The folder {path!r} has neither .tar shards nor images ({', '.join(IMAGES)}).")
+        raise FileNotFoundError(
+            f"The folder {path!r} has neither .tar shards nor images ({', '.join(IMAGES)})."
+        )
     if bare := [key for key, there in index.items() if os.devnull in there.get("txt", ())]:
         what = "no .txt or .json beside them, and count as pictures of the empty caption"
-        log.warning("%d of %d pictures in %s, %s for one, have %s", len(bare), len(index), path, bare[0], what)
+        log.warning(
+            "%d of %d pictures in %s, %s for one, have %s",
+            len(bare),
+            len(index),
+            path,
+            bare[0],
+            what,
+        )
     return index

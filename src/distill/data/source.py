@@ -39,8 +39,14 @@ class Order:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.length, self.batch_size) < 1 or self.start < 0 or not 0 <= self.rank < self.world:
-            raise ValueError(f"{self}: length and batch_size must be 1 or more, start 0 or more, rank in [0, world)")
+        if (
+            min(self.length, self.batch_size) < 1
+            or self.start < 0
+            or not 0 <= self.rank < self.world
+        ):
+            raise ValueError(
+                f"{self}: length and batch_size must be 1 or more, start 0 or more, rank in [0, world)"
+            )
 
     def __iter__(self) -> Iterator[list[int]]:
         shuffled = Shuffled(self.length, self.seed)
@@ -70,8 +76,14 @@ class BucketOrder:
 
         last = (self.start + len(sizes) + 1) * whole // sum(sizes.values()) + 2
         for epoch in itertools.count(bisect.bisect_right(range(last), self.start, key=before) - 1):
-            rounds = {bucket: range(epoch * n // whole, (epoch + 1) * n // whole) for bucket, n in sizes.items()}
-            numbers, kinds = {k: iter(r) for k, r in rounds.items()}, [k for k, r in rounds.items() for _ in r]
+            rounds = {
+                bucket: range(epoch * n // whole, (epoch + 1) * n // whole)
+                for bucket, n in sizes.items()
+            }
+            numbers, kinds = (
+                {k: iter(r) for k, r in rounds.items()},
+                [k for k, r in rounds.items() for _ in r],
+            )
             shuffle = permutation(len(kinds), f"{self.seed}/round", epoch).tolist()
             for step, bucket in enumerate((kinds[i] for i in shuffle), before(epoch)):
                 first = (next(numbers[bucket]) * self.world + self.rank) * self.batch_size
@@ -97,7 +109,9 @@ class Shuffled:
 def permutation(length: int, seed: int | str, epoch: int) -> Tensor:
     """The order of one epoch, int64 [length]; hashed, so that epochs of neighbouring seeds have nothing in common."""
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-    return torch.randperm(length, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1))
+    return torch.randperm(
+        length, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    )
 
 
 class Loader(DataLoader):
@@ -124,7 +138,9 @@ class Source:
         place, groups = (seed, self.batch_size, rank, world, start), self.dataset.groups
         return Loader(
             self.dataset,
-            batch_sampler=BucketOrder(groups, *place) if groups else Order(len(self.dataset), *place),
+            batch_sampler=BucketOrder(groups, *place)
+            if groups
+            else Order(len(self.dataset), *place),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -135,14 +151,18 @@ class Source:
 
     def once(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Found]]:
         """For each batch of indices what is found at each of them: a bad sample is not replaced, and not counted."""
-        data = DataLoader(Once(self.dataset), batch_sampler=batches, collate_fn=list, num_workers=self.num_workers)
+        data = DataLoader(
+            Once(self.dataset), batch_sampler=batches, collate_fn=list, num_workers=self.num_workers
+        )
         return iter(data)
 
     def batches(self, indices: Sequence[int]) -> list[list[int]]:
         """The indices in batches, each of one bucket."""
         by_bucket: dict[int, list[int]] = {}
         for i in indices:
-            by_bucket.setdefault(self.dataset.bucket_of[i] if self.dataset.groups else 0, []).append(i)
+            by_bucket.setdefault(
+                self.dataset.bucket_of[i] if self.dataset.groups else 0, []
+            ).append(i)
         return [
             group[k : k + self.batch_size]
             for _, group in sorted(by_bucket.items())
@@ -171,11 +191,15 @@ def latents(
     buckets: Sequence[Sequence[int]] | None = None,
 ) -> Source:
     """Cached latents with captions, embedded perhaps: a folder or pattern of WebDataset shards."""
-    data = LatentShards(path, limit=limit, max_bad_share=max_bad_share, seeded=seeded, buckets=buckets)
+    data = LatentShards(
+        path, limit=limit, max_bad_share=max_bad_share, seeded=seeded, buckets=buckets
+    )
     return Source(data, batch_size, num_workers)
 
 
-def prompts(path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None) -> Source:
+def prompts(
+    path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None
+) -> Source:
     """Captions alone: a text file with one a line."""
     return Source(Prompts(path, limit=limit), batch_size, num_workers)
 
@@ -192,5 +216,10 @@ def images(
     caption_key: str = "caption",
 ) -> Source:
     """Pictures with captions: WebDataset shards, or a folder with a .txt or .json beside each picture."""
-    how = {"limit": limit, "max_bad_share": max_bad_share, "buckets": buckets, "caption_key": caption_key}
+    how = {
+        "limit": limit,
+        "max_bad_share": max_bad_share,
+        "buckets": buckets,
+        "caption_key": caption_key,
+    }
     return Source(ImageShards(path, size=size, **how), batch_size, num_workers)

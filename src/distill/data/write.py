@@ -20,32 +20,49 @@ JSON = {"sort_keys": True, "ensure_ascii": False}
 BEGUN, NULL, MANIFEST = "making.yaml", "null.npz", "manifest.json"
 PICTURES = "encoded pictures"  # what the first of them says that it made
 PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number stands in the file's name
-KEY = re.compile(r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+")  # any other would be read back as another key, or not at all
+KEY = re.compile(
+    r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+"
+)  # any other would be read back as another key, or not at all
 
 
-def write_latents(pattern: str, samples: Iterable[tuple[str, np.ndarray, str]], per_shard: int) -> list[str]:
+def write_latents(
+    pattern: str, samples: Iterable[tuple[str, np.ndarray, str]], per_shard: int
+) -> list[str]:
     """Write (key, latents [C, h, w], caption) as `.latent.npy` (fp16) and `.txt`; returns the shards' paths.
 
     `pattern` is like `out/shards-%06d.tar`. Raises ValueError for a bad pattern or key, no samples, or latents that
     are not 3-D or not finite in fp16; the shard under way is then removed, complete ones stay.
     """
-    files = ((key, {"latent.npy": _npy(key, x), "txt": caption.encode()}) for key, x, caption in samples)
+    files = (
+        (key, {"latent.npy": _npy(key, x), "txt": caption.encode()}) for key, x, caption in samples
+    )
     return _write(pattern, files, per_shard)
 
 
-def write_images(pattern: str, samples: Iterable[tuple[str, np.ndarray, str, dict]], per_shard: int) -> list[str]:
+def write_images(
+    pattern: str, samples: Iterable[tuple[str, np.ndarray, str, dict]], per_shard: int
+) -> list[str]:
     """Write (key, uint8 [H, W, 3], caption, record) as `.png`, `.txt` and `.json`; returns the shards' paths.
 
     Raises ValueError as `write_latents` does, and for arrays that are not uint8 RGB.
     """
     files = (
-        (key, {"png": _png(key, x), "txt": caption.encode(), "json": json.dumps(record, **JSON).encode()})
+        (
+            key,
+            {
+                "png": _png(key, x),
+                "txt": caption.encode(),
+                "json": json.dumps(record, **JSON).encode(),
+            },
+        )
         for key, x, caption, record in samples
     )
     return _write(pattern, files, per_shard)
 
 
-def cached(key: str, latent: np.ndarray, caption: str, embedded: Mapping[str, np.ndarray]) -> tuple[str, dict]:
+def cached(
+    key: str, latent: np.ndarray, caption: str, embedded: Mapping[str, np.ndarray]
+) -> tuple[str, dict]:
     """A sample of cached latents [C, h, w] and of what the caption is embedded in, as `write_shard` takes it, in fp16.
 
     Raises ValueError for what is not finite in fp16.
@@ -71,7 +88,11 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
             with TarWriter(file, **HEADER) as tar:
                 for key, files in samples:
                     if not KEY.fullmatch(key) or key in keys:
-                        what = "occurs twice" if key in keys else "must be a relative path, no dot in its last part"
+                        what = (
+                            "occurs twice"
+                            if key in keys
+                            else "must be a relative path, no dot in its last part"
+                        )
                         raise ValueError(f"The key {key!r} {what}: give every sample its own.")
                     keys.add(key)
                     tar.write({"__key__": key, **files})
@@ -96,14 +117,20 @@ def _npy(key: str, x: np.ndarray, ndim: int | None = 3) -> bytes:
 
 def _png(key: str, pixels: np.ndarray) -> bytes:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"The image of {key!r} must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}.")
+        raise ValueError(
+            f"The image of {key!r} must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}."
+        )
     Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
 
-def _write(pattern: str, samples: Iterator[tuple[str, dict[str, bytes]]], per_shard: int) -> list[str]:
+def _write(
+    pattern: str, samples: Iterator[tuple[str, dict[str, bytes]]], per_shard: int
+) -> list[str]:
     if per_shard < 1 or not PATTERN.fullmatch(pattern):
-        raise ValueError(f"{pattern!r}, per_shard={per_shard}: must be like 'out/shards-%06d.tar', and 1 or more")
+        raise ValueError(
+            f"{pattern!r}, per_shard={per_shard}: must be like 'out/shards-%06d.tar', and 1 or more"
+        )
     os.makedirs(os.path.dirname(pattern) or ".", exist_ok=True)
     written: list[str] = []
     while (first := next(samples, None)) is not None:  # asked for before a file is made
@@ -113,5 +140,8 @@ def _write(pattern: str, samples: Iterator[tuple[str, dict[str, bytes]]], per_sh
     if not written:
         raise ValueError(f"There is no sample to write to {pattern!r}.")
     if os.path.exists(stale := pattern % len(written)):
-        log.warning("%s is left from an earlier run and will be read along: remove it if you do not want that", stale)
+        log.warning(
+            "%s is left from an earlier run and will be read along: remove it if you do not want that",
+            stale,
+        )
     return written

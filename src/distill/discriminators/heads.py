@@ -57,7 +57,9 @@ class ConvHead(nn.Module):
         super().__init__()
         limit = spectral_norm if spectral else lambda module: module
         self.norm = nn.GroupNorm(1, channels) if norm_input else nn.Identity()
-        self.enter = nn.Sequential(limit(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2))
+        self.enter = nn.Sequential(
+            limit(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2)
+        )
         mix = limit(nn.Conv2d(width, width, kernel, padding=kernel // 2))
         self.mix = nn.Sequential(mix, _norm(width), nn.LeakyReLU(0.2))
         self.out = limit(nn.Conv2d(width, projection, 1))
@@ -97,8 +99,16 @@ class ConvHeads(AllHeads):
     ):
         super().__init__()
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
-        how = {"kernel": kernel, "projection": projection, "spectral": spectral, "norm_input": norm_input}
-        heads = {k: ConvHead(c, TIME_FEATURES + pooled, width=width or c, **how) for k, c in channels.items()}
+        how = {
+            "kernel": kernel,
+            "projection": projection,
+            "spectral": spectral,
+            "norm_input": norm_input,
+        }
+        heads = {
+            k: ConvHead(c, TIME_FEATURES + pooled, width=width or c, **how)
+            for k, c in channels.items()
+        }
         self.heads = nn.ModuleDict({name.replace(".", "_"): head for name, head in heads.items()})
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
@@ -106,7 +116,9 @@ class ConvHeads(AllHeads):
         if cond.pooled is not None:
             parts.append(cond.pooled)
         condition = torch.cat(parts, dim=1)
-        return self.joined([head(x, condition) for head, x in zip(self.heads.values(), maps, strict=True)])
+        return self.joined(
+            [head(x, condition) for head, x in zip(self.heads.values(), maps, strict=True)]
+        )
 
 
 def _waves(t: Tensor) -> Tensor:

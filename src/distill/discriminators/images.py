@@ -50,7 +50,9 @@ class ImageFeatures(nn.Module):
         depth = self.model.config.num_hidden_layers
         self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)
         if any(not -1 <= k < depth for k in self.taps):
-            raise ValueError(f"discriminator.features.taps={self.taps}: this network has blocks 0 to {depth - 1}")
+            raise ValueError(
+                f"discriminator.features.taps={self.taps}: this network has blocks 0 to {depth - 1}"
+            )
         self.size, self.crop, self.augment = size, crop, augment
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -67,7 +69,9 @@ class ImageFeatures(nn.Module):
     def channels(self) -> Mapping[str, int]:
         return {f"tap{k}": self.width for k in self.taps}
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None) -> list[Tensor]:
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked at."""
         hidden = self._run(self.prepare(x, generator), output_hidden_states=True).hidden_states
         tokens = [hidden[k + 1] for k in self.taps]  # entry 0 is the embedding
@@ -86,21 +90,32 @@ class ImageFeatures(nn.Module):
         if generator is not None and self.crop and min(x.shape[-2:]) > self.size:
             coin, top, left = torch.rand(3, generator=generator, device=generator.device).tolist()
             if coin < self.crop:
-                i, j = (int(u * (n - self.size + 1)) for u, n in zip((top, left), x.shape[-2:], strict=True))
+                i, j = (
+                    int(u * (n - self.size + 1))
+                    for u, n in zip((top, left), x.shape[-2:], strict=True)
+                )
                 x = x[..., i : i + self.size, j : j + self.size]
         if tuple(x.shape[-2:]) != (self.size, self.size):
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+            x = F.interpolate(
+                x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+            )
         return (x - self.mean) / self.std
 
     def _run(self, x: Tensor, **options: Any) -> Any:
-        native = x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
+        native = (
+            x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
+        )
         return self.model(x, **options, **({} if native else {"interpolate_pos_encoding": True}))
 
 
 def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """DiffAugment's colour, translation (1/8) and cutout (1/5) on pixels [B, 3, H, W] in [-1, 1]; differentiable."""
     n, _, height, width = x.shape
-    draw = torch.rand(7, n, generator=generator, device=generator.device).to(x.device).view(7, n, 1, 1, 1)
+    draw = (
+        torch.rand(7, n, generator=generator, device=generator.device)
+        .to(x.device)
+        .view(7, n, 1, 1, 1)
+    )
     x = x + draw[0] - 0.5
     grey = x.mean(1, keepdim=True)
     x = (x - grey) * (2 * draw[1]) + grey
@@ -110,9 +125,13 @@ def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
     sides = zip(draw[3:5], (height, width), strict=True)
     shift_y, shift_x = (((2 * d.view(n, 1) - 1) * side / 8).round().long() for d, side in sides)
     y, z = rows + shift_y, columns + shift_x  # [B, H], [B, W]: where each pixel comes from
-    inside = ((y >= 0) & (y < height))[:, None, :, None] & ((z >= 0) & (z < width))[:, None, None, :]
+    inside = ((y >= 0) & (y < height))[:, None, :, None] & ((z >= 0) & (z < width))[
+        :, None, None, :
+    ]
     batch = torch.arange(n, device=x.device)[:, None, None]
-    moved = x.permute(0, 2, 3, 1)[batch, y.clamp(0, height - 1)[:, :, None], z.clamp(0, width - 1)[:, None]]
+    moved = x.permute(0, 2, 3, 1)[
+        batch, y.clamp(0, height - 1)[:, :, None], z.clamp(0, width - 1)[:, None]
+    ]
     x = moved.permute(0, 3, 1, 2) * inside
     top, left = (draw[5].view(n, 1) * height, draw[6].view(n, 1) * width)
     hole_y = (rows - top).abs() < height / 10

@@ -61,12 +61,21 @@ class Pool(nn.Module):
         if width % NORM_CHANNELS or min(width, layers, size) < 1:
             what = f"width={width} must be a multiple of {NORM_CHANNELS}; layers, size above 0"
             raise ValueError(f"discriminator.heads: {what}")
-        self.refresh_rate, self.width, self.layers, self.norm_input = refresh, width, layers, norm_input
+        self.refresh_rate, self.width, self.layers, self.norm_input = (
+            refresh,
+            width,
+            layers,
+            norm_input,
+        )
         self.channels, self.levels = dict(channels), [float(level) for level in levels]
         self.single = {name for name in channels if name.startswith(tuple(single))}
         places = [(level, name) for level in range(len(levels)) for name in channels]
-        self.owners = [places[i % len(places)][1] for i in range(max(size, len(places)))]  # the map of each head
-        self.members = {place: range(i, len(self.owners), len(places)) for i, place in enumerate(places)}
+        self.owners = [
+            places[i % len(places)][1] for i in range(max(size, len(places)))
+        ]  # the map of each head
+        self.members = {
+            place: range(i, len(self.owners), len(places)) for i, place in enumerate(places)
+        }
         self.heads = nn.ParameterList(self._fresh(name, None) for name in self.owners)
 
     def draw(self, generator: Generator) -> Drawn:
@@ -95,8 +104,12 @@ class Pool(nn.Module):
         for _, alike in groupby(sorted(range(len(maps)), key=kind), key=kind):
             group = list(alike)
             stacked = torch.stack([self.heads[heads[k]] for k in group])
-            answers = self._evaluate(stacked, torch.stack([maps[k] for k in group], dim=1))  # [B, G, h, w]
-            answers = answers.mean((2, 3), keepdim=True) if names[group[0]] in self.single else answers
+            answers = self._evaluate(
+                stacked, torch.stack([maps[k] for k in group], dim=1)
+            )  # [B, G, h, w]
+            answers = (
+                answers.mean((2, 3), keepdim=True) if names[group[0]] in self.single else answers
+            )
             logits |= dict(zip(group, answers.flatten(2).unbind(1), strict=True))
         return [logits[k] for k in range(len(maps))]
 
@@ -105,14 +118,20 @@ class Pool(nn.Module):
         batch, count, channels = x.shape[:3]
         x = x.flatten(1, 2)
         x = F.group_norm(x, count) if self.norm_input else x
-        parts = iter(stacked.split([math.prod(shape) for shape, _ in self._shapes(channels)], dim=1))
+        parts = iter(
+            stacked.split([math.prod(shape) for shape, _ in self._shapes(channels)], dim=1)
+        )
         for _ in range(self.layers):
             kernel, gain, shift = next(parts), next(parts), next(parts)
             # A kernel of 4 does not fit into one place and its padding.
             x = F.pad(x, (0, max(0, 2 - x.shape[-1]), 0, max(0, 2 - x.shape[-2])))
             kernel = kernel.reshape(count * self.width, -1, 4, 4)
             x = F.conv2d(x, kernel, stride=2, padding=1, groups=count)
-            x = F.silu(F.group_norm(x, count * self.width // NORM_CHANNELS, gain.flatten(), shift.flatten()))
+            x = F.silu(
+                F.group_norm(
+                    x, count * self.width // NORM_CHANNELS, gain.flatten(), shift.flatten()
+                )
+            )
         out, bias = next(parts), next(parts)
         x = F.conv2d(x, out.reshape(count, -1, 1, 1), bias.flatten(), groups=count)
         return x.view(batch, count, *x.shape[-2:])
@@ -133,7 +152,11 @@ class Pool(nn.Module):
         for shape, how in self._shapes(self.channels[name]):
             limit = 1 / math.sqrt(math.prod(shape[1:])) if how == "weight" else 0.0
             noise = torch.rand(math.prod(shape), generator=generator, device=device)
-            parts.append(limit * (2 * noise - 1) if how == "weight" else torch.full_like(noise, float(how == "one")))
+            parts.append(
+                limit * (2 * noise - 1)
+                if how == "weight"
+                else torch.full_like(noise, float(how == "one"))
+            )
         return torch.cat(parts)
 
 
@@ -149,7 +172,11 @@ class Drawn:
         for level in nearest.unique().tolist():
             rows.append((nearest == level).nonzero().flatten())
             heads = [self.chosen[level, name] for name in self.pool.channels]
-            parts.append(self.pool.judge(heads, [m[rows[-1]] for m in maps] if len(t) > len(rows[-1]) else maps))
+            parts.append(
+                self.pool.judge(
+                    heads, [m[rows[-1]] for m in maps] if len(t) > len(rows[-1]) else maps
+                )
+            )
         self._sizes = [part.shape[1] for part in parts[0]]
         return torch.cat([torch.cat(part, dim=1) for part in parts])[torch.cat(rows).argsort()]
 

@@ -29,7 +29,10 @@ class OpenClipText(nn.Module):
         super().__init__()
         model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
         model.visual = None  # half of it, and never used
-        self.model, self.tokenizer = model.eval().requires_grad_(False), open_clip.get_tokenizer(name)
+        self.model, self.tokenizer = (
+            model.eval().requires_grad_(False),
+            open_clip.get_tokenizer(name),
+        )
         self.width = self(["a"]).shape[1]
 
     def train(self, mode: bool = True) -> OpenClipText:
@@ -61,16 +64,22 @@ class Projection(nn.Module):
         super().__init__()
         for name, value, word in (("text", text, "teacher"), ("image", image, "features")):
             if isinstance(value, str) and value != word:
-                raise ValueError(f"discriminator.condition.{name}={value}: must be {word}, null or a network")
+                raise ValueError(
+                    f"discriminator.condition.{name}={value}: must be {word}, null or a network"
+                )
         self.text, self.image = text, features if image == "features" else image
         pooled = teacher.embed([""]).pooled if text == "teacher" else None
         if text == "teacher" and pooled is None:
-            raise ValueError("discriminator.condition.text=teacher: this teacher's encoder pools nothing; use null")
+            raise ValueError(
+                "discriminator.condition.text=teacher: this teacher's encoder pools nothing; use null"
+            )
         self.pooled_width = pooled.shape[1] if pooled is not None else getattr(text, "width", 0)
         self.image_width = getattr(self.image, "width", 0)
 
     def forward(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
         """Real images [B, 3, H, W]; where the student saw noise alone, bool [B] -> pooled c_text, extra c_img."""
-        pooled = batch.cond.pooled if self.text == "teacher" else self.text and self.text(batch.captions)
+        pooled = (
+            batch.cond.pooled if self.text == "teacher" else self.text and self.text(batch.captions)
+        )
         extra = self.image and self.image.describe(real) * ~pure[:, None]
         return replace(batch.cond, pooled=pooled, extra=extra, null=None)

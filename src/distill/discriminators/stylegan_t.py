@@ -31,14 +31,22 @@ class LocalBatchNorm(nn.Module):
     def __init__(self, channels: int, virtual: int = 8, eps: float = 1e-5):
         super().__init__()
         self.virtual, self.eps = virtual, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         groups = math.ceil(len(x) / self.virtual)
         if len(x) % groups:
-            raise ValueError(f"data.batch_size={len(x)}: local batch norm needs a multiple of {groups}")
+            raise ValueError(
+                f"data.batch_size={len(x)}: local batch norm needs a multiple of {groups}"
+            )
         parts = x.unflatten(0, (groups, -1))
-        mean, variance = parts.mean((1, 3), keepdim=True), parts.var((1, 3), unbiased=False, keepdim=True)
+        mean, variance = (
+            parts.mean((1, 3), keepdim=True),
+            parts.var((1, 3), unbiased=False, keepdim=True),
+        )
         x = ((parts - mean) * (variance + self.eps).rsqrt()).flatten(0, 1)
         return x * self.weight[:, None] + self.bias[:, None]
 
@@ -57,7 +65,9 @@ class EqualisedLinear(nn.Linear):
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
     # StyleGAN-T's convolution has a bias, which the norm behind it takes away again.
-    convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
+    convolution = nn.Conv1d(
+        channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False
+    )
     return nn.Sequential(spectral_norm(convolution), LocalBatchNorm(channels), nn.LeakyReLU(0.2))
 
 
@@ -90,11 +100,19 @@ class StyleGANTHeads(AllHeads):
     def __init__(self, channels: Mapping[str, int], *, pooled: int = 0, image: int = 0):
         super().__init__()
         self.pooled, self.image = pooled, image
-        self.heads = nn.ModuleDict({name: TokenHead(c, pooled + image) for name, c in channels.items()})
+        self.heads = nn.ModuleDict(
+            {name: TokenHead(c, pooled + image) for name, c in channels.items()}
+        )
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(maps[0].device.type, enabled=False):
-            wanted = [part for part, width in ((cond.pooled, self.pooled), (cond.extra, self.image)) if width]
-            condition = torch.cat([precise(part) for part in wanted], dim=1) if wanted else t[:, None]
+            wanted = [
+                part
+                for part, width in ((cond.pooled, self.pooled), (cond.extra, self.image))
+                if width
+            ]
+            condition = (
+                torch.cat([precise(part) for part in wanted], dim=1) if wanted else t[:, None]
+            )
             pairs = zip(self.heads.values(), maps, strict=True)
             return self.joined([head(precise(x), condition) for head, x in pairs])

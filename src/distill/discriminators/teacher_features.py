@@ -41,32 +41,50 @@ class TeacherFeatures:
         self.taps = list(named.get(taps, [taps]) if isinstance(taps, str) else taps)
         if not self.taps or set(self.taps) - set(teacher.channels):
             known = ", ".join(teacher.channels)
-            raise ValueError(f"discriminator.features.taps={taps}: must be blocks, encoder, or some of {known}")
+            raise ValueError(
+                f"discriminator.features.taps={taps}: must be blocks, encoder, or some of {known}"
+            )
         if tasks is not None and (not tasks or set(tasks) - set(TASKS)) or not 0 < patch <= 1:
             what = f"tasks={tasks} must be some of {', '.join(TASKS)}, and patch={patch} in (0, 1]"
             raise ValueError(f"discriminator.features: {what}")
-        self.named, self.tasks = tasks is not None, [task for task in TASKS if task in (tasks or [WHOLE])]
+        self.named, self.tasks = (
+            tasks is not None,
+            [task for task in TASKS if task in (tasks or [WHOLE])],
+        )
         self._teacher, self.patch = teacher, patch
 
     @property
     def channels(self) -> Mapping[str, int]:
         names = {tap: self._teacher.channels[tap] for tap in self.taps}
-        return {f"{task}.{tap}": c for task in self.tasks for tap, c in names.items()} if self.named else names
+        return (
+            {f"{task}.{tap}": c for task in self.tasks for tap, c in names.items()}
+            if self.named
+            else names
+        )
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, generator: Generator | None = None) -> list[Tensor]:
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Cond, generator: Generator | None = None
+    ) -> list[Tensor]:
         """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k]; `generator` places the patch."""
         maps = self._teacher.features(x, t, cond, self.taps) if WHOLE in self.tasks else []
-        conds = [cond.unconditional() if task == UNTOLD else cond for task in self.tasks if task != WHOLE]
+        conds = [
+            cond.unconditional() if task == UNTOLD else cond for task in self.tasks if task != WHOLE
+        ]
         if count := len(conds):  # one pass for both
             small = self._cut(x, generator).repeat(count, 1, 1, 1)
-            parts = [m.chunk(count) for m in self._teacher.features(small, t.repeat(count), Cond.cat(conds), self.taps)]
+            parts = [
+                m.chunk(count)
+                for m in self._teacher.features(small, t.repeat(count), Cond.cat(conds), self.taps)
+            ]
             maps = maps + [m[i] for i in range(count) for m in parts]
         return maps
 
     def _cut(self, x: Tensor, generator: Generator | None) -> Tensor:
         """A patch [B, C, h, w] at a place of the teacher's grid of tokens, one for the batch."""
         cell = self._teacher.patch
-        luck = torch.rand(2, generator=generator, device=generator.device if generator else None).tolist()
+        luck = torch.rand(
+            2, generator=generator, device=generator.device if generator else None
+        ).tolist()
         for dim, u in zip((2, 3), luck, strict=True):
             cells = x.shape[dim] // cell
             size = max(1, round(self.patch * cells))

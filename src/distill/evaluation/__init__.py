@@ -42,10 +42,16 @@ class Shapes:
         """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader cannot read."""
         if (side := teacher.latent_shape[-1] * teacher.unit // teacher.patch) != SIDE:
             what = f"the judge of shapes reads pictures of {SIDE} pixels a side, and this teacher's have {side}"
-            raise ValueError(f"metrics: {what}; use metrics=coco5k or prompts, or ~metrics to train")
+            raise ValueError(
+                f"metrics: {what}; use metrics=coco5k or prompts, or ~metrics to train"
+            )
 
     def __call__(
-        self, student: Denoiser, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
+        self,
+        student: Denoiser,
+        teacher: PipelineTeacher,
+        folder: Path,
+        sampler: FewSteps | None = None,
     ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
         self.fits(teacher)
@@ -54,44 +60,68 @@ class Shapes:
             scores, shown = self._judge(judge, teacher, make)
             rows.append({"who": who, "steps": n, **scores})
             strips.append((shown[:SHOWN] + 1) / 2)
-        protocol = {"prompts": self.prompts, "seed": self.seed, "teacher guidance": self.guidance, **ALWAYS}
+        protocol = {
+            "prompts": self.prompts,
+            "seed": self.seed,
+            "teacher guidance": self.guidance,
+            **ALWAYS,
+        }
         protocol |= {"student sampler": str(sampler or Consistency())}
         write_verdict(folder, protocol, rows, strips)
         return rows
 
-    def _judge(self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor]) -> tuple[dict, Tensor]:
+    def _judge(
+        self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor]
+    ) -> tuple[dict, Tensor]:
         prompts = judging_prompts(self.prompts, seed=self.seed)
         began = time.monotonic()
         shown = pictures(teacher, make, prompts, range(len(prompts)))
         seconds = (time.monotonic() - began) / len(prompts)
         groups, each = VARIETY
         several = [prompt for prompt in prompts[:groups] for _ in range(each)]
-        varied = pictures(teacher, make, several, range(10_000, 10_000 + len(several))).unflatten(0, (-1, each))
+        varied = pictures(teacher, make, several, range(10_000, 10_000 + len(several))).unflatten(
+            0, (-1, each)
+        )
         scores = judge(shown, prompts, reference_seed=self.seed)
         scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
         return {**scores, "seconds_per_image": seconds}, shown
 
 
 def lineup(
-    protocol: Any, student: Denoiser, teacher: PipelineTeacher, sampler: FewSteps | None, shape: Sequence[int]
+    protocol: Any,
+    student: Denoiser,
+    teacher: PipelineTeacher,
+    sampler: FewSteps | None,
+    shape: Sequence[int],
 ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
     """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and generators."""
     for n in protocol.teacher_steps:
-        yield "teacher", n, partial(guided, teacher, shape=shape, guidance=protocol.guidance, steps=n)
+        yield (
+            "teacher",
+            n,
+            partial(guided, teacher, shape=shape, guidance=protocol.guidance, steps=n),
+        )
     for n in protocol.student_steps:
         yield "student", n, partial(sampler or Consistency(), student, shape=shape, steps=n)
 
 
-def write_verdict(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], strips: list[Tensor]) -> None:
+def write_verdict(
+    folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], strips: list[Tensor]
+) -> None:
     """`evaluation.json`, and `samples/comparison.png` of as many pictures [n, 3, S, S] in [0, 1] of every row."""
-    (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(
+        json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n"
+    )
     (folder / "samples").mkdir(exist_ok=True)
     save_image(torch.cat(strips), folder / "samples" / "comparison.png", nrow=len(strips[0]))
 
 
 @torch.no_grad()
 def pictures(
-    teacher: PipelineTeacher, maker: Callable[..., Tensor], prompts: list[Prompt], seeds: Sequence[int]
+    teacher: PipelineTeacher,
+    maker: Callable[..., Tensor],
+    prompts: list[Prompt],
+    seeds: Sequence[int],
 ) -> Tensor:
     """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU."""
     parts = []

@@ -34,7 +34,9 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
 TILE = 256  # pixels a side in the comparison
-Row = tuple[str, int, list[Path], Callable[..., Tensor]]  # who, steps, files, what makes their latents
+Row = tuple[
+    str, int, list[Path], Callable[..., Tensor]
+]  # who, steps, files, what makes their latents
 
 
 @dataclass(kw_only=True)
@@ -70,24 +72,42 @@ class Prompted:
 
     def __post_init__(self) -> None:
         if not self.measures or (set(self.measures) - self.scores.keys()):
-            raise ValueError(f"metrics.measures={self.measures}: must be some of {', '.join(self.scores)}")
+            raise ValueError(
+                f"metrics.measures={self.measures}: must be some of {', '.join(self.scores)}"
+            )
         self.data, self.named, self.real = Path(self.path).name, {}, []
         if Path(self.path).is_dir():
             self.data = "COCO2017 val, first caption of each picture"
             self.captions, self.real = coco(self.path, self.prompts)
-            self.named = {path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)}
+            self.named = {
+                path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)
+            }
         else:
             self.captions = Lines(self.path, "metrics.path").lines[: self.prompts]
         if self.reference:
             self.real = in_folder(Path(self.reference))
         if not self.real and (needing := self._needing("reference")):
-            what = "holds no pictures" if self.reference else f"{needing[0]} needs a folder of real pictures"
+            what = (
+                "holds no pictures"
+                if self.reference
+                else f"{needing[0]} needs a folder of real pictures"
+            )
             raise ValueError(f"metrics.reference={self.reference}: {what}")
         self.asked = list(self.captions)  # the caption of every picture of a row
         if self._needing("varied"):
-            if isinstance(self.variety, int) or len(self.variety) != 2 or min(self.variety[0], self.variety[1] - 1) < 1:
-                raise ValueError(f"metrics.variety={self.variety}: must be [captions, pictures of each, 2 or more]")
-            self.asked += [caption for caption in self.captions[: self.variety[0]] for _ in range(self.variety[1])]
+            if (
+                isinstance(self.variety, int)
+                or len(self.variety) != 2
+                or min(self.variety[0], self.variety[1] - 1) < 1
+            ):
+                raise ValueError(
+                    f"metrics.variety={self.variety}: must be [captions, pictures of each, 2 or more]"
+                )
+            self.asked += [
+                caption
+                for caption in self.captions[: self.variety[0]]
+                for _ in range(self.variety[1])
+            ]
         self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
 
     def check(self, kind: str, path: str = "") -> None:
@@ -96,7 +116,9 @@ class Prompted:
         if "ImageFeatures" in kind and {type(self._network(name)) for name in distances} == {eyes}:
             name, other = ("DINO", "cmmd") if eyes is Dinov2 else ("CLIP", "fd_dinov2")
             what = f"{', '.join(distances)} look with {name}, as this run's discriminator does, which flatters it"
-            raise ValueError(f"metrics.measures: {what}; add a distance on other features, fid or {other}")
+            raise ValueError(
+                f"metrics.measures: {what}; add a distance on other features, fid or {other}"
+            )
 
     def _needing(self, what: str) -> list[str]:
         return [name for name in self.measures if self.scores[name].needs == what]
@@ -105,22 +127,33 @@ class Prompted:
         return self.networks[self.scores[measure].network]
 
     def __call__(
-        self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None
+        self,
+        student: Denoiser | None,
+        teacher: PipelineTeacher,
+        folder: Path,
+        sampler: FewSteps | None = None,
     ) -> list[dict[str, Any]]:
         """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
         self.load()
         rows, strips, device, sampler = [], [], teacher.device, sampler or Consistency()
         for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
-            scores = self._scored(paths, paths[0].parent, self.captions, device) | _seconds(paths[0].parent)
+            scores = self._scored(paths, paths[0].parent, self.captions, device) | _seconds(
+                paths[0].parent
+            )
             rows.append({"who": who, "steps": steps, **scores})
             strips.append(_strip(paths[: len(self.captions)]))
         euler = "Euler" if teacher.prediction == "flow" else "DDIM"
         how = {"seeds": f"{self.seed} + number"}
         if self.teacher_steps:
-            how |= {"teacher sampler": f"{euler}, trailing steps", "teacher guidance": self.guidance}
+            how |= {
+                "teacher sampler": f"{euler}, trailing steps",
+                "teacher guidance": self.guidance,
+            }
         if self.student_steps:
             how |= {"student sampler": str(sampler), "student guidance": "none"}
-        write_verdict(folder, self._protocol(paths[0], self.captions, self.data) | how, rows, strips)
+        write_verdict(
+            folder, self._protocol(paths[0], self.captions, self.data) | how, rows, strips
+        )
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -128,7 +161,13 @@ class Prompted:
         self.load()
         paths = in_folder(folder)
         captions = self._told(paths) if self._needing("captions") else []
-        rows = [{"who": "pictures", "steps": 0, **self._scored(paths, out / "evaluation", captions, device)}]
+        rows = [
+            {
+                "who": "pictures",
+                "steps": 0,
+                **self._scored(paths, out / "evaluation", captions, device),
+            }
+        ]
         how = {"judged": f"{len(paths)} pictures in {folder}"}
         about = self._protocol(paths[0], captions, "captions of the pictures")
         write_verdict(out, about | how, rows, [_strip(paths)])
@@ -145,7 +184,9 @@ class Prompted:
 
     def load(self) -> None:
         """Read what is needed of the networks: before hours of drawing, should one be out of reach."""
-        for network in {self.scores[name].network: self._network(name) for name in self.measures}.values():
+        for network in {
+            self.scores[name].network: self._network(name) for name in self.measures
+        }.values():
             network.load()
 
     def draw(
@@ -157,9 +198,20 @@ class Prompted:
         for who, n, make in lineup(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
             marks = json.dumps(
-                [self.asked, self.seed, shape, how, teacher.marks(model, scheduled=who == "teacher"), self.batch_size]
+                [
+                    self.asked,
+                    self.seed,
+                    shape,
+                    how,
+                    teacher.marks(model, scheduled=who == "teacher"),
+                    self.batch_size,
+                ]
             )
-            place = folder / "evaluation" / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
+            place = (
+                folder
+                / "evaluation"
+                / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
+            )
             rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
             self._fill(rows[-1], teacher, rank, world)
         return rows
@@ -168,12 +220,20 @@ class Prompted:
     def _fill(self, row: Row, teacher: PipelineTeacher, rank: int, world: int) -> None:
         who, steps, paths, make = row
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        batches = [range(len(paths))[i : i + self.batch_size] for i in range(0, len(paths), self.batch_size)]
-        missing = [batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)]
+        batches = [
+            range(len(paths))[i : i + self.batch_size]
+            for i in range(0, len(paths), self.batch_size)
+        ]
+        missing = [
+            batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)
+        ]
         label = f"{who}, {steps} steps" + (f", process 1 of {world}" if world > 1 else "")
         for batch in track(missing, label, disable=rank != 0 or not missing):
             began = time.monotonic()
-            x0 = make(teacher.embed([self.asked[i] for i in batch]), seeded([self.seed + i for i in batch]))
+            x0 = make(
+                teacher.embed([self.asked[i] for i in batch]),
+                seeded([self.seed + i for i in batch]),
+            )
             pixels = to_bytes(teacher.decode(x0))
             with (paths[0].parent / f"seconds-{rank}.txt").open("a") as file:
                 file.write(f"{time.monotonic() - began} {len(batch)}\n")
@@ -181,13 +241,22 @@ class Prompted:
                 to_pil_image(picture).save(content := BytesIO(), format="PNG")
                 put(paths[i], content.getvalue())
 
-    def _scored(self, paths: list[Path], cache: Path, captions: list[str], device: torch.device) -> dict[str, float]:
+    def _scored(
+        self, paths: list[Path], cache: Path, captions: list[str], device: torch.device
+    ) -> dict[str, float]:
         """The scores of the first pictures, one a caption if there are any; those behind them are for variety."""
         found: dict[str, float] = {}
-        how = {"device": device, "square": self.square, "batch_size": self.batch_size, "workers": self.workers}
+        how = {
+            "device": device,
+            "square": self.square,
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+        }
         for name in self.measures:
             score, network = self.scores[name], self._network(name)
-            pictures, varied = features(paths, network, cache, **how).tensor_split([len(captions) or len(paths)])
+            pictures, varied = features(paths, network, cache, **how).tensor_split(
+                [len(captions) or len(paths)]
+            )
             if score.needs == "reference":
                 beside = features(self.real, network, cache_folder(), **how)
             elif score.needs == "captions":
@@ -201,20 +270,35 @@ class Prompted:
         return found
 
     def _protocol(self, first: Path, captions: list[str], data: str) -> dict[str, Any]:
-        digest, (width, height) = hashlib.sha256("\n".join(captions).encode()).hexdigest(), opened(first).size
-        about: dict[str, Any] = {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)} if captions else {}
+        digest, (width, height) = (
+            hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+            opened(first).size,
+        )
+        about: dict[str, Any] = (
+            {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)} if captions else {}
+        )
         about["reference"] = f"{len(self.real)} pictures" if self._needing("reference") else "none"
-        about["pictures"] = f"{width} x {height}, 8 bit" + (", centred square" if self.square else "")
+        about["pictures"] = f"{width} x {height}, 8 bit" + (
+            ", centred square" if self.square else ""
+        )
         how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}
         return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
 
 
 def _strip(paths: list[Path]) -> Tensor:
-    return torch.stack([to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]])
+    return torch.stack(
+        [to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]]
+    )
 
 
 def _seconds(folder: Path) -> dict[str, float]:
     """Of the batches of a row, whoever made them and when."""
-    lines = [line.split() for file in folder.glob("seconds-*.txt") for line in file.read_text().splitlines()]
+    lines = [
+        line.split()
+        for file in folder.glob("seconds-*.txt")
+        for line in file.read_text().splitlines()
+    ]
     total = sum(int(count) for _, count in lines)
-    return {"seconds_per_image": sum(float(seconds) for seconds, _ in lines) / total} if total else {}
+    return (
+        {"seconds_per_image": sum(float(seconds) for seconds, _ in lines) / total} if total else {}
+    )

@@ -78,7 +78,15 @@ class ADD(Distillation):
             told = self.condition(batch, real, s == 1) if self.condition else batch.cond
             of_real = self.features(real, s, told, generator)
         maps = self.features(pixels, s, told, generator)
-        return {"x0_hat": x0_hat, "pixels": pixels, "place": place, "s": s, "told": told, "real": of_real, "maps": maps}
+        return {
+            "x0_hat": x0_hat,
+            "pixels": pixels,
+            "place": place,
+            "s": s,
+            "told": told,
+            "real": of_real,
+            "maps": maps,
+        }
 
     def see(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> tuple[list[Tensor], Cond]:
         """Maps of whole pictures, which are not noised: t [B] is the level that the student began from."""
@@ -92,7 +100,10 @@ class ADD(Distillation):
         critic, s, told = self.critic(), fake["s"], fake["told"]
         penalised = self.r1_weight and self.iteration % self.r1_every == 0
         maps = [m.detach().requires_grad_(bool(penalised)) for m in fake["real"]]
-        of_real, of_fake = critic(maps, s, told), critic([m.detach() for m in fake["maps"]], s, told)
+        of_real, of_fake = (
+            critic(maps, s, told),
+            critic([m.detach() for m in fake["maps"]], s, told),
+        )
         self.record(**verdicts(of_real, of_fake, critic.split))
         terms = {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
         if penalised:
@@ -112,8 +123,12 @@ class ADD(Distillation):
 
     def _distillation(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Tensor:
         x0_hat = fake["x0_hat"]
-        negative = self.teacher.embed([self.negative] * len(batch)) if self.negative is not None else None
-        target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator, negative)
+        negative = (
+            self.teacher.embed([self.negative] * len(batch)) if self.negative is not None else None
+        )
+        target, weight = self.distill(
+            self.teacher, x0_hat.detach(), batch.cond, generator, negative
+        )
         if not self.in_pixels:
             return weighted_mse(x0_hat, target, weight)
         with torch.no_grad():
@@ -125,7 +140,10 @@ class ADD(Distillation):
         if self.crop is None:
             return slice(None), slice(None)
         corner = torch.rand(2, generator=generator, device=x0.device).tolist()
-        top, left = (int(u * max(1, side - self.crop + 1)) for u, side in zip(corner, x0.shape[-2:], strict=True))
+        top, left = (
+            int(u * max(1, side - self.crop + 1))
+            for u, side in zip(corner, x0.shape[-2:], strict=True)
+        )
         return slice(top, top + self.crop), slice(left, left + self.crop)
 
     def _decode(self, x0: Tensor, place: tuple[slice, slice]) -> Tensor:

@@ -45,7 +45,9 @@ class Distillation(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.student: Any  # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
+        self.student: (
+            Any  # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
+        )
         self.heads: Any
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
@@ -56,7 +58,10 @@ class Distillation(L.LightningModule):
         self.engine, self.real, self.seed = engine, real, seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
-        self.skipped, self._bad_in_a_row = 0, 0  # student updates left out; iterations with any left out
+        self.skipped, self._bad_in_a_row = (
+            0,
+            0,
+        )  # student updates left out; iterations with any left out
         self.updated = False  # whether the last iteration moved the student
         self.numbers: dict[str, float] = {}  # what the last iteration recorded
         self._pending: list[Batch] = []
@@ -106,7 +111,9 @@ class Distillation(L.LightningModule):
 
     def begin(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the student is shown: x_t, and noise alone at t = 1, where some schedules keep a little of the data."""
-        return torch.where((t == 1).view(-1, 1, 1, 1), noise, self.student.process.diffuse(x0, noise, t))
+        return torch.where(
+            (t == 1).view(-1, 1, 1, 1), noise, self.student.process.diffuse(x0, noise, t)
+        )
 
     @property
     def step(self) -> int:
@@ -132,7 +139,9 @@ class Distillation(L.LightningModule):
         self.sharded = True
         teacher: Any = self.teacher  # only pipelines are cut up
         whole = self.alone or self.second_order or getattr(self.heads, "whole", False)
-        shared = self.student.model is teacher.network.model  # a LoRA, whose adapters are small and stay whole
+        shared = (
+            self.student.model is teacher.network.model
+        )  # a LoRA, whose adapters are small and stay whole
         others = [*([] if shared else [self.student.model]), *([] if whole else [self.heads])]
         for network in (teacher.network.model, *others):
             shard(network, whole=self.student.parameters() if shared else ())
@@ -150,7 +159,9 @@ class Distillation(L.LightningModule):
     def on_train_start(self) -> None:
         for optimizer, peaks in zip(self._players(), self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["initial_lr"] = peak  # a checkpoint brings its own, but the configuration has the last word
+                group["initial_lr"] = (
+                    peak  # a checkpoint brings its own, but the configuration has the last word
+                )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._pending.append(self._embedded(batch))
@@ -170,26 +181,41 @@ class Distillation(L.LightningModule):
         self.updated = not leading and self._update_student(batches, fakes, student)
         self.iteration += 1
         self.skipped += not leading and not self.updated
-        self._bad_in_a_row = 0 if all(moved) and (self.updated or leading) else self._bad_in_a_row + 1
+        self._bad_in_a_row = (
+            0 if all(moved) and (self.updated or leading) else self._bad_in_a_row + 1
+        )
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
-        self.record(step=self.step, iteration=self.iteration, images_seen=self.images_seen, skipped=self.skipped)
+        self.record(
+            step=self.step,
+            iteration=self.iteration,
+            images_seen=self.images_seen,
+            skipped=self.skipped,
+        )
         self.numbers = self._numbers()
         if self.iteration % max(1, cast(Any, self.trainer).log_every_n_steps) == 0:
-            for logger in self.loggers:  # log_dict would say again and again what only some iterations have
-                logger.log_metrics({k: v for k, v in self.numbers.items() if k != "step"}, step=self.step)
+            for (
+                logger
+            ) in self.loggers:  # log_dict would say again and again what only some iterations have
+                logger.log_metrics(
+                    {k: v for k, v in self.numbers.items() if k != "step"}, step=self.step
+                )
         if self._bad_in_a_row >= self.engine.stop_after_bad:
             what = f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}"
             advice = "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
             raise FloatingPointError(f"{what}; {advice}")
 
-    def _update_discriminator(self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int) -> bool:
+    def _update_discriminator(
+        self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int
+    ) -> bool:
         self._log = {}  # of several updates, the last one's numbers
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
             with torch.no_grad():
                 fake = fakes[0] if fakes else self.fake(batch, self._generator(i))
-            self._backward("d", self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn)))
+            self._backward(
+                "d", self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn))
+            )
         return self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
 
     def _update_student(self, batches: list[Batch], fakes: list[Fake], optimizer: Any) -> bool:
@@ -222,11 +248,20 @@ class Distillation(L.LightningModule):
             average(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        rate = self.engine.rate(self.step, self.trainer.max_steps, self.iteration if player == "d" else self.step)
-        self.record(**{f"{player}/grad_norm": norm, f"{player}/lr": optimizer.param_groups[0]["initial_lr"] * rate})
+        rate = self.engine.rate(
+            self.step, self.trainer.max_steps, self.iteration if player == "d" else self.step
+        )
+        self.record(
+            **{
+                f"{player}/grad_norm": norm,
+                f"{player}/lr": optimizer.param_groups[0]["initial_lr"] * rate,
+            }
+        )
         if not math.isfinite(norm):
             terms = {k: float(v) for k, v in self._log.items() if k.startswith(f"{player}/")}
-            log.warning("step %d: a gradient is not finite and its update is left out: %s", self.step, terms)
+            log.warning(
+                "step %d: a gradient is not finite and its update is left out: %s", self.step, terms
+            )
             return False
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for group in optimizer.param_groups:
@@ -236,7 +271,12 @@ class Distillation(L.LightningModule):
 
     def _numbers(self) -> dict[str, float]:
         """What was recorded, as floats, averaged over processes; one transfer for all of it."""
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in self._log.values()])
+        values = torch.stack(
+            [
+                torch.as_tensor(v, dtype=torch.float32, device=self.device)
+                for v in self._log.values()
+            ]
+        )
         if self.trainer.world_size > 1:
             values = self.trainer.strategy.reduce(values, reduce_op="mean")
         return dict(zip(self._log, values.tolist(), strict=True))
@@ -261,14 +301,19 @@ class Distillation(L.LightningModule):
         key = (self.seed, self.iteration, place, stream + 2)
         mixed = 0
         for part in key:  # a counter-based stream: splitmix-style mixing of the key into 63 bits
-            mixed = (mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
+            mixed = (
+                mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB
+            ) % 2**63
             mixed ^= mixed >> 29
         return torch.Generator(self.device).manual_seed(mixed)
 
     @torch.no_grad()
     def _embedded(self, batch: Mapping[str, Any]) -> Batch:
         """A loader's batch as the methods see it; with `real` the teacher makes the samples, whatever the data hold."""
-        noise, cached = batch.get("noise"), {name: batch[name].float() for name in EMBEDDED if name in batch}
+        noise, cached = (
+            batch.get("noise"),
+            {name: batch[name].float() for name in EMBEDDED if name in batch},
+        )
         embed = self.teacher.embed
         cond = Cond(**cached, null=embed([""]).null) if cached else embed(batch["caption"])
         if self.real is not None:
@@ -281,16 +326,26 @@ class Distillation(L.LightningModule):
         elif "pixels" in batch:
             x0 = self.teacher.encode(batch["pixels"])
         else:
-            raise ValueError("these data are captions alone: set method.real, which has the teacher make the samples")
+            raise ValueError(
+                "these data are captions alone: set method.real, which has the teacher make the samples"
+            )
         return Batch(x0=x0, captions=tuple(batch["caption"]), cond=cond, noise=noise)
 
     # -- what is kept ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        counts = {"iteration": self.iteration, "images_seen": self.images_seen, "skipped": self.skipped}
+        counts = {
+            "iteration": self.iteration,
+            "images_seen": self.images_seen,
+            "skipped": self.skipped,
+        }
         checkpoint["distill"] = {**counts, "ema": self.ema.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["distill"]
-        self.iteration, self.images_seen, self.skipped = kept["iteration"], kept["images_seen"], kept["skipped"]
+        self.iteration, self.images_seen, self.skipped = (
+            kept["iteration"],
+            kept["images_seen"],
+            kept["skipped"],
+        )
         self.ema.load_state_dict(kept["ema"])

@@ -37,14 +37,18 @@ class Consistency(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any):
+    def __init__(
+        self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any
+    ):
         super().__init__(**engine)
         if steps < 1:
             raise ValueError(f"method.steps={steps}: must be at least 1")
         self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
-        place = torch.randint(1, self.steps + 1, (len(batch),), generator=generator, device=batch.x0.device)
+        place = torch.randint(
+            1, self.steps + 1, (len(batch),), generator=generator, device=batch.x0.device
+        )
         t, s = place / self.steps, (place - 1) / self.steps
         x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
         target = self._target(x_t, t, s, batch)

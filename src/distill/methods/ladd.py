@@ -87,13 +87,21 @@ class LADD(Distillation):
             with torch.no_grad():
                 maps, _ = self.see(batch.x0, t_real, noise, wrong)
             of_wrong = critic(maps, t_real, wrong.cond)
-            terms["misaligned"] = self.misaligned * self.adversarial.against(of_real, of_wrong, critic.split)
+            terms["misaligned"] = self.misaligned * self.adversarial.against(
+                of_real, of_wrong, critic.split
+            )
         return terms
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         critic, (t_hat, _) = self.critic(), fake["look"]
-        of_real = critic(self._real(batch, fake), t_hat, batch.cond) if self.adversarial.paired else None
-        terms = {"adv": self.adversarial.student(critic(fake["maps"], t_hat, batch.cond), of_real, critic.split)}
+        of_real = (
+            critic(self._real(batch, fake), t_hat, batch.cond) if self.adversarial.paired else None
+        )
+        terms = {
+            "adv": self.adversarial.student(
+                critic(fake["maps"], t_hat, batch.cond), of_real, critic.split
+            )
+        }
         if self.distill_weight:
             target, weight = self.distill(self.teacher, fake["x0_hat"], batch.cond, generator)
             terms["distill"] = self.distill_weight * weighted_mse(fake["x0_hat"], target, weight)
@@ -109,5 +117,7 @@ class LADD(Distillation):
 
     def _look(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t_hat [B] and noise [B, C, H, W] of one look of the discriminator."""
-        t_hat = self.teacher.process.from_flow_time(self.renoise.sample(len(batch), self.step, generator))
+        t_hat = self.teacher.process.from_flow_time(
+            self.renoise.sample(len(batch), self.step, generator)
+        )
         return t_hat, noise_like(batch.x0, generator)

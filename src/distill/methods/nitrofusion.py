@@ -69,12 +69,23 @@ class NitroFusion(Distillation):
         **engine: Any,
     ):
         super().__init__(**engine)
-        if [len(steps) for steps in levels] != list(range(1, len(levels) + 1)) or any(s[0] != 1 for s in levels):
-            raise ValueError(f"method.levels={levels}: must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down")
+        if [len(steps) for steps in levels] != list(range(1, len(levels) + 1)) or any(
+            s[0] != 1 for s in levels
+        ):
+            raise ValueError(
+                f"method.levels={levels}: must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down"
+            )
         if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
-            raise ValueError(f"method.refine={list(refine)}: must rise from 0, at most one for each of method.levels")
+            raise ValueError(
+                f"method.refine={list(refine)}: must rise from 0, at most one for each of method.levels"
+            )
         self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
-        self.mixed, self.shared, self.adversarial, self.opening = mixed, shared, adversarial(loss), opening
+        self.mixed, self.shared, self.adversarial, self.opening = (
+            mixed,
+            shared,
+            adversarial(loss),
+            opening,
+        )
         self.pairs_weight, self.distill_weight = pairs_weight, distill_weight
         self.distill = distill or ScoreDistillation()
 
@@ -84,12 +95,18 @@ class NitroFusion(Distillation):
         with torch.no_grad():
             for at, later in pairwise([*done, now]):
                 x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
-                x_t = self.student.process.diffuse(x0, noise_like(x0, generator), level_like(x0, later))
+                x_t = self.student.process.diffuse(
+                    x0, noise_like(x0, generator), level_like(x0, later)
+                )
         x0_hat = self.student.x0(x_t, level_like(x_t, now), batch.cond)
         if self.step < self.opening - LEAD:
             return {"x0_hat": x0_hat}
         noise = noise_like(x0_hat, generator)
-        return {"x0_hat": x0_hat, "noise": noise, "maps": self.see(x0_hat, self._level(x0_hat), noise, batch)[0]}
+        return {
+            "x0_hat": x0_hat,
+            "noise": noise,
+            "maps": self.see(x0_hat, self._level(x0_hat), noise, batch)[0],
+        }
 
     def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
         if "maps" not in fake:
@@ -104,14 +121,24 @@ class NitroFusion(Distillation):
         if self.step < self.opening:
             return self._opening(batch, fake["x0_hat"], generator)
         critic, t = self.critic(), self._level(batch.x0)
-        of_real = critic(self._real(batch, fake, generator), t, batch.cond) if self.adversarial.paired else None
-        return {"adv": self.adversarial.student(critic(fake["maps"], t, batch.cond), of_real, critic.split)}
+        of_real = (
+            critic(self._real(batch, fake, generator), t, batch.cond)
+            if self.adversarial.paired
+            else None
+        )
+        return {
+            "adv": self.adversarial.student(
+                critic(fake["maps"], t, batch.cond), of_real, critic.split
+            )
+        }
 
     def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
         terms = {}
         if self.pairs_weight:
             if batch.noise is None:
-                raise ValueError("method.pairs_weight needs the noise of each sample: data.seeded=true, or make it 0")
+                raise ValueError(
+                    "method.pairs_weight needs the noise of each sample: data.seeded=true, or make it 0"
+                )
             terms["regression"] = self.pairs_weight * weighted_mse(x0_hat, batch.x0)
         if self.distill_weight:
             target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator)
@@ -120,7 +147,9 @@ class NitroFusion(Distillation):
 
     def _level(self, x: Tensor) -> Tensor:
         """t* of this iteration, for each of x [B, ...] -> [B]."""
-        return self.renoise.sample(len(x) if self.mixed else 1, self.step, self.common("t*")).expand(len(x))
+        return self.renoise.sample(
+            len(x) if self.mixed else 1, self.step, self.common("t*")
+        ).expand(len(x))
 
     @torch.no_grad()
     def _real(self, batch: Batch, fake: Fake, generator: torch.Generator) -> list[Tensor]:

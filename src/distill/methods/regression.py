@@ -36,9 +36,13 @@ class Regression(Distillation):
 
     def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         if batch.noise is None:
-            raise ValueError("regression needs the noise of each sample: data.seeded=true, or method.real")
+            raise ValueError(
+                "regression needs the noise of each sample: data.seeded=true, or method.real"
+            )
         t = self.levels.sample(len(batch), self.step, generator)
-        noise = torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, noise_like(batch.x0, generator))
+        noise = torch.where(
+            (t == 1).view(-1, 1, 1, 1), batch.noise, noise_like(batch.x0, generator)
+        )
         return {"x0_hat": self.student.x0(self.begin(batch.x0, noise, t), t, batch.cond)}
 
     def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:

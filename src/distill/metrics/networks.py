@@ -25,8 +25,19 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from distill.files import fingerprint, first_line, silent
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2")
-LAYERS += (*(f"Mixed_{x}" for x in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")), "AvgPool")
+LAYERS = (
+    "Conv2d_1a_3x3",
+    "Conv2d_2a_3x3",
+    "Conv2d_2b_3x3",
+    "MaxPool_1",
+    "Conv2d_3b_1x1",
+    "Conv2d_4a_3x3",
+    "MaxPool_2",
+)
+LAYERS += (
+    *(f"Mixed_{x}" for x in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")),
+    "AvgPool",
+)
 
 
 class Describer(ABC):
@@ -43,7 +54,10 @@ class Describer(ABC):
         if hasattr(self, "model"):
             return
         try:
-            with silent(), redirect_stderr(StringIO()):  # open_clip tells every step of it; loading bars
+            with (
+                silent(),
+                redirect_stderr(StringIO()),
+            ):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
         except Exception as error:  # damaged files, hubs and networks raise nearly anything
             advice = "they are fetched at first use: check name and network, or give a local path"
@@ -82,7 +96,9 @@ class Inception(Describer):
     """`path`: a file of torch-fidelity's weights, of tensors alone; None fetches it."""
 
     def __init__(self, path: str | None = None):
-        super().__init__(f"Inception {path or 'of torch-fidelity'}", "pooled features, 299 x 299 clean bicubic")
+        super().__init__(
+            f"Inception {path or 'of torch-fidelity'}", "pooled features, 299 x 299 clean bicubic"
+        )
         self.path = path
 
     def _read(self) -> nn.Module:
@@ -90,7 +106,9 @@ class Inception(Describer):
 
         if self.path:
             torch.load(self.path, weights_only=True)  # refuses code, which the next line would run
-        return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=self.path)
+        return FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=self.path
+        )
 
     def prepare(self, picture: Image.Image) -> Tensor:
         return (clean(picture, 299) - 128) / 128
@@ -137,7 +155,10 @@ class TwoTowers(Describer):
         """Captions, cut to what it reads -> [N, D], on the CPU; the same ones are known the second time."""
         if self._known is None or self._known[0] != captions:
             self.model.to(device)
-            parts = [self._texts(list(captions[i : i + batch]), device) for i in range(0, len(captions), batch)]
+            parts = [
+                self._texts(list(captions[i : i + batch]), device)
+                for i in range(0, len(captions), batch)
+            ]
             self._known = captions, F.normalize(torch.cat(parts).float(), dim=1).cpu()
             self.model.to("cpu")
         return self._known[1]
@@ -147,13 +168,20 @@ class OpenClip(TwoTowers):
     """A model by its open_clip name, or local-dir:<folder>; `pretrained` is a tag or a file of weights."""
 
     def __init__(self, path: str = "ViT-g-14", *, pretrained: str | None = "laion2b_s12b_b42k"):
-        self.path, self.pretrained = path, None if ":" in path else pretrained  # such a folder brings its own
-        super().__init__(f"open_clip {path} {self.pretrained or ''}".strip(), "resized and cropped by open_clip")
+        self.path, self.pretrained = (
+            path,
+            None if ":" in path else pretrained,
+        )  # such a folder brings its own
+        super().__init__(
+            f"open_clip {path} {self.pretrained or ''}".strip(), "resized and cropped by open_clip"
+        )
 
     def _read(self) -> nn.Module:
         import open_clip
 
-        model, self.transform = open_clip.create_model_from_pretrained(self.path, self.pretrained, weights_only=True)
+        model, self.transform = open_clip.create_model_from_pretrained(
+            self.path, self.pretrained, weights_only=True
+        )
         self.tokenizer = open_clip.get_tokenizer(self.path)
         return model
 
@@ -174,7 +202,9 @@ class Clip(TwoTowers):
     """
 
     def __init__(self, path: str, *, processor: str | None = None, whole: bool = False):
-        super().__init__(path, "whole, clean bicubic" if whole else "resized and cropped by its processor")
+        super().__init__(
+            path, "whole, clean bicubic" if whole else "resized and cropped by its processor"
+        )
         self.path, self.processor, self.whole = path, processor or path, whole
 
     def _read(self) -> nn.Module:

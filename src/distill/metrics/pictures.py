@@ -40,7 +40,9 @@ def features(
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
         workers = min(workers, os.cpu_count() or 1)
-        loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square))
+        loader = DataLoader(
+            paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square)
+        )
         network.model.to(device)
         with torch.inference_mode():
             bar = track(loader, f"{network.name}: {len(paths)} pictures", len(loader))
@@ -75,21 +77,33 @@ def cache_folder() -> Path:
 
 def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, by name; there may be no such folder."""
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.name != "grid.png")  # sample's
+    return sorted(
+        p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.name != "grid.png"
+    )  # sample's
 
 
 def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
     """Captions and pictures of COCO2017 val: of each of the first `count` pictures by id, its first caption by id."""
-    name, advice = "annotations/captions_val2017.json", "give the folder that holds annotations/ and val2017/"
+    name, advice = (
+        "annotations/captions_val2017.json",
+        "give the folder that holds annotations/ and val2017/",
+    )
     try:
         said = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         names = {entry["id"]: entry["file_name"] for entry in said["images"]}
-        firsts = {x["image_id"]: x["caption"].strip() for x in sorted(said["annotations"], key=lambda x: -x["id"])}
+        firsts = {
+            x["image_id"]: x["caption"].strip()
+            for x in sorted(said["annotations"], key=lambda x: -x["id"])
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"metrics.path={folder}: cannot read {name} ({error!r}); {advice}") from None
+        raise ValueError(
+            f"metrics.path={folder}: cannot read {name} ({error!r}); {advice}"
+        ) from None
     chosen = sorted(firsts.keys() & names)[:count]
     if len(chosen) < (count or 1):
-        raise ValueError(f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}")
+        raise ValueError(
+            f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}"
+        )
     paths = [Path(folder) / "val2017" / names[i] for i in chosen]
     if missing := [f"val2017/{path.name}" for path in paths if not path.is_file()]:
         what = f"{len(missing)} of {len(paths)} pictures are not there, the first {missing[0]}"

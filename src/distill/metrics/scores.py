@@ -53,7 +53,11 @@ class Kid(Score):
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # that it keeps features
             torch.default_generator.manual_seed(self.seed)
-            how = {"subsets": self.subsets, "subset_size": size, "sync_on_compute": False}  # one process has it all
+            how = {
+                "subsets": self.subsets,
+                "subset_size": size,
+                "sync_on_compute": False,
+            }  # one process has it all
             metric = KernelInceptionDistance(nn.Identity(), **how)
             metric.update(beside.double(), real=True)
             metric.update(pictures.double(), real=False)
@@ -78,8 +82,13 @@ class Manifolds(Score):
     k: int = 5
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> dict[str, float]:
-        shares = [f(beside, pictures, self.k) for f in (distances.precision_recall, distances.density_coverage)]
-        return dict(zip(("precision", "recall", "density", "coverage"), sum(shares, ()), strict=True))
+        shares = [
+            f(beside, pictures, self.k)
+            for f in (distances.precision_recall, distances.density_coverage)
+        ]
+        return dict(
+            zip(("precision", "recall", "density", "coverage"), sum(shares, ()), strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +99,9 @@ class Alignment(Score):
     needs = "captions"
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
-        return (pictures.double() * beside.double()).sum(1).mean().item() * (scale if self.scaled else 1.0)
+        return (pictures.double() * beside.double()).sum(1).mean().item() * (
+            scale if self.scaled else 1.0
+        )
 
 
 class Variety(Score):

@@ -12,51 +12,86 @@ from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 SCHEDULE = {  # Stable Diffusion's
-    **{"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    **{
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    },
     **{"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
 }
 
 
 def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     """A third encoder that says nothing: diffusers wants one in the folder; its last norm scales by zero."""
-    config = transformers.T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    config = transformers.T5Config(
+        vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1
+    )
     encoder = T5EncoderModel(config)
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
     return encoder, T5Tokenizer(vocab=vocab, extra_ids=0)
 
 
-def save_sd3(net: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def save_sd3(
+    net: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path
+) -> None:
     """`StableDiffusion3Pipeline` layout; the one text encoder stands in both CLIP places."""
     t5, t5_tokenizer = silent_t5(net.config.joint_attention_dim)
-    texts = {"tokenizer": tokenizer, "tokenizer_2": tokenizer, "tokenizer_3": t5_tokenizer, "text_encoder_3": t5}
+    texts = {
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "tokenizer_3": t5_tokenizer,
+        "text_encoder_3": t5,
+    }
     for place in ("text_encoder", "text_encoder_2"):
         texts[place] = half_of(clip, transformers.CLIPTextModelWithProjection, "text")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
-    save_half(diffusers.StableDiffusion3Pipeline(transformer=net, vae=vae, scheduler=scheduler, **texts), folder)
+    save_half(
+        diffusers.StableDiffusion3Pipeline(transformer=net, vae=vae, scheduler=scheduler, **texts),
+        folder,
+    )
 
 
-def save_sd(net: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def save_sd(
+    net: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path
+) -> None:
     """`StableDiffusionPipeline` layout."""
-    texts = {"text_encoder": half_of(clip, transformers.CLIPTextModel, "text"), "tokenizer": tokenizer}
+    texts = {
+        "text_encoder": half_of(clip, transformers.CLIPTextModel, "text"),
+        "tokenizer": tokenizer,
+    }
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = diffusers.DDIMScheduler(**SCHEDULE)
-    save_half(diffusers.StableDiffusionPipeline(unet=net, vae=vae, scheduler=scheduler, **texts, **absent), folder)
+    save_half(
+        diffusers.StableDiffusionPipeline(
+            unet=net, vae=vae, scheduler=scheduler, **texts, **absent
+        ),
+        folder,
+    )
 
 
 def half_of(clip: CLIPModel, kind: type, half: str) -> Any:
     """An encoder of this kind with the weights of one half, `text` or `vision`, of `clip`."""
     source, encoder = clip.state_dict(), kind(getattr(clip.config, f"{half}_config"))
-    named = {name: name if name in source else f"{half}_model.{name}" for name in encoder.state_dict()}
+    named = {
+        name: name if name in source else f"{half}_model.{name}" for name in encoder.state_dict()
+    }
     encoder.load_state_dict({name: source[theirs] for name, theirs in named.items()})
     return encoder
 
 
 def save_half(whole: Any, folder: Path) -> None:
     """fp16 files of a pipeline or a model, which load as fp32 and name no path of the machine that trained it."""
-    parts = [part for part in getattr(whole, "components", {"": whole}).values() if isinstance(part, nn.Module)]
+    parts = [
+        part
+        for part in getattr(whole, "components", {"": whole}).values()
+        if isinstance(part, nn.Module)
+    ]
     for part in parts:
-        nn.Module.to(part, torch.float16)  # diffusers' own `to` warns about layers to keep, of which there are none
+        nn.Module.to(
+            part, torch.float16
+        )  # diffusers' own `to` warns about layers to keep, of which there are none
     whole.save_pretrained(folder)
     for config in folder.rglob("config.json"):
         facts = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}

@@ -33,7 +33,9 @@ from distill.teachers.sd3 import SD3, SILENT_TOKENS
 DROP = 0.1  # share of captions emptied, for classifier-free guidance
 # SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time instead of 8 %.
 TIME_MEAN, TIME_SPREAD = 0.5, 1.2
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor]  # of x0, eps, tokens, pooled
+Loss = Callable[
+    [Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor
+]  # of x0, eps, tokens, pooled
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,59 @@ class Captions:
 
 
 @torch.no_grad()
-def encode_captions(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], *, layer: int) -> Captions:
+def encode_captions(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], *, layer: int
+) -> Captions:
     """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled output of each."""
     number = {caption: i for i, caption in enumerate(sorted(set(captions)))}
     tokens, pooled = [], []
     for ids in track(tokenize(tokenizer, ["", *number]).split(256), description="captions"):
         output = clip.text_model(input_ids=ids, output_hidden_states=True)
-        tokens.append((output.last_hidden_state if layer == -1 else output.hidden_states[layer]).half())
+        tokens.append(
+            (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).half()
+        )
         pooled.append(clip.text_projection(output.pooler_output).half())
-    return Captions(torch.cat(tokens), torch.cat(pooled), torch.tensor([number[caption] for caption in captions]))
+    return Captions(
+        torch.cat(tokens),
+        torch.cat(pooled),
+        torch.tensor([number[caption] for caption in captions]),
+    )
 
 
 def build_mmdit(latent_side: int, text_width: int) -> SD3Transformer2DModel:
     """3.7 M parameters: 5 joint blocks, width 144. Text [L, 2D]: one encoder in both CLIP places."""
     image = {"sample_size": latent_side, "pos_embed_max_size": latent_side // 2, "patch_size": 2}
-    blocks = {"num_layers": 5, "num_attention_heads": 3, "attention_head_dim": 48, "caption_projection_dim": 144}
+    blocks = {
+        "num_layers": 5,
+        "num_attention_heads": 3,
+        "attention_head_dim": 48,
+        "caption_projection_dim": 144,
+    }
     text = {"joint_attention_dim": 2 * text_width, "pooled_projection_dim": 2 * text_width}
-    net = SD3Transformer2DModel(in_channels=4, out_channels=4, qk_norm="rms_norm", **image, **blocks, **text)
-    for name, parameter in net.named_parameters():  # every block starts as the identity, the network as zero
-        if ".norm1.linear." in name or ".norm1_context.linear." in name or name.startswith("proj_out."):
+    net = SD3Transformer2DModel(
+        in_channels=4, out_channels=4, qk_norm="rms_norm", **image, **blocks, **text
+    )
+    for (
+        name,
+        parameter,
+    ) in net.named_parameters():  # every block starts as the identity, the network as zero
+        if (
+            ".norm1.linear." in name
+            or ".norm1_context.linear." in name
+            or name.startswith("proj_out.")
+        ):
             nn.init.zeros_(parameter)
     return net
 
 
 def build_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
     image = {"sample_size": latent_side, "in_channels": 4, "out_channels": 4}
-    shape = {"block_out_channels": (48, 96), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 16}
+    shape = {
+        "block_out_channels": (48, 96),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "norm_num_groups": 16,
+    }
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
     blocks = {"down_block_types": down, "up_block_types": up, "cross_attention_dim": text_width}
     net = UNet2DConditionModel(**image, **shape, **blocks)
@@ -92,11 +121,21 @@ def flow(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
     """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~ N(0.5, 1.2)."""
     net = build_mmdit(side, width)
     folded = fold(net)
-    counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(DEVICE)
+    counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(
+        DEVICE
+    )
 
-    def loss(x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
-        t = (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator)).sigmoid().to(DEVICE)
-        text = F.pad(tokens.repeat(1, 1, 2), (0, 0, 0, 1))  # one encoder in both CLIP places, then the silent one
+    def loss(
+        x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        t = (
+            (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator))
+            .sigmoid()
+            .to(DEVICE)
+        )
+        text = F.pad(
+            tokens.repeat(1, 1, 2), (0, 0, 0, 1)
+        )  # one encoder in both CLIP places, then the silent one
         x_t = torch.lerp(x0, eps, t[:, None, None, None])
         with weights(folded, counts, image_tokens=(side // 2) ** 2):
             v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
@@ -114,10 +153,14 @@ def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
     net = build_unet(side, width)
     alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
 
-    def loss(x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator
+    ) -> Tensor:
         t = torch.randint(1000, (len(x0),), generator=generator).to(DEVICE)
         signal = alphas_cumprod[t][:, None, None, None]
-        guess = net(signal.sqrt() * x0 + (1 - signal).sqrt() * eps, t, encoder_hidden_states=tokens).sample.float()
+        guess = net(
+            signal.sqrt() * x0 + (1 - signal).sqrt() * eps, t, encoder_hidden_states=tokens
+        ).sample.float()
         return ((1 / signal).clamp(max=20) * (guess - eps).square()).mean()
 
     return net, loss
@@ -141,7 +184,9 @@ def train(work: Work, stage: str) -> dict[str, Any]:
     def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x0 = latents[index].float()
         eps = torch.randn(x0.shape, generator=generator)
-        return {"mse": loss(x0.to(DEVICE), eps.to(DEVICE), *captions.draw(index, generator), generator)}
+        return {
+            "mse": loss(x0.to(DEVICE), eps.to(DEVICE), *captions.draw(index, generator), generator)
+        }
 
     fit(net, objective, samples=len(latents))
     save(net, work.vae, clip, tokenizer, work.models / stage)
@@ -155,9 +200,14 @@ def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
     asked, reader = work.asked["scoring"], work.judge
     n, guidances = asked["prompts"], [(asked["steps"], guidance) for guidance in asked["guidance"]]
     for steps, guidance in [*guidances, (1, work.asked["shards"]["guidance"])]:
-        name, known = f"{steps} steps, guidance {guidance:g}", work.stage(stage).get("prompt_accuracy", {})
+        name, known = (
+            f"{steps} steps, guidance {guidance:g}",
+            work.stage(stage).get("prompt_accuracy", {}),
+        )
         if name not in known:
-            maker = partial(guided, teacher, shape=teacher.latent_shape, steps=steps, guidance=guidance)
+            maker = partial(
+                guided, teacher, shape=teacher.latent_shape, steps=steps, guidance=guidance
+            )
             shares = {}
             for sort in ("training", "held_out"):
                 prompts = judging_prompts(n, seed=0, held_out=sort == "held_out")
@@ -173,16 +223,23 @@ def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
     """
     asked, seed, folder = work.asked["shards"], work.data["seed"], work.models / "latents"
     if work.of_shapes:
-        captions = [draw_prompt(np.random.default_rng([seed + 2, i])).caption for i in range(asked["count"])]
+        captions = [
+            draw_prompt(np.random.default_rng([seed + 2, i])).caption for i in range(asked["count"])
+        ]
     else:
         captions = [work.captions[i % len(work.captions)] for i in range(asked["count"])]
     teacher = SD3(str(work.models / "mmdit"))
 
     def samples(numbers: range) -> Iterator[tuple[str, np.ndarray, str]]:
-        for start in track(numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"):
+        for start in track(
+            numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"
+        ):
             seeds = range(start, min(start + batch, numbers.stop))
             with torch.autocast(teacher.device.type, torch.bfloat16):
-                cond, how = teacher.embed([captions[i] for i in seeds]), {k: asked[k] for k in ("steps", "guidance")}
+                cond, how = (
+                    teacher.embed([captions[i] for i in seeds]),
+                    {k: asked[k] for k in ("steps", "guidance")},
+                )
                 latents = guided(teacher, cond, seeded(seeds), shape=teacher.latent_shape, **how)
             for i, latent in zip(seeds, latents, strict=True):
                 yield f"{i:06d}", latent.half().cpu().numpy(), captions[i]

@@ -57,8 +57,14 @@ class Fit:
         start = self._resume(net, players, average)
         began = time.monotonic() - self.seconds
         columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, refresh_per_second=1) as bar, self._file("csv").open("a", newline="") as file:
-            task, curve = bar.add_task(self.name, total=self.steps, completed=start), csv.writer(file)
+        with (
+            Progress(*columns, refresh_per_second=1) as bar,
+            self._file("csv").open("a", newline="") as file,
+        ):
+            task, curve = (
+                bar.add_task(self.name, total=self.steps, completed=start),
+                csv.writer(file),
+            )
             for step in range(start, self.steps):
                 last = step == self.steps - 1
                 terms = self._step(step, net, objective, samples, players)
@@ -71,11 +77,23 @@ class Fit:
                         curve.writerow(["step", "seconds", *values])
                     curve.writerow([step, round(self.seconds, 1), *values.values()])
                     file.flush()
-                    bar.update(task, description=" ".join([self.name, *(f"{k} {v:.4f}" for k, v in values.items())]))
+                    bar.update(
+                        task,
+                        description=" ".join(
+                            [self.name, *(f"{k} {v:.4f}" for k, v in values.items())]
+                        ),
+                    )
                 bar.update(task, completed=step + 1)
                 if (step + 1) % self.save_every == 0 or last:
-                    state = {"net": net.state_dict(), "players": [player.state_dict() for player in players]}
-                    state |= {"step": step + 1, "seconds": self.seconds, "average": average.state_dict()}
+                    state = {
+                        "net": net.state_dict(),
+                        "players": [player.state_dict() for player in players],
+                    }
+                    state |= {
+                        "step": step + 1,
+                        "seconds": self.seconds,
+                        "average": average.state_dict(),
+                    }
                     files.write(state, self._file("pt"))
         if self.ema:
             net.load_state_dict(average.state_dict(), strict=False)
@@ -87,7 +105,9 @@ class Fit:
         down = max(0.0, (step - start) / max(1.0, self.steps - start))
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * down))
 
-    def _step(self, step: int, net: nn.Module, objective: Objective, samples: int, players: list) -> dict[str, Tensor]:
+    def _step(
+        self, step: int, net: nn.Module, objective: Objective, samples: int, players: list
+    ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         index = torch.randint(samples, (self.batch_size,), generator=generator)
         with torch.autocast(DEVICE.type, torch.bfloat16) if self.bf16 else nullcontext():
@@ -112,7 +132,11 @@ class Fit:
         players = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=self.weight_decay)]
         if hidden:
             groups = [{"params": hidden, "lr": self.muon_lr, "initial_lr": self.muon_lr}]
-            players.append(torch.optim.Muon(groups, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            players.append(
+                torch.optim.Muon(
+                    groups, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         return players
 
     def _resume(self, net: nn.Module, players: list[torch.optim.Optimizer], average: Ema) -> int:
@@ -128,7 +152,9 @@ class Fit:
         self.out.mkdir(parents=True, exist_ok=True)
         if (curve := self._file("csv")).exists():
             lines = curve.read_text().splitlines(keepends=True)
-            early = [x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)]
+            early = [
+                x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)
+            ]
             curve.write_text("".join(early))
         return start
 

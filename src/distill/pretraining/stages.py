@@ -63,7 +63,9 @@ def _latents(work: Work) -> dict[str, Any]:
 class Stage(NamedTuple):
     make: Callable[[Work], dict[str, Any]]  # returns scores, and the seconds if it trains
     needs: tuple[str, ...]  # the stages whose results it reads
-    decided_by: tuple[str, ...] = ()  # the nodes of the configuration that decide what it makes, beside seed and data
+    decided_by: tuple[
+        str, ...
+    ] = ()  # the nodes of the configuration that decide what it makes, beside seed and data
 
 
 STAGES = {  # in the order in which they run
@@ -73,8 +75,12 @@ STAGES = {  # in the order in which they run
     "latents": Stage(_latents, ("data", "vae")),
     "reader": Stage(reader.train, ("data", "vae", "latents"), ("reader_scenes", "reader")),
     "vit": Stage(vit.train, ("data",), ("vit",)),
-    "mmdit": Stage(partial(diffusion.train, stage="mmdit"), ("data", "clip", "vae", "latents"), ("mmdit",)),
-    "unet": Stage(partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)),
+    "mmdit": Stage(
+        partial(diffusion.train, stage="mmdit"), ("data", "clip", "vae", "latents"), ("mmdit",)
+    ),
+    "unet": Stage(
+        partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)
+    ),
     "shards": Stage(diffusion.write_own, ("data", "mmdit"), ("shards",)),
 }
 
@@ -82,9 +88,13 @@ STAGES = {  # in the order in which they run
 def check_data(path: str | None, size: int, count: int) -> None:
     """Refuse data that no stage could use; `path` None means scenes of `shapes`."""
     if not 32 <= size <= 128 or size % 8:
-        raise ValueError(f"data.size={size}: pictures may have 32 to 128 pixels a side, in multiples of 8")
+        raise ValueError(
+            f"data.size={size}: pictures may have 32 to 128 pixels a side, in multiples of 8"
+        )
     if path is None and size != SIDE:
-        raise ValueError(f"data.size={size}: shapes have {SIDE} pixels a side; other sizes need data.path")
+        raise ValueError(
+            f"data.size={size}: shapes have {SIDE} pixels a side; other sizes need data.path"
+        )
     if count < MIN_PICTURES:
         raise ValueError(f"data.count={count}: at least {MIN_PICTURES} pictures are needed")
 
@@ -93,7 +103,9 @@ def chosen(stages: Sequence[str] | None) -> list[str]:
     """The stages asked for, or all, in the order in which they run."""
     for name in stages or ():
         if name not in STAGES:
-            raise ValueError(f"stages: no stage {name!r}{nearest(name, STAGES)}; there are {', '.join(STAGES)}")
+            raise ValueError(
+                f"stages: no stage {name!r}{nearest(name, STAGES)}; there are {', '.join(STAGES)}"
+            )
     return [name for name in STAGES if stages is None or name in stages]
 
 
@@ -108,7 +120,9 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
     for name in names:
         finished = [each for each, about in work.known()["stages"].items() if about.get("finished")]
         if missing := [each for each in STAGES[name].needs if each not in finished]:
-            raise ValueError(f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have")
+            raise ValueError(
+                f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have"
+            )
         work.begin(name, STAGES[name].decided_by, command)
         if name in finished:
             print(f"{name}: done before")
@@ -130,7 +144,9 @@ def write_card(work: Work) -> None:
     rows = []
     for name, stage in known["stages"].items():
         if stage.get("finished"):
-            scores = {k: v for k, v in stage.items() if k not in ("settings", "seconds", "finished")}
+            scores = {
+                k: v for k, v in stage.items() if k not in ("settings", "seconds", "finished")
+            }
             rows.append(f"| {name} | {stage['seconds']:,.0f} | {_said(scores)} |")
     parts = [
         "# Tiny text-to-image models",

@@ -20,7 +20,9 @@ def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048)
     """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of words."""
     blank = CLIPTokenizer()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=letters)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=letters
+    )
     blank.backend_tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     state = blank.backend_tokenizer.model.__getstate__()
     merges = [tuple(pair) for pair in json.loads(state)["merges"]]
@@ -31,10 +33,22 @@ def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048)
 
 
 def build(tokenizer: CLIPTokenizer, side: int) -> CLIPModel:
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    shape = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": 4,
+        "projection_dim": WIDTH,
+    }
     shape["num_hidden_layers"] = 3
-    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    ends = {
+        f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")
+    }
+    text = {
+        **shape,
+        **ends,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+    }
     vision = {**shape, "image_size": side, "patch_size": side // 8}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     # A diffusion model reads words, and an MMDiT their order too, from these hidden states alone. From CLIP's usual
@@ -63,13 +77,18 @@ def train(work: Work) -> dict[str, Any]:
         x = pixels(pictures[index].to(DEVICE))
         logits = clip(input_ids=ids[index].to(DEVICE), pixel_values=x).logits_per_image.float()
         target = torch.arange(len(index), device=DEVICE)
-        return {"image": F.cross_entropy(logits, target) / 2, "text": F.cross_entropy(logits.T, target) / 2}
+        return {
+            "image": F.cross_entropy(logits, target) / 2,
+            "text": F.cross_entropy(logits.T, target) / 2,
+        }
 
     fit(clip, objective, samples=learnt)
     tokenizer.save_pretrained(work.train / "tokenizer")
     clip.save_pretrained(work.train / "clip")
     save_half(half_of(clip, CLIPVisionModelWithProjection, "vision"), work.models / "clip_vision")
-    groups = [(ids[i : i + 100], pixels(pictures[i : i + 100])) for i in range(learnt, len(ids) - 99, 100)]
+    groups = [
+        (ids[i : i + 100], pixels(pictures[i : i + 100])) for i in range(learnt, len(ids) - 99, 100)
+    ]
     found = [clip(input_ids=i, pixel_values=x).logits_per_image.argmax(1) for i, x in groups]
     top1 = torch.stack([(each == torch.arange(100)).float().mean() for each in found]).mean()
     return {"top1_of_100": float(top1), "seconds": fit.seconds, "vocabulary": len(tokenizer)}

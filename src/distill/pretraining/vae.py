@@ -13,8 +13,16 @@ KL_WEIGHT = 1e-4  # per latent dimension; keeps latents bounded without visible 
 
 
 def build(side: int) -> AutoencoderKL:
-    shape = {"block_out_channels": (24, 48, 64), "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": 4}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    shape = {
+        "block_out_channels": (24, 48, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "latent_channels": 4,
+    }
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+    }
     return AutoencoderKL(sample_size=side, **shape, **blocks)
 
 
@@ -52,9 +60,13 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
     enter, leave = vae.quant_conv, vae.post_quant_conv
     leave.bias += (leave.weight[:, :, 0, 0] * mean).sum(1)
     leave.weight *= deviation[None, :, None, None]
-    both = torch.cat([deviation, torch.ones_like(deviation)])  # moments are means, then log variances
+    both = torch.cat(
+        [deviation, torch.ones_like(deviation)]
+    )  # moments are means, then log variances
     enter.weight /= both[:, None, None, None]
-    enter.bias.copy_(torch.cat([(enter.bias[:4] - mean) / deviation, enter.bias[4:] - 2 * deviation.log()]))
+    enter.bias.copy_(
+        torch.cat([(enter.bias[:4] - mean) / deviation, enter.bias[4:] - 2 * deviation.log()])
+    )
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
 
 

@@ -35,7 +35,10 @@ class Masked(nn.Module):
         shape |= {"image_size": side, "patch_size": self.patch}
         self.vit = Dinov2Model(Dinov2Config(**shape, attn_implementation="eager"))
         nn.init.normal_(self.vit.embeddings.mask_token, std=0.02)
-        self.of_patch, self.of_whole = nn.Linear(WIDTH, 3 * self.patch**2), nn.Linear(WIDTH, 3 * (side // 4) ** 2)
+        self.of_patch, self.of_whole = (
+            nn.Linear(WIDTH, 3 * self.patch**2),
+            nn.Linear(WIDTH, 3 * (side // 4) ** 2),
+        )
 
     def losses(self, x: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """Pictures x [B, 3, S, S] in [-1, 1]; which patches are hidden, bool [B, 64]."""

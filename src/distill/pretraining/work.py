@@ -63,10 +63,14 @@ class Work:
         path, size = self.data["path"], self.data["size"]
         dataset = ImageShards(path or str(self.out / "data"), size=size)
         if len(dataset) < MIN_PICTURES:
-            raise ValueError(f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are needed")
+            raise ValueError(
+                f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are needed"
+            )
         order = torch.arange(len(dataset))
         if not self.of_shapes:
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.data["seed"]))
+            order = torch.randperm(
+                len(dataset), generator=torch.Generator().manual_seed(self.data["seed"])
+            )
         order = order[: self.data["count"]].tolist()
         pictures, captions = torch.empty(len(order), 3, size, size, dtype=torch.uint8), []
         for row, number in enumerate(track(order, description="data: reading")):
@@ -99,9 +103,15 @@ class Work:
         settings: dict[str, Any] = {}
         for name in ("seed", "data", *decided_by):
             node = self.asked[name]
-            settings |= {f"{name}.{k}": v for k, v in node.items()} if isinstance(node, Mapping) else {name: node}
+            settings |= (
+                {f"{name}.{k}": v for k, v in node.items()}
+                if isinstance(node, Mapping)
+                else {name: node}
+            )
         before = self.stage(stage).get("settings", settings)
-        if changed := [f"{k}={v} (was {before.get(k)})" for k, v in settings.items() if v != before.get(k)]:
+        if changed := [
+            f"{k}={v} (was {before.get(k)})" for k, v in settings.items() if v != before.get(k)
+        ]:
             what = f"begun with other settings, now {', '.join(changed)}; choose another out, or take them back"
             raise ValueError(f"out={self.out}: its stage {stage} was {what}")
         self.note(stage, command, settings=settings)

@@ -28,11 +28,16 @@ def write_report(run_dir: Path) -> Path:
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
         " · ".join([name, *(run[key] for key in ("method", "teacher") if key in run)]),
-        headline(rows) or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
+        headline(rows)
+        or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
         [*tiles(rows), _training_time(run)],
-        status="" if run.get("status", "finished") == "finished" else STOPPED.format(escape(run["status"])),
+        status=""
+        if run.get("status", "finished") == "finished"
+        else STOPPED.format(escape(run["status"])),
         pictures=_pictures(run_dir / "samples", rows),
-        evaluation=_shown(run_dir / "evaluation.json", lambda path: table(json.loads(path.read_text()))),
+        evaluation=_shown(
+            run_dir / "evaluation.json", lambda path: table(json.loads(path.read_text()))
+        ),
         training=_shown(run_dir / "metrics.csv", charts),
         facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
@@ -55,7 +60,11 @@ def _shown(path: Path, show: Callable[[Path], str]) -> str:
         return f'<p class="none">This run has no {path.name}.</p>'
     try:
         return show(path)
-    except (OSError, ValueError, SyntaxError) as error:  # the last is what Pillow raises for some broken PNG
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:  # the last is what Pillow raises for some broken PNG
         return f'<p class="none">{escape(f"{path.name} cannot be shown: {error}.")}</p>'
 
 
@@ -78,8 +87,13 @@ def _pictures(folder: Path, rows: Sequence[Row]) -> str:
     frames = sorted(folder.glob("step_*.png"))
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    strip = "\n".join(_shown(f, lambda path: figure(path, f"Step {int(path.stem[5:]):,}")) for f in frames)
-    captions = _shown(folder / "captions.txt", lambda path: _text(path, "The prompts of these grids, in reading order"))
+    strip = "\n".join(
+        _shown(f, lambda path: figure(path, f"Step {int(path.stem[5:]):,}")) for f in frames
+    )
+    captions = _shown(
+        folder / "captions.txt",
+        lambda path: _text(path, "The prompts of these grids, in reading order"),
+    )
     return (
         f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training went on</h3>\n'
         f'<div class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'

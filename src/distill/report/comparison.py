@@ -33,7 +33,11 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
         best,
-        ("Training", f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min", "all runs together"),
+        (
+            "Training",
+            f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min",
+            "all runs together",
+        ),
     )
     return html(
         f"{len(runs)} runs side by side",
@@ -52,7 +56,9 @@ def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
         found = [line for line in lines if line.who == "student" and key in line.values]
         if found:
             few = min(line.steps for line in found)
-            line = pick((line for line in found if line.steps == few), key=lambda line: line.mean(key))
+            line = pick(
+                (line for line in found if line.steps == few), key=lambda line: line.mean(key)
+            )
             said, best = line.said(key, MEASURES[key][2]), f"best with {few} step{'s' * (few > 1)}"
             what = MEASURES[key][0].partition("&")[0].lower()
             return (best.capitalize(), said, line.group), f"{line.group} is {best}: {what} {said}."
@@ -61,7 +67,10 @@ def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
 
 def _table(lines: Sequence[Line]) -> str:
     columns = [key for key in SCORES if any(key in line.values for line in lines)]
-    heads = "".join(f'<th scope="col">{label}</th>' for label in ["", "Steps", *(MEASURES[key][0] for key in columns)])
+    heads = "".join(
+        f'<th scope="col">{label}</th>'
+        for label in ["", "Steps", *(MEASURES[key][0] for key in columns)]
+    )
     body = ""
     for line in lines:
         cells = f'<th scope="row">{escape(line.group)}</th><td>{line.steps}</td>'
@@ -70,9 +79,7 @@ def _table(lines: Sequence[Line]) -> str:
             cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
         body += f"<tr>{cells}</tr>\n"
     scores = f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
-    return (
-        f'{scores}</table></div>\n<p class="soft">Mean ± standard deviation over seeds. A click on a head sorts.</p>\n'
-    )
+    return f'{scores}</table></div>\n<p class="soft">Mean ± standard deviation over seeds. A click on a head sorts.</p>\n'
 
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
@@ -81,15 +88,31 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
         if any(key in line.values for line in lines):
             label, _, words = MEASURES[key]
             title = label.replace("&nbsp;", " ")
-            yield framed(title, "By number of steps; the teacher's where it took as few.", _by_steps(lines, key))
-            if not any(line.who == "student" and line.steps == 1 and key in line.values for line in lines):
+            yield framed(
+                title,
+                "By number of steps; the teacher's where it took as few.",
+                _by_steps(lines, key),
+            )
+            if not any(
+                line.who == "student" and line.steps == 1 and key in line.values for line in lines
+            ):
                 continue
-            for cost, unit in (("train_seconds", "training minutes"), ("images_seen", "thousand pictures seen")):
+            for cost, unit in (
+                ("train_seconds", "training minutes"),
+                ("images_seen", "thousand pictures seen"),
+            ):
                 draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
                 yield framed(f"{title} in one step", f"By {unit}.", draw)
-    health = {group: [curve for run in runs if (curve := _accuracy(run)) is not None] for group, runs in groups.items()}
+    health = {
+        group: [curve for run in runs if (curve := _accuracy(run)) is not None]
+        for group, runs in groups.items()
+    }
     if any(health.values()):
-        yield framed("Discriminator's accuracy", "Of each run; 0.5 is guessing.", lambda axes: _health(axes, health))
+        yield framed(
+            "Discriminator's accuracy",
+            "Of each run; 0.5 is guessing.",
+            lambda axes: _health(axes, health),
+        )
 
 
 def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
@@ -97,8 +120,16 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
 
     def draw(axes: Any) -> None:
         for group in dict.fromkeys(line.group for line in lines):
-            found = [line for line in lines if line.group == group and key in line.values and line.steps <= most]
-            look = {"color": "#7d8189", "linestyle": "--"} if all(line.who == "teacher" for line in found) else {}
+            found = [
+                line
+                for line in lines
+                if line.group == group and key in line.values and line.steps <= most
+            ]
+            look = (
+                {"color": "#7d8189", "linestyle": "--"}
+                if all(line.who == "teacher" for line in found)
+                else {}
+            )
             points = [line.steps for line in found], [line.mean(key) for line in found]
             axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
         axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
@@ -106,16 +137,26 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
     return draw
 
 
-def _by_cost(groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: float) -> Callable[[Any], None]:
+def _by_cost(
+    groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: float
+) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for group, runs in groups.items():
             points = [
                 (run.facts[cost] / unit, row.scores[key])
                 for run in runs
                 for row in run.rows
-                if row.who == "student" and row.steps == 1 and key in row.scores and cost in run.facts
+                if row.who == "student"
+                and row.steps == 1
+                and key in row.scores
+                and cost in run.facts
             ]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), "o", markersize=4, label=_short(group))
+            axes.plot(
+                *zip(*points, strict=True) if points else ([], []),
+                "o",
+                markersize=4,
+                label=_short(group),
+            )
         axes.set_xlim(left=0)
         axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
@@ -131,7 +172,9 @@ def _accuracy(run: Run) -> Any:
 def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:
     for i, (group, curves) in enumerate(health.items()):
         for k, (steps, values) in enumerate(curves):
-            axes.plot(steps, smoothed(values), f"C{i % 6}", alpha=0.8, label=None if k else _short(group))
+            axes.plot(
+                steps, smoothed(values), f"C{i % 6}", alpha=0.8, label=None if k else _short(group)
+            )
     axes.axhline(0.5, color="#7d8189", linewidth=0.8, linestyle="--")
 
 
@@ -151,7 +194,9 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     columns += [column for column in found if column[1].who == "student"]
     if not columns:
         return '<p class="none">None of these runs kept its pictures.</p>'
-    head = "".join(f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns)
+    head = "".join(
+        f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns
+    )
     body = ""
     for row in list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]:
         body += f"<tr>{''.join(f'<td>{img(picture)}</td>' for picture in row)}</tr>\n"
@@ -177,8 +222,19 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
     for group, runs in groups.items():
         text += f"{group}\n"
         for run in runs:
-            facts = {"seed": run.config.get("seed"), **{k: run.facts.get(k) for k in ("hardware", "commit", "command")}}
-            text += f"    {run.folder.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
-    protocols = {"; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())) for run in everyone(groups)}
-    warn = '<p class="warn">These runs were not all judged by one protocol.</p>' if len(protocols) > 1 else ""
+            facts = {
+                "seed": run.config.get("seed"),
+                **{k: run.facts.get(k) for k in ("hardware", "commit", "command")},
+            }
+            text += (
+                f"    {run.folder.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
+            )
+    protocols = {
+        "; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())) for run in everyone(groups)
+    }
+    warn = (
+        '<p class="warn">These runs were not all judged by one protocol.</p>'
+        if len(protocols) > 1
+        else ""
+    )
     return warn + folded("Runs and protocol", text + "\n".join(sorted(protocols)), "open")

@@ -29,10 +29,20 @@ CHARTS = (
     Chart("Discriminator's losses", f"d/{LOSS}", "Weighted terms; their sum is minimised."),
     Chart("Logits", "d/(real|fake)", "Mean verdict on real and on generated samples."),
     Chart("Gap by head", "gap/(.+)", "Real minus fake; a head at 0 sees no difference.", guide=0),
-    Chart("Discriminator's accuracy", "d/(accuracy)", "Pairs whose real one is ahead; 0.5 is guessing.", guide=0.5),
+    Chart(
+        "Discriminator's accuracy",
+        "d/(accuracy)",
+        "Pairs whose real one is ahead; 0.5 is guessing.",
+        guide=0.5,
+    ),
     Chart("Gradient norms", "(g|d)/grad_norm", "Before clipping, log scale.", "log"),
     Chart("Learning rates", "(g|d)/lr", "After warm-up and decay."),
-    Chart("Update-to-weight ratio", "(g|d)/update_ratio", "Length of a step beside the weights', log scale.", "log"),
+    Chart(
+        "Update-to-weight ratio",
+        "(g|d)/update_ratio",
+        "Length of a step beside the weights', log scale.",
+        "log",
+    ),
     Chart("Speed", "(images_per_second)", "Training images per second."),
 )
 NAMES = {"g": "student", "d": "discriminator"}
@@ -61,7 +71,9 @@ def charts(path: Path) -> str:
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
     """Column -> steps and values [2, N], and how many values are not finite numbers."""
-    rows: dict[float, dict[str, float]] = {}  # of a step written twice, as by a resume, the last holds
+    rows: dict[
+        float, dict[str, float]
+    ] = {}  # of a step written twice, as by a resume, the last holds
     strange = 0
     with path.open(encoding="utf-8", errors="replace", newline="") as lines:
         for cells in csv.DictReader(line.replace("\0", "") for line in lines):
@@ -91,12 +103,20 @@ def _gaps(values: Mapping[str, float]) -> dict[str, float]:
     gaps = {f"gap/head {k}": real - fake for k, (real, fake) in both.items() if real is not None}
     picks = {"highest": max, "median": statistics.median, "lowest": min}
     few = len(gaps) <= MANY_HEADS
-    return gaps if few else {f"gap/{name} of {len(gaps)}": pick(gaps.values()) for name, pick in picks.items()}
+    return (
+        gaps
+        if few
+        else {f"gap/{name} of {len(gaps)}": pick(gaps.values()) for name, pick in picks.items()}
+    )
 
 
 def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
     """A chart as a picture inside the page; nothing without curves. The legend gives each curve's last smooth value."""
-    found = [(match[1], curve) for name, curve in curves.items() if (match := re.fullmatch(chart.columns, name))]
+    found = [
+        (match[1], curve)
+        for name, curve in curves.items()
+        if (match := re.fullmatch(chart.columns, name))
+    ]
     return framed(chart.title, chart.about, lambda axes: _draw(axes, chart, found)) if found else ""
 
 
@@ -129,7 +149,9 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         draw(axes)
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        if axes.get_yscale() == "linear":  # a number that hung on the height would change as the layout does, unseen
+        if (
+            axes.get_yscale() == "linear"
+        ):  # a number that hung on the height would change as the layout does, unseen
             axes.locator_params(axis="y", nbins=6)
         labels = axes.get_legend_handles_labels()[1]
         longest = max(map(len, labels), default=0)

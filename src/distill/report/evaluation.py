@@ -44,13 +44,21 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.who.capitalize()}, {_steps(self.steps)}" if self.steps else self.who.capitalize()
+        return (
+            f"{self.who.capitalize()}, {_steps(self.steps)}"
+            if self.steps
+            else self.who.capitalize()
+        )
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
     """The rows in the order of the file, which is that of the comparison's pictures."""
     return [
-        Row(row["who"], row["steps"], {key: row[key] for key in MEASURES if key in row and isfinite(row[key])})
+        Row(
+            row["who"],
+            row["steps"],
+            {key: row[key] for key in MEASURES if key in row and isfinite(row[key])},
+        )
         for row in evaluation.get("rows", [])
     ]
 
@@ -74,7 +82,9 @@ def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
         what = MAIN[key][1]
         for who, pick in (("student", min), ("teacher", max)):
             said = _said(rows, who, key)
-            value, below = (said[n := pick(said)], f"in {_steps(n)}") if said else ("–", "not measured")
+            value, below = (
+                (said[n := pick(said)], f"in {_steps(n)}") if said else ("–", "not measured")
+            )
             yield f"{who.capitalize()}, {what}", value, below
 
 
@@ -84,12 +94,19 @@ def table(evaluation: Mapping[str, Any]) -> str:
     columns = [key for key in MEASURES if any(key in row.scores for row in rows)]
     if not columns:
         raise ValueError("it holds no measured rows")
-    head = "".join(f'<th scope="col">{label}</th>' for label in ["Sampler", *(MEASURES[key][0] for key in columns)])
+    head = "".join(
+        f'<th scope="col">{label}</th>'
+        for label in ["Sampler", *(MEASURES[key][0] for key in columns)]
+    )
     body = ""
     for n in sorted({row.steps for row in rows}):
         rivals = [row for row in rows if row.steps == n]
-        body += "<tbody>\n" + "\n".join(_line(row, rivals, columns) for row in rivals) + "\n</tbody>\n"
-    protocol = escape("; ".join(f"{key}: {value}" for key, value in evaluation.get("protocol", {}).items()))
+        body += (
+            "<tbody>\n" + "\n".join(_line(row, rivals, columns) for row in rivals) + "\n</tbody>\n"
+        )
+    protocol = escape(
+        "; ".join(f"{key}: {value}" for key, value in evaluation.get("protocol", {}).items())
+    )
     legend = "Marked: the best of those with as many steps. ↑ higher is better, ↓ lower is better."
     scores = f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n{body}</table></div>'
     return f'{scores}\n<p class="soft">{legend} Protocol. {protocol}.</p>'
@@ -109,7 +126,11 @@ def _line(row: Row, rivals: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _said(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
     """Number of steps -> how a score reads."""
-    return {r.steps: MEASURES[key][2].format(r.scores[key]) for r in rows if r.who == who and key in r.scores}
+    return {
+        r.steps: MEASURES[key][2].format(r.scores[key])
+        for r in rows
+        if r.who == who and key in r.scores
+    }
 
 
 def _steps(n: int) -> str:

@@ -45,9 +45,15 @@ class Seen:
         for h, head in enumerate(self.heads):
             for k, level in enumerate(self.levels):
                 said = verdicts(self.real[k, h], self.fake[k, h])
-                real, fake, right = (float(said[f"d/{key}"]) for key in ("real", "fake", "accuracy"))
+                real, fake, right = (
+                    float(said[f"d/{key}"]) for key in ("real", "fake", "accuracy")
+                )
                 means = {"real": real, "fake": fake, "gap": real - fake, "right": right}
-                yield {"head": head, "level": level, **{name: round(x, 4) for name, x in means.items()}}
+                yield {
+                    "head": head,
+                    "level": level,
+                    **{name: round(x, 4) for name, x in means.items()},
+                }
 
     def agreement(self) -> Tensor:
         """Correlations [H, H], the mean over levels."""
@@ -62,9 +68,13 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
     method.heads.eval()  # spectral norm moves on with every pass in training
     critic, noise = method.critic(), noise_like(batch.x0, generator)
     with torch.no_grad():
-        x0_hat = method.student.x0(batch.noise if batch.noise is not None else noise, level_like(noise, 1), batch.cond)
+        x0_hat = method.student.x0(
+            batch.noise if batch.noise is not None else noise, level_like(noise, 1), batch.cond
+        )
         pictures = method.teacher.decode(x0_hat[:SHOWN])
-        answers = [[_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels]
+        answers = [
+            [_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels
+        ]
     real, fake = (torch.stack([pair[i] for pair in answers]) for i in (0, 1))
     count = real.shape[1]
     drawn = [round(i * (count - 1) / max(1, min(MANY, count) - 1)) for i in range(min(MANY, count))]
@@ -73,7 +83,9 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
     return Seen(list(levels), names, real.cpu(), fake.cpu(), pictures.cpu(), drawn, looks.cpu())
 
 
-def _judge(method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch) -> Tensor:
+def _judge(
+    method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch
+) -> Tensor:
     """Mean logit of each head, [H, B]."""
     t = level_like(x0, level)
     maps, told = method.see(x0, t, noise, batch)
@@ -82,12 +94,21 @@ def _judge(method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, ba
 
 
 def _attention(
-    method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch, drawn: Sequence[int]
+    method: Any,
+    critic: Any,
+    x0: Tensor,
+    level: float,
+    noise: Tensor,
+    batch: Batch,
+    drawn: Sequence[int],
 ) -> Tensor:
     """|d logit / d x0| of some heads on the first SHOWN samples, [H', B', h, w], each head's largest being 1."""
     x = x0.detach().requires_grad_()
     logits = _judge(method, critic, x, level, noise, batch)
-    maps = [torch.autograd.grad(logits[h].sum(), x, retain_graph=True)[0].abs().mean(1)[:SHOWN] for h in drawn]
+    maps = [
+        torch.autograd.grad(logits[h].sum(), x, retain_graph=True)[0].abs().mean(1)[:SHOWN]
+        for h in drawn
+    ]
     return torch.stack([m / m.max().clamp_min(1e-12) for m in maps])
 
 
@@ -102,7 +123,9 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     save_image(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
-    names = "".join(f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)])
+    names = "".join(
+        f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)]
+    )
     caption = "The student's pictures, and where each head looks: bright where a change would move it most."
     picture = figure(folder / "attention.png", caption)
     said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
@@ -121,7 +144,9 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
 def _sheet(seen: Seen) -> Tensor:
     """The pictures, then a row for each drawn head: [R * B', 3, S, S] in [0, 1]."""
     size = seen.pictures.shape[-2:]
-    heat = interpolate(seen.looks.flatten(0, 1)[:, None], size=size, mode="nearest").expand(-1, 3, -1, -1)
+    heat = interpolate(seen.looks.flatten(0, 1)[:, None], size=size, mode="nearest").expand(
+        -1, 3, -1, -1
+    )
     return torch.cat([(seen.pictures / 2 + 0.5).clamp(0, 1), heat])
 
 
@@ -146,5 +171,8 @@ def _disagreement(seen: Seen) -> str:
     """The pairs of heads that agree least."""
     agreement, count = seen.agreement(), len(seen.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
-    items = "".join(f"<li>{escape(seen.heads[j])} and {escape(seen.heads[i])}: {r:+.2f}</li>" for r, i, j in pairs)
+    items = "".join(
+        f"<li>{escape(seen.heads[j])} and {escape(seen.heads[i])}: {r:+.2f}</li>"
+        for r, i, j in pairs
+    )
     return f'<p class="soft">Heads that agree least, by the correlation of their logits.</p><ul>{items}</ul>'

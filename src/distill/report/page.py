@@ -20,7 +20,9 @@ def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sectio
     """The whole page. A tile is (what, its value, in which circumstances); `sections` are HTML, empty if absent."""
     said = {"name": escape(name), "headline": escape(headline)}
     shown = "\n".join(TILE.format(*map(escape, tile)) for tile in tiles)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(SECTIONS | said | sections, tiles=shown)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        SECTIONS | said | sections, tiles=shown
+    )
 
 
 def figure(path: Path, caption: str) -> str:

@@ -43,7 +43,9 @@ def read_run(folder: Path) -> Run:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     facts = json.loads((folder / "run.json").read_text())
-    return Run(folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation))
+    return Run(
+        folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation)
+    )
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
@@ -74,20 +76,27 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
         return
     for key in dict.fromkeys(key for node in maps for key in node):
         if path or key not in ASIDE:
-            yield from _differences(f"{path}.{key}" if path else key, [node.get(key) for node in maps])
+            yield from _differences(
+                f"{path}.{key}" if path else key, [node.get(key) for node in maps]
+            )
 
 
 def _keys(path: str, nodes: Sequence[Mapping[str, Any]], but: str = "judged.teacher") -> list[str]:
     """What the nodes differ in at this path, but not how others are judged (`but`), nor measures that one lacks."""
     found = _differences(path, [node[path] if path else node for node in nodes])
     known = set.intersection(*(set(node["judged"] or ()) for node in nodes))
-    return sorted(k for k in found if not k.startswith("judged") or (k[7:] in known and not k.startswith(but)))
+    return sorted(
+        k for k in found if not k.startswith("judged") or (k[7:] in known and not k.startswith(but))
+    )
 
 
 def _settings(run: Run, keys: Sequence[str]) -> list[str]:
     """`key=value` of each dotted key, by its last part if no other ends alike."""
     ends = [key.rpartition(".")[2] for key in keys]
-    return [f"{k if ends.count(end) > 1 else end}={_said(run.config, k)}" for k, end in zip(keys, ends, strict=True)]
+    return [
+        f"{k if ends.count(end) > 1 else end}={_said(run.config, k)}"
+        for k, end in zip(keys, ends, strict=True)
+    ]
 
 
 def _said(config: Mapping[str, Any], key: str) -> str:
@@ -126,7 +135,10 @@ def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
     keys = _keys("", configs, but="judged.student")
     for run in runs:
         teachers.setdefault(", ".join(["teacher", *_settings(run, keys)]), []).append(run)
-    return [*(line for name, its in teachers.items() for line in _lines(name, "teacher", its)), *students]
+    return [
+        *(line for name, its in teachers.items() for line in _lines(name, "teacher", its)),
+        *students,
+    ]
 
 
 def everyone(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
@@ -150,7 +162,10 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     for group, runs in groups.items():
         for run in runs:
             start = [group, run.folder.name, run.config.get("seed"), *map(run.facts.get, COSTS)]
-            table.writerows([*start, r.who, r.steps, *(r.scores.get(key, "") for key in MEASURES)] for r in run.rows)
+            table.writerows(
+                [*start, r.who, r.steps, *(r.scores.get(key, "") for key in MEASURES)]
+                for r in run.rows
+            )
     return file.getvalue()
 
 
@@ -162,5 +177,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
     for line in lines:
         count = max(map(len, line.values.values()), default=0)
         said = [line.said(key, MEASURES[key][2]) for key in columns]
-        rows.append([line.group, str(line.steps), str(count) if line.who == "student" else "", *said])
+        rows.append(
+            [line.group, str(line.steps), str(count) if line.who == "student" else "", *said]
+        )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

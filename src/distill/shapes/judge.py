@@ -28,13 +28,18 @@ SEEDS = 9_000_000  # training seeds stay below: no judging prompt and no referen
 
 def judging_prompts(n: int, *, seed: int, held_out: bool = False) -> list[Prompt]:
     """n prompts apart from training's draws; with `held_out`, each names a pair that training never shows."""
-    return [draw_prompt(np.random.default_rng([SEEDS + seed, i]), held_out=held_out) for i in range(n)]
+    return [
+        draw_prompt(np.random.default_rng([SEEDS + seed, i]), held_out=held_out) for i in range(n)
+    ]
 
 
 def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
     """One scene per prompt, drawn anew: pixels [N, 3, 64, 64] in [-1, 1]. A prompt given twice gives two scenes."""
     # The 2 keeps scenes apart from prompts: numpy pads short seeds with zeros, so [s, i] is [s, i, 0].
-    scenes = [draw_scene(np.random.default_rng([SEEDS + seed, i, 2]), prompt) for i, prompt in enumerate(prompts)]
+    scenes = [
+        draw_scene(np.random.default_rng([SEEDS + seed, i, 2]), prompt)
+        for i, prompt in enumerate(prompts)
+    ]
     return torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -52,7 +57,9 @@ class Judge:
     def read(self, pixels: Tensor, batch: int = 256) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels [N, 3, 64, 64] in [-1, 1] -> features [N, 96] and the likeliest answer's index [N] per question."""
         features = torch.cat([self.reader.features(part) for part in as_saved(pixels).split(batch)])
-        return features, {question: logits.argmax(1) for question, logits in self.reader.answer(features).items()}
+        return features, {
+            question: logits.argmax(1) for question, logits in self.reader.answer(features).items()
+        }
 
     @staticmethod
     def accuracy(answers: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
@@ -70,10 +77,14 @@ class Judge:
             scores[name] = torch.cat(hits).double().mean().item()
         return scores
 
-    def __call__(self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> dict[str, float]:
+    def __call__(
+        self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0
+    ) -> dict[str, float]:
         """All scores but diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least four."""
         if len(pixels) != len(prompts):
-            raise ValueError(f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)} pictures")
+            raise ValueError(
+                f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)} pictures"
+            )
         features, answers = self.read(pixels)
         reference = fresh_renders(prompts, seed=reference_seed)
         real, _ = self.read(reference)
@@ -88,7 +99,9 @@ class Judge:
     def diversity(self, groups: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> float:
         """Spread of groups [G, n, 3, 64, 64] over that of renders: 1 is as varied as the data, 0 is one picture."""
         n = groups.shape[1]
-        renders = fresh_renders([prompt for prompt in prompts for _ in range(n)], seed=reference_seed)
+        renders = fresh_renders(
+            [prompt for prompt in prompts for _ in range(n)], seed=reference_seed
+        )
         both = (self.read(x)[0].unflatten(0, (-1, n)) for x in (groups.flatten(0, 1), renders))
         fake, real = map(distances.diversity, both)
         return fake / real
@@ -98,7 +111,9 @@ def as_saved(pixels: Tensor) -> Tensor:
     """Pixels clamped to [-1, 1] and rounded to 8 bits, in float32 on the CPU."""
     pixels = pixels.detach().float().cpu()
     if broken := int((~pixels.isfinite().flatten(1).all(dim=1)).sum()):
-        raise ValueError(f"{broken} of {len(pixels)} pictures hold pixels that are not finite; has training diverged?")
+        raise ValueError(
+            f"{broken} of {len(pixels)} pictures hold pixels that are not finite; has training diverged?"
+        )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
@@ -107,7 +122,9 @@ def stripe_sharpness(pixels: Tensor, reference: Tensor, prompts: list[Prompt]) -
 
     1 is as sharp as the data, less is blur, more is noise; nan if no prompt says a pattern.
     """
-    patterned = torch.tensor([any(thing.fill in PATTERNS for thing in prompt.things) for prompt in prompts])
+    patterned = torch.tensor(
+        [any(thing.fill in PATTERNS for thing in prompt.things) for prompt in prompts]
+    )
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     luma = ((as_saved(x)[patterned] * LUMA).sum(1, keepdim=True) for x in (pixels, reference))
     fake, real = (F.conv2d(y, kernel).abs().mean() for y in luma)

@@ -15,9 +15,20 @@ from torch import Tensor, nn
 from distill.shapes.world import AXES, BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES, Prompt, Scene
 
 SLOTS = 3
-OF_THINGS = {"kind": KINDS, "colour": tuple(COLOURS), "fill": FILLS, "size": SIZES}  # asked once per slot
-CHOICES = {"count": (1, 2, 3), "axis": AXES, "background": tuple(BACKGROUNDS)}  # question -> possible answers
-CHOICES |= {f"{name}{slot}": options for slot in range(SLOTS) for name, options in OF_THINGS.items()}
+OF_THINGS = {
+    "kind": KINDS,
+    "colour": tuple(COLOURS),
+    "fill": FILLS,
+    "size": SIZES,
+}  # asked once per slot
+CHOICES = {
+    "count": (1, 2, 3),
+    "axis": AXES,
+    "background": tuple(BACKGROUNDS),
+}  # question -> possible answers
+CHOICES |= {
+    f"{name}{slot}": options for slot in range(SLOTS) for name, options in OF_THINGS.items()
+}
 
 
 class Residual(nn.Module):
@@ -32,7 +43,11 @@ class Residual(nn.Module):
 
 
 def _normed(fan_in: int, fan_out: int, stride: int = 1) -> tuple[nn.Module, ...]:
-    return nn.GroupNorm(8, fan_in), nn.SiLU(), nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1)
+    return (
+        nn.GroupNorm(8, fan_in),
+        nn.SiLU(),
+        nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1),
+    )
 
 
 class Reader(nn.Module):
@@ -42,8 +57,15 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        stages: list[nn.Module] = [nn.Conv2d(3, 32, 3, stride=2, padding=1), Residual(32), Residual(32)]
-        for fan_in, fan_out in ((32, 64), (64, 128)):  # 32 -> 16 -> 8 pixels a side: what is where must not blur
+        stages: list[nn.Module] = [
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
+            Residual(32),
+            Residual(32),
+        ]
+        for fan_in, fan_out in (
+            (32, 64),
+            (64, 128),
+        ):  # 32 -> 16 -> 8 pixels a side: what is where must not blur
             stages += [*_normed(fan_in, fan_out, stride=2), Residual(fan_out), Residual(fan_out)]
         stages += [nn.GroupNorm(8, 128), nn.SiLU(), nn.Conv2d(128, 48, 1), nn.Flatten()]
         self.trunk = nn.Sequential(*stages, nn.Linear(48 * 64, 256), nn.SiLU())
@@ -55,7 +77,9 @@ class Reader(nn.Module):
 
     def answer(self, features: Tensor) -> dict[str, Tensor]:
         """Features [B, 96] -> logits [B, options] per question."""
-        parts = self.heads(nn.functional.silu(features)).split([len(options) for options in CHOICES.values()], dim=1)
+        parts = self.heads(nn.functional.silu(features)).split(
+            [len(options) for options in CHOICES.values()], dim=1
+        )
         return dict(zip(CHOICES, parts, strict=True))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -63,12 +87,17 @@ class Reader(nn.Module):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "reader.safetensors")
+        save_file(
+            {k: v.half().contiguous() for k, v in self.state_dict().items()},
+            folder / "reader.safetensors",
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Reader:
         reader = cls()
-        reader.load_state_dict({k: v.float() for k, v in load_file(folder / "reader.safetensors").items()})
+        reader.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / "reader.safetensors").items()}
+        )
         return reader.eval().requires_grad_(False)
 
 

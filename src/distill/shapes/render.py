@@ -57,7 +57,10 @@ def _pattern(thing: Placed, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _triangle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
     """Equilateral, of circumradius 1.2 r, hence of inradius half of that."""
-    return np.maximum.reduce([np.cos(a) * u + np.sin(a) * v for a in np.pi * np.array([1, 3, 5]) / 3]) - 1.2 * r / 2
+    return (
+        np.maximum.reduce([np.cos(a) * u + np.sin(a) * v for a in np.pi * np.array([1, 3, 5]) / 3])
+        - 1.2 * r / 2
+    )
 
 
 def _star(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:

@@ -20,7 +20,12 @@ COLOURS = {  # sRGB, far enough apart that a shade of one is never another
     "red": (214, 48, 49), "green": (46, 160, 67), "blue": (48, 96, 220),
     "yellow": (244, 208, 44), "purple": (150, 66, 190), "orange": (240, 134, 30),
 }  # fmt: skip
-BACKGROUNDS = {"white": (244, 244, 244), "gray": (140, 140, 140), "black": (22, 22, 22), "pink": (246, 184, 200)}
+BACKGROUNDS = {
+    "white": (244, 244, 244),
+    "gray": (140, 140, 140),
+    "black": (22, 22, 22),
+    "pink": (246, 184, 200),
+}
 FILLS = ("solid", "striped", "dotted")
 SIZES = ("small", "large")
 PHRASINGS = {  # of several things, named in order along the axis
@@ -32,11 +37,22 @@ PHRASINGS = {  # of several things, named in order along the axis
 AXES = ("horizontal", "vertical")
 
 # One pair per kind never occurs in training: the test of composition.
-HELD_OUT = {("star", "blue"), ("circle", "yellow"), ("triangle", "purple"), ("square", "green"), ("cross", "red")}
+HELD_OUT = {
+    ("star", "blue"),
+    ("circle", "yellow"),
+    ("triangle", "purple"),
+    ("square", "green"),
+    ("cross", "red"),
+}
 SIDE = 64  # pixels
-RADIUS = {1: {"small": (9.5, 11.5), "large": (15.5, 19.0)}, 2: {"small": (8.3, 9.8), "large": (12.0, 13.8)}}
+RADIUS = {
+    1: {"small": (9.5, 11.5), "large": (15.5, 19.0)},
+    2: {"small": (8.3, 9.8), "large": (12.0, 13.8)},
+}
 RADIUS_OF_THREE = (8.2, 9.3)  # three objects have one size, which captions do not mention
-TILT = np.pi / 9  # radians either way, for objects and for their patterns: a free turn is too hard for 6 M parameters
+TILT = (
+    np.pi / 9
+)  # radians either way, for objects and for their patterns: a free turn is too hard for 6 M parameters
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,9 @@ def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
     return Prompt(things, axis, background, _caption(rng, things, axis, background))
 
 
-def _caption(rng: np.random.Generator, things: tuple[Thing, ...], axis: str | None, background: str | None) -> str:
+def _caption(
+    rng: np.random.Generator, things: tuple[Thing, ...], axis: str | None, background: str | None
+) -> str:
     """One of several phrasings that all say exactly what the arguments fix."""
     names = [" ".join(["a", *filter(None, (t.size, t.fill, t.colour, t.kind))]) for t in things]
     text = names[0]
@@ -139,10 +157,14 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
         for t, size, radius, place in zip(prompt.things, sizes, radii, places, strict=True)
     )
     background = prompt.background or str(rng.choice(list(BACKGROUNDS)))
-    return Scene(things, prompt.axis, background, tuple(float(v) for v in rng.uniform(-0.03, 0.03, 3)))
+    return Scene(
+        things, prompt.axis, background, tuple(float(v) for v in rng.uniform(-0.03, 0.03, 3))
+    )
 
 
-def _layout(rng: np.random.Generator, radii: list[float], axis: str | None) -> list[tuple[float, float]]:
+def _layout(
+    rng: np.random.Generator, radii: list[float], axis: str | None
+) -> list[tuple[float, float]]:
     """Centres (x, y) in pixels: inside the frame, apart from each other, clearly ordered along `axis`."""
     gaps = [a + b + 2.0 for a, b in zip(radii, radii[1:], strict=False)]
     slack = SIDE - 2.0 - radii[0] - radii[-1] - sum(gaps)
@@ -151,8 +173,14 @@ def _layout(rng: np.random.Generator, radii: list[float], axis: str | None) -> l
     # The cross offset stays below half the distance along the axis, so that order is never in doubt.
     middle = rng.uniform(1 + max(radii), SIDE - 1 - max(radii))
     reach = 0.25 * (min(gaps) if gaps else 0.0)
-    across = np.clip(middle + rng.uniform(-reach, reach, len(radii)), 1 + np.array(radii), SIDE - 1 - np.array(radii))
-    points = zip(along, across, strict=True) if axis != "vertical" else zip(across, along, strict=True)
+    across = np.clip(
+        middle + rng.uniform(-reach, reach, len(radii)),
+        1 + np.array(radii),
+        SIDE - 1 - np.array(radii),
+    )
+    points = (
+        zip(along, across, strict=True) if axis != "vertical" else zip(across, along, strict=True)
+    )
     return [(float(x), float(y)) for x, y in points]
 
 

@@ -18,14 +18,32 @@ from distill.teachers.weights import about_weights, put_on, write_weights
 OURS = "distill.teachers.schedulers"
 FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
     *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
-    *("pooled_projection_dim", "addition_embed_type", "projection_class_embeddings_input_dim", "prediction_type"),
+    *(
+        "pooled_projection_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+        "prediction_type",
+    ),
 )
-LEFT_OUT = ("transformer", "unet", "scheduler", "README.md", "comparison.png", "*.csv", ".git*", ".cache")
+LEFT_OUT = (
+    "transformer",
+    "unet",
+    "scheduler",
+    "README.md",
+    "comparison.png",
+    "*.csv",
+    ".git*",
+    ".cache",
+)
 VARIANT = re.compile(r"\.(?:fp16|bf16)\.(safetensors|bin|json)$")
 
 
 def full(
-    teacher: PipelineTeacher, *, init: str = "teacher", shift: int | None = None, checkpointing: bool = False
+    teacher: PipelineTeacher,
+    *,
+    init: str = "teacher",
+    shift: int | None = None,
+    checkpointing: bool = False,
 ) -> Network:
     """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
 
@@ -40,7 +58,9 @@ def full(
     else:
         student = teacher.network.twin()
     if init == "random":
-        student.model.load_state_dict(type(student.model).from_config(student.model.config).state_dict())
+        student.model.load_state_dict(
+            type(student.model).from_config(student.model.config).state_dict()
+        )
     if checkpointing:
         student.recompute()
     return shifted(student, shift)
@@ -65,18 +85,29 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
         raise ValueError(f"student.init={init}: {what}")
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
     said = json.loads(file.read_text()) if file.is_file() else {}
-    config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(part)
-    own = {"prediction_type": teacher.pipeline.scheduler.config.get("prediction_type"), **model.config}
+    config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(
+        part
+    )
+    own = {
+        "prediction_type": teacher.pipeline.scheduler.config.get("prediction_type"),
+        **model.config,
+    }
     for key in FITTING:
         if (theirs := config.get(key, own.get(key))) != own.get(key):
             what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
-            raise ValueError(f"student.init={init}: {what}; begin from a pipeline of the teacher's family")
+            raise ValueError(
+                f"student.init={init}: {what}; begin from a pipeline of the teacher's family"
+            )
     try:
         found, report = type(model).from_pretrained(part, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew") from None
+        raise ValueError(
+            f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew"
+        ) from None
     if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
-        raise ValueError(f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew")
+        raise ValueError(
+            f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew"
+        )
     return found, said.get("shifted_timestep")
 
 
@@ -99,11 +130,16 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     if teacher.folder:
-        shutil.copytree(teacher.folder, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without))
+        shutil.copytree(
+            teacher.folder, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without)
+        )
     else:
         teacher.pipeline.save_pretrained(partial)
     for file in partial.rglob("*"):  # of a variant: a folder opens without being told of it
-        if VARIANT.search(file.name) and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists():
+        if (
+            VARIANT.search(file.name)
+            and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists()
+        ):
             file.rename(plain)
     part = denoiser_part(teacher.folder or partial)
     shutil.rmtree(partial / part, ignore_errors=True)
@@ -112,14 +148,23 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         from distill.students.lora import merged  # peft, which takes its time, for those alone
 
         model = merged(student)
-    if part == "unet":  # the size that diffusers draws unless told; a transformer's positions may hang on it
+    if (
+        part == "unet"
+    ):  # the size that diffusers draws unless told; a transformer's positions may hang on it
         model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((partial / "model_index.json").read_text())
-    absent = [name for name, pair in index.items() if isinstance(pair, list) and not (partial / name).is_dir()]
+    absent = [
+        name
+        for name, pair in index.items()
+        if isinstance(pair, list) and not (partial / name).is_dir()
+    ]
     index |= {name: [None, None] for name in absent}  # left out, or never fetched of the hub's
-    index["scheduler"] = [OURS if type(scheduler).__module__ == OURS else "diffusers", type(scheduler).__name__]
+    index["scheduler"] = [
+        OURS if type(scheduler).__module__ == OURS else "diffusers",
+        type(scheduler).__name__,
+    ]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
@@ -130,14 +175,18 @@ def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> P
     ours, theirs = states(student.network.model, base.network.model)
     scheduler = student.pipeline.scheduler
     about = {"delta": type(scheduler).__name__, "scheduler": dict(scheduler.config)}
-    return write_weights({k: v - theirs[k] for k, v in ours.items()}, file, dtype="float16", about=about)
+    return write_weights(
+        {k: v - theirs[k] for k, v in ours.items()}, file, dtype="float16", about=about
+    )
 
 
 def states(student: nn.Module, base: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of both by name. Raises ValueError for networks of other shapes."""
     ours, theirs = student.state_dict(), base.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise ValueError("base: its network is not of the student's shape; give base=<what the student was made from>")
+        raise ValueError(
+            "base: its network is not of the student's shape; give base=<what the student was made from>"
+        )
     return ours, theirs
 
 
@@ -149,5 +198,7 @@ def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
     put_on(base.pipeline, str(file))
     kind = getattr(schedulers, about["delta"], None) or getattr(diffusers, about["delta"], object)
     if not issubclass(kind, diffusers.SchedulerMixin):
-        raise ValueError(f"delta={file}: names a scheduler {about['delta']}, which diffusers does not have")
+        raise ValueError(
+            f"delta={file}: names a scheduler {about['delta']}, which diffusers does not have"
+        )
     return save_pipeline(base.network, base, folder, kind.from_config(about["scheduler"]))

@@ -18,34 +18,64 @@ COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_sc
 
 def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     """Write `folder`/README.md, and the run's comparison beside it; `teacher` is the folder of that, if it is here."""
-    facts, config, judged = _read(run / "run.json"), _read(run / "config.yaml"), _read(run / "evaluation.json")
+    facts, config, judged = (
+        _read(run / "run.json"),
+        _read(run / "config.yaml"),
+        _read(run / "evaluation.json"),
+    )
     index = _read(folder / "model_index.json")
     method, path = facts.get("method", "distill"), str(config.get("teacher", {}).get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
-    name = Path(path).name if local else path  # a path of someone's machine is nobody else's business
+    name = (
+        Path(path).name if local else path
+    )  # a path of someone's machine is nobody else's business
     about: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    about |= {"base_model": None if local else path, "tags": ["distill", "few-step", method.lower()]}
+    about |= {
+        "base_model": None if local else path,
+        "tags": ["distill", "few-step", method.lower()],
+    }
     licence = _licence(teacher) or _licence(folder)
-    text = [f"---\n{ModelCardData(**about, **licence).to_yaml()}\n---\n", f"# {facts.get('name', folder.name)}\n"]
-    paper = f" ([{PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
-    trained = f", trained for {facts['steps']} steps on {facts['images_seen']} images" if "steps" in facts else ""
-    text += [f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, by {method}{paper}{trained}.\n"]
+    text = [
+        f"---\n{ModelCardData(**about, **licence).to_yaml()}\n---\n",
+        f"# {facts.get('name', folder.name)}\n",
+    ]
+    paper = (
+        f" ([{PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
+    )
+    trained = (
+        f", trained for {facts['steps']} steps on {facts['images_seen']} images"
+        if "steps" in facts
+        else ""
+    )
+    text += [
+        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, by {method}{paper}{trained}.\n"
+    ]
     said = licence.get("license_name") or licence.get("license")
-    binding = f"its licence, {said}, binds" if said else "its folder names no licence: look it up, for it binds"
+    binding = (
+        f"its licence, {said}, binds"
+        if said
+        else "its folder names no licence: look it up, for it binds"
+    )
     text += [f"Teacher: {name or 'unknown'}; {binding} the student.\n"]
-    guidance = float(config.get("teacher", {}).get("guidance", 0.0))  # what a guidance-distilled teacher was told
+    guidance = float(
+        config.get("teacher", {}).get("guidance", 0.0)
+    )  # what a guidance-distilled teacher was told
     text += [_usage(folder, index, guidance), _measured(judged)]
     picture = run / "samples" / "comparison.png"
     if picture.is_file():
         shutil.copy(picture, folder / "comparison.png")
         who = ", ".join(f"{row['who']} at {row['steps']}" for row in judged.get("rows", []))
-        text += [f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"]
+        text += [
+            f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
+        ]
     (folder / "README.md").write_text("\n".join(filter(None, text)), encoding="utf-8")
     return folder / "README.md"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    parse = json.loads if file.suffix == ".json" else yaml.safe_load  # for YAML NaN and 1e-05 are text
+    parse = (
+        json.loads if file.suffix == ".json" else yaml.safe_load
+    )  # for YAML NaN and 1e-05 are text
     return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -54,8 +84,12 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     if (folder / "README.md").is_file():
-        said = ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        if found := {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}:
+        said = ModelCard(
+            (folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True
+        ).data.to_dict()
+        if found := {
+            key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)
+        }:
             return found
     for file in sorted(folder.glob("LICENSE*")):
         title = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
@@ -66,11 +100,19 @@ def _licence(folder: Path | None) -> dict[str, Any]:
 def _usage(folder: Path, index: dict[str, Any], guidance: float) -> str:
     """How it is loaded and called in diffusers."""
     library, scheduler = index.get("scheduler", ["diffusers", "scheduler"])
-    absent = [name for name in ("text_encoder_3", "tokenizer_3") if name in index and not (folder / name).is_dir()]
+    absent = [
+        name
+        for name in ("text_encoder_3", "tokenizer_3")
+        if name in index and not (folder / name).is_dir()
+    ]
     without = "".join(f", {name}=None" for name in absent)
     flow = "Flow" in scheduler
     levels = ", sigmas=[1.0, 0.75, 0.5, 0.25]" if flow else ""
-    more = ["For n steps pass `sigmas=[1, 1 - 1/n, ..., 1/n]`: the default grid wastes its last one."] if flow else []
+    more = (
+        ["For n steps pass `sigmas=[1, 1 - 1/n, ..., 1/n]`: the default grid wastes its last one."]
+        if flow
+        else []
+    )
     if without:
         more += [f"It has no third text encoder, hence `{without[2:]}`."]
     if library != "diffusers":

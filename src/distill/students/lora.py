@@ -43,14 +43,20 @@ def lora(
     `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError for what cannot be.
     """
     if not isinstance(rank, int) or rank < 1 or init not in INITS:
-        raise ValueError(f"student.rank={rank} student.init={init}: a rank from 1, and {' or '.join(INITS)}")
+        raise ValueError(
+            f"student.rank={rank} student.init={init}: a rank from 1, and {' or '.join(INITS)}"
+        )
     network, names = teacher.network, list(targets or teacher.network.targets)
     scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
     try:
-        network.model.add_adapter(LoraConfig(**scale, target_modules=names, init_lora_weights=INITS[init]))
+        network.model.add_adapter(
+            LoraConfig(**scale, target_modules=names, init_lora_weights=INITS[init])
+        )
     except ValueError as error:
         what = f"cannot be adapted ({first_line(error, 120)})"
-        raise ValueError(f"student.targets={names}: {what}; name linear or convolutional layers") from None
+        raise ValueError(
+            f"student.targets={names}: {what}; name linear or convolutional layers"
+        ) from None
     student, switch = copy.copy(network), Switch(network.model)
     # The model is the teacher's: were it registered here, its weights would count as the student's.
     student._modules = {}
@@ -124,6 +130,11 @@ def factors(student: Network) -> dict[str, Tensor]:
     """The adapters as `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, scaled so that alpha is the rank."""
     found = {}
     for name, layer in layers(student.model).items():
-        a, b = (side["default"].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B))
-        found |= {f"{name}.lora_A.weight": a.clone(), f"{name}.lora_B.weight": b * layer.scaling["default"]}
+        a, b = (
+            side["default"].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B)
+        )
+        found |= {
+            f"{name}.lora_A.weight": a.clone(),
+            f"{name}.lora_B.weight": b * layer.scaling["default"],
+        }
     return found

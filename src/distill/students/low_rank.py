@@ -16,7 +16,12 @@ NAMINGS = ("diffusers", "kohya")
 
 
 def save_lora(
-    factors: dict[str, Tensor], file: Path, *, part: str, naming: str = "diffusers", dtype: str | None = None
+    factors: dict[str, Tensor],
+    file: Path,
+    *,
+    part: str,
+    naming: str = "diffusers",
+    dtype: str | None = None,
 ) -> Path:
     """Write `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of a `unet` or `transformer` for other programs.
 
@@ -27,7 +32,9 @@ def save_lora(
     state = {f"{part}.{name}": value for name, value in factors.items()}
     if naming == "kohya":
         if part != "unet":
-            raise ValueError("naming=kohya: is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers")
+            raise ValueError(
+                "naming=kohya: is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers"
+            )
         state = convert_state_dict_to_kohya(state)  # with the rank for alpha
     return write_weights(state, file, dtype=dtype)
 
@@ -47,7 +54,11 @@ def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str
     """
     ours, theirs = states(student, base)
     found, kept, whole = {}, 0.0, 0.0
-    linear = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    linear = {
+        f"{name}.weight"
+        for name, m in student.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    }
     for name, value in ours.items():
         change = value.float() - theirs[name].float()
         whole += float(change.square().sum())

@@ -48,14 +48,21 @@ def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Pat
     state = {f"model.diffusion_model.{k}": v for k, v in unet(pipeline.unet)}
     state |= {f"first_stage_model.{k}": v for k, v in autoencoder(pipeline.vae)}
     if hasattr(pipeline, "text_encoder_2"):
-        state |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in clip(pipeline.text_encoder)}
-        state |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(pipeline.text_encoder_2)}
+        state |= {
+            f"conditioner.embedders.0.transformer.{k}": v for k, v in clip(pipeline.text_encoder)
+        }
+        state |= {
+            f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(pipeline.text_encoder_2)
+        }
     elif pipeline.text_encoder.config.hidden_act == "quick_gelu":  # OpenAI's CLIP, of SD 1
         state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip(pipeline.text_encoder)}
     else:
         state |= {f"cond_stage_model.model.{k}": v for k, v in open_clip(pipeline.text_encoder)}
     if pipeline.scheduler.config.get("prediction_type") == "v_prediction":  # marks of ComfyUI's
-        marks = ["v_pred", *["ztsnr"] * bool(pipeline.scheduler.config.get("rescale_betas_zero_snr"))]
+        marks = [
+            "v_pred",
+            *["ztsnr"] * bool(pipeline.scheduler.config.get("rescale_betas_zero_snr")),
+        ]
         state |= {mark: torch.zeros(1) for mark in marks}
     return write_weights(state, file, dtype=dtype)
 
@@ -77,7 +84,10 @@ def _places(model: nn.Module) -> dict[str, str]:
     places, n = dict(ENDS), 1
     for i, block in enumerate(model.down_blocks):
         for j in range(len(block.resnets)):
-            places |= {f"down_blocks.{i}.{part}.{j}": f"input_blocks.{n}.{k}" for k, part in enumerate(_PARTS)}
+            places |= {
+                f"down_blocks.{i}.{part}.{j}": f"input_blocks.{n}.{k}"
+                for k, part in enumerate(_PARTS)
+            }
             n += 1
         if block.downsamplers:
             places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
@@ -85,7 +95,10 @@ def _places(model: nn.Module) -> dict[str, str]:
     n = 0
     for i, block in enumerate(model.up_blocks):
         for j in range(len(block.resnets)):
-            places |= {f"up_blocks.{i}.{part}.{j}": f"output_blocks.{n}.{k}" for k, part in enumerate(_PARTS)}
+            places |= {
+                f"up_blocks.{i}.{part}.{j}": f"output_blocks.{n}.{k}"
+                for k, part in enumerate(_PARTS)
+            }
             n += 1
         behind = 2 if getattr(block, "attentions", None) else 1
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{behind}.conv"

@@ -16,7 +16,9 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, path: str, *, dtype: str = "float32"):
         super().__init__()
-        model = AutoencoderTiny.from_pretrained(path, use_safetensors=True, torch_dtype=getattr(torch, dtype))
+        model = AutoencoderTiny.from_pretrained(
+            path, use_safetensors=True, torch_dtype=getattr(torch, dtype)
+        )
         self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> TinyDecoder:

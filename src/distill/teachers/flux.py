@@ -34,7 +34,9 @@ class Packed(Transformer):
         return 2  # the model's own patch_size is that of what is packed already
 
     def layers(self) -> dict[str, nn.Module]:
-        return super().layers() | {f"single{i}": b for i, b in enumerate(self.model.single_transformer_blocks)}
+        return super().layers() | {
+            f"single{i}": b for i, b in enumerate(self.model.single_transformer_blocks)
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         packed = F.pixel_unshuffle(x_t, self.patch)
@@ -47,7 +49,9 @@ class Packed(Transformer):
             pooled_projections=cond.pooled,
             img_ids=F.pad(places, (1, 0)),
             txt_ids=places.new_zeros(cond.tokens.shape[1], 3),
-            guidance=torch.full_like(t, self.guidance) if self.model.config.guidance_embeds else None,
+            guidance=torch.full_like(t, self.guidance)
+            if self.model.config.guidance_embeds
+            else None,
         ).sample
         return F.pixel_shuffle(self.grid(tokens, x_t), self.patch)
 
@@ -63,11 +67,21 @@ class Flux(PipelineTeacher):
 
     kind, unused = FluxPipeline, ("image_encoder", "feature_extractor")
 
-    def __init__(self, path: str, *, guidance: float = 3.5, size: int = 1024, length: int = 512, **options: Any):
+    def __init__(
+        self,
+        path: str,
+        *,
+        guidance: float = 3.5,
+        size: int = 1024,
+        length: int = 512,
+        **options: Any,
+    ):
         self.guidance, self.size, self.length = guidance, size, length
         super().__init__(path, **options)
         if size % self.unit:
-            raise ValueError(f"teacher.size={size}: must be a multiple of {self.unit} for this teacher")
+            raise ValueError(
+                f"teacher.size={size}: must be a multiple of {self.unit} for this teacher"
+            )
 
     def _network(self) -> Packed:
         return Packed(self.pipeline.transformer, self.guidance)

@@ -33,14 +33,23 @@ class FoldedJointAttention:
             self.bias = before
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
         streams = [(hidden_states, "to_{}", attn.norm_q, attn.norm_k)]
         if encoder_hidden_states is not None:
-            streams.append((encoder_hidden_states, "add_{}_proj", attn.norm_added_q, attn.norm_added_k))
+            streams.append(
+                (encoder_hidden_states, "add_{}_proj", attn.norm_added_q, attn.norm_added_k)
+            )
         parts = []
         for x, names, norm_q, norm_k in streams:  # [B, L, D] -> [B, heads, L, D / heads] each
-            q, k, v = (getattr(attn, names.format(n))(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for n in "qkv")
+            q, k, v = (
+                getattr(attn, names.format(n))(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for n in "qkv"
+            )
             parts.append((norm_q(q) if norm_q else q, norm_k(k) if norm_k else k, v))
         q, k, v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         bias = None if self.bias is None else self.bias.to(q.dtype)
@@ -62,7 +71,9 @@ def fold(transformer: nn.Module) -> FoldedJointAttention:
     return processor
 
 
-def weights(processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int) -> AbstractContextManager[None]:
+def weights(
+    processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int
+) -> AbstractContextManager[None]:
     """Within: text token i stands for counts[:, i] tokens (0 hides it). `counts` [B, L] or None."""
     bias = None
     if counts is not None and not bool((counts == 1).all()):

@@ -36,10 +36,14 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
-        self.shift: int | None = None  # NitroFusion's: what the last of 1,000 training steps is taken for
+        self.shift: int | None = (
+            None  # NitroFusion's: what the last of 1,000 training steps is taken for
+        )
         self.adapters: nn.Module | None = None  # of a LoRA student: all that it owns
         self.within: Context = nullcontext  # around every pass
-        self.holds: list[Callable[[], Context]] = []  # each keeps what a pass depends on besides its inputs
+        self.holds: list[
+            Callable[[], Context]
+        ] = []  # each keeps what a pass depends on besides its inputs
 
     def around(self, model: Any) -> Network:
         """A network of this kind, with this process and prediction, around another model."""
@@ -85,11 +89,15 @@ class Network(nn.Module):
         """
         known, seen = self.tappable(), {}
         if unknown := [name for name in taps if name not in known]:
-            raise ValueError(f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}")
+            raise ValueError(
+                f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}"
+            )
 
         def keep(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
             found = self.to_map(name, output, x_t)
-            seen[name] = found if torch.is_autocast_enabled(x_t.device.type) else found.to(x_t.dtype)
+            seen[name] = (
+                found if torch.is_autocast_enabled(x_t.device.type) else found.to(x_t.dtype)
+            )
             if len(seen) == len(set(taps)):
                 raise _LastTapReached
 

@@ -53,8 +53,14 @@ class PipelineTeacher(nn.Module):
 
     def __init_subclass__(cls) -> None:
         """A family with options of its own shows the shared ones too: a configuration is checked against them all."""
-        shared, own = (inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls))
-        named = [p for p in {**shared, **own}.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+        shared, own = (
+            inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls)
+        )
+        named = [
+            p
+            for p in {**shared, **own}.values()
+            if p.name != "self" and p.kind is not p.VAR_KEYWORD
+        ]
         cls.__signature__ = inspect.Signature(named)
         cls.own = tuple(p.name for p in named if p.name not in shared)
 
@@ -74,14 +80,21 @@ class PipelineTeacher(nn.Module):
     ):
         super().__init__()
         read_quietly()
-        options = {"dtype": dtype, "use_safetensors": use_safetensors, "without": (*self.unused, *without)}
+        options = {
+            "dtype": dtype,
+            "use_safetensors": use_safetensors,
+            "without": (*self.unused, *without),
+        }
         if Path(path).suffix in SINGLE:
             pipeline = read_single(self.kind, path, config=config, **options)
         else:
             options |= {"revision": revision, "variant": variant, "deferred": deferred}
             pipeline = read_pipeline(self.kind, path, **options)
         check_parts(path, pipeline.components, without)
-        self.pipeline, self.folder = pipeline, Path(pipeline.name_or_path) if pipeline.name_or_path else None
+        self.pipeline, self.folder = (
+            pipeline,
+            Path(pipeline.name_or_path) if pipeline.name_or_path else None,
+        )
         if pipeline.vae is None:  # deferred, and the pipeline guessed
             pipeline.vae_scale_factor = _scale_factor(self.folder)
         if weights:
@@ -90,10 +103,17 @@ class PipelineTeacher(nn.Module):
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
-        encoders = [m for name, m in pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
+        encoders = [
+            m
+            for name, m in pipeline.components.items()
+            if m is not None and name.startswith(ENCODERS)
+        ]
         self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
-        self.blocks, self.encoder = [tap for tap in self.channels if is_block(tap)], self.network.encoder
+        self.blocks, self.encoder = (
+            [tap for tap in self.channels if is_block(tap)],
+            self.network.encoder,
+        )
         self.latent_shape, self.patch = self._shape(), self.network.patch
         self.unit = self.patch * pipeline.vae_scale_factor
         self.null: Cond | None = None
@@ -123,9 +143,14 @@ class PipelineTeacher(nn.Module):
             return self.latent_shape
         sides = list(size) if isinstance(size, Sequence) else [size, size]
         most = self.unit * (self.network.model.config.get("pos_embed_max_size") or math.inf)
-        if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [True, True]:
+        if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [
+            True,
+            True,
+        ]:
             what = f"a side, or [width,height], in multiples of {self.unit}"
-            raise ValueError(f"{key}={size}: must be {what}{f' up to {most}' if most < math.inf else ''}")
+            raise ValueError(
+                f"{key}={size}: must be {what}{f' up to {most}' if most < math.inf else ''}"
+            )
         width, height = (side * self.patch // self.unit for side in sides)
         return self.latent_shape[0], height, width
 
@@ -163,11 +188,23 @@ class PipelineTeacher(nn.Module):
         """
         self._bring("text_encoder")
         network = getattr(model, "network", model)
-        own = [getattr(network, "shift", None), getattr(network, "guidance", None), network.prediction]
+        own = [
+            getattr(network, "shift", None),
+            getattr(network, "guidance", None),
+            network.prediction,
+        ]
         own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
         if scheduled:  # what begins with _ is diffusers' own, its list of keys that the file lacks in any order
-            own += sorted((k, str(v)) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_"))
-        coders = [m for name, m in self.pipeline.components.items() if m is not None and name.startswith(ENCODERS)]
+            own += sorted(
+                (k, str(v))
+                for k, v in self.pipeline.scheduler.config.items()
+                if not k.startswith("_")
+            )
+        coders = [
+            m
+            for name, m in self.pipeline.components.items()
+            if m is not None and name.startswith(ENCODERS)
+        ]
         return [*own, *map(fingerprint, [network, self.vae, *coders])]
 
     @property
@@ -196,11 +233,15 @@ class PipelineTeacher(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means)."""
         latents = self._latents(pixels.to(self.vae.dtype)).to(pixels.dtype)
-        return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
+        return (
+            latents - (self.vae.config.get("shift_factor") or 0.0)
+        ) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
-        raw = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+        raw = latents / self.vae.config.scaling_factor + (
+            self.vae.config.get("shift_factor") or 0.0
+        )
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
 
     def embed(self, captions: Sequence[str]) -> Cond:
@@ -211,13 +252,18 @@ class PipelineTeacher(nn.Module):
                 self.null = self._encode([""]).to(torch.float32)
             self.null = self.null.to(self.device)
             if self.pipeline.deferred and not any(captions):  # known without an encoder
-                return replace(self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null)
+                return replace(
+                    self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null
+                )
             self._bring("text_encoder")
             if cut := None if self._said else self._cut(captions):
                 self._said = True
             cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
-            log.warning("a caption is longer than this teacher reads, and ends before %r; others are not named", cut)
+            log.warning(
+                "a caption is longer than this teacher reads, and ends before %r; others are not named",
+                cut,
+            )
         return cond
 
     def _cut(self, captions: Sequence[str]) -> str | None:

@@ -21,7 +21,9 @@ class PixArt(Transformer):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
         size = {"resolution": None, "aspect_ratio": None}  # Sigma is told of neither
-        output = self.model(x_t, timestep=self.process.index(t), added_cond_kwargs=size, **told).sample
+        output = self.model(
+            x_t, timestep=self.process.index(t), added_cond_kwargs=size, **told
+        ).sample
         return output[:, : x_t.shape[1]]
 
 
@@ -36,7 +38,9 @@ class PixArtSigma(PipelineTeacher):
     def _network(self) -> PixArt:
         scheduler = self.pipeline.scheduler
         process = VariancePreserving(scheduler.alphas_cumprod)
-        return PixArt(self.pipeline.transformer, process, PREDICTION[scheduler.config.prediction_type])
+        return PixArt(
+            self.pipeline.transformer, process, PREDICTION[scheduler.config.prediction_type]
+        )
 
     def _reader(self) -> tuple[Any, int]:
         return self.pipeline.tokenizer, TOKENS
@@ -44,5 +48,7 @@ class PixArtSigma(PipelineTeacher):
     def _encode(self, captions: list[str]) -> Cond:
         clean = is_bs4_available() and is_ftfy_available()
         options = {"device": self.device, "clean_caption": clean, "max_sequence_length": TOKENS}
-        tokens, mask, *_ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        tokens, mask, *_ = self.pipeline.encode_prompt(
+            captions, do_classifier_free_guidance=False, **options
+        )
         return Cond(tokens=tokens, mask=mask)

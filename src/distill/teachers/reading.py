@@ -48,10 +48,14 @@ def read_pipeline(
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
-        path = fetched("teacher.path", path, kind.download, revision=version["revision"], **files, **parts)
+        path = fetched(
+            "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
+        )
     for name, network in pipeline_classes(path, kind.__name__, without).items():
         if network is NoneType:
-            parts[name] = None  # a pipeline asks for some of those by name, as for SD3's third text encoder
+            parts[name] = (
+                None  # a pipeline asks for some of those by name, as for SD3's third text encoder
+            )
         elif isinstance(network, type) and issubclass(network, nn.Module):
             read = partial(whole, network, path, name, dtype=precision, **files)
             if name.startswith(tuple(deferred)):
@@ -65,7 +69,9 @@ def read_pipeline(
 
 def dtype_of(name: str) -> torch.dtype:
     if not isinstance(found := getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"teacher.dtype={name}: must be a dtype of torch: float32, bfloat16, float16")
+        raise ValueError(
+            f"teacher.dtype={name}: must be a dtype of torch: float32, bfloat16, float16"
+        )
     return found
 
 
@@ -76,9 +82,13 @@ def class_of(path: str) -> str:
         try:
             file = Path(hf_hub_download(path, file.name))
         except (OSError, ValueError) as error:
-            raise not_fetched(f"run={path}", error, "no such folder, and cannot be fetched from the hub") from None
+            raise not_fetched(
+                f"run={path}", error, "no such folder, and cannot be fetched from the hub"
+            ) from None
     if not file.is_file():
-        raise FileNotFoundError(f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder")
+        raise FileNotFoundError(
+            f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
+        )
     return str(json.loads(file.read_text()).get("_class_name"))
 
 
@@ -90,24 +100,32 @@ def is_hub_id(path: str) -> bool:
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
     """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error names."""
     if not is_hub_id(path):
-        raise FileNotFoundError(f"{key}={path}: no such folder; give a diffusers pipeline folder or a hub id")
+        raise FileNotFoundError(
+            f"{key}={path}: no such folder; give a diffusers pipeline folder or a hub id"
+        )
     try:
         return fetch(path, **options)
     except (OSError, ValueError) as error:
         raise not_fetched(f"{key}={path}", error) from None
 
 
-def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str = "teacher.path") -> dict[str, Any]:
+def pipeline_classes(
+    path: str, expected: str, without: Sequence[str], key: str = "teacher.path"
+) -> dict[str, Any]:
     """Part -> class, NoneType for an empty one, but for those `without`, in the index of an `expected` pipeline.
 
     Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what an error names.
     """
     file = Path(path) / "model_index.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})")
+        raise FileNotFoundError(
+            f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})"
+        )
     index, classes = json.loads(file.read_text()), {}
     if (found := index.get("_class_name")) != expected:
-        raise ValueError(f"{key}={path} holds a {found}, but this teacher reads a {expected}; choose another teacher=")
+        raise ValueError(
+            f"{key}={path} holds a {found}, but this teacher reads a {expected}; choose another teacher="
+        )
     for name, pair in index.items():
         if name in without or not isinstance(pair, list) or len(pair) != 2:
             continue
@@ -118,49 +136,68 @@ def pipeline_classes(path: str, expected: str, without: Sequence[str], key: str 
             continue
         library, found = pair
         if library not in LIBRARIES:
-            raise ValueError(f"{key}={path}: {name} is code of {library!r}, which this teacher does not read")
+            raise ValueError(
+                f"{key}={path}: {name} is code of {library!r}, which this teacher does not read"
+            )
         classes[name] = getattr(LIBRARIES[library], found, None)
     return classes
 
 
 @silent()
-def whole(network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any) -> nn.Module:
+def whole(
+    network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any
+) -> nn.Module:
     """The network with every one of its tensors from the files. `key` is what an error names."""
     folder = Path(path) / part
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew")
+        raise FileNotFoundError(
+            f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
+        )
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
         what = f"only pickled weights ({pickled[0]}), which can run code when read"
         advice = "use safetensors, or if you trust their maker add teacher.use_safetensors=false"
         raise ValueError(f"{key}={path}: {part}/ has {what}; {advice}")
-    if issubclass(network, transformers.PreTrainedModel):  # it names tensors of another shape only if it may go on
+    if issubclass(
+        network, transformers.PreTrainedModel
+    ):  # it names tensors of another shape only if it may go on
         options["ignore_mismatched_sizes"] = True
     try:
-        model, report = network.from_pretrained(path, subfolder=part, output_loading_info=True, **options)
+        model, report = network.from_pretrained(
+            path, subfolder=part, output_loading_info=True, **options
+        )
     except Exception as error:  # damaged files raise nearly anything
         what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
     other = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
-    for what, names in {"lacks": sorted(report["missing_keys"]), "has in another shape": sorted(other)}.items():
+    for what, names in {
+        "lacks": sorted(report["missing_keys"]),
+        "has in another shape": sorted(other),
+    }.items():
         if names:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             advice = "fetch it anew, or correct its config.json"
-            raise ValueError(f"{key}={path}: {part}/ {what} {some} of its {network.__name__}; {advice}")
+            raise ValueError(
+                f"{key}={path}: {part}/ {what} {some} of its {network.__name__}; {advice}"
+            )
     return model
 
 
 def check_parts(path: str, parts: Mapping[str, Any], without: Sequence[str] = ()) -> None:
     """Raise ValueError for a tokenizer with words that its text encoder has no embedding of, or no part `without`."""
     if wrong := sorted(set(without) - set(parts)):
-        raise ValueError(f"teacher.without={without}: there is no {wrong[0]}; must be a list of {', '.join(parts)}")
+        raise ValueError(
+            f"teacher.without={without}: there is no {wrong[0]}; must be a list of {', '.join(parts)}"
+        )
     for name, encoder in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
             continue
         if len(tokenizer) > (known := encoder.get_input_embeddings().num_embeddings):
             what = f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} words and {name}/ knows {known}"
-            raise ValueError(f"teacher.path={path}: {what}; they are not of one model: fetch both anew")
+            raise ValueError(
+                f"teacher.path={path}: {what}; they are not of one model: fetch both anew"
+            )
 
 
 def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetched") -> ValueError:
@@ -168,6 +205,8 @@ def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetch
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    meanings = (meaning for cause in causes for kind, meaning in HUB.items() if isinstance(cause, kind))
+    meanings = (
+        meaning for cause in causes for kind, meaning in HUB.items() if isinstance(cause, kind)
+    )
     why = next(meanings, first_line(error))
     return ValueError(f"{setting}: {what} ({why}); check the name, the network and its licence")

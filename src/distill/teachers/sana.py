@@ -16,7 +16,9 @@ from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
 TOKENS = 300  # that the pipeline passes
-INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+INSTRUCTION = (
+    inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+)
 
 
 class LinearDiT(Transformer):
@@ -45,18 +47,28 @@ class Sana(PipelineTeacher):
         return self.vae.encode(pixels).latent
 
     def _reader(self) -> tuple[Any, int]:
-        return self.pipeline.tokenizer, TOKENS - bool(self.instruction)  # one more is lost behind the instruction
+        return self.pipeline.tokenizer, TOKENS - bool(
+            self.instruction
+        )  # one more is lost behind the instruction
 
     def _encode(self, captions: list[str]) -> Cond:
         told = self._read(captions, self.instruction)
         if self.instruction is None or "" not in captions:
             return told
         empty = self._read([""], None)
-        kept = torch.tensor([caption != "" for caption in captions], device=told.tokens.device)[:, None]
+        kept = torch.tensor([caption != "" for caption in captions], device=told.tokens.device)[
+            :, None
+        ]
         tokens = torch.where(kept[..., None], told.tokens, empty.tokens)
         return Cond(tokens=tokens, mask=torch.where(kept, told.mask, empty.mask))
 
     def _read(self, captions: list[str], instruction: list[str] | None) -> Cond:
-        options = {"device": self.device, "max_sequence_length": TOKENS, "complex_human_instruction": instruction}
-        tokens, mask, *_ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        options = {
+            "device": self.device,
+            "max_sequence_length": TOKENS,
+            "complex_human_instruction": instruction,
+        }
+        tokens, mask, *_ = self.pipeline.encode_prompt(
+            captions, do_classifier_free_guidance=False, **options
+        )
         return Cond(tokens=tokens, mask=mask)

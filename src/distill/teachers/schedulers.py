@@ -34,14 +34,19 @@ class ShiftedLCMScheduler(LCMScheduler):
     ):
         betas = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
         betas |= {"trained_betas": trained_betas, "rescale_betas_zero_snr": rescale_betas_zero_snr}
-        own = {"original_inference_steps": original_inference_steps, "prediction_type": prediction_type}
+        own = {
+            "original_inference_steps": original_inference_steps,
+            "prediction_type": prediction_type,
+        }
         # Past its decorator, which would put LCM's other settings among ours and then warn of them when read again.
         LCMScheduler.__init__.__wrapped__(self, num_train_timesteps, **betas, **own)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self.unshifted = self.timesteps
-        self.timesteps = self.unshifted * self.config.shifted_timestep // self.config.num_train_timesteps
+        self.timesteps = (
+            self.unshifted * self.config.shifted_timestep // self.config.num_train_timesteps
+        )
 
     def step(
         self,
@@ -61,14 +66,22 @@ class ShiftedLCMScheduler(LCMScheduler):
             x0 = alpha * sample - sigma * model_output
         x = x0
         if self.step_index < len(self.timesteps):
-            noise = torch.randn(x0.shape, generator=generator, device=generator.device if generator else x0.device)
-            x = self.add_noise(x0, noise.to(x0), self.timesteps[self.step_index : self.step_index + 1])
+            noise = torch.randn(
+                x0.shape, generator=generator, device=generator.device if generator else x0.device
+            )
+            x = self.add_noise(
+                x0, noise.to(x0), self.timesteps[self.step_index : self.step_index + 1]
+            )
         return LCMSchedulerOutput(prev_sample=x, denoised=x0) if return_dict else (x, x0)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """To the levels that these shifted timesteps stand for."""
-        places = [(self.timesteps == step).nonzero()[0, 0] for step in timesteps.to(self.timesteps.device)]
-        return super().add_noise(original_samples, noise, self.unshifted[torch.stack(places)].long())
+        places = [
+            (self.timesteps == step).nonzero()[0, 0] for step in timesteps.to(self.timesteps.device)
+        ]
+        return super().add_noise(
+            original_samples, noise, self.unshifted[torch.stack(places)].long()
+        )
 
     def _levels(self, step: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.alphas_cumprod[int(step)]

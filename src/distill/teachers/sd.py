@@ -23,7 +23,17 @@ class UNet(Network):
     """
 
     targets = (  # attention, feed-forward layers and convolutions, as LCM-LoRA and DMD2 have it
-        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+        *(
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "proj_in",
+            "proj_out",
+            "ff.net.0.proj",
+            "ff.net.2",
+            "time_emb_proj",
+        ),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
     )
 
@@ -39,8 +49,13 @@ class UNet(Network):
         taps = {"in": (model.conv_in, widths[0])}
         for i, (block, width) in enumerate(zip(model.down_blocks, widths, strict=True)):
             parts = len(block.resnets) + len(block.downsamplers or ())
-            taps |= {f"down{i}.{part}": (block, width) for part in range(parts)} | {f"down{i}": (block, width)}
-        up = {f"up{i}": pair for i, pair in enumerate(zip(model.up_blocks, reversed(widths), strict=True))}
+            taps |= {f"down{i}.{part}": (block, width) for part in range(parts)} | {
+                f"down{i}": (block, width)
+            }
+        up = {
+            f"up{i}": pair
+            for i, pair in enumerate(zip(model.up_blocks, reversed(widths), strict=True))
+        }
         return {**taps, "mid": (model.mid_block, widths[-1]), **up}
 
     @property
@@ -76,6 +91,10 @@ class SD(PipelineTeacher):
         tokens, _ = self.pipeline.encode_prompt(captions, self.device, **alone)
         # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
         tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         end = (ids == tokenizer.eos_token_id).int().argmax(dim=1).to(tokens.device)
-        return Cond(tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end])
+        return Cond(
+            tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end]
+        )

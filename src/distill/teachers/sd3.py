@@ -14,14 +14,25 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
-SILENT_TOKENS = 256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)
+SILENT_TOKENS = (
+    256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)
+)
 
 
 class MMDiT(Transformer):
     """SD3.5 medium's first blocks attend a second time, among image tokens alone: a part of their output as any."""
 
     targets = (  # both streams' attention and feed-forward layers
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *(
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_add_out",
+        ),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
 
@@ -35,7 +46,11 @@ class MMDiT(Transformer):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.patch**2
-        inputs = {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.pooled, "timestep": 1000 * t}
+        inputs = {
+            "encoder_hidden_states": cond.tokens,
+            "pooled_projections": cond.pooled,
+            "timestep": 1000 * t,
+        }
         with weights(self._folded, cond.mask, image_tokens):
             return self.model(x_t, **inputs).sample
 
@@ -66,8 +81,13 @@ class SD3(PipelineTeacher):
 
     def _encode(self, captions: list[str]) -> Cond:
         silent = self._silent()
-        how = {"do_classifier_free_guidance": False, "max_sequence_length": 1 if silent else SILENT_TOKENS}
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(*[captions] * 3, device=self.device, **how)
+        how = {
+            "do_classifier_free_guidance": False,
+            "max_sequence_length": 1 if silent else SILENT_TOKENS,
+        }
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            *[captions] * 3, device=self.device, **how
+        )
         counts = torch.ones(tokens.shape[:2], device=tokens.device)
         if silent:  # one zero token stands for all of them
             counts[:, -1] = SILENT_TOKENS

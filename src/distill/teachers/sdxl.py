@@ -14,7 +14,9 @@ from distill.types import Cond
 class UNetXL(UNet):
     """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline does by default."""
 
-    def __init__(self, model: nn.Module, process: VariancePreserving, prediction: Prediction, cell: int):
+    def __init__(
+        self, model: nn.Module, process: VariancePreserving, prediction: Prediction, cell: int
+    ):
         super().__init__(model, process, prediction)
         self.cell = cell  # pixels a side per latent
 
@@ -23,10 +25,14 @@ class UNetXL(UNet):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = (side * self.cell for side in x_t.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype)
+        sizes = torch.tensor(
+            [height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype
+        )
         added = {"text_embeds": cond.pooled, "time_ids": sizes.expand(len(x_t), -1)}
         index = self.process.index(t)
-        return self.model(x_t, index, encoder_hidden_states=cond.tokens, added_cond_kwargs=added).sample
+        return self.model(
+            x_t, index, encoder_hidden_states=cond.tokens, added_cond_kwargs=added
+        ).sample
 
 
 class SDXL(SD):
@@ -40,7 +46,9 @@ class SDXL(SD):
     def _encode(self, captions: list[str]) -> Cond:
         alone = {"device": self.device, "do_classifier_free_guidance": False}
         tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **alone)
-        if self.pipeline.config.force_zeros_for_empty_prompt:  # the pipeline's own empty caption is all zeros
+        if (
+            self.pipeline.config.force_zeros_for_empty_prompt
+        ):  # the pipeline's own empty caption is all zeros
             kept = torch.tensor([caption != "" for caption in captions], device=tokens.device)
             tokens, pooled = tokens * kept[:, None, None], pooled * kept[:, None]
         return Cond(tokens=tokens, pooled=pooled)

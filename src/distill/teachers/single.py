@@ -28,7 +28,13 @@ PLACES = {  # part of a pipeline -> where it stands in a file of SD, SDXL, or SD
 
 @silent()
 def read_single(
-    kind: type, path: str, *, config: str | None, dtype: str, use_safetensors: bool, without: Sequence[str] = ()
+    kind: type,
+    path: str,
+    *,
+    config: str | None,
+    dtype: str,
+    use_safetensors: bool,
+    without: Sequence[str] = (),
 ) -> Any:
     """The pipeline of class `kind` in the file at `path`, but for the parts `without`.
 
@@ -38,7 +44,9 @@ def read_single(
     """
     precision, file = dtype_of(dtype), local_file(path, "teacher.path")
     if not issubclass(kind, FromSingleFileMixin):
-        raise ValueError(f"teacher.path={path}: diffusers reads no {kind.__name__} from one file; give a folder")
+        raise ValueError(
+            f"teacher.path={path}: diffusers reads no {kind.__name__} from one file; give a folder"
+        )
     if use_safetensors and file.suffix in PICKLED:
         advice = "use safetensors, or if you trust its maker add teacher.use_safetensors=false"
         raise ValueError(f"teacher.path={path} is pickled, which can run code when read; {advice}")
@@ -49,11 +57,17 @@ def read_single(
         for name in _left_out(held, classes):
             there = _config(config, path, [f"{name}/*.json", f"{name}/*.safetensors"])
             key = f"teacher.path={path} has no {name}, and teacher.config"
-            options = {"use_safetensors": use_safetensors or None, "variant": None, "dtype": precision}
+            options = {
+                "use_safetensors": use_safetensors or None,
+                "variant": None,
+                "dtype": precision,
+            }
             parts[name] = whole(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
         kept = pipeline.scheduler.config.get("prediction_type")
-        if "v_pred" in held and kept != "v_prediction":  # as ComfyUI marks it; diffusers does not look
+        if (
+            "v_pred" in held and kept != "v_prediction"
+        ):  # as ComfyUI marks it; diffusers does not look
             what = f"says that it predicts v, and teacher.config={config} says {kept}"
             raise ValueError(f"teacher.path={path} {what}; give a teacher.config of its kind")
         _tie(pipeline)
@@ -64,7 +78,9 @@ def read_single(
             raise
         what = "it lacks tensors of it" if META in str(error) else first_line(error)
         what = f"does not load as the {kind.__name__} of teacher.config={config} ({what})"
-        raise ValueError(f"teacher.path={path} {what}; choose another teacher= or teacher.config=") from None
+        raise ValueError(
+            f"teacher.path={path} {what}; choose another teacher= or teacher.config="
+        ) from None
 
 
 def _tie(pipeline: Any) -> None:
@@ -72,7 +88,9 @@ def _tie(pipeline: Any) -> None:
     for part in pipeline.components.values():
         if isinstance(part, PreTrainedModel):
             part.tie_weights()
-        if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in part.state_dict().values()):
+        if isinstance(part, nn.Module) and any(
+            tensor.is_meta for tensor in part.state_dict().values()
+        ):
             raise ValueError(META)
 
 
@@ -80,7 +98,11 @@ def _left_out(held: set[str], classes: dict[str, Any]) -> list[str]:
     """The text encoders and autoencoder of the pipeline that a file with these tensors has nothing of."""
     if not held:
         return []
-    wanted = {part: places for part, places in PLACES.items() if classes.get(part, NoneType) is not NoneType}
+    wanted = {
+        part: places
+        for part, places in PLACES.items()
+        if classes.get(part, NoneType) is not NoneType
+    }
     return [part for part, places in wanted.items() if not any(k.startswith(places) for k in held)]
 
 
@@ -95,6 +117,12 @@ def _held(file: Path) -> set[str]:
 def _config(config: str | None, path: str, patterns: list[str]) -> str:
     """The folder of the pipeline that says what is in the file; of one on the hub the files of these `patterns`."""
     if config is None:
-        raise ValueError(f"teacher.config=null: {path} is a single file; give the pipeline folder or id of its kind")
+        raise ValueError(
+            f"teacher.config=null: {path} is a single file; give the pipeline folder or id of its kind"
+        )
     here = Path(config).is_dir()
-    return config if here else fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)
+    return (
+        config
+        if here
+        else fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)
+    )

@@ -33,11 +33,16 @@ def put_on(pipeline: Any, path: str) -> None:
                 f"teacher.weights={path} is a LoRA, and diffusers puts none on a {type(pipeline).__name__}"
             )
         if any(name.startswith(("text_encoder", "lora_te")) for name in state):
-            log.warning("teacher.weights=%s: its layers for text encoders are left out, and those may matter", path)
+            log.warning(
+                "teacher.weights=%s: its layers for text encoders are left out, and those may matter",
+                path,
+            )
         pipeline.load_lora_into_text_encoder = lambda *_, **__: None
         with suppress(ValueError):  # peft's, of layers that are not there, with all their names
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-        if not getattr(model, "peft_config", None):  # of some namings diffusers says only that it is safe to ignore
+        if not getattr(
+            model, "peft_config", None
+        ):  # of some namings diffusers says only that it is safe to ignore
             what = f"none of its layers is one of this {type(model).__name__}; their names must begin with transformer."
             raise ValueError(f"teacher.weights={path}: {what} or unet., or be kohya's of a UNet")
         pipeline.fuse_lora()
@@ -47,9 +52,13 @@ def put_on(pipeline: Any, path: str) -> None:
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
     if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
         what = f"{len(other)} tensors are not there or of another shape, {sorted(other)[0]} for one"
-        raise ValueError(f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})")
+        raise ValueError(
+            f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})"
+        )
     add = "delta" in about
-    model.load_state_dict({k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()})
+    model.load_state_dict(
+        {k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()}
+    )
 
 
 def local_file(path: str, key: str) -> Path:
@@ -62,7 +71,9 @@ def local_file(path: str, key: str) -> Path:
         except (OSError, ValueError) as error:
             raise not_fetched(f"{key}={path}", error) from None
     if not file.is_file():
-        raise FileNotFoundError(f"{key}={path}: no such file; give one, or owner/repository/file of the hub")
+        raise FileNotFoundError(
+            f"{key}={path}: no such file; give one, or owner/repository/file of the hub"
+        )
     return file
 
 
@@ -80,15 +91,22 @@ def about_weights(file: Path) -> dict[str, Any]:
         return json.loads((opened.metadata() or {}).get("distill", "{}"))
 
 
-def write_weights(state: dict[str, Tensor], file: Path, *, dtype: str | None = None, about: dict | None = None) -> Path:
+def write_weights(
+    state: dict[str, Tensor], file: Path, *, dtype: str | None = None, about: dict | None = None
+) -> Path:
     """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become (None: they stay).
 
     Raises ValueError for a dtype that there is not.
     """
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ValueError(f"dtype={dtype}: must be a floating dtype of torch: float32, bfloat16, float16")
-    state = {k: v.to(kind if kind and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}
+        raise ValueError(
+            f"dtype={dtype}: must be a floating dtype of torch: float32, bfloat16, float16"
+        )
+    state = {
+        k: v.to(kind if kind and v.is_floating_point() else v.dtype).contiguous()
+        for k, v in state.items()
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     save_file(state, part, {"format": "pt"} | ({"distill": json.dumps(about)} if about else {}))
