@@ -540,7 +540,8 @@ def test_a_size_that_is_none_is_refused(size, tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
     path = put_images(tmp_path / "x.tar", 40, broken=frozenset(range(0, 40, 4)))
     data = ImageShards(path, size=8)
-    message = rf"\d+ of \d+ samples tried are bad, more than data.max_bad_share=0.1: .*The first: {path}:\d+: its .png does.*"
+    message = r"\d+ of \d+ samples tried are bad, more than data.max_bad_share=0.1: "
+    message += rf".*The first: {path}:\d+: its .png does.*"
     assert re.fullmatch(message, complaint(loader(data, batch_size=4, seed=0, num_workers=workers)))
     assert data.tried >= datasets.MIN_TRIED
     tolerant = ImageShards(path, size=8, max_bad_share=0.5)

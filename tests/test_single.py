@@ -209,7 +209,8 @@ def test_a_file_of_another_model_is_refused(written):
 def test_a_config_of_another_class_is_named(written):
     _, file, config = written("sdxl")
     said = said_of(SD, file, config=str(config))
-    what = "holds a StableDiffusionXLPipeline, but this teacher reads a StableDiffusionPipeline; choose another teacher="
+    what = "holds a StableDiffusionXLPipeline, but this teacher reads a StableDiffusionPipeline; "
+    what += "choose another teacher="
     assert said == f"teacher.config={config} {what}"
 
 

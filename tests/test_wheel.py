@@ -46,7 +46,8 @@ def test_a_question_to_a_command_loads_nothing_heavy(command, question, tmp_path
 
 
 def test_the_console_script_lists_its_commands(tmp_path):
-    code = "import sys; from distill.cli import main; status = main(); assert 'torch' not in sys.modules; sys.exit(status)"
+    code = "import sys; from distill.cli import main; status = main(); "
+    code += "assert 'torch' not in sys.modules; sys.exit(status)"
     printed = python("-c", code, "--help", cwd=tmp_path)
     assert all(name in printed for name in COMMANDS)
 

@@ -79,7 +79,8 @@ def _table(lines: Sequence[Line]) -> str:
             cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
         body += f"<tr>{cells}</tr>\n"
     scores = f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
-    return f'{scores}</table></div>\n<p class="soft">Mean ± standard deviation over seeds. A click on a head sorts.</p>\n'
+    said = "Mean ± standard deviation over seeds. A click on a head sorts."
+    return f'{scores}</table></div>\n<p class="soft">{said}</p>\n'
 
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
