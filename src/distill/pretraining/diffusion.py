@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
+from distill.compose import shipped
 from distill.data.write import write_latents
 from distill.evaluation import pictures
 from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
@@ -76,16 +77,17 @@ def encode_captions(
     )
 
 
-def build_mmdit(latent_side: int, text_width: int) -> SD3Transformer2DModel:
-    """3.7 M parameters: 5 joint blocks, width 144. Text [L, 2D]: one encoder in both CLIP places."""
+def build_mmdit(
+    latent_side: int, text_width: int, *, layers: int = 5, heads: int = 3, head_dim: int = 48
+) -> SD3Transformer2DModel:
+    """`layers` joint blocks of width `heads * head_dim`. Text [L, 2D]: one encoder in both CLIP places.
+
+    5 blocks of 3 heads are 3.7 M parameters, 4 of 2 are 1.3 M.
+    """
     image = {"sample_size": latent_side, "pos_embed_max_size": latent_side // 2, "patch_size": 2}
-    blocks = {
-        "num_layers": 5,
-        "num_attention_heads": 3,
-        "attention_head_dim": 48,
-        "caption_projection_dim": 144,
-    }
+    blocks = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
     text = {"joint_attention_dim": 2 * text_width, "pooled_projection_dim": 2 * text_width}
+    text["caption_projection_dim"] = heads * head_dim
     net = SD3Transformer2DModel(
         in_channels=4, out_channels=4, qk_norm="rms_norm", **image, **blocks, **text
     )
@@ -117,13 +119,37 @@ def build_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
     return net
 
 
-def flow(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
-    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~ N(0.5, 1.2)."""
-    net = build_mmdit(side, width)
-    folded = fold(net)
+def flow(
+    side: int,
+    length: int,
+    width: int,
+    *,
+    taught_by: str | None = None,
+    compiled: bool = False,
+    **shape: int,
+) -> tuple[nn.Module, Loss]:
+    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~ N(0.5, 1.2).
+
+    With `taught_by`, a pipeline folder, the target is the velocity that its MMDiT gives for the same x_t and caption.
+    The expectation is the same where that model is right, and its noise is gone: a small network learns sooner.
+    `compiled`: torch.compile of the blocks, which takes a minute once and a C++ compiler, then saves a third.
+    """
+    net = build_mmdit(side, width, **shape)
     counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(
         DEVICE
     )
+    velocity = _velocity(net, counts, image_tokens=(side // 2) ** 2)
+    teacher, networks = None, [net]
+    if taught_by is not None:
+        frozen = SD3Transformer2DModel.from_pretrained(shipped(taught_by), subfolder="transformer")
+        teacher = _velocity(
+            frozen.requires_grad_(False).to(DEVICE), counts, image_tokens=(side // 2) ** 2
+        )
+        networks.append(frozen)
+    if compiled:
+        for network in networks:
+            for block in network.transformer_blocks:
+                block.compile()
 
     def loss(
         x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator
@@ -133,15 +159,27 @@ def flow(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
             .sigmoid()
             .to(DEVICE)
         )
-        text = F.pad(
-            tokens.repeat(1, 1, 2), (0, 0, 0, 1)
-        )  # one encoder in both CLIP places, then the silent one
         x_t = torch.lerp(x0, eps, t[:, None, None, None])
-        with weights(folded, counts, image_tokens=(side // 2) ** 2):
-            v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
-        return (v.float() - (eps - x0)).square().mean()
+        target = eps - x0 if teacher is None else teacher(x_t, t, tokens, pooled)
+        return (velocity(x_t, t, tokens, pooled) - target).square().mean()
 
     return net, loss
+
+
+def _velocity(net: nn.Module, counts: Tensor, image_tokens: int) -> Callable[..., Tensor]:
+    """What `net` says of x_t [B, C, S, S], t [B], tokens [B, L, D] and pooled [B, P]: v, in float32.
+
+    One text encoder stands in both CLIP places; the silent third one is a token that counts for all of its.
+    """
+    folded = fold(net)
+
+    def velocity(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        text = F.pad(tokens.repeat(1, 1, 2), (0, 0, 0, 1))
+        with weights(folded, counts, image_tokens):
+            v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
+        return v.float()
+
+    return velocity
 
 
 def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
@@ -168,6 +206,7 @@ def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
 
 TEACHERS = {  # stage -> layer of the text encoder that it reads, how it is built, saved and opened
     "mmdit": (-2, flow, save_sd3, SD3),
+    "mmdit_small": (-2, flow, save_sd3, SD3),
     "unet": (-1, noise, save_sd, SD),
 }
 
@@ -179,7 +218,8 @@ def train(work: Work, stage: str) -> dict[str, Any]:
     captions = encode_captions(clip, tokenizer, work.captions, layer=layer)
     latents, fit = work.latents, work.fit(stage)
     torch.manual_seed(fit.seed)
-    net, loss = build(latents.shape[-1], *captions.tokens.shape[1:])
+    options = work.asked["networks"].get(stage, {})
+    net, loss = build(latents.shape[-1], *captions.tokens.shape[1:], **options)
 
     def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x0 = latents[index].float()

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from distill.compose import nearest
 from distill.data.write import write_images
-from distill.pretraining import diffusion, reader, text, vae, vit
+from distill.pretraining import diffusion, parts, reader, text, vae, vit
 from distill.pretraining.work import MIN_PICTURES, PER_SHARD, Work
 from distill.record import hardware
 from distill.shapes.render import render
@@ -30,6 +30,7 @@ from distill.teachers.pipeline import read_quietly
 
 FOLDERS = {
     "mmdit": "`StableDiffusion3Pipeline`: an MMDiT on the rectified flow",
+    "mmdit_small": "`StableDiffusion3Pipeline`: a smaller one, which learnt from `mmdit`",
     "unet": "`StableDiffusionPipeline`: a UNet that predicts noise",
     "latents": "WebDataset shards of latents made by `mmdit`, with their captions",
     "vit": "`Dinov2Model` trained on masked pictures; reads pixels in [-1, 1]",
@@ -54,10 +55,20 @@ def _data(work: Work) -> dict[str, Any]:
 
 
 def _latents(work: Work) -> dict[str, Any]:
-    model, parts = work.vae, track(work.pictures.split(512), description="latents")
-    latents = torch.cat([vae.encode(model, part).half() for part in parts])
+    model, pictures = work.vae, track(work.pictures.split(512), description="latents")
+    latents = torch.cat([vae.encode(model, part).half() for part in pictures])
     torch.save(latents, work.out / "latents.pt")
     return {"deviation": [round(float(v), 3) for v in latents.float().std((0, 2, 3))]}
+
+
+def _clip(work: Work) -> dict[str, Any]:
+    source = parts.folder(work)
+    return text.train(work) if source is None else parts.take_text(work, source)
+
+
+def _vae(work: Work) -> dict[str, Any]:
+    source = parts.folder(work)
+    return vae.train(work) if source is None else parts.take_vae(work, source)
 
 
 class Stage(NamedTuple):
@@ -70,13 +81,18 @@ class Stage(NamedTuple):
 
 STAGES = {  # in the order in which they run
     "data": Stage(_data, ()),
-    "clip": Stage(text.train, ("data",), ("text_length", "clip")),
-    "vae": Stage(vae.train, ("data",), ("vae",)),
+    "clip": Stage(_clip, ("data",), ("text_length", "clip", "parts")),
+    "vae": Stage(_vae, ("data",), ("vae", "parts")),
     "latents": Stage(_latents, ("data", "vae")),
     "reader": Stage(reader.train, ("data", "vae", "latents"), ("reader_scenes", "reader")),
     "vit": Stage(vit.train, ("data",), ("vit",)),
     "mmdit": Stage(
         partial(diffusion.train, stage="mmdit"), ("data", "clip", "vae", "latents"), ("mmdit",)
+    ),
+    "mmdit_small": Stage(
+        partial(diffusion.train, stage="mmdit_small"),
+        ("data", "clip", "vae", "latents"),
+        ("mmdit_small", "networks"),
     ),
     "unet": Stage(
         partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)
@@ -148,7 +164,7 @@ def write_card(work: Work) -> None:
                 k: v for k, v in stage.items() if k not in ("settings", "seconds", "finished")
             }
             rows.append(f"| {name} | {stage['seconds']:,.0f} | {_said(scores)} |")
-    parts = [
+    paragraphs = [
         "# Tiny text-to-image models",
         "All weights are in half precision; all open with diffusers and transformers, the reader with `distill`.",
         "\n".join(f"- `{k}`: {what}" for k, what in FOLDERS.items() if (models / k).exists()),
@@ -158,7 +174,7 @@ def write_card(work: Work) -> None:
         "| stage | seconds | scores |\n|---|---|---|\n" + "\n".join(rows),
         "`curves/` holds the losses, one line every 20 steps.",
     ]
-    (models / "README.md").write_text("\n\n".join(parts) + "\n")
+    (models / "README.md").write_text("\n\n".join(paragraphs) + "\n")
 
 
 def _said(value: Any) -> str:
