@@ -9,12 +9,15 @@ import lightning as L
 from hydra import compose, initialize_config_dir
 
 from distill._conf import CONF_DIR
+from distill.build import settle_precision
 
 
 def composed(overrides: Sequence[str]) -> Any:
     """The configuration of a run, without a head start: every step is a whole one."""
     with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-        return compose("config", overrides=[*overrides, "optimizer.head_start=0"])
+        cfg = compose("config", overrides=[*overrides, "optimizer.head_start=0"])
+    settle_precision(cfg)
+    return cfg
 
 
 def fit(cfg: Any, method: Any, source: Any, steps: int, *callbacks: L.Callback) -> L.Trainer:

@@ -86,8 +86,9 @@ def main() -> None:
         source, method = build.parts(cfg)
         batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
         made.append((method, batch, *players(method)))
-    mixed = cfg.trainer.precision == "bf16-mixed"
-    cast = torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=mixed)
+    cast = torch.autocast(
+        batch.x0.device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"
+    )
     whole: list[list[float]] = [[] for _ in SIZES]
     own: list[list[float]] = [[] for _ in SIZES]
     for repeat in range(REPEATS + 3):

@@ -13,12 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import lightning as L
 import torch
 from common import composed, fit
 
 from distill import build
+from distill.hardware import autocast
 
 REPEATS = 12
 
@@ -44,12 +46,10 @@ def main() -> None:
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
     taps = list(teacher.blocks)
-    mixed = (
-        cfg.trainer.precision == "bf16-mixed"
-    )  # as the trainer does: autocast around the forward passes
 
-    def cast() -> torch.autocast:
-        return torch.autocast(noise.device.type, torch.bfloat16, enabled=mixed)
+    def cast() -> AbstractContextManager[None]:
+        """As the trainer does: autocast around the forward passes."""
+        return autocast(cfg.trainer.precision, noise.device.type)
 
     def student_pass() -> None:
         with cast():

@@ -24,12 +24,16 @@ from distill import build
 from distill._conf import CONF_DIR
 from distill.compose import shipped
 from distill.data.datasets import LatentShards
+from distill.hardware import autocast
 
 TRAINED, ASKED, EVERY = 512, 256, 50
 
 
 class Ask(L.Callback):
-    def __init__(self, path: str, held_out: dict[str, Any], seen: dict[str, Any]):
+    def __init__(
+        self, path: str, held_out: dict[str, Any], seen: dict[str, Any], *, precision: str
+    ):
+        self.precision = precision
         self.path, self.sets = path, {"seen": seen, "held_out": held_out}
         self.rows: list[dict[str, float]] = []
 
@@ -50,7 +54,7 @@ class Ask(L.Callback):
             for name, samples in self.sets.items():
                 batch = method._embedded(samples)
                 means[name].append(self.judge(method, level, batch.x0, batch))
-            with torch.autocast(batch.x0.device.type, torch.bfloat16):
+            with autocast(self.precision, batch.x0.device.type):
                 x0_hat = method.student.x0(
                     batch.noise, torch.ones(len(batch), device=batch.x0.device), batch.cond
                 )
@@ -69,7 +73,7 @@ class Ask(L.Callback):
         x_t = method.teacher.process.diffuse(
             x0, torch.randn(x0.shape, generator=generator, device=x0.device), t
         )
-        with torch.autocast(x0.device.type, torch.bfloat16):
+        with autocast(self.precision, x0.device.type):
             maps = method.features(x_t, t, batch.cond, generator)
             of_map = [list(method.heads.members[level, name]) for name in method.heads.channels]
             rounds = range(max(map(len, of_map)))
@@ -104,7 +108,8 @@ def main() -> None:
     data = LatentShards(shipped(cfg.data.path), seeded=True)
     seen, held_out = range(ASKED), range(len(data) - ASKED, len(data))
     trainer = build.trainer(cfg, Path(folder))
-    trainer.callbacks.append(Ask(path, batch_of(data, held_out), batch_of(data, seen)))
+    sets = batch_of(data, held_out), batch_of(data, seen)
+    trainer.callbacks.append(Ask(path, *sets, precision=cfg.trainer.precision))
     trainer.fit(method, source.loader(seed=cfg.seed))
 
 

@@ -20,6 +20,7 @@ from distill import sampling
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, config_of, make, processes, shipped
 from distill.files import gathered
+from distill.hardware import Precision, check_precision, precision
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.strategies import DataParallel, FullyShardedDataParallel
@@ -77,12 +78,7 @@ def check(cfg: DictConfig) -> None:
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         what = "there is no GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
-    if str(cfg.trainer.get("precision")).startswith(
-        "16"
-    ):  # its scaled gradients would be clipped as if they were not
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision}: is not for two players; use bf16-mixed or 32-true"
-        )
+    check_precision(cfg.trainer.get("precision"), "trainer.precision")
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
     strategy = cfg.trainer.get("strategy", "auto")
@@ -235,6 +231,14 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(f"data.buckets: {wrong[0]} must be multiples of {unit} for this teacher")
 
 
+def settle_precision(cfg: DictConfig) -> Precision:
+    """Replace `trainer.precision=auto` by what is best on this machine; returns what the run has, and why."""
+    accelerator = cfg.trainer.get("accelerator", "auto")
+    chosen = precision(cfg.trainer.precision, accelerator, key="trainer.precision")
+    cfg.trainer.precision = chosen.name
+    return chosen
+
+
 def trainer(cfg: DictConfig, folder: Path) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder."""
     callbacks = [make(node) for node in cfg.callbacks.values() if node]
@@ -246,6 +250,8 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "versions": versions(),
             }
     loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
+    if cfg.trainer.precision == "auto":
+        settle_precision(cfg)
     build = make(cfg.trainer)
     strategy = build.keywords.pop("strategy", None) or (
         DataParallel() if processes(cfg) > 1 else "auto"

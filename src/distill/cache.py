@@ -16,7 +16,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
-    from distill import making
+    from distill import hardware, making
     from distill.build import make, refuse_misfit, teacher_of
     from distill.data.datasets import ImageShards
     from distill.data.write import PICTURES, cached
@@ -26,7 +26,8 @@ def encode(cfg: DictConfig, folder: Path) -> int:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
-    teacher.only_encode(device := making.device())
+    device = hardware.device()
+    teacher.only_encode(device)
     job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
     if cfg.embeddings:
         making.put_null(teacher, folder)

@@ -25,7 +25,8 @@ def machine() -> Iterator[Line]:
     import torch
 
     from distill.files import first_line
-    from distill.record import cores, versions
+    from distill.hardware import best_precision, hardware
+    from distill.record import versions
 
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
@@ -54,7 +55,9 @@ def machine() -> Iterator[Line]:
             "no GPU: only small models train in reasonable time",
             "teacher=shapes is made for it",
         )
-    yield "ok", f"{cores()} CPU cores, {_memory() / GB:.0f} GB of memory", ""
+    yield "ok", f"{hardware()}, {_memory() / GB:.0f} GB of memory", ""
+    best = best_precision()
+    yield "ok", f"trainer.precision=auto is {best.name} here: {best.reason}", ""
     free = shutil.disk_usage(".").free / GB
     yield (
         "ok" if free > 20 else "warn",

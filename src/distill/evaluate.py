@@ -19,7 +19,7 @@ ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for
 
 def judge(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
-    from distill import build, launch, making
+    from distill import build, hardware, launch
     from distill.files import put
     from distill.metrics.pictures import in_folder
     from distill.report import write_report
@@ -58,7 +58,7 @@ def judge(cfg: DictConfig) -> int:
         protocol, student, teacher, sampler = parts or _models(cfg, protocol)
         rows = protocol(student, teacher, out, sampler)
     else:
-        rows = protocol.judge_folder(run, out, making.device())
+        rows = protocol.judge_folder(run, out, hardware.device())
     print(build.table(rows))
     if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
@@ -86,10 +86,10 @@ def _protocol(cfg: DictConfig) -> Any:
 
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     """The protocol for what there is; student, or None; teacher, or what stands in for it; the student's sampler."""
-    from distill import build, making
+    from distill import build, hardware
     from distill.sampling import distilled
 
-    run, model = config_of(cfg.run), build.student_of(cfg.run, cfg.dtype).to(making.device())
+    run, model = config_of(cfg.run), build.student_of(cfg.run, cfg.dtype).to(hardware.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
     if not run and not distilled(model.pipeline):  # it is a teacher itself
@@ -102,7 +102,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     node = cfg.get("teacher") or (run and run.teacher)
     if not protocol.teacher_steps or not node:
         return replace(protocol, teacher_steps=[]), model, model, build.sampler_of(cfg.run, model)
-    return protocol, model, build.make(node).to(making.device()), build.sampler_of(cfg.run, model)
+    return protocol, model, build.make(node).to(hardware.device()), build.sampler_of(cfg.run, model)
 
 
 _main = command("evaluate")(judge)

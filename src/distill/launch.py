@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from distill.compose import world
-from distill.record import cores
+from distill.hardware import cores
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 

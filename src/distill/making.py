@@ -14,7 +14,6 @@ done. Processes need not talk: each makes every world-th shard, and whoever find
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,6 +28,7 @@ from distill import compose, launch
 from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.files import put
+from distill.hardware import precision
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
@@ -139,6 +138,8 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     )
     compose.check_counts(cfg, {"data.batch_size": 1, "data.num_workers": 0})
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
+    if "precision" in cfg:
+        _settle_precision(cfg, folder)
     if not any(folder.glob("*.tar")):
         compose.allowed(cfg)
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +170,17 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     return code
 
 
+def _settle_precision(cfg: DictConfig, folder: Path) -> None:
+    """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
+    begun = folder / BEGUN
+    if cfg.precision == "auto" and begun.is_file():
+        cfg.precision = OmegaConf.load(begun).get("precision", "32-true")
+    chosen = precision(cfg.precision)
+    cfg.precision = chosen.name
+    if compose.rank() == 0:
+        print(f"precision: {chosen.name} ({chosen.reason})")
+
+
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder was begun with other settings, naming them."""
     changes = compose.changes(OmegaConf.load(folder / BEGUN), cfg)
@@ -176,12 +188,6 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(
             f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
         )
-
-
-def device() -> torch.device:
-    """This process's own GPU, or the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def of_teacher(cfg: DictConfig) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """`run.json`: how a run was made, so that its numbers can be trusted later."""
 
 import json
-import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from distill.files import put
+from distill.hardware import capability, cpu_model, hardware
 
 PACKAGES = (
     "distill",
@@ -36,7 +36,14 @@ class RunRecord:
             json.loads(self._path.read_text()) if self._path.is_file() else {}
         )
 
-    def begun(self, command: str, name: str, overrides: Sequence[str] = ()) -> None:
+    def begun(
+        self,
+        command: str,
+        name: str,
+        overrides: Sequence[str] = (),
+        precision: Mapping[str, str] | None = None,
+    ) -> None:
+        """`precision`: its name, and the reason why it was chosen."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if self.facts:
             self.facts["resumed"] = [
@@ -47,6 +54,7 @@ class RunRecord:
             self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
             self.facts["overrides"] = list(overrides)
         machine = {"commit": _commit(), "hardware": hardware(), "versions": versions()}
+        machine |= {"cpu": f"{cpu_model()}, {capability()}", "precision": dict(precision or {})}
         self._write(status="stopped", began=time.time(), **machine)
 
     def trained(self, method: Any) -> None:
@@ -69,18 +77,6 @@ class RunRecord:
     def _write(self, **more: Any) -> None:
         self.facts |= more
         put(self._path, json.dumps(self.facts, indent=2).encode() + b"\n")
-
-
-def hardware() -> str:
-    """In plain words: '2 CPU cores', 'one NVIDIA H200'."""
-    if count := torch.cuda.device_count():
-        return f"{'one' if count == 1 else count} {torch.cuda.get_device_name(0)}"
-    return f"{cores()} CPU cores"
-
-
-def cores() -> int:
-    """CPU cores that this process may use: of all, where the system does not say, as macOS."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit() -> str | None:

@@ -22,6 +22,7 @@ def begin(cfg: DictConfig) -> int:
         newest(Path(cfg.resume))  # a mistake in it is said before anything is read
         cfg = compose.going_on(cfg)
     build.check(cfg)
+    precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
@@ -32,8 +33,10 @@ def begin(cfg: DictConfig) -> int:
         # Only when complete: a full disk must not cost an earlier run its own.
         put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         command = " ".join(["python -m distill.run", *sys.argv[1:]])
-        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides())
         print(f"run folder: {folder}")
+        print(said_of(precision, cfg))
+        said = {"name": precision.name, "reason": precision.reason}
+        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
     if not several:
         return train(cfg, folder, parts)
     code = launch.launch(folder, processes)
@@ -42,6 +45,17 @@ def begin(cfg: DictConfig) -> int:
     ):  # never what was trained
         shutil.rmtree(folder)
     return code
+
+
+def said_of(precision: Any, cfg: DictConfig) -> str:
+    """The precision of a run in words; where it goes on, what this machine would have chosen."""
+    from distill.hardware import best_precision
+
+    here = best_precision(cfg.trainer.get("accelerator", "auto"))
+    if not cfg.resume or here.name == precision.name:
+        return f"precision: {precision.name} ({precision.reason})"
+    said = f"precision: {precision.name}, as the run began; {here.name} is faster here"
+    return f"{said} ({here.reason}): trainer.precision={here.name} changes it"
 
 
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:

@@ -30,7 +30,7 @@ def draw(cfg: DictConfig) -> list[Path]:
     from torchvision.utils import make_grid
 
     from distill import build
-    from distill.making import device
+    from distill.hardware import device
 
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     prompts = _prompts(cfg)
@@ -84,6 +84,8 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     import torch
 
     from distill.build import sampler_of
+    from distill.hardware import autocast
+    from distill.hardware import precision as choose
     from distill.sampling import check_strength, distilled, guided, seeded, to_bytes
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
@@ -103,18 +105,20 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
         check_strength(cfg.steps, cfg.strength)
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = _read(cfg.image, height, width).to(model.device)
+    precision = choose(cfg.precision, "cpu" if model.device.type == "cpu" else "auto").name
     few = partial(sampler_of(cfg.run, model), model, **how)
 
     @torch.no_grad()
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
         cond = model.embed(prompts)
-        if cfg.guidance is not None:
-            x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how)
-        elif image is not None:
-            start = model.encode(image).expand(len(seeds), -1, -1, -1)
-            x0 = few(cond, seeded(seeds), image=start, strength=cfg.strength)
-        else:
-            x0 = few(cond, seeded(seeds))
+        start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
+        with autocast(precision, model.device.type):
+            if cfg.guidance is not None:
+                x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how)
+            elif start is not None:
+                x0 = few(cond, seeded(seeds), image=start, strength=cfg.strength)
+            else:
+                x0 = few(cond, seeded(seeds))
         return to_bytes(model.decode(x0))
 
     return make

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from diffusers import (
 from torch import Tensor
 
 from distill.distillation import guided_x0
+from distill.hardware import autocast
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -46,6 +47,19 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its starting latents."""
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
+
+
+def in_precision(
+    make: Callable[..., Tensor],
+    cond: Cond,
+    generators: Sequence[torch.Generator],
+    *,
+    precision: str,
+    **how: Any,
+) -> Tensor:
+    """The latents of a sampler, its denoiser's passes made in this precision."""
+    with autocast(precision, cond.tokens.device.type):
+        return make(cond, generators, **how)
 
 
 def check_strength(steps: int, strength: float) -> None:

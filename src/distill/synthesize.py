@@ -16,14 +16,14 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
-    from distill import making
+    from distill import hardware, making
     from distill.build import teacher_of
     from distill.data.datasets import Lines
     from distill.data.write import cached
     from distill.sampling import guided, seeded
 
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
-    teacher = teacher_of(cfg, deferred=["vae"]).to(making.device())
+    teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())
     shape = teacher.shape_of(cfg.size)
     job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
@@ -38,7 +38,9 @@ def draw(cfg: DictConfig, folder: Path) -> int:
                     teacher.embed(captions),
                     {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance},
                 )
-                latents = guided(teacher, cond, seeded(seeds), **how).float().cpu().numpy()
+                with hardware.autocast(cfg.precision, teacher.device.type):
+                    latents = guided(teacher, cond, seeded(seeds), **how)
+                latents = latents.float().cpu().numpy()
             told = making.embedded(cond) if cfg.embeddings else [{}] * len(part)
             for seed, *rest in zip(seeds, latents, captions, told, strict=True):
                 yield cached(f"{seed:09d}", *rest)
@@ -51,9 +53,8 @@ def draw(cfg: DictConfig, folder: Path) -> int:
         "size": size,
         "buckets": None,
     }
-    job.finish(
-        **about, seed=cfg.seed, guidance=cfg.guidance, steps=cfg.steps, embeddings=cfg.embeddings
-    )
+    asked = ("seed", "guidance", "steps", "precision", "embeddings")
+    job.finish(**about, **{key: cfg[key] for key in asked})
     return 0
 
 

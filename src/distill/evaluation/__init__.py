@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from distill.sampling import Consistency, FewSteps, guided, seeded
+from distill.hardware import precision
+from distill.sampling import Consistency, FewSteps, guided, in_precision, seeded
 from distill.shapes.judge import Judge, judging_prompts
 from distill.shapes.world import SIDE, Prompt
 from distill.teachers.pipeline import PipelineTeacher
@@ -30,13 +31,14 @@ ALWAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The protocol. `guidance` is the teacher's; the student has none."""
+    """The protocol. `guidance` is the teacher's; the student has none. `precision` is that of the denoisers' passes."""
 
     prompts: int = 400
     student_steps: Sequence[int] = (1, 2, 4)
     teacher_steps: Sequence[int] = (1, 4, 28)
     guidance: float = 3.0
     seed: int = 0
+    precision: str = "auto"
 
     def fits(self, teacher: PipelineTeacher) -> None:
         """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader cannot read."""
@@ -64,6 +66,7 @@ class Shapes:
             "prompts": self.prompts,
             "seed": self.seed,
             "teacher guidance": self.guidance,
+            "precision": drawing_precision(self, teacher),
             **ALWAYS,
         }
         protocol |= {"student sampler": str(sampler or Consistency())}
@@ -95,14 +98,19 @@ def lineup(
     shape: Sequence[int],
 ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
     """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and generators."""
+    how = {"shape": shape, "precision": drawing_precision(protocol, teacher)}
     for n in protocol.teacher_steps:
-        yield (
-            "teacher",
-            n,
-            partial(guided, teacher, shape=shape, guidance=protocol.guidance, steps=n),
-        )
+        make = partial(guided, teacher, guidance=protocol.guidance, steps=n)
+        yield "teacher", n, partial(in_precision, make, **how)
     for n in protocol.student_steps:
-        yield "student", n, partial(sampler or Consistency(), student, shape=shape, steps=n)
+        make = partial(sampler or Consistency(), student, steps=n)
+        yield "student", n, partial(in_precision, make, **how)
+
+
+def drawing_precision(protocol: Any, teacher: PipelineTeacher) -> str:
+    """The precision of the denoisers' passes: the protocol's, or the best where the teacher is."""
+    accelerator = "cpu" if teacher.device.type == "cpu" else "auto"
+    return precision(protocol.precision, accelerator, "metrics.precision").name
 
 
 def write_verdict(

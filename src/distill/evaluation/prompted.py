@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from distill.data.datasets import Lines
-from distill.evaluation import SHOWN, lineup, write_verdict
+from distill.evaluation import SHOWN, drawing_precision, lineup, write_verdict
 from distill.files import put
 from distill.metrics.networks import Clip, Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
@@ -50,6 +50,7 @@ class Prompted:
         reference: a folder of real pictures; None: COCO's, or none.
         variety: captions, pictures of each, for what needs several.
         guidance: the teacher's; the student has none.
+        precision: of the denoisers' passes.
         size: pixels a side, or [width, height]; None: what the teacher was trained for.
         square: of a picture that is none, generated or real, the largest centred square counts.
     """
@@ -66,6 +67,7 @@ class Prompted:
     guidance: float = 5.0
     seed: int = 0
     size: int | Sequence[int] | None = None
+    precision: str = "auto"
     square: bool = True
     batch_size: int = 16
     workers: int = 4
@@ -143,7 +145,7 @@ class Prompted:
             rows.append({"who": who, "steps": steps, **scores})
             strips.append(_strip(paths[: len(self.captions)]))
         euler = "Euler" if teacher.prediction == "flow" else "DDIM"
-        how = {"seeds": f"{self.seed} + number"}
+        how = {"seeds": f"{self.seed} + number", "precision": drawing_precision(self, teacher)}
         if self.teacher_steps:
             how |= {
                 "teacher sampler": f"{euler}, trailing steps",
@@ -205,6 +207,7 @@ class Prompted:
                     how,
                     teacher.marks(model, scheduled=who == "teacher"),
                     self.batch_size,
+                    drawing_precision(self, teacher),
                 ]
             )
             place = (

@@ -18,6 +18,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.compose import shipped
 from distill.data.write import write_latents
 from distill.evaluation import pictures
+from distill.hardware import autocast
 from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.text import tokenize
@@ -275,7 +276,7 @@ def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
             numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"
         ):
             seeds = range(start, min(start + batch, numbers.stop))
-            with torch.autocast(teacher.device.type, torch.bfloat16):
+            with autocast(work.asked["precision"], teacher.device.type):
                 cond, how = (
                     teacher.embed([captions[i] for i in seeds]),
                     {k: asked[k] for k in ("steps", "guidance")},

@@ -8,7 +8,6 @@ import csv
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 from distill import files
 from distill.ema import Ema
+from distill.hardware import autocast, device
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device()
 Objective = Callable[[int, Tensor, torch.Generator], dict[str, Tensor]]
 
 
@@ -42,7 +42,7 @@ class Fit:
     decay: float = 0.3
     ema: float = 0.0  # > 0: averaged weights are what the stage leaves behind
     clip: float = 1.0
-    bf16: bool = True
+    precision: str = "32-true"  # or bf16-mixed
     save_every: int = 200
     seconds: float = field(default=0.0, init=False)  # of training so far, by all commands together
 
@@ -110,7 +110,7 @@ class Fit:
     ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         index = torch.randint(samples, (self.batch_size,), generator=generator)
-        with torch.autocast(DEVICE.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with autocast(self.precision, DEVICE.type):
             terms = objective(step, index, generator)
         net.zero_grad(set_to_none=True)
         sum(terms.values()).backward()

@@ -21,9 +21,9 @@ from rich.progress import track
 
 from distill.compose import nearest
 from distill.data.write import write_images
+from distill.hardware import hardware, precision
 from distill.pretraining import diffusion, parts, reader, text, vae, vit
 from distill.pretraining.work import MIN_PICTURES, PER_SHARD, Work
-from distill.record import hardware
 from distill.shapes.render import render
 from distill.shapes.world import SIDE, sample
 from distill.teachers.pipeline import read_quietly
@@ -129,7 +129,9 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
     """Every stage asked for that is not finished yet; returns the folder of the models."""
     read_quietly()
     check_data(asked["data"]["path"], asked["data"]["size"], asked["data"]["count"])
-    work, names = Work(asked), chosen(asked["stages"])
+    best = precision(asked["precision"])
+    print(f"precision: {best.name} ({best.reason})")
+    work, names = Work({**asked, "precision": best.name}), chosen(asked["stages"])
     if not work.of_shapes and "reader" in names:
         names.remove("reader")
         print("reader: left out, for only shapes knows what its pictures show")
@@ -143,6 +145,8 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
         if name in finished:
             print(f"{name}: done before")
             continue
+        if "steps" in (asked.get(name) or {}):  # it trains
+            work.note(name, precision=work.fit(name).precision)
         began = time.monotonic()
         scores = STAGES[name].make(work)
         seconds = round(scores.pop("seconds", time.monotonic() - began), 1)
@@ -161,7 +165,9 @@ def write_card(work: Work) -> None:
     for name, stage in known["stages"].items():
         if stage.get("finished"):
             scores = {
-                k: v for k, v in stage.items() if k not in ("settings", "seconds", "finished")
+                k: v
+                for k, v in stage.items()
+                if k not in ("settings", "seconds", "finished", "precision")
             }
             rows.append(f"| {name} | {stage['seconds']:,.0f} | {_said(scores)} |")
     paragraphs = [

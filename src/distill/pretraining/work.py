@@ -30,7 +30,10 @@ class Work:
         self.of_shapes = self.data["path"] is None
 
     def fit(self, stage: str) -> Fit:
-        return Fit(name=stage, out=self.train, seed=self.asked["seed"], **self.asked[stage])
+        """How a stage trains: in the precision that it was begun in, should it go on on another machine."""
+        kept = self.stage(stage).get("precision", self.asked["precision"])
+        how = {"seed": self.asked["seed"], "precision": kept, **self.asked[stage]}
+        return Fit(name=stage, out=self.train, **how)
 
     @cached_property
     def pictures(self) -> Tensor:
