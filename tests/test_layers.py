@@ -22,10 +22,10 @@ LAYERS = {
     "base": {"methods.base"},
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
-    "compose": {"compose"},
+    "compose": {"_conf", "compose"},
     "L5": {"build"},
     "L6": {
-        "_conf", "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
+        "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
         "making", "pretrain", "pretraining", "run", "sample", "search", "synthesize", "worker",
     },
 }  # fmt: skip
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "base": {"L0"},
     "L3": {"L0", "base"},
     "L4": {"L0", "L1", "L2", "base"},
-    "compose": {"L1"},
+    "compose": {"L1", "compose"},
     "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose"},
     "L6": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5", "L6"},
 }
