@@ -168,7 +168,7 @@ def test_files_and_functions_are_short():
 def write(package: Path, name: str, text: str) -> None:
     path = package / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize(

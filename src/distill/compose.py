@@ -287,7 +287,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
 def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
     file = folder / "run.json"
-    return file.is_file() and override in json.loads(file.read_text()).get("overrides", ())
+    return file.is_file() and override in json.loads(file.read_text(encoding="utf-8")).get(
+        "overrides", ()
+    )
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:

@@ -127,7 +127,7 @@ def _memory() -> float:
     """Memory that this process may use, in bytes: the machine's, or the container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
 
 

@@ -84,7 +84,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
         what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
         raise ValueError(f"student.init={init}: {what}")
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
-    said = json.loads(file.read_text()) if file.is_file() else {}
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(
         part
     )
@@ -154,7 +154,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
-    index = json.loads((partial / "model_index.json").read_text())
+    index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
     absent = [
         name
         for name, pair in index.items()
@@ -165,7 +165,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         OURS if type(scheduler).__module__ == OURS else "diffusers",
         type(scheduler).__name__,
     ]
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
 

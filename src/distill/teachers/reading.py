@@ -89,7 +89,7 @@ def class_of(path: str) -> str:
         raise FileNotFoundError(
             f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
         )
-    return str(json.loads(file.read_text()).get("_class_name"))
+    return str(json.loads(file.read_text(encoding="utf-8")).get("_class_name"))
 
 
 def is_hub_id(path: str) -> bool:
@@ -121,7 +121,7 @@ def pipeline_classes(
         raise FileNotFoundError(
             f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})"
         )
-    index, classes = json.loads(file.read_text()), {}
+    index, classes = json.loads(file.read_text(encoding="utf-8")), {}
     if (found := index.get("_class_name")) != expected:
         raise ValueError(
             f"{key}={path} holds a {found}, but this teacher reads a {expected}; choose another teacher="
