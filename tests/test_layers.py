@@ -16,7 +16,10 @@ PACKAGE = ROOT / "src" / "distill"
 
 # Layer -> its modules: the first part of the path below src/distill, a file or a folder. `base` is methods/base.py.
 LAYERS = {
-    "L0": {"types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files"},
+    "L0": {
+        "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
+        "signals",
+    },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},

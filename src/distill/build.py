@@ -3,7 +3,6 @@ by a method, on data."""
 
 import logging
 import re
-import signal
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from distill.compose import allowed, check_counts, config_of, make, processes, s
 from distill.files import gathered
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
+from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
 from distill.teachers.reading import class_of
@@ -291,9 +291,9 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
         print(
             f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}"
         )
-        if by == signal.SIGUSR1:
+        if by == REQUEUE:
             requeue()
-    return 128 + by if by and by != signal.SIGUSR1 else 0
+    return 128 + by if by and by != REQUEUE else 0
 
 
 def table(rows: list[dict[str, Any]]) -> str:

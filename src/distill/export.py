@@ -112,7 +112,7 @@ def _diffusers(cfg: DictConfig, run: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(student, partial)
     write_card(partial, run, teacher)
-    return partial.rename(out)
+    return partial.replace(out)
 
 
 @command("export")

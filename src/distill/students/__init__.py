@@ -140,7 +140,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
             VARIANT.search(file.name)
             and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists()
         ):
-            file.rename(plain)
+            file.replace(plain)
     part = denoiser_part(teacher.folder or partial)
     shutil.rmtree(partial / part, ignore_errors=True)
     model = student.model
@@ -167,7 +167,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     ]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    return partial.rename(folder)
+    return partial.replace(folder)
 
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:
