@@ -117,7 +117,7 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    place = {"study_name": "search", "storage": f"sqlite:///{out / 'study.db'}"}
+    place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}

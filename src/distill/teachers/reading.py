@@ -1,6 +1,7 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ HUB = {  # an error of the hub's, the more particular first -> what it means
     RepositoryNotFoundError: "there is no such repository, or it is private",
     RevisionNotFoundError: "it has no such revision",
 }
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -94,7 +96,7 @@ def class_of(path: str) -> str:
 
 def is_hub_id(path: str) -> bool:
     """Whether `owner/repository` is what this looks like."""
-    return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
+    return HUB_ID.fullmatch(path) is not None
 
 
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
