@@ -137,7 +137,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
         training=_disagreement(seen),
     )
     path = folder / "inspect.html"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
