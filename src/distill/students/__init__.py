@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from distill.files import first_line
+from distill.files import first_line, remove
 from distill.teachers import schedulers
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -128,7 +128,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     Those of a single file have no files of their own, and are saved.
     """
     partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     if teacher.folder:
         shutil.copytree(
             teacher.folder, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without)
@@ -142,7 +142,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         ):
             file.replace(plain)
     part = denoiser_part(teacher.folder or partial)
-    shutil.rmtree(partial / part, ignore_errors=True)
+    remove(partial / part)
     model = student.model
     if student.adapters is not None:
         from distill.students.lora import merged  # peft, which takes its time, for those alone
@@ -166,7 +166,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         type(scheduler).__name__,
     ]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     return partial.replace(folder)
 
 
