@@ -138,7 +138,7 @@ def pictures(folder: Path, count: int, side: int) -> None:
         Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
             folder / f"{i}.png"
         )
-        (folder / f"{i}.txt").write_text(f"a picture of noise, number {i}")
+        (folder / f"{i}.txt").write_text(f"a picture of noise, number {i}", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
@@ -177,13 +177,13 @@ def main(arguments: list[str]) -> None:
         ]
         command += overrides
         subprocess.run(command, check=True)
-        with open(folder / "run" / "metrics.csv") as file:
+        with open(folder / "run" / "metrics.csv", encoding="utf-8") as file:
             rates = [
                 float(row["images_per_second"])
                 for row in csv.DictReader(file)
                 if row["images_per_second"]
             ]
-        facts = json.loads((folder / "run" / "run.json").read_text())
+        facts = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
         batch = facts["images_seen"] / facts["steps"]
         seconds = batch / statistics.median(rates[2:] or rates)
         print(f"{family} {method} {' '.join(overrides)}, {facts['hardware']}:")

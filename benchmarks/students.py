@@ -60,9 +60,9 @@ def main() -> None:
     for name, overrides in STUDENTS.items():
         command = [sys.executable, __file__, "--one", *overrides, *sys.argv[1:]]
         rows[name] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
-                -1
-            ]
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, encoding="utf-8"
+            ).stdout.splitlines()[-1]
         )
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     print(f"MiB on {where}, torch {torch.__version__}")

@@ -69,7 +69,7 @@ def write_open_clip(folder: Path, seed: int = 0) -> Path:
     model = tiny.shake(open_clip.CLIP(**towers), seed, std=0.1)
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": towers, "preprocess_cfg": {}})
+        json.dumps({"model_cfg": towers, "preprocess_cfg": {}}), encoding="utf-8"
     )
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     return folder
@@ -98,7 +98,9 @@ def write_coco(folder: Path, count: int = 8) -> Path:
     ]
     (folder / "annotations").mkdir()
     whole = {"images": images, "annotations": said}
-    (folder / "annotations" / "captions_val2017.json").write_text(json.dumps(whole))
+    (folder / "annotations" / "captions_val2017.json").write_text(
+        json.dumps(whole), encoding="utf-8"
+    )
     return folder
 
 

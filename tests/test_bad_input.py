@@ -373,7 +373,7 @@ def test_other_commands_refuse_a_teacher_likewise_and_write_nothing(
     fault, refused, copied, tmp_path
 ):
     path = damaged(fault, copied)
-    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "prompts.txt").write_text("a\n", encoding="utf-8")
     data = [f"data.path={put_images(tmp_path / 'x.tar', 2)}", "data.size=64", "data.num_workers=0"]
     before = sorted(tmp_path.iterdir())
     for name, arguments in {
@@ -394,7 +394,7 @@ def test_other_commands_refuse_a_teacher_likewise_and_write_nothing(
 
 def test_a_prompt_that_is_too_long_is_said_by_every_command(command, pipelines, tmp_path):
     long = "small red star " * 20 + "and the end"
-    (tmp_path / "prompts.txt").write_text(f"{long}\n")
+    (tmp_path / "prompts.txt").write_text(f"{long}\n", encoding="utf-8")
     teacher = f"teacher.path={pipelines('mmdit')}"
     asked = {
         "synthesize": [teacher, "prompts=prompts.txt", "steps=1", "out=made"],
@@ -415,7 +415,7 @@ def test_captions_in_the_wrong_form(refused, tmp_path):
     (tmp_path / "photos").mkdir()
     for i in range(3):
         (tmp_path / "photos" / f"{i}.png").write_bytes(png(64, 64))
-        (tmp_path / "photos" / f"{i}.json").write_text('["a caption"]')
+        (tmp_path / "photos" / f"{i}.json").write_text('["a caption"]', encoding="utf-8")
     both = {
         f"{i}.{end}": data
         for i in range(3)
@@ -458,9 +458,9 @@ def test_a_single_file_that_is_none(refused, copied, tmp_path):
 
 def grow(file):
     """Give a tokenizer words that its text encoder does not know."""
-    words = json.loads(file.read_text())
+    words = json.loads(file.read_text(encoding="utf-8"))
     words["model"]["vocab"] |= {f"word{i}": len(words["model"]["vocab"]) + i for i in range(9)}
-    file.write_text(json.dumps(words))
+    file.write_text(json.dumps(words), encoding="utf-8")
 
 
 def test_a_tokenizer_of_another_model(refused, copied):
@@ -598,7 +598,7 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
 def asked(refused, pipelines, tmp_path):
     """Evaluate a pipeline by prompts or COCO, which must fail -> its one sentence; nothing is left behind."""
     coco = eyes.write_coco(tmp_path / "coco")
-    (tmp_path / "prompts.txt").write_text("a red star")
+    (tmp_path / "prompts.txt").write_text("a red star", encoding="utf-8")
 
     def call(*arguments, metrics="coco5k", run=None, path=coco):
         words = [
@@ -708,10 +708,10 @@ def test_distances_on_the_discriminators_own_features_are_refused(
     config = {
         "discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}
     }
-    (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "old" / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     assert refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino).startswith(said)
     config["discriminator"]["features"]["path"] = "openai/CLIP-vit-large-patch14"
-    (tmp_path / "old" / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "old" / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     said_of_clip = refused(
         "evaluate", f"run={tmp_path / 'old'}", *metrics, "metrics.measures=[cmmd,clip_score]"
     )
@@ -728,12 +728,12 @@ def test_distances_on_the_discriminators_own_features_are_refused(
 
 
 def test_a_run_folder_that_cannot_be_made(refused, tmp_path):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in ("file", "file/run"):
         said = refused("run", f"run_dir={tmp_path / path}")
         assert said.startswith(f"run_dir={tmp_path / path} cannot be made (")
         assert said.endswith("choose another run_dir=")
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
@@ -760,14 +760,14 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     assert command("run", f"resume={folder}", "~metrics")[0] == 0
     assert files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"] == 2
     # and once more full, now where the configuration is written: the finished run's own stays
-    before = (folder / "config.yaml").read_text()
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, _: full_disk(path))
     said = refused("run", f"resume={folder}", "trainer.max_steps=3")
     assert f"{folder}/config.yaml." in said
     assert said.endswith(
         ".part: No space left on device; make room, then go on with resume=<run folder>"
     )
-    assert (folder / "config.yaml").read_text() == before
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 
 def full_disk(path):
@@ -775,7 +775,7 @@ def full_disk(path):
 
 
 def test_a_damaged_configuration_of_a_run(refused, tmp_path):
-    (tmp_path / "config.yaml").write_text("method: [unclosed")
+    (tmp_path / "config.yaml").write_text("method: [unclosed", encoding="utf-8")
     (tmp_path / "checkpoints").mkdir()
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
     files.write(state, tmp_path / "checkpoints" / "step_000001.ckpt")

@@ -128,12 +128,12 @@ def test_a_run_without_a_discriminator_is_like_any_other(
     code, _, err = command("run", "debug=smoke", *arguments, *where)
     assert code == 0, err
     name = f"g/{arguments[0].partition('=')[2]}"
-    with (tmp_path / "run" / "metrics.csv").open() as file:
+    with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row[name]]
     assert [float(row["step"]) for row in rows] == [1, 2]
     assert not [key for key in rows[0] if key.startswith("d/")]
     assert all(float(row["g/grad_norm"]) > 0 for row in rows)
-    judged = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    judged = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["who"], row["steps"]) for row in judged if row["who"] == "student"] == [
         ("student", 1),
         ("student", 2),

@@ -150,7 +150,9 @@ def test_latents_take_their_buckets_from_the_manifest(tmp_path):
             f"{i}.txt": b"c",
         }
     path = put_tar(tmp_path / "x.tar", files)
-    (tmp_path / "manifest.json").write_text(json.dumps({"buckets": [[4, 2], [3, 3]]}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"buckets": [[4, 2], [3, 3]]}), encoding="utf-8"
+    )
     data = LatentShards(path, max_bad_share=1.0)
     seen = set()
     for batch in itertools.islice(Source(data, 2).loader(seed=0), 12):

@@ -33,14 +33,15 @@ def written(tmp_path):
             "method": copy.deepcopy(method),
             "data": {"batch_size": 4},
         }
-        (folder / "config.yaml").write_text(yaml.safe_dump({**config, **more}))
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, **more}), encoding="utf-8")
         facts = {
             "method": method["_target_"].rpartition(".")[2],
             "train_seconds": 60.0,
             "images_seen": 100,
         }
         (folder / "run.json").write_text(
-            json.dumps({**facts, "command": "python -m distill.run", "commit": "abc"})
+            json.dumps({**facts, "command": "python -m distill.run", "commit": "abc"}),
+            encoding="utf-8",
         )
         scores = {"frechet": 100.0, "precision": 1.0}
         rows = [{"who": "teacher", "steps": 28, "prompt_accuracy": 0.9, **scores}]
@@ -49,9 +50,9 @@ def written(tmp_path):
             for n in (1, 4)
         ]
         (folder / "evaluation.json").write_text(
-            json.dumps({"protocol": {"prompts": 8}, "rows": rows})
+            json.dumps({"protocol": {"prompts": 8}, "rows": rows}), encoding="utf-8"
         )
-        (folder / "metrics.csv").write_text("step,d/accuracy\n1,0.6\n2,0.7\n")
+        (folder / "metrics.csv").write_text("step,d/accuracy\n1,0.6\n2,0.7\n", encoding="utf-8")
         pictures = (
             torch.arange(3)[:, None].expand(3, 4).flatten().float() / 2
         )  # a grey for each row of the grid
@@ -91,7 +92,10 @@ def test_methods_are_told_apart_by_name_and_not_by_their_recipes(written):
 def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
     for seed, method in enumerate((LADD, ADD)):
         facts = written(f"run{seed}", method, seed, 0.5) / "run.json"
-        facts.write_text(json.dumps({**json.loads(facts.read_text()), "name": "tuned"}))
+        facts.write_text(
+            json.dumps({**json.loads(facts.read_text(encoding="utf-8")), "name": "tuned"}),
+            encoding="utf-8",
+        )
     code, printed, err = command(
         "compare", f"runs={tmp_path}/runs", "by_name=true", f"out={tmp_path / 'out'}"
     )
@@ -102,12 +106,12 @@ def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
 def test_runs_judged_otherwise_are_not_averaged(written):
     """`distill.evaluate` with more prompts writes over what a run said of itself."""
     folders = [written(f"seed{seed}", LADD, seed, 0.5) for seed in range(3)]
-    verdict = json.loads((folders[2] / "evaluation.json").read_text())
+    verdict = json.loads((folders[2] / "evaluation.json").read_text(encoding="utf-8"))
     verdict["protocol"] = {"prompts": 2000, "teacher guidance": 3.0}
-    (folders[2] / "evaluation.json").write_text(json.dumps(verdict))
-    facts = json.loads((folders[0] / "run.json").read_text()) | {"name": "mine"}
+    (folders[2] / "evaluation.json").write_text(json.dumps(verdict), encoding="utf-8")
+    facts = json.loads((folders[0] / "run.json").read_text(encoding="utf-8")) | {"name": "mine"}
     for folder in folders:
-        (folder / "run.json").write_text(json.dumps(facts))
+        (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     runs = [read_run(folder) for folder in folders]
     assert {name: len(found) for name, found in grouped(runs).items()} == {
         "prompts=8": 2,
@@ -118,7 +122,7 @@ def test_runs_judged_otherwise_are_not_averaged(written):
     assert teachers == ["teacher, prompts=8", "teacher, prompts=2000"]
     # but a measure more, or what older runs did not say, is no other judging
     verdict["protocol"] = {"prompts": 8, "student sampler": "Consistency()", "fid": "Inception"}
-    (folders[2] / "evaluation.json").write_text(json.dumps(verdict))
+    (folders[2] / "evaluation.json").write_text(json.dumps(verdict), encoding="utf-8")
     assert [len(found) for found in grouped([read_run(folder) for folder in folders]).values()] == [
         3
     ]
@@ -177,20 +181,20 @@ def test_the_command_writes_a_page_that_needs_nothing_else(written, command, tmp
         written(f"ladd{seed}", LADD, seed, 0.5)
     written("add", ADD, 0, 0.45)
     (tmp_path / "runs" / "unjudged").mkdir()
-    (tmp_path / "runs" / "unjudged" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "unjudged" / "run.json").write_text("{}", encoding="utf-8")
     out = tmp_path / "out"
     code, printed, err = command("compare", f"runs={tmp_path}/runs/*", f"out={out}")
     assert code == 0, err
     assert "left out, not judged yet" in printed
     assert "unjudged" in printed
-    html = (out / "compare.html").read_text()
+    html = (out / "compare.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)[^"]+"', html)  # nothing is fetched
     assert "$" not in re.sub(r"<script>.*?</script>|base64,[^\"]+", "", html, flags=re.S)
     assert "LADD is best with 1 step: prompts right 51.0% ± 0.0%." in html
-    rows = list(csv.DictReader((out / "compare.csv").open()))
+    rows = list(csv.DictReader((out / "compare.csv").open(encoding="utf-8")))
     assert len(rows) == 3 * 3
     assert {row["group"] for row in rows} == {"LADD", "ADD"}
-    table = (out / "compare.md").read_text()
+    table = (out / "compare.md").read_text(encoding="utf-8")
     assert table in printed
     assert table.count("\n") == 2 + 1 + 2 * 2
     grid = re.search(r'<table class="grid">.*?</table>', html, re.S)[0]
@@ -217,14 +221,15 @@ def test_a_method_without_a_discriminator_has_no_curve_of_it(written, command, t
         written("ladd", LADD, 0, 0.5),
         written("none", {"_target_": "distill.methods.regression.R"}, 0, 0.5),
     )
-    (second / "metrics.csv").write_text("step,g/regression\n1,0.6\n2,0.7\n")
+    (second / "metrics.csv").write_text("step,g/regression\n1,0.6\n2,0.7\n", encoding="utf-8")
     for runs, shown in (([first, second], True), ([second], False)):
         code, _, err = command(
             "compare", f"runs=[{','.join(map(str, runs))}]", f"out={tmp_path / 'out'}"
         )
         assert code == 0, err
         assert (
-            "Discriminator&#x27;s accuracy" in (tmp_path / "out" / "compare.html").read_text()
+            "Discriminator&#x27;s accuracy"
+            in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
         ) is shown
     (second / "metrics.csv").unlink()
     assert command("compare", f"runs={second}", f"out={tmp_path / 'out'}")[0] == 0

@@ -226,7 +226,7 @@ def test_every_value_of_an_experiment_survives(choice):
 def sweeps() -> Iterator[tuple[str, list[str]]]:
     """Each sweep that an experiment's head gives as a command, with its overrides as they are typed, and its own."""
     for choice in EXPERIMENTS:
-        text = (CONF / f"{choice}.yaml").read_text().replace(" \\\n#", "")
+        text = (CONF / f"{choice}.yaml").read_text(encoding="utf-8").replace(" \\\n#", "")
         params = (
             OmegaConf.select(OmegaConf.create(load(f"{choice}.yaml")), "hydra.sweeper.params") or {}
         )
@@ -280,7 +280,7 @@ def test_the_comparison_runs_every_seed_once_and_goes_on(monkeypatch, tmp_path):
             Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir=")
         ):
             folder.mkdir(parents=True)
-            (folder / "evaluation.json").write_text("{}")
+            (folder / "evaluation.json").write_text("{}", encoding="utf-8")
 
     monkeypatch.setattr(module, "call", call)
     monkeypatch.setattr(module.os, "sched_setaffinity", lambda *_: None, raising=False)
@@ -296,7 +296,9 @@ def test_the_comparison_runs_every_seed_once_and_goes_on(monkeypatch, tmp_path):
         "400",
     ]
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "pace.json").write_text('{"ladd": 1.0, "regression": 0.5}')
+    (tmp_path / "out" / "pace.json").write_text(
+        '{"ladd": 1.0, "regression": 0.5}', encoding="utf-8"
+    )
     monkeypatch.setattr(sys, "argv", command)
     module.main()
     runs = [a for name, *a in said if name == "distill.run"]
@@ -342,7 +344,9 @@ def test_an_experiment_beats_the_root(tmp_path):
     assert plain, "the root has no plain value, not even a seed"
     probe = tmp_path / "experiment" / "probe.yaml"
     probe.parent.mkdir()
-    probe.write_text("# @package _global_\n" + OmegaConf.to_yaml(dict.fromkeys(plain, "probe")))
+    probe.write_text(
+        "# @package _global_\n" + OmegaConf.to_yaml(dict.fromkeys(plain, "probe")), encoding="utf-8"
+    )
     config = composed(f"hydra.searchpath=[file://{tmp_path}]", "experiment=probe", *fill_ins([]))
     assert {key: config[key] for key in plain} == dict.fromkeys(plain, "probe")
 

@@ -147,10 +147,10 @@ def test_folder_of_images(tmp_path, caplog):
     (tmp_path / "sub").mkdir()
     for i, name in enumerate(["a.PNG", "b.c.png", "sub/d.png", "x.png", "y.png"]):
         (tmp_path / name).write_bytes(png(np.full((6, 6, 3), 50 * i, np.uint8)))
-    (tmp_path / "x.TXT").write_text("capitals")
-    (tmp_path / "y.JSON").write_text('{"caption": "more of them"}')
-    (tmp_path / "b.c.txt").write_text("two dots")
-    (tmp_path / "notes.md").write_text("not an image")
+    (tmp_path / "x.TXT").write_text("capitals", encoding="utf-8")
+    (tmp_path / "y.JSON").write_text('{"caption": "more of them"}', encoding="utf-8")
+    (tmp_path / "b.c.txt").write_text("two dots", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("not an image", encoding="utf-8")
     data = ImageShards(str(tmp_path), size=6)
     assert [(data[i]["key"], data[i]["caption"]) for i in range(5)] == [
         ("a.PNG", ""),
@@ -163,7 +163,7 @@ def test_folder_of_images(tmp_path, caplog):
     what = f"2 of 5 pictures in {tmp_path}, a.PNG for one, have no .txt or .json beside them"
     assert [record.message.partition(", and")[0] for record in caplog.records] == [what]
     for name in ("a.txt", "sub/d.txt"):
-        (tmp_path / name).write_text("all have one")
+        (tmp_path / name).write_text("all have one", encoding="utf-8")
     caplog.clear()
     ImageShards(str(tmp_path), size=6)
     assert not caplog.records
@@ -341,7 +341,7 @@ def test_expand(tmp_path):
     names = [str(tmp_path / f"x-{i:03d}.tar") for i in range(4)]
     for name in reversed(names):
         put_tar(name, {"a.txt": b"a"})
-    (tmp_path / "other.txt").write_text("x")
+    (tmp_path / "other.txt").write_text("x", encoding="utf-8")
     assert expand(str(tmp_path)) == names
     assert expand(names[2]) == [names[2]]
     assert expand(f"{tmp_path}/x-{{001..003}}.tar") == names[1:]
@@ -456,7 +456,7 @@ def test_a_shard_that_shrinks_under_us(tmp_path):
 
 
 def test_a_hostile_tar_writes_nothing_and_follows_nothing(tmp_path):
-    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
     inside = tmp_path / "data"
     inside.mkdir()
     with tarfile.open(inside / "x.tar", "w") as tar:

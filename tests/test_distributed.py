@@ -38,7 +38,11 @@ def run(folder: Path, *, processes: int, **options) -> list[dict]:
         environment = {**os.environ, **shared, **own}
         workers.append(
             subprocess.Popen(
-                [sys.executable, WORKER, asked], env=environment, stderr=subprocess.PIPE, text=True
+                [sys.executable, WORKER, asked],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
             )
         )
     for worker in workers:

@@ -445,7 +445,7 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     )
     checkpoints.on_train_batch_end(trainer, method)
     assert (checkpoints.folder / "step_000003.ckpt").exists()
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+    assert (tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines() == [
         "step,g/adv",
         "1,0.5",
         "2,0.5",

@@ -54,7 +54,7 @@ def judged(command, places, monkeypatch, tmp_path):
         code, said, err = command("evaluate", *words, *eyes.small(places), *more)
         assert code == 0, err
         assert "evaluation.json" in said
-        return json.loads((tmp_path / out / "evaluation.json").read_text())
+        return json.loads((tmp_path / out / "evaluation.json").read_text(encoding="utf-8"))
 
     return call
 
@@ -113,7 +113,9 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     assert protocol["student sampler"] == "Consistency(levels=None)"
     assert "weights " in protocol["fid"]
     assert protocol["kid"].endswith("subsets 100, size 1000, seed 0")
-    assert f"run: {student}\n" in (tmp_path / "out" / "evaluation" / "asked.yaml").read_text()
+    assert f"run: {student}\n" in (tmp_path / "out" / "evaluation" / "asked.yaml").read_text(
+        encoding="utf-8"
+    )
     pictures = sorted((tmp_path / "out" / "evaluation").glob("student-2-*/*.png"))
     assert [path.name for path in pictures] == [
         f"{i:06d}.png" for i in range(8 + 6)
@@ -122,7 +124,7 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
         8 * 258 + 2,
         2 * 258 + 2,
     )
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "In 1 step the student has an FID of" in page
     assert "FD-DINOv2" in page
 
@@ -200,7 +202,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkey
         "distill.metrics.pictures.DataLoader", lambda *_, **__: pytest.fail("computed again")
     )
     assert judged(student, "steps=1,2", out="killed") == json.loads(
-        (tmp_path / "killed" / "evaluation.json").read_text()
+        (tmp_path / "killed" / "evaluation.json").read_text(encoding="utf-8")
     )
 
 
@@ -239,7 +241,8 @@ def test_a_teachers_pictures_are_its_schedulers_too(pipelines, tmp_path):
     assert before.marks(before, scheduled=True) == again.marks(again, scheduled=True)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(
-        json.dumps({"shift": 9.0, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+        json.dumps({"shift": 9.0, "_class_name": "FlowMatchEulerDiscreteScheduler"}),
+        encoding="utf-8",
     )  # short, as SD3's
     shifted = SD3(str(folder))
     assert shifted.marks(shifted, scheduled=True) != before.marks(before, scheduled=True)
@@ -273,8 +276,10 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
 ):
     """A model of larger pictures; `metrics: shapes` is what evaluate and run take unless told otherwise."""
     large = shutil.copytree(pipelines("unet"), tmp_path / "large")
-    config = json.loads((large / "unet" / "config.json").read_text())
-    (large / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 32}))
+    config = json.loads((large / "unet" / "config.json").read_text(encoding="utf-8"))
+    (large / "unet" / "config.json").write_text(
+        json.dumps({**config, "sample_size": 32}), encoding="utf-8"
+    )
     monkeypatch.setattr("distill.evaluation.pictures", lambda *_: pytest.fail("drawn"))
     code, _, err = command("evaluate", f"run={large}", "steps=1", "out=out")
     assert code == 1
@@ -335,7 +340,7 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
         sorted(folder.iterdir())
     ):  # other names, captions beside them, in another order
         path.rename(folder / f"a_{9 - i}.png")
-        (folder / f"a_{9 - i}.txt").write_text(tiny.CAPTIONS[8 + i])
+        (folder / f"a_{9 - i}.txt").write_text(tiny.CAPTIONS[8 + i], encoding="utf-8")
     (folder / "a_2.png").unlink()
     found = judged(folder, few, out="fewer")["protocol"]
     assert found["prompts"] == 7  # and not what the protocol would have had drawn
@@ -359,7 +364,7 @@ def test_cocos_own_pictures_are_at_no_distance_from_themselves(judged, places):
 
 
 def test_prompts_of_a_file_without_and_with_reference(judged, student, places, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n\n", encoding="utf-8")
     own = ["metrics.path=prompts.txt", "metrics.prompts=null", "steps=1"]
     found = judged(student, *own, metrics="prompts")
     assert set(found["rows"][0]) == {
@@ -387,7 +392,7 @@ def test_two_processes_draw_what_one_draws(judged, student, one_thread, tmp_path
     several = judged(student, *few, "devices=2", out="several")
     assert plain(several) == plain(alone)
     made = [
-        len(path.read_text().splitlines())
+        len(path.read_text(encoding="utf-8").splitlines())
         for path in sorted((tmp_path / "several").rglob("seconds-*.txt"))
     ]
     assert made == [3, 2]  # batches of three, of 14 pictures
@@ -416,7 +421,7 @@ def test_a_run_judges_itself_so_and_is_judged_again(
     )
     assert code == 0, err
     assert "fid" in out
-    first = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    first = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
     found = [(row["who"], row["steps"]) for row in first["rows"]]
     assert found == [("teacher", 1), ("teacher", 2), ("student", 1), ("student", 2)]
     again = [
@@ -427,13 +432,15 @@ def test_a_run_judges_itself_so_and_is_judged_again(
         "steps=2",
     ]
     assert command("evaluate", *again, "metrics.teacher_steps=[]")[0] == 0
-    (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert row["fid"] == pytest.approx(first["rows"][3]["fid"], rel=1e-2)  # with weights read back
-    assert "| fid |" in (tmp_path / "run" / "student" / "README.md").read_text()
+    assert "| fid |" in (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")
     code, out, err = command("compare", f"runs={tmp_path / 'run'}", f"out={tmp_path / 'compared'}")
     assert code == 0, err
     assert "FID" in out
-    assert "best with 2 steps: fid" in Path(tmp_path / "compared" / "compare.html").read_text()
+    assert "best with 2 steps: fid" in Path(tmp_path / "compared" / "compare.html").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow
@@ -456,6 +463,11 @@ def test_a_run_that_cannot_be_judged_is_finished_and_reported(
     code, _, said = command("run", *run, *metrics, "metrics.prompts=8", lost)
     assert code == 1
     assert said.splitlines()[-1].startswith("distill: metrics.networks: the weights of ")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    assert "trained, but not judged" in (tmp_path / "run" / "report.html").read_text()
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"]
+        == "finished"
+    )
+    assert "trained, but not judged" in (tmp_path / "run" / "report.html").read_text(
+        encoding="utf-8"
+    )
     assert (tmp_path / "run" / "student" / "README.md").is_file()

@@ -47,7 +47,7 @@ def data(shards, tmp_path):
                 member = tarfile.TarInfo(f"{i}.{end}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:8]))
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:8]), encoding="utf-8")
     return {
         "pictures": tmp_path / "pictures.tar",
         "latents": shards,
@@ -89,13 +89,15 @@ def test_an_experiment_runs_two_steps(name, command, data, teacher_of, teachers,
     where = [f"data.path={data[kind]}", f"run_dir={tmp_path / 'run'}"]
     code, _, err = command("run", "debug=smoke", *arguments, *LESS, *where)
     assert code == 0, err
-    with (tmp_path / "run" / "metrics.csv").open() as file:
+    with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["g/adv"]]
     assert {int(float(row["step"])) for row in rows} == {1, 2}
     assert all(float(row["g/grad_norm"]) > 0 for row in rows)
     assert (tmp_path / "run" / "report.html").is_file()
     scheduler = json.loads(
-        (tmp_path / "run" / "student" / "scheduler" / "scheduler_config.json").read_text()
+        (tmp_path / "run" / "student" / "scheduler" / "scheduler_config.json").read_text(
+            encoding="utf-8"
+        )
     )
     if name.startswith("nitrosd"):
         assert scheduler["shifted_timestep"] == (250 if name == "nitrosd_realism" else 500)
@@ -112,10 +114,12 @@ def test_every_experiment_is_run():
 @pytest.mark.parametrize("name", sorted(on_papers_models()))
 def test_an_experiment_says_what_it_takes(name):
     """In its head, or in that of the one that it begins from: its command, what is ours, that it was not run."""
-    text = (CONF / f"{name}.yaml").read_text()
+    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     head = text.partition("\ndefaults:")[0]
     parent = next(iter(OmegaConf.load(CONF / f"{name}.yaml").defaults))
-    whole = head + ((CONF / f"{parent}.yaml").read_text() if isinstance(parent, str) else "")
+    whole = head + (
+        (CONF / f"{parent}.yaml").read_text(encoding="utf-8") if isinstance(parent, str) else ""
+    )
     assert f"python -m distill.run experiment={name} " in head
     assert "ot run here" in head
     assert "The paper's" in whole

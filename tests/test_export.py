@@ -167,19 +167,21 @@ def test_out_is_never_overwritten(run_of, command, tmp_path):
 def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     shutil.copytree(run_of("unet", "full"), tmp_path / "run")
     shutil.copytree(pipelines("unet"), tmp_path / "teacher")
-    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: openrail++\n---\n# a model\n")
+    (tmp_path / "teacher" / "README.md").write_text(
+        "---\nlicense: openrail++\n---\n# a model\n", encoding="utf-8"
+    )
     rows = [
         {"who": "teacher", "steps": 28, "frechet": 400.0},
         {"who": "student", "steps": 1, "frechet": 500.5},
     ]
     (tmp_path / "run" / "evaluation.json").write_text(
-        json.dumps({"protocol": {"prompts": 16}, "rows": rows})
+        json.dumps({"protocol": {"prompts": 16}, "rows": rows}), encoding="utf-8"
     )
     (tmp_path / "run" / "samples").mkdir(exist_ok=True)
     (tmp_path / "run" / "samples" / "comparison.png").write_bytes(b"a picture")
     card = write_card(
         tmp_path / "run" / "student", tmp_path / "run", tmp_path / "teacher"
-    ).read_text()
+    ).read_text(encoding="utf-8")
     for said in (
         "\nlicense: openrail++\n",
         "by LADD ([2403.12015](https://arxiv.org/abs/2403.12015)), trained for 2 steps on 8 images",
@@ -193,11 +195,11 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     assert str(tmp_path) not in card
     assert (tmp_path / "run" / "student" / "comparison.png").is_file()
     (tmp_path / "teacher" / "README.md").unlink()
-    (tmp_path / "teacher" / "LICENSE.md").write_text("# Some Licence 1.0\n")
+    (tmp_path / "teacher" / "LICENSE.md").write_text("# Some Licence 1.0\n", encoding="utf-8")
     (tmp_path / "run" / "student" / "README.md").unlink()
     card = write_card(
         tmp_path / "run" / "student", tmp_path / "run", tmp_path / "teacher"
-    ).read_text()
+    ).read_text(encoding="utf-8")
     assert "license: other\nlicense_name: Some Licence 1.0\nlicense_link: LICENSE.md\n" in card
 
 
@@ -211,9 +213,9 @@ def test_a_card_shows_numbers_that_yaml_takes_for_text(tmp_path):
             "frechet": float("inf"),
         }
     ]
-    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     (tmp_path / "student").mkdir()
-    card = write_card(tmp_path / "student", tmp_path).read_text()
+    card = write_card(tmp_path / "student", tmp_path).read_text(encoding="utf-8")
     assert "| who | steps | frechet | recall | diversity |" in card
     assert "| student | 1 | inf | nan | 0.000 |" in card
 
@@ -221,7 +223,9 @@ def test_a_card_shows_numbers_that_yaml_takes_for_text(tmp_path):
 def test_a_finished_run_has_a_card_and_a_lora_its_file(run_of):
     lora, full = run_of("mmdit", "lora"), run_of("mmdit", "full")
     for folder in (lora, full):
-        assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in (folder / "student" / "README.md").read_text()
+        assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in (folder / "student" / "README.md").read_text(
+            encoding="utf-8"
+        )
     assert (lora / "lora.safetensors").is_file()
     assert not (full / "lora.safetensors").exists()
 
@@ -233,7 +237,7 @@ def test_without_its_third_text_encoder_it_opens_as_the_card_says(pipelines, tmp
         student, teacher, tmp_path / "student", Consistency().scheduler(student, teacher)
     )
     assert not (folder / "text_encoder_3").exists()
-    card = write_card(folder, tmp_path).read_text()
+    card = write_card(folder, tmp_path).read_text(encoding="utf-8")
     assert 'from_pretrained("<this folder>", text_encoder_3=None, tokenizer_3=None)' in card
     pipeline = opened(AutoPipelineForText2Image, folder, text_encoder_3=None, tokenizer_3=None)
     model = student_of(str(folder))

@@ -152,7 +152,12 @@ def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
     """The same UNet under a scheduler that says so, as SD 2.1 has it beside its base."""
     folder = shutil.copytree(pipelines("unet"), tmp_path / "v")
     file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text(encoding="utf-8")) | {"prediction_type": "v_prediction"}
+        ),
+        encoding="utf-8",
+    )
     pipeline, teacher, x_t = opened(folder), SD(str(folder)), noise(2, 4, 16, 16)
     seen, step = [], pipeline.scheduler.step
 
@@ -442,7 +447,7 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
     code, _, err = command("run", "debug=smoke", "~metrics", *run, *paths)
     assert code == 0, err
     folder = tmp_path / "run" / "student"
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert index["_class_name"] == MAKE[family].kind.__name__
     student = student_of(str(tmp_path / "run"))  # with the run's own options
     assert type(student) is MAKE[family]

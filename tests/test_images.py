@@ -224,7 +224,7 @@ def test_captions_as_open_clip_embeds_them(tmp_path):
             "heads": 2,
         },
     }
-    (tmp_path / "tiny-text.json").write_text(json.dumps(config))
+    (tmp_path / "tiny-text.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.factory.add_model_config(tmp_path / "tiny-text.json")
     torch.manual_seed(0)
     reference = open_clip.create_model("tiny-text")

@@ -77,9 +77,9 @@ def test_rows_and_agreement_by_hand(tmp_path):
     assert float(seen.agreement()[0, 1]) == pytest.approx(
         float(torch.corrcoef(torch.stack([a, b]))[0, 1]), abs=1e-6
     )
-    page = write(seen, tmp_path, "a run").read_text()
+    page = write(seen, tmp_path, "a run").read_text(encoding="utf-8")
     assert "tell real from fake 42% of the time; the best, a at t = 0.5, 50%." in page
-    assert len(list(csv.DictReader((tmp_path / "heads.csv").open()))) == 2
+    assert len(list(csv.DictReader((tmp_path / "heads.csv").open(encoding="utf-8")))) == 2
 
 
 def test_the_command_reads_a_run(command, pipelines, shards, tmp_path):

@@ -146,7 +146,7 @@ def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, sha
     assert command("run", *arguments(pipelines, shards, tmp_path / "run"), *rules)[0] == 0
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["best.ckpt", *(f"step_{n:06d}.ckpt" for n in (5, 10, 11, 12))]
-    with open(tmp_path / "run" / "metrics.csv") as file:
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         import csv
 
         norms = {

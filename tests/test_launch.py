@@ -34,7 +34,12 @@ def start(command, folder, **environment):
     }
     known |= {"OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=folder, env=known, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=known,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
 
 
@@ -43,7 +48,7 @@ def student_of(folder):
 
 
 def assert_run(folder, *, seed=0):
-    facts = json.loads((folder / "run.json").read_text())
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert (facts["status"], facts["steps"], facts["images_seen"]) == ("finished", 2, 8)
     assert OmegaConf.load(folder / "config.yaml").seed == seed
     assert {"student", "report.html", "metrics.csv"} <= {p.name for p in folder.iterdir()}
@@ -104,7 +109,7 @@ def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeyp
     popen, own = subprocess.Popen, [sys.executable, "-c", script, str(tmp_path)]
     monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen(own, **kw))
     assert launch.launch(tmp_path, 2) == 0
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [
+    assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(2)] == [
         "0 2 False 7",
         "1 2 False 7",
     ]
@@ -127,7 +132,7 @@ def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatc
 
     def fails(folder, processes):
         if trained:
-            (folder / "metrics.csv").write_text("step,g/adv\n240,0.5\n")
+            (folder / "metrics.csv").write_text("step,g/adv\n240,0.5\n", encoding="utf-8")
         return 1
 
     monkeypatch.setattr(launch, "launch", fails)
@@ -313,8 +318,10 @@ def test_the_score_is_judged_or_logged(tmp_path):
         {"who": "teacher", "steps": 1, "frechet": 9.0},
         {"who": "student", "steps": 1, "frechet": 4.0},
     ]
-    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "metrics.csv").write_text("step,g/adv,other\n1,0.5,\n2,0.25,\n3,,1\n")
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (tmp_path / "metrics.csv").write_text(
+        "step,g/adv,other\n1,0.5,\n2,0.25,\n3,,1\n", encoding="utf-8"
+    )
     assert search.score(tmp_path, "frechet", 1) == 4.0
     assert search.score(tmp_path, "g/adv", 1) == 0.25
     with pytest.raises(ValueError, match="metric=none"):
@@ -336,8 +343,8 @@ def trials(command, monkeypatch, tmp_path):
         )
         folder.mkdir(parents=True)
         row = {"who": "student", "steps": 1, "rate": rates[-1], "broken": math.nan}
-        (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}))
-        (folder / "metrics.csv").write_text("step\n1\n")
+        (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}), encoding="utf-8")
+        (folder / "metrics.csv").write_text("step\n1\n", encoding="utf-8")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("distill.search.subprocess.run", run)
@@ -396,7 +403,7 @@ def test_a_search_goes_on_where_it_stopped(command, pipelines, shards, tmp_path)
     ]
     assert rates[0] != rates[1]
     assert all(1e-6 <= rate <= 1e-4 for rate in rates)
-    rows = list(csv.DictReader((tmp_path / "found" / "trials.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "found" / "trials.csv").open(encoding="utf-8")))
     assert sorted(float(row["optimizer.student.lr"]) for row in rows) == pytest.approx(
         sorted(rates)
     )

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "src" / "distill"
 
 # Layer -> its modules: the first part of the path below src/distill, a file or a folder. `base` is methods/base.py.
 LAYERS = {
-    "L0": {"types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files", "hardware"},
+    "L0": {
+        "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
+        "hardware", "signals",
+    },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
@@ -168,7 +171,7 @@ def test_files_and_functions_are_short():
 def write(package: Path, name: str, text: str) -> None:
     path = package / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize(

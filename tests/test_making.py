@@ -45,7 +45,7 @@ def pictures(path, count: int = COUNT, bad: tuple[int, ...] = (4,), sizes=((64, 
 @pytest.fixture
 def asked(pipelines, tmp_path):
     """Command -> its arguments but for `out`."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     fixed = [f"teacher.path={pipelines('mmdit')}", f"per_shard={PER_SHARD}"]
     data = [
         f"data.path={pictures(tmp_path / 'x.tar')}",
@@ -166,7 +166,11 @@ def test_two_processes_of_the_command_make_what_one_makes(name, asked, tmp_path)
             f"devices={devices}",
         ]
         said = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
         )
         assert said.returncode == 0, said.stderr
         assert "samples in 4 shards" in said.stdout
@@ -176,7 +180,7 @@ def test_two_processes_of_the_command_make_what_one_makes(name, asked, tmp_path)
 @each_command
 def test_other_settings_are_refused_and_mistakes_leave_nothing(name, command, asked, tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
     wrong = "data.size=60" if name == "cache" else "size=[60,64]"
     for out in ("gone", "mine"):
         code, _, err = command(name, *asked[name], wrong, f"out={out}")
@@ -232,7 +236,7 @@ def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch,
     if name == "cache":
         pictures(tmp_path / "x.tar", COUNT + 1)
     else:
-        (tmp_path / "prompts.txt").write_text("another\n" * 5)
+        (tmp_path / "prompts.txt").write_text("another\n" * 5, encoding="utf-8")
     code, _, err = command(name, *asked[name], "out=made")
     assert (
         code,
@@ -272,7 +276,7 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
     how = {"shape": teacher.latent_shape, "steps": 2, "guidance": 4.0}
     again = sampling.guided(teacher, teacher.embed([item["caption"] for item in made]), [], **how)
     assert torch.equal(again.half().float(), torch.stack([item["x0"] for item in made]))
-    about = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    about = json.loads((tmp_path / "made" / "manifest.json").read_text(encoding="utf-8"))
     wanted = {
         "samples": COUNT,
         "size": [64, 64],
@@ -381,7 +385,7 @@ def steps(command, folder, *arguments) -> list[dict[str, float]]:
     assert code == 0, err
     rows = [
         {k: float(v) for k, v in row.items() if v}
-        for row in csv.DictReader((folder / "metrics.csv").open())
+        for row in csv.DictReader((folder / "metrics.csv").open(encoding="utf-8"))
     ]
     return [row for row in rows if "g/grad_norm" in row]
 
@@ -471,14 +475,16 @@ def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
         ["debug=smoke", "data.path=made", "data.num_workers=0", "~metrics"],
     )
     manifest = tmp_path / "made" / "manifest.json"
-    made = json.loads(manifest.read_text())
+    made = json.loads(manifest.read_text(encoding="utf-8"))
     assert (made["what"], made["without"]) == ("encoded pictures", [])
     said = "data.path=made: holds pictures, of which no noise is known; use data=latents"
     assert said in command("run", "data=synthetic", "method=regression", teacher, *run)[2]
-    manifest.write_text(json.dumps(made | {"without": ["text_encoder_3", "tokenizer_3"]}))
+    manifest.write_text(
+        json.dumps(made | {"without": ["text_encoder_3", "tokenizer_3"]}), encoding="utf-8"
+    )
     said = "were made with teacher.without=[text_encoder_3,tokenizer_3], and this run has []; give both the same"
     assert said in command("run", "data=latents", teacher, *run)[2]
-    manifest.write_text(json.dumps(made | {"teacher": "another"}))
+    manifest.write_text(json.dumps(made | {"teacher": "another"}), encoding="utf-8")
     code, *said = command("run", "data=latents", teacher, *run)
     assert code == 0
     assert "was made with another, not with this run's teacher: right if both" in " ".join(
@@ -525,7 +531,7 @@ def test_one_fault_is_one_reason(command, tmp_path):
 def test_check_reads_latents_and_prompts_too(command, shards, tmp_path):
     code, out, _ = command("check", "data=latents", f"data.path={shards}", "data.num_workers=0")
     assert (code, "24 of 24 samples are good" in out) == (0, True)
-    (tmp_path / "p.txt").write_text("a b\nc\n")
+    (tmp_path / "p.txt").write_text("a b\nc\n", encoding="utf-8")
     code, out, _ = command("check", "data=prompts", "data.path=p.txt")
     assert (code, "1 to 2, median 1.5; 0 are empty" in out) == (0, True)
 
@@ -552,7 +558,7 @@ def test_img2dataset_s_output_is_read_as_it_comes(command, tmp_path):
             files[f"{key}.json"] = json.dumps(record).encode()
         put_tar(folder / f"{shard:05d}.tar", files)
         (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
-        (folder / f"{shard:05d}_stats.json").write_text("{}")
+        (folder / f"{shard:05d}_stats.json").write_text("{}", encoding="utf-8")
     from distill.data.datasets import ImageShards
 
     data = ImageShards(str(folder), size=64)
@@ -573,5 +579,5 @@ def test_a_folder_with_json_captions(tmp_path):
     from distill.data.datasets import ImageShards
 
     (tmp_path / "a.png").write_bytes(png(np.zeros((8, 8, 3), np.uint8)))
-    (tmp_path / "a.json").write_text('{"caption": "a dog"}')
+    (tmp_path / "a.json").write_text('{"caption": "a dog"}', encoding="utf-8")
     assert ImageShards(str(tmp_path), size=8)[0]["caption"] == "a dog"

@@ -250,7 +250,7 @@ def test_clip_score_is_open_clips(places, picture):
 
 
 def test_a_network_out_of_reach_is_one_sentence(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     for network in (
         networks.Dinov2("nobody/nothing"),
         networks.Clip(str(tmp_path)),
@@ -394,7 +394,7 @@ def test_coco_that_is_not_whole(places, tmp_path):
     ):
         coco(str(folder), None)
     (folder / "annotations" / "captions_val2017.json").write_text(
-        json.dumps({"images": [{"id": 1}], "annotations": []})
+        json.dumps({"images": [{"id": 1}], "annotations": []}), encoding="utf-8"
     )
     with pytest.raises(ValueError, match="cannot read annotations"):
         coco(str(folder), None)

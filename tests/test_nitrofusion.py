@@ -71,7 +71,7 @@ def test_a_few_step_teacher_is_all_it_needs(smoke, teachers, tmp_path):
 
 
 def test_prompts_alone_need_a_teacher_that_samples(command, pipelines, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    (tmp_path / "prompts.txt").write_text("a\nb\n", encoding="utf-8")
     where = [f"teacher.path={pipelines('mmdit')}", f"data.path={tmp_path / 'prompts.txt'}"]
     code, _, err = command("run", "method=ladd", "data=prompts", "debug=smoke", "~metrics", *where)
     assert code == 1

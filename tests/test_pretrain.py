@@ -45,7 +45,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_every_stage_leaves_its_models_and_a_card(made):
-    scores = json.loads((made.parent / "pretraining.json").read_text())["stages"]
+    scores = json.loads((made.parent / "pretraining.json").read_text(encoding="utf-8"))["stages"]
     assert list(scores) == list(STAGES)
     assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
     assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 4"}
@@ -55,8 +55,12 @@ def test_every_stage_leaves_its_models_and_a_card(made):
     assert {p.name for p in made.iterdir()} == {
         "mmdit", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
     }  # fmt: skip
-    assert (made / "curves" / "vae.csv").read_text().startswith("step,seconds,l1,l2,kl\n0,")
-    card = (made / "README.md").read_text()
+    assert (
+        (made / "curves" / "vae.csv")
+        .read_text(encoding="utf-8")
+        .startswith("step,seconds,l1,l2,kl\n0,")
+    )
+    card = (made / "README.md").read_text(encoding="utf-8")
     assert "python -m distill.pretrain" in card
     assert "pictures 256" in card
     assert "| vae |" in card
@@ -112,7 +116,7 @@ def test_ones_own_pictures_need_no_shapes(tmp_path):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
             tmp_path / f"{i}.png"
         )
-        (tmp_path / f"{i}.txt").write_text(f"noise number {i}")
+        (tmp_path / f"{i}.txt").write_text(f"noise number {i}", encoding="utf-8")
     models = run(
         f"out={tmp_path / 'out'}",
         f"data.path={tmp_path}",
@@ -122,7 +126,7 @@ def test_ones_own_pictures_need_no_shapes(tmp_path):
     assert not (models / "reader").exists()
     numbers = [
         int(caption.split()[-1])
-        for caption in json.loads((tmp_path / "out" / "captions.json").read_text())
+        for caption in json.loads((tmp_path / "out" / "captions.json").read_text(encoding="utf-8"))
     ]
     assert sorted(numbers) == list(range(256))
     assert max(numbers[-20:]) - min(numbers[-20:]) > 100, (

@@ -57,7 +57,11 @@ RUN += [
 
 
 def section() -> str:
-    return README.read_text().partition("\n## With real models\n")[2].partition("\n## ")[0]
+    return (
+        README.read_text(encoding="utf-8")
+        .partition("\n## With real models\n")[2]
+        .partition("\n## ")[0]
+    )
 
 
 def blocks(language: str) -> list[str]:
@@ -94,9 +98,9 @@ def world(tmp_path_factory) -> Path:
     for i in range(6):
         colours = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(colours).save(here / "photos" / f"{i}.png")
-        (here / "photos" / f"{i}.txt").write_text(tiny.CAPTIONS[i])
+        (here / "photos" / f"{i}.txt").write_text(tiny.CAPTIONS[i], encoding="utf-8")
     eyes.write_coco(here / "coco")
-    (here / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:4]))
+    (here / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:4]), encoding="utf-8")
     return here
 
 
@@ -135,7 +139,7 @@ def is_checked(world, out):
 
 
 def is_cached(world, out):
-    made = json.loads((world / "cached" / "manifest.json").read_text())
+    made = json.loads((world / "cached" / "manifest.json").read_text(encoding="utf-8"))
     assert (made["samples"], made["teacher"], made["size"], made["embeddings"]) == (
         6,
         "mine.safetensors",
@@ -145,7 +149,7 @@ def is_cached(world, out):
 
 
 def is_synthesized(world, out):
-    made = json.loads((world / "synthetic" / "manifest.json").read_text())
+    made = json.loads((world / "synthetic" / "manifest.json").read_text(encoding="utf-8"))
     assert (made["samples"], made["guidance"], made["embeddings"]) == (4, 4.5, True)
 
 
@@ -154,7 +158,7 @@ def is_run(name: str, expected: dict[str, object]) -> Callable[[Path, str], None
         folder = world / "runs" / name
         config = OmegaConf.load(folder / "config.yaml")
         assert {key: OmegaConf.select(config, key) for key in expected} == expected
-        assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+        assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
         assert (folder / "student" / "README.md").is_file()
 
     return check
@@ -177,7 +181,7 @@ def is_folder(world, out):
 
 def is_judged(folder: str, *rows: tuple[str, int]) -> Callable[[Path, str], None]:
     def check(world, out):
-        found = json.loads((world / folder / "evaluation.json").read_text())["rows"]
+        found = json.loads((world / folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
         assert [(row["who"], row["steps"]) for row in found] == list(rows)
         assert all(
             np.isfinite(row["clip_score"]) and ("fid" in row) == (folder != "evaluations/fast")

@@ -82,8 +82,10 @@ def write_run(folder, **more):
         "versions": {"torch": "2.11.0", "lightning": "2.6.6"}, "hardware": "2 CPU cores", "method": "LADD",
         "teacher": "SD3", "status": "finished",
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(facts | more))
-    (folder / "config.yaml").write_text("method:\n  r1_weight: 0.1\nnote: '<b>&'\n")
+    (folder / "run.json").write_text(json.dumps(facts | more), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        "method:\n  r1_weight: 0.1\nnote: '<b>&'\n", encoding="utf-8"
+    )
 
 
 def write_metrics(folder, steps=200, heads=3):
@@ -101,7 +103,7 @@ def write_metrics(folder, steps=200, heads=3):
     ]
     columns += ["d/adv", "d/r1", "d/real", "d/fake", "d/accuracy", "d/grad_norm", "d/lr"]
     columns += [f"d/{side}_head{k}" for side in ("real", "fake") for k in range(heads)]
-    with (folder / "metrics.csv").open("w", newline="") as file:
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.DictWriter(file, columns)
         rows.writeheader()
         for step in range(1, steps + 1):
@@ -177,7 +179,9 @@ def write_evaluation(folder, rows=None):
         row("student", 2, 0.94, 9.5, 0.012),
         row("student", 4, 0.95, 7.75, 0.024),
     ]
-    (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "rows": rows}))
+    (folder / "evaluation.json").write_text(
+        json.dumps({"protocol": protocol, "rows": rows}), encoding="utf-8"
+    )
 
 
 def grid(path, columns, rows, seed=0):
@@ -208,7 +212,7 @@ def write_samples(folder, frames=12):
         HOSTILE,
         *(f"a small red striped circle left of a large blue square, number {i}" for i in range(15)),
     ]
-    (samples / "captions.txt").write_text("\n".join(prompts) + "\n")
+    (samples / "captions.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -342,8 +346,8 @@ def test_an_empty_folder_has_a_report(tmp_path):
 
 
 def test_torn_files_are_named_and_survived(run):
-    (run / "evaluation.json").write_text('{"rows": [')
-    (run / "run.json").write_text('{"name": "torn')
+    (run / "evaluation.json").write_text('{"rows": [', encoding="utf-8")
+    (run / "run.json").write_text('{"name": "torn', encoding="utf-8")
     (run / "samples" / "comparison.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     whole = (run / "samples" / "step_000000.png").read_bytes()
     (run / "samples" / "step_000000.png").write_bytes(whole[: len(whole) // 2])
@@ -413,8 +417,8 @@ def test_a_large_picture_is_shrunk(tmp_path):
 
 def test_many_heads_a_long_run_and_a_resumed_one_stay_readable(tmp_path):
     write_metrics(tmp_path, steps=5000, heads=8)
-    lines = (tmp_path / "metrics.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.csv").write_text("".join(lines + lines[4000:]))
+    lines = (tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "metrics.csv").write_text("".join(lines + lines[4000:]), encoding="utf-8")
     page, _ = read(tmp_path)
     assert "median of 8" in drawings(page)[CHARTS.index("Gap by head")]
     assert len(page) < 1_500_000

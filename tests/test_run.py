@@ -75,7 +75,7 @@ def test_add_runs_on_every_teacher(family, sampler, command, pipelines, shards, 
         float(row[name]) > 0 for row in rows for name in ("d/adv", "g/distill", "g/grad_norm")
     )
     assert float(rows[0]["d/r1"]) > 0  # the second has none where the recipe says every fourth
-    index = json.loads((folder / "student" / "model_index.json").read_text())
+    index = json.loads((folder / "student" / "model_index.json").read_text(encoding="utf-8"))
     scheduler = {"mmdit": "FlowMatchEulerDiscreteScheduler"}.get(
         family, "EulerAncestralDiscreteScheduler"
     )
@@ -95,7 +95,7 @@ def test_add_runs_on_every_teacher(family, sampler, command, pipelines, shards, 
 
 def terms_of(folder):
     """Rows of the metrics that hold losses: one a step in a smoke run."""
-    with open(folder / "metrics.csv") as file:
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["g/adv"]]
 
 
@@ -115,7 +115,7 @@ def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
     assert config.trainer.max_steps == 2
     assert config.method._target_ == "distill.methods.ladd.LADD"
 
-    facts = json.loads((folder / "run.json").read_text())
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert facts["status"] == "finished"
     assert (facts["steps"], facts["images_seen"], facts["method"]) == (2, 8, "LADD")
     assert facts["teacher"] == {"mmdit": "SD3", "unet": "SD"}[family]
@@ -132,7 +132,7 @@ def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
             for name in ("d/adv", "g/adv", "d/grad_norm", "g/grad_norm")
         )
 
-    report = (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text(encoding="utf-8")
     assert report.lstrip().lower().startswith("<!doctype html>")
     assert "http://" not in report.replace("http://www.w3.org", "")  # self-contained
     kept = torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)
@@ -221,7 +221,7 @@ def test_smoke_with_the_judge_writes_its_verdict(command, pipelines, shards, tmp
     arguments = smoke_arguments("mmdit", pipelines, shards, tmp_path / "judged")
     code, out, _ = command("run", *[a for a in arguments if a != NO_JUDGE])
     assert code == 0
-    verdict = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
+    verdict = json.loads((tmp_path / "judged" / "evaluation.json").read_text(encoding="utf-8"))
     found = [(row["who"], row["steps"]) for row in verdict["rows"]]
     assert found == [("teacher", 1), ("teacher", 2), ("student", 1), ("student", 2)]
     assert verdict["protocol"]["prompts"] == 16
@@ -229,7 +229,7 @@ def test_smoke_with_the_judge_writes_its_verdict(command, pipelines, shards, tmp
     assert (tmp_path / "judged" / "samples" / "comparison.png").is_file()
     assert "prompt accuracy" in out
 
-    before = (tmp_path / "judged" / "evaluation.json").read_text()
+    before = (tmp_path / "judged" / "evaluation.json").read_text(encoding="utf-8")
     assert (
         command(
             "evaluate",
@@ -240,7 +240,7 @@ def test_smoke_with_the_judge_writes_its_verdict(command, pipelines, shards, tmp
         )[0]
         == 0
     )
-    after = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
+    after = json.loads((tmp_path / "judged" / "evaluation.json").read_text(encoding="utf-8"))
     assert json.dumps(after) != before
     accuracy = {(r["who"], r["steps"]): r["prompt_accuracy"] for r in verdict["rows"]}
     for row in after["rows"]:  # the same prompts and seeds, read back from the exported student
@@ -373,6 +373,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
+        encoding="utf-8",
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

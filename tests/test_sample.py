@@ -67,7 +67,7 @@ def test_prompts_of_a_file_in_batches_are_those_alone(
 def test_a_runs_own_levels_are_those_it_is_sampled_with(exported, command, tmp_path):
     shutil.copytree(exported("mmdit"), tmp_path / "run" / "student")
     (tmp_path / "run" / "config.yaml").write_text(
-        "sampler: {_target_: distill.sampling.Consistency, levels: [0.5]}\n"
+        "sampler: {_target_: distill.sampling.Consistency, levels: [0.5]}\n", encoding="utf-8"
     )
     for run in ("run/student", "run"):  # into one folder: neither writes over the other
         assert command("sample", f"run={run}", "prompt=x", "out=out")[0] == 0
@@ -157,7 +157,7 @@ def test_a_picture_to_go_on_from_stands_upright(tmp_path):
     ],
 )
 def test_what_cannot_be_sampled_is_said(options, said, exported, command, tmp_path):
-    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "blank.txt").write_text("\n", encoding="utf-8")
     code, _, err = command("sample", f"run={exported('mmdit')}", *options)
     assert code == 1
     assert err.startswith(f"distill: {said}")

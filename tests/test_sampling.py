@@ -174,7 +174,8 @@ def test_all_but_network_and_scheduler_are_the_teacher_s_files(family, pipelines
     for path in kept:
         assert filecmp.cmp(source / path, folder / path, shallow=False), path
     before, after = (
-        json.loads((place / "model_index.json").read_text()) for place in (source, folder)
+        json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+        for place in (source, folder)
     )
     assert {**before, "scheduler": None} == {**after, "scheduler": None}
     assert list(folder.parent.iterdir()) == [folder]  # nothing half-written beside it

@@ -97,7 +97,7 @@ def test_the_student_answers_at_the_shifted_step(shifted, teachers):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_plain_diffusers_gives_our_pixels(steps, shifted):
     folder, student = shifted
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert index["scheduler"] == ["distill.teachers.schedulers", "ShiftedLCMScheduler"]
     prompt, seed = tiny.CAPTIONS[0], 3
     pipeline = AutoPipelineForText2Image.from_pretrained(folder, safety_checker=None)

@@ -135,7 +135,7 @@ def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path)
     shutil.copytree(pipelines("mmdit"), run / "student")
     hostile = {"_target_": "os.system", "command": f"touch {owned}"}
     (tmp_path / "evil.py").write_text(
-        f"open({str(owned)!r}, 'w')\n"
+        f"open({str(owned)!r}, 'w')\n", encoding="utf-8"
     )  # would be imported from the current folder
     files.write(
         {"distill": {"iteration": 1}, "about": {"config": {}}},
@@ -200,10 +200,10 @@ def test_pickled_weights_are_refused_unless_asked_for(part, command, pipelines, 
 
 def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path):
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
-    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n", encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     (folder / "model_index.json").write_text(
-        json.dumps(index | {"tokenizer": ["evil", "Tokenizer"]})
+        json.dumps(index | {"tokenizer": ["evil", "Tokenizer"]}), encoding="utf-8"
     )
     code, _, err = command("sample", f"run={folder}", "prompt=x")
     assert code == 1
@@ -240,7 +240,7 @@ def test_a_pickle_bomb_as_checkpoint_is_named_and_the_one_before_used(disguised,
 def test_a_tar_cannot_leave_its_folder(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
     with tarfile.open(data / "x.tar", "w") as tar:
         for name, kind in (("link.txt", tarfile.SYMTYPE), ("hard.txt", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)

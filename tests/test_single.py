@@ -166,7 +166,9 @@ def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
     own = shutil.copytree(config, tmp_path / "config")
     place = own / "scheduler" / "scheduler_config.json"
     terms = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    place.write_text(json.dumps(json.loads(place.read_text()) | terms))
+    place.write_text(
+        json.dumps(json.loads(place.read_text(encoding="utf-8")) | terms), encoding="utf-8"
+    )
     teacher = SDXL(str(tmp_path / "v.safetensors"), config=str(own))
     assert teacher.prediction == "v"
     again = save_single_file(teacher.pipeline, tmp_path / "again.safetensors")
@@ -193,7 +195,9 @@ def test_a_config_that_names_foreign_code_is_refused(written, tmp_path):
     _, file, config = written("sd15")
     folder = shutil.copytree(config, tmp_path / "config")
     index = folder / "model_index.json"
-    index.write_text(index.read_text().replace('"transformers"', '"os"'))
+    index.write_text(
+        index.read_text(encoding="utf-8").replace('"transformers"', '"os"'), encoding="utf-8"
+    )
     assert "is code of 'os', which this teacher does not read" in said_of(
         SD, file, config=str(folder)
     )
@@ -244,7 +248,7 @@ def test_what_is_no_such_file_is_said(written, tmp_path):
         said
         == f"teacher.path={missing}: no such file; give one, or owner/repository/file of the hub"
     )
-    (tmp_path / "text.safetensors").write_text("no tensors here")
+    (tmp_path / "text.safetensors").write_text("no tensors here", encoding="utf-8")
     assert "does not load as the StableDiffusionPipeline" in said_of(
         SD, tmp_path / "text.safetensors", config=config
     )

@@ -430,7 +430,9 @@ def test_a_folder_that_is_no_pipeline_is_named(make, tmp_path):
 @pytest.mark.parametrize(("family", "make"), [("mmdit", SD), ("unet", SD3)])
 def test_a_pipeline_of_another_class_is_named(family, make, pipelines):
     classes = {SD: "StableDiffusionPipeline", SD3: "StableDiffusion3Pipeline"}
-    found = json.loads((pipelines(family) / "model_index.json").read_text())["_class_name"]
+    found = json.loads((pipelines(family) / "model_index.json").read_text(encoding="utf-8"))[
+        "_class_name"
+    ]
     with pytest.raises(ValueError, match="choose another teacher=") as caught:
         make(str(pipelines(family)))
     assert str(caught.value) == (

@@ -148,14 +148,14 @@ def test_the_export_command_writes_and_applies_a_delta(
 def test_a_folder_that_is_there_is_not_replaced_by_a_delta_s(command, pipelines, tmp_path):
     precious = tmp_path / "mine" / "thesis.tex"
     precious.parent.mkdir()
-    precious.write_text("years")
+    precious.write_text("years", encoding="utf-8")
     words = [f"base={pipelines('unet')}", "delta=d.safetensors"]
     code, _, err = command("export", *words, f"out={precious.parent}")
     assert (code, err) == (
         1,
         f"distill: out={precious.parent}: is there already; remove it or name another\n",
     )
-    assert precious.read_text() == "years"
+    assert precious.read_text(encoding="utf-8") == "years"
     (tmp_path / "d.safetensors.student").mkdir()  # where it would go
     assert "d.safetensors.student: is there already" in command("export", *words)[2]
 
@@ -281,10 +281,10 @@ def test_a_student_that_cannot_read_what_its_teacher_reads_is_refused(
     part = "transformer" if family == "mmdit" else "unet"
     file = f"{part}/config.json" if key != "prediction_type" else "scheduler/scheduler_config.json"
     shutil.copytree(pipelines(family), tmp_path / "other")
-    config = json.loads((tmp_path / "other" / file).read_text())
+    config = json.loads((tmp_path / "other" / file).read_text(encoding="utf-8"))
     if key not in config:
         pytest.skip("a setting of the other family")
-    (tmp_path / "other" / file).write_text(json.dumps({**config, key: value}))
+    (tmp_path / "other" / file).write_text(json.dumps({**config, key: value}), encoding="utf-8")
     with pytest.raises(
         ValueError, match=rf"student\.init=.*: its {key} is {value} and the teacher's is"
     ):
@@ -336,17 +336,19 @@ def test_a_student_says_the_size_that_it_was_trained_at(init, teachers, pipeline
 
 def test_a_transformer_keeps_the_size_that_its_positions_hang_on(teachers, tmp_path):
     folder, teacher = made(teachers("mmdit"), tmp_path), teachers("mmdit")
-    said = json.loads((folder / "transformer" / "config.json").read_text())["sample_size"]
+    said = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))[
+        "sample_size"
+    ]
     assert said == teacher.network.model.config.sample_size
 
 
 def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
     """Of the hub's SD 1.5 neither safety checker nor feature extractor is here, and its index names both."""
     snapshot = shutil.copytree(pipelines("unet"), tmp_path / "snapshot")
-    index = json.loads((snapshot / "model_index.json").read_text())
+    index = json.loads((snapshot / "model_index.json").read_text(encoding="utf-8"))
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    (snapshot / "model_index.json").write_text(json.dumps(index))
+    (snapshot / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     folder = made(SD(str(snapshot)), tmp_path)
     found = AutoPipelineForText2Image.from_pretrained(folder).components
     assert found["safety_checker"] is found["feature_extractor"] is None
@@ -354,7 +356,9 @@ def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
         found[name] is not None
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     )
-    assert json.loads((folder / "model_index.json").read_text()).keys() == index.keys()
+    assert (
+        json.loads((folder / "model_index.json").read_text(encoding="utf-8")).keys() == index.keys()
+    )
 
 
 def test_a_student_of_another_family_is_refused(teachers, pipelines):
@@ -376,6 +380,6 @@ def test_prompts_are_lines_of_a_file(tmp_path):
         (tmp_path / "none.txt", "cannot be read"),
         (tmp_path / "blank.txt", "no line that is not blank"),
     ):
-        (tmp_path / "blank.txt").write_text("\n")
+        (tmp_path / "blank.txt").write_text("\n", encoding="utf-8")
         with pytest.raises(ValueError, match=rf"data\.path=.*{what}"):
             source.prompts(str(path), batch_size=1)

@@ -32,7 +32,13 @@ def python(*args: str, cwd: Path, path: Path | None = None) -> str:
     """What a fresh interpreter prints; its complaint is the failure's text."""
     env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
     done = subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+        [sys.executable, *args],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        encoding="utf-8",
     )
     assert done.returncode == 0, f"python {' '.join(args)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -72,7 +78,7 @@ def test_the_console_script_knows_every_command():
     guarded = {
         p.stem
         for p in (ROOT / "src" / "distill").glob("*.py")
-        if "\nif __name__ ==" in p.read_text("utf-8")
+        if "\nif __name__ ==" in p.read_text(encoding="utf-8")
     }
     guarded.remove("worker")  # which `run` starts, and nobody else
     assert set(COMMANDS) == guarded, "distill.cli.COMMANDS and the modules that can be run differ"

@@ -43,7 +43,9 @@ def curves(path: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     own = {}
     for folder in map(Path, sys.argv[1:]):
-        method = json.loads((folder / "run.json").read_text()).get("method", "").lower()
+        method = (
+            json.loads((folder / "run.json").read_text(encoding="utf-8")).get("method", "").lower()
+        )
         if method not in METHODS:
             raise SystemExit(
                 f"{folder}: {method or 'not trained yet'}; the curves are of {', '.join(METHODS)}"

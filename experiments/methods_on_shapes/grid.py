@@ -28,7 +28,7 @@ def rows(folder: Path) -> dict[tuple[str, int], list[Image.Image]]:
     path = next(
         p for p in (folder / "comparison.png", folder / "samples" / "comparison.png") if p.is_file()
     )
-    judged = json.loads((folder / "evaluation.json").read_text())["rows"]
+    judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     cut = zip(judged, tiles(path, len(judged)), strict=True)
     return {(row["who"], row["steps"]): pictures[:SHOWN] for row, pictures in cut}
 

@@ -142,7 +142,7 @@ def best(name: str, asked: argparse.Namespace) -> list[str]:
     """What the search has found; nothing, so the recipe, where it was to make no trials."""
     if not asked.trials:
         return []
-    with (asked.out / "search" / name / "trials.csv").open(newline="") as file:
+    with (asked.out / "search" / name / "trials.csv").open(newline="", encoding="utf-8") as file:
         first = next(csv.DictReader(file))
     return [f"{key}={value}" for key, value in first.items() if key not in ("trial", "value")]
 
@@ -150,7 +150,7 @@ def best(name: str, asked: argparse.Namespace) -> list[str]:
 def pace(name: str, asked: argparse.Namespace) -> float:
     """Processor seconds of one iteration with both players: what twenty more cost, so that starting does not count."""
     file = asked.out / "pace.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if name not in known:
         used, contestant = [], CONTESTANTS[name]
         for iterations in (10, 30):
@@ -175,7 +175,7 @@ def pace(name: str, asked: argparse.Namespace) -> float:
             used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         shutil.rmtree(asked.out / "pace")
         known[name] = round((used[1] - used[0]) / 20, 4)
-        file.write_text(json.dumps(known, indent=2) + "\n")
+        file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return float(known[name])
 
 
@@ -215,11 +215,11 @@ def main() -> None:
         {"steps": asked.steps, "search_steps": asked.search_steps},
     )
     asked.out.mkdir(parents=True, exist_ok=True)
-    if kept.is_file() and json.loads(kept.read_text()) != lengths:
+    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != lengths:
         raise SystemExit(
-            f"{asked.out} was begun with {kept.read_text()}; give these, or another folder"
+            f"{asked.out} was begun with {kept.read_text(encoding='utf-8')}; give these, or another folder"
         )
-    kept.write_text(json.dumps(lengths))
+    kept.write_text(json.dumps(lengths), encoding="utf-8")
     for name in asked.only if "search" in asked.stages else ():
         search(name, asked)
     for name in asked.only if "pace" in asked.stages else ():

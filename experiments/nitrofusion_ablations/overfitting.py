@@ -42,7 +42,7 @@ class Ask(L.Callback):
             self.rows.append(
                 {"iteration": method.iteration, "step": method.step, **self.ask(method)}
             )
-            with open(self.path, "w", newline="") as file:
+            with open(self.path, "w", newline="", encoding="utf-8") as file:
                 table = csv.DictWriter(file, list(self.rows[0]))
                 table.writeheader()
                 table.writerows(self.rows)

@@ -3,7 +3,6 @@ by a method, on data."""
 
 import logging
 import re
-import signal
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from distill.files import gathered
 from distill.hardware import Precision, check_precision, precision
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
+from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
 from distill.teachers.reading import class_of
@@ -297,9 +297,9 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
         print(
             f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}"
         )
-        if by == signal.SIGUSR1:
+        if by == REQUEUE:
             requeue()
-    return 128 + by if by and by != signal.SIGUSR1 else 0
+    return 128 + by if by and by != REQUEUE else 0
 
 
 def table(rows: list[dict[str, Any]]) -> str:

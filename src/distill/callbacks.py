@@ -135,7 +135,9 @@ class Samples(L.Callback):
         self.folder = Path(trainer.default_root_dir) / "samples"
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            (self.folder / "captions.txt").write_text("\n".join(self.prompts) + "\n")
+            (self.folder / "captions.txt").write_text(
+                "\n".join(self.prompts) + "\n", encoding="utf-8"
+            )
         self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:

@@ -1,7 +1,6 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -12,14 +11,9 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from distill.files import read, remove, write
+from distill.files import duplicate, read, remove, write
 from distill.methods.base import Distillation
-
-STOPPING = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-)  # SLURM announces a job's end by the last one
+from distill.signals import INTERRUPTS, STOPPING
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -93,7 +87,7 @@ class Checkpoints(L.Callback):
         aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
         for path in (later := [p for p in found if int(p.stem[5:]) > step]):
             aside.mkdir(parents=True, exist_ok=True)
-            path.rename(aside / path.name)
+            path.replace(aside / path.name)
         if later:
             print(
                 f"going on from step {step}: {len(later)} checkpoints and pictures of later steps are now in {aside}"
@@ -109,7 +103,7 @@ class Checkpoints(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _heard(self, number: int, _frame: Any) -> None:
-        if number == self.stopped_by == signal.SIGINT:
+        if number == self.stopped_by and number in INTERRUPTS:
             raise KeyboardInterrupt  # asked twice: now, and without a checkpoint
         self.stopped_by = signal.Signals(number)
 
@@ -136,8 +130,7 @@ class Checkpoints(L.Callback):
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
         if value is not None and (self._best is None or sign * value < sign * self._best):
             self._best = float(value)
-            remove(best)
-            (shutil.copytree if path.is_dir() else os.link)(path, best)
+            duplicate(path, best)
         steps = sorted(int(p.stem[5:]) for p in self.folder.glob("step_*.ckpt"))
         for old in steps[: -self.keep] if self.keep else ():
             if not (self.archive and old % self.archive == 0):

@@ -34,9 +34,9 @@ def main(cfg: DictConfig) -> None:
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))
-    (out / "compare.md").write_text(table)
-    (out / "compare.csv").write_text(as_csv(groups))
-    (out / "compare.html").write_text(page(groups), encoding="utf-8")
+    (out / "compare.md").write_text(table, encoding="utf-8", errors="backslashreplace")
+    (out / "compare.csv").write_text(as_csv(groups), encoding="utf-8", errors="backslashreplace")
+    (out / "compare.html").write_text(page(groups), encoding="utf-8", errors="backslashreplace")
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
 

@@ -6,10 +6,13 @@ Nothing here imports torch, so that commands can refuse a mistake at once.
 import contextlib
 import datetime
 import difflib
+import hashlib
 import inspect
 import itertools
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,21 @@ def shipped(path: str) -> str:
     return str(folder)
 
 
+def file_name(text: str) -> str:
+    """A text as part of a file's name: letters, digits, `.`, `-` and `_`, as every system takes them.
+
+    It has at most 180 bytes, of the 255 that are possible, and no letters that the locale lacks. What
+    these limits change is told apart by a hash of the text.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", text).strip("._")
+    encoding = sys.getfilesystemencoding()
+    kept = plain.encode(encoding, "ignore")[:180].decode(encoding, "ignore")
+    if kept == plain:
+        return plain
+    mark = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return f"{kept}_{mark}".lstrip("_")
+
+
 def name_of(cfg: DictConfig) -> str:
     """`name`, or `<method>_<teacher>` as chosen on the command line."""
     if cfg.name or not HydraConfig.initialized():
@@ -166,7 +184,9 @@ def run_folder(cfg: DictConfig) -> Path:
             "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there"
         )
     if folder is None:
-        return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name_of(cfg)}")
+        return _fresh_folder(
+            f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{file_name(name_of(cfg))}"
+        )
     if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
         raise FileExistsError(
             f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
@@ -190,7 +210,7 @@ def _own_folder(cfg: DictConfig) -> Path | None:
     ):  # a shell, for many runs
         return None
     sweep = OmegaConf.select(HydraConfig.get(), "job.num") if HydraConfig.initialized() else None
-    stem = f"slurm_{os.environ['SLURM_JOB_ID']}_{name_of(cfg)}"
+    stem = f"slurm_{os.environ['SLURM_JOB_ID']}_{file_name(name_of(cfg))}"
     return Path("runs") / (stem if sweep is None else f"{stem}_{sweep}")
 
 
@@ -299,7 +319,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
 def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
     file = folder / "run.json"
-    return file.is_file() and override in json.loads(file.read_text()).get("overrides", ())
+    return file.is_file() and override in json.loads(file.read_text(encoding="utf-8")).get(
+        "overrides", ()
+    )
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:

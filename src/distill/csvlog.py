@@ -24,7 +24,7 @@ class CsvLog(Logger):
         self._rows: list[dict[str, Any]] = []
         self._earlier = self._path.is_file()
         if self._earlier:
-            with self._path.open(newline="") as file:
+            with self._path.open(newline="", encoding="utf-8") as file:
                 self._rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
     @rank_zero_only

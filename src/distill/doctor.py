@@ -6,6 +6,7 @@ Every line says ok, warn or fail, and what to do about it. The exit code is 1 if
 import importlib
 import math
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,24 @@ from distill.errors import command
 GB = 1e9
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
 Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
+UNTRIED = "one process should work; say so if it does not"
+UNTESTED = {  # what should work on a system, and what is known not to
+    "Darwin": "one process should work, on the CPU surely, on an Apple GPU perhaps; say so if not",
+    "Windows": "one process should work, by `python -m distill.run`; there is no make, and no "
+    "trainer=fsdp2",
+}
+
+
+def system() -> Line:
+    """The system that this is, and what of distill was never tried on such a one."""
+    kind, processor = platform.system(), platform.machine()
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    what = f"{kind} {platform.release()} on {processor}, {python}"
+    if kind in UNTESTED:
+        return "warn", f"{what}: distill is tested on Linux alone", UNTESTED[kind]
+    if kind != "Linux" or processor not in ("x86_64", "AMD64"):
+        return "warn", f"{what}: distill is tested on Linux with x86-64 alone", UNTRIED
+    return "ok", what, ""
 
 
 def machine() -> Iterator[Line]:
@@ -28,6 +47,7 @@ def machine() -> Iterator[Line]:
     from distill.hardware import best_precision, hardware
     from distill.record import versions
 
+    yield system()
     found = versions()
     yield "ok", ", ".join(f"{name} {version}" for name, version in found.items()), ""
     if found.get("lightning") in BAD_LIGHTNING:
@@ -128,9 +148,11 @@ def parameters(folder: Path) -> int:
 
 def _memory() -> float:
     """Memory that this process may use, in bytes: the machine's, or the container's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    total = psutil.virtual_memory().total
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import os
 import re
 import sys
@@ -43,6 +44,7 @@ TEXTS = {
     "base",
     "delta",
 }  # keys
+WORDS = ("prompt", "name", "callbacks.samples.prompts")  # texts that are no paths
 FULL = "HYDRA_FULL_ERROR"
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -70,13 +72,37 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                         raise SystemExit(code)
 
             sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
-            sys.argv[1:] = [readable(word, sweep=sweep) for word in sys.argv[1:]]
+            print_any_letter()
+            with said_plainly():
+                sys.argv[1:] = [readable(as_text(word), sweep=sweep) for word in sys.argv[1:]]
             with said_plainly(), _full_errors("1"):
                 hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
 
         return main
 
     return decorate
+
+
+def print_any_letter() -> None:
+    """Have the terminal show what it has no letter for as an escape, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def as_text(word: str) -> str:
+    """`key=value` as it was typed: where the locale has no such letters Python gives their bytes in disguise (PEP 383).
+
+    Raises ValueError for a path of such letters: the file system would not take it.
+    """
+    if re.search("[\udc80-\udcff]", word) is None:
+        return word
+    typed = os.fsencode(word).decode("utf-8", "backslashreplace")
+    key, _, value = typed.partition("=")
+    if key.lstrip("+") in WORDS:
+        return typed
+    what = f"this locale, {sys.getfilesystemencoding()}, has no file of such a name"
+    raise ValueError(f"{key}={value}: {what}; set PYTHONUTF8=1 in the environment")
 
 
 def readable(word: str, *, sweep: bool) -> str:
@@ -87,8 +113,11 @@ def readable(word: str, *, sweep: bool) -> str:
         return word
     with suppress(HydraException):
         found = parser.parse_override(word)
+        share = value.startswith("\\\\")  # of a Windows network, of which Hydra drops one backslash
         if not is_text or not (
-            isinstance(found.value(), (int, float)) or (found.is_sweep_override() and not sweep)
+            share
+            or isinstance(found.value(), (int, float))
+            or (found.is_sweep_override() and not sweep)
         ):
             return word
     text = QuotedString(text=os.path.expanduser(value), quote=Quote.single)
@@ -135,6 +164,9 @@ def sentence(error: BaseException) -> str:
         error, HydraException
     ):
         return f"{cause.full_key}: no such key{nearest(str(cause.full_key), _keys(cause))}; --cfg job prints all"
+    if isinstance(cause, UnicodeEncodeError) and isinstance(cause.object, str):
+        remedy = "set PYTHONUTF8=1 in the environment, and give it as UTF-8"
+        return f"{cause.object}: cannot be written in {cause.encoding}; {remedy}"
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
         remedy = (
             "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.compose import check_counts, config_of, rank, world
+from distill.compose import check_counts, config_of, file_name, rank, world
 from distill.errors import command
 
 ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
@@ -41,9 +41,7 @@ def judge(cfg: DictConfig) -> int:
         raise ValueError(
             f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts"
         )
-    name = (
-        re.sub(r"[^\w.-]+", "_", cfg.run).strip("._") or run.resolve().name
-    )  # a/student and b/student are two
+    name = file_name(cfg.run) or run.resolve().name  # a/student and b/student are two
     out = Path(cfg.out or (run if config_of(run) else Path("evaluations") / name))
     parts = (
         None if pictures or several else _models(cfg, protocol)

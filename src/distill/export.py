@@ -96,6 +96,7 @@ def _single_file(cfg: DictConfig, run: Path) -> Path:
 
 def _diffusers(cfg: DictConfig, run: Path) -> Path:
     from distill import compose
+    from distill.files import remove
     from distill.students import pipeline_folder
     from distill.students.card import write_card
     from distill.teachers.reading import class_of
@@ -109,10 +110,10 @@ def _diffusers(cfg: DictConfig, run: Path) -> Path:
         return student
     out = _new(cfg.out)
     partial = out.with_name(out.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     shutil.copytree(student, partial)
     write_card(partial, run, teacher)
-    return partial.rename(out)
+    return partial.replace(out)
 
 
 @command("export")

@@ -5,6 +5,7 @@ checkpoints/step_000250.ckpt     a file, or a folder with one part per process (
 checkpoints/best.ckpt            the best by a logged value, if one was named
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -24,6 +25,9 @@ from torch.utils._pytree import tree_map_only
 
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
+MAPPED = (
+    os.name == "posix"
+)  # Windows does not remove a file that is mapped, and old checkpoints are removed
 
 
 def write(state: dict[str, Any], path: Path) -> None:
@@ -43,9 +47,21 @@ def write(state: dict[str, Any], path: Path) -> None:
         )
         what = f"cannot write the checkpoint {path} ({reason})"
         raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)
+    _flush_renames(path.parent)
+
+
+def _flush_renames(folder: Path) -> None:
+    """Have the disk know the names in this folder, where a system lets folders be opened. Windows does not."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems flush only files
+            raise
+    finally:
+        os.close(opened)
 
 
 def put(path: Path, content: bytes) -> None:
@@ -63,7 +79,8 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in module.state_dict().items():
         digest.update(f"{name}{list(x.shape)}".encode())
-        digest.update(str(x.flatten()[:: -(-x.numel() // 64) or 1].double().tolist()).encode())
+        some = x.flatten()[:: -(-x.numel() // 64) or 1].cpu()  # where there is float64
+        digest.update(str(some.double().tolist()).encode())
     return digest.hexdigest()[:12]
 
 
@@ -102,12 +119,31 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def duplicate(path: Path, to: Path) -> None:
+    """Give a file or folder a second name, which replaces what has it; without using room where files can be linked."""
+    part = to.with_name(to.name + ".part")
+    remove(part)
+    if path.is_dir():
+        shutil.copytree(path, part, copy_function=_link)
+    else:
+        _link(path, part)
+    remove(to)
+    part.replace(to)
+
+
+def _link(path: str | Path, to: str | Path) -> None:
+    try:
+        Path(to).hardlink_to(path)
+    except (OSError, NotImplementedError):  # exFAT, for one, has no links
+        shutil.copyfile(path, to)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     try:
         parts = [
-            torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files
+            torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files
         ]
         kept = joined(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from distill.compose import world
 from distill.hardware import cores
+from distill.signals import STOPPING, apart, hand_on
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 
@@ -53,12 +54,12 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
             worker,
             env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
             stdout=subprocess.DEVNULL if rank else None,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches this process alone, which hands it on once
+            **apart(),
         )
         for rank in range(processes)
     ]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda n, _: [w.send_signal(n) for w in workers if w.poll() is None])
+    for number in STOPPING:
+        signal.signal(number, lambda n, _: [hand_on(n, worker) for worker in workers])
     deadline = math.inf
     while any(w.poll() is None for w in workers):
         if deadline == math.inf and any(w.poll() for w in workers):

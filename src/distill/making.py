@@ -53,7 +53,10 @@ class Making:
     inputs: str
 
     def __post_init__(self) -> None:
-        if any(self.folder.glob("*.tar")) and (self.folder / INPUTS).read_text() != self.inputs:
+        if (
+            any(self.folder.glob("*.tar"))
+            and (self.folder / INPUTS).read_text(encoding="utf-8") != self.inputs
+        ):
             raise ValueError(
                 f"out={self.folder}: prompts or data have changed since it was begun; choose another out="
             )
@@ -163,7 +166,7 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
             with suppress(OSError):  # what else is in it is not ours
                 folder.rmdir()
     if done.is_file():
-        made = json.loads(done.read_text())
+        made = json.loads(done.read_text(encoding="utf-8"))
         print(
             f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out"
         )

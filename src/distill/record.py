@@ -33,7 +33,7 @@ class RunRecord:
     def __init__(self, folder: Path):
         self._path = folder / "run.json"
         self.facts: dict[str, Any] = (
-            json.loads(self._path.read_text()) if self._path.is_file() else {}
+            json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
         )
 
     def begun(
@@ -83,7 +83,12 @@ def _commit() -> str | None:
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            encoding="utf-8",
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

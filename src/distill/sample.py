@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from distill.compose import check_counts
+from distill.compose import check_counts, file_name
 from distill.errors import command
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def draw(cfg: DictConfig) -> list[Path]:
         batch = jobs[start : start + cfg.batch_size]
         pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
         for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
-            stem = re.sub(r"[^\w]+", "_", prompt).strip("_")[:60]
+            stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
             number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
             mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[
                 :4
@@ -142,7 +142,8 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
     more = {key: cfg[key] for key in ("guidance", "size", "image") if cfg[key] is not None}
     settings = PngInfo()
     for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():
-        settings.add_text(key, str(value))
+        text = str(value).encode("utf-8", "backslashreplace")  # a path may hold any bytes
+        settings.add_text(key, text.decode())
     to_pil_image(picture).save(path, pnginfo=settings)
     print(path)
 

@@ -68,7 +68,7 @@ def table(study: Any, file: Path) -> None:
         reverse=largest,
     )
     keys = sorted({key for trial in done for key in trial.params})
-    with file.open("w", newline="") as out:
+    with file.open("w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
         rows.writerow(["trial", "value", *keys])
         rows.writerows(
@@ -79,10 +79,10 @@ def table(study: Any, file: Path) -> None:
 def score(folder: Path, metric: str, steps: int) -> float:
     """What a finished run is worth. Raises ValueError if it has no such number."""
     verdict = folder / "evaluation.json"
-    for row in json.loads(verdict.read_text())["rows"] if verdict.is_file() else ():
+    for row in json.loads(verdict.read_text(encoding="utf-8"))["rows"] if verdict.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         logged = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
     if not logged:
         raise ValueError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
@@ -117,7 +117,7 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    place = {"study_name": "search", "storage": f"sqlite:///{out / 'study.db'}"}
+    place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}

@@ -4,6 +4,7 @@ With W processes a step is the one that a single process makes with `optimizer.a
 hands out the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ class DataParallel(DDPStrategy):
     parameters without gradient or look for them at every step. Where one process has used a parameter and another has
     not, its gradient there counts as zero.
     """
+
+    def __init__(self, **options: Any):
+        if sys.platform == "win32":  # which has no NCCL; gloo sums on GPUs as well
+            options.setdefault("process_group_backend", "gloo")
+        super().__init__(**options)
 
     def configure_ddp(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -128,7 +134,7 @@ class FullyShardedDataParallel(ModelParallelStrategy):
             self.barrier()
             if self.is_global_zero:
                 remove(path)
-                part.rename(path)
+                part.replace(path)
         else:
             state = gathered(checkpoint, keep=self.is_global_zero)
             if self.is_global_zero:

@@ -211,7 +211,11 @@ class LatentShards(Samples):
             raise ValueError(
                 f"data.path={path}: its making was not finished; give the command that makes it once more"
             )
-        said = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+        said = (
+            json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if (folder / MANIFEST).is_file()
+            else {}
+        )
         self.made: dict[str, Any] = said if isinstance(said, dict) else {}
         if seeded and self.made.get("what") == PICTURES:
             raise ValueError(

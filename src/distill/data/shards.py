@@ -87,6 +87,8 @@ def expand(path: str) -> list[str]:
     Raises ValueError for a malformed pattern or a URL, FileNotFoundError when a named shard is missing or none matches.
     """
     path = os.path.expanduser(path)
+    if os.altsep:  # Windows: braces and globs take a backslash for something else
+        path = path.replace(os.sep, "/")
     if not path or path.startswith("pipe:") or "://" in path:
         raise ValueError(
             f"data.path={path!r}: must be a folder of .tar shards, one .tar or a pattern, on a local disk"
@@ -164,7 +166,8 @@ def index_folder(path: str) -> dict[str, Places]:
         for name in names
         if not name.startswith(".")
     )
-    files = {os.path.relpath(os.path.join(folder, name), path) for folder, name in here}
+    paths = (os.path.relpath(os.path.join(folder, name), path) for folder, name in here)
+    files = {name.replace(os.sep, "/") for name in paths}  # keys are the same on all systems
     index = {}
     for key in sorted(files):
         stem, extension = os.path.splitext(key)

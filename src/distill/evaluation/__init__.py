@@ -118,7 +118,7 @@ def write_verdict(
 ) -> None:
     """`evaluation.json`, and `samples/comparison.png` of as many pictures [n, 3, S, S] in [0, 1] of every row."""
     (folder / "evaluation.json").write_text(
-        json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n"
+        json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n", encoding="utf-8"
     )
     (folder / "samples").mkdir(exist_ok=True)
     save_image(torch.cat(strips), folder / "samples" / "comparison.png", nrow=len(strips[0]))

@@ -238,7 +238,7 @@ class Prompted:
                 seeded([self.seed + i for i in batch]),
             )
             pixels = to_bytes(teacher.decode(x0))
-            with (paths[0].parent / f"seconds-{rank}.txt").open("a") as file:
+            with (paths[0].parent / f"seconds-{rank}.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{time.monotonic() - began} {len(batch)}\n")
             for i, picture in zip(batch, pixels, strict=True):
                 to_pil_image(picture).save(content := BytesIO(), format="PNG")
@@ -299,7 +299,7 @@ def _seconds(folder: Path) -> dict[str, float]:
     lines = [
         line.split()
         for file in folder.glob("seconds-*.txt")
-        for line in file.read_text().splitlines()
+        for line in file.read_text(encoding="utf-8").splitlines()
     ]
     total = sum(int(count) for _, count in lines)
     return (

@@ -94,9 +94,13 @@ def save_half(whole: Any, folder: Path) -> None:
         )  # diffusers' own `to` warns about layers to keep, of which there are none
     whole.save_pretrained(folder)
     for config in folder.rglob("config.json"):
-        facts = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        facts = {
+            k: v
+            for k, v in json.loads(config.read_text(encoding="utf-8")).items()
+            if k != "_name_or_path"
+        }
         if "dtype" in facts:
             facts["dtype"] = "float32"  # transformers takes it over that of the weights
-        config.write_text(json.dumps(facts, indent=2) + "\n")
+        config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for part in parts:
         nn.Module.to(part, torch.float32)

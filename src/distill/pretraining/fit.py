@@ -59,7 +59,7 @@ class Fit:
         columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with (
             Progress(*columns, refresh_per_second=1) as bar,
-            self._file("csv").open("a", newline="") as file,
+            self._file("csv").open("a", newline="", encoding="utf-8") as file,
         ):
             task, curve = (
                 bar.add_task(self.name, total=self.steps, completed=start),
@@ -151,11 +151,11 @@ class Fit:
                 optimizer.load_state_dict(saved)
         self.out.mkdir(parents=True, exist_ok=True)
         if (curve := self._file("csv")).exists():
-            lines = curve.read_text().splitlines(keepends=True)
+            lines = curve.read_text(encoding="utf-8").splitlines(keepends=True)
             early = [
                 x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)
             ]
-            curve.write_text("".join(early))
+            curve.write_text("".join(early), encoding="utf-8")
         return start
 
     def _file(self, kind: str) -> Path:

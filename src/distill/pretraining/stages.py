@@ -50,7 +50,7 @@ def _data(work: Work) -> dict[str, Any]:
     if work.of_shapes:
         write_images(str(work.out / "data" / "shapes-%06d.tar"), samples(), PER_SHARD)
     work.pictures, captions = work.read()
-    (work.out / "captions.json").write_text(json.dumps(captions))
+    (work.out / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     return {"pictures": len(captions), "distinct_captions": len(set(captions))}
 
 
@@ -180,7 +180,7 @@ def write_card(work: Work) -> None:
         "| stage | seconds | scores |\n|---|---|---|\n" + "\n".join(rows),
         "`curves/` holds the losses, one line every 20 steps.",
     ]
-    (models / "README.md").write_text("\n\n".join(paragraphs) + "\n")
+    (models / "README.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
 def _said(value: Any) -> str:

@@ -41,7 +41,7 @@ class Work:
 
     @cached_property
     def captions(self) -> list[str]:
-        return json.loads((self.out / "captions.json").read_text())
+        return json.loads((self.out / "captions.json").read_text(encoding="utf-8"))
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -88,7 +88,11 @@ class Work:
         Read anew before every change, so that two commands may work on different stages of one folder at a time.
         """
         path = self.out / "pretraining.json"
-        return json.loads(path.read_text()) if path.exists() else {"commands": [], "stages": {}}
+        return (
+            json.loads(path.read_text(encoding="utf-8"))
+            if path.exists()
+            else {"commands": [], "stages": {}}
+        )
 
     def stage(self, name: str) -> dict[str, Any]:
         return self.known()["stages"].get(name, {})

@@ -36,21 +36,22 @@ def write_report(run_dir: Path) -> Path:
         else STOPPED.format(escape(run["status"])),
         pictures=_pictures(run_dir / "samples", rows),
         evaluation=_shown(
-            run_dir / "evaluation.json", lambda path: table(json.loads(path.read_text()))
+            run_dir / "evaluation.json",
+            lambda path: table(json.loads(path.read_text(encoding="utf-8"))),
         ),
         training=_shown(run_dir / "metrics.csv", charts),
         facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
     )
     path = run_dir / "report.html"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
 def _or_empty(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing if it is missing or torn, which its own section will say."""
     with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     return {}
 
 

@@ -116,7 +116,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(seen.rows())
-    with (folder / "heads.csv").open("w", newline="") as file:
+    with (folder / "heads.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
@@ -137,7 +137,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
         training=_disagreement(seen),
     )
     path = folder / "inspect.html"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

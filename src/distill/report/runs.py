@@ -40,9 +40,9 @@ def read_run(folder: Path) -> Run:
     """The run in this folder, which must have been judged."""
     import yaml
 
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    facts = json.loads((folder / "run.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return Run(
         folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation)
     )

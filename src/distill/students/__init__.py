@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from distill.files import first_line
+from distill.files import first_line, remove
 from distill.teachers import schedulers
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -84,7 +84,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
         what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
         raise ValueError(f"student.init={init}: {what}")
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
-    said = json.loads(file.read_text()) if file.is_file() else {}
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(
         part
     )
@@ -128,7 +128,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     Those of a single file have no files of their own, and are saved.
     """
     partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     if teacher.folder:
         shutil.copytree(
             teacher.folder, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without)
@@ -140,9 +140,9 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
             VARIANT.search(file.name)
             and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists()
         ):
-            file.rename(plain)
+            file.replace(plain)
     part = denoiser_part(teacher.folder or partial)
-    shutil.rmtree(partial / part, ignore_errors=True)
+    remove(partial / part)
     model = student.model
     if student.adapters is not None:
         from distill.students.lora import merged  # peft, which takes its time, for those alone
@@ -154,7 +154,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
-    index = json.loads((partial / "model_index.json").read_text())
+    index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
     absent = [
         name
         for name, pair in index.items()
@@ -165,9 +165,9 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
         OURS if type(scheduler).__module__ == OURS else "diffusers",
         type(scheduler).__name__,
     ]
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    return partial.rename(folder)
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    remove(folder)
+    return partial.replace(folder)
 
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:

@@ -68,7 +68,9 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
-    (folder / "README.md").write_text("\n".join(filter(None, text)), encoding="utf-8")
+    (folder / "README.md").write_text(
+        "\n".join(filter(None, text)), encoding="utf-8", errors="backslashreplace"
+    )
     return folder / "README.md"
 
 

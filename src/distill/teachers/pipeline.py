@@ -281,7 +281,9 @@ class PipelineTeacher(nn.Module):
 
 def _scale_factor(folder: Path | None) -> int:
     """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
-    config = json.loads((folder / "vae" / "config.json").read_text()) if folder else {}
+    config = (
+        json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")) if folder else {}
+    )
     widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
     return 2 ** (len(widths) - 1)
 

@@ -1,6 +1,7 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ HUB = {  # an error of the hub's, the more particular first -> what it means
     RepositoryNotFoundError: "there is no such repository, or it is private",
     RevisionNotFoundError: "it has no such revision",
 }
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -89,12 +91,12 @@ def class_of(path: str) -> str:
         raise FileNotFoundError(
             f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
         )
-    return str(json.loads(file.read_text()).get("_class_name"))
+    return str(json.loads(file.read_text(encoding="utf-8")).get("_class_name"))
 
 
 def is_hub_id(path: str) -> bool:
     """Whether `owner/repository` is what this looks like."""
-    return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
+    return HUB_ID.fullmatch(path) is not None
 
 
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
@@ -121,7 +123,7 @@ def pipeline_classes(
         raise FileNotFoundError(
             f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})"
         )
-    index, classes = json.loads(file.read_text()), {}
+    index, classes = json.loads(file.read_text(encoding="utf-8")), {}
     if (found := index.get("_class_name")) != expected:
         raise ValueError(
             f"{key}={path} holds a {found}, but this teacher reads a {expected}; choose another teacher="

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.teachers.reading import not_fetched
+from distill.teachers.reading import is_hub_id, not_fetched
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,11 @@ def put_on(pipeline: Any, path: str) -> None:
 def local_file(path: str, key: str) -> Path:
     """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is what an error names."""
     file = Path(path)
-    if not file.is_file() and path.count("/") > 1 and not path.startswith(("/", ".", "~")):
-        owner, repository, name = path.split("/", 2)
+    owner, name, inside = [*path.split("/", 2), "", ""][:3]
+    repository = f"{owner}/{name}"
+    if not file.is_file() and inside and is_hub_id(repository):
         try:
-            file = Path(hf_hub_download(f"{owner}/{repository}", name))
+            file = Path(hf_hub_download(repository, inside))
         except (OSError, ValueError) as error:
             raise not_fetched(f"{key}={path}", error) from None
     if not file.is_file():
