@@ -16,7 +16,8 @@ PACKAGE = ROOT / "src" / "distill"
 
 # Layer -> its modules: the first part of the path below src/distill, a file or a folder. `base` is methods/base.py.
 LAYERS = {
-    "L0": {"types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files"},
+    "L0": {"types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
+        "console", "progress", "ranks"},
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "base": {"L0"},
     "L3": {"L0", "base"},
     "L4": {"L0", "L1", "L2", "base"},
-    "compose": {"L1"},
+    "compose": {"L0", "L1"},
     "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose"},
     "L6": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5", "L6"},
 }
