@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -90,7 +92,21 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     for head in method.heads.heads.values():
         torch.nn.init.zeros_(head.out.weight)
         torch.nn.init.zeros_(head.out.bias)
-    tiny.trainer(tmp_path, 9, Alarms(window=3)).fit(method, tiny.Stream(toy, 4).loader())
+    watched = tiny.trainer(tmp_path, 9, Alarms(window=3))
+    watched.fit(method, tiny.Stream(toy, 4).loader())
     assert [r.message for r in caplog.records if "not learning" in r.message] == [
         "step 3: the discriminator is not learning (real and fake score alike): raise its rate or optimizer.head_start"
     ]
+    (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
+    assert row["step"] == 3
+    assert "is not learning" in row["alarm"]
+
+    # Killed after more alarms, the run goes on from its checkpoint, and what was said before is not said again.
+    watched.save_checkpoint(tmp_path / "killed.ckpt")
+    later = json.dumps({"step": 10, "alarm": "of the steps that are done again"})
+    with (tmp_path / "alarms.jsonl").open("a") as file:
+        file.write(f'{later}\n{{"step": 1')
+    again = tiny.trainer(tmp_path, 15, Alarms(window=3))
+    loader = tiny.Stream(toy, 4, start=9).loader()
+    again.fit(method, loader, ckpt_path=tmp_path / "killed.ckpt", weights_only=True)
+    assert [json.loads(x) for x in (tmp_path / "alarms.jsonl").read_text().splitlines()] == [row]

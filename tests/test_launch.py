@@ -140,7 +140,7 @@ def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatc
         monkeypatch.delenv(name, raising=False)
     assert command("run", "debug=smoke", *TWO, f"run_dir={tmp_path / 'run'}")[0] == 1
     left = {p.name for p in (tmp_path / "run").glob("*")}
-    assert left == ({"config.yaml", "run.json", "metrics.csv"} if trained else set())
+    assert left == ({"config.yaml", "run.json", "run.log", "metrics.csv"} if trained else set())
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def trials(command, monkeypatch, tmp_path):
         row = {"who": "student", "steps": 1, "rate": rates[-1], "broken": math.nan}
         (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}), encoding="utf-8")
         (folder / "metrics.csv").write_text("step\n1\n", encoding="utf-8")
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, stderr=b"")
 
     monkeypatch.setattr("distill.search.subprocess.run", run)
     monkeypatch.setattr("distill.search._as_it_is", lambda *_: {"a.b": 0.25})

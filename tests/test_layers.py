@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "hardware", "signals",
+        "console", "hardware", "progress", "ranks", "signals",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "base": {"L0"},
     "L3": {"L0", "base"},
     "L4": {"L0", "L1", "L2", "base"},
-    "compose": {"L1", "compose"},
+    "compose": {"L0", "L1", "compose"},
     "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose"},
     "L6": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5", "L6"},
 }

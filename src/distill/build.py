@@ -20,6 +20,7 @@ from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, check_counts, config_of, make, processes, shipped
 from distill.files import gathered
 from distill.hardware import Precision, check_precision, precision
+from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
@@ -134,7 +135,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=EXPECTED)
-    source = make(cfg.data)  # first: what is wrong with it shows in a moment
+    with stage("opening the data"):
+        source = make(cfg.data)  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
     decodes = _space(cfg, "method") == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(
@@ -150,7 +152,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
     student = make(cfg.student)(teacher=teacher)
     make(cfg.sampler).check(student)
-    players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
+    with stage("building the discriminator"):
+        players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
     return source, make(cfg.method)(
         teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distill.errors import command
+from distill.progress import importing, stage
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:
@@ -21,7 +22,8 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     from distill.data.datasets import ImageShards
     from distill.data.write import PICTURES, cached
 
-    source = make(cfg.data)
+    with stage("opening the data"):
+        source = make(cfg.data)
     if not isinstance(source.dataset, ImageShards):
         raise ValueError("data: only pictures can be encoded; choose data=images")
     teacher = teacher_of(cfg)
@@ -63,7 +65,8 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
 @command("cache")
 def main(cfg: DictConfig) -> int:
-    from distill.making import begin
+    with importing("torch"):
+        from distill.making import begin
 
     return begin(cfg, "cache", encode)
 

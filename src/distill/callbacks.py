@@ -1,5 +1,6 @@
-"""What happens beside training: a bar that counts student steps, health numbers, pictures on the way."""
+"""What happens beside training: student steps are counted, health numbers, alarms, pictures on the way."""
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -7,52 +8,47 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from torch import Tensor
 from torchvision.utils import save_image
 
-from distill.files import whole
+from distill.files import put, whole
 from distill.methods.base import Distillation
+from distill.progress import Bar
 from distill.sampling import Consistency, seeded
 from distill.shapes.judge import judging_prompts
 from distill.types import Cond
 
 log = logging.getLogger("distill.health")
+ALARMS = "alarms.jsonl"  # in the folder of the run
 SAID = ("g/adv", "g/regression", "g/consistency", "d/adv", "d/real", "d/fake")
 HEALTH = ("d/accuracy", "d/real", "d/fake")
 
 
 class Progress(L.Callback):
-    """A bar over student steps with the time left and what the players say of each other."""
+    """Counts student steps and says their speed, the time left and the losses: a bar or lines."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self.bar = RichProgress(*columns, refresh_per_second=2, disable=not trainer.is_global_zero)
-        self.task = self.bar.add_task(
-            "training", total=trainer.max_steps, completed=trainer.global_step
-        )
-        self.bar.start()
+        counted = {"done": trainer.global_step, "images": pl_module.images_seen}
+        self.bar = Bar("training", trainer.max_steps, rate="images", **counted)
+        self.bar.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values = pl_module.numbers
-        said = " ".join(f"{k} {values[k]:.2f}" for k in SAID if k in values)
-        lead = "head start " if pl_module.iteration <= pl_module.engine.head_start else ""
-        self.bar.update(self.task, completed=trainer.global_step, description=f"{lead}{said}")
+        values, iteration = pl_module.numbers, pl_module.iteration
+        losses = " ".join(f"{k} {values[k]:.2f}" for k in SAID if k in values)
+        lead, place = pl_module.engine.head_start, None
+        if iteration <= lead:
+            place = f"head start, iteration {iteration} of {lead}"
+        images = pl_module.images_seen
+        self.bar.update(trainer.global_step, images=images, said=losses, place=place)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        self.bar.stop()
+        self.bar.__exit__(None, None, None)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: Distillation, exception: BaseException
     ) -> None:
         if hasattr(self, "bar"):
-            self.bar.stop()
+            self.bar.__exit__(type(exception), exception, None)
 
 
 class Health(L.Callback):
@@ -92,22 +88,52 @@ class Health(L.Callback):
 
 
 class Alarms(L.Callback):
-    """Says in the log, in words, when the discriminator has become useless, by the mean over `window` steps."""
+    """Says in words when the discriminator has become useless, by the mean over `window` steps.
+
+    Each alarm is a warning, and a line {step, alarm} of `alarms.jsonl` in the run folder, which the report shows.
+    """
 
     def __init__(self, window: int = 50):
         self.window = window
-        self._seen: list[Tensor] = []
+        self._seen: list[list[float]] = []
         self._last: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self._seen, "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seen, self._last = list(state["seen"]), state["last"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        """Keep the alarms up to the checkpoint that is gone on from; the file is there even if none is raised."""
+        self.path = Path(trainer.default_root_dir) / ALARMS
+        if trainer.is_global_zero:
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+            put(self.path, b"".join(line for line in lines if _until(line, pl_module.step)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         values = pl_module.numbers
         if pl_module.updated and all(k in values for k in HEALTH):
-            self._seen.append(torch.tensor([values[k] for k in HEALTH]))
+            self._seen.append([values[k] for k in HEALTH])
         if len(self._seen) == self.window:
-            said = alarm(*torch.stack(self._seen).mean(0).tolist())
+            said = alarm(*torch.tensor(self._seen).mean(0).tolist())
             if said and said != self._last and trainer.is_global_zero:
-                log.warning("step %d: %s", pl_module.step, said)
+                self._raise(pl_module.step, said)
             self._seen, self._last = [], said
+
+    def _raise(self, step: int, said: str) -> None:
+        log.warning("step %d: %s", step, said)
+        line = json.dumps({"step": step, "alarm": said}) + "\n"
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+
+
+def _until(line: bytes, step: int) -> bool:
+    """Whether this line of alarms is whole and of no later step."""
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # torn by a power cut
 
 
 def alarm(accuracy: float, real: float, fake: float) -> str | None:

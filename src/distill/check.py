@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from distill.compose import make
 from distill.errors import command
+from distill.progress import importing, stage, track
 
 BAR = 40  # characters
 
@@ -19,14 +20,11 @@ BAR = 40  # characters
 @command("check")
 def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
-    from rich.progress import track
-
-    source = make(cfg.data)
+    with importing("torch"), stage("opening the data"):
+        source = make(cfg.data)
     data, captions, bad = source.dataset, [], []
     batches = source.batches(range(len(data)))
-    for found in track(
-        source.once(batches), total=len(batches), description="reading", transient=True
-    ):
+    for found in track(source.once(batches), "reading", len(batches), unit="batch"):
         captions += [item["caption"] for item, _ in found if item]
         bad += [pair for _, pairs in found for pair in pairs]
     print(f"{len(captions)} of {len(data)} samples are good")

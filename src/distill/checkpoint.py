@@ -75,6 +75,9 @@ class Checkpoints(L.Callback):
             for leftover in self.folder.glob("*.part"):
                 remove(leftover)
             self._set_aside(pl_module.step)
+        for logger in trainer.loggers:
+            if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
+                logger.go_on(pl_module.step, pl_module.iteration)
         # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
         self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
 

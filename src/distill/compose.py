@@ -23,6 +23,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
 from distill._conf import CONF_DIR
+from distill.ranks import rank, world
 
 ROOTS = (
     "distill.",
@@ -263,18 +264,6 @@ def config_of(run: str | Path) -> DictConfig | None:
 def overrides() -> list[str]:
     """What the command line says, of one job where it is a sweep."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def rank() -> int:
-    """Which of the run's processes this one is, before anything distributed has begun."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
-def world() -> int:
-    """How many processes a launcher has started, of which this is one; 1 without a launcher."""
-    if "RANK" in os.environ:
-        return int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
 
 
 def going_on(cfg: DictConfig) -> DictConfig:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from distill import console
 from distill._conf import CONF_DIR
 from distill.compose import dotted, nearest
 
@@ -63,7 +64,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
-                with _full_errors(asked), said_plainly():
+                with _full_errors(asked), console.recorded(), said_plainly():
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
                             f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
@@ -148,6 +149,7 @@ def said_plainly() -> Iterator[None]:
         mistake = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
         if os.environ.get(FULL) == "1" or not mistake:
             raise
+        console.failed(error)
         print(f"distill: {sentence(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -13,17 +13,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.compose import check_counts, config_of, file_name, rank, world
 from distill.errors import command
+from distill.progress import importing
 
 ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
 
 
 def judge(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
-    from distill import build, hardware, launch
-    from distill.files import put
-    from distill.metrics.pictures import in_folder
-    from distill.report import write_report
-    from distill.students.card import write_card
+    with importing("torch"):
+        from distill import build, hardware, launch
+        from distill.files import put
+        from distill.metrics.pictures import in_folder
+        from distill.report import write_report
+        from distill.students.card import write_card
 
     check_counts(cfg, {"devices": 1})
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)

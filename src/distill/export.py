@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.errors import command
+from distill.progress import stage
 
 
 def export(cfg: DictConfig) -> Path:
@@ -118,7 +119,9 @@ def _diffusers(cfg: DictConfig, run: Path) -> Path:
 
 @command("export")
 def main(cfg: DictConfig) -> None:
-    print(f"wrote {export(cfg)}")
+    with stage("exporting"):
+        wrote = export(cfg)
+    print(f"wrote {wrote}")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.compose import check_counts, run_at
 from distill.errors import command
+from distill.progress import importing, stage
 
 
 @command("inspect")
 def main(cfg: DictConfig) -> None:
     """Judge real samples and the student's with the heads of the run's newest checkpoint."""
-    import torch
+    with importing("torch"):
+        import torch
 
-    from distill import build
-    from distill.files import newest, read
-    from distill.report.inspection import look, write
+        from distill import build
+        from distill.files import newest, read
+        from distill.report.inspection import look, write
 
     check_counts(cfg, {"samples": 2, "seed": 0})
     folder = run_at(cfg.run)
@@ -34,10 +36,9 @@ def main(cfg: DictConfig) -> None:
     method.load_state_dict(read(kept)["state_dict"], strict=False)
     batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
-    seen, out = (
-        look(method, batch, list(cfg.levels), generator),
-        Path(cfg.out or folder / "inspect"),
-    )
+    with stage("looking with the discriminator"):
+        seen = look(method, batch, list(cfg.levels), generator)
+    out = Path(cfg.out or folder / "inspect")
     print(f"wrote {write(seen, out, folder.name)}")
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from distill.compose import world
+from distill.console import say
 from distill.hardware import cores
 from distill.signals import STOPPING, apart, hand_on
 
@@ -38,6 +39,7 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
 
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
+    say(f"starting {processes} processes")
     threads = str(max(1, cores() // processes))
     shared = {
         "MASTER_ADDR": "127.0.0.1",

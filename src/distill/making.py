@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distill import compose, launch
 from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.files import put
 from distill.hardware import precision
+from distill.progress import Bar
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
@@ -83,22 +83,13 @@ class Making:
     def make(self, samples: Callable[[int, range], Iterator[tuple[str, dict[str, bytes]]]]) -> None:
         """Write every missing shard k as `samples(k, numbers)`, under a bar over the numbers."""
         missing = self.missing()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, refresh_per_second=2, disable=compose.rank() != 0) as bar:
-            whose = (
-                f"samples of process 1 of {compose.world()}" if compose.world() > 1 else "samples"
-            )
-            task, done = bar.add_task(whose, total=sum(map(len, missing.values()))), 0
+        share = f" by process 1 of {compose.world()}" if compose.world() > 1 else ""
+        total, done = sum(map(len, missing.values())), 0
+        with Bar(f"making samples{share}", total, unit="sample", rate="samples") as bar:
             for shard, numbers in missing.items():
-                write_shard(
-                    self.path(shard), watched(samples(shard, numbers), lambda: bar.advance(task))
-                )
-                bar.update(task, completed=(done := done + len(numbers)))  # bad ones among them
+                write_shard(self.path(shard), watched(samples(shard, numbers), bar.advance))
+                done += len(numbers)
+                bar.update(done)  # bad ones among them
 
     def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
         """Write the manifest if every shard is there; ValueError if they lack more than this share of the samples."""

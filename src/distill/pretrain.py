@@ -10,11 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import command
+from distill.progress import importing
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """All stages asked for; returns the folder of the models."""
-    from distill.pretraining.stages import run
+    with importing("torch"):
+        from distill.pretraining.stages import run
 
     asked: Any = OmegaConf.to_container(cfg, resolve=True)
     models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))

@@ -7,14 +7,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from distill import console
 from distill.errors import command
+from distill.progress import importing, stage
+
+LOG = "run.log"
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import build, compose, launch
-    from distill.files import newest, put
-    from distill.record import RunRecord
+    with importing("torch"):
+        from distill import build, compose, launch
+        from distill.files import newest, put
+        from distill.record import RunRecord
 
     cfg.resume = cfg.resume or compose.requeued(cfg)
     if cfg.resume:
@@ -29,10 +34,11 @@ def begin(cfg: DictConfig) -> int:
     parts = None if several else build.parts(cfg)
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
+    command = " ".join(["python -m distill.run", *sys.argv[1:]])
+    console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
         put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-        command = " ".join(["python -m distill.run", *sys.argv[1:]])
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
@@ -41,7 +47,7 @@ def begin(cfg: DictConfig) -> int:
         return train(cfg, folder, parts)
     code = launch.launch(folder, processes)
     if (
-        code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json"}
+        code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json", LOG}
     ):  # never what was trained
         shutil.rmtree(folder)
     return code
@@ -60,10 +66,12 @@ def said_of(precision: Any, cfg: DictConfig) -> str:
 
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
-    from distill import build, compose
-    from distill.files import newest, read
-    from distill.record import RunRecord
+    with importing("torch"):
+        from distill import build, compose
+        from distill.files import newest, read
+        from distill.record import RunRecord
 
+    console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
     trainer = build.trainer(cfg, folder)
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
@@ -92,7 +100,9 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
 
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
     scheduler = sampler.scheduler(student, teacher)
-    print(f"student: {save_pipeline(student, teacher, folder / 'student', scheduler)}")
+    with stage("saving the student"):
+        saved = save_pipeline(student, teacher, folder / "student", scheduler)
+    print(f"student: {saved}")
     if student.adapters is not None:
         from distill.students.lora import factors
         from distill.students.low_rank import save_lora
@@ -106,7 +116,9 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     finally:  # what cannot be judged now is trained all the same
         RunRecord(folder).finished()
         write_card(folder / "student", folder, teacher.folder)
-        print(f"report: {write_report(folder)}")
+        with stage("writing the report"):
+            report = write_report(folder)
+        print(f"report: {report}")
 
 
 @command("config")

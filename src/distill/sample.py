@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from distill.compose import check_counts, file_name
+from distill.console import on_stderr
 from distill.errors import command
+from distill.progress import Bar, importing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +28,12 @@ SHOWN = 64  # pictures in the grid, the first ones
 
 def draw(cfg: DictConfig) -> list[Path]:
     """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
-    import torch
-    from torchvision.utils import make_grid
+    with importing("torch"):
+        import torch
+        from torchvision.utils import make_grid
 
-    from distill import build
-    from distill.hardware import device
+        from distill import build
+        from distill.hardware import device
 
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     prompts = _prompts(cfg)
@@ -39,23 +42,24 @@ def draw(cfg: DictConfig) -> list[Path]:
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength")]
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(jobs), cfg.batch_size):
-        batch = jobs[start : start + cfg.batch_size]
-        pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
-        for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
-            stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
-            number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
-            mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[
-                :4
-            ]  # two models' may lie side by side
-            paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{mark}.png")
-            _write(
-                picture,
-                paths[-1],
-                {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run},
-                cfg,
-            )
-            shown += [picture] if len(shown) < SHOWN else []
+    with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
+        for start in range(0, len(jobs), cfg.batch_size):
+            batch = jobs[start : start + cfg.batch_size]
+            pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
+            for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
+                stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
+                number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
+                # The pictures of two models may lie side by side.
+                mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[:4]
+                paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{mark}.png")
+                _write(
+                    picture,
+                    paths[-1],
+                    {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run},
+                    cfg,
+                )
+                shown += [picture] if len(shown) < SHOWN else []
+            bar.advance(len(batch))
     if len(paths) > 1:
         row = cfg.count if 1 < cfg.count <= SHOWN else math.ceil(math.sqrt(len(shown)))
         paths.append(folder / "grid.png")
@@ -150,7 +154,8 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    draw(cfg)
+    with on_stderr():  # stdout has the paths, for other programs
+        draw(cfg)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from distill.console import note, say
 from distill.errors import command
+from distill.progress import Bar
+from distill.run import LOG
 
 RUN = (sys.executable, "-m", "distill.run")
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
@@ -140,6 +143,42 @@ def counted() -> list[Any]:
     return [TrialState.COMPLETE, TrialState.PRUNED]
 
 
+def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
+    """One trial; a bar that shows how far it is, by the log of its run."""
+    from optuna.trial import TrialState
+
+    trial = study.ask()
+    folder, chosen = out / f"trial_{trial.number:03d}", suggest(trial, list(cfg.space))
+    run = [*cfg.run, *chosen, f"run_dir={folder}"]
+    note(f"search: trial {trial.number} begins, with {' '.join(chosen)}")
+    bar.update(bar.done, said=lambda: _last_line(folder / LOG))
+    ended = subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if ended.stderr:  # above the bar, which a trial knows nothing of
+        print(ended.stderr.decode(errors="replace"), end="", file=sys.stderr)
+    if ended.returncode:
+        study.tell(trial, state=TrialState.FAIL)
+        raise ValueError(
+            f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}"
+        )
+    try:
+        value = score(folder, cfg.metric, cfg.steps)
+    except ValueError:
+        again(study, trial)
+        raise
+    study.tell(trial, *([value] if math.isfinite(value) else [None, TrialState.PRUNED]))
+    table(study, out / "trials.csv")
+    say(f"trial {trial.number}: {cfg.metric} {value:.4g} with {' '.join(chosen)}")
+
+
+def _last_line(log: Path) -> str:
+    """What a run said last, nothing before it has a log."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+        return lines[-1] if lines else ""
+    return ""
+
+
 @command("search")
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
@@ -155,23 +194,12 @@ def main(cfg: DictConfig) -> None:
         states=[TrialState.RUNNING]
     ):  # the command was killed in the middle
         again(study, stale)
-    while len(study.get_trials(states=counted())) < cfg.trials:
-        trial = study.ask()
-        folder, chosen = out / f"trial_{trial.number:03d}", suggest(trial, space)
-        run = [*cfg.run, *chosen, f"run_dir={folder}"]
-        if subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL).returncode:
-            study.tell(trial, state=TrialState.FAIL)
-            raise ValueError(
-                f"trial {trial.number} failed; try it: python -m distill.run {' '.join(run)}"
-            )
-        try:
-            value = score(folder, cfg.metric, cfg.steps)
-        except ValueError:
-            again(study, trial)
-            raise
-        study.tell(trial, *([value] if math.isfinite(value) else [None, TrialState.PRUNED]))
-        table(study, out / "trials.csv")
-        print(f"trial {trial.number}: {cfg.metric} {value:.4g} with {' '.join(chosen)}", flush=True)
+    done = len(study.get_trials(states=counted()))
+    with Bar("search", cfg.trials, unit="trial", done=min(done, cfg.trials)) as bar:
+        while done < cfg.trials:
+            _try(study, cfg, out, bar)
+            done = len(study.get_trials(states=counted()))
+            bar.update(done)
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise ValueError(f"metric={cfg.metric}: none of the trials has a finite value of it")
     best = study.best_trial

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distill.errors import command
+from distill.progress import importing
 
 
 def draw(cfg: DictConfig, folder: Path) -> int:
@@ -60,7 +61,8 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
 @command("synthesize")
 def main(cfg: DictConfig) -> int:
-    from distill.making import begin
+    with importing("torch"):
+        from distill.making import begin
 
     return begin(cfg, "synthesize", draw)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from distill.console import recorded
 from distill.errors import print_any_letter, said_plainly
 
 # Command -> the function of its module, and where in the folder its configuration is.
@@ -19,7 +20,7 @@ TASKS = {
 if __name__ == "__main__":
     folder, command = Path(sys.argv[1]), sys.argv[2]
     print_any_letter()
-    with said_plainly():
+    with recorded(), said_plainly():
         name, config = TASKS[command]
         task = getattr(importlib.import_module(f"distill.{command}"), name)
         sys.exit(task(OmegaConf.load(folder / config), folder))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from distill.hardware import precision
+from distill.progress import Bar
 from distill.sampling import Consistency, FewSteps, guided, in_precision, seeded
 from distill.shapes.judge import Judge, judging_prompts
 from distill.shapes.world import SIDE, Prompt
@@ -59,7 +60,10 @@ class Shapes:
         self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
         for who, n, make in lineup(self, student, teacher, sampler, teacher.latent_shape):
-            scores, shown = self._judge(judge, teacher, make)
+            count = self.prompts + min(VARIETY[0], self.prompts) * VARIETY[1]
+            what = f"judging the {who} in {n} step{'s' * (n > 1)}"
+            with Bar(what, count, unit="image", rate="images") as bar:
+                scores, shown = self._judge(judge, teacher, make, bar)
             rows.append({"who": who, "steps": n, **scores})
             strips.append((shown[:SHOWN] + 1) / 2)
         protocol = {
@@ -74,17 +78,16 @@ class Shapes:
         return rows
 
     def _judge(
-        self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor]
+        self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor], bar: Bar
     ) -> tuple[dict, Tensor]:
         prompts = judging_prompts(self.prompts, seed=self.seed)
         began = time.monotonic()
-        shown = pictures(teacher, make, prompts, range(len(prompts)))
+        shown = pictures(teacher, make, prompts, range(len(prompts)), bar)
         seconds = (time.monotonic() - began) / len(prompts)
         groups, each = VARIETY
         several = [prompt for prompt in prompts[:groups] for _ in range(each)]
-        varied = pictures(teacher, make, several, range(10_000, 10_000 + len(several))).unflatten(
-            0, (-1, each)
-        )
+        seeds = range(10_000, 10_000 + len(several))
+        varied = pictures(teacher, make, several, seeds, bar).unflatten(0, (-1, each))
         scores = judge(shown, prompts, reference_seed=self.seed)
         scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
         return {**scores, "seconds_per_image": seconds}, shown
@@ -130,10 +133,12 @@ def pictures(
     maker: Callable[..., Tensor],
     prompts: list[Prompt],
     seeds: Sequence[int],
+    bar: Bar,
 ) -> Tensor:
-    """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU."""
+    """One picture per prompt and seed, counted by `bar`: [N, 3, S, S] in [-1, 1], on the CPU."""
     parts = []
     for i in range(0, len(prompts), BATCH):
         cond = teacher.embed([p.caption for p in prompts[i : i + BATCH]])
         parts.append(teacher.decode(maker(cond, seeded(seeds[i : i + BATCH]))).clamp(-1, 1).cpu())
+        bar.advance(len(parts[-1]))
     return torch.cat(parts)

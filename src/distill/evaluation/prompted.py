@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from PIL import ImageOps
-from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
@@ -29,6 +28,7 @@ from distill.files import put
 from distill.metrics.networks import Clip, Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
 from distill.metrics.scores import Score
+from distill.progress import Bar
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
@@ -230,19 +230,24 @@ class Prompted:
         missing = [
             batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)
         ]
-        label = f"{who}, {steps} steps" + (f", process 1 of {world}" if world > 1 else "")
-        for batch in track(missing, label, disable=rank != 0 or not missing):
-            began = time.monotonic()
-            x0 = make(
-                teacher.embed([self.asked[i] for i in batch]),
-                seeded([self.seed + i for i in batch]),
-            )
-            pixels = to_bytes(teacher.decode(x0))
-            with (paths[0].parent / f"seconds-{rank}.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{time.monotonic() - began} {len(batch)}\n")
-            for i, picture in zip(batch, pixels, strict=True):
-                to_pil_image(picture).save(content := BytesIO(), format="PNG")
-                put(paths[i], content.getvalue())
+        if not missing:
+            return
+        share = f", process 1 of {world}" if world > 1 else ""
+        what = f"drawing by the {who} in {steps} step{'s' * (steps > 1)}{share}"
+        with Bar(what, sum(map(len, missing)), unit="image", rate="images") as bar:
+            for batch in missing:
+                began = time.monotonic()
+                x0 = make(
+                    teacher.embed([self.asked[i] for i in batch]),
+                    seeded([self.seed + i for i in batch]),
+                )
+                pixels = to_bytes(teacher.decode(x0))
+                with (paths[0].parent / f"seconds-{rank}.txt").open("a", encoding="utf-8") as file:
+                    file.write(f"{time.monotonic() - began} {len(batch)}\n")
+                for i, picture in zip(batch, pixels, strict=True):
+                    to_pil_image(picture).save(content := BytesIO(), format="PNG")
+                    put(paths[i], content.getvalue())
+                bar.advance(len(batch))
 
     def _scored(
         self, paths: list[Path], cache: Path, captions: list[str], device: torch.device

@@ -192,7 +192,10 @@ class Distillation(L.LightningModule):
             skipped=self.skipped,
         )
         self.numbers = self._numbers()
-        if self.iteration % max(1, cast(Any, self.trainer).log_every_n_steps) == 0:
+        every = max(1, cast(Any, self.trainer).log_every_n_steps)
+        if (
+            self.iteration % every == 0 or self.iteration == 1
+        ):  # at once something, if steps are slow
             for (
                 logger
             ) in self.loggers:  # log_dict would say again and again what only some iterations have
@@ -259,9 +262,9 @@ class Distillation(L.LightningModule):
         )
         if not math.isfinite(norm):
             terms = {k: float(v) for k, v in self._log.items() if k.startswith(f"{player}/")}
-            log.warning(
-                "step %d: a gradient is not finite and its update is left out: %s", self.step, terms
-            )
+            if self.global_rank == 0:  # alike in all processes
+                what = "step %d: a gradient is not finite and its update is left out: %s"
+                log.warning(what, self.step, terms)
             return False
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for group in optimizer.param_groups:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from distill.files import fingerprint, first_line, silent
+from distill.progress import stage
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = (
@@ -55,6 +56,7 @@ class Describer(ABC):
             return
         try:
             with (
+                stage(f"loading {self.name}"),
                 silent(),
                 redirect_stderr(StringIO()),
             ):  # open_clip tells every step of it; loading bars

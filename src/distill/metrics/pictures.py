@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop
 
 from distill.files import put, upright
 from distill.metrics.networks import Describer
+from distill.progress import Bar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -44,9 +44,16 @@ def features(
             paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square)
         )
         network.model.to(device)
-        with torch.inference_mode():
-            bar = track(loader, f"{network.name}: {len(paths)} pictures", len(loader))
-            found = torch.cat([network.images(batch.to(device)).float().cpu() for batch in bar])
+        counted = {"unit": "image", "rate": "images"}
+        with (
+            torch.inference_mode(),
+            Bar(f"reading by {network.name}", len(paths), **counted) as bar,
+        ):
+            parts = []
+            for batch in loader:
+                parts.append(network.images(batch.to(device)).float().cpu())
+                bar.advance(len(batch))
+        found = torch.cat(parts)
         network.model.to("cpu")
         cache.mkdir(parents=True, exist_ok=True)
         np.save(content := BytesIO(), found.numpy())

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -23,6 +22,7 @@ from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.text import tokenize
 from distill.pretraining.work import PER_SHARD, Work
+from distill.progress import Bar, track
 from distill.sampling import guided, seeded
 from distill.shapes.judge import judging_prompts
 from distill.shapes.world import draw_prompt
@@ -65,7 +65,8 @@ def encode_captions(
     """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled output of each."""
     number = {caption: i for i, caption in enumerate(sorted(set(captions)))}
     tokens, pooled = [], []
-    for ids in track(tokenize(tokenizer, ["", *number]).split(256), description="captions"):
+    batches = tokenize(tokenizer, ["", *number]).split(256)
+    for ids in track(batches, "encoding captions", unit="batch"):
         output = clip.text_model(input_ids=ids, output_hidden_states=True)
         tokens.append(
             (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).half()
@@ -271,7 +272,9 @@ def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
             shares = {}
             for sort in ("training", "held_out"):
                 prompts = judging_prompts(n, seed=0, held_out=sort == "held_out")
-                answers = reader.read(pictures(teacher, maker, prompts, range(n)))[1]
+                what = f"{stage}: judging {name}, {sort.replace('_', ' ')} prompts"
+                with Bar(what, n, unit="image", rate="images") as bar:
+                    answers = reader.read(pictures(teacher, maker, prompts, range(n), bar))[1]
                 shares[sort] = round(reader.accuracy(answers, prompts)["prompt_accuracy"], 4)
             work.note(stage, prompt_accuracy=known | {name: shares})
 
@@ -291,9 +294,8 @@ def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
     teacher = SD3(str(work.models / "mmdit"))
 
     def samples(numbers: range) -> Iterator[tuple[str, np.ndarray, str]]:
-        for start in track(
-            numbers[::batch], description=f"latents of {numbers[0]} to {numbers[-1]}"
-        ):
+        what = f"drawing latents {numbers[0]} to {numbers[-1]}"
+        for start in track(numbers[::batch], what, unit="batch"):
             seeds = range(start, min(start + batch, numbers.stop))
             with autocast(work.asked["precision"], teacher.device.type):
                 cond, how = (

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from distill import files
 from distill.ema import Ema
 from distill.hardware import autocast, device
+from distill.progress import Bar
 
 DEVICE = device()
 Objective = Callable[[int, Tensor, torch.Generator], dict[str, Tensor]]
@@ -56,15 +56,12 @@ class Fit:
         average = Ema(net, self.ema)
         start = self._resume(net, players, average)
         began = time.monotonic() - self.seconds
-        columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        counted = {"rate": "images", "done": start, "images": start * self.batch_size}
         with (
-            Progress(*columns, refresh_per_second=1) as bar,
+            Bar(self.name, self.steps, **counted) as bar,
             self._file("csv").open("a", newline="", encoding="utf-8") as file,
         ):
-            task, curve = (
-                bar.add_task(self.name, total=self.steps, completed=start),
-                csv.writer(file),
-            )
+            curve, said = csv.writer(file), ""
             for step in range(start, self.steps):
                 last = step == self.steps - 1
                 terms = self._step(step, net, objective, samples, players)
@@ -77,27 +74,25 @@ class Fit:
                         curve.writerow(["step", "seconds", *values])
                     curve.writerow([step, round(self.seconds, 1), *values.values()])
                     file.flush()
-                    bar.update(
-                        task,
-                        description=" ".join(
-                            [self.name, *(f"{k} {v:.4f}" for k, v in values.items())]
-                        ),
-                    )
-                bar.update(task, completed=step + 1)
+                    said = " ".join(f"{k} {v:.4f}" for k, v in values.items())
+                bar.update(step + 1, images=(step + 1) * self.batch_size, said=said)
                 if (step + 1) % self.save_every == 0 or last:
-                    state = {
-                        "net": net.state_dict(),
-                        "players": [player.state_dict() for player in players],
-                    }
-                    state |= {
-                        "step": step + 1,
-                        "seconds": self.seconds,
-                        "average": average.state_dict(),
-                    }
-                    files.write(state, self._file("pt"))
+                    self._save(step, net, players, average)
         if self.ema:
             net.load_state_dict(average.state_dict(), strict=False)
         return net.cpu().eval().requires_grad_(False)
+
+    def _save(
+        self, step: int, net: nn.Module, players: list[torch.optim.Optimizer], average: Ema
+    ) -> None:
+        state = {
+            "net": net.state_dict(),
+            "players": [player.state_dict() for player in players],
+            "step": step + 1,
+            "seconds": self.seconds,
+            "average": average.state_dict(),
+        }
+        files.write(state, self._file("pt"))
 
     def rate(self, step: int) -> float:
         """Share of the peak rate at `step`: linear up, flat, cosine down."""

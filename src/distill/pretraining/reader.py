@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.work import Work, draw, pixels
+from distill.progress import track
 from distill.sampling import to_bytes
 from distill.shapes.judge import fresh_renders, judging_prompts
 from distill.shapes.reader import SLOTS, Reader, targets
@@ -28,7 +28,7 @@ def train(work: Work) -> dict[str, Any]:
         work.fit("reader"),
     )
     shared = min(asked["shared"], work.data["count"])
-    parts = track(work.latents[:shared].split(256), description="reader: copying")
+    parts = track(work.latents[:shared].split(256), "reader: copying pictures", unit="batch")
     copies = torch.cat([to_bytes(vae.decode(part.float()).sample) for part in parts])
     scenes = [sample(seed, i)[1] for i in range(shared)]
     scenes += [sample(seed + 1, i, held_out=i % 5 == 0)[1] for i in range(asked["fresh"])]

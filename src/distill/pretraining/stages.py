@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from distill.compose import nearest
+from distill.console import note
 from distill.data.write import write_images
 from distill.hardware import hardware, precision
 from distill.pretraining import diffusion, parts, reader, text, vae, vit
 from distill.pretraining.work import MIN_PICTURES, PER_SHARD, Work
+from distill.progress import Bar, track
 from distill.shapes.render import render
 from distill.shapes.world import SIDE, sample
 from distill.teachers.pipeline import read_quietly
@@ -43,7 +44,8 @@ def _data(work: Work) -> dict[str, Any]:
     """For `shapes`, scene i of the seed as sample i of shards: picture, caption, and what the caption fixes."""
 
     def samples() -> Iterator[tuple[str, np.ndarray, str, dict]]:
-        for i in track(range(work.data["count"]), description="data: drawing"):
+        numbers = range(work.data["count"])
+        for i in track(numbers, "data: drawing", unit="image", rate="images"):
             prompt, scene = sample(work.data["seed"], i)
             yield f"{i:06d}", render([scene])[0], prompt.caption, asdict(prompt)
 
@@ -55,7 +57,7 @@ def _data(work: Work) -> dict[str, Any]:
 
 
 def _latents(work: Work) -> dict[str, Any]:
-    model, pictures = work.vae, track(work.pictures.split(512), description="latents")
+    model, pictures = work.vae, track(work.pictures.split(512), "encoding", unit="batch")
     latents = torch.cat([vae.encode(model, part).half() for part in pictures])
     torch.save(latents, work.out / "latents.pt")
     return {"deviation": [round(float(v), 3) for v in latents.float().std((0, 2, 3))]}
@@ -135,24 +137,34 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
     if not work.of_shapes and "reader" in names:
         names.remove("reader")
         print("reader: left out, for only shapes knows what its pictures show")
-    for name in names:
-        finished = [each for each, about in work.known()["stages"].items() if about.get("finished")]
-        if missing := [each for each in STAGES[name].needs if each not in finished]:
-            raise ValueError(
-                f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have"
-            )
-        work.begin(name, STAGES[name].decided_by, command)
-        if name in finished:
-            print(f"{name}: done before")
-            continue
-        if "steps" in (asked.get(name) or {}):  # it trains
-            work.note(name, precision=work.fit(name).precision)
-        began = time.monotonic()
-        scores = STAGES[name].make(work)
-        seconds = round(scores.pop("seconds", time.monotonic() - began), 1)
-        work.note(name, **scores, seconds=seconds, finished=True)
-        write_card(work)
+    with Bar("pretraining", len(names), unit="stage") as bar:
+        for k, name in enumerate(names):
+            place = f"stage {k + 1} of {len(names)}, {name}"
+            bar.update(k, place=place)
+            note(f"pretraining: {place}")
+            _run(work, name, command)
+        bar.update(len(names))
     return work.models
+
+
+def _run(work: Work, name: str, command: str) -> None:
+    """One stage, unless it is finished. Raises ValueError if those are not that it needs."""
+    finished = [each for each, about in work.known()["stages"].items() if about.get("finished")]
+    if missing := [each for each in STAGES[name].needs if each not in finished]:
+        raise ValueError(
+            f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have"
+        )
+    work.begin(name, STAGES[name].decided_by, command)
+    if name in finished:
+        print(f"{name}: done before")
+        return
+    if "steps" in (work.asked.get(name) or {}):  # it trains
+        work.note(name, precision=work.fit(name).precision)
+    began = time.monotonic()
+    scores = STAGES[name].make(work)
+    seconds = round(scores.pop("seconds", time.monotonic() - began), 1)
+    work.note(name, **scores, seconds=seconds, finished=True)
+    write_card(work)
 
 
 def write_card(work: Work) -> None:

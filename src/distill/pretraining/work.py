@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from rich.progress import track
 from torch import Tensor
 
 from distill.data.datasets import ImageShards
 from distill.files import put
 from distill.pretraining.fit import Fit
+from distill.progress import track
 from distill.sampling import to_bytes
 from distill.shapes.judge import MODEL, Judge
 from distill.shapes.render import render
@@ -76,7 +76,7 @@ class Work:
             )
         order = order[: self.data["count"]].tolist()
         pictures, captions = torch.empty(len(order), 3, size, size, dtype=torch.uint8), []
-        for row, number in enumerate(track(order, description="data: reading")):
+        for row, number in enumerate(track(order, "data: reading", unit="image", rate="images")):
             item = dataset[number]
             pictures[row] = to_bytes(item["pixels"])
             captions.append(item["caption"])
@@ -132,6 +132,7 @@ def pixels(pictures: Tensor) -> Tensor:
 def draw(scenes: list[Scene]) -> Tensor:
     """Scenes -> uint8 pictures [N, 3, 64, 64]."""
     pictures = torch.empty(len(scenes), 3, SIDE, SIDE, dtype=torch.uint8)
-    for picture, scene in zip(pictures, track(scenes, description="drawing"), strict=True):
+    drawn = track(scenes, "drawing scenes", unit="image", rate="images")
+    for picture, scene in zip(pictures, drawn, strict=True):
         picture.copy_(torch.from_numpy(render([scene])[0]).permute(2, 0, 1))
     return pictures

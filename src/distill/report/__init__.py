@@ -1,6 +1,6 @@
 """The report of a run: one HTML file that holds everything it shows, made from the files in the run's folder.
 
-    run.json  config.yaml  metrics.csv  evaluation.json  samples/*.png   ->   report.html
+    run.json  config.yaml  metrics.csv  alarms.jsonl  evaluation.json  samples/*.png   ->   report.html
 
 Each section reads its own file. One that is missing or torn costs that section, which then says so in a sentence, and
 nothing else: a report is wanted most after a run that went wrong.
@@ -19,7 +19,9 @@ from distill.report.evaluation import Row, headline, rows_of, table, tiles
 from distill.report.page import figure, folded, html
 
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
+ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
 FRAMES = 8  # of the filmstrip
+SHOWN = 12  # steps at which an alarm was raised
 
 
 def write_report(run_dir: Path) -> Path:
@@ -39,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
             run_dir / "evaluation.json",
             lambda path: table(json.loads(path.read_text(encoding="utf-8"))),
         ),
-        training=_shown(run_dir / "metrics.csv", charts),
+        training=_alarms(run_dir / "alarms.jsonl") + _shown(run_dir / "metrics.csv", charts),
         facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
     )
@@ -71,6 +73,26 @@ def _shown(path: Path, show: Callable[[Path], str]) -> str:
 
 def _text(path: Path, what: str, state: str = "") -> str:
     return folded(what, path.read_text(encoding="utf-8", errors="replace"), state)
+
+
+def _alarms(path: Path) -> str:
+    """What the health of the discriminator gave reason to say, and when; nothing of a run that was not watched."""
+    if not path.is_file():
+        return ""
+    steps: dict[str, list[str]] = {}  # of each alarm
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a line that was torn
+            alarm = json.loads(line)
+            steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
+    if not steps:
+        return '<p class="soft">No health alarm was raised.</p>\n'
+    return "".join(ALARM.format(_some(when), escape(what)) for what, when in steps.items())
+
+
+def _some(steps: Sequence[str]) -> str:
+    """`step 50`, `steps 50, 100`; of many the first ones."""
+    more = f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else ""
+    return f"step{'s' * (len(steps) > 1)} {', '.join(steps[:SHOWN])}{more}"
 
 
 def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:

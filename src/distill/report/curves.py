@@ -76,7 +76,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
     ] = {}  # of a step written twice, as by a resume, the last holds
     strange = 0
     with path.open(encoding="utf-8", errors="replace", newline="") as lines:
-        for cells in csv.DictReader(line.replace("\0", "") for line in lines):
+        whole = (line.replace("\0", "") for line in lines if line.endswith("\n"))  # not torn
+        for cells in csv.DictReader(whole):
             values = {name: _float(cell) for name, cell in cells.items() if cell}
             finite = {name: x for name, x in values.items() if math.isfinite(x)}
             strange += len(values) - len(finite)

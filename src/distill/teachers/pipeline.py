@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distill.files import fingerprint, silent
 from distill.process import Prediction, Process
+from distill.progress import stage
 from distill.teachers.network import Network, is_block
 from distill.teachers.reading import check_parts, read_pipeline
 from distill.teachers.single import SINGLE, read_single
@@ -85,11 +86,13 @@ class PipelineTeacher(nn.Module):
             "use_safetensors": use_safetensors,
             "without": (*self.unused, *without),
         }
-        if Path(path).suffix in SINGLE:
-            pipeline = read_single(self.kind, path, config=config, **options)
-        else:
-            options |= {"revision": revision, "variant": variant, "deferred": deferred}
-            pipeline = read_pipeline(self.kind, path, **options)
+        name = Path(path).name if Path(path).exists() else path
+        with stage(f"loading {name} ({self.kind.__name__})"):
+            if Path(path).suffix in SINGLE:
+                pipeline = read_single(self.kind, path, config=config, **options)
+            else:
+                options |= {"revision": revision, "variant": variant, "deferred": deferred}
+                pipeline = read_pipeline(self.kind, path, **options)
         check_parts(path, pipeline.components, without)
         self.pipeline, self.folder = (
             pipeline,
@@ -166,9 +169,10 @@ class PipelineTeacher(nn.Module):
         """Read the parts of this kind that were deferred and are not there."""
         for name, read in self.pipeline.deferred.items():
             if name.startswith(kind) and name not in self._brought:
-                log.info("reading the teacher's %s, which the cached data do without", name)
                 self._brought.add(name)
-                setattr(self.pipeline, name, read().eval().requires_grad_(False).to(self.device))
+                with stage(f"loading the teacher's {name}, which the cached data do without"):
+                    part = read().eval().requires_grad_(False).to(self.device)
+                setattr(self.pipeline, name, part)
 
     def release(self) -> None:
         """Let the deferred parts go that were read since."""
