@@ -50,6 +50,19 @@ def test_a_line_has_step_speed_time_left_and_what_the_work_says(clock, capsys):
     assert last == "training: done in 0:01:50, 175 images/s"
 
 
+def test_the_time_left_is_not_that_of_a_head_start(clock, capsys):
+    with Bar("training", 10, rate="images") as bar:
+        for k in range(1, 101):
+            clock.now += 1
+            bar.update(0, images=16 * k, place=f"head start, iteration {k} of 100")
+        assert bar.tail() == "head start, iteration 100 of 100, 16.0 images/s"
+        clock.now += 4
+        bar.update(1, images=1616)
+        clock.now += 4
+        bar.update(2, images=1632)
+        assert bar.tail() == "step 2 of 10, 4.0 images/s, 0:00:32 left"
+
+
 def test_lines_come_soon_then_every_half_a_minute(clock, capsys):
     with Bar("training", 1200) as bar:
         for second in range(1, 121):

@@ -29,7 +29,8 @@ def main(cfg: DictConfig) -> int:
         bad += [pair for _, pairs in found for pair in pairs]
     print(f"{len(captions)} of {len(data)} samples are good")
     print_reasons(bad)
-    if sizes := [size for i in range(len(data)) if (size := data.measure(i))]:
+    numbers = track(range(len(data)), "measuring", unit="sample")
+    if sizes := [size for i in numbers if (size := data.measure(i))]:
         print_sizes(sizes)
         for bucket, group in data.groups.items():
             print(f"bucket {list(data.buckets[bucket])}: {len(group)}")

@@ -28,7 +28,7 @@ from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.files import put
 from distill.hardware import precision
-from distill.progress import Bar
+from distill.progress import Bar, track
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
@@ -96,7 +96,8 @@ class Making:
         paths = [self.path(shard) for shard in self.shards]
         if not all(path.exists() for path in paths):
             return
-        samples, digest = sum(len(index_tar(str(path))) for path in paths), hashlib.sha256()
+        counted = track(paths, "counting samples", unit="shard")
+        samples, digest = sum(len(index_tar(str(path))) for path in counted), hashlib.sha256()
         if not samples:
             for path in paths:  # so that nothing stays behind
                 path.unlink(missing_ok=True)
@@ -110,7 +111,7 @@ class Making:
             )
         for left in self.folder.glob("*.tar.*.part"):  # by kills
             left.unlink(missing_ok=True)
-        for path in paths:
+        for path in track(paths, "hashing", unit="shard"):
             with path.open("rb") as file:
                 while block := file.read(2**24):
                     digest.update(block)

@@ -88,12 +88,14 @@ class Bar:
         place: str | None = None,
     ) -> None:
         """Say that so many units are done. `place` stands for "step 3 of 9" where that says too little."""
+        first = not self._updates or self.done == self._start[1] != done
         self.done, self._images, self._place = done, images, place
         if said is not None:
             self._said = said
         self._moved = time.monotonic()
-        if not self._updates:  # the first unit is slow for reasons of its own
-            self._marks[0] = (self._moved, done, self._made)
+        if first:  # it is slow for reasons of its own, and what came before is another work
+            self._marks.clear()
+            self._marks.append((self._moved, done, self._made))
         self._updates += 1
         if rank() == 0:
             console.screen.resume()

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from distill.console import note, say
 from distill.errors import command
-from distill.progress import Bar
+from distill.progress import Bar, stage
 from distill.run import LOG
 
 RUN = (sys.executable, "-m", "distill.run")
@@ -189,7 +189,8 @@ def main(cfg: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.trials:
-        study.enqueue_trial(_as_it_is(list(cfg.run), space))
+        with stage("composing the run"):
+            study.enqueue_trial(_as_it_is(list(cfg.run), space))
     for stale in study.get_trials(
         states=[TrialState.RUNNING]
     ):  # the command was killed in the middle

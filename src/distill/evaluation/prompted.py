@@ -28,7 +28,7 @@ from distill.files import put
 from distill.metrics.networks import Clip, Describer, Dinov2
 from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
 from distill.metrics.scores import Score
-from distill.progress import Bar
+from distill.progress import Bar, stage
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
@@ -139,10 +139,10 @@ class Prompted:
         self.load()
         rows, strips, device, sampler = [], [], teacher.device, sampler or Consistency()
         for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
-            scores = self._scored(paths, paths[0].parent, self.captions, device) | _seconds(
-                paths[0].parent
-            )
-            rows.append({"who": who, "steps": steps, **scores})
+            place = paths[0].parent
+            with stage(f"scoring the {who} in {steps} step{'s' * (steps > 1)}"):
+                scores = self._scored(paths, place, self.captions, device)
+            rows.append({"who": who, "steps": steps, **scores, **_seconds(place)})
             strips.append(_strip(paths[: len(self.captions)]))
         euler = "Euler" if teacher.prediction == "flow" else "DDIM"
         how = {"seeds": f"{self.seed} + number", "precision": drawing_precision(self, teacher)}
@@ -163,13 +163,9 @@ class Prompted:
         self.load()
         paths = in_folder(folder)
         captions = self._told(paths) if self._needing("captions") else []
-        rows = [
-            {
-                "who": "pictures",
-                "steps": 0,
-                **self._scored(paths, out / "evaluation", captions, device),
-            }
-        ]
+        with stage("scoring the pictures"):
+            scores = self._scored(paths, out / "evaluation", captions, device)
+        rows = [{"who": "pictures", "steps": 0, **scores}]
         how = {"judged": f"{len(paths)} pictures in {folder}"}
         about = self._protocol(paths[0], captions, "captions of the pictures")
         write_verdict(out, about | how, rows, [_strip(paths)])
