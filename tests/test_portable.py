@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+import eyes
 from distill import compose, doctor, errors, files
+from distill.data import source
+from distill.metrics import networks
 from distill.teachers.reading import is_hub_id
 from distill.teachers.weights import local_file
 
@@ -122,6 +126,40 @@ def test_a_run_ends_and_goes_on_where_posix_names_are_missing(pipelines, shards,
     said = call([script, "doctor", "teacher.path=shapes:mmdit"], tmp_path)
     assert said.returncode == 0, said.stderr.decode()
     assert "GB of memory" in said.stdout.decode()
+
+
+def sent(thing: object) -> object:
+    """What a process gets that is started afresh, as all are on Windows and macOS: a pickled copy."""
+    return pickle.loads(pickle.dumps(thing))
+
+
+def test_workers_that_start_afresh_get_the_data(shards, tmp_path):
+    (tmp_path / "prompts.txt").write_text(HAN, encoding="utf-8")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.png")
+    size = {"batch_size": 1, "buckets": [[64, 64], [64, 32]]}
+    for made in (
+        source.latents(str(shards), batch_size=1),
+        source.prompts(str(tmp_path / "prompts.txt"), batch_size=1),
+        source.images(str(tmp_path / "photos"), size=64, **size),
+    ):
+        loader = made.loader(seed=0)
+        assert sent(loader.collate_fn) is loader.collate_fn
+        assert sent(made.dataset)[0]["caption"] == made.dataset[0]["caption"]
+        assert sent(source.Once(made.dataset))[0][0].keys() == made.dataset[0].keys()
+
+
+def test_workers_that_start_afresh_prepare_pictures(tmp_path):
+    places, picture = eyes.write_all(tmp_path), Image.new("RGB", (48, 32), "red")
+    for network in (
+        networks.Dinov2(str(places["dinov2"]), size=64),
+        networks.Clip(str(places["clip"])),
+        networks.OpenClip(f"local-dir:{places['open_clip']}"),
+    ):
+        network.load()
+        worker = sent(network)
+        assert worker.model is None
+        assert worker.prepare(picture).equal(network.prepare(picture))
 
 
 def test_a_second_name_needs_no_links(tmp_path, monkeypatch):
