@@ -50,7 +50,7 @@ def test_a_student_of_it_is_complete(beside, tmp_path):
     assert teacher.embed([""]).tokens.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["../models/teacher", "student", "nothing", ".."])
+@pytest.mark.parametrize("name", ["../models/teacher", "student", "nothing", "..", ""])
 def test_a_base_is_another_folder_beside_it(beside, name):
     _, folder = beside
     index = json.loads((folder / "model_index.json").read_text())

@@ -82,7 +82,12 @@ def lineage(folder: Path) -> list[Path]:
         if name is None:
             break
         base = folders[-1].parent / str(name)
-        if name == ".." or Path(str(name)).name != name or base in folders or not base.is_dir():
+        if (
+            name in ("", "..")
+            or Path(str(name)).name != name
+            or base in folders
+            or not base.is_dir()
+        ):
             what = f"{BASE} is {name!r}, and must be the name of another folder beside it"
             raise ValueError(f"{folders[-1]}/model_index.json: {what}; fetch both anew")
         folders.append(base)
