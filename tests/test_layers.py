@@ -25,7 +25,8 @@ LAYERS = {
     "compose": {"compose"},
     "L5": {"build"},
     "L6": {
-        "_conf", "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
+        "_conf", "cache", "check", "cli", "compare", "demo", "demonstration", "doctor", "errors", "evaluate", "export",
+        "inspect", "launch",
         "making", "pretrain", "pretraining", "run", "sample", "search", "synthesize", "worker",
     },
 }  # fmt: skip
@@ -53,6 +54,7 @@ HEAVY = {
     "torch_fidelity": {"metrics"},
     "scipy": {"metrics"},
     "peft": {"students"},
+    "gradio": {"demonstration"},
     "lightning": {"methods.base", "L4", "L5", "pretraining"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},
