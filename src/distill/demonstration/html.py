@@ -17,29 +17,29 @@ CSS = """
 .board { display: grid !important; gap: 14px;
   grid-template-columns: repeat(auto-fit, minmax(min(200px, 44%), 1fr)); align-items: start; }
 .board > * { min-width: 0 !important; width: auto !important; }
-.column figure { margin: 0; transition: opacity .2s .25s; }
-.column.old figure { opacity: .35; }
-.column figcaption { display: flex; flex-wrap: wrap; justify-content: space-between;
+.drawn figure { margin: 0; transition: opacity .2s .25s; }
+.drawn.old figure { opacity: .35; }
+.drawn figcaption { display: flex; flex-wrap: wrap; justify-content: space-between;
   gap: 0 8px; align-items: baseline; margin-bottom: 6px; }
-.column .who { font-weight: 600; }
-.column .time { font-variant-numeric: tabular-nums; }
-.column .time, .note, .status { color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
-.column .pictures { display: grid; gap: 4px; grid-template-columns: 1fr 1fr; }
-.column .pictures.one { grid-template-columns: 1fr; }
-.column img { width: 100%; height: auto; display: block; margin: 0; border-radius: 6px;
+.drawn .who { font-weight: 600; }
+.drawn .time { font-variant-numeric: tabular-nums; }
+.drawn .time, .note, .status { color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
+.drawn .pictures { display: grid; gap: 4px; grid-template-columns: 1fr 1fr; }
+.drawn .pictures.one { grid-template-columns: 1fr; }
+.drawn img { width: 100%; height: auto; display: block; margin: 0; border-radius: 6px;
   border: 1px solid var(--border-color-primary); }
-.column img.small { image-rendering: pixelated; }
-.column .words { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0 0; padding: 0;
+.drawn img.small { image-rendering: pixelated; }
+.drawn .words { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0 0; padding: 0;
   list-style: none; font-size: 13px; line-height: 1.35; }
-.column .words li { margin: 0; padding: 1px 7px; border-radius: 9px; border: 1px solid; }
-.column .right { color: #14713a; border-color: #14713a55; }
-.column .wrong { color: #b3261e; border-color: #b3261e77; }
-.dark .column .right { color: #6fd08c; border-color: #6fd08c55; }
-.dark .column .wrong { color: #ff8a80; border-color: #ff8a8088; }
+.drawn .words li { margin: 0; padding: 1px 7px; border-radius: 9px; border: 1px solid; }
+.drawn .right { color: #14713a; border-color: #14713a55; }
+.drawn .wrong { color: #b3261e; border-color: #b3261e77; }
+.dark .drawn .right { color: #6fd08c; border-color: #6fd08c55; }
+.dark .drawn .wrong { color: #ff8a80; border-color: #ff8a8088; }
 .gradio-container .html-container { padding: 0; }
 h1.run { font-size: 22px; margin: 8px 0 0; overflow-wrap: anywhere; }
 .note, .status { font-size: 14px; margin: 8px 0 0; }
-.column .refused { color: var(--body-text-color); font-size: 14px; padding: 24px 12px; margin: 0;
+.drawn .refused { color: var(--body-text-color); font-size: 14px; padding: 24px 12px; margin: 0;
   border: 1px dashed var(--border-color-primary); border-radius: 6px; }
 .status .problem { color: var(--body-text-color); font-weight: 600; }
 .about { max-width: 76ch; line-height: 1.55; margin-top: 12px; }

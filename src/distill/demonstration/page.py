@@ -108,7 +108,7 @@ class Page:
 
     def _column(self, who: str, steps: int, *, visible: bool) -> None:
         name = f"{who}-{steps}" if steps else who
-        self.columns[who, steps] = gr.HTML(elem_id=name, elem_classes="column", visible=visible)
+        self.columns[who, steps] = gr.HTML(elem_id=name, elem_classes="drawn", visible=visible)
 
     def _settings(self) -> list[Any]:
         """The components of `draw`'s arguments behind the prompt, in their order."""
@@ -178,13 +178,13 @@ class Page:
                 problem = problem or too_long(drawn.unread)
             else:
                 shown = html.refused(who, steps, in_words(drawn))
-            yield self._updates({(who, key): gr.HTML(shown, elem_classes="column")}, problem)
+            yield self._updates({(who, key): gr.HTML(shown, elem_classes="drawn")}, problem)
 
     def _begun(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
         """Which columns there are, and that what is in them is old."""
         wanted = {(who, key) for who, key, _ in asked}
         return {
-            key: gr.HTML(elem_classes=["column", "old"], visible=key in wanted)
+            key: gr.HTML(elem_classes=["drawn", "old"], visible=key in wanted)
             for key in self.columns
         }
 
