@@ -7,11 +7,12 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup
 DEV := $(VENV)/.setup-dev
+DEMO := $(VENV)/.setup-demo
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow check format
+.PHONY: help setup run demo test test-slow check format
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ setup: $(DEV) ## make the virtual environment and install everything, once
 
 run: $(STAMP) ## distil the embedded teacher and write a report; ARGS="method=ladd trainer.max_steps=100"
 	$(PY) -m distill.run $(ARGS)
+
+demo: $(DEMO) ## a page where pictures change as one types; ARGS="run=runs/..."
+	$(PY) -m distill.demo $(ARGS)
 
 test: $(DEV) ## the fast tests
 	$(PY) -m pytest $(PARALLEL) --timeout 300 $(ARGS)
@@ -59,4 +63,8 @@ $(STAMP): pyproject.toml
 
 $(DEV): $(STAMP)
 	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+
+$(DEMO): $(STAMP)
+	$(PY) -m pip install -e '.[demo]'
 	@touch $@

@@ -363,14 +363,14 @@ def test_what_is_said_to_be_cut_is_all_that_is_not_read(family, teachers):
     long = "".join(
         string.ascii_lowercase[i * i % 23] for i in range(400)
     )  # a letter is a token here
-    kept = long.removesuffix(teacher._cut([long]))
+    kept = long.removesuffix(teacher.unread([long]))
     assert 0 < len(kept) < 400
     whole, same, other = (
         teacher.embed([caption]).tokens for caption in (long, kept + "zzz", kept[:-1] + "zzz")
     )
     torch.testing.assert_close(same, whole, rtol=0, atol=1e-5)
     assert (other - whole).abs().max() > 1e-2
-    assert teacher._cut([kept]) is None
+    assert teacher.unread([kept]) is None
 
 
 def test_sana_reads_captions_behind_the_instruction_or_alone(teachers, folders):

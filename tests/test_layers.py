@@ -28,7 +28,8 @@ LAYERS = {
     "compose": {"_conf", "compose"},
     "L5": {"build"},
     "L6": {
-        "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
+        "cache", "check", "cli", "compare", "demo", "demonstration", "doctor", "errors", "evaluate",
+        "export", "inspect", "launch",
         "making", "pretrain", "pretraining", "run", "sample", "search", "synthesize", "worker",
     },
 }  # fmt: skip
@@ -56,6 +57,7 @@ HEAVY = {
     "torch_fidelity": {"metrics"},
     "scipy": {"metrics"},
     "peft": {"students"},
+    "gradio": {"demonstration"},
     "lightning": {"methods.base", "L4", "L5", "pretraining"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},

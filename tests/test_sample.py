@@ -13,6 +13,7 @@ from PIL import Image
 import tiny
 from distill import sample, students
 from distill.build import student_of
+from distill.metrics.pictures import fitted, opened
 from distill.sampling import Consistency, guided, seeded, to_bytes
 
 PROMPTS = [tiny.CAPTIONS[0], tiny.CAPTIONS[1], tiny.CAPTIONS[0]]
@@ -128,7 +129,7 @@ def test_a_picture_to_go_on_from_stands_upright(tmp_path):
     lying[:, :32] = 255
     (exif := Image.Exif())[0x0112] = 6
     Image.fromarray(lying).save(tmp_path / "phone.jpg", exif=exif)
-    found = sample._read(str(tmp_path / "phone.jpg"), 64, 64)[0].permute(1, 2, 0)
+    found = fitted(opened(tmp_path / "phone.jpg"), 64, 64)[0].permute(1, 2, 0)
     expected = np.asarray(load_image(str(tmp_path / "phone.jpg")))
     assert abs((found.numpy() + 1) * 127.5 - expected).max() < 0.01
     assert found[:20].mean() > 0.9

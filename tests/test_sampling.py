@@ -406,6 +406,31 @@ def test_an_image_is_gone_on_from_as_diffusers_does(
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
 
 
+def test_a_teacher_goes_on_from_an_image_as_diffusers_does(family, teachers, pipelines):
+    pipeline = AutoPipelineForImage2Image.from_pretrained(pipelines(family), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.5}
+    if family == "mmdit":
+        options["sigmas"] = [1.0, 0.75, 0.5, 0.25]
+    else:
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+        )
+    teacher = teachers(family)
+    image = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(2))
+    expected = pipeline(
+        PROMPT,
+        image=image,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+        **options,
+    ).images
+    how = {"shape": teacher.latent_shape, "steps": 4, "guidance": 3.0, "strength": 0.5}
+    with torch.no_grad():
+        found = guided(teacher, teacher.embed([PROMPT]), seeded([SEED]), image=image, **how)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
 def test_trained_levels_are_taken_from_the_front():
     sampler = Consistency(levels=[1.0, 0.9, 0.8, 0.7])
     assert [sampler.grid(n) for n in (1, 2, 4)] == [[1.0], [1.0, 0.9], [1.0, 0.9, 0.8, 0.7]]

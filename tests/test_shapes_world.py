@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from distill.shapes import grammar
 from distill.shapes.render import DISTANCE, _rotate, render
 from distill.shapes.world import (
     AXES,
@@ -246,3 +247,45 @@ def test_kinds_fills_and_colours_look_different():
     pictures = render(scenes).reshape(len(scenes), -1).astype(int)
     gaps = [np.abs(a - b).mean() for a, b in itertools.combinations(pictures, 2)]
     assert min(gaps) > 1
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_caption_is_read_back_as_what_it_says(held_out):
+    for index in range(2000):
+        prompt = draw_prompt(np.random.default_rng([5, index]), held_out=held_out)
+        assert grammar.parse(prompt.caption) == prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "things"),
+    [
+        ("A large red star on black.", [("star", "red", None, "large")]),
+        ("an  orange cross", [("cross", "orange", None, None)]),
+        (
+            "a red star below a small dotted blue circle",
+            [("circle", "blue", "dotted", "small"), ("star", "red", None, None)],
+        ),
+    ],
+)
+def test_a_caption_may_be_typed_by_hand(text, things):
+    said = grammar.parse(text).things
+    assert [(t.kind, t.colour, t.fill, t.size) for t in said] == things
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a photo of a cat",
+        "a red",
+        "red star",
+        "a red star on green",
+        "a star",
+        "a red star, a blue circle",
+        "a striped large red star",
+        "a small red star, a red star and a red star from left to right",
+        "a red star on black on black",
+    ],
+)
+def test_what_the_world_never_writes_is_not_read(text):
+    assert grammar.parse(text) is None

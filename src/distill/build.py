@@ -26,7 +26,7 @@ from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.students import pipeline_folder
-from distill.teachers.reading import class_of
+from distill.teachers.reading import class_of, lineage
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
@@ -317,6 +317,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         values = "".join(f"{row[name]:>18.4g}" if name in row else f"{'-':>18}" for name in columns)
         lines.append(f"{row['who']:10}{row['steps'] or '':>6}{values}")
     return "\n".join(lines)
+
+
+def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
+    """The teacher that a run folder names, or that a shipped student leaves its parts to; None where none is named."""
+    if config := config_of(run):
+        return make(OmegaConf.create({**config.teacher, "dtype": dtype}))
+    _, *bases = lineage(pipeline_folder(Path(shipped(run))))
+    return student_of(str(bases[0]), dtype) if bases else None
 
 
 def student_of(run: str, dtype: str = "float32") -> Any:

@@ -16,6 +16,7 @@ COMMANDS = {
     "synthesize": "have a teacher make samples of prompts",
     "pretrain": "train a tiny teacher of one's own data",
     "search": "look for good values of any keys",
+    "demo": "open a page where pictures change as one types",
     "doctor": "say whether this machine can run a configuration",
 }
 USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(

@@ -90,6 +90,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     from distill.build import sampler_of
     from distill.hardware import autocast
     from distill.hardware import precision as choose
+    from distill.metrics.pictures import fitted, opened
     from distill.sampling import check_strength, distilled, guided, seeded, to_bytes
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
@@ -108,7 +109,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
             )
         check_strength(cfg.steps, cfg.strength)
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
-        image = _read(cfg.image, height, width).to(model.device)
+        image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
     precision = choose(cfg.precision, "cpu" if model.device.type == "cpu" else "auto").name
     few = partial(sampler_of(cfg.run, model), model, **how)
 
@@ -126,16 +127,6 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
         return to_bytes(model.decode(x0))
 
     return make
-
-
-def _read(path: str, height: int, width: int) -> Tensor:
-    """The picture as an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
-    from PIL import ImageOps
-    from torchvision.transforms.functional import to_tensor
-
-    from distill.metrics.pictures import opened
-
-    return to_tensor(ImageOps.fit(opened(Path(path), "image="), (width, height)))[None] * 2 - 1
 
 
 def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -> None:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -116,6 +116,24 @@ class FewSteps(ABC):
         strength: float = 1.0,
     ) -> Tensor:
         """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the first level left."""
+        how = {"shape": shape, "steps": steps, "image": image, "strength": strength}
+        for x0 in self.estimates(student, cond, generators, **how):
+            last = x0
+        return last
+
+    @torch.no_grad()
+    def estimates(
+        self,
+        student: Denoiser,
+        cond: Cond,
+        generators: Sequence[torch.Generator],
+        *,
+        shape: Sequence[int],
+        steps: int,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """The same step by step: x0 [B, *shape] as each step estimates it, the last of which is the result."""
         grid, device = (
             self.grid(steps, 1.0 if image is None else strength, student),
             cond.tokens.device,
@@ -128,10 +146,10 @@ class FewSteps(ABC):
         for now, later in itertools.pairwise([*grid, 0.0]):
             t = level_like(x_t, now)
             x0 = student.x0(x_t, t, cond)
+            yield x0
             if later > 0:
                 noise = draw_noise(shape, generators).to(device)
                 x_t = self._next(student, x_t, x0, t, level_like(x_t, later), noise)
-        return x0
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
         """What stands for x_1."""
@@ -250,7 +268,6 @@ def distilled(pipeline: Any) -> bool:
     return few or (ancestral and config.timestep_spacing == "trailing")
 
 
-@torch.no_grad()
 def guided(
     teacher: PipelineTeacher,
     cond: Cond,
@@ -259,21 +276,53 @@ def guided(
     shape: Sequence[int],
     steps: int,
     guidance: float,
+    image: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise."""
+    """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise.
+
+    With the latents `image` [B, *shape] the last int(steps * strength) of the steps, from those noised so far.
+    """
+    how = {"shape": shape, "steps": steps, "guidance": guidance}
+    for x_t in guided_steps(teacher, cond, generators, **how, image=image, strength=strength):
+        last = x_t
+    return last
+
+
+@torch.no_grad()
+def guided_steps(
+    teacher: PipelineTeacher,
+    cond: Cond,
+    generators: Sequence[torch.Generator],
+    *,
+    shape: Sequence[int],
+    steps: int,
+    guidance: float,
+    image: Tensor | None = None,
+    strength: float = 1.0,
+) -> Iterator[Tensor]:
+    """`guided` step by step: x_t [B, *shape] after each step, the last of which is the result."""
     if guidance != 1 and teacher.network.model.config.get("guidance_embeds"):
         _warn_of_twice(guidance, teacher.guidance)
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
+    timesteps = scheduler.timesteps
     scale, prediction = torch.tensor(float(guidance)), teacher.network.prediction
-    x_t = draw_noise(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
+    x_t = draw_noise(shape, generators).to(device)
+    if image is None:
+        x_t = x_t * getattr(scheduler, "init_noise_sigma", 1.0)
+    else:
+        check_strength(steps, strength)
+        timesteps = timesteps[steps - int(steps * strength) :]
+        first = _time(teacher, timesteps[0]).expand(len(x_t)).to(device)
+        x_t = teacher.process.diffuse(image, x_t, first)
+    for timestep in timesteps:
         t = _time(teacher, timestep).expand(len(x_t)).to(device)
         output = teacher.process.from_x0(
             guided_x0(teacher, x_t, t, cond, scale), x_t, t, prediction
         )
         x_t = scheduler.step(output, timestep, x_t, return_dict=False)[0]
-    return x_t
+        yield x_t
 
 
 @cache

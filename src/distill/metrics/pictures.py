@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import center_crop
+from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill.files import put, upright
 from distill.metrics.networks import Describer
@@ -75,6 +75,11 @@ def opened(path: Path, key: str = "") -> Image.Image:
             return upright(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
+
+
+def fitted(picture: Image.Image, width: int, height: int) -> Tensor:
+    """As an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
+    return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,7 @@
 """Trained parts -> ordinary diffusers pipeline folders in half precision."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import transformers
 from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from distill.students import denoiser_part
+from distill.teachers.reading import BASE, home_of
 
 SCHEDULE = {  # Stable Diffusion's
     **{
@@ -69,6 +73,28 @@ def save_sd(
         ),
         folder,
     )
+
+
+def save_beside(student: Path, base: Path, name: str) -> Path:
+    """A student's denoiser in half precision and its scheduler, beside `base`, which has all its other parts.
+
+    Raises ValueError if those are not the same files as the student's own.
+    """
+    part, folder = denoiser_part(student), base.parent / name
+    for file in student.rglob("*"):
+        own = file.relative_to(student)
+        if not file.is_file() or own.parts[0] in (part, "scheduler") or len(own.parts) == 1:
+            continue
+        shared = Path(home_of(base, own.parts[0])) / own
+        if not shared.is_file() or shared.read_bytes() != file.read_bytes():
+            raise ValueError(f"{base}: its {own} is not the one that {student} has")
+    index = json.loads((student / "model_index.json").read_text())
+    network = getattr(diffusers, index[part][1]).from_pretrained(student / part)
+    save_half(network, folder / part)
+    shutil.copytree(student / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    text = json.dumps(index | {BASE: base.name}, indent=2) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+    return folder
 
 
 def half_of(clip: CLIPModel, kind: type, half: str) -> Any:

@@ -13,6 +13,7 @@ from distill.files import first_line, remove
 from distill.teachers import schedulers
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.reading import BASE, lineage
 from distill.teachers.weights import about_weights, put_on, write_weights
 
 OURS = "distill.teachers.schedulers"
@@ -130,9 +131,9 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     partial = folder.with_name(folder.name + ".part")
     remove(partial)
     if teacher.folder:
-        shutil.copytree(
-            teacher.folder, partial, ignore=shutil.ignore_patterns(*LEFT_OUT, *teacher.without)
-        )
+        ignored = shutil.ignore_patterns(*LEFT_OUT, *teacher.without)
+        for folder_of_parts in reversed(lineage(teacher.folder)):
+            shutil.copytree(folder_of_parts, partial, ignore=ignored, dirs_exist_ok=True)
     else:
         teacher.pipeline.save_pretrained(partial)
     for file in partial.rglob("*"):  # of a variant: a folder opens without being told of it
@@ -155,6 +156,7 @@ def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, sche
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
+    index.pop(BASE, None)  # all parts are here now
     absent = [
         name
         for name, pair in index.items()

@@ -21,7 +21,7 @@ from distill.files import fingerprint, silent
 from distill.process import Prediction, Process
 from distill.progress import stage
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_parts, read_pipeline
+from distill.teachers.reading import check_parts, home_of, read_pipeline
 from distill.teachers.single import SINGLE, read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
@@ -260,7 +260,7 @@ class PipelineTeacher(nn.Module):
                     self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null
                 )
             self._bring("text_encoder")
-            if cut := None if self._said else self._cut(captions):
+            if cut := None if self._said else self.unread(captions):
                 self._said = True
             cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
@@ -270,7 +270,7 @@ class PipelineTeacher(nn.Module):
             )
         return cond
 
-    def _cut(self, captions: Sequence[str]) -> str | None:
+    def unread(self, captions: Sequence[str]) -> str | None:
         """What the teacher does not read of the first caption that is too long for it."""
         tokenizer, most = self._reader()
         for caption in captions:
@@ -285,9 +285,8 @@ class PipelineTeacher(nn.Module):
 
 def _scale_factor(folder: Path | None) -> int:
     """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
-    config = (
-        json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")) if folder else {}
-    )
+    file = Path(home_of(folder, "vae"), "vae", "config.json") if folder else None
+    config = json.loads(file.read_text(encoding="utf-8")) if file else {}
     widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
     return 2 ** (len(widths) - 1)
 

@@ -25,6 +25,7 @@ HUB = {  # an error of the hub's, the more particular first -> what it means
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts which it lacks
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -54,19 +55,50 @@ def read_pipeline(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
     for name, network in pipeline_classes(path, kind.__name__, without).items():
+        home = home_of(Path(path), name)
         if network is NoneType:
             parts[name] = (
                 None  # a pipeline asks for some of those by name, as for SD3's third text encoder
             )
         elif isinstance(network, type) and issubclass(network, nn.Module):
-            read = partial(whole, network, path, name, dtype=precision, **files)
+            read = partial(whole, network, home, name, dtype=precision, **files)
             if name.startswith(tuple(deferred)):
                 parts[name], later[name] = None, read
             else:
                 parts[name] = read()
+        elif home != str(path):  # a tokenizer: diffusers would look for it in `path`
+            parts[name] = network.from_pretrained(home, subfolder=name)
     pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
     pipeline.deferred = later
     return pipeline
+
+
+def lineage(folder: Path) -> list[Path]:
+    """A pipeline folder, and those that have the parts which it lacks: its base, the base of that, and so on.
+
+    A base is named by its folder alone, and lies beside: no index can point to another place.
+    """
+    folders = [folder]
+    while (folders[-1] / "model_index.json").is_file():
+        name = json.loads((folders[-1] / "model_index.json").read_text()).get(BASE)
+        if name is None:
+            break
+        base = folders[-1].parent / str(name)
+        if (
+            name in ("", "..")
+            or Path(str(name)).name != name
+            or base in folders
+            or not base.is_dir()
+        ):
+            what = f"{BASE} is {name!r}, and must be the name of another folder beside it"
+            raise ValueError(f"{folders[-1]}/model_index.json: {what}; fetch both anew")
+        folders.append(base)
+    return folders
+
+
+def home_of(folder: Path, part: str) -> str:
+    """The folder that holds this part of a pipeline: itself, or the first of its bases that does."""
+    return str(next((home for home in lineage(folder) if (home / part).is_dir()), folder))
 
 
 def dtype_of(name: str) -> torch.dtype:

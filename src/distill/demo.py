@@ -1,0 +1,79 @@
+"""`python -m distill.demo run=...`: a page where pictures change as one types, a student's beside its teacher's."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import threading
+from contextlib import suppress
+
+from omegaconf import DictConfig, ListConfig
+
+from distill.compose import check_counts
+from distill.errors import command
+
+HOST = "127.0.0.1"  # not the network: whoever reaches the page uses this machine
+COUNTS = {"seed": 0, "count": 1, "teacher_steps": 1, "port": 0}
+
+
+def serve(cfg: DictConfig) -> None:
+    """Load the models, open the page, and wait for Ctrl-C."""
+    _check(cfg)
+    port = _port(cfg.port)
+    address = f"http://{HOST}:{port}"
+    print(f"loading {cfg.run}; the page will be at {address}", flush=True)
+    from distill.demonstration.drawing import Studio
+
+    studio = Studio.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
+    studio.warm_up()
+    from distill.demonstration.page import Page
+    from distill.demonstration.worker import Worker
+
+    worker = Worker()
+    page = Page(studio, worker, cfg)
+    page.launch(HOST, port, open_browser=cfg.open)
+    print(f"the page is at {address}; Ctrl-C ends it", flush=True)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    page.close()
+    worker.close()
+    print(f"\n{worker.requests} requests, {worker.dropped} of them dropped for newer ones")
+
+
+def _check(cfg: DictConfig) -> None:
+    """Refuse what can be known to be wrong before anything heavy is imported."""
+    if importlib.util.find_spec("gradio") is None:
+        what = "the page needs gradio, which is not installed"
+        raise ValueError(f"{what}; use `make demo`, or pip install gradio")
+    check_counts(cfg, COUNTS)
+    steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]
+    if not steps or any(type(n) is not int or n < 1 for n in steps):
+        raise ValueError(f"steps={cfg.steps}: must be numbers of steps, [1,2,4] or the like")
+    if not isinstance(cfg.strength, (int, float)) or not 0 < cfg.strength <= 1:
+        raise ValueError(f"strength={cfg.strength}: must be above 0 and at most 1")
+    if not isinstance(cfg.guidance, (int, float)) or cfg.guidance < 1:
+        raise ValueError(f"guidance={cfg.guidance}: must be 1 (none) or more")
+    if not isinstance(cfg.open, bool):
+        raise ValueError(f"open={cfg.open}: must be true or false")
+
+
+def _port(wanted: int) -> int:
+    """This port, or for 0 any that is free. Raises ValueError if it cannot be had."""
+    with socket.socket() as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            door.bind((HOST, wanted))
+        except (OSError, OverflowError):
+            raise ValueError(
+                f"port={wanted}: is in use or not allowed; choose another, or port=0 for any"
+            ) from None
+        return door.getsockname()[1]
+
+
+@command("demo")
+def main(cfg: DictConfig) -> None:
+    serve(cfg)
+
+
+if __name__ == "__main__":
+    main()

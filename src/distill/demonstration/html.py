@@ -1,0 +1,152 @@
+"""What the page shows, as HTML: columns of pictures with their times and the reader's words, and the explanation."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+
+from PIL import Image
+from torch import Tensor
+
+from distill.demonstration.drawing import Drawing, Request, Word
+
+SMALL = 256  # pixels a side, under which pictures are shown with their pixels as squares
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.board { display: grid !important; gap: 14px;
+  grid-template-columns: repeat(auto-fit, minmax(min(200px, 44%), 1fr)); align-items: start; }
+.board > * { min-width: 0 !important; width: auto !important; }
+.drawn figure { margin: 0; transition: opacity .2s .25s; }
+.drawn.old figure { opacity: .35; }
+.drawn figcaption { display: flex; flex-wrap: wrap; justify-content: space-between;
+  gap: 0 8px; align-items: baseline; margin-bottom: 6px; }
+.drawn .who { font-weight: 600; }
+.drawn .time { font-variant-numeric: tabular-nums; }
+.drawn .time, .note, .status { color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
+.drawn .pictures { display: grid; gap: 4px; grid-template-columns: 1fr 1fr; }
+.drawn .pictures.one { grid-template-columns: 1fr; }
+.drawn img { width: 100%; height: auto; display: block; margin: 0; border-radius: 6px;
+  border: 1px solid var(--border-color-primary); }
+.drawn img.small { image-rendering: pixelated; }
+.drawn .words { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0 0; padding: 0;
+  list-style: none; font-size: 13px; line-height: 1.35; }
+.drawn .words li { margin: 0; padding: 1px 7px; border-radius: 9px; border: 1px solid; }
+.drawn .right { color: #14713a; border-color: #14713a55; }
+.drawn .wrong { color: #b3261e; border-color: #b3261e77; }
+.dark .drawn .right { color: #6fd08c; border-color: #6fd08c55; }
+.dark .drawn .wrong { color: #ff8a80; border-color: #ff8a8088; }
+.gradio-container .html-container { padding: 0; }
+h1.run { font-size: 22px; margin: 8px 0 0; overflow-wrap: anywhere; }
+.note, .status { font-size: 14px; margin: 8px 0 0; }
+.drawn .refused { color: var(--body-text-color); font-size: 14px; padding: 24px 12px; margin: 0;
+  border: 1px dashed var(--border-color-primary); border-radius: 6px; }
+.status .problem { color: var(--body-text-color); font-weight: 600; }
+.about { max-width: 76ch; line-height: 1.55; margin-top: 12px; }
+"""
+ABOUT = """
+<h2>What adversarial distillation is</h2>
+<p>A diffusion model draws by taking noise away little by little, in 28 steps or so, and asks its
+network twice in each step where guidance makes the picture follow the text.
+Adversarial distillation trains a student, which begins as a copy of that teacher, to make the
+whole picture in one to four steps and without guidance.
+A discriminator learns to tell the student's pictures from real ones (ADD) or from the teacher's
+own (LADD, NitroFusion), and the student learns to pass for them: so one step gives a sharp
+picture, where the mean of all pictures that fit would be blurred.
+It judges by the features of a frozen network, which are DINOv2's of the pixels in ADD, the
+teacher's own of noised latents in LADD, and those of the teacher's encoder under a changing pool
+of heads in NitroFusion.
+Between its few steps the student's picture is noised again, each time less, so that a later step
+can mend what an earlier one got wrong.</p>
+<p>Papers:
+<a href="https://arxiv.org/abs/2311.17042">ADD</a>
+<a href="https://arxiv.org/abs/2403.12015">LADD</a>
+<a href="https://arxiv.org/abs/2412.02030">NitroFusion</a></p>
+"""
+
+
+def heading(run: str, about: str) -> str:
+    return f'<h1 class="run">{html.escape(run)}</h1><p class="note">{html.escape(about)}</p>'
+
+
+def title(who: str, steps: int) -> str:
+    return f"{who}, {steps} step" + ("s" if steps > 1 else "")
+
+
+def column(who: str, steps: int, drawing: Drawing, request: Request, *, reads: bool) -> str:
+    """A column as it was drawn; `reads` if there is a reader for pictures of this kind."""
+    one = " one" if len(drawing.pictures) == 1 else ""
+    images = "".join(
+        picture(pixels, f"{request.prompt}; {title(who, steps)}, seed {request.seed + i}")
+        for i, pixels in enumerate(drawing.pictures)
+    )
+    time = f'<span class="time">{milliseconds(drawing.seconds)}</span>'
+    words = reading(drawing.words) if reads else ""
+    return (
+        f'<figure><figcaption><span class="who">{title(who, steps)}</span>{time}</figcaption>'
+        f'<div class="pictures{one}">{images}</div>{words}</figure>'
+    )
+
+
+def refused(who: str, steps: int, problem: str) -> str:
+    """A column that cannot be drawn, and why."""
+    return (
+        f'<figure><figcaption><span class="who">{title(who, steps)}</span></figcaption>'
+        f'<p class="refused">{html.escape(problem)}</p></figure>'
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f} ms"
+
+
+def picture(pixels: Tensor, alternative: str) -> str:
+    """Pixels, uint8 [3, H, W], as an image that needs no file."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.save(file := io.BytesIO(), "PNG", compress_level=1)
+    data = base64.b64encode(file.getvalue()).decode()
+    small = ' class="small"' if max(image.size) <= SMALL else ""
+    return f'<img{small} alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+
+
+def reading(words: list[Word] | None) -> str:
+    """The reader's verdict on each word of the prompt."""
+    if words is None:
+        return '<p class="note">not read: the text is no caption of shapes</p>'
+    return f'<ul class="words">{"".join(map(_word, words))}</ul>'
+
+
+def _word(word: Word) -> str:
+    """`red ✓`, of a wrong picture `red ✗ green`, of several pictures `red 3/4`."""
+    right = word.right == len(word.seen)
+    said, seen = spoken(word.question, word.said), spoken(word.question, word.seen[0])
+    if right:
+        mark = "✓"
+    elif len(word.seen) == 1:
+        mark = f"✗ {seen}"
+    else:
+        mark = f"{word.right}/{len(word.seen)}"
+    name, number = word.question.rstrip("012"), word.question[-1:]
+    asked = f"{name} of object {int(number) + 1}" if number.isdigit() else name
+    kind = "right" if right else "wrong"
+    return f'<li class="{kind}" title="{asked}">{html.escape(f"{said} {mark}")}</li>'
+
+
+def spoken(question: str, answer: str) -> str:
+    """An answer of the reader as one says it."""
+    if question == "axis":
+        return {"horizontal": "side by side", "vertical": "one above the other"}[answer]
+    if question == "background":
+        return f"on {answer}"
+    if question == "count":
+        return f"{answer} object" + ("" if answer == "1" else "s")
+    return answer
+
+
+def status(problem: str | None, requests: int, dropped: int) -> str:
+    """The line below the pictures."""
+    said = f'<span class="problem">{html.escape(problem)}</span> ' if problem else ""
+    counts = f"Requests: {requests}; dropped, since the page had changed again: {dropped}."
+    return (
+        f'<p class="status" data-requests="{requests}" data-dropped="{dropped}">{said}{counts}</p>'
+    )

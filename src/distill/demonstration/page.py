@@ -1,0 +1,216 @@
+"""The page, by gradio: what is typed and chosen on it goes to the worker, and what is drawn comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from distill.demonstration import html
+from distill.demonstration.drawing import Drawing, Request, Studio
+from distill.demonstration.worker import Dropped, Worker
+from distill.files import first_line
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+import gradio as gr
+
+log = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
+CHOICES = (1, 2, 3, 4, 8)  # numbers of a student's steps on the page, besides those it begins with
+MOST = 8  # pictures of a column
+LAST = 1000  # urgency of the teacher: after every student
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
+MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
+EMPTY = "Type what the picture should show."
+STRENGTH = "1 keeps nothing of the picture"
+OTHERS = ("a photo of a fox in the snow",)
+CAPTIONS = (
+    "a large red star on black",
+    "a small striped green triangle on pink",
+    "a yellow square to the left of a purple cross",
+    "a dotted orange circle above a blue square on white",
+)
+
+
+class Page:
+    """`launch` makes it reachable and returns; `draw` is what every change on it calls."""
+
+    def __init__(self, studio: Studio, worker: Worker, cfg: DictConfig):
+        self.studio, self.worker, self.cfg = studio, worker, cfg
+        given = OmegaConf.to_container(cfg).get("steps")
+        self.begin = sorted({given} if isinstance(given, int) else set(given))
+        for steps in self.begin:
+            studio.sampler.grid(steps, student=studio.student)
+        known = studio.student_steps(max(CHOICES))
+        self.choices = sorted({n for n in CHOICES if n in known} | set(self.begin))
+        self.captions = CAPTIONS if studio.judge else ()
+        self.columns: dict[tuple[str, int], gr.HTML] = {}
+        self.blocks = self._blocks()
+
+    def launch(self, host: str, port: int, *, open_browser: bool) -> None:
+        own = {*os.environ.get("NO_PROXY", "").split(","), host} - {""}
+        os.environ["NO_PROXY"] = ",".join(sorted(own))  # a proxy could not reach it
+        theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="blue")
+        self.blocks.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            run_history=False,
+            footer_links=[],
+            theme=theme,
+            css=html.CSS,
+        )
+
+    def close(self) -> None:
+        self.blocks.close(verbose=False)
+
+    def _blocks(self) -> gr.Blocks:
+        """The components from top to bottom, and what their changes do."""
+        with gr.Blocks(title="distill", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            gr.HTML(html.heading(self.cfg.run, self.studio.about()))
+            prompt = self._prompt()
+            with gr.Row(elem_classes="board"):
+                for steps in self.choices:
+                    self._column("student", steps, visible=steps in self.begin)
+                if self.studio.teacher:
+                    self._column("teacher", 0, visible=True)
+            status = gr.HTML(html.status(None, 0, 0))
+            if self.captions:
+                examples = [[caption] for caption in self.captions]
+                gr.Examples(examples, [prompt], label="Captions of shapes")
+            inputs = [prompt, *self._settings()]
+            gr.HTML(html.ABOUT, elem_classes="about")
+            gr.on(
+                [page.load, *(component.change for component in inputs)],
+                self.draw,
+                inputs,
+                [*self.columns.values(), status],
+                show_progress="hidden",
+                trigger_mode="multiple",  # the worker drops what is old, also what is under way
+                concurrency_limit=None,
+                api_visibility="private",
+            )
+        return page
+
+    def _prompt(self) -> gr.Textbox:
+        first = self.cfg.prompt or (self.captions or OTHERS)[0]
+        return gr.Textbox(first, label="What the picture shows", autofocus=True, elem_id="prompt")
+
+    def _column(self, who: str, steps: int, *, visible: bool) -> None:
+        name = f"{who}-{steps}" if steps else who
+        self.columns[who, steps] = gr.HTML(elem_id=name, elem_classes="drawn", visible=visible)
+
+    def _settings(self) -> list[Any]:
+        """The components of `draw`'s arguments behind the prompt, in their order."""
+        cfg = self.cfg
+        with gr.Row(equal_height=False):
+            with gr.Column():
+                label = "Steps of the student, a column each"
+                chosen = gr.CheckboxGroup(self.choices, value=self.begin, label=label)
+                seed = gr.Number(cfg.seed, label="Seed", minimum=0, maximum=2**32, precision=0)
+                count = gr.Slider(1, max(MOST, cfg.count), cfg.count, step=1, label="Pictures")
+            with gr.Column():
+                image = gr.Image(
+                    type="pil",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="Begin from a picture",
+                    height=150,
+                    buttons=[],
+                )
+                strength = gr.Slider(
+                    0.05, 1, cfg.strength, step=0.05, label="Strength", info=STRENGTH
+                )
+            with gr.Column(visible=self.studio.teacher is not None):
+                most = max(50, cfg.teacher_steps)
+                steps = gr.Slider(1, most, cfg.teacher_steps, step=1, label="Steps of the teacher")
+                most = max(10, cfg.guidance)
+                guidance = gr.Slider(
+                    1, most, cfg.guidance, step=0.5, label="Guidance of the teacher"
+                )
+        return [chosen, seed, count, image, strength, steps, guidance]
+
+    async def draw(
+        self,
+        prompt: str,
+        chosen: list[int],
+        seed: int | None,
+        count: int,
+        image: Image.Image | None,
+        strength: float,
+        teacher_steps: int,
+        guidance: float,
+        tab: gr.Request,
+    ) -> AsyncIterator[list[Any]]:
+        """Updates of the columns as they are ready, then of the line below; none once the page has changed again."""
+        request = Request(prompt.strip(), seed or 0, count, guidance, image, strength)
+        asked = [("student", n, n) for n in sorted(chosen)]
+        if self.studio.teacher:
+            asked.append(("teacher", 0, teacher_steps))
+        if not request.prompt:
+            self.worker.drop(tab.session_hash)
+            yield self._updates({}, EMPTY)
+            return
+        jobs = [
+            (LAST if who == "teacher" else steps, self.studio.job(who, request, steps))
+            for who, _, steps in asked
+        ]
+        futures = self.worker.submit(tab.session_hash, jobs)
+        yield self._updates(self._begun(asked), None)
+        problem = None
+        results = [_result(*each) for each in zip(asked, futures, strict=True)]
+        for result in asyncio.as_completed(results):
+            (who, key, steps), drawn = await result
+            if isinstance(drawn, Dropped):
+                return
+            if isinstance(drawn, Drawing):
+                shown = html.column(who, steps, drawn, request, reads=self.studio.judge is not None)
+                problem = problem or too_long(drawn.unread)
+            else:
+                shown = html.refused(who, steps, in_words(drawn))
+            yield self._updates({(who, key): gr.HTML(shown, elem_classes="drawn")}, problem)
+
+    def _begun(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
+        """Which columns there are, and that what is in them is old."""
+        wanted = {(who, key) for who, key, _ in asked}
+        return {
+            key: gr.HTML(elem_classes=["drawn", "old"], visible=key in wanted)
+            for key in self.columns
+        }
+
+    def _updates(self, columns: dict[tuple[str, int], Any], problem: str | None) -> list[Any]:
+        """A value for each output of `draw`."""
+        status = html.status(problem, self.worker.requests, self.worker.dropped)
+        return [*(columns.get(key, gr.skip()) for key in self.columns), status]
+
+
+async def _result(asked: tuple[str, int, int], future: Future) -> tuple[tuple[str, int, int], Any]:
+    """What was asked for, and the drawing or the exception that came of it."""
+    try:
+        return asked, await asyncio.wrap_future(future)
+    except Exception as error:
+        return asked, error
+
+
+def too_long(unread: str | None) -> str | None:
+    if not unread:
+        return None
+    return f"The text is longer than the model reads, which ends before \u201c{unread[:40]}\u201d."
+
+
+def in_words(error: Exception) -> str:
+    """An error for the page: a sentence; of what no user can have caused, the traceback goes to the terminal."""
+    if isinstance(error, ValueError):
+        return first_line(error)
+    log.error("drawing failed", exc_info=error)
+    return f"It cannot be drawn ({first_line(error)}); the terminal says more."

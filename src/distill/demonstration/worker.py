@@ -1,0 +1,113 @@
+"""One thread that does the work of all clients: the newest request of each, the most urgent job first.
+
+A job is a generator that yields between its steps and returns its result. So one device does one thing at a time, and
+an urgent job waits for one step of another at most. Nothing here knows of pictures.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+Steps = Generator[None, None, Any]
+
+
+class Dropped(Exception):
+    """A newer request of the same client has come, or nobody waits any more."""
+
+
+@dataclass(eq=False)
+class _Job:
+    client: Hashable
+    urgency: int
+    number: int
+    steps: Steps
+    future: Future
+
+
+class Worker:
+    """`submit` may be called from any thread; jobs run in the one of this object, which `close` ends.
+
+    `requests` counts what was submitted, `dropped` those of them of which at least one job was not done, since a newer
+    request of the same client came first.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.dropped = 0
+        self._jobs: list[_Job] = []
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
+        self._thread.start()
+
+    def submit(self, client: Hashable, jobs: Sequence[tuple[int, Steps]]) -> list[Future]:
+        """What will hold the results of the jobs, (urgency, steps) each; the lowest number is the most urgent.
+
+        All earlier jobs of the client are dropped, also one that is under way: their futures raise `Dropped`.
+        """
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the worker is closed")
+            self._drop(client)
+            self.requests += 1
+            new = [_Job(client, urgency, self.requests, steps, Future()) for urgency, steps in jobs]
+            for job in new:  # from now on nobody but this worker ends it
+                job.future.set_running_or_notify_cancel()
+            self._jobs += new
+            self._changed.notify_all()
+        return [job.future for job in new]
+
+    def drop(self, client: Hashable) -> None:
+        """Forget what this client has asked for."""
+        with self._changed:
+            self._drop(client)
+
+    def close(self) -> None:
+        """End the thread after the step under way; whoever waits is told `Dropped`."""
+        with self._changed:
+            self._closed = True
+            for client in {job.client for job in self._jobs}:
+                self._drop(client)
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _drop(self, client: Hashable) -> None:
+        old = [job for job in self._jobs if job.client == client]
+        self._jobs = [job for job in self._jobs if job.client != client]
+        self.dropped += bool(old)
+        for job in old:
+            job.future.set_exception(Dropped())
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+                if self._closed:
+                    return
+                job = min(self._jobs, key=lambda job: (job.urgency, job.number))
+            self._step(job)
+
+    def _step(self, job: _Job) -> None:
+        """Advance a job by one step, without the lock: it may take long."""
+        try:
+            next(job.steps)
+        except StopIteration as end:
+            self._finish(job, end.value, None)
+        except (
+            Exception
+        ) as error:  # a model may raise anything: who asked is told, the thread lives on
+            self._finish(job, None, error)
+
+    def _finish(self, job: _Job, result: Any, error: Exception | None) -> None:
+        with self._changed:
+            if job not in self._jobs:  # dropped meanwhile, and told so
+                return
+            self._jobs.remove(job)
+            if error is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(error)
