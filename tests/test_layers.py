@@ -16,13 +16,13 @@ PACKAGE = ROOT / "src" / "distill"
 
 # Layer -> its modules: the first part of the path below src/distill, a file or a folder. `base` is methods/base.py.
 LAYERS = {
-    "L0": {"types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files"},
+    "L0": {"types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files", "limits"},
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
-    "compose": {"compose"},
+    "compose": {"compose", "signatures", "validate"},
     "L5": {"build"},
     "L6": {
         "_conf", "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "base": {"L0"},
     "L3": {"L0", "base"},
     "L4": {"L0", "L1", "L2", "base"},
-    "compose": {"L1"},
+    "compose": {"L0", "L1", "compose"},
     "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose"},
     "L6": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5", "L6"},
 }

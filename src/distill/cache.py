@@ -9,7 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from distill import validate
 from distill.errors import command
+
+SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:
@@ -18,12 +21,9 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
     from distill import making
     from distill.build import make, refuse_misfit, teacher_of
-    from distill.data.datasets import ImageShards
     from distill.data.write import PICTURES, cached
 
     source = make(cfg.data)
-    if not isinstance(source.dataset, ImageShards):
-        raise ValueError("data: only pictures can be encoded; choose data=images")
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
     teacher.only_encode(device := making.device())
@@ -60,8 +60,18 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     return 0
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    if cfg.data.get("_target_") != SOURCE:
+        raise ValueError("data: only pictures can be encoded; choose data=images")
+    validate.check_data(cfg.data)
+    validate.check_making(cfg)
+
+
 @command("cache")
 def main(cfg: DictConfig) -> int:
+    check(cfg)
+
     from distill.making import begin
 
     return begin(cfg, "cache", encode)

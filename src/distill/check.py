@@ -10,6 +10,7 @@ from statistics import median
 
 from omegaconf import DictConfig
 
+from distill import validate
 from distill.compose import make
 from distill.errors import command
 
@@ -19,6 +20,8 @@ BAR = 40  # characters
 @command("check")
 def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
+    validate.check_data(cfg.data)  # before make() imports torch
+
     from rich.progress import track
 
     source = make(cfg.data)

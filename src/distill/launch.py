@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from distill.compose import world
-from distill.record import cores
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 
@@ -37,6 +36,8 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
 
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
+    from distill.record import cores  # torch, by which a command that starts nothing need not wait
+
     threads = str(max(1, cores() // processes))
     shared = {
         "MASTER_ADDR": "127.0.0.1",

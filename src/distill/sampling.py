@@ -6,7 +6,6 @@ guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler 
 
 import itertools
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from distill.distillation import guided_x0
+from distill.limits import check_strength
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -46,17 +46,6 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its starting latents."""
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
-
-
-def check_strength(steps: int, strength: float) -> None:
-    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to be made."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength}: must be above 0 and at most 1")
-    if int(steps * strength) < 1:
-        needed = math.ceil(1 / strength)
-        raise ValueError(
-            f"steps={steps} strength={strength}: their product must be at least 1; use steps={needed}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from distill import validate
+from distill.data.lines import Lines
 from distill.errors import command
 
 
@@ -18,7 +20,6 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     from distill import making
     from distill.build import teacher_of
-    from distill.data.datasets import Lines
     from distill.data.write import cached
     from distill.sampling import guided, seeded
 
@@ -57,8 +58,18 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     return 0
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    validate.check_number(cfg, "guidance")
+    validate.check_size(cfg.size)
+    Lines(cfg.prompts, "prompts")
+    validate.check_making(cfg)
+
+
 @command("synthesize")
 def main(cfg: DictConfig) -> int:
+    check(cfg)
+
     from distill.making import begin
 
     return begin(cfg, "synthesize", draw)

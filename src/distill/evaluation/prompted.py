@@ -23,11 +23,12 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from distill.data.datasets import Lines
+from distill.data.lines import Lines
 from distill.evaluation import SHOWN, lineup, write_verdict
 from distill.files import put
+from distill.metrics.material import check_measures, coco, in_folder
 from distill.metrics.networks import Clip, Describer, Dinov2
-from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
+from distill.metrics.pictures import cache_folder, features, opened
 from distill.metrics.scores import Score
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
 from distill.teachers.pipeline import PipelineTeacher
@@ -71,10 +72,7 @@ class Prompted:
     workers: int = 4
 
     def __post_init__(self) -> None:
-        if not self.measures or (set(self.measures) - self.scores.keys()):
-            raise ValueError(
-                f"metrics.measures={self.measures}: must be some of {', '.join(self.scores)}"
-            )
+        check_measures(self.measures, self.scores)
         self.data, self.named, self.real = Path(self.path).name, {}, []
         if Path(self.path).is_dir():
             self.data = "COCO2017 val, first caption of each picture"
