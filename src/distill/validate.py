@@ -21,7 +21,6 @@ from distill.compose import (
 )
 from distill.data.lines import Lines
 from distill.data.shards import check_path
-from distill.data.write import BEGUN
 from distill.metrics import material
 from distill.teachers import locate
 
@@ -192,8 +191,11 @@ def check_metrics(metrics: DictConfig) -> None:
             least.pop(f"metrics.{key}", None)
             least |= {f"metrics.{key}[{i}]": 1 for i in range(len(metrics[key]))}
     check_counts(node, least)
+    prompted = "measures" in metrics
+    if prompted:
+        material.check_variety(metrics.variety)
     check_keys(node)
-    if "measures" not in metrics:
+    if not prompted:
         return
     material.check_measures(metrics.measures, metrics.scores)
     path = shipped(str(metrics.path))
@@ -224,6 +226,9 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
     if not any(folder.glob("*.tar")):
         return
+
+    from distill.data.write import BEGUN  # numpy, for those who go on
+
     if not (folder / BEGUN).is_file():
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="

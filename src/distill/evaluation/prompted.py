@@ -26,7 +26,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 from distill.data.lines import Lines
 from distill.evaluation import SHOWN, lineup, write_verdict
 from distill.files import put
-from distill.metrics.material import check_measures, coco, in_folder
+from distill.metrics.material import check_measures, check_variety, coco, in_folder
 from distill.metrics.networks import Clip, Describer, Dinov2
 from distill.metrics.pictures import cache_folder, features, opened
 from distill.metrics.scores import Score
@@ -93,14 +93,7 @@ class Prompted:
             raise ValueError(f"metrics.reference={self.reference}: {what}")
         self.asked = list(self.captions)  # the caption of every picture of a row
         if self._needing("varied"):
-            if (
-                isinstance(self.variety, int)
-                or len(self.variety) != 2
-                or min(self.variety[0], self.variety[1] - 1) < 1
-            ):
-                raise ValueError(
-                    f"metrics.variety={self.variety}: must be [captions, pictures of each, 2 or more]"
-                )
+            check_variety(self.variety)
             self.asked += [
                 caption
                 for caption in self.captions[: self.variety[0]]

@@ -53,3 +53,13 @@ def check_reference(folder: str | None) -> None:
     """Raise ValueError for a folder without pictures; None means those that come with the captions, if any."""
     if folder is not None and not in_folder(Path(folder)):
         raise ValueError(f"metrics.reference={folder}: holds no pictures")
+
+
+def check_variety(variety: Sequence[int]) -> None:
+    """Raise ValueError unless it is a number of captions, and one of pictures of each."""
+    numbers = [] if isinstance(variety, int | str) else list(variety)
+    whole = len(numbers) == 2 and all(type(n) is int for n in numbers)
+    if not whole or numbers[0] < 1 or numbers[1] < 2:
+        raise ValueError(
+            f"metrics.variety={variety}: must be [captions, pictures of each, 2 or more]"
+        )
