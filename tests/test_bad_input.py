@@ -696,7 +696,7 @@ def test_a_folder_of_pictures_that_cannot_be_judged(asked, refused, tmp_path):
 
 
 def test_distances_on_the_discriminators_own_features_are_refused(
-    refused, command, no_weights, tmp_path
+    refused, command, no_weights, pipelines, tmp_path
 ):
     coco, dino = (
         eyes.write_coco(tmp_path / "coco"),
@@ -704,7 +704,7 @@ def test_distances_on_the_discriminators_own_features_are_refused(
     )
     metrics = ["metrics=coco5k", f"metrics.path={coco}", "metrics.prompts=8"]
     said = "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does, which flatters it"
-    (tmp_path / "old").mkdir()
+    shutil.copytree(pipelines("mmdit"), tmp_path / "old" / "student")
     config = {
         "discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}
     }
@@ -718,6 +718,7 @@ def test_distances_on_the_discriminators_own_features_are_refused(
     assert said_of_clip.startswith(
         "metrics.measures: cmmd look with CLIP, as this run's discriminator does"
     )
+    shutil.rmtree(tmp_path / "old" / "student")  # so that it is refused for that
     assert "flatters" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
     whole = ["debug=smoke", "method=add", f"run_dir={tmp_path / 'run'}", *metrics, dino]
     assert command("run", *whole)[2].startswith(f"distill: {said}")

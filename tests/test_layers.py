@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "console", "hardware", "progress", "ranks", "signals",
+        "console", "hardware", "limits", "progress", "ranks", "signals",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
-    "compose": {"_conf", "compose"},
+    "compose": {"_conf", "compose", "signatures", "validate"},
     "L5": {"build"},
     "L6": {
         "cache", "check", "cli", "compare", "demo", "demonstration", "doctor", "errors", "evaluate",

@@ -17,7 +17,8 @@ import eyes
 import tiny
 from distill import distances, files
 from distill.metrics import networks, scores
-from distill.metrics.pictures import coco, features, in_folder, opened
+from distill.metrics.material import coco, in_folder
+from distill.metrics.pictures import features, opened
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,11 @@ from torch import nn
 from distill.data.datasets import LatentShards
 from distill.pretrain import pretrain
 from distill.pretraining import text, vae, vit
+from distill.pretraining.asked import check_data
 from distill.pretraining.assemble import silent_t5
 from distill.pretraining.diffusion import Captions
 from distill.pretraining.fit import Fit
-from distill.pretraining.stages import STAGES, check_data
+from distill.pretraining.stages import STAGES
 from distill.pretraining.work import Work
 from distill.shapes.world import draw_prompt
 

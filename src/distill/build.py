@@ -2,7 +2,6 @@
 by a method, on data."""
 
 import logging
-import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -13,95 +12,42 @@ import lightning
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from distill import sampling
+from distill import sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
-from distill.compose import allowed, check_counts, config_of, make, processes, shipped
+from distill.compose import allowed, config_of, make, processes, shipped
 from distill.files import gathered
-from distill.hardware import Precision, check_precision, precision
+from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
-from distill.students import pipeline_folder
+from distill.teachers.locate import family_of, pipeline_folder
 from distill.teachers.reading import class_of, lineage
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
-FAMILIES = {
-    "FluxPipeline": "distill.teachers.flux.Flux",
-    "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
-    "SanaPipeline": "distill.teachers.sana.Sana",
-    "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
-    "StableDiffusionPipeline": "distill.teachers.sd.SD",
-    "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
-}
-ONE_OR_MORE = (
-    "data.batch_size",
-    "optimizer.accumulate",
-    *(f"trainer.{k}" for k in ("max_steps", "num_nodes")),
-)
-COUNTS = {"seed": 0, "data.num_workers": 0, "trainer.log_every_n_steps": 1} | dict.fromkeys(
-    ONE_OR_MORE, 1
-)
-JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
-    alone = OmegaConf.select(cfg, "discriminator.features") is None
-    wanted, given = (
-        _space(cfg, "method"),
-        "nothing" if alone else _space(cfg, "discriminator.features"),
-    )
-    if (
-        wanted and given and wanted != given
-    ):  # first: such a mixture has keys that do not fit either
-        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
-        raise ValueError(f"{what}; choose another discriminator=")
-    if alone and (lead := cfg.optimizer.get("head_start")):
-        raise ValueError(
-            f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0"
-        )
+    validate.check_run(cfg)
     allowed(cfg)
-    check_counts(cfg, COUNTS)
-    devices, accelerator = cfg.trainer.get("devices", 1), cfg.trainer.get("accelerator", "auto")
-    if isinstance(devices, (str, int, float)) and not re.fullmatch(
-        r"auto|-1|[1-9]\d*", str(devices)
-    ):
-        raise ValueError(
-            f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
-        )
+    accelerator = cfg.trainer.get("accelerator", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         what = "there is no GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
-    check_precision(cfg.trainer.get("precision"), "trainer.precision")
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
-    strategy = cfg.trainer.get("strategy", "auto")
-    named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
-    if "fsdp" in named.lower():
-        raise ValueError(
-            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
-        )
-    if named.startswith("ddp") or named.endswith("DDPStrategy"):
-        raise ValueError(
-            f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
-        )
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
-    least = {f"metrics.{key}": least for key, least in JUDGING.items()}
-    if isinstance(metrics.get("size"), ListConfig):  # [width, height]
-        least |= dict.fromkeys(
-            (f"metrics.size[{i}]" for i in range(len(metrics.size))), least.pop("metrics.size")
-        )
-    check_counts(OmegaConf.create({"metrics": metrics}), least)
+    validate.check_metrics(metrics)
     made = make(metrics)
     if run and hasattr(made, "check"):
         eyes = (
@@ -118,17 +64,6 @@ def sampler_of(run: str, student: Any) -> Any:
     return make(own) if own else sampling.sampler_of(student.pipeline)
 
 
-def _space(cfg: DictConfig, key: str) -> str | None:
-    """Pixels or latents, as the class at this key says that it looks at."""
-    target = str(OmegaConf.select(cfg, f"{key}._target_"))
-    try:
-        return getattr(get_object(target), "space", None) if target.startswith("distill.") else None
-    except (
-        Exception
-    ):  # Hydra wraps whatever an import raises; the check of all targets says it better
-        return None
-
-
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first, and silences Lightning's usual hints."""
     lightning.seed_everything(cfg.seed, verbose=False)
@@ -138,7 +73,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     with stage("opening the data"):
         source = make(cfg.data)  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
-    decodes = _space(cfg, "method") == "pixels" and not cfg.method.get("decoder")
+    space = signatures.attribute(str(cfg.method._target_), "space")
+    decodes = space == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
     )
@@ -331,12 +267,11 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our own adapter."""
     folder = pipeline_folder(Path(shipped(run)))
     path = str(folder) if folder.exists() else run
-    if (found := class_of(path)) not in FAMILIES:
-        raise ValueError(f"run={run} holds a {found}; known are {', '.join(FAMILIES)}")
-    node = {"_target_": FAMILIES[found], "path": path, "dtype": dtype}
+    family = family_of(class_of(path), run)
+    node = {"_target_": family, "path": path, "dtype": dtype}
     if config := config_of(run):  # what a family lets one choose is as in the run
         chosen = config.get("teacher") or {}
-        node |= {key: chosen[key] for key in get_object(FAMILIES[found]).own if key in chosen}
+        node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
     try:
         return make(OmegaConf.create(node))
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that

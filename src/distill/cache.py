@@ -9,8 +9,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from distill import validate
 from distill.errors import command
 from distill.progress import importing, stage
+
+SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:
@@ -19,13 +22,10 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
     from distill import hardware, making
     from distill.build import make, refuse_misfit, teacher_of
-    from distill.data.datasets import ImageShards
     from distill.data.write import PICTURES, cached
 
     with stage("opening the data"):
         source = make(cfg.data)
-    if not isinstance(source.dataset, ImageShards):
-        raise ValueError("data: only pictures can be encoded; choose data=images")
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
     device = hardware.device()
@@ -63,8 +63,17 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     return 0
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    if cfg.data.get("_target_") != SOURCE:
+        raise ValueError("data: only pictures can be encoded; choose data=images")
+    validate.check_data(cfg.data)
+    validate.check_making(cfg)
+
+
 @command("cache")
 def main(cfg: DictConfig) -> int:
+    check(cfg)
     with importing("torch"):
         from distill.making import begin
 

@@ -10,6 +10,7 @@ from statistics import median
 
 from omegaconf import DictConfig
 
+from distill import validate
 from distill.compose import make
 from distill.errors import command
 from distill.progress import importing, stage, track
@@ -20,6 +21,7 @@ BAR = 40  # characters
 @command("check")
 def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
+    validate.check_data(cfg.data)  # before make() imports torch
     with importing("torch"), stage("opening the data"):
         source = make(cfg.data)
     data, captions, bad = source.dataset, [], []

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -41,7 +41,7 @@ class Checkpoints(L.Callback):
         keep: int = 2,
         archive: int = 0,
         best: str | None = None,
-        best_is: str = "min",
+        best_is: Literal["min", "max"] = "min",
     ):
         if every < 1 or keep < 0 or best_is not in ("min", "max"):
             raise ValueError(

@@ -106,23 +106,29 @@ def _allowed(value: Any) -> Any:
 
 def _target(name: str) -> Any:
     """A class of ours, of an optimiser or of Lightning, by its public name: not whatever a module happens to import."""
-    if name.startswith(ROOTS):
-        try:
-            found = get_object(name)
-        except Exception:  # Hydra wraps whatever an import raises
-            raise ValueError(
-                f"_target_: {name}: there is nothing of this name; check how it is written"
-            ) from None
-        home = f"{getattr(found, '__module__', '')}."
-        if home.startswith(CLASSES) if inspect.isclass(found) else home in FUNCTIONS:
-            return found
-    allowed = ", ".join(
-        [
-            *(r + "*" for r in ROOTS[:3]),
-            "and Lightning's trainer, callbacks, loggers and strategies",
-        ]
-    )
-    raise ValueError(
+    check_target(name)
+    try:
+        found = get_object(name)
+    except Exception:  # Hydra wraps whatever an import raises
+        raise ValueError(
+            f"_target_: {name}: there is nothing of this name; check how it is written"
+        ) from None
+    home = f"{getattr(found, '__module__', '')}."
+    if home.startswith(CLASSES) if inspect.isclass(found) else home in FUNCTIONS:
+        return found
+    raise _refused(name)
+
+
+def check_target(name: str) -> None:
+    """Raise ValueError for a name outside what a configuration may look into: what can be said without an import."""
+    if not name.startswith(ROOTS):
+        raise _refused(name)
+
+
+def _refused(name: str) -> ValueError:
+    ours = ", ".join(f"{root}*" for root in ROOTS[:3])
+    allowed = f"{ours}, and Lightning's trainer, callbacks, loggers and strategies"
+    return ValueError(
         f"_target_: {name} is refused: a configuration may build only classes of {allowed}"
     )
 
@@ -185,13 +191,9 @@ def run_folder(cfg: DictConfig) -> Path:
             "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there"
         )
     if folder is None:
-        return _fresh_folder(
-            f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{file_name(name_of(cfg))}"
-        )
-    if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
-        raise FileExistsError(
-            f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
-        )
+        name = file_name(name_of(cfg))
+        return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
+    refuse_taken(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -199,6 +201,17 @@ def run_folder(cfg: DictConfig) -> Path:
             f"run_dir={folder} cannot be made ({error.strerror}); choose another run_dir="
         ) from None
     return folder
+
+
+def refuse_taken(cfg: DictConfig) -> None:
+    """Raise FileExistsError if the folder that a new run is to have holds a run already."""
+    folder = None if cfg.resume else _own_folder(cfg)
+    if folder is None:
+        return
+    if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
+        raise FileExistsError(
+            f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
+        )
 
 
 def _own_folder(cfg: DictConfig) -> Path | None:

@@ -12,6 +12,7 @@ nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class ScoreDistillation:
         low, high: range of t; at its ends the weights of sds and nfsd grow without bound.
     """
 
-    kind: str = "exponential"
+    kind: Literal["exponential", "sds", "nfsd"] = "exponential"
     guidance: float | Sequence[float] = 1.0
     steps: int = 1
     low: float = 0.02

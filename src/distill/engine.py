@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ class Engine:
     student: OptimizerFactory
     discriminator: OptimizerFactory
     warmup_steps: int = 0
-    schedule: str = "constant"
+    schedule: Literal["constant", "cosine"] = "constant"
     final_rate: float = 0.0
     clip_student: float = 1.0
     clip_discriminator: float = 1.0

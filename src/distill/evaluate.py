@@ -11,8 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from distill import validate
 from distill.compose import check_counts, config_of, file_name, rank, world
 from distill.errors import command
+from distill.limits import check_dtype
+from distill.metrics.material import in_folder
 from distill.progress import importing
 
 ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
@@ -20,21 +23,15 @@ ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for
 
 def judge(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
+    check(cfg)
     with importing("torch"):
         from distill import build, hardware, launch
         from distill.files import put
-        from distill.metrics.pictures import in_folder
         from distill.report import write_report
         from distill.students.card import write_card
 
-    check_counts(cfg, {"devices": 1})
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
-    model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
-    pictures = not model and in_folder(run)
-    if world() > 1:
-        raise ValueError(
-            "devices: judging starts its processes itself; use devices=8 or the like, without torchrun"
-        )
+    pictures = _pictures(run)
     if several and (pictures or not hasattr(protocol, "draw")):
         raise ValueError(
             f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out"
@@ -66,6 +63,36 @@ def judge(cfg: DictConfig) -> int:
     return 0
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    check_counts(cfg, {"devices": 1})
+    check_dtype(cfg.dtype, "dtype")
+    _steps(cfg)
+    if world() > 1:
+        raise ValueError(
+            "devices: judging starts its processes itself; use devices=8 or the like, without torchrun"
+        )
+    validate.check_metrics(cfg.metrics)
+    if not _pictures(Path(cfg.run)):
+        validate.check_model(cfg.run)
+    if cfg.get("teacher"):
+        validate.check_teacher(cfg.teacher)
+
+
+def _pictures(run: Path) -> list[Path]:
+    """Those of a folder of pictures; none of what holds a model."""
+    model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
+    return [] if model else in_folder(run)
+
+
+def _steps(cfg: DictConfig) -> list[int]:
+    """The student's, none if the protocol has them."""
+    steps = [cfg.steps] if isinstance(cfg.steps, int) else cfg.steps
+    if isinstance(steps, str) or any(type(n) is not int or n < 1 for n in steps or []):
+        raise ValueError(f"steps={cfg.steps}: must be numbers of steps, 1,2,4 or the like")
+    return list(steps or [])
+
+
 def draw(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the pictures; returns the exit code."""
     protocol, student, teacher, sampler = _models(cfg, _protocol(cfg))
@@ -78,10 +105,7 @@ def _protocol(cfg: DictConfig) -> Any:
     from distill import build
 
     protocol = build.protocol(cfg.metrics, config_of(cfg.run))
-    steps = [cfg.steps] if isinstance(cfg.steps, int) else cfg.steps
-    if isinstance(steps, str) or any(not isinstance(n, int) or n < 1 for n in steps or []):
-        raise ValueError(f"steps={cfg.steps}: must be numbers of steps, 1,2,4 or the like")
-    return replace(protocol, student_steps=list(steps)) if steps else protocol
+    return replace(protocol, student_steps=steps) if (steps := _steps(cfg)) else protocol
 
 
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:

@@ -13,23 +13,47 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from distill import validate
+from distill.compose import check_counts, nearest
 from distill.errors import command
+from distill.limits import check_dtype
 from distill.progress import stage
 
 
 def export(cfg: DictConfig) -> Path:
     """Write and return the file or folder."""
+    check(cfg)
+    if cfg.delta is None:
+        return FORMS[cfg.to](cfg, Path(cfg.run))
+
     from distill import build
     from distill.students import apply_delta
 
-    if cfg.delta:
-        out = _new(cfg.out or f"{cfg.delta}.student")
-        return apply_delta(build.student_of(cfg.base), Path(cfg.delta), out)
-    forms = {"diffusers": _diffusers, "lora": _lora, "single_file": _single_file, "delta": _delta}
-    if cfg.run is None or cfg.to not in forms:
-        what = f"give run=<folder> to={'|'.join(forms)}, or base=<folder> delta=<file>"
-        raise ValueError(f"run={cfg.run} to={cfg.to}: {what}")
-    return forms[cfg.to](cfg, Path(cfg.run))
+    out = _new(cfg.out or f"{cfg.delta}.student")
+    return apply_delta(build.student_of(cfg.base), Path(cfg.delta), out)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    if cfg.delta is None and (cfg.run is None or cfg.to not in FORMS):
+        what = f"give run=<folder> to={'|'.join(FORMS)}, or base=<folder> delta=<file>"
+        raise ValueError(f"run={cfg.run} to={cfg.to}: {what}{nearest(str(cfg.to), FORMS)}")
+    if cfg.delta is not None and not Path(cfg.delta).is_file():
+        raise FileNotFoundError(f"delta={cfg.delta}: no such file; give one that to=delta wrote")
+    if cfg.delta is not None and cfg.base is None:
+        raise ValueError("base: not given; add base=<the pipeline folder that delta is put on>")
+    if cfg.delta is None:
+        validate.check_model(cfg.run)
+    if cfg.base is not None:
+        validate.check_model(cfg.base, "base")
+    check_counts(cfg, {"rank": 1})
+    check_dtype(cfg.dtype, "dtype")
+    validate.check_word(cfg, "naming", "diffusers", "kohya")
+    own = Path(cfg.run or "") / "lora.safetensors"
+    if cfg.delta is None and cfg.to == "lora" and cfg.rank is None and not own.is_file():
+        raise ValueError(
+            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept"
+        )
 
 
 def _new(out: str) -> Path:
@@ -62,16 +86,12 @@ def _delta(cfg: DictConfig, run: Path) -> Path:
 
 
 def _lora(cfg: DictConfig, run: Path) -> Path:
-    from distill import build, compose
-    from distill.students import denoiser_part, low_rank, pipeline_folder
+    from distill import build
+    from distill.students import low_rank
+    from distill.teachers.locate import denoiser_part, pipeline_folder
 
-    compose.check_counts(cfg, {"rank": 1})
     own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
     suffix += f"_{cfg.dtype}" if cfg.dtype else ""  # the run's own are in float32, and stay
-    if cfg.rank is None and not own.is_file():
-        raise ValueError(
-            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept"
-        )
     if cfg.rank is None:
         factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
     else:
@@ -98,8 +118,8 @@ def _single_file(cfg: DictConfig, run: Path) -> Path:
 def _diffusers(cfg: DictConfig, run: Path) -> Path:
     from distill import compose
     from distill.files import remove
-    from distill.students import pipeline_folder
     from distill.students.card import write_card
+    from distill.teachers.locate import pipeline_folder
     from distill.teachers.reading import class_of
 
     student, teacher = pipeline_folder(run), None
@@ -115,6 +135,9 @@ def _diffusers(cfg: DictConfig, run: Path) -> Path:
     shutil.copytree(student, partial)
     write_card(partial, run, teacher)
     return partial.replace(out)
+
+
+FORMS = {"diffusers": _diffusers, "lora": _lora, "single_file": _single_file, "delta": _delta}
 
 
 @command("export")

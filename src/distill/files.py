@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from distill.limits import checkpoints_at
+
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
 MAPPED = (
@@ -165,14 +167,7 @@ def newest(path: Path) -> Path:
 
     Raises FileNotFoundError if there is none, ValueError if none can be used.
     """
-    named = path.name.endswith(".ckpt")
-    found = sorted(
-        (path.parent if named else path / "checkpoints").glob("step_*.ckpt"), reverse=True
-    )
-    if named:
-        found = [path, *(other for other in found if other.name < path.name)]
-    if not found or not path.exists():
-        raise FileNotFoundError(f"resume={path}: holds no checkpoint to go on from")
+    found = checkpoints_at(path)
     problems: list[str] = []
     for candidate in found:
         try:

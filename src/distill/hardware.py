@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-PRECISIONS = ("auto", "bf16-mixed", "32-true")  # what keys named `precision` may say
+PRECISIONS = ("auto", "bf16-mixed", "32-true")  # what keys named `precision` may say,
+SHORT = {"32": "32-true", "bf16": "bf16-mixed"}  # and what Lightning takes for the same
 SLOW = 2.0  # a bfloat16 product takes this many times as long as a float32 one: it is emulated
 SIDE = 192  # of the matrices that are multiplied to find out: 15 ms where bfloat16 is emulated
 AMPERE = (8, 0)  # the first CUDA capability with bfloat16
@@ -177,6 +178,7 @@ def precision(asked: str, accelerator: str = "auto", key: str = "precision") -> 
     Raises ValueError, with the setting's `key`, for a precision that this code does not train in.
     """
     check_precision(asked, key)
+    asked = SHORT.get(str(asked), asked)
     if asked == "auto":
         return best_precision(accelerator)
     if asked == "bf16-mixed" and device(accelerator).type == "cpu":
@@ -190,7 +192,8 @@ def precision(asked: str, accelerator: str = "auto", key: str = "precision") -> 
 
 def check_precision(asked: object, key: str = "precision") -> None:
     """Raise ValueError for what is no precision of ours. Needs no torch."""
-    if asked not in PRECISIONS:
+    if str(asked) not in (*PRECISIONS, *SHORT):
+        # The gradients of 16-mixed are scaled, and would be clipped as if they were not.
         why = "is not for two players" if str(asked).startswith("16") else "is not supported"
         raise ValueError(f"{key}={asked}: {why}; use auto, bf16-mixed or 32-true")
 

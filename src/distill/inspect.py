@@ -2,16 +2,33 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.compose import check_counts, run_at
 from distill.errors import command
+from distill.limits import checkpoints_at
 from distill.progress import importing, stage
+
+
+def check(cfg: DictConfig) -> DictConfig:
+    """The run's configuration; refuses what cannot be before anything that takes time is imported."""
+    check_counts(cfg, {"samples": 2, "seed": 0})
+    folder = run_at(cfg.run)
+    levels = list(cfg.levels) if isinstance(cfg.levels, ListConfig) else [cfg.levels]
+    numbers = all(isinstance(level, int | float) for level in levels)
+    if not numbers or not all(0 < level <= 1 for level in levels):
+        raise ValueError(f"levels={levels}: must lie in (0, 1]")
+    made = OmegaConf.load(folder / "config.yaml")
+    if OmegaConf.select(made, "discriminator.features") is None:
+        raise ValueError(f"run={cfg.run}: it was made without a discriminator")
+    checkpoints_at(folder, "run")
+    return made
 
 
 @command("inspect")
 def main(cfg: DictConfig) -> None:
     """Judge real samples and the student's with the heads of the run's newest checkpoint."""
+    made = check(cfg)
     with importing("torch"):
         import torch
 
@@ -19,20 +36,14 @@ def main(cfg: DictConfig) -> None:
         from distill.files import newest, read
         from distill.report.inspection import look, write
 
-    check_counts(cfg, {"samples": 2, "seed": 0})
-    folder = run_at(cfg.run)
-    if not all(0 < level <= 1 for level in cfg.levels):
-        raise ValueError(f"levels={list(cfg.levels)}: must lie in (0, 1]")
+    folder = Path(cfg.run)
     kept = newest(folder)
     if kept.is_dir():
         raise ValueError(
             f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones"
         )
-    made = OmegaConf.load(folder / "config.yaml")
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)
-    if method.alone:
-        raise ValueError(f"run={cfg.run}: it was made without a discriminator")
     method.load_state_dict(read(kept)["state_dict"], strict=False)
     batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)

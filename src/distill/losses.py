@@ -12,6 +12,7 @@ Everything is reduced in float32 at least, whatever autocast made of the logits.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,7 @@ def by_head(losses: Tensor, split: Split | None = None) -> Tensor:
     return torch.stack([part.mean() for part in (split(losses) if split else [losses])]).mean()
 
 
+Game = Literal["hinge", "non_saturating", "relativistic"]
 GAMES = (
     AdversarialLoss("hinge", wrong=lambda x: F.relu(1 + x), own=lambda x: x),
     AdversarialLoss("non_saturating", wrong=F.softplus, own=F.softplus),

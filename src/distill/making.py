@@ -32,12 +32,6 @@ from distill.progress import Bar, track
 from distill.record import versions
 
 INPUTS = "inputs.sha256"
-FREE = (
-    "out",
-    "devices",
-    "data.num_workers",
-    "data.max_bad_share",
-)  # what may be different when a command goes on
 
 
 @dataclass(frozen=True)
@@ -127,11 +121,10 @@ def watched(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any
 
 
 def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
-    """Check and note what is to be made, then work, here or in `devices` processes; returns the exit code."""
-    compose.check_counts(
-        cfg, {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}
-    )
-    compose.check_counts(cfg, {"data.batch_size": 1, "data.num_workers": 0})
+    """Note what is to be made, then work, here or in `devices` processes; returns the exit code.
+
+    `validate.check_making` has been called before: it refuses a folder with other shards.
+    """
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
     if "precision" in cfg:
         _settle_precision(cfg, folder)
@@ -139,12 +132,6 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
         compose.allowed(cfg)
         folder.mkdir(parents=True, exist_ok=True)
         put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
-    elif (folder / BEGUN).is_file():
-        refuse_another(cfg, folder)
-    else:
-        raise ValueError(
-            f"out={folder} holds shards that were not made by this command; choose another out="
-        )
     code = 0
     try:
         if not done.is_file():
@@ -174,15 +161,6 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
     cfg.precision = chosen.name
     if compose.rank() == 0:
         print(f"precision: {chosen.name} ({chosen.reason})")
-
-
-def refuse_another(cfg: DictConfig, folder: Path) -> None:
-    """Raise ValueError if the folder was begun with other settings, naming them."""
-    changes = compose.changes(OmegaConf.load(folder / BEGUN), cfg)
-    if different := [said for key, said in changes.items() if not key.startswith(FREE)]:
-        raise ValueError(
-            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
-        )
 
 
 def of_teacher(cfg: DictConfig) -> dict[str, Any]:

@@ -9,12 +9,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from distill import validate
+from distill.compose import check_counts, shipped
+from distill.data.shards import check_path
 from distill.errors import command
+from distill.hardware import check_precision
+from distill.pretraining.asked import check_data, chosen
 from distill.progress import importing
+from distill.teachers.locate import check_pipeline
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """All stages asked for; returns the folder of the models."""
+    check(cfg)
     with importing("torch"):
         from distill.pretraining.stages import run
 
@@ -22,6 +29,23 @@ def pretrain(cfg: DictConfig) -> Path:
     models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
     print(f"models: {models}")
     return models
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    check_counts(
+        cfg, {"seed": 0, "data.size": 1, "data.count": 1, "data.seed": 0, "text_length": 3}
+    )
+    check_precision(cfg.precision)
+    check_data(cfg.data.path, cfg.data.size, cfg.data.count)
+    for name in chosen(cfg.stages):
+        if "lr" in cfg.get(name, {}):  # a stage that trains
+            budget = OmegaConf.to_container(cfg[name], resolve=True)
+            validate.check_taken(budget, "distill.pretraining.fit.Fit", f"{name}.")
+    if cfg.data.path is not None:
+        check_path(cfg.data.path)
+    if cfg.parts is not None:
+        check_pipeline(shipped(str(cfg.parts)), "parts")
 
 
 @command("pretrain")

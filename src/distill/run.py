@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill import console
 from distill.errors import command
+from distill.limits import checkpoints_at
 from distill.progress import importing, stage
 
 LOG = "run.log"
@@ -16,16 +17,22 @@ LOG = "run.log"
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    with importing("torch"):
-        from distill import build, compose, launch
-        from distill.files import newest, put
-        from distill.record import RunRecord
+    from distill import compose, launch, validate
 
     cfg.resume = cfg.resume or compose.requeued(cfg)
     if cfg.resume:
         compose.folder_of(cfg.resume)
-        newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+        checkpoints_at(Path(cfg.resume))
         cfg = compose.going_on(cfg)
+    validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
+
+    with importing("torch"):
+        from distill import build
+        from distill.files import newest, put
+        from distill.record import RunRecord
+
+    if cfg.resume:
+        newest(Path(cfg.resume))  # a mistake in it is said before anything is read
     build.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
@@ -95,8 +102,9 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     from distill import build, compose
     from distill.record import RunRecord
     from distill.report import write_report
-    from distill.students import denoiser_part, save_pipeline
+    from distill.students import save_pipeline
     from distill.students.card import write_card
+    from distill.teachers.locate import denoiser_part
 
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
     scheduler = sampler.scheduler(student, teacher)

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from distill import validate
 from distill.compose import check_counts, file_name
 from distill.console import on_stderr
+from distill.data.lines import Lines
 from distill.errors import command
+from distill.hardware import check_precision
+from distill.limits import check_dtype, check_strength
 from distill.progress import Bar, importing
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ SHOWN = 64  # pictures in the grid, the first ones
 
 def draw(cfg: DictConfig) -> list[Path]:
     """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
+    prompts = check(cfg)
     with importing("torch"):
         import torch
         from torchvision.utils import make_grid
@@ -35,8 +40,6 @@ def draw(cfg: DictConfig) -> list[Path]:
         from distill import build
         from distill.hardware import device
 
-    check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
-    prompts = _prompts(cfg)
     model = build.student_of(cfg.run, cfg.dtype).to(device())
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
@@ -72,9 +75,23 @@ def draw(cfg: DictConfig) -> list[Path]:
     return paths
 
 
-def _prompts(cfg: DictConfig) -> list[str]:
-    from distill.data.datasets import Lines
+def check(cfg: DictConfig) -> list[str]:
+    """The prompts; refuses what cannot be before anything that takes time is imported."""
+    check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
+    validate.check_number(cfg, "guidance", "strength")
+    validate.check_size(cfg.size)
+    check_dtype(cfg.dtype, "dtype")
+    check_precision(cfg.precision)
+    prompts = _prompts(cfg)
+    if cfg.image is not None:
+        if not Path(cfg.image).is_file():
+            raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
+        check_strength(cfg.steps, cfg.strength)
+    validate.check_model(cfg.run)
+    return prompts
 
+
+def _prompts(cfg: DictConfig) -> list[str]:
     if (cfg.prompt is None) == (cfg.prompts is None):
         said = "not given" if cfg.prompt is None else "given, and prompts too"
         raise ValueError(
@@ -91,7 +108,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     from distill.hardware import autocast
     from distill.hardware import precision as choose
     from distill.metrics.pictures import fitted, opened
-    from distill.sampling import check_strength, distilled, guided, seeded, to_bytes
+    from distill.sampling import distilled, guided, seeded, to_bytes
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
@@ -107,7 +124,6 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
             raise ValueError(
                 f"image={cfg.image}: only a distilled model goes on from a picture; leave it out"
             )
-        check_strength(cfg.steps, cfg.strength)
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
     precision = choose(cfg.precision, "cpu" if model.device.type == "cpu" else "auto").name

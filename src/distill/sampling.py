@@ -6,7 +6,6 @@ guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler 
 
 import itertools
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from distill.distillation import guided_x0
 from distill.hardware import autocast
+from distill.limits import check_strength
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -60,17 +60,6 @@ def in_precision(
     """The latents of a sampler, its denoiser's passes made in this precision."""
     with autocast(precision, cond.tokens.device.type):
         return make(cond, generators, **how)
-
-
-def check_strength(steps: int, strength: float) -> None:
-    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to be made."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength}: must be above 0 and at most 1")
-    if int(steps * strength) < 1:
-        needed = math.ceil(1 / strength)
-        raise ValueError(
-            f"steps={steps} strength={strength}: their product must be at least 1; use steps={needed}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from distill import validate
+from distill.data.lines import Lines
 from distill.errors import command
+from distill.hardware import check_precision
 from distill.progress import importing
 
 
@@ -19,7 +22,6 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     from distill import hardware, making
     from distill.build import teacher_of
-    from distill.data.datasets import Lines
     from distill.data.write import cached
     from distill.sampling import guided, seeded
 
@@ -59,8 +61,18 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     return 0
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be, before anything that takes time is imported."""
+    validate.check_number(cfg, "guidance")
+    validate.check_size(cfg.size)
+    check_precision(cfg.precision)
+    Lines(cfg.prompts, "prompts")
+    validate.check_making(cfg)
+
+
 @command("synthesize")
 def main(cfg: DictConfig) -> int:
+    check(cfg)
     with importing("torch"):
         from distill.making import begin
 

@@ -10,7 +10,6 @@ With buckets every sample belongs to the one of its shape, and what replaces it 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import json
 import logging
@@ -28,8 +27,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.data import decode
+from distill.data.lines import Lines
 from distill.data.shards import Shards, expand
 from distill.data.write import BEGUN, MANIFEST, NULL, PICTURES
+from distill.limits import check_samples
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
@@ -58,16 +59,7 @@ class Samples(Dataset, ABC):
         buckets: Sequence[Sequence[int]] | None = None,
         caption_key: str = "caption",
     ):
-        if limit is not None and limit < 1:
-            raise ValueError(f"data.limit={limit}: must be at least 1")
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share={max_bad_share}: must be a share, from 0 to 1")
-        if buckets is not None and not (
-            buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)
-        ):
-            raise ValueError(
-                f"data.buckets={buckets}: must be null or like [[640, 384], [512, 512]], width and height"
-            )
+        check_samples(limit, max_bad_share, buckets)
         self.shards, self.max_bad_share, self.caption_key = (
             self.open(path),
             max_bad_share,
@@ -277,34 +269,6 @@ class ImageShards(Samples):
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         return {"pixels": decode.image(sample, *(bucket or (self.size,)))}
-
-
-class Lines:
-    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
-
-    def __init__(self, path: str, key: str = "data.path"):
-        try:
-            lines = (
-                Path(path).read_text(encoding="utf-8-sig").split("\n")
-            )  # splitlines knows ten more separators
-        except (OSError, UnicodeError) as error:
-            raise ValueError(
-                f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
-            ) from None
-        self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
-        if not self.lines:
-            raise ValueError(
-                f"{key}={path}: has no line that is not blank; write one prompt a line"
-            )
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def digest(self) -> str:
-        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
-
-    def read(self, i: int, at_most: int = -1) -> dict:
-        return {"__url__": self.path, "__key__": str(i), "txt": self.lines[i].encode()}
 
 
 class Prompts(Samples):

@@ -13,15 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.data.shards import CAPTIONS, IMAGES
 from distill.files import first_line, upright
 from distill.types import EMBEDDED
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-IMAGES, CAPTIONS, LATENTS = (
-    ("jpg", "jpeg", "png", "webp"),
-    ("txt", "json"),
-    ("latent.npy", "latents.npy", "npy"),
-)
+LATENTS = ("latent.npy", "latents.npy", "npy")
 HEAD = 2**16  # bytes in which a file says what size it has, nearly always
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 

@@ -14,9 +14,9 @@ import tarfile
 
 from braceexpand import braceexpand
 
-from distill.data.decode import CAPTIONS, IMAGES
-
 log = logging.getLogger(__name__)
+IMAGES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")
 Places = dict[
     str, tuple[str, int, int]
 ]  # lower-case extension -> where it lies: file, offset, size (-1: all of it)
@@ -78,6 +78,25 @@ class Shards:
                     f"The shard {path!r} has shrunk since it was opened (sample {key!r})."
                 )
         return sample | {"__key__": key, "__url__": url}  # last: no file may pose as these
+
+
+def check_path(path: str) -> None:
+    """Raise, as `Shards` does, where no shard and no picture is: its errors, without reading any of them."""
+    folder = os.path.expanduser(path)
+    if not os.path.isdir(folder) or any(name.endswith(".tar") for name in os.listdir(folder)):
+        expand(path)
+    elif not any(_is_picture(name) for _, _, names in os.walk(folder) for name in names):
+        raise _nothing_in(folder)
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in IMAGES
+
+
+def _nothing_in(folder: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"The folder {folder!r} has neither .tar shards nor images ({', '.join(IMAGES)})."
+    )
 
 
 def expand(path: str) -> list[str]:
@@ -178,9 +197,7 @@ def index_folder(path: str) -> dict[str, Places]:
             there = {image: os.path.join(path, key), **(texts or {"txt": os.devnull})}
             index[key] = {end: (file, 0, -1) for end, file in there.items()}
     if not index:
-        raise FileNotFoundError(
-            f"The folder {path!r} has neither .tar shards nor images ({', '.join(IMAGES)})."
-        )
+        raise _nothing_in(path)
     if bare := [key for key, there in index.items() if os.devnull in there.get("txt", ())]:
         what = "no .txt or .json beside them, and count as pictures of the empty caption"
         log.warning(

@@ -22,11 +22,12 @@ from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from distill.data.datasets import Lines
+from distill.data.lines import Lines
 from distill.evaluation import SHOWN, drawing_precision, lineup, write_verdict
 from distill.files import put
+from distill.metrics.material import check_measures, check_variety, coco, in_folder
 from distill.metrics.networks import Clip, Describer, Dinov2
-from distill.metrics.pictures import cache_folder, coco, features, in_folder, opened
+from distill.metrics.pictures import cache_folder, features, opened
 from distill.metrics.scores import Score
 from distill.progress import Bar, stage
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
@@ -73,10 +74,7 @@ class Prompted:
     workers: int = 4
 
     def __post_init__(self) -> None:
-        if not self.measures or (set(self.measures) - self.scores.keys()):
-            raise ValueError(
-                f"metrics.measures={self.measures}: must be some of {', '.join(self.scores)}"
-            )
+        check_measures(self.measures, self.scores)
         self.data, self.named, self.real = Path(self.path).name, {}, []
         if Path(self.path).is_dir():
             self.data = "COCO2017 val, first caption of each picture"
@@ -97,14 +95,7 @@ class Prompted:
             raise ValueError(f"metrics.reference={self.reference}: {what}")
         self.asked = list(self.captions)  # the caption of every picture of a row
         if self._needing("varied"):
-            if (
-                isinstance(self.variety, int)
-                or len(self.variety) != 2
-                or min(self.variety[0], self.variety[1] - 1) < 1
-            ):
-                raise ValueError(
-                    f"metrics.variety={self.variety}: must be [captions, pictures of each, 2 or more]"
-                )
+            check_variety(self.variety)
             self.asked += [
                 caption
                 for caption in self.captions[: self.variety[0]]

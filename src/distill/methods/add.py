@@ -13,13 +13,13 @@ that predicts eps then answers by its own schedule, x0_hat = (x - sigma_1 eps_ha
 does when sampling begins; one that predicts v may be given the schedule that ends in noise.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation
-from distill.losses import adversarial, r1, verdicts, weighted_mse
+from distill.losses import Game, adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import noise_like
 from distill.types import Batch, Cond, Terms, Times
@@ -48,8 +48,8 @@ class ADD(Distillation):
         distill: ScoreDistillation,
         distill_weight: float = 2.5,
         adversarial_weight: float = 1.0,
-        distill_space: str = "pixels",
-        loss: str = "hinge",
+        distill_space: Literal["pixels", "latents"] = "pixels",
+        loss: Game = "hinge",
         r1_weight: float = 1e-5,
         r1_every: int = 1,
         negative: str | None = None,

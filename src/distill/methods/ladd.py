@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation
-from distill.losses import adversarial, r1, verdicts, weighted_mse
+from distill.losses import Game, adversarial, r1, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import noise_like
 from distill.types import Batch, Terms, Times
@@ -47,7 +47,7 @@ class LADD(Distillation):
         levels: Times,
         renoise: Times,
         shared: bool = False,
-        loss: str = "hinge",
+        loss: Game = "hinge",
         misaligned: float = 0.0,
         r1_weight: float = 0.0,
         distill: ScoreDistillation | None = None,

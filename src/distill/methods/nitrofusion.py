@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation
-from distill.losses import adversarial, verdicts, weighted_mse
+from distill.losses import Game, adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Fake
 from distill.process import level_like, noise_like
 from distill.types import Batch, Terms, Times
@@ -61,7 +61,7 @@ class NitroFusion(Distillation):
         refine: Sequence[int] = (0,),
         keep: float = 0.5,
         shared: bool = True,
-        loss: str = "hinge",
+        loss: Game = "hinge",
         opening: int = 0,
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -20,8 +19,6 @@ from torchvision.transforms.functional import center_crop, to_tensor
 from distill.files import put, upright
 from distill.metrics.networks import Describer
 from distill.progress import Bar
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def features(
@@ -85,39 +82,3 @@ def fitted(picture: Image.Image, width: int, height: int) -> Tensor:
 def cache_folder() -> Path:
     """Where features of reference pictures are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "features"
-
-
-def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name; there may be no such folder."""
-    return sorted(
-        p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.name != "grid.png"
-    )  # sample's
-
-
-def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
-    """Captions and pictures of COCO2017 val: of each of the first `count` pictures by id, its first caption by id."""
-    name, advice = (
-        "annotations/captions_val2017.json",
-        "give the folder that holds annotations/ and val2017/",
-    )
-    try:
-        said = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        names = {entry["id"]: entry["file_name"] for entry in said["images"]}
-        firsts = {
-            x["image_id"]: x["caption"].strip()
-            for x in sorted(said["annotations"], key=lambda x: -x["id"])
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"metrics.path={folder}: cannot read {name} ({error!r}); {advice}"
-        ) from None
-    chosen = sorted(firsts.keys() & names)[:count]
-    if len(chosen) < (count or 1):
-        raise ValueError(
-            f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}"
-        )
-    paths = [Path(folder) / "val2017" / names[i] for i in chosen]
-    if missing := [f"val2017/{path.name}" for path in paths if not path.is_file()]:
-        what = f"{len(missing)} of {len(paths)} pictures are not there, the first {missing[0]}"
-        raise ValueError(f"metrics.path={folder}: {what}; unpack val2017.zip there")
-    return [firsts[i] for i in chosen], paths

@@ -9,7 +9,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distill.compose import nearest
 from distill.console import note
 from distill.data.write import write_images
 from distill.hardware import hardware, precision
 from distill.pretraining import diffusion, parts, reader, text, vae, vit
-from distill.pretraining.work import MIN_PICTURES, PER_SHARD, Work
+from distill.pretraining.asked import check_data, chosen
+from distill.pretraining.work import PER_SHARD, Work
 from distill.progress import Bar, track
 from distill.shapes.render import render
-from distill.shapes.world import SIDE, sample
+from distill.shapes.world import sample
 from distill.teachers.pipeline import read_quietly
 
 FOLDERS = {
@@ -81,7 +81,7 @@ class Stage(NamedTuple):
     ] = ()  # the nodes of the configuration that decide what it makes, beside seed and data
 
 
-STAGES = {  # in the order in which they run
+STAGES = {  # in the order in which they run: that of asked.ORDER
     "data": Stage(_data, ()),
     "clip": Stage(_clip, ("data",), ("text_length", "clip", "parts")),
     "vae": Stage(_vae, ("data",), ("vae", "parts")),
@@ -101,30 +101,6 @@ STAGES = {  # in the order in which they run
     ),
     "shards": Stage(diffusion.write_own, ("data", "mmdit"), ("shards",)),
 }
-
-
-def check_data(path: str | None, size: int, count: int) -> None:
-    """Refuse data that no stage could use; `path` None means scenes of `shapes`."""
-    if not 32 <= size <= 128 or size % 8:
-        raise ValueError(
-            f"data.size={size}: pictures may have 32 to 128 pixels a side, in multiples of 8"
-        )
-    if path is None and size != SIDE:
-        raise ValueError(
-            f"data.size={size}: shapes have {SIDE} pixels a side; other sizes need data.path"
-        )
-    if count < MIN_PICTURES:
-        raise ValueError(f"data.count={count}: at least {MIN_PICTURES} pictures are needed")
-
-
-def chosen(stages: Sequence[str] | None) -> list[str]:
-    """The stages asked for, or all, in the order in which they run."""
-    for name in stages or ():
-        if name not in STAGES:
-            raise ValueError(
-                f"stages: no stage {name!r}{nearest(name, STAGES)}; there are {', '.join(STAGES)}"
-            )
-    return [name for name in STAGES if stages is None or name in stages]
 
 
 def run(asked: Mapping[str, Any], command: str) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.data.datasets import ImageShards
 from distill.files import put
+from distill.pretraining.asked import MIN_PICTURES
 from distill.pretraining.fit import Fit
 from distill.progress import track
 from distill.sampling import to_bytes
@@ -20,7 +21,6 @@ from distill.shapes.render import render
 from distill.shapes.world import SIDE, Scene
 
 PER_SHARD = 1024
-MIN_PICTURES = 256  # CLIP holds 200 back
 
 
 class Work:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill.files import first_line, remove
 from distill.teachers import schedulers
+from distill.teachers.locate import denoiser_in, denoiser_part
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, lineage
@@ -36,6 +37,7 @@ LEFT_OUT = (
     ".git*",
     ".cache",
 )
+OR_ELSE = "must be teacher, random, or"  # what student.init may be besides a folder
 VARIANT = re.compile(r"\.(?:fp16|bf16)\.(safetensors|bin|json)$")
 
 
@@ -79,11 +81,8 @@ def shifted(student: Network, shift: int | None) -> Network:
 
 def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
     """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions; its timestep shift."""
-    folder, model = pipeline_folder(Path(init)), teacher.network.model
-    part = folder / denoiser_part(folder)
-    if not (part / "config.json").is_file():
-        what = "must be teacher, random, or a run or pipeline folder with a unet/ or transformer/ in it"
-        raise ValueError(f"student.init={init}: {what}")
+    model, part = teacher.network.model, denoiser_in(init, "student.init", OR_ELSE)
+    folder = part.parent
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(
@@ -110,16 +109,6 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
             f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew"
         )
     return found, said.get("shifted_timestep")
-
-
-def pipeline_folder(run: Path) -> Path:
-    """The student of a run folder; any other folder itself."""
-    return run / "student" if (run / "student").is_dir() else run
-
-
-def denoiser_part(folder: Path) -> str:
-    """Which part of the pipeline in this folder denoises."""
-    return "transformer" if (folder / "transformer").is_dir() else "unet"
 
 
 def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, scheduler: Any) -> Path:

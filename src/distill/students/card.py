@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from distill.teachers.reading import is_hub_id
+from distill.teachers.locate import is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
 PAPERS |= {"Consistency": "2310.04378", "Regression": "2101.02388"}

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -31,7 +31,7 @@ def lora(
     rank: int = 64,
     alpha: float | None = None,
     targets: Sequence[str] | None = None,
-    init: str = "kaiming",
+    init: Literal["kaiming", "gaussian"] = "kaiming",
     shift: int | None = None,
     checkpointing: bool = False,
 ) -> Network:

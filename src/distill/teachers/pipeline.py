@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from distill.files import fingerprint, silent
 from distill.process import Prediction, Process
 from distill.progress import stage
+from distill.teachers.locate import SINGLE
 from distill.teachers.network import Network, is_block
 from distill.teachers.reading import check_parts, home_of, read_pipeline
-from distill.teachers.single import SINGLE, read_single
+from distill.teachers.single import read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
 

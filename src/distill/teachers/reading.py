@@ -1,7 +1,6 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,16 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from torch import nn
 
 from distill.files import first_line, silent
+from distill.limits import check_dtype
+from distill.teachers.locate import (
+    INDEX,
+    PICKLED,
+    check_kind,
+    index_of,
+    is_hub_id,
+    no_folder,
+    no_model,
+)
 
 SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
 HUB = {  # an error of the hub's, the more particular first -> what it means
@@ -23,10 +32,8 @@ HUB = {  # an error of the hub's, the more particular first -> what it means
     RepositoryNotFoundError: "there is no such repository, or it is private",
     RevisionNotFoundError: "it has no such revision",
 }
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts which it lacks
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @silent()
@@ -102,16 +109,13 @@ def home_of(folder: Path, part: str) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    if not isinstance(found := getattr(torch, name, None), torch.dtype):
-        raise ValueError(
-            f"teacher.dtype={name}: must be a dtype of torch: float32, bfloat16, float16"
-        )
-    return found
+    check_dtype(name, "teacher.dtype")
+    return getattr(torch, name)
 
 
 def class_of(path: str) -> str:
     """The class of the pipeline in a folder or under a hub id. Raises FileNotFoundError, ValueError if it has none."""
-    file = Path(path) / "model_index.json"
+    file = Path(path) / INDEX
     if not file.is_file() and not Path(path).exists() and is_hub_id(path):
         try:
             file = Path(hf_hub_download(path, file.name))
@@ -120,23 +124,14 @@ def class_of(path: str) -> str:
                 f"run={path}", error, "no such folder, and cannot be fetched from the hub"
             ) from None
     if not file.is_file():
-        raise FileNotFoundError(
-            f"run={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
-        )
+        raise no_model(path)
     return str(json.loads(file.read_text(encoding="utf-8")).get("_class_name"))
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether `owner/repository` is what this looks like."""
-    return HUB_ID.fullmatch(path) is not None
 
 
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
     """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error names."""
     if not is_hub_id(path):
-        raise FileNotFoundError(
-            f"{key}={path}: no such folder; give a diffusers pipeline folder or a hub id"
-        )
+        raise no_folder(path, key)
     try:
         return fetch(path, **options)
     except (OSError, ValueError) as error:
@@ -150,16 +145,8 @@ def pipeline_classes(
 
     Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what an error names.
     """
-    file = Path(path) / "model_index.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{key}={path}: not a diffusers pipeline folder (it has no {file.name})"
-        )
-    index, classes = json.loads(file.read_text(encoding="utf-8")), {}
-    if (found := index.get("_class_name")) != expected:
-        raise ValueError(
-            f"{key}={path} holds a {found}, but this teacher reads a {expected}; choose another teacher="
-        )
+    index, classes = index_of(path, key), {}
+    check_kind(index.get("_class_name"), expected, path, key)
     for name, pair in index.items():
         if name in without or not isinstance(pair, list) or len(pair) != 2:
             continue

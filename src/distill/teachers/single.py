@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.files import first_line, silent
-from distill.teachers.reading import PICKLED, dtype_of, fetched, pipeline_classes, whole
+from distill.teachers.locate import PICKLED
+from distill.teachers.reading import dtype_of, fetched, pipeline_classes, whole
 from distill.teachers.weights import local_file
 
-SINGLE = (".safetensors", *PICKLED)
 META = "meta tensor"  # a tensor that is not there stays without a value, on torch's device `meta`
 WORDS = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
 PLACES = {  # part of a pipeline -> where it stands in a file of SD, SDXL, or SD3

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.teachers.reading import is_hub_id, not_fetched
+from distill.teachers.locate import in_repository, no_file
+from distill.teachers.reading import not_fetched
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +65,15 @@ def put_on(pipeline: Any, path: str) -> None:
 def local_file(path: str, key: str) -> Path:
     """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is what an error names."""
     file = Path(path)
-    owner, name, inside = [*path.split("/", 2), "", ""][:3]
-    repository = f"{owner}/{name}"
-    if not file.is_file() and inside and is_hub_id(repository):
+    if not file.is_file() and in_repository(path):
+        owner, name, inside = path.split("/", 2)
+        repository = f"{owner}/{name}"
         try:
             file = Path(hf_hub_download(repository, inside))
         except (OSError, ValueError) as error:
             raise not_fetched(f"{key}={path}", error) from None
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{key}={path}: no such file; give one, or owner/repository/file of the hub"
-        )
+        raise no_file(path, key)
     return file
 
 

@@ -1,0 +1,31 @@
+"""Captions alone: the lines of a text file."""
+
+import hashlib
+from pathlib import Path
+
+
+class Lines:
+    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
+
+    def __init__(self, path: str, key: str = "data.path"):
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeError) as error:
+            raise ValueError(
+                f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
+            ) from None
+        lines = text.split("\n")  # splitlines knows ten more separators
+        self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
+        if not self.lines:
+            raise ValueError(
+                f"{key}={path}: has no line that is not blank; write one prompt a line"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+
+    def read(self, i: int, at_most: int = -1) -> dict:
+        return {"__url__": self.path, "__key__": str(i), "txt": self.lines[i].encode()}

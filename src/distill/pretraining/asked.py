@@ -1,0 +1,36 @@
+"""What a pretraining may be asked for: stages, and data that they can use. Nothing here imports torch."""
+
+from collections.abc import Sequence
+
+from distill.compose import nearest
+from distill.shapes.world import SIDE
+
+ORDER = (  # in which the stages run
+    "data", "clip", "vae", "latents", "reader", "vit", "mmdit", "mmdit_small", "unet", "shards",
+)  # fmt: skip
+MIN_PICTURES = 256  # CLIP holds 200 back
+
+
+def check_data(path: str | None, size: int, count: int) -> None:
+    """Refuse data that no stage could use; `path` None means scenes of `shapes`."""
+    if not 32 <= size <= 128 or size % 8:
+        raise ValueError(
+            f"data.size={size}: pictures may have 32 to 128 pixels a side, in multiples of 8"
+        )
+    if path is None and size != SIDE:
+        raise ValueError(
+            f"data.size={size}: shapes have {SIDE} pixels a side; other sizes need data.path"
+        )
+    if count < MIN_PICTURES:
+        raise ValueError(f"data.count={count}: at least {MIN_PICTURES} pictures are needed")
+
+
+def chosen(stages: Sequence[str] | str | None) -> list[str]:
+    """The stages asked for, or all, in the order in which they run."""
+    stages = [stages] if isinstance(stages, str) else stages
+    for name in stages or ():
+        if name not in ORDER:
+            raise ValueError(
+                f"stages: no stage {name!r}{nearest(name, ORDER)}; there are {', '.join(ORDER)}"
+            )
+    return [name for name in ORDER if stages is None or name in stages]

@@ -1,0 +1,256 @@
+"""What a class or function takes, read from its source: no module is imported, so the answer comes at once.
+
+A `_target_` of a configuration names a class; its keyword arguments are the keys, and their annotations say which
+values fit. Where the source does not say enough, every value passes: to build the object is the real test.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "dict": "a node with keys",
+    "None": "null",
+}
+LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
+DICTS = {"dict", "Mapping", "Dict"}
+NOT_WRITTEN = {"Tensor"}  # what no YAML value can be: left out of what an error names
+OPEN = {"Module", "object", "Protocol", "ABC"}  # bases that add no key of their own
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Keyword -> its annotation, or None; `open` if others may be taken too."""
+
+    module: str
+    keys: dict[str, ast.expr | None] = field(default_factory=dict)
+    open: bool = False
+
+
+def signature(target: str) -> Signature | None:
+    """What the class or function of this dotted name takes; None where its source cannot be found."""
+    found = _find(*target.rpartition("::")[2].rpartition(".")[::2])
+    if found is None:
+        return None
+    module, node = found
+    if isinstance(node, ast.ClassDef):
+        return _of_class(module, node)
+    return _of_function(module, node) if isinstance(node, ast.FunctionDef) else None
+
+
+def attribute(target: str, name: str) -> Any:
+    """A constant that stands in the body of a class or of one of its bases; None if there is none."""
+    found = _find(*target.rpartition(".")[::2])
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return None
+    for _, node in _lineage(*found):
+        for line in node.body:
+            names = [t.id for t in getattr(line, "targets", ()) if isinstance(t, ast.Name)]
+            if isinstance(line, ast.Assign) and name in names:
+                return line.value.value if isinstance(line.value, ast.Constant) else None
+    return None
+
+
+def wanted(taken: Signature, key: str, value: Any) -> str | None:
+    """What the value of a key must be, in words; None if it fits, or if that cannot be said."""
+    annotation = taken.keys.get(key)
+    if annotation is None:
+        return None
+    choices = list(_choices(taken.module, annotation))
+    if any(_fits(choice, value) for choice in choices):
+        return None
+    words = [str(c[1]) if c[0] == "literal" else WORDS[c[0]] for c in choices if c[0] != "None"]
+    return " or ".join(dict.fromkeys([*words, *(["null"] if ("None",) in choices else [])]))
+
+
+def options(taken: Signature, key: str) -> list[str]:
+    """The words that a key may have, where its annotation lists them."""
+    annotation = taken.keys.get(key)
+    found = [] if annotation is None else _choices(taken.module, annotation)
+    return [str(choice[1]) for choice in found if choice[0] == "literal"]
+
+
+def _fits(choice: tuple[Any, ...], value: Any) -> bool:
+    kind = choice[0]
+    if kind == "literal":
+        return value == choice[1] and type(value) is type(choice[1])
+    if kind == "list":
+        inner = choice[1]
+        return isinstance(value, list) and (
+            not inner or all(any(_fits(c, item) for c in inner) for item in value)
+        )
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict}
+    if kind in kinds:
+        return isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+    return value is None if kind == "None" else True
+
+
+def _choices(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
+    """The kinds that an annotation allows: ("int",), ("literal", value), ("list", inner kinds), ("any",), ..."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield from _choices(module, ast.parse(node.value, mode="eval").body)
+    elif isinstance(node, ast.Constant):
+        yield ("None",) if node.value is None else ("any",)
+    elif isinstance(node, ast.BinOp):
+        yield from _choices(module, node.left)
+        yield from _choices(module, node.right)
+    elif isinstance(node, ast.Subscript):
+        yield from _subscript(module, _last(node.value), _parts(node.slice))
+    else:
+        yield from _named(module, node)
+
+
+def _subscript(module: str, name: str, parts: list[ast.expr]) -> Iterator[tuple[Any, ...]]:
+    if name in ("Optional", "Union"):
+        for part in parts:
+            yield from _choices(module, part)
+        if name == "Optional":
+            yield ("None",)
+    elif name == "Literal":
+        for part in parts:
+            yield ("literal", part.value) if isinstance(part, ast.Constant) else ("any",)
+    elif name in LISTS:
+        # of a tuple of several kinds nothing is said of each
+        several = [p for p in parts if not (isinstance(p, ast.Constant) and p.value is ...)]
+        yield ("list", list(_choices(module, several[0])) if len(several) == 1 else [])
+    else:
+        yield ("dict",) if name in DICTS else ("any",)
+
+
+def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
+    name = _last(node)
+    if name in LISTS:
+        yield ("list", [])
+    elif name in DICTS:
+        yield ("dict",)
+    elif name in WORDS:
+        yield (name,)
+    elif name not in NOT_WRITTEN:
+        found = _find(module, name) if module.startswith("distill.") else None
+        if found and isinstance(found[1], ast.Assign):
+            yield from _choices(found[0], found[1].value)
+        else:
+            yield ("any",)
+
+
+def _last(node: ast.expr | None) -> str:
+    """`Sequence` of `Sequence` and of `collections.abc.Sequence`."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    return list(node.elts) if isinstance(node, ast.Tuple) else [node]
+
+
+# -- classes and functions ---------------------------------------------------------------------------------------------
+
+
+def _of_function(module: str, node: ast.FunctionDef) -> Signature:
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    keys = {a.arg: a.annotation for a in arguments if a.arg != "self"}
+    return Signature(module, keys, open=node.args.kwarg is not None)
+
+
+def _of_class(module: str, node: ast.ClassDef) -> Signature:
+    """Of its __init__, or of its fields if it is a dataclass; `**keys` of ours go on to the class it is made of."""
+    keys: dict[str, ast.expr | None] = {}
+    home = module
+    for where, each in _lineage(module, node):
+        taken = _own(where, each)
+        if taken is None:
+            continue
+        # annotations are read in the module of the first that has any: names of others pass unchecked
+        home = where if not keys else home
+        keys = {**{k: v if where == home else None for k, v in taken.keys.items()}, **keys}
+        if not taken.open:
+            return Signature(home, keys)
+        if not where.startswith("distill."):
+            break
+    return Signature(home, keys, open=True)
+
+
+def _own(module: str, node: ast.ClassDef) -> Signature | None:
+    """What the body of a class itself says; None if it leaves that to its bases."""
+    for line in node.body:
+        if isinstance(line, ast.FunctionDef) and line.name == "__init__":
+            return _of_function(module, line)
+    if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+        named = {
+            line.target.id: line.annotation
+            for line in fields
+            if isinstance(line.target, ast.Name)
+            and "ClassVar" not in ast.unparse(line.annotation)
+            and "init=False" not in ast.unparse(line)
+        }
+        # fields of a base count as well: go on to it
+        return Signature(module, named, open=any(_last(b) not in OPEN for b in node.bases))
+    return None
+
+
+def _lineage(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
+    """A class and the bases of ours or of its library whose source can be found, nearest first."""
+    yield module, node
+    for base in node.bases:
+        found = None if _last(base) in OPEN else _find(module, _last(base))
+        if found and isinstance(found[1], ast.ClassDef):
+            yield from _lineage(*found)
+
+
+def _find(module: str, name: str) -> tuple[str, ast.stmt] | None:
+    """Where a name of a module is defined, through its imports: the module, and the statement."""
+    for _ in range(8):  # a name that is handed on more often is somebody's joke
+        source = _source(module)
+        if source is None:
+            return None
+        tree, is_package = source
+        found = _statement(tree, name)
+        if not isinstance(found, ast.ImportFrom):
+            return None if found is None else (module, found)
+        alias = next(a for a in found.names if (a.asname or a.name) == name)
+        parents = module.split(".")[: len(module.split(".")) - found.level + is_package]
+        start = parents if found.level else []
+        module = ".".join([*start, *([found.module] if found.module else [])])
+        name = alias.name
+    return None
+
+
+def _statement(tree: ast.Module, name: str) -> ast.stmt | None:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return node
+        if isinstance(node, ast.Assign) and any(_last(target) == name for target in node.targets):
+            return node
+        if isinstance(node, ast.ImportFrom) and name in [a.asname or a.name for a in node.names]:
+            return node
+    return None
+
+
+@lru_cache(maxsize=256)
+def _source(module: str) -> tuple[ast.Module, bool] | None:
+    """The tree of a module, and whether it is a package; the package at the top alone is asked where it lies."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    for place in (spec and spec.submodule_search_locations) or ():
+        path = Path(place).joinpath(*rest)
+        for file in (path / "__init__.py", path.with_suffix(".py") if rest else path):
+            if file.is_file():
+                text = file.read_text(encoding="utf-8")
+                return ast.parse(text), file.name == "__init__.py"
+    return None

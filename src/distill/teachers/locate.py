@@ -1,0 +1,122 @@
+"""Where a pipeline or its weights lie: a folder, one file, or the hub. Nothing here imports torch or asks the hub."""
+
+import json
+import re
+from pathlib import Path
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
+FAMILIES = {  # class of a pipeline -> what reads it
+    "FluxPipeline": "distill.teachers.flux.Flux",
+    "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
+    "SanaPipeline": "distill.teachers.sana.Sana",
+    "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
+    "StableDiffusionPipeline": "distill.teachers.sd.SD",
+    "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
+}
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `owner/repository` is what this looks like."""
+    return HUB_ID.fullmatch(path) is not None
+
+
+def in_repository(path: str) -> bool:
+    """Whether `owner/repository/file` is what this looks like."""
+    owner, name, inside = [*path.split("/", 2), "", ""][:3]
+    return bool(inside) and is_hub_id(f"{owner}/{name}")
+
+
+def no_file(path: str, key: str) -> FileNotFoundError:
+    """What is said of a file that is not there; `key` is what was given."""
+    return FileNotFoundError(
+        f"{key}={path}: no such file; give one, or owner/repository/file of the hub"
+    )
+
+
+def check_weights(path: str, key: str = "teacher.weights") -> None:
+    """Raise FileNotFoundError for a file that is neither here nor can be one of the hub."""
+    if not Path(path).is_file() and not in_repository(path):
+        raise no_file(path, key)
+
+
+def no_folder(path: str, key: str) -> FileNotFoundError:
+    """What is said of a folder that is not there and no hub id; `key` is what was given."""
+    return FileNotFoundError(
+        f"{key}={path}: no such folder; give a diffusers pipeline folder or a hub id"
+    )
+
+
+def check_pipeline(path: str, key: str = "teacher.path") -> None:
+    """Raise FileNotFoundError for a pipeline that is neither here nor can be one of the hub."""
+    if Path(path).suffix in SINGLE:
+        check_weights(path, key)
+    elif Path(path).exists():
+        index_of(path, key)
+    elif not is_hub_id(path):
+        raise no_folder(path, key)
+
+
+def index_of(path: str, key: str = "teacher.path") -> dict:
+    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is none."""
+    file = Path(path) / INDEX
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{key}={path}: not a diffusers pipeline folder (it has no {INDEX})"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_kind(found: str | None, expected: str, path: str, key: str = "teacher.path") -> None:
+    """Raise ValueError, naming `key`, for a pipeline of another class than the teacher reads."""
+    if found != expected:
+        what = f"holds a {found}, but this teacher reads a {expected}"
+        raise ValueError(f"{key}={path} {what}; choose another teacher=")
+
+
+def pipeline_folder(run: Path) -> Path:
+    """The student of a run folder; any other folder itself."""
+    return run / "student" if (run / "student").is_dir() else run
+
+
+def denoiser_part(folder: Path) -> str:
+    """Which part of the pipeline in this folder denoises."""
+    return "transformer" if (folder / "transformer").is_dir() else "unet"
+
+
+def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:
+    """The denoiser in a run or pipeline folder. Raises ValueError, naming `key`, if there is none."""
+    folder = pipeline_folder(Path(path))
+    part = folder / denoiser_part(folder)
+    if not (part / "config.json").is_file():
+        what = f"{or_else} a run or pipeline folder with a unet/ or transformer/ in it"
+        raise ValueError(f"{key}={path}: {what}")
+    return part
+
+
+def check_model(folder: str, path: str, key: str = "run") -> None:
+    """Raise ValueError or FileNotFoundError for a folder without a pipeline that we read, unless it may be a hub id.
+
+    `path` is what `key` was given, and an error names.
+    """
+    file = Path(folder) / INDEX
+    if file.is_file():
+        family_of(str(index_of(folder, key).get("_class_name")), path, key)
+    elif Path(folder).exists() or not is_hub_id(path):
+        raise no_model(path, key)
+
+
+def no_model(path: str, key: str = "run") -> FileNotFoundError:
+    """What is said of a place without a pipeline; `key` is what was given."""
+    return FileNotFoundError(
+        f"{key}={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
+    )
+
+
+def family_of(kind: str, path: str, key: str = "run") -> str:
+    """What reads a pipeline of this class. Raises ValueError, naming `key`, for one that we do not know."""
+    if kind not in FAMILIES:
+        raise ValueError(f"{key}={path} holds a {kind}; known are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]

@@ -1,0 +1,257 @@
+"""What can be known of a configuration without torch, Lightning and diffusers, and is checked before they are imported.
+
+Each function raises ValueError or FileNotFoundError that names the key and says what to type instead. The rest, what
+only the objects themselves know, is said when they are built.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from distill import limits, signatures
+from distill.compose import (
+    changes,
+    check_counts,
+    check_target,
+    nearest,
+    refuse_taken,
+    shipped,
+)
+from distill.data.lines import Lines
+from distill.data.shards import check_path
+from distill.hardware import check_precision
+from distill.metrics import material
+from distill.teachers import locate
+
+COUNTS = dict.fromkeys(
+    ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
+) | dict.fromkeys(
+    (
+        "data.batch_size", "data.size", "optimizer.accumulate", "optimizer.discriminator_updates",
+        "optimizer.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
+        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.checkpoint.every",
+    ),
+    1,
+)  # fmt: skip
+JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
+PROMPTS = "distill.data.source.prompts"
+# What may be different when a command that writes shards goes on.
+FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
+PICTURES = "distill.discriminators.images.ImageFeatures"
+
+
+def check_run(cfg: DictConfig) -> None:
+    """All of a run's configuration."""
+    check_sides(cfg)
+    check_keys(cfg)
+    check_counts(cfg, COUNTS)
+    check_trainer(cfg.trainer)
+    check_teacher(cfg.teacher)
+    check_student(cfg.student)
+    check_features(cfg.discriminator)
+    check_data(cfg.data)
+    if "_target_" in (cfg.get("metrics") or {}):
+        check_metrics(cfg.metrics)
+    refuse_taken(cfg)
+
+
+def check_sides(cfg: DictConfig) -> None:
+    """That the method reads what the discriminator looks at: pixels, latents, or nothing."""
+    alone = OmegaConf.select(cfg, "discriminator.features") is None
+    target = str(OmegaConf.select(cfg, "method._target_"))
+    looks_at = str(OmegaConf.select(cfg, "discriminator.features._target_"))
+    wanted = signatures.attribute(target, "space")
+    given = "nothing" if alone else signatures.attribute(looks_at, "space")
+    if wanted and given and wanted != given:
+        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+        raise ValueError(f"{what}; choose another discriminator=")
+    if alone and (lead := cfg.optimizer.get("head_start")):
+        raise ValueError(
+            f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0"
+        )
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """That every target is allowed, takes its keys, and that their values are of the kind that it wants."""
+    _keys(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "")
+
+
+def _keys(value: Any, path: str) -> None:
+    for inner in value if isinstance(value, list) else ():
+        _keys(inner, path)
+    if not isinstance(value, dict):
+        return
+    if "_target_" in value:
+        _node(value, path)
+    for key, inner in value.items():
+        _keys(inner, f"{path}{key}.")
+
+
+def _node(node: dict[str, Any], path: str) -> None:
+    name = str(node["_target_"])
+    check_target(name)
+    check_taken(node, name, path)
+
+
+def check_taken(node: dict[str, Any], name: str, path: str) -> None:
+    """That the class or function of this name takes these keys and values; `path` stands before them in an error."""
+    if (taken := signatures.signature(name)) is None:
+        return
+    for key, value in node.items():
+        if key.startswith("_"):
+            continue
+        if key not in taken.keys and not taken.open:
+            near = nearest(key, taken.keys)
+            raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
+        if what := signatures.wanted(taken, key, value):
+            raise ValueError(f"{path}{key}={value}: must be {what}")
+
+
+def check_trainer(trainer: DictConfig) -> None:
+    """Devices, precision, and strategies that are not for two players."""
+    devices = trainer.get("devices", 1)
+    whole = r"auto|-1|[1-9]\d*"
+    if isinstance(devices, str | int | float) and not re.fullmatch(whole, str(devices)):
+        raise ValueError(
+            f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
+        )
+    check_precision(trainer.get("precision", "auto"), "trainer.precision")
+    strategy = trainer.get("strategy", "auto")
+    named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
+    if "fsdp" in named.lower():
+        raise ValueError(
+            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
+        )
+    if named.startswith("ddp") or named.endswith("DDPStrategy"):
+        raise ValueError(
+            f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
+        )
+
+
+def check_teacher(teacher: DictConfig) -> None:
+    """That its files are here, or may be on the hub, and are of a pipeline that it reads."""
+    path, kinds = shipped(str(teacher.path)), {v: k for k, v in locate.FAMILIES.items()}
+    locate.check_pipeline(path)
+    if (Path(path) / locate.INDEX).is_file() and (kind := kinds.get(str(teacher._target_))):
+        locate.check_kind(locate.index_of(path).get("_class_name"), kind, path)
+    if teacher.get("weights"):
+        locate.check_weights(shipped(str(teacher.weights)))
+    limits.check_dtype(teacher.get("dtype"), "teacher.dtype")
+
+
+def check_student(student: DictConfig) -> None:
+    """That what it begins from is there."""
+    init = student.get("init")
+    if student.get("_target_") == "distill.students.full" and init not in ("teacher", "random"):
+        locate.denoiser_in(shipped(str(init)), "student.init", "must be teacher, random, or")
+    check_counts(OmegaConf.create({"student": student}), {"student.rank": 1, "student.shift": 1})
+
+
+def check_features(discriminator: DictConfig) -> None:
+    """That a network of pictures is here, or may be on the hub."""
+    for key in ("features", "condition.image"):
+        node = OmegaConf.select(discriminator, key)
+        if isinstance(node, DictConfig) and node.get("_target_") == PICTURES:
+            path = shipped(str(node.path))
+            if not Path(path).exists() and not locate.is_hub_id(path):
+                raise FileNotFoundError(
+                    f"discriminator.{key}.path={path}: no such folder; give one, or a hub id"
+                )
+
+
+def check_data(data: DictConfig) -> None:
+    """That what the data name is there, and their options can be."""
+    check_keys(OmegaConf.create({"data": data}))
+    check_counts(OmegaConf.create({"data": data}), {k: v for k, v in COUNTS.items() if "data" in k})
+    plain = OmegaConf.to_container(data, resolve=True)
+    share = plain.get("max_bad_share", 0.1)
+    limits.check_samples(plain.get("limit"), share, plain.get("buckets"))
+    path = shipped(str(data.path))
+    if data.get("_target_") == PROMPTS:
+        Lines(path)
+    else:
+        check_path(path)
+
+
+def check_metrics(metrics: DictConfig) -> None:
+    """Numbers of the protocol, and that its captions and pictures are there."""
+    node = OmegaConf.create({"metrics": metrics})
+    least = {f"metrics.{key}": least for key, least in JUDGING.items()}
+    for key in ("size", "student_steps", "teacher_steps"):  # lists of numbers, or one
+        if isinstance(metrics.get(key), ListConfig):
+            least.pop(f"metrics.{key}", None)
+            least |= {f"metrics.{key}[{i}]": 1 for i in range(len(metrics[key]))}
+    check_counts(node, least)
+    check_precision(metrics.get("precision", "auto"), "metrics.precision")
+    prompted = "measures" in metrics
+    if prompted:
+        material.check_variety(metrics.variety)
+    check_keys(node)
+    if not prompted:
+        return
+    material.check_measures(metrics.measures, metrics.scores)
+    path = shipped(str(metrics.path))
+    if Path(path).is_dir():
+        material.coco(path, metrics.prompts)
+    else:
+        Lines(path, "metrics.path")
+    material.check_reference(metrics.reference)
+
+
+def check_model(run: str, key: str = "run") -> None:
+    """That this is a run folder with a student, a pipeline folder that we read, or may be a hub id."""
+    path = shipped(run)
+    folder = locate.pipeline_folder(Path(path))
+    locate.check_model(str(folder), run, key)
+
+
+def check_making(cfg: DictConfig) -> None:
+    """What the commands that write shards have in common."""
+    counts = {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}
+    check_counts(cfg, counts)
+    check_keys(cfg)
+    check_teacher(cfg.teacher)
+    refuse_another(cfg, Path(cfg.out))
+
+
+def refuse_another(cfg: DictConfig, folder: Path) -> None:
+    """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
+    if not any(folder.glob("*.tar")):
+        return
+
+    from distill.data.write import BEGUN  # numpy, for those who go on
+
+    if not (folder / BEGUN).is_file():
+        raise ValueError(
+            f"out={folder} holds shards that were not made by this command; choose another out="
+        )
+    said = changes(OmegaConf.load(folder / BEGUN), cfg)
+    if different := [text for key, text in said.items() if not key.startswith(FREE)]:
+        raise ValueError(
+            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
+        )
+
+
+def check_size(size: Any, key: str = "size") -> None:
+    """Pixels a side, or width and height."""
+    sides = list(size) if isinstance(size, ListConfig) else [size, size]
+    if size is not None and (len(sides) != 2 or any(type(x) is not int or x < 1 for x in sides)):
+        raise ValueError(f"{key}={size}: must be pixels a side, or [width,height]")
+
+
+def check_number(cfg: DictConfig, *keys: str) -> None:
+    """That the values of these keys are numbers, or null."""
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{key}={value}: must be a number")
+
+
+def check_word(cfg: DictConfig, key: str, *words: str) -> None:
+    """That the value of this key is one of the words, or null."""
+    value = OmegaConf.select(cfg, key)
+    if value is not None and value not in words:
+        near = nearest(str(value), words)
+        raise ValueError(f"{key}={value}: must be {' or '.join(words)}{near}")
