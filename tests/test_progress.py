@@ -47,7 +47,7 @@ def test_a_line_has_step_speed_time_left_and_what_the_work_says(clock, capsys):
         bar.update(1200, images=19200)
     first, *_, last = lines(capsys)
     assert first == "training: 1200 steps"
-    assert last == "training: done in 0:01:50, 175 images/s"
+    assert last == "training: done in 0:01:50, 175 images/s, g/adv 0.71 d/adv 0.52"
 
 
 def test_the_time_left_is_not_that_of_a_head_start(clock, capsys):
