@@ -52,6 +52,9 @@ def assert_run(folder, *, seed=0):
     assert (facts["status"], facts["steps"], facts["images_seen"]) == ("finished", 2, 8)
     assert OmegaConf.load(folder / "config.yaml").seed == seed
     assert {"student", "report.html", "metrics.csv"} <= {p.name for p in folder.iterdir()}
+    log = (folder / "run.log").read_text().splitlines()
+    assert log[0].startswith("== ")
+    assert [log.count(line) for line in ("training: 2 steps", "saving the student")] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +234,9 @@ def test_torchrun_and_slurm_give_what_the_command_gives(pipelines, shards, tmp_p
         for i in range(2)
     ]
     assert [task.wait(timeout=300) for task in tasks] == [0, 0]
+    said = [process.stdout.read().splitlines() for process in (own, by_torchrun, *tasks)]
+    # The first of their processes speaks, and no other.
+    assert [lines.count("training: 2 steps") for lines in said] == [1, 1, 1, 0]
     folders = [tmp_path / "own", tmp_path / "torchrun", tmp_path / "runs" / "slurm_4711_job"]
     for folder in folders:
         assert_run(folder)

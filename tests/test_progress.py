@@ -47,7 +47,7 @@ def test_a_line_has_step_speed_time_left_and_what_the_work_says(clock, capsys):
         bar.update(1200, images=19200)
     first, *_, last = lines(capsys)
     assert first == "training: 1200 steps"
-    assert last == "training: done in 0:01:50, 175 images/s"
+    assert last == "training: done in 0:01:50, 175 images/s, g/adv 0.71 d/adv 0.52"
 
 
 def test_the_time_left_is_not_that_of_a_head_start(clock, capsys):
@@ -219,13 +219,28 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
         print("said")
 
 
-def test_a_pipe_that_nobody_reads_ends_nothing(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
+    """Nor does it a run, which has a log, when more than progress is printed: `distill.run | head`."""
+    keeps, prints = ("keep(Path('log'))", "print(7)") if kept else ("pass", "pass")
+    script = (
+        "from pathlib import Path\n"
+        "from distill.console import keep, recorded\n"
+        "from distill.progress import track\n"
+        "with recorded():\n"
+        f"    {keeps}\n"
+        "    assert sum(track([1, 2], 'adding')) == 3\n"
+        f"    {prints}\n"
+        "open('end', 'w').close()\n"
+    )
     read, write = os.pipe()
     os.close(read)
-    code = "from distill.progress import track; assert sum(track([1, 2], 'adding')) == 3; open('end', 'w')"
-    subprocess.run([sys.executable, "-c", code], stdout=write, cwd=tmp_path, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], stdout=write, cwd=tmp_path, check=False)
     os.close(write)
     assert (tmp_path / "end").exists()
+    if kept:
+        assert ended.returncode == 0
+        assert (tmp_path / "log").read_text() == "adding: 2 steps\nadding: done in 0:00:00\n7\n"
 
 
 # -- on a terminal -----------------------------------------------------------------------------------------------------

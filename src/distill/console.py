@@ -88,9 +88,19 @@ class Stream:
             for line in lines:
                 screen.print(line)
             return
-        self.stream.write(text)
-        if "\n" in text:
-            self.stream.flush()
+        try:
+            self.stream.write(text)
+            if "\n" in text:
+                self.stream.flush()
+        except OSError:  # the pipe's reader or the terminal is gone
+            if self._log.path is None:
+                raise
+            self._leave()
+
+    def _leave(self) -> None:
+        """From now on write to nowhere: there is the log, and the work goes on."""
+        with suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -145,7 +155,8 @@ class Screen:
     def pause(self) -> None:
         live, self.live = self.live, None
         if live:
-            live.stop()
+            with suppress(OSError):  # the terminal is gone
+                live.stop()
 
     def print(self, line: str) -> None:
         from rich.text import Text
@@ -214,7 +225,8 @@ def say(text: str) -> None:
         return
     with _lock, suppress(OSError, ValueError):  # a pipe that nobody reads any more ends no run
         if isinstance(stream(), Stream) or not screen.live:
-            print(text, file=stream(), flush=True)
+            stream().write(f"{text}\n")  # in one piece, should it fail
+            stream().flush()
         else:
             screen.print(text)
 

@@ -147,9 +147,9 @@ class Bar:
             return f"{self.what}: took {took}" if whole and now - self._began >= LONG else ""
         if not whole or self.done < self.total:
             return f"{self.what}: stopped at {self.unit} {self.done} of {self.total} after {took}"
-        return ", ".join(
-            filter(None, [f"{self.what}: done in {took}", self._speed(now, self._start)])
-        )
+        words = "" if callable(self._said) else self._said
+        parts = [f"{self.what}: done in {took}", self._speed(now, self._start), words]
+        return ", ".join(filter(None, parts))
 
     def _words(self) -> str:
         return self._said() if callable(self._said) else self._said
