@@ -17,6 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from distill import validate
+from distill.compose import check_counts
 from distill.errors import command
 
 RUN = (sys.executable, "-m", "distill.run")
@@ -143,10 +145,13 @@ def counted() -> list[Any]:
 @command("search")
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
-    from optuna.trial import TrialState
-
     out, space = Path(cfg.out), list(cfg.space)
     list(map(parsed, space))  # what is wrong with it shows before anything is made
+    check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
+    validate.check_word(cfg, "direction", "maximize", "minimize")
+
+    from optuna.trial import TrialState
+
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.trials:
