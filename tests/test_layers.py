@@ -25,8 +25,9 @@ LAYERS = {
     "compose": {"compose", "signatures", "validate"},
     "L5": {"build"},
     "L6": {
-        "_conf", "cache", "check", "cli", "compare", "doctor", "errors", "evaluate", "export", "inspect", "launch",
-        "making", "pretrain", "pretraining", "run", "sample", "search", "synthesize", "worker",
+        "__main__", "_conf", "cache", "check", "cli", "commandline", "compare", "completion",
+        "doctor", "errors", "evaluate", "export", "inspect", "launch", "making", "pretrain",
+        "pretraining", "recipes", "run", "sample", "search", "synthesize", "worker",
     },
 }  # fmt: skip
 

@@ -71,12 +71,31 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
             sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
             sys.argv[1:] = [readable(word, sweep=sweep) for word in sys.argv[1:]]
+            with said_plainly():
+                if text := _said_of_itself(task, name):
+                    print(text)
+                    return
             with said_plainly(), _full_errors("1"):
                 hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
 
         return main
 
     return decorate
+
+
+def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | None:
+    """The help page of the command whose module the function stands in, or what completes it, where one asks."""
+    from distill.completion import asked, script
+
+    if shell := asked(sys.argv):
+        return script(shell)
+    if {"-h", "--help"}.isdisjoint(sys.argv):
+        return None
+    from distill.commandline.page import page
+
+    module = task.__globals__
+    command = module["__spec__"].name.rpartition(".")[2]
+    return page(command, module["__doc__"], config, sys.argv[1:])
 
 
 def readable(word: str, *, sweep: bool) -> str:

@@ -1,7 +1,9 @@
-"""`python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]'`: good values of any keys, by Optuna.
+"""Look for good values of any keys, by Optuna. Every trial is an ordinary run in a process and a
+folder of its own; the study is a database beside them, so that the same command goes on where it
+stopped. The first trial has the run's own values, where the ranges hold them.
 
-Every trial is an ordinary run in a process and a folder of its own; the study is a database beside them, so that the
-same command goes on where it stopped. The first trial has the run's own values, where the ranges hold them.
+    python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' 'run=["method=ladd"]' trials=20
+    python -m distill.search 'space=["method.loss=choice(hinge,relativistic)"]' metric=frechet direction=minimize
 """
 
 import csv
