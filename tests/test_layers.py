@@ -28,9 +28,9 @@ LAYERS = {
     "compose": {"_conf", "compose", "signatures", "validate"},
     "L5": {"build"},
     "L6": {
-        "cache", "check", "cli", "compare", "demo", "demonstration", "doctor", "errors", "evaluate",
-        "export", "inspect", "launch",
-        "making", "pretrain", "pretraining", "run", "sample", "search", "synthesize", "worker",
+        "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",
+        "demonstration", "doctor", "errors", "evaluate", "export", "inspect", "launch", "making",
+        "pretrain", "pretraining", "recipes", "run", "sample", "search", "synthesize", "worker",
     },
 }  # fmt: skip
 

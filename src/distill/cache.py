@@ -1,7 +1,9 @@
-"""`python -m distill.cache teacher=... data.path=... out=...`: pictures and captions encoded once, for `data=latents`.
-
-Sample i of the data becomes the sample of this number. A bad one is left out and named; with more than
+"""Encode pictures and captions once, for training without encoders (data=latents). Sample i of the
+data becomes the sample of this number; a bad one is left out and named, and with more than
 `data.max_bad_share` of them the command stops. Killed and started again, it goes on.
+
+    python -m distill.cache teacher=sdxl data.path=photos data.size=1024 out=cached
+    python -m distill.cache teacher=sd3 data.path='shards-{000..127}.tar' out=cached devices=8
 """
 
 from collections.abc import Iterator

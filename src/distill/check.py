@@ -1,6 +1,9 @@
-"""`python -m distill.check data=images data.path=...`: whether data can be used, and why samples would be dropped.
+"""Read data as a run would, and say which samples would be dropped and why, which sizes there are,
+and how long the captions are. The exit code is 1 if more than `data.max_bad_share` of the samples
+are bad.
 
-Every sample is read as a run would read it. The exit code is 1 if more than `data.max_bad_share` of them are bad.
+    python -m distill.check data.path=photos
+    python -m distill.check data=images data.path='shards-{000..127}.tar' data.limit=1000
 """
 
 import re

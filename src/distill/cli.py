@@ -3,6 +3,7 @@
 import difflib
 import runpy
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
     "run": "distil a teacher into a student",
@@ -18,18 +19,37 @@ COMMANDS = {
     "search": "look for good values of any keys",
     "demo": "open a page where pictures change as one types",
     "doctor": "say whether this machine can run a configuration",
+    "recipes": "list the shipped experiments, and copy one to edit it",
+    "completion": "have the shell complete commands, keys and values",
 }
+NO_CONFIG = ("recipes", "completion")  # commands that Hydra composes nothing for
 USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
     f"  {k:12}{what}" for k, what in COMMANDS.items()
 )
+MORE = """
+distill COMMAND --help    shows every key of a command, with its default
+distill --version         says which version this is"""
+
+
+def config_of(command: str) -> str:
+    """The name of the configuration that a command composes: its own, but for the doctor, who looks at a run's."""
+    return "config" if command in ("run", "doctor") else command
 
 
 def main() -> int:
     """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same module again."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
-        print(USAGE + "\n\ndistill COMMAND --help shows the options of a command.")
+        print(f"{USAGE}\n{MORE}")
         return 0
+    if command in ("-V", "--version"):
+        print(f"distill {_version()}")
+        return 0
+    if command in ("-sc", "--shell-completion"):  # as Hydra's own applications are asked
+        from distill.completion import asked
+
+        sys.argv[1:] = ["completion", *filter(None, [asked(sys.argv)])]
+        command = "completion"
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -38,3 +58,10 @@ def main() -> int:
     del sys.argv[1]
     runpy.run_module(f"distill.{command}", run_name="__main__", alter_sys=True)
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("distill")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"

@@ -1,4 +1,9 @@
-"""`python -m distill.compare runs='runs/*'`: runs side by side, as a table, a CSV and one page with pictures."""
+"""Put runs side by side: a table, a CSV and one page with pictures. Seeds of the same settings make
+one line.
+
+    python -m distill.compare runs='runs/*'
+    python -m distill.compare runs=[runs/ladd,runs/add] by_name=true out=ladd_or_add
+"""
 
 import glob
 from pathlib import Path

@@ -99,7 +99,7 @@ class Stream:
 
     def _leave(self) -> None:
         """From now on write to nowhere: there is the log, and the work goes on."""
-        with suppress(OSError), open(os.devnull, "w") as nowhere:
+        with suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def writelines(self, lines: Any) -> None:

@@ -1,6 +1,9 @@
-"""`python -m distill.doctor teacher=sd3`: whether this machine can run that configuration, line by line.
+"""Say whether this machine can run a configuration, line by line: versions, accelerators, memory,
+disk, and what the options need. Every line says ok, warn or fail, and what to do about it; the exit
+code is 1 if any says fail.
 
-Every line says ok, warn or fail, and what to do about it. The exit code is 1 if any line says fail.
+    python -m distill.doctor
+    python -m distill.doctor teacher=sd3 trainer=ddp trainer.devices=8
 """
 
 import importlib

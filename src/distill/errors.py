@@ -76,6 +76,9 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             print_any_letter()
             with said_plainly():
                 sys.argv[1:] = [readable(as_text(word), sweep=sweep) for word in sys.argv[1:]]
+                if text := _said_of_itself(task, name):
+                    print(text)
+                    return
             with said_plainly(), _full_errors("1"):
                 hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
 
@@ -104,6 +107,21 @@ def as_text(word: str) -> str:
         return typed
     what = f"this locale, {sys.getfilesystemencoding()}, has no file of such a name"
     raise ValueError(f"{key}={value}: {what}; set PYTHONUTF8=1 in the environment")
+
+
+def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | None:
+    """The help page of the command whose module the function stands in, or what completes it, where one asks."""
+    from distill.completion import asked, script
+
+    if shell := asked(sys.argv):
+        return script(shell)
+    if {"-h", "--help"}.isdisjoint(sys.argv):
+        return None
+    from distill.commandline.page import page
+
+    module = task.__globals__
+    command = module["__spec__"].name.rpartition(".")[2]
+    return page(command, module["__doc__"], config, sys.argv[1:])
 
 
 def readable(word: str, *, sweep: bool) -> str:

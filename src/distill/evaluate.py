@@ -1,6 +1,10 @@
-"""`python -m distill.evaluate run=... steps=1,2,4`: judge a run, any pipeline that we know, or a folder of pictures.
+"""Judge a run, any pipeline that we read, or a folder of pictures: scores, a comparison and a
+report. What was drawn stays under `evaluation/`, so a killed command goes on when it is given
+again.
 
-What was drawn stays under `evaluation/`, so a killed command goes on when it is given again.
+    python -m distill.evaluate run=runs/... steps=1,2,4
+    python -m distill.evaluate run=stabilityai/sdxl-turbo metrics=coco5k metrics.path=coco devices=8
+    python -m distill.evaluate run=pictures metrics=prompts metrics.path=prompts.txt
 """
 
 import re

@@ -1,10 +1,14 @@
-"""`python -m distill.export run=... to=diffusers|lora|single_file|delta`: a student in the form that others read.
+"""Write a student in the form that others read.
+
+    python -m distill.export run=runs/... to=diffusers out=student
+    python -m distill.export run=runs/... to=lora rank=64 naming=kohya
+    python -m distill.export run=runs/... to=single_file dtype=float16
+    python -m distill.export base=<pipeline folder> delta=runs/.../delta.safetensors out=student
 
 diffusers     the pipeline folder of the run with a model card of what is known by now
 lora          a LoRA's adapters; of a full student the nearest of `rank` to what it has learnt
 single_file   Stable Diffusion 1, 2 and XL in the layout of the original code, for ComfyUI
-delta         student minus base: `teacher.weights=<delta>` adds it to a teacher, and
-              `python -m distill.export base=<pipeline folder> delta=<delta>` makes a pipeline folder of both
+delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
 """
 
 import shutil

@@ -1,4 +1,9 @@
-"""`python -m distill.inspect run=...`: what the discriminator of a run sees, by head and noise level."""
+"""Show what the discriminator of a run sees: how far its heads tell real samples from the
+student's, by head and noise level, and where in the picture. Reads the newest checkpoint.
+
+    python -m distill.inspect run=runs/...
+    python -m distill.inspect run=runs/... samples=64 levels=[0.1,0.5,0.9]
+"""
 
 from pathlib import Path
 

@@ -1,6 +1,9 @@
-"""`python -m distill.pretrain out=pretrained`: tiny teachers, their parts and a judge, trained from nothing.
+"""Train a tiny teacher from nothing, with its autoencoder, text encoder and judge: on scenes of
+`shapes`, or on any captioned pictures. Killed and started again, it goes on.
 
-On scenes of `shapes`, or with `data.path=...` on any captioned pictures. Killed and started again, it goes on.
+    python -m distill.pretrain out=pretrained
+    python -m distill.pretrain out=mine data.path=photos data.size=64 text_length=40
+    python -m distill.pretrain out=mine stages=[clip,vae] data.path=photos
 """
 
 import sys

@@ -1,4 +1,13 @@
-"""`python -m distill.run method=ladd teacher=shapes`: distil, judge, export, report. One run, one folder."""
+"""Distil a many-step diffusion model into one of 1 to 4 steps: a teacher teaches a student against
+a discriminator by a method, on data. One run, one folder: the student as a diffusers pipeline, its
+evaluation, a report.
+
+    python -m distill.run
+    python -m distill.run method=add teacher=shapes_unet seed=1 trainer.max_steps=600
+    python -m distill.run experiment=sd3_turbo data.path=synthetic trainer=ddp trainer.devices=8
+    python -m distill.run resume=runs/2026-01-31_12-00-00_ladd_shapes
+    python -m distill.run -m seed=0,1,2 method=add,ladd
+"""
 
 import shutil
 import sys

@@ -1,6 +1,9 @@
-"""`python -m distill.sample run=... prompt="..." steps=1 seed=0`: pictures from a student, or from any model.
+"""Draw pictures from a student, or from any pipeline that we read; each PNG says how it was made.
 
-`prompts=<file>` has one a line. A model that was not distilled is sampled with `guidance=5 steps=28` or the like.
+python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
+python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
+python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
+python -m distill.sample run=stabilityai/stable-diffusion-xl-base-1.0 prompt="a cat" guidance=5 steps=28
 """
 
 from __future__ import annotations

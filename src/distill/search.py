@@ -1,7 +1,9 @@
-"""`python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]'`: good values of any keys, by Optuna.
+"""Look for good values of any keys, by Optuna. Every trial is an ordinary run in a process and a
+folder of its own; the study is a database beside them, so that the same command goes on where it
+stopped. The first trial has the run's own values, where the ranges hold them.
 
-Every trial is an ordinary run in a process and a folder of its own; the study is a database beside them, so that the
-same command goes on where it stopped. The first trial has the run's own values, where the ranges hold them.
+    python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' 'run=["method=ladd"]' trials=20
+    python -m distill.search 'space=["method.loss=choice(hinge,relativistic)"]' metric=frechet direction=minimize
 """
 
 import csv
@@ -17,6 +19,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from distill import validate
+from distill.compose import check_counts
 from distill.console import note, say
 from distill.errors import command
 from distill.progress import Bar, stage
@@ -182,10 +186,13 @@ def _last_line(log: Path) -> str:
 @command("search")
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
-    from optuna.trial import TrialState
-
     out, space = Path(cfg.out), list(cfg.space)
     list(map(parsed, space))  # what is wrong with it shows before anything is made
+    check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
+    validate.check_word(cfg, "direction", "maximize", "minimize")
+
+    from optuna.trial import TrialState
+
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.trials:

@@ -1,7 +1,9 @@
-"""`python -m distill.synthesize teacher=... prompts=prompts.txt out=...`: samples of a teacher, for `data=synthetic`.
+"""Have a teacher make samples of prompts, for data=synthetic. Sample i is of prompt i (from the
+first again after the last) and of the seed `seed` + i, which is its key: so `data.seeded=true`
+gives the noise that it was made from. Killed and started again, the command goes on.
 
-Sample i is of prompt i (from the first again after the last) and of the seed `seed` + i, which is its key: so
-`data.seeded=true` gives the noise that it was made from. Killed and started again, the command goes on.
+    python -m distill.synthesize teacher=sd3 prompts=prompts.txt out=synthetic guidance=4.5
+    python -m distill.synthesize teacher=sdxl prompts=prompts.txt out=synthetic count=100000 devices=8
 """
 
 from collections.abc import Iterator

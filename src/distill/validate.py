@@ -45,8 +45,8 @@ PICTURES = "distill.discriminators.images.ImageFeatures"
 def check_run(cfg: DictConfig) -> None:
     """All of a run's configuration."""
     check_sides(cfg)
-    check_keys(cfg)
     check_counts(cfg, COUNTS)
+    check_keys(cfg)
     check_trainer(cfg.trainer)
     check_teacher(cfg.teacher)
     check_student(cfg.student)

@@ -1,0 +1,127 @@
+"""A command's configuration as Hydra composes it, with the files that it is made of. Imports Hydra, and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import SearchPathException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+import distill.compose  # noqa: F401  # its resolver `world` stands in a defaults list
+from distill._conf import CONF_DIR
+from distill.commandline.comments import Comments, read, summary
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of the configuration: where it lies, the package that its keys belong to, and the option that chose it."""
+
+    file: Path
+    package: str
+    choice: str  # `method/ladd`, or the command's own `config`
+
+    @property
+    def group(self) -> str:
+        return self.choice.rpartition("/")[0]
+
+    @property
+    def comments(self) -> Comments:
+        return read(self.file)
+
+    def dotted(self, key: str) -> str:
+        """A key of the file as one of the whole configuration."""
+        return f"{self.package}.{key}" if self.package else key
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The configuration `name` under these overrides; `folder` is what `--config-dir` adds to ours.
+
+    Raises Hydra's own exceptions for what cannot be composed. A sweep counts as its key's own value.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    folder: str | None = None
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Where files are looked for, first the user's own."""
+        return [*([Path(self.folder).absolute()] if self.folder else []), Path(CONF_DIR)]
+
+    @cached_property
+    def loader(self) -> ConfigLoaderImpl:
+        Plugins.instance()
+        path = create_config_search_path(CONF_DIR)
+        if self.folder:
+            if not self.folders[0].is_dir():
+                raise SearchPathException(f"--config-dir {self.folder}: there is no such folder")
+            path.prepend("command-line", f"file://{self.folders[0]}")
+        return ConfigLoaderImpl(path)
+
+    @cached_property
+    def single(self) -> list[str]:
+        """The overrides without those that are sweeps."""
+        parsed = OverridesParser.create(self.loader).parse_overrides(list(self.overrides))
+        return [one.input_line for one in parsed if not one.is_sweep_override()]
+
+    @cached_property
+    def tree(self) -> dict[str, Any]:
+        """Plain containers, interpolations as they are written, without what is Hydra's."""
+        cfg = self.loader.load_configuration(self.name, self.single, RunMode.RUN)
+        tree: Any = OmegaConf.to_container(cfg, resolve=False)
+        return {key: value for key, value in tree.items() if key != "hydra"}
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The files in the order in which they are merged: of a key the last one that has it decides."""
+        found = self.loader.compute_defaults_list(self.name, self.single, RunMode.RUN)
+        return [
+            Part(file, (default.package or "").replace("_global_", ""), default.config_path)
+            for default in found.defaults
+            if default.config_path
+            and (default.package or "").partition(".")[0] != "hydra"
+            and (file := self.file(f"{default.config_path.lstrip('/')}.yaml"))
+        ]
+
+    def file(self, name: str) -> Path | None:
+        """The file of this name in the first folder that has it."""
+        return next((p / name for p in self.folders if (p / name).is_file()), None)
+
+    @cached_property
+    def chosen(self) -> dict[str, str]:
+        """Group -> the option that is chosen."""
+        return {part.group: part.file.stem for part in self.parts if part.group}
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The groups of the command's defaults list, those included that something else may choose."""
+        listed = self.parts_of_root()
+        return list(dict.fromkeys([*listed, *self.chosen]))
+
+    def parts_of_root(self) -> list[str]:
+        """The groups that the command's own file lists."""
+        file = self.file(f"{self.name}.yaml")
+        keys = OmegaConf.load(file).get("defaults", []) if file else []
+        named = [str(key) for entry in keys if hasattr(entry, "keys") for key in entry]
+        return [
+            key.removeprefix("optional ")
+            for key in named
+            if not key.startswith("override") and "hydra" not in key
+        ]
+
+    def options(self, group: str) -> dict[str, str]:
+        """Every option of a group, those in folders below it too, with the first sentence of its header."""
+        found: dict[str, str] = {}
+        for folder in reversed(self.folders):
+            for file in sorted((folder / group).rglob("*.yaml")):
+                found[file.relative_to(folder / group).with_suffix("").as_posix()] = summary(file)
+        return dict(sorted(found.items()))

@@ -1,0 +1,229 @@
+"""What can be typed next on a command line: commands, flags, groups and their options, keys, values, paths."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from distill._conf import CONF_DIR
+from distill.cli import COMMANDS, NO_CONFIG, config_of
+
+RUNS = {"run", "resume", "runs"}  # keys of run folders
+PATHS = RUNS | {
+    "prompts", "image", "out", "run_dir", "base", "delta", "parts", "teacher.weights",
+    "student.init", "metrics.reference",
+}  # fmt: skip
+FLAGS = {  # of Hydra: what may follow
+    "--help": (), "--cfg": ("job", "hydra", "all"), "--resolve": (), "--multirun": (),
+    "--config-dir": (), "--package": (), "--info": ("defaults", "defaults-tree", "searchpath"),
+}  # fmt: skip
+SHELLS = ("bash", "zsh", "fish")
+ON = ("=", ".", "/", ",")  # ends of what is not finished: no space is put behind it
+
+
+def following(words: Sequence[str]) -> list[str] | None:
+    """All that may stand in the place of the last word; None if the words are no command of ours.
+
+    Of `distill run ...` and of `python -m distill.run ...`, with every word up to the cursor.
+    """
+    if not words:
+        return None
+    if Path(words[0]).name.startswith("python"):
+        return _of_python(list(words[1:]))
+    return _of_distill(list(words[1:]))
+
+
+def _of_distill(words: list[str]) -> list[str]:
+    if len(words) < 2:
+        return _like(words[-1] if words else "", [*COMMANDS, "--help", "--version"])
+    return _argument(words[0], words[1:-1], words[-1]) if words[0] in COMMANDS else []
+
+
+def _of_python(words: list[str]) -> list[str] | None:
+    """After the flags of Python comes `-m distill.run`; anything else is none of ours."""
+    if "-m" not in words[:-1]:
+        return None
+    module, *rest = words[words.index("-m") + 1 :]
+    if not rest:
+        found = _like(module, ["distill", *(f"distill.{name}" for name in COMMANDS)])
+        return found if module else None
+    if module == "distill":
+        return _of_distill(rest)
+    command = module.removeprefix("distill.")
+    known = module.startswith("distill.") and command in COMMANDS
+    return _argument(command, rest[:-1], rest[-1]) if known else None
+
+
+def _argument(command: str, before: list[str], word: str) -> list[str]:
+    if command in NO_CONFIG:
+        return _plain(command, before, word)
+    last = before[-1] if before else ""
+    if last in ("--config-dir", "-cd"):
+        return [path for path in paths(word) if path.endswith("/")]
+    if FLAGS.get(last):
+        return _like(word, FLAGS[last])
+    if word.startswith("-"):
+        return _like(word, FLAGS)
+    mark = word[: len(word) - len(word.lstrip("+~"))]
+    key, equals, value = word.removeprefix(mark).partition("=")
+    config = _Config(command, before)
+    found = config.values(key, value) if equals else config.keys(key)
+    return [f"{mark}{each}" for each in found]
+
+
+def _plain(command: str, before: list[str], word: str) -> list[str]:
+    """Of commands without a configuration."""
+    if command == "completion":
+        return _like(word, SHELLS)
+    from distill.recipes import names
+
+    if not before:
+        return _like(word, ["copy"])
+    if word.startswith("to="):
+        return [f"to={path}" for path in paths(word.removeprefix("to=")) if path.endswith("/")]
+    return _like(word, names() if before == ["copy"] else ["to=", "as="])
+
+
+class _Config:
+    """Keys and values of a command, as the words before the cursor compose it."""
+
+    def __init__(self, command: str, before: Sequence[str]):
+        self.name, self.before, self.folder = config_of(command), before, _folder(before)
+        self.places = [Path(place) for place in (self.folder, CONF_DIR) if place]
+
+    def keys(self, start: str) -> list[str]:
+        """Groups and dotted keys that begin so, up to their next dot."""
+        from distill.compose import dotted
+
+        composed = self.composed()
+        found = [f"{group}=" for group in composed.groups]
+        for key, value in dotted(composed.tree).items():
+            if not key.rpartition(".")[2].startswith("_"):
+                found.append(f"{key}." if isinstance(value, dict) and value else f"{key}=")
+        cut = [each for each in found if each.startswith(start)]
+        # `trainer.` alone where the keys below it begin so too
+        return sorted({_until_dot(each, len(start)) for each in cut})
+
+    def values(self, key: str, value: str) -> list[str]:
+        """`key=value` for each value that begins so; of several with commas, the last one."""
+        if (group := self.group(key)) is not None:
+            head, comma, last = value.rpartition(",")
+            return [f"{key}={head}{comma}{option}" for option in _like(last, group)]
+        if key in PATHS or key.endswith(".path"):
+            runs = _runs() if key in RUNS and not value else []
+            words = ["teacher", "random"] if key == "student.init" else []
+            return [f"{key}={found}" for found in dict.fromkeys([*words, *runs, *paths(value)])]
+        return [f"{key}={word}" for word in _like(value, self.words(key))]
+
+    def group(self, key: str) -> list[str] | None:
+        """The options of a group; None for a key that is none."""
+        folders = [place / key for place in self.places if key and (place / key).is_dir()]
+        files = {
+            file.relative_to(folder).with_suffix("").as_posix()
+            for folder in folders
+            for file in folder.rglob("*.yaml")
+        }
+        return sorted(files) if folders else None
+
+    def words(self, key: str) -> Iterable[str]:
+        """true and false, or what the class lists that takes the key."""
+        from distill import signatures
+        from distill.compose import dotted
+
+        known = dotted(self.composed().tree)
+        if isinstance(known.get(key), bool):
+            return ("true", "false")
+        node, _, name = key.rpartition(".")
+        target = known.get(f"{node}._target_")
+        taken = signatures.signature(target) if target else None
+        return signatures.options(taken, name) if taken else ()
+
+    def composed(self):
+        """By the words before; without them where they do not compose, as while one is wrong."""
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        from distill.commandline.composed import Composed
+
+        given = tuple(word for word in self.before if "=" in word and not word.startswith("-"))
+        composed = Composed(self.name, given, self.folder)
+        try:
+            composed.tree  # noqa: B018  # composes
+        except (HydraException, OmegaConfBaseException):
+            return Composed(self.name)
+        return composed
+
+
+def _folder(before: Sequence[str]) -> str | None:
+    """What --config-dir was given."""
+    for flag, value in zip(before, before[1:], strict=False):
+        if flag in ("--config-dir", "-cd"):
+            return value
+    given = (word for word in before if word.startswith("--config-dir="))
+    return next((word.partition("=")[2] for word in given), None)
+
+
+def _until_dot(key: str, start: int) -> str:
+    end = key.find(".", start)
+    return key if end < 0 else key[: end + 1]
+
+
+def _like(start: str, known: Iterable[str]) -> list[str]:
+    return [each for each in known if each.startswith(start)]
+
+
+def _runs() -> list[str]:
+    """The run folders in runs/, the newest first."""
+    folders = [file.parent for file in Path("runs").glob("*/config.yaml")]
+    return [str(folder) for folder in sorted(folders, key=os.path.getmtime, reverse=True)]
+
+
+def paths(start: str) -> list[str]:
+    """Files, and folders with a / behind them, that begin so; hidden ones only when asked for."""
+    folder, slash, name = start.rpartition("/")
+    place = Path(os.path.expanduser(folder + slash) or ".")
+    try:
+        entries = sorted(place.iterdir())
+    except OSError:
+        return []
+    shown = [e for e in entries if not e.name.startswith(".") or name.startswith(".")]
+    return [
+        f"{folder}{slash}{entry.name}{'/' if entry.is_dir() else ''}"
+        for entry in shown
+        if entry.name.startswith(name)
+    ]
+
+
+# -- what shells make of a line ----------------------------------------------------------------------------------------
+
+
+def split(line: str) -> tuple[list[str], str]:
+    """The words of an unfinished line, and the quote that is still open in the last one, if any."""
+    for quote in ("", "'", '"'):
+        try:
+            words = shlex.split(line + quote)
+        except ValueError:
+            continue
+        unfinished = quote or (line and not line[-1].isspace()) or line.endswith("\\ ")
+        return (words if unfinished else [*words, ""]), quote
+    return [], ""
+
+
+def for_bash(line: str, breaks: str) -> list[str] | None:
+    """What readline wants: of each word the part behind the last break, with a space if it is finished."""
+    words, quote = split(line)
+    found = following(words)
+    if found is None:
+        return None
+    cut = 0 if quote else max(words[-1].rfind(mark) + 1 for mark in breaks if mark not in "'\"")
+    ended = [each if each.endswith(ON) else f"{each}{quote} " for each in found]
+    return [each[cut:] if quote else _escaped(each[cut:]) for each in ended]
+
+
+def _escaped(word: str) -> str:
+    """With a backslash before what a shell would read; the space at the end stays one."""
+    text = word.removesuffix(" ")
+    safe = "".join(c if c.isalnum() or c in "_@%+=:,./~-[]{}" else f"\\{c}" for c in text)
+    return safe + word[len(text) :]

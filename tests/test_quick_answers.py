@@ -1,0 +1,186 @@
+"""What can be known without torch, Lightning and diffusers is said before they are imported: they take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Command, arguments, and what its one sentence says. `{here}` is a folder with the files of `prepared`.
+WRONG = [
+    # numbers
+    ("run", "trainer.max_steps=abc", "trainer.max_steps=abc: must be a whole number, 1 or more"),
+    ("run", "trainer.max_steps=0", "trainer.max_steps=0: must be a whole number, 1 or more"),
+    ("run", "trainer.devices=none", "trainer.devices=none: must be a number of devices"),
+    ("run", "trainer.precision=16-mixed", "use bf16-mixed or 32-true"),
+    ("run", "trainer.precision=bf16-mixd", "(did you mean bf16-mixed?)"),
+    ("run", "data.batch_size=many", "data.batch_size=many: must be a whole number"),
+    ("run", "data.limit=0", "data.limit=0: must be at least 1"),
+    ("run", "optimizer.student.lr=fast", "optimizer.student.lr=fast: must be a number"),
+    ("run", "method.renoise.m=[1]", "method.renoise.m=[1]: must be a number"),
+    ("run", "method.levels.odds=1", "method.levels.odds=1: must be a list"),
+    ("run", "seed=x", "seed=x: must be a whole number, 0 or more"),
+    ("run", "metrics.prompts=some", "metrics.prompts=some: must be a whole number"),
+    ("run", "metrics.student_steps=[0]", "metrics.student_steps[0]=0: must be a whole number"),
+    ("run", "callbacks.samples.every=0", "callbacks.samples.every=0: must be a whole number"),
+    ("sample", "run={here} prompt=x steps=few", "steps=few: must be a whole number, 1 or more"),
+    ("sample", "run={here} prompt=x guidance=x", "guidance=x: must be a number"),
+    ("sample", "run={here} prompt=x size=[64]", "size=[64]: must be pixels a side"),
+    ("sample", "run={here} prompt=x dtype=f99", "dtype=f99: must be a dtype of torch"),
+    ("sample", "run={here} prompt=x image={here}/picture.png strength=2", "strength=2: must be ab"),
+    ("evaluate", "run={here} steps=many", "steps=many: must be numbers of steps"),
+    ("evaluate", "run={here} steps=1,x", "Ambiguous value for argument 'steps=1,x'"),
+    ("evaluate", "run={here} devices=0", "devices=0: must be a whole number, 1 or more"),
+    ("synthesize", "prompts={here}/prompts.txt out=o steps=0", "steps=0: must be a whole number"),
+    ("inspect", "run={here}/made levels=[2]", "levels=[2]: must lie in (0, 1]"),
+    ("pretrain", "clip.steps=x", "clip.steps=x: must be a whole number"),
+    ("pretrain", "data.size=20", "data.size=20: pictures may have 32 to 128 pixels a side"),
+    ("search", "space=[x]", "space: 'x' is not key=log(low,high)"),
+    # words and names of keys
+    ("run", "optimizer.schedule=cosin", "optimizer.schedule=cosin: must be constant or cosine"),
+    (
+        "run",
+        "method.loss=hing",
+        "method.loss=hing: must be hinge or non_saturating or relativistic",
+    ),
+    ("run", "trainer.max_step=3", "trainer.max_step: no such key"),
+    ("run", "+optimizer.shedule=cosine", "takes no such key (did you mean schedule?)"),
+    ("run", "+method.distil_weight=2", "takes no such key (did you mean distill_weight?)"),
+    ("run", "+trainer.strategy=fsdp", "use trainer=fsdp2"),
+    ("run", "optimizer.student._target_=os.system", "os.system is refused"),
+    ("run", "method=ladd discriminator=dino", "choose another discriminator="),
+    ("run", "method=regression optimizer.head_start=5", "there is no discriminator to lead"),
+    (
+        "run",
+        "student.init=zero",
+        "student.init=zero: must be teacher, random, or a run or pipeline",
+    ),
+    ("run", "teacher=shape", "teacher=shape: no such option (did you mean shapes?)"),
+    ("run", "++teacher.dtype=float99", "teacher.dtype=float99: must be a dtype of torch"),
+    ("export", "run={here} to=lorra", "(did you mean lora?)"),
+    ("export", "run={here}/unet to=lora rank=x", "rank=x: must be a whole number, 1 or more"),
+    ("export", "run={here}/unet naming=khoya", "naming=khoya: must be diffusers or kohya"),
+    ("pretrain", "stages=[clp]", "stages: no stage 'clp' (did you mean clip?)"),
+    ("pretrain", "clip.step=3", "clip.step: no such key (did you mean clip.steps?)"),
+    (
+        "search",
+        'space=["seed=int(0,9)"] direction=up',
+        "direction=up: must be maximize or minimize",
+    ),
+    # folders and files
+    ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
+    ("run", "resume={here}/made", "/made: holds no checkpoint to go on from"),
+    ("run", "run_dir={here}/made", "/made holds a run already; choose another run_dir="),
+    ("run", "teacher.path=./nope", "teacher.path=./nope: no such folder"),
+    ("run", "teacher.path={here}", "not a diffusers pipeline folder (it has no model_index.json)"),
+    ("run", "teacher.path={here}/unet", "holds a StableDiffusionPipeline, but this teacher reads"),
+    ("run", "++teacher.weights=nope.safetensors", "teacher.weights=nope.safetensors: no such file"),
+    ("run", "data.path=nope", "There is no shard 'nope', named by data.path='nope'"),
+    ("run", "data=images data.path={here}/made", "has neither .tar shards nor images"),
+    ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: cannot be read as lines"),
+    ("run", "metrics=coco5k metrics.path={here}", "cannot read annotations/captions_val2017.json"),
+    ("run", "discriminator.features.path=./no method=add", "features.path=./no: no such folder"),
+    ("sample", "run=nope prompt=x", "run=nope: neither a finished run (with a student/) nor a"),
+    ("sample", "run={here}/other prompt=x", "holds a WuerstchenPipeline; known are FluxPipeline"),
+    ("sample", "run={here}", "prompt: not given"),
+    ("sample", "run={here} prompts=nope.txt", "prompts=nope.txt: cannot be read as lines of UTF-8"),
+    ("sample", "run={here} prompt=x image=nope.png", "image=nope.png: no such file"),
+    ("evaluate", "run=nope", "run=nope: neither a finished run (with a student/) nor a diffusers"),
+    ("evaluate", "run={here}/unet metrics=prompts metrics.path=nope", "metrics.path=nope: cannot"),
+    ("compare", "runs=nope", "runs=nope: no runs"),
+    ("inspect", "run=nope", "run=nope: not a run folder (it has no config.yaml)"),
+    ("inspect", "run={here}/made", "it was made without a discriminator"),
+    ("export", "run=nope", "run=nope: neither a finished run (with a student/) nor a diffusers"),
+    ("export", "base=nope delta={here}/prompts.txt", "base=nope: neither a finished run"),
+    ("export", "base={here}/unet delta=nope", "delta=nope: no such file"),
+    ("export", "run={here}/unet to=lora", "has no adapters (student=lora)"),
+    ("check", "data.path=nope", "There is no shard 'nope', named by data.path='nope'"),
+    ("cache", "data.path=nope out=o", "There is no shard 'nope', named by data.path='nope'"),
+    ("cache", "data=latents data.path=nope out=o", "only pictures can be encoded"),
+    ("cache", "teacher.path=./nope data.path={here} out=o", "teacher.path=./nope: no such folder"),
+    ("synthesize", "prompts=nope out=o", "prompts=nope: cannot be read as lines of UTF-8 text"),
+    ("synthesize", "prompts={here}/prompts.txt out=o teacher.path=./no", "./no: no such folder"),
+    ("synthesize", "prompts={here}/prompts.txt out={here}", "not made by this command"),
+    ("pretrain", "data.path=nope", "There is no shard 'nope', named by data.path='nope'"),
+    ("pretrain", "parts=./nope", "parts=./nope: no such folder"),
+]
+HEAVY = ("torch", "lightning", "diffusers", "transformers")
+
+# Runs every command of stdin in one process, and prints [exit code, stderr, heavy libraries that are there] of each.
+DRIVER = """
+import contextlib, importlib, io, json, sys
+heavy, found = json.loads(sys.argv[1]), []
+for name, *arguments in json.load(sys.stdin):
+    sys.argv, said, code = [f"distill.{name}", *arguments], io.StringIO(), 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            importlib.import_module(f"distill.{name}").main()
+        except SystemExit as stop:
+            code = stop.code
+    found.append([code, said.getvalue(), [library for library in heavy if library in sys.modules]])
+print(json.dumps(found))
+"""
+
+
+def prepared(here: Path) -> Path:
+    """Prompts, a picture, a shard, pipeline folders that hold nothing, and a run without checkpoints."""
+    (here / "prompts.txt").write_text("a red star\n")
+    (here / "picture.png").write_bytes(b"\x89PNG")
+    (here / "x.tar").write_bytes(b"")
+    for name, kind in {"unet": "StableDiffusionPipeline", "other": "WuerstchenPipeline"}.items():
+        (here / name).mkdir()
+        (here / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (here / "made").mkdir()
+    (here / "made" / "config.yaml").write_text("discriminator: {features: null}\n")
+    return here
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> list:
+    """What was answered to each of WRONG, by one process, in a folder of its own; that nothing was made there."""
+    here, elsewhere = (tmp_path_factory.mktemp(name) for name in ("here", "elsewhere"))
+    prepared(here)
+    commands = [[name, *words.format(here=here).split()] for name, words, _ in WRONG]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(HEAVY)],
+        input=json.dumps(commands),
+        cwd=elsewhere,
+        env={**os.environ, "HYDRA_FULL_ERROR": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(elsewhere.iterdir())
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("i", range(len(WRONG)), ids=[f"{n} {words}" for n, words, _ in WRONG])
+def test_a_mistake_is_named_and_nothing_heavy_is_imported(i, answers):
+    code, err, heavy = answers[i]
+    assert code == 1, err
+    assert err.startswith("distill: "), err
+    assert err.count("\n") == 1, err
+    assert WRONG[i][2] in err
+    assert not heavy
+
+
+def test_the_words_of_a_signature_are_those_that_the_class_knows():
+    """Literals that the check reads stand beside tables that the code reads: they must say the same."""
+    from distill import distillation, losses, signatures
+    from distill.pretraining.asked import ORDER
+    from distill.pretraining.stages import STAGES
+    from distill.students import lora
+
+    def words(target: str, key: str) -> list[str]:
+        return signatures.options(signatures.signature(target), key)
+
+    kinds = words("distill.distillation.ScoreDistillation", "kind")
+    assert tuple(kinds) == distillation.KINDS
+    assert words("distill.methods.ladd.LADD", "loss") == [game.name for game in losses.GAMES]
+    assert words("distill.students.lora.lora", "init") == list(lora.INITS)
+    assert list(STAGES) == list(ORDER)
