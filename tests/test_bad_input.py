@@ -225,7 +225,10 @@ def test_a_head_start_of_no_discriminator(refused, no_weights):
 
 def test_scaled_gradients_are_refused(refused, no_weights):
     said = refused("run", "trainer.precision=16-mixed")
-    assert said == "trainer.precision=16-mixed: is not for two players; use bf16-mixed or 32-true"
+    assert (
+        said
+        == "trainer.precision=16-mixed: is not for two players; use auto, bf16-mixed or 32-true"
+    )
 
 
 def test_a_sampler_that_the_teacher_cannot_follow(refused):

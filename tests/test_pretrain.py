@@ -205,7 +205,7 @@ def little(out: Path, stop: int | None = None, **kind: Any) -> nn.Module:
     return fit(net, objective, samples=len(data))
 
 
-@pytest.mark.parametrize("kind", [{}, {"ema": 0.9}, {"muon_lr": 1e-2}, {"bf16": False}])
+@pytest.mark.parametrize("kind", [{}, {"ema": 0.9}, {"muon_lr": 1e-2}, {"precision": "32-true"}])
 def test_a_killed_stage_ends_as_an_uninterrupted_one(tmp_path, kind):
     whole = little(tmp_path / "whole", **kind)
     for stop in (2, 6, 11):  # before the first saving, between two, after the last

@@ -59,7 +59,12 @@ def hardware() -> str:
 
     if count := torch.cuda.device_count():
         return f"{'one' if count == 1 else count} {torch.cuda.get_device_name(0)}"
-    return f"{cores()} CPU cores ({cpu_model()}, {capability()})"
+    return f"{cores()} CPU cores ({cpu()})"
+
+
+def cpu() -> str:
+    """The CPU's name and what it can: 'AMD EPYC, AVX512, avx512_bf16'."""
+    return f"{cpu_model()}, {capability()}"
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distill.files import put
-from distill.hardware import capability, cpu_model, hardware
+from distill.hardware import cpu, hardware
 
 PACKAGES = (
     "distill",
@@ -54,7 +54,7 @@ class RunRecord:
             self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
             self.facts["overrides"] = list(overrides)
         machine = {"commit": _commit(), "hardware": hardware(), "versions": versions()}
-        machine |= {"cpu": f"{cpu_model()}, {capability()}", "precision": dict(precision or {})}
+        machine |= {"cpu": cpu(), "precision": dict(precision or {})}
         self._write(status="stopped", began=time.time(), **machine)
 
     def trained(self, method: Any) -> None:

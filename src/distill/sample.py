@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from distill import validate
 from distill.compose import check_counts, file_name
-from distill.console import on_stderr
+from distill.console import note, on_stderr
 from distill.data.lines import Lines
 from distill.errors import command
 from distill.hardware import check_precision
@@ -41,12 +41,15 @@ def draw(cfg: DictConfig) -> list[Path]:
         from torchvision.utils import make_grid
 
         from distill import build
-        from distill.hardware import device
+        from distill.hardware import device, precision
 
     model = build.student_of(cfg.run, cfg.dtype).to(device())
+    chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
+    cfg.precision = chosen.name
+    note(f"precision: {chosen.name} ({chosen.reason})")
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
-    others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength")]
+    others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
     folder.mkdir(parents=True, exist_ok=True)
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
         for start in range(0, len(jobs), cfg.batch_size):
@@ -109,7 +112,6 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
 
     from distill.build import sampler_of
     from distill.hardware import autocast
-    from distill.hardware import precision as choose
     from distill.metrics.pictures import fitted, opened
     from distill.sampling import distilled, guided, seeded, to_bytes
 
@@ -129,14 +131,13 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
             )
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
-    precision = choose(cfg.precision, "cpu" if model.device.type == "cpu" else "auto").name
     few = partial(sampler_of(cfg.run, model), model, **how)
 
     @torch.no_grad()
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
         cond = model.embed(prompts)
         start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
-        with autocast(precision, model.device.type):
+        with autocast(cfg.precision, model.device.type):
             if cfg.guidance is not None:
                 x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how)
             elif start is not None:
@@ -153,7 +154,8 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
     from PIL.PngImagePlugin import PngInfo
     from torchvision.transforms.functional import to_pil_image
 
-    more = {key: cfg[key] for key in ("guidance", "size", "image") if cfg[key] is not None}
+    settings_of = ("precision", "guidance", "size", "image")
+    more = {key: cfg[key] for key in settings_of if cfg[key] is not None}
     settings = PngInfo()
     for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():
         text = str(value).encode("utf-8", "backslashreplace")  # a path may hold any bytes
