@@ -92,6 +92,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     def call(name, *arguments):
         monkeypatch.setattr(sys, "argv", [f"distill.{name}", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures have said
         code = 0
         try:
             importlib.import_module(f"distill.{name}").main()

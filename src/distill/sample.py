@@ -46,9 +46,9 @@ def draw(cfg: DictConfig) -> list[Path]:
     model = build.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
-    note(f"precision: {chosen.name} ({chosen.reason})")
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
+    note(f"precision: {chosen.name} ({chosen.reason})")
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
     folder.mkdir(parents=True, exist_ok=True)
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
