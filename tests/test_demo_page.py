@@ -6,14 +6,18 @@ package `chromium`). DEMO_SCREENSHOTS=<folder> keeps the pictures of the last te
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
 ]
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
-SECONDS = 60_000  # milliseconds: what playwright waits for at most
+PATIENCE = 180_000  # milliseconds: of a machine that does much else
 COLUMNS = ".board > .drawn"
 PROMPT = "#prompt textarea"
 FIRST = "a large red star on black"
@@ -68,7 +72,7 @@ def address(options, tmp_path_factory):
             demo.send_signal(signal.SIGINT)
             demo.wait(30)
     assert demo.returncode == 0, log.read_text(encoding="utf-8")
-    first, second, _, last = log.read_text(encoding="utf-8").splitlines()
+    first, second, *_, last = log.read_text(encoding="utf-8").splitlines()
     assert first.startswith("loading ")
     assert second.startswith("the page is at http://127.0.0.1:")
     assert re.fullmatch(r"\d+ requests, \d+ of them dropped for newer ones", last)
@@ -76,15 +80,12 @@ def address(options, tmp_path_factory):
 
 
 def _address(demo: subprocess.Popen, log: Path) -> str:
-    for _ in range(1200):
+    until = time.monotonic() + 300
+    while demo.poll() is None and time.monotonic() < until:
         if found := re.search(r"the page is at (\S+);", log.read_text(encoding="utf-8")):
             return found[1]
-        try:
-            demo.wait(0.1)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    pytest.fail(f"the command did not open a page: {log.read_text(encoding='utf-8')}")
+        time.sleep(0.1)
+    pytest.fail("the command did not open a page: " + log.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def tab(browser, address):
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(SECONDS)
+        page.set_default_timeout(PATIENCE)
         own = (address, "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(own) else wrong.append(r.url))
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
@@ -137,6 +138,11 @@ def settled(page, text):
 
 def source(page, column):
     return page.get_attribute(f"#{column} img", "src")
+
+
+def pixels(source):
+    with Image.open(BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
+        return np.asarray(picture, dtype=int)
 
 
 def counted(page):
@@ -186,7 +192,7 @@ def test_settings_change_the_columns(tab):
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelectorAll('#teacher img').length == 3")
     settled(page, FIRST)
-    assert source(page, "student-2") == alone
+    assert abs(pixels(source(page, "student-2")) - pixels(alone)).max() <= 2  # rounding
     page.check("input[type=checkbox][name='3']")
     page.wait_for_selector("#student-3 img")
     page.uncheck("input[type=checkbox][name='1']")

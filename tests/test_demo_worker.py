@@ -106,13 +106,25 @@ def test_closing_tells_all_who_wait():
         worker.submit("tab", [])
 
 
-def test_a_client_that_has_gone_is_forgotten(worker):
+def test_a_request_without_jobs_drops_those_before(worker):
     work = Work()
     (hold,) = worker.submit("other tab", [(0, work.job("hold", wait=True))])
     assert work.begun.wait(WAIT)
-    (gone,) = worker.submit("tab", [(1, work.job("gone"))])
-    worker.drop("tab")
+    (old,) = worker.submit("tab", [(1, work.job("old"))])
+    assert worker.submit("tab", []) == []
     work.go.set()
-    assert isinstance(gone.exception(WAIT), Dropped)
+    assert isinstance(old.exception(WAIT), Dropped)
     assert hold.result(WAIT) == "hold"
     assert work.done == ["hold0"]
+
+
+def test_a_request_that_a_newer_one_has_overtaken_is_dropped(worker):
+    work = Work()
+    (new,) = worker.submit("tab", [(1, work.job("new", wait=True))], moment=2.0)
+    assert work.begun.wait(WAIT)
+    (late,) = worker.submit("tab", [(1, work.job("late"))], moment=1.0)
+    (other,) = worker.submit("other tab", [(1, work.job("other"))], moment=1.0)
+    work.go.set()
+    assert isinstance(late.exception(WAIT), Dropped)
+    assert [new.result(WAIT), other.result(WAIT)] == ["new", "other"]
+    assert (worker.requests, worker.dropped) == (3, 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import socket
 import threading
-from contextlib import suppress
 
 from omegaconf import DictConfig, ListConfig
 
@@ -33,11 +33,19 @@ def serve(cfg: DictConfig) -> None:
     page = Page(studio, worker, cfg)
     page.launch(HOST, port, open_browser=cfg.open)
     print(f"the page is at {address}; Ctrl-C ends it", flush=True)
-    with suppress(KeyboardInterrupt):
-        threading.Event().wait()
+    _wait_for_the_end()
     page.close()
     worker.close()
     print(f"\n{worker.requests} requests, {worker.dropped} of them dropped for newer ones")
+
+
+def _wait_for_the_end() -> None:
+    """Until Ctrl-C, or SIGTERM; in short waits, since Windows heeds no Ctrl-C in a long one."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made it ignored
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(1):
+        pass
 
 
 def _check(cfg: DictConfig) -> None:

@@ -25,6 +25,7 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself wheth
 CHOICES = (1, 2, 3, 4, 8)  # numbers of a student's steps on the page, besides those it begins with
 MOST = 8  # pictures of a column
 LAST = 1000  # urgency of the teacher: after every student
+WITH_MOMENT = "(...inputs) => [...inputs.slice(0, -1), performance.now()]"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 EMPTY = "Type what the picture should show."
@@ -56,7 +57,9 @@ class Page:
     def launch(self, host: str, port: int, *, open_browser: bool) -> None:
         own = {*os.environ.get("NO_PROXY", "").split(","), host} - {""}
         os.environ["NO_PROXY"] = ",".join(sorted(own))  # a proxy could not reach it
-        theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="blue")
+        theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="blue").set(
+            block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
+        )
         self.blocks.launch(
             server_name=host,
             server_port=port,
@@ -93,8 +96,9 @@ class Page:
             gr.on(
                 [page.load, *(component.change for component in inputs)],
                 self.draw,
-                inputs,
+                [*inputs, gr.Number(visible=False)],
                 [*self.columns.values(), status],
+                js=WITH_MOMENT,
                 show_progress="hidden",
                 trigger_mode="multiple",  # the worker drops what is old, also what is under way
                 concurrency_limit=None,
@@ -150,35 +154,42 @@ class Page:
         strength: float,
         teacher_steps: int,
         guidance: float,
+        moment: float,
         tab: gr.Request,
     ) -> AsyncIterator[list[Any]]:
-        """Updates of the columns as they are ready, then of the line below; none once the page has changed again."""
+        """Updates of the page as columns are ready; none once it has changed again.
+
+        The arguments are what is on the page, and the `moment` of its clock when they were sent.
+        """
         request = Request(prompt.strip(), seed or 0, count, guidance, image, strength)
         asked = [("student", n, n) for n in sorted(chosen)]
         if self.studio.teacher:
             asked.append(("teacher", 0, teacher_steps))
         if not request.prompt:
-            self.worker.drop(tab.session_hash)
+            self.worker.submit(tab.session_hash, [], moment)
             yield self._updates({}, EMPTY)
             return
         jobs = [
             (LAST if who == "teacher" else steps, self.studio.job(who, request, steps))
             for who, _, steps in asked
         ]
-        futures = self.worker.submit(tab.session_hash, jobs)
-        yield self._updates(self._begun(asked), None)
-        problem = None
+        futures = self.worker.submit(tab.session_hash, jobs, moment)
+        columns, problem = self._begun(asked), None
+        yield self._updates(columns, problem)
         results = [_result(*each) for each in zip(asked, futures, strict=True)]
         for result in asyncio.as_completed(results):
             (who, key, steps), drawn = await result
             if isinstance(drawn, Dropped):
+                yield [gr.skip()] * (len(self.columns) + 1)  # gradio sends the last update again
                 return
             if isinstance(drawn, Drawing):
                 shown = html.column(who, steps, drawn, request, reads=self.studio.judge is not None)
                 problem = problem or too_long(drawn.unread)
             else:
                 shown = html.refused(who, steps, in_words(drawn))
-            yield self._updates({(who, key): gr.HTML(shown, elem_classes="drawn")}, problem)
+            columns[who, key] = gr.HTML(shown, elem_classes="drawn", visible=True)
+            # All that is known: of several updates in quick succession the browser shows the last.
+            yield self._updates(columns, problem)
 
     def _begun(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
         """Which columns there are, and that what is in them is old."""

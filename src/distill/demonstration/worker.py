@@ -16,7 +16,7 @@ Steps = Generator[None, None, Any]
 
 
 class Dropped(Exception):
-    """A newer request of the same client has come, or nobody waits any more."""
+    """A newer request of the same client has come, or the worker has ended."""
 
 
 @dataclass(eq=False)
@@ -39,32 +39,35 @@ class Worker:
         self.requests = 0
         self.dropped = 0
         self._jobs: list[_Job] = []
+        self._newest: dict[Hashable, float] = {}
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
         self._thread.start()
 
-    def submit(self, client: Hashable, jobs: Sequence[tuple[int, Steps]]) -> list[Future]:
+    def submit(
+        self, client: Hashable, jobs: Sequence[tuple[int, Steps]], moment: float = 0.0
+    ) -> list[Future]:
         """What will hold the results of the jobs, (urgency, steps) each; the lowest number is the most urgent.
 
-        All earlier jobs of the client are dropped, also one that is under way: their futures raise `Dropped`.
+        All earlier jobs of the client are dropped, also one that is under way: their futures raise `Dropped`. So do
+        those of a request that was made before the newest, by the `moment` on the client's clock, and came after it.
         """
         with self._changed:
             if self._closed:
                 raise RuntimeError("the worker is closed")
-            self._drop(client)
             self.requests += 1
             new = [_Job(client, urgency, self.requests, steps, Future()) for urgency, steps in jobs]
             for job in new:  # from now on nobody but this worker ends it
                 job.future.set_running_or_notify_cancel()
-            self._jobs += new
-            self._changed.notify_all()
+            if moment >= self._newest.get(client, moment):
+                self._drop(client)
+                self._newest[client] = moment
+                self._jobs += new
+                self._changed.notify_all()
+            else:
+                self._tell_dropped(new)
         return [job.future for job in new]
-
-    def drop(self, client: Hashable) -> None:
-        """Forget what this client has asked for."""
-        with self._changed:
-            self._drop(client)
 
     def close(self) -> None:
         """End the thread after the step under way; whoever waits is told `Dropped`."""
@@ -78,8 +81,11 @@ class Worker:
     def _drop(self, client: Hashable) -> None:
         old = [job for job in self._jobs if job.client == client]
         self._jobs = [job for job in self._jobs if job.client != client]
-        self.dropped += bool(old)
-        for job in old:
+        self._tell_dropped(old)
+
+    def _tell_dropped(self, jobs: list[_Job]) -> None:
+        self.dropped += bool(jobs)
+        for job in jobs:
             job.future.set_exception(Dropped())
 
     def _run(self) -> None:
