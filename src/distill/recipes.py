@@ -51,7 +51,7 @@ def listing() -> str:
 def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
     """Write a copy of an experiment into `to`/experiment; returns the file.
 
-    Raises ValueError for an experiment that there is not, FileExistsError where something is already.
+    Raises ValueError for an experiment that there is not, and where something is already.
     """
     known = names()
     if name not in known:
@@ -63,9 +63,10 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*", new):
         raise ValueError(f"as={new}: must be letters, digits, _ and -, with / for a folder")
     file = Path(to).expanduser() / "experiment" / f"{new}.yaml"
+    if file.exists():
+        raise ValueError(f"{file}: is there already, and stays; name the copy with as=")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("x", encoding="utf-8") as out:  # FileExistsError
-        out.write(_text(name, new, to))
+    file.write_text(_text(name, new, to), encoding="utf-8")
     return file
 
 

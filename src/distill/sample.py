@@ -1,9 +1,11 @@
 """Draw pictures from a student, or from any pipeline that we read; each PNG says how it was made.
 
-python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
-python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
-python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
-python -m distill.sample run=stabilityai/stable-diffusion-xl-base-1.0 prompt="a cat" guidance=5 steps=28
+    python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
+    python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
+    python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
+    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28
+
+A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is drawn too.
 """
 
 from __future__ import annotations
