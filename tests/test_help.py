@@ -61,7 +61,7 @@ def test_a_page_knows_groups_and_follows_what_is_chosen(command):
 
 
 def test_a_page_says_which_file_has_changed_a_value_and_why(command):
-    out = plain(command("run", "--help")[1])
+    out = plain(command("run", "teacher=shapes", "--help")[1])
     said = "optimizer.discriminator_updates=2 for each of the student [recipe/ladd_shapes: on the"
     assert said in out
     assert "[" not in plain(command("sample", "--help")[1]).partition("steps=1")[2][:20]
@@ -129,7 +129,8 @@ def test_python_m_distill_is_distill(tmp_path):
 def test_commands_without_a_configuration_have_a_page_too(name, command):
     code, out, _ = command(name, "--help")
     assert code == 0
-    assert out.count("    distill ") >= 2
+    examples = [line for line in out.splitlines() if line.startswith("    ")]
+    assert sum("distill" in line for line in examples) >= 2
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,10 @@ def without_encoding(source: str) -> Iterator[int]:
             mode = keywords.get("mode") or next(
                 iter(node.args[0 if of else 1 :]), ast.Constant("r")
             )
-            text = of not in OTHERS and "b" not in ast.literal_eval(mode)
+            known = isinstance(
+                mode, ast.Constant
+            )  # a method of ours that is called open has no mode
+            text = of not in OTHERS and known and "b" not in str(mode.value)
         elif name in PROCESSES:
             text = "text" in keywords
         else:

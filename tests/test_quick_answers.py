@@ -16,7 +16,7 @@ WRONG = [
     ("run", "trainer.max_steps=abc", "trainer.max_steps=abc: must be a whole number, 1 or more"),
     ("run", "trainer.max_steps=0", "trainer.max_steps=0: must be a whole number, 1 or more"),
     ("run", "trainer.devices=none", "trainer.devices=none: must be a number of devices"),
-    ("run", "trainer.precision=16-mixed", "use bf16-mixed or 32-true"),
+    ("run", "trainer.precision=16-mixed", "use auto, bf16-mixed or 32-true"),
     ("run", "trainer.precision=bf16-mixd", "(did you mean bf16-mixed?)"),
     ("run", "data.batch_size=many", "data.batch_size=many: must be a whole number"),
     ("run", "data.limit=0", "data.limit=0: must be at least 1"),

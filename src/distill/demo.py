@@ -1,4 +1,11 @@
-"""`python -m distill.demo run=...`: a page where pictures change as one types, a student's beside its teacher's."""
+"""Open a page where pictures change as one types: a student's, beside its teacher's.
+
+    python -m distill.demo
+    python -m distill.demo run=runs/... teacher_steps=50
+    python -m distill.demo run=stabilityai/sdxl-turbo dtype=bfloat16
+
+It needs gradio, which `make demo` installs.
+"""
 
 from __future__ import annotations
 

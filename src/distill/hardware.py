@@ -3,6 +3,7 @@
 Torch is imported where it is used: commands ask for the cores before they need it.
 """
 
+import difflib
 import logging
 import os
 import platform
@@ -200,7 +201,9 @@ def check_precision(asked: object, key: str = "precision") -> None:
     if str(asked) not in (*PRECISIONS, *SHORT):
         # The gradients of 16-mixed are scaled, and would be clipped as if they were not.
         why = "is not for two players" if str(asked).startswith("16") else "is not supported"
-        raise ValueError(f"{key}={asked}: {why}; use auto, bf16-mixed or 32-true")
+        close = difflib.get_close_matches(str(asked), PRECISIONS, n=1, cutoff=0.8)
+        meant = f" (did you mean {close[0]}?)" if close and why == "is not supported" else ""
+        raise ValueError(f"{key}={asked}: {why}{meant}; use auto, bf16-mixed or 32-true")
 
 
 def autocast(name: str, kind: str) -> AbstractContextManager[Any]:

@@ -75,7 +75,18 @@ def check_sides(cfg: DictConfig) -> None:
 
 def check_keys(cfg: DictConfig) -> None:
     """That every target is allowed, takes its keys, and that their values are of the kind that it wants."""
-    _keys(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "")
+    tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    _targets(tree)
+    _keys(tree, "")
+
+
+def _targets(value: Any) -> None:
+    """Refuse every target that is not allowed, wherever it stands: before any value is looked at."""
+    if isinstance(value, dict) and "_target_" in value:
+        check_target(str(value["_target_"]))
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        _targets(each)
 
 
 def _keys(value: Any, path: str) -> None:
@@ -84,15 +95,9 @@ def _keys(value: Any, path: str) -> None:
     if not isinstance(value, dict):
         return
     if "_target_" in value:
-        _node(value, path)
+        check_taken(value, str(value["_target_"]), path)
     for key, inner in value.items():
         _keys(inner, f"{path}{key}.")
-
-
-def _node(node: dict[str, Any], path: str) -> None:
-    name = str(node["_target_"])
-    check_target(name)
-    check_taken(node, name, path)
 
 
 def check_taken(node: dict[str, Any], name: str, path: str) -> None:
@@ -228,6 +233,8 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
     said = changes(OmegaConf.load(folder / BEGUN), cfg)
+    if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
+        said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:
         raise ValueError(
             f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
