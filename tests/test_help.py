@@ -129,7 +129,7 @@ def test_python_m_distill_is_distill(tmp_path):
 def test_commands_without_a_configuration_have_a_page_too(name, command):
     code, out, _ = command(name, "--help")
     assert code == 0
-    assert out.count("    distill ") >= 2
+    assert f"    distill {name}" in out or f"distill {name} bash" in out
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import COMMANDS
+from distill.cli import COMMANDS, NO_CONFIG
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "src" / "distill" / "shapes" / "models"
@@ -38,8 +38,12 @@ def python(*args: str, cwd: Path, path: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("question", [["--help"], ["--cfg", "job"]], ids=" ".join)
+QUESTIONS = [(name, ["--help"]) for name in COMMANDS] + [
+    (name, ["--cfg", "job"]) for name in COMMANDS if name not in NO_CONFIG
+]
+
+
+@pytest.mark.parametrize(("command", "question"), QUESTIONS, ids=lambda x: "".join(x))
 def test_a_question_to_a_command_loads_nothing_heavy(command, question, tmp_path):
     assert python("-c", DRIVER, f"distill.{command}", *question, cwd=tmp_path)
     assert not list(tmp_path.iterdir()), "asking leaves files behind"
