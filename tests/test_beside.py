@@ -53,8 +53,8 @@ def test_a_student_of_it_is_complete(beside, tmp_path):
 @pytest.mark.parametrize("name", ["../models/teacher", "student", "nothing", "..", ""])
 def test_a_base_is_another_folder_beside_it(beside, name):
     _, folder = beside
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_base": name}))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_base": name}), encoding="utf-8")
     with pytest.raises(ValueError, match="must be the name of another folder beside it"):
         student_of(str(folder))
 
@@ -62,6 +62,6 @@ def test_a_base_is_another_folder_beside_it(beside, name):
 def test_parts_that_differ_are_not_left_out(beside, tmp_path):
     _, folder = beside
     file = folder.parent / "teacher" / "vae" / "config.json"
-    file.write_text(file.read_text() + " ")
+    file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
     with pytest.raises(ValueError, match=r"vae/config.json is not the one"):
         save_beside(tmp_path / "student", folder.parent / "teacher", "again")

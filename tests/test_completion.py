@@ -146,7 +146,9 @@ def test_a_value_with_spaces_is_escaped_and_read_again(place):
 
 def test_options_of_ones_own_folder_are_completed(place):
     (place / "conf" / "experiment").mkdir(parents=True)
-    (place / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    (place / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nseed: 3\n", encoding="utf-8"
+    )
     line = ["distill", "run", "--config-dir", "conf", "experiment=mi"]
     assert following(line) == ["experiment=mine"]
 

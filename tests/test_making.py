@@ -264,7 +264,8 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
         return found
 
     monkeypatch.setattr(sampling, "draw_noise", noise)
-    assert command("synthesize", *asked["synthesize"], "out=made")[0] == 0
+    words = [*asked["synthesize"], "precision=32-true", "out=made"]
+    assert command("synthesize", *words)[0] == 0
     data = LatentShards(str(tmp_path / "made"), seeded=True)
     items = [data[i] for i in range(len(data))]
     assert torch.equal(torch.stack([item["noise"] for item in items]), torch.cat(drawn))

@@ -42,8 +42,8 @@ def check(cfg: DictConfig) -> None:
     if cfg.delta is None and (cfg.run is None or cfg.to not in FORMS):
         what = f"give run=<folder> to={'|'.join(FORMS)}, or base=<folder> delta=<file>"
         raise ValueError(f"run={cfg.run} to={cfg.to}: {what}{nearest(str(cfg.to), FORMS)}")
-    if cfg.delta is not None and cfg.out is not None:
-        _new(cfg.out)
+    if cfg.delta is not None:
+        _new(cfg.out or f"{cfg.delta}.student")
     if cfg.delta is not None and not Path(cfg.delta).is_file():
         raise FileNotFoundError(f"delta={cfg.delta}: no such file; give one that to=delta wrote")
     if cfg.delta is not None and cfg.base is None:

@@ -88,7 +88,7 @@ def save_beside(student: Path, base: Path, name: str) -> Path:
         shared = Path(home_of(base, own.parts[0])) / own
         if not shared.is_file() or shared.read_bytes() != file.read_bytes():
             raise ValueError(f"{base}: its {own} is not the one that {student} has")
-    index = json.loads((student / "model_index.json").read_text())
+    index = json.loads((student / "model_index.json").read_text(encoding="utf-8"))
     network = getattr(diffusers, index[part][1]).from_pretrained(student / part)
     save_half(network, folder / part)
     shutil.copytree(student / "scheduler", folder / "scheduler", dirs_exist_ok=True)

@@ -87,7 +87,7 @@ def lineage(folder: Path) -> list[Path]:
     """
     folders = [folder]
     while (folders[-1] / "model_index.json").is_file():
-        name = json.loads((folders[-1] / "model_index.json").read_text()).get(BASE)
+        name = json.loads((folders[-1] / "model_index.json").read_text(encoding="utf-8")).get(BASE)
         if name is None:
             break
         base = folders[-1].parent / str(name)
