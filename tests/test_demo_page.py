@@ -80,7 +80,7 @@ def address(options, tmp_path_factory):
 
 
 def _address(demo: subprocess.Popen, log: Path) -> str:
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while demo.poll() is None and time.monotonic() < until:
         if found := re.search(r"the page is at (\S+);", log.read_text(encoding="utf-8")):
             return found[1]
