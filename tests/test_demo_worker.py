@@ -1,4 +1,4 @@
-"""The demo's worker: only the newest request of a client is done, and a slow job holds up no urgent one."""
+"""The demo's worker: a client's newest request is done, and no slow job holds up an urgent one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page asks for, and how it is drawn: by a student in few steps, and by its teacher in many."""
+"""What the page asks for, and how it is drawn: by a student, and by its teacher in many steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Word:
-    """An answer of the reader: what the prompt `said` to a question, and what it saw in each picture."""
+    """An answer of the reader: what the prompt `said`, and what it has `seen` in each picture."""
 
     question: str
     said: str
@@ -57,7 +57,8 @@ class Word:
 class Drawing:
     """Pictures, uint8 [N, 3, H, W], and how long they took in all.
 
-    `words` is what the reader says, None where it cannot read; `unread` the end of a text that is too long.
+    `words` is what the reader says, None where it cannot read; `unread` the end of a text that is
+    too long.
     """
 
     pictures: Tensor
@@ -67,9 +68,10 @@ class Drawing:
 
 
 class Studio:
-    """A student and the teacher it is shown beside, None for none. Its jobs are for one thread: see `worker.Worker`.
+    """A student and the teacher it is shown beside, None for none.
 
-    `size` is of the pictures, pixels a side or [width, height]; None: what each model was trained for.
+    Its jobs are for one thread: see `worker.Worker`. `size` is of the pictures, pixels a side or
+    [width, height]; None: what each model was trained for.
     """
 
     def __init__(self, student: Any, teacher: Any, sampler: Any, size: Any = None):
@@ -79,18 +81,19 @@ class Studio:
 
     @classmethod
     def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Studio:
-        """Raises ValueError for a run that was not distilled, or a size that a model cannot draw."""
+        """Raises ValueError for a run that was not distilled, or a size that it cannot draw."""
         student = build.student_of(run, dtype).to(device())
         if not distilled(student.pipeline):
             raise ValueError(
-                f"run={run}: was not distilled to few steps; give a student, and this as teacher={run}"
+                f"run={run}: was not distilled to few steps; "
+                f"give a student, and this as teacher={run}"
             )
         found = build.student_of(teacher, dtype) if teacher else build.teacher_behind(run, dtype)
         sampler = build.sampler_of(run, student)
         return cls(student, found and found.to(device()), sampler, size)
 
     def warm_up(self) -> None:
-        """Draw once unseen: what a first picture takes beyond any other is not what the page measures."""
+        """Draw once unseen: the page should not measure what a first picture takes longer."""
         for who in ("student", "teacher") if self.teacher else ("student",):
             for _ in self.job(who, Request("a red star"), 1):
                 pass
@@ -107,7 +110,10 @@ class Studio:
         return known
 
     def job(self, who: str, request: Request, steps: int) -> Generator[None, None, Drawing]:
-        """Draw by `student` or `teacher`, yielding between steps. Raises ValueError, in words for the page."""
+        """Draw by `student` or `teacher`, yielding between steps.
+
+        Raises ValueError, in words for the page.
+        """
         if request.image is not None and int(steps * request.strength) < 1:
             few = "1 step" if steps == 1 else f"{steps} steps"
             what = f"strength {request.strength:g} of {few} leaves none to draw"
@@ -166,7 +172,10 @@ def _size(model: Any) -> str:
 
 
 def timed(steps: Iterator[Any]) -> Generator[None, None, tuple[Any, float]]:
-    """Yields after each of the steps; returns the last and the seconds that they took, without those between them."""
+    """Yields after each of the steps; returns the last, and the seconds that they took.
+
+    The time between them does not count.
+    """
     seconds, last = 0.0, None
     while True:
         began = time.perf_counter()
@@ -181,7 +190,7 @@ def timed(steps: Iterator[Any]) -> Generator[None, None, tuple[Any, float]]:
 
 
 def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Word]:
-    """The reader's answers of pictures, uint8 [N, 3, 64, 64], to every question that the prompt settles."""
+    """The reader's answers of pictures, uint8 [N, 3, 64, 64], to all that the prompt settles."""
     _, answers = judge.read(pictures.float() / 127.5 - 1)
     settled = targets([prompt])
     words = []

@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: columns of pictures with their times and the reader's words, and the explanation."""
+"""What the page shows, as HTML: pictures, their times, the reader's words, and an explanation."""
 
 from __future__ import annotations
 

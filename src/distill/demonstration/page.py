@@ -1,4 +1,4 @@
-"""The page, by gradio: what is typed and chosen on it goes to the worker, and what is drawn comes back."""
+"""The page, by gradio: what is typed and chosen goes to the worker, what is drawn comes back."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def too_long(unread: str | None) -> str | None:
 
 
 def in_words(error: Exception) -> str:
-    """An error for the page: a sentence; of what no user can have caused, the traceback goes to the terminal."""
+    """An error for the page, in a sentence; what no user has caused is told to the terminal."""
     if isinstance(error, ValueError):
         return first_line(error)
     log.error("drawing failed", exc_info=error)

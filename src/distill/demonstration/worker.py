@@ -1,7 +1,8 @@
-"""One thread that does the work of all clients: the newest request of each, the most urgent job first.
+"""One thread that does the work of all clients: of each its newest request, urgent jobs first.
 
-A job is a generator that yields between its steps and returns its result. So one device does one thing at a time, and
-an urgent job waits for one step of another at most. Nothing here knows of pictures.
+A job is a generator that yields between its steps and returns its result. So one device does one
+thing at a time, and an urgent job waits for one step of another at most. Nothing here knows of
+pictures.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class _Job:
 
 
 class Worker:
-    """`submit` may be called from any thread; jobs run in the one of this object, which `close` ends.
+    """`submit` may be called from any thread; jobs run in this object's own, which `close` ends.
 
-    `requests` counts what was submitted, `dropped` those of them of which at least one job was not done, since a newer
-    request of the same client came first.
+    `requests` counts what was submitted. `dropped` counts those of which at least one job was not
+    done, since a newer request of the same client came first.
     """
 
     def __init__(self) -> None:
@@ -48,10 +49,11 @@ class Worker:
     def submit(
         self, client: Hashable, jobs: Sequence[tuple[int, Steps]], moment: float = 0.0
     ) -> list[Future]:
-        """What will hold the results of the jobs, (urgency, steps) each; the lowest number is the most urgent.
+        """What will hold the results of the jobs, (urgency, steps) each; the lowest comes first.
 
-        All earlier jobs of the client are dropped, also one that is under way: their futures raise `Dropped`. So do
-        those of a request that was made before the newest, by the `moment` on the client's clock, and came after it.
+        All earlier jobs of the client are dropped, also one under way: their futures raise
+        `Dropped`. So do those of a request that comes after the client's newest and was made
+        before it, by the `moment` on the client's clock.
         """
         with self._changed:
             if self._closed:

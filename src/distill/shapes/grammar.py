@@ -36,7 +36,7 @@ def parse(caption: str) -> Prompt | None:
 
 
 def _arrangements(text: str) -> list[tuple[list[str], str | None]]:
-    """Every way to read the text as names along an axis: itself alone, or by a phrasing of several."""
+    """Every way to read the text as names along an axis: itself, or by a phrasing of several."""
     ways: list[tuple[list[str], str | None]] = [([text], None)]
     for (count, axis), phrasings in PHRASINGS.items():
         for phrasing in phrasings:
