@@ -16,6 +16,7 @@ import threading
 
 from omegaconf import DictConfig, ListConfig
 
+from distill import validate
 from distill.compose import check_counts
 from distill.errors import command
 
@@ -61,6 +62,9 @@ def _check(cfg: DictConfig) -> None:
         what = "the page needs gradio, which is not installed"
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
+    validate.check_model(cfg.run)
+    if cfg.teacher is not None:
+        validate.check_model(cfg.teacher, "teacher")
     steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]
     if not steps or any(type(n) is not int or n < 1 for n in steps):
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, [1,2,4] or the like")
