@@ -373,7 +373,7 @@ def test_a_small_decoder_may_stand_in_for_the_autoencoder(teachers, tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_method_file_is_short_and_holds_only_the_method(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 180
     code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
     code = re.sub(r"device=[\w.]+\.device", "", code)  # where noise is drawn
     found = re.findall(
