@@ -44,7 +44,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     for name, words in {"distill": " -m distill", "python": ""}.items():
         file = tmp_path / "bin" / name
-        file.write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n')
+        file.write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n', encoding="utf-8")
         file.chmod(0o755)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "config.yaml").touch()
@@ -173,6 +173,8 @@ def test_the_tab_key_waits_for_nothing_heavy(place):
     ],
 )
 def test_every_way_to_ask_for_the_script(words, place):
-    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        words, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
     own = Path(__file__).parents[1] / "src/distill/commandline/completion.bash"
-    assert printed.rstrip() == own.read_text().rstrip()
+    assert printed.rstrip() == own.read_text(encoding="utf-8").rstrip()

@@ -12,7 +12,7 @@ from distill.report.curves import read
 
 
 def rows_of(folder):
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
@@ -41,7 +41,7 @@ def test_a_new_column_goes_behind_the_others_and_loses_no_row(tmp_path):
     log.log_metrics({"g/adv": 0.5}, 1)
     log.log_metrics({"d/r1": 2.0, "d/adv": 1.0}, 2)
     log.log_metrics({"g/adv": 0.25}, 3)
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+    assert (tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines() == [
         "step,g/adv,d/adv,d/r1",
         "1,0.5",
         "2,,1.0,2.0",
@@ -74,7 +74,7 @@ def test_going_on_from_nothing_makes_no_file(tmp_path):
 
 
 def test_a_row_that_is_being_written_is_not_read(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,g/adv\n1,0.5\n2,0.2")
+    (tmp_path / "metrics.csv").write_text("step,g/adv\n1,0.5\n2,0.2", encoding="utf-8")
     assert read(tmp_path / "metrics.csv")[0]["g/adv"].tolist() == [[1], [0.5]]
 
 

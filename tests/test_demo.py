@@ -31,7 +31,8 @@ def run(teachers, pipelines, tmp_path_factory):
     students.save_pipeline(student, teacher, folder / "student", scheduler)
     (folder / "config.yaml").write_text(
         f"teacher: {{_target_: distill.teachers.sd3.SD3, path: {pipelines('mmdit')}}}\n"
-        "sampler: {_target_: distill.sampling.Consistency}\n"
+        "sampler: {_target_: distill.sampling.Consistency}\n",
+        encoding="utf-8",
     )
     return folder
 

@@ -51,7 +51,8 @@ def options(tmp_path_factory) -> list[str]:
     students.save_pipeline(teacher.network, teacher, folder / "student", scheduler)
     (folder / "config.yaml").write_text(
         "teacher: {_target_: distill.teachers.sd3.SD3, path: 'shapes:mmdit'}\n"
-        "sampler: {_target_: distill.sampling.Consistency}\n"
+        "sampler: {_target_: distill.sampling.Consistency}\n",
+        encoding="utf-8",
     )
     return [f"run={folder}"]
 
@@ -63,7 +64,7 @@ def address(options, tmp_path_factory):
     command = [sys.executable, "-u", "-m", "distill.demo", "port=0", "open=false", *options]
     log = folder / "log"
     with (
-        log.open("w") as file,
+        log.open("w", encoding="utf-8") as file,
         subprocess.Popen(command, stdout=file, stderr=file, cwd=folder) as demo,
     ):
         try:

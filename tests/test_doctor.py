@@ -97,16 +97,18 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     assert [r.message for r in caplog.records if "not learning" in r.message] == [
         "step 3: the discriminator is not learning (real and fake score alike): raise its rate or optimizer.head_start"
     ]
-    (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
+    (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["step"] == 3
     assert "is not learning" in row["alarm"]
 
     # Killed after more alarms, the run goes on from its checkpoint, and what was said before is not said again.
     watched.save_checkpoint(tmp_path / "killed.ckpt")
     later = json.dumps({"step": 10, "alarm": "of the steps that are done again"})
-    with (tmp_path / "alarms.jsonl").open("a") as file:
+    with (tmp_path / "alarms.jsonl").open("a", encoding="utf-8") as file:
         file.write(f'{later}\n{{"step": 1')
     again = tiny.trainer(tmp_path, 15, Alarms(window=3))
     loader = tiny.Stream(toy, 4, start=9).loader()
     again.fit(method, loader, ckpt_path=tmp_path / "killed.ckpt", weights_only=True)
-    assert [json.loads(x) for x in (tmp_path / "alarms.jsonl").read_text().splitlines()] == [row]
+    assert [
+        json.loads(x) for x in (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == [row]

@@ -28,8 +28,7 @@ def run(tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-m", "distill.run", *COMMAND.split()],
         cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED",)},
-    )  # fmt: skip
+        env={k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED",)}, encoding="utf-8")  # fmt: skip
     rows = []
 
     def watch():
@@ -101,7 +100,7 @@ def test_what_it_says(run):
     for pattern in patterns:
         assert any(re.match(pattern, line) for line in text), (pattern, text)
     assert not any("\x1b" in line or "\r" in line for line in text)
-    heading, *log = (folder / "run.log").read_text().splitlines()
+    heading, *log = (folder / "run.log").read_text(encoding="utf-8").splitlines()
     assert heading.endswith(f"python -m distill.run {COMMAND}")
     assert log == text
 
@@ -109,20 +108,20 @@ def test_what_it_says(run):
 @pytest.mark.slow
 def test_what_it_writes(run):
     folder, _, _ = run
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     iterations = [int(float(row["iteration"])) for row in rows if row["iteration"]]
     assert iterations == [1, 10]
     assert {"g/adv", "d/adv", "d/accuracy", "images_seen", "g/update_ratio"} <= set(rows[0])
-    facts = json.loads((folder / "run.json").read_text())
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert (facts["status"], facts["steps"]) == ("finished", STEPS)
-    judged = json.loads((folder / "evaluation.json").read_text())["rows"]
+    judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["who"], row["steps"]) for row in judged] == [
         *(("teacher", n) for n in (1, 4, 28)),
         *(("student", n) for n in (1, 2, 4)),
     ]
-    assert (folder / "alarms.jsonl").read_text() == ""
-    assert "No health alarm was raised." in (folder / "report.html").read_text()
+    assert (folder / "alarms.jsonl").read_text(encoding="utf-8") == ""
+    assert "No health alarm was raised." in (folder / "report.html").read_text(encoding="utf-8")
     written = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert written >= {
         f"checkpoints/step_{STEPS:06d}.ckpt",

@@ -88,7 +88,12 @@ def test_emulation_is_found_by_the_product_alone():
     limited = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, env={**os.environ, **limited}, capture_output=True, text=True, check=True
+        command,
+        env={**os.environ, **limited},
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     cost, name = done.stdout.split()
     assert float(cost) > 5
@@ -113,10 +118,10 @@ def test_a_run_says_and_keeps_its_precision(command, machine, tmp_path):
     code, out, err = command("run", "debug=smoke", "~metrics", f"run_dir={folder}")
     assert code == 0, err
     assert out.count("precision: bf16-mixed (A CPU has avx512_bf16") == 1
-    facts = json.loads((folder / "run.json").read_text())
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert facts["precision"]["name"] == "bf16-mixed"
     assert facts["cpu"] == f"A CPU, {hardware.capability()}"
-    assert "precision: bf16-mixed\n" in (folder / "config.yaml").read_text()
+    assert "precision: bf16-mixed\n" in (folder / "config.yaml").read_text(encoding="utf-8")
 
     machine((), 70.0)
     more = ("trainer.max_steps=3", f"resume={folder}")
@@ -125,7 +130,7 @@ def test_a_run_says_and_keeps_its_precision(command, machine, tmp_path):
     assert "precision: bf16-mixed, as the run began; 32-true is faster here (A CPU has no" in out
     assert "trainer.precision=32-true changes it" in out
     assert (out + err).count("takes 70 times as long as in float32") == 1
-    assert "precision: bf16-mixed\n" in (folder / "config.yaml").read_text()
+    assert "precision: bf16-mixed\n" in (folder / "config.yaml").read_text(encoding="utf-8")
 
     code, out, err = command("run", "trainer.max_steps=4", "trainer.precision=auto", more[1])
     assert code == 0, err

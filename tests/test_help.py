@@ -83,7 +83,8 @@ def test_the_comments_of_a_file_are_found_wherever_they_stand(tmp_path):
         "c: # a node\n  d: {e: 1, f: 2} # in braces\n  g: |\n    # no comment\n    text\n"
         "h:\n  - 1 # no key's\n"
         "i: [1, # first\n  2] # last\n"
-        "\n# of nothing\n\nj: 3\n"
+        "\n# of nothing\n\nj: 3\n",
+        encoding="utf-8",
     )
     found = comments.read(file)
     assert found.header == ["A file. More of it.", "", "End."]
@@ -109,7 +110,9 @@ def test_every_option_of_a_group_says_what_it_is_in_a_line(file):
 
 def distill(*words: str, cwd: Path, module: str = "distill") -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", module, *words]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        line, cwd=cwd, capture_output=True, text=True, timeout=300, encoding="utf-8"
+    )
 
 
 def test_python_m_distill_is_distill(tmp_path):
@@ -139,7 +142,7 @@ def test_commands_without_a_configuration_have_a_page_too(name, command):
 def shown(*words: str) -> dict:
     """What `--cfg job` prints, as a tree."""
     line = [sys.executable, "-m", "distill.run", *words, "--cfg", "job"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return OmegaConf.to_container(OmegaConf.create(done.stdout), resolve=False)
 
@@ -156,7 +159,7 @@ def test_recipes_lists_every_experiment_in_a_line(command):
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_copy_composes_to_what_its_original_does(name, tmp_path):
     file = recipes.copy(name, str(tmp_path / "conf"))
-    assert file.read_text().startswith("# @package _global_\n")
+    assert file.read_text(encoding="utf-8").startswith("# @package _global_\n")
     own = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
     with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
         trees = [
@@ -173,16 +176,21 @@ def test_a_copy_is_found_edited_and_never_overwritten(command, tmp_path):
     assert code == 0
     assert "python -m distill.run --config-dir conf experiment=my_add" in out
     file = tmp_path / "conf" / "experiment" / "my_add.yaml"
-    assert "name: my_add\n" in file.read_text()
-    assert "#     python -m distill.run --config-dir conf experiment=my_add\n" in file.read_text()
-    file.write_text(file.read_text().replace("head_start: 50", "head_start: 7"))
+    assert "name: my_add\n" in file.read_text(encoding="utf-8")
+    assert "#     python -m distill.run --config-dir conf experiment=my_add\n" in file.read_text(
+        encoding="utf-8"
+    )
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("head_start: 50", "head_start: 7"),
+        encoding="utf-8",
+    )
     tree = shown("--config-dir", "conf", "experiment=my_add")
     assert (tree["name"], tree["optimizer"]["head_start"]) == ("my_add", 7)
-    before = file.read_text()
+    before = file.read_text(encoding="utf-8")
     code, _, err = command("recipes", "copy", "add_shapes", "as=my_add")
     assert code == 1
     assert err.startswith("distill: conf/experiment/my_add.yaml: ")
-    assert file.read_text() == before
+    assert file.read_text(encoding="utf-8") == before
     page = command("run", "--config-dir", "conf", "experiment=my_add", "--help")[1]
     assert "  * my_add " in page
     assert "  optimizer.head_start=7 " in page

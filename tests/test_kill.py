@@ -281,12 +281,13 @@ def test_another_trainer_is_taken_without_what_a_new_run_would_have(given, chang
     [
         (["callbacks.samples=null", "~logger"], {"callbacks.samples": None, "logger": None}),
         (
-            ["metrics=coco5k", "metrics.path=coco"],
-            {"metrics.path": "coco", "metrics.prompts": 5000},
+            ["metrics=prompts", "metrics.path=prompts.txt"],
+            {"metrics.path": "prompts.txt", "metrics.prompts": None},
         ),
     ],
 )
-def test_what_is_given_besides_counts_and_nothing_else(given, changed, gone_on):
+def test_what_is_given_besides_counts_and_nothing_else(given, changed, gone_on, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\n", encoding="utf-8")
     before, now = gone_on(*given)
     assert {key: OmegaConf.select(now, key) for key in changed} == changed
     named = ("resume", *(key if now.callbacks.samples is None else "metrics" for key in changed))

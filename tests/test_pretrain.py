@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
 from distill.data.datasets import LatentShards
 from distill.pretrain import pretrain
 from distill.pretraining import text, vae, vit
-from distill.pretraining.asked import check_data
+from distill.pretraining.asked import check_data, teaching_stage
 from distill.pretraining.assemble import silent_t5
 from distill.pretraining.diffusion import Captions
 from distill.pretraining.fit import Fit
@@ -26,7 +27,7 @@ from distill.pretraining.work import Work
 from distill.shapes.world import draw_prompt
 
 CONF = str(Path(__file__).parents[1] / "conf")
-TRAINED = ("clip", "vae", "reader", "vit", "mmdit", "unet")
+TRAINED = ("clip", "vae", "reader", "vit", "mmdit", "mmdit_small", "unet")
 TINY = [
     "data.count=256", "reader_scenes.shared=8", "reader_scenes.fresh=8", "shards.count=6", "shards.steps=2",
     "scoring.prompts=4", "scoring.steps=2", "scoring.guidance=[3.0]",
@@ -34,9 +35,13 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(*overrides: str) -> Path:
+def compose_with(*overrides: str) -> DictConfig:
     with initialize_config_dir(config_dir=CONF, version_base="1.3"):
-        return pretrain(compose("pretrain", overrides=[*TINY, *overrides]))
+        return compose("pretrain", overrides=[*TINY, *overrides])
+
+
+def run(*overrides: str) -> Path:
+    return pretrain(compose_with(*overrides))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def test_every_stage_leaves_its_models_and_a_card(made):
         set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values()
     )
     assert {p.name for p in made.iterdir()} == {
-        "mmdit", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
+        "mmdit", "mmdit_small", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
     }  # fmt: skip
     assert (
         (made / "curves" / "vae.csv")
@@ -68,7 +73,7 @@ def test_every_stage_leaves_its_models_and_a_card(made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mmdit", "unet"])
+@pytest.mark.parametrize("name", ["mmdit", "mmdit_small", "unet"])
 def test_a_pipeline_opens_in_diffusers_and_draws(made, name):
     from diffusers import AutoPipelineForText2Image
 
@@ -139,6 +144,19 @@ def test_ones_own_pictures_need_no_shapes(tmp_path):
 def test_a_stage_without_what_it_needs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="latents needs data, vae first"):
         run(f"out={tmp_path}", "stages=[latents]")
+
+
+def test_a_taught_stage_needs_the_stage_or_the_folder_that_teaches_it(tmp_path):
+    settings = compose_with("stages=[mmdit_small]")
+    assert teaching_stage(settings, "mmdit_small") == ("mmdit",)
+    with pytest.raises(ValueError, match="mmdit_small needs data, clip, vae, latents, mmdit first"):
+        run(f"out={tmp_path}", "stages=[mmdit_small]")
+    named = ("stages=[mmdit_small]", "networks.mmdit_small.taught_by=shapes:mmdit")
+    assert teaching_stage(compose_with(*named), "mmdit_small") == ()
+    with pytest.raises(ValueError, match="mmdit_small needs data, clip, vae, latents first"):
+        run(f"out={tmp_path}", *named)
+    with pytest.raises(FileNotFoundError, match="networks.mmdit_small.taught_by=nowhere"):
+        run(f"out={tmp_path}", "stages=[mmdit_small]", "networks.mmdit_small.taught_by=nowhere")
 
 
 def test_an_unknown_stage_names_the_nearest(tmp_path):

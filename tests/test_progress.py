@@ -163,7 +163,7 @@ def test_only_the_first_process_speaks(monkeypatch, capsys, tmp_path):
     with pytest.raises(RuntimeError, match="broken"):
         work()
     assert capsys.readouterr().out == ""
-    log = (tmp_path / LOG).read_text()
+    log = (tmp_path / LOG).read_text(encoding="utf-8")
     assert log.startswith("process 1: Traceback")
     assert "RuntimeError: broken" in log
 
@@ -190,7 +190,7 @@ def test_the_log_has_what_was_printed_before_there_was_a_folder_and_all_that_fol
     finally:
         logger.removeHandler(handler)
     assert handler.stream is sys.stderr
-    heading, *rest = (tmp_path / LOG).read_text().splitlines()
+    heading, *rest = (tmp_path / LOG).read_text(encoding="utf-8").splitlines()
     assert re.fullmatch(r"== \d{4}-\d\d-\d\d .* python -m distill.run", heading)
     assert rest[:3] == ["loading the teacher", "run folder: somewhere", "an alarm"]
     assert rest[-2:] == ["100 %", "no end"]
@@ -208,7 +208,7 @@ def test_the_log_is_gone_on_with_and_has_the_exception_that_ends_a_run(tmp_path)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="broken"):
             work()
-    log = (tmp_path / LOG).read_text()
+    log = (tmp_path / LOG).read_text(encoding="utf-8")
     assert log.count("== 2") == 2
     assert log.count('raise RuntimeError("broken")') == 2
 
@@ -240,7 +240,9 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
     assert (tmp_path / "end").exists()
     if kept:
         assert ended.returncode == 0
-        assert (tmp_path / "log").read_text() == "adding: 2 steps\nadding: done in 0:00:00\n7\n"
+        assert (tmp_path / "log").read_text(
+            encoding="utf-8"
+        ) == "adding: 2 steps\nadding: done in 0:00:00\n7\n"
 
 
 # -- on a terminal -----------------------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def test_a_terminal_has_bars_and_what_is_printed_stands_above_them(tmp_path):
     printed = ["a line that is printed meanwhile", "and one on stderr", "step 21: an alarm"]
     assert whole.issuperset(printed)
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
-    log = (tmp_path / LOG).read_text()
+    log = (tmp_path / LOG).read_text(encoding="utf-8")
     assert "\x1b" not in log
     assert "\r" not in log
     said = log.splitlines()
@@ -352,7 +354,7 @@ def test_what_goes_to_a_file_is_not_drawn_on_the_terminal(tmp_path):
         "        time.sleep(0.1)\n"
     )
     shown = on_a_terminal(script, tmp_path)
-    assert (tmp_path / "paths.txt").read_text() == "0.png\n1.png\n2.png\n3.png\n"
+    assert (tmp_path / "paths.txt").read_text(encoding="utf-8") == "0.png\n1.png\n2.png\n3.png\n"
     assert ".png" not in shown
     assert "drawing" in shown
     assert console.stream() is sys.stdout

@@ -128,14 +128,18 @@ print(json.dumps(found))
 
 def prepared(here: Path) -> Path:
     """Prompts, a picture, a shard, pipeline folders that hold nothing, and a run without checkpoints."""
-    (here / "prompts.txt").write_text("a red star\n")
+    (here / "prompts.txt").write_text("a red star\n", encoding="utf-8")
     (here / "picture.png").write_bytes(b"\x89PNG")
     (here / "x.tar").write_bytes(b"")
     for name, kind in {"unet": "StableDiffusionPipeline", "other": "WuerstchenPipeline"}.items():
         (here / name).mkdir()
-        (here / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        (here / name / "model_index.json").write_text(
+            json.dumps({"_class_name": kind}), encoding="utf-8"
+        )
     (here / "made").mkdir()
-    (here / "made" / "config.yaml").write_text("discriminator: {features: null}\n")
+    (here / "made" / "config.yaml").write_text(
+        "discriminator: {features: null}\n", encoding="utf-8"
+    )
     return here
 
 
@@ -153,6 +157,7 @@ def answers(tmp_path_factory) -> list:
         capture_output=True,
         text=True,
         timeout=600,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert not list(elsewhere.iterdir())

@@ -171,7 +171,7 @@ def has_pictures(world, out):
 
 
 def is_folder(world, out):
-    assert out == "wrote fast\n"
+    assert out == "exporting\nwrote fast\n"
     index, of_run = (
         folder / "model_index.json"
         for folder in (world / "fast", world / "runs" / "mine" / "student")

@@ -234,18 +234,20 @@ def test_a_whole_run_is_one_file_that_loads_nothing(run):
 
 def test_alarms_stand_above_the_curves_with_their_steps(run):
     assert "alarm" not in read(run)[1].text  # of a run that nobody watched nothing is claimed
-    (run / "alarms.jsonl").write_text("")
+    (run / "alarms.jsonl").write_text("", encoding="utf-8")
     assert "No health alarm was raised." in read(run)[1].text
     raised = [(50, HOSTILE), (150, "it has collapsed"), (1250, HOSTILE)]
     rows = [json.dumps({"step": step, "alarm": said}) for step, said in raised]
-    (run / "alarms.jsonl").write_text("\n".join([*rows, "[1]", '{"step": 1300, "al']))
+    (run / "alarms.jsonl").write_text(
+        "\n".join([*rows, "[1]", '{"step": 1300, "al']), encoding="utf-8"
+    )
     page, reader = read(run)
     assert f"Health alarm at steps 50, 1,250: {HOSTILE}." in reader.text
     assert "Health alarm at step 150: it has collapsed." in reader.text
     assert HOSTILE not in page
     assert page.index("Health alarm") < page.index('class="charts"')
     many = [json.dumps({"step": 50 * k, "alarm": "again"}) for k in range(40)]
-    (run / "alarms.jsonl").write_text("\n".join(many))
+    (run / "alarms.jsonl").write_text("\n".join(many), encoding="utf-8")
     assert "500, 550 and 28 more: again." in read(run)[1].text
 
 

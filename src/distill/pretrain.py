@@ -17,7 +17,7 @@ from distill.compose import check_counts, shipped
 from distill.data.shards import check_path
 from distill.errors import command
 from distill.hardware import check_precision
-from distill.pretraining.asked import check_data, chosen
+from distill.pretraining.asked import ORDER, check_data, chosen, trains
 from distill.progress import importing
 from distill.teachers.locate import check_pipeline
 
@@ -42,9 +42,12 @@ def check(cfg: DictConfig) -> None:
     check_precision(cfg.precision)
     check_data(cfg.data.path, cfg.data.size, cfg.data.count)
     for name in chosen(cfg.stages):
-        if "lr" in cfg.get(name, {}):  # a stage that trains
+        if trains(cfg, name):
             budget = OmegaConf.to_container(cfg[name], resolve=True)
             validate.check_taken(budget, "distill.pretraining.fit.Fit", f"{name}.")
+        taught_by = cfg.networks.get(name, {}).get("taught_by")
+        if taught_by is not None and taught_by not in ORDER:
+            check_pipeline(shipped(str(taught_by)), f"networks.{name}.taught_by")
     if cfg.data.path is not None:
         check_path(cfg.data.path)
     if cfg.parts is not None:

@@ -1,6 +1,7 @@
 """What a pretraining may be asked for: stages, and data that they can use. Nothing here imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distill.compose import nearest
 from distill.shapes.world import SIDE
@@ -23,6 +24,17 @@ def check_data(path: str | None, size: int, count: int) -> None:
         )
     if count < MIN_PICTURES:
         raise ValueError(f"data.count={count}: at least {MIN_PICTURES} pictures are needed")
+
+
+def trains(asked: Mapping[str, Any], stage: str) -> bool:
+    """Whether a stage trains a network: it has a rate then."""
+    return "lr" in (asked.get(stage) or {})
+
+
+def teaching_stage(asked: Mapping[str, Any], stage: str) -> tuple[str, ...]:
+    """The stage of the same folder that teaches this one, if any. A pipeline folder teaches too, and is no stage."""
+    taught_by = asked["networks"].get(stage, {}).get("taught_by")
+    return (taught_by,) if taught_by in ORDER else ()
 
 
 def chosen(stages: Sequence[str] | str | None) -> list[str]:

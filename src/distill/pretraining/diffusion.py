@@ -18,6 +18,7 @@ from distill.compose import shipped
 from distill.data.write import write_latents
 from distill.evaluation import pictures
 from distill.hardware import autocast
+from distill.pretraining.asked import teaching_stage
 from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.text import tokenize
@@ -239,7 +240,9 @@ def train(work: Work, stage: str) -> dict[str, Any]:
     captions = encode_captions(clip, tokenizer, work.captions, layer=layer)
     latents, fit = work.latents, work.fit(stage)
     torch.manual_seed(fit.seed)
-    options = work.asked["networks"].get(stage, {})
+    options = dict(work.asked["networks"].get(stage, {}))
+    if teaching_stage(work.asked, stage):
+        options["taught_by"] = str(work.models / options["taught_by"])
     net, loss = build(latents.shape[-1], *captions.tokens.shape[1:], **options)
 
     def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

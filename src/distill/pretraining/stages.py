@@ -22,7 +22,7 @@ from distill.console import note
 from distill.data.write import write_images
 from distill.hardware import hardware, precision
 from distill.pretraining import diffusion, parts, reader, text, vae, vit
-from distill.pretraining.asked import check_data, chosen
+from distill.pretraining.asked import check_data, chosen, teaching_stage, trains
 from distill.pretraining.work import PER_SHARD, Work
 from distill.progress import Bar, track
 from distill.shapes.render import render
@@ -89,12 +89,14 @@ STAGES = {  # in the order in which they run: that of asked.ORDER
     "reader": Stage(reader.train, ("data", "vae", "latents"), ("reader_scenes", "reader")),
     "vit": Stage(vit.train, ("data",), ("vit",)),
     "mmdit": Stage(
-        partial(diffusion.train, stage="mmdit"), ("data", "clip", "vae", "latents"), ("mmdit",)
+        partial(diffusion.train, stage="mmdit"),
+        ("data", "clip", "vae", "latents"),
+        ("mmdit", "networks.mmdit"),
     ),
     "mmdit_small": Stage(
         partial(diffusion.train, stage="mmdit_small"),
         ("data", "clip", "vae", "latents"),
-        ("mmdit_small", "networks"),
+        ("mmdit_small", "networks.mmdit_small"),
     ),
     "unet": Stage(
         partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)
@@ -126,7 +128,8 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
 def _run(work: Work, name: str, command: str) -> None:
     """One stage, unless it is finished. Raises ValueError if those are not that it needs."""
     finished = [each for each, about in work.known()["stages"].items() if about.get("finished")]
-    if missing := [each for each in STAGES[name].needs if each not in finished]:
+    needed = (*STAGES[name].needs, *teaching_stage(work.asked, name))
+    if missing := [each for each in needed if each not in finished]:
         raise ValueError(
             f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have"
         )
@@ -134,7 +137,7 @@ def _run(work: Work, name: str, command: str) -> None:
     if name in finished:
         print(f"{name}: done before")
         return
-    if "steps" in (work.asked.get(name) or {}):  # it trains
+    if trains(work.asked, name):
         work.note(name, precision=work.fit(name).precision)
     began = time.monotonic()
     scores = STAGES[name].make(work)

@@ -109,7 +109,9 @@ class Work:
         """Write down the settings that decide what a stage makes; refuse to go on with one begun with others."""
         settings: dict[str, Any] = {}
         for name in ("seed", "data", *decided_by):
-            node = self.asked[name]
+            node: Any = self.asked
+            for key in name.split("."):
+                node = node[key]
             settings |= (
                 {f"{name}.{k}": v for k, v in node.items()}
                 if isinstance(node, Mapping)
