@@ -89,7 +89,10 @@ def alone(tmp_path_factory, parts):
     return end
 
 
-each_method = pytest.mark.parametrize("method", tiny.METHODS)
+each_method = pytest.mark.parametrize(
+    "method",
+    [m if m in tiny.GAMES else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS],
+)
 
 
 @each_method

@@ -100,6 +100,15 @@ def terms_of(folder):
 # -- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
+def test_what_a_run_can_be_without_may_be_left_out(command, pipelines, shards, tmp_path):
+    left_out = ["~logger", "~callbacks", "~metrics"]
+    few = ["trainer.max_steps=1", "trainer.accelerator=cpu", "data.batch_size=2"]
+    given = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "optimizer.head_start=0"]
+    assert command("run", "run_dir=run", *left_out, *few, *given)[0] == 0
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"config.yaml", "run.json", "run.log", "report.html", "student"}
+
+
 def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
     folder = smoke(family)
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}

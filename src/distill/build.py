@@ -180,7 +180,7 @@ def settle_precision(cfg: DictConfig) -> Precision:
 
 def trainer(cfg: DictConfig, folder: Path) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder."""
-    callbacks = [make(node) for node in cfg.callbacks.values() if node]
+    callbacks = [make(node) for node in (cfg.get("callbacks") or {}).values() if node]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
@@ -188,7 +188,9 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "config": OmegaConf.to_container(cfg, resolve=True),
                 "versions": versions(),
             }
-    loggers = [make(node)(save_dir=str(folder)) for node in cfg.logger.values() if node]
+    loggers = [
+        make(node)(save_dir=str(folder)) for node in (cfg.get("logger") or {}).values() if node
+    ]
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer)

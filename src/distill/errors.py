@@ -48,6 +48,11 @@ TEXTS = {
 WORDS = ("prompt", "name", "callbacks.samples.prompts")  # texts that are no paths
 FULL = "HYDRA_FULL_ERROR"
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
+NO_OPTION = "Config group override must be"  # how Hydra's sentence begins, which names neither key nor value
+UNRESOLVED = (
+    "Error resolving interpolation"  # likewise, where a group decides which option another has
+)
+DECIDING = ("method", "teacher", "discriminator")  # such groups
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -180,6 +185,14 @@ def sentence(error: BaseException) -> str:
         return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
     if isinstance(cause, OverrideParseException):
         return f"{cause.override}: cannot be read as key=value; put quotes around a value with spaces or commas"
+    if str(cause).startswith(NO_OPTION) and (word := _unnamed_option(sys.argv[1:])):
+        group = word.partition("=")[0]
+        named = f"{group} takes the name of an option, there is {', '.join(_options(group))}"
+        return f"{word}: {named}; ~{group} leaves it out"
+    left_out = [word for word in sys.argv[1:] if word.removeprefix("~") in DECIDING]
+    if str(cause).startswith(UNRESOLVED) and left_out:
+        group = left_out[0].removeprefix("~")
+        return f"{left_out[0]}: a run cannot be without; there is {', '.join(_options(group))}"
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(
         error, HydraException
     ):
@@ -200,6 +213,21 @@ def sentence(error: BaseException) -> str:
     elif isinstance(cause, HydraException) and (named := re.search(r"'([\w./@]+)'", text)):
         text = text.rstrip(". ") + nearest(named[1], GROUPS)
     return " ".join(text.split())
+
+
+def _unnamed_option(words: list[str]) -> str | None:
+    """The first `group=value` whose value Hydra reads as something else than a name: null, false, a number."""
+    parser = OverridesParser.create()
+    for word in words:
+        if word.partition("=")[0] in GROUPS and not isinstance(
+            parser.parse_override(word).value(), (str, list)
+        ):
+            return word
+    return None
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml"))
 
 
 def _keys(error: OmegaConfBaseException) -> list[str]:

@@ -39,11 +39,13 @@ JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 PROMPTS = "distill.data.source.prompts"
 # What may be different when a command that writes shards goes on.
 FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
+NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
 
 def check_run(cfg: DictConfig) -> None:
     """All of a run's configuration."""
+    check_groups(cfg)
     check_sides(cfg)
     check_counts(cfg, COUNTS)
     check_keys(cfg)
@@ -55,6 +57,19 @@ def check_run(cfg: DictConfig) -> None:
     if "_target_" in (cfg.get("metrics") or {}):
         check_metrics(cfg.metrics)
     refuse_taken(cfg)
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """That no group is left out which every run needs, and that each callback and logger has a target."""
+    for group in NEEDED:
+        if "_target_" not in (cfg.get(group) or {}):  # a recipe may have left other keys of it
+            raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
+    for group in ("callbacks", "logger"):
+        for name, node in (cfg.get(group) or {}).items():
+            if node and "_target_" not in node:
+                raise ValueError(
+                    f"{group}.{name}: has no _target_; give one, or leave it out by ~{group}.{name}"
+                )
 
 
 def check_sides(cfg: DictConfig) -> None:
