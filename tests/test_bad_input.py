@@ -197,7 +197,8 @@ def test_a_gpu_that_is_not_there(refused, no_weights, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused("run", "trainer.accelerator=gpu")
     assert (
-        said == "trainer.accelerator=gpu: there is no GPU here; use trainer.accelerator=cpu or auto"
+        said
+        == "trainer.accelerator=gpu: there is no such GPU here; use trainer.accelerator=cpu or auto"
     )
 
 

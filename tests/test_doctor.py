@@ -46,7 +46,7 @@ def test_a_healthy_machine_gets_no_fail(command, pipelines):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trainer.accelerator=gpu"], "there is no GPU here"),
+        (["trainer.accelerator=gpu"], "there is no such GPU here"),
         (
             ["+trainer.strategy=fsdp"],
             "FSDP1 wraps the forward pass of one player; use trainer=fsdp2",

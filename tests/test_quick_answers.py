@@ -70,6 +70,8 @@ WRONG = [
     ("run", "~teacher", "~teacher: a run cannot be without; there is flux, pixart_sigma"),
     ("run", "~callbacks debug=smoke", "callbacks.samples: has no _target_; give one, or leave it"),
     ("run", "++teacher.dtype=float99", "teacher.dtype=float99: must be a dtype of torch"),
+    ("doctor", "trainer.max_steps=abc", "trainer.max_steps=abc: must be a whole number"),
+    ("doctor", "~data", "data: a run cannot be without"),
     ("export", "run={here} to=lorra", "(did you mean lora?)"),
     ("export", "run={here}/unet to=lora rank=x", "rank=x: must be a whole number, 1 or more"),
     ("export", "run={here}/unet naming=khoya", "naming=khoya: must be diffusers or kohya"),

@@ -120,6 +120,24 @@ def test_what_was_not_distilled_is_sampled_with_guidance(family, pipelines, comm
     assert Image.open(path).text["guidance"] == "4.5"
 
 
+def test_what_was_not_distilled_goes_on_from_a_picture_too(pipelines, command, tmp_path):
+    start, folder = tmp_path / "start.png", str(pipelines("mmdit"))
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(start)
+    how = {"steps": 4, "guidance": 2.0, "strength": 0.5}
+    asked = [f"run={folder}", f"prompt='{PROMPTS[0]}'", f"image={start}", "out=out"]
+    given = [f"{key}={value}" for key, value in how.items()]
+    assert command("sample", EXACT, *asked, *given)[0] == 0
+    (path,) = (tmp_path / "out").iterdir()
+    model = student_of(folder)
+    with torch.no_grad():
+        image = model.encode(fitted(opened(start, "image="), 64, 64))
+        cond, shape = model.embed(PROMPTS[:1]), model.latent_shape
+        x0 = guided(model, cond, seeded([0]), shape=shape, image=image, **how)
+        expected = to_bytes(model.decode(x0))[0].permute(1, 2, 0)
+    assert abs(pixels(path) - expected.numpy().astype(int)).max() == 0
+    assert Image.open(path).text["strength"] == "0.5"
+
+
 def test_a_picture_to_go_on_from_stands_upright(tmp_path):
     """As a phone writes it: what is left in the file is up, and a mark says so; diffusers reads it so too."""
     from diffusers.utils import load_image

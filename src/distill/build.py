@@ -38,8 +38,9 @@ def check(cfg: DictConfig) -> None:
     validate.check_run(cfg)
     allowed(cfg)
     accelerator = cfg.trainer.get("accelerator", "auto")
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        what = "there is no GPU here; use trainer.accelerator=cpu or auto"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(accelerator, accelerator != "gpu" or any(there.values())):
+        what = "there is no such GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)

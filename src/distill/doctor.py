@@ -16,7 +16,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distill.compose import processes, shipped
+from distill import validate
+from distill.compose import check_counts, processes, shipped
 from distill.errors import command
 
 GB = 1e9
@@ -161,6 +162,9 @@ def _memory() -> float:
 
 @command("config")
 def main(cfg: DictConfig) -> int:
+    validate.check_groups(cfg)
+    validate.check_keys(cfg)
+    check_counts(cfg, validate.COUNTS)
     lines = [*machine(), *fit(cfg)]
     for level, what, remedy in lines:
         print(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}")

@@ -39,6 +39,7 @@ def main(cfg: DictConfig) -> None:
 
         from distill import build
         from distill.files import newest, read
+        from distill.hardware import device
         from distill.report.inspection import look, write
 
     folder = Path(cfg.run)
@@ -50,7 +51,9 @@ def main(cfg: DictConfig) -> None:
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)
     method.load_state_dict(read(kept)["state_dict"], strict=False)
-    batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
+    method.to(device(made.trainer.get("accelerator", "auto")))
+    loaded = next(iter(source.loader(seed=cfg.seed)))
+    batch = method._embedded(method.transfer_batch_to_device(loaded, method.device, 0))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
     with stage("looking with the discriminator"):
         seen = look(method, batch, list(cfg.levels), generator)

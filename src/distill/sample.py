@@ -127,10 +127,6 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
             f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out"
         )
     if cfg.image:
-        if cfg.guidance is not None:
-            raise ValueError(
-                f"image={cfg.image}: only a distilled model goes on from a picture; leave it out"
-            )
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
     few = partial(sampler_of(cfg.run, model), model, **how)
@@ -139,13 +135,12 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
         cond = model.embed(prompts)
         start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
+        begin = {} if start is None else {"image": start, "strength": cfg.strength}
         with autocast(cfg.precision, model.device.type):
             if cfg.guidance is not None:
-                x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how)
-            elif start is not None:
-                x0 = few(cond, seeded(seeds), image=start, strength=cfg.strength)
+                x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how, **begin)
             else:
-                x0 = few(cond, seeded(seeds))
+                x0 = few(cond, seeded(seeds), **begin)
         return to_bytes(model.decode(x0))
 
     return make
