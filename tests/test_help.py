@@ -62,7 +62,7 @@ def test_a_page_knows_groups_and_follows_what_is_chosen(command):
 
 def test_a_page_says_which_file_has_changed_a_value_and_why(command):
     out = plain(command("run", "teacher=shapes", "--help")[1])
-    said = "optimizer.discriminator_updates=2 for each of the student [recipe/ladd_shapes: on the"
+    said = "before step 0 [recipe/ladd_shapes: iterations; the heads are right four"
     assert said in out
     assert "[" not in plain(command("sample", "--help")[1]).partition("steps=1")[2][:20]
 

@@ -173,7 +173,7 @@ def job(command, monkeypatch, tmp_path):
 
 
 def test_a_second_run_in_a_job_of_slurm_is_refused(job):
-    folder = "runs/slurm_7_ladd_shapes_small"
+    folder = "runs/slurm_7_ladd_shapes"
     assert job() == (0, "", [(folder, None)])
     said = f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
     assert job()[:2] == (1, f"distill: {said}\n")
@@ -187,7 +187,7 @@ def test_a_second_run_in_a_job_of_slurm_is_refused(job):
 
 @pytest.mark.parametrize("arguments", [[], ["run_dir=mine", "experiment=add_shapes"]])
 def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
-    folder = "mine" if arguments else "runs/slurm_7_ladd_shapes_small"
+    folder = "mine" if arguments else "runs/slurm_7_ladd_shapes"
     assert job(*arguments, RESTART_COUNT="0")[2] == [(folder, None)]
     assert job(*arguments, RESTART_COUNT="1")[2] == [
         (folder, None)
@@ -308,7 +308,7 @@ def test_the_first_trial_has_what_the_run_has_anyway():
         "method.distill_weight": ("log(100,200)", None),
     }
     found = search._as_it_is(
-        ["method=ladd", "teacher=shapes"], [f"{key}={text}" for key, (text, _) in keys.items()]
+        ["experiment=ladd_shapes_long"], [f"{key}={text}" for key, (text, _) in keys.items()]
     )
     assert found == {key: value for key, (_, value) in keys.items() if value is not None}
 

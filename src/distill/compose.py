@@ -22,7 +22,6 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
-from distill._conf import CONF_DIR
 from distill.ranks import rank, world
 
 ROOTS = (
@@ -42,22 +41,11 @@ FUNCTIONS = (
     "distill.data.source.",
 )  # and a function that it calls
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-RECIPES = Path(CONF_DIR) / "recipe"
 SHIPPED = (
     "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
 )
 # In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
 OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
-
-
-def recipe_of(method: str, teacher: str) -> str:
-    """The recipe of a method: for this teacher alone, where there is one, or for all of its world."""
-    world = teacher.partition("_")[0]
-    found = [f"{method}_{name}" for name in (teacher, world)]
-    return next((name for name in found if (RECIPES / f"{name}.yaml").is_file()), found[-1])
-
-
-OmegaConf.register_new_resolver("recipe", recipe_of, replace=True)
 FIXED = (
     "method",
     "teacher",

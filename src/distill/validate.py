@@ -45,6 +45,7 @@ PICTURES = "distill.discriminators.images.ImageFeatures"
 
 def check_run(cfg: DictConfig) -> None:
     """All of a run's configuration."""
+    check_targets(cfg)  # first: a stranger's file gets no advice
     check_groups(cfg)
     check_sides(cfg)
     check_counts(cfg, COUNTS)
@@ -86,6 +87,11 @@ def check_sides(cfg: DictConfig) -> None:
         raise ValueError(
             f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0"
         )
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """That every target is allowed."""
+    _targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
 
 def check_keys(cfg: DictConfig) -> None:
