@@ -1,6 +1,7 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from distill.teachers.locate import (
     no_folder,
     no_model,
 )
+from distill.unread import refuse_unread
 
 SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
 HUB = {  # an error of the hub's, the more particular first -> what it means
@@ -32,6 +34,7 @@ HUB = {  # an error of the hub's, the more particular first -> what it means
     RepositoryNotFoundError: "there is no such repository, or it is private",
     RevisionNotFoundError: "it has no such revision",
 }
+VARIANT = re.compile(r"^[^.]+\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")  # of a file's name
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts which it lacks
 
@@ -174,6 +177,7 @@ def whole(
         raise FileNotFoundError(
             f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
         )
+    options["variant"] = options["variant"] or only_variant(folder, key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
         what = f"only pickled weights ({pickled[0]}), which can run code when read"
@@ -190,18 +194,25 @@ def whole(
     except Exception as error:  # damaged files raise nearly anything
         what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
-    other = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
-    for what, names in {
-        "lacks": sorted(report["missing_keys"]),
-        "has in another shape": sorted(other),
-    }.items():
-        if names:
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            advice = "fetch it anew, or correct its config.json"
-            raise ValueError(
-                f"{key}={path}: {part}/ {what} {some} of its {network.__name__}; {advice}"
-            )
+    refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
     return model
+
+
+def only_variant(folder: Path, key: str) -> str | None:
+    """The variant of which alone there are weights in this folder of a network; None where there are plain ones.
+
+    Raises ValueError, beginning with `key`, where there are several.
+    """
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    names = [file.name for file in files]
+    found = {match[1] if (match := VARIANT.search(name)) else None for name in names}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        what = f"{folder.name}/ has weights of variants alone"
+        ways = " or ".join(f"teacher.variant={name}" for name in sorted(found, key=str))
+        raise ValueError(f"{key}: {what}; choose one by {ways}")
+    return found.pop()
 
 
 def check_parts(path: str, parts: Mapping[str, Any], without: Sequence[str] = ()) -> None:
