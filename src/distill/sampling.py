@@ -18,6 +18,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    UNet2DConditionModel,
 )
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from distill.limits import check_strength
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.schedulers import ShiftedLCMScheduler
+from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,10 @@ class Consistency(FewSteps):
         eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take theirs.
         """
         if student.prediction == "flow":
-            return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+            # The pipelines of UNets ask of a scheduler what diffusers' own of flows has not.
+            of_unet = isinstance(student.model, UNet2DConditionModel)
+            kind = FlowScheduler if of_unet else FlowMatchEulerDiscreteScheduler
+            return kind(shift=1.0, stochastic_sampling=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
         return LCMScheduler(

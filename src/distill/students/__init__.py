@@ -15,6 +15,7 @@ from distill.teachers.locate import denoiser_in, denoiser_part
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, lineage, only_variant
+from distill.teachers.settings import KINDS, prediction_of
 from distill.teachers.weights import about_weights, put_on, write_weights
 from distill.unread import refuse_unread
 
@@ -86,13 +87,11 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
     folder = part.parent
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(
-        part
-    )
-    own = {
-        "prediction_type": teacher.pipeline.scheduler.config.get("prediction_type"),
-        **model.config,
-    }
+    config, own = dict(type(model).load_config(part)), dict(model.config)
+    if said:
+        names = {prediction: name for name, prediction in KINDS.items()}
+        config["prediction_type"] = names[prediction_of(said, f"student.init={init}")]
+        own["prediction_type"] = names[teacher.network.prediction]
     for key in FITTING:
         if (theirs := config.get(key, own.get(key))) != own.get(key):
             what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"

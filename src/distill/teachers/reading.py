@@ -26,9 +26,11 @@ from distill.teachers.locate import (
     no_folder,
     no_model,
 )
+from distill.teachers.settings import check_settings, in_folder
 from distill.unread import refuse_unread
 
-SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
+OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
+SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
 HUB = {  # an error of the hub's, the more particular first -> what it means
     GatedRepoError: "it is gated: accept its licence on its page, then log in with `hf auth login`",
     RepositoryNotFoundError: "there is no such repository, or it is private",
@@ -64,7 +66,9 @@ def read_pipeline(
         path = fetched(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
-    for name, network in pipeline_classes(path, kind.__name__, without).items():
+    classes = pipeline_classes(path, kind.__name__, without)
+    check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
+    for name, network in classes.items():
         home = home_of(Path(path), name)
         if network is NoneType:
             parts[name] = (
@@ -78,9 +82,18 @@ def read_pipeline(
                 parts[name] = read()
         elif home != str(path):  # a tokenizer: diffusers would look for it in `path`
             parts[name] = network.from_pretrained(home, subfolder=name)
-    pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    try:
+        pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    except Exception as error:  # of schedulers and tokenizers, which are read here: nearly anything
+        what = f"does not load as a {kind.__name__} ({first_line(error)})"
+        raise ValueError(f"teacher.path={path} {what}; fetch it anew") from None
     pipeline.deferred = later
     return pipeline
+
+
+def configurations(path: str) -> Callable[[str], Any]:
+    """The configurations in a pipeline folder or in those that have the parts which it lacks, by the parts' names."""
+    return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
 def lineage(folder: Path) -> list[Path]:
@@ -156,7 +169,7 @@ def pipeline_classes(
         if pair[0] is None:
             classes[name] = NoneType
             continue
-        if tuple(pair) == SHIFTED:  # the one class of ours that a pipeline may hold
+        if tuple(pair) in SCHEDULERS:
             continue
         library, found = pair
         if library not in LIBRARIES:
