@@ -17,6 +17,10 @@ TOKENS = 300  # that the pipeline passes
 class PixArt(Transformer):
     """Its output has twice the channels of a latent; the second half is the variance, which few steps do without."""
 
+    @property
+    def caption_width(self) -> int:
+        return self.model.config.caption_channels
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
         size = {"resolution": None, "aspect_ratio": None}  # Sigma is told of neither

@@ -61,6 +61,12 @@ class UNet(Network):
         super().__init__(model, process, prediction)
         model.set_attn_processor(Attention())
 
+    @property
+    def caption_width(self) -> int | None:
+        config = self.model.config
+        width = config.get("encoder_hid_dim") or config.cross_attention_dim
+        return width if isinstance(width, int) else None  # blocks may differ
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         step = step_of(self.process, t)
         return self.model(x_t, step, encoder_hidden_states=cond.tokens).sample

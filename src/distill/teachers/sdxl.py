@@ -32,8 +32,9 @@ class UNetXL(UNet):
 
 
 class SDXL(SD):
-    """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16: use bfloat16."""
+    """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16, and stays in float32."""
 
+    upcasts = True
     kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
 
     def _unet(self, process: Process, prediction: Prediction) -> UNetXL:
