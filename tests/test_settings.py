@@ -21,6 +21,7 @@ from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 from distill.teachers.sdxl import SDXL
+from distill.types import Cond
 
 EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}
 FLOW = {  # as flow fine-tunes of SDXL have it in diffusers
@@ -197,6 +198,19 @@ def test_pixart_on_a_flow(tmp_path):
     with torch.no_grad():
         v = teacher.network.predict(x_t, t, cond)
         torch.testing.assert_close(teacher.x0(x_t, t, cond), x_t - 0.5 * v)
+
+
+def test_a_unet_that_projects_its_captions_says_how_wide_they_are(teachers):
+    """Not `cross_attention_dim`, which is their width behind the projection."""
+    net = teachers("unet").network
+    width = net.caption_width
+    assert width == teachers("unet").embed(["x"]).tokens.shape[-1]
+    config = dict(net.model.config) | {"encoder_hid_dim": 7, "encoder_hid_dim_type": "text_proj"}
+    projecting = net.around(type(net.model).from_config(config))
+    assert projecting.caption_width == 7
+    tokens = torch.zeros(1, 3, 7)
+    x_t, t = torch.zeros(1, *teachers("unet").latent_shape), torch.ones(1)
+    assert projecting.x0(x_t, t, Cond(tokens)).shape == x_t.shape
 
 
 # -- UNets without a middle ------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_blocks_that_the_config_does_not_have_are_counted(written, tmp_path):
     _, file, config = written("sdxl")
     state = load_file(file)
     name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
-    extra = {name.replace("blocks.1.0", "blocks.9.0"): state[name]}
+    extra = {name.replace("blocks.1.0", "blocks.9.0"): state[name].clone()}
     save_file(state | extra, path := tmp_path / "more.safetensors")
     said = said_of(SDXL, path, config=str(config))
     assert said.startswith(f"teacher.path={path}")
