@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.loaders import FromSingleFileMixin
 from hydra.utils import get_object
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ import tiny
 from distill.sampling import Consistency, seeded
 from distill.students import full, save_pipeline
 from distill.students.single_file import save_single_file
+from distill.teachers.held import check_held, places_in
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -296,6 +298,19 @@ def test_a_config_is_needed_and_named(written, tmp_path):
     )
     said = said_of(SD, file, config="someone/model")  # tests are offline
     assert said.startswith("teacher.config=someone/model: cannot be fetched (")
+
+
+def test_a_t5_has_one_place_whichever_encoder_it_is():
+    """FLUX's is its second, where SDXL and SD3 have a CLIP: a whole file's own would be passed over."""
+    clip, t5 = transformers.CLIPTextModel, transformers.T5EncoderModel
+    found = places_in({"text_encoder": clip, "text_encoder_2": t5, "tokenizer": type(None)})
+    assert found["text_encoder_2"] == ("text_encoders.t5xxl.",)
+    assert "text_encoders.clip_l." in found["text_encoder"]
+    name = "text_encoders.t5xxl.transformer.shared.weight"
+    check_held({name: [2, 2]}, {"text_encoder": clip, "text_encoder_2": t5}, (), "x")
+    with pytest.raises(ValueError, match=rf"^x holds {name}, of which nothing would be made"):
+        check_held({name: [2, 2]}, {"text_encoder": clip, "text_encoder_2": clip}, (), "x")
+    check_held({name: [2, 2]}, {"text_encoder": clip}, ("text_encoder_3",), "x")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))

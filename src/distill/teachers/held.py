@@ -38,7 +38,7 @@ SPENT = re.compile(
 )
 TEXT = re.compile(  # ends of names in text encoders, of which some have a tokenizer besides
     r"(weight|bias|in_proj_weight|in_proj_bias|positional_embedding|text_projection|logit_scale"
-    r"|position_ids|spiece_model)$"
+    r"|position_ids|attn_mask|spiece_model)$"
 )
 
 
