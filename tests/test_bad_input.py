@@ -22,8 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import eyes
+import tiny
 from distill import errors, files
 from distill.data.write import write_latents
+from distill.discriminators.images import ImageFeatures
+from distill.metrics.networks import Dinov2
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 
@@ -279,6 +282,45 @@ def test_tensors_of_another_shape_are_named(part, refused, copied):
     said = refused("run", f"teacher.path={folder}")
     assert f"teacher.path={folder}: {part}/ " in said
     assert name.split(".")[-2] in said
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_tensors_without_a_place_are_named(part, refused, copied):
+    """The libraries only warn of them: the scales of fp8 weights, without which they are others."""
+    folder = copied()
+    file = next((folder / part).glob("*.safetensors"))
+    name = next(n for n in sorted(load_file(file)) if n.endswith("weight"))
+    scale = name.removesuffix("weight") + "scale_weight"
+    rewrite(file, lambda tensors: tensors.update({scale: torch.ones(1)}))
+    said = refused("run", f"teacher.path={folder}")
+    assert said.startswith(f"teacher.path={folder}: {part}/ holds ")
+    assert ".scale_weight, for which its " in said
+    assert said.endswith("; scaled fp8 is not read: give weights in bfloat16 or float16")
+
+
+def test_what_text_encoders_have_besides_is_no_fault(copied):
+    folder = copied()
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    expected = SD3(str(folder)).state_dict()
+    more = ("logit_scale", "text_model.embeddings.position_ids", "visual_projection.weight")
+    rewrite(file, lambda tensors: tensors.update({name: torch.ones(1) for name in more}))
+    found = SD3(str(folder)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_network_of_pictures_is_read_whole(tmp_path):
+    """transformers goes on with random weights for what its files lack."""
+    folder = shutil.copytree(tiny.vit(), tmp_path / "vit")
+    file = next(folder.glob("*.safetensors"))
+    name = next(n for n in sorted(load_file(file)) if "attention" in n)
+    rewrite(file, lambda tensors: tensors.pop(name))
+    for read, key in (
+        (lambda: ImageFeatures(str(folder), size=tiny.SIDE), "discriminator.features.path="),
+        (Dinov2(str(folder)).load, "metrics.networks: "),
+    ):
+        with pytest.raises(ValueError, match=rf"^{key}.*lacks .*attention") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_other_damage_to_a_teacher(refused, copied):

@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.loaders import FromSingleFileMixin
 from hydra.utils import get_object
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ import tiny
 from distill.sampling import Consistency, seeded
 from distill.students import full, save_pipeline
 from distill.students.single_file import save_single_file
+from distill.teachers.held import check_held, places_in
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -179,6 +181,74 @@ def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("layout", "more", "what"),
+    [
+        ("sdxl", "edm_vpred.sigma_max", "is a model in the form of EDM (edm_vpred.sigma_max)"),
+        ("sdxl", "edm_mean", "is a model in the form of EDM (edm_mean)"),
+        ("sdxl", "model.diffusion_model.out.2.scale_weight", "holds model.diffusion_model.out.2.s"),
+        ("sd3", "model.diffusion_model.scaled_fp8", "holds model.diffusion_model.scaled_fp8, of"),
+        ("sd15", "first_stage_model.decoder.conv_in.weight_scale", "holds first_stage_model.deco"),
+        ("sd3", "text_encoders.t5xxl.transformer.shared.scale_weight", "holds text_encoders.t5x"),
+        ("sd15", "lora_unet_mid_block.alpha", "holds lora_unet_mid_block.alpha, of which nothing"),
+        ("sd15", "conditioner.embedders.1.model.ln_final.bias", "holds conditioner.embedders.1.m"),
+    ],
+)
+def test_a_tensor_that_would_be_passed_over_is_named(layout, more, what, written, tmp_path):
+    """diffusers takes what it knows of a file: scales are dropped, and CosXL is read as eps."""
+    _, file, config = written(layout)
+    save_file(load_file(file) | {more: torch.ones(1)}, path := tmp_path / "more.safetensors")
+    said = said_of(MAKE[layout], path, config=str(config))
+    assert said.startswith(f"teacher.path={path} {what}")
+    assert "no teacher here reads" in said or "nothing would be made" in said
+    if "scale" in more:
+        assert said.endswith("; scaled fp8 is not read: give weights in bfloat16 or float16")
+
+
+def test_what_training_leaves_in_a_file_is_no_fault(written, tmp_path):
+    _, file, config = written("sd15")
+    expected = SD(str(file), config=str(config))
+    table = expected.pipeline.scheduler.alphas_cumprod
+    more = {
+        "model_ema.decay": torch.ones(1),
+        "alphas_cumprod": table.half(),
+        "sqrt_alphas_cumprod": table.sqrt(),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(9)[None],
+    }
+    save_file(load_file(file) | more, path := tmp_path / "more.safetensors")
+    found = SD(str(path), config=str(config)).state_dict()
+    assert tiny.same(found, expected.state_dict())
+    save_file(load_file(file) | {"alphas_cumprod": table * 0.9}, path)
+    assert "has another schedule of noise (alphas_cumprod) than teacher.config=" in said_of(
+        SD, path, config=str(config)
+    )
+
+
+def test_blocks_that_the_config_does_not_have_are_counted(written, tmp_path):
+    """A full model read by the configuration of a pruned one loses blocks without a word."""
+    _, file, config = written("sdxl")
+    state = load_file(file)
+    name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    extra = {name.replace("blocks.1.0", "blocks.9.0"): state[name].clone()}
+    save_file(state | extra, path := tmp_path / "more.safetensors")
+    said = said_of(SDXL, path, config=str(config))
+    assert said.startswith(f"teacher.path={path}")
+    assert f"its denoiser has {state[name].numel()} numbers more than the UNet2DCond" in said
+
+
+def test_zero_terminal_snr_is_heeded(written, tmp_path):
+    _, file, config = written("sdxl")
+    own = shutil.copytree(config, tmp_path / "config")
+    place = own / "scheduler" / "scheduler_config.json"
+    terms = json.loads(place.read_text(encoding="utf-8")) | {"prediction_type": "v_prediction"}
+    place.write_text(json.dumps(terms), encoding="utf-8")
+    marks = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    save_file(load_file(file) | marks, path := tmp_path / "v.safetensors")
+    said = said_of(SDXL, path, config=str(own))
+    assert "says that its noise ends in zero signal, and teacher.config=" in said
+    assert said.endswith("rescale_betas_zero_snr=true")
+
+
 def test_a_part_that_is_nowhere_is_named(written, tmp_path):
     _, file, config = written("sd15")
     save_file(
@@ -228,6 +298,19 @@ def test_a_config_is_needed_and_named(written, tmp_path):
     )
     said = said_of(SD, file, config="someone/model")  # tests are offline
     assert said.startswith("teacher.config=someone/model: cannot be fetched (")
+
+
+def test_a_t5_has_one_place_whichever_encoder_it_is():
+    """FLUX's is its second, where SDXL and SD3 have a CLIP: a whole file's own would be passed over."""
+    clip, t5 = transformers.CLIPTextModel, transformers.T5EncoderModel
+    found = places_in({"text_encoder": clip, "text_encoder_2": t5, "tokenizer": type(None)})
+    assert found["text_encoder_2"] == ("text_encoders.t5xxl.",)
+    assert "text_encoders.clip_l." in found["text_encoder"]
+    name = "text_encoders.t5xxl.transformer.shared.weight"
+    check_held({name: [2, 2]}, {"text_encoder": clip, "text_encoder_2": t5}, (), "x")
+    with pytest.raises(ValueError, match=rf"^x holds {name}, of which nothing would be made"):
+        check_held({name: [2, 2]}, {"text_encoder": clip, "text_encoder_2": clip}, (), "x")
+    check_held({name: [2, 2]}, {"text_encoder": clip}, ("text_encoder_3",), "x")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))

@@ -297,7 +297,10 @@ def test_a_student_of_which_something_is_missing_is_refused(teacher, tmp_path):
     state = load_file(file)
     gone = sorted(state)[0]
     save_file({k: v for k, v in state.items() if k != gone}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"student\.init=.*: lacks {gone}, and 1 tensors in all"):
+    with pytest.raises(ValueError, match=rf"student\.init=.*: \w+/ lacks {gone} of its "):
+        students.full(teacher, init=str(folder))
+    save_file(state | {"one.more": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"student\.init=.*: \w+/ holds one\.more, for which its "):
         students.full(teacher, init=str(folder))
 
 
@@ -313,6 +316,22 @@ def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_
         assert tiny.same(
             getattr(pipeline, name).state_dict(), getattr(teacher.pipeline, name).state_dict()
         )
+
+
+def test_a_folder_of_one_variant_alone_is_read(family, pipelines, tmp_path):
+    """As people fetch it: `*.fp16.safetensors`, and nothing else; a student may begin from it, too."""
+    folder = shutil.copytree(pipelines(family), tmp_path / "half")
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    found, expected = (FAMILIES[family](str(path)) for path in (folder, pipelines(family)))
+    assert tiny.same(found.state_dict(), expected.state_dict())
+    init = students.full(expected, init=str(folder)).model.state_dict()
+    assert all(torch.equal(init[k], v) for k, v in weights(expected).items())
+    for file in (folder / "vae").glob("*.safetensors"):
+        shutil.copy(file, file.with_name(file.name.replace("fp16", "bf16")))
+    what = r"vae/ has weights of variants alone; choose one by teacher\.variant=bf16 or "
+    with pytest.raises(ValueError, match=rf"{what}teacher\.variant=fp16$"):
+        FAMILIES[family](str(folder))
 
 
 @pytest.mark.parametrize("init", ["teacher", "folder"])

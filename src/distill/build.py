@@ -139,13 +139,8 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this teacher's patches "
             f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
         )
-    config, null = teacher.network.model.config, getattr(data, "null", None)
-    width = (
-        config.get("caption_channels")
-        or config.get("joint_attention_dim")
-        or config.get("cross_attention_dim")
-    )
-    if null and isinstance(width, int) and null["tokens"].shape[-1] != width:
+    null, width = getattr(data, "null", None), teacher.network.caption_width
+    if null and width and null["tokens"].shape[-1] != width:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and this teacher reads "
             f"{width}; make them with this teacher by distill.cache"

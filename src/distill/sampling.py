@@ -18,6 +18,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    UNet2DConditionModel,
 )
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from distill.limits import check_strength
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.schedulers import ShiftedLCMScheduler
+from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,22 @@ def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1], some of them beyond -> uint8 on the CPU, rounded as diffusers does: a cast would cut off."""
+    """Pixels in [-1, 1], some of them beyond -> uint8 on the CPU, rounded as diffusers does: a cast would cut off.
+
+    Raises ValueError for pixels that are no numbers, which would be a black picture.
+    """
+    check_finite(pixels, "pictures")
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise ValueError, naming `what`, unless all of x [B, ...] are finite numbers."""
+    bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum())
+    if bad:
+        raise ValueError(
+            f"{what}: {bad} of {len(x)} hold values that are not finite: the weights are damaged, or "
+            "overflow in their dtype; give them anew, or in bfloat16 or float32"
+        )
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -185,7 +200,10 @@ class Consistency(FewSteps):
         eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take theirs.
         """
         if student.prediction == "flow":
-            return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+            # The pipelines of UNets ask of a scheduler what diffusers' own of flows has not.
+            of_unet = isinstance(student.model, UNet2DConditionModel)
+            kind = FlowScheduler if of_unet else FlowMatchEulerDiscreteScheduler
+            return kind(shift=1.0, stochastic_sampling=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
         return LCMScheduler(
@@ -270,11 +288,13 @@ def guided(
 ) -> Tensor:
     """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise.
 
-    With the latents `image` [B, *shape] the last int(steps * strength) of the steps, from those noised so far.
+    With the latents `image` [B, *shape] the last int(steps * strength) of the steps, from those noised so far. Raises
+    ValueError for what is not finite.
     """
     how = {"shape": shape, "steps": steps, "guidance": guidance}
     for x_t in guided_steps(teacher, cond, generators, **how, image=image, strength=strength):
         last = x_t
+    check_finite(last, "latents")
     return last
 
 

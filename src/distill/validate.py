@@ -24,6 +24,7 @@ from distill.data.shards import check_path
 from distill.hardware import check_precision
 from distill.metrics import material
 from distill.teachers import locate
+from distill.teachers.settings import check_settings, in_folder
 
 COUNTS = dict.fromkeys(
     ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
@@ -162,6 +163,7 @@ def check_teacher(teacher: DictConfig) -> None:
     locate.check_pipeline(path)
     if (Path(path) / locate.INDEX).is_file() and (kind := kinds.get(str(teacher._target_))):
         locate.check_kind(locate.index_of(path).get("_class_name"), kind, path)
+        check_settings(kind, in_folder(Path(path)), f"teacher.path={path}")
     if teacher.get("weights"):
         locate.check_weights(shipped(str(teacher.weights)))
     limits.check_dtype(teacher.get("dtype"), "teacher.dtype")

@@ -24,6 +24,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from distill.files import fingerprint, first_line, silent
 from distill.progress import stage
+from distill.unread import refuse_unread
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = (
@@ -94,6 +95,13 @@ def clean(picture: Image.Image, size: int) -> Tensor:
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)[0]
 
 
+def _whole(kind: Any, path: str) -> nn.Module:
+    """A transformers model with every one of its tensors from the files, in float32."""
+    model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    refuse_unread(report, path, type(model).__name__)
+    return model
+
+
 class Inception(Describer):
     """`path`: a file of torch-fidelity's weights, of tensors alone; None fetches it."""
 
@@ -131,7 +139,7 @@ class Dinov2(Describer):
     def _read(self) -> nn.Module:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(self.path, dtype=torch.float32)
+        return _whole(AutoModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
         return normalize(clean(picture, self.size) / 255, *IMAGENET)
@@ -214,7 +222,7 @@ class Clip(TwoTowers):
 
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         self.eyes = AutoImageProcessor.from_pretrained(self.processor)
-        return CLIPModel.from_pretrained(self.path, dtype=torch.float32)
+        return _whole(CLIPModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
         if self.whole:

@@ -14,8 +14,10 @@ from distill.teachers import schedulers
 from distill.teachers.locate import denoiser_in, denoiser_part
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.reading import BASE, lineage
+from distill.teachers.reading import BASE, lineage, only_variant
+from distill.teachers.settings import KINDS, prediction_of
 from distill.teachers.weights import about_weights, put_on, write_weights
+from distill.unread import refuse_unread
 
 OURS = "distill.teachers.schedulers"
 FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
@@ -85,13 +87,11 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
     folder = part.parent
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    config = {k: v for k, v in said.items() if k == "prediction_type"} | type(model).load_config(
-        part
-    )
-    own = {
-        "prediction_type": teacher.pipeline.scheduler.config.get("prediction_type"),
-        **model.config,
-    }
+    config, own = dict(type(model).load_config(part)), dict(model.config)
+    if said:
+        names = {prediction: name for name, prediction in KINDS.items()}
+        config["prediction_type"] = names[prediction_of(said, f"student.init={init}")]
+        own["prediction_type"] = names[teacher.network.prediction]
     for key in FITTING:
         if (theirs := config.get(key, own.get(key))) != own.get(key):
             what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
@@ -99,15 +99,14 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
                 f"student.init={init}: {what}; begin from a pipeline of the teacher's family"
             )
     try:
-        found, report = type(model).from_pretrained(part, output_loading_info=True)
+        variant = only_variant(part, f"student.init={init}")
+        found, report = type(model).from_pretrained(part, output_loading_info=True, variant=variant)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew"
         ) from None
-    if missing := sorted(report["missing_keys"]):  # diffusers would go on with random ones
-        raise ValueError(
-            f"student.init={init}: lacks {missing[0]}, and {len(missing)} tensors in all; export it anew"
-        )
+    # diffusers would go on with random ones for those that it lacks
+    refuse_unread(report, f"student.init={init}: {part.name}/", type(model).__name__)
     return found, said.get("shifted_timestep")
 
 

@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from distill.unread import refuse_unread
+
 
 class TinyDecoder(nn.Module):
     """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in about [-1, 1]; frozen, gradient flows to the latents.
@@ -16,9 +18,9 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, path: str, *, dtype: str = "float32"):
         super().__init__()
-        model = AutoencoderTiny.from_pretrained(
-            path, use_safetensors=True, torch_dtype=getattr(torch, dtype)
-        )
+        options = {"use_safetensors": True, "torch_dtype": getattr(torch, dtype)}
+        model, report = AutoencoderTiny.from_pretrained(path, output_loading_info=True, **options)
+        refuse_unread(report, f"method.decoder.path={path}", "AutoencoderTiny")
         self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> TinyDecoder:

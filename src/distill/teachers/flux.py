@@ -38,6 +38,10 @@ class Packed(Transformer):
             f"single{i}": b for i, b in enumerate(self.model.single_transformer_blocks)
         }
 
+    @property
+    def caption_width(self) -> int:
+        return self.model.config.joint_attention_dim
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         packed = F.pixel_unshuffle(x_t, self.patch)
         rows, columns = (torch.arange(side, device=x_t.device) for side in packed.shape[-2:])

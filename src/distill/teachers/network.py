@@ -54,6 +54,11 @@ class Network(nn.Module):
         """Latents a side that make one token; 1 where there are none."""
         return 1
 
+    @property
+    @abstractmethod
+    def caption_width(self) -> int | None:
+        """Of a token of a caption, as `predict` takes it; None where there is no one width."""
+
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The model's own prediction, of the shape of x_t [B, C, H, W]."""

@@ -52,6 +52,9 @@ class PipelineTeacher(nn.Module):
     unused: tuple[str, ...] = ()  # parts of it that are not read
     _said = False  # that a caption was too long
     own: tuple[str, ...] = ()  # options that this family alone has
+    upcasts = (
+        False  # whether its pipeline decodes in float32 where a half autoencoder would overflow
+    )
 
     def __init_subclass__(cls) -> None:
         """A family with options of its own shows the shared ones too: a configuration is checked against them all."""
@@ -103,6 +106,8 @@ class PipelineTeacher(nn.Module):
             pipeline.vae_scale_factor = _scale_factor(self.folder)
         if weights:
             put_on(pipeline, weights)
+        if pipeline.vae:
+            self._upcast(pipeline.vae)
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
@@ -162,6 +167,20 @@ class PipelineTeacher(nn.Module):
         """The autoencoder's own latents: the mean of its posterior."""
         return self.vae.encode(pixels).latent_dist.mode()
 
+    def _upcast(self, vae: nn.Module) -> None:
+        """Keep an autoencoder in float32 that says it overflows in float16, as its pipeline does."""
+        if self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.float()
+
+    def _spread(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and spread of the autoencoder's own latents, to go with x [B, C, H, W]; 0 and 1 where it names none."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not mean or not std:  # a pipeline wants both
+            return config.get("shift_factor") or 0.0, 1.0
+        mean, std = (torch.tensor(y, dtype=x.dtype, device=x.device) for y in (mean, std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
     def _reader(self) -> tuple[Any, int]:
         """The tokenizer that reads most of a caption, and how many tokens, its marks included, are not cut off."""
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
@@ -173,6 +192,8 @@ class PipelineTeacher(nn.Module):
                 self._brought.add(name)
                 with stage(f"loading the teacher's {name}, which the cached data do without"):
                     part = read().eval().requires_grad_(False).to(self.device)
+                if name == "vae":
+                    self._upcast(part)
                 setattr(self.pipeline, name, part)
 
     def release(self) -> None:
@@ -238,15 +259,13 @@ class PipelineTeacher(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means)."""
         latents = self._latents(pixels.to(self.vae.dtype)).to(pixels.dtype)
-        return (
-            latents - (self.vae.config.get("shift_factor") or 0.0)
-        ) * self.vae.config.scaling_factor
+        mean, std = self._spread(latents)
+        return (latents - mean) * self.vae.config.scaling_factor / std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
-        raw = latents / self.vae.config.scaling_factor + (
-            self.vae.config.get("shift_factor") or 0.0
-        )
+        mean, std = self._spread(latents)
+        raw = latents * std / self.vae.config.scaling_factor + mean
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
 
     def embed(self, captions: Sequence[str]) -> Cond:

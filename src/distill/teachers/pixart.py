@@ -6,9 +6,8 @@ from diffusers import PixArtSigmaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
-from distill.process import VariancePreserving
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.sd import PREDICTION
+from distill.teachers.sd import step_of, trained_on
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
@@ -18,12 +17,15 @@ TOKENS = 300  # that the pipeline passes
 class PixArt(Transformer):
     """Its output has twice the channels of a latent; the second half is the variance, which few steps do without."""
 
+    @property
+    def caption_width(self) -> int:
+        return self.model.config.caption_channels
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
         size = {"resolution": None, "aspect_ratio": None}  # Sigma is told of neither
-        output = self.model(
-            x_t, timestep=self.process.index(t), added_cond_kwargs=size, **told
-        ).sample
+        step = step_of(self.process, t)
+        output = self.model(x_t, timestep=step, added_cond_kwargs=size, **told).sample
         return output[:, : x_t.shape[1]]
 
 
@@ -36,11 +38,7 @@ class PixArtSigma(PipelineTeacher):
     kind = PixArtSigmaPipeline
 
     def _network(self) -> PixArt:
-        scheduler = self.pipeline.scheduler
-        process = VariancePreserving(scheduler.alphas_cumprod)
-        return PixArt(
-            self.pipeline.transformer, process, PREDICTION[scheduler.config.prediction_type]
-        )
+        return PixArt(self.pipeline.transformer, *trained_on(self.pipeline.scheduler))
 
     def _reader(self) -> tuple[Any, int]:
         return self.pipeline.tokenizer, TOKENS

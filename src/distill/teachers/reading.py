@@ -1,6 +1,7 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,17 @@ from distill.teachers.locate import (
     no_folder,
     no_model,
 )
+from distill.teachers.settings import check_settings, in_folder
+from distill.unread import refuse_unread
 
-SHIFTED = ("distill.teachers.schedulers", "ShiftedLCMScheduler")
+OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
+SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
 HUB = {  # an error of the hub's, the more particular first -> what it means
     GatedRepoError: "it is gated: accept its licence on its page, then log in with `hf auth login`",
     RepositoryNotFoundError: "there is no such repository, or it is private",
     RevisionNotFoundError: "it has no such revision",
 }
+VARIANT = re.compile(r"^[^.]+\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")  # of a file's name
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts which it lacks
 
@@ -61,7 +66,9 @@ def read_pipeline(
         path = fetched(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
-    for name, network in pipeline_classes(path, kind.__name__, without).items():
+    classes = pipeline_classes(path, kind.__name__, without)
+    check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
+    for name, network in classes.items():
         home = home_of(Path(path), name)
         if network is NoneType:
             parts[name] = (
@@ -75,9 +82,18 @@ def read_pipeline(
                 parts[name] = read()
         elif home != str(path):  # a tokenizer: diffusers would look for it in `path`
             parts[name] = network.from_pretrained(home, subfolder=name)
-    pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    try:
+        pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    except Exception as error:  # of schedulers and tokenizers, which are read here: nearly anything
+        what = f"does not load as a {kind.__name__} ({first_line(error)})"
+        raise ValueError(f"teacher.path={path} {what}; fetch it anew") from None
     pipeline.deferred = later
     return pipeline
+
+
+def configurations(path: str) -> Callable[[str], Any]:
+    """The configurations in a pipeline folder or in those that have the parts which it lacks, by the parts' names."""
+    return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
 def lineage(folder: Path) -> list[Path]:
@@ -153,7 +169,7 @@ def pipeline_classes(
         if pair[0] is None:
             classes[name] = NoneType
             continue
-        if tuple(pair) == SHIFTED:  # the one class of ours that a pipeline may hold
+        if tuple(pair) in SCHEDULERS:
             continue
         library, found = pair
         if library not in LIBRARIES:
@@ -174,6 +190,7 @@ def whole(
         raise FileNotFoundError(
             f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
         )
+    options["variant"] = options["variant"] or only_variant(folder, key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
         what = f"only pickled weights ({pickled[0]}), which can run code when read"
@@ -190,18 +207,25 @@ def whole(
     except Exception as error:  # damaged files raise nearly anything
         what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
-    other = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
-    for what, names in {
-        "lacks": sorted(report["missing_keys"]),
-        "has in another shape": sorted(other),
-    }.items():
-        if names:
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            advice = "fetch it anew, or correct its config.json"
-            raise ValueError(
-                f"{key}={path}: {part}/ {what} {some} of its {network.__name__}; {advice}"
-            )
+    refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
     return model
+
+
+def only_variant(folder: Path, key: str) -> str | None:
+    """The variant of which alone there are weights in this folder of a network; None where there are plain ones.
+
+    Raises ValueError, beginning with `key`, where there are several.
+    """
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    names = [file.name for file in files]
+    found = {match[1] if (match := VARIANT.search(name)) else None for name in names}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        what = f"{folder.name}/ has weights of variants alone"
+        ways = " or ".join(f"teacher.variant={name}" for name in sorted(found, key=str))
+        raise ValueError(f"{key}: {what}; choose one by {ways}")
+    return found.pop()
 
 
 def check_parts(path: str, parts: Mapping[str, Any], without: Sequence[str] = ()) -> None:

@@ -22,6 +22,10 @@ INSTRUCTION = (
 
 
 class LinearDiT(Transformer):
+    @property
+    def caption_width(self) -> int:
+        return self.model.config.caption_channels
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
         return self.model(x_t, timestep=1000 * t * self.model.config.timestep_scale, **told).sample

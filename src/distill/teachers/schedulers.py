@@ -1,4 +1,5 @@
-"""NitroFusion's timestep shift as a diffusers scheduler: `pipe.scheduler = ShiftedLCMScheduler.from_config(...)`.
+"""Schedulers that diffusers does not have; FlowScheduler is for UNets that predict a flow, ShiftedLCMScheduler is
+NitroFusion's timestep shift: `pipe.scheduler = ShiftedLCMScheduler.from_config(...)`.
 
     x0 = (x - sigma_tau' eps(x, tau')) / alpha_tau',   tau' = floor(tau shift / 1000)
     x  = alpha_later x0 + sigma_later z                                           later: the next tau, not shifted
@@ -10,10 +11,28 @@ tau are LCM's: 999, 749, 499, 249 for four steps. Pure noise is then divided by 
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, SchedulerMixin  # noqa: F401  # diffusers looks for its base class in this module
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,  # noqa: F401  # diffusers looks for its base class in this module
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
+
+
+class FlowScheduler(FlowMatchEulerDiscreteScheduler):
+    """With what the pipelines of Stable Diffusion ask of a scheduler besides; steps at 1, 1 - 1/n, ..., 1/n."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        return sample
+
+    def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kw: Any) -> None:
+        if num_inference_steps is not None and not args and not kw.keys() & {"sigmas", "timesteps"}:
+            kw["sigmas"] = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        super().set_timesteps(num_inference_steps, *args, **kw)
 
 
 class ShiftedLCMScheduler(LCMScheduler):

@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v, step index 0..999."""
+"""Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v, step index 0..999.
+
+Fine-tunes that predict a flow are on the rectified flow's process, and are told 1000 t.
+"""
 
 from typing import Any
 
@@ -6,17 +9,34 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from distill.process import Prediction, Process, VariancePreserving
+from distill.process import Prediction, Process, RectifiedFlow, VariancePreserving
 from distill.teachers.attention import Attention
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.settings import prediction_of
 from distill.types import Cond
 
-PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+def trained_on(scheduler: Any) -> tuple[Process, Prediction]:
+    """The process that a pipeline's scheduler stands for, and what its network predicts."""
+    name = type(scheduler).__name__
+    prediction = prediction_of({**scheduler.config, "_class_name": name}, "teacher")
+    if prediction == "flow":
+        return RectifiedFlow(), prediction
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        what = f"its scheduler is a {name}, which has no table of alphas_cumprod"
+        raise ValueError(f"teacher: {what}; give a pipeline with DDIMScheduler or the like")
+    return VariancePreserving(table), prediction
+
+
+def step_of(process: Process, t: Tensor) -> Tensor:
+    """What a network of 1,000 training steps is told of t [B]: the step's number, of a flow 1000 t."""
+    return process.index(t) if isinstance(process, VariancePreserving) else 1000 * t
 
 
 class UNet(Network):
-    """Taps `down0`, `down1`, ..., `mid`, `up0`, ...: the map each block hands to the next.
+    """Taps `down0`, `down1`, ..., `mid` where there is one, `up0`, ...: the map each block hands to the next.
 
     Besides, `in` is the first convolution's, and `down0.0`, `down0.1`, ... are the maps that this block hands to the
     decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
@@ -41,8 +61,15 @@ class UNet(Network):
         super().__init__(model, process, prediction)
         model.set_attn_processor(Attention())
 
+    @property
+    def caption_width(self) -> int | None:
+        config = self.model.config
+        width = config.get("encoder_hid_dim") or config.cross_attention_dim
+        return width if isinstance(width, int) else None  # blocks may differ
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.model(x_t, self.process.index(t), encoder_hidden_states=cond.tokens).sample
+        step = step_of(self.process, t)
+        return self.model(x_t, step, encoder_hidden_states=cond.tokens).sample
 
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
         model, widths = self.model, self.model.config.block_out_channels
@@ -56,7 +83,9 @@ class UNet(Network):
             f"up{i}": pair
             for i, pair in enumerate(zip(model.up_blocks, reversed(widths), strict=True))
         }
-        return {**taps, "mid": (model.mid_block, widths[-1]), **up}
+        # Small ones are made by leaving the middle out (BK-SDM, Segmind-Vega).
+        middle = {"mid": (model.mid_block, widths[-1])} if model.mid_block is not None else {}
+        return {**taps, **middle, **up}
 
     @property
     def encoder(self) -> list[str]:
@@ -79,11 +108,9 @@ class SD(PipelineTeacher):
         self.latent_shape = self.shape_of(size, "teacher.size")
 
     def _network(self) -> UNet:
-        scheduler = self.pipeline.scheduler
-        process = VariancePreserving(scheduler.alphas_cumprod)
-        return self._unet(process, PREDICTION[scheduler.config.prediction_type])
+        return self._unet(*trained_on(self.pipeline.scheduler))
 
-    def _unet(self, process: VariancePreserving, prediction: Prediction) -> UNet:
+    def _unet(self, process: Process, prediction: Prediction) -> UNet:
         return UNet(self.pipeline.unet, process, prediction)
 
     def _encode(self, captions: list[str]) -> Cond:

@@ -44,6 +44,10 @@ class MMDiT(Transformer):
     def around(self, model: Any) -> MMDiT:
         return MMDiT(model)
 
+    @property
+    def caption_width(self) -> int:
+        return self.model.config.joint_attention_dim
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         image_tokens = x_t.shape[-1] * x_t.shape[-2] // self.patch**2
         inputs = {

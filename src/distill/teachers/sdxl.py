@@ -6,17 +6,15 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from distill.process import Prediction, VariancePreserving
-from distill.teachers.sd import SD, UNet
+from distill.process import Prediction, Process
+from distill.teachers.sd import SD, UNet, step_of
 from distill.types import Cond
 
 
 class UNetXL(UNet):
     """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline does by default."""
 
-    def __init__(
-        self, model: nn.Module, process: VariancePreserving, prediction: Prediction, cell: int
-    ):
+    def __init__(self, model: nn.Module, process: Process, prediction: Prediction, cell: int):
         super().__init__(model, process, prediction)
         self.cell = cell  # pixels a side per latent
 
@@ -29,18 +27,17 @@ class UNetXL(UNet):
             [height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype
         )
         added = {"text_embeds": cond.pooled, "time_ids": sizes.expand(len(x_t), -1)}
-        index = self.process.index(t)
-        return self.model(
-            x_t, index, encoder_hidden_states=cond.tokens, added_cond_kwargs=added
-        ).sample
+        told = {"encoder_hidden_states": cond.tokens, "added_cond_kwargs": added}
+        return self.model(x_t, step_of(self.process, t), **told).sample
 
 
 class SDXL(SD):
-    """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16: use bfloat16."""
+    """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16, and stays in float32."""
 
+    upcasts = True
     kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
 
-    def _unet(self, process: VariancePreserving, prediction: Prediction) -> UNetXL:
+    def _unet(self, process: Process, prediction: Prediction) -> UNetXL:
         return UNetXL(self.pipeline.unet, process, prediction, self.pipeline.vae_scale_factor)
 
     def _encode(self, captions: list[str]) -> Cond:

@@ -1,29 +1,26 @@
-"""Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call a checkpoint."""
+"""Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call a checkpoint.
 
-from collections.abc import Sequence
+diffusers takes from the file what it knows and is silent of the rest; `check_held` is not.
+"""
+
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from diffusers.loaders import FromSingleFileMixin
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from distill.files import first_line, silent
+from distill.teachers.held import check_counts, check_held, check_schedule, held_in, places_in
 from distill.teachers.locate import PICKLED
-from distill.teachers.reading import dtype_of, fetched, pipeline_classes, whole
+from distill.teachers.reading import configurations, dtype_of, fetched, pipeline_classes, whole
+from distill.teachers.settings import check_settings
 from distill.teachers.weights import local_file
 
 META = "meta tensor"  # a tensor that is not there stays without a value, on torch's device `meta`
 WORDS = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
-PLACES = {  # part of a pipeline -> where it stands in a file of SD, SDXL, or SD3
-    "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
-    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
-    "text_encoder_3": ("text_encoders.t5xxl.",),
-}
 
 
 @silent()
@@ -52,8 +49,10 @@ def read_single(
         raise ValueError(f"teacher.path={path} is pickled, which can run code when read; {advice}")
     folder, parts = _config(config, path, WORDS), dict.fromkeys(without)
     classes = pipeline_classes(folder, kind.__name__, without, "teacher.config")
+    check_settings(kind.__name__, configurations(folder), f"teacher.config={config}")
     try:
-        held = _held(file)
+        held = held_in(file)
+        check_held(held, classes, without, f"teacher.path={path}")
         for name in _left_out(held, classes):
             there = _config(config, path, [f"{name}/*.json", f"{name}/*.safetensors"])
             key = f"teacher.path={path} has no {name}, and teacher.config"
@@ -64,12 +63,8 @@ def read_single(
             }
             parts[name] = whole(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
-        kept = pipeline.scheduler.config.get("prediction_type")
-        if (
-            "v_pred" in held and kept != "v_prediction"
-        ):  # as ComfyUI marks it; diffusers does not look
-            what = f"says that it predicts v, and teacher.config={config} says {kept}"
-            raise ValueError(f"teacher.path={path} {what}; give a teacher.config of its kind")
+        check_schedule(file, held, pipeline.scheduler, f"teacher.path={path}", config)
+        check_counts(held, pipeline, f"teacher.path={path}", config)
         _tie(pipeline)
         pipeline.deferred = {}
         return pipeline
@@ -94,24 +89,12 @@ def _tie(pipeline: Any) -> None:
             raise ValueError(META)
 
 
-def _left_out(held: set[str], classes: dict[str, Any]) -> list[str]:
+def _left_out(held: Collection[str], classes: dict[str, Any]) -> list[str]:
     """The text encoders and autoencoder of the pipeline that a file with these tensors has nothing of."""
     if not held:
         return []
-    wanted = {
-        part: places
-        for part, places in PLACES.items()
-        if classes.get(part, NoneType) is not NoneType
-    }
+    wanted = places_in(classes)
     return [part for part, places in wanted.items() if not any(k.startswith(places) for k in held)]
-
-
-def _held(file: Path) -> set[str]:
-    """The names of its tensors; nothing for a pickled one, which is whole, from before safetensors."""
-    if file.suffix in PICKLED:
-        return set()
-    with safe_open(file, "pt") as opened:
-        return set(opened.keys())
 
 
 def _config(config: str | None, path: str, patterns: list[str]) -> str:

@@ -1,8 +1,6 @@
 """Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
 
 import json
-import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
-
-log = logging.getLogger(__name__)
 
 
 def put_on(pipeline: Any, path: str) -> None:
@@ -29,25 +26,7 @@ def put_on(pipeline: Any, path: str) -> None:
     state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
-        if not hasattr(pipeline, "load_lora_weights"):
-            raise ValueError(
-                f"teacher.weights={path} is a LoRA, and diffusers puts none on a {type(pipeline).__name__}"
-            )
-        if any(name.startswith(("text_encoder", "lora_te")) for name in state):
-            log.warning(
-                "teacher.weights=%s: its layers for text encoders are left out, and those may matter",
-                path,
-            )
-        pipeline.load_lora_into_text_encoder = lambda *_, **__: None
-        with suppress(ValueError):  # peft's, of layers that are not there, with all their names
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-        if not getattr(
-            model, "peft_config", None
-        ):  # of some namings diffusers says only that it is safe to ignore
-            what = f"none of its layers is one of this {type(model).__name__}; their names must begin with transformer."
-            raise ValueError(f"teacher.weights={path}: {what} or unet., or be kohya's of a UNet")
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+        add_lora(pipeline, model, state, path, settings_of(file))
         return
     own = model.state_dict()
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))

@@ -1,0 +1,94 @@
+"""What a pipeline's configuration files say that changes the arithmetic: what no adapter heeds is refused by name.
+
+Nothing here imports torch: it is known before any weight is read.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Config = Mapping[str, Any]
+
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
+PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
+STANDARDISED = ("StableDiffusionXLPipeline",)  # which reads latents_mean and latents_std
+TOLD = {  # setting of a UNet -> what it is told of besides, which nothing here tells it
+    "time_cond_proj_dim": "its guidance, as a latent consistency model",
+    "class_embed_type": "classes",
+    "num_class_embeds": "classes",
+}
+SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_type; of others none
+
+
+def check_settings(kind: str, config_of: Callable[[str], Config], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a pipeline of class `kind` that would be read as another one.
+
+    `config_of` gives the configuration of its part of this name, nothing for one that is not there.
+    """
+    parts = {name: config_of(name) for name in ("unet", "transformer", "vae", "scheduler")}
+    _check_denoiser(kind, parts, where)
+    if parts["scheduler"]:
+        prediction_of(parts["scheduler"], where, flow=kind in FLOWS)
+    given = [key for key in ("latents_mean", "latents_std") if parts["vae"].get(key)]
+    if given and kind not in STANDARDISED:
+        what = f"its vae/ has {' and '.join(given)}, which a {kind} does not read"
+        raise ValueError(f"{where}: {what}; take them out of its config.json if that is right")
+
+
+def in_folder(folder: Path) -> Callable[[str], Config]:
+    """The configurations in a pipeline folder, by the names of its parts."""
+
+    def config_of(part: str) -> Config:
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        file = folder / part / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    return config_of
+
+
+def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
+    """What a network predicts whose scheduler has this configuration: eps, v, x0 or flow.
+
+    With `flow` it must be that. Raises ValueError, beginning with `where`, for what is none of them.
+    """
+    name, said = scheduler.get("_class_name", ""), scheduler.get("prediction_type", "epsilon")
+    found = "flow" if name.startswith("Flow") else KINDS.get(said)
+    if name.startswith("EDM"):
+        what = f"its scheduler is an {name}, and networks trained as in EDM are not read"
+        raise ValueError(f"{where}: {what}; give a model that predicts eps, v or flow")
+    if found is None or (scheduler.get("use_flow_sigmas") and found != "flow"):
+        flows = " with use_flow_sigmas" if scheduler.get("use_flow_sigmas") else ""
+        what = f"its scheduler ({name}) says prediction_type={said}{flows}"
+        raise ValueError(
+            f"{where}: {what}; known are {', '.join(KINDS)}, the last with flow sigmas"
+        )
+    if flow and found != "flow":
+        what = f"its scheduler ({name}) says prediction_type={said}, and its network predicts flow"
+        raise ValueError(f"{where}: {what}; give the scheduler that it was published with")
+    return found
+
+
+def _check_denoiser(kind: str, parts: Mapping[str, Config], where: str) -> None:
+    name = "transformer" if parts["transformer"] else "unet"
+    net, latents = parts[name], parts["vae"].get("latent_channels")
+    read = net.get("in_channels")
+    if read and latents and read != latents * PACKED.get(kind, 1):
+        expected = latents * PACKED.get(kind, 1)
+        what = f"its {name}/ reads {read} channels and a text-to-image model's reads {expected}"
+        raise ValueError(
+            f"{where}: {what}: one for inpainting or editing, which no teacher here reads; "
+            "give the text-to-image model"
+        )
+    if name != "unet" or not net:
+        return
+    if told := next((key for key in TOLD if net.get(key)), None):
+        what = f"its unet/ has {told}={net[told]}: it is told of {TOLD[told]}"
+        raise ValueError(f"{where}: {what}, which no teacher here tells it; give another model")
+    if (hidden := net.get("encoder_hid_dim_type")) not in (None, "text_proj"):
+        what = f"its unet/ has encoder_hid_dim_type={hidden}: it is told of pictures"
+        raise ValueError(f"{where}: {what}, which no teacher here tells it; give another model")
+    if (found := net.get("addition_embed_type")) != SIZES.get(kind):
+        what = f"its unet/ has addition_embed_type={found}, and a {kind}'s has {SIZES.get(kind)}"
+        raise ValueError(f"{where}: {what}; choose another teacher=")

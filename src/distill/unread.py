@@ -1,0 +1,47 @@
+"""Nothing of a file of weights is made up or passed over: what `from_pretrained` reports is refused by name."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Of larger models, whose other half a text encoder or a network of pictures is: nothing here reads it.
+OTHER_HALF = re.compile(
+    r"(^|\.)(vision_model|visual_projection|text_projection|logit_scale|lm_head|position_ids"
+    r"|pooler|classifier)(\.|$)"
+)
+SCALED = re.compile(
+    r"\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$|(^|\.)scaled_fp8$"
+)
+ADVICE = "fetch it anew, or correct its config.json"
+
+
+def refuse_unread(
+    report: Mapping[str, Any], where: str, network: str, spare: str | None = None
+) -> None:
+    """Raise ValueError for tensors that a network lacks, has in another shape, or has no place for.
+
+    `report` is a `from_pretrained`'s of its loading, `where` and `network` are what the error
+    names. `spare`, a regular expression, finds what may be lacking, for nobody asks it anything.
+    """
+    lacking = [n for n in report["missing_keys"] if spare is None or not re.search(spare, n)]
+    other = [n[0] if isinstance(n, tuple) else n for n in report["mismatched_keys"]]
+    left = [n for n in report["unexpected_keys"] if not OTHER_HALF.search(n)]
+    for what, names in {
+        f"lacks {{}} of its {network}": lacking,
+        f"has in another shape {{}} of its {network}": other,
+        f"holds {{}}, for which its {network} has no place": left,
+    }.items():
+        if names:
+            raise ValueError(f"{where} {what.format(some_of(names))}; {advice(names)}")
+
+
+def some_of(names: list[str]) -> str:
+    """The first three of these, and how many there are besides."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
+
+
+def advice(names: list[str], otherwise: str = ADVICE) -> str:
+    """What to do about tensors of these names."""
+    scaled = any(SCALED.search(name) for name in names)
+    return "scaled fp8 is not read: give weights in bfloat16 or float16" if scaled else otherwise
