@@ -8,6 +8,8 @@ import io
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -582,3 +584,30 @@ def test_a_folder_with_json_captions(tmp_path):
     (tmp_path / "a.png").write_bytes(png(np.zeros((8, 8, 3), np.uint8)))
     (tmp_path / "a.json").write_text('{"caption": "a dog"}', encoding="utf-8")
     assert ImageShards(str(tmp_path), size=8)[0]["caption"] == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scaling_factor": 1e9}, r"its latents reach .*, beyond float16, .*computed in float32\)"),
+        ({"scaling_factor": float("inf")}, r"its latents hold nan or inf, computed in float32; "),
+    ],
+)  # fmt: skip
+def test_a_cache_that_overflows_names_picture_and_dtype(change, said, command, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
+    config = folder / "vae" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | change), encoding="utf-8"
+    )
+    path = tmp_path / "photos"
+    path.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (path / "a.png").write_bytes(png(noise))
+    (path / "a.txt").write_text("c", encoding="utf-8")
+    code, _, err = command(
+        "cache", f"teacher.path={folder}", f"data.path={path}", "data.size=64",
+        "data.num_workers=0", "data.batch_size=1", "out=made",
+    )  # fmt: skip
+    assert code == 1
+    assert re.search(rf"{path}:a\.png: {said}", err), err
+    assert not (tmp_path / "made").exists()
