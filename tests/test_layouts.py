@@ -53,6 +53,10 @@ def put_tar(path: Path, files: dict[str, str | bytes], mode: str = "w") -> str:
     return str(path)
 
 
+def sample(key: str) -> dict[str, str | bytes]:
+    return {f"{key}.png": picture(), f"{key}.txt": key}
+
+
 def told(path: str, **options) -> dict[str, str]:
     """Key -> caption, as a run reads them."""
     data = ImageShards(path, size=8, max_bad_share=1.0, **options)
@@ -230,27 +234,34 @@ def test_captions_that_say_nothing_are_refused(workers, tmp_path, command):
     assert "more than data.max_empty_share=0.5 of them: write them, or raise the share" in out
 
 
-def test_shards_without_captions(tmp_path):
+def test_shards_without_captions(tmp_path, caplog):
     path = put_tar(tmp_path / "x.tar", {f"{i}.png": picture() for i in range(4)})
     with pytest.raises(ValueError, match=r"4 of 4 pictures have no caption, 0 for one"):
         ImageShards(path, size=8)
     assert set(told(path, max_empty_share=1).values()) == {""}
+    assert "4 of 4 pictures" in caplog.text
+    assert "and count as pictures of the empty one" in caplog.text
+    caplog.clear()
+    path = put_tar(tmp_path / "z.tar", {f"{i}.png": picture() for i in range(3)} | sample("a"))
+    data = ImageShards(path, size=8, max_empty_share=0.9)
+    assert data[0]["caption"] == "a"  # the others are bad samples
+    assert "count as pictures of the empty one" not in caplog.text
     put_tar(tmp_path / "y.tar", {"0.png": picture(), "0.txt": ""})
     with pytest.raises(ValueError, match=r"1 of 1 pictures have no caption"):
         ImageShards(f"{tmp_path}/y.tar", size=8)
 
 
 def test_an_empty_caption_in_json_is_an_empty_caption(tmp_path):
-    sample = {"__key__": "0", "__url__": "a"}
-    assert decode.caption(sample | {"json": b'{"caption": ""}'}) == ""
-    assert decode.caption(sample | {"json": b'{"caption": "", "text": "t"}'}) == "t"
+    raw = {"__key__": "0", "__url__": "a"}
+    assert decode.caption(raw | {"json": b'{"caption": ""}'}) == ""
+    assert decode.caption(raw | {"json": b'{"caption": "", "text": "t"}'}) == "t"
 
 
 def test_utf_16_is_no_caption(tmp_path):
-    sample = {"__key__": "0", "__url__": "a"}
+    raw = {"__key__": "0", "__url__": "a"}
     for text in ("a dog".encode("utf-16"), "a dog".encode("utf-16-le")):
         with pytest.raises(decode.BadSample, match=r"its \.txt is not UTF-8"):
-            decode.caption(sample | {"txt": text})
+            decode.caption(raw | {"txt": text})
 
 
 def test_pretraining_needs_captions_only_where_it_reads_them(tmp_path):
@@ -320,15 +331,15 @@ def test_pictures_that_are_not_read_are_counted_and_named(tmp_path, caplog):
         (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"but 2 \.heic.*pip install pillow-heif"):
         check_pictures(path)
-    sample = {"__key__": "0", "__url__": "a", "heic": b"x"}
+    raw = {"__key__": "0", "__url__": "a", "heic": b"x"}
     with pytest.raises(decode.BadSample, match=r"only heic; `pip install pillow-heif`"):
-        decode.image(sample, 8)
+        decode.image(raw, 8)
 
 
 def test_eps_is_never_opened(tmp_path):
-    sample = {"__key__": "0", "__url__": "a", "png": picture("EPS")}
+    raw = {"__key__": "0", "__url__": "a", "png": picture("EPS")}
     with pytest.raises(decode.BadSample, match="does not decode"):
-        decode.image(sample, 8)
+        decode.image(raw, 8)
 
 
 def test_what_has_no_white_is_refused():
@@ -352,13 +363,13 @@ def test_the_size_of_a_turned_picture_is_that_of_its_pixels(kind):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(file := io.BytesIO(), kind, exif=exif)
-    sample = {
+    raw = {
         "__key__": "0",
         "__url__": "a",
         {"JPEG": "jpg"}.get(kind, kind.lower()): file.getvalue(),
     }
-    assert decode.image_size(sample) == (30, 50)
-    assert decode.image(sample, 30, 50).shape == (3, 50, 30)
+    assert decode.image_size(raw) == (30, 50)
+    assert decode.image(raw, 30, 50).shape == (3, 50, 30)
 
 
 # -- where files lie ---------------------------------------------------------------------------------------------------
@@ -402,10 +413,6 @@ def test_what_systems_leave_is_no_data(tmp_path):
     keys = [key for key, _ in shards.index]
     assert keys == ["./a", "./Thumbs"]
     assert in_folder(tmp_path / "d") == [tmp_path / "d" / "a.png"]
-
-
-def sample(key: str) -> dict[str, str | bytes]:
-    return {f"{key}.png": picture(), f"{key}.txt": key}
 
 
 def test_shards_of_other_names_and_places(tmp_path, caplog):

@@ -207,7 +207,7 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
     assert code == 1
     assert "more than data.max_bad_share=0.1: repair the data or raise the share" in err
-    assert "it has no caption (txt, json), only png" in err
+    assert "it has no caption (txt, caption, json), only png" in err
     only = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}", "out=other"]
     assert (
         "only pictures can be encoded; choose data=images"
@@ -503,7 +503,7 @@ def test_check_says_what_is_wrong_and_how_much(command, tmp_path):
     code, out, _ = command("check", f"data.path={path}", "data.size=64", "data.num_workers=0")
     assert code == 0  # a tenth is allowed
     assert "18 of 20 samples are good" in out
-    assert f"        2  it has no caption (txt, json), only png (as {path}:003)" in out
+    assert f"        2  it has no caption (txt, caption, json), only png (as {path}:003)" in out
     assert "   1.00        10  " + "#" * 20 in out
     assert "   2.00        10  " + "#" * 20 in out
     assert "words of a caption: " in out

@@ -318,7 +318,10 @@ class ImageShards(Samples):
         self.size = size
         index = self.shards.index
         check_images(path, index)
-        if said := check_captions(path, index, self.caption_key, max_empty_share):
+        said = check_captions(path, index, self.caption_key, max_empty_share)
+        # In shards, and under another key, one without a caption is a bad sample, unless asked for.
+        taken = max_empty_share == 1 or (self.shards.of_folder and self.caption_key == "caption")
+        if said and taken:
             log.warning("%s", said)
 
     def open(self, path: str) -> Shards:

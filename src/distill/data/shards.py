@@ -43,13 +43,16 @@ _NAME = re.compile(
 class Shards:
     """Samples by index: of tar shards in sorted order, in tar order within each, or of a folder of images without any.
 
-    `said` is what of them may not be what their owner thinks, a sentence each, of which the log is told.
-    Raises ValueError and FileNotFoundError as `expand`, `index_tar` and `folder.of` do, or if there is no sample.
+    `of_folder` says that it is one of images; `said` is what of them may not be what their owner thinks, a sentence
+    each, of which the log is told. Raises ValueError and FileNotFoundError as `expand`, `index_tar` and `folder.of`
+    do, or if there is no sample.
     """
 
     def __init__(self, path: str, *, repeats: bool = True):
         folder = os.path.expanduser(path)
-        if found := folder_of_pictures(folder):
+        found = folder_of_pictures(folder)
+        self.of_folder = found is not None
+        if found:
             made = folders.of(found, repeats=repeats)
             self._index = [(key, folder, places) for key, places in made.index]
             self.said = made.said
