@@ -611,3 +611,18 @@ def test_a_cache_that_overflows_names_picture_and_dtype(change, said, command, p
     assert code == 1
     assert re.search(rf"{path}:a\.png: {said}", err), err
     assert not (tmp_path / "made").exists()
+
+
+def test_what_overflowed_and_what_to_give_instead():
+    from distill.making import checked
+
+    good, bad = np.zeros((1, 2, 2), np.float32), np.full((1, 2, 2), np.nan, np.float32)
+    tokens = {"tokens": np.full((2, 3), np.inf, np.float16)}
+    checked("a.png", good, {"tokens": good}, "float16")
+    for latent, embedded, what in ((bad, {}, "latents"), (good, tokens, r"embeddings \(tokens\)")):
+        said = rf"^a\.png: its {what} hold nan or inf, computed in float16; give teacher\.dtype=float32$"
+        with pytest.raises(ValueError, match=said):
+            checked("a.png", latent, embedded, "float16")
+    said = r"computed in float32 under precision=16-mixed; give precision=32-true$"
+    with pytest.raises(ValueError, match=said):
+        checked("seed 3, 'a dog'", bad, {}, "float32", "16-mixed")
