@@ -160,7 +160,7 @@ def test_folder_of_images(tmp_path, caplog):
         ("y.png", "more of them"),
     ]
     assert torch.allclose(data[2]["pixels"], torch.full((3, 6, 6), 100 / 127.5 - 1))
-    what = f"2 of 5 pictures in {tmp_path}, a.PNG for one, have no .txt or .json beside them"
+    what = f"2 of 5 pictures in {tmp_path}, a.PNG for one, have no caption"
     assert [record.message.partition(", and")[0] for record in caplog.records] == [what]
     for name in ("a.txt", "sub/d.txt"):
         (tmp_path / name).write_text("all have one", encoding="utf-8")
@@ -432,7 +432,7 @@ def test_a_text_file_called_tar(tmp_path, content):
 def test_a_compressed_tar_and_an_empty_one(tmp_path):
     with tarfile.open(tmp_path / "z.tar", "w:gz"):
         pass
-    with pytest.raises(ValueError, match=r"z\.tar' is cut short or damaged, or no plain tar"):
+    with pytest.raises(ValueError, match=r"z\.tar' is compressed by gzip, .*: gunzip it first"):
         Shards(f"{tmp_path}/z.tar")
     put_tar(tmp_path / "e.tar", {})
     with pytest.raises(ValueError, match=r"e\.tar' hold no samples"):
@@ -632,7 +632,7 @@ def test_latents_in_other_layouts():
         ({"json": b'{"caption": "\\ud800"}'}, "is not UTF-8"),
         ({"json": b"[" * 100_000}, "does not decode"),
         ({"json": b"1" * 10_000}, "does not decode"),
-        ({"png": b""}, r"it has no caption \(txt, json\), only png"),
+        ({"png": b""}, r"it has no caption \(txt, caption, json\), only png"),
     ],
 )
 def test_captions_that_are_refused(files, message):
@@ -707,15 +707,15 @@ def test_camera_rotation_is_applied():
 
 
 def test_images_that_are_refused():
-    gif = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(gif, "GIF")
+    eps = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(eps, "EPS")
     for files, message in [
         (
-            {"png": gif.getvalue()},
+            {"png": eps.getvalue()},
             r"its \.png does not decode",
         ),  # only the formats named, whatever the extension
         ({"jpg": b""}, r"its \.jpg does not decode"),
-        ({"txt": b"x"}, r"it has no image \(jpg, jpeg, png, webp\), only txt"),
+        ({"txt": b"x"}, r"it has no image \(jpg, jpeg, png, webp, .*\), only txt"),
     ]:
         with pytest.raises(decode.BadSample, match=rf"^a\.tar:7: {message}"):
             decode.image(raw(**files), 4)

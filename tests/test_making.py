@@ -8,6 +8,8 @@ import io
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,7 +207,7 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
     assert code == 1
     assert "more than data.max_bad_share=0.1: repair the data or raise the share" in err
-    assert "it has no caption (txt, json), only png" in err
+    assert "it has no caption (txt, caption, json), only png" in err
     only = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}", "out=other"]
     assert (
         "only pictures can be encoded; choose data=images"
@@ -501,7 +503,7 @@ def test_check_says_what_is_wrong_and_how_much(command, tmp_path):
     code, out, _ = command("check", f"data.path={path}", "data.size=64", "data.num_workers=0")
     assert code == 0  # a tenth is allowed
     assert "18 of 20 samples are good" in out
-    assert f"        2  it has no caption (txt, json), only png (as {path}:003)" in out
+    assert f"        2  it has no caption (txt, caption, json), only png (as {path}:003)" in out
     assert "   1.00        10  " + "#" * 20 in out
     assert "   2.00        10  " + "#" * 20 in out
     assert "words of a caption: " in out
@@ -582,3 +584,45 @@ def test_a_folder_with_json_captions(tmp_path):
     (tmp_path / "a.png").write_bytes(png(np.zeros((8, 8, 3), np.uint8)))
     (tmp_path / "a.json").write_text('{"caption": "a dog"}', encoding="utf-8")
     assert ImageShards(str(tmp_path), size=8)[0]["caption"] == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scaling_factor": 1e9}, r"its latents reach .*, beyond float16, .*computed in float32\)"),
+        ({"scaling_factor": float("inf")}, r"its latents hold nan or inf, computed in float32; "),
+    ],
+)  # fmt: skip
+def test_a_cache_that_overflows_names_picture_and_dtype(change, said, command, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
+    config = folder / "vae" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | change), encoding="utf-8"
+    )
+    path = tmp_path / "photos"
+    path.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (path / "a.png").write_bytes(png(noise))
+    (path / "a.txt").write_text("c", encoding="utf-8")
+    code, _, err = command(
+        "cache", f"teacher.path={folder}", f"data.path={path}", "data.size=64",
+        "data.num_workers=0", "data.batch_size=1", "out=made",
+    )  # fmt: skip
+    assert code == 1
+    assert re.search(rf"{path}:a\.png: {said}", err), err
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_overflowed_and_what_to_give_instead():
+    from distill.making import checked
+
+    good, bad = np.zeros((1, 2, 2), np.float32), np.full((1, 2, 2), np.nan, np.float32)
+    tokens = {"tokens": np.full((2, 3), np.inf, np.float16)}
+    checked("a.png", good, {"tokens": good}, "float16")
+    for latent, embedded, what in ((bad, {}, "latents"), (good, tokens, r"embeddings \(tokens\)")):
+        said = rf"^a\.png: its {what} hold nan or inf, computed in float16; give teacher\.dtype=float32$"
+        with pytest.raises(ValueError, match=said):
+            checked("a.png", latent, embedded, "float16")
+    said = r"computed in float32 under precision=16-mixed; give precision=32-true$"
+    with pytest.raises(ValueError, match=said):
+        checked("seed 3, 'a dog'", bad, {}, "float32", "16-mixed")

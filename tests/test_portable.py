@@ -140,6 +140,7 @@ def test_workers_that_start_afresh_get_the_data(shards, tmp_path):
     (tmp_path / "prompts.txt").write_text(HAN, encoding="utf-8")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.png")
+    (tmp_path / "photos" / "1.txt").write_text(HAN, encoding="utf-8")
     size = {"batch_size": 1, "buckets": [[64, 64], [64, 32]]}
     for made in (
         source.latents(str(shards), batch_size=1),

@@ -30,21 +30,22 @@ def encode(cfg: DictConfig, folder: Path) -> int:
         source = make(cfg.data)
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
-    device = hardware.device()
+    device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
     teacher.only_encode(device)
     job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
     if cfg.embeddings:
-        making.put_null(teacher, folder)
+        making.put_null(teacher, folder, dtype)
     plan = {shard: source.batches(numbers) for shard, numbers in job.missing().items()}
     stream = source.once([batch for batches in plan.values() for batch in batches])
 
     def samples(shard: int, _: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for numbers, found in zip(plan[shard], stream, strict=False):
-            good = [(f"{i:09d}", item) for i, (item, _) in zip(numbers, found, strict=True) if item]
+            good = [(i, item) for i, (item, _) in zip(numbers, found, strict=True) if item]
             source.dataset.account(
                 len(good), [pair for _, bad in found for pair in bad], needed=False
             )
             captions = [item["caption"] for _, item in good]
+            source.dataset.account_captions(captions, drawn=False)
             if good:
                 pixels = torch.stack([item["pixels"] for _, item in good]).to(device)
                 with torch.no_grad():
@@ -54,7 +55,9 @@ def encode(cfg: DictConfig, folder: Path) -> int:
                         if cfg.embeddings
                         else [{}] * len(good)
                     )
-                yield from map(cached, [key for key, _ in good], latents, captions, told)
+                for (i, _), *rest in zip(good, latents, captions, told, strict=True):
+                    making.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
+                    yield cached(f"{i:09d}", *rest)
 
     job.make(samples)
     cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets

@@ -1,6 +1,6 @@
 """Read data as a run would, and say which samples would be dropped and why, which sizes there are,
 and how long the captions are. The exit code is 1 if more than `data.max_bad_share` of the samples
-are bad.
+are bad, or more than `data.max_empty_share` of the captions are empty.
 
     python -m distill.check data.path=photos
     python -m distill.check data=images data.path='shards-{000..127}.tar' data.limit=1000
@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from math import log2
 from statistics import median
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -40,12 +41,26 @@ def main(cfg: DictConfig) -> int:
         for bucket, group in data.groups.items():
             print(f"bucket {list(data.buckets[bucket])}: {len(group)}")
     if captions:
-        lengths = sorted(len(caption.split()) for caption in captions)
-        empty = sum(not length for length in lengths)
-        print(
-            f"\nwords of a caption: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}; {empty} are empty"
-        )
-    return int(len(bad) > data.max_bad_share * len(data))
+        print_captions(captions)
+    return int(len(bad) > data.max_bad_share * len(data) or too_empty(captions, data))
+
+
+def too_empty(captions: list[str], data: Any) -> bool:
+    """Whether more captions are empty than may be, which is said."""
+    empty, share = captions.count(""), data.max_empty_share
+    if empty <= share * len(captions):
+        return False
+    print(f"more than data.max_empty_share={share:g} of them: write them, or raise the share")
+    return True
+
+
+def print_captions(captions: list[str]) -> None:
+    """How long they are, how many are empty, and how many have lines, all of which are read as one."""
+    lengths = sorted(len(caption.split()) for caption in captions)
+    empty, lines = captions.count(""), sum("\n" in caption for caption in captions)
+    several = f"; {lines} have several lines, read as one caption" if lines else ""
+    words = f"{lengths[0]} to {lengths[-1]}, median {median(lengths):g}"
+    print(f"\nwords of a caption: {words}; {empty} are empty{several}")
 
 
 def print_reasons(bad: list[tuple[str, str]]) -> None:

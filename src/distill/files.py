@@ -87,10 +87,18 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled."""
+    """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
+
+    Raises ValueError for numbers whose white is not known: floats, and integers of more than 16 bits.
+    """
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
+        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # Pillow would clip it to white
-        picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(picture)
+        if grey.size and (grey.min() < 0 or grey.max() >= 2**16):
+            raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
+        picture = Image.fromarray((grey // 256).astype(np.uint8))
     if (
         picture.has_transparency_data
     ):  # what lies under full transparency is arbitrary: do not teach it

@@ -28,13 +28,17 @@ def check_strength(steps: int, strength: float) -> None:
 
 
 def check_samples(
-    limit: int | None, max_bad_share: float, buckets: Sequence[Sequence[int]] | None
+    limit: int | None,
+    max_bad_share: float,
+    buckets: Sequence[Sequence[int]] | None,
+    max_empty_share: float = 1.0,
 ) -> None:
     """Raise ValueError for options of data that no data set could have."""
     if limit is not None and limit < 1:
         raise ValueError(f"data.limit={limit}: must be at least 1")
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"data.max_bad_share={max_bad_share}: must be a share, from 0 to 1")
+    for key, share in (("max_bad_share", max_bad_share), ("max_empty_share", max_empty_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"data.{key}={share}: must be a share, from 0 to 1")
     if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
         what = "must be null or like [[640, 384], [512, 512]], width and height"
         raise ValueError(f"data.buckets={buckets}: {what}")

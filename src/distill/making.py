@@ -14,7 +14,7 @@ done. Processes need not talk: each makes every world-th shard, and whoever find
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +174,40 @@ def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
     return [{name: x[i] for name, x in tensors.items()} for i in range(len(cond))]
 
 
-def put_null(teacher: Any, folder: Path) -> None:
-    """The embedded empty caption, in half precision as those of the samples."""
-    np.savez(
-        file := io.BytesIO(),
-        **{k: x.half().cpu().numpy() for k, x in teacher.embed([""]).tensors().items()},
-    )
+def checked(
+    name: str,
+    latent: np.ndarray,
+    embedded: Mapping[str, np.ndarray],
+    dtype: str,
+    precision: str | None = None,
+) -> None:
+    """Raise ValueError, naming the sample, for latents or embeddings that cannot be kept in float16.
+
+    `dtype` and `precision` are what they were computed in.
+    """
+    _finite(name, "latents", latent, dtype, precision)
+    for part, x in embedded.items():
+        _finite(name, f"embeddings ({part})", x.astype(np.float32), dtype, precision)
+
+
+def _finite(name: str, what: str, x: np.ndarray, dtype: str, precision: str | None) -> None:
+    computed = f"computed in {dtype}{f' under precision={precision}' if precision else ''}"
+    if not np.isfinite(x).all():
+        wanted = [] if dtype == "float32" else ["teacher.dtype=float32"]
+        wanted += [] if precision in (None, "32-true") else ["precision=32-true"]
+        advice = f"give {' '.join(wanted)}" if wanted else "check the teacher's files"
+        raise ValueError(f"{name}: its {what} hold nan or inf, {computed}; {advice}")
+    largest = np.abs(x).max(initial=0)
+    if largest > np.finfo(np.float16).max:
+        raise ValueError(
+            f"{name}: its {what} reach {largest:.3g}, beyond float16, in which they are kept "
+            f"({computed}); check the teacher's config, or leave the sample out"
+        )
+
+
+def put_null(teacher: Any, folder: Path, dtype: str = "float32") -> None:
+    """The embedded empty caption, in half precision as those of the samples; ValueError as `checked`."""
+    tensors = {name: x.float().cpu().numpy() for name, x in teacher.embed([""]).tensors().items()}
+    checked("the empty caption", np.zeros(1), tensors, dtype)
+    np.savez(file := io.BytesIO(), **{k: x.astype(np.float16) for k, x in tensors.items()})
     put(folder / NULL, file.getvalue())

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill import validate
 from distill.compose import check_counts, shipped
-from distill.data.shards import check_path
+from distill.data.shards import check_pictures
 from distill.errors import command
 from distill.hardware import check_precision
-from distill.pretraining.asked import ORDER, check_data, chosen, trains
+from distill.pretraining.asked import ORDER, check_data, chosen, max_empty_share, trains
 from distill.progress import importing
 from distill.teachers.locate import check_pipeline
 
@@ -49,7 +49,7 @@ def check(cfg: DictConfig) -> None:
         if taught_by is not None and taught_by not in ORDER:
             check_pipeline(shipped(str(taught_by)), f"networks.{name}.taught_by")
     if cfg.data.path is not None:
-        check_path(cfg.data.path)
+        check_pictures(cfg.data.path, max_empty_share=max_empty_share(cfg.stages))
     if cfg.parts is not None:
         check_pipeline(shipped(str(cfg.parts)), "parts")
 

@@ -29,10 +29,10 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())
-    shape = teacher.shape_of(cfg.size)
+    shape, dtype = teacher.shape_of(cfg.size), cfg.teacher.get("dtype") or "float32"
     job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
-        making.put_null(teacher, folder)
+        making.put_null(teacher, folder, dtype)
 
     def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for start in numbers[:: cfg.batch_size]:
@@ -48,6 +48,8 @@ def draw(cfg: DictConfig, folder: Path) -> int:
                 latents = latents.float().cpu().numpy()
             told = making.embedded(cond) if cfg.embeddings else [{}] * len(part)
             for seed, *rest in zip(seeds, latents, captions, told, strict=True):
+                name = f"seed {seed}, {rest[1]!r}"
+                making.checked(name, rest[0], rest[2], dtype, cfg.precision)
                 yield cached(f"{seed:09d}", *rest)
 
     job.make(samples)

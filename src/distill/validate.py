@@ -20,7 +20,7 @@ from distill.compose import (
     shipped,
 )
 from distill.data.lines import Lines
-from distill.data.shards import check_path
+from distill.data.shards import check_pictures, expand
 from distill.hardware import check_precision
 from distill.metrics import material
 from distill.teachers import locate
@@ -38,6 +38,7 @@ COUNTS = dict.fromkeys(
 )  # fmt: skip
 JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 PROMPTS = "distill.data.source.prompts"
+LATENTS = "distill.data.source.latents"
 # What may be different when a command that writes shards goes on.
 FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
@@ -194,13 +195,16 @@ def check_data(data: DictConfig) -> None:
     check_keys(OmegaConf.create({"data": data}))
     check_counts(OmegaConf.create({"data": data}), {k: v for k, v in COUNTS.items() if "data" in k})
     plain = OmegaConf.to_container(data, resolve=True)
-    share = plain.get("max_bad_share", 0.1)
-    limits.check_samples(plain.get("limit"), share, plain.get("buckets"))
+    share, empty = plain.get("max_bad_share", 0.1), plain.get("max_empty_share", 1.0)
+    limits.check_samples(plain.get("limit"), share, plain.get("buckets"), empty)
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
         Lines(path)
+    elif data.get("_target_") == LATENTS:
+        expand(path)
     else:
-        check_path(path)
+        keys = ("repeats", "caption_key", "max_empty_share")
+        check_pictures(path, **{key: plain[key] for key in keys if key in plain})
 
 
 def check_metrics(metrics: DictConfig) -> None:

@@ -27,14 +27,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.data import decode
+from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
-from distill.data.shards import Shards, expand
+from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images, expand
 from distill.data.write import BEGUN, MANIFEST, NULL, PICTURES
 from distill.limits import check_samples
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
 MAX_IN_A_ROW = 50  # samples tried for one place in a batch
+# What shards of several folders must have been made with alike: one null caption is used, and one set of buckets.
+ALIKE = ("teacher", "without", "embeddings", "what", "buckets", "size")
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
 Found = tuple[
     dict | None, Skipped
@@ -49,6 +52,8 @@ class Samples(Dataset, ABC):
     its samples, for which the first bytes of every sample are read once. Raises ValueError if `limit`, the number of
     samples to use, is under 1, for malformed `buckets`, and whatever `Shards` raises.
     """
+
+    max_empty_share = 1.0
 
     def __init__(
         self,
@@ -70,10 +75,15 @@ class Samples(Dataset, ABC):
         self.bucket_of, self.groups = self._sorted()
         self.bad: dict[str, str] = {}
         self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
+        self.told = self.empty = 0  # the same of captions
 
     def open(self, path: str) -> Shards | Lines:
         """What reads raw samples by index."""
         return Shards(path)
+
+    def caption(self, sample: dict) -> str:
+        """The caption of a raw sample; raises BadSample."""
+        return decode.caption(sample, self.caption_key)
 
     @abstractmethod
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
@@ -128,7 +138,7 @@ class Samples(Dataset, ABC):
                 found = self.tensors(sample, bucket)
                 item = {
                     **found,
-                    "caption": decode.caption(sample, self.caption_key),
+                    "caption": self.caption(sample),
                     "key": sample["__key__"],
                 }
                 return item, skipped
@@ -144,13 +154,8 @@ class Samples(Dataset, ABC):
             self.bad[name] = reason
         self.tried += good + len(skipped)
         self.failed += len(skipped)
-        enough, share = good or not needed, self.max_bad_share
-        # What is drawn at random may have a few too many: four standard deviations. What is read once is counted whole.
-        most = (
-            share * self.tried + 4 * math.sqrt(share * (1 - share) * self.tried)
-            if needed
-            else share * len(self)
-        )
+        enough = good or not needed
+        most = self._most(self.max_bad_share, self.tried, needed)
         if enough and (self.tried < MIN_TRIED or self.failed <= most):
             return
         what = f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the share"
@@ -159,6 +164,26 @@ class Samples(Dataset, ABC):
         raise ValueError(
             f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}"
         )
+
+    def _most(self, share: float, tried: int, drawn: bool) -> float:
+        """How many may be so. What is drawn at random may have a few too many: four standard deviations.
+
+        What is read once is counted whole.
+        """
+        if not drawn:
+            return share * len(self)
+        return share * tried + 4 * math.sqrt(share * (1 - share) * tried)
+
+    def account_captions(self, captions: Sequence[str], *, drawn: bool = True) -> None:
+        """Count captions of good samples; ValueError if more than `max_empty_share` of them say nothing."""
+        self.told += len(captions)
+        self.empty += sum(not caption for caption in captions)
+        most = self._most(self.max_empty_share, self.told, drawn)
+        if self.empty > most and (self.told >= MIN_TRIED or not drawn):
+            raise ValueError(
+                f"{self.empty} of {self.told} captions are empty, more than "
+                f"data.max_empty_share={self.max_empty_share:g}: write them, or raise the share"
+            )
 
 
 @cache
@@ -198,17 +223,7 @@ class LatentShards(Samples):
         buckets: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ):
-        folder = Path(expand(path)[0]).parent
-        if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
-            raise ValueError(
-                f"data.path={path}: its making was not finished; give the command that makes it once more"
-            )
-        said = (
-            json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if (folder / MANIFEST).is_file()
-            else {}
-        )
-        self.made: dict[str, Any] = said if isinstance(said, dict) else {}
+        folder, self.made = _made(path)
         if seeded and self.made.get("what") == PICTURES:
             raise ValueError(
                 f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
@@ -253,16 +268,70 @@ class LatentShards(Samples):
         }
 
 
-class ImageShards(Samples):
-    """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is under 1."""
+def _made(path: str) -> tuple[Path, dict[str, Any]]:
+    """A folder that the shards lie in, and what its manifest says, empty if there is none.
 
-    def __init__(self, path: str, *, size: int, **options: Any):
+    Raises ValueError if their making was not finished, or they lie in several folders that were made in other ways.
+    """
+    about: dict[Path, dict[str, Any]] = {}
+    for folder in sorted({Path(shard).parent for shard in expand(path)}):
+        finished = (folder / MANIFEST).is_file()
+        if (folder / BEGUN).is_file() and not finished:
+            raise ValueError(
+                f"data.path={path}: its making was not finished; give the command that makes it once more"
+            )
+        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if finished else {}
+        about[folder] = said if isinstance(said, dict) else {}
+    first, *others = about
+    for other in others:
+        differs = [key for key in ALIKE if about[first].get(key) != about[other].get(key)]
+        if differs:
+            raise ValueError(
+                f"data.path={path}: {first} and {other} were made with another {differs[0]}; give one"
+            )
+    return first, about[first]
+
+
+class ImageShards(Samples):
+    """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is under 1.
+
+    With `repeats` folders in kohya's layout are read as kohya does. ValueError if none of the samples is a picture, or
+    more than `max_empty_share` of them have no caption; 1 takes samples without any.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        size: int,
+        repeats: bool = True,
+        max_empty_share: float = MAX_EMPTY,
+        **options: Any,
+    ):
         if not isinstance(size, int) or size < 1:
             raise ValueError(
                 f"data.size={size}: must be pixels a side; other shapes are data.buckets=[[width,height]]"
             )
+        check_samples(None, 0.0, None, max_empty_share)
+        self.repeats, self.max_empty_share = repeats, max_empty_share
         super().__init__(path, **options)
         self.size = size
+        index = self.shards.index
+        check_images(path, index)
+        said = check_captions(path, index, self.caption_key, max_empty_share)
+        # In shards, and under another key, one without a caption is a bad sample, unless asked for.
+        taken = max_empty_share == 1 or (self.shards.of_folder and self.caption_key == "caption")
+        if said and taken:
+            log.warning("%s", said)
+
+    def open(self, path: str) -> Shards:
+        return Shards(path, repeats=self.repeats)
+
+    def caption(self, sample: dict) -> str:
+        ends = CAPTIONS if self.caption_key == "caption" else ("json",)
+        if self.max_empty_share == 1 and caption_of(sample, ends) is None:
+            return ""
+        return super().caption(sample)
 
     def size_of(self, sample: dict) -> Size:
         return decode.image_size(sample)

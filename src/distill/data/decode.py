@@ -1,7 +1,7 @@
 """From a raw sample's bytes to values: pixels in [-1, 1], captions, latents, embeddings. The rest is a `BadSample`.
 
 A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__url__`. The bytes come from anywhere, so
-nothing here unpickles, and only the image formats named in `FORMATS` are tried.
+nothing here unpickles, and only the image formats named in `formats` are tried.
 """
 
 import io
@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data.shards import CAPTIONS, IMAGES
+from distill import formats
+from distill.data.folder import CAPTIONS, caption_of
+from distill.data.shards import DOTTED
 from distill.files import first_line, upright
 from distill.types import EMBEDDED
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 LATENTS = ("latent.npy", "latents.npy", "npy")
 HEAD = 2**16  # bytes in which a file says what size it has, nearly always
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
@@ -35,16 +36,18 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     """The largest central part of the sample's image with the shape of width x height (None: a square), resized to it:
     [3, height, width], RGB in [-1, 1].
 
-    EXIF rotation is applied, transparency laid on white. Raises BadSample if there is none, it does not decode, or the
-    part is under half as wide: enlarged that much, it would teach blur.
+    EXIF rotation is applied, transparency laid on white; of several frames the first is taken. Raises BadSample if
+    there is none, it does not decode, or the part is under half as wide: enlarged that much, it would teach blur.
     """
-    extension, height = _pick(sample, IMAGES, "image"), height or width
+    extension, height = _image(sample), height or width
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # harmless oddities, told anew for every image; bombs are errors
-            picture = upright(Image.open(io.BytesIO(sample[extension]), formats=FORMATS))
+            picture = upright(
+                Image.open(io.BytesIO(sample[extension]), formats=formats.tried(extension))
+            )
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
     has = picture.size
@@ -72,32 +75,36 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
 
 def image_size(sample: dict) -> tuple[int, int]:
     """Width and height in pixels as shown, from the image's first bytes. Raises BadSample if these do not say it."""
-    extension = _pick(sample, IMAGES, "image")
+    extension = _image(sample)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(sample[extension]), formats=FORMATS)
-            turned = (
-                picture.format != "PNG" and picture.getexif().get(0x0112) in SIDEWAYS
-            )  # a PNG would be read whole
+            picture = Image.open(io.BytesIO(sample[extension]), formats=formats.tried(extension))
+            # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would be read whole.
+            asked = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
+            turned = asked and picture.getexif().get(0x0112) in SIDEWAYS
     except Exception as error:
         raise _undecodable(sample, extension, error) from None
     return picture.size[::-1] if turned else picture.size
 
 
 def caption(sample: dict, key: str = "caption") -> str:
-    """The sample's caption: its `.txt`, else `caption` or `text` of its `.json`; any other `key` of the `.json` alone.
+    """The sample's caption: its `.txt`, else its `.caption`, else `caption` or `text` of its `.json`.
 
-    Raises BadSample if there is none.
+    Any other `key` is of the `.json` alone. Raises BadSample if there is none.
     """
     plain = key == "caption"
-    extension = _pick(sample, CAPTIONS if plain else ("json",), "caption")
+    ends = CAPTIONS if plain else ("json",)
+    extension = caption_of(sample, ends) or _pick(sample, ends, "caption")
+    found: dict = {}
     try:
         text = sample[extension].decode("utf-8-sig")
-        if extension == "json":
+        if extension.endswith("json"):
             record = json.loads(text)
             found = record if isinstance(record, dict) else {}
-            text = found.get(key) or (found.get("text") if plain else None)
+            text = found.get(key)
+            if plain and not text:
+                text = found.get("text", text)
         str(text).encode()  # JSON can smuggle in half a surrogate pair, on which tokenizers fail
     except UnicodeError:
         raise BadSample(sample, f"its .{extension} is not UTF-8") from None
@@ -105,7 +112,11 @@ def caption(sample: dict, key: str = "caption") -> str:
         raise _undecodable(sample, extension, error) from None
     if not isinstance(text, str):
         where = "'caption' or 'text'" if plain else repr(key)
-        raise BadSample(sample, f"its .{extension} has no text under {where}")
+        has = ", ".join(name for name, value in found.items() if value and isinstance(value, str))
+        also = f", only {has[:80]}: see data.caption_key" if has else ""
+        raise BadSample(sample, f"its .{extension} has no text under {where}{also}")
+    if "\0" in text:  # UTF-16 without its mark passes for UTF-8
+        raise BadSample(sample, f"its .{extension} is not UTF-8, or holds characters of number 0")
     return text.strip()
 
 
@@ -164,12 +175,30 @@ def _array(sample: dict, extension: str) -> np.ndarray:
         raise _undecodable(sample, extension, error) from None
 
 
+def _image(sample: dict) -> str:
+    """The extension of the sample's picture."""
+    ends = formats.suffixes()
+    extension = next((end for end in ends if end in sample), None)
+    if extension:
+        return extension
+    there = _there(sample)
+    hint = ""
+    if any("." in end and end.rpartition(".")[2] in ends for end in sample):
+        hint = f"; {DOTTED}"
+    elif other := [end for end in sample if formats.unread(end)]:
+        hint = f"; {formats.advice(other)}"
+    raise BadSample(sample, f"it has no image ({formats.listed()}), only {there}{hint}")
+
+
 def _pick(sample: dict, extensions: tuple[str, ...], what: str) -> str:
     for extension in extensions:
         if extension in sample:
             return extension
-    there = ", ".join(sorted(key for key in sample if not key.startswith("__"))) or "nothing"
-    raise BadSample(sample, f"it has no {what} ({', '.join(extensions)}), only {there}")
+    raise BadSample(sample, f"it has no {what} ({', '.join(extensions)}), only {_there(sample)}")
+
+
+def _there(sample: dict) -> str:
+    return ", ".join(sorted(key for key in sample if not key.startswith("__"))) or "nothing"
 
 
 def _undecodable(sample: dict, extension: str, error: BaseException) -> BadSample:

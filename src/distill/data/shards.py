@@ -2,7 +2,7 @@
 
 A sample is the set of files that share a path up to the first dot of the file name: `a/7.png`, `a/7.txt` -> key `a/7`,
 extensions `png`, `txt`. Tar headers are read once, giving every file's place in its shard; samples are then read by
-position. Nothing is ever extracted, so a hostile name can at most become an odd key.
+position. Nothing is ever extracted, so a hostile name can at most become an odd key. Folders: see `folder`.
 """
 
 import glob
@@ -11,19 +11,30 @@ import logging
 import os
 import re
 import tarfile
+from collections import Counter
 
 from braceexpand import braceexpand
 
+from distill import formats
+from distill.data import folder as folders
+from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
+from distill.data.walk import Below, below
+from distill.formats import hidden
+
 log = logging.getLogger(__name__)
-IMAGES = ("jpg", "jpeg", "png", "webp")
-CAPTIONS = ("txt", "json")
-Places = dict[
-    str, tuple[str, int, int]
-]  # lower-case extension -> where it lies: file, offset, size (-1: all of it)
-ENDS = (
-    *map(str.upper, CAPTIONS),
-    *CAPTIONS,
-)  # of captions in a folder; of two that differ in case alone the last
+MAX_EMPTY = 0.5  # ours: the share of pictures without a caption above which a set is refused
+DOTTED = "a key ends at the first dot of a file's name: write names with no other dot"
+# The first bytes of files that are taken for shards, and what to do.
+MAGIC = {
+    b"\x1f\x8b": "is compressed by gzip, and samples are read by position: gunzip it first",
+    b"BZh": "is compressed by bzip2, and samples are read by position: bunzip2 it first",
+    b"\xfd7zXZ": "is compressed by xz, and samples are read by position: unxz it first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd, and samples are read by position: unzstd it first",
+    b"PK\x03\x04": "is a zip archive: unpack it and give its folder",
+    b"PAR1": f"is a Parquet table: write its pictures into a folder first, as {folders.HOW} shows",
+    b"\x89PNG": "is a picture: give the folder that it is in",
+    b"\xff\xd8\xff": "is a picture: give the folder that it is in",
+}
 _NAME = re.compile(
     r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
 )  # WebDataset's: key, then all after the first dot
@@ -32,32 +43,54 @@ _NAME = re.compile(
 class Shards:
     """Samples by index: of tar shards in sorted order, in tar order within each, or of a folder of images without any.
 
-    Raises ValueError and FileNotFoundError as `expand`, `index_tar` and `index_folder` do, or if there is no sample.
+    `of_folder` says that it is one of images; `said` is what of them may not be what their owner thinks, a sentence
+    each, of which the log is told. Raises ValueError and FileNotFoundError as `expand`, `index_tar` and `folder.of`
+    do, or if there is no sample.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, repeats: bool = True):
         folder = os.path.expanduser(path)
-        if os.path.isdir(folder) and not any(name.endswith(".tar") for name in os.listdir(folder)):
-            self._index = [(key, folder, places) for key, places in index_folder(folder).items()]
+        found = folder_of_pictures(folder)
+        self.of_folder = found is not None
+        if found:
+            made = folders.of(found, repeats=repeats)
+            self._index = [(key, folder, places) for key, places in made.index]
+            self.said = made.said
         else:
+            shards = expand(path)
             self._index = [
-                (key, shard, files)
-                for shard in expand(path)
-                for key, files in index_tar(shard).items()
+                (key, shard, files) for shard in shards for key, files in index_tar(shard).items()
             ]
+            self.said = [*beside_shards(folder), *_about_keys(self.index)]
         if not self._index:
             raise ValueError(
                 f"The shards at {path!r} hold no samples: files must be named <key>.<extension>."
             )
+        for sentence in self.said:
+            log.warning("%s: %s", path, sentence)
+
+    @property
+    def index(self) -> Index:
+        """Key and places of the files of every sample."""
+        return [(key, places) for key, _, places in self._index]
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def name(self, i: int) -> str:
+        """What sample i is called where something is said of it: shard or folder, and key."""
+        key, url, _ = self._index[i]
+        return f"{url}:{key}"
 
     def digest(self) -> str:
         """A hash of the keys of all samples, and of the extensions, places and sizes of their files."""
         found = hashlib.sha256()
         for key, _, places in self._index:
-            found.update(repr((key, [(end, *place[1:]) for end, place in places.items()])).encode())
+            where = [
+                (end, place) if isinstance(place, bytes) else (end, *place[1:])
+                for end, place in places.items()
+            ]
+            found.update(repr((key, where)).encode())
         return found.hexdigest()
 
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
@@ -68,42 +101,152 @@ class Shards:
         """
         key, url, places = self._index[i]
         sample: dict[str, str | bytes] = {}
-        for extension, (path, offset, size) in places.items():
+        for extension, place in places.items():
+            if isinstance(place, bytes):
+                sample[extension] = place
+                continue
+            path, offset, size = place
             size = size if at_most < 0 else min(at_most, size) if size >= 0 else at_most
             with open(path, "rb") as file:
                 file.seek(offset)
                 sample[extension] = data = file.read(size)
             if len(data) < size and at_most < 0:
                 raise ValueError(
-                    f"The shard {path!r} has shrunk since it was opened (sample {key!r})."
+                    f"The file {path!r} has shrunk since it was opened (sample {key!r})."
                 )
         return sample | {"__key__": key, "__url__": url}  # last: no file may pose as these
 
 
-def check_path(path: str) -> None:
-    """Raise, as `Shards` does, where no shard and no picture is: its errors, without reading any of them."""
-    folder = os.path.expanduser(path)
-    if not os.path.isdir(folder) or any(name.endswith(".tar") for name in os.listdir(folder)):
+def check_pictures(
+    path: str, *, repeats: bool = True, caption_key: str = "caption", max_empty_share: float = 1.0
+) -> None:
+    """Raise, as `Shards` does, where no shard and no picture is, and as `check_captions` for a folder of pictures.
+
+    No shard and no picture is read for it, so that it is known before anything that takes long.
+    """
+    if found := folder_of_pictures(os.path.expanduser(path)):
+        made = folders.of(found, repeats=repeats)
+        check_captions(path, made.index, caption_key, max_empty_share)
+    else:
         expand(path)
-    elif not any(_is_picture(name) for _, _, names in os.walk(folder) for name in names):
-        raise _nothing_in(folder)
 
 
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in IMAGES
-
-
-def _nothing_in(folder: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"The folder {folder!r} has neither .tar shards nor images ({', '.join(IMAGES)})."
+def check_captions(path: str, index: Index, key: str, most: float) -> str | None:
+    """Raise ValueError if more than this share of the samples have no caption; a sentence if some have none."""
+    bare = uncaptioned(index, CAPTIONS if key == "caption" else ("json",))
+    if not bare:
+        return None
+    what = f"{len(bare)} of {len(index)} pictures in {path}, {bare[0]} for one, have no caption"
+    if len(bare) <= most * len(index):
+        return f"{what}, and count as pictures of the empty one"
+    beside = " or ".join(f".{end}" for end in (CAPTIONS if key == "caption" else ("json",)))
+    raise ValueError(
+        f"data.path={path}: {len(bare)} of {len(index)} pictures have no caption, {bare[0]} for one; "
+        f"give each a {beside} of its name, or metadata.jsonl, or take them so by data.max_empty_share=1"
     )
+
+
+def check_images(path: str, index: Index) -> None:
+    """Raise ValueError if none of the samples is a picture."""
+    ends = set(formats.suffixes())
+    if any(ends & places.keys() for _, places in index):
+        return
+    there = Counter(end for _, places in index for end in places)
+    some = ", ".join(f"{n} .{end}" for end, n in there.most_common(4))
+    what = f"data.path={path}: none of its {len(index)} samples has an image, only {some}"
+    if any(end.rpartition(".")[2] in ends for end in there):
+        raise ValueError(f"{what}; {DOTTED}")
+    if any(end.endswith("npy") for end in there):
+        raise ValueError(f"{what}; read cached latents by data=latents")
+    unread = [end for end in there if formats.unread(end)]
+    raise ValueError(f"{what}; {formats.advice(unread) if unread else 'check the path'}")
+
+
+def folder_of_pictures(folder: str) -> Below | None:
+    """The files of a folder that is read as pictures: with some, and no shard at its top; or with neither at all."""
+    if not os.path.isdir(folder) or _shards_in(folder):
+        return None
+    found = below(folder)
+    ends = {folders.suffix(name) for name in found.files}
+    return found if ends & set(formats.suffixes()) or "tar" not in ends else None
+
+
+def _shards_in(folder: str) -> list[str]:
+    """The shards at the top of a folder, sorted, .TAR among them."""
+    names = sorted(name for name in os.listdir(folder) if not hidden(name))
+    return [
+        os.path.join(folder, name)
+        for name in names
+        if folders.suffix(name) == "tar" and os.path.isfile(os.path.join(folder, name))
+    ]
+
+
+def _shards_below(folder: str) -> list[str]:
+    """The shards at the top of a folder, or if there is none, those of all folders in it."""
+    found = below(folder)
+    deep = [found.path(name) for name in found.files if folders.suffix(name) == "tar"]
+    return _shards_in(folder) or deep
+
+
+def beside_shards(folder: str) -> list[str]:
+    """What lies in a folder of shards and is not read, a sentence each; nothing if it is no folder."""
+    if not os.path.isdir(folder):
+        return []
+    files = below(folder).files
+    ends = formats.suffixes()
+    top = bool(_shards_in(folder))
+    kinds = {
+        "pictures beside the shards": [n for n in files if folders.suffix(n) in ends],
+        "compressed shards": [n for n in files if folders.packed(n)],
+        "shards in subfolders": [
+            n for n in files if folders.suffix(n) == "tar" and top and "/" in n
+        ],
+    }
+    return [
+        f"{what} are not read ({len(names)}, {names[0]} for one): {ADVICE[what]}"
+        for what, names in kinds.items()
+        if names
+    ]
+
+
+ADVICE = {
+    "pictures beside the shards": "give them a folder of their own, or put them into a shard",
+    "compressed shards": "gunzip or unpack them",
+    "shards in subfolders": "give them as a pattern: data.path='folder/**/*.tar'",
+}
+
+
+def _about_keys(index: Index) -> list[str]:
+    """What WebDataset's way of naming makes of samples, where their owner may have meant something else."""
+    ends = formats.suffixes()
+    dotted = [
+        (key, end)
+        for key, places in index
+        for end in places
+        if "." in end and end.rpartition(".")[2] in ends
+    ]
+    several = [(key, has) for key, has in ((k, [e for e in p if e in ends]) for k, p in index)]
+    several = [(key, has) for key, has in several if len(has) > 1]
+    said = []
+    if dotted:
+        key, end = dotted[0]
+        said.append(f"pictures as {key}.{end} are not read ({len(dotted)}); {DOTTED}")
+    if several:
+        key, has = several[0]
+        best = min(has, key=ends.index)
+        said.append(
+            f"of samples with several pictures ({len(several)}, {key} for one: {', '.join(has)}) "
+            f"one is read, there the .{best}"
+        )
+    return said
 
 
 def expand(path: str) -> list[str]:
     """The shards that `path` names, sorted and without repeats.
 
-    `path` is a folder of `*.tar`, one file, a brace pattern (`shards-{000000..000003}.tar`), a glob, or both mixed.
-    Raises ValueError for a malformed pattern or a URL, FileNotFoundError when a named shard is missing or none matches.
+    `path` is a folder of `*.tar`, at its top or else below it, one file, a brace pattern
+    (`shards-{000000..000003}.tar`), a glob, or both mixed. Raises ValueError for a malformed pattern or a URL,
+    FileNotFoundError when a named shard is missing or none matches.
     """
     path = os.path.expanduser(path)
     if os.altsep:  # Windows: braces and globs take a backslash for something else
@@ -113,14 +256,15 @@ def expand(path: str) -> list[str]:
             f"data.path={path!r}: must be a folder of .tar shards, one .tar or a pattern, on a local disk"
         )
     if os.path.isdir(path):
-        names = [os.path.join(glob.escape(path), "*.tar")]
-    else:
-        try:
-            names = [path] if os.path.isfile(path) else list(braceexpand(path))
-        except ValueError:
-            raise ValueError(
-                f"data.path={path!r}: its braces do not pair; write, say, x-{{000..003}}.tar"
-            ) from None
+        if shards := _shards_below(path):
+            return shards
+        raise _no_shards_in(path)
+    try:
+        names = [path] if os.path.isfile(path) else list(braceexpand(path))
+    except ValueError:
+        raise ValueError(
+            f"data.path={path!r}: its braces do not pair; write, say, x-{{000..003}}.tar"
+        ) from None
     found = set()
     for name in names:
         matches = (
@@ -140,11 +284,20 @@ def expand(path: str) -> list[str]:
     return sorted(found)
 
 
+def _no_shards_in(path: str) -> FileNotFoundError:
+    files = below(path).files
+    what = f"No file matches data.path={path!r}: it is a folder without shards (.tar)"
+    if any(folders.suffix(name) in formats.suffixes() for name in files):
+        return FileNotFoundError(f"{what} and with pictures; read those by data=images")
+    advice = folders.remedy(files) or "check the folder"
+    return FileNotFoundError(f"{what} that holds {folders.holds(files)}; {advice}")
+
+
 def index_tar(path: str) -> dict[str, Places]:
     """Where the files of each sample lie, by its key, from the headers alone.
 
-    Links, devices, folders and sparse files are passed over, as are hidden files and names without extension.
-    Raises ValueError if the file is no plain tar, ends early, or holds the same file twice.
+    Links, devices, folders and sparse files are passed over, as are hidden files and folders and names without
+    extension. Raises ValueError if the file is no plain tar, ends early, or holds the same file twice.
     """
     index: dict[str, Places] = {}
     with open(path, "rb") as file:
@@ -159,6 +312,8 @@ def index_tar(path: str) -> dict[str, Places]:
                     if not member.isreg() or member.issparse() or not match:
                         continue
                     key, extension = match[1], match[2].lower()
+                    if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
+                        continue  # thumbnails of a system, and what macOS adds
                     if extension in index.setdefault(key, {}):
                         raise ValueError(
                             f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
@@ -169,43 +324,11 @@ def index_tar(path: str) -> dict[str, Places]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
         except tarfile.TarError as error:
+            file.seek(0)
+            start = file.read(8)  # only now: the first member of a tar may be called BZhang
+            for mark, said in MAGIC.items():
+                if start.startswith(mark):
+                    raise ValueError(f"The shard {path!r} {said}.") from None
             what = f"is cut short or damaged, or no plain tar ({error})"
             raise ValueError(f"The shard {path!r} {what}: write or fetch it anew.") from None
-    return index
-
-
-def index_folder(path: str) -> dict[str, Places]:
-    """Images below a folder by their path in it, sorted, each with the `.txt` and `.json` of the same stem.
-
-    One with neither has an empty caption, of which the log is told. Raises FileNotFoundError if there is none.
-    """
-    here = (
-        (folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if not name.startswith(".")
-    )
-    paths = (os.path.relpath(os.path.join(folder, name), path) for folder, name in here)
-    files = {name.replace(os.sep, "/") for name in paths}  # keys are the same on all systems
-    index = {}
-    for key in sorted(files):
-        stem, extension = os.path.splitext(key)
-        if (image := extension[1:].lower()) in IMAGES:
-            texts = {
-                e.lower(): os.path.join(path, f"{stem}.{e}") for e in ENDS if f"{stem}.{e}" in files
-            }
-            there = {image: os.path.join(path, key), **(texts or {"txt": os.devnull})}
-            index[key] = {end: (file, 0, -1) for end, file in there.items()}
-    if not index:
-        raise _nothing_in(path)
-    if bare := [key for key, there in index.items() if os.devnull in there.get("txt", ())]:
-        what = "no .txt or .json beside them, and count as pictures of the empty caption"
-        log.warning(
-            "%d of %d pictures in %s, %s for one, have %s",
-            len(bare),
-            len(index),
-            path,
-            bare[0],
-            what,
-        )
     return index

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.data.datasets import Found, ImageShards, LatentShards, Prompts, Samples, collate
+from distill.data.shards import MAX_EMPTY
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator is all anyone uses
         for batch, good, skipped in super().__iter__():
             self.dataset.account(good, skipped)
+            self.dataset.account_captions(batch["caption"])
             yield batch
 
 
@@ -214,9 +216,13 @@ def images(
     max_bad_share: float = 0.1,
     buckets: Sequence[Sequence[int]] | None = None,
     caption_key: str = "caption",
+    max_empty_share: float = MAX_EMPTY,
+    repeats: bool = True,
 ) -> Source:
-    """Pictures with captions: WebDataset shards, or a folder with a .txt or .json beside each picture."""
+    """Pictures with captions: WebDataset shards, or a folder in one of the layouts of `folder`."""
     how = {
+        "max_empty_share": max_empty_share,
+        "repeats": repeats,
         "limit": limit,
         "max_bad_share": max_bad_share,
         "buckets": buckets,

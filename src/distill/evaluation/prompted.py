@@ -165,7 +165,8 @@ class Prompted:
     def _told(self, paths: list[Path]) -> list[str]:
         """The captions of files, from .txt beside them, or by their names: numbers of captions, or COCO's own."""
         if all(path.with_suffix(".txt").is_file() for path in paths):
-            return [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
+            texts = [path.with_suffix(".txt").read_text(encoding="utf-8-sig") for path in paths]
+            return [text.strip() for text in texts]
         if all(path.stem in self.named for path in paths):
             return [self.named[path.stem] for path in paths]
         what = "a .txt beside every picture, or as names the numbers of their captions, 000000.png and so on"

@@ -4,13 +4,15 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from distill.formats import hidden, suffixes
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name; there may be no such folder."""
+    """The pictures in a folder, by name, hidden ones left out; there may be no such folder."""
     return sorted(
-        p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.name != "grid.png"
+        p
+        for p in folder.glob("*")
+        if p.suffix[1:].lower() in suffixes() and not hidden(p.name) and p.name != "grid.png"
     )  # sample's
 
 

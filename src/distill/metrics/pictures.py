@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill.files import put, upright
+from distill.formats import tried
 from distill.metrics.networks import Describer
 from distill.progress import Bar
 
@@ -68,7 +69,8 @@ def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
 def opened(path: Path, key: str = "") -> Image.Image:
     """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
     try:
-        with Image.open(path) as picture:
+        # Only formats that are trained on: what is called .png may be EPS, which starts another program.
+        with Image.open(path, formats=tried(path.suffix.lower())) as picture:
             return upright(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None

@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.compose import nearest
+from distill.data.shards import MAX_EMPTY
 from distill.shapes.world import SIDE
 
 ORDER = (  # in which the stages run
     "data", "clip", "vae", "latents", "reader", "vit", "mmdit", "mmdit_small", "unet", "shards",
 )  # fmt: skip
 MIN_PICTURES = 256  # CLIP holds 200 back
+OF_CAPTIONS = {"clip", "mmdit", "mmdit_small", "unet", "shards"}  # stages that learn from them
 
 
 def check_data(path: str | None, size: int, count: int) -> None:
@@ -35,6 +37,11 @@ def teaching_stage(asked: Mapping[str, Any], stage: str) -> tuple[str, ...]:
     """The stage of the same folder that teaches this one, if any. A pipeline folder teaches too, and is no stage."""
     taught_by = asked["networks"].get(stage, {}).get("taught_by")
     return (taught_by,) if taught_by in ORDER else ()
+
+
+def max_empty_share(stages: Sequence[str] | str | None) -> float:
+    """The share of pictures without a caption that the stages asked for can do with."""
+    return MAX_EMPTY if OF_CAPTIONS & set(chosen(stages)) else 1.0
 
 
 def chosen(stages: Sequence[str] | str | None) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.data.datasets import ImageShards
 from distill.files import put
-from distill.pretraining.asked import MIN_PICTURES
+from distill.pretraining.asked import MIN_PICTURES, max_empty_share
 from distill.pretraining.fit import Fit
 from distill.progress import track
 from distill.sampling import to_bytes
@@ -64,7 +64,8 @@ class Work:
         and files may lie sorted by what they show.
         """
         path, size = self.data["path"], self.data["size"]
-        dataset = ImageShards(path or str(self.out / "data"), size=size)
+        share = max_empty_share(self.asked["stages"])
+        dataset = ImageShards(path or str(self.out / "data"), size=size, max_empty_share=share)
         if len(dataset) < MIN_PICTURES:
             raise ValueError(
                 f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are needed"

@@ -1,0 +1,85 @@
+"""Which files are pictures that are read, and what to do with those that are not. Nothing here imports torch.
+
+What a file holds decides, not its suffix: only the formats named here are tried. Pillow knows more, among them some
+that start other programs (EPS).
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Iterable
+from functools import cache
+
+from PIL import Image, features
+
+# Suffix -> Pillow's format. Of several pictures in one sample of a shard the first by this order is read.
+FORMAT_OF = {
+    "jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "avif": "AVIF", "jxl": "JXL",
+    "heic": "HEIF", "heif": "HEIF", "tif": "TIFF", "tiff": "TIFF", "bmp": "BMP", "gif": "GIF",
+    "jfif": "JPEG", "jpe": "JPEG", "apng": "PNG", "jp2": "JPEG2000", "j2k": "JPEG2000",
+    "ppm": "PPM", "pgm": "PPM", "pnm": "PPM", "qoi": "QOI", "tga": "TGA",
+}  # fmt: skip
+# What Pillow reads only if it was built so, and its name for that.
+BUILT = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000", "JPEG": "jpg", "PNG": "zlib"}
+# What another package has Pillow read: its module, and what pip calls it.
+PLUGINS = {"JXL": ("pillow_jxl", "pillow-jxl-plugin"), "HEIF": ("pillow_heif", "pillow-heif")}
+# A file of this format has no mark at its start, so that damaged ones of others could pass for it.
+UNMARKED = "TGA"
+# Pictures, and films, that a person may take for data and that are never read.
+OTHERS = (
+    "psd", "svg", "eps", "pdf", "ico", "dds", "exr", "hdr", "pcx", "sgi", "raw", "dng", "cr2",
+    "cr3", "nef", "arw", "orf", "rw2", "raf", "hif", "mp4", "mov", "webm", "mkv", "avi",
+)  # fmt: skip
+# Folders of thumbnails and of what an archive of macOS adds: pictures in them are nobody's data.
+SYSTEM = ("__MACOSX", "@eaDir")
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is the system's and not the user's: ._x.jpg, .cache, @eaDir."""
+    return name.startswith(".") or name in SYSTEM
+
+
+@cache
+def known() -> frozenset[str]:
+    """The formats of `FORMAT_OF` that Pillow reads here, with the plugins that are installed."""
+    for module, _ in PLUGINS.values():
+        if importlib.util.find_spec(module):
+            plugin = importlib.import_module(module)
+            getattr(plugin, "register_heif_opener", lambda: None)()
+    Image.init()
+    built = features.modules | features.codecs
+    there = {name for name, part in BUILT.items() if part in built and features.check(part)}
+    return frozenset(
+        name
+        for name in FORMAT_OF.values()
+        if name in Image.OPEN and (name in there or name not in BUILT)
+    )
+
+
+@cache
+def suffixes() -> tuple[str, ...]:
+    """The lower-case suffixes of pictures that are read here, best first."""
+    return tuple(suffix for suffix, name in FORMAT_OF.items() if name in known())
+
+
+def tried(suffix: str) -> tuple[str, ...]:
+    """The formats that a file of this suffix may be of."""
+    own = FORMAT_OF.get(suffix.rpartition(".")[2])
+    return tuple(sorted(name for name in known() if name != UNMARKED or own == UNMARKED))
+
+
+def unread(suffix: str) -> bool:
+    """Whether files of this lower-case suffix are pictures or films that are not read here."""
+    return suffix in OTHERS or (suffix in FORMAT_OF and suffix not in suffixes())
+
+
+def advice(ends: Iterable[str]) -> str:
+    """What to do with pictures of these suffixes, none of which is read here."""
+    wanted = {FORMAT_OF[end] for end in ends if end in FORMAT_OF}
+    packages = sorted(PLUGINS[name][1] for name in wanted if name in PLUGINS)
+    convert = "convert them to .png or .jpg"
+    return f"`pip install {' '.join(packages)}`, or {convert}" if packages else convert
+
+
+def listed() -> str:
+    """The suffixes that are read here, the most usual by name."""
+    return ", ".join([*suffixes()[:6], "..."])
