@@ -79,6 +79,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
     )
+    if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
+        source.dataset.fit(teacher)
     refuse_misfit(cfg, source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
     if judge and hasattr(

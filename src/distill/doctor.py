@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from distill import validate
 from distill.compose import check_counts, processes, shipped
+from distill.defaults import settled_to_look
 from distill.errors import command
 
 GB = 1e9
@@ -160,7 +161,7 @@ def _memory() -> float:
     return min(total, int(text)) if text.isdigit() else total
 
 
-@command("config")
+@command("config", prepare=settled_to_look)
 def main(cfg: DictConfig) -> int:
     validate.check_groups(cfg)
     validate.check_keys(cfg)

@@ -8,6 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AT_ONCE = 1024 * 1024  # ours: pixels through an autoencoder together; SDXL's takes 2.2 GiB for them
+
+
+def at_once(height: int, width: int, most: int | None = None) -> int:
+    """How many pictures of so many pixels go through an autoencoder or a network together.
+
+    As many as make AT_ONCE pixels: 1 of 1024x1024, 4 of 512x512, 16 of 256x256; not above `most`, and one at least.
+    """
+    many = max(1, AT_ONCE // (height * width))
+    return many if most is None else min(many, most)
 
 
 def check_dtype(name: str | None, key: str) -> None:
