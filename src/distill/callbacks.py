@@ -25,6 +25,7 @@ log = logging.getLogger("distill.health")
 ALARMS = "alarms.jsonl"  # in the folder of the run
 SAID = ("g/adv", "g/regression", "g/consistency", "d/adv", "d/real", "d/fake")
 PROMPTS_KEY = "callbacks.samples.prompts"
+MOST = 2**26  # ours: numbers in the copy that tells how far a student moves, 256 MiB in float32
 HEALTH = ("d/accuracy", "d/real", "d/fake")
 
 
@@ -72,8 +73,12 @@ class Health(L.Callback):
             self._before = [p.detach().clone() for p in self._some(pl_module)]
 
     def _some(self, pl_module: Distillation) -> list[Tensor]:
-        """At most 256 of the student's tensors, evenly chosen: a copy of a large one's are gigabytes."""
-        return (every := list(pl_module.student.parameters()))[:: len(every) // 257 + 1]
+        """At most 256 of the student's tensors, and MOST numbers, evenly chosen: they are copied."""
+        every = list(pl_module.student.parameters())
+        some = every[:: len(every) // 257 + 1]
+        while len(some) > 1 and sum(p.numel() for p in some) > MOST:
+            some = some[::2]
+        return some
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if not (self._before and pl_module.updated):
@@ -154,7 +159,7 @@ def alarm(accuracy: float, real: float, fake: float) -> str | None:
 
 
 class Samples(L.Callback):
-    """One-step pictures of the averaged student for fixed prompts, every `every` steps, in `samples/` of the run folder.
+    """One-step pictures of the averaged student for fixed prompts, every `every` steps.
 
     A few are drawn at a time, as `limits.at_once` says for their size, in the run's own precision. Where the data hold
     embeddings, their captions need no text encoder.
