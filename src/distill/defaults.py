@@ -28,7 +28,7 @@ def settled(cfg: DictConfig) -> DictConfig:
     if cfg.get("resume") or not HydraConfig.initialized():
         return cfg
     said = without_data(cfg)
-    if said and _choice("debug") != "smoke":
+    if said and (_choice("debug") != "smoke" or _typed("data=")):
         raise ValueError(said)
     if said:
         with_renders(cfg)
