@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "console", "hardware", "limits", "progress", "ranks", "signals",
+        "console", "hardware", "limits", "memory", "progress", "ranks", "signals",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
