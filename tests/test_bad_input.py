@@ -373,12 +373,15 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
         monkeypatch.setattr(f"distill.teachers.{place}", behind)
     monkeypatch.setattr(SD.kind, "download", behind)
     (tmp_path / "x.safetensors").write_bytes(b"")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
     for key, value, more in (
         ("teacher.path", "someone/model", []),
         ("teacher.path", "someone/model/file.safetensors", []),
         ("teacher.config", "someone/model", [f"teacher.path={tmp_path / 'x.safetensors'}"]),
     ):
-        found = refused("run", "teacher=sd15", *more, f"{key}={value}")
+        given = ["data=images", f"data.path={tmp_path / 'photos'}"]
+        found = refused("run", "teacher=sd15", *given, *more, f"{key}={value}")
         assert (
             found
             == f"{key}={value}: cannot be fetched ({said}); check the name, the network and its licence"
@@ -487,10 +490,10 @@ def test_captions_in_the_wrong_form(refused, tmp_path):
 
 def test_a_single_file_that_is_none(refused, copied, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
-    file, single = (
-        tmp_path / "x.safetensors",
-        ["teacher=sd15", f"teacher.path={tmp_path}/x.safetensors"],
-    )
+    (tmp_path / "prompts.txt").write_text("a red star", encoding="utf-8")
+    file = tmp_path / "x.safetensors"
+    data = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}"]
+    single = ["teacher=sd15", f"teacher.path={file}", *data]
     said = refused("run", *single, f"teacher.config={copied('unet')}")
     assert said.startswith(
         f"teacher.path={file} does not load as the StableDiffusionPipeline of teacher.config="

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import tiny
-from distill import doctor
+from distill import hardware
 from distill.callbacks import Alarms, alarm
+from distill.teachers import sizes
 
 
 def test_parameters_are_counted_from_headers(tmp_path, teacher):
@@ -23,9 +25,9 @@ def test_parameters_are_counted_from_headers(tmp_path, teacher):
     save_file(
         {"a": torch.zeros(3, 5)}, folder / "model.fp16.safetensors"
     )  # a variant of the same weights
-    assert doctor.parameters(folder) == 22
+    assert sizes.parameters(folder) == 22
     part = "transformer" if teacher.pipeline.config.get("transformer") else "unet"
-    assert doctor.parameters(teacher.folder / part) == sum(
+    assert sizes.parameters(teacher.folder / part) == sum(
         p.numel() for p in teacher.network.state_dict().values()
     )
 
@@ -63,11 +65,23 @@ def test_what_cannot_work_fails_with_a_remedy(arguments, said, command, pipeline
 
 
 def test_a_model_too_large_is_said(command, pipelines, monkeypatch):
-    monkeypatch.setattr(doctor, "_memory", lambda: 1e6)
+    monkeypatch.setattr(hardware, "memory", lambda *_: 1e6)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
     assert code == 1
     assert "more devices with trainer=fsdp2" in out
+
+
+def test_the_default_settings_are_counted(command, pipelines, tmp_path):
+    """Encoders, autoencoder and pictures on the way; without the callback there is nothing to decode."""
+    mine = ["teacher=sd15", f"teacher.path={pipelines('unet')}"]
+    code, out, _ = command("doctor", *mine)
+    assert code == 0
+    (line,) = (x for x in out.splitlines() if "beside the denoisers" in x)
+    assert re.search(r"text encoders .* GB, autoencoder .* GB, decoding pictures of 64x64 ", line)
+    assert "no data given: renders of shapes stand for them" in out
+    code, out, _ = command("doctor", *mine, "~callbacks.samples")
+    assert "decoding" not in out
 
 
 @pytest.mark.parametrize(

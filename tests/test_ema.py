@@ -1,6 +1,7 @@
 """Averages of weights: the recursion itself, its precision, and swaps that leave no trace."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -125,6 +126,34 @@ def test_swap_shows_the_average_and_restores_every_bit(dtype):
         assert not torch.equal(model[0].weight, before["0.weight"])
     assert_same_bits(model, before)
     assert tensors == [p.data_ptr() for p in model.parameters()]
+
+
+def peak(work) -> int:
+    """Bytes that `work` takes from the CPU's allocator at once, as torch's profiler records them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]
+    return max(0, *itertools.accumulate(sizes))
+
+
+def test_swap_takes_the_memory_of_one_tensor():
+    """Not of a copy of the weights, which are gigabytes: 9.6 GiB of SDXL's."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
+    ema = Ema(model)
+    move(model, 0)
+    before, largest = bits(model), 4 * 256 * 256
+
+    def twice():
+        for _ in range(2):
+            with ema.swap(), ema.swap():  # one within another changes nothing
+                assert not torch.equal(model[0].weight, before["0.weight"])
+
+    assert largest <= peak(twice) < 1.5 * largest
+    assert_same_bits(model, before)
 
 
 def test_swap_restores_after_an_error():

@@ -417,9 +417,13 @@ def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(
             assert b[name] == pytest.approx(a[name], rel=5e-3, abs=1e-3), name
 
 
-def test_pictures_on_the_way_read_the_encoders_and_let_them_go(
-    command, pipelines, read, monkeypatch, asked, tmp_path
+@pytest.mark.parametrize(
+    ("prompts", "encoders"), [([], 0), (["callbacks.samples.prompts=[a red star]"], 2)]
+)
+def test_pictures_on_the_way_read_what_they_need_and_let_it_go(
+    prompts, encoders, command, pipelines, read, monkeypatch, asked, tmp_path
 ):
+    """Captions of the data need no encoder; prompts of one's own need the teacher's two, once for all."""
     assert command("synthesize", *asked["synthesize"], "out=made")[0] == 0
     read.clear()
     gone, release = [], PipelineTeacher.release
@@ -434,9 +438,9 @@ def test_pictures_on_the_way_read_the_encoders_and_let_them_go(
         f"data.path={tmp_path / 'made'}",
         f"teacher.path={pipelines('mmdit')}",
     ]
-    steps(command, tmp_path / "run", *data)
+    steps(command, tmp_path / "run", *data, *prompts)
     assert gone == [True] * 3  # before the first step, after it, and after the second
-    assert read.count("CLIPTextModelWithProjection") == 2  # the teacher's two, once for all
+    assert read.count("CLIPTextModelWithProjection") == encoders
     assert read.count("AutoencoderKL") == 3
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 3
 

@@ -198,7 +198,7 @@ def test_commands_work_in_a_locale_without_utf8(tmp_path):
         assert b"Logging error" not in done.stderr
         return done.stdout.decode("ascii")
 
-    command("run", "debug=smoke", "name=Größe", f"+callbacks.samples.prompts=['{HAN}']")
+    command("run", "debug=smoke", "name=Größe", f"callbacks.samples.prompts=['{HAN}']")
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.isascii()
     assert OmegaConf.load(run / "config.yaml").name == "Größe"

@@ -82,6 +82,25 @@ WRONG = [
         'space=["seed=int(0,9)"] direction=up',
         "direction=up: must be maximize or minimize",
     ),
+    ("run", "callbacks.samples.count=0", "callbacks.samples.count=0: must be a whole number, 1"),
+    # data that were not given
+    ("run", "teacher=sd3", "data: none given that teacher=sd3 can read; give pictures by `data="),
+    ("run", "teacher=sdxl data=shapes", "data: none given that teacher=sdxl can read"),
+    ("run", "teacher=flux debug=smoke data=shapes", "data: none given that teacher=flux can read"),
+    (
+        "run",
+        "teacher=sd15 teacher.path=x.safetensors",
+        "`python -m distill.cache teacher=sd15 teacher.path=x.safetensors data.path=<folder> "
+        "out=cached` as `data=latents data.path=cached`",
+    ),
+    (
+        "run",
+        "experiment=sd3_turbo",
+        "`python -m distill.synthesize teacher=sd3 prompts=<file> out=synthetic` as "
+        "`data=synthetic data.path=synthetic`",
+    ),
+    ("run", "teacher=sd3 data=latents", "data.path: not given; add data.path=... to the command"),
+    ("run", "callbacks.samples.prompts=nope.txt", "samples.prompts=nope.txt: cannot be read as"),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: holds no checkpoint to go on from"),

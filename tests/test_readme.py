@@ -48,12 +48,8 @@ SMALL = {
 }
 RUN = ["debug=smoke", "data.batch_size=2", "data.num_workers=0", "optimizer.accumulate=2"]
 # As in test_export: two steps that can be seen.
-RUN += [
-    "optimizer.student.lr=0.01",
-    "optimizer.warmup_steps=0",
-    "optimizer.ema_decay=0",
-    "~callbacks.samples",
-]
+RUN += ["optimizer.student.lr=0.01", "optimizer.warmup_steps=0", "optimizer.ema_decay=0"]
+CALLBACKS = set(OmegaConf.load(README.parent / "conf" / "callbacks" / "default.yaml"))
 
 
 def section() -> str:
@@ -160,6 +156,11 @@ def is_run(name: str, expected: dict[str, object]) -> Callable[[Path, str], None
         assert {key: OmegaConf.select(config, key) for key in expected} == expected
         assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
         assert (folder / "student" / "README.md").is_file()
+        assert set(config.callbacks) == CALLBACKS
+        for step in range(3):
+            assert Image.open(folder / "samples" / f"step_{step:06d}.png").height == 68
+        captions = (folder / "samples" / "captions.txt").read_text(encoding="utf-8").splitlines()
+        assert set(captions) <= set(tiny.CAPTIONS)
 
     return check
 

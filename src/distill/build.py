@@ -14,9 +14,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import sampling, signatures, validate
+from distill import hardware, sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
+from distill.console import note
 from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
@@ -25,7 +26,8 @@ from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder
-from distill.teachers.reading import class_of, lineage
+from distill.teachers.reading import class_of, fetched, lineage
+from distill.teachers.sizes import of_pipeline
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
     )
+    if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
+        source.dataset.fit(teacher)
     refuse_misfit(cfg, source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
     if judge and hasattr(
@@ -253,19 +257,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
+    """`dtype` itself; for auto float32, and bfloat16 where the weights at `path` would take over half of the memory.
+
+    `path` is a pipeline folder, or a hub id, which is fetched as a pipeline of class `kind`.
+    """
+    if dtype != "auto":
+        return dtype
+    if kind is not None and not Path(path).exists():
+        path = fetched("run", path, kind.download, use_safetensors=True)
+    needed = 4 * sum(of_pipeline(Path(path)).values())
+    there = hardware.memory(hardware.device().type)
+    if needed <= there / 2:
+        return "float32"
+    note(
+        f"dtype: bfloat16, for in float32 the weights take {needed / 1e9:.1f} of {there / 1e9:.1f} GB"
+    )
+    return "bfloat16"
+
+
 def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
     """The teacher that a run folder names, or that a shipped student leaves its parts to; None where none is named."""
     if config := config_of(run):
+        dtype = fitting_dtype(dtype, str(pipeline_folder(Path(run))))
         return make(OmegaConf.create({**config.teacher, "dtype": dtype}))
     _, *bases = lineage(pipeline_folder(Path(shipped(run))))
     return student_of(str(bases[0]), dtype) if bases else None
 
 
 def student_of(run: str, dtype: str = "float32") -> Any:
-    """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our own adapter."""
+    """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our own adapter.
+
+    `dtype` of its weights; auto is what `fitting_dtype` says.
+    """
     folder = pipeline_folder(Path(shipped(run)))
     path = str(folder) if folder.exists() else run
     family = family_of(class_of(path), run)
+    dtype = fitting_dtype(dtype, path, get_object(family).kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
     if config := config_of(run):  # what a family lets one choose is as in the run
         chosen = config.get("teacher") or {}

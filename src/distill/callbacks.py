@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
+from distill.data.lines import Lines
 from distill.files import put, whole
+from distill.hardware import autocast
+from distill.limits import at_once
 from distill.methods.base import Distillation
 from distill.progress import Bar
 from distill.sampling import Consistency, seeded
-from distill.shapes.judge import judging_prompts
-from distill.types import Cond
+from distill.types import EMBEDDED, Cond
 
 log = logging.getLogger("distill.health")
 ALARMS = "alarms.jsonl"  # in the folder of the run
 SAID = ("g/adv", "g/regression", "g/consistency", "d/adv", "d/real", "d/fake")
+PROMPTS_KEY = "callbacks.samples.prompts"
+MOST = 2**26  # ours: numbers in the copy that tells how far a student moves, 256 MiB in float32
 HEALTH = ("d/accuracy", "d/real", "d/fake")
 
 
@@ -68,8 +73,12 @@ class Health(L.Callback):
             self._before = [p.detach().clone() for p in self._some(pl_module)]
 
     def _some(self, pl_module: Distillation) -> list[Tensor]:
-        """At most 256 of the student's tensors, evenly chosen: a copy of a large one's are gigabytes."""
-        return (every := list(pl_module.student.parameters()))[:: len(every) // 257 + 1]
+        """At most 256 of the student's tensors, and MOST numbers, evenly chosen: they are copied."""
+        every = list(pl_module.student.parameters())
+        some = every[:: len(every) // 257 + 1]
+        while len(some) > 1 and sum(p.numel() for p in some) > MOST:
+            some = some[::2]
+        return some
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if not (self._before and pl_module.updated):
@@ -150,15 +159,32 @@ def alarm(accuracy: float, real: float, fake: float) -> str | None:
 
 
 class Samples(L.Callback):
-    """One-step pictures of the averaged student for fixed prompts (None: sixteen of `shapes`), every `every` steps."""
+    """One-step pictures of the averaged student for fixed prompts, every `every` steps.
 
-    def __init__(self, every: int = 100, prompts: list[str] | None = None):
-        self.every = every
-        self.prompts = prompts or [p.caption for p in judging_prompts(16, seed=1)]
-        self._cond: Cond | None = None  # of the prompts
+    A few are drawn at a time, as `limits.at_once` says for their size, in the run's own precision. Where the data hold
+    embeddings, their captions need no text encoder.
+
+    Args:
+        prompts: a list, or a text file with one a line; None: captions of the data, from evenly spaced places.
+        count: how many of these; None: 16, and fewer of pictures above 512x512, but 4 at least.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        prompts: str | Sequence[str] | None = None,
+        count: int | None = None,
+    ):
+        self.every, self.count = every, count
+        named = isinstance(prompts, str)
+        self.prompts = Lines(prompts, PROMPTS_KEY).lines if named else list(prompts or ())
+        self._cond: Cond | None = None  # of the prompts, on the CPU
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         self.folder = Path(trainer.default_root_dir) / "samples"
+        self.sides = pl_module.teacher.sides_of(pl_module.teacher.latent_shape)
+        if not self.prompts:
+            self._ask(trainer.train_dataloader.dataset, pl_module.teacher)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             (self.folder / "captions.txt").write_text(
@@ -172,6 +198,15 @@ class Samples(L.Callback):
         ):
             self._draw(trainer, pl_module)
 
+    def _ask(self, data: Any, teacher: Any) -> None:
+        """Take the prompts from the data, and what they embed as where that is kept there."""
+        items = data.some(self.count or pictures_shown(*self.sides))
+        self.prompts = [item["caption"] for item in items]
+        kept = [name for name in EMBEDDED if name in items[0]]
+        cached = {name: torch.stack([item[name] for item in items]).float() for name in kept}
+        if cached:
+            self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
+
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
@@ -180,12 +215,27 @@ class Samples(L.Callback):
             pl_module.sharded or trainer.is_global_zero
         ):
             return
-        self._cond = self._cond or teacher.embed(self.prompts)
-        cond, generators = self._cond.to(teacher.device), seeded(range(len(self.prompts)))
+        self._cond = self._cond or teacher.embed(self.prompts).to("cpu")
+        pictures = []
         with pl_module.ema.swap():
-            x0 = Consistency()(
-                pl_module.student, cond, generators, shape=teacher.latent_shape, steps=1
-            )
+            for places in torch.arange(len(self.prompts)).split(at_once(*self.sides)):
+                x0 = self._latents(trainer, pl_module, places)
+                if trainer.is_global_zero:
+                    pictures.append(teacher.pictures(x0).clamp(-1, 1).cpu())
         if trainer.is_global_zero:
-            save_image((teacher.decode(x0).clamp(-1, 1) + 1) / 2, path, nrow=8)
+            save_image((torch.cat(pictures) + 1) / 2, path, nrow=8)
         teacher.release()  # what a run on cached embeddings has read for this alone
+
+    def _latents(self, trainer: L.Trainer, pl_module: Distillation, places: Tensor) -> Tensor:
+        """The student's, of the prompts at these places; prompt i has seed i."""
+        teacher = pl_module.teacher
+        assert self._cond is not None
+        cond = self._cond.index(places).to(teacher.device)
+        how = {"shape": teacher.latent_shape, "steps": 1}
+        with autocast(str(trainer.precision), teacher.device.type):
+            return Consistency()(pl_module.student, cond, seeded(places.tolist()), **how)
+
+
+def pictures_shown(height: int, width: int) -> int:
+    """How many pictures of so many pixels show how a run goes, if nobody says: 16 up to 512x512, 4 of 1024x1024."""
+    return max(4, at_once(height, width, 4) * 4)

@@ -7,20 +7,22 @@ code is 1 if any says fail.
 """
 
 import importlib
-import math
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill import validate
 from distill.compose import check_counts, processes, shipped
+from distill.data.shards import expand
+from distill.defaults import settled_to_look
 from distill.errors import command
 
 GB = 1e9
+RENDERS = "distill.data.source.drawn"
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
 Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
 UNTRIED = "one process should work; say so if it does not"
@@ -48,7 +50,7 @@ def machine() -> Iterator[Line]:
     import torch
 
     from distill.files import first_line
-    from distill.hardware import best_precision, hardware
+    from distill.hardware import best_precision, hardware, memory
     from distill.record import versions
 
     yield system()
@@ -79,7 +81,7 @@ def machine() -> Iterator[Line]:
             "no GPU: only small models train in reasonable time",
             "teacher=shapes is made for it",
         )
-    yield "ok", f"{hardware()}, {_memory() / GB:.0f} GB of memory", ""
+    yield "ok", f"{hardware()}, {memory() / GB:.0f} GB of memory", ""
     best = best_precision()
     yield "ok", f"trainer.precision=auto is {best.name} here: {best.reason}", ""
     free = shutil.disk_usage(".").free / GB
@@ -98,8 +100,6 @@ def machine() -> Iterator[Line]:
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
     """Whether the options fit each other, and the memory that training needs at least, by strategy."""
-    import torch
-
     from distill.build import check
 
     try:
@@ -108,6 +108,8 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
     except ValueError as error:
         yield "fail", str(error), ""
         return
+    if str(cfg.data.get("_target_")) == RENDERS:
+        yield "warn", "no data given: renders of shapes stand for them", "data=images data.path=..."
     path = Path(shipped(str(cfg.teacher.path)))
     if not path.is_dir():
         yield (
@@ -116,51 +118,71 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
             "sizes are counted only there",
         )
         return
-    sizes = {part.name: parameters(part) for part in path.iterdir() if part.is_dir()}
-    network, total = sizes.get("transformer", 0) or sizes.get("unet", 0), sum(sizes.values())
+    yield from need(cfg, path)
+
+
+def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
+    """What the teacher at this folder, the student and pictures on the way take, and whether it is there."""
+    import torch
+
+    from distill import hardware
+    from distill.teachers import sizes
+
+    counts = sizes.of_pipeline(path)
+    part = "transformer" if "transformer" in counts else "unet"
+    network, total = counts.get(part, 0), sum(counts.values())
     what = f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters in safetensors, all {total / 1e6:.1f} M"
     yield "ok" if network else "fail", what, "point teacher.path at a pipeline"
-    width, count = getattr(torch, cfg.teacher.get("dtype", "float32")).itemsize, processes(cfg)
+    if not network:
+        return
+    dtype = cfg.teacher.get("dtype", "float32")
+    width, count = getattr(torch, dtype).itemsize, processes(cfg)
     # The student's weights, gradient, two moments and average in float32; a LoRA's are a few hundredths of that.
     shared = network * (width + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5))
-    room = (
-        torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _memory()
-    )
+    encoders = {
+        "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
+        "autoencoder": _starting(counts, "vae") * width,
+    }
+    side = pictures_side(cfg, path, part)
+    if side:
+        encoders[f"decoding pictures of {side}x{side}"] = sizes.decoding(path, side, dtype)
+    said = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in encoders.items())
+    yield "ok", f"beside the denoisers: {said}", ""
+    room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
     for name, share in {
         "one process or trainer=ddp": 1,
         f"trainer=fsdp2 on {count}": count,
     }.items():
-        need = shared / share + (total - network) * width
-        level = "ok" if need < 0.7 * room else "warn" if need < room else "fail"
-        what = f"{name}: {need / GB:.2f} GB of {room / GB:.0f} GB a process, and activations on top"
+        taken = shared / share + sum(encoders.values())
+        level = "ok" if taken < 0.7 * room else "warn" if taken < room else "fail"
+        what = (
+            f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process, and activations on top"
+        )
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
 
 
-def parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder, from their headers alone; of variants, the first."""
-    from safetensors import safe_open
+def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
+    """Pixels a side of the pictures that a run draws on the way; None where it draws none."""
+    from distill.teachers import sizes
 
-    files = sorted(folder.glob("*.safetensors"))
-    total = 0
-    for file in [
-        f for f in files if not any(v in f.name for v in (".fp16.", ".bf16.", ".non_ema."))
-    ] or files:
-        with safe_open(file, "pt") as kept:
-            total += sum(math.prod(kept.get_slice(key).get_shape()) for key in kept.keys())  # noqa: SIM118
-    return total
+    if not OmegaConf.select(cfg, "callbacks.samples._target_"):
+        return None
+    return cfg.teacher.get("size") or sizes.pixels_of(path, denoiser)
 
 
-def _memory() -> float:
-    """Memory that this process may use, in bytes: the machine's, or the container's limit."""
-    import psutil
+def embedded(cfg: DictConfig) -> bool:
+    """Whether the data hold what the captions embed as, so that no text encoder is read."""
+    from distill.data.write import NULL
 
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    path = cfg.data.get("path")
+    return bool(path) and (Path(expand(shipped(str(path)))[0]).parent / NULL).is_file()
 
 
-@command("config")
+def _starting(counts: dict[str, int], begins: str) -> int:
+    return sum(count for name, count in counts.items() if name.startswith(begins))
+
+
+@command("config", prepare=settled_to_look)
 def main(cfg: DictConfig) -> int:
     validate.check_groups(cfg)
     validate.check_keys(cfg)

@@ -34,6 +34,7 @@ class Ema:
             raise ValueError("nothing to average: no parameter requires grad")
         self.decay, self.warmup_steps = decay, warmup_steps
         self._averages = {name: precise(p.detach()).clone() for name, p in self._parameters.items()}
+        self._shown = False  # whether the averages are in the parameters, and these in `_averages`
 
     def decay_at(self, step: int) -> float:
         """The decay used at a student step, counted from 0."""
@@ -48,16 +49,52 @@ class Ema:
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Within this context the parameters hold the averages; afterwards they are what they were, bit by bit."""
-        originals = {name: p.detach().clone() for name, p in self._parameters.items()}
+        """Within this context the parameters hold the averages; afterwards they are what they were, bit by bit.
+
+        Values change places one tensor at a time, so that no second copy of the weights is made: the memory is that of
+        the largest tensor. Parameters of another dtype than their averages are kept beside, at their own size.
+        """
+        if self._shown:  # inside another one
+            yield
+            return
+        self._follow_devices()
+        moved: dict[str, Tensor | None] = {}
         try:
-            _write(self._averages, self._parameters)
+            for name in self._parameters:
+                moved[name] = self._show(name)
+            self._shown = True
             yield
         finally:
-            _write(originals, self._parameters)
+            self._shown = False
+            for name, kept in moved.items():
+                self._restore(name, kept)
+
+    @torch.no_grad()
+    def _show(self, name: str) -> Tensor | None:
+        """Give a parameter its average, which takes the parameter's value if it can; else that value is returned."""
+        parameter, average = self._parameters[name], self._averages[name]
+        if parameter.dtype == average.dtype:
+            _exchange(parameter, average)
+            return None
+        kept = parameter.detach().clone()
+        parameter.copy_(like(average, parameter))
+        return kept
+
+    @torch.no_grad()
+    def _restore(self, name: str, kept: Tensor | None) -> None:
+        if kept is None:
+            _exchange(self._parameters[name], self._averages[name])
+        else:
+            self._parameters[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, sharing memory with this object as `nn.Module.state_dict` does."""
+        if self._shown:  # they are in the parameters
+            same = {name: p.detach() for name, p in self._parameters.items()}
+            return {
+                name: same[name] if same[name].dtype == average.dtype else average
+                for name, average in self._averages.items()
+            }
         return dict(self._averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -80,6 +117,13 @@ class Ema:
         """Averages live beside their parameters, which may have moved since."""
         for name, p in self._parameters.items():
             self._averages[name] = self._averages[name].to(p.device)
+
+
+def _exchange(a: Tensor, b: Tensor) -> None:
+    """Let two tensors of one shape and dtype change values, in place and bit by bit."""
+    kept = a.detach().clone()
+    a.copy_(b)
+    b.copy_(kept)
 
 
 @torch.no_grad()

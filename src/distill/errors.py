@@ -56,8 +56,12 @@ DECIDING = ("method", "teacher", "discriminator")  # such groups
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def command(
+    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is the exit code.
+
+    `prepare` gives the configuration what it leaves open, before it is asked what is missing.
 
     Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it raises. So the variable
     is set while Hydra composes, and what the user had there is put back before the function is called.
@@ -70,6 +74,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
                 with _full_errors(asked), console.recorded(), said_plainly():
+                    cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
                             f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"

@@ -70,7 +70,7 @@ def judge(cfg: DictConfig) -> int:
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot be, before anything that takes time is imported."""
     check_counts(cfg, {"devices": 1})
-    check_dtype(cfg.dtype, "dtype")
+    check_dtype(cfg.dtype, "dtype", "auto")
     _steps(cfg)
     if world() > 1:
         raise ValueError(

@@ -54,6 +54,27 @@ def device(accelerator: str = "auto") -> "torch.device":
     return torch.device("cpu")
 
 
+def memory(kind: str = "cpu") -> int:
+    """Bytes that this process may use: the GPU's, or the machine's or its container's limit."""
+    import psutil
+    import torch
+
+    if kind == "cuda":
+        return int(torch.cuda.get_device_properties(device()).total_memory)
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def room_beside(*models: Any) -> float:
+    """Bytes that the weights of these modules leave on the device of the first, but for a tenth of it."""
+    where = next(p.device for p in models[0].parameters() if not p.is_meta)
+    parameters = {id(p): p for model in models for p in model.parameters() if not p.is_meta}
+    taken = sum(p.numel() * p.element_size() for p in parameters.values())
+    return 0.9 * memory(where.type) - taken
+
+
 def hardware() -> str:
     """In plain words: 'one NVIDIA H200', '2 CPU cores (AMD EPYC, AVX512, avx512_bf16)'."""
     import torch

@@ -8,12 +8,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AT_ONCE = 1024 * 1024  # ours: pixels through an autoencoder together; in bfloat16 1.5 to 2.2 GiB
+EACH = (
+    4 * 2**30
+)  # ours: bytes for a picture of AT_ONCE pixels, of any family and dtype: more than counted
 
 
-def check_dtype(name: str | None, key: str) -> None:
-    """Raise ValueError, naming `key`, for what weights cannot be kept in; None is left to whom it concerns."""
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"{key}={name}: must be a dtype of torch: float32, bfloat16, float16")
+def at_once(height: int, width: int, most: int | None = None) -> int:
+    """How many pictures of so many pixels go through an autoencoder or a network together.
+
+    As many as make AT_ONCE pixels: 1 of 1024x1024, 4 of 512x512, 16 of 256x256; not above `most`, and one at least.
+    """
+    many = max(1, AT_ONCE // (height * width))
+    return many if most is None else min(many, most)
+
+
+def drawn_at_once(height: int, width: int, most: int, room: float | None = None) -> int:
+    """How many pictures of so many pixels a model draws together where nobody says.
+
+    As many as make four times AT_ONCE pixels: 4 of 1024x1024, 16 of 512x512. Not above `most`, nor above what fits in
+    `room` bytes at EACH for AT_ONCE pixels; one at least.
+    """
+    many = min(most, at_once(height, width, most) * 4)
+    if room is None:
+        return max(1, many)
+    return max(1, min(many, int(room / (EACH * height * width / AT_ONCE))))
+
+
+def check_dtype(name: str | None, key: str, *more: str) -> None:
+    """Raise ValueError, naming `key`, for what weights cannot be kept in; None is left to whom it concerns.
+
+    `more` are other words that the key may have.
+    """
+    if name is not None and name not in (*DTYPES, *more):
+        words = ", ".join([*more, "float32", "bfloat16", "float16"])
+        raise ValueError(f"{key}={name}: must be a dtype of torch: {words}")
 
 
 def check_strength(steps: int, strength: float) -> None:

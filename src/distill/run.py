@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill import console
+from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
 from distill.progress import importing, stage
@@ -138,7 +139,7 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         print(f"report: {report}")
 
 
-@command("config")
+@command("config", prepare=settled)
 def main(cfg: DictConfig) -> int:
     return begin(cfg)
 

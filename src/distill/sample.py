@@ -26,7 +26,7 @@ from distill.console import note, on_stderr
 from distill.data.lines import Lines
 from distill.errors import command
 from distill.hardware import check_precision
-from distill.limits import check_dtype, check_strength
+from distill.limits import check_dtype, check_strength, drawn_at_once
 from distill.progress import Bar, importing
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def draw(cfg: DictConfig) -> list[Path]:
         from torchvision.utils import make_grid
 
         from distill import build
-        from distill.hardware import device, precision
+        from distill.hardware import device, precision, room_beside
 
     model = build.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
@@ -51,11 +51,13 @@ def draw(cfg: DictConfig) -> list[Path]:
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
     note(f"precision: {chosen.name} ({chosen.reason})")
+    sides = model.sides_of(model.shape_of(cfg.size))
+    many = cfg.batch_size or drawn_at_once(*sides, most=8, room=room_beside(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
     folder.mkdir(parents=True, exist_ok=True)
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
-        for start in range(0, len(jobs), cfg.batch_size):
-            batch = jobs[start : start + cfg.batch_size]
+        for start in range(0, len(jobs), many):
+            batch = jobs[start : start + many]
             pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
             for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
                 stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
@@ -88,7 +90,7 @@ def check(cfg: DictConfig) -> list[str]:
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     validate.check_number(cfg, "guidance", "strength")
     validate.check_size(cfg.size)
-    check_dtype(cfg.dtype, "dtype")
+    check_dtype(cfg.dtype, "dtype", "auto")
     check_precision(cfg.precision)
     prompts = _prompts(cfg)
     if cfg.image is not None:
@@ -127,7 +129,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
             f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out"
         )
     if cfg.image:
-        height, width = (side * model.unit // model.patch for side in how["shape"][1:])
+        height, width = model.sides_of(how["shape"])
         image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
     few = partial(sampler_of(cfg.run, model), model, **how)
 
@@ -141,7 +143,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
                 x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how, **begin)
             else:
                 x0 = few(cond, seeded(seeds), **begin)
-        return to_bytes(model.decode(x0))
+        return to_bytes(model.pictures(x0))
 
     return make
 

@@ -32,7 +32,7 @@ COUNTS = dict.fromkeys(
     (
         "data.batch_size", "data.size", "optimizer.accumulate", "optimizer.discriminator_updates",
         "optimizer.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
-        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.checkpoint.every",
+        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.samples.count", "callbacks.checkpoint.every",
     ),
     1,
 )  # fmt: skip
@@ -57,6 +57,7 @@ def check_run(cfg: DictConfig) -> None:
     check_student(cfg.student)
     check_features(cfg.discriminator)
     check_data(cfg.data)
+    check_samples_prompts(cfg)
     if "_target_" in (cfg.get("metrics") or {}):
         check_metrics(cfg.metrics)
     refuse_taken(cfg)
@@ -197,6 +198,8 @@ def check_data(data: DictConfig) -> None:
     plain = OmegaConf.to_container(data, resolve=True)
     share, empty = plain.get("max_bad_share", 0.1), plain.get("max_empty_share", 1.0)
     limits.check_samples(plain.get("limit"), share, plain.get("buckets"), empty)
+    if "path" not in plain:  # drawn as they are asked for
+        return
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
         Lines(path)
@@ -205,6 +208,13 @@ def check_data(data: DictConfig) -> None:
     else:
         keys = ("repeats", "caption_key", "max_empty_share")
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
+
+
+def check_samples_prompts(cfg: DictConfig) -> None:
+    """That the prompts of pictures on the way, where they are a file's, can be read."""
+    key = "callbacks.samples.prompts"
+    if isinstance(prompts := OmegaConf.select(cfg, key), str):
+        Lines(prompts, key)
 
 
 def check_metrics(metrics: DictConfig) -> None:

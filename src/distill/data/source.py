@@ -15,12 +15,21 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distill.data.datasets import Found, ImageShards, LatentShards, Prompts, Samples, collate
+from distill.data.datasets import (
+    Drawn,
+    Found,
+    ImageShards,
+    LatentShards,
+    Prompts,
+    Samples,
+    collate,
+)
 from distill.data.shards import MAX_EMPTY
 
 
@@ -229,3 +238,17 @@ def images(
         "caption_key": caption_key,
     }
     return Source(ImageShards(path, size=size, **how), batch_size, num_workers)
+
+
+def drawn(
+    reader: Any,
+    *,
+    size: int | None = None,
+    batch_size: int,
+    num_workers: int = 0,
+    limit: int | None = None,
+    seeded: bool = False,
+) -> Source:
+    """Pictures with captions that `reader` draws, as large as the teacher's own where no size is given."""
+    data = Drawn(reader, size=size, seeded=seeded, limit=limit)
+    return Source(data, batch_size, num_workers)

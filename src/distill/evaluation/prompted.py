@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from PIL import ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from distill.data.lines import Lines
 from distill.evaluation import SHOWN, drawing_precision, lineup, write_verdict
 from distill.files import put
+from distill.hardware import room_beside
+from distill.limits import drawn_at_once
 from distill.metrics.material import check_measures, check_variety, coco, in_folder
 from distill.metrics.networks import Clip, Describer, Dinov2
 from distill.metrics.pictures import cache_folder, features, opened
@@ -34,6 +36,7 @@ from distill.sampling import Consistency, FewSteps, seeded, to_bytes
 from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
+MANY = 16  # ours: pictures at a time, where they are small
 TILE = 256  # pixels a side in the comparison
 Row = tuple[
     str, int, list[Path], Callable[..., Tensor]
@@ -53,6 +56,7 @@ class Prompted:
         guidance: the teacher's; the student has none.
         precision: of the denoisers' passes.
         size: pixels a side, or [width, height]; None: what the teacher was trained for.
+        batch_size: pictures drawn at a time; None: 16, and fewer of large ones or where memory is short.
         square: of a picture that is none, generated or real, the largest centred square counts.
     """
 
@@ -70,7 +74,7 @@ class Prompted:
     size: int | Sequence[int] | None = None
     precision: str = "auto"
     square: bool = True
-    batch_size: int = 16
+    batch_size: int | None = None
     workers: int = 4
 
     def __post_init__(self) -> None:
@@ -185,6 +189,7 @@ class Prompted:
     ) -> list[Row]:  # fmt: skip
         """Make every picture that is not there, or every world-th batch of them; returns all rows."""
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
+        many = self.batch_size or _many(teacher, student, shape)
         for who, n, make in lineup(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
             marks = json.dumps(
@@ -194,7 +199,7 @@ class Prompted:
                     shape,
                     how,
                     teacher.marks(model, scheduled=who == "teacher"),
-                    self.batch_size,
+                    many,
                     drawing_precision(self, teacher),
                 ]
             )
@@ -204,17 +209,14 @@ class Prompted:
                 / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
             )
             rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
-            self._fill(rows[-1], teacher, rank, world)
+            self._fill(rows[-1], teacher, many, rank, world)
         return rows
 
     @torch.no_grad()
-    def _fill(self, row: Row, teacher: PipelineTeacher, rank: int, world: int) -> None:
+    def _fill(self, row: Row, teacher: PipelineTeacher, many: int, rank: int, world: int) -> None:
         who, steps, paths, make = row
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        batches = [
-            range(len(paths))[i : i + self.batch_size]
-            for i in range(0, len(paths), self.batch_size)
-        ]
+        batches = [range(len(paths))[i : i + many] for i in range(0, len(paths), many)]
         missing = [
             batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)
         ]
@@ -229,7 +231,7 @@ class Prompted:
                     teacher.embed([self.asked[i] for i in batch]),
                     seeded([self.seed + i for i in batch]),
                 )
-                pixels = to_bytes(teacher.decode(x0))
+                pixels = to_bytes(teacher.pictures(x0))
                 with (paths[0].parent / f"seconds-{rank}.txt").open("a", encoding="utf-8") as file:
                     file.write(f"{time.monotonic() - began} {len(batch)}\n")
                 for i, picture in zip(batch, pixels, strict=True):
@@ -245,7 +247,7 @@ class Prompted:
         how = {
             "device": device,
             "square": self.square,
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size or MANY,
             "workers": self.workers,
         }
         for name in self.measures:
@@ -279,6 +281,12 @@ class Prompted:
         )
         how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}
         return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
+
+
+def _many(teacher: PipelineTeacher, student: Any, shape: Sequence[int]) -> int:
+    """Pictures drawn at a time where nobody says: the same whenever a command is given again on a machine."""
+    models = [teacher, *([student] if isinstance(student, nn.Module) else [])]
+    return drawn_at_once(*teacher.sides_of(shape), most=MANY, room=room_beside(*models))
 
 
 def _strip(paths: list[Path]) -> Tensor:

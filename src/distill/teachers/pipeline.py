@@ -7,7 +7,8 @@ import json
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from distill.files import fingerprint, silent
+from distill.limits import AT_ONCE, at_once
 from distill.process import Prediction, Process
 from distill.progress import stage
 from distill.teachers.locate import SINGLE
@@ -163,6 +165,11 @@ class PipelineTeacher(nn.Module):
         width, height = (side * self.patch // self.unit for side in sides)
         return self.latent_shape[0], height, width
 
+    def sides_of(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Height and width in pixels of a picture whose latents have this shape, [..., H, W]."""
+        height, width = (side * self.unit // self.patch for side in shape[-2:])
+        return height, width
+
     def _latents(self, pixels: Tensor) -> Tensor:
         """The autoencoder's own latents: the mean of its posterior."""
         return self.vae.encode(pixels).latent_dist.mode()
@@ -257,10 +264,22 @@ class PipelineTeacher(nn.Module):
         return self.network.features(x_t, t, cond, taps)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means)."""
-        latents = self._latents(pixels.to(self.vae.dtype)).to(pixels.dtype)
+        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), a few at a time."""
+        parts = pixels.to(self.vae.dtype).split(at_once(*pixels.shape[-2:]))
+        latents = torch.cat([self._latents(part) for part in parts]).to(pixels.dtype)
         mean, std = self._spread(latents)
         return (latents - mean) * self.vae.config.scaling_factor / std
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """As `decode`, of any number of latents and any size, for looking at: no gradient, memory of a few pictures.
+
+        As many at a time as `limits.at_once` says. Pictures of more pixels than that are decoded in tiles that
+        overlap, as diffusers' `enable_tiling` has it, where the autoencoder knows how.
+        """
+        height, width = self.sides_of(latents.shape)
+        with _tiled(self.vae, height * width > AT_ONCE):
+            return torch.cat([self.decode(part) for part in latents.split(at_once(height, width))])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
@@ -301,6 +320,19 @@ class PipelineTeacher(nn.Module):
                 last = int(ids[-1] == tokenizer.eos_token_id)  # kept, behind what is left
                 return tokenizer.decode(ids[most - last : len(ids) - last])
         return None
+
+
+@contextmanager
+def _tiled(vae: Any, wanted: bool) -> Iterator[None]:
+    """Within, an autoencoder decodes in tiles if that is wanted, and it can; one that does so already goes on."""
+    if not wanted or not hasattr(vae, "enable_tiling") or vae.use_tiling:
+        yield
+        return
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
 
 
 def _scale_factor(folder: Path | None) -> int:

@@ -1,0 +1,72 @@
+"""Memory of a computation, counted without doing it: bytes of tensors that live at one time.
+
+On meta tensors, which have shapes and no values, counting takes no memory and little time, so that the largest models
+can be counted on any machine.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@torch.no_grad()
+def peak(work: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by `work`, without gradient, have at one time.
+
+    What was there before does not count, nor do workspaces of kernels. Attention counts as fused kernels have it:
+    without its matrix of all pairs.
+    """
+    counter = _Counter()
+    with _FusedAttention(), counter:
+        work()
+    return counter.most
+
+
+class _Counter(TorchDispatchMode):
+    """Adds the bytes of each new storage, and takes them off when that is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_key(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            # A view has the storage of what it is a view of.
+            if isinstance(x, Tensor) and not (_key(x) in given or _key(x) in self._known):
+                self._add(x)
+        return made
+
+    def _add(self, x: Tensor) -> None:
+        storage, key = x.untyped_storage(), _key(x)
+        self._known.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention of the shape of its result and of no more memory; its values are none, where there could be any."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **given)
+        query, _, value = [*args[:3], *(given[k] for k in ("query", "key", "value")[len(args) :])]
+        return query.new_empty(*query.shape[:-1], value.shape[-1])

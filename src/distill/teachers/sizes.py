@@ -1,0 +1,77 @@
+"""How large a pipeline is: its parameters, from headers of its files alone, and what its decoder takes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from distill.limits import AT_ONCE, at_once
+from distill.memory import peak
+from distill.teachers.locate import index_of
+from distill.teachers.reading import home_of
+
+VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
+
+
+def parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder, from their headers alone; of variants, the first."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if not any(v in file.name for v in VARIANTS)]
+    return sum(map(_numbers, plain or files))
+
+
+def _numbers(file: Path) -> int:
+    """0 of a damaged file: what is wrong with it is said when it is read."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        return sum(math.prod(x["shape"]) for name, x in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return 0
+
+
+def of_pipeline(path: Path) -> dict[str, int]:
+    """Part -> its parameters, of a pipeline folder, parts that its base has included."""
+    parts = [name for name, pair in index_of(str(path)).items() if isinstance(pair, list)]
+    found = {name: parameters(Path(home_of(path, name), name)) for name in parts}
+    return {name: count for name, count in found.items() if count}
+
+
+def pixels_of(path: Path, denoiser: str) -> int | None:
+    """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do not say it."""
+    side = config_of(path, denoiser).get("sample_size")
+    return None if side is None else side * cell_of(path)
+
+
+def cell_of(path: Path) -> int:
+    """Pixels a side per latent."""
+    config = config_of(path, "vae")
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(widths) - 1)
+
+
+def config_of(path: Path, part: str) -> dict[str, Any]:
+    file = Path(home_of(path, part), part, "config.json")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def decoding(path: Path, side: int, dtype: str) -> int:
+    """Bytes that the decoder of a pipeline folder takes for pictures of `side` x `side`, beside its weights.
+
+    As many at a time as `limits.at_once` says, and above that size in tiles, as `PipelineTeacher.pictures` has it.
+    """
+    config = config_of(path, "vae")
+    kind = getattr(diffusers, config["_class_name"])
+    precision = getattr(torch, dtype)
+    with torch.device("meta"):
+        vae = kind.from_config(config).to(precision).eval()
+    if side**2 > AT_ONCE and hasattr(vae, "enable_tiling"):
+        vae.enable_tiling()
+    channels = config.get("latent_channels", 4)
+    shape = (at_once(side, side), channels, side // cell_of(path), side // cell_of(path))
+    latents = torch.empty(shape, dtype=precision, device="meta")
+    return peak(lambda: vae.decode(latents).sample)

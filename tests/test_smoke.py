@@ -1,0 +1,106 @@
+"""`debug=smoke` runs two steps of anything: every family of teachers under every method, without a word about data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+import families
+import tiny
+
+# Option of the group `teacher` -> what plays it, and the sizes that make it small.
+FAMILIES = {
+    "sd15": ("unet", []),
+    "sdxl": ("sdxl", []),
+    "sd3": ("sd35", []),
+    "pixart_sigma": ("pixart", []),
+    "sana": ("sana", ["teacher.variant=null"]),
+    "flux": ("flux", ["teacher.size=64", "teacher.length=64"]),
+}
+EYES = [
+    f"discriminator.{key}"
+    for key in ("features.size=64", "condition.text=null", "condition.image=null")
+]
+METHODS = {
+    "ladd": [],
+    "add": EYES,
+    "nitrofusion": [],
+    "consistency": [],
+    "regression": [],
+}
+# Each family and each method once; the rest are slow.
+QUICK = {
+    ("sd15", "add"), ("sdxl", "nitrofusion"), ("sd3", "ladd"),
+    ("pixart_sigma", "consistency"), ("sana", "regression"), ("flux", "ladd"),
+}  # fmt: skip
+ALL = [
+    pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+    for pair in ((family, method) for family in FAMILIES for method in METHODS)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(pipelines, tmp_path_factory):
+    """Option of the group `teacher` -> the folder of its pipeline."""
+    made = {}
+
+    def of(teacher):
+        kind = FAMILIES[teacher][0]
+        if teacher not in made:
+            made[teacher] = (
+                families.write(kind, tmp_path_factory.mktemp("smoke") / kind)
+                if kind in families.WRITERS
+                else pipelines(kind)
+            )
+        return made[teacher]
+
+    return of
+
+
+def asked(teacher, method, path):
+    eyes = [f"discriminator.features.path={tiny.vit()}"] if method == "add" else []
+    known = [f"teacher={teacher}", f"teacher.path={path}", f"method={method}"]
+    return [*known, *FAMILIES[teacher][1], *METHODS[method], *eyes]
+
+
+@pytest.mark.parametrize(("teacher", "method"), ALL)
+def test_two_steps_of_any_teacher_by_any_method(teacher, method, folder, command, tmp_path):
+    run = tmp_path / "run"
+    words = asked(teacher, method, folder(teacher))
+    code, out, err = command("run", "debug=smoke", *words, f"run_dir={run}")
+    assert code == 0, err
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+    data = OmegaConf.load(run / "config.yaml").data
+    assert (data._target_, data.batch_size) == ("distill.data.source.drawn", 4)
+    for step in range(3):
+        assert Image.open(run / "samples" / f"step_{step:06d}.png").width == 8 * 66 + 2
+    captions = (run / "samples" / "captions.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(captions)) == 16
+    code, out, _ = command("sample", f"run={run}", "prompt=a red square", "out=drawn")
+    assert code == 0
+    assert len(out.split()) == 1
+
+
+def test_renders_have_the_teachers_own_size_or_the_one_that_is_given(folder):
+    from distill.data.source import drawn
+    from distill.shapes.scenes import Scenes
+    from distill.teachers.sd import SD
+
+    teacher = SD(str(folder("sd15")))
+    for size, side in ((None, 64), (32, 32), (128, 128)):
+        data = drawn(Scenes(5), size=size, seeded=True, batch_size=2).dataset
+        data.fit(teacher)
+        item, again = data[3], data[3]
+        assert item["pixels"].shape == (3, side, side)
+        assert item["noise"].shape == teacher.encode(item["pixels"][None])[0].shape
+        assert item["caption"] == tiny.sample(0, 3)[0].caption
+        assert all(bool((item[key] == again[key]).all()) for key in ("pixels", "noise"))
+        assert item["pixels"].min() >= -1
+        assert item["pixels"].max() <= 1
+        assert item["pixels"].std() > 0.1
+    odd = drawn(Scenes(5), size=62, batch_size=2).dataset
+    with pytest.raises(ValueError, match=r"data.size=62: must be a side.* in multiples of 4"):
+        odd.fit(teacher)
