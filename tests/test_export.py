@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import cards
 import tiny
 from distill import students
 from distill.build import student_of
@@ -99,21 +101,13 @@ def pixels(model, x0):
 
 
 def called(pipeline, steps, **options):
-    """A plain call; a flow's scheduler is told its levels, and handed the generator that its pipeline keeps from it."""
-    generator, step = torch.Generator().manual_seed(SEED), pipeline.scheduler.step
+    """A call as the card has it, and as a user of plain diffusers types it."""
+    generator = torch.Generator().manual_seed(SEED)
     if "Flow" in type(pipeline.scheduler).__name__:
-        pipeline.scheduler.step = lambda *a, **o: step(*a, **{**o, "generator": generator})
+        pipeline.scheduler.step = partial(pipeline.scheduler.step, generator=generator)
         options["sigmas"] = [1 - i / steps for i in range(steps)]
-    options |= {
-        "num_inference_steps": steps,
-        "guidance_scale": 0.0,
-        "output_type": "np",
-        "generator": generator,
-    }
-    try:
-        return torch.from_numpy(pipeline(PROMPT, **options).images[0])
-    finally:
-        pipeline.scheduler.step = step
+    options |= {"num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "np"}
+    return torch.from_numpy(pipeline(PROMPT, generator=generator, **options).images[0])
 
 
 # -- to=diffusers ----------------------------------------------------------------------------------------------------
@@ -124,13 +118,13 @@ def test_the_exported_folder_draws_what_our_sampler_draws(
 ):
     code, out, _ = command("export", f"run={run}", "to=diffusers", f"out={tmp_path / 'mine'}")
     assert (code, out.splitlines()[-1]) == (0, f"wrote {tmp_path / 'mine'}")
-    model, pipeline = student_of(str(run)), opened(AutoPipelineForText2Image, tmp_path / "mine")
+    model = student_of(str(run))
     sampler = sampler_of(model.pipeline)
     with torch.no_grad():
         cond, shape = model.embed([PROMPT]), model.latent_shape
         for steps in (1, 2, 4):
             x0 = sampler(model, cond, seeded([SEED]), shape=shape, steps=steps)
-            close(called(pipeline, steps), pixels(model, x0))
+            close(cards.drawn(tmp_path / "mine", PROMPT, steps=steps, seed=SEED), pixels(model, x0))
         before = student_of(str(pipelines(family)))
         assert not torch.allclose(
             Consistency()(before, cond, seeded([SEED]), shape=shape, steps=4), x0, atol=1e-3
@@ -186,7 +180,8 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
         "\nlicense: openrail++\n",
         "by LADD ([2403.12015](https://arxiv.org/abs/2403.12015)), trained for 2 steps on 8 images",
         "Teacher: unet; its licence, openrail++, binds the student.",
-        "num_inference_steps=4, guidance_scale=0.0)",
+        "\nsteps = 4\n",
+        "    num_inference_steps=steps,\n    guidance_scale=0.0,\n    generator=generator,\n",
         "| student | 1 | 500.500 |",
         "Protocol: prompts 16.",
         "![teacher at 28, student at 1; one prompt and noise a column](comparison.png)",
@@ -223,9 +218,9 @@ def test_a_card_shows_numbers_that_yaml_takes_for_text(tmp_path):
 def test_a_finished_run_has_a_card_and_a_lora_its_file(run_of):
     lora, full = run_of("mmdit", "lora"), run_of("mmdit", "full")
     for folder in (lora, full):
-        assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in (folder / "student" / "README.md").read_text(
-            encoding="utf-8"
-        )
+        assert "sigmas=[1 - i / steps for i in range(steps)]" in (
+            folder / "student" / "README.md"
+        ).read_text(encoding="utf-8")
     assert (lora / "lora.safetensors").is_file()
     assert not (full / "lora.safetensors").exists()
 
@@ -239,13 +234,12 @@ def test_without_its_third_text_encoder_it_opens_as_the_card_says(pipelines, tmp
     assert not (folder / "text_encoder_3").exists()
     card = write_card(folder, tmp_path).read_text(encoding="utf-8")
     assert 'from_pretrained("<this folder>", text_encoder_3=None, tokenizer_3=None)' in card
-    pipeline = opened(AutoPipelineForText2Image, folder, text_encoder_3=None, tokenizer_3=None)
     model = student_of(str(folder))
     with torch.no_grad():
         x0 = Consistency()(
             model, model.embed([PROMPT]), seeded([SEED]), shape=model.latent_shape, steps=2
         )
-    close(called(pipeline, 2), pixels(model, x0))
+    close(cards.drawn(folder, PROMPT, steps=2, seed=SEED), pixels(model, x0))
 
 
 # -- to=lora ---------------------------------------------------------------------------------------------------------

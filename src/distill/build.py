@@ -25,7 +25,7 @@ from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder
-from distill.teachers.reading import class_of, lineage
+from distill.teachers.reading import class_of, lineage, told_of
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
@@ -61,8 +61,11 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 def sampler_of(run: str, student: Any) -> Any:
     """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
-    own = (config_of(run) or {}).get("sampler")
-    return make(own) if own else sampling.sampler_of(student.pipeline)
+    if own := (config_of(run) or {}).get("sampler"):
+        return make(own)
+    folder = student.folder
+    levels = told_of(str(folder))["levels"] if folder else None
+    return sampling.sampler_of(student.pipeline, levels)
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
@@ -272,9 +275,10 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     path = str(folder) if folder.exists() else run
     family = family_of(class_of(path), run)
     node = {"_target_": family, "path": path, "dtype": dtype}
+    chosen = told_of(path)["options"]
     if config := config_of(run):  # what a family lets one choose is as in the run
-        chosen = config.get("teacher") or {}
-        node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
+        chosen |= config.get("teacher") or {}
+    node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
     try:
         return make(OmegaConf.create(node))
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that

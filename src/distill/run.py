@@ -118,7 +118,8 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
-        saved = save_pipeline(student, teacher, folder / "student", scheduler)
+        levels = getattr(sampler, "levels", None)
+        saved = save_pipeline(student, teacher, folder / "student", scheduler, levels)
     print(f"student: {saved}")
     if student.adapters is not None:
         from distill.students.lora import factors

@@ -26,7 +26,7 @@ from distill.console import note, on_stderr
 from distill.data.lines import Lines
 from distill.errors import command
 from distill.hardware import check_precision
-from distill.limits import check_dtype, check_strength
+from distill.limits import check_dtype
 from distill.progress import Bar, importing
 
 if TYPE_CHECKING:
@@ -91,11 +91,11 @@ def check(cfg: DictConfig) -> list[str]:
     check_dtype(cfg.dtype, "dtype")
     check_precision(cfg.precision)
     prompts = _prompts(cfg)
-    if cfg.image is not None:
-        if not Path(cfg.image).is_file():
-            raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
-        check_strength(cfg.steps, cfg.strength)
+    if cfg.image is not None and not Path(cfg.image).is_file():
+        raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
     validate.check_model(cfg.run)
+    if cfg.image is not None:
+        validate.check_strength(cfg.run, cfg.steps, cfg.strength)
     return prompts
 
 

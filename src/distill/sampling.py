@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill.distillation import guided_x0
 from distill.hardware import autocast
-from distill.limits import check_strength
+from distill.limits import check_strength, steps_left
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -47,6 +47,20 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its starting latents."""
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
+
+
+def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise [B, *shape] of a later step, as the scheduler of a pipeline draws it: in the layout of its latents."""
+    network = getattr(student, "network", student)
+    unpacked = getattr(network, "unpacked", None)
+    if unpacked is None:
+        return draw_noise(shape, generators)
+    return unpacked(draw_noise(network.packed_shape(shape), generators), shape)
+
+
+def rounds_up(student: Any) -> bool:
+    """Whether the pipeline of this student, or teacher, rounds the steps of an image up: see `steps_left`."""
+    return getattr(getattr(student, "network", student), "rounds_up", False)
 
 
 def in_precision(
@@ -82,12 +96,12 @@ class FewSteps(ABC):
             )
 
     def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
-        """The levels of `steps` steps; of them the last int(steps * strength), as diffusers has it for images."""
-        check_strength(steps, strength)
+        """The levels of `steps` steps; of them the last `steps_left`, as diffusers has it for images."""
+        check_strength(steps, strength, rounds_up(student))
         if self.levels is not None and steps > len(self.levels):
             raise ValueError(f"steps={steps}: this sampler knows {len(self.levels)} levels")
         every = self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
-        return every[steps - int(steps * strength) :]
+        return every[steps - steps_left(steps, strength, rounds_up(student)) :]
 
     def _trailing(self, steps: int, student: Any) -> list[float]:
         return [1 - i / steps for i in range(steps)]
@@ -129,6 +143,7 @@ class FewSteps(ABC):
         )
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:
+            _warn_of_noise(steps, strength, grid[0])
             x_t = student.process.diffuse(image, x_t, level_like(x_t, grid[0]))
         elif grid[0] == 1:
             x_t = self._first(student, x_t)
@@ -137,7 +152,7 @@ class FewSteps(ABC):
             x0 = student.x0(x_t, t, cond)
             yield x0
             if later > 0:
-                noise = draw_noise(shape, generators).to(device)
+                noise = step_noise(student, shape, generators).to(device)
                 x_t = self._next(student, x_t, x0, t, level_like(x_t, later), noise)
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
@@ -240,13 +255,11 @@ def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
     return {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if config.get(key)}
 
 
-def sampler_of(pipeline: Any) -> FewSteps:
-    """The sampler that an exported pipeline's scheduler stands for."""
-    return (
-        EulerAncestral()
-        if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
-        else Consistency()
-    )
+def sampler_of(pipeline: Any, levels: Sequence[float] | None = None) -> FewSteps:
+    """The sampler that an exported pipeline's scheduler stands for, at `levels` of its own if it has such."""
+    ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
+    kind = EulerAncestral if ancestral else Consistency
+    return kind(levels=levels)
 
 
 def distilled(pipeline: Any) -> bool:
@@ -270,7 +283,7 @@ def guided(
 ) -> Tensor:
     """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise.
 
-    With the latents `image` [B, *shape] the last int(steps * strength) of the steps, from those noised so far.
+    With the latents `image` [B, *shape] the last of the steps, `steps_left` by `strength`, from those noised so far.
     """
     how = {"shape": shape, "steps": steps, "guidance": guidance}
     for x_t in guided_steps(teacher, cond, generators, **how, image=image, strength=strength):
@@ -301,8 +314,8 @@ def guided_steps(
     if image is None:
         x_t = x_t * getattr(scheduler, "init_noise_sigma", 1.0)
     else:
-        check_strength(steps, strength)
-        timesteps = timesteps[steps - int(steps * strength) :]
+        check_strength(steps, strength, rounds_up(teacher))
+        timesteps = timesteps[steps - steps_left(steps, strength, rounds_up(teacher)) :]
         first = _time(teacher, timesteps[0]).expand(len(x_t)).to(device)
         x_t = teacher.process.diffuse(image, x_t, first)
     for timestep in timesteps:
@@ -312,6 +325,13 @@ def guided_steps(
         )
         x_t = scheduler.step(output, timestep, x_t, return_dict=False)[0]
         yield x_t
+
+
+@cache
+def _warn_of_noise(steps: int, strength: float, first: float) -> None:
+    if first == 1 and strength < 1:
+        what = "begins at pure noise, as diffusers' pipeline does, and nothing of the image is left"
+        log.warning("strength=%g steps=%d: %s; use more steps or less", strength, steps, what)
 
 
 @cache

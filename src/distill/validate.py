@@ -227,6 +227,16 @@ def check_model(run: str, key: str = "run") -> None:
     locate.check_model(str(folder), run, key)
 
 
+def check_strength(run: str, steps: int, strength: float) -> None:
+    """That an image noised to this strength leaves a step, by the count of the pipeline in the folder of `run`.
+
+    One of the hub is asked once it is here: until then the count that leaves more.
+    """
+    index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
+    kind = locate.index_of(str(index.parent), "run").get("_class_name") if index.is_file() else None
+    limits.check_strength(steps, strength, kind is None or kind in locate.ROUNDING_UP)
+
+
 def check_making(cfg: DictConfig) -> None:
     """What the commands that write shards have in common."""
     counts = {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}

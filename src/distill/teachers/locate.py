@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 INDEX = "model_index.json"
+TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
@@ -16,6 +17,9 @@ FAMILIES = {  # class of a pipeline -> what reads it
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
     "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
 }
+
+# Those whose image-to-image pipelines make more steps of a picture: see `limits.steps_left`.
+ROUNDING_UP = {"FluxPipeline", "StableDiffusion3Pipeline"}
 
 
 def is_hub_id(path: str) -> bool:

@@ -106,6 +106,7 @@ class PipelineTeacher(nn.Module):
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
+        self.variant, self.own_parts = variant, dict[str, Path]()
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         encoders = [
             m
@@ -132,6 +133,24 @@ class PipelineTeacher(nn.Module):
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...
+
+    @property
+    def part(self) -> str:
+        """Which part of its pipeline is the denoiser."""
+        return "transformer" if getattr(self.pipeline, "transformer", None) else "unet"
+
+    def told(self) -> dict[str, Any]:
+        """The family's own options that the files do not tell: a student's folder keeps them."""
+        return {}
+
+    def call(self) -> dict[str, Any]:
+        """Arguments for which diffusers' pipeline makes the pictures that this makes, besides prompt and steps."""
+        return {"guidance_scale": 0.0}
+
+    def sides(self) -> dict[str, int]:
+        """Height and width in pixels of the pictures that it makes unless told."""
+        height, width = (side * self.unit // self.patch for side in self.latent_shape[1:])
+        return {"height": height, "width": width}
 
     def _shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents at the size it was trained for."""

@@ -35,6 +35,10 @@ class PixArtSigma(PipelineTeacher):
 
     kind = PixArtSigmaPipeline
 
+    def call(self) -> dict[str, Any]:
+        # Clean captions are what the pipeline tries to have by itself; binning would draw another size, and resize.
+        return {**super().call(), **self.sides(), "use_resolution_binning": False}
+
     def _network(self) -> PixArt:
         scheduler = self.pipeline.scheduler
         process = VariancePreserving(scheduler.alphas_cumprod)

@@ -19,6 +19,7 @@ from distill.limits import check_dtype
 from distill.teachers.locate import (
     INDEX,
     PICKLED,
+    TOLD,
     check_kind,
     index_of,
     is_hub_id,
@@ -126,6 +127,17 @@ def class_of(path: str) -> str:
     if not file.is_file():
         raise no_model(path)
     return str(json.loads(file.read_text(encoding="utf-8")).get("_class_name"))
+
+
+def told_of(path: str) -> dict[str, Any]:
+    """What the index of a student in a folder or under a hub id says that it is told: `options` and `levels`."""
+    file = Path(path) / INDEX
+    if not file.is_file() and is_hub_id(path):  # fetched by `class_of`
+        file = Path(hf_hub_download(path, file.name))
+    said = json.loads(file.read_text(encoding="utf-8")).get(TOLD) if file.is_file() else None
+    said = said if isinstance(said, dict) else {}
+    options, levels = said.get("options"), said.get("levels")
+    return {"options": options if isinstance(options, dict) else {}, "levels": levels}
 
 
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
