@@ -24,7 +24,7 @@ from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
-from distill.teachers.locate import family_of, pipeline_folder
+from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, lineage, told_of
 from distill.types import Cond
 
@@ -158,6 +158,17 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         what = f"teacher.without=[{','.join(made['without'])}], and this run has [{','.join(teacher.without)}]"
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
+        )
+    told = telling(cfg.teacher)
+    if null and made.get("told", told) != told:
+        what = f"teacher options {made['told'] or 'none'}, and this run has {told or 'none'}"
+        raise ValueError(
+            f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
+        )
+    if made and made.get("vae") != cfg.teacher.get("vae"):
+        what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
+        raise ValueError(
+            f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
     if made.get("teacher", cfg.teacher.path) != cfg.teacher.path:
         what = "right if both have one autoencoder and one text encoder"

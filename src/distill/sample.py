@@ -3,7 +3,7 @@
     python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
-    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28
+    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a drawing"
 
 A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is drawn too.
 """
@@ -14,6 +14,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ def draw(cfg: DictConfig) -> list[Path]:
     make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
     note(f"precision: {chosen.name} ({chosen.reason})")
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
+    others += [cfg.negative] if cfg.negative else []
     folder.mkdir(parents=True, exist_ok=True)
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
         for start in range(0, len(jobs), cfg.batch_size):
@@ -88,14 +90,16 @@ def check(cfg: DictConfig) -> list[str]:
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     validate.check_number(cfg, "guidance", "strength")
     validate.check_size(cfg.size)
+    if cfg.negative is not None and cfg.guidance is None:
+        raise ValueError("negative: is for what guidance leads away from; add guidance=")
     check_dtype(cfg.dtype, "dtype")
     check_precision(cfg.precision)
     prompts = _prompts(cfg)
     if cfg.image is not None and not Path(cfg.image).is_file():
         raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
-    validate.check_model(cfg.run)
     if cfg.image is not None:
         validate.check_strength(cfg.run, cfg.steps, cfg.strength)
+    validate.check_model(cfg.run)
     return prompts
 
 
@@ -129,11 +133,14 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     if cfg.image:
         height, width = (side * model.unit // model.patch for side in how["shape"][1:])
         image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
+    model.save_memory(slicing=cfg.slicing, tiling=cfg.tiling)
     few = partial(sampler_of(cfg.run, model), model, **how)
 
     @torch.no_grad()
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
         cond = model.embed(prompts)
+        if cfg.negative is not None:
+            cond = replace(cond, null=model.embed_negative(cfg.negative))
         start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
         begin = {} if start is None else {"image": start, "strength": cfg.strength}
         with autocast(cfg.precision, model.device.type):
@@ -151,7 +158,7 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
     from PIL.PngImagePlugin import PngInfo
     from torchvision.transforms.functional import to_pil_image
 
-    settings_of = ("precision", "guidance", "size", "image")
+    settings_of = ("precision", "guidance", "negative", "size", "image")
     more = {key: cfg[key] for key in settings_of if cfg[key] is not None}
     settings = PngInfo()
     for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():

@@ -158,6 +158,8 @@ def check_teacher(teacher: DictConfig) -> None:
         locate.check_kind(locate.index_of(path).get("_class_name"), kind, path)
     if teacher.get("weights"):
         locate.check_weights(shipped(str(teacher.weights)))
+    if teacher.get("vae"):
+        locate.check_autoencoder(str(teacher.vae))
     limits.check_dtype(teacher.get("dtype"), "teacher.dtype")
 
 

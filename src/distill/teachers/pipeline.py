@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.files import fingerprint, silent
 from distill.process import Prediction, Process
 from distill.progress import stage
+from distill.teachers.autoencoder import Autoencoder
 from distill.teachers.locate import SINGLE
 from distill.teachers.network import Network, is_block
 from distill.teachers.reading import check_parts, home_of, read_pipeline
@@ -36,6 +37,7 @@ class PipelineTeacher(nn.Module):
 
     With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
     is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
+    `vae` is a folder or hub id of an autoencoder in the pipeline's place, which its students keep.
     Where `path` is a single file, `config` is the pipeline that says what is in it: see `teachers/single.py`.
     `deferred`, text_encoder and vae, are read when they are first needed, and `release` lets them go again; what a run
     on cached embeddings wants, which sets `null`, the embedded empty caption.
@@ -78,15 +80,15 @@ class PipelineTeacher(nn.Module):
         without: Sequence[str] = (),
         checkpointing: bool = False,
         weights: str | None = None,
+        vae: str | None = None,
         deferred: Sequence[str] = (),
     ):
         super().__init__()
         read_quietly()
-        options = {
-            "dtype": dtype,
-            "use_safetensors": use_safetensors,
-            "without": (*self.unused, *without),
-        }
+        files = {"dtype": dtype, "use_safetensors": use_safetensors}
+        own = Autoencoder(vae, self.kind, **files) if vae else None
+        left = (*self.unused, *without, *(["vae"] if own else []))
+        options: dict[str, Any] = {**files, "without": left}
         name = Path(path).name if Path(path).exists() else path
         with stage(f"loading {name} ({self.kind.__name__})"):
             if Path(path).suffix in SINGLE:
@@ -99,14 +101,16 @@ class PipelineTeacher(nn.Module):
             pipeline,
             Path(pipeline.name_or_path) if pipeline.name_or_path else None,
         )
-        if pipeline.vae is None:  # deferred, and the pipeline guessed
+        if own:
+            own.put_on(pipeline, later="vae" in deferred)
+        elif pipeline.vae is None:  # deferred, and the pipeline guessed
             pipeline.vae_scale_factor = _scale_factor(self.folder)
         if weights:
             put_on(pipeline, weights)
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
-        self.variant, self.own_parts = variant, dict[str, Path]()
+        self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         encoders = [
             m
@@ -121,6 +125,8 @@ class PipelineTeacher(nn.Module):
         )
         self.latent_shape, self.patch = self._shape(), self.network.patch
         self.unit = self.patch * pipeline.vae_scale_factor
+        if own:
+            own.check(self.latent_shape[0])
         self.null: Cond | None = None
         super().train(False).requires_grad_(False)
 
@@ -267,6 +273,22 @@ class PipelineTeacher(nn.Module):
             self.vae.config.get("shift_factor") or 0.0
         )
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
+
+    def save_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
+        """Have the autoencoder work picture by picture, and in tiles of large ones, as diffusers does it."""
+        if slicing:
+            self.vae.enable_slicing()
+        if tiling:
+            self.vae.enable_tiling()
+
+    def embed_negative(self, caption: str) -> Cond:
+        """What guidance leads away from, of batch size 1, in float32: as its pipeline reads a negative prompt."""
+        with silent():
+            self._bring("text_encoder")
+            return self._negative(caption).to(torch.float32)
+
+    def _negative(self, caption: str) -> Cond:
+        return self._encode([caption])
 
     def embed(self, captions: Sequence[str]) -> Cond:
         """Captions -> conditioning in float32 that knows its unconditional version. Warns once of one too long."""

@@ -70,6 +70,9 @@ class Sana(PipelineTeacher):
         tokens = torch.where(kept[..., None], told.tokens, empty.tokens)
         return Cond(tokens=tokens, mask=torch.where(kept, told.mask, empty.mask))
 
+    def _negative(self, caption: str) -> Cond:
+        return self._read([caption], None)  # no instruction is put before it
+
     def _read(self, captions: list[str], instruction: list[str] | None) -> Cond:
         options = {
             "device": self.device,
