@@ -123,10 +123,10 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     print(f"student: {saved}")
     if student.adapters is not None:
         from distill.students.lora import factors
-        from distill.students.low_rank import save_lora
+        from distill.students.low_rank import about, save_lora
 
-        part = denoiser_part(folder / "student")
-        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', part=part)}")
+        said = {"part": denoiser_part(saved), "about": about(saved)}
+        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
             rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)

@@ -31,6 +31,8 @@ from distill.teachers.schedulers import ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
 
 log = logging.getLogger(__name__)
+# What Stable Diffusion's pipelines want to read in a scheduler's file, or warn; these schedulers do not use it.
+OFFSET = 1
 ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
 
 
@@ -203,9 +205,8 @@ class Consistency(FewSteps):
             return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
-        return LCMScheduler(
-            **_schedule_of(teacher), original_inference_steps=ORIGINAL, clip_sample=False
-        )
+        own = {"original_inference_steps": ORIGINAL, "clip_sample": False}
+        return LCMScheduler(**_schedule_of(teacher), **own, steps_offset=OFFSET)
 
 
 class EulerAncestral(FewSteps):
@@ -239,7 +240,8 @@ class EulerAncestral(FewSteps):
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         self.check(student)
-        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), timestep_spacing="trailing")
+        own = {"timestep_spacing": "trailing", "steps_offset": OFFSET}
+        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), **own)
 
 
 def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:

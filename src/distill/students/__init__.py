@@ -117,7 +117,8 @@ def save_pipeline(
     remove(partial)
     part = denoiser_part(teacher.folder) if teacher.folder else teacher.part
     if teacher.folder:
-        index = _copied(teacher, partial, {part, "scheduler", *teacher.without})
+        left = {part, "scheduler", *teacher.without, *teacher.own_parts}
+        index = _copied(teacher, partial, left)
     else:
         teacher.pipeline.save_pretrained(partial)
         index = index_of(str(partial))

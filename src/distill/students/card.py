@@ -117,6 +117,11 @@ def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
     step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
     given = "".join(f"    {name}={value},\n" for name, value in call.items())
     says = _says(scheduler, library, kind, drawn, without)
+    if kind == "StableDiffusionPipeline" and "clip_skip" in call:
+        says.append(
+            "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over `clip_skip`: "
+            "take an earlier transformers, or `distill.sample`."
+        )
     if "Ancestral" in scheduler and levels:
         says.append(f"Its own levels, {list(levels)}, are none that this scheduler can be told.")
     return f"""## Use

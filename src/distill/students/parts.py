@@ -9,6 +9,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill.files import remove
+from distill.progress import track
+from distill.teachers.locate import INDEX, index_of
+from distill.teachers.reading import BASE, home_of, lineage
+from distill.teachers.weights import read_weights, write_weights
+
 CONFIG = "config.json"
 KINDS = (".safetensors", ".bin")  # of weights, the better first
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers' two
@@ -25,6 +31,35 @@ def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
     target.mkdir(parents=True)
     for name, file in _files(source, variant):
         shutil.copyfile(file, target / name)
+
+
+def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
+    """Write the pipeline of folder `source` as `target`: what its index names, in `dtype` (None: as it is).
+
+    `target` is the writer's own, and begun anew. Raises ValueError for values that a dtype cannot hold.
+    """
+    remove(target)
+    index = index_of(str(source), "run")
+    named = [name for name, pair in index.items() if isinstance(pair, list) and pair[0]]
+    for name in track(named, "copying", unit="part"):
+        home = Path(home_of(source, name), name)
+        if home.is_dir():
+            copy_part(home, target / name)
+            cast(target / name, dtype)
+    index.pop(BASE, None)
+    for folder in reversed(lineage(source)):
+        copy_terms(folder, target)
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def cast(folder: Path, dtype: str | None) -> None:
+    """Keep the weights of this part in `dtype` from now on; None leaves them."""
+    if dtype is None:
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        state, _ = read_weights(file)
+        write_weights(state, file, dtype=dtype)
 
 
 def copy_terms(source: Path, target: Path) -> None:
