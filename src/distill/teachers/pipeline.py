@@ -97,10 +97,8 @@ class PipelineTeacher(nn.Module):
                 options |= {"revision": revision, "variant": variant, "deferred": deferred}
                 pipeline = read_pipeline(self.kind, path, **options)
         check_parts(path, pipeline.components, without)
-        self.pipeline, self.folder = (
-            pipeline,
-            Path(pipeline.name_or_path) if pipeline.name_or_path else None,
-        )
+        self.pipeline = pipeline
+        self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
         if own:
             own.put_on(pipeline, later="vae" in deferred)
         elif pipeline.vae is None:  # deferred, and the pipeline guessed
@@ -112,12 +110,7 @@ class PipelineTeacher(nn.Module):
         self.network, self.without = self._network(), tuple(without)
         self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
-        encoders = [
-            m
-            for name, m in pipeline.components.items()
-            if m is not None and name.startswith(ENCODERS)
-        ]
-        self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
+        self._encoders, self._brought = nn.ModuleList(self._coders()), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = (
             [tap for tap in self.channels if is_block(tap)],
@@ -230,12 +223,12 @@ class PipelineTeacher(nn.Module):
                 for k, v in self.pipeline.scheduler.config.items()
                 if not k.startswith("_")
             )
-        coders = [
-            m
-            for name, m in self.pipeline.components.items()
-            if m is not None and name.startswith(ENCODERS)
-        ]
-        return [*own, *map(fingerprint, [network, self.vae, *coders])]
+        return [*own, *map(fingerprint, [network, self.vae, *self._coders()])]
+
+    def _coders(self) -> list[nn.Module]:
+        """The autoencoder and text encoders that are here."""
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if part is not None and name.startswith(ENCODERS)]
 
     @property
     def vae(self) -> Any:
