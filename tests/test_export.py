@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -27,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -172,6 +174,27 @@ def test_out_is_never_overwritten(run_of, command, tmp_path):
     )
     assert code == 1
     assert err.endswith("is there already; remove it or name another\n")
+
+
+def test_euler_steps_are_an_export_of_any_flow_student(run_of, command, tmp_path):
+    """As it was trained long ago: of the run nothing changes, and what is sampled from the folder is what it draws."""
+    run = run_of("mmdit", "full")
+    asked = [f"run={run}", "to=diffusers", "scheduler=euler", f"out={tmp_path / 'mine'}"]
+    code, _, err = command("export", *asked)
+    assert code == 0, err
+    index = json.loads((run / "student" / "model_index.json").read_text(encoding="utf-8"))
+    assert index["_distill"]["sampler"]["name"] == "Consistency"
+    for word, folder, code in (("own", run, 0), ("euler", tmp_path / "mine", 0)):
+        options = [f"run={folder}", f"prompt='{PROMPT}'", "steps=4", f"seed={SEED}", f"out={word}"]
+        assert command("sample", *options, "precision=32-true")[0] == code
+    (ours,) = (tmp_path / "euler").iterdir()
+    (own,) = (tmp_path / "own").iterdir()
+    found = torch.from_numpy(np.asarray(Image.open(ours)) / 255)
+    close(cards.drawn(tmp_path / "mine", PROMPT, steps=4, seed=SEED), found)
+    assert (np.asarray(Image.open(own)).astype(int) != np.asarray(Image.open(ours))).any()
+    code, _, err = command("export", f"run={run_of('unet', 'full')}", *asked[1:3], "out=x")
+    assert code == 1
+    assert err.startswith("distill: scheduler=euler: is for students of flows, and run=")
 
 
 # -- the card --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import cards
 import families
 import tiny
 from distill import students
-from distill.build import refuse_misfit, student_of
+from distill.build import refuse_misfit, sampler_of, student_of
 from distill.making import of_teacher
 from distill.sampling import Consistency, guided, seeded, to_bytes
 from distill.students.card import write_card
@@ -263,8 +263,11 @@ def test_no_file_but_the_index_tells_of_options(pipelines, tmp_path):
     file = folder / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8"))
     options = {"path": "/etc", "use_safetensors": False, "weights": "/x", "vae": "/y"}
-    file.write_text(json.dumps(index | {"_distill": {"options": options}}), encoding="utf-8")
+    options |= {"clip_skip": "all", "size": [3]}
+    wrong = {"options": options, "sampler": {"name": "Consistency", "levels": "abc"}}
+    file.write_text(json.dumps(index | {"_distill": wrong}), encoding="utf-8")
     model = student_of(str(folder))
-    assert model.own_parts == {}
+    assert (model.own_parts, model.clip_skip) == ({}, None)
+    assert sampler_of(str(folder), model) == Consistency()
     file.write_text(json.dumps(index | {"_distill": 3}), encoding="utf-8")
     assert student_of(str(folder)).latent_shape == model.latent_shape

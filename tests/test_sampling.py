@@ -23,7 +23,16 @@ import tiny
 from distill.build import sampler_of as of_run
 from distill.build import student_of
 from distill.distillation import guided_x0
-from distill.sampling import Consistency, EulerAncestral, draw_noise, guided, sampler_of, seeded
+from distill.sampling import (
+    Consistency,
+    Euler,
+    EulerAncestral,
+    distilled,
+    draw_noise,
+    guided,
+    sampler_of,
+    seeded,
+)
 from distill.students import full, save_pipeline
 from distill.students.card import write_card
 
@@ -145,12 +154,42 @@ def test_what_the_card_says_of_a_call_without_its_line_is_so(exported, tmp_path)
         assert (first == second).all() == same
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_plain_generator_is_enough_for_euler_steps(steps, teachers, exported, tmp_path):
+    """No word of ours, no line of the card: what a user types who has read nothing but the levels."""
+    teacher, (student, _), sampler = teachers("mmdit"), exported("mmdit"), Euler()
+    scheduler = sampler.scheduler(student, teacher)
+    folder = save_pipeline(student, teacher, tmp_path / "student", scheduler, sampler)
+    found = opened(folder)(
+        PROMPT,
+        num_inference_steps=steps,
+        sigmas=[1 - i / steps for i in range(steps)],
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        how = {"shape": teacher.latent_shape, "steps": steps}
+        expected = sampler(student, teacher.embed([PROMPT]), seeded([SEED]), **how)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    write_card(folder, tmp_path)
+    assert "partial" not in cards.code(folder)
+    picture = cards.drawn(folder, PROMPT, steps=steps, seed=SEED)
+    mine = (teacher.decode(expected) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).detach()
+    assert (eight_bit(picture) - eight_bit(mine)).abs().max() <= 1
+    model = student_of(str(folder))
+    assert of_run(str(folder), model) == sampler
+    assert distilled(model.pipeline)
+    with pytest.raises(ValueError, match="sampler=euler: is for teachers of flows"):
+        sampler.check(teachers("unet").network)
+
+
 @pytest.mark.parametrize("family", ["mmdit", "unet"])
 def test_a_sampler_s_own_levels_are_in_the_card_and_the_folder(family, teachers, tmp_path):
     teacher, sampler = teachers(family), Consistency(levels=[1.0, 0.9, 0.6])
     student = tiny.shake(full(teacher), 21, std=0.03).eval()
     scheduler = sampler.scheduler(student, teacher)
-    folder = save_pipeline(student, teacher, tmp_path / "student", scheduler, sampler.levels)
+    folder = save_pipeline(student, teacher, tmp_path / "student", scheduler, sampler)
     write_card(folder, tmp_path)
     model = student_of(str(folder))
     found = of_run(str(folder), model)
@@ -197,7 +236,7 @@ def test_all_but_network_and_scheduler_are_the_teacher_s_files(family, pipelines
         json.loads((place / "model_index.json").read_text(encoding="utf-8"))
         for place in (source, folder)
     )
-    assert after.pop("_distill").keys() == {"options", "call", "levels"}
+    assert after.pop("_distill").keys() == {"options", "call"}
     assert {**before, "scheduler": None} == {**after, "scheduler": None}
     assert list(folder.parent.iterdir()) == [folder]  # nothing half-written beside it
 

@@ -133,9 +133,8 @@ def test_the_export_command_writes_and_applies_a_delta(
     command, teacher, family, pipelines, tmp_path
 ):
     folder, base = made(teacher, tmp_path), pipelines(family)
-    code, out, _ = command(
-        "export", f"run={folder}", f"base={base}", f"out={tmp_path / 'd.safetensors'}"
-    )
+    file = tmp_path / "d.safetensors"
+    code, out, _ = command("export", f"run={folder}", "to=delta", f"base={base}", f"out={file}")
     assert code == 0
     assert "d.safetensors" in out
     command(

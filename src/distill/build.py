@@ -63,9 +63,7 @@ def sampler_of(run: str, student: Any) -> Any:
     """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
     if own := (config_of(run) or {}).get("sampler"):
         return make(own)
-    folder = student.folder
-    levels = told_of(str(folder))["levels"] if folder else None
-    return sampling.sampler_of(student.pipeline, levels)
+    return sampling.sampler_of(student.pipeline)
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:

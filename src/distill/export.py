@@ -52,6 +52,7 @@ def check(cfg: DictConfig) -> None:
     check_counts(cfg, {"rank": 1})
     check_dtype(cfg.dtype, "dtype")
     validate.check_word(cfg, "naming", *NAMINGS)
+    validate.check_word(cfg, "scheduler", "euler", "consistency")
     if cfg.base is not None:
         validate.check_model(cfg.base, "base")
     if cfg.delta is not None:
@@ -89,6 +90,9 @@ def _check_kind(cfg: DictConfig) -> None:
     if cfg.naming == "kohya" and kind not in UNETS:
         what = "is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers"
         raise ValueError(f"naming=kohya: {what}")
+    if cfg.scheduler is not None and kind not in FLOWS:
+        what = f"is for students of flows, and run={cfg.run} holds a {kind}"
+        raise ValueError(f"scheduler={cfg.scheduler}: {what}; leave it out")
     if cfg.base is not None and cfg.to == "lora" and cfg.rank is None:
         raise ValueError(
             f"base={cfg.base}: the run's own adapters need none; add rank= or leave it"
@@ -180,15 +184,20 @@ def _single_file(cfg: DictConfig, run: Path) -> Path:
 
 def _diffusers(cfg: DictConfig, run: Path) -> Path:
     from distill.students.card import write_card
-    from distill.students.parts import copy_pipeline
+    from distill.students.parts import copy_pipeline, sampled_by
 
     student = pipeline_folder(run)
-    suffix = f"_{cfg.dtype}" if cfg.dtype else ""
+    suffix = "".join(f"_{word}" for word in (cfg.scheduler, cfg.dtype) if word)
     out = Path(cfg.out or student.with_name(student.name + suffix))
-    if out == student and cfg.dtype is None:
+    if out == student and not suffix:
         write_card(student, run, _teacher_of(run))
         return student
     partial = copy_pipeline(student, out.with_name(out.name + ".part"), cfg.dtype)
+    if cfg.scheduler is not None:
+        from distill.sampling import flow_scheduler
+
+        scheduler = flow_scheduler(stochastic=cfg.scheduler == "consistency")
+        sampled_by(partial, cfg.scheduler.capitalize(), scheduler)
     write_card(partial, run, _teacher_of(run))
     return partial.replace(_new(str(out)))
 
@@ -220,10 +229,12 @@ NAMINGS = ("diffusers", "kohya")  # the first unless told
 MEANT_FOR = {
     "rank": ("lora",),
     "naming": ("lora",),
+    "scheduler": ("diffusers", "hub"),
     "dtype": ("diffusers", "lora", "single_file", "hub"),
     "base": ("lora", "delta"),
 }
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline")
 # Sana is none of them: ComfyUI has no network of its kind.
 SINGLE_FILES = (*UNETS, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline")
 

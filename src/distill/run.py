@@ -118,8 +118,7 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
-        levels = getattr(sampler, "levels", None)
-        saved = save_pipeline(student, teacher, folder / "student", scheduler, levels)
+        saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
     print(f"student: {saved}")
     if student.adapters is not None:
         from distill.students.lora import factors

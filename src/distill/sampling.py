@@ -1,6 +1,6 @@
 """Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no gradient.
 
-students:        consistency (LADD) or Euler-ancestral (ADD) steps, t = 1, 1 - 1/n, ..., 1/n
+students:        consistency (LADD), Euler-ancestral (ADD) or Euler steps, t = 1, 1 - 1/n, ..., 1/n
 guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
 """
 
@@ -139,10 +139,8 @@ class FewSteps(ABC):
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
         """The same step by step: x0 [B, *shape] as each step estimates it, the last of which is the result."""
-        grid, device = (
-            self.grid(steps, 1.0 if image is None else strength, student),
-            cond.tokens.device,
-        )
+        grid = self.grid(steps, 1.0 if image is None else strength, student)
+        device = cond.tokens.device
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:
             _warn_of_noise(steps, strength, grid[0])
@@ -197,16 +195,43 @@ class Consistency(FewSteps):
         return student.process.diffuse(x0, noise, later)
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
-        """Flow: no shift, for the levels were trained as they are.
+        """Flow: Euler's, with fresh noise.
 
         eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take theirs.
         """
         if student.prediction == "flow":
-            return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+            return flow_scheduler(stochastic=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
         own = {"original_inference_steps": ORIGINAL, "clip_sample": False}
         return LCMScheduler(**_schedule_of(teacher), **own, steps_offset=OFFSET)
+
+
+class Euler(FewSteps):
+    """x_t' = alpha_t' x0 + sigma_t' eps with the eps that goes with x0: no noise but the first, so for flows alone
+    diffusers' plain scheduler and a `generator` make the same pictures.
+    """
+
+    def _next(
+        self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
+    ) -> Tensor:
+        process, column = student.process, (-1, *[1] * (x_t.ndim - 1))
+        alpha, sigma = (level(t).view(column) for level in (process.alpha, process.sigma))
+        return process.diffuse(x0, (x_t - alpha * x0) / sigma, later)
+
+    def check(self, network: Any) -> None:
+        if network.prediction != "flow":
+            what = "is for teachers of flows, and this one predicts " + network.prediction
+            raise ValueError(f"sampler=euler: {what}; use sampler=consistency")
+
+    def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
+        self.check(student)
+        return flow_scheduler(stochastic=False)
+
+
+def flow_scheduler(*, stochastic: bool) -> Any:
+    """Of students of flows: no shift, for the levels were trained as they are."""
+    return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
 
 
 class EulerAncestral(FewSteps):
@@ -245,31 +270,29 @@ class EulerAncestral(FewSteps):
 
 
 def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "prediction_type",
-        "trained_betas",
-    )
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    kept += ("prediction_type", "trained_betas", "rescale_betas_zero_snr")
     config = teacher.pipeline.scheduler.config
-    return {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if config.get(key)}
+    return {key: config[key] for key in kept if config.get(key)}
 
 
-def sampler_of(pipeline: Any, levels: Sequence[float] | None = None) -> FewSteps:
-    """The sampler that an exported pipeline's scheduler stands for, at `levels` of its own if it has such."""
+def sampler_of(pipeline: Any) -> FewSteps:
+    """The sampler that an exported pipeline's scheduler stands for, at the levels that its index says."""
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
     kind = EulerAncestral if ancestral else Consistency
-    return kind(levels=levels)
+    said = getattr(pipeline, "sampler", None) or {}
+    if said.get("name") == Euler.__name__:
+        kind = Euler
+    return kind(levels=said.get("levels"))
 
 
 def distilled(pipeline: Any) -> bool:
-    """Whether a pipeline's scheduler is one of few steps, as ours and other distilled models have it."""
+    """Whether a pipeline is one of few steps: by its scheduler, as ours and others have it, or by its index."""
     config = pipeline.scheduler.config
     few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
-    return few or (ancestral and config.timestep_spacing == "trailing")
+    few = few or (ancestral and config.timestep_spacing == "trailing")
+    return few or bool(getattr(pipeline, "sampler", None))
 
 
 def guided(

@@ -1,7 +1,6 @@
 """Students: made from a teacher, and left behind as ordinary diffusers pipelines."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +104,13 @@ def save_pipeline(
     teacher: PipelineTeacher,
     folder: Path,
     scheduler: Any,
-    levels: Sequence[float] | None = None,
+    sampler: Any = None,
 ) -> Path:
     """Write `folder` as a diffusers pipeline: the student's network, this scheduler, the teacher's other parts.
 
     Text encoders, tokenizers and autoencoder are copied as files, those that the index names in one precision: saving
     them again renames weights (transformers 5). Those of a single file have no files of their own, and are saved.
-    In the index stands what the teacher was told besides, and the `levels` of a sampler that has its own.
+    In the index stands what the teacher was told besides, and the `sampler`, a `FewSteps`, with levels of its own.
     """
     partial = folder.with_name(folder.name + ".part")
     remove(partial)
@@ -141,7 +140,10 @@ def save_pipeline(
     index |= {name: [None, None] for name in absent}  # left out, or never fetched of the hub's
     library = OURS if type(scheduler).__module__ == OURS else "diffusers"
     index["scheduler"] = [library, type(scheduler).__name__]
-    index[TOLD] = {"options": teacher.told(), "call": teacher.call(), "levels": levels}
+    index[TOLD] = {"options": teacher.told(), "call": teacher.call()}
+    if sampler is not None:
+        levels = list(sampler.levels) if sampler.levels else None
+        index[TOLD]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     remove(folder)
     return partial.replace(folder)

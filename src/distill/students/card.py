@@ -107,13 +107,13 @@ def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
     absent = [name for name in parts if name in index and not (folder / name).is_dir()]
     without = "".join(f", {name}=None" for name in absent)
     kind = str(index.get("_class_name"))
-    levels = told.get("levels")
+    sampler = told.get("sampler") or {}
+    levels = sampler.get("levels")
     call = {"num_inference_steps": "steps", **(told.get("call") or {"guidance_scale": 0.0})}
     call |= _grid(scheduler, kind, levels) | {"generator": "generator"}
     # Pipelines without this method hand their scheduler no generator for the noise of later steps.
-    drawn = "Flow" in scheduler and not hasattr(
-        getattr(diffusers, kind, None), "prepare_extra_step_kwargs"
-    )
+    handed = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
+    drawn = "Flow" in scheduler and sampler.get("name") != "Euler" and not handed
     step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
     given = "".join(f"    {name}={value},\n" for name, value in call.items())
     says = _says(scheduler, library, kind, drawn, without)
@@ -165,7 +165,8 @@ def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) ->
         says.append(
             f"In 2 and more steps it draws noise between them, and `{kind}` hands its scheduler no "
             "generator: without the line of `partial` each call, and each device, gives another "
-            "picture of the same `generator`. One step needs none of this."
+            "picture of the same `generator`. One step needs none of this, nor does a folder that "
+            "`distill.export scheduler=euler` writes, which draws no noise between steps."
         )
     if without:
         says.append(f"It has no third text encoder, hence `{without[2:]}`.")

@@ -8,10 +8,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from distill.files import remove
 from distill.progress import track
-from distill.teachers.locate import INDEX, index_of
+from distill.teachers.locate import INDEX, TOLD, index_of
 from distill.teachers.reading import BASE, home_of, lineage
 from distill.teachers.weights import read_weights, write_weights
 
@@ -51,6 +52,16 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
         copy_terms(folder, target)
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def sampled_by(folder: Path, name: str, scheduler: Any) -> None:
+    """Have the student in this folder step by the sampler of this name, as this scheduler does."""
+    remove(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = index_of(str(folder))
+    told = index.setdefault(TOLD, {})
+    told["sampler"] = {**(told.get("sampler") or {}), "name": name}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def cast(folder: Path, dtype: str | None) -> None:

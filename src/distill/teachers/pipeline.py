@@ -23,7 +23,7 @@ from distill.progress import stage
 from distill.teachers.autoencoder import Autoencoder
 from distill.teachers.locate import SINGLE
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_parts, home_of, read_pipeline
+from distill.teachers.reading import check_parts, home_of, read_pipeline, told_of
 from distill.teachers.single import read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
@@ -99,6 +99,7 @@ class PipelineTeacher(nn.Module):
         check_parts(path, pipeline.components, without)
         self.pipeline = pipeline
         self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
+        pipeline.sampler = told_of(str(self.folder))["sampler"] if self.folder else {}
         if own:
             own.put_on(pipeline, later="vae" in deferred)
         elif pipeline.vae is None:  # deferred, and the pipeline guessed
