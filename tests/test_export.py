@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+import threading
+import warnings
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -19,13 +28,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import cards
 import tiny
 from distill import students
 from distill.build import student_of
-from distill.sampling import Consistency, sampler_of, seeded
+from distill.sampling import Consistency, EulerAncestral, sampler_of, seeded
 from distill.students.card import write_card
 from distill.students.low_rank import difference
 from distill.students.single_file import autoencoder, open_clip, save_single_file, unet
@@ -99,21 +110,13 @@ def pixels(model, x0):
 
 
 def called(pipeline, steps, **options):
-    """A plain call; a flow's scheduler is told its levels, and handed the generator that its pipeline keeps from it."""
-    generator, step = torch.Generator().manual_seed(SEED), pipeline.scheduler.step
+    """A call as the card has it, and as a user of plain diffusers types it."""
+    generator = torch.Generator().manual_seed(SEED)
     if "Flow" in type(pipeline.scheduler).__name__:
-        pipeline.scheduler.step = lambda *a, **o: step(*a, **{**o, "generator": generator})
+        pipeline.scheduler.step = partial(pipeline.scheduler.step, generator=generator)
         options["sigmas"] = [1 - i / steps for i in range(steps)]
-    options |= {
-        "num_inference_steps": steps,
-        "guidance_scale": 0.0,
-        "output_type": "np",
-        "generator": generator,
-    }
-    try:
-        return torch.from_numpy(pipeline(PROMPT, **options).images[0])
-    finally:
-        pipeline.scheduler.step = step
+    options |= {"num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "np"}
+    return torch.from_numpy(pipeline(PROMPT, generator=generator, **options).images[0])
 
 
 # -- to=diffusers ----------------------------------------------------------------------------------------------------
@@ -124,13 +127,13 @@ def test_the_exported_folder_draws_what_our_sampler_draws(
 ):
     code, out, _ = command("export", f"run={run}", "to=diffusers", f"out={tmp_path / 'mine'}")
     assert (code, out.splitlines()[-1]) == (0, f"wrote {tmp_path / 'mine'}")
-    model, pipeline = student_of(str(run)), opened(AutoPipelineForText2Image, tmp_path / "mine")
+    model = student_of(str(run))
     sampler = sampler_of(model.pipeline)
     with torch.no_grad():
         cond, shape = model.embed([PROMPT]), model.latent_shape
         for steps in (1, 2, 4):
             x0 = sampler(model, cond, seeded([SEED]), shape=shape, steps=steps)
-            close(called(pipeline, steps), pixels(model, x0))
+            close(cards.drawn(tmp_path / "mine", PROMPT, steps=steps, seed=SEED), pixels(model, x0))
         before = student_of(str(pipelines(family)))
         assert not torch.allclose(
             Consistency()(before, cond, seeded([SEED]), shape=shape, steps=4), x0, atol=1e-3
@@ -143,6 +146,18 @@ def test_the_exported_folder_draws_what_our_sampler_draws(
     again = opened(AutoPipelineForImage2Image, tmp_path / "mine")
     more = {"height": 64, "width": 64} if family == "mmdit" else {}
     close(called(again, 2, **options, **more), pixels(model, x0))
+
+
+@pytest.mark.parametrize("sampler", [Consistency(), EulerAncestral()])
+def test_a_student_of_stable_diffusion_opens_without_a_warning(sampler, teachers, tmp_path):
+    """Neither of its scheduler's file, nor of what ours says in its index."""
+    teacher = teachers("unet")
+    scheduler = sampler.scheduler(teacher.network, teacher)
+    folder = students.save_pipeline(teacher.network, teacher, tmp_path / "student", scheduler)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        opened(StableDiffusionPipeline, folder, safety_checker=None)
+    assert not [str(w.message) for w in said if "scheduler" in str(w.message)]
 
 
 def test_text_encoders_are_the_teacher_s_very_files(run, family, pipelines):
@@ -159,6 +174,27 @@ def test_out_is_never_overwritten(run_of, command, tmp_path):
     )
     assert code == 1
     assert err.endswith("is there already; remove it or name another\n")
+
+
+def test_euler_steps_are_an_export_of_any_flow_student(run_of, command, tmp_path):
+    """As it was trained long ago: of the run nothing changes, and what is sampled from the folder is what it draws."""
+    run = run_of("mmdit", "full")
+    asked = [f"run={run}", "to=diffusers", "scheduler=euler", f"out={tmp_path / 'mine'}"]
+    code, _, err = command("export", *asked)
+    assert code == 0, err
+    index = json.loads((run / "student" / "model_index.json").read_text(encoding="utf-8"))
+    assert index["_distill"]["sampler"]["name"] == "Consistency"
+    for word, folder, code in (("own", run, 0), ("euler", tmp_path / "mine", 0)):
+        options = [f"run={folder}", f"prompt='{PROMPT}'", "steps=4", f"seed={SEED}", f"out={word}"]
+        assert command("sample", *options, "precision=32-true")[0] == code
+    (ours,) = (tmp_path / "euler").iterdir()
+    (own,) = (tmp_path / "own").iterdir()
+    found = torch.from_numpy(np.asarray(Image.open(ours)) / 255)
+    close(cards.drawn(tmp_path / "mine", PROMPT, steps=4, seed=SEED), found)
+    assert (np.asarray(Image.open(own)).astype(int) != np.asarray(Image.open(ours))).any()
+    code, _, err = command("export", f"run={run_of('unet', 'full')}", *asked[1:3], "out=x")
+    assert code == 1
+    assert err.startswith("distill: scheduler=euler: is for students of flows, and run=")
 
 
 # -- the card --------------------------------------------------------------------------------------------------------
@@ -186,7 +222,8 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
         "\nlicense: openrail++\n",
         "by LADD ([2403.12015](https://arxiv.org/abs/2403.12015)), trained for 2 steps on 8 images",
         "Teacher: unet; its licence, openrail++, binds the student.",
-        "num_inference_steps=4, guidance_scale=0.0)",
+        "\nsteps = 4\n",
+        "    num_inference_steps=steps,\n    guidance_scale=0.0,\n    generator=generator,\n",
         "| student | 1 | 500.500 |",
         "Protocol: prompts 16.",
         "![teacher at 28, student at 1; one prompt and noise a column](comparison.png)",
@@ -223,9 +260,9 @@ def test_a_card_shows_numbers_that_yaml_takes_for_text(tmp_path):
 def test_a_finished_run_has_a_card_and_a_lora_its_file(run_of):
     lora, full = run_of("mmdit", "lora"), run_of("mmdit", "full")
     for folder in (lora, full):
-        assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in (folder / "student" / "README.md").read_text(
-            encoding="utf-8"
-        )
+        assert "sigmas=[1 - i / steps for i in range(steps)]" in (
+            folder / "student" / "README.md"
+        ).read_text(encoding="utf-8")
     assert (lora / "lora.safetensors").is_file()
     assert not (full / "lora.safetensors").exists()
 
@@ -239,13 +276,12 @@ def test_without_its_third_text_encoder_it_opens_as_the_card_says(pipelines, tmp
     assert not (folder / "text_encoder_3").exists()
     card = write_card(folder, tmp_path).read_text(encoding="utf-8")
     assert 'from_pretrained("<this folder>", text_encoder_3=None, tokenizer_3=None)' in card
-    pipeline = opened(AutoPipelineForText2Image, folder, text_encoder_3=None, tokenizer_3=None)
     model = student_of(str(folder))
     with torch.no_grad():
         x0 = Consistency()(
             model, model.embed([PROMPT]), seeded([SEED]), shape=model.latent_shape, steps=2
         )
-    close(called(pipeline, 2), pixels(model, x0))
+    close(cards.drawn(folder, PROMPT, steps=2, seed=SEED), pixels(model, x0))
 
 
 # -- to=lora ---------------------------------------------------------------------------------------------------------
@@ -439,12 +475,7 @@ def test_dtype_halves_a_file(run_of, command, tmp_path):
 @pytest.mark.parametrize(
     ("family", "student", "options", "said"),
     [
-        (
-            "mmdit",
-            "lora",
-            ["to=single_file"],
-            "to=single_file: is for Stable Diffusion 1, 2 and XL",
-        ),
+        ("mmdit", "full", ["to=lora", "rank=2", "dtype=int8"], "dtype=int8: must be a dtype"),
         ("mmdit", "lora", ["to=lora", "naming=kohya"], "naming=kohya: is for UNets"),
         ("unet", "lora", ["to=lora", "naming=other"], "naming=other: must be diffusers or kohya"),
         (
@@ -468,6 +499,114 @@ def test_what_cannot_be_exported_is_said(family, student, options, said, run_of,
     assert not list(Path(tmp_path).glob("x*"))
 
 
-def test_a_pipeline_of_another_kind_is_no_single_file(teachers, tmp_path):
-    with pytest.raises(ValueError, match="a StableDiffusion3Pipeline has no such layout"):
-        save_single_file(teachers("mmdit").pipeline, tmp_path / "x")
+def test_a_pipeline_of_another_kind_is_no_single_file(run_of, command, tmp_path):
+    with pytest.raises(ValueError, match="a SimpleNamespace has no such layout"):
+        save_single_file(SimpleNamespace(), tmp_path / "x")
+    folder = shutil.copytree(run_of("mmdit", "full") / "student", tmp_path / "student")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "SanaPipeline"}), encoding="utf-8"
+    )
+    code, _, err = command("export", f"run={folder}", "to=single_file", f"out={tmp_path / 'x'}")
+    assert code == 1
+    assert err.startswith("distill: to=single_file: is for StableDiffusionPipeline, ")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_single_file_of_a_transformer_has_diffusers_names(run_of, command, tmp_path):
+    """Which ComfyUI's own maps know of SD3, FLUX and PixArt."""
+    folder, file = run_of("mmdit", "full"), tmp_path / "one.safetensors"
+    asked = [f"run={folder}", "to=single_file", "dtype=bfloat16", f"out={file}"]
+    assert command("export", *asked)[0] == 0
+    expected = tiny.weights(student_of(str(folder)).network.model.bfloat16())
+    assert tiny.same(load_file(file), expected)
+    assert {"pos_embed.proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"} <= set(expected)
+
+
+# -- to=hub ----------------------------------------------------------------------------------------------------------
+
+
+class Stub(BaseHTTPRequestHandler):
+    """As much of the hub as a push meets; what it was sent is in the server's `pushed`."""
+
+    def do_POST(self):
+        said = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if self.path == "/api/repos/create":
+            self.server.visibility = json.loads(said)["visibility"]
+            port = self.server.server_port
+            self.answer({"url": f"http://127.0.0.1:{port}/me/mine"})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(said)["files"]]
+            self.answer({"files": [
+                {"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths
+            ]})  # fmt: skip
+        elif "/commit/" not in self.path:  # the card's front matter is looked at first
+            self.answer({"errors": [], "warnings": []})
+        elif self.server.full:
+            self.answer({"error": "no space left"}, 403)
+        else:
+            lines = [json.loads(line) for line in said.splitlines()]
+            files = (line["value"] for line in lines if line["key"] == "file")
+            self.server.pushed |= {f["path"]: base64.b64decode(f["content"]) for f in files}
+            url = f"http://127.0.0.1:{self.server.server_port}/me/mine/commit/1"
+            self.answer({"success": True, "commitUrl": url, "commitOid": "1", "hookOutput": ""})
+
+    def do_GET(self):
+        self.answer({"id": "me/mine", "siblings": [], "sha": "1"})
+
+    def answer(self, said, code=200):
+        body = json.dumps(said).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.pushed, server.full = {}, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pushed(hub, run, out):
+    """The command in a process of its own, as it reads the hub's address when it begins."""
+    place = f"http://127.0.0.1:{hub.server_port}"
+    environment = {**os.environ, "HF_ENDPOINT": place, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    asked = [f"run={run}", "to=hub", "repo=me/mine", f"out={out}"]
+    return subprocess.run(
+        [sys.executable, "-m", "distill.export", *asked],
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def test_a_student_is_pushed_with_its_card(run_of, hub, tmp_path):
+    done = pushed(hub, run_of("unet", "full"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"wrote http://127.0.0.1:{hub.server_port}/me/mine\n")
+    there = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*")}
+    files = {name: path.read_bytes() for name, path in there.items() if path.is_file()}
+    assert hub.pushed == files
+    assert {"README.md", "model_index.json", "scheduler/scheduler_config.json"} <= set(files)
+    assert hub.visibility == "private"
+
+
+def test_a_push_that_fails_is_said_and_the_folder_stays(run_of, hub, tmp_path):
+    hub.full = True
+    done = pushed(hub, run_of("unet", "full"), tmp_path / "out")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("distill: repo=me/mine: cannot be pushed to (")
+    assert last.endswith(f"then `hf upload me/mine {tmp_path / 'out'}`")
+    assert (tmp_path / "out" / "model_index.json").is_file()

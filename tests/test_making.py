@@ -22,7 +22,7 @@ import torch
 import transformers
 
 import tiny
-from distill import sampling
+from distill import guided
 from distill.data.datasets import LatentShards
 from distill.data.shards import Shards
 from distill.teachers.pipeline import PipelineTeacher
@@ -265,7 +265,7 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
         )
         return found
 
-    monkeypatch.setattr(sampling, "draw_noise", noise)
+    monkeypatch.setattr(guided, "draw_noise", noise)
     words = [*asked["synthesize"], "precision=32-true", "out=made"]
     assert command("synthesize", *words)[0] == 0
     data = LatentShards(str(tmp_path / "made"), seeded=True)
@@ -274,10 +274,10 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
     assert [item["caption"] for item in items] == [PROMPTS[i % 5] for i in range(COUNT)]
     teacher, made = teachers("mmdit"), items[:2]  # the first batch
     monkeypatch.setattr(
-        sampling, "draw_noise", lambda *_: torch.stack([item["noise"] for item in made])
+        guided, "draw_noise", lambda *_: torch.stack([item["noise"] for item in made])
     )
     how = {"shape": teacher.latent_shape, "steps": 2, "guidance": 4.0}
-    again = sampling.guided(teacher, teacher.embed([item["caption"] for item in made]), [], **how)
+    again = guided.guided(teacher, teacher.embed([item["caption"] for item in made]), [], **how)
     assert torch.equal(again.half().float(), torch.stack([item["x0"] for item in made]))
     about = json.loads((tmp_path / "made" / "manifest.json").read_text(encoding="utf-8"))
     wanted = {

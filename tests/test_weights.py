@@ -133,9 +133,8 @@ def test_the_export_command_writes_and_applies_a_delta(
     command, teacher, family, pipelines, tmp_path
 ):
     folder, base = made(teacher, tmp_path), pipelines(family)
-    code, out, _ = command(
-        "export", f"run={folder}", f"base={base}", f"out={tmp_path / 'd.safetensors'}"
-    )
+    file = tmp_path / "d.safetensors"
+    code, out, _ = command("export", f"run={folder}", "to=delta", f"base={base}", f"out={file}")
     assert code == 0
     assert "d.safetensors" in out
     command(
@@ -375,9 +374,8 @@ def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
         found[name] is not None
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     )
-    assert (
-        json.loads((folder / "model_index.json").read_text(encoding="utf-8")).keys() == index.keys()
-    )
+    said = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    assert said.keys() == {*index, "_distill"}
 
 
 def test_a_student_of_another_family_is_refused(teachers, pipelines):

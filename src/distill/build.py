@@ -25,8 +25,8 @@ from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
-from distill.teachers.locate import family_of, pipeline_folder
-from distill.teachers.reading import class_of, fetched, lineage
+from distill.teachers.locate import family_of, pipeline_folder, telling
+from distill.teachers.reading import class_of, fetched, lineage, told_of
 from distill.teachers.sizes import of_pipeline
 from distill.types import Cond
 
@@ -63,8 +63,9 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 def sampler_of(run: str, student: Any) -> Any:
     """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
-    own = (config_of(run) or {}).get("sampler")
-    return make(own) if own else sampling.sampler_of(student.pipeline)
+    if own := (config_of(run) or {}).get("sampler"):
+        return make(own)
+    return sampling.sampler_of(student.pipeline)
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
@@ -154,6 +155,17 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         what = f"teacher.without=[{','.join(made['without'])}], and this run has [{','.join(teacher.without)}]"
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
+        )
+    told = telling(cfg.teacher)
+    if null and made.get("told", told) != told:
+        what = f"teacher options {made['told'] or 'none'}, and this run has {told or 'none'}"
+        raise ValueError(
+            f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
+        )
+    if made and made.get("vae") != cfg.teacher.get("vae"):
+        what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
+        raise ValueError(
+            f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
     if made.get("teacher", cfg.teacher.path) != cfg.teacher.path:
         what = "right if both have one autoencoder and one text encoder"
@@ -295,9 +307,10 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     family = family_of(class_of(path), run)
     dtype = fitting_dtype(dtype, path, get_object(family).kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
+    chosen = told_of(path)["options"]
     if config := config_of(run):  # what a family lets one choose is as in the run
-        chosen = config.get("teacher") or {}
-        node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
+        chosen |= config.get("teacher") or {}
+    node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
     try:
         return make(OmegaConf.create(node))
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that

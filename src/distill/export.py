@@ -1,34 +1,37 @@
 """Write a student in the form that others read.
 
-    python -m distill.export run=runs/... to=diffusers out=student
+    python -m distill.export run=runs/... to=diffusers out=student dtype=float16
     python -m distill.export run=runs/... to=lora rank=64 naming=kohya
     python -m distill.export run=runs/... to=single_file dtype=float16
+    python -m distill.export run=runs/... to=hub repo=me/my-student
     python -m distill.export base=<pipeline folder> delta=runs/.../delta.safetensors out=student
 
 diffusers     the pipeline folder of the run with a model card of what is known by now
 lora          a LoRA's adapters; of a full student the nearest of `rank` to what it has learnt
-single_file   Stable Diffusion 1, 2 and XL in the layout of the original code, for ComfyUI
+single_file   for ComfyUI: Stable Diffusion 1, 2 and XL whole, in the layout of the original code; of SD3, FLUX and
+              PixArt-Sigma the transformer alone, in diffusers' names
 delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
+hub           as diffusers, pushed to `repo` on the hub, which is made private if it is not there
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from distill import validate
-from distill.compose import check_counts, nearest
+from distill.compose import check_counts, nearest, shipped
 from distill.errors import command
 from distill.limits import check_dtype
 from distill.progress import stage
+from distill.teachers.locate import denoiser_part, index_of, is_hub_id, pipeline_folder
 
 
-def export(cfg: DictConfig) -> Path:
-    """Write and return the file or folder."""
+def export(cfg: DictConfig) -> Path | str:
+    """Write and return the file or folder, or its address."""
     check(cfg)
     if cfg.delta is None:
-        return FORMS[cfg.to](cfg, Path(cfg.run))
+        return FORMS[cfg.to](cfg, Path(shipped(cfg.run)))
 
     from distill import build
     from distill.students import apply_delta
@@ -38,28 +41,84 @@ def export(cfg: DictConfig) -> Path:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
-    if cfg.delta is None and (cfg.run is None or cfg.to not in FORMS):
-        what = f"give run=<folder> to={'|'.join(FORMS)}, or base=<folder> delta=<file>"
-        raise ValueError(f"run={cfg.run} to={cfg.to}: {what}{nearest(str(cfg.to), FORMS)}")
-    if cfg.delta is not None:
-        _new(cfg.out or f"{cfg.delta}.student")
-    if cfg.delta is not None and not Path(cfg.delta).is_file():
-        raise FileNotFoundError(f"delta={cfg.delta}: no such file; give one that to=delta wrote")
-    if cfg.delta is not None and cfg.base is None:
-        raise ValueError("base: not given; add base=<the pipeline folder that delta is put on>")
-    if cfg.delta is None:
+    """Refuse what cannot be, before anything that takes time is imported or read."""
+    if cfg.run is not None and cfg.to in (None, *FORMS):
         validate.check_model(cfg.run)
-    if cfg.base is not None:
-        validate.check_model(cfg.base, "base")
+    if (cfg.run is None) == (cfg.delta is None) or (cfg.delta is None and cfg.to not in FORMS):
+        what = f"give run=<folder> to={'|'.join(FORMS)}, or base=<folder> delta=<file>"
+        raise ValueError(
+            f"run={cfg.run} to={cfg.to} delta={cfg.delta}: {what}{nearest(str(cfg.to), FORMS)}"
+        )
     check_counts(cfg, {"rank": 1})
     check_dtype(cfg.dtype, "dtype")
-    validate.check_word(cfg, "naming", "diffusers", "kohya")
-    own = Path(cfg.run or "") / "lora.safetensors"
-    if cfg.delta is None and cfg.to == "lora" and cfg.rank is None and not own.is_file():
+    validate.check_word(cfg, "naming", *NAMINGS)
+    validate.check_word(cfg, "scheduler", "euler", "consistency")
+    if cfg.base is not None:
+        validate.check_model(cfg.base, "base")
+    if cfg.delta is not None:
+        _check_delta(cfg)
+        return
+    for key, forms in MEANT_FOR.items():
+        if cfg[key] is not None and cfg.to not in forms:
+            what = f"says nothing of to={cfg.to}, but of to={' and to='.join(forms)}"
+            raise ValueError(f"{key}={cfg[key]}: {what}; leave it out")
+    _check_kind(cfg)
+    _check_out(cfg)
+
+
+def _check_delta(cfg: DictConfig) -> None:
+    _new(cfg.out or f"{cfg.delta}.student")
+    if not Path(cfg.delta).is_file():
+        raise FileNotFoundError(f"delta={cfg.delta}: no such file; give one that to=delta wrote")
+    if cfg.base is None:
+        raise ValueError("base: not given; add base=<the pipeline folder that delta is put on>")
+    for key in ("to", "repo", *MEANT_FOR):
+        if key != "base" and cfg[key] is not None:
+            raise ValueError(f"{key}={cfg[key]}: says nothing of delta=; leave it out")
+
+
+def _check_kind(cfg: DictConfig) -> None:
+    """That a student of this kind has this form, and that there is what it is compared to."""
+    folder = pipeline_folder(Path(shipped(cfg.run)))
+    if not folder.is_dir():
+        what = f"is of the hub, and to={cfg.to} reads a folder"
+        raise ValueError(f"run={cfg.run}: {what}; fetch it by `hf download {cfg.run} --local-dir`")
+    kind = str(index_of(str(folder), "run")["_class_name"])
+    if cfg.to == "single_file" and kind not in SINGLE_FILES:
+        what = f"is for {', '.join(SINGLE_FILES)}, and run={cfg.run} holds a {kind}"
+        raise ValueError(f"to=single_file: {what}; use to=diffusers")
+    if cfg.naming == "kohya" and kind not in UNETS:
+        what = "is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers"
+        raise ValueError(f"naming=kohya: {what}")
+    if cfg.scheduler is not None and kind not in FLOWS:
+        what = f"is for students of flows, and run={cfg.run} holds a {kind}"
+        raise ValueError(f"scheduler={cfg.scheduler}: {what}; leave it out")
+    if cfg.base is not None and cfg.to == "lora" and cfg.rank is None:
+        raise ValueError(
+            f"base={cfg.base}: the run's own adapters need none; add rank= or leave it"
+        )
+    own = Path(cfg.run) / "lora.safetensors"
+    if cfg.to == "lora" and cfg.rank is None and not own.is_file():
         raise ValueError(
             f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept"
         )
+    compared = cfg.to == "delta" or cfg.rank is not None
+    if compared and cfg.base is None and not (Path(cfg.run) / "config.yaml").is_file():
+        what = f"run={cfg.run} does not say what its student was made from; add base=<folder>"
+        raise ValueError(f"base=null: {what}")
+
+
+def _check_out(cfg: DictConfig) -> None:
+    """That what is written goes where nothing of someone's is, and to the hub only by name."""
+    if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_hub_id(cfg.repo)):
+        raise ValueError(f"repo={cfg.repo}: to=hub, and it alone, takes repo=<owner>/<name>")
+    if cfg.out is None:
+        return
+    if cfg.to in ("diffusers", "hub"):
+        if Path(cfg.out) != pipeline_folder(Path(cfg.run)):
+            _new(cfg.out)
+    elif Path(cfg.out).is_dir():
+        raise ValueError(f"out={cfg.out}: is a folder, and to={cfg.to} writes a file; name one")
 
 
 def _new(out: str) -> Path:
@@ -75,11 +134,7 @@ def _base(cfg: DictConfig) -> Any:
 
     if cfg.base is not None:
         return build.student_of(cfg.base)
-    if (config := compose.config_of(cfg.run)) is None:
-        raise ValueError(
-            f"base=null: run={cfg.run} does not say what its student was made from; add base=<folder>"
-        )
-    return build.make(config.teacher)
+    return build.make(compose.config_of(cfg.run).teacher)
 
 
 def _delta(cfg: DictConfig, run: Path) -> Path:
@@ -94,9 +149,9 @@ def _delta(cfg: DictConfig, run: Path) -> Path:
 def _lora(cfg: DictConfig, run: Path) -> Path:
     from distill import build
     from distill.students import low_rank
-    from distill.teachers.locate import denoiser_part, pipeline_folder
 
-    own, suffix = run / "lora.safetensors", "" if cfg.naming == "diffusers" else f"_{cfg.naming}"
+    naming = cfg.naming or NAMINGS[0]
+    own, suffix = run / "lora.safetensors", "" if naming == "diffusers" else f"_{naming}"
     suffix += f"_{cfg.dtype}" if cfg.dtype else ""  # the run's own are in float32, and stay
     if cfg.rank is None:
         factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
@@ -107,9 +162,14 @@ def _lora(cfg: DictConfig, run: Path) -> Path:
             f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt"
         )
         out = run / f"lora_rank{cfg.rank}{suffix}.safetensors"
-    part = denoiser_part(pipeline_folder(run))
+    folder = pipeline_folder(run)
     return low_rank.save_lora(
-        factors, Path(cfg.out or out), part=part, naming=cfg.naming, dtype=cfg.dtype
+        factors,
+        Path(cfg.out or out),
+        part=denoiser_part(folder),
+        naming=naming,
+        dtype=cfg.dtype,
+        about=low_rank.about(folder),
     )
 
 
@@ -122,28 +182,61 @@ def _single_file(cfg: DictConfig, run: Path) -> Path:
 
 
 def _diffusers(cfg: DictConfig, run: Path) -> Path:
-    from distill import compose
-    from distill.files import remove
     from distill.students.card import write_card
-    from distill.teachers.locate import pipeline_folder
-    from distill.teachers.reading import class_of
+    from distill.students.parts import copy_pipeline, sampled_by
 
-    student, teacher = pipeline_folder(run), None
-    class_of(str(student))
-    if config := compose.config_of(run):
-        teacher = Path(compose.shipped(config.teacher.path))
-    if cfg.out is None or Path(cfg.out) == student:
-        write_card(student, run, teacher)
+    student = pipeline_folder(run)
+    suffix = "".join(f"_{word}" for word in (cfg.scheduler, cfg.dtype) if word)
+    out = Path(cfg.out or student.with_name(student.name + suffix))
+    if out == student and not suffix:
+        write_card(student, run, _teacher_of(run))
         return student
-    out = _new(cfg.out)
-    partial = out.with_name(out.name + ".part")
-    remove(partial)
-    shutil.copytree(student, partial)
-    write_card(partial, run, teacher)
-    return partial.replace(out)
+    partial = copy_pipeline(student, out.with_name(out.name + ".part"), cfg.dtype)
+    if cfg.scheduler is not None:
+        from distill.sampling import flow_scheduler
+
+        of_unet = denoiser_part(student) == "unet"
+        scheduler = flow_scheduler(of_unet=of_unet, stochastic=cfg.scheduler == "consistency")
+        sampled_by(partial, cfg.scheduler.capitalize(), scheduler)
+    write_card(partial, run, _teacher_of(run))
+    return partial.replace(_new(str(out)))
 
 
-FORMS = {"diffusers": _diffusers, "lora": _lora, "single_file": _single_file, "delta": _delta}
+def _teacher_of(run: Path) -> Path | None:
+    """The folder of the run's teacher, which may say on which terms it is used."""
+    from distill import compose
+
+    config = compose.config_of(run)
+    return Path(shipped(config.teacher.path)) if config else None
+
+
+def _hub(cfg: DictConfig, run: Path) -> str:
+    """Write the folder, and push it. It stays, so that a push that fails can be made again by hand."""
+    from distill.students.hub import push
+
+    return push(_diffusers(cfg, run), cfg.repo)
+
+
+FORMS = {
+    "diffusers": _diffusers,
+    "lora": _lora,
+    "single_file": _single_file,
+    "delta": _delta,
+    "hub": _hub,
+}
+NAMINGS = ("diffusers", "kohya")  # the first unless told
+# Option -> the forms that it says something of; a mistake in it would not be seen in any other.
+MEANT_FOR = {
+    "rank": ("lora",),
+    "naming": ("lora",),
+    "scheduler": ("diffusers", "hub"),
+    "dtype": ("diffusers", "lora", "single_file", "hub"),
+    "base": ("lora", "delta"),
+}
+UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline")
+# Sana is none of them: ComfyUI has no network of its kind.
+SINGLE_FILES = (*UNETS, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline")
 
 
 @command("export")

@@ -45,15 +45,26 @@ def check_dtype(name: str | None, key: str, *more: str) -> None:
         raise ValueError(f"{key}={name}: must be a dtype of torch: {words}")
 
 
-def check_strength(steps: int, strength: float) -> None:
-    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to be made."""
+def steps_left(steps: int, strength: float, rounds_up: bool = False) -> int:
+    """How many of `steps` are made of an image that is noised to `strength`, in (0, 1], as diffusers counts them.
+
+    Its pipelines of Stable Diffusion and SDXL make int(steps * strength); those of SD3 and FLUX leave
+    int(steps - steps * strength) out, which `rounds_up` what is made.
+    """
+    return steps - int(steps - steps * strength) if rounds_up else int(steps * strength)
+
+
+def check_strength(steps: int, strength: float, rounds_up: bool = False) -> None:
+    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to be made.
+
+    And unless something is left of the image in one step, which SD3's pipeline would make of noise alone.
+    """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: must be above 0 and at most 1")
-    if int(steps * strength) < 1:
-        needed = math.ceil(1 / strength)
-        raise ValueError(
-            f"steps={steps} strength={strength}: their product must be at least 1; use steps={needed}"
-        )
+    if steps_left(steps, strength, rounds_up) < 1 or (steps == 1 and strength < 1):
+        needed = 2 if rounds_up else math.ceil(1 / strength)
+        what = "their product must be at least 1"
+        raise ValueError(f"steps={steps} strength={strength}: {what}; use steps={needed}")
 
 
 def check_samples(

@@ -30,6 +30,7 @@ from distill.files import put
 from distill.hardware import precision
 from distill.progress import Bar, track
 from distill.record import versions
+from distill.teachers.locate import telling
 
 INPUTS = "inputs.sha256"
 
@@ -165,7 +166,10 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
 
 def of_teacher(cfg: DictConfig) -> dict[str, Any]:
     """What a manifest says of the teacher."""
-    return {"teacher": cfg.teacher.path, "without": list(cfg.teacher.get("without") or [])}
+    own = {"vae": cfg.teacher.vae} if cfg.teacher.get("vae") else {}
+    told = telling(cfg.teacher)
+    without = list(cfg.teacher.get("without") or [])
+    return {"teacher": cfg.teacher.path, "without": without, "told": told, **own}
 
 
 def embedded(cond: Any) -> list[dict[str, np.ndarray]]:

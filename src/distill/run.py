@@ -119,14 +119,14 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
-        saved = save_pipeline(student, teacher, folder / "student", scheduler)
+        saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
     print(f"student: {saved}")
     if student.adapters is not None:
         from distill.students.lora import factors
-        from distill.students.low_rank import save_lora
+        from distill.students.low_rank import about, save_lora
 
-        part = denoiser_part(folder / "student")
-        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', part=part)}")
+        said = {"part": denoiser_part(saved), "about": about(saved)}
+        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
             rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)

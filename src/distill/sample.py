@@ -3,7 +3,7 @@
     python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
-    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28
+    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a drawing"
 
 A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is drawn too.
 """
@@ -14,6 +14,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from distill.console import note, on_stderr
 from distill.data.lines import Lines
 from distill.errors import command
 from distill.hardware import check_precision
-from distill.limits import check_dtype, check_strength, drawn_at_once
+from distill.limits import check_dtype, drawn_at_once
 from distill.progress import Bar, importing
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def draw(cfg: DictConfig) -> list[Path]:
     sides = model.sides_of(model.shape_of(cfg.size))
     many = cfg.batch_size or drawn_at_once(*sides, most=8, room=room_beside(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
+    others += [cfg.negative] if cfg.negative else []
     folder.mkdir(parents=True, exist_ok=True)
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
         for start in range(0, len(jobs), many):
@@ -90,13 +92,15 @@ def check(cfg: DictConfig) -> list[str]:
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     validate.check_number(cfg, "guidance", "strength")
     validate.check_size(cfg.size)
+    if cfg.negative is not None and cfg.guidance is None:
+        raise ValueError("negative: is for what guidance leads away from; add guidance=")
     check_dtype(cfg.dtype, "dtype", "auto")
     check_precision(cfg.precision)
     prompts = _prompts(cfg)
+    if cfg.image is not None and not Path(cfg.image).is_file():
+        raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
     if cfg.image is not None:
-        if not Path(cfg.image).is_file():
-            raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
-        check_strength(cfg.steps, cfg.strength)
+        validate.check_strength(cfg.run, cfg.steps, cfg.strength)
     validate.check_model(cfg.run)
     return prompts
 
@@ -115,9 +119,10 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     import torch
 
     from distill.build import sampler_of
+    from distill.guided import guided
     from distill.hardware import autocast
     from distill.metrics.pictures import fitted, opened
-    from distill.sampling import distilled, guided, seeded, to_bytes
+    from distill.sampling import distilled, seeded, to_bytes
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
@@ -131,11 +136,14 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     if cfg.image:
         height, width = model.sides_of(how["shape"])
         image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
+    model.save_memory(slicing=cfg.slicing, tiling=cfg.tiling)
     few = partial(sampler_of(cfg.run, model), model, **how)
 
     @torch.no_grad()
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
         cond = model.embed(prompts)
+        if cfg.negative is not None:
+            cond = replace(cond, null=model.embed_negative(cfg.negative))
         start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
         begin = {} if start is None else {"image": start, "strength": cfg.strength}
         with autocast(cfg.precision, model.device.type):
@@ -153,7 +161,7 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
     from PIL.PngImagePlugin import PngInfo
     from torchvision.transforms.functional import to_pil_image
 
-    settings_of = ("precision", "guidance", "size", "image")
+    settings_of = ("precision", "guidance", "negative", "size", "image")
     more = {key: cfg[key] for key in settings_of if cfg[key] is not None}
     settings = PngInfo()
     for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():

@@ -1,6 +1,6 @@
 """Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no gradient.
 
-students:        consistency (LADD) or Euler-ancestral (ADD) steps, t = 1, 1 - 1/n, ..., 1/n
+students:        consistency (LADD), Euler-ancestral (ADD) or Euler steps, t = 1, 1 - 1/n, ..., 1/n
 guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
 """
 
@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
-    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
@@ -22,9 +21,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from distill.distillation import guided_x0
 from distill.hardware import autocast
-from distill.limits import check_strength
+from distill.limits import check_strength, steps_left
 from distill.process import level_like
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
@@ -32,6 +30,8 @@ from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
 from distill.types import Cond, Denoiser
 
 log = logging.getLogger(__name__)
+# What Stable Diffusion's pipelines want to read in a scheduler's file, or warn; these schedulers do not use it.
+OFFSET = 1
 ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
 
 
@@ -62,6 +62,20 @@ def check_finite(x: Tensor, what: str) -> None:
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its starting latents."""
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
+
+
+def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise [B, *shape] of a later step, as the scheduler of a pipeline draws it: in the layout of its latents."""
+    network = getattr(student, "network", student)
+    unpacked = getattr(network, "unpacked", None)
+    if unpacked is None:
+        return draw_noise(shape, generators)
+    return unpacked(draw_noise(network.packed_shape(shape), generators), shape)
+
+
+def rounds_up(student: Any) -> bool:
+    """Whether the pipeline of this student, or teacher, rounds the steps of an image up: see `steps_left`."""
+    return getattr(getattr(student, "network", student), "rounds_up", False)
 
 
 def in_precision(
@@ -97,12 +111,12 @@ class FewSteps(ABC):
             )
 
     def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
-        """The levels of `steps` steps; of them the last int(steps * strength), as diffusers has it for images."""
-        check_strength(steps, strength)
+        """The levels of `steps` steps; of them the last `steps_left`, as diffusers has it for images."""
+        check_strength(steps, strength, rounds_up(student))
         if self.levels is not None and steps > len(self.levels):
             raise ValueError(f"steps={steps}: this sampler knows {len(self.levels)} levels")
         every = self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
-        return every[steps - int(steps * strength) :]
+        return every[steps - steps_left(steps, strength, rounds_up(student)) :]
 
     def _trailing(self, steps: int, student: Any) -> list[float]:
         return [1 - i / steps for i in range(steps)]
@@ -138,12 +152,11 @@ class FewSteps(ABC):
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
         """The same step by step: x0 [B, *shape] as each step estimates it, the last of which is the result."""
-        grid, device = (
-            self.grid(steps, 1.0 if image is None else strength, student),
-            cond.tokens.device,
-        )
+        grid = self.grid(steps, 1.0 if image is None else strength, student)
+        device = cond.tokens.device
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:
+            warn_of_noise(steps, strength, grid[0])
             x_t = student.process.diffuse(image, x_t, level_like(x_t, grid[0]))
         elif grid[0] == 1:
             x_t = self._first(student, x_t)
@@ -152,7 +165,7 @@ class FewSteps(ABC):
             x0 = student.x0(x_t, t, cond)
             yield x0
             if later > 0:
-                noise = draw_noise(shape, generators).to(device)
+                noise = step_noise(student, shape, generators).to(device)
                 x_t = self._next(student, x_t, x0, t, level_like(x_t, later), noise)
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
@@ -195,20 +208,51 @@ class Consistency(FewSteps):
         return student.process.diffuse(x0, noise, later)
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
-        """Flow: no shift, for the levels were trained as they are.
+        """Flow: Euler's, with fresh noise.
 
         eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take theirs.
         """
         if student.prediction == "flow":
-            # The pipelines of UNets ask of a scheduler what diffusers' own of flows has not.
-            of_unet = isinstance(student.model, UNet2DConditionModel)
-            kind = FlowScheduler if of_unet else FlowMatchEulerDiscreteScheduler
-            return kind(shift=1.0, stochastic_sampling=True)
+            return flow_scheduler(of_unet=_of_unet(student), stochastic=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
-        return LCMScheduler(
-            **_schedule_of(teacher), original_inference_steps=ORIGINAL, clip_sample=False
-        )
+        own = {"original_inference_steps": ORIGINAL, "clip_sample": False}
+        return LCMScheduler(**_schedule_of(teacher), **own, steps_offset=OFFSET)
+
+
+class Euler(FewSteps):
+    """x_t' = alpha_t' x0 + sigma_t' eps with the eps that goes with x0: no noise but the first, so for flows alone
+    diffusers' plain scheduler and a `generator` make the same pictures.
+    """
+
+    def _next(
+        self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
+    ) -> Tensor:
+        process, column = student.process, (-1, *[1] * (x_t.ndim - 1))
+        alpha, sigma = (level(t).view(column) for level in (process.alpha, process.sigma))
+        return process.diffuse(x0, (x_t - alpha * x0) / sigma, later)
+
+    def check(self, network: Any) -> None:
+        if network.prediction != "flow":
+            what = "is for teachers of flows, and this one predicts " + network.prediction
+            raise ValueError(f"sampler=euler: {what}; use sampler=consistency")
+
+    def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
+        self.check(student)
+        return flow_scheduler(of_unet=_of_unet(student), stochastic=False)
+
+
+def _of_unet(student: Network) -> bool:
+    return isinstance(student.model, UNet2DConditionModel)
+
+
+def flow_scheduler(*, of_unet: bool, stochastic: bool) -> Any:
+    """Of students of flows: no shift, for the levels were trained as they are.
+
+    `of_unet`: the pipelines of UNets ask of a scheduler what diffusers' own of flows has not.
+    """
+    kind = FlowScheduler if of_unet else FlowMatchEulerDiscreteScheduler
+    return kind(shift=1.0, stochastic_sampling=stochastic)
 
 
 class EulerAncestral(FewSteps):
@@ -242,134 +286,38 @@ class EulerAncestral(FewSteps):
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         self.check(student)
-        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), timestep_spacing="trailing")
+        own = {"timestep_spacing": "trailing", "steps_offset": OFFSET}
+        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), **own)
 
 
 def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "prediction_type",
-        "trained_betas",
-    )
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    kept += ("prediction_type", "trained_betas", "rescale_betas_zero_snr")
     config = teacher.pipeline.scheduler.config
-    return {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if config.get(key)}
+    return {key: config[key] for key in kept if config.get(key)}
 
 
 def sampler_of(pipeline: Any) -> FewSteps:
-    """The sampler that an exported pipeline's scheduler stands for."""
-    return (
-        EulerAncestral()
-        if isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
-        else Consistency()
-    )
+    """The sampler that an exported pipeline's scheduler stands for, at the levels that its index says."""
+    ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
+    kind = EulerAncestral if ancestral else Consistency
+    said = getattr(pipeline, "sampler", None) or {}
+    if said.get("name") == Euler.__name__:
+        kind = Euler
+    return kind(levels=said.get("levels"))
 
 
 def distilled(pipeline: Any) -> bool:
-    """Whether a pipeline's scheduler is one of few steps, as ours and other distilled models have it."""
+    """Whether a pipeline is one of few steps: by its scheduler, as ours and others have it, or by its index."""
     config = pipeline.scheduler.config
     few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
-    return few or (ancestral and config.timestep_spacing == "trailing")
-
-
-def guided(
-    teacher: PipelineTeacher,
-    cond: Cond,
-    generators: Sequence[torch.Generator],
-    *,
-    shape: Sequence[int],
-    steps: int,
-    guidance: float,
-    image: Tensor | None = None,
-    strength: float = 1.0,
-) -> Tensor:
-    """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise.
-
-    With the latents `image` [B, *shape] the last int(steps * strength) of the steps, from those noised so far. Raises
-    ValueError for what is not finite.
-    """
-    how = {"shape": shape, "steps": steps, "guidance": guidance}
-    for x_t in guided_steps(teacher, cond, generators, **how, image=image, strength=strength):
-        last = x_t
-    check_finite(last, "latents")
-    return last
-
-
-@torch.no_grad()
-def guided_steps(
-    teacher: PipelineTeacher,
-    cond: Cond,
-    generators: Sequence[torch.Generator],
-    *,
-    shape: Sequence[int],
-    steps: int,
-    guidance: float,
-    image: Tensor | None = None,
-    strength: float = 1.0,
-) -> Iterator[Tensor]:
-    """`guided` step by step: x_t [B, *shape] after each step, the last of which is the result."""
-    if guidance != 1 and teacher.network.model.config.get("guidance_embeds"):
-        _warn_of_twice(guidance, teacher.guidance)
-    device = cond.tokens.device
-    scheduler = _scheduler(teacher, steps, shape)
-    timesteps = scheduler.timesteps
-    scale, prediction = torch.tensor(float(guidance)), teacher.network.prediction
-    x_t = draw_noise(shape, generators).to(device)
-    if image is None:
-        x_t = x_t * getattr(scheduler, "init_noise_sigma", 1.0)
-    else:
-        check_strength(steps, strength)
-        timesteps = timesteps[steps - int(steps * strength) :]
-        first = _time(teacher, timesteps[0]).expand(len(x_t)).to(device)
-        x_t = teacher.process.diffuse(image, x_t, first)
-    for timestep in timesteps:
-        t = _time(teacher, timestep).expand(len(x_t)).to(device)
-        output = teacher.process.from_x0(
-            guided_x0(teacher, x_t, t, cond, scale), x_t, t, prediction
-        )
-        x_t = scheduler.step(output, timestep, x_t, return_dict=False)[0]
-        yield x_t
+    few = few or (ancestral and config.timestep_spacing == "trailing")
+    return few or bool(getattr(pipeline, "sampler", None))
 
 
 @cache
-def _warn_of_twice(guidance: float, told: float) -> None:
-    what = "%g guides a teacher that was told %g already (teacher.guidance), in two passes a step; guidance=1 is one"
-    log.warning(f"guidance={what}", guidance, told)
-
-
-def _scheduler(
-    teacher: PipelineTeacher, steps: int, shape: Sequence[int]
-) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
-    config = teacher.pipeline.scheduler.config
-    if teacher.network.prediction == "flow":
-        # The shift has another name where the pipeline comes with a solver for both kinds of process (Sana).
-        shift = config.get("shift", config.get("flow_shift", 1.0))
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
-        # The default grid ends with a wasted step at sigma = 1/1000; this one is 1, 1 - 1/n, ..., 1/n (then shifted).
-        mu = _shift_of(scheduler.config, shape[1] * shape[2] // teacher.patch**2)
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu)
-        return scheduler
-    # Only trailing steps start at the level of pure noise.
-    scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def _shift_of(config: Any, tokens: int) -> float | None:
-    """The logarithm of the shift for a picture of so many tokens, where the scheduler has it grow with them (FLUX)."""
-    if not config.use_dynamic_shifting:
-        return None
-    share = (tokens - config.base_image_seq_len) / (
-        config.max_image_seq_len - config.base_image_seq_len
-    )
-    return config.base_shift + share * (config.max_shift - config.base_shift)
-
-
-def _time(teacher: PipelineTeacher, timestep: Tensor) -> Tensor:
-    """A scheduler's timestep as our t [1]."""
-    if teacher.network.prediction == "flow":
-        return timestep.float().reshape(1) / 1000
-    return teacher.process.time(timestep.reshape(1))
+def warn_of_noise(steps: int, strength: float, first: float) -> None:
+    if first == 1 and strength < 1:
+        what = "begins at pure noise, as diffusers' pipeline does, and nothing of the image is left"
+        log.warning("strength=%g steps=%d: %s; use more steps or less", strength, steps, what)

@@ -25,7 +25,8 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     from distill import hardware, making
     from distill.build import teacher_of
     from distill.data.write import cached
-    from distill.sampling import guided, seeded
+    from distill.guided import guided
+    from distill.sampling import seeded
 
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())

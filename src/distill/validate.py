@@ -168,6 +168,8 @@ def check_teacher(teacher: DictConfig) -> None:
         check_settings(kind, in_folder(Path(path)), f"teacher.path={path}")
     if teacher.get("weights"):
         locate.check_weights(shipped(str(teacher.weights)))
+    if teacher.get("vae"):
+        locate.check_autoencoder(str(teacher.vae))
     limits.check_dtype(teacher.get("dtype"), "teacher.dtype")
 
 
@@ -247,6 +249,16 @@ def check_model(run: str, key: str = "run") -> None:
     path = shipped(run)
     folder = locate.pipeline_folder(Path(path))
     locate.check_model(str(folder), run, key)
+
+
+def check_strength(run: str, steps: int, strength: float) -> None:
+    """That an image noised to this strength leaves a step, by the count of the pipeline in the folder of `run`.
+
+    One of the hub is asked once it is here: until then the count that leaves more.
+    """
+    index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
+    kind = locate.index_of(str(index.parent), "run").get("_class_name") if index.is_file() else None
+    limits.check_strength(steps, strength, kind is None or kind in locate.ROUNDING_UP)
 
 
 def check_making(cfg: DictConfig) -> None:

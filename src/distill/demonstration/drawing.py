@@ -13,9 +13,11 @@ from torch import Tensor
 
 from distill import build
 from distill.files import upright
+from distill.guided import guided_steps
 from distill.hardware import device
+from distill.limits import check_strength
 from distill.metrics.pictures import fitted
-from distill.sampling import distilled, guided_steps, seeded, to_bytes
+from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.shapes.grammar import parse
 from distill.shapes.judge import Judge
 from distill.shapes.reader import CHOICES, SLOTS, targets
@@ -114,16 +116,23 @@ class Studio:
 
         Raises ValueError, in words for the page.
         """
-        if request.image is not None and int(steps * request.strength) < 1:
-            few = "1 step" if steps == 1 else f"{steps} steps"
-            what = f"strength {request.strength:g} of {few} leaves none to draw"
-            raise ValueError(f"{what}: it must be at least {1 / steps:g}")
+        if request.image is not None:
+            self._check_strength(who, request.strength, steps)
         pixels, seconds = yield from timed(self._pixels(who, request, steps))
         words = None
         prompt = self.judge and parse(request.prompt)
         if prompt:
             words = read(self.judge, pixels, prompt)
         return Drawing(pixels, seconds, words, self.student.unread([request.prompt]))
+
+    def _check_strength(self, who: str, strength: float, steps: int) -> None:
+        model = self.student if who == "student" else self.teacher
+        try:
+            check_strength(steps, strength, rounds_up(model))
+        except ValueError:
+            few = "1 step" if steps == 1 else f"{steps} steps"
+            what = f"strength {strength:g} of {few} leaves none to draw"
+            raise ValueError(f"{what}: it must be at least {1 / steps:g}") from None
 
     @torch.no_grad()
     def _pixels(self, who: str, request: Request, steps: int) -> Iterator[Any]:

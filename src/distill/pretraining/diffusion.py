@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.compose import shipped
 from distill.data.write import write_latents
 from distill.evaluation import pictures
+from distill.guided import guided
 from distill.hardware import autocast
 from distill.pretraining.asked import teaching_stage
 from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
@@ -24,7 +25,7 @@ from distill.pretraining.fit import DEVICE
 from distill.pretraining.text import tokenize
 from distill.pretraining.work import PER_SHARD, Work
 from distill.progress import Bar, track
-from distill.sampling import guided, seeded
+from distill.sampling import seeded
 from distill.shapes.judge import judging_prompts
 from distill.shapes.world import draw_prompt
 from distill.teachers.attention import Attention

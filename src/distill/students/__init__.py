@@ -1,8 +1,6 @@
 """Students: made from a teacher, and left behind as ordinary diffusers pipelines."""
 
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +8,12 @@ import diffusers
 from torch import Tensor, nn
 
 from distill.files import first_line, remove
+from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
-from distill.teachers.locate import denoiser_in, denoiser_part
+from distill.teachers.locate import INDEX, TOLD, denoiser_in, denoiser_part, index_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.reading import BASE, lineage, only_variant
+from distill.teachers.reading import BASE, home_of, lineage, only_variant
 from distill.teachers.settings import KINDS, prediction_of
 from distill.teachers.weights import about_weights, put_on, write_weights
 from distill.unread import refuse_unread
@@ -29,18 +28,7 @@ FITTING = (  # settings in which a student of another size is as its teacher: wh
         "prediction_type",
     ),
 )
-LEFT_OUT = (
-    "transformer",
-    "unet",
-    "scheduler",
-    "README.md",
-    "comparison.png",
-    "*.csv",
-    ".git*",
-    ".cache",
-)
 OR_ELSE = "must be teacher, random, or"  # what student.init may be besides a folder
-VARIANT = re.compile(r"\.(?:fp16|bf16)\.(safetensors|bin|json)$")
 
 
 def full(
@@ -110,54 +98,68 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
     return found, said.get("shifted_timestep")
 
 
-def save_pipeline(student: Network, teacher: PipelineTeacher, folder: Path, scheduler: Any) -> Path:
+def save_pipeline(
+    student: Network,
+    teacher: PipelineTeacher,
+    folder: Path,
+    scheduler: Any,
+    sampler: Any = None,
+) -> Path:
     """Write `folder` as a diffusers pipeline: the student's network, this scheduler, the teacher's other parts.
 
-    Text encoders, tokenizers and autoencoder are copied as files: saving them again renames weights (transformers 5).
-    Those of a single file have no files of their own, and are saved.
+    Text encoders, tokenizers and autoencoder are copied as files, those that the index names in one precision: saving
+    them again renames weights (transformers 5). Those of a single file have no files of their own, and are saved.
+    In the index stands what the teacher was told besides, and the `sampler`, a `FewSteps`, with levels of its own.
     """
     partial = folder.with_name(folder.name + ".part")
     remove(partial)
+    part = denoiser_part(teacher.folder) if teacher.folder else teacher.part
     if teacher.folder:
-        ignored = shutil.ignore_patterns(*LEFT_OUT, *teacher.without)
-        for folder_of_parts in reversed(lineage(teacher.folder)):
-            shutil.copytree(folder_of_parts, partial, ignore=ignored, dirs_exist_ok=True)
+        left = {part, "scheduler", *teacher.without, *teacher.own_parts}
+        index = _copied(teacher, partial, left)
     else:
         teacher.pipeline.save_pretrained(partial)
-    for file in partial.rglob("*"):  # of a variant: a folder opens without being told of it
-        if (
-            VARIANT.search(file.name)
-            and not (plain := file.with_name(VARIANT.sub(r".\1", file.name))).exists()
-        ):
-            file.replace(plain)
-    part = denoiser_part(teacher.folder or partial)
-    remove(partial / part)
+        index = index_of(str(partial))
+        remove(partial / part)
+    for name, home in teacher.own_parts.items():  # in place of the pipeline's
+        remove(partial / name)
+        copy_part(home, partial / name)
     model = student.model
     if student.adapters is not None:
         from distill.students.lora import merged  # peft, which takes its time, for those alone
 
         model = merged(student)
-    if (
-        part == "unet"
-    ):  # the size that diffusers draws unless told; a transformer's positions may hang on it
+    if part == "unet":
+        # The size that diffusers draws unless told; a transformer's positions may hang on it.
         model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
     scheduler.save_pretrained(partial / "scheduler")
-    index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
-    index.pop(BASE, None)  # all parts are here now
-    absent = [
-        name
-        for name, pair in index.items()
-        if isinstance(pair, list) and not (partial / name).is_dir()
-    ]
+    there = {name: pair for name, pair in index.items() if isinstance(pair, list)}
+    absent = [name for name in there if not (partial / name).is_dir()]
     index |= {name: [None, None] for name in absent}  # left out, or never fetched of the hub's
-    index["scheduler"] = [
-        OURS if type(scheduler).__module__ == OURS else "diffusers",
-        type(scheduler).__name__,
-    ]
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    library = OURS if type(scheduler).__module__ == OURS else "diffusers"
+    index["scheduler"] = [library, type(scheduler).__name__]
+    index[TOLD] = {"options": teacher.told(), "call": teacher.call()}
+    if sampler is not None:
+        levels = list(sampler.levels) if sampler.levels else None
+        index[TOLD]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     remove(folder)
     return partial.replace(folder)
+
+
+def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, Any]:
+    """Copy the parts that the index of the teacher's folder names, `but` some; what the copy's index says."""
+    index = index_of(str(teacher.folder))
+    target.mkdir(parents=True)
+    for name, pair in index.items():
+        home = Path(home_of(teacher.folder, name), name)
+        if isinstance(pair, list) and pair[0] and name not in but and home.is_dir():
+            copy_part(home, target / name, teacher.variant)
+    for folder in reversed(lineage(teacher.folder)):
+        copy_terms(folder, target)
+    index.pop(BASE, None)  # all parts are here now
+    return index
 
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from distill.teachers.locate import is_hub_id
+from distill.teachers.locate import TOLD, is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
 PAPERS |= {"Consistency": "2310.04378", "Regression": "2101.02388"}
@@ -57,10 +58,10 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         else "its folder names no licence: look it up, for it binds"
     )
     text += [f"Teacher: {name or 'unknown'}; {binding} the student.\n"]
-    guidance = float(
-        config.get("teacher", {}).get("guidance", 0.0)
-    )  # what a guidance-distilled teacher was told
-    text += [_usage(folder, index, guidance), _measured(judged)]
+    # Folders from before this stood in the index: what a guidance-distilled teacher was told.
+    guidance = float(config.get("teacher", {}).get("guidance", 0.0))
+    told = index.get(TOLD) or {"call": {"guidance_scale": guidance}}
+    text += [_usage(folder, index, told), _measured(judged)]
     picture = run / "samples" / "comparison.png"
     if picture.is_file():
         shutil.copy(picture, folder / "comparison.png")
@@ -99,37 +100,79 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     return {}
 
 
-def _usage(folder: Path, index: dict[str, Any], guidance: float) -> str:
-    """How it is loaded and called in diffusers."""
+def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
+    """How it is loaded, and the call in plain diffusers that gives the pictures of our sampler."""
     library, scheduler = index.get("scheduler", ["diffusers", "scheduler"])
-    absent = [
-        name
-        for name in ("text_encoder_3", "tokenizer_3")
-        if name in index and not (folder / name).is_dir()
-    ]
+    parts = ("text_encoder_3", "tokenizer_3")
+    absent = [name for name in parts if name in index and not (folder / name).is_dir()]
     without = "".join(f", {name}=None" for name in absent)
-    flow = "Flow" in scheduler
-    levels = ", sigmas=[1.0, 0.75, 0.5, 0.25]" if flow else ""
-    more = (
-        ["For n steps pass `sigmas=[1, 1 - 1/n, ..., 1/n]`: the default grid wastes its last one."]
-        if flow
-        else []
-    )
-    if without:
-        more += [f"It has no third text encoder, hence `{without[2:]}`."]
-    if library != "diffusers":
-        more += [f"Its scheduler is `{library}.{scheduler}`: distill must be installed."]
+    kind = str(index.get("_class_name"))
+    sampler = told.get("sampler") or {}
+    levels = sampler.get("levels")
+    call = {"num_inference_steps": "steps", **(told.get("call") or {"guidance_scale": 0.0})}
+    call |= _grid(scheduler, kind, levels) | {"generator": "generator"}
+    # Pipelines without this method hand their scheduler no generator for the noise of later steps.
+    handed = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
+    drawn = "Flow" in scheduler and sampler.get("name") != "Euler" and not handed
+    step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
+    given = "".join(f"    {name}={value},\n" for name, value in call.items())
+    says = _says(scheduler, library, kind, drawn, without)
+    if kind == "StableDiffusionPipeline" and "clip_skip" in call:
+        says.append(
+            "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over `clip_skip`: "
+            "take an earlier transformers, or `distill.sample`."
+        )
+    if "Ancestral" in scheduler and levels:
+        says.append(f"Its own levels, {list(levels)}, are none that this scheduler can be told.")
     return f"""## Use
 
 ```python
+{"from functools import partial" + chr(10) * 2 if drawn else ""}import torch
 from diffusers import AutoPipelineForText2Image
 
 pipe = AutoPipelineForText2Image.from_pretrained("<this folder>"{without})
-pipe("a prompt", num_inference_steps=4, guidance_scale={guidance}{levels}).images[0]
+generator = torch.Generator().manual_seed(0)
+{step if drawn else ""}steps = {min(4, len(levels or [4] * 4))}
+picture = pipe(
+    "a prompt",
+{given}).images[0]
 ```
 
-Scheduler: `{scheduler}`, in the folder. {" ".join(more)}
+Scheduler: `{scheduler}`, in the folder. {" ".join(says)}
 """
+
+
+def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, str]:
+    """The argument that has a pipeline step at our levels, where it would not by itself."""
+    if "Ancestral" in scheduler:  # it cannot be told where to step
+        return {}
+    if "Flow" not in scheduler:
+        indices = [max(round(1000 * level) - 1, 0) for level in levels or []]
+        return {"timesteps": f"{indices}[:steps]"} if levels else {}
+    if levels:
+        return {"sigmas": f"{[float(level) for level in levels]}[:steps]"}
+    if kind == "FluxPipeline":  # it makes the same grid by itself
+        return {}
+    return {"sigmas": "[1 - i / steps for i in range(steps)]"}
+
+
+def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) -> list[str]:
+    """What a reader must know of the call, a sentence each."""
+    says = []
+    if "Flow" in scheduler and kind != "FluxPipeline":
+        says.append("Without `sigmas` the default grid of diffusers wastes its last step.")
+    if drawn:
+        says.append(
+            f"In 2 and more steps it draws noise between them, and `{kind}` hands its scheduler no "
+            "generator: without the line of `partial` each call, and each device, gives another "
+            "picture of the same `generator`. One step needs none of this, nor does a folder that "
+            "`distill.export scheduler=euler` writes, which draws no noise between steps."
+        )
+    if without:
+        says.append(f"It has no third text encoder, hence `{without[2:]}`.")
+    if library != "diffusers":
+        says.append(f"Its scheduler is `{library}.{scheduler}`: distill must be installed.")
+    return says
 
 
 def _measured(judged: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Stable Diffusion in one file, in the layout of the original code (ldm, sgm), which ComfyUI and others read.
 
+Of SD3, FLUX and PixArt-Sigma the transformer alone, for ComfyUI's "Load Diffusion Model": it reads diffusers' names.
+
 model.diffusion_model.   the UNet: its blocks are numbered through, one for every residual layer and every resampling
 first_stage_model.       the autoencoder: the decoder's stages are numbered from its end
 cond_stage_model.        the text encoder; of SDXL two: conditioner.embedders.0 and .1
@@ -11,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
 
 from distill.teachers.weights import write_weights
 
+# As read in ComfyUI's own maps (comfy/model_detection.py: convert_diffusers_mmdit); it has no Sana.
+MAPPED = (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline)
 ENDS = {
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -41,10 +51,17 @@ OPEN_CLIP = {
 
 
 def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Path:
-    """Write a `StableDiffusionPipeline` or its XL; raises ValueError for any other."""
+    """Write a `StableDiffusionPipeline` or its XL whole, or the transformer of a pipeline whose names ComfyUI maps.
+
+    Those of SD3, FLUX and PixArt it knows as diffusers has them, in one file. Raises ValueError for any other.
+    """
+    if isinstance(pipeline, MAPPED):
+        return write_weights(pipeline.transformer.state_dict(), file, dtype=dtype)
     if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
         what = f"a {type(pipeline).__name__} has no such layout; use to=diffusers"
-        raise ValueError(f"to=single_file: is for Stable Diffusion 1, 2 and XL, and {what}")
+        raise ValueError(
+            f"to=single_file: is for Stable Diffusion, SD3, FLUX and PixArt, and {what}"
+        )
     state = {f"model.diffusion_model.{k}": v for k, v in unet(pipeline.unet)}
     state |= {f"first_stage_model.{k}": v for k, v in autoencoder(pipeline.vae)}
     if hasattr(pipeline, "text_encoder_2"):

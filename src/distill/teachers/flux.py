@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class Packed(Transformer):
     without that input (schnell) is not told of it.
     """
 
+    rounds_up = True
+
     def __init__(self, model: nn.Module, guidance: float):
         super().__init__(model, RectifiedFlow(), "flow")
         self.guidance = guidance
@@ -32,6 +35,16 @@ class Packed(Transformer):
     @property
     def patch(self) -> int:
         return 2  # the model's own patch_size is that of what is packed already
+
+    def packed_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Tokens and channels of latents of `shape`, (C, H, W), as the pipeline holds them."""
+        channels, height, width = shape
+        return height * width // self.patch**2, channels * self.patch**2
+
+    def unpacked(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
+        """Tokens [B, N, C'] of the pipeline as latents [B, *shape], with shape (C, H, W)."""
+        rows = tokens.transpose(1, 2).unflatten(2, [side // self.patch for side in shape[1:]])
+        return F.pixel_shuffle(rows, self.patch)
 
     def layers(self) -> dict[str, nn.Module]:
         return super().layers() | {
@@ -86,6 +99,13 @@ class Flux(PipelineTeacher):
             raise ValueError(
                 f"teacher.size={size}: must be a multiple of {self.unit} for this teacher"
             )
+
+    def told(self) -> dict[str, Any]:
+        return {"guidance": self.guidance, "size": self.size, "length": self.length}
+
+    def call(self) -> dict[str, Any]:
+        told = {"guidance_scale": self.guidance, "max_sequence_length": self.length}
+        return {**told, **self.sides()}
 
     def _network(self) -> Packed:
         return Packed(self.pipeline.transformer, self.guidance)

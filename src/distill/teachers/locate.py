@@ -2,9 +2,12 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 INDEX = "model_index.json"
+TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
@@ -16,6 +19,17 @@ FAMILIES = {  # class of a pipeline -> what reads it
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
     "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
 }
+
+# Those whose image-to-image pipelines make more steps of a picture: see `limits.steps_left`.
+ROUNDING_UP = {"FluxPipeline", "StableDiffusion3Pipeline"}
+
+# Options of a teacher on which it hangs what its captions are embedded to.
+TELLING = ("clip_skip", "instruction", "length")
+
+
+def telling(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options of a teacher that are given, from its configuration."""
+    return {key: teacher[key] for key in TELLING if teacher.get(key) is not None}
 
 
 def is_hub_id(path: str) -> bool:
@@ -44,9 +58,10 @@ def check_weights(path: str, key: str = "teacher.weights") -> None:
 
 def no_folder(path: str, key: str) -> FileNotFoundError:
     """What is said of a folder that is not there and no hub id; `key` is what was given."""
-    return FileNotFoundError(
-        f"{key}={path}: no such folder; give a diffusers pipeline folder or a hub id"
+    what = (
+        "a folder of diffusers' layout" if key == "teacher.vae" else "a diffusers pipeline folder"
     )
+    return FileNotFoundError(f"{key}={path}: no such folder; give {what} or a hub id")
 
 
 def check_pipeline(path: str, key: str = "teacher.path") -> None:
@@ -57,6 +72,25 @@ def check_pipeline(path: str, key: str = "teacher.path") -> None:
         index_of(path, key)
     elif not is_hub_id(path):
         raise no_folder(path, key)
+
+
+def autoencoder_in(folder: Path, path: str) -> Path:
+    """Where the autoencoder lies in a folder of one, or of a pipeline with one. `path` is what was given."""
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return place
+    what = (
+        "no autoencoder of diffusers lies here (a folder with config.json, or one with vae/ in it)"
+    )
+    raise FileNotFoundError(f"teacher.vae={path}: {what}; give one, or a hub id")
+
+
+def check_autoencoder(path: str) -> None:
+    """Raise FileNotFoundError for an autoencoder that is neither here nor can be one of the hub."""
+    if Path(path).exists():
+        autoencoder_in(Path(path), path)
+    elif not is_hub_id(path):
+        raise no_folder(path, "teacher.vae")
 
 
 def index_of(path: str, key: str = "teacher.path") -> dict:

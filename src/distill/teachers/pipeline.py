@@ -22,9 +22,10 @@ from distill.files import fingerprint, silent
 from distill.limits import AT_ONCE, at_once
 from distill.process import Prediction, Process
 from distill.progress import stage
+from distill.teachers.autoencoder import Autoencoder
 from distill.teachers.locate import SINGLE
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_parts, home_of, read_pipeline
+from distill.teachers.reading import check_parts, home_of, read_pipeline, told_of
 from distill.teachers.single import read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
@@ -38,6 +39,7 @@ class PipelineTeacher(nn.Module):
 
     With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
     is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
+    `vae` is a folder or hub id of an autoencoder in the pipeline's place, which its students keep.
     Where `path` is a single file, `config` is the pipeline that says what is in it: see `teachers/single.py`.
     `deferred`, text_encoder and vae, are read when they are first needed, and `release` lets them go again; what a run
     on cached embeddings wants, which sets `null`, the embedded empty caption.
@@ -83,15 +85,15 @@ class PipelineTeacher(nn.Module):
         without: Sequence[str] = (),
         checkpointing: bool = False,
         weights: str | None = None,
+        vae: str | None = None,
         deferred: Sequence[str] = (),
     ):
         super().__init__()
         read_quietly()
-        options = {
-            "dtype": dtype,
-            "use_safetensors": use_safetensors,
-            "without": (*self.unused, *without),
-        }
+        files = {"dtype": dtype, "use_safetensors": use_safetensors}
+        own = Autoencoder(vae, self.kind, **files) if vae else None
+        left = (*self.unused, *without, *(["vae"] if own else []))
+        options: dict[str, Any] = {**files, "without": left}
         name = Path(path).name if Path(path).exists() else path
         with stage(f"loading {name} ({self.kind.__name__})"):
             if Path(path).suffix in SINGLE:
@@ -100,11 +102,12 @@ class PipelineTeacher(nn.Module):
                 options |= {"revision": revision, "variant": variant, "deferred": deferred}
                 pipeline = read_pipeline(self.kind, path, **options)
         check_parts(path, pipeline.components, without)
-        self.pipeline, self.folder = (
-            pipeline,
-            Path(pipeline.name_or_path) if pipeline.name_or_path else None,
-        )
-        if pipeline.vae is None:  # deferred, and the pipeline guessed
+        self.pipeline = pipeline
+        self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
+        pipeline.sampler = told_of(str(self.folder))["sampler"] if self.folder else {}
+        if own:
+            own.put_on(pipeline, later="vae" in deferred)
+        elif pipeline.vae is None:  # deferred, and the pipeline guessed
             pipeline.vae_scale_factor = _scale_factor(self.folder)
         if weights:
             put_on(pipeline, weights)
@@ -113,13 +116,9 @@ class PipelineTeacher(nn.Module):
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
+        self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
-        encoders = [
-            m
-            for name, m in pipeline.components.items()
-            if m is not None and name.startswith(ENCODERS)
-        ]
-        self._encoders, self._brought = nn.ModuleList(encoders), set[str]()
+        self._encoders, self._brought = nn.ModuleList(self._coders()), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = (
             [tap for tap in self.channels if is_block(tap)],
@@ -127,6 +126,8 @@ class PipelineTeacher(nn.Module):
         )
         self.latent_shape, self.patch = self._shape(), self.network.patch
         self.unit = self.patch * pipeline.vae_scale_factor
+        if own:
+            own.check(self.latent_shape[0])
         self.null: Cond | None = None
         super().train(False).requires_grad_(False)
 
@@ -139,6 +140,24 @@ class PipelineTeacher(nn.Module):
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...
+
+    @property
+    def part(self) -> str:
+        """Which part of its pipeline is the denoiser."""
+        return "transformer" if getattr(self.pipeline, "transformer", None) else "unet"
+
+    def told(self) -> dict[str, Any]:
+        """The family's own options that the files do not tell: a student's folder keeps them."""
+        return {}
+
+    def call(self) -> dict[str, Any]:
+        """Arguments for which diffusers' pipeline makes the pictures that this makes, besides prompt and steps."""
+        return {"guidance_scale": 0.0}
+
+    def sides(self) -> dict[str, int]:
+        """Height and width in pixels of the pictures that it makes unless told."""
+        height, width = (side * self.unit // self.patch for side in self.latent_shape[1:])
+        return {"height": height, "width": width}
 
     def _shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents at the size it was trained for."""
@@ -233,12 +252,12 @@ class PipelineTeacher(nn.Module):
                 for k, v in self.pipeline.scheduler.config.items()
                 if not k.startswith("_")
             )
-        coders = [
-            m
-            for name, m in self.pipeline.components.items()
-            if m is not None and name.startswith(ENCODERS)
-        ]
-        return [*own, *map(fingerprint, [network, self.vae, *coders])]
+        return [*own, *map(fingerprint, [network, self.vae, *self._coders()])]
+
+    def _coders(self) -> list[nn.Module]:
+        """The autoencoder and text encoders that are here."""
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if part is not None and name.startswith(ENCODERS)]
 
     @property
     def vae(self) -> Any:
@@ -286,6 +305,22 @@ class PipelineTeacher(nn.Module):
         mean, std = self._spread(latents)
         raw = latents * std / self.vae.config.scaling_factor + mean
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
+
+    def save_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
+        """Have the autoencoder work picture by picture, and in tiles of large ones, as diffusers does it."""
+        if slicing:
+            self.vae.enable_slicing()
+        if tiling:
+            self.vae.enable_tiling()
+
+    def embed_negative(self, caption: str) -> Cond:
+        """What guidance leads away from, of batch size 1, in float32: as its pipeline reads a negative prompt."""
+        with silent():
+            self._bring("text_encoder")
+            return self._negative(caption).to(torch.float32)
+
+    def _negative(self, caption: str) -> Cond:
+        return self._encode([caption])
 
     def embed(self, captions: Sequence[str]) -> Cond:
         """Captions -> conditioning in float32 that knows its unconditional version. Warns once of one too long."""

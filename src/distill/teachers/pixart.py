@@ -37,6 +37,10 @@ class PixArtSigma(PipelineTeacher):
 
     kind = PixArtSigmaPipeline
 
+    def call(self) -> dict[str, Any]:
+        # Clean captions are what the pipeline tries to have by itself; binning would draw another size, and resize.
+        return {**super().call(), **self.sides(), "use_resolution_binning": False}
+
     def _network(self) -> PixArt:
         return PixArt(self.pipeline.transformer, *trained_on(self.pipeline.scheduler))
 

@@ -20,6 +20,7 @@ from distill.limits import check_dtype
 from distill.teachers.locate import (
     INDEX,
     PICKLED,
+    TOLD,
     check_kind,
     index_of,
     is_hub_id,
@@ -142,6 +143,36 @@ def class_of(path: str) -> str:
     if not file.is_file():
         raise no_model(path)
     return str(json.loads(file.read_text(encoding="utf-8")).get("_class_name"))
+
+
+def told_of(path: str) -> dict[str, Any]:
+    """What the index of a student in a folder or under a hub id says of it: `options`, and `sampler` if it has one.
+
+    A stranger may have written it: only numbers, a name and a list of numbers are taken from it.
+    """
+    file = Path(path) / INDEX
+    if not file.is_file() and is_hub_id(path):  # fetched by `class_of`
+        file = Path(hf_hub_download(path, file.name))
+    said = json.loads(file.read_text(encoding="utf-8")).get(TOLD) if file.is_file() else None
+    said = said if isinstance(said, dict) else {}
+    options, sampler = said.get("options"), said.get("sampler")
+    options = options if isinstance(options, dict) else {}
+    sampler = sampler if isinstance(sampler, dict) else {}
+    if not isinstance(sampler.get("name"), str):
+        return {"options": _numbers(options), "sampler": {}}
+    levels = sampler.get("levels")
+    listed = isinstance(levels, list) and all(isinstance(x, int | float) for x in levels)
+    kept = {"name": sampler["name"], "levels": levels if listed and levels else None}
+    return {"options": _numbers(options), "sampler": kept}
+
+
+def _numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that are true, false or a number above 0, which every option is that a folder keeps."""
+    return {
+        key: value
+        for key, value in options.items()
+        if isinstance(value, bool) or (isinstance(value, int | float) and value > 0)
+    }
 
 
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:

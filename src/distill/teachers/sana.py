@@ -44,6 +44,14 @@ class Sana(PipelineTeacher):
         self.instruction = INSTRUCTION if instruction else None
         super().__init__(path, **options)
 
+    def told(self) -> dict[str, Any]:
+        return {"instruction": self.instruction is not None}
+
+    def call(self) -> dict[str, Any]:
+        without = {} if self.instruction else {"complex_human_instruction": None}
+        binned = {"use_resolution_binning": False}  # it would draw another size, and resize
+        return {**super().call(), **self.sides(), **binned, **without}
+
     def _network(self) -> LinearDiT:
         return LinearDiT(self.pipeline.transformer, RectifiedFlow(), "flow")
 
@@ -65,6 +73,9 @@ class Sana(PipelineTeacher):
         ]
         tokens = torch.where(kept[..., None], told.tokens, empty.tokens)
         return Cond(tokens=tokens, mask=torch.where(kept, told.mask, empty.mask))
+
+    def _negative(self, caption: str) -> Cond:
+        return self._read([caption], None)  # no instruction is put before it
 
     def _read(self, captions: list[str], instruction: list[str] | None) -> Cond:
         options = {

@@ -99,13 +99,32 @@ class UNet(Network):
 
 
 class SD(PipelineTeacher):
-    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another than it, theirs."""
+    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another than it, theirs.
+
+    With `clip_skip` captions are what stands so many layers before that which is read by default, as diffusers counts.
+    """
 
     kind, unused = StableDiffusionPipeline, ("safety_checker", "feature_extractor", "image_encoder")
 
-    def __init__(self, path: str, *, size: int | None = None, **options: Any):
+    def __init__(
+        self, path: str, *, size: int | None = None, clip_skip: int | None = None, **options: Any
+    ):
+        self.clip_skip = clip_skip
         super().__init__(path, **options)
+        _check_skip(clip_skip, self._layers())
         self.latent_shape = self.shape_of(size, "teacher.size")
+
+    def told(self) -> dict[str, Any]:
+        return {"clip_skip": self.clip_skip} if self.clip_skip else {}
+
+    def call(self) -> dict[str, Any]:
+        return {**super().call(), **self.told()}
+
+    def _layers(self) -> int:
+        """Layers of the shallowest of its text encoders; 0 where they are not here yet."""
+        names = ("text_encoder", "text_encoder_2")
+        parts = [getattr(self.pipeline, name, None) for name in names]
+        return min((part.config.num_hidden_layers for part in parts if part is not None), default=0)
 
     def _network(self) -> UNet:
         return self._unet(*trained_on(self.pipeline.scheduler))
@@ -114,14 +133,30 @@ class SD(PipelineTeacher):
         return UNet(self.pipeline.unet, process, prediction)
 
     def _encode(self, captions: list[str]) -> Cond:
-        alone = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        tokens, _ = self.pipeline.encode_prompt(captions, self.device, **alone)
-        # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
+        if self.clip_skip is None:
+            alone = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+            tokens, _ = self.pipeline.encode_prompt(captions, self.device, **alone)
+        else:
+            tokens = self._skipped(ids.to(self.device))
+        # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
         end = (ids == tokenizer.eos_token_id).int().argmax(dim=1).to(tokens.device)
         return Cond(
             tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end]
         )
+
+    def _skipped(self, ids: Tensor) -> Tensor:
+        """Tokens [B, L, D] of an earlier layer, as the pipeline has it, which transformers 5.6 keeps from doing so."""
+        encoder = self.pipeline.text_encoder
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-(self.clip_skip + 1)]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
+
+
+def _check_skip(skip: int | None, layers: int) -> None:
+    """Raise ValueError for more layers than a text encoder has to leave out; its pipelines would take any."""
+    if skip is not None and not (type(skip) is int and skip > 0 and (not layers or skip < layers)):
+        what = f"must be null, or from 1 to {layers - 1}" if layers else "must be null or 1 or more"
+        raise ValueError(f"teacher.clip_skip={skip}: {what} for this teacher")

@@ -36,6 +36,8 @@ class MMDiT(Transformer):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
 
+    rounds_up = True
+
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
         self._folded = fold(model)

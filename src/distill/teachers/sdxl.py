@@ -42,6 +42,7 @@ class SDXL(SD):
 
     def _encode(self, captions: list[str]) -> Cond:
         alone = {"device": self.device, "do_classifier_free_guidance": False}
+        alone["clip_skip"] = self.clip_skip
         tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **alone)
         if (
             self.pipeline.config.force_zeros_for_empty_prompt

@@ -71,11 +71,17 @@ def about_weights(file: Path) -> dict[str, Any]:
 
 
 def write_weights(
-    state: dict[str, Tensor], file: Path, *, dtype: str | None = None, about: dict | None = None
+    state: dict[str, Tensor],
+    file: Path,
+    *,
+    dtype: str | None = None,
+    about: dict | None = None,
+    words: dict[str, str] | None = None,
 ) -> Path:
     """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become (None: they stay).
 
-    Raises ValueError for a dtype that there is not.
+    `about` is what it says to us, `words` what it says to others in their own. Raises ValueError for a dtype that there
+    is not, and for values that it cannot hold.
     """
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
@@ -86,7 +92,12 @@ def write_weights(
         k: v.to(kind if kind and v.is_floating_point() else v.dtype).contiguous()
         for k, v in state.items()
     }
+    for name, value in state.items():
+        if kind and value.is_floating_point() and not value.isfinite().all():
+            what = f"{name} has values that it cannot hold, or that are not finite"
+            raise ValueError(f"dtype={dtype}: {what}; use dtype=bfloat16 or float32")
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
-    save_file(state, part, {"format": "pt"} | ({"distill": json.dumps(about)} if about else {}))
+    said = {"format": "pt", **(words or {})} | ({"distill": json.dumps(about)} if about else {})
+    save_file(state, part, said)
     return part.replace(file)
