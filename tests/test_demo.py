@@ -14,8 +14,8 @@ import tiny
 from distill import build, students
 from distill.demonstration import html
 from distill.demonstration.drawing import Request, Studio, Word, read, timed
-from distill.guided import guided
 from distill.sampling import Consistency, seeded, to_bytes
+from distill.sampling.guided import guided
 from distill.shapes.grammar import parse
 from distill.shapes.judge import Judge
 from distill.shapes.render import render

@@ -19,8 +19,8 @@ import families
 import tiny
 from distill.build import refuse_misfit, student_of
 from distill.distillation import guided_x0
-from distill.guided import guided
 from distill.sampling import Consistency, seeded
+from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
 from distill.students.card import write_card
 from distill.teachers.flux import Flux

@@ -21,7 +21,7 @@ LAYERS = {
         "console", "formats", "hardware", "limits", "memory", "progress", "ranks", "signals", "unread",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
-    "L2": {"guided", "students", "sampling"},
+    "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},

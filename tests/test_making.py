@@ -22,9 +22,9 @@ import torch
 import transformers
 
 import tiny
-from distill import guided
 from distill.data.datasets import LatentShards
 from distill.data.shards import Shards
+from distill.sampling import guided
 from distill.teachers.pipeline import PipelineTeacher
 from test_data import npy, png, put_tar
 

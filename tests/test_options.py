@@ -17,9 +17,9 @@ import families
 import tiny
 from distill import students
 from distill.build import refuse_misfit, sampler_of, student_of
-from distill.guided import guided
 from distill.making import of_teacher
 from distill.sampling import Consistency, seeded, to_bytes
+from distill.sampling.guided import guided
 from distill.students.card import write_card
 from distill.teachers.sana import Sana
 from distill.teachers.sd import SD

@@ -13,9 +13,9 @@ from PIL import Image
 import tiny
 from distill import sample, students
 from distill.build import student_of
-from distill.guided import guided
 from distill.metrics.pictures import fitted, opened
 from distill.sampling import Consistency, seeded, to_bytes
+from distill.sampling.guided import guided
 
 EXACT = "precision=32-true"  # as plain diffusers draws, on any machine
 PROMPTS = [tiny.CAPTIONS[0], tiny.CAPTIONS[1], tiny.CAPTIONS[0]]

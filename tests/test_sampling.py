@@ -23,7 +23,6 @@ import tiny
 from distill.build import sampler_of as of_run
 from distill.build import student_of
 from distill.distillation import guided_x0
-from distill.guided import guided
 from distill.sampling import (
     Consistency,
     Euler,
@@ -33,6 +32,7 @@ from distill.sampling import (
     sampler_of,
     seeded,
 )
+from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
 from distill.students.card import write_card
 

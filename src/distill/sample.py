@@ -119,10 +119,10 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     import torch
 
     from distill.build import sampler_of
-    from distill.guided import guided
     from distill.hardware import autocast
     from distill.metrics.pictures import fitted, opened
     from distill.sampling import distilled, seeded, to_bytes
+    from distill.sampling.guided import guided
 
     how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):

@@ -25,8 +25,8 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     from distill import hardware, making
     from distill.build import teacher_of
     from distill.data.write import cached
-    from distill.guided import guided
     from distill.sampling import seeded
+    from distill.sampling.guided import guided
 
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.data.datasets import (
-    Drawn,
     Found,
     ImageShards,
     LatentShards,
@@ -30,6 +29,7 @@ from distill.data.datasets import (
     Samples,
     collate,
 )
+from distill.data.drawn import Drawn
 from distill.data.shards import MAX_EMPTY
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from distill import build
 from distill.files import upright
-from distill.guided import guided_steps
 from distill.hardware import device
 from distill.limits import check_strength
 from distill.metrics.pictures import fitted
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
+from distill.sampling.guided import guided_steps
 from distill.shapes.grammar import parse
 from distill.shapes.judge import Judge
 from distill.shapes.reader import CHOICES, SLOTS, targets

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from distill.guided import guided
 from distill.hardware import precision
 from distill.progress import Bar
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
+from distill.sampling.guided import guided
 from distill.shapes.judge import Judge, judging_prompts
 from distill.shapes.world import SIDE, Prompt
 from distill.teachers.pipeline import PipelineTeacher

@@ -17,7 +17,6 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.compose import shipped
 from distill.data.write import write_latents
 from distill.evaluation import pictures
-from distill.guided import guided
 from distill.hardware import autocast
 from distill.pretraining.asked import teaching_stage
 from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
@@ -26,6 +25,7 @@ from distill.pretraining.text import tokenize
 from distill.pretraining.work import PER_SHARD, Work
 from distill.progress import Bar, track
 from distill.sampling import seeded
+from distill.sampling.guided import guided
 from distill.shapes.judge import judging_prompts
 from distill.shapes.world import draw_prompt
 from distill.teachers.attention import Attention
