@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.process import VariancePreserving
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.sd import PREDICTION
+from distill.teachers.sd import PREDICTION, end_in_noise
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
@@ -30,10 +30,16 @@ class PixArt(Transformer):
 class PixArtSigma(PipelineTeacher):
     """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise level alone.
 
-    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed.
+    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed. `zero_terminal_snr` is as
+    SD's, for a fine-tune that predicts v.
     """
 
     kind = PixArtSigmaPipeline
+
+    def __init__(self, path: str, *, zero_terminal_snr: bool = False, **options: Any):
+        super().__init__(path, **options)
+        if zero_terminal_snr:
+            end_in_noise(self)
 
     def _network(self) -> PixArt:
         scheduler = self.pipeline.scheduler
