@@ -284,9 +284,9 @@ def test_sdxl_is_told_where_in_the_whole_a_patch_lies(teachers):
     of = teacher.network.model.register_forward_pre_hook(
         lambda _m, _a, given: seen.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
-    features(batch.x0, torch.ones(2), batch.cond, generator(3))
+    features(batch.x0, torch.ones(2), batch.cond, generator(5))
     of.remove()
-    _, corner = features._cut(batch.x0, generator(3))
+    _, corner = features._cut(batch.x0, generator(5))
     whole, patches = seen
     assert any(corner)
     assert whole.tolist() == [[64, 64, 0, 0, 64, 64]] * 2

@@ -146,13 +146,14 @@ class ADD(Distillation):
             loss = self.adversarial.student(critic(fake.maps, s, cond), of_real, critic.split)
             terms["adv"] = self.adversarial_weight * loss
         if draws.distill:
-            terms["distill"] = self.distill_weight * self._distillation(batch, draws, fake)
+            away = self._distillation(batch, draws, draws.distill, fake)
+            terms["distill"] = self.distill_weight * away
         return terms
 
-    def _distillation(self, batch: Batch, draws: Draws, fake: Fake) -> Tensor:
+    def _distillation(self, batch: Batch, draws: Draws, drawn: ScoreDraws, fake: Fake) -> Tensor:
         x_hat, cond = fake.x0_hat.detach(), batch.cond
         bad = None if self.negative is None else self.teacher.embed([self.negative] * len(batch))
-        target, weight = self.distill(self.teacher, x_hat, cond, draws.distill, bad)
+        target, weight = self.distill(self.teacher, x_hat, cond, drawn, bad)
         if not self.in_pixels:
             return weighted_mse(fake.x0_hat, target, weight)
         with torch.no_grad():

@@ -151,8 +151,10 @@ class Distillation(L.LightningModule):
         return max(0, self.iteration - self.engine.head_start - self.skipped)
 
     def record(self, **values: Tensor | float) -> None:
-        """Log values of this step beside the losses."""
-        self._log.update({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
+        """Log values of a micro-batch beside the losses: their means over those of an update."""
+        for name, value in values.items():
+            part = value.detach() if isinstance(value, Tensor) else value
+            self._log[name] = self._log.get(name, 0.0) + part / self.engine.accumulate
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -216,12 +218,12 @@ class Distillation(L.LightningModule):
             0 if all(moved) and (self.updated or leading) else self._bad_in_a_row + 1
         )
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
-        self.record(
-            step=self.step,
-            iteration=self.iteration,
-            images_seen=self.images_seen,
-            skipped=self.skipped,
-        )
+        self._log |= {
+            "step": self.step,
+            "iteration": self.iteration,
+            "images_seen": self.images_seen,
+            "skipped": self.skipped,
+        }
         self.numbers = self._numbers()
         every = max(1, cast(Any, self.trainer).log_every_n_steps)
         if (
@@ -284,12 +286,8 @@ class Distillation(L.LightningModule):
         rate = self.engine.rate(
             self.step, self.trainer.max_steps, self.iteration if player == "d" else self.step
         )
-        self.record(
-            **{
-                f"{player}/grad_norm": norm,
-                f"{player}/lr": optimizer.param_groups[0]["initial_lr"] * rate,
-            }
-        )
+        self._log[f"{player}/grad_norm"] = norm
+        self._log[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * rate
         if not math.isfinite(norm):
             terms = {k: float(v) for k, v in self._log.items() if k.startswith(f"{player}/")}
             if self.global_rank == 0:  # alike in all processes
