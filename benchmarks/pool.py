@@ -47,13 +47,13 @@ def iteration(
     """Seconds that the heads' own work took, of a whole iteration."""
     method._log = {}
     with cast:
-        fake = method.fake(batch, method._generator(0))
-        method._real(batch, fake, method._generator(0))
+        draws = method.draw(batch, method.streams())
+        fake = method.fake(batch, draws)
     began = time.perf_counter()
     method.heads.requires_grad_(True)
     heads.optimizer.zero_grad(set_to_none=True)
     with cast:
-        loss = sum(method.discriminator_loss(batch, fake, method._generator(0)).values())
+        loss = sum(method.discriminator_loss(batch, draws, fake).values())
     heads.update(loss)
     method.heads.requires_grad_(False)
     for parameter in method.heads.refresh(method.common("refresh")):
@@ -61,7 +61,7 @@ def iteration(
     own = time.perf_counter() - began
     student.optimizer.zero_grad(set_to_none=True)
     with cast:
-        loss = sum(method.student_loss(batch, fake, method._generator(0)).values())
+        loss = sum(method.student_loss(batch, draws, fake).values())
     student.update(loss)
     method.iteration += 1
     return own

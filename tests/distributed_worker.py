@@ -1,10 +1,14 @@
-"""One process of a test in `test_distributed.py`: trains a method on a tiny pipeline and writes what it ended with."""
+"""One process of a test in `test_distributed.py`: trains methods on a tiny pipeline and writes what each ended with.
+
+It is asked for one run, or by `jobs` for several, one after another: starting a process takes longer than a run.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 import tiny  # beside this script, hence on the path
 from distill.checkpoint import AtomicIO
 from distill.data import source
+from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.files import gathered, read
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.sd3 import SD3
@@ -29,7 +34,7 @@ class Losses(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if pl_module.updated:
             for name, value in pl_module.numbers.items():
-                if name[1:] in ("/adv", "/regression", "/consistency", "/grad_norm"):
+                if "/" in name and not name.endswith("/lr"):
                     self.seen.setdefault(name, []).append(value)
 
 
@@ -56,16 +61,36 @@ def strategy_of(name: str | None):
     )
 
 
+def options_of(asked: dict) -> dict:
+    """The method's own options, with objects where JSON has their arguments."""
+    kinds = {"distill": ScoreDistillation, "real": TeacherSamples}
+    given = asked.get("options", {})
+    return {key: kinds[key](**v) if key in kinds else v for key, v in given.items()}
+
+
 def main(asked: dict) -> None:
     tiny.vit = lambda: Path(asked["eyes"])  # of the process that reads the results
-    rank, folder = int(os.environ["RANK"]), Path(asked["folder"])
+    folder, rank = Path(asked["folder"]), os.environ["RANK"]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    if "jobs" not in asked:
+        train(asked, folder / f"end_{rank}.pt")
+    for name, job in asked.get("jobs", {}).items():
+        try:
+            train({**asked, **job}, folder / f"{name}_{rank}.pt")
+        except Exception:  # the test of this job shows it
+            (folder / f"{name}_{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+
+
+def train(asked: dict, file: Path) -> None:
+    rank, folder = int(os.environ["RANK"]), Path(asked["folder"])
     make = tiny.METHODS[asked["method"]]
     # Adam divides the smallest gradients by themselves, and with them what a processor has rounded: not with this eps.
     options = {
         "accumulate": asked.get("accumulate", 1),
         "lora": asked.get("lora"),
+        "discriminator_updates": asked.get("discriminator_updates", 1),
+        "options": options_of(asked),
         "eps": 1e-4,
         "critic_eps": 1e-2,
     }
@@ -89,6 +114,7 @@ def main(asked: dict) -> None:
         max_steps=STEPS,
         max_epochs=-1,
         accelerator="cpu",
+        precision=asked.get("precision", "32-true"),
         devices=asked["processes"],
         strategy=strategy_of(asked.get("strategy")),
         plugins=[] if own_files else [AtomicIO()],
@@ -118,7 +144,7 @@ def main(asked: dict) -> None:
         },
         "skipped": method.skipped,
     }
-    torch.save(end, folder / f"end_{rank}.pt")
+    torch.save(end, file)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_sds_is_the_gradient_of_score_distillation(process):
     teacher, distill = Linear(process), ScoreDistillation(kind="sds", guidance=3.0)
     x = torch.randn(5, 1, 2, 3, dtype=torch.float64, requires_grad=True)
     cond = told(1, 5)
-    target, weight = distill(teacher, x, cond, torch.Generator().manual_seed(4))
+    target, weight = distill(teacher, x, cond, distill.draw(x, torch.Generator().manual_seed(4)))
     (gradient,) = torch.autograd.grad(weighted_mse(x, target, weight), x)
     t, _, eps = drawn(distill, x, 4)
     x_t = process.diffuse(x.detach(), eps, t)
@@ -79,7 +79,8 @@ def test_sds_is_the_gradient_of_score_distillation(process):
 def test_exponential_and_nfsd_by_their_formulas(process):
     teacher, x = Linear(process), torch.randn(6, 1, 2, 3, dtype=torch.float64)
     distill = ScoreDistillation(kind="exponential", guidance=[2.0, 5.0])
-    target, weight = distill(teacher, x, told(1, 6), torch.Generator().manual_seed(8))
+    draws = distill.draw(x, torch.Generator().manual_seed(8))
+    target, weight = distill(teacher, x, told(1, 6), draws)
     t, u, eps = drawn(distill, x, 8)
     alpha, sigma = (f(t.double()).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
     x_t = alpha * x + sigma * eps
@@ -90,15 +91,14 @@ def test_exponential_and_nfsd_by_their_formulas(process):
     torch.testing.assert_close(weight.double(), alpha.flatten(), rtol=1e-6, atol=0)
 
     distill = ScoreDistillation(kind="nfsd", guidance=7.5)
-    target, weight = distill(teacher, x, told(1, 6), torch.Generator().manual_seed(8), told(2, 6))
+    draws = distill.draw(x, torch.Generator().manual_seed(8))
+    target, weight = distill(teacher, x, told(1, 6), draws, told(2, 6))
     domain = empty - torch.where(t.view(-1, 1, 1, 1) < 0.2, torch.zeros(()), 1.0) * negative
     expected = x - sigma / alpha * (domain + 7.5 * (text - empty))
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weight.double(), alpha.flatten(), rtol=1e-6, atol=0)
 
-    target, _ = distill(
-        teacher, x, told(1, 6), torch.Generator().manual_seed(8)
-    )  # no caption of bad pictures
+    target, _ = distill(teacher, x, told(1, 6), draws)  # no caption of bad pictures
     domain = torch.where(t.view(-1, 1, 1, 1) < 0.2, empty, 0.0)
     torch.testing.assert_close(
         target, x - sigma / alpha * (domain + 7.5 * (text - empty)), rtol=1e-4, atol=1e-5
@@ -109,7 +109,8 @@ def test_more_teacher_steps_are_ddim():
     process = RectifiedFlow()
     teacher, x = Linear(process), torch.randn(3, 1, 2, 3, dtype=torch.float64)
     distill = ScoreDistillation(steps=4, low=0.4, high=0.9)
-    target, _ = distill(teacher, x, told(1, 3), torch.Generator().manual_seed(2))
+    draws = distill.draw(x, torch.Generator().manual_seed(2))
+    target, _ = distill(teacher, x, told(1, 3), draws)
     t, _, eps = drawn(distill, x, 2)
     t = t.double().view(-1, 1, 1, 1)
     x_t = (1 - t) * x + t * eps
@@ -125,7 +126,8 @@ def test_more_teacher_steps_are_ddim():
 def test_the_teacher_s_input_has_no_gradient():
     teacher = Linear(RectifiedFlow())
     x = torch.randn(2, 1, 2, 3, dtype=torch.float64, requires_grad=True)
-    target, weight = ScoreDistillation(steps=2)(teacher, x, told(1, 2), torch.Generator())
+    distill = ScoreDistillation(steps=2)
+    target, weight = distill(teacher, x, told(1, 2), distill.draw(x, torch.Generator()))
     assert len(teacher.seen) == 2
     assert not any(seen.requires_grad for seen in teacher.seen)
     assert not target.requires_grad

@@ -27,7 +27,7 @@ def test_regression_repeats_pairs_at_t_1_and_denoises_below():
     method = tiny.regression(toy)
     batch = tiny.simple_batch(method, 64)
     asked = watched(method)
-    fake = method.fake(batch, method._generator(0))
+    draws, fake = tiny.drawn(method, batch)
     ((x_t, t, grad),) = asked
     pure = t == 1
     assert grad
@@ -39,8 +39,8 @@ def test_regression_repeats_pairs_at_t_1_and_denoises_below():
         eps, batch.noise[~pure], atol=0.1
     )  # what it was made from is not what it is shown
     assert float(eps.std()) == pytest.approx(1, abs=0.1)
-    terms = method.student_loss(batch, fake, method._generator(0))
-    torch.testing.assert_close(terms["regression"], (fake["x0_hat"] - batch.x0).square().mean())
+    terms = method.student_loss(batch, draws, fake)
+    torch.testing.assert_close(terms["regression"], (fake.x0_hat - batch.x0).square().mean())
 
 
 def test_regression_wants_the_noise():
@@ -48,7 +48,7 @@ def test_regression_wants_the_noise():
     with pytest.raises(
         ValueError, match=r"needs the noise of each sample: data\.seeded=true, or method\.real"
     ):
-        method.fake(tiny.simple_batch(method), method._generator(0))
+        tiny.drawn(method, tiny.simple_batch(method))
 
 
 def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
@@ -58,12 +58,12 @@ def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
     tiny.shake(method.student, 3)
     batch = tiny.simple_batch(method, 8)
     asked = watched(method)
-    fake = method.fake(batch, method._generator(0))
+    draws, fake = tiny.drawn(method, batch)
     (x_s, s, with_graph), (x_t, t, grad) = asked
     assert (with_graph, grad) == (False, True)
     assert set(t.tolist()) == {0.5, 1.0}
     torch.testing.assert_close(s, t - 0.5)
-    assert not fake["target"].requires_grad
+    assert not fake.target.requires_grad
     with torch.no_grad():
         told, empty = teacher.x0(x_t, t, batch.cond), teacher.x0(x_t, t, batch.cond.unconditional())
         guided = empty + 3 * (told - empty)
@@ -72,13 +72,11 @@ def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
             x_s, x_t + (s - t).view(-1, 1, 1, 1) * speed, rtol=1e-4, atol=1e-4
         )
         last = s == 0
-        torch.testing.assert_close(fake["target"][last], guided[last], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fake.target[last], guided[last], rtol=1e-4, atol=1e-4)
         ahead = method.student.x0(x_s, s, batch.cond)
-    torch.testing.assert_close(fake["target"][~last], ahead[~last], rtol=1e-4, atol=1e-4)
-    terms = method.student_loss(batch, fake, method._generator(0))
-    torch.testing.assert_close(
-        terms["consistency"], (fake["x0_hat"] - fake["target"]).square().mean()
-    )
+    torch.testing.assert_close(fake.target[~last], ahead[~last], rtol=1e-4, atol=1e-4)
+    terms = method.student_loss(batch, draws, fake)
+    torch.testing.assert_close(terms["consistency"], (fake.x0_hat - fake.target).square().mean())
 
 
 def test_the_exact_solution_of_the_path_is_consistent():
@@ -97,11 +95,7 @@ def test_the_exact_solution_of_the_path_is_consistent():
 
     def loss(student):
         method.student.x0 = student
-        return float(
-            method.student_loss(batch, method.fake(batch, method._generator(0)), None)[
-                "consistency"
-            ]
-        )
+        return float(method.student_loss(batch, *tiny.drawn(method, batch))["consistency"])
 
     with torch.no_grad():
         assert loss(solved) < 0.2 * loss(toy.x0)

@@ -142,22 +142,16 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
             grads.append(torch.autograd.grad(loss, list(module.parameters())))
         return [(a + b) / 2 for a, b in zip(*grads, strict=True)]
 
-    def fake(i):
-        return reference.fake(batches[i], reference._generator(i))
+    def drawn(i):
+        return tiny.drawn(reference, batches[i], i)
 
-    losses = [
-        reference.discriminator_loss(batches[i], fake(i), reference._generator(i, stream=1))
-        for i in range(2)
-    ]
+    losses = [reference.discriminator_loss(batches[i], *drawn(i)) for i in range(2)]
     of_heads = mean_gradient(reference.heads, [sum(terms.values()) for terms in losses])
     torch.testing.assert_close(seen["d"], of_heads, rtol=1e-4, atol=1e-7)
     reference.heads.load_state_dict(
         method.heads.state_dict()
     )  # the student meets the heads after their update
-    losses = [
-        reference.student_loss(batches[i], fake(i), reference._generator(i, stream=0))
-        for i in range(2)
-    ]
+    losses = [reference.student_loss(batches[i], *drawn(i)) for i in range(2)]
     of_student = mean_gradient(reference.student, [sum(terms.values()) for terms in losses])
     assert any(g.abs().max() > 1e-4 for g in of_student)
     torch.testing.assert_close(seen["g"], of_student, rtol=1e-4, atol=1e-7)

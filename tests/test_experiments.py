@@ -23,6 +23,7 @@ CONF = Path(__file__).parents[1] / "conf" / "experiment"
 EYES = ["discriminator.features.size=64", "discriminator.condition.text=teacher"]
 IMAGES = ["data.size=64", "discriminator.condition.image=features"]
 LESS = ["optimizer.accumulate=2", "data.batch_size=2", "data.num_workers=0"]
+OPENED = ["method.opening=1"]  # of the two steps the first
 EXPERIMENTS = {
     "add_m_sd15": ("unet", "pictures", [*EYES, *IMAGES]),
     "add_m_sd21": ("unet", "pictures", [*EYES, *IMAGES]),
@@ -30,8 +31,8 @@ EXPERIMENTS = {
     "sd3_turbo": ("mmdit", "latents", ["discriminator.heads.width=16"]),
     "sd35_turbo": ("sd35", "latents", ["discriminator.heads.width=16"]),
     "ladd_sdxl": ("sdxl", "latents", []),
-    "nitrosd_realism": ("sdxl", "prompts", []),
-    "nitrosd_vibrant": ("sdxl", "prompts", []),
+    "nitrosd_realism": ("sdxl", "prompts", OPENED),
+    "nitrosd_vibrant": ("sdxl", "prompts", OPENED),
 }
 SLOW = set(EXPERIMENTS) - {"sd3_turbo"}
 
@@ -90,8 +91,10 @@ def test_an_experiment_runs_two_steps(name, command, data, teacher_of, teachers,
     code, _, err = command("run", "debug=smoke", *arguments, *LESS, *where)
     assert code == 0, err
     with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["g/adv"]]
+        rows = [row for row in csv.DictReader(file) if row["d/adv"]]
     assert {int(float(row["step"])) for row in rows} == {1, 2}
+    opened = EXPERIMENTS[name][2] is OPENED
+    assert [bool(row["g/adv"]) for row in rows] == [not opened, True]
     assert all(float(row["g/grad_norm"]) > 0 for row in rows)
     assert (tmp_path / "run" / "report.html").is_file()
     scheduler = json.loads(

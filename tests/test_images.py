@@ -181,7 +181,17 @@ def test_the_real_image_is_told_only_where_the_student_saw_of_it(teachers):
     torch.testing.assert_close(
         told.extra[1:], eyes.model(pictures()[1:]).last_hidden_state[:, 0], rtol=0, atol=1e-5
     )
-    assert torch.equal(told.pooled, batch(teacher).cond.pooled)
+    pooled = batch(teacher).cond.pooled
+    torch.testing.assert_close(told.pooled, pooled / pooled.norm(dim=1, keepdim=True))
+
+
+def test_a_caption_s_embedding_is_of_length_one_unless_told_otherwise(teachers):
+    """As StyleGAN-T has it."""
+    teacher, s = teachers("mmdit"), torch.zeros(3, dtype=torch.bool)
+    lengths = Projection(teacher, tiny.eyes())(batch(teacher), pictures(), s).pooled.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(3))
+    raw = Projection(teacher, tiny.eyes(), normalize_text=False)(batch(teacher), pictures(), s)
+    assert torch.equal(raw.pooled, batch(teacher).cond.pooled)
 
 
 @pytest.mark.parametrize(("text", "image"), [(None, None), ("teacher", None), (None, "features")])

@@ -184,17 +184,15 @@ def test_gradients_go_where_they_should(name, fresh):
     method = make(fresh(), options=options, lora={"rank": 4})
     method._log = {}
     batch = tiny.simple_batch(method)
-    fake = method.fake(batch, method._generator(0))
-    assert fake["x0_hat"].requires_grad
+    draws, fake = tiny.drawn(method, batch)
+    assert fake.x0_hat.requires_grad
     if not method.alone:
-        sum(
-            method.discriminator_loss(batch, fake, method._generator(0, stream=1)).values()
-        ).backward()
+        sum(method.discriminator_loss(batch, draws, fake).values()).backward()
         assert untouched(method.student)
         assert with_gradient(method.heads) > 0
         method.heads.zero_grad()
     method.heads.requires_grad_(False)
-    sum(method.student_loss(batch, fake, method._generator(0, stream=0)).values()).backward()
+    sum(method.student_loss(batch, draws, fake).values()).backward()
     assert with_gradient(method.student) >= 0.4 * len(
         list(method.student.parameters())
     )  # of A none, as B is 0

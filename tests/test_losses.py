@@ -80,6 +80,19 @@ def test_a_head_counts_no_more_for_its_many_logits(name):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+def test_a_sum_over_heads_is_the_mean_times_their_number(name):
+    real, fake = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(0))
+    mean, total = adversarial(name), adversarial(name, "sum")
+    for player, pair in (("discriminator", (real, fake)), ("student", (fake, real))):
+        of = [
+            getattr(g, player)(*pair, lambda x: x.split([1, 4, 12], dim=1)) for g in (mean, total)
+        ]
+        torch.testing.assert_close(of[1], 3 * of[0])
+    with pytest.raises(ValueError, match=r"method\.over_heads=total: must be mean or sum"):
+        adversarial(name, "total")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
 def test_players_pull_the_fake_in_opposite_directions(name):
     game = adversarial(name)
     fake = FAKE.clone().mul(0.4).requires_grad_()  # within the margin of the hinge

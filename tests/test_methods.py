@@ -80,7 +80,7 @@ def at_work(method) -> dict[str, torch.nn.Parameter]:
     named = dict(method.heads.named_parameters())
     if not isinstance(method.heads, Pool):
         return named
-    level = float(method._level(torch.zeros(1, 1)))
+    level = float(tiny.drawn(method, tiny.simple_batch(method))[0].t[0])
     chosen = method.critic().chosen
     return {
         f"heads.{i}": named[f"heads.{i}"]
@@ -95,9 +95,9 @@ def untouched(module) -> bool:
 def test_discriminator_phase_reaches_the_heads_alone(named):
     method, names, _ = named
     batch = tiny.simple_batch(method)
-    fake = method.fake(batch, method._generator(0))
-    assert fake["x0_hat"].requires_grad
-    terms = method.discriminator_loss(batch, fake, method._generator(0, stream=1))
+    draws, fake = tiny.drawn(method, batch)
+    assert fake.x0_hat.requires_grad
+    terms = method.discriminator_loss(batch, draws, fake)
     assert set(terms) == names
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     if method.alone:
@@ -115,9 +115,9 @@ def test_discriminator_phase_reaches_the_heads_alone(named):
 def test_student_phase_reaches_the_student_alone(named):
     method, _, names = named
     batch = tiny.simple_batch(method)
-    fake = method.fake(batch, method._generator(0))
+    draws, fake = tiny.drawn(method, batch)
     method.heads.requires_grad_(False)
-    terms = method.student_loss(batch, fake, method._generator(0, stream=0))
+    terms = method.student_loss(batch, draws, fake)
     assert set(terms) == names
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     sum(terms.values()).backward()
@@ -134,10 +134,57 @@ def test_a_misaligned_sample_is_held_against_its_pair(teachers):
     method._log = {}
     batch, of, seen = tiny.simple_batch(method, 3), method.heads.forward, []
     method.heads.forward = lambda maps, t, cond: seen.append(of(maps, t, cond)) or seen[-1]
-    fake, generator = method.fake(batch, method._generator(0)), method._generator(0, stream=1)
-    term = method.discriminator_loss(batch, fake, generator)["misaligned"]
+    term = method.discriminator_loss(batch, *tiny.drawn(method, batch))["misaligned"]
     real, _, wrong = seen
     torch.testing.assert_close(term, 0.5 * torch.nn.functional.softplus(wrong - real).mean())
+
+
+def of_r1(method, batch, draws, fake, cast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The term, and its gradients by the heads, as the loop makes them; under bfloat16 if `cast`."""
+    method._log = {}
+    method.heads.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        term = method.discriminator_loss(batch, draws, fake)["r1"]
+        method._backward("d", {"r1": term})
+    return term.detach(), [p.grad.clone() for p in method.heads.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["ladd", "add"])
+def test_r1_is_float32_where_the_rest_is_bfloat16(name, teachers):
+    """On the maps that autocast leaves, its value and its gradient are those in float32."""
+    options = {"r1_weight": 1.0} | ({"shared": True} if name == "ladd" else {})
+    method = tiny.METHODS[name](teachers("mmdit"), options=options)
+    method.manual_backward = torch.Tensor.backward
+    for module in method.heads.modules():  # spectral norm moves on with every pass
+        module.training = False
+    batch = tiny.simple_batch(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        draws, fake = tiny.drawn(method, batch)
+    assert torch.bfloat16 in {m.dtype for m in fake.real} or name == "add"
+    term, gradients = of_r1(method, batch, draws, fake, cast=True)
+    exact = replace(fake, **{k: [m.float() for m in getattr(fake, k)] for k in ("real", "maps")})
+    expected, gradients_of_it = of_r1(method, batch, draws, exact, cast=False)
+    assert len(gradients) > 10
+    torch.testing.assert_close(term, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(gradients, gradients_of_it, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backward_pass_is_outside_autocast(teachers, tmp_path, shards):
+    """Lightning calls a step with two optimisers within it: what ran in float32 would go back in bfloat16."""
+    method, seen = tiny.ladd(teachers("mmdit")), []
+    loss = method.student_loss
+
+    def watched(*given):
+        terms = loss(*given)
+        assert torch.is_autocast_enabled("cpu")
+        terms["adv"].register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        return terms
+
+    method.student_loss = watched
+    running = tiny.trainer(tmp_path, 1, precision="bf16-mixed")
+    running.fit(method, source.latents(str(shards), batch_size=2).loader(seed=0))
+    assert seen == [False]
 
 
 def test_misaligned_needs_another_caption(teachers):
@@ -145,9 +192,7 @@ def test_misaligned_needs_another_caption(teachers):
     method._log = {}
     batch = tiny.simple_batch(method, 1)
     with pytest.raises(ValueError, match="there is no other caption"):
-        method.discriminator_loss(
-            batch, method.fake(batch, method._generator(0)), method._generator(0, stream=1)
-        )
+        method.discriminator_loss(batch, *tiny.drawn(method, batch))
 
 
 def test_a_student_begins_from_noise_alone(teachers):
@@ -158,7 +203,7 @@ def test_a_student_begins_from_noise_alone(teachers):
     method.student.x0 = lambda x_t, t, cond: seen.append((x_t, t)) or of(x_t, t, cond)
     batch = tiny.simple_batch(method, 8)
     for x0 in (batch.x0, batch.x0 + 1):
-        method.fake(replace(batch, x0=x0), method._generator(0))
+        tiny.drawn(method, replace(batch, x0=x0))
     (one, t), (other, _) = seen
     assert {1.0, 0.5} == set(t.tolist())
     for k in range(8):
@@ -179,9 +224,7 @@ def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):
     )
     for one in (alike, batch):
         seen.clear()
-        terms = method.discriminator_loss(
-            one, method.fake(one, method._generator(0)), method._generator(0, stream=1)
-        )
+        terms = method.discriminator_loss(one, *tiny.drawn(method, one))
         (real, _), _, (wrong, cond) = seen
         torch.testing.assert_close(terms["misaligned"], 0.5 * (1 + wrong).relu().mean())
         assert torch.equal(cond.pooled, one.cond.pooled[[2, 0, 1]])
@@ -192,11 +235,11 @@ def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher)
     """Cut the maps from the sample, and nothing of the adversarial term is left for the student."""
     method = tiny.ladd(teacher)
     batch = tiny.simple_batch(method)
-    fake = method.fake(batch, method._generator(0))
-    cut = {**fake, "maps": [m.detach() for m in fake["maps"]]}
+    draws, fake = tiny.drawn(method, batch)
+    cut = replace(fake, maps=[m.detach() for m in fake.maps])
     method.heads.requires_grad_(False)
-    assert not method.student_loss(batch, cut, method._generator(0))["adv"].requires_grad
-    assert all(m.requires_grad for m in fake["maps"])
+    assert not method.student_loss(batch, draws, cut)["adv"].requires_grad
+    assert all(m.requires_grad for m in fake.maps)
 
 
 def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
@@ -266,8 +309,8 @@ def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monke
     method.student.x0 = lambda x_t, t, cond: (
         seen.append((x_t, t, torch.is_grad_enabled())) or of(x_t, t, cond)
     )
-    monkeypatch.setattr(method, "_place", lambda: place(method, luck))
-    method.fake(batch, method._generator(0))
+    monkeypatch.setattr(method.refinement, "draw", lambda *_: place(method, luck))
+    tiny.drawn(method, batch)
     assert all(float(seen[0][1][0]) == 1 for _ in seen)
     if luck != [0.9, 0.9, 0.9]:
         assert [grad for *_, grad in seen] == [True]
@@ -286,7 +329,8 @@ def place(method, luck):
     """What the method makes of these three numbers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(luck))
-        return type(method)._place(method)
+        of = type(method.refinement).draw
+        return of(method.refinement, method.step, method.common("steps"))
 
 
 def test_refinement_joins_steps_one_after_another(teachers):
@@ -296,7 +340,7 @@ def test_refinement_joins_steps_one_after_another(teachers):
     )
     found = {}
     for method.iteration in range(3000):
-        done, now = method._place()
+        done, now = method.refinement.draw(method.step, method.common("steps"))
         step = min(method.iteration, 6) // 3 * 3
         found.setdefault(step, []).append((*done, now))
     assert set(found[0]) == {(1.0,)}
@@ -313,7 +357,7 @@ def test_noise_that_made_the_sample_is_where_the_student_begins(teachers):
     )
     with torch.no_grad():
         expected = method.student.x0(noise, torch.ones(2), batch.cond)
-        torch.testing.assert_close(method.fake(batch, method._generator(0))["x0_hat"], expected)
+        torch.testing.assert_close(tiny.drawn(method, batch)[1].x0_hat, expected)
 
 
 def test_of_captions_alone_the_teacher_makes_the_samples(teacher):
@@ -360,14 +404,79 @@ def test_a_small_decoder_may_stand_in_for_the_autoencoder(teachers, tmp_path):
     decoder = TinyDecoder(str(tmp_path)).train()
     method = tiny.add(teacher, options={"decoder": decoder})
     batch = tiny.simple_batch(method)
-    fake = method.fake(batch, method._generator(0))
-    expected = AutoencoderTiny.from_pretrained(tmp_path).decode(fake["x0_hat"]).sample
-    torch.testing.assert_close(fake["pixels"], expected)
+    draws, fake = tiny.drawn(method, batch)
+    expected = AutoencoderTiny.from_pretrained(tmp_path).decode(fake.x0_hat).sample
+    torch.testing.assert_close(fake.pixels, expected)
     method._log = {}
-    sum(method.student_loss(batch, fake, method._generator(0)).values()).backward()
+    sum(method.student_loss(batch, draws, fake).values()).backward()
     assert with_gradient(method.student) > 0
     assert untouched(decoder)
     assert not torch.allclose(teacher.decode(batch.x0), decoder(batch.x0), atol=1e-2)
+
+
+class Pictures(torch.nn.Module):
+    """Features that keep what they are shown."""
+
+    space, width, channels = "pixels", 4, {"a": 4}
+
+    def __init__(self):
+        super().__init__()
+        self.shown, self.described = [], []
+
+    def forward(self, x, t, cond, generator=None):
+        self.shown.append(x)
+        return [x.flatten(2)]
+
+    def describe(self, x):
+        self.described.append(x)
+        return x.mean((2, 3))
+
+
+def shown(method, batch):
+    """The real picture and the student's as the heads look at them, and what c_img is of."""
+    pictures, condition = Pictures(), method.condition
+    method._frozen = (method.teacher, pictures, condition, *method._frozen[3:])
+    condition.image = pictures
+    draws, _ = tiny.drawn(method, batch)
+    real, fake = pictures.shown
+    return real, fake, pictures.described[0], draws
+
+
+@pytest.mark.parametrize("crop", [None, 8])
+def test_the_real_picture_is_the_datas_own(crop, teachers):
+    """Not what the autoencoder makes of it; a crop lies where the student's does, and c_img is of the whole."""
+    teacher = teachers("mmdit")
+    method = tiny.add(teacher, options={"crop": crop})
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    batch = method._embedded({"pixels": pixels, "caption": tiny.CAPTIONS[:2]})
+    assert torch.equal(batch.x0, teacher.encode(pixels))
+    real, fake, described, draws = shown(method, batch)
+    assert torch.equal(described, pixels)
+    assert real.shape == fake.shape
+    top, left = (int(share * 9) * 4 for share in draws.corner) if crop else (0, 0)
+    side = 32 if crop else 64
+    assert torch.equal(real, pixels[..., top : top + side, left : left + side])
+
+
+@pytest.mark.parametrize("crop", [None, 8])
+def test_of_latents_alone_the_real_picture_is_decoded(crop, teachers):
+    """A crop by itself, so that its borders are those of the student's; for c_img the whole."""
+    teacher = teachers("mmdit")
+    method = tiny.add(teacher, options={"crop": crop})
+    batch = tiny.simple_batch(method)
+    real, _, described, draws = shown(method, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(described, teacher.decode(batch.x0))
+        top, left = (int(share * 9) for share in draws.corner) if crop else (0, 0)
+        side = crop or 16
+        part = batch.x0[..., top : top + side, left : left + side]
+        torch.testing.assert_close(real, teacher.decode(part))
+
+
+def test_samples_that_the_teacher_makes_have_no_picture(teachers):
+    method = tiny.add(teachers("mmdit"), options={"real": TeacherSamples(levels=[1.0])})
+    given = {"pixels": torch.zeros(2, 3, 64, 64), "caption": tiny.CAPTIONS[:2]}
+    assert method._embedded(given).pixels is None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -413,10 +522,9 @@ def test_the_opening_comes_first_and_the_heads_join_at_its_end(
 
     method._update_student = watched
     batch = paired(tiny.simple_batch(method))
-    terms = method.student_loss(
-        batch, fake := method.fake(batch, method._generator(0)), method._generator(0)
-    )
-    torch.testing.assert_close(terms["regression"], (fake["x0_hat"] - batch.x0).square().mean())
+    draws, fake = tiny.drawn(method, batch)
+    terms = method.student_loss(batch, draws, fake)
+    torch.testing.assert_close(terms["regression"], (fake.x0_hat - batch.x0).square().mean())
     tiny.trainer(tmp_path, 6).fit(
         method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0)
     )
@@ -443,11 +551,11 @@ def test_the_opening_can_hear_the_teacher_too(teachers):
         teacher, options={"opening": 200, "distill": low, "distill_weight": 2.0}
     )
     batch = paired(tiny.simple_batch(method))
-    fake = method.fake(batch, method._generator(0))
-    terms = method.student_loss(batch, fake, torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
+    draws, fake = tiny.drawn(method, batch)
+    terms = method.student_loss(batch, draws, fake)
+    generator = method.streams().student
     t = 0.4 + 0.2 * torch.rand(2, len(batch), generator=generator)[0]
-    x0_hat, eps = fake["x0_hat"].detach(), torch.randn(fake["x0_hat"].shape, generator=generator)
+    x0_hat, eps = fake.x0_hat.detach(), torch.randn(fake.x0_hat.shape, generator=generator)
     x_t = (1 - t).view(-1, 1, 1, 1) * x0_hat + t.view(-1, 1, 1, 1) * eps
     told, empty = teacher.x0(x_t, t, batch.cond), teacher.x0(x_t, t, batch.cond.unconditional())
     away = (x0_hat - empty - 3 * (told - empty)).square().mean((1, 2, 3))

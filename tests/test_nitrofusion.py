@@ -82,6 +82,4 @@ def test_regression_on_pairs_needs_pairs(teachers):
     method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 200})
     batch = replace(tiny.simple_batch(method, 2), noise=None)
     with pytest.raises(ValueError, match="method.pairs_weight needs the noise"):
-        method.student_loss(
-            batch, method.fake(batch, method._generator(0)), method._generator(0, stream=0)
-        )
+        method.student_loss(batch, *tiny.drawn(method, batch))

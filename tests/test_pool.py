@@ -235,7 +235,8 @@ def test_draws_differ_between_iterations_and_not_between_players(teachers):
     method = tiny.nitrofusion(teachers("mmdit"))
     first = method.critic().chosen
     assert method.critic().chosen == first
-    assert float(method._level(torch.zeros(3, 1))[0]) in [pytest.approx(level) for level in LEVELS]
+    draws, _ = tiny.drawn(method, tiny.simple_batch(method, 3))
+    assert float(draws.t[0]) in [pytest.approx(level) for level in LEVELS]
     method.iteration = 1
     assert method.critic().chosen != first
 
@@ -267,9 +268,29 @@ def test_tasks_see_the_whole_the_patch_and_the_patch_untold(teacher):
 def test_patches_move_and_real_and_fake_share_them(teachers):
     features = TeacherFeatures(teachers("mmdit"), taps="encoder", tasks=TASKS)
     x = torch.arange(256.0).view(1, 1, 16, 16)
-    corners = {float(features._cut(x, generator(seed))[0, 0, 0, 0]) for seed in range(200)}
+    corners = {float(features._cut(x, generator(seed))[0][0, 0, 0, 0]) for seed in range(200)}
     assert len(corners) == 25  # 5 x 5 places of 4 x 4 cells in 8 x 8
-    assert torch.equal(features._cut(x, generator(3)), features._cut(x, generator(3)))
+    (one, place), (again, same) = (features._cut(x, generator(3)) for _ in range(2))
+    assert place == same
+    assert torch.equal(one, again)
+    assert float(one[0, 0, 0, 0]) == 16 * place[0] + place[1]
+
+
+def test_sdxl_is_told_where_in_the_whole_a_patch_lies(teachers):
+    """Its time ids are (height and width of the picture, row and column of the crop, height and width of the crop)."""
+    teacher, seen = teachers("sdxl"), []
+    features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
+    batch = tiny.simple_batch(tiny.ladd(teacher))
+    of = teacher.network.model.register_forward_pre_hook(
+        lambda _m, _a, given: seen.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    features(batch.x0, torch.ones(2), batch.cond, generator(5))
+    of.remove()
+    _, corner = features._cut(batch.x0, generator(5))
+    whole, patches = seen
+    assert any(corner)
+    assert whole.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    assert patches.tolist() == [[64, 64, *(4 * place for place in corner), 32, 32]] * 4
 
 
 def test_the_encoder_of_a_unet_is_what_it_hands_across(teachers):

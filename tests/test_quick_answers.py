@@ -40,6 +40,20 @@ WRONG = [
     ("pretrain", "clip.steps=x", "clip.steps=x: must be a whole number"),
     ("pretrain", "data.size=20", "data.size=20: pictures may have 32 to 128 pixels a side"),
     ("search", "space=[x]", "space: 'x' is not key=log(low,high)"),
+    ("run", "method=add data.batch_size=9", "data.batch_size=9: the heads' local batch norm needs"),
+    (
+        "run",
+        "method=add data.batch_size=9",
+        "a multiple of 2, for groups of at most 8; use 8 or 16",
+    ),
+    ("inspect", "run={here}/add samples=17", "samples=17: the heads' local batch norm needs a mul"),
+    ("run", "method.misaligned=1 data.batch_size=1", "data.batch_size=1: method.misaligned=1 giv"),
+    (
+        "run",
+        "experiment=nitrofusion_shift_shapes method.opening=0",
+        "student.shift=250: the studen",
+    ),
+    ("run", "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15", "predicts eps"),
     # words and names of keys
     ("run", "optimizer.schedule=cosin", "optimizer.schedule=cosin: must be constant or cosine"),
     (
@@ -194,6 +208,18 @@ def prepared(here: Path) -> Path:
         (here / name / "model_index.json").write_text(
             json.dumps({"_class_name": kind}), encoding="utf-8"
         )
+    (here / "eps" / "scheduler").mkdir(parents=True)
+    (here / "eps" / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline"}), encoding="utf-8"
+    )
+    (here / "eps" / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"prediction_type": "epsilon"}), encoding="utf-8"
+    )
+    (here / "add").mkdir()
+    target = "distill.discriminators.stylegan_t.StyleGANTHeads"
+    (here / "add" / "config.yaml").write_text(
+        f"discriminator: {{features: {{}}, heads: {{_target_: {target}}}}}\n", encoding="utf-8"
+    )
     (here / "made").mkdir()
     (here / "made" / "config.yaml").write_text(
         "discriminator: {features: null}\n", encoding="utf-8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,28 @@ def test_a_step_is_the_formula(prediction):
     torch.testing.assert_close(
         last.prev_sample, x0, rtol=1e-3, atol=1e-3
     )  # the last step adds no noise
+
+
+def test_a_schedule_stretched_to_end_in_noise(pipelines, tmp_path):
+    """diffusers' own rescaling (arXiv 2305.08891), in the teacher and in what is exported of its student."""
+    folder = shutil.copytree(pipelines("unet"), tmp_path / "v")
+    file = folder / "scheduler" / "scheduler_config.json"
+    said = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(said | {"prediction_type": "v_prediction"}), encoding="utf-8")
+    plain, teacher = SD(str(folder)), SD(str(folder), zero_terminal_snr=True)
+    assert not plain.process.ends_in_noise
+    assert teacher.process.ends_in_noise
+    assert float(teacher.process.alpha(torch.ones(1))) == 0
+    steps = torch.arange(1, 1001) / 1000
+    student = students.full(teacher)
+    for scheduler in (
+        DDIMScheduler.from_config(teacher.pipeline.scheduler.config),
+        Consistency().scheduler(student, teacher),
+    ):
+        expected = scheduler.alphas_cumprod.sqrt()
+        torch.testing.assert_close(student.process.alpha(steps), expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="zero_terminal_snr=true: this network predicts eps"):
+        SD(str(pipelines("unet")), zero_terminal_snr=True)
 
 
 @pytest.fixture(scope="module")

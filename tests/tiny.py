@@ -173,6 +173,9 @@ class Toy(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         return latents
 
+    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
+        return cond
+
     def embed(self, captions: Sequence[str]) -> Cond:
         null = Cond(torch.zeros(1, 1, 1))
         return Cond(torch.zeros(len(captions), 1, 1), null=null)
@@ -381,8 +384,11 @@ GAMES = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
 METHODS = {**GAMES, "regression": regression, "consistency": consistency}
 
 
-def trainer(folder: Path, steps: int, *callbacks: L.Callback) -> L.Trainer:
+def trainer(
+    folder: Path, steps: int, *callbacks: L.Callback, precision: Any = "32-true"
+) -> L.Trainer:
     return L.Trainer(
+        precision=precision,
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
@@ -404,6 +410,12 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Bit by bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def drawn(method: Distillation, batch: Any, micro: int = 0) -> tuple[Any, Any]:
+    """What the method draws for this batch, as that micro-batch, and what both players need of the sample."""
+    draws = method.draw(batch, method.streams(micro))
+    return draws, method.fake(batch, draws)
 
 
 def simple_batch(method: Distillation, size: int = 2, seed: int = 0) -> Any:

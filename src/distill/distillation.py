@@ -7,6 +7,11 @@ sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2, so that the gra
 nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)           (Katzir et al. 2023)
               delta_C = s (eps_text - eps_empty);  delta_D = eps_empty, less eps_negative above t = 0.2
               without a caption of bad pictures the empty one stands for it
+
+NFSD's target is ours. Katzir et al. give a gradient, w(t) (delta_D + delta_C), and ADD does not say how it becomes the
+target of a squared error; here it is the x_psi whose difference from x_hat is that gradient as a step of x0. Nothing of
+it is small where x_hat is good, as the other targets' differences are: on latents its loss is about 43 times that of
+`exponential` at one lambda.
 """
 
 from collections.abc import Sequence
@@ -24,6 +29,15 @@ KINDS = ("exponential", "sds", "nfsd")
 SMALL = (
     0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
 )
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreDraws:
+    """t [B], guidance [B, 1, 1, 1] and noise [B, C, H, W] at which the teacher is asked."""
+
+    t: Tensor
+    scale: Tensor
+    eps: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +67,31 @@ class ScoreDistillation:
                 f"method.distill: t from low={self.low} to high={self.high} must lie inside (0, 1)"
             )
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        teacher: Denoiser,
-        x_hat: Tensor,
-        cond: Cond,
-        generator: torch.Generator,
-        negative: Cond | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, is nfsd's."""
-        n, device = len(x_hat), x_hat.device
-        t, u = torch.rand(2, n, generator=generator, device=device)
+    def draw(self, x: Tensor, generator: torch.Generator) -> ScoreDraws:
+        """For samples of the shape of x [B, C, H, W]."""
+        t, u = torch.rand(2, len(x), generator=generator, device=x.device)
         t = self.low + (self.high - self.low) * t
         least, most = (
             (self.guidance, self.guidance)
             if isinstance(self.guidance, int | float)
             else self.guidance
         )
-        scale = (least + (most - least) * u).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
-        eps = noise_like(x_hat, generator)
+        scale = (least + (most - least) * u).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        return ScoreDraws(t, scale, noise_like(x, generator))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        teacher: Denoiser,
+        x_hat: Tensor,
+        cond: Cond,
+        draws: ScoreDraws,
+        negative: Cond | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, is nfsd's."""
+        t, scale = draws.t, draws.scale
         alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
-        x_t = teacher.process.diffuse(x_hat, eps, t)
+        x_t = teacher.process.diffuse(x_hat, draws.eps, t)
         if self.kind == "nfsd":
             return _noise_free(teacher, x_hat, x_t, t, cond, negative, scale), alpha
         weight = alpha if self.kind == "exponential" else alpha / (2 * sigma) * sigma**2

@@ -11,8 +11,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.compose import check_counts, run_at
 from distill.errors import command
-from distill.limits import checkpoints_at
+from distill.limits import check_local_batch, checkpoints_at
 from distill.progress import importing, stage
+from distill.validate import LOCAL_HEADS
 
 
 def check(cfg: DictConfig) -> DictConfig:
@@ -26,6 +27,8 @@ def check(cfg: DictConfig) -> DictConfig:
     made = OmegaConf.load(folder / "config.yaml")
     if OmegaConf.select(made, "discriminator.features") is None:
         raise ValueError(f"run={cfg.run}: it was made without a discriminator")
+    if OmegaConf.select(made, "discriminator.heads._target_") == LOCAL_HEADS:
+        check_local_batch(cfg.samples, "samples")
     checkpoints_at(folder, "run")
     return made
 

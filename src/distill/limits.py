@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+LOCAL_BATCH = 8  # samples, the most that share statistics in the heads of ADD
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 AT_ONCE = 1024 * 1024  # ours: pixels through an autoencoder together; in bfloat16 1.5 to 2.2 GiB
 EACH = (
@@ -65,6 +66,25 @@ def check_strength(steps: int, strength: float, rounds_up: bool = False) -> None
         needed = 2 if rounds_up else math.ceil(1 / strength)
         what = "their product must be at least 1"
         raise ValueError(f"steps={steps} strength={strength}: {what}; use steps={needed}")
+
+
+def check_zero_snr(prediction: str | None) -> None:
+    """Raise ValueError for a network whose prediction says nothing of the data where none are left."""
+    if prediction in ("eps", "epsilon"):
+        what = "this network predicts eps, which says nothing of x0 where no data are left"
+        raise ValueError(
+            f"teacher.zero_terminal_snr=true: {what}; make it false, or take a teacher that predicts v"
+        )
+
+
+def check_local_batch(size: int, key: str) -> None:
+    """Raise ValueError, naming `key`, for a batch that StyleGAN-T's local batch norm cannot part into equal groups."""
+    groups = math.ceil(size / LOCAL_BATCH)
+    if size % groups:
+        less = next(n for n in range(size, 0, -1) if n % math.ceil(n / LOCAL_BATCH) == 0)
+        what = f"the heads' local batch norm needs a multiple of {groups}, for groups of at most"
+        more = math.ceil(size / LOCAL_BATCH) * LOCAL_BATCH
+        raise ValueError(f"{key}={size}: {what} {LOCAL_BATCH}; use {less} or {more}")
 
 
 def check_samples(

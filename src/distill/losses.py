@@ -4,14 +4,15 @@
     non_saturating   D: E softplus(-real) + E softplus(fake)             student:  E softplus(-fake)
     relativistic     D: E softplus(-(real - fake)), sample by sample     student:  E softplus(-(fake - real))
 
-E is the mean over a head's logits, then over heads, so that a head of a large map counts no more than one of the whole:
-the papers of ADD and NitroFusion sum over heads, which rescales learning rates and weights with their number.
-Everything is reduced in float32 at least, whatever autocast made of the logits.
+E is the mean over a head's logits, so that a head of a large map counts no more than one of the whole, and then the sum
+or the mean over heads. The papers of ADD and NitroFusion sum, which makes the adversarial term grow with the number of
+heads against every other; with the mean it does not. Everything is reduced in float32 at least, whatever autocast made
+of the logits.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.process import precise
+from distill.types import Cond, Critic
 
 Split = Callable[[Tensor], Sequence[Tensor]]  # logits [B, K] -> those of each head
+OverHeads = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -32,39 +35,44 @@ class AdversarialLoss:
     own: Callable[[Tensor], Tensor]
     paired: bool = False
     """Whether real and fake are compared sample by sample, as RpGAN does (arXiv 2501.05441)."""
+    over_heads: OverHeads = "mean"
 
     def discriminator(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
         """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape. `split` parts them by head."""
-        alone = 0.0 if self.paired else by_head(self.wrong(-precise(real)), split)
+        alone = 0.0 if self.paired else self._reduced(self.wrong(-precise(real)), split)
         return alone + self.against(real, fake, split)
 
     def against(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
         """The discriminator's term of fakes alone, which a paired game holds against the real ones."""
         real, fake = precise(real), precise(fake)
         if not self.paired:
-            return by_head(self.wrong(fake), split)
+            return self._reduced(self.wrong(fake), split)
         if real.shape != fake.shape:
             raise ValueError(
                 f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}"
             )
-        return by_head(self.wrong(fake - real), split)
+        return self._reduced(self.wrong(fake - real), split)
 
     def student(
         self, fake: Tensor, real: Tensor | None = None, split: Split | None = None
     ) -> Tensor:
         """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
         if not self.paired:
-            return by_head(self.own(-precise(fake)), split)
+            return self._reduced(self.own(-precise(fake)), split)
         if real is None:
             raise ValueError(
                 f"the {self.name} student loss needs the real logits of the same critic; pass real="
             )
         return self.discriminator(fake, real, split)  # the same with the players exchanged
 
+    def _reduced(self, losses: Tensor, split: Split | None) -> Tensor:
+        return by_head(losses, split, self.over_heads)
 
-def by_head(losses: Tensor, split: Split | None = None) -> Tensor:
-    """Mean over each head's part of losses [B, K], then over heads."""
-    return torch.stack([part.mean() for part in (split(losses) if split else [losses])]).mean()
+
+def by_head(losses: Tensor, split: Split | None = None, over_heads: OverHeads = "mean") -> Tensor:
+    """Mean over each head's part of losses [B, K], then the mean or the sum over heads."""
+    parts = torch.stack([part.mean() for part in (split(losses) if split else [losses])])
+    return parts.sum() if over_heads == "sum" else parts.mean()
 
 
 Game = Literal["hinge", "non_saturating", "relativistic"]
@@ -75,31 +83,43 @@ GAMES = (
 )
 
 
-def adversarial(name: str) -> AdversarialLoss:
-    """The game of this name: hinge, non_saturating or relativistic."""
+def adversarial(name: str, over_heads: OverHeads = "mean") -> AdversarialLoss:
+    """The game of this name: hinge, non_saturating or relativistic; its losses a mean over heads, or their sum."""
+    if over_heads not in ("mean", "sum"):
+        raise ValueError(f"method.over_heads={over_heads}: must be mean or sum")
     for game in GAMES:
         if game.name == name:
-            return game
+            return replace(game, over_heads=over_heads)
     raise ValueError(
         f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}"
     )
+
+
+def logits_for_r1(
+    critic: Critic, maps: Sequence[Tensor], t: Tensor, cond: Cond
+) -> tuple[Tensor, list[Tensor]]:
+    """Real maps -> their logits [B, K] in float32 at least, whatever autocast says, and the inputs that `r1` wants."""
+    inputs = [precise(m.detach()).requires_grad_() for m in maps]
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return critic(inputs, t, cond), inputs
 
 
 def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """R1 on head inputs: sum over maps of E_batch || d(sum of logits) / d(map) ||^2, the form of ADD (gamma = 1e-5).
 
     logits [B, K] of real samples; inputs, the maps [B, C_k, ...] they were computed from, detached from the extractor
-    and then made to require grad: `maps = [m.detach().requires_grad_() for m in maps]`. So the penalty trains the heads
-    alone and its second derivative never enters the frozen network. Call the heads outside bfloat16 autocast: squared
+    and then made to require grad, so that the penalty trains the heads alone and its second derivative never enters the
+    frozen network. Both come from `logits_for_r1`, outside bfloat16 autocast, and so is the derivative here: squared
     gradients are small and double backward loses digits. A map that no drawn head reads adds nothing.
     """
     if not inputs or not all(x.requires_grad for x in inputs):
         raise ValueError(
             "R1 needs inputs with gradient: detach the maps, requires_grad_(), then call the heads"
         )
-    gradients = torch.autograd.grad(
-        precise(logits).sum(), inputs, create_graph=True, allow_unused=True
-    )
+    with torch.autocast(logits.device.type, enabled=False):
+        gradients = torch.autograd.grad(
+            precise(logits).sum(), inputs, create_graph=True, allow_unused=True
+        )
     norms = [precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
     if not norms:
         raise ValueError(

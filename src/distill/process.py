@@ -193,9 +193,29 @@ def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
+def seed_of(generator: torch.Generator) -> int:
+    """A seed for `generator_like`: it stands in a record for numbers that are drawn where they are used."""
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def generator_like(x: Tensor, seed: int) -> torch.Generator:
+    """A generator on the device of x that begins at this seed."""
+    return torch.Generator(x.device).manual_seed(seed)
+
+
 def level_like(x: Tensor, t: float) -> Tensor:
     """One t for all of x [B, ...] -> [B]."""
     return torch.full((len(x),), float(t), device=x.device)
+
+
+def square(x: Tensor, side: int, corner: Sequence[float], cell: int = 1) -> Tensor:
+    """A square of side `cell * side` of x [B, C, H, W], or what there is of it; its upper left lies at a multiple of
+    `cell`, `corner` in [0, 1) being its share of the way."""
+    for dim, share in zip((2, 3), corner, strict=True):
+        cells = x.shape[dim] // cell
+        size = min(side, cells)
+        x = x.narrow(dim, cell * int(share * (cells - size + 1)), cell * size)
+    return x
 
 
 def precise(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distill.files import gathered, like, read, remove, split, write
+from distill.teachers.network import ends_at_last_tap
 
 BUCKET = (
     32 * 1024 * 1024
@@ -109,6 +110,7 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         }
         for part in (*_blocks(module), module):
             fully_shard(part, reshard_after_forward=True, **options)
+        ends_at_last_tap(module)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Of what is whole; FSDP2 has averaged those of its parts."""

@@ -83,6 +83,35 @@ class Uniform:
         )  # u < 1: this end is open, so that low = 0 never gives t = 0
 
 
+class Refinement:
+    """The steps that a student is trained as: one, and from the student step refine[n - 1] on the last of up to n.
+
+    levels: for each number of steps n = 1, 2, ... the t of its steps, from 1 down. refine: rises from 0. one_step: the
+    odds of one step once there are more; otherwise n, and which of its steps, are drawn evenly. Raises ValueError.
+    """
+
+    def __init__(
+        self, levels: Sequence[Numbers], refine: Sequence[int], one_step: float = 0.5
+    ) -> None:
+        counted = [len(steps) for steps in levels] == list(range(1, len(levels) + 1))
+        if not counted or any(steps[0] != 1 for steps in levels):
+            what = "must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down"
+            raise ValueError(f"method.levels={levels}: {what}")
+        if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
+            what = "must rise from 0, at most one for each of method.levels"
+            raise ValueError(f"method.refine={list(refine)}: {what}")
+        self.levels, self.refine, self.one_step = levels, refine, one_step
+
+    def draw(self, step: int, generator: Generator) -> tuple[list[float], float]:
+        """Levels of the steps that the student has behind it, and of the one that it learns from."""
+        u = torch.rand(3, generator=generator, device=generator.device).tolist()
+        most = sum(step >= start for start in self.refine)
+        n = 1 if u[0] < self.one_step else 1 + int(u[1] * most)
+        steps = list(self.levels[n - 1])
+        i = int(u[2] * n)
+        return steps[:i], steps[i]
+
+
 def _normalised(name: str, odds: Numbers, count: int) -> list[float]:
     weights = [float(weight) for weight in odds]
     if len(weights) != count:

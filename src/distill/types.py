@@ -110,13 +110,15 @@ class Cond:
 class Batch:
     """Training data: x0 [B, C, H, W] scaled latents, B captions, and these embedded.
 
-    noise [B, C, H, W] is what a teacher made x0 from, where that is known.
+    noise [B, C, H, W] is what a teacher made x0 from, where that is known; pixels [B, 3, H', W'] in [-1, 1] are the
+    pictures that x0 encodes, where the data hold pictures.
     """
 
     x0: Tensor
     captions: tuple[str, ...]
     cond: Cond
     noise: Tensor | None = None
+    pixels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.x0) == len(self.captions) == len(self.cond):
@@ -125,6 +127,19 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.x0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Streams:
+    """What the random numbers of one micro-batch in one iteration are drawn from, a generator for each purpose.
+
+    sample: the student's sample and how the discriminator reads it; discriminator: one for each of its updates, in
+    turn; student: the terms that the student alone has.
+    """
+
+    sample: torch.Generator
+    discriminator: tuple[torch.Generator, ...]
+    student: torch.Generator
 
 
 class Denoiser(Protocol):
@@ -171,6 +186,9 @@ class Teacher(Denoiser, Protocol):
 
     def embed(self, captions: Sequence[str]) -> Cond:
         """B captions -> their Cond, null included."""
+
+    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
+        """The same captions for a patch whose upper left is at `corner` (row, column) of latents `whole` (H, W)."""
 
 
 class Features(Protocol):

@@ -4,6 +4,8 @@ Each function raises ValueError or FileNotFoundError that names the key and says
 only the objects themselves know, is said when they are built.
 """
 
+import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,12 @@ LATENTS = "distill.data.source.latents"
 # What may be different when a command that writes shards goes on.
 FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
+LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
+# Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its adapters.
+TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
+
+log = logging.getLogger(__name__)
 
 
 def check_run(cfg: DictConfig) -> None:
@@ -56,6 +63,8 @@ def check_run(cfg: DictConfig) -> None:
     check_teacher(cfg.teacher)
     check_student(cfg.student)
     check_features(cfg.discriminator)
+    check_batches(cfg)
+    check_start(cfg)
     check_data(cfg.data)
     check_samples_prompts(cfg)
     if "_target_" in (cfg.get("metrics") or {}):
@@ -95,6 +104,44 @@ def check_sides(cfg: DictConfig) -> None:
 def check_targets(cfg: DictConfig) -> None:
     """That every target is allowed."""
     _targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+def check_batches(cfg: DictConfig) -> None:
+    """That a batch is one that the heads and the terms of the losses can do with."""
+    size = cfg.data.batch_size
+    if OmegaConf.select(cfg, "discriminator.heads._target_") == LOCAL_HEADS:
+        limits.check_local_batch(size, "data.batch_size")
+    if cfg.method.get("misaligned") and size < 2:
+        what = f"method.misaligned={cfg.method.misaligned} gives a sample the caption of another"
+        raise ValueError(f"data.batch_size={size}: {what}; make it 2, or that 0")
+
+
+def check_start(cfg: DictConfig) -> None:
+    """That a student begins where its method can go on from.
+
+    Under a timestep shift the teacher's weights take noise for an almost clean picture, and answer with the noise: what
+    teaches them one step is an opening, or regression; a discriminator alone does not.
+    """
+    shift, own = cfg.student.get("shift"), _scheduler_of(str(cfg.teacher.path))
+    if shift in (None, own.get("shifted_timestep")) or cfg.student.get("init") not in TEACHERS_OWN:
+        return
+    if OmegaConf.select(cfg, "discriminator.features") is None or cfg.method.get("opening"):
+        return
+    what = (
+        f"student.shift={shift}: the student begins as its teacher, which was not trained under it"
+    )
+    if "opening" in cfg.method:
+        how = (
+            "give it method.opening=<steps>, or student.init=<a run of method=regression under it>"
+        )
+        raise ValueError(f"{what} and answers with noise; {how}")
+    log.warning("%s: its first answers are noise; begin from a run of method=regression", what)
+
+
+def _scheduler_of(path: str) -> dict[str, Any]:
+    """The scheduler's configuration in the pipeline folder at this path, empty where there is none."""
+    file = Path(shipped(path)) / "scheduler" / "scheduler_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -166,6 +213,8 @@ def check_teacher(teacher: DictConfig) -> None:
     if (Path(path) / locate.INDEX).is_file() and (kind := kinds.get(str(teacher._target_))):
         locate.check_kind(locate.index_of(path).get("_class_name"), kind, path)
         check_settings(kind, in_folder(Path(path)), f"teacher.path={path}")
+    if teacher.get("zero_terminal_snr"):
+        limits.check_zero_snr(_scheduler_of(path).get("prediction_type"))
     if teacher.get("weights"):
         locate.check_weights(shipped(str(teacher.weights)))
     if teacher.get("vae"):

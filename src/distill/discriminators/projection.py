@@ -1,7 +1,7 @@
 """What ADD's heads are told of a sample: an embedding of its caption, and one of the real image the student began from.
 
-c_text = text encoder(caption);  c_img = class token of the real image, zero where the student saw noise alone: it
-cannot be held to an image of which it was shown nothing.
+c_text = text encoder(caption), of length 1 as in StyleGAN-T;  c_img = class token of the real image, zero where the
+student saw noise alone: it cannot be held to an image of which it was shown nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.discriminators.images import ImageFeatures
@@ -51,6 +52,7 @@ class Projection(nn.Module):
         teacher, features: those of the run.
         text: "teacher" takes the teacher's pooled embedding, another network embeds captions; None tells nothing.
         image: "features" takes the class token of the features' own network, or another network; None tells nothing.
+        normalize_text: divide c_text by its length.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Projection(nn.Module):
         *,
         text: OpenClipText | str | None = "teacher",
         image: ImageFeatures | str | None = "features",
+        normalize_text: bool = True,
     ):
         super().__init__()
         for name, value, word in (("text", text, "teacher"), ("image", image, "features")):
@@ -67,6 +70,7 @@ class Projection(nn.Module):
                 raise ValueError(
                     f"discriminator.condition.{name}={value}: must be {word}, null or a network"
                 )
+        self.normalize_text = normalize_text
         self.text, self.image = text, features if image == "features" else image
         pooled = teacher.embed([""]).pooled if text == "teacher" else None
         if text == "teacher" and pooled is None:
@@ -81,5 +85,7 @@ class Projection(nn.Module):
         pooled = (
             batch.cond.pooled if self.text == "teacher" else self.text and self.text(batch.captions)
         )
+        if pooled is not None and self.normalize_text:
+            pooled = F.normalize(pooled, dim=-1)
         extra = self.image and self.image.describe(real) * ~pure[:, None]
         return replace(batch.cond, pooled=pooled, extra=extra, null=None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from distill.discriminators.heads import AllHeads
+from distill.limits import LOCAL_BATCH, check_local_batch
 from distill.process import precise
 from distill.types import Cond
 
@@ -22,26 +23,23 @@ PROJECTION = 64
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of at most `virtual` samples, the same in training and evaluation: no running statistics.
+    """Batch norm over groups of at most LOCAL_BATCH samples, in training as in evaluation: no running statistics.
 
     x [B, C, N] -> [B, C, N]; mean and biased variance over the members and tokens of a group, per channel. Raises
-    ValueError unless B divides into ceil(B / virtual) equal groups. Logits so depend on the neighbours in a batch.
+    ValueError unless B divides into ceil(B / LOCAL_BATCH) equal groups. Logits so depend on the neighbours in a batch.
     """
 
-    def __init__(self, channels: int, virtual: int = 8, eps: float = 1e-5):
+    def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
-        self.virtual, self.eps = virtual, eps
+        self.eps = eps
         self.weight, self.bias = (
             nn.Parameter(torch.ones(channels)),
             nn.Parameter(torch.zeros(channels)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = math.ceil(len(x) / self.virtual)
-        if len(x) % groups:
-            raise ValueError(
-                f"data.batch_size={len(x)}: local batch norm needs a multiple of {groups}"
-            )
+        check_local_batch(len(x), "data.batch_size")
+        groups = math.ceil(len(x) / LOCAL_BATCH)
         parts = x.unflatten(0, (groups, -1))
         mean, variance = (
             parts.mean((1, 3), keepdim=True),

@@ -3,7 +3,8 @@
 LADD looks at the whole, after every block. NitroFusion looks at it with the half of the network that reads, for three
 tasks: `global`, the whole under its caption; `local`, a square patch under the caption, whether parts are drawn well;
 `local_null`, the same patch under the empty caption, lest each part try to be the whole. The paper gives neither the
-size of a patch nor how it is cut. Here it goes through the teacher as a small latent: these networks take any size.
+size of a patch nor how it is cut. Here it goes through the teacher as a small latent: these networks take any size, and
+one that is conditioned on sizes (SDXL) is given the patch's place in the whole.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,16 +72,17 @@ class TeacherFeatures:
             cond.unconditional() if task == UNTOLD else cond for task in self.tasks if task != WHOLE
         ]
         if count := len(conds):  # one pass for both
-            small = self._cut(x, generator).repeat(count, 1, 1, 1)
-            parts = [
-                m.chunk(count)
-                for m in self._teacher.features(small, t.repeat(count), Cond.cat(conds), self.taps)
-            ]
+            small, corner = self._cut(x, generator)
+            told = self._teacher.of_patch(Cond.cat(conds), x.shape[-2:], corner)
+            small = small.repeat(count, 1, 1, 1)
+            found = self._teacher.features(small, t.repeat(count), told, self.taps)
+            parts = [m.chunk(count) for m in found]
             maps = maps + [m[i] for i in range(count) for m in parts]
         return maps
 
-    def _cut(self, x: Tensor, generator: Generator | None) -> Tensor:
-        """A patch [B, C, h, w] at a place of the teacher's grid of tokens, one for the batch."""
+    def _cut(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, list[int]]:
+        """A patch [B, C, h, w] of whole tokens, at one place for the batch, and its row and column."""
+        corner = []
         cell = self._teacher.patch
         luck = torch.rand(
             2, generator=generator, device=generator.device if generator else None
@@ -88,5 +90,6 @@ class TeacherFeatures:
         for dim, u in zip((2, 3), luck, strict=True):
             cells = x.shape[dim] // cell
             size = max(1, round(self.patch * cells))
-            x = x.narrow(dim, cell * int(u * (cells - size + 1)), cell * size)
-        return x.contiguous()
+            corner.append(cell * int(u * (cells - size + 1)))
+            x = x.narrow(dim, corner[-1], cell * size)
+        return x.contiguous(), corner

@@ -1,11 +1,13 @@
 """`Distillation`: everything about a training step that is not the method.
 
-One iteration: student's sample and its features (with graph) -> discriminator phase on the detached features -> student
-phase on the same ones -> average -> refresh of the heads. A *step* is one student update; `max_steps`, schedules,
-averages and logs count steps. The optional head start trains the discriminator alone for some iterations before step 0.
+One iteration: all that is random is drawn -> student's sample and its features (with graph) -> discriminator phase on
+the detached features -> student phase on the same ones -> average -> refresh of the heads. A *step* is one student
+update; `max_steps`, schedules, averages and logs count steps. The optional head start trains the discriminator alone
+for some iterations before step 0.
 
 Every random number comes from a generator seeded by (seed, iteration, rank, micro-batch), so a resumed run draws what
-the uninterrupted one would have drawn.
+the uninterrupted one would have drawn. They are drawn first, into a frozen record of the method: with accumulation the
+student's sample is made again in either phase and for every update of the discriminator, and is the same each time.
 """
 
 import logging
@@ -13,7 +15,7 @@ import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -21,9 +23,21 @@ from torch import Tensor, nn
 
 from distill.ema import Ema
 from distill.engine import Engine
-from distill.types import EMBEDDED, Batch, Cond, Critic, Denoiser, Features, Heads, Teacher, Terms
+from distill.types import (
+    EMBEDDED,
+    Batch,
+    Cond,
+    Critic,
+    Denoiser,
+    Features,
+    Heads,
+    Streams,
+    Teacher,
+    Terms,
+)
 
-Fake = dict[str, Any]
+Players = Literal["discriminator", "student", "both"]
+Micro = tuple[Batch, Any]  # a micro-batch, and what its method has drawn for it
 log = logging.getLogger("distill.training")
 
 
@@ -70,15 +84,22 @@ class Distillation(L.LightningModule):
     # -- what a method says ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def fake(self, batch: Batch, generator: torch.Generator) -> Fake:
-        """The student's sample on this batch and all that both objectives need of it, with graph."""
+    def draw(self, batch: Batch, streams: Streams) -> Any:
+        """All that is random for this batch in this iteration: a frozen record, which the three below read."""
 
-    def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        """Weighted terms of the discriminator; must not reach the student. None of them: it does not learn now."""
+    @abstractmethod
+    def fake(self, batch: Batch, draws: Any, players: Players = "both") -> Any:
+        """The student's sample on this batch, and what these players need of it, with graph: a frozen record."""
+
+    def discriminator_loss(self, batch: Batch, draws: Any, fake: Any, turn: int = 0) -> Terms:
+        """Weighted terms of the discriminator in its `turn`-th update of the iteration; must not reach the student.
+
+        None of them: it does not learn now.
+        """
         return {}
 
     @abstractmethod
-    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
+    def student_loss(self, batch: Batch, draws: Any, fake: Any) -> Terms:
         """Weighted terms of the student, through the frozen networks."""
 
     # -- what methods use --------------------------------------------------------------------------------------------
@@ -99,6 +120,15 @@ class Distillation(L.LightningModule):
     def critic(self) -> Critic:
         """The heads of this iteration: the same ones on every rank and for both players."""
         return cast(Critic, self.heads.draw(self.common("heads")))
+
+    def streams(self, micro: int = 0) -> Streams:
+        """What this iteration's random numbers of a micro-batch are drawn from."""
+        updates = range(self.engine.discriminator_updates)
+        return Streams(
+            sample=self._generator(micro),
+            discriminator=tuple(self._generator(micro, stream=1 + turn) for turn in updates),
+            student=self._generator(micro, stream=0),
+        )
 
     def common(self, purpose: str) -> torch.Generator:
         """Randomness of this iteration, the same on every rank and whenever it is asked for by this name."""
@@ -121,8 +151,10 @@ class Distillation(L.LightningModule):
         return max(0, self.iteration - self.engine.head_start - self.skipped)
 
     def record(self, **values: Tensor | float) -> None:
-        """Log values of this step beside the losses."""
-        self._log.update({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
+        """Log values of a micro-batch beside the losses: their means over those of an update."""
+        for name, value in values.items():
+            part = value.detach() if isinstance(value, Tensor) else value
+            self._log[name] = self._log.get(name, 0.0) + part / self.engine.accumulate
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -172,25 +204,26 @@ class Distillation(L.LightningModule):
         self._log: dict[str, Tensor | float] = {}
         student, *critics = self._players()
         leading = self.iteration < self.engine.head_start
+        micros = [(batch, self.draw(batch, self.streams(i))) for i, batch in enumerate(batches)]
         fakes = []  # of several batches they are made again, alike, in either phase: one at a time is what fits
         if self.engine.accumulate == 1:
             with torch.set_grad_enabled(not leading):
-                fakes = [self.fake(batches[0], self._generator(0))]
+                fakes = [self.fake(*micros[0], "discriminator" if leading else "both")]
         turns = range(self.engine.discriminator_updates if critics else 0)
-        moved = [self._update_discriminator(batches, fakes, critics[0], turn) for turn in turns]
-        self.updated = not leading and self._update_student(batches, fakes, student)
+        moved = [self._update_discriminator(micros, fakes, critics[0], turn) for turn in turns]
+        self.updated = not leading and self._update_student(micros, fakes, student)
         self.iteration += 1
         self.skipped += not leading and not self.updated
         self._bad_in_a_row = (
             0 if all(moved) and (self.updated or leading) else self._bad_in_a_row + 1
         )
         self.images_seen += sum(len(b) for b in batches) * self.trainer.world_size
-        self.record(
-            step=self.step,
-            iteration=self.iteration,
-            images_seen=self.images_seen,
-            skipped=self.skipped,
-        )
+        self._log |= {
+            "step": self.step,
+            "iteration": self.iteration,
+            "images_seen": self.images_seen,
+            "skipped": self.skipped,
+        }
         self.numbers = self._numbers()
         every = max(1, cast(Any, self.trainer).log_every_n_steps)
         if (
@@ -208,25 +241,23 @@ class Distillation(L.LightningModule):
             raise FloatingPointError(f"{what}; {advice}")
 
     def _update_discriminator(
-        self, batches: list[Batch], fakes: list[Fake], optimizer: Any, turn: int
+        self, micros: list[Micro], fakes: list[Any], optimizer: Any, turn: int
     ) -> bool:
         self._log = {}  # of several updates, the last one's numbers
         self.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
-        for i, batch in enumerate(batches):
+        for batch, draws in micros:
             with torch.no_grad():
-                fake = fakes[0] if fakes else self.fake(batch, self._generator(i))
-            self._backward(
-                "d", self.discriminator_loss(batch, fake, self._generator(i, stream=1 + turn))
-            )
+                fake = fakes[0] if fakes else self.fake(batch, draws, "discriminator")
+            self._backward("d", self.discriminator_loss(batch, draws, fake, turn))
         return self._clip_and_step("d", self.heads, optimizer, self.engine.clip_discriminator)
 
-    def _update_student(self, batches: list[Batch], fakes: list[Fake], optimizer: Any) -> bool:
+    def _update_student(self, micros: list[Micro], fakes: list[Any], optimizer: Any) -> bool:
         self.heads.requires_grad_(False)  # their weight gradients would be computed and thrown away
         optimizer.zero_grad(set_to_none=True)
-        for i, batch in enumerate(batches):
-            fake = fakes[0] if fakes else self.fake(batch, self._generator(i))
-            self._backward("g", self.student_loss(batch, fake, self._generator(i, stream=0)))
+        for batch, draws in micros:
+            fake = fakes[0] if fakes else self.fake(batch, draws, "student")
+            self._backward("g", self.student_loss(batch, draws, fake))
         updated = self._clip_and_step("g", self.student, optimizer, self.engine.clip_student)
         self.heads.requires_grad_(True)
         if updated:
@@ -239,7 +270,8 @@ class Distillation(L.LightningModule):
         if not terms:
             return
         total = torch.stack(list(terms.values())).sum() / self.engine.accumulate
-        self.manual_backward(total)
+        with torch.autocast(self.device.type, enabled=False):  # what ran in float32 goes back in it
+            self.manual_backward(total)
         for name, value in terms.items():
             key = f"{player}/{name}"
             self._log[key] = self._log.get(key, 0.0) + value.detach() / self.engine.accumulate
@@ -254,12 +286,8 @@ class Distillation(L.LightningModule):
         rate = self.engine.rate(
             self.step, self.trainer.max_steps, self.iteration if player == "d" else self.step
         )
-        self.record(
-            **{
-                f"{player}/grad_norm": norm,
-                f"{player}/lr": optimizer.param_groups[0]["initial_lr"] * rate,
-            }
-        )
+        self._log[f"{player}/grad_norm"] = norm
+        self._log[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * rate
         if not math.isfinite(norm):
             terms = {k: float(v) for k, v in self._log.items() if k.startswith(f"{player}/")}
             if self.global_rank == 0:  # alike in all processes
@@ -313,10 +341,8 @@ class Distillation(L.LightningModule):
     @torch.no_grad()
     def _embedded(self, batch: Mapping[str, Any]) -> Batch:
         """A loader's batch as the methods see it; with `real` the teacher makes the samples, whatever the data hold."""
-        noise, cached = (
-            batch.get("noise"),
-            {name: batch[name].float() for name in EMBEDDED if name in batch},
-        )
+        noise, pixels = batch.get("noise"), None
+        cached = {name: batch[name].float() for name in EMBEDDED if name in batch}
         embed = self.teacher.embed
         cond = Cond(**cached, null=embed([""]).null) if cached else embed(batch["caption"])
         if self.real is not None:
@@ -327,12 +353,14 @@ class Distillation(L.LightningModule):
         elif "x0" in batch:
             x0 = batch["x0"]
         elif "pixels" in batch:
-            x0 = self.teacher.encode(batch["pixels"])
+            pixels = batch["pixels"]
+            x0 = self.teacher.encode(pixels)
         else:
             raise ValueError(
                 "these data are captions alone: set method.real, which has the teacher make the samples"
             )
-        return Batch(x0=x0, captions=tuple(batch["caption"]), cond=cond, noise=noise)
+        captions = tuple(batch["caption"])
+        return Batch(x0=x0, captions=captions, cond=cond, noise=noise, pixels=pixels)
 
     # -- what is kept ------------------------------------------------------------------------------------------------
 

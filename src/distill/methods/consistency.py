@@ -15,6 +15,7 @@ d, with h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the st
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,26 @@ from torch import Tensor
 
 from distill.distillation import guided_x0
 from distill.losses import pseudo_huber, weighted_mse
-from distill.methods.base import Distillation, Fake
+from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Terms
+from distill.types import Batch, Streams, Terms
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draws:
+    """Where the student stands, t [B], and a step further on, s [B]; the noise [B, C, H, W] of x_t."""
+
+    t: Tensor
+    s: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fake:
+    """The student's estimate at t, and what it is to be, both [B, C, H, W]."""
+
+    x0_hat: Tensor
+    target: Tensor
 
 
 class Consistency(Distillation):
@@ -45,20 +63,21 @@ class Consistency(Distillation):
             raise ValueError(f"method.steps={steps}: must be at least 1")
         self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber
 
-    def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
-        place = torch.randint(
-            1, self.steps + 1, (len(batch),), generator=generator, device=batch.x0.device
-        )
+    def draw(self, batch: Batch, streams: Streams) -> Draws:
+        n, g = len(batch), streams.sample
+        place = torch.randint(1, self.steps + 1, (n,), generator=g, device=batch.x0.device)
         t, s = place / self.steps, (place - 1) / self.steps
-        x_t = self.student.process.diffuse(batch.x0, noise_like(batch.x0, generator), t)
-        target = self._target(x_t, t, s, batch)
-        return {"x0_hat": self.student.x0(x_t, t, batch.cond), "target": target}
+        return Draws(t=t, s=s, noise=noise_like(batch.x0, g))
 
-    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        x, y = fake["x0_hat"], fake["target"]
+    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
+        x_t = self.student.process.diffuse(batch.x0, draws.noise, draws.t)
+        target = self._target(x_t, draws.t, draws.s, batch)
+        return Fake(x0_hat=self.student.x0(x_t, draws.t, batch.cond), target=target)
+
+    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
         if self.huber is None:
-            return {"consistency": weighted_mse(x, y)}
-        return {"consistency": pseudo_huber(x, y, self.huber)}
+            return {"consistency": weighted_mse(fake.x0_hat, fake.target)}
+        return {"consistency": pseudo_huber(fake.x0_hat, fake.target, self.huber)}
 
     @torch.no_grad()
     def _target(self, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:

@@ -21,19 +21,44 @@ it are its own, without gradient, and each begins where a sampler's does; the fi
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.distillation import ScoreDistillation
-from distill.losses import Game, adversarial, verdicts, weighted_mse
-from distill.methods.base import Distillation, Fake
+from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
+from distill.methods.base import Distillation, Players
 from distill.process import level_like, noise_like
-from distill.types import Batch, Terms, Times
+from distill.times import Refinement
+from distill.types import Batch, Streams, Terms, Times
 
 LEAD = 100
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draws:
+    """x_T; levels of the student's steps, the last of them the one that learns, and the noise between; t* [B] and the
+    noise there of fake and real; what the opening's distillation draws. All noise is [B, C, H, W]."""
+
+    x_T: Tensor
+    steps: list[float]
+    between: list[Tensor]
+    t: Tensor
+    noise: Tensor
+    real_noise: Tensor
+    distill: ScoreDraws | None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fake:
+    """The student's sample [B, C, H, W]; its maps and the real one's, where the heads are at work and ask for them."""
+
+    x0_hat: Tensor
+    maps: list[Tensor] | None = None
+    real: list[Tensor] | None = None
 
 
 class NitroFusion(Distillation):
@@ -45,7 +70,7 @@ class NitroFusion(Distillation):
         refine: the student step from which on n steps are trained, for n = 1, 2, ...; none of it: one step alone.
         keep: odds of one step once there are others; otherwise n, and which of its steps, are drawn evenly.
         shared: whether real and fake are noised to t* by one noise.
-        loss: hinge, non_saturating or relativistic.
+        loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
         opening: student steps before the adversarial ones.
         pairs_weight, distill, distill_weight: what makes them, regression and score distillation; 0 leaves one out.
     """
@@ -62,6 +87,7 @@ class NitroFusion(Distillation):
         keep: float = 0.5,
         shared: bool = True,
         loss: Game = "hinge",
+        over_heads: OverHeads = "mean",
         opening: int = 0,
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
@@ -69,101 +95,73 @@ class NitroFusion(Distillation):
         **engine: Any,
     ):
         super().__init__(**engine)
-        if [len(steps) for steps in levels] != list(range(1, len(levels) + 1)) or any(
-            s[0] != 1 for s in levels
-        ):
-            raise ValueError(
-                f"method.levels={levels}: must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down"
-            )
-        if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
-            raise ValueError(
-                f"method.refine={list(refine)}: must rise from 0, at most one for each of method.levels"
-            )
-        self.renoise, self.levels, self.refine, self.keep = renoise, levels, refine, keep
-        self.mixed, self.shared, self.adversarial, self.opening = (
-            mixed,
-            shared,
-            adversarial(loss),
-            opening,
-        )
+        self.renoise, self.mixed, self.shared = renoise, mixed, shared
+        self.refinement = Refinement(levels, refine, keep)
+        self.adversarial, self.opening = adversarial(loss, over_heads), opening
         self.pairs_weight, self.distill_weight = pairs_weight, distill_weight
         self.distill = distill or ScoreDistillation()
 
-    def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
-        x_t = noise_like(batch.x0, generator) if batch.noise is None else batch.noise
-        done, now = self._place()
-        with torch.no_grad():
-            for at, later in pairwise([*done, now]):
-                x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
-                x_t = self.student.process.diffuse(
-                    x0, noise_like(x0, generator), level_like(x0, later)
-                )
-        x0_hat = self.student.x0(x_t, level_like(x_t, now), batch.cond)
-        if self.step < self.opening - LEAD:
-            return {"x0_hat": x0_hat}
-        noise = noise_like(x0_hat, generator)
-        return {
-            "x0_hat": x0_hat,
-            "noise": noise,
-            "maps": self.see(x0_hat, self._level(x0_hat), noise, batch)[0],
-        }
+    def draw(self, batch: Batch, streams: Streams) -> Draws:
+        g, n = streams.sample, len(batch)
+        x_T = noise_like(batch.x0, g) if batch.noise is None else batch.noise
+        done, now = self.refinement.draw(self.step, self.common("steps"))
+        between = [noise_like(batch.x0, g) for _ in done]
+        noise = noise_like(batch.x0, g)
+        t = self.renoise.sample(n if self.mixed else 1, self.step, self.common("t*")).expand(n)
+        asked = self.distill_weight and self.step < self.opening
+        return Draws(
+            x_T=x_T,
+            steps=[*done, now],
+            between=between,
+            t=t,
+            noise=noise,
+            real_noise=noise if self.shared else noise_like(batch.x0, streams.discriminator[0]),
+            distill=self.distill.draw(batch.x0, streams.student) if asked else None,
+        )
 
-    def discriminator_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        if "maps" not in fake:
+    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
+        x_t = draws.x_T
+        with torch.no_grad():
+            for (at, later), noise in zip(pairwise(draws.steps), draws.between, strict=True):
+                x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
+                x_t = self.student.process.diffuse(x0, noise, level_like(x0, later))
+        x0_hat = self.student.x0(x_t, level_like(x_t, draws.steps[-1]), batch.cond)
+        if self.step < self.opening - LEAD:
+            return Fake(x0_hat=x0_hat)
+        maps, _ = self.see(x0_hat, draws.t, draws.noise, batch)
+        if players == "student" and not self.adversarial.paired:
+            return Fake(x0_hat=x0_hat, maps=maps)
+        with torch.no_grad():
+            real, _ = self.see(batch.x0, draws.t, draws.real_noise, batch)
+        return Fake(x0_hat=x0_hat, maps=maps, real=real)
+
+    def discriminator_loss(self, batch: Batch, draws: Draws, fake: Fake, turn: int = 0) -> Terms:
+        if fake.maps is None or fake.real is None:
             return {}
-        critic, t = self.critic(), self._level(batch.x0)
-        of_real = critic(self._real(batch, fake, generator), t, batch.cond)
-        of_fake = critic([m.detach() for m in fake["maps"]], t, batch.cond)
+        critic, t = self.critic(), draws.t
+        of_real = critic(fake.real, t, batch.cond)
+        of_fake = critic([m.detach() for m in fake.maps], t, batch.cond)
         self.record(**verdicts(of_real, of_fake, critic.split))
         return {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
 
-    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        if self.step < self.opening:
-            return self._opening(batch, fake["x0_hat"], generator)
-        critic, t = self.critic(), self._level(batch.x0)
-        of_real = (
-            critic(self._real(batch, fake, generator), t, batch.cond)
-            if self.adversarial.paired
-            else None
-        )
-        return {
-            "adv": self.adversarial.student(
-                critic(fake["maps"], t, batch.cond), of_real, critic.split
-            )
-        }
+    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
+        if self.step < self.opening or fake.maps is None:
+            return self._opening(batch, draws, fake.x0_hat)
+        critic, t = self.critic(), draws.t
+        of_real = None
+        if self.adversarial.paired and fake.real is not None:
+            of_real = critic(fake.real, t, batch.cond)
+        of_fake = critic(fake.maps, t, batch.cond)
+        return {"adv": self.adversarial.student(of_fake, of_real, critic.split)}
 
-    def _opening(self, batch: Batch, x0_hat: Tensor, generator: torch.Generator) -> Terms:
+    def _opening(self, batch: Batch, draws: Draws, x0_hat: Tensor) -> Terms:
         terms = {}
         if self.pairs_weight:
             if batch.noise is None:
-                raise ValueError(
-                    "method.pairs_weight needs the noise of each sample: data.seeded=true, or make it 0"
-                )
+                what = "needs the noise of each sample: data.seeded=true, or make it 0"
+                raise ValueError(f"method.pairs_weight {what}")
             terms["regression"] = self.pairs_weight * weighted_mse(x0_hat, batch.x0)
-        if self.distill_weight:
-            target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, generator)
+        if draws.distill:
+            target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, draws.distill)
             terms["distill"] = self.distill_weight * weighted_mse(x0_hat, target, weight)
         return terms
-
-    def _level(self, x: Tensor) -> Tensor:
-        """t* of this iteration, for each of x [B, ...] -> [B]."""
-        return self.renoise.sample(
-            len(x) if self.mixed else 1, self.step, self.common("t*")
-        ).expand(len(x))
-
-    @torch.no_grad()
-    def _real(self, batch: Batch, fake: Fake, generator: torch.Generator) -> list[Tensor]:
-        """Maps of the teacher's samples, made when first asked for and kept."""
-        if "real" not in fake:
-            noise = fake["noise"] if self.shared else noise_like(batch.x0, generator)
-            fake["real"], _ = self.see(batch.x0, self._level(batch.x0), noise, batch)
-        return cast(list[Tensor], fake["real"])
-
-    def _place(self) -> tuple[list[float], float]:
-        """Levels of the steps that the student has behind it in this iteration, and of the one that it learns from."""
-        most = sum(self.step >= start for start in self.refine)
-        luck = torch.rand(3, generator=(g := self.common("steps")), device=g.device).tolist()
-        n = 1 if luck[0] < self.keep else 1 + int(luck[1] * most)
-        steps = list(self.levels[n - 1])
-        i = int(luck[2] * n)
-        return steps[:i], steps[i]

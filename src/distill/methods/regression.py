@@ -12,14 +12,31 @@ samples. The paper has one step; the levels below 1 are ours.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill.losses import weighted_mse
-from distill.methods.base import Distillation, Fake
+from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Terms, Times
+from distill.types import Batch, Streams, Terms, Times
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draws:
+    """The student's level t [B], and the noise [B, C, H, W] of its input."""
+
+    t: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fake:
+    """The student's sample [B, C, H, W]."""
+
+    x0_hat: Tensor
 
 
 class Regression(Distillation):
@@ -34,16 +51,18 @@ class Regression(Distillation):
         super().__init__(**engine)
         self.levels = levels
 
-    def fake(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
+    def draw(self, batch: Batch, streams: Streams) -> Draws:
         if batch.noise is None:
             raise ValueError(
                 "regression needs the noise of each sample: data.seeded=true, or method.real"
             )
-        t = self.levels.sample(len(batch), self.step, generator)
-        noise = torch.where(
-            (t == 1).view(-1, 1, 1, 1), batch.noise, noise_like(batch.x0, generator)
-        )
-        return {"x0_hat": self.student.x0(self.begin(batch.x0, noise, t), t, batch.cond)}
+        t = self.levels.sample(len(batch), self.step, streams.sample)
+        fresh = noise_like(batch.x0, streams.sample)
+        return Draws(t=t, noise=torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, fresh))
 
-    def student_loss(self, batch: Batch, fake: Fake, generator: torch.Generator) -> Terms:
-        return {"regression": weighted_mse(fake["x0_hat"], batch.x0)}
+    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
+        x_t = self.begin(batch.x0, draws.noise, draws.t)
+        return Fake(x0_hat=self.student.x0(x_t, draws.t, batch.cond))
+
+    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
+        return {"regression": weighted_mse(fake.x0_hat, batch.x0)}

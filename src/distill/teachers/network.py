@@ -21,7 +21,24 @@ from distill.types import Cond
 
 
 class _LastTapReached(Exception):
-    """Thrown through the network's forward, which needs nothing past the last tap."""
+    """Thrown through the network's forward, which needs nothing past the last tap; it holds the maps."""
+
+
+def ends_at_last_tap(model: nn.Module) -> None:
+    """Have the model's forward return the maps, where it stops after the last tap, instead of throwing.
+
+    So hooks that something else has put around it run then too. FSDP2's let go of weights, and gather them again when a
+    gradient comes to what was returned: an exception would pass them by.
+    """
+    forward = model.forward
+
+    def ending(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except _LastTapReached as reached:
+            return list(reached.args)
+
+    model.forward = ending
 
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -105,10 +122,14 @@ class Network(nn.Module):
             seen[name] = (
                 found if torch.is_autocast_enabled(x_t.device.type) else found.to(x_t.dtype)
             )
+            stop()
+
+        def stop(*_: object) -> None:
             if len(seen) == len(set(taps)):
-                raise _LastTapReached
+                raise _LastTapReached(*seen.values())
 
         handles = [known[name][0].register_forward_hook(partial(keep, name)) for name in set(taps)]
+        handles.append(self.model.register_forward_hook(stop))  # behind those of `ends_at_last_tap`
         try:
             self._run(x_t, t, cond)
         except _LastTapReached:
@@ -117,6 +138,10 @@ class Network(nn.Module):
             for handle in handles:
                 handle.remove()
         return [seen[name] for name in taps]
+
+    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
+        """`cond` for a patch at `corner` (row, column) of latents `whole` (H, W): most networks ask no place."""
+        return cond
 
     def recompute(self) -> None:
         """From now on keep no activations inside the model's blocks; a backward pass computes them again.

@@ -282,6 +282,9 @@ class PipelineTeacher(nn.Module):
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         return self.network.features(x_t, t, cond, taps)
 
+    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
+        return self.network.of_patch(cond, whole, corner)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), a few at a time."""
         parts = pixels.to(self.vae.dtype).split(at_once(*pixels.shape[-2:]))

@@ -7,7 +7,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.sd import step_of, trained_on
+from distill.teachers.sd import end_in_noise, step_of, trained_on
 from distill.teachers.transformer import Transformer
 from distill.types import Cond
 
@@ -32,10 +32,16 @@ class PixArt(Transformer):
 class PixArtSigma(PipelineTeacher):
     """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise level alone.
 
-    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed.
+    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed. `zero_terminal_snr` is as
+    SD's, for a fine-tune that predicts v.
     """
 
     kind = PixArtSigmaPipeline
+
+    def __init__(self, path: str, *, zero_terminal_snr: bool = False, **options: Any):
+        super().__init__(path, **options)
+        if zero_terminal_snr:
+            end_in_noise(self)
 
     def call(self) -> dict[str, Any]:
         # Clean captions are what the pipeline tries to have by itself; binning would draw another size, and resize.

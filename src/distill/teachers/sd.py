@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from distill.limits import check_zero_snr
 from distill.process import Prediction, Process, RectifiedFlow, VariancePreserving
 from distill.teachers.attention import Attention
 from distill.teachers.network import Network
@@ -98,20 +99,40 @@ class UNet(Network):
         return (output[0] if isinstance(output, tuple) else output).contiguous()
 
 
+def end_in_noise(teacher: PipelineTeacher) -> None:
+    """Give a teacher on Stable Diffusion's process the schedule that ends in noise alone (arXiv 2305.08891, Alg. 1).
+
+    What is exported of it has that schedule too. Raises ValueError for one that predicts eps.
+    """
+    check_zero_snr(teacher.prediction)
+    scheduler = teacher.pipeline.scheduler
+    teacher.network.process = VariancePreserving(scheduler.alphas_cumprod, zero_terminal_snr=True)
+    scheduler.register_to_config(rescale_betas_zero_snr=True)
+
+
 class SD(PipelineTeacher):
     """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another than it, theirs.
 
     With `clip_skip` captions are what stands so many layers before that which is read by default, as diffusers counts.
+    `zero_terminal_snr` stretches its schedule so that it ends in noise alone: see `end_in_noise`.
     """
 
     kind, unused = StableDiffusionPipeline, ("safety_checker", "feature_extractor", "image_encoder")
 
     def __init__(
-        self, path: str, *, size: int | None = None, clip_skip: int | None = None, **options: Any
+        self,
+        path: str,
+        *,
+        size: int | None = None,
+        clip_skip: int | None = None,
+        zero_terminal_snr: bool = False,
+        **options: Any,
     ):
         self.clip_skip = clip_skip
         super().__init__(path, **options)
         _check_skip(clip_skip, self._layers())
+        if zero_terminal_snr:
+            end_in_noise(self)
         self.latent_shape = self.shape_of(size, "teacher.size")
 
     def told(self) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
@@ -12,7 +15,11 @@ from distill.types import Cond
 
 
 class UNetXL(UNet):
-    """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline does by default."""
+    """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline does by default.
+
+    Of a patch it is told the size of the whole and where the patch lies, as of a crop in its training: `of_patch` puts
+    them into the cond's `extra`, pixels [B, 4]: height and width of the whole, row and column of the corner.
+    """
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction, cell: int):
         super().__init__(model, process, prediction)
@@ -23,12 +30,16 @@ class UNetXL(UNet):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = (side * self.cell for side in x_t.shape[-2:])
-        sizes = torch.tensor(
-            [height, width, 0, 0, height, width], device=x_t.device, dtype=x_t.dtype
-        )
-        added = {"text_embeds": cond.pooled, "time_ids": sizes.expand(len(x_t), -1)}
+        size = x_t.new_tensor([height, width]).expand(len(x_t), -1)
+        placed = torch.cat([size, torch.zeros_like(size)], 1) if cond.extra is None else cond.extra
+        added = {"text_embeds": cond.pooled, "time_ids": torch.cat([placed, size], 1)}
         told = {"encoder_hidden_states": cond.tokens, "added_cond_kwargs": added}
         return self.model(x_t, step_of(self.process, t), **told).sample
+
+    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
+        placed = torch.tensor([*whole, *corner], device=cond.tokens.device) * self.cell
+        extra = placed.to(cond.tokens.dtype).expand(len(cond), -1)
+        return replace(cond, extra=extra)
 
 
 class SDXL(SD):
