@@ -75,6 +75,10 @@ def check_zero_snr(prediction: str | None) -> None:
         raise ValueError(
             f"teacher.zero_terminal_snr=true: {what}; make it false, or take a teacher that predicts v"
         )
+    if str(prediction).startswith("flow"):
+        raise ValueError(
+            "teacher.zero_terminal_snr=true: this network predicts a flow, which ends in noise; make it false"
+        )
 
 
 def check_local_batch(size: int, key: str) -> None:
