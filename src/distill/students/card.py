@@ -151,15 +151,20 @@ def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, st
         return {"timesteps": f"{indices}[:steps]"} if levels else {}
     if levels:
         return {"sigmas": f"{[float(level) for level in levels]}[:steps]"}
-    if kind == "FluxPipeline":  # it makes the same grid by itself
+    if _has_our_grid(scheduler, kind):
         return {}
     return {"sigmas": "[1 - i / steps for i in range(steps)]"}
+
+
+def _has_our_grid(scheduler: str, kind: str) -> bool:
+    """Whether the pipeline, or the scheduler by itself, steps at 1, 1 - 1/n, ..., 1/n."""
+    return kind == "FluxPipeline" or scheduler == "FlowScheduler"
 
 
 def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) -> list[str]:
     """What a reader must know of the call, a sentence each."""
     says = []
-    if "Flow" in scheduler and kind != "FluxPipeline":
+    if "Flow" in scheduler and not _has_our_grid(scheduler, kind):
         says.append("Without `sigmas` the default grid of diffusers wastes its last step.")
     if drawn:
         says.append(
