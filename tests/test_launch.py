@@ -308,7 +308,7 @@ def test_the_first_trial_has_what_the_run_has_anyway():
         "method.distill_weight": ("log(100,200)", None),
     }
     found = search._as_it_is(
-        ["experiment=ladd_shapes_long"], [f"{key}={text}" for key, (text, _) in keys.items()]
+        ["experiment=ladd_long_shapes"], [f"{key}={text}" for key, (text, _) in keys.items()]
     )
     assert found == {key: value for key, (_, value) in keys.items() if value is not None}
 

@@ -34,7 +34,7 @@ QUIET = ("callbacks.samples.every=1000000", "metrics.teacher_steps=[1]")
 RATE, CRITIC = "optimizer.student.lr=log(1e-4,1e-3)", "optimizer.discriminator.lr=log(3e-4,5e-3)"
 OPENING = 0.58  # of NitroFusion's steps, as in its recipe
 LADD = (
-    "experiment=ladd_shapes_long",
+    "experiment=ladd_long_shapes",
     "method.distill_weight=0",
 )  # the paper's: its data are the teacher's
 
@@ -65,7 +65,7 @@ CONTESTANTS = {
     "add": Contestant(("method=add",), (RATE, CRITIC, "method.distill_weight=log(1,16)"), 50),
     "ladd": Contestant(LADD, (RATE, CRITIC, "method.renoise.m=uniform(-0.5,1.5)"), 50),
     "ladd_distill": Contestant(
-        ("experiment=ladd_shapes_long",), (RATE, CRITIC, "method.distill_weight=log(1,32)"), 50
+        ("experiment=ladd_long_shapes",), (RATE, CRITIC, "method.distill_weight=log(1,32)"), 50
     ),
     "ladd_pool": Contestant(
         (*LADD, "discriminator=pool"),
