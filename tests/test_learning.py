@@ -34,6 +34,8 @@ def trained(folder, make, *, sign: float = 1.0):
         pool = {"size": 1, "refresh": 0.0, "layers": 1, "norm_input": False, "single": ["none"]}
         options |= {"pool": pool, "options": {"refine": [0], "mixed": True, "shared": False}}
         options |= {"critic_eps": 1e-8, "discriminator_updates": 2}
+    if make is tiny.add:  # the weight of its distillation is tuned for a mean over heads
+        options |= {"options": {"over_heads": "mean"}}
     method = make(toy, rate=2e-3, critic_rate=5e-3, **options)
     if not method.alone:
         method.adversarial = replace(
