@@ -375,6 +375,7 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
     (tmp_path / "x.safetensors").write_bytes(b"")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.txt").write_text("a star", encoding="utf-8")
     for key, value, more in (
         ("teacher.path", "someone/model", []),
         ("teacher.path", "someone/model/file.safetensors", []),

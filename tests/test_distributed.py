@@ -94,9 +94,9 @@ def alone(tmp_path_factory, parts):
     return end
 
 
+# LADD's in every run of the tests, the others' among the slow ones: each starts processes.
 each_method = pytest.mark.parametrize(
-    "method",
-    [m if m in tiny.GAMES else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS],
+    "method", [m if m == "ladd" else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS]
 )
 
 
@@ -214,7 +214,9 @@ def ends(tmp_path_factory, parts):
     return of
 
 
-@pytest.mark.parametrize("how", ["one_fsdp2", "ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "how", ["fsdp2", *(pytest.param(how, marks=pytest.mark.slow) for how in ("one_fsdp2", "ddp"))]
+)
 @pytest.mark.parametrize("job", FEW)
 def test_processes_agree_where_a_run_had_failed(job, how, ends):
     """LADD's distillation reads the whole teacher after a pass that stopped within it; NitroFusion's real noise."""
@@ -275,9 +277,7 @@ def test_two_go_on_from_one(then, alone, parts, tmp_path):
     assert_same_end(ends[0], alone("add"))
 
 
-@pytest.mark.parametrize(
-    "method", [m if m == "ladd" else pytest.param(m, marks=pytest.mark.slow) for m in tiny.METHODS]
-)
+@each_method
 def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_path):
     ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], method=method, **parts)
     assert [end["skipped"] for end in ends] == [1, 1]

@@ -53,7 +53,11 @@ WRONG = [
         "experiment=nitrofusion_shift_shapes method.opening=0",
         "student.shift=250: the studen",
     ),
-    ("run", "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15", "predicts eps"),
+    (
+        "run",
+        "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15 data.path={here}/x.tar",
+        "predicts eps",
+    ),
     # words and names of keys
     ("run", "optimizer.schedule=cosin", "optimizer.schedule=cosin: must be constant or cosine"),
     (
