@@ -513,6 +513,17 @@ def test_a_pipeline_of_another_kind_is_no_single_file(run_of, command, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
+def test_a_unet_that_predicts_a_flow_is_no_single_file(run_of, command, tmp_path):
+    folder = shutil.copytree(run_of("unet", "full") / "student", tmp_path / "student")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["distill.teachers.schedulers", "FlowScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    code, _, err = command("export", f"run={folder}", "to=single_file", f"out={tmp_path / 'x'}")
+    assert code == 1
+    assert err.startswith("distill: to=single_file: has no word for a UNet that predicts a flow")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_single_file_of_a_transformer_has_diffusers_names(run_of, command, tmp_path):
     """Which ComfyUI's own maps know of SD3, FLUX and PixArt."""
     folder, file = run_of("mmdit", "full"), tmp_path / "one.safetensors"

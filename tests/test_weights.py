@@ -333,6 +333,20 @@ def test_a_folder_of_one_variant_alone_is_read(family, pipelines, tmp_path):
         FAMILIES[family](str(folder))
 
 
+def test_plain_weights_are_read_where_the_variant_of_a_family_is_not(pipelines):
+    """`teacher=sana` asks for bf16, as the hub has it; a fine-tune's folder may have plain weights alone."""
+    found = SD(str(pipelines("unet")), variant="bf16")
+    assert tiny.same(found.state_dict(), SD(str(pipelines("unet"))).state_dict())
+
+
+def test_another_variant_than_the_one_that_was_asked_for_is_not_read(pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("unet"), tmp_path / "half")
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"text_encoder/ does not load .*bf16"):
+        SD(str(folder), variant="bf16")
+
+
 @pytest.mark.parametrize("init", ["teacher", "folder"])
 def test_a_student_says_the_size_that_it_was_trained_at(init, teachers, pipelines, tmp_path):
     """Its folder, to plain diffusers and to us; whatever the network that it begins from said of itself."""

@@ -87,6 +87,10 @@ def _check_kind(cfg: DictConfig) -> None:
     if cfg.to == "single_file" and kind not in SINGLE_FILES:
         what = f"is for {', '.join(SINGLE_FILES)}, and run={cfg.run} holds a {kind}"
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
+    scheduler = (index_of(str(folder), "run").get("scheduler") or ["", ""])[1]
+    if cfg.to == "single_file" and kind in UNETS and scheduler == FLOW_OF_UNETS:
+        what = "has no word for a UNet that predicts a flow, which others would read as eps"
+        raise ValueError(f"to=single_file: {what}; use to=diffusers")
     if cfg.naming == "kohya" and kind not in UNETS:
         what = "is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers"
         raise ValueError(f"naming=kohya: {what}")
@@ -234,6 +238,7 @@ MEANT_FOR = {
     "base": ("lora", "delta"),
 }
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+FLOW_OF_UNETS = "FlowScheduler"  # ours, of students of UNets that predict a flow
 FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline")
 # Sana is none of them: ComfyUI has no network of its kind.
 SINGLE_FILES = (*UNETS, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline")

@@ -56,11 +56,11 @@ def draw(cfg: DictConfig) -> list[Path]:
     many = cfg.batch_size or drawn_at_once(*sides, most=8, room=room_beside(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
     others += [cfg.negative] if cfg.negative else []
-    folder.mkdir(parents=True, exist_ok=True)
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
         for start in range(0, len(jobs), many):
             batch = jobs[start : start + many]
             pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
+            folder.mkdir(parents=True, exist_ok=True)  # now that there is something to write
             for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
                 stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
                 number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike

@@ -221,7 +221,7 @@ def whole(
         raise FileNotFoundError(
             f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
         )
-    options["variant"] = options["variant"] or only_variant(folder, key=f"{key}={path}")
+    options["variant"] = variant_of(folder, options["variant"], key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
         what = f"only pickled weights ({pickled[0]}), which can run code when read"
@@ -240,6 +240,19 @@ def whole(
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
     refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
     return model
+
+
+def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
+    """The variant to read of this folder of a network, None for its plain weights.
+
+    A family's configuration asks for what its model has on the hub: where a folder has plain weights
+    alone these are read. Raises ValueError, beginning with `key`, where nobody chose among several.
+    """
+    if asked is None:
+        return only_variant(folder, key)
+    files = [file.name for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin"))]
+    found = {match[1] if (match := VARIANT.search(name)) else None for name in files}
+    return asked if asked in found or None not in found else None
 
 
 def only_variant(folder: Path, key: str) -> str | None:
