@@ -32,8 +32,8 @@ class Losses(L.Callback):
         self.seen: dict[str, list[float]] = {}
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        if pl_module.updated:
-            for name, value in pl_module.numbers.items():
+        if pl_module.loop.updated:
+            for name, value in pl_module.loop.numbers.items():
                 if "/" in name and not name.endswith("/lr"):
                     self.seen.setdefault(name, []).append(value)
 
@@ -105,7 +105,7 @@ def train(asked: dict, file: Path) -> None:
         loss = method.student_loss
 
         def poisoned(*arguments):
-            bad = asked["poison"] == [rank, method.iteration]
+            bad = asked["poison"] == [rank, method.loop.iteration]
             return {k: v * (float("nan") if bad else 1.0) for k, v in loss(*arguments).items()}
 
         method.student_loss = poisoned
@@ -139,10 +139,10 @@ def train(asked: dict, file: Path) -> None:
         "losses": {name: values[-2:] for name, values in losses.seen.items()},
         "counts": {
             "step": method.step,
-            "iteration": method.iteration - method.skipped,
+            "iteration": method.loop.iteration - method.loop.skipped,
             "global": trainer.global_step,
         },
-        "skipped": method.skipped,
+        "skipped": method.loop.skipped,
     }
     torch.save(end, file)
 

@@ -230,6 +230,6 @@ def test_r1_reaches_the_heads_alone_and_is_the_finite_difference(pooled, image):
             for sign in (1, -1):
                 moved = [x.detach().clone() for x in maps]
                 moved[k].view(-1)[place] += sign * step
-                both.append(heads(moved, t, cond).sum().detach())
+                both.append(heads(moved, t, cond).values.sum().detach())
             expected += ((both[0] - both[1]) / (2 * step)) ** 2 / 4
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-3)

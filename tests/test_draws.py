@@ -39,9 +39,9 @@ class Once:
     """Makes every student sample once, for both players and all updates, as a run without accumulation does."""
 
     def __init__(self, method):
-        self.make, self.made = method.fake, {}
+        self.make, self.made = method.student_sample, {}
 
-    def __call__(self, batch, draws, players="both"):
+    def __call__(self, batch, draws, phase="both"):
         if id(draws) not in self.made:
             with torch.enable_grad():
                 self.made[id(draws)] = draws, self.make(batch, draws)
@@ -54,7 +54,7 @@ def trained(name, folder, *, updates, once=False, **options):
     for module in method.heads.modules():  # spectral norm counts passes
         module.training = False
     if once:
-        method.fake = Once(method)
+        method.student_sample = Once(method)
     tiny.trainer(folder, 3).fit(method, tiny.Stream(toy, 4).loader())
     return method
 
@@ -91,11 +91,11 @@ def test_both_records_are_frozen_and_a_player_gets_what_both_get(name):
         assert not any(isinstance(value, dict) for value in vars(record).values())
     for players in ("discriminator", "student"):
         state = torch.get_rng_state()
-        alone = method.fake(batch, draws, players)
+        alone = method.student_sample(batch, draws, players)
         assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn any more
         for field in dataclasses.fields(fake):
-            if (part := getattr(alone, field.name)) is not None:
-                pairs = zip(tensors([part]), tensors([getattr(fake, field.name)]), strict=True)
+            if part := tensors(getattr(alone, field.name)):
+                pairs = zip(part, tensors(getattr(fake, field.name)), strict=True)
                 assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -104,7 +104,9 @@ def test_iterations_micro_batches_and_ranks_draw_other_numbers(name):
     make, own = CASES[name]
     method = make(toy, options=own, discriminator_updates=2)
     batch = tiny.simple_batch(method, 4)
-    first, again, other = (tensors([method.draw(batch, method.streams(i))]) for i in (0, 0, 1))
+    first, again, other = (
+        tensors([method.draw(batch, method.loop.streams(method, i))]) for i in (0, 0, 1)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     # Levels may repeat, and those that all ranks share do; noise is another's.
     noise = [i for i, x in enumerate(first) if x.ndim == 4 and x.shape[1:] == toy.shape]
@@ -118,12 +120,12 @@ def test_each_update_of_the_discriminator_reads_unshared_real_samples_anew():
     ladd = tiny.ladd(toy, discriminator_updates=2)
     batch = tiny.simple_batch(ladd, 4)
     draws, _ = tiny.drawn(ladd, batch)
-    looks = [draws.look, *draws.real_looks]
+    looks = [draws.renoising, *draws.of_real]
     assert len(looks) == 3
     assert not any(torch.equal(looks[i].noise, looks[i - 1].noise) for i in range(3))
     shared = tiny.ladd(toy, options={"shared": True}, discriminator_updates=2)
     draws, _ = tiny.drawn(shared, batch)
-    assert draws.real_looks == (draws.look, draws.look)
+    assert draws.of_real == (draws.renoising, draws.renoising)
     nitro = tiny.nitrofusion(toy, options={"shared": False}, discriminator_updates=2)
     draws, _ = tiny.drawn(nitro, batch)
     assert not torch.equal(draws.noise, draws.real_noise)
@@ -134,7 +136,7 @@ def test_features_change_real_and_fake_pictures_alike_whenever_they_are_asked(te
     method.features.augment = True
     batch = tiny.simple_batch(method, 2)
     draws, fake = tiny.drawn(method, batch)
-    again = method.fake(batch, draws, "student")
+    again = method.student_sample(batch, draws, "student")
     assert all(torch.equal(a, b) for a, b in zip(fake.maps, again.maps, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(fake.real, again.real, strict=True))
     assert draws.augment[0] != draws.augment[1]

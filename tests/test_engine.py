@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import tiny
-from distill import files
+from distill import files, randomness
 from distill.build import whole
 from distill.callbacks import Health
 from distill.checkpoint import Checkpoints
@@ -41,7 +41,7 @@ class EachIteration(L.Callback):
         average = {name: value.clone() for name, value in pl_module.ema.state_dict().items()}
         self.seen.append(
             {
-                "iteration": pl_module.iteration,
+                "iteration": pl_module.loop.iteration,
                 "step": pl_module.step,
                 "global_step": trainer.global_step,
                 "student": tiny.weights(pl_module.student),
@@ -54,18 +54,23 @@ class EachIteration(L.Callback):
 def test_a_step_is_a_student_update(tmp_path):
     method, log = tiny.ladd(toy, discriminator_updates=2, head_start=3), EachIteration()
     updates = {"d": 0, "g": 0}
-    update = method._clip_and_step
+    update = method.loop.clip_and_step
 
-    def counting(player, *args):
+    def counting(owner, player, *args):
         updates[player] += 1
-        return update(player, *args)
+        return update(owner, player, *args)
 
-    method._clip_and_step = counting
+    method.loop.clip_and_step = counting
     running = fitted(method, tmp_path, 4, callbacks=[log])
     assert [seen["step"] for seen in log.seen] == [0, 0, 0, 1, 2, 3, 4]
     assert [seen["global_step"] for seen in log.seen] == [0, 0, 0, 1, 2, 3, 4]
     assert updates == {"d": 14, "g": 4}
-    assert (running.global_step, method.step, method.iteration, method.images_seen) == (4, 4, 7, 28)
+    assert (running.global_step, method.step, method.loop.iteration, method.loop.images_seen) == (
+        4,
+        4,
+        7,
+        28,
+    )
 
 
 def test_head_start_trains_the_heads_alone(tmp_path):
@@ -93,9 +98,9 @@ def test_what_is_logged_is_that_of_the_last_update(tmp_path):
         still = {
             name: lambda p: torch.optim.SGD(p, lr=0.0) for name in ("student", "discriminator")
         }
-        method.engine = Engine(**still, **options)
+        method.loop.engine = Engine(**still, **options)
         fitted(method, tmp_path, 1)
-        return method.numbers["d/adv"]
+        return method.loop.numbers["d/adv"]
 
     assert logged(discriminator_updates=2) == pytest.approx(
         logged(), rel=0.2
@@ -122,19 +127,18 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
     """Noise is drawn per micro-batch, so the reference is computed here, phase by phase, with the same generators."""
     method = tiny.ladd(toy, accumulate=2, clip_student=1e9, clip_discriminator=1e9)
     seen = {}
-    update = method._clip_and_step
+    update = method.loop.clip_and_step
 
-    def spy(player, module, optimizer, limit):
+    def spy(owner, player, module, optimizer, limit):
         seen[player] = [p.grad.clone() for p in module.parameters()]
-        return update(player, module, optimizer, limit)
+        return update(owner, player, module, optimizer, limit)
 
-    method._clip_and_step = spy
+    method.loop.clip_and_step = spy
     fitted(method, tmp_path, 1)
 
     reference = tiny.ladd(toy, accumulate=2)
-    reference._log = {}
     stream = tiny.toy_batches(toy, 4)
-    batches = [reference._embedded(next(stream)) for _ in range(2)]
+    batches = [reference.loop.embed(reference, next(stream)) for _ in range(2)]
 
     def mean_gradient(module, losses):
         grads = []
@@ -145,27 +149,30 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
     def drawn(i):
         return tiny.drawn(reference, batches[i], i)
 
-    losses = [reference.discriminator_loss(batches[i], *drawn(i)) for i in range(2)]
+    losses = [reference.discriminator_loss(batches[i], *drawn(i)).terms for i in range(2)]
     of_heads = mean_gradient(reference.heads, [sum(terms.values()) for terms in losses])
     torch.testing.assert_close(seen["d"], of_heads, rtol=1e-4, atol=1e-7)
     reference.heads.load_state_dict(
         method.heads.state_dict()
     )  # the student meets the heads after their update
-    losses = [reference.student_loss(batches[i], *drawn(i)) for i in range(2)]
+    losses = [reference.student_loss(batches[i], *drawn(i)).terms for i in range(2)]
     of_student = mean_gradient(reference.student, [sum(terms.values()) for terms in losses])
     assert any(g.abs().max() > 1e-4 for g in of_student)
     torch.testing.assert_close(seen["g"], of_student, rtol=1e-4, atol=1e-7)
-    assert (method.step, method.images_seen) == (1, 8)
+    assert (method.step, method.loop.images_seen) == (1, 8)
 
 
 def test_micro_batches_do_not_share_their_noise():
     method = tiny.ladd(toy, accumulate=2)
-    drawn = [torch.randn(8, generator=method._generator(micro)) for micro in (0, 1, 0)]
+    drawn = [
+        torch.randn(8, generator=method.loop.streams(method, micro).sample) for micro in (0, 1, 0)
+    ]
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
-    streams = [torch.randn(8, generator=method._generator(0, stream=k)) for k in (-2, -1, 0, 1, 2)]
-    method.iteration = 1
-    streams.append(torch.randn(8, generator=method._generator(0)))
+    keys = ((7, 0, 0, stream) for stream in (-2, -1, 0, 1, 2))
+    streams = [torch.randn(8, generator=randomness.generator(*key)) for key in keys]
+    method.loop.iteration = 1
+    streams.append(torch.randn(8, generator=randomness.generator(7, 1, 0, randomness.SAMPLE)))
     assert len({tuple(x.tolist()) for x in streams}) == 6
 
 
@@ -181,7 +188,7 @@ def test_clipping_is_by_the_norm_of_all_gradients(player, tmp_path):
             name: lambda p, rate=rate: torch.optim.SGD(p, lr=rate) for name, rate in rates.items()
         }
         options = {"clip_student": 1e9, "clip_discriminator": 1e9} | clip
-        method.engine = Engine(**sgd, **options)
+        method.loop.engine = Engine(**sgd, **options)
         module = method.student if player == "student" else method.heads
         before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
         fitted(method, tmp_path, 1)
@@ -221,9 +228,9 @@ def test_the_discriminator_warms_up_in_its_head_start(tmp_path):
         tiny.ladd(toy, critic_rate=4e-3, head_start=3, warmup_steps=4),
         {"g": [], "d": []},
     )
-    update = method._clip_and_step
-    method._clip_and_step = lambda player, module, optimizer, limit: (
-        update(player, module, optimizer, limit),
+    update = method.loop.clip_and_step
+    method.loop.clip_and_step = lambda owner, player, module, optimizer, limit: (
+        update(owner, player, module, optimizer, limit),
         rates[player].append(optimizer.param_groups[0]["lr"]),
     )[0]
     fitted(method, tmp_path, 2)
@@ -237,7 +244,7 @@ def test_only_the_last_of_accumulated_batches_moves_the_student(tmp_path):
 
     class Told(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            told.append((pl_module.step, pl_module.updated))
+            told.append((pl_module.step, pl_module.loop.updated))
 
     class Logger(DummyLogger):
         def log_metrics(self, metrics, step):
@@ -258,16 +265,16 @@ def test_rate_reaches_both_optimisers(tmp_path):
         toy, rate=1e-3, critic_rate=4e-3, schedule="cosine", final_rate=0.1, warmup_steps=2
     )
     rates = []
-    update = method._clip_and_step
+    update = method.loop.clip_and_step
 
-    def spy(player, module, optimizer, limit):
-        updated = update(player, module, optimizer, limit)
+    def spy(owner, player, module, optimizer, limit):
+        updated = update(owner, player, module, optimizer, limit)
         rates.append((player, optimizer.param_groups[0]["lr"]))
         return updated
 
-    method._clip_and_step = spy
+    method.loop.clip_and_step = spy
     fitted(method, tmp_path, 4)
-    shares = [method.engine.rate(step, 4, step) for step in range(4)]
+    shares = [method.loop.engine.rate(step, 4, step) for step in range(4)]
     assert [rate for player, rate in rates if player == "g"] == pytest.approx(
         [1e-3 * share for share in shares]
     )
@@ -304,7 +311,7 @@ def test_checkpoint_holds_the_players_alone_and_no_code(make, teacher, tmp_path,
     expected |= {f"heads.{name}" for name in method.heads.state_dict()}
     assert set(kept["state_dict"]) == expected
     assert set(kept["distill"]["ema"]) == {name for name, _ in method.student.named_parameters()}
-    assert len(kept["optimizer_states"]) == 2 - method.alone
+    assert len(kept["optimizer_states"]) == 1 + method.has_discriminator
     students = sum(p.numel() for p in method.student.parameters())
     heads = sum(p.numel() for p in method.heads.parameters())
     numbers = 4 * students + 3 * heads  # weights and two moments each, and the student's average
@@ -328,7 +335,12 @@ def state(method, running):
             for o in optimizers
         ],
         "rates": [group["lr"] for o in optimizers for group in o["param_groups"]],
-        "counts": (method.iteration, method.step, method.images_seen, running.global_step),
+        "counts": (
+            method.loop.iteration,
+            method.step,
+            method.loop.images_seen,
+            running.global_step,
+        ),
     }
 
 
@@ -400,7 +412,7 @@ def test_another_seed_is_another_run(tmp_path):
     runs = []
     for seed in (0, 0, 1):
         method = tiny.ladd(toy)
-        method.seed = seed
+        method.loop.seed = seed
         fitted(method, tmp_path, 2)
         runs.append(tiny.weights(method.student))
     assert tiny.same(runs[0], runs[1])
@@ -428,7 +440,7 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     checkpoints.folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         logger.log_metrics({"g/adv": 0.5}, step)
-    method = SimpleNamespace(step=3, updated=True, numbers={})
+    method = SimpleNamespace(step=3, loop=SimpleNamespace(updated=True, numbers={}))
     saved = {
         "loggers": [logger],
         "save_checkpoint": lambda path: files.write({}, path),
@@ -457,6 +469,7 @@ def test_processes_tell_each_other_of_a_signal_on_their_own_device(tmp_path):
             return torch.zeros(())
 
     trainer = SimpleNamespace(world_size=2, strategy=Strategy(), should_stop=False, max_steps=9)
-    method = SimpleNamespace(device=torch.device("meta"), updated=False)
+    loop = SimpleNamespace(updated=False)
+    method = SimpleNamespace(device=torch.device("meta"), loop=loop)
     Checkpoints().on_train_batch_end(trainer, method)
     assert told == [("meta", "max")]

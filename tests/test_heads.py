@@ -33,8 +33,8 @@ def inputs(n: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Cond]:
 def test_every_place_of_every_map_gets_a_logit(spectral: bool) -> None:
     heads = make(spectral=spectral)
     logits = heads(*inputs())
-    assert logits.shape == (3, 16 + 16 + 8)
-    assert [part.shape[1] for part in heads.split(logits)] == [16, 16, 8]
+    assert logits.values.shape == (3, 16 + 16 + 8)
+    assert [part.shape[1] for part in logits.by_head()] == [16, 16, 8]
     assert heads.draw(torch.Generator()) is heads
     assert heads.refresh(torch.Generator()) == ()
 
@@ -42,8 +42,8 @@ def test_every_place_of_every_map_gets_a_logit(spectral: bool) -> None:
 def test_a_head_sees_its_own_map_only() -> None:
     heads = make()
     maps, t, cond = inputs()
-    before = heads.split(heads(maps, t, cond))
-    after = heads.split(heads([maps[0] + 1e1 * torch.randn_like(maps[0]), *maps[1:]], t, cond))
+    before = heads(maps, t, cond).by_head()
+    after = heads([maps[0] + 1e1 * torch.randn_like(maps[0]), *maps[1:]], t, cond).by_head()
     assert not torch.allclose(before[0], after[0])
     torch.testing.assert_close(before[1], after[1])
     torch.testing.assert_close(before[2], after[2])
@@ -53,7 +53,7 @@ def test_samples_do_not_mix() -> None:
     heads = make()
     maps, t, cond = inputs()
     alone = heads([m[1:2] for m in maps], t[1:2], cond.index(slice(1, 2)))
-    torch.testing.assert_close(heads(maps, t, cond)[1:2], alone)
+    torch.testing.assert_close(heads(maps, t, cond).values[1:2], alone.values)
 
 
 @pytest.mark.parametrize("changed", ["time", "text"])
@@ -62,7 +62,7 @@ def test_noise_level_and_text_matter(changed: str) -> None:
     maps, t, cond = inputs()
     other_t = t.flip(0) if changed == "time" else t
     other_cond = cond.index(torch.tensor([1, 2, 0])) if changed == "text" else cond
-    assert not torch.allclose(heads(maps, t, cond), heads(maps, other_t, other_cond))
+    assert not torch.allclose(heads(maps, t, cond).values, heads(maps, other_t, other_cond).values)
 
 
 def test_the_projection_is_an_inner_product_over_root_width() -> None:
@@ -71,7 +71,7 @@ def test_the_projection_is_an_inner_product_over_root_width() -> None:
     maps, t, cond = inputs()
     head, hidden = heads.heads["mid"], {}
     handle = head.out.register_forward_hook(lambda _m, _i, out: hidden.update(out=out.detach()))
-    logits = heads.split(heads(maps, t, cond))[2]
+    logits = heads(maps, t, cond).by_head()[2]
     handle.remove()
     # The time embedding by its definition: sines and cosines at half-octave-spaced rates.
     rates = torch.tensor([2.0 ** (6 * k / 31) * math.pi for k in range(32)])

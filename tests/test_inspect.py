@@ -33,9 +33,9 @@ def test_every_head_is_asked_about_real_and_fake_at_every_level(name, teachers):
     noise = noise_like(batch.x0, torch.Generator().manual_seed(5))
     with torch.no_grad():
         x0_hat = method.student.x0(noise, torch.ones(6), batch.cond)
-        maps, told = method.see(x0_hat, torch.full((6,), 0.5), noise, batch)
-        critic = method.critic()
-        logits = critic.split(critic(maps, torch.full((6,), 0.5), told))
+        t, streams = torch.full((6,), 0.5), method.loop.streams(method)
+        maps, cond = method.critic_features(x0_hat, t, noise, batch, streams.features())
+        logits = tiny.critic(method)(maps, t, cond).by_head()
     assert len(logits) == len(seen.heads)
     for head, expected in enumerate(logits):
         torch.testing.assert_close(seen.fake[1, head], expected.mean(1))
@@ -48,13 +48,14 @@ def test_attention_is_the_slope_of_a_head():
     batch = Batch(x0=torch.randn(6, *teacher.shape), captions=("a",) * 6, cond=cond)
     seen = look(method, batch, LEVELS, torch.Generator().manual_seed(5))
     noise, t = noise_like(batch.x0, torch.Generator().manual_seed(5)), torch.full((6,), LEVELS[1])
-    critic = method.critic()
+    critic = tiny.critic(method)
     with torch.no_grad():
         x0_hat = method.student.x0(noise, torch.ones(6), cond)
 
         def logit(x):
-            maps, told = method.see(x, t, noise, batch)
-            return critic.split(critic(maps, t, told))[0].mean(1)[0]
+            features = method.loop.streams(method).features()
+            maps, cond = method.critic_features(x, t, noise, batch, features)
+            return critic(maps, t, cond).by_head()[0].mean(1)[0]
 
         slopes = torch.zeros(4, 4)
         for channel, row, column in itertools.product(*map(range, x0_hat.shape[1:])):

@@ -18,13 +18,13 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "console", "formats", "hardware", "limits", "memory", "progress", "ranks", "signals", "unread",
+        "console", "formats", "randomness", "hardware", "limits", "memory", "progress", "ranks", "signals", "unread",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog", "loop"},
     "compose": {"_conf", "compose", "defaults", "signatures", "validate"},
     "L5": {"build"},
     "L6": {
@@ -69,7 +69,7 @@ HEAVY = {
 
 # Lines of a file, of a method's file and of a function, docstring included. Totals are not limited: a limit on them
 # makes people pack code.
-FILE, METHOD_FILE, FUNCTION = 400, 180, 60
+FILE, METHOD_FILE, FUNCTION = 400, 190, 60
 
 
 def module_of(path: Path, package: Path) -> str:

@@ -37,7 +37,7 @@ def trained(folder, make, *, sign: float = 1.0):
     if make is tiny.add:  # the weight of its distillation is tuned for a mean over heads
         options |= {"options": {"over_heads": "mean"}}
     method = make(toy, rate=2e-3, critic_rate=5e-3, **options)
-    if not method.alone:
+    if method.has_discriminator:
         method.adversarial = replace(
             method.adversarial, own=lambda margin: sign * margin
         )  # of the hinge

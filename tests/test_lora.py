@@ -182,17 +182,16 @@ def test_layers_rank_and_scale_are_chosen(fresh, family):
 def test_gradients_go_where_they_should(name, fresh):
     make, options, *_ = METHODS[name]
     method = make(fresh(), options=options, lora={"rank": 4})
-    method._log = {}
     batch = tiny.simple_batch(method)
     draws, fake = tiny.drawn(method, batch)
     assert fake.x0_hat.requires_grad
-    if not method.alone:
-        sum(method.discriminator_loss(batch, draws, fake).values()).backward()
+    if method.has_discriminator:
+        sum(method.discriminator_loss(batch, draws, fake).terms.values()).backward()
         assert untouched(method.student)
         assert with_gradient(method.heads) > 0
         method.heads.zero_grad()
     method.heads.requires_grad_(False)
-    sum(method.student_loss(batch, draws, fake).values()).backward()
+    sum(method.student_loss(batch, draws, fake).terms.values()).backward()
     assert with_gradient(method.student) >= 0.4 * len(
         list(method.student.parameters())
     )  # of A none, as B is 0

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill.losses import adversarial, pseudo_huber, r1, verdicts, weighted_mse
+from distill.losses import adversarial, critic_stats, pseudo_huber, r1, weighted_mse
+from distill.types import Logits
 
 REAL = torch.tensor([[0.5, 2.0], [-1.0, 0.0]])
 FAKE = torch.tensor([[-2.0, 0.0], [0.5, -1.0]])
@@ -72,10 +73,17 @@ def test_a_head_counts_no_more_for_its_many_logits(name):
     def split(x):
         return x.split([1, 16], dim=1)
 
+    def parted(x):
+        return Logits(x, (1, 16))
+
     alone = [game.discriminator(a, b).item() for a, b in zip(split(real), split(fake), strict=True)]
-    assert game.discriminator(real, fake, split).item() == pytest.approx(sum(alone) / 2, rel=1e-6)
+    assert game.discriminator(parted(real), parted(fake)).item() == pytest.approx(
+        sum(alone) / 2, rel=1e-6
+    )
     alone = [game.student(b, a).item() for a, b in zip(split(real), split(fake), strict=True)]
-    assert game.student(fake, real, split).item() == pytest.approx(sum(alone) / 2, rel=1e-6)
+    assert game.student(parted(fake), parted(real)).item() == pytest.approx(
+        sum(alone) / 2, rel=1e-6
+    )
     assert game.student(fake, real).item() != pytest.approx(sum(alone) / 2, rel=1e-3)
 
 
@@ -84,9 +92,7 @@ def test_a_sum_over_heads_is_the_mean_times_their_number(name):
     real, fake = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(0))
     mean, total = adversarial(name), adversarial(name, "sum")
     for player, pair in (("discriminator", (real, fake)), ("student", (fake, real))):
-        of = [
-            getattr(g, player)(*pair, lambda x: x.split([1, 4, 12], dim=1)) for g in (mean, total)
-        ]
+        of = [getattr(g, player)(*(Logits(x, (1, 4, 12)) for x in pair)) for g in (mean, total)]
         torch.testing.assert_close(of[1], 3 * of[0])
     with pytest.raises(ValueError, match=r"method\.over_heads=total: must be mean or sum"):
         adversarial(name, "total")
@@ -235,20 +241,22 @@ def test_weighted_mse_by_hand():
         weighted_mse(x, target[:1], weight)
 
 
-def test_verdicts_count_pairs_wherever_zero_lies():
+def test_critic_stats_count_pairs_wherever_zero_lies():
     """Of four pairs three are told apart and one is a tie; a constant added to all logits changes the means alone."""
     real, fake = torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.tensor([[-2.0, 0.0], [0.5, -1.0]])
-    found = verdicts(real, fake, lambda x: x.split([1, 1], 1))
+    found = critic_stats(Logits(real, (1, 1)), Logits(fake, (1, 1)))
     assert found["d/accuracy"].item() == pytest.approx(3.5 / 4)
     assert found["d/real"].item() == pytest.approx(2.5 / 4)
     assert found["d/fake"].item() == pytest.approx(-2.5 / 4)
     assert [found[f"d/real_head{k}"].item() for k in (0, 1)] == pytest.approx([0.75, 0.5])
     assert [found[f"d/fake_head{k}"].item() for k in (0, 1)] == pytest.approx([-0.75, -0.5])
-    assert verdicts(real - 9, fake - 9)["d/accuracy"].item() == pytest.approx(3.5 / 4)
-    assert verdicts(fake, real)["d/accuracy"].item() == pytest.approx(0.5 / 4)
+    assert critic_stats(real - 9, fake - 9)["d/accuracy"].item() == pytest.approx(3.5 / 4)
+    assert critic_stats(fake, real)["d/accuracy"].item() == pytest.approx(0.5 / 4)
     # A mean of many logits would stand still in the halves that they come in.
     many = torch.full((4096, 1), 3.01).bfloat16()
-    assert verdicts(many, -many)["d/real"].item() == pytest.approx(many[0].float().item(), rel=1e-6)
+    assert critic_stats(many, -many)["d/real"].item() == pytest.approx(
+        many[0].float().item(), rel=1e-6
+    )
 
 
 def test_pseudo_huber_is_a_norm_from_afar_and_squares_from_near():

@@ -14,12 +14,14 @@ from diffusers import AutoencoderTiny
 
 import distill.methods.nitrofusion
 import tiny
+from distill import randomness
 from distill.csvlog import CsvLog
 from distill.data import source
 from distill.discriminators.pool import Pool
 from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.teachers.decoder import TinyDecoder
 from distill.times import Discrete
+from distill.types import Losses
 
 LEVELS = torch.tensor(
     [0.01, 0.25, 0.5, 0.75]
@@ -64,7 +66,6 @@ def named(request, teacher):
     """A fresh method on one of the teachers, with the names of its discriminator's and its student's terms."""
     make, options, of_discriminator, of_student = METHODS[request.param]
     method = make(teacher, options=options)
-    method._log = {}
     return method, {"adv", "r1"} if of_discriminator is None else of_discriminator, of_student
 
 
@@ -81,7 +82,7 @@ def at_work(method) -> dict[str, torch.nn.Parameter]:
     if not isinstance(method.heads, Pool):
         return named
     level = float(tiny.drawn(method, tiny.simple_batch(method))[0].t[0])
-    chosen = method.critic().chosen
+    chosen = tiny.critic(method).chosen
     return {
         f"heads.{i}": named[f"heads.{i}"]
         for i in sorted(i for (k, _), i in chosen.items() if LEVELS[k] == level)
@@ -97,10 +98,10 @@ def test_discriminator_phase_reaches_the_heads_alone(named):
     batch = tiny.simple_batch(method)
     draws, fake = tiny.drawn(method, batch)
     assert fake.x0_hat.requires_grad
-    terms = method.discriminator_loss(batch, draws, fake)
+    terms = method.discriminator_loss(batch, draws, fake).terms
     assert set(terms) == names
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
-    if method.alone:
+    if not method.has_discriminator:
         return
     sum(terms.values()).backward()
     learning = at_work(method)
@@ -117,7 +118,7 @@ def test_student_phase_reaches_the_student_alone(named):
     batch = tiny.simple_batch(method)
     draws, fake = tiny.drawn(method, batch)
     method.heads.requires_grad_(False)
-    terms = method.student_loss(batch, draws, fake)
+    terms = method.student_loss(batch, draws, fake).terms
     assert set(terms) == names
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     sum(terms.values()).backward()
@@ -131,21 +132,19 @@ def test_a_misaligned_sample_is_held_against_its_pair(teachers):
     method = tiny.ladd(
         teachers("mmdit"), options={"misaligned": 0.5, "shared": True, "loss": "relativistic"}
     )
-    method._log = {}
     batch, of, seen = tiny.simple_batch(method, 3), method.heads.forward, []
     method.heads.forward = lambda maps, t, cond: seen.append(of(maps, t, cond)) or seen[-1]
-    term = method.discriminator_loss(batch, *tiny.drawn(method, batch))["misaligned"]
-    real, _, wrong = seen
+    term = method.discriminator_loss(batch, *tiny.drawn(method, batch)).terms["misaligned"]
+    real, _, wrong = (logits.values for logits in seen)
     torch.testing.assert_close(term, 0.5 * torch.nn.functional.softplus(wrong - real).mean())
 
 
 def of_r1(method, batch, draws, fake, cast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The term, and its gradients by the heads, as the loop makes them; under bfloat16 if `cast`."""
-    method._log = {}
     method.heads.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        term = method.discriminator_loss(batch, draws, fake)["r1"]
-        method._backward("d", {"r1": term})
+        term = method.discriminator_loss(batch, draws, fake).terms["r1"]
+        method.loop.backward(method, "d", Losses({"r1": term}))
     return term.detach(), [p.grad.clone() for p in method.heads.parameters() if p.grad is not None]
 
 
@@ -178,7 +177,7 @@ def test_a_backward_pass_is_outside_autocast(teachers, tmp_path, shards):
     def watched(*given):
         terms = loss(*given)
         assert torch.is_autocast_enabled("cpu")
-        terms["adv"].register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        terms.terms["adv"].register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
         return terms
 
     method.student_loss = watched
@@ -189,7 +188,6 @@ def test_a_backward_pass_is_outside_autocast(teachers, tmp_path, shards):
 
 def test_misaligned_needs_another_caption(teachers):
     method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5})
-    method._log = {}
     batch = tiny.simple_batch(method, 1)
     with pytest.raises(ValueError, match="there is no other caption"):
         method.discriminator_loss(batch, *tiny.drawn(method, batch))
@@ -213,7 +211,6 @@ def test_a_student_begins_from_noise_alone(teachers):
 def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):
     """With equal captions they are the real samples themselves, and score what these do."""
     method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5, "shared": True})
-    method._log = {}
     batch = tiny.simple_batch(method, 3)
     alike = type(batch)(
         x0=batch.x0, captions=batch.captions[:1] * 3, cond=batch.cond.index(torch.tensor([0, 0, 0]))
@@ -224,8 +221,9 @@ def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):
     )
     for one in (alike, batch):
         seen.clear()
-        terms = method.discriminator_loss(one, *tiny.drawn(method, one))
+        terms = method.discriminator_loss(one, *tiny.drawn(method, one)).terms
         (real, _), _, (wrong, cond) = seen
+        real, wrong = real.values, wrong.values
         torch.testing.assert_close(terms["misaligned"], 0.5 * (1 + wrong).relu().mean())
         assert torch.equal(cond.pooled, one.cond.pooled[[2, 0, 1]])
         assert torch.allclose(real, wrong, atol=1e-5) == (one is alike)
@@ -238,7 +236,7 @@ def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher)
     draws, fake = tiny.drawn(method, batch)
     cut = replace(fake, maps=[m.detach() for m in fake.maps])
     method.heads.requires_grad_(False)
-    assert not method.student_loss(batch, draws, cut)["adv"].requires_grad
+    assert not method.student_loss(batch, draws, cut).terms["adv"].requires_grad
     assert all(m.requires_grad for m in fake.maps)
 
 
@@ -246,12 +244,12 @@ def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
     """After the student's update the heads hold the very gradients, and weights, that their own update left."""
     method = tiny.ladd(teacher)
     seen = []
-    update = method._clip_and_step
+    update = method.loop.clip_and_step
 
-    def spy(player, module, optimizer, limit):
+    def spy(owner, player, module, optimizer, limit):
         if player == "d":
             assert untouched(method.student)
-        update(player, module, optimizer, limit)
+        update(owner, player, module, optimizer, limit)
         seen.append(
             (
                 player,
@@ -260,7 +258,7 @@ def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
             )
         )
 
-    method._clip_and_step = spy
+    method.loop.clip_and_step = spy
     loader = source.latents(str(shards), batch_size=2).loader(seed=0)
     tiny.trainer(tmp_path, 1).fit(method, loader)
     assert [player for player, _, _ in seen] == ["d", "g"]
@@ -317,7 +315,7 @@ def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monke
         return
     assert [(float(t[0]), grad) for _, t, grad in seen] == [(1.0, False), (0.5, True)]
     first = of(*seen[0][:2], batch.cond)
-    noise = method._generator(0)
+    noise = method.loop.streams(method).sample
     torch.randn(batch.x0.shape, generator=noise)  # where it began
     again = method.student.process.diffuse(
         first, torch.randn(batch.x0.shape, generator=noise), seen[1][1]
@@ -330,7 +328,7 @@ def place(method, luck):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(luck))
         of = type(method.refinement).draw
-        return of(method.refinement, method.step, method.common("steps"))
+        return of(method.refinement, method.step, method.loop.streams(method).common("steps"))
 
 
 def test_refinement_joins_steps_one_after_another(teachers):
@@ -339,9 +337,9 @@ def test_refinement_joins_steps_one_after_another(teachers):
         teachers("mmdit"), options={"levels": levels, "refine": [0, 3, 6], "keep": 0.5}
     )
     found = {}
-    for method.iteration in range(3000):
-        done, now = method.refinement.draw(method.step, method.common("steps"))
-        step = min(method.iteration, 6) // 3 * 3
+    for method.loop.iteration in range(3000):
+        done, now = method.refinement.draw(method.step, method.loop.streams(method).common("steps"))
+        step = min(method.loop.iteration, 6) // 3 * 3
         found.setdefault(step, []).append((*done, now))
     assert set(found[0]) == {(1.0,)}
     assert set(found[6]) == {(1.0,), (1.0, 0.5), (1.0, 0.75), (1.0, 0.75, 0.5)}
@@ -352,8 +350,8 @@ def test_refinement_joins_steps_one_after_another(teachers):
 def test_noise_that_made_the_sample_is_where_the_student_begins(teachers):
     method = tiny.nitrofusion(teachers("mmdit"))
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    batch = method._embedded(
-        {"x0": torch.zeros(2, 4, 16, 16), "noise": noise, "caption": tiny.CAPTIONS[:2]}
+    batch = method.loop.embed(
+        method, {"x0": torch.zeros(2, 4, 16, 16), "noise": noise, "caption": tiny.CAPTIONS[:2]}
     )
     with torch.no_grad():
         expected = method.student.x0(noise, torch.ones(2), batch.cond)
@@ -364,10 +362,10 @@ def test_of_captions_alone_the_teacher_makes_the_samples(teacher):
     """Four steps with noise anew, written out; the first noise is the student's too."""
     method = tiny.nitrofusion(teacher)
     with pytest.raises(ValueError, match=r"captions alone: set method\.real"):
-        method._embedded({"caption": tiny.CAPTIONS[:2]})
+        method.loop.embed(method, {"caption": tiny.CAPTIONS[:2]})
     method.real = TeacherSamples(levels=[1, 0.75, 0.5, 0.25])  # 1, as one types it
-    batch = method._embedded({"caption": tiny.CAPTIONS[:2]})
-    generator = method._generator(0, stream=-1)
+    batch = method.loop.embed(method, {"caption": tiny.CAPTIONS[:2]})
+    generator = randomness.generator(0, 0, 0, randomness.REAL)
     shape = (2, *teacher.latent_shape)
     x = noise = torch.randn(shape, generator=generator)
     assert torch.equal(batch.noise, noise)
@@ -407,8 +405,7 @@ def test_a_small_decoder_may_stand_in_for_the_autoencoder(teachers, tmp_path):
     draws, fake = tiny.drawn(method, batch)
     expected = AutoencoderTiny.from_pretrained(tmp_path).decode(fake.x0_hat).sample
     torch.testing.assert_close(fake.pixels, expected)
-    method._log = {}
-    sum(method.student_loss(batch, draws, fake).values()).backward()
+    sum(method.student_loss(batch, draws, fake).terms.values()).backward()
     assert with_gradient(method.student) > 0
     assert untouched(decoder)
     assert not torch.allclose(teacher.decode(batch.x0), decoder(batch.x0), atol=1e-2)
@@ -435,7 +432,7 @@ class Pictures(torch.nn.Module):
 def shown(method, batch):
     """The real picture and the student's as the heads look at them, and what c_img is of."""
     pictures, condition = Pictures(), method.condition
-    method._frozen = (method.teacher, pictures, condition, *method._frozen[3:])
+    method.hold(features=pictures)
     condition.image = pictures
     draws, _ = tiny.drawn(method, batch)
     real, fake = pictures.shown
@@ -448,7 +445,7 @@ def test_the_real_picture_is_the_datas_own(crop, teachers):
     teacher = teachers("mmdit")
     method = tiny.add(teacher, options={"crop": crop})
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    batch = method._embedded({"pixels": pixels, "caption": tiny.CAPTIONS[:2]})
+    batch = method.loop.embed(method, {"pixels": pixels, "caption": tiny.CAPTIONS[:2]})
     assert torch.equal(batch.x0, teacher.encode(pixels))
     real, fake, described, draws = shown(method, batch)
     assert torch.equal(described, pixels)
@@ -476,13 +473,13 @@ def test_of_latents_alone_the_real_picture_is_decoded(crop, teachers):
 def test_samples_that_the_teacher_makes_have_no_picture(teachers):
     method = tiny.add(teachers("mmdit"), options={"real": TeacherSamples(levels=[1.0])})
     given = {"pixels": torch.zeros(2, 3, 64, 64), "caption": tiny.CAPTIONS[:2]}
-    assert method._embedded(given).pixels is None
+    assert method.loop.embed(method, given).pixels is None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_method_file_is_short_and_holds_only_the_method(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 180
+    assert len(text.splitlines()) <= 190
     code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
     code = re.sub(r"device=[\w.]+\.device", "", code)  # where noise is drawn
     found = re.findall(
@@ -505,25 +502,27 @@ def test_the_opening_comes_first_and_the_heads_join_at_its_end(
     monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
     method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 4, "refine": [0]}, rate=1e-4)
     seen = []
-    update = method._update_student
+    update = method.loop.update_student
 
-    def watched(batches, fakes, optimizer):
-        moments = len(method._players()[1].optimizer.state)
-        result = update(batches, fakes, optimizer)
+    def watched(owner, *given):
+        moments = len(method.optimizers()[1].optimizer.state)
+        result = update(owner, *given)
         seen.append(
             (
                 moments > 0,
                 sorted(
-                    k for k in method._log if k.startswith("g/") and "_" not in k and k != "g/lr"
+                    k
+                    for k in method.loop.logged
+                    if k.startswith("g/") and "_" not in k and k != "g/lr"
                 ),
             )
         )
         return result
 
-    method._update_student = watched
+    method.loop.update_student = watched
     batch = paired(tiny.simple_batch(method))
     draws, fake = tiny.drawn(method, batch)
-    terms = method.student_loss(batch, draws, fake)
+    terms = method.student_loss(batch, draws, fake).terms
     torch.testing.assert_close(terms["regression"], (fake.x0_hat - batch.x0).square().mean())
     tiny.trainer(tmp_path, 6).fit(
         method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0)
@@ -552,8 +551,8 @@ def test_the_opening_can_hear_the_teacher_too(teachers):
     )
     batch = paired(tiny.simple_batch(method))
     draws, fake = tiny.drawn(method, batch)
-    terms = method.student_loss(batch, draws, fake)
-    generator = method.streams().student
+    terms = method.student_loss(batch, draws, fake).terms
+    generator = method.loop.streams(method).student
     t = 0.4 + 0.2 * torch.rand(2, len(batch), generator=generator)[0]
     x0_hat, eps = fake.x0_hat.detach(), torch.randn(fake.x0_hat.shape, generator=generator)
     x_t = (1 - t).view(-1, 1, 1, 1) * x0_hat + t.view(-1, 1, 1, 1) * eps
@@ -561,3 +560,25 @@ def test_the_opening_can_hear_the_teacher_too(teachers):
     away = (x0_hat - empty - 3 * (told - empty)).square().mean((1, 2, 3))
     torch.testing.assert_close(terms["distill"], 2 * ((1 - t) * away).mean())
     assert sorted(terms) == ["distill", "regression"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_objectives_need_no_trainer_and_no_loop(name, teachers):
+    """A batch and `randomness.streams()` are enough, and equal ones give equal losses."""
+    make, options, *_ = METHODS[name]
+    method = make(teachers("mmdit"), options=options)
+    batch = paired(tiny.simple_batch(method))
+    method.loop = None
+    for module in method.heads.modules():  # spectral norm moves on with every pass
+        module.training = False
+    found = []
+    for _ in range(2):
+        draws = method.draw(batch, randomness.streams(seed=3, updates=1))
+        sample = method.student_sample(batch, draws)
+        both = (
+            method.discriminator_loss(batch, draws, sample),
+            method.student_loss(batch, draws, sample),
+        )
+        found.append({f"{i}{k}": v.item() for i, x in enumerate(both) for k, v in x.terms.items()})
+    assert found[0]
+    assert found[0] == found[1]

@@ -101,7 +101,7 @@ def test_stacked_heads_say_what_each_says_alone(level):
     pool, inputs = make(), maps()
     tiny.shake(pool, 3)
     critic = pool.draw(generator())
-    found = critic.split(critic(inputs, at(level), told))
+    found = critic(inputs, at(level), told).by_head()
     place = LEVELS.index(level)
     for name, x, logits in zip(CHANNELS, inputs, found, strict=True):
         expected = one_by_one(pool, critic.chosen[place, name], x)
@@ -115,7 +115,7 @@ def test_stacked_heads_say_what_each_says_alone(level):
     ]  # of a map of 4 x 4 two layers leave one place
     assert [
         part.shape[1]
-        for part in critic.split(critic([m[..., :4, :4] for m in inputs], at(level), told))
+        for part in critic([m[..., :4, :4] for m in inputs], at(level), told).by_head()
     ][:2] == [
         1,
         1,
@@ -126,23 +126,23 @@ def test_local_heads_give_a_map_of_logits():
     pool = Pool({"global.a": 12, "local.a": 12}, width=16)
     critic = pool.draw(generator())
     inputs = [torch.randn(2, 12, 16, 16)] * 2
-    assert [part.shape[1] for part in critic.split(critic(inputs, at(0.5, 2), told))] == [1, 16]
+    assert [part.shape[1] for part in critic(inputs, at(0.5, 2), told).by_head()] == [1, 16]
 
 
 def test_a_sample_goes_to_the_heads_of_the_level_that_is_nearest():
     pool, inputs = make(), maps()
     critic = pool.draw(generator())
     t = torch.tensor([0.74, 0.0, 0.3, 0.9, 0.26, 0.55])
-    together = critic(inputs, t, told)
+    together = critic(inputs, t, told).values
     for i, level in enumerate((0.75, 0.01, 0.25, 0.75, 0.25, 0.5)):
-        alone = critic([m[i : i + 1] for m in inputs], at(level, 1), told)
+        alone = critic([m[i : i + 1] for m in inputs], at(level, 1), told).values
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
 def test_only_what_is_drawn_has_a_gradient():
     pool = make()
     critic = pool.draw(generator())
-    critic(maps(), at(0.5), told).sum().backward()
+    critic(maps(), at(0.5), told).values.sum().backward()
     used = {i for i, p in enumerate(pool.heads) if p.grad is not None}
     assert used == {critic.chosen[LEVELS.index(0.5), name] for name in CHANNELS}
     assert all(pool.heads[i].grad.any() for i in used)
@@ -183,19 +183,19 @@ class Watched:
 
     def __init__(self, method):
         self.method, self.log = method, []
-        update = method._update_discriminator
+        update = method.loop.update_discriminator
 
-        def watched(batches, fakes, optimizer, turn):
+        def watched(owner, micros, samples, optimizer, turn):
             before, moments = self.state(optimizer)
-            result = update(batches, fakes, optimizer, turn)
+            result = update(owner, micros, samples, optimizer, turn)
             after, later = self.state(optimizer)
-            drawn = set(method.critic().chosen.values())
+            drawn = set(tiny.critic(method).chosen.values())
             changed = {i for i in before if not torch.equal(before[i], after[i])}
             moved = {i for i in later if i not in moments or not torch.equal(moments[i], later[i])}
             self.log.append((drawn, changed, moved, set(moments)))
             return result
 
-        method._update_discriminator = watched
+        method.loop.update_discriminator = watched
 
     def state(self, optimizer):
         known = optimizer.optimizer.state
@@ -233,12 +233,12 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
 
 def test_draws_differ_between_iterations_and_not_between_players(teachers):
     method = tiny.nitrofusion(teachers("mmdit"))
-    first = method.critic().chosen
-    assert method.critic().chosen == first
+    first = tiny.critic(method).chosen
+    assert tiny.critic(method).chosen == first
     draws, _ = tiny.drawn(method, tiny.simple_batch(method, 3))
     assert float(draws.t[0]) in [pytest.approx(level) for level in LEVELS]
-    method.iteration = 1
-    assert method.critic().chosen != first
+    method.loop.iteration = 1
+    assert tiny.critic(method).chosen != first
 
 
 # -- what they look at ------------------------------------------------------------------------------------------------

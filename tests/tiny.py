@@ -26,6 +26,7 @@ from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.discriminators.teacher_features import TASKS, TeacherFeatures
 from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.engine import Engine
+from distill.loop import TwoPlayerLoop
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
 from distill.methods.consistency import Consistency
@@ -35,7 +36,7 @@ from distill.methods.regression import Regression
 from distill.process import RectifiedFlow
 from distill.shapes.world import sample
 from distill.times import Discrete, LogitNormal
-from distill.types import Cond
+from distill.types import Cond, Players
 
 SIDE, LENGTH = 64, 32  # pixels of a picture, tokens of a caption
 CAPTIONS = [sample(7, i)[0].caption for i in range(200)]
@@ -273,17 +274,23 @@ def parts(
         "student": student,
         "features": features,
         "heads": heads,
-        "engine": engine(**options),
-        "seed": seed,
+        "loop": TwoPlayerLoop(engine(**options), seed=seed),
     }
 
 
+def assembled(kind: type[Distillation], given: dict[str, Any], **options: Any) -> Any:
+    """A method of these parts and the options of its own."""
+    loop = given.pop("loop")
+    return kind(Players(**given), loop=loop, **options)
+
+
 def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> LADD:
-    return LADD(
+    return assembled(
+        LADD,
+        parts(teacher, **engine_options),
         levels=Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1]),
         renoise=LogitNormal(-0.5, 1.0),
         **(options or {}),
-        **parts(teacher, **engine_options),
     )
 
 
@@ -333,11 +340,12 @@ def add(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options
     given["features"] = features = ToyImages(teacher) if isinstance(teacher, Toy) else eyes()
     text = None if isinstance(teacher, Toy) else "teacher"
     given["condition"] = condition = Projection(teacher, features, text=text)
-    torch.manual_seed(given["seed"])
+    torch.manual_seed(given["loop"].seed)
     widths = {"pooled": condition.pooled_width, "image": condition.image_width}
     given["heads"] = StyleGANTHeads(features.channels, **widths)
     levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.25] * 4)
-    return ADD(**{"levels": levels, "distill": ScoreDistillation()} | (options or {}) | given)
+    own = {"levels": levels, "distill": ScoreDistillation()} | (options or {})
+    return assembled(ADD, given, **own)
 
 
 def nitrofusion(
@@ -351,12 +359,12 @@ def nitrofusion(
     # with this eps these do not count, and runs that differ in rounding alone stay together.
     given = parts(teacher, **{"critic_eps": 1e-3} | engine_options)
     given["features"] = features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
-    torch.manual_seed(given["seed"])
+    torch.manual_seed(given["loop"].seed)
     levels = [0.01, 0.25, 0.5, 0.75]
     own = {"size": 150, "levels": levels, "width": 16, "refresh": 0.02} | (pool or {})
     given["heads"] = Pool(features.channels, **own)
     own = {"levels": [[1.0], [1.0, 0.5]], "refine": [0, 2]} | (options or {})
-    return NitroFusion(renoise=Discrete(levels, [0.25] * 4), **own, **given)
+    return assembled(NitroFusion, given, renoise=Discrete(levels, [0.25] * 4), **own)
 
 
 def regression(
@@ -366,14 +374,14 @@ def regression(
     given = alone(parts(teacher, **engine_options))
     levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1])
     pairs = TeacherSamples(levels=[1.0, 0.75, 0.5, 0.25], fresh=False)
-    return Regression(**{"levels": levels, "real": pairs} | (options or {}) | given)
+    return assembled(Regression, given, **{"levels": levels, "real": pairs} | (options or {}))
 
 
 def consistency(
     teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any
 ) -> Consistency:
     given = alone(parts(teacher, **engine_options))
-    return Consistency(**{"steps": 4, "guidance": 2.0} | (options or {}) | given)
+    return assembled(Consistency, given, **{"steps": 4, "guidance": 2.0} | (options or {}))
 
 
 def alone(given: dict[str, Any]) -> dict[str, Any]:
@@ -412,10 +420,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def critic(method: Distillation) -> Any:
+    """The heads of this iteration."""
+    return method.heads.draw(method.loop.streams(method).common("heads"))
+
+
 def drawn(method: Distillation, batch: Any, micro: int = 0) -> tuple[Any, Any]:
     """What the method draws for this batch, as that micro-batch, and what both players need of the sample."""
-    draws = method.draw(batch, method.streams(micro))
-    return draws, method.fake(batch, draws)
+    draws = method.draw(batch, method.loop.streams(method, micro))
+    return draws, method.student_sample(batch, draws)
 
 
 def simple_batch(method: Distillation, size: int = 2, seed: int = 0) -> Any:
@@ -423,4 +436,4 @@ def simple_batch(method: Distillation, size: int = 2, seed: int = 0) -> Any:
     teacher = method.teacher
     shape = teacher.shape if isinstance(teacher, Toy) else teacher.latent_shape
     x0 = torch.randn((size, *shape), generator=torch.Generator().manual_seed(seed))
-    return method._embedded({"x0": x0, "caption": CAPTIONS[:size]})
+    return method.loop.embed(method, {"x0": x0, "caption": CAPTIONS[:size]})

@@ -20,6 +20,7 @@ from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
 from distill.files import gathered
 from distill.hardware import Precision, precision
+from distill.loop import TwoPlayerLoop
 from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
@@ -28,7 +29,7 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of
 from distill.teachers.sizes import of_pipeline
-from distill.types import Cond
+from distill.types import Cond, Players
 
 log = logging.getLogger(__name__)
 # Warnings that say nothing new about a run of ours.
@@ -95,10 +96,10 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     student = make(cfg.student)(teacher=teacher)
     make(cfg.sampler).check(student)
     with stage("building the discriminator"):
-        players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
-    return source, make(cfg.method)(
-        teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
-    )
+        discriminator = _discriminator(cfg.discriminator, teacher)
+    players = Players(teacher=teacher, student=student, **discriminator)
+    loop = TwoPlayerLoop(make(cfg.optimizer), seed=cfg.seed)
+    return source, make(cfg.method)(players, loop=loop)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:

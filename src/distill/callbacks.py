@@ -33,17 +33,17 @@ class Progress(L.Callback):
     """Counts student steps and says their speed, the time left and the losses: a bar or lines."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        counted = {"done": trainer.global_step, "images": pl_module.images_seen}
+        counted = {"done": trainer.global_step, "images": pl_module.loop.images_seen}
         self.bar = Bar("training", trainer.max_steps, rate="images", **counted)
         self.bar.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values, iteration = pl_module.numbers, pl_module.iteration
+        values, iteration = pl_module.loop.numbers, pl_module.loop.iteration
         losses = " ".join(f"{k} {values[k]:.2f}" for k in SAID if k in values)
-        lead, place = pl_module.engine.head_start, None
+        lead, place = pl_module.loop.engine.head_start, None
         if iteration <= lead:
             place = f"head start, iteration {iteration} of {lead}"
-        images = pl_module.images_seen
+        images = pl_module.loop.images_seen
         self.bar.update(trainer.global_step, images=images, said=losses, place=place)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
@@ -67,7 +67,7 @@ class Health(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if (
             pl_module.step % self.every == 0
-            and pl_module.iteration >= pl_module.engine.head_start
+            and pl_module.loop.iteration >= pl_module.loop.engine.head_start
             and not self._before
         ):
             self._before = [p.detach().clone() for p in self._some(pl_module)]
@@ -81,13 +81,16 @@ class Health(L.Callback):
         return some
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if not (self._before and pl_module.updated):
+        if not (self._before and pl_module.loop.updated):
             return
         change = torch._foreach_sub(self._before, [p.detach() for p in self._some(pl_module)])
         moved, size = (
             float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before)
         )
-        now, values = (time.monotonic(), pl_module.images_seen), {"g/update_ratio": moved / size}
+        now, values = (
+            (time.monotonic(), pl_module.loop.images_seen),
+            {"g/update_ratio": moved / size},
+        )
         if self._last:
             values["images_per_second"] = (now[1] - self._last[1]) / (now[0] - self._last[0])
         self._before, self._last = [], now
@@ -121,8 +124,8 @@ class Alarms(L.Callback):
             put(self.path, b"".join(line for line in lines if _until(line, pl_module.step)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values = pl_module.numbers
-        if pl_module.updated and all(k in values for k in HEALTH):
+        values = pl_module.loop.numbers
+        if pl_module.loop.updated and all(k in values for k in HEALTH):
             self._seen.append([values[k] for k in HEALTH])
         if len(self._seen) == self.window:
             said = alarm(*torch.tensor(self._seen).mean(0).tolist())
@@ -193,7 +196,7 @@ class Samples(L.Callback):
         self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if pl_module.updated and (
+        if pl_module.loop.updated and (
             pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
         ):
             self._draw(trainer, pl_module)

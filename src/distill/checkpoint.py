@@ -77,7 +77,7 @@ class Checkpoints(L.Callback):
             self._set_aside(pl_module.step)
         for logger in trainer.loggers:
             if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
-                logger.go_on(pl_module.step, pl_module.iteration)
+                logger.go_on(pl_module.step, pl_module.loop.iteration)
         # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
         self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
 
@@ -116,14 +116,14 @@ class Checkpoints(L.Callback):
             number = trainer.strategy.reduce(told, reduce_op="max")
             self.stopped_by = signal.Signals(int(number)) if number else None
         trainer.should_stop |= self.stopped_by is not None
-        due = pl_module.updated and (
+        due = pl_module.loop.updated and (
             pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
         )
         if due or self.stopped_by:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        step, known = pl_module.step, trainer.callback_metrics | pl_module.numbers
+        step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.numbers
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
         trainer.save_checkpoint(path)
         for logger in trainer.loggers:  # what lies before the checkpoint is not logged again

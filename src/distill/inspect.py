@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
     method.load_state_dict(read(kept)["state_dict"], strict=False)
     method.to(device(made.trainer.get("accelerator", "auto")))
     loaded = next(iter(source.loader(seed=cfg.seed)))
-    batch = method._embedded(method.transfer_batch_to_device(loaded, method.device, 0))
+    batch = method.loop.embed(method, method.transfer_batch_to_device(loaded, method.device, 0))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
     with stage("looking with the discriminator"):
         seen = look(method, batch, list(cfg.levels), generator)

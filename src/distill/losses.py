@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.process import precise
-from distill.types import Cond, Critic
+from distill.types import Cond, Critic, Logits
 
-Split = Callable[[Tensor], Sequence[Tensor]]  # logits [B, K] -> those of each head
+Answer = Logits | Tensor  # of a critic: logits [B, K]; a plain tensor is that of one head
 OverHeads = Literal["mean", "sum"]
 
 
@@ -37,41 +37,42 @@ class AdversarialLoss:
     """Whether real and fake are compared sample by sample, as RpGAN does (arXiv 2501.05441)."""
     over_heads: OverHeads = "mean"
 
-    def discriminator(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
-        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape. `split` parts them by head."""
-        alone = 0.0 if self.paired else self._reduced(self.wrong(-precise(real)), split)
-        return alone + self.against(real, fake, split)
+    def discriminator(self, real: Answer, fake: Answer) -> Tensor:
+        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape."""
+        if self.paired:
+            return self.fake_term(real, fake)
+        real = Logits.of(real)
+        own = self._reduced(self.wrong(-precise(real.values)), real)
+        return own + self.fake_term(real, fake)
 
-    def against(self, real: Tensor, fake: Tensor, split: Split | None = None) -> Tensor:
+    def fake_term(self, real: Answer, fake: Answer) -> Tensor:
         """The discriminator's term of fakes alone, which a paired game holds against the real ones."""
-        real, fake = precise(real), precise(fake)
+        real, fake = Logits.of(real), Logits.of(fake)
+        logits = precise(fake.values)
         if not self.paired:
-            return self._reduced(self.wrong(fake), split)
-        if real.shape != fake.shape:
-            raise ValueError(
-                f"{self.name} loss compares pairs, got real {list(real.shape)}, fake {list(fake.shape)}"
-            )
-        return self._reduced(self.wrong(fake - real), split)
+            return self._reduced(self.wrong(logits), fake)
+        if real.values.shape != fake.values.shape:
+            shapes = f"real {list(real.values.shape)}, fake {list(fake.values.shape)}"
+            raise ValueError(f"{self.name} loss compares pairs, got {shapes}")
+        return self._reduced(self.wrong(logits - precise(real.values)), fake)
 
-    def student(
-        self, fake: Tensor, real: Tensor | None = None, split: Split | None = None
-    ) -> Tensor:
+    def student(self, fake: Answer, real: Answer | None = None) -> Tensor:
         """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
         if not self.paired:
-            return self._reduced(self.own(-precise(fake)), split)
+            fake = Logits.of(fake)
+            return self._reduced(self.own(-precise(fake.values)), fake)
         if real is None:
-            raise ValueError(
-                f"the {self.name} student loss needs the real logits of the same critic; pass real="
-            )
-        return self.discriminator(fake, real, split)  # the same with the players exchanged
+            what = "needs the real logits of the same critic; pass real="
+            raise ValueError(f"the {self.name} student loss {what}")
+        return self.discriminator(fake, real)  # the same with the players exchanged
 
-    def _reduced(self, losses: Tensor, split: Split | None) -> Tensor:
-        return by_head(losses, split, self.over_heads)
+    def _reduced(self, losses: Tensor, logits: Logits) -> Tensor:
+        return by_head(logits._replace(values=losses), self.over_heads)
 
 
-def by_head(losses: Tensor, split: Split | None = None, over_heads: OverHeads = "mean") -> Tensor:
+def by_head(losses: Logits, over_heads: OverHeads = "mean") -> Tensor:
     """Mean over each head's part of losses [B, K], then the mean or the sum over heads."""
-    parts = torch.stack([part.mean() for part in (split(losses) if split else [losses])])
+    parts = torch.stack([part.mean() for part in losses.by_head()])
     return parts.sum() if over_heads == "sum" else parts.mean()
 
 
@@ -95,31 +96,35 @@ def adversarial(name: str, over_heads: OverHeads = "mean") -> AdversarialLoss:
     )
 
 
-def logits_for_r1(
-    critic: Critic, maps: Sequence[Tensor], t: Tensor, cond: Cond
-) -> tuple[Tensor, list[Tensor]]:
-    """Real maps -> their logits [B, K] in float32 at least, whatever autocast says, and the inputs that `r1` wants."""
+def real_logits(
+    critic: Critic, maps: Sequence[Tensor], t: Tensor, cond: Cond, *, for_r1: bool
+) -> tuple[Answer, Sequence[Tensor]]:
+    """Real maps -> their logits [B, K], and the inputs that `r1` wants.
+
+    For R1 the heads run in float32 at least, whatever autocast says, on inputs that require grad.
+    """
+    if not for_r1:
+        return critic(list(maps), t, cond), maps
     inputs = [precise(m.detach()).requires_grad_() for m in maps]
     with torch.autocast(inputs[0].device.type, enabled=False):
         return critic(inputs, t, cond), inputs
 
 
-def r1(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
     """R1 on head inputs: sum over maps of E_batch || d(sum of logits) / d(map) ||^2, the form of ADD (gamma = 1e-5).
 
     logits [B, K] of real samples; inputs, the maps [B, C_k, ...] they were computed from, detached from the extractor
     and then made to require grad, so that the penalty trains the heads alone and its second derivative never enters the
-    frozen network. Both come from `logits_for_r1`, outside bfloat16 autocast, and so is the derivative here: squared
+    frozen network. Both come from `real_logits`, outside bfloat16 autocast, and so is the derivative here: squared
     gradients are small and double backward loses digits. A map that no drawn head reads adds nothing.
     """
     if not inputs or not all(x.requires_grad for x in inputs):
         raise ValueError(
             "R1 needs inputs with gradient: detach the maps, requires_grad_(), then call the heads"
         )
-    with torch.autocast(logits.device.type, enabled=False):
-        gradients = torch.autograd.grad(
-            precise(logits).sum(), inputs, create_graph=True, allow_unused=True
-        )
+    total = precise(Logits.of(logits).values).sum()
+    with torch.autocast(total.device.type, enabled=False):
+        gradients = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
     norms = [precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
     if not norms:
         raise ValueError(
@@ -146,15 +151,19 @@ def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
     return ((away + h**2).sqrt() - h).mean()
 
 
-def verdicts(real: Tensor, fake: Tensor, split: Split | None = None) -> dict[str, Tensor]:
+def critic_stats(real: Answer, fake: Answer) -> dict[str, Tensor]:
     """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how often it is right.
 
     It is right about a pair whose real one has the higher logit, a tie counting half: that says the same of every
     loss, while a relativistic one leaves it open where zero lies. The keys are those of the log.
     """
-    real, fake = precise(real), precise(fake)
-    right = (real > fake).float().mean() + (real == fake).float().mean() / 2
-    found = {"d/real": real.mean(), "d/fake": fake.mean(), "d/accuracy": right}
-    for k, (a, b) in enumerate(zip(split(real), split(fake), strict=True) if split else ()):
+    real, fake = Logits.of(real), Logits.of(fake)
+    above, below = precise(real.values), precise(fake.values)
+    right = (above > below).float().mean() + (above == below).float().mean() / 2
+    found = {"d/real": above.mean(), "d/fake": below.mean(), "d/accuracy": right}
+    if len(real.sizes) == 1:
+        return found
+    heads = (real._replace(values=above).by_head(), fake._replace(values=below).by_head())
+    for k, (a, b) in enumerate(zip(*heads, strict=True)):
         found |= {f"d/real_head{k}": a.mean(), f"d/fake_head{k}": b.mean()}
     return found

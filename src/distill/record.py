@@ -63,8 +63,8 @@ class RunRecord:
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
         counts = {
             "steps": method.step,
-            "images_seen": method.images_seen,
-            "skipped": method.skipped,
+            "images_seen": method.loop.images_seen,
+            "skipped": method.loop.skipped,
         }
         if torch.cuda.is_available():
             counts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -92,7 +92,11 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     source, method = parts or build.parts(cfg)
     trainer = build.trainer(cfg, folder)
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
+    start = (
+        read(checkpoint)["distill"]["iteration"] * method.loop.engine.accumulate
+        if checkpoint
+        else 0
+    )
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )

@@ -10,8 +10,8 @@ Methods are written against the protocols below, so that any object with these f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -129,17 +129,28 @@ class Batch:
         return len(self.x0)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Streams:
-    """What the random numbers of one micro-batch in one iteration are drawn from, a generator for each purpose.
+class Logits(NamedTuple):
+    """What a critic answers: the logits of all its heads side by side, values [B, K], and how many each head has."""
 
-    sample: the student's sample and how the discriminator reads it; discriminator: one for each of its updates, in
-    turn; student: the terms that the student alone has.
-    """
+    values: Tensor
+    sizes: Sequence[int]
 
-    sample: torch.Generator
-    discriminator: tuple[torch.Generator, ...]
-    student: torch.Generator
+    def by_head(self) -> Sequence[Tensor]:
+        """Those of each head, [B, K_k]."""
+        return torch.split(self.values, list(self.sizes), dim=1)
+
+    @staticmethod
+    def of(answer: Logits | Tensor) -> Logits:
+        """A plain tensor [B, K] is the answer of one head."""
+        return Logits(answer, (answer.shape[1],)) if isinstance(answer, Tensor) else answer
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What a player minimises: the sum of `terms`, already weighted scalars. `metrics` are logged beside them."""
+
+    terms: Terms
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Denoiser(Protocol):
@@ -205,13 +216,10 @@ class Features(Protocol):
 
 
 class Critic(Protocol):
-    """What judges in an iteration: maps -> logits."""
+    """The heads of an iteration: maps -> logits."""
 
-    def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Tensor:
-        """maps [B, C_k, ...], t [B] -> logits [B, K]."""
-
-    def split(self, logits: Tensor) -> Sequence[Tensor]:
-        """Logits [B, K] of the last call -> those of each head."""
+    def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Logits | Tensor:
+        """maps [B, C_k, ...], t [B] -> logits [B, K]; a plain tensor where there is one head."""
 
 
 class Heads(Protocol):
@@ -229,3 +237,19 @@ class Times(Protocol):
 
     def sample(self, n: int, step: int, generator: torch.Generator | None = None) -> Tensor:
         """n levels t [n], float32 in (0, 1], as drawn at this student step."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Players:
+    """Who takes part in a distillation.
+
+    teacher: frozen. student: what is trained. features and heads: the discriminator, its frozen and its trainable half,
+    both None where a method has none. condition: what the heads are conditioned on, where that is not the teacher's own
+    embedding.
+    """
+
+    teacher: Teacher
+    student: Denoiser
+    features: Features | None = None
+    heads: Heads | None = None
+    condition: Any = None

@@ -12,32 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from distill.types import Cond
+from distill.types import Cond, Logits
 
 TIME_FEATURES = 64
 
 
 class AllHeads(nn.Module):
-    """Heads that all judge in every iteration, and stay."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes: list[int] = []
-
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Logits [B, K_k] of each head -> all side by side, [B, K]."""
-        self._sizes = [part.shape[1] for part in parts]
-        return torch.cat(list(parts), dim=1)
-
-    def split(self, logits: Tensor) -> Sequence[Tensor]:
-        """Logits [B, K] of the last call -> those of each head."""
-        return logits.split(self._sizes, dim=1)
+    """Heads that all answer in every iteration, and stay."""
 
     def draw(self, generator: torch.Generator) -> Self:
         return self
 
     def refresh(self, generator: torch.Generator) -> Sequence[nn.Parameter]:
         return ()
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Logits:
+    """Logits [B, K_k] of each head -> all of them, [B, K]."""
+    return Logits(torch.cat(list(parts), dim=1), tuple(part.shape[1] for part in parts))
 
 
 class ConvHead(nn.Module):
@@ -111,14 +103,13 @@ class ConvHeads(AllHeads):
         }
         self.heads = nn.ModuleDict({name.replace(".", "_"): head for name, head in heads.items()})
 
-    def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
         parts = [self.embed_time(_waves(t))]
         if cond.pooled is not None:
             parts.append(cond.pooled)
         condition = torch.cat(parts, dim=1)
-        return self.joined(
-            [head(x, condition) for head, x in zip(self.heads.values(), maps, strict=True)]
-        )
+        pairs = zip(self.heads.values(), maps, strict=True)
+        return side_by_side([head(x, condition) for head, x in pairs])
 
 
 def _waves(t: Tensor) -> Tensor:

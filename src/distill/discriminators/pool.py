@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from distill.types import Cond
+from distill.types import Cond, Logits
 
 # In a group: the last maps may have one place, and over two numbers a norm says hardly more than a sign.
 NORM_CHANNELS = 16
@@ -164,9 +164,9 @@ class Drawn:
     """A head per map and level, as drawn for one iteration: maps -> logits [B, K], K = sum of places over maps."""
 
     def __init__(self, pool: Pool, chosen: Mapping[tuple[int, str], int]):
-        self.pool, self.chosen, self._sizes = pool, chosen, [0]
+        self.pool, self.chosen = pool, chosen
 
-    def __call__(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
+    def __call__(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
         nearest = (t[:, None] - t.new_tensor(self.pool.levels)).abs().argmin(dim=1)
         rows, parts = [], []
         for level in nearest.unique().tolist():
@@ -177,9 +177,5 @@ class Drawn:
                     heads, [m[rows[-1]] for m in maps] if len(t) > len(rows[-1]) else maps
                 )
             )
-        self._sizes = [part.shape[1] for part in parts[0]]
-        return torch.cat([torch.cat(part, dim=1) for part in parts])[torch.cat(rows).argsort()]
-
-    def split(self, logits: Tensor) -> Sequence[Tensor]:
-        """Logits [B, K] of the last call -> those of each head."""
-        return logits.split(self._sizes, dim=1)
+        values = torch.cat([torch.cat(part, dim=1) for part in parts])[torch.cat(rows).argsort()]
+        return Logits(values, tuple(part.shape[1] for part in parts[0]))

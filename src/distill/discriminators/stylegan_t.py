@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from distill.discriminators.heads import AllHeads
+from distill.discriminators.heads import AllHeads, side_by_side
 from distill.limits import LOCAL_BATCH, check_local_batch
 from distill.process import precise
-from distill.types import Cond
+from distill.types import Cond, Logits
 
 PROJECTION = 64
 
@@ -102,7 +102,7 @@ class StyleGANTHeads(AllHeads):
             {name: TokenHead(c, pooled + image) for name, c in channels.items()}
         )
 
-    def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
         with torch.autocast(maps[0].device.type, enabled=False):
             wanted = [
                 part
@@ -113,4 +113,4 @@ class StyleGANTHeads(AllHeads):
                 torch.cat([precise(part) for part in wanted], dim=1) if wanted else t[:, None]
             )
             pairs = zip(self.heads.values(), maps, strict=True)
-            return self.joined([head(precise(x), condition) for head, x in pairs])
+            return side_by_side([head(precise(x), condition) for head, x in pairs])

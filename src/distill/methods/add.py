@@ -15,6 +15,7 @@ predicts eps answers by its own schedule, x0_hat = (x - sigma_1 eps_hat) / alpha
 begins; one that predicts v can be given the schedule that ends in noise, by teacher.zero_terminal_snr.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,29 +24,31 @@ from torch import Tensor
 
 from distill import losses
 from distill.distillation import ScoreDistillation, ScoreDraws
-from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
-from distill.methods.base import Distillation, Players
+from distill.methods.base import Distillation, Phase
 from distill.process import generator_like, noise_like, seed_of, square
-from distill.types import Batch, Cond, Streams, Terms, Times
+from distill.randomness import Streams
+from distill.types import Batch, Cond, Critic, Losses, Players, Terms, Times
 
-Corner = tuple[float, float]  # upper left of the crop, in shares of where it may be
+Corner = Sequence[float]  # upper left of the crop, in shares of where it may be
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """Level s [B] and noise [B, C, H, W] of the student's input; corner of the crop; seeds for the features' changes of
-    real and fake pictures; the distillation's."""
+    """Level s [B] and noise [B, C, H, W] of the student's input; corner of the crop; seeds of the feature network's
+    augmentations of real and fake; what the distillation term draws; the critic; whether R1 is due."""
 
     s: Tensor
     noise: Tensor
     corner: Corner
     augment: tuple[int, int]
     distill: ScoreDraws | None
+    critic: Critic
+    penalised: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Fake:
-    """The student's sample [B, C, H, W], its pixels and maps; the maps of the real picture; what heads project on."""
+class StudentSample:
+    """x0_hat [B, C, H, W], its pixels and maps; the real picture's maps; what the heads are conditioned on."""
 
     x0_hat: Tensor
     pixels: Tensor
@@ -68,97 +71,104 @@ class ADD(Distillation):
         crop: side in latent cells of the random square that the heads look at; None shows them all.
     """
 
-    space = "pixels"  # what its discriminator looks at
+    space = "pixels"  # of what its feature network takes
 
     def __init__(
         self,
+        players: Players,
         *,
         levels: Times,
         distill: ScoreDistillation,
         distill_weight: float = 2.5,
         adversarial_weight: float = 1.0,
         distill_space: Literal["pixels", "latents"] = "pixels",
-        loss: Game = "hinge",
-        over_heads: OverHeads = "sum",
+        loss: losses.Game = "hinge",
+        over_heads: losses.OverHeads = "sum",
         r1_weight: float = 1e-5,
         r1_every: int = 1,
         negative: str | None = None,
         decoder: Any = None,
         crop: int | None = None,
-        **engine: Any,
+        real: Any = None,
+        loop: Any = None,
     ):
-        super().__init__(**engine)
+        super().__init__(players, real=real, loop=loop)
         if distill_space not in ("pixels", "latents"):
             raise ValueError(f"method.distill_space={distill_space}: must be pixels or latents")
         self.levels, self.distill = levels, distill
-        self.adversarial = adversarial(loss, over_heads)
+        self.adversarial = losses.adversarial(loss, over_heads)
         self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
         self.in_pixels, self.negative = distill_space == "pixels", negative
-        self._frozen = (*self._frozen, decoder)
+        self.decode: Any
+        self.hold(decode=decoder or players.teacher.decode)
         self.r1_weight, self.r1_every, self.crop = r1_weight, r1_every, crop
         self.second_order = r1_weight > 0
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         g = streams.sample
-        s = self.levels.sample(len(batch), self.step, g)
-        noise = noise_like(batch.x0, g)
-        top, left = torch.rand(2, generator=g, device=batch.x0.device).tolist()
-        distill = self.distill.draw(batch.x0, streams.student) if self.distill_weight else None
-        augment = (seed_of(g), seed_of(g))
-        return Draws(s=s, noise=noise, corner=(top, left), augment=augment, distill=distill)
+        return Draws(
+            s=self.levels.sample(len(batch), streams.step, g),
+            noise=noise_like(batch.x0, g),
+            corner=torch.rand(2, generator=g, device=batch.x0.device).tolist(),
+            augment=(seed_of(g), seed_of(g)),
+            distill=self.distill.draw(batch.x0, streams.student) if self.distill_weight else None,
+            critic=self.heads.draw(streams.common("heads")),
+            penalised=self.r1_weight > 0 and streams.iteration % self.r1_every == 0,
+        )
 
-    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
+    def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         s, corner = draws.s, draws.corner
         of_real, of_fake = (generator_like(batch.x0, seed) for seed in draws.augment)
-        x0_hat = self.student.x0(self.begin(batch.x0, draws.noise, s), s, batch.cond)
+        x0_hat = self.student.x0(self.student_input(batch.x0, draws.noise, s), s, batch.cond)
         with torch.no_grad():
             part, cond = self._picture(batch, s, corner)
             real = self.features(part, s, cond, of_real)
-        pixels = self._decode(self._part(x0_hat, corner))
+        pixels = self.decode(self._part(x0_hat, corner))
         maps = self.features(pixels, s, cond, of_fake)
-        return Fake(x0_hat=x0_hat, pixels=pixels, maps=maps, real=real, cond=cond)
+        return StudentSample(x0_hat=x0_hat, pixels=pixels, maps=maps, real=real, cond=cond)
 
-    def see(self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> tuple[list[Tensor], Cond]:
-        """Maps of whole pictures, which are not noised: t [B] is the level that the student began from."""
+    def critic_features(
+        self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch, generator: torch.Generator
+    ) -> tuple[list[Tensor], Cond]:
+        """Maps of whole pictures, which are not noised: t [B] is the level of the student's input."""
         with torch.no_grad():
             picture, cond = self._picture(batch, t)
-        pixels = picture if x0 is batch.x0 else self._decode(x0)
-        return self.features(pixels, t, cond, self.common("features")), cond
+        pixels = picture if x0 is batch.x0 else self.decode(x0)
+        return self.features(pixels, t, cond, generator), cond
 
-    def discriminator_loss(self, batch: Batch, draws: Draws, fake: Fake, turn: int = 0) -> Terms:
-        critic, s, cond = self.critic(), draws.s, fake.cond
-        if penalised := self.r1_weight and self.iteration % self.r1_every == 0:
-            of_real, maps = losses.logits_for_r1(critic, fake.real, s, cond)
-        else:
-            of_real = critic(fake.real, s, cond)
-        of_fake = critic([m.detach() for m in fake.maps], s, cond)
-        self.record(**verdicts(of_real, of_fake, critic.split))
-        terms = {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
-        if penalised:
-            terms["r1"] = self.r1_weight * self.r1_every * losses.r1(of_real, maps)
-        return terms
+    def discriminator_loss(
+        self, batch: Batch, draws: Draws, sample: StudentSample, turn: int = 0
+    ) -> Losses:
+        critic, s, cond, for_r1 = draws.critic, draws.s, sample.cond, draws.penalised
+        real, inputs = losses.real_logits(critic, sample.real, s, cond, for_r1=for_r1)
+        fake = critic([m.detach() for m in sample.maps], s, cond)
+        terms = {"adv": self.adversarial.discriminator(real, fake)}
+        if for_r1:
+            terms["r1"] = self.r1_weight * self.r1_every * losses.r1(real, inputs)
+        return Losses(terms, losses.critic_stats(real, fake))
 
-    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
-        terms, s, cond = {}, draws.s, fake.cond
+    def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
+        critic, s, cond = draws.critic, draws.s, sample.cond
+        terms: Terms = {}
         if self.adversarial_weight:
-            critic = self.critic()
-            of_real = critic(fake.real, s, cond) if self.adversarial.paired else None
-            loss = self.adversarial.student(critic(fake.maps, s, cond), of_real, critic.split)
+            real = critic(sample.real, s, cond) if self.adversarial.paired else None
+            loss = self.adversarial.student(critic(sample.maps, s, cond), real)
             terms["adv"] = self.adversarial_weight * loss
         if draws.distill:
-            away = self._distillation(batch, draws, draws.distill, fake)
-            terms["distill"] = self.distill_weight * away
-        return terms
+            terms["distill"] = self.distill_weight * self._distance(batch, draws, sample)
+        return Losses(terms)
 
-    def _distillation(self, batch: Batch, draws: Draws, drawn: ScoreDraws, fake: Fake) -> Tensor:
-        x_hat, cond = fake.x0_hat.detach(), batch.cond
+    def _distance(self, batch: Batch, draws: Draws, sample: StudentSample) -> Tensor:
+        """To the teacher's estimate: c(t) |x0_hat - teacher(x0_hat noised to t)|^2."""
+        assert draws.distill is not None
+        x_hat, cond = sample.x0_hat.detach(), batch.cond
         bad = None if self.negative is None else self.teacher.embed([self.negative] * len(batch))
-        target, weight = self.distill(self.teacher, x_hat, cond, drawn, bad)
+        target, weight = self.distill(self.teacher, x_hat, cond, draws.distill, bad)
         if not self.in_pixels:
-            return weighted_mse(fake.x0_hat, target, weight)
+            return losses.weighted_mse(sample.x0_hat, target, weight)
         with torch.no_grad():
-            target = self._decode(self._part(target, draws.corner))
-        return weighted_mse(fake.pixels, target, weight)
+            target = self.decode(self._part(target, draws.corner))
+        return losses.weighted_mse(sample.pixels, target, weight)
 
     def _picture(self, batch: Batch, s: Tensor, corner: Corner | None = None) -> tuple[Any, Cond]:
         """The real picture as the heads look at it, or decoded; what they project on, c_img being of the whole."""
@@ -166,14 +176,11 @@ class ADD(Distillation):
         if whole is not None:
             part = self._part(whole, corner, whole.shape[-1] // x0.shape[-1])
         else:
-            part = whole = self._decode(self._part(x0, corner))  # with the borders of a fake's
+            part = whole = self.decode(self._part(x0, corner))  # with the borders of a fake's
             if self.crop and getattr(self.condition, "image_width", 0):
-                whole = self._decode(x0)
+                whole = self.decode(x0)
         return part, self.condition(batch, whole, s == 1) if self.condition else batch.cond
 
     def _part(self, x: Tensor, corner: Corner | None, cell: int = 1) -> Tensor:
         """The crop of latents [B, C, H, W], or of pictures with `cell` pixels a side for each of theirs."""
         return x if self.crop is None or corner is None else square(x, self.crop, corner, cell)
-
-    def _decode(self, x0: Tensor) -> Tensor:
-        return (self._frozen[-1] or self.teacher.decode)(x0)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from distill.distillation import guided_x0
 from distill.losses import pseudo_huber, weighted_mse
-from distill.methods.base import Distillation, Players
+from distill.methods.base import Distillation, Phase
 from distill.process import noise_like
-from distill.types import Batch, Streams, Terms
+from distill.randomness import Streams
+from distill.types import Batch, Losses, Players
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,7 +39,7 @@ class Draws:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Fake:
+class StudentSample:
     """The student's estimate at t, and what it is to be, both [B, C, H, W]."""
 
     x0_hat: Tensor
@@ -56,9 +57,16 @@ class Consistency(Distillation):
     space = "nothing"  # it has no discriminator
 
     def __init__(
-        self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any
+        self,
+        players: Players,
+        *,
+        steps: int = 50,
+        guidance: float = 4.0,
+        huber: float | None = None,
+        real: Any = None,
+        loop: Any = None,
     ):
-        super().__init__(**engine)
+        super().__init__(players, real=real, loop=loop)
         if steps < 1:
             raise ValueError(f"method.steps={steps}: must be at least 1")
         self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber
@@ -69,15 +77,15 @@ class Consistency(Distillation):
         t, s = place / self.steps, (place - 1) / self.steps
         return Draws(t=t, s=s, noise=noise_like(batch.x0, g))
 
-    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
+    def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = self.student.process.diffuse(batch.x0, draws.noise, draws.t)
         target = self._target(x_t, draws.t, draws.s, batch)
-        return Fake(x0_hat=self.student.x0(x_t, draws.t, batch.cond), target=target)
+        return StudentSample(x0_hat=self.student.x0(x_t, draws.t, batch.cond), target=target)
 
-    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
+    def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
         if self.huber is None:
-            return {"consistency": weighted_mse(fake.x0_hat, fake.target)}
-        return {"consistency": pseudo_huber(fake.x0_hat, fake.target, self.huber)}
+            return Losses({"consistency": weighted_mse(sample.x0_hat, sample.target)})
+        return Losses({"consistency": pseudo_huber(sample.x0_hat, sample.target, self.huber)})
 
     @torch.no_grad()
     def _target(self, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill import losses
 from distill.distillation import ScoreDistillation, ScoreDraws
-from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
-from distill.methods.base import Distillation, Players
+from distill.methods.base import Distillation, Phase
 from distill.process import level_like, noise_like
+from distill.randomness import FromStream, Streams
 from distill.times import Refinement
-from distill.types import Batch, Streams, Terms, Times
+from distill.types import Batch, Critic, Losses, Players, Terms, Times
 
 LEAD = 100
 
@@ -41,7 +42,8 @@ LEAD = 100
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
     """x_T; levels of the student's steps, the last of them the one that learns, and the noise between; t* [B] and the
-    noise there of fake and real; what the opening's distillation draws. All noise is [B, C, H, W]."""
+    noise there of fake and real; what the opening's distillation draws; the critic; what the feature network draws
+    from; whether the heads and the student's adversarial term are at work. All noise is [B, C, H, W]."""
 
     x_T: Tensor
     steps: list[float]
@@ -50,15 +52,19 @@ class Draws:
     noise: Tensor
     real_noise: Tensor
     distill: ScoreDraws | None
+    critic: Critic
+    features: FromStream
+    opening: bool
+    heads_learn: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Fake:
-    """The student's sample [B, C, H, W]; its maps and the real one's, where the heads are at work and ask for them."""
+class StudentSample:
+    """x0_hat [B, C, H, W]; its maps and the real sample's, none where no loss asks for them."""
 
     x0_hat: Tensor
-    maps: list[Tensor] | None = None
-    real: list[Tensor] | None = None
+    maps: list[Tensor]
+    real: list[Tensor]
 
 
 class NitroFusion(Distillation):
@@ -75,10 +81,11 @@ class NitroFusion(Distillation):
         pairs_weight, distill, distill_weight: what makes them, regression and score distillation; 0 leaves one out.
     """
 
-    space = "latents"  # what its discriminator looks at
+    space = "latents"  # of what its feature network takes
 
     def __init__(
         self,
+        players: Players,
         *,
         renoise: Times,
         mixed: bool = False,
@@ -86,29 +93,33 @@ class NitroFusion(Distillation):
         refine: Sequence[int] = (0,),
         keep: float = 0.5,
         shared: bool = True,
-        loss: Game = "hinge",
-        over_heads: OverHeads = "mean",
+        loss: losses.Game = "hinge",
+        over_heads: losses.OverHeads = "mean",
         opening: int = 0,
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        **engine: Any,
+        real: Any = None,
+        loop: Any = None,
     ):
-        super().__init__(**engine)
+        super().__init__(players, real=real, loop=loop)
         self.renoise, self.mixed, self.shared = renoise, mixed, shared
         self.refinement = Refinement(levels, refine, keep)
-        self.adversarial, self.opening = adversarial(loss, over_heads), opening
+        self.adversarial, self.opening = losses.adversarial(loss, over_heads), opening
         self.pairs_weight, self.distill_weight = pairs_weight, distill_weight
         self.distill = distill or ScoreDistillation()
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         g, n = streams.sample, len(batch)
         x_T = noise_like(batch.x0, g) if batch.noise is None else batch.noise
-        done, now = self.refinement.draw(self.step, self.common("steps"))
+        done, now = self.refinement.draw(streams.step, streams.common("steps"))
         between = [noise_like(batch.x0, g) for _ in done]
         noise = noise_like(batch.x0, g)
-        t = self.renoise.sample(n if self.mixed else 1, self.step, self.common("t*")).expand(n)
-        asked = self.distill_weight and self.step < self.opening
+        t = self.renoise.sample(n if self.mixed else 1, streams.step, streams.common("t*")).expand(
+            n
+        )
+        opening = streams.step < self.opening
+        asked = self.distill_weight and opening
         return Draws(
             x_T=x_T,
             steps=[*done, now],
@@ -117,42 +128,48 @@ class NitroFusion(Distillation):
             noise=noise,
             real_noise=noise if self.shared else noise_like(batch.x0, streams.discriminator[0]),
             distill=self.distill.draw(batch.x0, streams.student) if asked else None,
+            critic=self.heads.draw(streams.common("heads")),
+            features=streams.features,
+            opening=opening,
+            heads_learn=streams.step >= self.opening - LEAD,
         )
 
-    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
+    def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = draws.x_T
         with torch.no_grad():
             for (at, later), noise in zip(pairwise(draws.steps), draws.between, strict=True):
                 x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
                 x_t = self.student.process.diffuse(x0, noise, level_like(x0, later))
         x0_hat = self.student.x0(x_t, level_like(x_t, draws.steps[-1]), batch.cond)
-        if self.step < self.opening - LEAD:
-            return Fake(x0_hat=x0_hat)
-        maps, _ = self.see(x0_hat, draws.t, draws.noise, batch)
-        if players == "student" and not self.adversarial.paired:
-            return Fake(x0_hat=x0_hat, maps=maps)
-        with torch.no_grad():
-            real, _ = self.see(batch.x0, draws.t, draws.real_noise, batch)
-        return Fake(x0_hat=x0_hat, maps=maps, real=real)
+        if not draws.heads_learn:
+            return StudentSample(x0_hat=x0_hat, maps=[], real=[])
+        maps, real = self._maps(x0_hat, draws.noise, batch, draws), []
+        if phase != "student" or self.adversarial.paired:
+            with torch.no_grad():
+                real = self._maps(batch.x0, draws.real_noise, batch, draws)
+        return StudentSample(x0_hat=x0_hat, maps=maps, real=real)
 
-    def discriminator_loss(self, batch: Batch, draws: Draws, fake: Fake, turn: int = 0) -> Terms:
-        if fake.maps is None or fake.real is None:
-            return {}
-        critic, t = self.critic(), draws.t
-        of_real = critic(fake.real, t, batch.cond)
-        of_fake = critic([m.detach() for m in fake.maps], t, batch.cond)
-        self.record(**verdicts(of_real, of_fake, critic.split))
-        return {"adv": self.adversarial.discriminator(of_real, of_fake, critic.split)}
+    def discriminator_loss(
+        self, batch: Batch, draws: Draws, sample: StudentSample, turn: int = 0
+    ) -> Losses:
+        if not draws.heads_learn:
+            return Losses({})
+        critic, t = draws.critic, draws.t
+        real = critic(sample.real, t, batch.cond)
+        fake = critic([m.detach() for m in sample.maps], t, batch.cond)
+        terms = {"adv": self.adversarial.discriminator(real, fake)}
+        return Losses(terms, losses.critic_stats(real, fake))
 
-    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
-        if self.step < self.opening or fake.maps is None:
-            return self._opening(batch, draws, fake.x0_hat)
-        critic, t = self.critic(), draws.t
-        of_real = None
-        if self.adversarial.paired and fake.real is not None:
-            of_real = critic(fake.real, t, batch.cond)
-        of_fake = critic(fake.maps, t, batch.cond)
-        return {"adv": self.adversarial.student(of_fake, of_real, critic.split)}
+    def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
+        if draws.opening:
+            return Losses(self._opening(batch, draws, sample.x0_hat))
+        critic, t = draws.critic, draws.t
+        real = critic(sample.real, t, batch.cond) if self.adversarial.paired else None
+        fake = critic(sample.maps, t, batch.cond)
+        return Losses({"adv": self.adversarial.student(fake, real)})
+
+    def _maps(self, x0: Tensor, noise: Tensor, batch: Batch, draws: Draws) -> list[Tensor]:
+        return self.critic_features(x0, draws.t, noise, batch, draws.features())[0]
 
     def _opening(self, batch: Batch, draws: Draws, x0_hat: Tensor) -> Terms:
         terms = {}
@@ -160,8 +177,8 @@ class NitroFusion(Distillation):
             if batch.noise is None:
                 what = "needs the noise of each sample: data.seeded=true, or make it 0"
                 raise ValueError(f"method.pairs_weight {what}")
-            terms["regression"] = self.pairs_weight * weighted_mse(x0_hat, batch.x0)
+            terms["regression"] = self.pairs_weight * losses.weighted_mse(x0_hat, batch.x0)
         if draws.distill:
             target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, draws.distill)
-            terms["distill"] = self.distill_weight * weighted_mse(x0_hat, target, weight)
+            terms["distill"] = self.distill_weight * losses.weighted_mse(x0_hat, target, weight)
         return terms

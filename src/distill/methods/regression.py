@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from distill.losses import weighted_mse
-from distill.methods.base import Distillation, Players
+from distill.methods.base import Distillation, Phase
 from distill.process import noise_like
-from distill.types import Batch, Streams, Terms, Times
+from distill.randomness import Streams
+from distill.types import Batch, Losses, Players, Times
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,7 +34,7 @@ class Draws:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Fake:
+class StudentSample:
     """The student's sample [B, C, H, W]."""
 
     x0_hat: Tensor
@@ -47,8 +48,8 @@ class Regression(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, *, levels: Times, **engine: Any):
-        super().__init__(**engine)
+    def __init__(self, players: Players, *, levels: Times, real: Any = None, loop: Any = None):
+        super().__init__(players, real=real, loop=loop)
         self.levels = levels
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
@@ -56,13 +57,13 @@ class Regression(Distillation):
             raise ValueError(
                 "regression needs the noise of each sample: data.seeded=true, or method.real"
             )
-        t = self.levels.sample(len(batch), self.step, streams.sample)
+        t = self.levels.sample(len(batch), streams.step, streams.sample)
         fresh = noise_like(batch.x0, streams.sample)
         return Draws(t=t, noise=torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, fresh))
 
-    def fake(self, batch: Batch, draws: Draws, players: Players = "both") -> Fake:
-        x_t = self.begin(batch.x0, draws.noise, draws.t)
-        return Fake(x0_hat=self.student.x0(x_t, draws.t, batch.cond))
+    def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
+        x_t = self.student_input(batch.x0, draws.noise, draws.t)
+        return StudentSample(x0_hat=self.student.x0(x_t, draws.t, batch.cond))
 
-    def student_loss(self, batch: Batch, draws: Draws, fake: Fake) -> Terms:
-        return {"regression": weighted_mse(fake.x0_hat, batch.x0)}
+    def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
+        return Losses({"regression": weighted_mse(sample.x0_hat, batch.x0)})

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
-from distill.losses import verdicts
+from distill.losses import critic_stats
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
-from distill.types import Batch
+from distill.types import Batch, Logits
 
 SHOWN = 8  # pictures
 MANY = 10  # heads whose attention is drawn, evenly chosen
@@ -44,7 +44,7 @@ class Seen:
         """A row for each head and level."""
         for h, head in enumerate(self.heads):
             for k, level in enumerate(self.levels):
-                said = verdicts(self.real[k, h], self.fake[k, h])
+                said = critic_stats(self.real[k, h, :, None], self.fake[k, h, :, None])
                 real, fake, right = (
                     float(said[f"d/{key}"]) for key in ("real", "fake", "accuracy")
                 )
@@ -66,7 +66,8 @@ class Seen:
 def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator) -> Seen:
     """Have every head judge real samples and the student's, from pure noise in one step, at each level."""
     method.heads.eval()  # spectral norm moves on with every pass in training
-    critic, noise = method.critic(), noise_like(batch.x0, generator)
+    streams = method.loop.streams(method)
+    critic, noise = method.heads.draw(streams.common("heads")), noise_like(batch.x0, generator)
     with torch.no_grad():
         x0_hat = method.student.x0(
             batch.noise if batch.noise is not None else noise, level_like(noise, 1), batch.cond
@@ -88,9 +89,10 @@ def _judge(
 ) -> Tensor:
     """Mean logit of each head, [H, B]."""
     t = level_like(x0, level)
-    maps, told = method.see(x0, t, noise, batch)
-    logits = critic(maps, t, told)
-    return torch.stack([part.float().mean(1) for part in critic.split(logits)])
+    generator = method.loop.streams(method).features()
+    maps, cond = method.critic_features(x0, t, noise, batch, generator)
+    logits = critic(maps, t, cond)
+    return torch.stack([part.float().mean(1) for part in Logits.of(logits).by_head()])
 
 
 def _attention(
