@@ -16,6 +16,7 @@ from pathlib import Path
 from distill.compose import world
 from distill.console import say
 from distill.hardware import cores
+from distill.locks import pass_on
 from distill.signals import STOPPING, apart, hand_on
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
@@ -50,6 +51,7 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
     environment.pop(
         "SLURM_NTASKS", None
     )  # by which Lightning would take SLURM's one task for all of them
+    shared_locks = pass_on(environment)
     worker = [sys.executable, "-m", "distill.worker", str(folder), command]
     workers = [
         subprocess.Popen(
@@ -57,6 +59,7 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
             env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
             stdout=subprocess.DEVNULL if rank else None,
             **apart(),
+            **shared_locks,
         )
         for rank in range(processes)
     ]

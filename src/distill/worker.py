@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from distill.console import recorded
 from distill.errors import print_any_letter, said_plainly
+from distill.locks import adopt
 
 # Command -> the function of its module, and where in the folder its configuration is.
 TASKS = {
@@ -20,6 +21,7 @@ TASKS = {
 if __name__ == "__main__":
     folder, command = Path(sys.argv[1]), sys.argv[2]
     print_any_letter()
+    adopt()
     with recorded(), said_plainly():
         name, config = TASKS[command]
         task = getattr(importlib.import_module(f"distill.{command}"), name)
