@@ -318,7 +318,7 @@ def test_commands_refuse_a_folder_that_another_process_writes(command, pipelines
             ("run", card),
             ("out", ("pretrain", f"out={folder}")),
         ]
-        for key, words in [*asked, ("out", ("search", "space=[seed=int(0,1)]", f"out={folder}"))]:
+        for key, words in [*asked, ("out", ("search", 'space=["seed=int(0,1)"]', f"out={folder}"))]:
             code, _, err = command(*words)
             said = f"distill: {key}={folder}: process {writer.pid} on {alive.host()} since 20"
             assert (code, err.startswith(said), len(err.splitlines())) == (1, True, 1), (words, err)
