@@ -138,7 +138,7 @@ def _base(cfg: DictConfig) -> Any:
 
     if cfg.base is not None:
         return build.student_of(cfg.base)
-    return build.make(compose.config_of(cfg.run).teacher)
+    return build.make(compose.config_of(cfg.run, "teacher").teacher, "teacher")
 
 
 def _delta(cfg: DictConfig, run: Path) -> Path:
@@ -210,7 +210,7 @@ def _teacher_of(run: Path) -> Path | None:
     """The folder of the run's teacher, which may say on which terms it is used."""
     from distill import compose
 
-    config = compose.config_of(run)
+    config = compose.config_of(run, "teacher.path")
     return Path(shipped(config.teacher.path)) if config else None
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distill import compose, launch
+from distill import compose, launch, trust
 from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.files import put
@@ -132,11 +132,16 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     if not any(folder.glob("*.tar")):
         compose.allowed(cfg)
         folder.mkdir(parents=True, exist_ok=True)
-        put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
+        put(folder / BEGUN, compose.written(cfg))
     code = 0
     try:
         if not done.is_file():
-            code = launch.launch(folder, cfg.devices, command) if several else work(cfg, folder)
+            secrets = compose.secrets(cfg)
+            code = (
+                launch.launch(folder, cfg.devices, command, secrets=secrets)
+                if several
+                else work(cfg, folder)
+            )
     finally:
         if compose.world() == 1 and not any(
             folder.glob("*.tar")
@@ -157,7 +162,7 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
     """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
     begun = folder / BEGUN
     if cfg.precision == "auto" and begun.is_file():
-        cfg.precision = OmegaConf.load(begun).get("precision", "32-true")
+        cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
     chosen = precision(cfg.precision)
     cfg.precision = chosen.name
     if compose.rank() == 0:

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill import console
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
 from distill.progress import importing, stage
+from distill.secret import masked
 
 LOG = "run.log"
 
@@ -51,18 +52,19 @@ def begin(cfg: DictConfig) -> int:
     parts = None if several else build.parts(cfg)
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
-    command = " ".join(["python -m distill.run", *sys.argv[1:]])
+    command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
+    typed = [masked(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+        put(folder / "config.yaml", compose.written(cfg))
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
+        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said)
     if not several:
         return train(cfg, folder, parts)
-    code = launch.launch(folder, processes)
+    code = launch.launch(folder, processes, secrets=compose.secrets(cfg))
     if (
         code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json", LOG}
     ):  # never what was trained
@@ -116,7 +118,10 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     from distill.students.card import write_card
     from distill.teachers.locate import denoiser_part
 
-    (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
+    (teacher, student), sampler = (
+        build.whole(cfg, method, average),
+        compose.make(cfg.sampler, "sampler"),
+    )
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
@@ -129,7 +134,7 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
-            rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
+            rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
             print(build.table(rows))
     finally:  # what cannot be judged now is trained all the same
         RunRecord(folder).finished()
