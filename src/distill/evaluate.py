@@ -89,6 +89,9 @@ def check(cfg: DictConfig) -> None:
     validate.check_metrics(cfg.metrics)
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
+        looked_at(cfg.run, "discriminator.features")
+    if not cfg.get("teacher"):
+        config_of(cfg.run, "teacher")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
 

@@ -39,8 +39,7 @@ def check(cfg: DictConfig) -> DictConfig:
     return made
 
 
-@command("inspect")
-def main(cfg: DictConfig) -> None:
+def examine(cfg: DictConfig) -> None:
     """Judge real samples and the student's with the heads of the run's newest checkpoint."""
     made = check(cfg)
     with importing("torch"):
@@ -69,6 +68,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out or folder / "inspect")
     print(f"wrote {write(seen, out, folder.name)}")
 
+
+main = command("inspect")(examine)
 
 if __name__ == "__main__":
     main()
