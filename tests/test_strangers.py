@@ -21,11 +21,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import demo, evaluate, export, inspect, run, sample, validate
+from distill import demo, evaluate, export, inspect, run, sample
 from distill._conf import CONF_DIR
 from distill.compose import dotted
 from distill.errors import said_plainly
-from distill.report import write_report
 
 CANARY = "canary-of-the-environment-4711"
 RUN = ("data=renders", "trainer=ddp", "debug=smoke", "callbacks.samples.prompts=[a red star]")
@@ -109,7 +108,7 @@ def replaced(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 def folder_of(config: dict[str, Any], place: Path, student: Path | None = None) -> Path:
     """A run folder with this configuration; its student has no weights unless it is given."""
     place.mkdir(parents=True, exist_ok=True)
-    (place / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)), "utf-8")
+    (place / "config.yaml").write_text(json.dumps(config), encoding="utf-8")  # which is YAML
     (place / "checkpoints").mkdir(exist_ok=True)
     (place / "checkpoints" / "step_000001.ckpt").write_bytes(b"none")
     if not (place / "student").is_dir() and student:

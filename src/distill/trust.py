@@ -138,6 +138,21 @@ LARGEST = 2**20  # bytes of a configuration; ours have 5,000
 QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+class Loader(QUICK):  # type: ignore[misc, valid-type]
+    """Reads YAML into plain values as OmegaConf does, where 1e-5 is a number and a date a text."""
+
+    yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                what = f"found duplicate key {key.value}"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep=deep)
+
+
 # -- targets ---------------------------------------------------------------------------------------
 
 
@@ -283,7 +298,7 @@ def plain(file: Path) -> dict[str, Any]:
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=QUICK)):
             raise ValueError(f"{file}: holds an alias (*name); write the value out")
-        tree = yaml.load(text, Loader=get_yaml_loader()) or {}  # OmegaConf's own: a safe one
+        tree = yaml.load(text, Loader=Loader) or {}
     except (RecursionError, yaml.YAMLError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
