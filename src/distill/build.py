@@ -23,6 +23,7 @@ from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
+from distill.secret import hidden
 from distill.signals import REQUEUE
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
@@ -51,7 +52,7 @@ def check(cfg: DictConfig) -> None:
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
     validate.check_metrics(metrics)
-    made = make(metrics)
+    made = make(metrics, "metrics")
     if run and hasattr(made, "check"):
         eyes = (
             str(OmegaConf.select(run, f"discriminator.features.{key}"))
@@ -63,8 +64,8 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 def sampler_of(run: str, student: Any) -> Any:
     """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
-    if own := (config_of(run) or {}).get("sampler"):
-        return make(own)
+    if own := (config_of(run, "sampler") or {}).get("sampler"):
+        return make(own, "sampler")
     return sampling.sampler_of(student.pipeline)
 
 
@@ -75,7 +76,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=EXPECTED)
     with stage("opening the data"):
-        source = make(cfg.data)  # first: what is wrong with it shows in a moment
+        source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
     space = signatures.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
@@ -89,16 +90,16 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     if judge and hasattr(
         get_object(judge), "fits"
     ):  # others read data when they are made, as `check` has done
-        make(cfg.metrics).fits(teacher)
+        make(cfg.metrics, "metrics").fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
-    student = make(cfg.student)(teacher=teacher)
-    make(cfg.sampler).check(student)
+    student = make(cfg.student, "student")(teacher=teacher)
+    make(cfg.sampler, "sampler").check(student)
     with stage("building the discriminator"):
         players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
-    return source, make(cfg.method)(
-        teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
-    )
+    engine = make(cfg.optimizer, "optimizer")
+    method = make(cfg.method, "method")
+    return source, method(teacher=teacher, **players, engine=engine, seed=cfg.seed)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
     """
     if cfg.features is None:
         return {}
-    features = make(cfg.features)
+    features = make(cfg.features, "discriminator.features")
     if isinstance(features, partial):  # those that are made from the teacher
         features = features(teacher=teacher)
     if "condition" not in cfg:
@@ -116,19 +117,20 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         width = 0 if pooled is None else pooled.shape[1]
         return {
             "features": features,
-            "heads": make(cfg.heads)(channels=features.channels, pooled=width),
+            "heads": make(cfg.heads, "discriminator.heads")(
+                channels=features.channels, pooled=width
+            ),
         }
-    condition = make(cfg.condition)(teacher=teacher, features=features)
+    condition = make(cfg.condition, "discriminator.condition")(teacher=teacher, features=features)
     widths = {"pooled": condition.pooled_width, "image": condition.image_width}
-    heads = make(cfg.heads)(channels=features.channels, **widths)
+    heads = make(cfg.heads, "discriminator.heads")(channels=features.channels, **widths)
     return {"features": features, "heads": heads, "condition": condition}
 
 
 def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
     """The teacher; parts of it whose names begin so are read only if they are asked for."""
-    return make(
-        OmegaConf.create({**cfg.teacher, "deferred": list(deferred)}) if deferred else cfg.teacher
-    )
+    more = {"deferred": list(deferred)} if deferred else {}
+    return make(OmegaConf.create({**cfg.teacher, **more}), "teacher")
 
 
 def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
@@ -192,20 +194,18 @@ def settle_precision(cfg: DictConfig) -> Precision:
 
 def trainer(cfg: DictConfig, folder: Path) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder."""
-    callbacks = [make(node) for node in (cfg.get("callbacks") or {}).values() if node]
+    callbacks = [make(node, key) for key, node in nodes_of(cfg, "callbacks")]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
             callback.about = {
-                "config": OmegaConf.to_container(cfg, resolve=True),
+                "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
             }
-    loggers = [
-        make(node)(save_dir=str(folder)) for node in (cfg.get("logger") or {}).values() if node
-    ]
+    loggers = [make(node, key)(save_dir=str(folder)) for key, node in nodes_of(cfg, "logger")]
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
-    build = make(cfg.trainer)
+    build = make(cfg.trainer, "trainer")
     strategy = build.keywords.pop("strategy", None) or (
         DataParallel() if processes(cfg) > 1 else "auto"
     )
@@ -225,6 +225,12 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
     )
 
 
+def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
+    """Dotted key and node of every callback or logger that a run has."""
+    named = (cfg.get(group) or {}).items()
+    return [(f"{group}.{name}", node) for name, node in named if node]
+
+
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:
     """The averages of the student, whole, in the first process; all processes must call this."""
     return gathered(method.ema.state_dict(), keep=first)
@@ -237,8 +243,8 @@ def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, A
     """
     teacher, student, device = method.teacher, method.student, method.teacher.device
     if method.sharded:
-        teacher = make(cfg.teacher)
-        student = make(cfg.student)(teacher=teacher)
+        teacher = make(cfg.teacher, "teacher")
+        student = make(cfg.student, "student")(teacher=teacher)
     student.load_state_dict(average, strict=False)
     return teacher.to(device), student.to(device).eval()
 
@@ -290,9 +296,9 @@ def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
 
 def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
     """The teacher that a run folder names, or that a shipped student leaves its parts to; None where none is named."""
-    if config := config_of(run):
+    if config := config_of(run, "teacher"):
         dtype = fitting_dtype(dtype, str(pipeline_folder(Path(run))))
-        return make(OmegaConf.create({**config.teacher, "dtype": dtype}))
+        return make(OmegaConf.create({**config.teacher, "dtype": dtype}), "teacher")
     _, *bases = lineage(pipeline_folder(Path(shipped(run))))
     return student_of(str(bases[0]), dtype) if bases else None
 
@@ -305,14 +311,16 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     folder = pipeline_folder(Path(shipped(run)))
     path = str(folder) if folder.exists() else run
     family = family_of(class_of(path), run)
-    dtype = fitting_dtype(dtype, path, get_object(family).kind)
+    adapter = get_object(family)
+    dtype = fitting_dtype(dtype, path, adapter.kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
     chosen = told_of(path)["options"]
-    if config := config_of(run):  # what a family lets one choose is as in the run
-        chosen |= config.get("teacher") or {}
-    node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
+    own = [f"teacher.{key}" for key in adapter.own]
+    if own and (config := config_of(run, *own)):
+        chosen |= config.teacher  # what a family lets one choose is as in the run
+    node |= {key: chosen[key] for key in adapter.own if key in chosen}
     try:
-        return make(OmegaConf.create(node))
+        return make(OmegaConf.create(node), "teacher")
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that
         if isinstance(error.__cause__, (ValueError, OSError)):
             said = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")

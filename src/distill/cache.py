@@ -27,7 +27,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     from distill.data.write import PICTURES, cached
 
     with stage("opening the data"):
-        source = make(cfg.data)
+        source = make(cfg.data, "data")
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distill.ranks import rank
+from distill.secret import masked, unsaid
 
 EARLY = 1000  # lines that are held back until there is a file for them
 _lock = threading.RLock()
@@ -53,14 +54,14 @@ class Log:
         if self.path is None:
             self._early.append(text)
             return
-        content = (text.rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
+        content = (unsaid(text).rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
         with suppress(OSError), self.path.open("ab", buffering=0) as file:
             file.write(content)
 
     def failed(self, error: BaseException) -> None:
         """Add the traceback of what ends the command."""
         who = f"process {rank()}: " if rank() else ""
-        self.write(who + "".join(traceback.format_exception(error)), whoever=True)
+        self.write(who + masked("".join(traceback.format_exception(error))), whoever=True)
 
 
 class Stream:

@@ -17,7 +17,7 @@ import threading
 from omegaconf import DictConfig, ListConfig
 
 from distill import validate
-from distill.compose import check_counts
+from distill.compose import check_counts, config_of
 from distill.errors import command
 
 HOST = "127.0.0.1"  # not the network: whoever reaches the page uses this machine
@@ -63,6 +63,8 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
     validate.check_model(cfg.run)
+    if cfg.teacher is None:
+        config_of(cfg.run, "teacher")
     if cfg.teacher is not None:
         validate.check_model(cfg.teacher, "teacher")
     steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]

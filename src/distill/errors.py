@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from distill import console
+from distill import console, secret
 from distill._conf import CONF_DIR
-from distill.compose import dotted, nearest
+from distill.compose import dotted, nearest, note_secrets
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (
@@ -74,6 +74,7 @@ def command(
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
                 with _full_errors(asked), console.recorded(), said_plainly():
+                    note_secrets(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
@@ -84,6 +85,7 @@ def command(
 
             sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
             print_any_letter()
+            secret.note(secret.in_words(sys.argv[1:]))
             with said_plainly():
                 sys.argv[1:] = [readable(as_text(word), sweep=sweep) for word in sys.argv[1:]]
                 if text := _said_of_itself(task, name):
@@ -178,7 +180,7 @@ def said_plainly() -> Iterator[None]:
         if os.environ.get(FULL) == "1" or not mistake:
             raise
         console.failed(error)
-        print(f"distill: {sentence(error)}", file=sys.stderr)
+        print(f"distill: {secret.masked(sentence(error))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

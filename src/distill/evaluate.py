@@ -13,10 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill import validate
-from distill.compose import check_counts, config_of, file_name, rank, world
+from distill.compose import (
+    check_counts,
+    config_of,
+    file_name,
+    is_run,
+    looked_at,
+    rank,
+    secrets,
+    world,
+    written,
+)
 from distill.errors import command
 from distill.limits import check_dtype
 from distill.locks import check_free, one_writer
@@ -55,7 +65,7 @@ def judge(cfg: DictConfig) -> int:
 def _out(cfg: DictConfig) -> Path:
     """The folder that is written into."""
     name = file_name(cfg.run) or Path(cfg.run).resolve().name  # a/student and b/student are two
-    return Path(cfg.out or (cfg.run if config_of(cfg.run) else Path("evaluations") / name))
+    return Path(cfg.out or (cfg.run if is_run(Path(cfg.run)) else Path("evaluations") / name))
 
 
 def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
@@ -67,8 +77,8 @@ def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: boo
 
     run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-    put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
-    if several and (code := launch.launch(out, cfg.devices, "evaluate")):
+    put(out / ASKED, written(cfg))
+    if several and (code := launch.launch(out, cfg.devices, "evaluate", secrets=secrets(cfg))):
         return code
     if not pictures:
         protocol, student, teacher, sampler = parts or _models(cfg, protocol)
@@ -94,6 +104,9 @@ def check(cfg: DictConfig) -> None:
     validate.check_metrics(cfg.metrics)
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
+        looked_at(cfg.run, "discriminator.features")
+    if not cfg.get("teacher"):
+        config_of(cfg.run, "teacher")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
     check_free(_out(cfg), "out" if cfg.out else "run")
@@ -124,7 +137,7 @@ def _protocol(cfg: DictConfig) -> Any:
     """How it is judged; refused where that cannot be, or would flatter the run."""
     from distill import build
 
-    protocol = build.protocol(cfg.metrics, config_of(cfg.run))
+    protocol = build.protocol(cfg.metrics, looked_at(cfg.run, "discriminator.features"))
     return replace(protocol, student_steps=steps) if (steps := _steps(cfg)) else protocol
 
 
@@ -133,20 +146,25 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     from distill import build, hardware
     from distill.sampling import distilled
 
-    run, model = config_of(cfg.run), build.student_of(cfg.run, cfg.dtype).to(hardware.device())
+    model = build.student_of(cfg.run, cfg.dtype).to(hardware.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
-    if not run and not distilled(model.pipeline):  # it is a teacher itself
+    if not is_run(cfg.run) and not distilled(model.pipeline):  # it is a teacher itself
         steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
         if not steps:
             raise ValueError(
                 f"run={cfg.run}: was not distilled to few steps; add steps=28 or the like"
             )
         return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
-    node = cfg.get("teacher") or (run and run.teacher)
+    node = cfg.get("teacher") or (config_of(cfg.run, "teacher") or {}).get("teacher")
     if not protocol.teacher_steps or not node:
         return replace(protocol, teacher_steps=[]), model, model, build.sampler_of(cfg.run, model)
-    return protocol, model, build.make(node).to(hardware.device()), build.sampler_of(cfg.run, model)
+    return (
+        protocol,
+        model,
+        build.make(node, "teacher").to(hardware.device()),
+        build.sampler_of(cfg.run, model),
+    )
 
 
 _main = command("evaluate")(judge)

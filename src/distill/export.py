@@ -70,6 +70,8 @@ def check(cfg: DictConfig) -> None:
     """Refuse what cannot be, before anything that takes time is imported or read."""
     if cfg.run is not None and cfg.to in (None, *FORMS):
         validate.check_model(cfg.run)
+        compared = cfg.base is None and (cfg.to == "delta" or cfg.rank is not None)
+        config_of(cfg.run, "teacher" if compared else "teacher.path")
     if (cfg.run is None) == (cfg.delta is None) or (cfg.delta is None and cfg.to not in FORMS):
         what = f"give run=<folder> to={'|'.join(FORMS)}, or base=<folder> delta=<file>"
         raise ValueError(
@@ -160,11 +162,11 @@ def _new(out: str) -> Path:
 
 def _base(cfg: DictConfig) -> Any:
     """What the student was made from: `base`, or the teacher that the run names."""
-    from distill import build, compose
+    from distill import build
 
     if cfg.base is not None:
         return build.student_of(cfg.base)
-    return build.make(compose.config_of(cfg.run).teacher)
+    return build.make(config_of(cfg.run, "teacher").teacher, "teacher")
 
 
 def _delta(cfg: DictConfig, run: Path, out: Path) -> Path:
@@ -227,9 +229,7 @@ def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
 
 def _teacher_of(run: Path) -> Path | None:
     """The folder of the run's teacher, which may say on which terms it is used."""
-    from distill import compose
-
-    config = compose.config_of(run)
+    config = config_of(run, "teacher.path")
     return Path(shipped(config.teacher.path)) if config else None
 
 

@@ -4,6 +4,7 @@ Lightning would start the command line again in every process, which under Hydra
 torchrun and SLURM start the processes themselves; then this module has nothing to do.
 """
 
+import json
 import math
 import os
 import signal
@@ -11,12 +12,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from distill.compose import world
 from distill.console import say
 from distill.hardware import cores
 from distill.locks import pass_on
+from distill.secret import SECRETS
 from distill.signals import STOPPING, apart, hand_on
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
@@ -35,8 +39,12 @@ def needed(processes: int, nodes: int) -> bool:
     return True
 
 
-def launch(folder: Path, processes: int, command: str = "run") -> int:
+def launch(
+    folder: Path, processes: int, command: str = "run", *, secrets: Mapping[str, Any] | None = None
+) -> int:
     """Run the worker of a command `processes` times on its folder; returns the exit code of the first that fails, or 0.
+
+    `secrets` are values that the configuration in the folder is without: the environment has them.
 
     Signals are handed on, so that the workers can save; when one worker dies, the others are ended.
     """
@@ -52,6 +60,7 @@ def launch(folder: Path, processes: int, command: str = "run") -> int:
         "SLURM_NTASKS", None
     )  # by which Lightning would take SLURM's one task for all of them
     shared_locks = pass_on(environment)
+    environment |= {SECRETS: json.dumps(dict(secrets))} if secrets else {}
     worker = [sys.executable, "-m", "distill.worker", str(folder), command]
     workers = [
         subprocess.Popen(

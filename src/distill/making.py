@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distill import compose, launch
+from distill import compose, launch, trust
 from distill.data.shards import BEGUN, index_tar, shards_in
 from distill.data.write import MANIFEST, NULL, write_shard
 from distill.files import put
@@ -146,11 +146,13 @@ def _made(
     """Note what is to be made, and work, in the processes of a launcher without `work`; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     if not shards_in(folder):
-        put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
+        put(folder / BEGUN, compose.written(cfg))
     try:
         if (folder / MANIFEST).is_file():
             return 0
-        return work(cfg, folder) if work else launch.launch(folder, cfg.devices, command)
+        if work:
+            return work(cfg, folder)
+        return launch.launch(folder, cfg.devices, command, secrets=compose.secrets(cfg))
     finally:
         if compose.world() == 1 and not shards_in(folder):  # of a mistake nothing stays behind
             for name in (BEGUN, INPUTS, NULL):
@@ -161,7 +163,7 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
     """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
     begun = folder / BEGUN
     if cfg.precision == "auto" and begun.is_file():
-        cfg.precision = OmegaConf.load(begun).get("precision", "32-true")
+        cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
     chosen = precision(cfg.precision)
     cfg.precision = chosen.name
     if compose.rank() == 0:

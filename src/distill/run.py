@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill import console
 from distill.defaults import settled
@@ -22,6 +22,7 @@ from distill.errors import command
 from distill.limits import checkpoints_at
 from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
+from distill.secret import masked
 
 LOG = "run.log"
 
@@ -76,16 +77,19 @@ def _written(cfg: DictConfig, folder: Path, precision: Any, parts: Any, processe
     from distill.aside import put
     from distill.record import RunRecord
 
-    command = " ".join(["python -m distill.run", *sys.argv[1:]])
+    command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
+    typed = [masked(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+        put(folder / "config.yaml", compose.written(cfg))
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
-    return launch.launch(folder, processes) if processes else train(cfg, folder, parts)
+        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said)
+    if not processes:
+        return train(cfg, folder, parts)
+    return launch.launch(folder, processes, secrets=compose.secrets(cfg))
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -134,7 +138,10 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     from distill.students.card import write_card
     from distill.teachers.locate import denoiser_part
 
-    (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
+    (teacher, student), sampler = (
+        build.whole(cfg, method, average),
+        compose.make(cfg.sampler, "sampler"),
+    )
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
@@ -147,7 +154,7 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
-            rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
+            rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
             print(build.table(rows))
     finally:  # what cannot be judged now is trained all the same
         RunRecord(folder).finished()

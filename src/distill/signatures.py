@@ -62,6 +62,17 @@ def attribute(target: str, name: str) -> Any:
     return None
 
 
+def lineage(target: str) -> list[str]:
+    """The class of this dotted name and its bases, nearest first, as `module.Class` where each stands.
+
+    Bases whose source cannot be found are left out; empty where no such class stands in a source.
+    """
+    found = _find(*target.rpartition(".")[::2])
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return []
+    return [f"{module}.{node.name}" for module, node in _lineage(*found)]
+
+
 def wanted(taken: Signature, key: str, value: Any) -> str | None:
     """What the value of a key must be, in words; None if it fits, or if that cannot be said."""
     annotation = taken.keys.get(key)

@@ -12,11 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import limits, signatures
+from distill import limits, signatures, trust
 from distill.compose import (
     changes,
     check_counts,
-    check_target,
     nearest,
     refuse_taken,
     shipped,
@@ -104,8 +103,8 @@ def check_sides(cfg: DictConfig) -> None:
 
 
 def check_targets(cfg: DictConfig) -> None:
-    """That every target is allowed."""
-    _targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    """That every target is one that its key may hold."""
+    trust.check_targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
 
 def check_batches(cfg: DictConfig) -> None:
@@ -149,17 +148,8 @@ def _scheduler_of(path: str) -> dict[str, Any]:
 def check_keys(cfg: DictConfig) -> None:
     """That every target is allowed, takes its keys, and that their values are of the kind that it wants."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    _targets(tree)
+    trust.check_targets(tree)
     _keys(tree, "")
-
-
-def _targets(value: Any) -> None:
-    """Refuse every target that is not allowed, wherever it stands: before any value is looked at."""
-    if isinstance(value, dict) and "_target_" in value:
-        check_target(str(value["_target_"]))
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for each in inner:
-        _targets(each)
 
 
 def _keys(value: Any, path: str) -> None:
@@ -296,8 +286,16 @@ def check_metrics(metrics: DictConfig) -> None:
 
 
 def check_model(run: str, key: str = "run") -> None:
-    """That this is a run folder with a student, a pipeline folder that we read, or may be a hub id."""
+    """That this is a run folder with a student, a pipeline folder that we read, or may be a hub id.
+
+    And that what is made of a run's configuration to draw with its student is what a file may say.
+    """
     path = shipped(run)
+    file = Path(path) / "config.yaml"
+    if (
+        file.is_file()
+    ):  # whose teacher is a class of its own, perhaps, and not what reads the student
+        trust.read(file, "sampler", "teacher", but={"teacher._target_"})
     folder = locate.pipeline_folder(Path(path))
     locate.check_model(str(folder), run, key)
 
@@ -332,7 +330,9 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    said = changes(OmegaConf.load(folder / BEGUN), cfg)
+    before = trust.data(folder / BEGUN)
+    trust.check_targets(before)  # those that are not compared
+    said = changes(OmegaConf.create(before), cfg)
     if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:
