@@ -256,6 +256,24 @@ def run_at(path: str, key: str = "run") -> Path:
     return Path(path)
 
 
+def as_yaml(cfg: DictConfig) -> str:
+    """A configuration with every value resolved, as a file from which the same values are read again.
+
+    A text that holds `${` is a text there too, and refers to nothing.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(plain)))
+
+
+def escaped(value: Any) -> Any:
+    """With a backslash before every `${`; OmegaConf halves those before that, so they are doubled."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
 def config_of(run: str | Path) -> DictConfig | None:
     """The configuration of a run folder, None of what is none."""
     file = Path(run) / "config.yaml"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill import console
 from distill.defaults import settled
@@ -55,7 +55,7 @@ def begin(cfg: DictConfig) -> int:
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+        put(folder / "config.yaml", compose.as_yaml(cfg).encode())
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
