@@ -18,6 +18,7 @@ from distill import hardware, sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
+from distill.engine import Parts
 from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
@@ -96,9 +97,9 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     make(cfg.sampler).check(student)
     with stage("building the discriminator"):
         players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
-    return source, make(cfg.method)(
-        teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
-    )
+    engine = make(cfg.optimizer)
+    made = Parts(teacher=teacher, **players, engine=engine, seed=cfg.seed)
+    return source, make(cfg.method)(made)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.distillation import guided_x0
+from distill.engine import Parts
 from distill.losses import pseudo_huber, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
@@ -56,9 +57,15 @@ class Consistency(Distillation):
     space = "nothing"  # it has no discriminator
 
     def __init__(
-        self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any
+        self,
+        parts: Parts,
+        *,
+        steps: int = 50,
+        guidance: float = 4.0,
+        huber: float | None = None,
+        real: Any = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         if steps < 1:
             raise ValueError(f"method.steps={steps}: must be at least 1")
         self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber

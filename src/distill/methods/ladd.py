@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.engine import Parts
 from distill.losses import (
     Game,
     OverHeads,
@@ -80,6 +81,7 @@ class LADD(Distillation):
 
     def __init__(
         self,
+        parts: Parts,
         *,
         levels: Times,
         renoise: Times,
@@ -90,9 +92,9 @@ class LADD(Distillation):
         r1_weight: float = 0.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        **engine: Any,
+        real: Any = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         self.levels, self.renoise = levels, renoise
         self.adversarial = adversarial(loss, over_heads)
         self.shared, self.misaligned, self.distill_weight = shared, misaligned, distill_weight

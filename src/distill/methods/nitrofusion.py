@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.engine import Parts
 from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import level_like, noise_like
@@ -79,6 +80,7 @@ class NitroFusion(Distillation):
 
     def __init__(
         self,
+        parts: Parts,
         *,
         renoise: Times,
         mixed: bool = False,
@@ -92,9 +94,9 @@ class NitroFusion(Distillation):
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        **engine: Any,
+        real: Any = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         self.renoise, self.mixed, self.shared = renoise, mixed, shared
         self.refinement = Refinement(levels, refine, keep)
         self.adversarial, self.opening = adversarial(loss, over_heads), opening

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.engine import Parts
 from distill.losses import weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
@@ -47,8 +48,8 @@ class Regression(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, *, levels: Times, **engine: Any):
-        super().__init__(**engine)
+    def __init__(self, parts: Parts, *, levels: Times, real: Any = None):
+        super().__init__(parts, real)
         self.levels = levels
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
