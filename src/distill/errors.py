@@ -26,7 +26,7 @@ from yaml import YAMLError
 
 from distill import console
 from distill._conf import CONF_DIR
-from distill.commandline.keys import check_own
+from distill.commandline.keys import check_known, check_own
 from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
 from distill.compose import dotted, nearest
 
@@ -66,6 +66,7 @@ def command(
                         raise ValueError(
                             f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
                         )
+                    check_known(cfg, name)
                     check_own(cfg, name)
                     if code := task(cfg):
                         raise SystemExit(code)

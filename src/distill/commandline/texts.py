@@ -191,7 +191,7 @@ def _refers(name: str, mark: str, config: str) -> bool:
     """Whether `${name:...}` or `${name...}` of a path is a resolver, or a key of the command's configuration."""
     if mark == ":":
         return name in ("hydra", "now") or OmegaConf.has_resolver(name)
-    return name.partition(".")[0] in {*own(config), *_chosen(config)}
+    return name.partition(".")[0] in {*own(config), *groups(config)}
 
 
 def _exists(path: str) -> bool:
@@ -207,7 +207,7 @@ def _exists(path: str) -> bool:
 def _group(word: str, config: str) -> str:
     """`group=option`, or what stands for a group that is left out."""
     key, equals, value = word.partition("=")
-    name, has = key.lstrip("+~"), _chosen(config)
+    name, has = key.lstrip("+~"), groups(config)
     command = "a run" if config == "config" else config
     if name not in has and name not in own(config):
         near = nearest(name, [*has, *own(config)])
@@ -254,7 +254,7 @@ def own(config: str) -> dict:
     return {key: value for key, value in _file(config).items() if key not in ("defaults", "hydra")}
 
 
-def _chosen(config: str) -> list[str]:
+def groups(config: str) -> list[str]:
     """The groups that the command's defaults list has."""
     entries = [e for e in _file(config).get("defaults", []) if isinstance(e, dict)]
     named = [str(key).removeprefix("optional ") for entry in entries for key in entry]

@@ -27,7 +27,7 @@ from distill.engine import Parts
 from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import generator_like, noise_like, seed_of, square
-from distill.types import Batch, Cond, Streams, Terms, Times
+from distill.types import Batch, Cond, Decoder, Maker, Streams, Terms, Times
 
 Corner = tuple[float, float]  # upper left of the crop, in shares of where it may be
 
@@ -84,9 +84,9 @@ class ADD(Distillation):
         r1_weight: float = 1e-5,
         r1_every: int = 1,
         negative: str | None = None,
-        decoder: Any = None,
+        decoder: Decoder | None = None,
         crop: int | None = None,
-        real: Any = None,
+        real: Maker | None = None,
     ):
         super().__init__(parts, real)
         if distill_space not in ("pixels", "latents"):

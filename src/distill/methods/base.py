@@ -29,6 +29,7 @@ from distill.types import (
     Cond,
     Critic,
     Features,
+    Maker,
     Streams,
     Teacher,
     Terms,
@@ -44,7 +45,7 @@ class Distillation(L.LightningModule):
 
     second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
 
-    def __init__(self, parts: Parts, real: Any = None):
+    def __init__(self, parts: Parts, real: Maker | None = None):
         """`real` has the teacher make the samples, whatever the data hold."""
         super().__init__()
         self.student: (

@@ -16,7 +16,6 @@ d, with h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from distill.engine import Parts
 from distill.losses import pseudo_huber, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Streams, Terms
+from distill.types import Batch, Maker, Streams, Terms
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,7 +62,7 @@ class Consistency(Distillation):
         steps: int = 50,
         guidance: float = 4.0,
         huber: float | None = None,
-        real: Any = None,
+        real: Maker | None = None,
     ):
         super().__init__(parts, real)
         if steps < 1:

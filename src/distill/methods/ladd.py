@@ -14,7 +14,6 @@ that of StyleGAN-T and ADD.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from distill.losses import (
 )
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Critic, Streams, Terms, Times
+from distill.types import Batch, Critic, Maker, Streams, Terms, Times
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ class LADD(Distillation):
         r1_weight: float = 0.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        real: Any = None,
+        real: Maker | None = None,
     ):
         super().__init__(parts, real)
         self.levels, self.renoise = levels, renoise

@@ -23,7 +23,6 @@ it are its own, without gradient, and each begins where a sampler's does; the fi
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import level_like, noise_like
 from distill.times import Refinement
-from distill.types import Batch, Streams, Terms, Times
+from distill.types import Batch, Maker, Streams, Terms, Times
 
 LEAD = 100
 
@@ -94,7 +93,7 @@ class NitroFusion(Distillation):
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        real: Any = None,
+        real: Maker | None = None,
     ):
         super().__init__(parts, real)
         self.renoise, self.mixed, self.shared = renoise, mixed, shared

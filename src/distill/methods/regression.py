@@ -13,7 +13,6 @@ samples. The paper has one step; the levels below 1 are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from distill.engine import Parts
 from distill.losses import weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Streams, Terms, Times
+from distill.types import Batch, Maker, Streams, Terms, Times
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,7 +47,7 @@ class Regression(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, parts: Parts, *, levels: Times, real: Any = None):
+    def __init__(self, parts: Parts, *, levels: Times, real: Maker | None = None):
         super().__init__(parts, real)
         self.levels = levels
 
