@@ -18,6 +18,7 @@ from distill import hardware, sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
+from distill.engine import Parts
 from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
@@ -32,6 +33,8 @@ from distill.teachers.sizes import of_pipeline
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
+# Classes that are made of numbers alone.
+NUMBERS = ("distill.times.", "distill.distillation.", "distill.engine.", "distill.sampling.")
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
@@ -45,8 +48,26 @@ def check(cfg: DictConfig) -> None:
     if not there.get(accelerator, accelerator != "gpu" or any(there.values())):
         what = "there is no such GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+    check_numbers(cfg)
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Make what needs no network, so that it says now what is wrong with its numbers: ValueError, naming the key."""
+    own = {f"method.{key}": node for key, node in cfg.method.items()}
+    for key, node in {"optimizer": cfg.optimizer, "sampler": cfg.sampler, **own}.items():
+        if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(NUMBERS):
+            continue
+        try:
+            make(node)
+        except InstantiationException as error:
+            cause = error.__cause__
+            if not isinstance(cause, ValueError):
+                raise
+            said = str(cause)
+            named = said.startswith(tuple(f"{group}." for group in cfg))
+            raise ValueError(said if named else f"{key}: {said}") from None
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
@@ -98,8 +119,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     with stage("building the discriminator"):
         players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
     engine = make(cfg.optimizer, "optimizer")
-    method = make(cfg.method, "method")
-    return source, method(teacher=teacher, **players, engine=engine, seed=cfg.seed)
+    made = Parts(teacher=teacher, **players, engine=engine, seed=cfg.seed)
+    return source, make(cfg.method, "method")(made)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:

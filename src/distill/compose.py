@@ -228,6 +228,15 @@ def run_at(path: str, key: str = "run") -> Path:
     return Path(path)
 
 
+def escaped(value: Any) -> Any:
+    """With a backslash before every `${`; OmegaConf halves those before that, so they are doubled."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
 def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
     """These keys of a run folder's configuration, by `trust.read`; None of what is no run."""
     return trust.read(Path(run) / "config.yaml", key, *keys) if is_run(run) else None
@@ -256,9 +265,12 @@ def note_secrets(cfg: DictConfig) -> None:
 
 
 def written(cfg: DictConfig) -> bytes:
-    """The configuration as a file has it: every value resolved, and *** for what is secret."""
+    """The configuration as a file has it: every value resolved, and *** for what is secret.
+
+    A text that holds `${` is a text there too, and refers to nothing.
+    """
     tree = secret.hidden(OmegaConf.to_container(cfg, resolve=True))
-    return OmegaConf.to_yaml(OmegaConf.create(tree)).encode()
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(tree))).encode()
 
 
 def overrides() -> list[str]:

@@ -13,8 +13,9 @@ import importlib.util
 import signal
 import socket
 import threading
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill import validate
 from distill.compose import check_counts, config_of
@@ -91,7 +92,15 @@ def _port(wanted: int) -> int:
         return door.getsockname()[1]
 
 
-@command("demo")
+def _as_path(cfg: DictConfig) -> DictConfig:
+    """The teacher, which the command line hands over as a node, as a path: see commandline/texts.py."""
+    if isinstance(cfg.teacher, DictConfig):
+        plain: Any = OmegaConf.to_container(cfg)  # with what is escaped as it is
+        cfg.teacher = plain["teacher"]["path"]
+    return cfg
+
+
+@command("demo", prepare=_as_path)
 def main(cfg: DictConfig) -> None:
     serve(cfg)
 

@@ -7,20 +7,27 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from yaml import YAMLError
 
 from distill import console, secret
 from distill._conf import CONF_DIR
+from distill.commandline.keys import check_known, check_own
+from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
 from distill.compose import dotted, nearest, note_secrets
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
@@ -32,27 +39,7 @@ MISTAKES = (
     OmegaConfBaseException,
     YAMLError,
 )
-TEXTS = {
-    "prompt",
-    "prompts",
-    "image",
-    "out",
-    "run",
-    "runs",
-    "run_dir",
-    "resume",
-    "name",
-    "base",
-    "delta",
-}  # keys
-WORDS = ("prompt", "name", "callbacks.samples.prompts")  # texts that are no paths
 FULL = "HYDRA_FULL_ERROR"
-GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
-NO_OPTION = "Config group override must be"  # how Hydra's sentence begins, which names neither key nor value
-UNRESOLVED = (
-    "Error resolving interpolation"  # likewise, where a group decides which option another has
-)
-DECIDING = ("method", "teacher", "discriminator")  # such groups
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -80,6 +67,8 @@ def command(
                         raise ValueError(
                             f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
                         )
+                    check_known(cfg, name)
+                    check_own(cfg, name)
                     if code := task(cfg):
                         raise SystemExit(code)
 
@@ -87,7 +76,9 @@ def command(
             print_any_letter()
             secret.note(secret.in_words(sys.argv[1:]))
             with said_plainly():
-                sys.argv[1:] = [readable(as_text(word), sweep=sweep) for word in sys.argv[1:]]
+                words = [as_typed(word) for word in sys.argv[1:]]
+                check_flags(words)
+                sys.argv[1:] = [readable(word, name, sweep=sweep) for word in words]
                 if text := _said_of_itself(task, name):
                     print(text)
                     return
@@ -106,21 +97,6 @@ def print_any_letter() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def as_text(word: str) -> str:
-    """`key=value` as it was typed: where the locale has no such letters Python gives their bytes in disguise (PEP 383).
-
-    Raises ValueError for a path of such letters: the file system would not take it.
-    """
-    if re.search("[\udc80-\udcff]", word) is None:
-        return word
-    typed = os.fsencode(word).decode("utf-8", "backslashreplace")
-    key, _, value = typed.partition("=")
-    if key.lstrip("+") in WORDS:
-        return typed
-    what = f"this locale, {sys.getfilesystemencoding()}, has no file of such a name"
-    raise ValueError(f"{key}={value}: {what}; set PYTHONUTF8=1 in the environment")
-
-
 def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | None:
     """The help page of the command whose module the function stands in, or what completes it, where one asks."""
     from distill.completion import asked, script
@@ -134,29 +110,6 @@ def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | Non
     module = task.__globals__
     command = module["__spec__"].name.rpartition(".")[2]
     return page(command, module["__doc__"], config, sys.argv[1:])
-
-
-def readable(word: str, *, sweep: bool) -> str:
-    """`key=value` as Hydra's grammar takes it: a text that it cannot read, or takes for no text, in its quotes."""
-    parser, (key, equals, value) = OverridesParser.create(), word.partition("=")
-    is_text = key.lstrip("+") in TEXTS or key.endswith(".path")
-    if word.startswith("-") or not equals:
-        return word
-    with suppress(HydraException):
-        found = parser.parse_override(word)
-        share = value.startswith("\\\\")  # of a Windows network, of which Hydra drops one backslash
-        if not is_text or not (
-            share
-            or isinstance(found.value(), (int, float))
-            or (found.is_sweep_override() and not sweep)
-        ):
-            return word
-    text = QuotedString(text=os.path.expanduser(value), quote=Quote.single)
-    with suppress(HydraException):
-        if (is_text or not value.startswith(("[", "{"))) and not (sweep and "," in value):
-            parser.parse_override(quoted := f"{key}={text.with_quotes()}")
-            return quoted
-    return word
 
 
 @contextmanager
@@ -191,19 +144,12 @@ def sentence(error: BaseException) -> str:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
         return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
     if isinstance(cause, OverrideParseException):
-        return f"{cause.override}: cannot be read as key=value; put quotes around a value with spaces or commas"
-    if str(cause).startswith(NO_OPTION) and (word := _unnamed_option(sys.argv[1:])):
-        group = word.partition("=")[0]
-        named = f"{group} takes the name of an option, there is {', '.join(_options(group))}"
-        return f"{word}: {named}; ~{group} leaves it out"
-    left_out = [word for word in sys.argv[1:] if word.removeprefix("~") in DECIDING]
-    if str(cause).startswith(UNRESOLVED) and left_out:
-        group = left_out[0].removeprefix("~")
-        return f"{left_out[0]}: a run cannot be without; there is {', '.join(_options(group))}"
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(
-        error, HydraException
-    ):
-        return f"{cause.full_key}: no such key{nearest(str(cause.full_key), _keys(cause))}; --cfg job prints all"
+        what = "cannot be read as" if "=" in cause.override else "is no"
+        return (
+            f"{cause.override}: {what} key=value; put quotes around a value with spaces or commas"
+        )
+    if isinstance(cause, OmegaConfBaseException):
+        return " ".join(_of_keys(error, cause).split())
     if isinstance(cause, UnicodeEncodeError) and isinstance(cause.object, str):
         remedy = "set PYTHONUTF8=1 in the environment, and give it as UTF-8"
         return f"{cause.object}: cannot be written in {cause.encoding}; {remedy}"
@@ -217,29 +163,61 @@ def sentence(error: BaseException) -> str:
         "Original Traceback" in text
     ):  # a worker of the loader: the sentence comes last, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    elif isinstance(cause, HydraException) and (named := re.search(r"'([\w./@]+)'", text)):
-        text = text.rstrip(". ") + nearest(named[1], GROUPS)
+    elif isinstance(cause, HydraException):
+        text = _of_words(text)
     return " ".join(text.split())
 
 
-def _unnamed_option(words: list[str]) -> str | None:
-    """The first `group=value` whose value Hydra reads as something else than a name: null, false, a number."""
-    parser = OverridesParser.create()
-    for word in words:
-        if word.partition("=")[0] in GROUPS and not isinstance(
-            parser.parse_override(word).value(), (str, list)
-        ):
-            return word
-    return None
+def _of_words(text: str) -> str:
+    """What Hydra finds wrong with a word of the command line, with what to type instead."""
+    several = text.startswith(("Ambiguous value", "Sweep parameters"))
+    found = re.search(r"'(.*)'" if several else r"'(.*?)'", text)
+    named = found[1] if found else ""
+    if several:
+        key, _, value = named.partition("=")
+        return f"{named}: has a comma; write {key}=[{value}] for a list, or add -m to run once for each value"
+    if text.startswith("Could not append to config. An item is already at"):
+        return f"+{named}: there is such a key already; leave the + out"
+    if text.startswith("Cannot find primary config"):
+        return f"--config-name={named}: there is no such configuration; leave it out"
+    if text.startswith("Additional config directory"):
+        return f"--config-dir={named}: there is no such folder; give the one that has experiment/"
+    if text.startswith("Could not override"):
+        return f"{named}: no such group{nearest(named, GROUPS)}; --help lists all"
+    if text.startswith("Could not delete"):
+        named = named.removeprefix("defaults.")
+        return f"~{named}: there is no such key{nearest(named, GROUPS)}; leave it out"
+    unquoted = re.search(r"'([\w./@]+)'", text)
+    return text.rstrip(". ") + (nearest(unquoted[1], GROUPS) if unquoted else "")
 
 
-def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml"))
+def _of_keys(error: BaseException, cause: OmegaConfBaseException) -> str:
+    """What OmegaConf finds wrong with a key or an interpolation, with what to type instead."""
+    said, key = str(cause).splitlines()[0], str(cause.full_key or "")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        near = nearest(key, [known for known in _keys(cause) if known != key])
+        if isinstance(error, HydraException):
+            return f"{key}: no such key{near}; --cfg job prints all"
+        return f"{key}: not given; add {key}=..., or do not leave it out"
+    word = next((word for word in sys.argv[1:] if "${" in word), key)
+    if isinstance(cause, InterpolationKeyError):
+        named = re.search(r"'(.*?)'", said)
+        name = named[1] if named else ""
+        what = f"there is no key {name}{nearest(name, _keys(cause))}"
+        return f"{word}: {what}; write \\${{{name}}} for the characters themselves"
+    if isinstance(cause, GrammarParseError | UnsupportedInterpolationType):
+        what = "is read as a reference to another key, and is none"
+        return f"{word}: ${{ {what}; write \\${{ for the characters themselves"
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{word}: {said}"
+    return f"{key}: {said}" if key and key not in said else said
 
 
 def _keys(error: OmegaConfBaseException) -> list[str]:
     """Every dotted key that could have been meant: those of the configuration, and the groups."""
-    tree = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
+    if error.parent_node is None:
+        return GROUPS
+    tree: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
     if not str(error.full_key).startswith("hydra"):
         tree.pop("hydra", None)
     return [*GROUPS, *dotted(tree)]

@@ -2,10 +2,12 @@
 
     python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
+    python -m distill.sample run=runs/... prompts='["a red star","a blue ring"]'
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
     python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a drawing"
 
 A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is drawn too.
+A prompt is taken as it is typed, [a, b] and ${5} included; a list of prompts is prompts=[...].
 """
 
 from __future__ import annotations
@@ -125,7 +127,13 @@ def _prompts(cfg: DictConfig) -> list[str]:
         raise ValueError(
             f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>"
         )
-    return [cfg.prompt] if cfg.prompts is None else Lines(cfg.prompts, key="prompts").lines
+    if cfg.prompts is not None:
+        return Lines(cfg.prompts, key="prompts").lines
+    if not isinstance(cfg.prompt, str):
+        raise ValueError(
+            f"prompt={cfg.prompt}: must be one text; several are a list, prompts=[...]"
+        )
+    return [cfg.prompt]
 
 
 def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.aside import aside, put_in_place
 from distill.files import gathered, like, read, split, write
+from distill.limits import check_dtype
 from distill.teachers.network import ends_at_last_tap
 
 BUCKET = (
@@ -33,10 +34,10 @@ class DataParallel(DDPStrategy):
     not, its gradient there counts as zero.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, process_group_backend: str | None = None):
         if sys.platform == "win32":  # which has no NCCL; gloo sums on GPUs as well
-            options.setdefault("process_group_backend", "gloo")
-        super().__init__(**options)
+            process_group_backend = process_group_backend or "gloo"
+        super().__init__(process_group_backend=process_group_backend)
 
     def configure_ddp(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -89,9 +90,18 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     """
 
     def __init__(
-        self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any
+        self,
+        *,
+        sharded_checkpoints: bool = False,
+        reduce_dtype: str = "float32",
+        process_group_backend: str | None = None,
     ):
-        super().__init__(data_parallel_size="auto", tensor_parallel_size=1, **options)
+        check_dtype(reduce_dtype, "trainer.strategy.reduce_dtype")
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend,
+        )
         self._sharded_checkpoints = sharded_checkpoints
         self._policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
 

@@ -26,28 +26,36 @@ from distill.formats import hidden
 from distill.hardware import check_precision
 from distill.locks import check_free
 from distill.metrics import material
+from distill.ranges import COUNTS, JUDGING, check_ranges
 from distill.teachers import locate
 from distill.teachers.settings import check_settings, in_folder
 
-COUNTS = dict.fromkeys(
-    ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
-) | dict.fromkeys(
-    (
-        "data.batch_size", "data.size", "optimizer.accumulate", "optimizer.discriminator_updates",
-        "optimizer.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
-        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.samples.count", "callbacks.checkpoint.every",
-    ),
-    1,
-)  # fmt: skip
-JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
 # What may be different when a command that writes shards goes on.
 FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
 # Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its adapters.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
+# Node -> keys that the program gives what is built from it: another value would be passed over.
+GIVEN = {
+    "method": {"parts"},
+    "teacher": {"deferred"},
+    "student": {"teacher"},
+    "discriminator.features": {"teacher"},
+    "discriminator.heads": {"channels", "pooled", "image"},
+    "discriminator.condition": {"teacher", "features"},
+    "optimizer.student": {"params"},
+    "optimizer.discriminator": {"params"},
+    "logger": {"save_dir"},  # of each
+    "trainer": {
+        "plugins", "callbacks", "logger", "default_root_dir", "max_epochs", "enable_checkpointing",
+        "enable_progress_bar", "enable_model_summary", "use_distributed_sampler",
+    },
+}  # fmt: skip
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
 log = logging.getLogger(__name__)
@@ -60,6 +68,7 @@ def check_run(cfg: DictConfig) -> None:
     check_sides(cfg)
     check_counts(cfg, COUNTS)
     check_keys(cfg)
+    check_ranges(cfg)
     check_trainer(cfg.trainer)
     check_teacher(cfg.teacher)
     check_student(cfg.student)
@@ -68,22 +77,35 @@ def check_run(cfg: DictConfig) -> None:
     check_start(cfg)
     check_data(cfg.data)
     check_samples_prompts(cfg)
-    if "_target_" in (cfg.get("metrics") or {}):
+    if _has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
     refuse_taken(cfg)
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """That no group is left out which every run needs, and that each callback and logger has a target."""
+    """That no group is left out which every run needs, that none has what nobody reads, and what must have a target."""
     for group in NEEDED:
-        if "_target_" not in (cfg.get(group) or {}):  # a recipe may have left other keys of it
+        if not _has_target(cfg.get(group)):  # a recipe may have left other keys of it
             raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
+    for group in ("discriminator", "callbacks", "logger", "metrics"):
+        if not isinstance(node := cfg.get(group), DictConfig | None):
+            raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
+    for key, node in cfg.discriminator.items():
+        if key not in PLAYERS:
+            near = nearest(str(key), PLAYERS)
+            raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
+        if node is not None and not _has_target(node):
+            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
-            if node and "_target_" not in node:
+            if node is not None and not _has_target(node):
                 raise ValueError(
                     f"{group}.{name}: has no _target_; give one, or leave it out by ~{group}.{name}"
                 )
+
+
+def _has_target(node: Any) -> bool:
+    return isinstance(node, DictConfig) and "_target_" in node
 
 
 def check_sides(cfg: DictConfig) -> None:
@@ -167,14 +189,23 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
     """That the class or function of this name takes these keys and values; `path` stands before them in an error."""
     if (taken := signatures.signature(name)) is None:
         return
+    place = path.rstrip(".")
+    given = GIVEN.get("logger" if place.startswith("logger.") else place, set())
+    if missing := sorted(taken.needed - given - set(node)):
+        raise ValueError(f"{path}{missing[0]}: not given; {name} needs it")
     for key, value in node.items():
         if key.startswith("_"):
             continue
+        if key in given:
+            raise ValueError(f"{path}{key}={value}: the program gives that itself; leave it out")
         if key not in taken.keys and not taken.open:
             near = nearest(key, taken.keys)
             raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
         if what := signatures.wanted(taken, key, value):
             raise ValueError(f"{path}{key}={value}: must be {what}")
+        for name_of, inner in value.items() if signatures.of_nodes(taken, key) else ():
+            if not isinstance(inner, dict) or "_target_" not in inner:
+                raise ValueError(f"{path}{key}.{name_of}={inner}: must be a node with a _target_")
 
 
 def check_trainer(trainer: DictConfig) -> None:
@@ -186,8 +217,11 @@ def check_trainer(trainer: DictConfig) -> None:
             f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
         )
     check_precision(trainer.get("precision", "auto"), "trainer.precision")
+    accelerator = trainer.get("accelerator", "auto")
+    if not _has_target(accelerator):
+        check_word(OmegaConf.create({"trainer": trainer}), "trainer.accelerator", *ACCELERATORS)
     strategy = trainer.get("strategy", "auto")
-    named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
+    named = str(strategy.get("_target_") if _has_target(strategy) else strategy)
     if "fsdp" in named.lower():
         raise ValueError(
             f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
@@ -195,6 +229,10 @@ def check_trainer(trainer: DictConfig) -> None:
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
         raise ValueError(
             f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
+        )
+    if not _has_target(strategy) and strategy != "auto":
+        raise ValueError(
+            f"trainer.strategy={named}: must be auto; or use trainer=ddp or trainer=fsdp2"
         )
 
 

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from distill.data.datasets import (
     Samples,
     collate,
 )
-from distill.data.drawn import Drawn
+from distill.data.drawn import Drawn, Reader
 from distill.data.shards import MAX_EMPTY
 
 
@@ -241,7 +240,7 @@ def images(
 
 
 def drawn(
-    reader: Any,
+    reader: Reader,
     *,
     size: int | None = None,
     batch_size: int,

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from distill.ema import Ema
-from distill.engine import Engine
+from distill.engine import Parts
 from distill.types import (
     EMBEDDED,
     Batch,
     Cond,
     Critic,
-    Denoiser,
     Features,
-    Heads,
+    Maker,
     Streams,
     Teacher,
     Terms,
@@ -46,18 +45,8 @@ class Distillation(L.LightningModule):
 
     second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
 
-    def __init__(
-        self,
-        *,
-        teacher: Teacher,
-        student: Denoiser,
-        features: Features | None = None,
-        heads: Heads | None = None,
-        engine: Engine,
-        condition: Any = None,
-        real: Any = None,
-        seed: int = 0,
-    ):
+    def __init__(self, parts: Parts, real: Maker | None = None):
+        """`real` has the teacher make the samples, whatever the data hold."""
         super().__init__()
         self.student: (
             Any  # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
@@ -65,11 +54,12 @@ class Distillation(L.LightningModule):
         self.heads: Any
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
+        heads, engine = parts.heads, parts.engine
         self.alone = heads is None  # nobody judges: the discriminator's phase is left out
-        self.student, self.heads = student, nn.Identity() if heads is None else heads
+        self.student, self.heads = parts.student, nn.Identity() if heads is None else heads
         # In a tuple: never registered, saved, broadcast or trained.
-        self._frozen: tuple[Any, ...] = (teacher, features, condition)
-        self.engine, self.real, self.seed = engine, real, seed
+        self._frozen: tuple[Any, ...] = (parts.teacher, parts.features, parts.condition)
+        self.engine, self.real, self.seed = engine, real, parts.seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
         self.skipped, self._bad_in_a_row = (
