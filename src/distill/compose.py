@@ -22,6 +22,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
+from distill import paths
 from distill.ranks import rank, world
 
 ROOTS = (
@@ -257,9 +258,9 @@ def run_at(path: str, key: str = "run") -> Path:
 
 
 def config_of(run: str | Path) -> DictConfig | None:
-    """The configuration of a run folder, None of what is none."""
+    """The configuration of a run folder, None of what is none; its paths are found where they moved along with it."""
     file = Path(run) / "config.yaml"
-    return OmegaConf.load(file) if file.is_file() else None
+    return paths.located(OmegaConf.load(file), Path(run)) if file.is_file() else None
 
 
 def overrides() -> list[str]:
@@ -270,9 +271,10 @@ def overrides() -> list[str]:
 def going_on(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that is resumed, with what the command line changes in it.
 
-    Raises ValueError if that would be another model or another order of the data, naming the keys.
+    Raises ValueError if that would be another model or another order of the data, naming the keys. A path that is
+    named anew is for `resuming` to judge.
     """
-    before = OmegaConf.load(folder_of(cfg.resume) / "config.yaml")
+    before = config_of(folder_of(cfg.resume))
     now = before.copy()
     OmegaConf.set_struct(now, False)
     several = []
@@ -290,7 +292,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
     now.resume = cfg.resume
     different = several + [
-        said for key, said in changes(before, now).items() if key.startswith(FIXED)
+        said
+        for key, said in changes(before, now).items()
+        if key.startswith(FIXED) and not paths.is_path(key)
     ]
     batches = [
         c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import console
+from distill import compose, console, paths
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
@@ -27,28 +27,31 @@ LOG = "run.log"
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import compose, launch, validate
+    from distill import launch, validate
 
     cfg.resume = cfg.resume or compose.requeued(cfg)
+    before = None
     if cfg.resume:
-        compose.folder_of(cfg.resume)
+        before = compose.config_of(compose.folder_of(cfg.resume))
         checkpoints_at(Path(cfg.resume))
         cfg = compose.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
 
     with importing("torch"):
         from distill import build
-        from distill.files import newest, put
+        from distill.files import put
         from distill.record import RunRecord
 
-    if cfg.resume:
-        newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+    about = the_same_run(cfg, before) if before else {}
     build.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
     parts = None if several else build.parts(cfg)
+    if before:
+        the_same_data(cfg, before, parts)
+    cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
     command = " ".join(["python -m distill.run", *sys.argv[1:]])
@@ -59,7 +62,9 @@ def begin(cfg: DictConfig) -> int:
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
+        RunRecord(folder).begun(
+            command, compose.name_of(cfg), compose.overrides(), said, about.get("train_seconds")
+        )
     if not several:
         return train(cfg, folder, parts)
     code = launch.launch(folder, processes)
@@ -68,6 +73,30 @@ def begin(cfg: DictConfig) -> int:
     ):  # never what was trained
         shutil.rmtree(folder)
     return code
+
+
+def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
+    """What the checkpoint to go on from says of itself. ValueError if it, or a model that moved, is of another run."""
+    from distill import resuming
+    from distill.files import newest, read
+    from distill.record import RunRecord
+
+    checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+    about = read(checkpoint).get("about", {})
+    resuming.check_moved(before, cfg, RunRecord(compose.folder_of(cfg.resume)).facts)
+    resuming.check_checkpoint(about, cfg, checkpoint)
+    return about
+
+
+def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
+    """Say that the data of a run that goes on have changed; ValueError if they moved and are others."""
+    from distill import resuming
+    from distill.record import RunRecord
+
+    facts = RunRecord(compose.folder_of(cfg.resume)).facts
+    if facts.get("content"):
+        source, _ = parts or (compose.make(cfg.data), None)
+        resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -84,12 +113,14 @@ def said_of(precision: Any, cfg: DictConfig) -> str:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     with importing("torch"):
-        from distill import build, compose
+        from distill import build, resuming
         from distill.files import newest, read
         from distill.record import RunRecord
 
     console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
+    if compose.rank() == 0:
+        RunRecord(folder).made_of(resuming.marks(cfg), resuming.data_mark(source.dataset))
     trainer = build.trainer(cfg, folder)
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
@@ -109,7 +140,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
-    from distill import build, compose
+    from distill import build
     from distill.record import RunRecord
     from distill.report import write_report
     from distill.students import save_pipeline

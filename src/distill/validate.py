@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import limits, signatures
+from distill import content, limits, paths, signatures
 from distill.compose import (
     changes,
     check_counts,
@@ -330,7 +330,14 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    said = changes(OmegaConf.load(folder / BEGUN), cfg)
+    begun = OmegaConf.load(folder / BEGUN)
+    said = {
+        key: text
+        for key, text in changes(begun, cfg).items()
+        if not (
+            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (begun, cfg)))
+        )
+    }
     if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:
