@@ -18,13 +18,14 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "console", "content", "formats", "hardware", "limits", "memory", "progress", "ranks", "signals", "unread",
+        "console", "content", "formats", "hardware", "limits", "memory", "progress", "ranks", "record",
+        "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog"},
     "compose": {"_conf", "compose", "defaults", "paths", "resuming", "signatures", "validate"},
     "L5": {"build"},
     "L6": {

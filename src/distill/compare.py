@@ -17,16 +17,13 @@ from distill.errors import command
 def main(cfg: DictConfig) -> None:
     """Write `compare.md`, `compare.csv` and `compare.html` into `out`."""
     from distill.report.comparison import page
-    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_run
+    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike
 
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
     found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    runs = [
-        read_run(folder)
-        for folder in dict.fromkeys(folders)
-        if (folder / "evaluation.json").is_file()
-    ]
+    judged = [f for f in dict.fromkeys(folders) if (f / "evaluation.json").is_file()]
+    runs = read_alike(judged)
     if not runs:
         what = (
             f"{len(folders)} runs, none judged yet: python -m distill.evaluate run=..."

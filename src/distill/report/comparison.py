@@ -187,7 +187,7 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
     found: list[tuple[str, Any, list[Image.Image]]] = []
     for group, (run, *_) in groups.items():
-        path = run.folder / "samples" / "comparison.png"
+        path = run.folder / "samples" / run.picture
         drawn = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
         found += [(group, row, pictures) for row, pictures in zip(run.rows, drawn, strict=False)]
     taught = [("teacher", row, shown) for _, row, shown in found if row.who == "teacher"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
+from distill.verdicts import FILE, PICTURE, Verdict, comparable, verdicts
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
@@ -25,6 +26,7 @@ class Run:
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
     rows: Sequence[Row]
+    picture: str = PICTURE  # in samples/, a strip for every row
 
     @property
     def protocol(self) -> Mapping[str, Any]:
@@ -37,15 +39,42 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in this folder, which must have been judged."""
+    """The run in this folder, which must have been judged; by its own protocol."""
+    return _by(folder, verdicts_of(folder)[0])
+
+
+def read_alike(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, which must have been judged: by one protocol if there is one that all have.
+
+    A run's own protocol goes before those that it was judged by besides. Where none is shared each has its own.
+    """
+    every = [verdicts_of(folder) for folder in folders]
+    for wanted in every[0] if every else ():
+        found = [_like(verdicts, wanted) for verdicts in every]
+        chosen = [verdict for verdict in found if verdict is not None]
+        if len(chosen) == len(every):
+            return [_by(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)]
+    return [_by(folder, verdicts[0]) for folder, verdicts in zip(folders, every, strict=True)]
+
+
+def _like(verdicts: Sequence[Verdict], wanted: Verdict) -> Verdict | None:
+    alike = (v for v in verdicts if comparable(v["protocol"], wanted["protocol"]))
+    return next(alike, None)
+
+
+def verdicts_of(folder: Path) -> list[Verdict]:
+    """What the run in this folder was judged to be, its own verdict first."""
+    evaluation = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return verdicts({"rows": [], **evaluation})
+
+
+def _by(folder: Path, verdict: Verdict) -> Run:
     import yaml
 
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return Run(
-        folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation)
-    )
+    config = {**config, "judged": verdict["protocol"]}
+    return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
