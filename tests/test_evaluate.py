@@ -345,7 +345,7 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
     found = judged(folder, few, out="fewer")["protocol"]
     assert found["prompts"] == 7  # and not what the protocol would have had drawn
     assert found["data"].startswith("captions of the pictures, sha256 ")
-    assert "data" not in judged(folder, "metrics.measures=[fid]", out="fewer")["protocol"]
+    assert "data" not in judged(folder, "metrics.measures=[fid]", out="fid")["protocol"]
     shutil.copy(drawn / "000007.png", folder / "a_2.png")
     (renamed,) = judged(folder, few, out="renamed")["rows"]
     assert renamed["clip_score"] == pytest.approx(row["clip_score"], rel=1e-5)
