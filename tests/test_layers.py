@@ -18,15 +18,17 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "console", "formats", "hardware", "limits", "locks", "memory", "progress", "ranks", "secret",
-        "signals", "unread",
+        "alive", "aside", "console", "content", "formats", "hardware", "limits", "locks", "memory", "progress", "ranks",
+        "record", "secret", "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
-    "compose": {"_conf", "compose", "defaults", "ranges", "signatures", "trust", "validate"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog"},
+    "compose": {
+        "_conf", "compose", "defaults", "paths", "ranges", "resuming", "signatures", "trust", "validate",
+    },
     "L5": {"build"},
     "L6": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",

@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import hardware, sampling, signatures, validate
+from distill import content, hardware, resuming, sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
@@ -60,7 +60,7 @@ def check_numbers(cfg: DictConfig) -> None:
         if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(NUMBERS):
             continue
         try:
-            make(node)
+            make(node, key)
         except InstantiationException as error:
             cause = error.__cause__
             if not isinstance(cause, ValueError):
@@ -185,12 +185,12 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    if made and made.get("vae") != cfg.teacher.get("vae"):
+    if made and not content.alike(made.get("vae"), cfg.teacher.get("vae")):
         what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
         raise ValueError(
             f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
-    if made.get("teacher", cfg.teacher.path) != cfg.teacher.path:
+    if not content.alike(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
         what = "right if both have one autoencoder and one text encoder"
         log.warning(
             "data.path=%s was made with %s, not with this run's teacher: %s",
@@ -222,6 +222,7 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
             callback.about = {
                 "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
+                "content": resuming.marks(cfg),
             }
     loggers = [make(node, key)(save_dir=str(folder)) for key, node in nodes_of(cfg, "logger")]
     if cfg.trainer.precision == "auto":

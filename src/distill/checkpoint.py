@@ -15,6 +15,7 @@ from distill.aside import remove, sweep
 from distill.files import duplicate, read, write
 from distill.limits import steps_in
 from distill.methods.base import Distillation
+from distill.record import RunRecord
 from distill.signals import INTERRUPTS, STOPPING
 
 
@@ -70,7 +71,8 @@ class Checkpoints(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["about"] = self.about
+        seconds = RunRecord(self.folder.parent).trained_for()
+        checkpoint["about"] = {**self.about, "train_seconds": seconds}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:

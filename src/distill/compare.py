@@ -21,22 +21,24 @@ def main(cfg: DictConfig) -> None:
     The exit code is 0 as long as one run can be shown.
     """
     from distill.report.comparison import page
-    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_run
+    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
 
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
     found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    runs, without = [], []
+    judged, without = [], []
     for folder in dict.fromkeys(folders):
         try:
             if (folder / "evaluation.json").is_file():
-                runs.append(read_run(folder))
+                read_run(folder)
+                judged.append(folder)
             else:
                 without.append(f"left out, not judged yet: {folder}")
         except ValueError as error:
             without.append(f"left out, damaged: {error}")
     for sentence in sorted(without):
         print(sentence)
+    runs = read_alike(judged)
     if not runs:
         what = "no runs"
         if folders:

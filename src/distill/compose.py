@@ -22,7 +22,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
-from distill import secret, trust
+from distill import paths, secret, trust
 from distill.limits import steps_in
 from distill.ranks import rank, world
 
@@ -238,8 +238,13 @@ def escaped(value: Any) -> Any:
 
 
 def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
-    """These keys of a run folder's configuration, by `trust.read`; None of what is no run."""
-    return trust.read(Path(run) / "config.yaml", key, *keys) if is_run(run) else None
+    """These keys of a run folder's configuration, by `trust.read`; None of what is no run.
+
+    Its paths are found where they moved along with it.
+    """
+    if not is_run(run):
+        return None
+    return paths.located(trust.read(Path(run) / "config.yaml", key, *keys), Path(run))
 
 
 def is_run(path: str | Path) -> bool:
@@ -247,10 +252,12 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def looked_at(run: str | Path, key: str, *keys: str) -> DictConfig | None:
-    """As `config_of`, to compare and print alone: its targets are not checked."""
-    file = Path(run) / "config.yaml"
-    return OmegaConf.create(trust.data(file, key, *keys)) if is_run(run) else None
+def looked_at(run: str | Path, *keys: str) -> DictConfig | None:
+    """As `config_of`, all keys unless given, to compare and print alone: its targets are not checked."""
+    if not is_run(run):
+        return None
+    said = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
+    return paths.located(said, Path(run))
 
 
 def secrets(cfg: DictConfig) -> dict[str, Any]:
@@ -281,11 +288,13 @@ def overrides() -> list[str]:
 def going_on(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that is resumed, with what the command line changes in it.
 
-    Raises ValueError if that would be another model or another order of the data, naming the keys.
+    Raises ValueError if that would be another model or another order of the data, naming the keys. A path that is
+    named anew is for `resuming` to judge.
     """
     file = folder_of(cfg.resume) / "config.yaml"
     said = trust.data(file)
-    before = OmegaConf.create(said)
+    before = looked_at(file.parent)
+    assert before is not None
     now = before.copy()
     OmegaConf.set_struct(now, False)
     several, replaced = [], set()
@@ -309,7 +318,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
     )
     now.resume = cfg.resume
     different = several + [
-        said for key, said in changes(before, now).items() if key.startswith(FIXED)
+        said
+        for key, said in changes(before, now).items()
+        if key.startswith(FIXED) and not paths.is_path(key)
     ]
     batches = [
         c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from distill import validate
 from distill.aside import whole_folder
-from distill.compose import check_counts, config_of, nearest, shipped
+from distill.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.errors import command
 from distill.limits import check_dtype
 from distill.locks import one_writer, one_writer_of
@@ -34,7 +34,7 @@ def export(cfg: DictConfig) -> Path | str:
     check(cfg)
     run, out = Path(shipped(cfg.run)) if cfg.run else None, _out(cfg)
     # The card is written into the run's own student, which a run that goes on replaces in the end.
-    within = run is not None and out == pipeline_folder(run) and config_of(run) is not None
+    within = run is not None and out == pipeline_folder(run) and is_run(run)
     lock = one_writer(run, "run", deep=True) if run and within else one_writer_of(out, "out")
     with lock:
         return FORMS[cfg.to](cfg, run, out) if run else _applied(cfg, out)

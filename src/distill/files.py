@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def read(path: Path) -> dict[str, Any]:
         kept = joined(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
             raise KeyError("parts are missing")
-        kept["distill"]["iteration"], kept["about"]["config"]
+        kept["distill"]["iteration"], kept["state_dict"]  # without them it is another program's
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except (
@@ -165,6 +165,23 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is cut short or no checkpoint of distill ({first_line(error, 90)})"
         ) from None
     return kept
+
+
+def check_fits(state: Mapping[str, Any], module: nn.Module, where: str) -> None:
+    """Raise ValueError unless names and shapes in `state` are those of the module, naming some that differ.
+
+    `where` begins the sentence.
+    """
+    own = {name: list(x.shape) for name, x in module.state_dict().items()}
+    kept = {name: list(x.shape) for name, x in state.items()}
+    problems = [f"it lacks {name}" for name in own if name not in kept]
+    problems += [f"nothing here takes its {name}" for name in kept if name not in own]
+    both = (name for name in own if name in kept and own[name] != kept[name])
+    problems += [f"its {name} is {kept[name]} and {own[name]} here" for name in both]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        what = f"{where} is of another method, teacher, student or discriminator"
+        raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}")
 
 
 def newest(path: Path) -> Path:

@@ -46,9 +46,10 @@ def examine(cfg: DictConfig) -> None:
         import torch
 
         from distill import build
-        from distill.files import newest, read
+        from distill.files import check_fits, newest, read
         from distill.hardware import device
         from distill.report.inspection import look, write
+        from distill.resuming import check_checkpoint
 
     folder = Path(cfg.run)
     kept = newest(folder)
@@ -56,9 +57,12 @@ def examine(cfg: DictConfig) -> None:
         raise ValueError(
             f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones"
         )
+    state = read(kept)
+    check_checkpoint(state.get("about"), made, kept, "run")
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)
-    method.load_state_dict(read(kept)["state_dict"], strict=False)
+    check_fits(state["state_dict"], method, f"run={cfg.run}: {kept.name}")
+    method.load_state_dict(state["state_dict"])
     method.to(device(OmegaConf.select(made, "trainer.accelerator", default="auto")))
     loaded = next(iter(source.loader(seed=cfg.seed)))
     batch = method._embedded(method.transfer_batch_to_device(loaded, method.device, 0))

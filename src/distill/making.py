@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from distill import compose, launch, trust
+from distill import compose, launch, paths, trust
 from distill.data.shards import BEGUN, index_tar, shards_in
 from distill.data.write import MANIFEST, NULL, write_shard
 from distill.files import put
@@ -123,6 +123,7 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
 
     `validate.check_making` has been called before: it refuses a folder with other shards.
     """
+    cfg = paths.absolute(cfg)
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
     if "precision" in cfg:
         _settle_precision(cfg, folder)

@@ -9,6 +9,7 @@ evaluation, a report.
     python -m distill.run -m seed=0,1,2 method=add,ladd
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import console
+from distill import compose, console, paths
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
@@ -29,51 +30,64 @@ LOG = "run.log"
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import compose, validate
+    from distill import validate
 
     cfg.resume = cfg.resume or compose.requeued(cfg)
+    before = None
     if cfg.resume:
-        compose.folder_of(cfg.resume)
+        before = compose.looked_at(compose.folder_of(cfg.resume))
         checkpoints_at(Path(cfg.resume))
         cfg = compose.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
     if not cfg.resume:
         if cfg.run_dir:
             check_free(Path(cfg.run_dir), "run_dir")
-        return _checked(cfg)
+        return _checked(cfg, None)
     with one_writer(compose.folder_of(cfg.resume), "resume", deep=True):
-        return _checked(cfg)
+        return _checked(cfg, before)
 
 
-def _checked(cfg: DictConfig) -> int:
-    """Build all parts, then write and train; returns the exit code."""
-    from distill import compose, launch
+def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
+    """Build all parts, then write and train; returns the exit code. `before`: what a run that goes on was."""
+    from distill import launch
 
     with importing("torch"):
         from distill import build
-        from distill.files import newest
 
-    if cfg.resume:
-        newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+    about = the_same_run(cfg, before) if before else {}
     build.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
     parts = None if several else build.parts(cfg)
+    if before:
+        the_same_data(cfg, before, parts)
+    cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
     with one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True):
-        code = _written(cfg, folder, precision, parts, processes if several else 0)
+        seconds = about.get("train_seconds")
+        code = _written(cfg, folder, precision, parts, processes if several else 0, seconds)
     nothing = {"config.yaml", "run.json", LOG}
     if several and code and fresh and {p.name for p in folder.iterdir()} <= nothing:
         shutil.rmtree(folder)  # never what was trained
     return code
 
 
-def _written(cfg: DictConfig, folder: Path, precision: Any, parts: Any, processes: int) -> int:
-    """Note what is done, and train, here or in so many `processes`; returns the exit code."""
-    from distill import compose, launch
+def _written(
+    cfg: DictConfig,
+    folder: Path,
+    precision: Any,
+    parts: Any,
+    processes: int,
+    seconds: float | None,
+) -> int:
+    """Note what is done, and train, here or in so many `processes`; returns the exit code.
+
+    `seconds` of training are behind the checkpoint that is gone on from.
+    """
+    from distill import launch
     from distill.aside import put
     from distill.record import RunRecord
 
@@ -86,10 +100,34 @@ def _written(cfg: DictConfig, folder: Path, precision: Any, parts: Any, processe
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said)
+        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said, seconds)
     if not processes:
         return train(cfg, folder, parts)
     return launch.launch(folder, processes, secrets=compose.secrets(cfg))
+
+
+def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
+    """What the checkpoint to go on from says of itself. ValueError if it, or a model that moved, is of another run."""
+    from distill import resuming
+    from distill.files import newest, read
+    from distill.record import RunRecord
+
+    checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+    about = read(checkpoint).get("about", {})
+    resuming.check_moved(before, cfg, RunRecord(compose.folder_of(cfg.resume)).facts)
+    resuming.check_checkpoint(about, cfg, checkpoint)
+    return about
+
+
+def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
+    """Say that the data of a run that goes on have changed; ValueError if they moved and are others."""
+    from distill import resuming
+    from distill.record import RunRecord
+
+    facts = RunRecord(compose.folder_of(cfg.resume)).facts
+    if facts.get("content"):
+        source, _ = parts or (compose.make(cfg.data, "data"), None)
+        resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -106,12 +144,14 @@ def said_of(precision: Any, cfg: DictConfig) -> str:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     with importing("torch"):
-        from distill import build, compose
+        from distill import build, resuming
         from distill.files import newest, read
         from distill.record import RunRecord
 
     console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
+    if compose.rank() == 0:
+        RunRecord(folder).made_of(resuming.marks(cfg), resuming.data_mark(source.dataset))
     trainer = build.trainer(cfg, folder)
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
@@ -131,7 +171,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
-    from distill import build, compose
+    from distill import build
     from distill.record import RunRecord
     from distill.report import write_report
     from distill.students import save_pipeline
@@ -155,6 +195,7 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
             rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
+            own_verdict(folder)
             print(build.table(rows))
     finally:  # what cannot be judged now is trained all the same
         RunRecord(folder).finished()
@@ -162,6 +203,17 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         with stage("writing the report"):
             report = write_report(folder)
         print(f"report: {report}")
+
+
+def own_verdict(folder: Path) -> None:
+    """Have what the run was judged by now stand first, whatever `evaluate` asks later."""
+    from distill import verdicts
+    from distill.files import put
+
+    evaluation = verdicts.read(folder)
+    if evaluation:  # a protocol of one's own may write none
+        owned = json.dumps(verdicts.owned(evaluation), indent=2)
+        put(folder / verdicts.FILE, owned.encode() + b"\n")
 
 
 @command("config", prepare=settled)

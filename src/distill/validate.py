@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import limits, signatures, trust
+from distill import content, limits, paths, signatures, trust
 from distill.compose import (
     changes,
     check_counts,
@@ -368,9 +368,16 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    before = trust.data(folder / BEGUN)
-    trust.check_targets(before)  # those that are not compared
-    said = changes(OmegaConf.create(before), cfg)
+    begun = trust.data(folder / BEGUN)
+    trust.check_targets(begun)  # those that are not compared
+    before = OmegaConf.create(begun)
+    said = {
+        key: text
+        for key, text in changes(before, cfg).items()
+        if not (
+            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
+        )
+    }
     if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill import content
 from distill.data import decode
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
@@ -298,7 +299,8 @@ def _made(path: str) -> tuple[Path, dict[str, Any]]:
         about[folder] = said if isinstance(said, dict) else {}
     first, *others = about
     for other in others:
-        differs = [key for key in ALIKE if about[first].get(key) != about[other].get(key)]
+        pairs = {key: (about[first].get(key), about[other].get(key)) for key in ALIKE}
+        differs = [key for key, pair in pairs.items() if not content.alike(*pair)]
         if differs:
             raise ValueError(
                 f"data.path={path}: {first} and {other} were made with another {differs[0]}; give one"

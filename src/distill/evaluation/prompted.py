@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from distill.data.lines import Lines
-from distill.evaluation import SHOWN, drawing_precision, lineup, write_verdict
+from distill.evaluation import SHOWN, drawing_precision, judged, lineup, write_verdict
 from distill.files import put
 from distill.hardware import room_beside
 from distill.limits import drawn_at_once
@@ -150,9 +150,8 @@ class Prompted:
             }
         if self.student_steps:
             how |= {"student sampler": str(sampler), "student guidance": "none"}
-        write_verdict(
-            folder, self._protocol(paths[0], self.captions, self.data) | how, rows, strips
-        )
+        about = self._protocol(paths[0], self.captions, self.data) | how
+        write_verdict(folder, about, rows, strips, judged(folder, student or teacher))
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -165,7 +164,9 @@ class Prompted:
         rows = [{"who": "pictures", "steps": 0, **scores}]
         how = {"judged": f"{len(paths)} pictures in {folder}"}
         about = self._protocol(paths[0], captions, "captions of the pictures")
-        write_verdict(out, about | how, rows, [_strip(paths)])
+        named = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+        these = hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        write_verdict(out, about | how, rows, [_strip(paths)], these)
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:

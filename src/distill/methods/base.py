@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distill.ema import Ema
 from distill.engine import Parts
+from distill.files import check_fits
 from distill.types import (
     EMBEDDED,
     Batch,
@@ -363,6 +364,11 @@ class Distillation(L.LightningModule):
         checkpoint["distill"] = {**counts, "ema": self.ema.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_fits(checkpoint["state_dict"], self, "the checkpoint")
+        players = 1 if self.alone else 2
+        if len(checkpoint["optimizer_states"]) != players:
+            what = f"has {len(checkpoint['optimizer_states'])} optimizers and this method {players}"
+            raise ValueError(f"the checkpoint {what}: it is of another one")
         kept = checkpoint["distill"]
         self.iteration, self.images_seen, self.skipped = (
             kept["iteration"],

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +73,13 @@ class Describer(ABC):
     def __str__(self) -> str:
         """Network, revision of a hub's, a hash of its weights, and how it is shown pictures."""
         revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
-        return f"{self.name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)}, {self.shown}"
+        # A folder's own name: the same network lies elsewhere on another machine.
+        name = self.name
+        for key in ("path", "pretrained"):
+            place = str(getattr(self, key, None)).removeprefix("local-dir:")
+            if Path(place).exists():
+                name = name.replace(place, Path(place).name)
+        return f"{name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)}, {self.shown}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # workers prepare pictures only

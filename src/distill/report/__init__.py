@@ -20,6 +20,7 @@ from distill.limits import steps_in
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
 from distill.report.page import figure, folded, html
+from distill.verdicts import PICTURE, verdicts
 
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
 ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
@@ -29,7 +30,8 @@ SHOWN = 12  # steps at which an alarm was raised
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path."""
-    run, rows = _or_empty(run_dir / "run.json"), rows_of(_or_empty(run_dir / "evaluation.json"))
+    run, evaluation = _or_empty(run_dir / "run.json"), _or_empty(run_dir / "evaluation.json")
+    rows = rows_of(evaluation)
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
         " · ".join([name, *(run[key] for key in ("method", "teacher") if key in run)]),
@@ -39,10 +41,10 @@ def write_report(run_dir: Path) -> Path:
         status=""
         if run.get("status", "finished") == "finished"
         else STOPPED.format(escape(run["status"])),
-        pictures=_pictures(run_dir / "samples", rows),
+        pictures=_pictures(run_dir / "samples", rows, evaluation),
         evaluation=_shown(
             run_dir / "evaluation.json",
-            lambda path: table(json.loads(path.read_text(encoding="utf-8"))),
+            lambda path: _judged(json.loads(path.read_text(encoding="utf-8"))),
         ),
         training=_alarms(run_dir / "alarms.jsonl") + _shown(run_dir / "metrics.csv", charts),
         facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
@@ -105,11 +107,19 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
     return "Training time", str(time), f"{run['steps']:,} steps, {run['images_seen']:,} images"
 
 
-def _pictures(folder: Path, rows: Sequence[Row]) -> str:
+def _judged(evaluation: dict[str, Any]) -> str:
+    """The table of the run's own protocol, and those of others by which it was judged besides."""
+    main, *beside = verdicts(evaluation) or [evaluation]
+    head = "<h3>Judged besides, by another protocol</h3>"
+    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in beside)])
+
+
+def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
     """Teacher against student in the rows of the evaluation, then the student as training went on."""
     names = "".join(f"<span>{escape(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
-    comparison = _shown(folder / "comparison.png", lambda path: figure(path, caption))
+    main = next(iter(verdicts(evaluation)), {"picture": PICTURE})
+    comparison = _shown(folder / main["picture"], lambda path: figure(path, caption))
     frames = list(steps_in(folder, ".png").items())
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]

@@ -190,7 +190,7 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
     found: list[tuple[str, Any, list[Image.Image]]] = []
     for group, (run, *_) in groups.items():
-        path = run.folder / "samples" / "comparison.png"
+        path = run.folder / "samples" / run.picture
         try:
             drawn = tiles(path, len(run.rows)) if run.rows else []
         except (OSError, ValueError, SyntaxError):  # none, or cut short: Pillow raises all of them

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
+from distill.verdicts import FILE, PICTURE, Verdict, comparable, verdicts
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
@@ -25,6 +26,7 @@ class Run:
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
     rows: Sequence[Row]
+    picture: str = PICTURE  # in samples/, a strip for every row
 
     @property
     def protocol(self) -> Mapping[str, Any]:
@@ -41,24 +43,57 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in this folder, which must have been judged. Raises ValueError, naming the file, for a damaged one."""
-    import yaml
+    """The run in this folder, which must have been judged; by its own protocol.
 
-    evaluation = _mapping(folder / "evaluation.json", json.loads)
-    config = _mapping(folder / "config.yaml", yaml.safe_load)
-    facts = _mapping(folder / "run.json", json.loads)
-    protocol = evaluation.get("protocol", {})
+    Raises ValueError, naming the file, for a damaged one.
+    """
+    return _by(folder, verdicts_of(folder)[0])
+
+
+def read_alike(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, which must have been judged: by one protocol if there is one that all have.
+
+    A run's own protocol goes before those that it was judged by besides. Where none is shared each has its own.
+    """
+    every = [verdicts_of(folder) for folder in folders]
+    for wanted in every[0] if every else ():
+        found = [_like(verdicts, wanted) for verdicts in every]
+        chosen = [verdict for verdict in found if verdict is not None]
+        if len(chosen) == len(every):
+            return [_by(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)]
+    return [_by(folder, verdicts[0]) for folder, verdicts in zip(folders, every, strict=True)]
+
+
+def _like(verdicts: Sequence[Verdict], wanted: Verdict) -> Verdict | None:
+    alike = (v for v in verdicts if comparable(v["protocol"], wanted["protocol"]))
+    return next(alike, None)
+
+
+def verdicts_of(folder: Path) -> list[Verdict]:
+    """What the run in this folder was judged to be, its own verdict first."""
+    evaluation = _mapping(folder / FILE, json.loads)
     try:
-        rows = rows_of(evaluation)
-        whole = isinstance(protocol, Mapping) and all(isinstance(row.steps, int) for row in rows)
+        found = verdicts({"rows": [], **evaluation})
+        rows = [row for verdict in found for row in rows_of(verdict)]
+        whole = all(isinstance(verdict["protocol"], Mapping) for verdict in found)
+        whole = whole and all(isinstance(row.steps, int) for row in rows)
     except (KeyError, TypeError, AttributeError, ValueError):
         whole = False
     if not whole:
-        raise ValueError(f"{folder / 'evaluation.json'}: does not hold the rows of an evaluation")
+        raise ValueError(f"{folder / FILE}: does not hold the rows of an evaluation")
+    return found
+
+
+def _by(folder: Path, verdict: Verdict) -> Run:
+    import yaml
+
+    config = _mapping(folder / "config.yaml", yaml.safe_load)
+    facts = _mapping(folder / "run.json", json.loads)
     for key in COSTS:
         if not isinstance(facts.get(key, 0), int | float):
             raise ValueError(f"{folder / 'run.json'}: its {key} is no number")
-    return Run(folder, {**config, "judged": protocol}, facts, rows)
+    config = {**config, "judged": verdict["protocol"]}
+    return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:

@@ -62,7 +62,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     guidance = float(config.get("teacher", {}).get("guidance", 0.0))
     told = index.get(TOLD) or {"call": {"guidance_scale": guidance}}
     text += [_usage(folder, index, told), _measured(judged)]
-    picture = run / "samples" / "comparison.png"
+    named = str(judged.get("picture", "comparison.png"))
+    picture = run / "samples" / Path(named).name  # not elsewhere, whatever a stranger's says
     if picture.is_file():
         put(folder / "comparison.png", picture.read_bytes())
         who = ", ".join(f"{row['who']} at {row['steps']}" for row in judged.get("rows", []))
