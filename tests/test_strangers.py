@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import demo, evaluate, export, inspect, run, sample
+from distill import demo, evaluate, export, inspect, run, sample, trust, validate
 from distill._conf import CONF_DIR
-from distill.compose import dotted
+from distill.compose import dotted, going_on, shipped
 from distill.errors import said_plainly
+from distill.report import write_report
 
 CANARY = "canary-of-the-environment-4711"
 RUN = ("data=renders", "trainer=ddp", "debug=smoke", "callbacks.samples.prompts=[a red star]")
@@ -186,3 +188,103 @@ def test_no_key_of_a_strangers_run_does_anything(name, place, listener, capsys):
         assert refused(found) == set(found)  # it reads all of them
     else:
         assert {"teacher", "teacher.path"} <= refused(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", [RUN, ANOTHER + OF_ANOTHER], ids=["ladd", "add"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_key_does_anything_whatever_stands_there(name, words, kind, place, listener, capsys):
+    found = attacked(name, config(*words), (kind,), place, listener, capsys)
+    if name == "run":
+        texts = {key for key in found if trust.TEXTS.fullmatch(key)}
+        words_of = {key for key in found if key.endswith(("_partial_", "_target_"))}
+        assert set(found) - refused(found) <= (texts | words_of if kind == "address" else set())
+
+
+LEFT_ALONE = [
+    ("sample", "run={run}", "prompt=x", "out=drawn"),
+    ("export", "run={run}", "to=diffusers", "dtype=float16", "out=exported"),
+    ("compare", "runs={run}"),
+    pytest.param(
+        ("evaluate", "run={run}", "metrics.prompts=4", "metrics.teacher_steps=[]"),
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("words", LEFT_ALONE)
+def test_what_a_command_does_not_look_at_may_be_anything(words, place, command, listener):
+    """All keys but those that are read are hostile at once; the command does its work all the same."""
+    run = place / "run"
+    for name in ("student", "mmdit"):  # the shipped student leaves its parts to its teacher
+        shutil.copytree(shipped(f"shapes:{name}"), run / name)
+    odd, kinds = config(), iter(KINDS * 5)
+    for group in set(odd) - {"teacher", "sampler", "name", "discriminator"}:
+        odd[group] = hostile(next(kinds), group, listener.port)
+    odd["discriminator"]["heads"] = hostile("gadget", "heads", listener.port)
+    folder_of(odd, run)
+    facts = {"name": "x", "method": "${oc.env:CANARY}", "command": "${oc.env:CANARY}"}
+    facts |= {"train_seconds": 1.0, "images_seen": 5, "wall_seconds": 1.0}
+    (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    rows = [{"who": "student", "steps": 1, "prompt_accuracy": 0.5}]
+    judged = {"rows": rows, "protocol": {"guidance": "${oc.env:CANARY}"}}
+    (run / "evaluation.json").write_text(json.dumps(judged), encoding="utf-8")
+    name, *arguments = words
+    code, out, err = command(name, *(word.format(run=run) for word in arguments))
+    assert code == 0, err
+    write_report(run)
+    assert "oc.env:CANARY" in (run / "report.html").read_text(encoding="utf-8")  # as it stands
+    nothing_happened(place, listener, out + err)
+
+
+def test_shards_that_were_begun_say_nothing_either(place, listener):
+    cfg = composed("cache", "data.path=d", "out=out", "teacher=shapes")
+    base = OmegaConf.to_container(cfg, resolve=True)
+    folder = place / "out"
+    folder.mkdir()
+    (folder / "latents-000000.tar").write_bytes(b"")
+    said = ""
+    for key in dotted(base):
+        for kind in KINDS:
+            begun = replaced(base, key, hostile(kind, key, listener.port))
+            (folder / "making.yaml").write_text(json.dumps(begun), encoding="utf-8")
+            free = key.startswith(validate.FREE) and kind == "address"
+            with nullcontext() if free else pytest.raises(ValueError, match="making|settings|_tar"):
+                validate.refuse_another(cfg, folder)
+            if "resolver" in kind:
+                with pytest.raises(ValueError, match="holds an interpolation") as error:
+                    validate.refuse_another(cfg, folder)
+                said += str(error.value)
+    nothing_happened(place, listener, said)
+
+
+# -- what is given again, and what is one's own ------------------------------------------------------------------------
+
+
+def test_a_place_that_is_typed_again_is_ones_own(place, monkeypatch):
+    base = config(*RUN)
+    monkeypatch.setattr("distill.compose.overrides", lambda: ["data.path=here"])
+    base["data"] = {**base["data"], "path": "s3://bucket/shards"}
+    folder = folder_of(base, place / "run")
+    cfg = composed("config", *RUN, f"resume={folder}", "+data.path=here")
+    assert going_on(cfg).data.path == "here"
+    monkeypatch.setattr("distill.compose.overrides", lambda: ["seed=0"])
+    with pytest.raises(ValueError, match=r"data\.path=s3://bucket/shards: is no name on this"):
+        going_on(cfg)
+
+
+def test_a_job_that_slurm_runs_again_finds_its_own_run(place, monkeypatch):
+    base = config(*RUN)
+    base["logger"]["mine"] = {"_target_": "lightning.pytorch.loggers.WandbLogger"}
+    folder = folder_of(base, place / "runs" / "slurm_7_run")
+    cfg = composed("config", *RUN, "resume=runs/slurm_7_run")
+    with pytest.raises(ValueError, match=r"WandbLogger is refused.*DISTILL_TRUST_RUN=runs/slurm_7"):
+        going_on(cfg)
+    for name, value in {"PROCID": "0", "JOB_ID": "7", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert going_on(cfg).logger.mine._target_.endswith("WandbLogger")
+    cfg.resume = str(folder_of(base, place / "runs" / "another"))
+    with pytest.raises(ValueError, match="WandbLogger is refused"):
+        going_on(cfg)
+    assert folder.is_dir()

@@ -346,16 +346,16 @@ def _began_with(override: str, folder: Path) -> bool:
 
 def _chosen(key: str, value: Any, had: Any) -> Any:
     """What an override means for a run that had `had`: of an option of the same class what its own file says alone."""
+    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
+        "_target_"
+    ):
+        return value
     hydra = HydraConfig.get().runtime
     own = [
         Path(s.path) / key / f"{hydra.choices.get(key)}.yaml"
         for s in hydra.config_sources
         if s.schema == "file"
     ]
-    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
-        "_target_"
-    ):
-        return value
     said = {name for file in own if file.is_file() for name in OmegaConf.load(file)} & set(value)
     return OmegaConf.create({**(had if said else value), **{name: value[name] for name in said}})
 
