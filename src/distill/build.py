@@ -18,7 +18,7 @@ from distill import content, hardware, resuming, sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
-from distill.files import gathered
+from distill.files import first_line, gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
@@ -46,6 +46,17 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
+    _check_trainer(cfg)
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Build the trainer once for nothing: what Lightning has against it is said while nothing is written."""
+    _hush()
+    quiet = cfg.copy()
+    if quiet.trainer.precision == "auto":
+        quiet.trainer.precision = "32-true"  # settled later; any will do
+    OmegaConf.update(quiet, "logger", None, force_add=True)  # some connect as soon as they are made
+    trainer(quiet, Path("nowhere"))
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
@@ -71,9 +82,7 @@ def sampler_of(run: str, student: Any) -> Any:
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first, and silences Lightning's usual hints."""
     lightning.seed_everything(cfg.seed, verbose=False)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=EXPECTED)
+    _hush()
     with stage("opening the data"):
         source = make(cfg.data)  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
@@ -99,6 +108,12 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     return source, make(cfg.method)(
         teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
     )
+
+
+def _hush() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=EXPECTED)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
@@ -202,7 +217,9 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "content": resuming.marks(cfg),
             }
     loggers = [
-        make(node)(save_dir=str(folder)) for node in (cfg.get("logger") or {}).values() if node
+        _logger(f"logger.{name}", node, folder)
+        for name, node in (cfg.get("logger") or {}).items()
+        if node
     ]
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
@@ -224,6 +241,17 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         enable_model_summary=False,
         use_distributed_sampler=False,  # the stream shares out samples by itself
     )
+
+
+def _logger(key: str, node: DictConfig, folder: Path) -> Any:
+    """One of the loggers. Raises ValueError, naming its key, where it cannot be made: packages, addresses, accounts."""
+    try:
+        return make(node)(save_dir=str(folder))
+    except Exception as error:  # of a tracker nearly anything
+        said = first_line(error).rstrip(".")
+        raise ValueError(
+            f"{key}: cannot be made ({said}); mend that, or leave it out by ~{key}"
+        ) from None
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import compose, console, paths
+from distill import compose, console, folders, paths
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
@@ -54,7 +54,9 @@ def begin(cfg: DictConfig) -> int:
         the_same_data(cfg, before, parts)
     cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
-    fresh = not any(folder.iterdir())
+    if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
+        folders.cleared(folder)  # of a command that came to no step, in the same folder
+    fresh = {path.name for path in folder.iterdir()} <= {LOG}
     command = " ".join(["python -m distill.run", *sys.argv[1:]])
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
@@ -63,16 +65,15 @@ def begin(cfg: DictConfig) -> int:
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(
-            command, compose.name_of(cfg), compose.overrides(), said, about.get("train_seconds")
-        )
-    if not several:
-        return train(cfg, folder, parts)
-    code = launch.launch(folder, processes)
-    if (
-        code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json", LOG}
-    ):  # never what was trained
-        shutil.rmtree(folder)
+        went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
+        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said, **went_on)
+    code = 1
+    try:
+        code = launch.launch(folder, processes) if several else train(cfg, folder, parts)
+    finally:
+        # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
+        if code and fresh and compose.rank() == 0 and folders.untouched(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     return code
 
 
@@ -128,7 +129,12 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
-    trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        if compose.rank() == 0 and method.iteration:
+            RunRecord(folder).came_to(method.iteration)
+        raise
     student = build.averaged(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
         RunRecord(folder).trained(method)
