@@ -27,7 +27,7 @@ LAYERS = {
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog"},
     "compose": {
-        "_conf", "compose", "defaults", "paths", "ranges", "resuming", "signatures", "trust", "validate",
+        "_conf", "compose", "defaults", "folders", "paths", "ranges", "resuming", "signatures", "trust", "validate",
     },
     "L5": {"build"},
     "L6": {

@@ -19,7 +19,7 @@ from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
 from distill.engine import Parts
-from distill.files import gathered
+from distill.files import first_line, gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
@@ -51,6 +51,17 @@ def check(cfg: DictConfig) -> None:
     check_numbers(cfg)
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
+    _check_trainer(cfg)
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Build the trainer once for nothing: what Lightning has against it is said while nothing is written."""
+    _hush()
+    quiet = cfg.copy()
+    if quiet.trainer.precision == "auto":
+        quiet.trainer.precision = "32-true"  # settled later; any will do
+    OmegaConf.update(quiet, "logger", None, force_add=True)  # some connect as soon as they are made
+    trainer(quiet, Path("nowhere"))
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -93,9 +104,7 @@ def sampler_of(run: str, student: Any) -> Any:
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first, and silences Lightning's usual hints."""
     lightning.seed_everything(cfg.seed, verbose=False)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=EXPECTED)
+    _hush()
     with stage("opening the data"):
         source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
@@ -121,6 +130,12 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     engine = make(cfg.optimizer, "optimizer")
     made = Parts(teacher=teacher, **players, engine=engine, seed=cfg.seed)
     return source, make(cfg.method, "method")(made)
+
+
+def _hush() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=EXPECTED)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
@@ -224,7 +239,7 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "versions": versions(),
                 "content": resuming.marks(cfg),
             }
-    loggers = [make(node, key)(save_dir=str(folder)) for key, node in nodes_of(cfg, "logger")]
+    loggers = [_logger(key, node, folder) for key, node in nodes_of(cfg, "logger")]
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer, "trainer")
@@ -251,6 +266,18 @@ def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
     """Dotted key and node of every callback or logger that a run has."""
     named = (cfg.get(group) or {}).items()
     return [(f"{group}.{name}", node) for name, node in named if node]
+
+
+def _logger(key: str, node: DictConfig, folder: Path) -> Any:
+    """One of the loggers. Raises ValueError, naming its key, where it cannot be made: packages, addresses, accounts."""
+    build = make(node, key)
+    try:
+        return build(save_dir=str(folder))
+    except Exception as error:  # of a tracker nearly anything
+        said = first_line(error).rstrip(".")
+        raise ValueError(
+            f"{key}: cannot be made ({said}); mend that, or leave it out by ~{key}"
+        ) from None
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:

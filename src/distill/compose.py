@@ -22,7 +22,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
-from distill import paths, secret, trust
+from distill import folders, paths, secret, trust
 from distill.limits import steps_in
 from distill.ranks import rank, world
 
@@ -170,10 +170,12 @@ def refuse_taken(cfg: DictConfig) -> None:
     folder = None if cfg.resume else _own_folder(cfg)
     if folder is None:
         return
-    if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
-        raise FileExistsError(
-            f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
-        )
+    taken = rank() == 0 and (folder / "config.yaml").exists() and not restarted()
+    if not taken or folders.untouched(folder):
+        return
+    kept = any((folder / "checkpoints").glob("step_*.ckpt"))
+    how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
+    raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
 
 
 def _own_folder(cfg: DictConfig) -> Path | None:

@@ -155,7 +155,7 @@ def read(path: Path) -> dict[str, Any]:
         kept = joined(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
             raise KeyError("parts are missing")
-        kept["distill"]["iteration"], kept["state_dict"]  # without them it is another program's
+        kept["distill"]["iteration"]  # without it it is another program's
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except (

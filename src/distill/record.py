@@ -48,14 +48,15 @@ class RunRecord:
         overrides: Sequence[str] = (),
         precision: Mapping[str, str] | None = None,
         train_seconds: float | None = None,
+        anew: bool = False,
     ) -> None:
         """`precision`: its name, and why it was chosen.
 
         `train_seconds`: those up to the checkpoint that is gone on from. A part that was killed has
-        not told its own; a checkpoint of before these were kept says None.
+        not told its own; a checkpoint of before these were kept says None. `anew`: whatever began here before.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        if self.facts:
+        if self.facts and not anew:
             self.facts["resumed"] = [
                 *self.facts.get("resumed", []),
                 {"command": command, "at": now},
@@ -76,6 +77,10 @@ class RunRecord:
         models = {**models, **known.get("models", {})}
         self._write(content={"models": models, "data": known.get("data") or dict(data)})
 
+    def came_to(self, iterations: int) -> None:
+        """How far a run came that an error ended."""
+        self._write(iterations=iterations)
+
     def trained_for(self) -> float | None:
         """Seconds of training until now, over all parts of the run; None of what has no record."""
         if "began" not in self.facts:
@@ -88,6 +93,7 @@ class RunRecord:
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
         counts = {
             "steps": method.step,
+            "iterations": method.iteration,
             "images_seen": method.images_seen,
             "skipped": method.skipped,
         }

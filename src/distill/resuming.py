@@ -46,9 +46,10 @@ def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume
     `about` is what it says of itself; one that says nothing is held to the names and shapes of its tensors alone. A
     model at another path is the same one if its mark is.
     """
-    if not isinstance(about, Mapping) or not isinstance(about.get("config"), Mapping):
+    config = about.get("config") if isinstance(about, Mapping) else None
+    if not config or not isinstance(config, Mapping):
         return
-    kept = _fixed_values(about["config"])
+    kept = _fixed_values(config)
     own = _fixed_values(OmegaConf.to_container(now, resolve=True))
     found = [name for name in {**kept, **own} if kept.get(name) != own.get(name)]
     different = [name for name in found if not paths.is_path(name)]

@@ -17,10 +17,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import compose, console, paths
+from distill import compose, console, folders, paths
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
+from distill.locks import NAME as LOCK
 from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
 from distill.secret import masked
@@ -65,14 +66,9 @@ def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
         the_same_data(cfg, before, parts)
     cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
-    fresh = not any(folder.iterdir())
     with one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True):
-        seconds = about.get("train_seconds")
-        code = _written(cfg, folder, precision, parts, processes if several else 0, seconds)
-    nothing = {"config.yaml", "run.json", LOG}
-    if several and code and fresh and {p.name for p in folder.iterdir()} <= nothing:
-        shutil.rmtree(folder)  # never what was trained
-    return code
+        went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
+        return _written(cfg, folder, precision, parts, processes if several else 0, went_on)
 
 
 def _written(
@@ -81,16 +77,19 @@ def _written(
     precision: Any,
     parts: Any,
     processes: int,
-    seconds: float | None,
+    went_on: dict[str, Any],
 ) -> int:
     """Note what is done, and train, here or in so many `processes`; returns the exit code.
 
-    `seconds` of training are behind the checkpoint that is gone on from.
+    `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there is none.
     """
     from distill import launch
     from distill.aside import put
     from distill.record import RunRecord
 
+    if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
+        folders.cleared(folder)  # of a command that came to no step, in the same folder
+    fresh = {path.name for path in folder.iterdir()} <= {LOG, LOCK}
     command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
     typed = [masked(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
@@ -100,10 +99,18 @@ def _written(
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said, seconds)
-    if not processes:
-        return train(cfg, folder, parts)
-    return launch.launch(folder, processes, secrets=compose.secrets(cfg))
+        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said, **went_on)
+    code = 1
+    try:
+        if processes:
+            code = launch.launch(folder, processes, secrets=compose.secrets(cfg))
+        else:
+            code = train(cfg, folder, parts)
+    finally:
+        # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
+        if code and fresh and compose.rank() == 0 and folders.untouched(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    return code
 
 
 def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
@@ -158,7 +165,12 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
-    trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        if compose.rank() == 0 and method.iteration:
+            RunRecord(folder).came_to(method.iteration)
+        raise
     student = build.averaged(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
         RunRecord(folder).trained(method)

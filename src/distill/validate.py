@@ -58,6 +58,16 @@ GIVEN = {
 }  # fmt: skip
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
+# Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type instead.
+SET = "is set by the run itself; leave it out"
+NOT_LIGHTNINGS = {
+    "accumulate_grad_batches": "Lightning's is for one player; use optimizer.accumulate=",
+    "gradient_clip_val": "Lightning's is for one player; use optimizer.clip_student= and clip_discriminator=",
+    "gradient_clip_algorithm": "Lightning's is for one player; use optimizer.clip_student=",
+    "max_epochs": "a run is counted in steps; use trainer.max_steps=",
+    **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), SET),
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -220,6 +230,9 @@ def check_trainer(trainer: DictConfig) -> None:
     accelerator = trainer.get("accelerator", "auto")
     if not _has_target(accelerator):
         check_word(OmegaConf.create({"trainer": trainer}), "trainer.accelerator", *ACCELERATORS)
+    for key, how in NOT_LIGHTNINGS.items():
+        if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
+            raise ValueError(f"trainer.{key}={trainer[key]}: {how}")
     strategy = trainer.get("strategy", "auto")
     named = str(strategy.get("_target_") if _has_target(strategy) else strategy)
     if "fsdp" in named.lower():
