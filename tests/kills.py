@@ -26,6 +26,11 @@ from typing import Any
 LATER = ("run.log", "study.db")  # files that say when something happened
 CLOCK = {"seconds_per_image", "images_per_second", "seconds", "train_seconds", "wall_seconds"}
 CLOCK |= {"began", "trained", "started", "resumed", "command", "commands", "peak_memory_gib"}
+TIMED = {  # files whose names say when something happened
+    "features": re.compile(r"[0-9a-f]{32}\.npy"),  # of pictures of these times
+    "events": re.compile(r"events\.out\.tfevents\..*"),  # of TensorBoard, one a process
+}
+FACTS = ("name", "method", "teacher", "steps", "images_seen", "skipped", "status")  # of run.json
 MODULES = (
     *("run", "evaluate", "sample", "synthesize", "cache", "export", "pretrain", "search"),
     *("compare", "inspect", "build", "making", "students.low_rank", "students.single_file"),
@@ -66,12 +71,12 @@ def go_on(work: Path) -> list[str] | None:
 TRAIN = [
     *("debug=smoke", "teacher.path=given/teacher", "data.path=given/shards", "data.num_workers=0"),
     *("trainer.max_steps=4", "callbacks.checkpoint.every=1", "optimizer.head_start=2"),
-    *("metrics.prompts=4", "metrics.student_steps=[1]", "metrics.teacher_steps=[1]"),
 ]
+JUDGE = ["metrics.prompts=4", "metrics.student_steps=[1]", "metrics.teacher_steps=[1]"]
 MAKE = ["teacher.path=given/teacher", "out=work/made", "per_shard=3"]
 STAGES = ("clip", "vae", "mmdit")
 COMMANDS = {
-    "run": Command("run", [*TRAIN, "run_dir=work/run"], go_on=go_on),
+    "run": Command("run", [*TRAIN, *JUDGE, "run_dir=work/run"], go_on=go_on),
     "run resume=": Command("run", ["resume=work/half", "trainer.max_steps=4"], ["half"]),
     "synthesize": Command(
         "synthesize", [*MAKE, "prompts=given/prompts.txt", "count=11", "steps=2", "batch_size=2"]
@@ -94,7 +99,8 @@ COMMANDS = {
             "metrics.path=given/prompts.txt",
             "metrics.batch_size=2",
         ]
-        + ["metrics.measures=[variety]", "metrics.variety=[2,2]", "metrics.workers=0", "steps=1"],
+        + ["metrics.measures=[variety]", "metrics.variety=[2,2]", "metrics.workers=0", "steps=1"]
+        + ["metrics.networks.dinov2.path=given/dinov2", "metrics.networks.dinov2.size=64"],
         ["run"],
     ),
     "sample": Command(
@@ -111,12 +117,12 @@ COMMANDS = {
         + ["shards.count=6", "shards.steps=2", "scoring.prompts=4", "scoring.steps=2"]
         + ["scoring.guidance=[3.0]"]
         + [f"{stage}.{what}" for stage in STAGES for what in ("steps=3", "batch_size=4")]
-        + [f"{stage}.save_every=1" for stage in STAGES],
+        + [f"+{stage}.save_every=1" for stage in STAGES],
     ),
     "search": Command(
         "search",
         ["out=work/search", 'space=["seed=choice(0,1)"]', "metric=g/adv", "trials=2"]
-        + [f"run={json.dumps([*TRAIN, '~metrics'][:8] + ['~metrics'])}"],
+        + [f"run={json.dumps([*TRAIN, '~metrics'])}"],
     ),
     "compare": Command("compare", ["runs=given/run*", "out=work/compare"]),
     "inspect": Command("inspect", ["run=given/run", "samples=2", "levels=[0.5]", "out=work/seen"]),
@@ -143,7 +149,7 @@ class World:
         made = self._forked(lambda: write_given(self.given), "given")
         assert made.code == 0, made.said
         for name, steps in (("run", 2), ("half", 2)):
-            words = [*TRAIN, f"trainer.max_steps={steps}", f"run_dir=given/{name}"]
+            words = [*TRAIN, *JUDGE, f"trainer.max_steps={steps}", f"run_dir=given/{name}"]
             ended = self.call("run", words)
             assert ended.code == 0, ended.said
         shutil.copytree(self.given / "run", self.given / "run2")
@@ -308,8 +314,10 @@ def snapshot(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if path.is_dir():
             found[name + "/"] = ""
-        elif re.fullmatch(r"(.*/)?[0-9a-f]{32}\.npy", name):  # features, named by times of pictures
-            found[re.sub(r"[0-9a-f]{32}", "features", name)] = ""
+        elif kind := next(
+            (k for k, pattern in TIMED.items() if pattern.fullmatch(path.name)), None
+        ):
+            found[str(path.relative_to(folder).with_name(kind))] = ""
         else:
             found[name] = content(path)
     return found
@@ -319,6 +327,9 @@ def content(path: Path) -> str:
     import torch
 
     name, kind = path.name, path.suffix
+    if name == "run.json":
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return repr({key: said.get(key) for key in FACTS})
     if name in LATER or re.fullmatch(r"seconds-\d+\.txt", name):
         return ""
     if kind == ".html":
@@ -332,19 +343,17 @@ def content(path: Path) -> str:
         return _hash(timeless(json.loads(path.read_text(encoding="utf-8"))))
     if kind == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
-            return _hash([timeless(dict(row)) for row in csv.DictReader(file)])
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return _hash(timeless(rows))
     if kind in (".ckpt", ".pt"):
         return _hash(timeless(torch.load(path, weights_only=True)))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def timeless(tree: Any) -> Any:
-    """Without what a clock says, and the empty cells of a table."""
+    """Without what a clock says, and what a run says of itself."""
     if isinstance(tree, dict):
-        left = {k: v for k, v in tree.items() if k not in CLOCK and k != "about" and v not in ("", None)} \
-            if all(isinstance(v, str | None) for v in tree.values()) else \
-            {k: v for k, v in tree.items() if k not in CLOCK and k != "about"}  # fmt: skip
-        return {k: timeless(v) for k, v in left.items()}
+        return {k: timeless(v) for k, v in tree.items() if k not in CLOCK and k != "about"}
     return [timeless(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
@@ -386,6 +395,7 @@ def write_given(folder: Path) -> None:
 
     tiny.write_pipeline("mmdit", folder / "teacher")
     tiny.write_shards(folder / "shards")
+    shutil.copytree(tiny.vit(), folder / "dinov2")
     (folder / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n", encoding="utf-8")
     (folder / "pictures").mkdir()
     for i in range(11):

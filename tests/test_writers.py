@@ -31,7 +31,10 @@ def other(text: str, *arguments: object) -> subprocess.Popen:
     """Another process, which says a line when it is ready."""
     code = textwrap.dedent(text)
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
