@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from distill import formats
 from distill.limits import checkpoints_at
 
 log = logging.getLogger("distill.checkpoint")
@@ -89,9 +90,10 @@ def fingerprint(module: nn.Module) -> str:
 def upright(picture: Image.Image) -> Image.Image:
     """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
-    Raises ValueError for numbers whose white is not known: floats, and integers of more than 16 bits.
+    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see `formats.reduced`), and for numbers
+    whose white is not known: floats, and integers of more than 16 bits.
     """
-    picture = ImageOps.exif_transpose(picture)
+    picture = ImageOps.exif_transpose(formats.reduced(picture))
     if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
         raise ValueError("its pixels are floats; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # Pillow would clip it to white

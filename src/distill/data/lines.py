@@ -3,14 +3,16 @@
 import hashlib
 from pathlib import Path
 
+from distill.bounded import LINES, text_of
+
 
 class Lines:
     """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
 
     def __init__(self, path: str, key: str = "data.path"):
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeError) as error:
+            text = text_of(Path(path), LINES, "utf-8-sig")
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
             ) from None
