@@ -12,10 +12,13 @@ import json
 import math
 import stat
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from distill.shown import shown
 
 MIB = 2**20
 # All ours, and far above what such files have: a run's files and a model's settings take kilobytes.
@@ -24,10 +27,11 @@ YAML = 4 * MIB  # bytes
 YAML_NODES = 100_000  # values, each counted as often as aliases name it
 YAML_DEPTH = 64  # values inside of values
 LINES = 1024 * MIB  # bytes of a list of prompts, ten million of them
+LARGEST = 1e15  # of a number of steps, of seconds, or a score
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def text_of(file: Path, most: int = TEXT, encoding: str = "utf-8") -> str:
+def text_of(file: Path, most: int = TEXT, encoding: str = "utf-8", errors: str = "strict") -> str:
     """The text of a file of at most this many bytes. Raises ValueError, naming it, for any other, and OSError."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -39,7 +43,7 @@ def text_of(file: Path, most: int = TEXT, encoding: str = "utf-8") -> str:
     if len(data) > most:
         raise too_large(file, len(data), most)
     try:
-        return data.decode(encoding)
+        return data.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 text (byte {error.start}); repair it") from None
 
@@ -60,20 +64,41 @@ def in_bytes(size: int) -> str:
 
 def json_of(file: Path, most: int = TEXT) -> Any:
     """What a file of JSON holds. Raises ValueError, naming it, where it cannot be read, and OSError."""
+    return parsed(text_of(file, most), str(file))
+
+
+def parsed(text: str, where: str) -> Any:
+    """What a text of JSON holds. Raises ValueError, beginning with `where`, where it cannot be read."""
     try:
-        return json.loads(text_of(file, most))
+        return json.loads(text)
     except RecursionError:
-        raise ValueError(f"{file}: is nested too deeply to be read; repair it") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: is no JSON ({error}); repair it or fetch it anew") from None
+        raise ValueError(f"{where}: is nested too deeply to be read; repair it") from None
+    except ValueError as error:  # of numbers of thousands of digits too
+        raise ValueError(f"{where}: is no JSON ({error}); repair it or fetch it anew") from None
 
 
 def mapping_of(file: Path, most: int = TEXT) -> dict[str, Any]:
     """The same of a JSON object. Raises ValueError, naming the file, for anything else."""
-    found = json_of(file, most)
+    return parsed_mapping(text_of(file, most), str(file))
+
+
+def parsed_mapping(text: str, where: str) -> dict[str, Any]:
+    """The same as `parsed` of a JSON object, and ValueError for anything else."""
+    found = parsed(text, where)
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: is no JSON object; repair it or fetch it anew")
+        raise ValueError(f"{where}: is no JSON object; repair it or fetch it anew")
     return found
+
+
+def number_of(found: Mapping[str, Any], key: str, where: str) -> float | None:
+    """The number of this key, None where there is none. Raises ValueError, after `where`, for anything else."""
+    value = found.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        said = shown(value, 60)
+        raise ValueError(f"{where} says {key}={said}, which must be a number; make it anew")
+    return value
 
 
 def yaml_of(file: Path) -> io.StringIO:

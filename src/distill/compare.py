@@ -6,11 +6,14 @@ one line.
 """
 
 import glob
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig
+from yaml import YAMLError
 
-from distill.errors import command
+from distill.errors import command, sentence
+from distill.shown import shown
 
 
 @command("compare")
@@ -20,13 +23,17 @@ def main(cfg: DictConfig) -> None:
     from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_run
 
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
-    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
+    places = (os.path.expanduser(str(pattern)) for pattern in patterns)
+    found = [Path(path) for place in places for path in sorted(glob.glob(place))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    runs = [
-        read_run(folder)
-        for folder in dict.fromkeys(folders)
-        if (folder / "evaluation.json").is_file()
-    ]
+    runs, damaged = [], {}
+    for folder in dict.fromkeys(folders):
+        try:
+            runs += [read_run(folder)] if (folder / "evaluation.json").is_file() else []
+        except (OSError, ValueError, YAMLError) as error:
+            damaged[folder] = shown(sentence(error))
+    if not runs and damaged:
+        raise ValueError(f"runs={', '.join(map(str, patterns))}: {next(iter(damaged.values()))}")
     if not runs:
         what = (
             f"{len(folders)} runs, none judged yet: python -m distill.evaluate run=..."
@@ -35,7 +42,8 @@ def main(cfg: DictConfig) -> None:
         )
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
     for folder in sorted(set(folders) - {run.folder for run in runs}):
-        print(f"left out, not judged yet: {folder}")
+        why = damaged.get(folder, "not judged yet")
+        print(f"left out, {why}: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))

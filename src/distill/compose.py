@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import inspect
 import itertools
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
+from distill.bounded import mapping_of, yaml_of
 from distill.ranks import rank, world
 
 ROOTS = (
@@ -259,7 +259,7 @@ def run_at(path: str, key: str = "run") -> Path:
 def config_of(run: str | Path) -> DictConfig | None:
     """The configuration of a run folder, None of what is none."""
     file = Path(run) / "config.yaml"
-    return OmegaConf.load(file) if file.is_file() else None
+    return OmegaConf.load(yaml_of(file)) if file.is_file() else None
 
 
 def overrides() -> list[str]:
@@ -272,7 +272,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
 
     Raises ValueError if that would be another model or another order of the data, naming the keys.
     """
-    before = OmegaConf.load(folder_of(cfg.resume) / "config.yaml")
+    before = OmegaConf.load(yaml_of(folder_of(cfg.resume) / "config.yaml"))
     now = before.copy()
     OmegaConf.set_struct(now, False)
     several = []
@@ -309,9 +309,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
 def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
     file = folder / "run.json"
-    return file.is_file() and override in json.loads(file.read_text(encoding="utf-8")).get(
-        "overrides", ()
-    )
+    return file.is_file() and override in (mapping_of(file).get("overrides") or ())
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:

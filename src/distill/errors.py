@@ -22,6 +22,7 @@ from yaml import YAMLError
 from distill import console
 from distill._conf import CONF_DIR
 from distill.compose import dotted, nearest
+from distill.shown import shown
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (
@@ -178,7 +179,7 @@ def said_plainly() -> Iterator[None]:
         if os.environ.get(FULL) == "1" or not mistake:
             raise
         console.failed(error)
-        print(f"distill: {sentence(error)}", file=sys.stderr)
+        print(f"distill: {shown(sentence(error))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from distill import formats
+from distill.bounded import check_archive
 from distill.limits import checkpoints_at
 
 log = logging.getLogger("distill.checkpoint")
@@ -154,6 +155,8 @@ def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     try:
+        for file in files:
+            check_archive(file)
         parts = [
             torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from distill.bounded import yaml_of
 from distill.compose import check_counts, run_at
 from distill.errors import command
 from distill.limits import check_local_batch, checkpoints_at
@@ -24,7 +25,7 @@ def check(cfg: DictConfig) -> DictConfig:
     numbers = all(isinstance(level, int | float) for level in levels)
     if not numbers or not all(0 < level <= 1 for level in levels):
         raise ValueError(f"levels={levels}: must lie in (0, 1]")
-    made = OmegaConf.load(folder / "config.yaml")
+    made = OmegaConf.load(yaml_of(folder / "config.yaml"))
     if OmegaConf.select(made, "discriminator.features") is None:
         raise ValueError(f"run={cfg.run}: it was made without a discriminator")
     if OmegaConf.select(made, "discriminator.heads._target_") == LOCAL_HEADS:

@@ -24,12 +24,14 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from distill import compose, launch
+from distill.bounded import mapping_of, yaml_of
 from distill.data.shards import index_tar
 from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
 from distill.files import put
 from distill.hardware import precision
 from distill.progress import Bar, track
 from distill.record import versions
+from distill.shown import shown
 from distill.teachers.locate import telling
 
 INPUTS = "inputs.sha256"
@@ -146,10 +148,9 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
             with suppress(OSError):  # what else is in it is not ours
                 folder.rmdir()
     if done.is_file():
-        made = json.loads(done.read_text(encoding="utf-8"))
-        print(
-            f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out"
-        )
+        made = mapping_of(done)
+        samples, shards, dropped = (made.get(k) for k in ("samples", "shards", "dropped"))
+        print(shown(f"{folder}: {samples} samples in {shards} shards, {dropped} bad ones left out"))
     return code
 
 
@@ -157,7 +158,7 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
     """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
     begun = folder / BEGUN
     if cfg.precision == "auto" and begun.is_file():
-        cfg.precision = OmegaConf.load(begun).get("precision", "32-true")
+        cfg.precision = OmegaConf.load(yaml_of(begun)).get("precision", "32-true")
     chosen = precision(cfg.precision)
     cfg.precision = chosen.name
     if compose.rank() == 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distill.bounded import mapping_of
 from distill.files import put
 from distill.hardware import cpu, hardware
 
@@ -32,9 +33,7 @@ class RunRecord:
 
     def __init__(self, folder: Path):
         self._path = folder / "run.json"
-        self.facts: dict[str, Any] = (
-            json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        )
+        self.facts: dict[str, Any] = mapping_of(self._path) if self._path.is_file() else {}
 
     def begun(
         self,

@@ -4,7 +4,6 @@ Each function raises ValueError or FileNotFoundError that names the key and says
 only the objects themselves know, is said when they are built.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill import limits, signatures
+from distill.bounded import mapping_of, yaml_of
 from distill.compose import (
     changes,
     check_counts,
@@ -141,7 +141,7 @@ def check_start(cfg: DictConfig) -> None:
 def _scheduler_of(path: str) -> dict[str, Any]:
     """The scheduler's configuration in the pipeline folder at this path, empty where there is none."""
     file = Path(shipped(path)) / "scheduler" / "scheduler_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return mapping_of(file) if file.is_file() else {}
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -330,7 +330,7 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    said = changes(OmegaConf.load(folder / BEGUN), cfg)
+    said = changes(OmegaConf.load(yaml_of(folder / BEGUN)), cfg)
     if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:

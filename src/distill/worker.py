@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from distill.bounded import yaml_of
 from distill.console import recorded
 from distill.errors import print_any_letter, said_plainly
 
@@ -23,4 +24,4 @@ if __name__ == "__main__":
     with recorded(), said_plainly():
         name, config = TASKS[command]
         task = getattr(importlib.import_module(f"distill.{command}"), name)
-        sys.exit(task(OmegaConf.load(folder / config), folder))
+        sys.exit(task(OmegaConf.load(yaml_of(folder / config)), folder))

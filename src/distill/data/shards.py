@@ -19,7 +19,7 @@ from distill import formats
 from distill.data import folder as folders
 from distill.data.bad import MOST_FILES, MOST_TOGETHER, BadSample, Unread, most_of
 from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
-from distill.data.tar import Headers, members
+from distill.data.tar import members
 from distill.data.walk import Below, below
 from distill.formats import hidden
 from distill.shown import shown
@@ -314,28 +314,19 @@ def index_tar(path: str) -> dict[str, Places]:
     """
     index: dict[str, Places] = {}
     with open(path, "rb") as file:
-        headers = Headers(file)
         try:
-            # backslashreplace: a key must always be printable, whatever bytes the name has
-            with tarfile.open(
-                fileobj=headers, mode="r:", encoding="utf-8", errors="backslashreplace"
-            ) as tar:
-                for member in members(tar, headers):
-                    match = _NAME.match(member.name)
-                    if not member.isreg() or member.issparse() or not match:
-                        continue
-                    key, extension = match[1], match[2].lower()
-                    if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
-                        continue  # thumbnails of a system, and what macOS adds
-                    if extension in index.setdefault(key, {}):
-                        raise ValueError(
-                            f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
-                        )
-                    index[key][extension] = path, member.offset_data, member.size
-            # tarfile stops without a word at a damaged header or a cut between two members: ask for the end mark.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+            for member in members(file):
+                match = _NAME.match(member.name)
+                if not member.isreg() or member.issparse() or not match:
+                    continue
+                key, extension = match[1], match[2].lower()
+                if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
+                    continue  # thumbnails of a system, and what macOS adds
+                if extension in index.setdefault(key, {}):
+                    raise ValueError(
+                        f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
+                    )
+                index[key][extension] = path, member.offset_data, member.size
         except tarfile.TarError as error:
             file.seek(0)
             start = file.read(8)  # only now: the first member of a tar may be called BZhang

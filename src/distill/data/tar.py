@@ -2,7 +2,7 @@
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 MOST_HEADER = 2**20  # ours: bytes of all headers before a member, names and attributes included
@@ -37,25 +37,37 @@ class Headers:
         return self._file.tell()
 
 
-def members(tar: tarfile.TarFile, headers: Headers) -> Iterator[tarfile.TarInfo]:
-    """The members of an open tar, in order. Raises TarError for headers that cannot be right."""
-    before = -1
+def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, in order; `offset_data` is where the bytes of one begin.
+
+    Raises TarError for headers that cannot be right, and for a tar that ends before its end mark.
+    """
+    headers, end = Headers(file), -1
+    # backslashreplace: a name must always be printable, whatever bytes it has
+    how: dict[str, Any] = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
+    tar = _guarded(lambda: tarfile.open(fileobj=headers, **how), end)  # noqa: SIM115
     while True:
         headers.renew()
-        try:
-            member = tar.next()
-        except tarfile.TarError:
-            raise
-        except (
-            Exception
-        ) as error:  # of numbers without bounds, of chains of headers: nearly anything
-            what = f"a header after byte {max(before, 0)} that cannot be read"
-            raise tarfile.ReadError(f"{what} ({type(error).__name__})") from None
+        member = _guarded(tar.next, end)
         if member is None:
-            return
-        end: Any = tar.offset  # type: ignore[attr-defined]
-        if member.size < 0 or end <= before:  # it would be read for ever
+            break
+        if member.size < 0 or tar.offset <= end:  # it would be read for ever
             raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
-        tar.members = []  # type: ignore[attr-defined]  # it keeps every one: gigabytes for a large set
-        before = end
+        tar.members = []  # it keeps every one: gigabytes for a large set
+        end = tar.offset
         yield member
+    # tarfile stops without a word at a damaged header or a cut between two members: ask for the end mark.
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no header at byte {tar.offset}")
+
+
+def _guarded(read: Callable[[], Any], end: int) -> Any:
+    """What `read` gives; TarError for all that it raises. `end` is the byte up to which all was right."""
+    try:
+        return read()
+    except tarfile.TarError:
+        raise
+    except Exception as error:  # of numbers without bounds, of chains of headers: nearly anything
+        what = f"a header after byte {max(end, 0)} that cannot be read"
+        raise tarfile.ReadError(f"{what} ({type(error).__name__})") from None

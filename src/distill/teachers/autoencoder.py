@@ -1,6 +1,5 @@
 """An autoencoder of one's own in a pipeline's place, as fine-tunes name one beside their weights (`teacher.vae`)."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import diffusers
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from distill.bounded import mapping_of
 from distill.teachers.locate import autoencoder_in
 from distill.teachers.reading import dtype_of, fetched, whole
 
@@ -34,7 +34,7 @@ class Autoencoder:
         if not folder.exists():
             folder = Path(fetched(KEY, path, snapshot_download, allow_patterns=PATTERNS))
         self.path, self.home = path, autoencoder_in(folder, path)
-        self.config = json.loads((self.home / "config.json").read_text(encoding="utf-8"))
+        self.config = mapping_of(self.home / "config.json")
         expected = CLASSES.get(kind.__name__, "AutoencoderKL")
         if (found := self.config.get("_class_name")) != expected:
             what = f"is a {found}, and a {kind.__name__} wants an {expected}"

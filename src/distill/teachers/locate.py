@@ -1,14 +1,20 @@
 """Where a pipeline or its weights lie: a folder, one file, or the hub. Nothing here imports torch or asks the hub."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.bounded import MIB, mapping_of, too_large
+from distill.shown import shown
+
 INDEX = "model_index.json"
 TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
+WEIGHTS = (".safetensors", ".bin")  # of shards
+MOST_WORDS = 256 * MIB  # ours: bytes of a tokenizer's file; that of Sana has 33 MiB
+MOST_LAYERS = 1000  # ours; FLUX has 57 blocks
+LAYERS = re.compile(r"(^|_)(num_|n_)?(hidden_)?(layers|blocks)(_|$)")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
 FAMILIES = {  # class of a pipeline -> what reads it
@@ -100,7 +106,48 @@ def index_of(path: str, key: str = "teacher.path") -> dict:
         raise FileNotFoundError(
             f"{key}={path}: not a diffusers pipeline folder (it has no {INDEX})"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return mapping_of(file)
+
+
+def shards_in(index: Path) -> list[str]:
+    """The files of weights that an index of shards names, sorted. Raises ValueError for one that is not beside it."""
+    named = mapping_of(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{index}: names no weights; fetch it anew")
+    names = {str(name) for name in named.values()}
+    for name in sorted(names):
+        if not name.endswith(WEIGHTS) or Path(name).name != name or "\\" in name:
+            what = f"names {shown(name, 80)}, and must name files of weights beside it"
+            raise ValueError(f"{index}: {what}; fetch it anew")
+    return sorted(names)
+
+
+def check_part(folder: Path, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for files of a part that no model has: without bounds, or of others."""
+    try:
+        _check_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_files(folder: Path) -> None:
+    for file in sorted(folder.glob("*.json")):
+        if ".index." in file.name:
+            shards_in(file)
+        elif file.name.endswith("config.json"):
+            _check_layers(mapping_of(file), file)
+        elif file.stat().st_size > MOST_WORDS:
+            raise too_large(file, file.stat().st_size, MOST_WORDS)
+
+
+def _check_layers(said: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError for a network of so many layers that to build it would not end."""
+    for key, value in said.items():
+        each = value if isinstance(value, list) else [value]
+        many = [x for x in each if isinstance(x, int) and x > MOST_LAYERS]
+        if many and LAYERS.search(key):
+            what = f"{key}={shown(many[0], 40)}, and at most {MOST_LAYERS} are built"
+            raise ValueError(f"{file}: {what}; fetch it anew")
 
 
 def check_kind(found: str | None, expected: str, path: str, key: str = "teacher.path") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from abc import abstractmethod
@@ -18,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from distill.bounded import mapping_of
 from distill.files import fingerprint, silent
 from distill.limits import AT_ONCE, at_once
 from distill.process import Prediction, Process
@@ -376,7 +376,7 @@ def _tiled(vae: Any, wanted: bool) -> Iterator[None]:
 def _scale_factor(folder: Path | None) -> int:
     """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
     file = Path(home_of(folder, "vae"), "vae", "config.json") if folder else None
-    config = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    config = mapping_of(file) if file else {}
     widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
     return 2 ** (len(widths) - 1)
 

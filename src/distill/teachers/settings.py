@@ -3,10 +3,11 @@
 Nothing here imports torch: it is known before any weight is read.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from distill.bounded import mapping_of
 
 Config = Mapping[str, Any]
 
@@ -43,7 +44,7 @@ def in_folder(folder: Path) -> Callable[[str], Config]:
     def config_of(part: str) -> Config:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         file = folder / part / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return mapping_of(file) if file.is_file() else {}
 
     return config_of
 
