@@ -101,15 +101,27 @@ def number_of(found: Mapping[str, Any], key: str, where: str) -> float | None:
     return value
 
 
-def yaml_of(file: Path) -> io.StringIO:
+class Named(io.StringIO):
+    """A text, and the file that it is of, which errors name."""
+
+    name: str
+
+
+def yaml_of(file: Path) -> Named:
     """The text of a YAML file that stays small when it is read: OmegaConf and PyYAML have no bounds of their own.
 
-    Raises ValueError, naming the file, for one too large or nested too deeply, or whose aliases make it so; OSError and
-    YAMLError.
+    Raises OSError, and ValueError, naming the file, for one that is damaged, too large or nested too deeply, or whose
+    aliases make it so.
     """
     text = text_of(file, YAML)
-    check_yaml(text, str(file))
-    return io.StringIO(text)
+    try:
+        check_yaml(text, str(file))
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{file}: is no YAML ({why}); repair it or fetch it anew") from None
+    found = Named(text)
+    found.name = str(file)
+    return found
 
 
 def check_yaml(text: str, where: str) -> None:

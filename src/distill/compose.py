@@ -23,6 +23,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 import distill.shapes
 from distill.bounded import mapping_of, yaml_of
 from distill.ranks import rank, world
+from distill.teachers.locate import near
 
 ROOTS = (
     "distill.",
@@ -136,7 +137,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
+    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path unchanged."""
+    if path.startswith("~/"):
+        return os.path.expanduser(path)
     if not path.startswith(SHIPPED):
         return path
     folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
@@ -252,7 +255,8 @@ def folder_of(resume: str) -> Path:
 def run_at(path: str, key: str = "run") -> Path:
     """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
     if not (Path(path) / "config.yaml").is_file():
-        raise FileNotFoundError(f"{key}={path}: not a run folder (it has no config.yaml)")
+        what = f"not a run folder (it has no config.yaml){near(path)}"
+        raise FileNotFoundError(f"{key}={path}: {what}")
     return Path(path)
 
 

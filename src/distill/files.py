@@ -154,9 +154,9 @@ def _link(path: str | Path, to: str | Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    for file in files:
+        check_archive(file)
     try:
-        for file in files:
-            check_archive(file)
         parts = [
             torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files
         ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from distill.bounded import text_of
 from distill.report.page import data_uri
-from distill.shown import in_html
+from distill.shown import in_html, shown
 
 
 class Chart(NamedTuple):
@@ -129,7 +129,7 @@ def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> N
     for i, (name, curve) in enumerate(found):
         thin = np.array_split(curve, min(POINTS, curve.shape[1]), axis=1)
         x, y = np.stack([part.mean(axis=1) for part in thin], axis=1)
-        smooth, label = smoothed(y), NAMES.get(name, name).replace("_", " ")
+        smooth, label = smoothed(y), shown(NAMES.get(name, name), 60).replace("_", " ")
         axes.plot(x, y, f"C{i}", linewidth=0.7, alpha=0.3)
         axes.plot(x, smooth, f"C{i}", marker="o" * (len(x) < 4), label=f"{label} {smooth[-1]:.4g}")
     if chart.guide is not None:

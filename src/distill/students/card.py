@@ -53,7 +53,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     trained = "" if steps is None else f", trained for {steps} steps on {images} images"
     name = in_markdown(name)
     text += [
-        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, by {in_markdown(method)}{paper}{trained}.\n"
+        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, "
+        f"by {in_markdown(method)}{paper}{trained}.\n"
     ]
     said = licence.get("license_name") or licence.get("license")
     binding = (
@@ -110,12 +111,21 @@ def _licence(folder: Path | None) -> dict[str, Any]:
             check_yaml(head[1], f"{folder / 'README.md'}: its metadata")
         said = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
         named = {key: said.get(key) for key in ("license", "license_name", "license_link")}
-        if found := {key: x for key, x in named.items() if x and isinstance(x, str | list)}:
+        if found := {k: _word(x) for k, x in named.items() if x and isinstance(x, str | list)}:
             return found
     for file in sorted(folder.glob("LICENSE*")):
         title = text_of(file, errors="replace").strip().partition("\n")[0]
-        return {"license": "other", "license_name": title.strip("# "), "license_link": file.name}
+        return {
+            "license": "other",
+            "license_name": shown(title.strip("# ")),
+            "license_link": file.name,
+        }
     return {}
+
+
+def _word(said: str | list[Any]) -> str | list[str]:
+    """A licence's name, or names, as text."""
+    return shown(said) if isinstance(said, str) else [shown(word) for word in said]
 
 
 def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:

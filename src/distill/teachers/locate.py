@@ -1,5 +1,7 @@
 """Where a pipeline or its weights lie: a folder, one file, or the hub. Nothing here imports torch or asks the hub."""
 
+import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,12 @@ WEIGHTS = (".safetensors", ".bin")  # of shards
 MOST_WORDS = 256 * MIB  # ours: bytes of a tokenizer's file; that of Sana has 33 MiB
 MOST_LAYERS = 1000  # ours; FLUX has 57 blocks
 LAYERS = re.compile(r"(^|_)(num_|n_)?(hidden_)?(layers|blocks)(_|$)")
+# A path of such an end is of a file here. No name of a repository ends so.
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yaml", ".yml", ".txt", ".csv")
+FILES += (".tar", ".zip", ".gz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".webp", ".part")
+# What this program and its users call folders: nobody's name on the hub that anybody means.
+FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints", "data")
+MOST_NAMES = 1000  # of a folder, among which one of nearly this name is looked for
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
 FAMILIES = {  # class of a pipeline -> what reads it
@@ -38,9 +46,38 @@ def telling(teacher: Mapping[str, Any]) -> dict[str, Any]:
     return {key: teacher[key] for key in TELLING if teacher.get(key) is not None}
 
 
+def is_repository(name: str) -> bool:
+    """Whether this is written as `owner/repository`, which a path may be as well."""
+    return HUB_ID.fullmatch(name) is not None
+
+
+def is_local(path: str) -> bool:
+    """Whether this can only be meant for a path: by its look, or since a folder here has the name of its first part.
+
+    Of that the hub is never asked: who mistypes a path does not want a stranger's repository of this name.
+    """
+    first = re.split(r"[\\/]", path, maxsplit=1)[0]
+    looks = path.startswith((".", "/", "~")) or "\\" in path or re.match("[A-Za-z]:", path)
+    named = path.lower().endswith(FILES) or first in FOLDERS
+    return bool(looks) or named or (bool(first) and Path(first).is_dir())
+
+
 def is_hub_id(path: str) -> bool:
-    """Whether `owner/repository` is what this looks like."""
-    return HUB_ID.fullmatch(path) is not None
+    """Whether `owner/repository` is what this looks like, and not a path."""
+    return is_repository(path) and not is_local(path)
+
+
+def near(path: str) -> str:
+    """` (did you mean ...?)` for the most alike of what is there, where a path leads nowhere; or nothing."""
+    place, missing = Path(path), ""
+    while not place.exists() and place != place.parent:
+        place, missing = place.parent, place.name
+    try:
+        names = sorted(os.listdir(place)) if missing and place.is_dir() else []
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing, names[:MOST_NAMES], n=1)
+    return f" (did you mean {shown(place / close[0])}?)" if close else ""
 
 
 def in_repository(path: str) -> bool:
@@ -52,7 +89,7 @@ def in_repository(path: str) -> bool:
 def no_file(path: str, key: str) -> FileNotFoundError:
     """What is said of a file that is not there; `key` is what was given."""
     return FileNotFoundError(
-        f"{key}={path}: no such file; give one, or owner/repository/file of the hub"
+        f"{key}={path}: no such file{near(path)}; give one, or owner/repository/file of the hub"
     )
 
 
@@ -67,7 +104,7 @@ def no_folder(path: str, key: str) -> FileNotFoundError:
     what = (
         "a folder of diffusers' layout" if key == "teacher.vae" else "a diffusers pipeline folder"
     )
-    return FileNotFoundError(f"{key}={path}: no such folder; give {what} or a hub id")
+    return FileNotFoundError(f"{key}={path}: no such folder{near(path)}; give {what} or a hub id")
 
 
 def check_pipeline(path: str, key: str = "teacher.path") -> None:
@@ -173,7 +210,7 @@ def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:
     part = folder / denoiser_part(folder)
     if not (part / "config.json").is_file():
         what = f"{or_else} a run or pipeline folder with a unet/ or transformer/ in it"
-        raise ValueError(f"{key}={path}: {what}")
+        raise ValueError(f"{key}={path}: {what}{near(path)}")
     return part
 
 
@@ -193,6 +230,7 @@ def no_model(path: str, key: str = "run") -> FileNotFoundError:
     """What is said of a place without a pipeline; `key` is what was given."""
     return FileNotFoundError(
         f"{key}={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
+        f"{near(path)}"
     )
 
 
