@@ -355,6 +355,24 @@ def test_a_hostile_index_of_a_pipeline_is_refused_in_a_sentence(text, command, t
         assert "model_index.json" in err
 
 
+@pytest.mark.parametrize("name", ["../evil", "../../evil", "/etc", "a/b", "a\\b", "x\x1b[2J", "."])
+def test_a_part_of_a_strangers_pipeline_stays_in_its_folder(name, command, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "in" / "model")
+    for place in (tmp_path / "in" / "evil", tmp_path / "evil"):
+        place.mkdir()
+        (place / "secret.json").write_text("{}", encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index[name] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "deep" / "er" / "out"
+    for words in (["to=diffusers", f"out={out}"], ["to=single_file"]):
+        code, _, err = command("export", f"run={folder}", *words)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "model_index.json names a part" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("length", [2**62, 2**45, 2**63 + 1, 10])
 def test_a_header_of_safetensors_is_not_believed(length, tmp_path):
     shapes = json.dumps({"x": {"shape": [10**300, 10**300]}}).encode()

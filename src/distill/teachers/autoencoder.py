@@ -11,6 +11,7 @@ from torch import nn
 from distill.bounded import mapping_of
 from distill.teachers.locate import autoencoder_in
 from distill.teachers.reading import dtype_of, fetched, whole
+from distill.teachers.settings import cell_of
 
 KEY = "teacher.vae"
 CLASSES = {"SanaPipeline": "AutoencoderDC"}  # of a pipeline; of any other AutoencoderKL
@@ -41,8 +42,7 @@ class Autoencoder:
             raise ValueError(f"{KEY}={path}: {what}; give one of its kind")
         self._read: dict[str, Any] = {"dtype": dtype_of(dtype), "variant": None}
         self._read["use_safetensors"] = use_safetensors or None
-        widths = self.config.get("encoder_block_out_channels") or self.config["block_out_channels"]
-        self.scale = 2 ** (len(widths) - 1)
+        self.scale = cell_of(self.config, f"{KEY}={path}")
 
     def read(self) -> nn.Module:
         """The network, with every one of its tensors from the files."""

@@ -12,6 +12,7 @@ from distill.shown import shown
 
 INDEX = "model_index.json"
 TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
+PART = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 WEIGHTS = (".safetensors", ".bin")  # of shards
 MOST_WORDS = 256 * MIB  # ours: bytes of a tokenizer's file; that of Sana has 33 MiB
@@ -137,13 +138,24 @@ def check_autoencoder(path: str) -> None:
 
 
 def index_of(path: str, key: str = "teacher.path") -> dict:
-    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is none."""
+    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is none.
+
+    And ValueError for a part that is not written as one: its name becomes that of a folder, which must lie inside.
+    """
     file = Path(path) / INDEX
     if not file.is_file():
         raise FileNotFoundError(
             f"{key}={path}: not a diffusers pipeline folder (it has no {INDEX})"
         )
-    return mapping_of(file)
+    index = mapping_of(file)
+    for name, pair in index.items():
+        if not isinstance(pair, list):
+            continue
+        said = len(pair) > 2 or (pair and all(isinstance(word, str | None) for word in pair))
+        if not PART.fullmatch(name) or not said:
+            what = f"its {INDEX} names a part {shown(name, 60)} as {shown(pair, 60)}"
+            raise ValueError(f"{key}={path}: {what}, which is none of diffusers'; fetch it anew")
+    return index
 
 
 def shards_in(index: Path) -> list[str]:

@@ -11,6 +11,8 @@ import torch
 from distill.bounded import mapping_of
 from distill.limits import AT_ONCE, at_once
 from distill.memory import peak
+from distill.shown import shown
+from distill.teachers import settings
 from distill.teachers.locate import index_of
 from distill.teachers.reading import home_of
 
@@ -49,14 +51,12 @@ def of_pipeline(path: Path) -> dict[str, int]:
 def pixels_of(path: Path, denoiser: str) -> int | None:
     """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do not say it."""
     side = config_of(path, denoiser).get("sample_size")
-    return None if side is None else side * cell_of(path)
+    return side * cell_of(path) if isinstance(side, int) else None
 
 
 def cell_of(path: Path) -> int:
     """Pixels a side per latent."""
-    config = config_of(path, "vae")
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1)
+    return settings.cell_of(config_of(path, "vae"), str(path))
 
 
 def config_of(path: Path, part: str) -> dict[str, Any]:
@@ -70,7 +70,10 @@ def decoding(path: Path, side: int, dtype: str) -> int:
     As many at a time as `limits.at_once` says, and above that size in tiles, as `PipelineTeacher.pictures` has it.
     """
     config = config_of(path, "vae")
-    kind = getattr(diffusers, config["_class_name"])
+    name = str(config.get("_class_name"))
+    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
+        raise ValueError(f"{path}: its vae/ is a {shown(name, 60)}, no autoencoder of diffusers")
+    kind = getattr(diffusers, name)
     precision = getattr(torch, dtype)
     with torch.device("meta"):
         vae = kind.from_config(config).to(precision).eval()
