@@ -18,8 +18,8 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "console", "content", "formats", "hardware", "limits", "locks", "memory", "progress", "ranks",
-        "record", "secret", "signals", "unread", "verdicts",
+        "alive", "aside", "bounded", "console", "content", "formats", "hardware", "limits", "locks", "memory",
+        "progress", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},

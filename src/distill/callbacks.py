@@ -140,7 +140,7 @@ def _until(line: bytes, step: int) -> bool:
     """Whether this line of alarms is whole and of no later step."""
     try:
         return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False  # torn by a power cut
 
 

@@ -6,12 +6,15 @@ one line.
 """
 
 import glob
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig
+from yaml import YAMLError
 
 from distill.aside import put_text
-from distill.errors import command
+from distill.errors import command, sentence
+from distill.shown import shown
 
 
 @command("compare")
@@ -24,26 +27,30 @@ def main(cfg: DictConfig) -> None:
     from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
 
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
-    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
+    places = (os.path.expanduser(str(pattern)) for pattern in patterns)
+    found = [Path(path) for place in places for path in sorted(glob.glob(place))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    judged, without = [], []
+    judged, damaged = [], {}
     for folder in dict.fromkeys(folders):
         try:
             if (folder / "evaluation.json").is_file():
                 read_run(folder)
                 judged.append(folder)
-            else:
-                without.append(f"left out, not judged yet: {folder}")
-        except ValueError as error:
-            without.append(f"left out, damaged: {error}")
-    for sentence in sorted(without):
-        print(sentence)
+        except (OSError, ValueError, YAMLError) as error:
+            damaged[folder] = shown(sentence(error))
+    if not judged and damaged:
+        raise ValueError(f"runs={', '.join(map(str, patterns))}: {next(iter(damaged.values()))}")
     runs = read_alike(judged)
     if not runs:
         what = "no runs"
         if folders:
             what = f"{len(set(folders))} runs, none judged yet: python -m distill.evaluate run=..."
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
+    for folder in sorted(set(folders) - set(judged)):
+        if folder in damaged:
+            print(f"left out, damaged: {damaged[folder]}")
+        else:
+            print(f"left out, not judged yet: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import inspect
 import itertools
-import json
 import os
 import re
 import sys
@@ -23,8 +22,10 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
 from distill import folders, paths, secret, trust
+from distill.bounded import mapping_of
 from distill.limits import steps_in
 from distill.ranks import rank, world
+from distill.teachers.locate import near
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SHIPPED = (
@@ -110,7 +111,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
+    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path unchanged."""
+    if path.startswith("~/"):
+        return os.path.expanduser(path)
     if not path.startswith(SHIPPED):
         return path
     folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
@@ -226,7 +229,8 @@ def folder_of(resume: str) -> Path:
 def run_at(path: str, key: str = "run") -> Path:
     """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
     if not (Path(path) / "config.yaml").is_file():
-        raise FileNotFoundError(f"{key}={path}: not a run folder (it has no config.yaml)")
+        what = f"not a run folder (it has no config.yaml){near(path)}"
+        raise FileNotFoundError(f"{key}={path}: {what}")
     return Path(path)
 
 
@@ -340,9 +344,9 @@ def going_on(cfg: DictConfig) -> DictConfig:
 
 def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged, or none
-        said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return secret.masked(override) in said.get("overrides", ())
+    with contextlib.suppress(OSError, ValueError):  # damaged, or none
+        began = mapping_of(folder / "run.json").get("overrides")
+        return secret.masked(override) in (began if isinstance(began, list) else ())
     return False
 
 

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from distill.ranks import rank
 from distill.secret import masked, unsaid
+from distill.shown import in_lines, printed, shown
 
 EARLY = 1000  # lines that are held back until there is a file for them
 _lock = threading.RLock()
@@ -73,6 +74,7 @@ class Stream:
         self._held = ""  # the same, where it waits for its end before it is shown
 
     def write(self, text: str) -> int:
+        given, text = len(text), printed(text)
         with _lock:
             if "\r" in text.replace("\r\n", "\n") or "\x1b[A" in text:
                 screen.pause()  # a library draws a bar of its own, of a download say
@@ -80,7 +82,7 @@ class Stream:
             for line in lines:
                 self._log.write(line.rstrip("\r").rpartition("\r")[2])
             self._show(text)
-        return len(text)
+        return given
 
     def _show(self, text: str) -> None:
         text, self._held = self._held + text, ""
@@ -186,7 +188,7 @@ class Screen:
             table.add_column(no_wrap=True, overflow="ellipsis")
         for row in list(self._rows):
             bar = ProgressBar(total=1, completed=row.share or 0, width=16, pulse=row.share is None)
-            table.add_row(Text(row.what), bar, Text(row.tail()))
+            table.add_row(Text(shown(row.what)), bar, Text(shown(row.tail())))
         return table
 
     def forget(self) -> None:
@@ -224,6 +226,7 @@ def say(text: str) -> None:
     """A line for whoever watches, and for the log; nothing if there is nothing to say."""
     if rank() != 0 or not text:
         return
+    text = in_lines(text)
     with _lock, suppress(OSError, ValueError):  # a pipe that nobody reads any more ends no run
         if isinstance(stream(), Stream) or not screen.live:
             stream().write(f"{text}\n")  # in one piece, should it fail
@@ -259,6 +262,8 @@ def recorded() -> Iterator[None]:
     """Have all that is printed inside pass the bars and reach the log; of several processes, that of the first."""
     global _log
     before, _log = _log, Log()
+    made = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *args, **keys: _as_text(made(*args, **keys)))
     try:
         with _replaced(_log):
             try:
@@ -272,6 +277,15 @@ def recorded() -> Iterator[None]:
         raise
     finally:
         _log = before
+        logging.setLogRecordFactory(made)
+
+
+def _as_text(record: logging.LogRecord) -> logging.LogRecord:
+    """With what is put into its message, a name or an error, as one line of text."""
+    if isinstance(record.args, tuple):
+        values = (str, Path, BaseException)
+        record.args = tuple(shown(x) if isinstance(x, values) else x for x in record.args)
+    return record
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from distill.compose import check_counts, processes, shipped
 from distill.data.shards import expand
 from distill.defaults import settled_to_look
 from distill.errors import command
+from distill.shown import shown
 
 GB = 1e9
 RENDERS = "distill.data.source.drawn"
@@ -189,7 +190,7 @@ def main(cfg: DictConfig) -> int:
     check_counts(cfg, validate.COUNTS)
     lines = [*machine(), *fit(cfg)]
     for level, what, remedy in lines:
-        print(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}")
+        print(shown(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}"))
     return int(any(level == "fail" for level, *_ in lines))
 
 

@@ -29,6 +29,7 @@ from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
 from distill.compose import dotted, nearest, note_secrets
+from distill.shown import shown
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
 MISTAKES = (
@@ -133,7 +134,7 @@ def said_plainly() -> Iterator[None]:
         if os.environ.get(FULL) == "1" or not mistake:
             raise
         console.failed(error)
-        print(f"distill: {secret.masked(sentence(error))}", file=sys.stderr)
+        print(f"distill: {shown(secret.masked(sentence(error)))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

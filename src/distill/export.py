@@ -26,7 +26,7 @@ from distill.errors import command
 from distill.limits import check_dtype
 from distill.locks import one_writer, one_writer_of
 from distill.progress import stage
-from distill.teachers.locate import denoiser_part, index_of, is_hub_id, pipeline_folder
+from distill.teachers.locate import denoiser_part, index_of, is_repository, pipeline_folder
 
 
 def export(cfg: DictConfig) -> Path | str:
@@ -142,7 +142,7 @@ def _check_kind(cfg: DictConfig) -> None:
 
 def _check_out(cfg: DictConfig) -> None:
     """That what is written goes where nothing of someone's is, and to the hub only by name."""
-    if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_hub_id(cfg.repo)):
+    if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_repository(cfg.repo)):
         raise ValueError(f"repo={cfg.repo}: to=hub, and it alone, takes repo=<owner>/<name>")
     if cfg.out is None:
         return

@@ -24,9 +24,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from torchvision.utils import save_image
 
+from distill import formats
 from distill.aside import aside, put_in_place
 from distill.aside import put as put
 from distill.aside import remove as remove
+from distill.bounded import check_archive
 from distill.limits import checkpoints_at
 
 log = logging.getLogger("distill.checkpoint")
@@ -83,9 +85,10 @@ def fingerprint(module: nn.Module) -> str:
 def upright(picture: Image.Image) -> Image.Image:
     """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
-    Raises ValueError for numbers whose white is not known: floats, and integers of more than 16 bits.
+    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see `formats.reduced`), and for numbers
+    whose white is not known: floats, and integers of more than 16 bits.
     """
-    picture = ImageOps.exif_transpose(picture)
+    picture = ImageOps.exif_transpose(formats.reduced(picture))
     if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
         raise ValueError("its pixels are floats; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # Pillow would clip it to white
@@ -148,6 +151,8 @@ def _link(path: str | Path, to: str | Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    for file in files:
+        check_archive(file)
     try:
         parts = [
             torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files

@@ -105,7 +105,7 @@ def check_samples(
     for key, share in (("max_bad_share", max_bad_share), ("max_empty_share", max_empty_share)):
         if not 0 <= share <= 1:
             raise ValueError(f"data.{key}={share}: must be a share, from 0 to 1")
-    if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
+    if buckets is not None and not (buckets and all(map(_is_bucket, buckets))):
         what = "must be null or like [[640, 384], [512, 512]], width and height"
         raise ValueError(f"data.buckets={buckets}: {what}")
 
@@ -119,6 +119,11 @@ def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
     names = os.listdir(folder) if folder.is_dir() else []
     found = {int(match[1]): folder / name for name in names if (match := pattern.fullmatch(name))}
     return dict(sorted(found.items()))
+
+
+def _is_bucket(sides: object) -> bool:
+    pair = isinstance(sides, Sequence) and len(sides) == 2
+    return pair and all(type(side) is int and 0 < side < 2**31 for side in sides)
 
 
 def checkpoints_at(path: Path, key: str = "resume") -> list[Path]:

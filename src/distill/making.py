@@ -24,6 +24,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from distill import compose, launch, paths, trust
+from distill.bounded import mapping_of
 from distill.data.shards import BEGUN, index_tar, shards_in
 from distill.data.write import MANIFEST, NULL, write_shard
 from distill.files import put
@@ -31,6 +32,7 @@ from distill.hardware import precision
 from distill.locks import one_writer
 from distill.progress import Bar, track
 from distill.record import versions
+from distill.shown import shown
 from distill.teachers.locate import telling
 
 INPUTS = "inputs.sha256"
@@ -134,10 +136,9 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
         with suppress(OSError):  # there are shards in it, or what is not ours
             folder.rmdir()
     if done.is_file():
-        made = json.loads(done.read_text(encoding="utf-8"))
-        print(
-            f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out"
-        )
+        made = mapping_of(done)
+        samples, shards, dropped = (made.get(k) for k in ("samples", "shards", "dropped"))
+        print(shown(f"{folder}: {samples} samples in {shards} shards, {dropped} bad ones left out"))
     return code
 
 

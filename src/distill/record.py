@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from distill.bounded import mapping_of
 from distill.files import put
 from distill.hardware import cpu, hardware
 
@@ -37,8 +38,8 @@ class RunRecord:
         self.facts: dict[str, Any] = {}
         if self._path.is_file():
             try:
-                self.facts = dict(json.loads(self._path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):  # damaged: its facts are lost, the run is not
+                self.facts = mapping_of(self._path)
+            except ValueError:  # damaged: its facts are lost, the run is not
                 log.warning("%s cannot be read, and is begun anew", self._path)
 
     def begun(

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from distill import validate
 from distill.aside import put_text
+from distill.bounded import mapping_of
 from distill.compose import check_counts
 from distill.console import note, say
 from distill.errors import command
@@ -89,7 +90,7 @@ def table(study: Any, file: Path) -> None:
 def score(folder: Path, metric: str, steps: int) -> float:
     """What a finished run is worth. Raises ValueError if it has no such number."""
     verdict = folder / "evaluation.json"
-    for row in json.loads(verdict.read_text(encoding="utf-8"))["rows"] if verdict.is_file() else ():
+    for row in mapping_of(verdict)["rows"] if verdict.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:

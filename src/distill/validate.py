@@ -4,7 +4,6 @@ Each function raises ValueError or FileNotFoundError that names the key and says
 only the objects themselves know, is said when they are built.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill import content, limits, paths, signatures, trust
+from distill.bounded import mapping_of
 from distill.compose import (
     changes,
     check_counts,
@@ -83,6 +83,7 @@ def check_run(cfg: DictConfig) -> None:
     check_teacher(cfg.teacher)
     check_student(cfg.student)
     check_features(cfg.discriminator)
+    check_decoder(cfg.method)
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
@@ -174,7 +175,7 @@ def check_start(cfg: DictConfig) -> None:
 def _scheduler_of(path: str) -> dict[str, Any]:
     """The scheduler's configuration in the pipeline folder at this path, empty where there is none."""
     file = Path(shipped(path)) / "scheduler" / "scheduler_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return mapping_of(file) if file.is_file() else {}
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -261,7 +262,7 @@ def check_teacher(teacher: DictConfig) -> None:
     if teacher.get("weights"):
         locate.check_weights(shipped(str(teacher.weights)))
     if teacher.get("vae"):
-        locate.check_autoencoder(str(teacher.vae))
+        locate.check_autoencoder(shipped(str(teacher.vae)))
     limits.check_dtype(teacher.get("dtype"), "teacher.dtype")
 
 
@@ -280,9 +281,8 @@ def check_features(discriminator: DictConfig) -> None:
         if isinstance(node, DictConfig) and node.get("_target_") == PICTURES:
             path = shipped(str(node.path))
             if not Path(path).exists() and not locate.is_hub_id(path):
-                raise FileNotFoundError(
-                    f"discriminator.{key}.path={path}: no such folder; give one, or a hub id"
-                )
+                what = f"no such folder{locate.near(path)}; give one, or a hub id"
+                raise FileNotFoundError(f"discriminator.{key}.path={path}: {what}")
 
 
 def check_data(data: DictConfig) -> None:
@@ -308,7 +308,7 @@ def check_samples_prompts(cfg: DictConfig) -> None:
     """That the prompts of pictures on the way, where they are a file's, can be read."""
     key = "callbacks.samples.prompts"
     if isinstance(prompts := OmegaConf.select(cfg, key), str):
-        Lines(prompts, key)
+        Lines(shipped(prompts), key)
 
 
 def check_metrics(metrics: DictConfig) -> None:
@@ -333,7 +333,28 @@ def check_metrics(metrics: DictConfig) -> None:
         material.coco(path, metrics.prompts)
     else:
         Lines(path, "metrics.path")
-    material.check_reference(metrics.reference)
+    material.check_reference(metrics.reference and shipped(metrics.reference))
+    check_networks(metrics)
+
+
+def check_networks(metrics: DictConfig) -> None:
+    """That the networks of the measures asked for are here, or may be on the hub."""
+    asked = {metrics.scores[name].get("network") for name in metrics.measures}
+    for name in sorted(asked & set(metrics.networks)):
+        node = metrics.networks[name]
+        for key in ("path", "processor", "pretrained"):
+            path = shipped(str(node.get(key) or "")).removeprefix("local-dir:")
+            if locate.is_local(path) and not Path(path).exists():
+                what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
+                raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
+
+
+def check_decoder(method: DictConfig) -> None:
+    """That a small decoder is here, or may be on the hub."""
+    node = method.get("decoder")
+    path = shipped(str(node.get("path"))) if isinstance(node, DictConfig) else None
+    if path and not Path(path).exists() and not locate.is_hub_id(path):
+        raise locate.no_folder(path, "method.decoder.path")
 
 
 def check_model(run: str, key: str = "run") -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from distill.bounded import yaml_of
 from distill.console import recorded
 from distill.errors import print_any_letter, said_plainly
 from distill.locks import adopt
@@ -27,7 +28,7 @@ def configuration(file: Path) -> DictConfig:
 
     It has been checked as what was typed, by the process that wrote it a moment ago.
     """
-    cfg = OmegaConf.load(file)
+    cfg = OmegaConf.load(yaml_of(file))
     secrets = json.loads(os.environ.pop(SECRETS, "{}"))
     note(secrets)
     for key, value in secrets.items():

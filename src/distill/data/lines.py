@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.bounded import LINES, text_of
+
 
 class Lines:
     """The lines of a text file that are not blank, as raw samples; of a list its texts, as they are.
@@ -18,8 +20,8 @@ class Lines:
                 raise ValueError(f'{key}=[]: has no text; write ["one","two"], each in quotes')
             return
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeError) as error:
+            text = text_of(Path(path), LINES, "utf-8-sig")
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
             ) from None

@@ -18,9 +18,12 @@ from braceexpand import braceexpand
 
 from distill import formats
 from distill.data import folder as folders
+from distill.data.bad import MOST_FILES, MOST_TOGETHER, BadSample, Unread, most_of
 from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
+from distill.data.tar import members
 from distill.data.walk import Below, below
 from distill.formats import hidden
+from distill.shown import shown
 
 log = logging.getLogger(__name__)
 MAX_EMPTY = 0.5  # ours: the share of pictures without a caption above which a set is refused
@@ -83,7 +86,7 @@ class Shards:
     def name(self, i: int) -> str:
         """What sample i is called where something is said of it: shard or folder, and key."""
         key, url, _ = self._index[i]
-        return f"{url}:{key}"
+        return shown(f"{url}:{key}")
 
     def digest(self) -> str:
         """A hash of the keys of all samples, and of the extensions, places and sizes of their files."""
@@ -99,25 +102,35 @@ class Shards:
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
 
-        With `at_most` only so many bytes of each file. No file stays open, so any process may read. Raises ValueError
-        if the shard has become shorter.
+        With `at_most` only so many bytes of each file. A file that is too large is `Unread`. No file stays open, so any
+        process may read. Raises BadSample for one of too many files, and ValueError if the shard has become shorter.
         """
         key, url, places = self._index[i]
         sample: dict[str, str | bytes] = {}
+        names = {"__key__": key, "__url__": url}
+        if len(places) > MOST_FILES:
+            raise BadSample(names, f"it has {len(places)} files, more than {MOST_FILES}")
+        left = MOST_TOGETHER
         for extension, place in places.items():
             if isinstance(place, bytes):
                 sample[extension] = place
                 continue
             path, offset, size = place
-            size = size if at_most < 0 else min(at_most, size) if size >= 0 else at_most
             with open(path, "rb") as file:
+                size = size if size >= 0 else os.fstat(file.fileno()).st_size
+                most = min(most_of(extension), left)
+                if at_most < 0 and size > most:
+                    sample[extension] = Unread.of(size, most)
+                    continue
+                size = size if at_most < 0 else min(at_most, size)
+                left -= size
                 file.seek(offset)
                 sample[extension] = data = file.read(size)
             if len(data) < size and at_most < 0:
                 raise ValueError(
                     f"The file {path!r} has shrunk since it was opened (sample {key!r})."
                 )
-        return sample | {"__key__": key, "__url__": url}  # last: no file may pose as these
+        return sample | names  # last: no file may pose as these
 
 
 def check_pictures(
@@ -323,27 +336,18 @@ def index_tar(path: str) -> dict[str, Places]:
     index: dict[str, Places] = {}
     with open(path, "rb") as file:
         try:
-            # backslashreplace: a key must always be printable, whatever bytes the name has
-            with tarfile.open(
-                fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
-            ) as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # it keeps every one: gigabytes for a large set
-                    match = _NAME.match(member.name)
-                    if not member.isreg() or member.issparse() or not match:
-                        continue
-                    key, extension = match[1], match[2].lower()
-                    if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
-                        continue  # thumbnails of a system, and what macOS adds
-                    if extension in index.setdefault(key, {}):
-                        raise ValueError(
-                            f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
-                        )
-                    index[key][extension] = path, member.offset_data, member.size
-            # tarfile stops without a word at a damaged header or a cut between two members: ask for the end mark.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+            for member in members(file):
+                match = _NAME.match(member.name)
+                if not member.isreg() or member.issparse() or not match:
+                    continue
+                key, extension = match[1], match[2].lower()
+                if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
+                    continue  # thumbnails of a system, and what macOS adds
+                if extension in index.setdefault(key, {}):
+                    raise ValueError(
+                        f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
+                    )
+                index[key][extension] = path, member.offset_data, member.size
         except tarfile.TarError as error:
             file.seek(0)
             start = file.read(8)  # only now: the first member of a tar may be called BZhang

@@ -23,6 +23,8 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
+from distill.bounded import text_of
+from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
 from distill.evaluation import SHOWN, drawing_precision, judged, lineup, write_verdict
 from distill.files import put
@@ -172,7 +174,8 @@ class Prompted:
     def _told(self, paths: list[Path]) -> list[str]:
         """The captions of files, from .txt beside them, or by their names: numbers of captions, or COCO's own."""
         if all(path.with_suffix(".txt").is_file() for path in paths):
-            texts = [path.with_suffix(".txt").read_text(encoding="utf-8-sig") for path in paths]
+            files = [path.with_suffix(".txt") for path in paths]
+            texts = [text_of(file, MOST_CAPTION, "utf-8-sig") for file in files]
             return [text.strip() for text in texts]
         if all(path.stem in self.named for path in paths):
             return [self.named[path.stem] for path in paths]
@@ -307,7 +310,9 @@ def _seconds(folder: Path) -> dict[str, float]:
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
     ]
     whole = [line for line in lines if line]  # a kill may have cut one short
-    total = sum(int(line[2]) for line in whole)
-    if not total:
+    try:
+        total = sum(int(line[2]) for line in whole)
+        seconds = sum(float(line[1]) for line in whole)
+    except ValueError:  # not ours
         return {}
-    return {"seconds_per_image": sum(float(line[1]) for line in whole) / total}
+    return {"seconds_per_image": seconds / total} if total else {}

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from distill.bounded import check_archive
 from distill.files import fingerprint, first_line, silent
 from distill.progress import stage
 from distill.unread import refuse_unread
@@ -122,6 +123,7 @@ class Inception(Describer):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         if self.path:
+            check_archive(Path(self.path))
             torch.load(self.path, weights_only=True)  # refuses code, which the next line would run
         return FeatureExtractorInceptionV3(
             "inception", ["2048"], feature_extractor_weights_path=self.path

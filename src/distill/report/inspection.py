@@ -10,7 +10,6 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from distill.files import put_grid
 from distill.losses import verdicts
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
+from distill.shown import in_html
 from distill.types import Batch
 
 SHOWN = 8  # pictures
@@ -126,7 +126,8 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(
-        f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)]
+        f"<span>{in_html(text)}</span>"
+        for text in ["student", *(seen.heads[h] for h in seen.drawn)]
     )
     caption = "The student's pictures, and where each head looks: bright where a change would move it most."
     picture = figure(folder / "attention.png", caption)
@@ -164,7 +165,7 @@ def _table(seen: Seen) -> str:
             shade = max(0.0, 2 * row["right"] - 1)
             look = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
             cells += f'<td style="{look}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
-        body += f'<tr><th scope="row">{escape(head)}</th>{cells}</tr>\n'
+        body += f'<tr><th scope="row">{in_html(head)}</th>{cells}</tr>\n'
     table = f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     return f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is guessing.</p>'
 
@@ -174,7 +175,7 @@ def _disagreement(seen: Seen) -> str:
     agreement, count = seen.agreement(), len(seen.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
     items = "".join(
-        f"<li>{escape(seen.heads[j])} and {escape(seen.heads[i])}: {r:+.2f}</li>"
+        f"<li>{in_html(seen.heads[j])} and {in_html(seen.heads[i])}: {r:+.2f}</li>"
         for r, i, j in pairs
     )
     return f'<p class="soft">Heads that agree least, by the correlation of their logits.</p><ul>{items}</ul>'

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.bounded import mapping_of, number_of, yaml_of
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
+from distill.shown import in_markdown, shown
 from distill.verdicts import FILE, PICTURE, Verdict, comparable, verdicts
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
@@ -45,7 +47,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """The run in this folder, which must have been judged; by its own protocol.
 
-    Raises ValueError, naming the file, for a damaged one.
+    Raises ValueError, YAMLError or OSError for a damaged one.
     """
     return _by(folder, verdicts_of(folder)[0])
 
@@ -71,43 +73,26 @@ def _like(verdicts: Sequence[Verdict], wanted: Verdict) -> Verdict | None:
 
 def verdicts_of(folder: Path) -> list[Verdict]:
     """What the run in this folder was judged to be, its own verdict first."""
-    evaluation = _mapping(folder / FILE, json.loads)
-    try:
-        found = verdicts({"rows": [], **evaluation})
-        rows = [row for verdict in found for row in rows_of(verdict)]
-        whole = all(isinstance(verdict["protocol"], Mapping) for verdict in found)
-        whole = whole and all(isinstance(row.steps, int) for row in rows)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{folder / FILE}: does not hold the rows of an evaluation")
+    found = verdicts({"rows": [], **mapping_of(folder / FILE)})
+    for verdict in found:
+        try:
+            rows_of(verdict)
+        except ValueError as error:
+            raise ValueError(f"{folder / FILE}: {error}") from None
     return found
 
 
 def _by(folder: Path, verdict: Verdict) -> Run:
     import yaml
 
-    config = _mapping(folder / "config.yaml", yaml.safe_load)
-    facts = _mapping(folder / "run.json", json.loads)
+    config = yaml.safe_load(yaml_of(folder / "config.yaml"))
+    facts = mapping_of(folder / "run.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
-        if not isinstance(facts.get(key, 0), int | float):
-            raise ValueError(f"{folder / 'run.json'}: its {key} is no number")
+        number_of(facts, key, str(folder / "run.json"))
     config = {**config, "judged": verdict["protocol"]}
     return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
-
-
-def _mapping(file: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
-    """What a file holds, by key. Raises ValueError, naming it, for one that cannot be read."""
-    from yaml import YAMLError
-
-    try:
-        found = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError, RecursionError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{file}: cannot be read ({said[0][:120]})") from None
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{file}: holds no keys with values")
-    return found
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
@@ -133,7 +118,7 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
     if all(node == nodes[0] for node in nodes):
         return
     maps = [node for node in nodes if isinstance(node, Mapping)]
-    if len(maps) < len(nodes) or len({node.get("_target_") for node in maps}) > 1:
+    if len(maps) < len(nodes) or len({str(node.get("_target_")) for node in maps}) > 1:
         yield path
         return
     for key in dict.fromkeys(key for node in maps for key in node):
@@ -224,8 +209,9 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     for group, runs in groups.items():
         for run in runs:
             start = [group, run.folder.name, run.config.get("seed"), *map(run.facts.get, COSTS)]
+            start = [shown(x) if isinstance(x, str) else x for x in start]
             table.writerows(
-                [*start, r.who, r.steps, *(r.scores.get(key, "") for key in MEASURES)]
+                [*start, shown(r.who), r.steps, *(r.scores.get(key, "") for key in MEASURES)]
                 for r in run.rows
             )
     return file.getvalue()
@@ -240,6 +226,11 @@ def as_markdown(lines: Sequence[Line]) -> str:
         count = max(map(len, line.values.values()), default=0)
         said = [line.said(key, MEASURES[key][2]) for key in columns]
         rows.append(
-            [line.group, str(line.steps), str(count) if line.who == "student" else "", *said]
+            [
+                in_markdown(line.group),
+                str(line.steps),
+                str(count) if line.who == "student" else "",
+                *said,
+            ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

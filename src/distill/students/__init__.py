@@ -8,10 +8,11 @@ import diffusers
 from torch import Tensor, nn
 
 from distill.aside import remove, whole_folder
+from distill.bounded import mapping_of
 from distill.files import first_line
 from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
-from distill.teachers.locate import INDEX, TOLD, denoiser_in, denoiser_part, index_of
+from distill.teachers.locate import INDEX, TOLD, check_part, denoiser_in, denoiser_part, index_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, home_of, lineage, only_variant
@@ -75,7 +76,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
     model, part = teacher.network.model, denoiser_in(init, "student.init", OR_ELSE)
     folder = part.parent
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    said = mapping_of(file) if file.is_file() else {}
     config, own = dict(type(model).load_config(part)), dict(model.config)
     if said:
         names = {prediction: name for name, prediction in KINDS.items()}
@@ -87,6 +88,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
             raise ValueError(
                 f"student.init={init}: {what}; begin from a pipeline of the teacher's family"
             )
+    check_part(part, f"student.init={init}")
     try:
         variant = only_variant(part, f"student.init={init}")
         found, report = type(model).from_pretrained(part, output_loading_info=True, variant=variant)

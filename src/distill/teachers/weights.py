@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.aside import aside
+from distill.bounded import check_archive, parsed_mapping
 from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
@@ -60,6 +61,7 @@ def local_file(path: str, key: str) -> Path:
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a safetensors or torch file, and what is said about them."""
     if file.suffix != ".safetensors":
+        check_archive(file)
         return torch.load(file, weights_only=True, map_location="cpu"), {}
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, about_weights(file)  # noqa: SIM118
@@ -68,7 +70,9 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def about_weights(file: Path) -> dict[str, Any]:
     """What a safetensors file of ours says about itself, without its tensors; nothing for any other."""
     with safe_open(file, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get("distill", "{}"))
+        return parsed_mapping(
+            (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
+        )
 
 
 def write_weights(
