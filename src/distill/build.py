@@ -15,7 +15,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill import hardware, sampling, signatures, validate
-from distill.checkpoint import AtomicIO, Checkpoints, requeue
+from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
 from distill.files import gathered
@@ -23,7 +23,7 @@ from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
-from distill.signals import REQUEUE
+from distill.signals import REQUEUE, requeue
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of

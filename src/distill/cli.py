@@ -2,6 +2,7 @@
 
 import difflib
 import runpy
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -38,6 +39,10 @@ def config_of(command: str) -> str:
 
 def main() -> int:
     """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same module again."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # without a traceback, until the command listens
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(f"{USAGE}\n{MORE}")

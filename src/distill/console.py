@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distill.ranks import rank
+from distill.signals import Stopped
 
 EARLY = 1000  # lines that are held back until there is a file for them
 _lock = threading.RLock()
@@ -92,15 +93,12 @@ class Stream:
             self.stream.write(text)
             if "\n" in text:
                 self.stream.flush()
-        except OSError:  # the pipe's reader or the terminal is gone
+        except BrokenPipeError:  # the reader has seen enough: the work goes on
+            leave(self.stream)
+        except OSError as error:  # the terminal is gone, or a disk is full
             if self._log.path is None:
-                raise
-            self._leave()
-
-    def _leave(self) -> None:
-        """From now on write to nowhere: there is the log, and the work goes on."""
-        with suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
+                raise OSError(error.errno, error.strerror, "what is printed") from None
+            leave(self.stream)
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -117,6 +115,22 @@ class Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def leave(stream: TextIO) -> None:
+    """Have the stream write to nowhere from now on."""
+    with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Around all of a command: `| head` is no fault, and what was not read is lost without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave(sys.stdout)
 
 
 class Screen:
@@ -264,7 +278,7 @@ def recorded() -> Iterator[None]:
                 yield
             finally:
                 screen.clear()
-    except SystemExit:
+    except (SystemExit, Stopped):
         raise
     except BaseException as error:
         failed(error)

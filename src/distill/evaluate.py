@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from distill import validate
 from distill.compose import check_counts, config_of, file_name, rank, world
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.limits import check_dtype
 from distill.metrics.material import in_folder
 from distill.progress import importing
@@ -133,7 +134,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     return protocol, model, build.make(node).to(hardware.device()), build.sampler_of(cfg.run, model)
 
 
-_main = command("evaluate")(judge)
+_main = command("evaluate", way_on=AGAIN)(judge)
 
 
 def main() -> None:

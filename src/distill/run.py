@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import console
+from distill import console, faults
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
@@ -60,14 +60,28 @@ def begin(cfg: DictConfig) -> int:
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
         RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
-    if not several:
-        return train(cfg, folder, parts)
-    code = launch.launch(folder, processes)
-    if (
-        code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json", LOG}
-    ):  # never what was trained
-        shutil.rmtree(folder)
-    return code
+    code = 1
+    try:
+        with faults.goes_on(lambda: launch.way_on(folder)):
+            code = launch.launch(folder, processes) if several else train(cfg, folder, parts)
+        return code
+    finally:
+        if code and fresh and compose.rank() == 0:
+            undo(folder)
+
+
+def undo(folder: Path) -> None:
+    """Remove what a run that failed has left, unless it has trained; of a crash the log and notes stay."""
+    from distill.launch import PROCESSES
+
+    left = {path.name for path in folder.iterdir()}
+    if not left <= {"config.yaml", "run.json", LOG, PROCESSES}:
+        return
+    if PROCESSES not in left:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for name in ("config.yaml", "run.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -110,10 +124,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
     from distill import build, compose
-    from distill.record import RunRecord
-    from distill.report import write_report
     from distill.students import save_pipeline
-    from distill.students.card import write_card
     from distill.teachers.locate import denoiser_part
 
     (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
@@ -131,12 +142,23 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
             rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
             print(build.table(rows))
-    finally:  # what cannot be judged now is trained all the same
-        RunRecord(folder).finished()
-        write_card(folder / "student", folder, teacher.folder)
-        with stage("writing the report"):
-            report = write_report(folder)
-        print(f"report: {report}")
+    except Exception:  # what cannot be judged now is trained all the same
+        report(folder, teacher.folder)
+        raise
+    report(folder, teacher.folder)
+
+
+def report(folder: Path, teacher: Path) -> None:
+    """Say that the run is finished, in its record, the student's card and the report."""
+    from distill.record import RunRecord
+    from distill.report import write_report
+    from distill.students.card import write_card
+
+    RunRecord(folder).finished()
+    write_card(folder / "student", folder, teacher)
+    with stage("writing the report"):
+        written = write_report(folder)
+    print(f"report: {written}")
 
 
 @command("config", prepare=settled)

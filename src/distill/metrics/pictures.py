@@ -20,6 +20,7 @@ from distill.files import put, upright
 from distill.formats import tried
 from distill.metrics.networks import Describer
 from distill.progress import Bar
+from distill.signals import in_loader
 
 
 def features(
@@ -39,7 +40,11 @@ def features(
     if not file.is_file():
         workers = min(workers, os.cpu_count() or 1)
         loader = DataLoader(
-            paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square)
+            paths,
+            batch_size,
+            num_workers=workers,
+            collate_fn=partial(_prepared, network, square),
+            worker_init_fn=in_loader,
         )
         network.model.to(device)
         counted = {"unit": "image", "rate": "images"}
