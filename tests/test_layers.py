@@ -24,7 +24,7 @@ LAYERS = {
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog", "trackers"},
     "compose": {"_conf", "compose", "defaults", "signatures", "validate"},
     "L5": {"build"},
     "L6": {

@@ -28,6 +28,7 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of
 from distill.teachers.sizes import of_pipeline
+from distill.trackers import spared
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,9 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "versions": versions(),
             }
     loggers = [
-        make(node)(save_dir=str(folder)) for node in (cfg.get("logger") or {}).values() if node
+        spared(make(node)(save_dir=str(folder)))
+        for node in (cfg.get("logger") or {}).values()
+        if node
     ]
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)

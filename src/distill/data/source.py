@@ -31,6 +31,7 @@ from distill.data.datasets import (
 )
 from distill.data.drawn import Drawn
 from distill.data.shards import MAX_EMPTY
+from distill.memory import handed_over
 from distill.signals import in_loader
 
 
@@ -167,7 +168,7 @@ class Source:
         data = DataLoader(
             Once(self.dataset),
             batch_sampler=batches,
-            collate_fn=list,
+            collate_fn=handed_over,
             num_workers=self.num_workers,
             worker_init_fn=in_loader,
         )
