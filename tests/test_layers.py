@@ -18,7 +18,8 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "console", "faults", "formats", "hardware", "limits", "memory", "progress", "ranks", "signals", "unread",
+        "alive", "aside", "console", "faults", "formats", "hardware", "limits", "locks", "memory", "progress", "ranks",
+        "signals", "unread",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},

@@ -10,10 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
 from distill.data.lines import Lines
-from distill.files import put, whole
+from distill.files import put, put_grid, whole
 from distill.hardware import autocast
 from distill.limits import at_once
 from distill.methods.base import Distillation
@@ -187,9 +186,7 @@ class Samples(L.Callback):
             self._ask(trainer.train_dataloader.dataset, pl_module.teacher)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            (self.folder / "captions.txt").write_text(
-                "\n".join(self.prompts) + "\n", encoding="utf-8"
-            )
+            put(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
         self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
@@ -223,7 +220,7 @@ class Samples(L.Callback):
                 if trainer.is_global_zero:
                     pictures.append(teacher.pictures(x0).clamp(-1, 1).cpu())
         if trainer.is_global_zero:
-            save_image((torch.cat(pictures) + 1) / 2, path, nrow=8)
+            put_grid((torch.cat(pictures) + 1) / 2, path, nrow=8)
         teacher.release()  # what a run on cached embeddings has read for this alone
 
     def _latents(self, trainer: L.Trainer, pl_module: Distillation, places: Tensor) -> Tensor:

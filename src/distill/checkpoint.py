@@ -9,7 +9,9 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from distill.files import duplicate, read, remove, write
+from distill.aside import remove, sweep
+from distill.files import duplicate, read, write
+from distill.limits import steps_in
 from distill.methods.base import Distillation
 from distill.signals import handled_by, remember
 
@@ -74,8 +76,7 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            for leftover in self.folder.glob("*.part"):
-                remove(leftover)
+            sweep(self.folder)
             self._set_aside(pl_module.step)
         for logger in trainer.loggers:
             if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
@@ -84,12 +85,10 @@ class Checkpoints(L.Callback):
 
     def _set_aside(self, step: int) -> None:
         """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day."""
-        found = [
-            *self.folder.glob("step_*.ckpt"),
-            *(self.folder.parent / "samples").glob("step_*.png"),
-        ]
+        kept = steps_in(self.folder, ".ckpt"), steps_in(self.folder.parent / "samples", ".png")
         aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
-        for path in (later := [p for p in found if int(p.stem[5:]) > step]):
+        later = [path for found in kept for at, path in found.items() if at > step]
+        for path in later:
             aside.mkdir(parents=True, exist_ok=True)
             path.replace(aside / path.name)
         if later:
@@ -134,7 +133,7 @@ class Checkpoints(L.Callback):
         if value is not None and (self._best is None or sign * value < sign * self._best):
             self._best = float(value)
             duplicate(path, best)
-        steps = sorted(int(p.stem[5:]) for p in self.folder.glob("step_*.ckpt"))
-        for old in steps[: -self.keep] if self.keep else ():
+        steps = steps_in(self.folder, ".ckpt")
+        for old in list(steps)[: -self.keep] if self.keep else ():
             if not (self.archive and old % self.archive == 0):
-                remove(self.folder / f"step_{old:06d}.ckpt")
+                remove(steps[old])

@@ -22,6 +22,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
+from distill.limits import steps_in
 from distill.ranks import rank, world
 
 ROOTS = (
@@ -225,9 +226,7 @@ def requeued(cfg: DictConfig) -> str | None:
     """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has a checkpoint."""
     folder = _own_folder(cfg) if restarted() else None
     found = (
-        folder
-        and (folder / "config.yaml").exists()
-        and any((folder / "checkpoints").glob("step_*.ckpt"))
+        folder and (folder / "config.yaml").exists() and steps_in(folder / "checkpoints", ".ckpt")
     )
     return str(folder) if found else None
 
@@ -308,10 +307,10 @@ def going_on(cfg: DictConfig) -> DictConfig:
 
 def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
-    file = folder / "run.json"
-    return file.is_file() and override in json.loads(file.read_text(encoding="utf-8")).get(
-        "overrides", ()
-    )
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged, or none
+        said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return override in said.get("overrides", ())
+    return False
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:

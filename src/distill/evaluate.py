@@ -20,6 +20,7 @@ from distill.compose import check_counts, config_of, file_name, rank, world
 from distill.errors import command
 from distill.faults import AGAIN
 from distill.limits import check_dtype
+from distill.locks import check_free, one_writer
 from distill.metrics.material import in_folder
 from distill.progress import importing
 
@@ -30,10 +31,7 @@ def judge(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
     check(cfg)
     with importing("torch"):
-        from distill import build, hardware, launch
-        from distill.files import put
-        from distill.report import write_report
-        from distill.students.card import write_card
+        from distill import launch
 
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
     pictures = _pictures(run)
@@ -45,13 +43,30 @@ def judge(cfg: DictConfig) -> int:
         raise ValueError(
             f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts"
         )
-    name = file_name(cfg.run) or run.resolve().name  # a/student and b/student are two
-    out = Path(cfg.out or (run if config_of(run) else Path("evaluations") / name))
+    out = _out(cfg)
     parts = (
         None if pictures or several else _models(cfg, protocol)
     )  # a mistake in them leaves nothing behind
     if several:
         protocol.load()  # what cannot be read is said before hours of drawing
+    with one_writer(out, "out" if cfg.out else "run", deep=True):
+        return _written(cfg, out, protocol, parts, several)
+
+
+def _out(cfg: DictConfig) -> Path:
+    """The folder that is written into."""
+    name = file_name(cfg.run) or Path(cfg.run).resolve().name  # a/student and b/student are two
+    return Path(cfg.out or (cfg.run if config_of(cfg.run) else Path("evaluations") / name))
+
+
+def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
+    """Draw, judge and report into `out`; returns the exit code."""
+    from distill import build, hardware, launch
+    from distill.aside import put
+    from distill.report import write_report
+    from distill.students.card import write_card
+
+    run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
     put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
     if several and (code := launch.launch(out, cfg.devices, "evaluate")):
@@ -82,6 +97,7 @@ def check(cfg: DictConfig) -> None:
         validate.check_model(cfg.run)
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
+    check_free(_out(cfg), "out" if cfg.out else "run")
 
 
 def _pictures(run: Path) -> list[Path]:

@@ -7,9 +7,9 @@ checkpoints/best.ckpt            the best by a logged value, if one was named
 
 import errno
 import hashlib
+import io
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+from torchvision.utils import save_image
 
+from distill.aside import aside, put_in_place
+from distill.aside import put as put
+from distill.aside import remove as remove
 from distill.limits import checkpoints_at
 
 log = logging.getLogger("distill.checkpoint")
@@ -32,10 +36,10 @@ MAPPED = (
 )  # Windows does not remove a file that is mapped, and old checkpoints are removed
 
 
-def write(state: dict[str, Any], path: Path) -> None:
+def write(state: Any, path: Path) -> None:
     """Write beside, flush to disk, rename: a file of the final name is always complete. Raises OSError in words."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = aside(path)
     try:
         with part.open("wb") as file:
             torch.save(state, file)
@@ -64,16 +68,6 @@ def _flush_renames(folder: Path) -> None:
             raise
     finally:
         os.close(opened)
-
-
-def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes, of several machines too, may write the same one."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # of a full disk
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -109,6 +103,12 @@ def upright(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def put_grid(pictures: Tensor, path: Path, nrow: int) -> None:
+    """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when whole."""
+    save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
+    put(path, content.getvalue())
+
+
 @contextmanager
 def silent() -> Iterator[None]:
     """What libraries would warn of in several lines as they read, who calls makes one sentence."""
@@ -125,20 +125,17 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def duplicate(path: Path, to: Path) -> None:
     """Give a file or folder a second name, which replaces what has it; without using room where files can be linked."""
-    part = to.with_name(to.name + ".part")
-    remove(part)
+    part = aside(to)
     if path.is_dir():
         shutil.copytree(path, part, copy_function=_link)
     else:
         _link(path, part)
-    remove(to)
-    part.replace(to)
+    if to.is_dir() or path.is_dir():
+        put_in_place(part, to)
+    else:
+        part.replace(to)
 
 
 def _link(path: str | Path, to: str | Path) -> None:

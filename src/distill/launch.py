@@ -26,6 +26,7 @@ from distill.console import say
 from distill.faults import AGAIN
 from distill.hardware import cores
 from distill.limits import checkpoints_at
+from distill.locks import pass_on
 from distill.progress import where
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
@@ -96,6 +97,7 @@ class _Workers:
         environment.pop(
             "SLURM_NTASKS", None
         )  # by which Lightning would take SLURM's one task for all of them
+        shared_locks = pass_on(environment)
         worker = [sys.executable, "-m", "distill.worker", str(folder), command]
         self._all = [
             subprocess.Popen(
@@ -103,6 +105,7 @@ class _Workers:
                 env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
                 stdout=subprocess.DEVNULL if rank else None,
                 **signals.apart(),
+                **shared_locks,
             )
             for rank in range(processes)
         ]

@@ -24,10 +24,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from distill import compose, launch
-from distill.data.shards import index_tar
-from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
+from distill.data.shards import BEGUN, index_tar, shards_in
+from distill.data.write import MANIFEST, NULL, write_shard
 from distill.files import put
 from distill.hardware import precision
+from distill.locks import one_writer
 from distill.progress import Bar, track
 from distill.record import versions
 from distill.teachers.locate import telling
@@ -48,14 +49,12 @@ class Making:
     inputs: str
 
     def __post_init__(self) -> None:
-        if (
-            any(self.folder.glob("*.tar"))
-            and (self.folder / INPUTS).read_text(encoding="utf-8") != self.inputs
-        ):
+        begun = self.folder / INPUTS
+        if shards_in(self.folder) and begun.read_text(encoding="utf-8") != self.inputs:
             raise ValueError(
                 f"out={self.folder}: prompts or data have changed since it was begun; choose another out="
             )
-        put(self.folder / INPUTS, self.inputs.encode())
+        put(begun, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:06d}.tar"
@@ -104,8 +103,6 @@ class Making:
             raise ValueError(
                 f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}"
             )
-        for left in self.folder.glob("*.tar.*.part"):  # by kills
-            left.unlink(missing_ok=True)
         for path in track(paths, "hashing", unit="shard"):
             with path.open("rb") as file:
                 while block := file.read(2**24):
@@ -129,28 +126,35 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
     if "precision" in cfg:
         _settle_precision(cfg, folder)
-    if not any(folder.glob("*.tar")):
-        compose.allowed(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
-        put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
-    code = 0
-    try:
-        if not done.is_file():
-            code = launch.launch(folder, cfg.devices, command) if several else work(cfg, folder)
-    finally:
-        if compose.world() == 1 and not any(
-            folder.glob("*.tar")
-        ):  # of a mistake nothing stays behind
-            for name in (BEGUN, INPUTS, NULL):
-                (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # what else is in it is not ours
-                folder.rmdir()
+    compose.allowed(cfg)
+    with one_writer(folder, "out"):
+        code = _made(cfg, folder, command, None if several else work)
+    if compose.world() == 1 and not done.is_file():
+        with suppress(OSError):  # there are shards in it, or what is not ours
+            folder.rmdir()
     if done.is_file():
         made = json.loads(done.read_text(encoding="utf-8"))
         print(
             f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out"
         )
     return code
+
+
+def _made(
+    cfg: DictConfig, folder: Path, command: str, work: Callable[[DictConfig, Path], int] | None
+) -> int:
+    """Note what is to be made, and work, in the processes of a launcher without `work`; returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not shards_in(folder):
+        put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
+    try:
+        if (folder / MANIFEST).is_file():
+            return 0
+        return work(cfg, folder) if work else launch.launch(folder, cfg.devices, command)
+    finally:
+        if compose.world() == 1 and not shards_in(folder):  # of a mistake nothing stays behind
+            for name in (BEGUN, INPUTS, NULL):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _settle_precision(cfg: DictConfig, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """`run.json`: how a run was made, so that its numbers can be trusted later."""
 
 import json
+import logging
 import platform
 import subprocess
 import time
@@ -16,6 +17,7 @@ import torch
 from distill.files import put
 from distill.hardware import cpu, hardware
 
+log = logging.getLogger("distill.record")
 PACKAGES = (
     "distill",
     "torch",
@@ -32,9 +34,12 @@ class RunRecord:
 
     def __init__(self, folder: Path):
         self._path = folder / "run.json"
-        self.facts: dict[str, Any] = (
-            json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        )
+        self.facts: dict[str, Any] = {}
+        if self._path.is_file():
+            try:
+                self.facts = dict(json.loads(self._path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):  # damaged: its facts are lost, the run is not
+                log.warning("%s cannot be read, and is begun anew", self._path)
 
     def begun(
         self,

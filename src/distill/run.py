@@ -20,6 +20,7 @@ from distill import console, faults
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
+from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
 
 LOG = "run.log"
@@ -27,7 +28,7 @@ LOG = "run.log"
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import compose, launch, validate
+    from distill import compose, validate
 
     cfg.resume = cfg.resume or compose.requeued(cfg)
     if cfg.resume:
@@ -35,11 +36,21 @@ def begin(cfg: DictConfig) -> int:
         checkpoints_at(Path(cfg.resume))
         cfg = compose.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
+    if not cfg.resume:
+        if cfg.run_dir:
+            check_free(Path(cfg.run_dir), "run_dir")
+        return _checked(cfg)
+    with one_writer(compose.folder_of(cfg.resume), "resume", deep=True):
+        return _checked(cfg)
+
+
+def _checked(cfg: DictConfig) -> int:
+    """Build all parts, then write and train; returns the exit code."""
+    from distill import compose, launch
 
     with importing("torch"):
         from distill import build
-        from distill.files import newest, put
-        from distill.record import RunRecord
+        from distill.files import newest
 
     if cfg.resume:
         newest(Path(cfg.resume))  # a mistake in it is said before anything is read
@@ -51,6 +62,22 @@ def begin(cfg: DictConfig) -> int:
     parts = None if several else build.parts(cfg)
     folder = compose.run_folder(cfg)
     fresh = not any(folder.iterdir())
+    code = 1
+    try:
+        with one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True):
+            code = _written(cfg, folder, precision, parts, processes if several else 0)
+        return code
+    finally:
+        if code and fresh and compose.rank() == 0:
+            undo(folder)
+
+
+def _written(cfg: DictConfig, folder: Path, precision: Any, parts: Any, processes: int) -> int:
+    """Note what is done, and train, here or in so many `processes`; returns the exit code."""
+    from distill import compose, launch
+    from distill.aside import put
+    from distill.record import RunRecord
+
     command = " ".join(["python -m distill.run", *sys.argv[1:]])
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
@@ -60,14 +87,8 @@ def begin(cfg: DictConfig) -> int:
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
         RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
-    code = 1
-    try:
-        with faults.goes_on(lambda: launch.way_on(folder)):
-            code = launch.launch(folder, processes) if several else train(cfg, folder, parts)
-        return code
-    finally:
-        if code and fresh and compose.rank() == 0:
-            undo(folder)
+    with faults.goes_on(lambda: launch.way_on(folder)):
+        return launch.launch(folder, processes) if processes else train(cfg, folder, parts)
 
 
 def undo(folder: Path) -> None:

@@ -7,6 +7,7 @@ stopped. The first trial has the run's own values, where the ranges hold them.
 """
 
 import csv
+import io
 import json
 import math
 import re
@@ -20,10 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from distill import validate
+from distill.aside import put_text
 from distill.compose import check_counts
 from distill.console import note, say
 from distill.errors import command
 from distill.faults import AGAIN
+from distill.locks import one_writer
 from distill.progress import Bar, stage
 from distill.run import LOG
 from distill.signals import apart, for_child
@@ -77,12 +80,12 @@ def table(study: Any, file: Path) -> None:
         reverse=largest,
     )
     keys = sorted({key for trial in done for key in trial.params})
-    with file.open("w", newline="", encoding="utf-8") as out:
-        rows = csv.writer(out)
-        rows.writerow(["trial", "value", *keys])
-        rows.writerows(
-            [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
-        )
+    rows = csv.writer(text := io.StringIO(newline=""))
+    rows.writerow(["trial", "value", *keys])
+    rows.writerows(
+        [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
+    )
+    put_text(file, text.getvalue())
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
@@ -198,10 +201,13 @@ def main(cfg: DictConfig) -> None:
     list(map(parsed, space))  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
+    with one_writer(out, "out", deep=True):
+        _search(cfg, out, space)
 
+
+def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
     from optuna.trial import TrialState
 
-    out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.trials:
         with stage("composing the run"):

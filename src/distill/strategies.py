@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distill.files import gathered, like, read, remove, split, write
+from distill.aside import aside, put_in_place
+from distill.files import gathered, like, read, split, write
 from distill.teachers.network import ends_at_last_tap
 
 BUCKET = (
@@ -131,12 +132,11 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._sharded_checkpoints:
-            part = path.with_name(path.name + ".part")
+            part = Path(self.broadcast(str(aside(path))))  # the first process's: all write into it
             write(split(checkpoint), part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt")
             self.barrier()
             if self.is_global_zero:
-                remove(path)
-                part.replace(path)
+                put_in_place(part, path)
         else:
             state = gathered(checkpoint, keep=self.is_global_zero)
             if self.is_global_zero:

@@ -22,8 +22,10 @@ from distill.compose import (
     shipped,
 )
 from distill.data.lines import Lines
-from distill.data.shards import check_pictures, expand
+from distill.data.shards import BEGUN, check_pictures, expand, shards_in
+from distill.formats import hidden
 from distill.hardware import check_precision
+from distill.locks import check_free
 from distill.metrics import material
 from distill.teachers import locate
 from distill.teachers.settings import check_settings, in_folder
@@ -316,17 +318,17 @@ def check_making(cfg: DictConfig) -> None:
     check_counts(cfg, counts)
     check_keys(cfg)
     check_teacher(cfg.teacher)
+    check_free(Path(cfg.out), "out")
     refuse_another(cfg, Path(cfg.out))
 
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
-    if not any(folder.glob("*.tar")):
+    begun = (folder / BEGUN).is_file()
+    others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
+    if not (shards_in(folder) if begun else others):
         return
-
-    from distill.data.write import BEGUN  # numpy, for those who go on
-
-    if not (folder / BEGUN).is_file():
+    if not begun:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )

@@ -15,8 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from distill import console, errors, faults, progress, signals
-from distill.files import put
+from distill.aside import put
 from distill.launch import PROCESSES, way_on
+from distill.locks import adopt
 from distill.ranks import rank
 
 # Command -> the function of its module, and where in the folder its configuration is.
@@ -70,5 +71,6 @@ def _apart(log: Path) -> None:
 
 if __name__ == "__main__":
     signals.end_with_parent()
+    adopt()
     errors.print_any_letter()
     sys.exit(work(Path(sys.argv[1]), sys.argv[2]))

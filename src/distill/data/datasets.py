@@ -29,8 +29,8 @@ from torch.utils.data import Dataset
 from distill.data import decode
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
-from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images, expand
-from distill.data.write import BEGUN, MANIFEST, NULL, PICTURES
+from distill.data.shards import BEGUN, MAX_EMPTY, Shards, check_captions, check_images, expand
+from distill.data.write import MANIFEST, NULL, PICTURES
 from distill.limits import check_samples
 from distill.memory import handed_over
 

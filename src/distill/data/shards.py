@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 from braceexpand import braceexpand
 
@@ -35,6 +36,8 @@ MAGIC = {
     b"\x89PNG": "is a picture: give the folder that it is in",
     b"\xff\xd8\xff": "is a picture: give the folder that it is in",
 }
+BEGUN = "making.yaml"  # lies beside the shards that `distill.cache` or `distill.synthesize` makes
+MADE = re.compile(r"latents-\d{6}\.tar")
 _NAME = re.compile(
     r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
 )  # WebDataset's: key, then all after the first dot
@@ -177,15 +180,29 @@ def _shards_in(folder: str) -> list[str]:
     return [
         os.path.join(folder, name)
         for name in names
-        if folders.suffix(name) == "tar" and os.path.isfile(os.path.join(folder, name))
+        if folders.suffix(name) == "tar"
+        and os.path.isfile(os.path.join(folder, name))
+        and not copied(os.path.join(folder, name))
     ]
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards in a folder that a command of ours makes, by their numbers: files of other names are not its own."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(folder / name for name in names if MADE.fullmatch(name))
+
+
+def copied(path: str) -> bool:
+    """Whether this shard lies in a folder that a command of ours makes, under a name that it does not give: a copy."""
+    folder, name = os.path.split(path)
+    return not MADE.fullmatch(name) and os.path.isfile(os.path.join(folder, BEGUN))
 
 
 def _shards_below(folder: str) -> list[str]:
     """The shards at the top of a folder, or if there is none, those of all folders in it."""
     found = below(folder)
     deep = [found.path(name) for name in found.files if folders.suffix(name) == "tar"]
-    return _shards_in(folder) or deep
+    return _shards_in(folder) or [path for path in deep if not copied(path)]
 
 
 def beside_shards(folder: str) -> list[str]:
@@ -197,6 +214,9 @@ def beside_shards(folder: str) -> list[str]:
     top = bool(_shards_in(folder))
     kinds = {
         "pictures beside the shards": [n for n in files if folders.suffix(n) in ends],
+        "shards of other names than distill gives": [
+            n for n in files if folders.suffix(n) == "tar" and copied(os.path.join(folder, n))
+        ],
         "compressed shards": [n for n in files if folders.packed(n)],
         "shards in subfolders": [
             n for n in files if folders.suffix(n) == "tar" and top and "/" in n
@@ -211,6 +231,7 @@ def beside_shards(folder: str) -> list[str]:
 
 ADVICE = {
     "pictures beside the shards": "give them a folder of their own, or put them into a shard",
+    "shards of other names than distill gives": "move copies elsewhere",
     "compressed shards": "gunzip or unpack them",
     "shards in subfolders": "give them as a pattern: data.path='folder/**/*.tar'",
 }

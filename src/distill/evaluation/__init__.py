@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
+from distill.aside import put
+from distill.files import put_grid
 from distill.hardware import precision
 from distill.progress import Bar
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
@@ -121,11 +122,10 @@ def write_verdict(
     folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], strips: list[Tensor]
 ) -> None:
     """`evaluation.json`, and `samples/comparison.png` of as many pictures [n, 3, S, S] in [0, 1] of every row."""
-    (folder / "evaluation.json").write_text(
-        json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-    )
     (folder / "samples").mkdir(exist_ok=True)
-    save_image(torch.cat(strips), folder / "samples" / "comparison.png", nrow=len(strips[0]))
+    put_grid(torch.cat(strips), folder / "samples" / "comparison.png", nrow=len(strips[0]))
+    text = json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n"
+    put(folder / "evaluation.json", text.encode())  # last: where it is, the pictures are too
 
 
 @torch.no_grad()

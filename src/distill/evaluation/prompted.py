@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
 MANY = 16  # ours: pictures at a time, where they are small
+TIMED = re.compile(r"(\d+\.\d+(?:e-\d+)?) (\d+)")  # a batch: its seconds, how many pictures
 TILE = 256  # pixels a side in the comparison
 Row = tuple[
     str, int, list[Path], Callable[..., Tensor]
@@ -298,11 +300,13 @@ def _strip(paths: list[Path]) -> Tensor:
 def _seconds(folder: Path) -> dict[str, float]:
     """Of the batches of a row, whoever made them and when."""
     lines = [
-        line.split()
-        for file in folder.glob("seconds-*.txt")
-        for line in file.read_text(encoding="utf-8").splitlines()
+        TIMED.fullmatch(line)
+        for file in sorted(folder.iterdir())
+        if re.fullmatch(r"seconds-\d+\.txt", file.name)
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
     ]
-    total = sum(int(count) for _, count in lines)
-    return (
-        {"seconds_per_image": sum(float(seconds) for seconds, _ in lines) / total} if total else {}
-    )
+    whole = [line for line in lines if line]  # a kill may have cut one short
+    total = sum(int(line[2]) for line in whole)
+    if not total:
+        return {}
+    return {"seconds_per_image": sum(float(line[1]) for line in whole) / total}

@@ -1,19 +1,26 @@
 """What is judged and by what: pictures in a folder, captions of COCO or of a file. Nothing here imports torch."""
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distill.formats import hidden, suffixes
 
+SAMPLE = re.compile(
+    r".*_\d+step_seed\d+_[0-9a-f]{4}\.png", re.DOTALL
+)  # as distill.sample names them
+
 
 def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name, hidden ones left out; there may be no such folder."""
-    return sorted(
-        p
-        for p in folder.glob("*")
-        if p.suffix[1:].lower() in suffixes() and not hidden(p.name) and p.name != "grid.png"
-    )  # sample's
+    """The pictures in a folder, by name, hidden ones left out; there may be no such folder.
+
+    Beside pictures that `distill.sample` has named, grid.png is its sheet of them, and no picture.
+    """
+    pictures = (p for p in folder.glob("*") if p.suffix[1:].lower() in suffixes())
+    found = sorted(p for p in pictures if not hidden(p.name))
+    sheet = any(SAMPLE.fullmatch(path.name) for path in found)
+    return [path for path in found if not (sheet and path.name == "grid.png")]
 
 
 def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:

@@ -10,10 +10,13 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from distill.aside import put_text
+from distill.limits import steps_in
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
 from distill.report.page import figure, folded, html
@@ -46,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
     )
     path = run_dir / "report.html"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    put_text(path, text)
     return path
 
 
@@ -107,11 +110,11 @@ def _pictures(folder: Path, rows: Sequence[Row]) -> str:
     names = "".join(f"<span>{escape(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
     comparison = _shown(folder / "comparison.png", lambda path: figure(path, caption))
-    frames = sorted(folder.glob("step_*.png"))
+    frames = list(steps_in(folder, ".png").items())
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
     strip = "\n".join(
-        _shown(f, lambda path: figure(path, f"Step {int(path.stem[5:]):,}")) for f in frames
+        _shown(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
     )
     captions = _shown(
         folder / "captions.txt",

@@ -1,5 +1,6 @@
 """`compare.html`: runs side by side on one page that holds everything it shows."""
 
+import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -166,8 +167,10 @@ def _by_cost(
 
 def _accuracy(run: Run) -> Any:
     """Steps and how often the discriminator was right, [2, N]; None of a run that has none, or has lost its curves."""
-    path = run.folder / "metrics.csv"
-    return read(path)[0].get("d/accuracy") if path.is_file() else None
+    try:
+        return read(run.folder / "metrics.csv")[0].get("d/accuracy")
+    except (OSError, csv.Error):
+        return None
 
 
 def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:
@@ -188,7 +191,10 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     found: list[tuple[str, Any, list[Image.Image]]] = []
     for group, (run, *_) in groups.items():
         path = run.folder / "samples" / "comparison.png"
-        drawn = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
+        try:
+            drawn = tiles(path, len(run.rows)) if run.rows else []
+        except (OSError, ValueError, SyntaxError):  # none, or cut short: Pillow raises all of them
+            drawn = []
         found += [(group, row, pictures) for row, pictures in zip(run.rows, drawn, strict=False)]
     taught = [("teacher", row, shown) for _, row, shown in found if row.who == "teacher"]
     columns = sorted(taught, key=lambda column: column[1].steps)[-1:]

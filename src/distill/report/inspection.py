@@ -7,6 +7,7 @@ attention   |d logit / d x0|, the mean over channels: where a change of the pict
 """
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.utils import save_image
 
+from distill.aside import put_text
+from distill.files import put_grid
 from distill.losses import verdicts
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
@@ -116,11 +118,11 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(seen.rows())
-    with (folder / "heads.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    save_image(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
+    table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    put_text(folder / "heads.csv", text.getvalue())
+    put_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(
@@ -129,7 +131,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     caption = "The student's pictures, and where each head looks: bright where a change would move it most."
     picture = figure(folder / "attention.png", caption)
     said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
-    text = html(
+    page = html(
         f"{name}: what the discriminator sees",
         f"{said}, {best['right']:.0%}.",
         pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
@@ -137,7 +139,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
         training=_disagreement(seen),
     )
     path = folder / "inspect.html"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    put_text(path, page)
     return path
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,47 @@ class Run:
         return self.config["judged"]
 
     @property
+    def name(self) -> str:
+        return str(self.facts.get("name", self.folder.name))
+
+    @property
     def method(self) -> str:
         return str(self.facts.get("method", "?"))
 
 
 def read_run(folder: Path) -> Run:
-    """The run in this folder, which must have been judged."""
+    """The run in this folder, which must have been judged. Raises ValueError, naming the file, for a damaged one."""
     import yaml
 
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return Run(
-        folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation)
-    )
+    evaluation = _mapping(folder / "evaluation.json", json.loads)
+    config = _mapping(folder / "config.yaml", yaml.safe_load)
+    facts = _mapping(folder / "run.json", json.loads)
+    protocol = evaluation.get("protocol", {})
+    try:
+        rows = rows_of(evaluation)
+        whole = isinstance(protocol, Mapping) and all(isinstance(row.steps, int) for row in rows)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{folder / 'evaluation.json'}: does not hold the rows of an evaluation")
+    for key in COSTS:
+        if not isinstance(facts.get(key, 0), int | float):
+            raise ValueError(f"{folder / 'run.json'}: its {key} is no number")
+    return Run(folder, {**config, "judged": protocol}, facts, rows)
+
+
+def _mapping(file: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    """What a file holds, by key. Raises ValueError, naming it, for one that cannot be read."""
+    from yaml import YAMLError
+
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{file}: cannot be read ({said[0][:120]})") from None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{file}: holds no keys with values")
+    return found
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
@@ -60,8 +87,8 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
         words = [run.method] if len(rivals) < len(runs) else []
         words += _settings(run, _keys("", rivals))
         if by_name:
-            rivals = [other.config for other in runs if other.facts["name"] == run.facts["name"]]
-            words = [str(run.facts["name"]), *_settings(run, _keys("judged", rivals))]
+            rivals = [other.config for other in runs if other.name == run.name]
+            words = [run.name, *_settings(run, _keys("judged", rivals))]
         groups.setdefault(", ".join(words) or run.method, []).append(run)
     return groups
 

@@ -7,7 +7,8 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from distill.files import first_line, remove
+from distill.aside import remove, whole_folder
+from distill.files import first_line
 from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.locate import INDEX, TOLD, denoiser_in, denoiser_part, index_of
@@ -111,8 +112,14 @@ def save_pipeline(
     them again renames weights (transformers 5). Those of a single file have no files of their own, and are saved.
     In the index stands what the teacher was told besides, and the `sampler`, a `FewSteps`, with levels of its own.
     """
-    partial = folder.with_name(folder.name + ".part")
-    remove(partial)
+    with whole_folder(folder) as partial:
+        _write_pipeline(student, teacher, partial, scheduler, sampler)
+    return folder
+
+
+def _write_pipeline(
+    student: Network, teacher: PipelineTeacher, partial: Path, scheduler: Any, sampler: Any
+) -> None:
     part = denoiser_part(teacher.folder) if teacher.folder else teacher.part
     if teacher.folder:
         left = {part, "scheduler", *teacher.without, *teacher.own_parts}
@@ -144,8 +151,6 @@ def save_pipeline(
         levels = list(sampler.levels) if sampler.levels else None
         index[TOLD]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    remove(folder)
-    return partial.replace(folder)
 
 
 def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, Any]:

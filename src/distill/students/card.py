@@ -1,7 +1,6 @@
 """The model card of a student: what it is, what it may be used for, how it is loaded, and what it was measured at."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import diffusers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.aside import put, put_text
 from distill.teachers.locate import TOLD, is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
@@ -64,14 +64,12 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     text += [_usage(folder, index, told), _measured(judged)]
     picture = run / "samples" / "comparison.png"
     if picture.is_file():
-        shutil.copy(picture, folder / "comparison.png")
+        put(folder / "comparison.png", picture.read_bytes())
         who = ", ".join(f"{row['who']} at {row['steps']}" for row in judged.get("rows", []))
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
-    (folder / "README.md").write_text(
-        "\n".join(filter(None, text)), encoding="utf-8", errors="backslashreplace"
-    )
+    put_text(folder / "README.md", "\n".join(filter(None, text)))
     return folder / "README.md"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.files import remove
+from distill.aside import put, remove
 from distill.progress import track
 from distill.teachers.locate import INDEX, TOLD, index_of
 from distill.teachers.reading import BASE, home_of, lineage
@@ -50,7 +50,7 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
     index.pop(BASE, None)
     for folder in reversed(lineage(source)):
         copy_terms(folder, target)
-    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    put(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
     return target
 
 
@@ -61,7 +61,7 @@ def sampled_by(folder: Path, name: str, scheduler: Any) -> None:
     index = index_of(str(folder))
     told = index.setdefault(TOLD, {})
     told["sampler"] = {**(told.get("sampler") or {}), "name": name}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    put(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
 def cast(folder: Path, dtype: str | None) -> None:

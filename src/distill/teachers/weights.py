@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.aside import aside
 from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
@@ -97,7 +98,10 @@ def write_weights(
             what = f"{name} has values that it cannot hold, or that are not finite"
             raise ValueError(f"dtype={dtype}: {what}; use dtype=bfloat16 or float32")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
+    part = aside(file)
     said = {"format": "pt", **(words or {})} | ({"distill": json.dumps(about)} if about else {})
-    save_file(state, part, said)
-    return part.replace(file)
+    try:
+        save_file(state, part, said)
+        return part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk
