@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "bounded", "console", "content", "formats", "hardware", "limits", "locks", "memory",
-        "progress", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
+        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "limits", "locks",
+        "memory", "progress", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "trackers"},
     "compose": {
         "_conf", "compose", "defaults", "folders", "paths", "ranges", "resuming", "signatures", "trust", "validate",
     },

@@ -15,9 +15,10 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill import content, hardware, resuming, sampling, signatures, validate
-from distill.checkpoint import AtomicIO, Checkpoints, requeue
+from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
+from distill.csvlog import CsvLog
 from distill.engine import Parts
 from distill.files import first_line, gathered
 from distill.hardware import Precision, precision
@@ -25,11 +26,12 @@ from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.secret import hidden
-from distill.signals import REQUEUE
+from distill.signals import REQUEUE, requeue
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of
 from distill.teachers.sizes import of_pipeline
+from distill.trackers import spared
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
@@ -240,6 +242,9 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "content": resuming.marks(cfg),
             }
     loggers = [_logger(key, node, folder) for key, node in nodes_of(cfg, "logger")]
+    for logger in loggers:
+        if not isinstance(logger, CsvLog):  # metrics.csv is the record of the run
+            spared(logger)
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer, "trainer")

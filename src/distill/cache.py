@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from distill import validate
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.progress import importing, stage
 
 SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
@@ -76,7 +77,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_making(cfg)
 
 
-@command("cache")
+@command("cache", way_on=AGAIN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

@@ -1,8 +1,6 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
 
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from distill.files import duplicate, read, write
 from distill.limits import steps_in
 from distill.methods.base import Distillation
 from distill.record import RunRecord
-from distill.signals import INTERRUPTS, STOPPING
+from distill.signals import handled_by, remember
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -60,13 +58,17 @@ class Checkpoints(L.Callback):
         self.folder, self.about = Path("checkpoints"), {}
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best = state["best"]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        # Lightning's own handlers stop in the middle of things, and speak to other processes from inside a signal.
+        trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
@@ -81,8 +83,7 @@ class Checkpoints(L.Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
                 logger.go_on(pl_module.step, pl_module.iteration)
-        # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
-        self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
+        self._handlers = handled_by(self._heard)
 
     def _set_aside(self, step: int) -> None:
         """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day."""
@@ -107,8 +108,7 @@ class Checkpoints(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _heard(self, number: int, _frame: Any) -> None:
-        if number == self.stopped_by and number in INTERRUPTS:
-            raise KeyboardInterrupt  # asked twice: now, and without a checkpoint
+        remember(number)  # asked twice it ends now, and without a checkpoint
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
@@ -139,11 +139,3 @@ class Checkpoints(L.Callback):
         for old in list(steps)[: -self.keep] if self.keep else ():
             if not (self.archive and old % self.archive == 0):
                 remove(steps[old])
-
-
-def requeue() -> None:
-    """Ask SLURM to run this job again, after a SIGUSR1."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
-    if job and os.environ.get("SLURM_PROCID", "0") == "0":
-        subprocess.run(["scontrol", "requeue", job], check=False)

@@ -26,6 +26,7 @@ from typing import Any, TextIO
 from distill.ranks import rank
 from distill.secret import masked, unsaid
 from distill.shown import in_lines, printed, shown
+from distill.signals import Stopped
 
 EARLY = 1000  # lines that are held back until there is a file for them
 _lock = threading.RLock()
@@ -95,15 +96,12 @@ class Stream:
             self.stream.write(text)
             if "\n" in text:
                 self.stream.flush()
-        except OSError:  # the pipe's reader or the terminal is gone
+        except BrokenPipeError:  # the reader has seen enough: the work goes on
+            leave(self.stream)
+        except OSError as error:  # the terminal is gone, or a disk is full
             if self._log.path is None:
-                raise
-            self._leave()
-
-    def _leave(self) -> None:
-        """From now on write to nowhere: there is the log, and the work goes on."""
-        with suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
+                raise OSError(error.errno, error.strerror, "what is printed") from None
+            leave(self.stream)
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -120,6 +118,22 @@ class Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def leave(stream: TextIO) -> None:
+    """Have the stream write to nowhere from now on."""
+    with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Around all of a command: `| head` is no fault, and what was not read is lost without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave(sys.stdout)
 
 
 class Screen:
@@ -270,7 +284,7 @@ def recorded() -> Iterator[None]:
                 yield
             finally:
                 screen.clear()
-    except SystemExit:
+    except (SystemExit, Stopped):
         raise
     except BaseException as error:
         failed(error)
@@ -297,13 +311,23 @@ def _replaced(log: Log) -> Iterator[None]:
         out, err = Stream(nowhere if silent else stdout, log), Stream(stderr, log)
         sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
         _rebind({stdout: err if silent else out, stderr: err})
+        hook, threading.excepthook = threading.excepthook, _thread_failed
         try:
             yield
         finally:
+            threading.excepthook = hook
             out.end()
             err.end()
             _rebind({out: stdout, err: stderr})
             sys.stdout, sys.stderr = stdout, stderr
+
+
+def _thread_failed(of: threading.ExceptHookArgs) -> None:
+    """A library's own thread has failed: the log has the traceback; who waits for the thread fails, and says so."""
+    error = of.exc_value
+    if error is not None and not isinstance(error, SystemExit):
+        failed(error)
+        say(f"a thread has ended ({type(error).__name__}: {error})")
 
 
 def _rebind(streams: dict[Any, Any]) -> None:

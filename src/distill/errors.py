@@ -1,6 +1,5 @@
 """A user's own mistake is said in one sentence, exit code 1, without a traceback; HYDRA_FULL_ERROR=1 shows it all."""
 
-import errno
 import functools
 import io
 import os
@@ -24,11 +23,13 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill import console, secret
+from distill import console, faults, secret, signals
 from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
+from distill.commandline.sweep import Sweep
 from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
 from distill.compose import dotted, nearest, note_secrets
+from distill.ranks import rank
 from distill.shown import shown
 
 # What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
@@ -41,15 +42,15 @@ MISTAKES = (
     YAMLError,
 )
 FULL = "HYDRA_FULL_ERROR"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def command(
-    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg
+    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, way_on: str = ""
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is the exit code.
 
-    `prepare` gives the configuration what it leaves open, before it is asked what is missing.
+    `prepare` gives the configuration what it leaves open, before it is asked what is missing. `way_on` says how to go
+    on with what was done, should it be stopped; the function may know better, by `faults.goes_on`.
 
     Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it raises. So the variable
     is set while Hydra composes, and what the user had there is put back before the function is called.
@@ -57,11 +58,11 @@ def command(
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
-            asked = os.environ.get(FULL, "0")
+            asked, sweep = os.environ.get(FULL, "0"), Sweep()
 
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
-                with _full_errors(asked), console.recorded(), said_plainly():
+                with sweep.job(), _full_errors(asked), console.recorded(), said_plainly():
                     note_secrets(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -70,21 +71,25 @@ def command(
                         )
                     check_known(cfg, name)
                     check_own(cfg, name)
-                    if code := task(cfg):
+                    with faults.goes_on(lambda: way_on):
+                        code = task(cfg)
+                    if code or signals.asked():  # no other job of a sweep begins after a signal
                         raise SystemExit(code)
 
-            sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+            signals.end_with_parent()
             print_any_letter()
             secret.note(secret.in_words(sys.argv[1:]))
-            with said_plainly():
-                words = [as_typed(word) for word in sys.argv[1:]]
-                check_flags(words)
-                sys.argv[1:] = [readable(word, name, sweep=sweep) for word in words]
-                if text := _said_of_itself(task, name):
-                    print(text)
-                    return
-            with said_plainly(), _full_errors("1"):
-                hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
+            with stoppable(), console.readers_may_leave():
+                with said_plainly():
+                    words = [as_typed(word) for word in sys.argv[1:]]
+                    check_flags(words)
+                    sys.argv[1:] = [readable(word, name, sweep=sweep.asked) for word in words]
+                    if text := _said_of_itself(task, name):
+                        print(text)
+                        return
+                with said_plainly(), _full_errors("1"):
+                    hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
+                sweep.end()
 
         return main
 
@@ -123,24 +128,55 @@ def _full_errors(value: str) -> Iterator[None]:
 
 
 @contextmanager
+def stoppable() -> Iterator[None]:
+    """Have a signal end what is inside in one sentence; exit code 128 plus its number, 0 where SLURM requeues."""
+    try:
+        with signals.heard():
+            yield
+    except signals.Stopped as stop:
+        way = getattr(stop, faults.WAY_ON, "")
+        if rank() == 0:
+            print(f"distill: {stop}{f'; {way}' if way else ''}", file=sys.stderr)
+        again = stop.number == signals.REQUEUE and signals.requeue()
+        raise SystemExit(0 if again else 128 + stop.number) from None
+
+
+@contextmanager
 def said_plainly() -> Iterator[None]:
     """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug with its traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # `readers_may_leave`
     except Exception as error:
-        cause = _root(error)
-        # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
-        mistake = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
-        if os.environ.get(FULL) == "1" or not mistake:
+        if all_asked_for() or not is_mistake(error):
             raise
         console.failed(error)
-        print(f"distill: {shown(secret.masked(sentence(error)))}", file=sys.stderr)
-        raise SystemExit(1) from None
+        said = shown(secret.masked(sentence(error)))
+        print(f"distill: {said}", file=sys.stderr)
+        end = SystemExit(1)
+        end.add_note(said)  # for who lists what has failed
+        raise end from None
+
+
+def all_asked_for() -> bool:
+    """Whether the user wants tracebacks."""
+    return os.environ.get(FULL) == "1"
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether this is the doing of a user, a file or the machine, so that a sentence says all there is to say."""
+    cause = _root(error)
+    # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
+    known = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
+    return known or faults.sentence(error, cause) is not None
 
 
 def sentence(error: BaseException) -> str:
     """What is wrong, where, and what to do, on one line."""
     cause = _root(error)
+    if said := faults.sentence(error, cause):
+        return said
     if isinstance(cause, MissingConfigException) and cause.options is not None:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
         return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
@@ -155,10 +191,7 @@ def sentence(error: BaseException) -> str:
         remedy = "set PYTHONUTF8=1 in the environment, and give it as UTF-8"
         return f"{cause.object}: cannot be written in {cause.encoding}; {remedy}"
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
-        remedy = (
-            "; make room, then go on with resume=<run folder>" if cause.errno in NO_ROOM else ""
-        )
-        return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}{remedy}"
+        return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}"
     text = str(cause)
     if (
         "Original Traceback" in text

@@ -28,6 +28,7 @@ from distill.compose import (
     written,
 )
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.limits import check_dtype
 from distill.locks import check_free, one_writer
 from distill.metrics.material import in_folder
@@ -167,7 +168,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     )
 
 
-_main = command("evaluate")(judge)
+_main = command("evaluate", way_on=AGAIN)(judge)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from distill import validate
 from distill.compose import check_counts, shipped
 from distill.data.shards import check_pictures
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.hardware import check_precision
 from distill.locks import check_free, one_writer
 from distill.pretraining.asked import ORDER, check_data, chosen, max_empty_share, trains
@@ -57,7 +58,7 @@ def check(cfg: DictConfig) -> None:
     check_free(Path(cfg.out), "out")
 
 
-@command("pretrain")
+@command("pretrain", way_on=AGAIN)
 def main(cfg: DictConfig) -> None:
     pretrain(cfg)
 

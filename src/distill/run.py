@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import compose, console, folders, paths
+from distill import compose, console, faults, folders, paths
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
@@ -66,8 +66,11 @@ def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
         the_same_data(cfg, before, parts)
     cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
-    with one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True):
-        went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
+    went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
+    with (
+        one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
+        faults.goes_on(lambda: launch.way_on(folder)),
+    ):
         return _written(cfg, folder, precision, parts, processes if several else 0, went_on)
 
 
@@ -89,7 +92,7 @@ def _written(
 
     if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
         folders.cleared(folder)  # of a command that came to no step, in the same folder
-    fresh = {path.name for path in folder.iterdir()} <= {LOG, LOCK}
+    fresh = {path.name for path in folder.iterdir()} <= {LOG, LOCK, launch.PROCESSES}
     command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
     typed = [masked(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
@@ -109,7 +112,7 @@ def _written(
     finally:
         # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
         if code and fresh and compose.rank() == 0 and folders.untouched(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            undo(folder)
     return code
 
 
@@ -135,6 +138,16 @@ def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
     if facts.get("content"):
         source, _ = parts or (compose.make(cfg.data, "data"), None)
         resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
+
+
+def undo(folder: Path) -> None:
+    """Remove what a run that came to no step has left; of a crash the log and notes stay."""
+    from distill.launch import PROCESSES
+
+    if (folder / PROCESSES).exists():
+        folders.cleared(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -184,10 +197,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
     from distill import build
-    from distill.record import RunRecord
-    from distill.report import write_report
     from distill.students import save_pipeline
-    from distill.students.card import write_card
     from distill.teachers.locate import denoiser_part
 
     (teacher, student), sampler = (
@@ -209,12 +219,23 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
             rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
             own_verdict(folder)
             print(build.table(rows))
-    finally:  # what cannot be judged now is trained all the same
-        RunRecord(folder).finished()
-        write_card(folder / "student", folder, teacher.folder)
-        with stage("writing the report"):
-            report = write_report(folder)
-        print(f"report: {report}")
+    except Exception:  # what cannot be judged now is trained all the same
+        report(folder, teacher.folder)
+        raise
+    report(folder, teacher.folder)
+
+
+def report(folder: Path, teacher: Path) -> None:
+    """Say that the run is finished, in its record, the student's card and the report."""
+    from distill.record import RunRecord
+    from distill.report import write_report
+    from distill.students.card import write_card
+
+    RunRecord(folder).finished()
+    write_card(folder / "student", folder, teacher)
+    with stage("writing the report"):
+        written = write_report(folder)
+    print(f"report: {written}")
 
 
 def own_verdict(folder: Path) -> None:

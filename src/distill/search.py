@@ -26,9 +26,11 @@ from distill.bounded import mapping_of
 from distill.compose import check_counts
 from distill.console import note, say
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.locks import one_writer
 from distill.progress import Bar, stage
 from distill.run import LOG
+from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
@@ -160,7 +162,13 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
     run = [*cfg.run, *chosen, f"run_dir={folder}"]
     note(f"search: trial {trial.number} begins, with {' '.join(chosen)}")
     bar.update(bar.done, said=lambda: _last_line(folder / LOG))
-    ended = subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ended = subprocess.run(
+        [*RUN, *run],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=for_child(),
+        **apart(),
+    )
     if ended.stderr:  # above the bar, which a trial knows nothing of
         print(ended.stderr.decode(errors="replace"), end="", file=sys.stderr)
     if ended.returncode:
@@ -187,7 +195,7 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-@command("search")
+@command("search", way_on=AGAIN)
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
     out, space = Path(cfg.out), list(cfg.space)

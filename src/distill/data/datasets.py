@@ -30,6 +30,7 @@ from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
 from distill.data.write import NULL, PICTURES
 from distill.limits import check_samples
+from distill.memory import handed_over
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
@@ -342,4 +343,4 @@ def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
         return {}, 0, skipped
     columns = {key: [item[key] for item in items] for key in items[0]}
     batch = {key: torch.stack(x) if isinstance(x[0], Tensor) else x for key, x in columns.items()}
-    return batch, len(items), skipped
+    return handed_over(batch), len(items), skipped

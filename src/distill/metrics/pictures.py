@@ -18,8 +18,10 @@ from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill.files import put, upright
 from distill.formats import tried
+from distill.memory import handed_over
 from distill.metrics.networks import Describer
 from distill.progress import Bar
+from distill.signals import in_loader
 
 
 def features(
@@ -39,7 +41,11 @@ def features(
     if not file.is_file():
         workers = min(workers, os.cpu_count() or 1)
         loader = DataLoader(
-            paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square)
+            paths,
+            batch_size,
+            num_workers=workers,
+            collate_fn=partial(_prepared, network, square),
+            worker_init_fn=in_loader,
         )
         network.model.to(device)
         counted = {"unit": "image", "rate": "images"}
@@ -63,7 +69,7 @@ def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     pictures = [opened(path) for path in paths]
     if square:  # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427 do
         pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
-    return torch.stack([network.prepare(picture) for picture in pictures])
+    return handed_over(torch.stack([network.prepare(picture) for picture in pictures]))
 
 
 def opened(path: Path, key: str = "") -> Image.Image:
