@@ -324,6 +324,13 @@ def test_a_network_of_pictures_is_read_whole(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("what", ["a pipeline", "of the hub"])
+def test_eyes_that_cannot_be_read_are_named(what, pipelines):
+    path = str(pipelines("mmdit")) if what == "a pipeline" else "nobody/nothing"
+    with pytest.raises(ValueError, match=f"^discriminator.features.path={path}: cannot be read"):
+        ImageFeatures(path, size=tiny.SIDE)
+
+
 def test_other_damage_to_a_teacher(refused, copied):
     folder = copied()
     assert refused("run", "++teacher.dtype=float99").startswith(

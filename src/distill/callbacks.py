@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from distill.data.lines import Lines
-from distill.files import put, put_grid, whole
+from distill.files import put, whole
 from distill.hardware import autocast
 from distill.limits import at_once
 from distill.methods.base import Distillation
 from distill.progress import Bar
-from distill.sampling import Consistency, seeded
+from distill.sampling import Consistency, check_finite, seeded
 from distill.types import EMBEDDED, Cond
 
 log = logging.getLogger("distill.health")
@@ -161,7 +161,8 @@ class Samples(L.Callback):
     """One-step pictures of the averaged student for fixed prompts, every `every` steps.
 
     A few are drawn at a time, as `limits.at_once` says for their size, in the run's own precision. Where the data hold
-    embeddings, their captions need no text encoder.
+    embeddings, their captions need no text encoder. Those that are not finite are not written: before the first step
+    ValueError says so, for then it is the teacher's weights or their dtype, and later a warning.
 
     Args:
         prompts: a list, or a text file with one a line; None: captions of the data, from evenly spaced places.
@@ -187,7 +188,9 @@ class Samples(L.Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             put(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
-        self._draw(trainer, pl_module)
+        wrong = trainer.strategy.broadcast(self._draw(trainer, pl_module))  # all processes stop
+        if wrong and pl_module.step == 0:
+            raise ValueError(wrong)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if pl_module.updated and (
@@ -205,13 +208,14 @@ class Samples(L.Callback):
             self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
 
     @torch.no_grad()
-    def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+    def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
+        """Write the pictures, if this process is the one that does; what is wrong with them, if anything is."""
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
         # Where networks are cut up all processes must run them, hence all ask the first one whether to.
         if trainer.strategy.broadcast(path.exists()) or not (
             pl_module.sharded or trainer.is_global_zero
         ):
-            return
+            return None
         self._cond = self._cond or teacher.embed(self.prompts).to("cpu")
         pictures = []
         with pl_module.ema.swap():
@@ -219,9 +223,18 @@ class Samples(L.Callback):
                 x0 = self._latents(trainer, pl_module, places)
                 if trainer.is_global_zero:
                     pictures.append(teacher.pictures(x0).clamp(-1, 1).cpu())
-        if trainer.is_global_zero:
-            put_grid((torch.cat(pictures) + 1) / 2, path, nrow=8)
         teacher.release()  # what a run on cached embeddings has read for this alone
+        if not trainer.is_global_zero:
+            return None
+        drawn = torch.cat(pictures)
+        try:
+            check_finite(drawn, f"samples/{path.name}")
+        except ValueError as error:
+            if pl_module.step > 0:
+                log.warning("step %d: %s", pl_module.step, error)
+            return str(error)
+        put_grid((drawn + 1) / 2, path, nrow=8)
+        return None
 
     def _latents(self, trainer: L.Trainer, pl_module: Distillation, places: Tensor) -> Tensor:
         """The student's, of the prompts at these places; prompt i has seed i."""

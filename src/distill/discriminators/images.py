@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from distill.files import first_line
 from distill.types import Cond
 from distill.unread import refuse_unread
 
@@ -47,10 +48,14 @@ class ImageFeatures(nn.Module):
         augment: bool = False,
     ):
         super().__init__()
-        model, report = AutoModel.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True
-        )
         where = f"discriminator.features.path={path}"
+        try:
+            model, report = AutoModel.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:  # of another kind, not fetched, damaged
+            advice = "give a folder of a transformers ViT, or check the hub id and the network"
+            raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
         refuse_unread(report, where, type(model).__name__, spare=UNASKED)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         depth = self.model.config.num_hidden_layers

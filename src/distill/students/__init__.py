@@ -17,7 +17,7 @@ from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, home_of, lineage, only_variant
 from distill.teachers.settings import KINDS, prediction_of
-from distill.teachers.weights import about_weights, put_on, write_weights
+from distill.teachers.weights import about_weights, put_on, readable, write_weights
 from distill.unread import refuse_unread
 
 OURS = "distill.teachers.schedulers"
@@ -191,7 +191,8 @@ def states(student: nn.Module, base: nn.Module) -> tuple[dict[str, Tensor], dict
 
 def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
     """A pipeline folder of `base` plus the delta, with the delta's scheduler."""
-    about = about_weights(file)
+    with readable(f"delta={file}"):
+        about = about_weights(file)
     if "delta" not in about:
         raise ValueError(f"delta={file}: not a file that distill.export to=delta wrote")
     put_on(base.pipeline, str(file))

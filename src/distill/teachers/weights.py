@@ -1,6 +1,8 @@
 """Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from distill.aside import aside
 from distill.bounded import check_archive, parsed_mapping
+from distill.files import first_line
 from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
@@ -25,7 +28,8 @@ def put_on(pipeline: Any, path: str) -> None:
     Raises FileNotFoundError, or ValueError for weights of another network.
     """
     file = local_file(path, "teacher.weights")
-    state, about = read_weights(file)
+    with readable(f"teacher.weights={path}"):
+        state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
         add_lora(pipeline, model, state, path, settings_of(file))
@@ -59,12 +63,25 @@ def local_file(path: str, key: str) -> Path:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors or torch file, and what is said about them."""
+    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said about them."""
     if file.suffix != ".safetensors":
         check_archive(file)
-        return torch.load(file, weights_only=True, map_location="cpu"), {}
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        state = state.get("state_dict", state)
+        return {name: x for name, x in state.items() if isinstance(x, Tensor)}, {}
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, about_weights(file)  # noqa: SIM118
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Within, what a damaged file raises, which is nearly anything, is a ValueError that begins with `where`."""
+    try:
+        yield
+    except Exception as error:
+        what = f"cannot be read as weights ({first_line(error)[:80]})"
+        advice = "fetch it anew, as .safetensors"
+        raise ValueError(f"{where}: {what}; {advice}") from None
 
 
 def about_weights(file: Path) -> dict[str, Any]:
