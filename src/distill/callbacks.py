@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.data.lines import Lines
-from distill.files import put, whole
+from distill.files import put, put_grid, whole
 from distill.hardware import autocast
 from distill.limits import at_once
 from distill.methods.base import Distillation
