@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -76,8 +77,10 @@ def opened(path: Path, key: str = "") -> Image.Image:
     """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
     try:
         # Only formats that are trained on: what is called .png may be EPS, which starts another program.
-        with Image.open(path, formats=tried(path.suffix.lower())) as picture:
-            return upright(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
+            with Image.open(path, formats=tried(path.suffix.lower())) as picture:
+                return upright(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
 
