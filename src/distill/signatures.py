@@ -28,6 +28,22 @@ LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
 DICTS = {"dict", "Mapping", "Dict"}
 # Library's class -> where the keys go that its own signature does not name.
 HANDED_ON = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
+# Node -> keys that the program gives what is built from it: another value would be passed over.
+GIVEN = {
+    "method": {"parts"},
+    "teacher": {"deferred"},
+    "student": {"teacher"},
+    "discriminator.features": {"teacher"},
+    "discriminator.heads": {"channels", "pooled", "image"},
+    "discriminator.condition": {"teacher", "features"},
+    "optimizer.student": {"params"},
+    "optimizer.discriminator": {"params"},
+    "logger": {"save_dir"},  # of each
+    "trainer": {
+        "plugins", "callbacks", "logger", "default_root_dir", "max_epochs", "enable_checkpointing",
+        "enable_progress_bar", "enable_model_summary", "use_distributed_sampler",
+    },
+}  # fmt: skip
 NOT_WRITTEN = {"Tensor"}  # what no YAML value can be: left out of what an error names
 OPEN = {"Module", "object", "Protocol", "ABC", "Callback"}  # bases that add no key of their own
 
@@ -92,6 +108,11 @@ def wanted(taken: Signature, key: str, value: Any) -> str | None:
         return None
     words = [str(c[1]) if c[0] == "literal" else WORDS[c[0]] for c in choices if c[0] != "None"]
     return " or ".join(dict.fromkeys([*words, *(["null"] if ("None",) in choices else [])]))
+
+
+def given(path: str) -> set[str]:
+    """What the program itself gives to the node whose keys begin so."""
+    return GIVEN.get("logger" if path.startswith("logger.") else path.rstrip("."), set())
 
 
 def of_nodes(taken: Signature, key: str) -> bool:

@@ -40,22 +40,6 @@ PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
 # Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its adapters.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
-# Node -> keys that the program gives what is built from it: another value would be passed over.
-GIVEN = {
-    "method": {"parts"},
-    "teacher": {"deferred"},
-    "student": {"teacher"},
-    "discriminator.features": {"teacher"},
-    "discriminator.heads": {"channels", "pooled", "image"},
-    "discriminator.condition": {"teacher", "features"},
-    "optimizer.student": {"params"},
-    "optimizer.discriminator": {"params"},
-    "logger": {"save_dir"},  # of each
-    "trainer": {
-        "plugins", "callbacks", "logger", "default_root_dir", "max_epochs", "enable_checkpointing",
-        "enable_progress_bar", "enable_model_summary", "use_distributed_sampler",
-    },
-}  # fmt: skip
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
 # Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type instead.
@@ -105,7 +89,7 @@ def check_groups(cfg: DictConfig) -> None:
         if key not in PLAYERS:
             near = nearest(str(key), PLAYERS)
             raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
-        if node is not None and not _has_target(node):
+        if not isinstance(node, DictConfig | None):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
@@ -191,7 +175,11 @@ def _keys(value: Any, path: str) -> None:
     if not isinstance(value, dict):
         return
     if "_target_" in value:
-        check_taken(value, str(value["_target_"]), path)
+        name = str(value["_target_"])
+        check_taken(value, name, path)
+        taken = signatures.signature(name)
+        if taken and (missing := sorted(taken.needed - signatures.given(path) - set(value))):
+            raise ValueError(f"{path}{missing[0]}: not given; {name} needs it")
     for key, inner in value.items():
         _keys(inner, f"{path}{key}.")
 
@@ -200,10 +188,7 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
     """That the class or function of this name takes these keys and values; `path` stands before them in an error."""
     if (taken := signatures.signature(name)) is None:
         return
-    place = path.rstrip(".")
-    given = GIVEN.get("logger" if place.startswith("logger.") else place, set())
-    if missing := sorted(taken.needed - given - set(node)):
-        raise ValueError(f"{path}{missing[0]}: not given; {name} needs it")
+    given = signatures.given(path)
     for key, value in node.items():
         if key.startswith("_"):
             continue
@@ -275,7 +260,10 @@ def check_student(student: DictConfig) -> None:
 
 
 def check_features(discriminator: DictConfig) -> None:
-    """That a network of pictures is here, or may be on the hub."""
+    """That its parts have targets, and that a network of pictures is here, or may be on the hub."""
+    for key, node in discriminator.items():
+        if node is not None and not _has_target(node):
+            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for key in ("features", "condition.image"):
         node = OmegaConf.select(discriminator, key)
         if isinstance(node, DictConfig) and node.get("_target_") == PICTURES:

@@ -128,12 +128,12 @@ def _text(key: str, value: str, config: str, *, sweep: bool) -> str:
     if sweep and (found.is_sweep_override() if found else "," in value):
         return word  # several values, of which Hydra makes as many jobs
     read = found.value() if found and not found.is_sweep_override() else None
-    typed = read.text if isinstance(read, QuotedString) else value
+    in_quotes = found is not None and isinstance(found._value, QuotedString)
+    typed = str(read) if in_quotes else value
     if name not in PROMPTS:
         typed = os.path.expanduser(typed)
     wanted = _literal(typed, config, prompt=name in PROMPTS)
-    said = read.text if isinstance(read, QuotedString) else read
-    return word if isinstance(said, str) and said == wanted else f"{key}={_quoted(wanted)}"
+    return word if isinstance(read, str) and read == wanted else f"{key}={_quoted(wanted)}"
 
 
 def _as_path(value: str, config: str) -> str:
@@ -149,11 +149,10 @@ def _list(key: str, value: str) -> str:
     items = found.value() if found else None
     if key.lstrip("+") == "runs" and isinstance(items, list):
         return f"{key}={value}"  # of patterns: 2024 is one as well
-    if not isinstance(items, list) or not all(isinstance(i, str | QuotedString) for i in items):
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         how = """write ["one","two"], each in quotes"""
         raise ValueError(f"{key}={value}: cannot be read as a list of texts; {how}")
-    said = [item.text if isinstance(item, QuotedString) else item for item in items]
-    return f"{key}=[{','.join(_quoted(escaped(text)) for text in said)}]"
+    return f"{key}=[{','.join(_quoted(escaped(text)) for text in items)}]"
 
 
 def _other(key: str, value: str, *, sweep: bool) -> str:
