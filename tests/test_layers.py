@@ -26,7 +26,9 @@ LAYERS = {
     "base": {"methods.base"},
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
-    "compose": {"_conf", "compose", "defaults", "signatures", "trust", "validate"},
+    "compose": {
+        "_conf", "compose", "config_folders", "defaults", "signatures", "trust", "validate",
+    },
     "L5": {"build"},
     "L6": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from distill import console, secret
+from distill import config_folders, console, secret
 from distill._conf import CONF_DIR
 from distill.compose import dotted, nearest, note_secrets
 
@@ -87,6 +87,7 @@ def command(
             print_any_letter()
             secret.note(secret.in_words(sys.argv[1:]))
             with said_plainly():
+                config_folders.check(sys.argv[1:])
                 sys.argv[1:] = [readable(as_text(word), sweep=sweep) for word in sys.argv[1:]]
                 if text := _said_of_itself(task, name):
                     print(text)
