@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distill import secret, worker
+from distill import search, secret, worker
 from distill._conf import CONF_DIR
 from distill.compose import dotted
 
@@ -134,3 +134,13 @@ def test_what_is_typed_is_used_and_written_nowhere(
     assert code == 0, err
     assert os.environ["TOLD"].startswith(VALUE)
     assert [path for path in below(run) if VALUE.encode() in path.read_bytes()] == []
+
+
+def test_a_search_keeps_them_out_of_its_study(tmp_path):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        run = f"run=['+logger.c.api_key={VALUE}']"
+        cfg = compose("search", ["space=['seed=int(0,3)']", run, f"out={tmp_path}"])
+    asked = search.study_in(tmp_path, cfg).user_attrs["asked"]
+    assert asked["run"] == ["+logger.c.api_key=***"]
+    assert VALUE.encode() not in (tmp_path / "study.db").read_bytes()
+    assert search.study_in(tmp_path, cfg).user_attrs["asked"] == asked  # and goes on

@@ -77,7 +77,8 @@ TYPED = {
     "callbacks.*": "BackboneFinetuning BaseFinetuning BasePredictionWriter BatchSizeFinder "
     "Callback Checkpoint DeviceStatsMonitor EMAWeightAveraging EarlyStopping "
     "GradientAccumulationScheduler LambdaCallback LearningRateFinder LearningRateMonitor "
-    "ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar SpikeDetection "
+    "ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint ProgressBar "
+    "RichModelSummary RichProgressBar SpikeDetection "
     "StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
     "logger.*": "CSVLogger CometLogger DummyLogger Logger MLFlowLogger TensorBoardLogger "
     "WandbLogger",
