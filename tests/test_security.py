@@ -130,6 +130,43 @@ def test_hydra_itself_runs_nothing_either(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {evil: {_target_: evil.Callback}}}",
+        "hydra: {job_logging: {formatters: {evil: {(): evil.Formatter}}}}",
+        "hydra: {job_logging: {handlers: {evil: {class: evil.Handler}}}}",
+        "defaults: [/method@hydra.callbacks.evil: ladd]",
+        "# @package hydra.callbacks\nevil: {_target_: evil.Callback}",
+    ],
+)
+def test_a_recipe_from_a_stranger_has_hydra_call_nothing(text, command, tmp_path, monkeypatch):
+    owned = tmp_path / "owned"
+    (tmp_path / "evil.py").write_text(f"open({str(owned)!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = tmp_path / "conf" / "experiment" / "odd.yaml"
+    recipe.parent.mkdir(parents=True)
+    head = "" if text.startswith("#") else "# @package _global_\n"
+    recipe.write_text(f"{head}{text}\n", encoding="utf-8")
+    for words in (["--config-dir", "conf"], ["--config-dir=conf"]):
+        code, _, err = command("run", *words, "experiment=odd", "trainer.max_steps=0")
+        assert code == 1
+        assert "conf/experiment/odd.yaml: " in err
+        assert "a file may not say what Hydra itself calls; type it, or if" in err
+    assert not owned.exists()
+
+
+def test_a_recipe_may_say_where_hydra_starts_jobs(command, tmp_path):
+    recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(
+        "# @package _global_\nhydra: {sweep: {dir: x}}\ntrainer: {max_steps: 0}\n", "utf-8"
+    )
+    code, _, err = command("run", "--config-dir", "conf", "experiment=mine")
+    assert code == 1
+    assert "trainer.max_steps=0: must be a whole number" in err
+
+
 def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path):
     run, owned = tmp_path / "run", tmp_path / "owned"
     shutil.copytree(pipelines("mmdit"), run / "student")

@@ -1,7 +1,8 @@
-"""A run folder of a stranger: whatever stands at whichever key, no command calls, fetches or tells anything by it.
+"""A run folder of a stranger: whatever stands at any key, no command calls, fetches or tells by it.
 
-Every key of a run's configuration gets something hostile, for every command that reads runs. The command refuses it in
-one sentence, or does not look at it: in either case nothing has been imported, written, connected to or said.
+Every key of a run's configuration gets something hostile, for every command that reads runs. The
+command refuses it in one sentence, or does not look at it: in either case nothing has been
+imported, written, connected to or said.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def nothing_happened(place: Path, listener: Listener, said: str) -> None:
 def attacked(
     name: str, base: dict[str, Any], kinds: tuple[str, ...], place: Path, listener: Any, capsys: Any
 ) -> dict[str, str]:
-    """Key -> what the command has said of it, having been given every one of the hostile kinds there in turn."""
+    """Key -> what the command has said, to something hostile there; its kinds come in turn."""
     task, command, words, key_of_run = COMMANDS[name]
     cfg, found = composed(command, *words, f"{key_of_run}={place / 'run'}"), {}
     for number, key in enumerate(dotted(base)):
@@ -215,7 +216,7 @@ LEFT_ALONE = [
 
 @pytest.mark.parametrize("words", LEFT_ALONE)
 def test_what_a_command_does_not_look_at_may_be_anything(words, place, command, listener):
-    """All keys but those that are read are hostile at once; the command does its work all the same."""
+    """All keys that are not read are hostile at once; the command does its work all the same."""
     run = place / "run"
     for name in ("student", "mmdit"):  # the shipped student leaves its parts to its teacher
         shutil.copytree(shipped(f"shapes:{name}"), run / name)
@@ -259,7 +260,7 @@ def test_shards_that_were_begun_say_nothing_either(place, listener):
     nothing_happened(place, listener, said)
 
 
-# -- what is given again, and what is one's own ------------------------------------------------------------------------
+# -- what is given again, and what is one's own ----------------------------------------------------
 
 
 def test_a_place_that_is_typed_again_is_ones_own(place, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a configuration may call, key by key: the whole list, so that whoever makes it longer decides to."""
+"""What a configuration may call, key by key: the whole list, so that to add to it is a decision."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OPTIMIZERS = (
     "adamw.AdamW asgd.ASGD lbfgs.LBFGS nadam.NAdam optimizer.Optimizer radam.RAdam "
     "rmsprop.RMSprop rprop.Rprop sgd.SGD sparse_adam.SparseAdam"
 )
-# Key -> all that a configuration may name there which came with a stranger's run: module, and what of it. None of these
-# removes, sends or runs anything; those that read a model take a folder or a hub id, and weights without pickled code.
+# Key -> all that a stranger's configuration may name there: module, and what of it. None of these
+# removes, sends or runs anything; those that read a model take a folder or a hub id, and no code.
 REVIEWED = {
     "method": {
         "distill.methods": "add.ADD base.Distillation consistency.Consistency ladd.LADD "
@@ -74,12 +74,14 @@ REVIEWED = {
 }
 # What one may type besides, by the last part of its name: all of it is Lightning's.
 TYPED = {
-    "callbacks.*": "BackboneFinetuning BaseFinetuning BasePredictionWriter BatchSizeFinder Callback "
-    "Checkpoint DeviceStatsMonitor EMAWeightAveraging EarlyStopping GradientAccumulationScheduler "
-    "LambdaCallback LearningRateFinder LearningRateMonitor ModelCheckpoint ModelPruning ModelSummary "
-    "OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar SpikeDetection "
+    "callbacks.*": "BackboneFinetuning BaseFinetuning BasePredictionWriter BatchSizeFinder "
+    "Callback Checkpoint DeviceStatsMonitor EMAWeightAveraging EarlyStopping "
+    "GradientAccumulationScheduler LambdaCallback LearningRateFinder LearningRateMonitor "
+    "ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint ProgressBar "
+    "RichModelSummary RichProgressBar SpikeDetection "
     "StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
-    "logger.*": "CSVLogger CometLogger DummyLogger Logger MLFlowLogger TensorBoardLogger WandbLogger",
+    "logger.*": "CSVLogger CometLogger DummyLogger Logger MLFlowLogger TensorBoardLogger "
+    "WandbLogger",
     "trainer.strategy": "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy "
     "ParallelStrategy SingleDeviceStrategy SingleDeviceXLAStrategy Strategy XLAStrategy",
     "trainer.profiler": "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler "
@@ -99,7 +101,7 @@ def modules(name: str) -> Iterator[tuple[str, Path]]:
 
 
 def admitted(holds: trust.Holds) -> set[str]:
-    """Every name that is let in by where it stands, and every class that is let in by where it is defined."""
+    """Every name that is let in as it stands, and every class that is by where it is defined."""
     found = set(holds.names)
     for inside in holds.inside:
         for module, file in modules(inside):
@@ -167,7 +169,7 @@ def test_what_a_stranger_may_name_harms_nothing_when_it_is_made(key, tmp_path, m
     listener.close()
 
 
-# -- one's own classes -------------------------------------------------------------------------------------------------
+# -- one's own classes -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -237,7 +239,7 @@ def test_a_run_of_ones_own_is_named_by_the_environment(mine, tmp_path, monkeypat
         trust.read(written(tmp_path / "runs" / "two", "name: '${oc.env:HOME}'\n"))
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 WRONG = {
     "name: '${seed}'": "name=${seed}: holds an interpolation",
@@ -259,7 +261,7 @@ WRONG = {
     "sampler: nothing": "sampler=nothing: must be a node with keys",
     "sampler: {_target_: distill.sampling.Euler, _args_: [1]}": "_args_=[1]: is for one's own",
     "sampler: {_target_: distill.sampling.Euler, _partial_: x}": "_partial_=x: must be true or fal",
-    "sampler: {_target_: distill.sampling.seeded}": "sampler._target_: distill.sampling.seeded is r",
+    "sampler: {_target_: distill.sampling.seeded}": "sampler._target_: distill.sampling.seeded is",
     "sampler: {_target_: distill.sampling.Eulr}": "there is nothing of this name",
     "sampler: {_target_: distill.sampling.torch.Generator}": "there is nothing of this name",
     "method: {_target_: distill.sampling.Euler}": "method may be a class of distill.methods",

@@ -23,7 +23,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill import console, faults, secret, signals
+from distill import config_folders, console, faults, secret, signals
 from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.sweep import Sweep
@@ -82,6 +82,7 @@ def command(
             with stoppable(), console.readers_may_leave():
                 with said_plainly():
                     words = [as_typed(word) for word in sys.argv[1:]]
+                    config_folders.check(words)
                     check_flags(words)
                     sys.argv[1:] = [readable(word, name, sweep=sweep.asked) for word in words]
                     if text := _said_of_itself(task, name):

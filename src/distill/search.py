@@ -30,6 +30,7 @@ from distill.faults import AGAIN
 from distill.locks import one_writer
 from distill.progress import Bar, stage
 from distill.run import LOG
+from distill.secret import masked
 from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
@@ -134,6 +135,7 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
+    asked["run"] = [masked(word) for word in asked["run"]]
     free = (
         () if study.get_trials(states=counted()) else ("metric", "steps")
     )  # as long as nothing was measured by them

@@ -207,12 +207,12 @@ def check_made(found: Any, name: str, key: str) -> None:
 
 def check_targets(tree: Any, key: str = "", *, stranger: bool = False) -> None:
     """Raise ValueError for the first `_target_` of a plain tree that its key may not hold."""
-    for path, value in _walk(tree, key):
+    for path, value in walk(tree, key):
         if isinstance(value, Mapping) and "_target_" in value:
             check_target(str(value["_target_"]), path, stranger=stranger)
 
 
-def _walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
+def walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Every value of a tree with its dotted key, nodes before what is in them."""
     yield key, tree
     inner: Any = ()
@@ -221,7 +221,7 @@ def _walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(tree, list):
         inner = enumerate(tree)
     for name, value in inner:
-        yield from _walk(value, f"{key}.{name}" if key else str(name))
+        yield from walk(value, f"{key}.{name}" if key else str(name))
 
 
 def is_trusted(name: str) -> bool:
@@ -259,7 +259,7 @@ def data(file: Path, *keys: str) -> dict[str, Any]:
     file and key, for an interpolation, an alias and whatever else is not data.
     """
     tree = _picked(plain(file), keys)
-    for path, value in _walk(tree, ""):
+    for path, value in walk(tree, ""):
         if said := _not_data(path, value):
             raise ValueError(f"{file}: {path}{said}")
     return tree
@@ -275,7 +275,7 @@ def check_file(
     that `is_own`, may say what may be typed.
     """
     tree = _without(tree, but)
-    for path, value in _walk(tree, ""):
+    for path, value in walk(tree, ""):
         if secret.is_hidden(value):
             what = (
                 "was left out of the file, being nobody else's; give it on the command line again"
@@ -364,7 +364,7 @@ def _check_stranger(tree: dict[str, Any], file: Path) -> None:
         check_targets(tree, stranger=True)
     except ValueError as error:
         raise ValueError(f"{file}: {error}; {way}") from None
-    for key, value in _walk(tree, ""):
+    for key, value in walk(tree, ""):
         if said := _beyond(key, value):
             raise ValueError(f"{file}: {key}={value}: {said}; {way}")
 
