@@ -27,8 +27,8 @@ LAYERS = {
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "trackers"},
     "compose": {
-        "_conf", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming", "signatures", "trust",
-        "validate",
+        "_conf", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
+        "signatures", "trust", "validate",
     },
     "L5": {"build"},
     "L6": {
