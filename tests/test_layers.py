@@ -26,7 +26,7 @@ LAYERS = {
     "base": {"methods.base"},
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog"},
-    "compose": {"_conf", "compose", "defaults", "folders", "paths", "resuming", "signatures", "validate"},
+    "compose": {"_conf", "compose", "defaults", "folders", "paths", "resuming", "signatures", "trackers", "validate"},
     "L5": {"build"},
     "L6": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",

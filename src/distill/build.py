@@ -3,7 +3,7 @@ by a method, on data."""
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, hardware, resuming, sampling, signatures, validate
+from distill import content, hardware, resuming, sampling, signatures, trackers, validate
 from distill.checkpoint import AtomicIO, Checkpoints, requeue
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
-from distill.files import first_line, gathered
+from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
@@ -205,22 +205,27 @@ def settle_precision(cfg: DictConfig) -> Precision:
     return chosen
 
 
-def trainer(cfg: DictConfig, folder: Path) -> Any:
-    """The Lightning trainer, with loggers and checkpoints inside the run folder."""
+def trainer(cfg: DictConfig, folder: Path, kept: Mapping[str, Any] | None = None) -> Any:
+    """The Lightning trainer, with loggers and checkpoints inside the run folder.
+
+    `kept` is the checkpoint that the run goes on from: its loggers go on with it.
+    """
+    step, known = (
+        (kept["global_step"], kept.get("about", {}).get("loggers")) if kept else (None, {})
+    )
+    loggers = trackers.made(cfg, folder, known, step)
     callbacks = [make(node) for node in (cfg.get("callbacks") or {}).values() if node]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
+            callback.tracked = partial(trackers.names, loggers)
             callback.about = {
                 "config": OmegaConf.to_container(cfg, resolve=True),
                 "versions": versions(),
                 "content": resuming.marks(cfg),
             }
-    loggers = [
-        _logger(f"logger.{name}", node, folder)
-        for name, node in (cfg.get("logger") or {}).items()
-        if node
-    ]
+    # A checkpoint holds all that was logged up to it: whoever else logs at its step does so before.
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer)
@@ -233,7 +238,7 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         if isinstance(strategy, FullyShardedDataParallel)
         else [AtomicIO()],  # that one has its own files
         callbacks=callbacks,
-        logger=loggers,
+        logger=list(loggers.values()),
         default_root_dir=str(folder),
         max_epochs=-1,
         enable_checkpointing=False,  # ours are atomic and count student steps
@@ -241,17 +246,6 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         enable_model_summary=False,
         use_distributed_sampler=False,  # the stream shares out samples by itself
     )
-
-
-def _logger(key: str, node: DictConfig, folder: Path) -> Any:
-    """One of the loggers. Raises ValueError, naming its key, where it cannot be made: packages, addresses, accounts."""
-    try:
-        return make(node)(save_dir=str(folder))
-    except Exception as error:  # of a tracker nearly anything
-        said = first_line(error).rstrip(".")
-        raise ValueError(
-            f"{key}: cannot be made ({said}); mend that, or leave it out by ~{key}"
-        ) from None
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:
