@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from distill import faults, trackers
+from distill import faults, guarded
 from distill.csvlog import CsvLog
 
 AGAIN = "give the command again"
@@ -278,7 +278,7 @@ class Tracker(Logger):
 
 def test_a_tracker_that_fails_in_mid_run_ends_no_run(caplog):
     tracker = Tracker()
-    trackers.spared(tracker)
+    guarded.spared(tracker)
     tracker.log_metrics({"a": 1.0}, step=1)
     tracker.there = False
     tracker.log_metrics({"a": 1.0}, step=2)
@@ -288,7 +288,7 @@ def test_a_tracker_that_fails_in_mid_run_ends_no_run(caplog):
     for step in range(4, 20):
         tracker.log_metrics({"a": 1.0}, step=step)
         tracker.save()
-    assert (tracker.rows, tracker.asked) == (2, 3 + trackers.TRIES)
+    assert (tracker.rows, tracker.asked) == (2, 3 + guarded.TRIES)
     lines = [record.getMessage() for record in caplog.records]
     said = "Tracker cannot log (RuntimeError: connection to tracker.example lost)"
     assert lines == [
@@ -301,7 +301,7 @@ def test_a_tracker_that_fails_in_mid_run_ends_no_run(caplog):
 def test_a_tracker_that_never_worked_is_refused():
     tracker = Tracker()
     tracker.there = False
-    trackers.spared(tracker)
+    guarded.spared(tracker)
     with pytest.raises(
         OSError, match=r"Tracker cannot log .*; repair it, or leave it out as ~logg"
     ):
@@ -311,7 +311,7 @@ def test_a_tracker_that_never_worked_is_refused():
 def test_tensorboard_on_a_full_disk_ends_no_run(disk, caplog):
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    logger = trackers.spared(TensorBoardLogger(str(disk), name=None, version=""))
+    logger = guarded.spared(TensorBoardLogger(str(disk), name=None, version=""))
     logger.log_metrics({"a": 1.0}, step=1)
     logger.save()
     fill(disk, 0)

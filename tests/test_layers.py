@@ -25,12 +25,12 @@ LAYERS = {
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "trackers"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded"},
     "compose": {
         "_conf", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
         "signatures", "trust", "validate",
     },
-    "L5": {"build"},
+    "L5": {"build", "trackers"},
     "L6": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",
         "demonstration", "doctor", "errors", "evaluate", "export", "inspect", "launch", "making",

@@ -3,7 +3,7 @@ by a method, on data."""
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, hardware, resuming, sampling, signatures, validate
+from distill import content, hardware, resuming, sampling, signatures, trackers, validate
 from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
-from distill.csvlog import CsvLog
 from distill.engine import Parts
-from distill.files import first_line, gathered
+from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
@@ -31,7 +30,6 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of
 from distill.teachers.sizes import of_pipeline
-from distill.trackers import spared
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
@@ -230,21 +228,27 @@ def settle_precision(cfg: DictConfig) -> Precision:
     return chosen
 
 
-def trainer(cfg: DictConfig, folder: Path) -> Any:
-    """The Lightning trainer, with loggers and checkpoints inside the run folder."""
+def trainer(cfg: DictConfig, folder: Path, kept: Mapping[str, Any] | None = None) -> Any:
+    """The Lightning trainer, with loggers and checkpoints inside the run folder.
+
+    `kept` is the checkpoint that the run goes on from: its loggers go on with it.
+    """
+    step, known = (
+        (kept["global_step"], kept.get("about", {}).get("loggers")) if kept else (None, {})
+    )
+    loggers = trackers.made(cfg, folder, known, step)
     callbacks = [make(node, key) for key, node in nodes_of(cfg, "callbacks")]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
+            callback.tracked = partial(trackers.names, loggers)
             callback.about = {
                 "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
                 "content": resuming.marks(cfg),
             }
-    loggers = [_logger(key, node, folder) for key, node in nodes_of(cfg, "logger")]
-    for logger in loggers:
-        if not isinstance(logger, CsvLog):  # metrics.csv is the record of the run
-            spared(logger)
+    # A checkpoint holds all that was logged up to it: whoever else logs at its step does so before.
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer, "trainer")
@@ -257,7 +261,7 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         if isinstance(strategy, FullyShardedDataParallel)
         else [AtomicIO()],  # that one has its own files
         callbacks=callbacks,
-        logger=loggers,
+        logger=list(loggers.values()),
         default_root_dir=str(folder),
         max_epochs=-1,
         enable_checkpointing=False,  # ours are atomic and count student steps
@@ -271,18 +275,6 @@ def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
     """Dotted key and node of every callback or logger that a run has."""
     named = (cfg.get(group) or {}).items()
     return [(f"{group}.{name}", node) for name, node in named if node]
-
-
-def _logger(key: str, node: DictConfig, folder: Path) -> Any:
-    """One of the loggers. Raises ValueError, naming its key, where it cannot be made: packages, addresses, accounts."""
-    build = make(node, key)
-    try:
-        return build(save_dir=str(folder))
-    except Exception as error:  # of a tracker nearly anything
-        said = first_line(error).rstrip(".")
-        raise ValueError(
-            f"{key}: cannot be made ({said}); mend that, or leave it out by ~{key}"
-        ) from None
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:

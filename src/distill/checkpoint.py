@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,9 @@ class Checkpoints(L.Callback):
             best_is,
         )
         self.folder, self.about = Path("checkpoints"), {}
+        self.tracked: Callable[[], dict[str, Any]] = (
+            dict  # what loggers call their own runs, by key
+        )
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
         self._handlers: dict[int, Any] = {}
@@ -74,7 +78,8 @@ class Checkpoints(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         seconds = RunRecord(self.folder.parent).trained_for()
-        checkpoint["about"] = {**self.about, "train_seconds": seconds}
+        more = {"train_seconds": seconds, "loggers": self.tracked()}
+        checkpoint["about"] = {**self.about, **more}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -126,9 +131,9 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         step, known = pl_module.step, trainer.callback_metrics | pl_module.numbers
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
-        trainer.save_checkpoint(path)
-        for logger in trainer.loggers:  # what lies before the checkpoint is not logged again
+        for logger in trainer.loggers:  # first: what lies before the checkpoint is not logged again
             logger.save()
+        trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1

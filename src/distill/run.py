@@ -172,9 +172,11 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     source, method = parts or build.parts(cfg)
     if compose.rank() == 0:
         RunRecord(folder).made_of(resuming.marks(cfg), resuming.data_mark(source.dataset))
-    trainer = build.trainer(cfg, folder)
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
+    kept = read(checkpoint) if checkpoint else None
+    trainer = build.trainer(cfg, folder, kept)
+    start = kept["distill"]["iteration"] * method.engine.accumulate if kept else 0
+    del kept  # Lightning reads it by itself
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )

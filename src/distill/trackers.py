@@ -1,62 +1,68 @@
-"""Loggers beside `metrics.csv`, TensorBoard or a tracker on the network: what fails in mid-run ends no run.
+"""The loggers of a run: made by the configuration, and on resume the very ones that the run had.
 
-    trackers.spared(logger)   # a failure of the logger is a warning from now on, once it has logged anything
-
-One that cannot log the first row is set up wrongly, and ends the run before any time is lost.
+A row that was logged after the checkpoint is logged again by a run that goes on. `metrics.csv` drops it first
+(`CsvLog.go_on`), and TensorBoard is told from which step on to forget. W&B, MLflow and Comet take back nothing: their
+run goes on, and has such a row twice, at the same step.
 """
 
-from __future__ import annotations
-
-import functools
-import logging
-from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.logger import Logger
+from omegaconf import DictConfig
 
-from distill.files import first_line
+from distill.compose import make
+from distill.csvlog import CsvLog
+from distill.guarded import spared
 
-log = logging.getLogger(__name__)
-CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
-TRIES = (
-    3  # ours: failures in a row after which it is asked no more, since each may wait for a network
-)
-
-
-class _Spared:
-    """The calls of one logger, and how often it has failed."""
-
-    def __init__(self, logger: Logger):
-        self.name = type(logger).__name__
-        self.works = False  # it has logged a row
-        self.failed = 0  # times in a row
-
-    def call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if self.failed >= TRIES:
-            return None
-        try:
-            result = method(*args, **options)
-        except Exception as error:  # a tracker may raise anything
-            self._tell(error)
-            return None
-        if method.__name__ == "log_metrics":  # others may have nothing to do
-            self.failed, self.works = 0, True
-        return result
-
-    def _tell(self, error: Exception) -> None:
-        said = f"{self.name} cannot log ({type(error).__name__}: {first_line(error, 200)})"
-        if not self.works:
-            raise OSError(f"{said}; repair it, or leave it out as ~logger.<its name>") from error
-        self.failed += 1
-        if self.failed in (1, TRIES):
-            more = "it is asked no more" if self.failed == TRIES else "the run goes on"
-            log.warning("%s; %s, and metrics.csv has every row", said, more)
+# Class -> its argument that names a run of the tracker, which its `version` gives.
+CONTINUED = {
+    "CometLogger": "experiment_key",
+    "MLFlowLogger": "run_id",
+    "TensorBoardLogger": "version",
+    "WandbLogger": "id",
+}
+FORGETTING = "TensorBoardLogger"
 
 
-def spared(logger: Logger) -> Logger:
-    """The same logger, whose failures in mid-run are warnings."""
-    guard = _Spared(logger)
-    for name in CALLS:
-        method = getattr(logger, name)
-        setattr(logger, name, functools.wraps(method)(functools.partial(guard.call, method)))
-    return logger
+def made(
+    cfg: DictConfig, folder: Path, known: Mapping[str, Any] | None, step: int | None
+) -> dict[str, Any]:
+    """Each logger by its key in the configuration, writing into `folder`.
+
+    `known` are the names of the trackers' own runs that a checkpoint kept, and `step` is that of the checkpoint; None
+    for a new run. Raises ValueError, naming the key, where one cannot be made.
+    """
+    nodes = (cfg.get("logger") or {}).items()
+    return {str(k): _made(str(k), node, folder, known or {}, step) for k, node in nodes if node}
+
+
+def _made(
+    name: str, node: DictConfig, folder: Path, known: Mapping[str, Any], step: int | None
+) -> Any:
+    kind, key = str(node.get("_target_")).rpartition(".")[2], f"logger.{name}"
+    more: dict[str, Any] = {}
+    argument = CONTINUED.get(kind)
+    if argument and node.get(argument) is None and isinstance(known.get(name), str | int):
+        more[argument] = known[name]
+    if kind == FORGETTING and step is not None:
+        more["purge_step"] = step + 1
+    build = make(node, key)
+    try:
+        logger = build(save_dir=str(folder), **more)
+    except Exception as error:  # of a tracker nearly anything
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        what = f"cannot be made ({said}); mend that, or leave it out by ~{key}"
+        raise ValueError(f"{key}: {what}") from None
+    # metrics.csv is the record of the run
+    return logger if isinstance(logger, CsvLog) else spared(logger)
+
+
+def names(loggers: Mapping[str, Any]) -> dict[str, str | int]:
+    """What a checkpoint keeps: key -> the tracker's own name for its run, of those that can go on with one."""
+    found = {}
+    for key, logger in loggers.items():
+        version = logger.version if type(logger).__name__ in CONTINUED else None
+        if isinstance(version, str | int):
+            found[key] = version
+    return found
