@@ -144,7 +144,7 @@ DAMAGED = {
         '{"rows": [{"who": "student", "steps": 1, "fid": ' + "9" * 5000 + "}]}",
         json.dumps({"rows": [{"who": "student", "steps": 1}] * 2000}),
     ],
-    "run.json": ["[" * 100_000, "[]", '{"train_seconds": "x"}', '{"images_seen": 1e99}'],
+    "run.json": ["[" * 100_000, "[]", '{"train_seconds": "x"}', '{"images_seen": 1' + "0" * 400 + "}"],
 }  # fmt: skip
 
 

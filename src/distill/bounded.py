@@ -27,7 +27,7 @@ YAML = 4 * MIB  # bytes
 YAML_NODES = 100_000  # values, each counted as often as aliases name it
 YAML_DEPTH = 64  # values inside of values
 LINES = 1024 * MIB  # bytes of a list of prompts, ten million of them
-LARGEST = 1e15  # of a number of steps, of seconds, or a score
+LARGEST = 10**15  # of a whole number: no float holds the largest that JSON may have
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -91,11 +91,13 @@ def parsed_mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def number_of(found: Mapping[str, Any], key: str, where: str) -> float | None:
-    """The number of this key, None where there is none. Raises ValueError, after `where`, for anything else."""
+    """The number of this key, NaN and infinity among them; None where there is none. ValueError, after `where`, for
+    anything else."""
     value = found.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+    whole = type(value) is int and abs(value) <= LARGEST
+    if not whole and not isinstance(value, float):
         said = shown(value, 60)
         raise ValueError(f"{where} says {key}={said}, which must be a number; make it anew")
     return value

@@ -330,7 +330,7 @@ def check_networks(metrics: DictConfig) -> None:
     asked = {metrics.scores[name].get("network") for name in metrics.measures}
     for name in sorted(asked & set(metrics.networks)):
         node = metrics.networks[name]
-        for key in ("path", "processor", "pretrained"):
+        for key in ("path", "processor"):
             path = shipped(str(node.get(key) or "")).removeprefix("local-dir:")
             if locate.is_local(path) and not Path(path).exists():
                 what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
