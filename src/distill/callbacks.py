@@ -124,7 +124,8 @@ class Alarms(L.Callback):
         if pl_module.updated and all(k in values for k in HEALTH):
             self._seen.append([values[k] for k in HEALTH])
         if len(self._seen) == self.window:
-            said = alarm(*torch.tensor(self._seen).mean(0).tolist())
+            means = torch.tensor(self._seen).mean(0).tolist()
+            said = alarm(*means, r1=hasattr(pl_module, "r1_weight"))
             if said and said != self._last and trainer.is_global_zero:
                 self._raise(pl_module.step, said)
             self._seen, self._last = [], said
@@ -144,10 +145,14 @@ def _until(line: bytes, step: int) -> bool:
         return False  # torn by a power cut
 
 
-def alarm(accuracy: float, real: float, fake: float) -> str | None:
-    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is."""
+def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | None:
+    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is.
+
+    `r1`: whether its method has a gradient penalty to be raised.
+    """
     if max(abs(real), abs(fake)) > 20:
-        return "the discriminator's logits run away: lower optimizer.discriminator.lr, or raise method.r1_weight"
+        more = ", or raise method.r1_weight" if r1 else ""
+        return f"the discriminator's logits run away: lower optimizer.discriminator.lr{more}"
     if accuracy > 0.98:
         return "the discriminator is saturated (right nearly always): lower its rate, or let it look at noisier samples"
     if abs(real - fake) < 0.02:

@@ -48,6 +48,19 @@ def check_dtype(name: str | None, key: str, *more: str) -> None:
         raise ValueError(f"{key}={name}: must be a dtype of torch: {words}")
 
 
+def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> str:
+    """How a run goes on whose gradients stay not finite: from a checkpoint where it has one, and by what is not so yet.
+
+    `learning` are the keys of the rates, `precision` is the run's.
+    """
+    ways = [f"a lower {' and '.join(learning)}"]
+    ways += [] if precision == "32-true" else ["trainer.precision=32-true"]
+    how = " or ".join(ways)
+    if any((folder / "checkpoints").glob("step_*.ckpt")):
+        return f"go on from before that by resume={folder}, or one of its checkpoints, with {how}"
+    return f"it has no checkpoint yet: begin anew with {how}"
+
+
 def steps_left(steps: int, strength: float, rounds_up: bool = False) -> int:
     """How many of `steps` are made of an image that is noised to `strength`, in (0, 1], as diffusers counts them.
 

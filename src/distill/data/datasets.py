@@ -243,6 +243,10 @@ class LatentShards(Samples):
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
             self.null = null_of(folder / NULL, path)
+            floats = {name: x for name, x in self.null.items() if x.is_floating_point()}
+            if broken := [name for name, x in floats.items() if not x.isfinite().all()]:
+                what = f"{NULL} holds numbers that are not finite in its {broken[0]}"
+                raise ValueError(f"data.path={path}: {what}; make the shards anew")
         super().__init__(path, buckets=buckets, **options)
         self.seeded = seeded
         first, skipped = self.find(0)

@@ -15,6 +15,7 @@ import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from distill.ema import Ema
 from distill.engine import Parts
 from distill.files import check_fits
+from distill.limits import after_divergence
 from distill.types import (
     EMBEDDED,
     Batch,
@@ -228,8 +230,13 @@ class Distillation(L.LightningModule):
                 )
         if self._bad_in_a_row >= self.engine.stop_after_bad:
             what = f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}"
-            advice = "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
-            raise FloatingPointError(f"{what}; {advice}")
+            trainer, players = (
+                cast(Any, self.trainer),
+                ["student", "discriminator"][: 2 - self.alone],
+            )
+            rates = [f"optimizer.{player}.lr" for player in players]
+            folder, precision = Path(trainer.default_root_dir), str(trainer.precision)
+            raise FloatingPointError(f"{what}; {after_divergence(folder, precision, rates)}")
 
     def _update_discriminator(
         self, micros: list[Micro], fakes: list[Any], optimizer: Any, turn: int

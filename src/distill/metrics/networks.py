@@ -26,7 +26,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from distill.bounded import check_archive
 from distill.files import fingerprint, first_line, silent
 from distill.progress import stage
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = (
@@ -64,6 +64,7 @@ class Describer(ABC):
                 redirect_stderr(StringIO()),
             ):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
+            refuse_broken(self.model, self.name)
         except Exception as error:  # damaged files, hubs and networks raise nearly anything
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):

@@ -18,7 +18,7 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, home_of, lineage, only_variant
 from distill.teachers.settings import KINDS, prediction_of
 from distill.teachers.weights import about_weights, put_on, readable, write_weights
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 OURS = "distill.teachers.schedulers"
 FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
@@ -98,6 +98,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
         ) from None
     # diffusers would go on with random ones for those that it lacks
     refuse_unread(report, f"student.init={init}: {part.name}/", type(model).__name__)
+    refuse_broken(found, f"student.init={init}: {part.name}/")
     return found, said.get("shifted_timestep")
 
 

@@ -29,7 +29,7 @@ from distill.teachers.locate import (
     no_model,
 )
 from distill.teachers.settings import check_settings, in_folder
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
 SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
@@ -242,6 +242,7 @@ def whole(
         what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
     refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
+    refuse_broken(model, f"{key}={path}: {part}/")
     return model
 
 

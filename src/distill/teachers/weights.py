@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.aside import aside
 from distill.bounded import check_archive, parsed_mapping
@@ -18,6 +18,7 @@ from distill.files import first_line
 from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
+from distill.unread import refuse_broken
 
 
 def put_on(pipeline: Any, path: str) -> None:
@@ -33,7 +34,13 @@ def put_on(pipeline: Any, path: str) -> None:
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
         add_lora(pipeline, model, state, path, settings_of(file))
-        return
+    else:
+        _put(model, state, path, add="delta" in about)
+    refuse_broken(model, f"teacher.weights={path}: with it the {type(model).__name__}")
+
+
+def _put(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
+    """Take the state's tensors for the model's own, or `add` them to these."""
     own = model.state_dict()
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
     if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
@@ -41,7 +48,6 @@ def put_on(pipeline: Any, path: str) -> None:
         raise ValueError(
             f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})"
         )
-    add = "delta" in about
     model.load_state_dict(
         {k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()}
     )
