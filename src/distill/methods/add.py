@@ -27,7 +27,7 @@ from distill.distillation import ScoreDistillation, ScoreDraws
 from distill.methods.base import Distillation, Phase
 from distill.process import generator_like, noise_like, seed_of, square
 from distill.randomness import Streams
-from distill.types import Batch, Cond, Critic, Losses, Players, Terms, Times
+from distill.types import Batch, Cond, Critic, Decoder, Losses, Maker, Players, Terms, Times
 
 Corner = Sequence[float]  # upper left of the crop, in shares of where it may be
 
@@ -87,9 +87,9 @@ class ADD(Distillation):
         r1_weight: float = 1e-5,
         r1_every: int = 1,
         negative: str | None = None,
-        decoder: Any = None,
+        decoder: Decoder | None = None,
         crop: int | None = None,
-        real: Any = None,
+        real: Maker | None = None,
         loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)

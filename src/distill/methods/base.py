@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.ema import Ema
+from distill.files import check_fits
 from distill.randomness import Streams
-from distill.types import EMBEDDED, Batch, Cond, Losses, Players
+from distill.types import EMBEDDED, Batch, Cond, Losses, Maker, Players
 
 Phase = Literal["discriminator", "student", "both"]
 """Whose losses a sample is made for: what only the other player asks of it may be left out."""
@@ -29,7 +30,7 @@ class Distillation(L.LightningModule):
 
     second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
 
-    def __init__(self, players: Players, *, real: Any = None, loop: Any = None):
+    def __init__(self, players: Players, *, real: Maker | None = None, loop: Any = None):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
@@ -159,4 +160,9 @@ class Distillation(L.LightningModule):
         checkpoint["distill"] = self.loop.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_fits(checkpoint["state_dict"], self, "the checkpoint")
+        players = 1 + self.has_discriminator
+        if len(checkpoint["optimizer_states"]) != players:
+            what = f"has {len(checkpoint['optimizer_states'])} optimizers and this method {players}"
+            raise ValueError(f"the checkpoint {what}: it is of another one")
         self.loop.load_state_dict(checkpoint["distill"])

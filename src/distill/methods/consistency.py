@@ -26,7 +26,7 @@ from distill.losses import pseudo_huber, weighted_mse
 from distill.methods.base import Distillation, Phase
 from distill.process import noise_like
 from distill.randomness import Streams
-from distill.types import Batch, Losses, Players
+from distill.types import Batch, Losses, Maker, Players
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,7 +63,7 @@ class Consistency(Distillation):
         steps: int = 50,
         guidance: float = 4.0,
         huber: float | None = None,
-        real: Any = None,
+        real: Maker | None = None,
         loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)

@@ -24,7 +24,7 @@ from distill.distillation import ScoreDistillation, ScoreDraws
 from distill.methods.base import Distillation, Phase
 from distill.process import noise_like
 from distill.randomness import FromStream, Streams
-from distill.types import Batch, Critic, Losses, Players, Times
+from distill.types import Batch, Critic, Losses, Maker, Players, Times
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class LADD(Distillation):
         r1_weight: float = 0.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        real: Any = None,
+        real: Maker | None = None,
         loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)

@@ -34,7 +34,7 @@ from distill.methods.base import Distillation, Phase
 from distill.process import level_like, noise_like
 from distill.randomness import FromStream, Streams
 from distill.times import Refinement
-from distill.types import Batch, Critic, Losses, Players, Terms, Times
+from distill.types import Batch, Critic, Losses, Maker, Players, Terms, Times
 
 LEAD = 100
 
@@ -99,7 +99,7 @@ class NitroFusion(Distillation):
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        real: Any = None,
+        real: Maker | None = None,
         loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)

@@ -22,7 +22,7 @@ from distill.losses import weighted_mse
 from distill.methods.base import Distillation, Phase
 from distill.process import noise_like
 from distill.randomness import Streams
-from distill.types import Batch, Losses, Players, Times
+from distill.types import Batch, Losses, Maker, Players, Times
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,7 +48,9 @@ class Regression(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, players: Players, *, levels: Times, real: Any = None, loop: Any = None):
+    def __init__(
+        self, players: Players, *, levels: Times, real: Maker | None = None, loop: Any = None
+    ):
         super().__init__(players, real=real, loop=loop)
         self.levels = levels
 

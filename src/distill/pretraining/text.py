@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from distill.aside import whole_folder
 from distill.pretraining.assemble import half_of, save_half
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.work import Work, pixels
@@ -83,8 +84,10 @@ def train(work: Work) -> dict[str, Any]:
         }
 
     fit(clip, objective, samples=learnt)
-    tokenizer.save_pretrained(work.train / "tokenizer")
-    clip.save_pretrained(work.train / "clip")
+    with whole_folder(work.train / "tokenizer") as part:
+        tokenizer.save_pretrained(part)
+    with whole_folder(work.train / "clip") as part:
+        clip.save_pretrained(part)
     save_half(half_of(clip, CLIPVisionModelWithProjection, "vision"), work.models / "clip_vision")
     groups = [
         (ids[i : i + 100], pixels(pictures[i : i + 100])) for i in range(learnt, len(ids) - 99, 100)

@@ -84,10 +84,7 @@ class Work:
         return pictures, captions
 
     def known(self) -> dict[str, Any]:
-        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether it is finished.
-
-        Read anew before every change, so that two commands may work on different stages of one folder at a time.
-        """
+        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether it is finished."""
         path = self.out / "pretraining.json"
         return (
             json.loads(path.read_text(encoding="utf-8"))
