@@ -30,7 +30,7 @@ DICTS = {"dict", "Mapping", "Dict"}
 HANDED_ON = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
 # Node -> keys that the program gives what is built from it: another value would be passed over.
 GIVEN = {
-    "method": {"parts"},
+    "method": {"players", "loop"},
     "teacher": {"deferred"},
     "student": {"teacher"},
     "discriminator.features": {"teacher"},
