@@ -13,7 +13,7 @@ from PIL import Image
 
 import distill.demo
 from distill.commandline import texts
-from distill.compose import as_yaml
+from distill.compose import written
 from distill.data.lines import Lines
 from test_sample import EXACT, exported  # noqa: F401  # a fixture
 
@@ -71,12 +71,12 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
     values = [*PROMPTS, "\\\\${a}", "a\\${b}\\${c"]
     cfg = OmegaConf.create({"a": 1, "b": "${a}"})
     cfg.texts = [texts.escaped(text) for text in values]
-    (tmp_path / "config.yaml").write_text(as_yaml(cfg), encoding="utf-8")
+    (tmp_path / "config.yaml").write_bytes(written(cfg))
     again = OmegaConf.load(tmp_path / "config.yaml")
     assert list(again.texts) == values
     assert again.b == 1
     plain = OmegaConf.create({"a": {"b": [1, None, "x", "???"]}, "c": True})
-    assert as_yaml(plain) == OmegaConf.to_yaml(plain, resolve=True)
+    assert written(plain).decode() == OmegaConf.to_yaml(plain, resolve=True)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,19 @@ def test_the_teacher_of_the_demo_is_a_path(command, monkeypatch):
         assert seen.pop() == (path, "[a, ${b}]")
     assert command("demo", "teacher=null")[0] == 0
     assert seen.pop() == (None, None)
+
+
+def test_a_run_is_called_by_any_text(command, tmp_path):
+    """And goes on: its name is read from its folder as it was typed."""
+    name = "costs ${5}, [it's] 𝔞 = {b}"
+    words = ["debug=smoke", "metrics=null", "logger=null", "callbacks.checkpoint.every=1"]
+    code, _, err = command("run", *words, f"name={name}", "run_dir=a, [b] = ${1}")
+    assert code == 0, err
+    folder = tmp_path / "a, [b] = ${1}"
+    assert OmegaConf.load(folder / "config.yaml").name == name
+    code, _, err = command("run", f"resume={folder}", "trainer.max_steps=3", "metrics=null")
+    assert code == 0, err
+    assert OmegaConf.load(folder / "config.yaml").name == name
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------

@@ -256,13 +256,13 @@ def run_at(path: str, key: str = "run") -> Path:
     return Path(path)
 
 
-def as_yaml(cfg: DictConfig) -> str:
+def written(cfg: DictConfig) -> bytes:
     """A configuration with every value resolved, as a file from which the same values are read again.
 
     A text that holds `${` is a text there too, and refers to nothing.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
-    return OmegaConf.to_yaml(OmegaConf.create(escaped(plain)))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(plain))).encode()
 
 
 def escaped(value: Any) -> Any:
@@ -298,15 +298,15 @@ def going_on(cfg: DictConfig) -> DictConfig:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
-            OmegaConf.update(
-                now, key, None if value == MISSING else _chosen(key, value, had), merge=False
-            )
+            chosen = None if value == MISSING else _chosen(key, value, had)
+            chosen = escaped(chosen) if isinstance(chosen, str) else chosen
+            OmegaConf.update(now, key, chosen, merge=False)
         elif not (
             override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
         ):
             # experiment= and the like
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
-    now.resume = cfg.resume
+    now.resume = escaped(cfg.resume)
     different = several + [
         said for key, said in changes(before, now).items() if key.startswith(FIXED)
     ]

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill import validate
-from distill.compose import as_yaml, check_counts, config_of, file_name, rank, world
+from distill.compose import check_counts, config_of, file_name, rank, world, written
 from distill.errors import command
 from distill.limits import check_dtype
 from distill.metrics.material import in_folder
@@ -52,7 +52,7 @@ def judge(cfg: DictConfig) -> int:
     if several:
         protocol.load()  # what cannot be read is said before hours of drawing
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-    put(out / ASKED, as_yaml(cfg).encode())
+    put(out / ASKED, written(cfg))
     if several and (code := launch.launch(out, cfg.devices, "evaluate")):
         return code
     if not pictures:

@@ -132,7 +132,7 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     if not any(folder.glob("*.tar")):
         compose.allowed(cfg)
         folder.mkdir(parents=True, exist_ok=True)
-        put(folder / BEGUN, compose.as_yaml(cfg).encode())
+        put(folder / BEGUN, compose.written(cfg))
     code = 0
     try:
         if not done.is_file():

@@ -29,7 +29,7 @@ def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
     from distill import compose, launch, validate
 
-    cfg.resume = cfg.resume or compose.requeued(cfg)
+    cfg.resume = compose.escaped(cfg.resume or compose.requeued(cfg))
     if cfg.resume:
         compose.folder_of(cfg.resume)
         checkpoints_at(Path(cfg.resume))
@@ -55,7 +55,7 @@ def begin(cfg: DictConfig) -> int:
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", compose.as_yaml(cfg).encode())
+        put(folder / "config.yaml", compose.written(cfg))
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
