@@ -814,10 +814,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     before = (folder / "config.yaml").read_text(encoding="utf-8")
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, _: full_disk(path))
     said = refused("run", f"resume={folder}", "trainer.max_steps=3")
-    assert f"{folder}/config.yaml." in said
-    assert said.endswith(
-        ".part: No space left on device; make room, then go on with resume=<run folder>"
-    )
+    way = f"make room, then go on with: python -m distill.run resume={folder}"
+    assert said == f"{folder}/config.yaml: No space left on device; {way}"
     assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 

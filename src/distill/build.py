@@ -18,6 +18,7 @@ from distill import hardware, sampling, signatures, validate
 from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
+from distill.csvlog import CsvLog
 from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
@@ -201,11 +202,11 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
                 "config": OmegaConf.to_container(cfg, resolve=True),
                 "versions": versions(),
             }
-    loggers = [
-        spared(make(node)(save_dir=str(folder)))
-        for node in (cfg.get("logger") or {}).values()
-        if node
-    ]
+    nodes = [node for node in (cfg.get("logger") or {}).values() if node]
+    loggers = [make(node)(save_dir=str(folder)) for node in nodes]
+    for logger in loggers:
+        if not isinstance(logger, CsvLog):  # metrics.csv is the record of the run
+            spared(logger)
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer)

@@ -38,7 +38,7 @@ PEERS = re.compile(
 )
 BACKEND = re.compile("gloo|nccl|ProcessGroup|TCPStore|c10d|DistBackend", re.IGNORECASE)
 NAMES = ("filename", "path", "file", "fp", "f", "save_directory", "name", "out", "folder")
-PART = re.compile(r"(\.[0-9a-f]{8})?\.part$")  # of a file that is written aside
+PART = re.compile(r"(\.[0-9a-f]{4}-\d+-[0-9a-f]{8})?\.part(?=/|$)")  # of what is written aside
 
 
 @contextmanager

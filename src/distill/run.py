@@ -64,7 +64,10 @@ def _checked(cfg: DictConfig) -> int:
     fresh = not any(folder.iterdir())
     code = 1
     try:
-        with one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True):
+        with (
+            one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
+            faults.goes_on(lambda: launch.way_on(folder)),
+        ):
             code = _written(cfg, folder, precision, parts, processes if several else 0)
         return code
     finally:
@@ -87,8 +90,7 @@ def _written(cfg: DictConfig, folder: Path, precision: Any, parts: Any, processe
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
         RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
-    with faults.goes_on(lambda: launch.way_on(folder)):
-        return launch.launch(folder, processes) if processes else train(cfg, folder, parts)
+    return launch.launch(folder, processes) if processes else train(cfg, folder, parts)
 
 
 def undo(folder: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from distill.csvlog import CsvLog
 from distill.files import first_line
 
 log = logging.getLogger(__name__)
@@ -55,10 +54,9 @@ class _Spared:
 
 
 def spared(logger: Logger) -> Logger:
-    """The same logger, whose failures in mid-run are warnings. metrics.csv stays as it is: it is the record."""
-    if not isinstance(logger, CsvLog):
-        guard = _Spared(logger)
-        for name in CALLS:
-            method = getattr(logger, name)
-            setattr(logger, name, functools.wraps(method)(functools.partial(guard.call, method)))
+    """The same logger, whose failures in mid-run are warnings."""
+    guard = _Spared(logger)
+    for name in CALLS:
+        method = getattr(logger, name)
+        setattr(logger, name, functools.wraps(method)(functools.partial(guard.call, method)))
     return logger
