@@ -6,6 +6,8 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from distill.console import readers_may_leave
+
 COMMANDS = {
     "run": "distil a teacher into a student",
     "sample": "draw images from a student or a teacher",
@@ -43,7 +45,11 @@ def main() -> int:
         signal.signal(
             signal.SIGINT, signal.SIG_DFL
         )  # without a traceback, until the command listens
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    with readers_may_leave():
+        return _called(sys.argv[1] if len(sys.argv) > 1 else "--help")
+
+
+def _called(command: str) -> int:
     if command in ("-h", "--help"):
         print(f"{USAGE}\n{MORE}")
         return 0

@@ -296,13 +296,23 @@ def _replaced(log: Log) -> Iterator[None]:
         out, err = Stream(nowhere if silent else stdout, log), Stream(stderr, log)
         sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
         _rebind({stdout: err if silent else out, stderr: err})
+        hook, threading.excepthook = threading.excepthook, _thread_failed
         try:
             yield
         finally:
+            threading.excepthook = hook
             out.end()
             err.end()
             _rebind({out: stdout, err: stderr})
             sys.stdout, sys.stderr = stdout, stderr
+
+
+def _thread_failed(of: threading.ExceptHookArgs) -> None:
+    """A library's own thread has failed: the log has the traceback; who waits for the thread fails, and says so."""
+    error = of.exc_value
+    if error is not None and not isinstance(error, SystemExit):
+        failed(error)
+        say(f"a thread has ended ({type(error).__name__}: {error})")
 
 
 def _rebind(streams: dict[Any, Any]) -> None:

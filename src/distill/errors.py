@@ -192,6 +192,8 @@ def said_plainly() -> Iterator[None]:
     """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug with its traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # `readers_may_leave`
     except Exception as error:
         if all_asked_for() or not is_mistake(error):
             raise

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from distill.ranks import world
@@ -58,13 +57,13 @@ def sentence(error: BaseException, cause: BaseException) -> str | None:
         return None
     if (text := _lost(cause)) or (text := _shared(cause)):
         return text
-    if not (reason := _reason(cause)):
+    if not (why := reason(cause)):
         return None
-    file = getattr(cause, "filename", None) or _written(cause)
+    file = getattr(cause, "filename2", None) or getattr(cause, "filename", None) or _written(cause)
     where = f"{PART.sub('', str(file))}: " if file else ""
     way = getattr(error, WAY_ON, None) or "give the command again"
-    full = "read-only" not in reason.lower()
-    return f"{where}{reason}; {'make room' if full else 'make it writable'}, then {way}"
+    full = "read-only" not in why.lower()
+    return f"{where}{why}; {'make room' if full else 'make it writable'}, then {way}"
 
 
 def lost(cause: BaseException) -> bool:
@@ -92,39 +91,47 @@ def _shared(cause: BaseException) -> str | None:
     return f"{SHARED}{size} is too small for what the loader's workers hand over; {more}"
 
 
-def _reason(cause: BaseException) -> str | None:
+def reason(cause: BaseException) -> str | None:
+    """Why a disk takes no more; None for an error of another kind."""
     if isinstance(cause, OSError) and cause.errno is not None:
         return os.strerror(cause.errno) if cause.errno in UNWRITABLE else None
     if isinstance(cause, RuntimeError) or type(cause).__name__ == "SafetensorError":
         found = SAID.search(str(cause))
         if found:
             clear = re.match("no space|disk|read-only|file too", found[0], re.IGNORECASE)
-            return found[0] if clear else "cannot be written"
+            return found[0] if clear else "the disk takes no more"
     return None
 
 
 def _written(cause: BaseException) -> str | None:
-    """The file that the innermost function that knows one was at, by what it had in hand."""
-    frames: list[FrameType] = []
+    """The file that the innermost function that knows one was at: one that it has open, or else a path in its hands."""
+    known: list[Any] = []
     step = cause.__traceback__
     while step:
-        frames.append(step.tb_frame)
+        values = step.tb_frame.f_locals
+        known = [*(values[name] for name in NAMES if name in values), *values.values(), *known]
         step = step.tb_next
-    for frame in reversed(frames):
-        known = frame.f_locals
-        for value in [*(known[name] for name in NAMES if name in known), *known.values()]:
-            if file := _file(value):
+    for kind in (_opened, _path):
+        for value in known:
+            if file := kind(value):
                 return file
     return None
 
 
-def _file(value: Any) -> str | None:
-    """The path that a value is or writes to; None for any other."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, str):
-        return value if os.path.isabs(value) and os.path.lexists(os.path.dirname(value)) else None
-    if hasattr(value, "write") or hasattr(value, "addfile"):  # an open file, or an archive
-        name = getattr(value, "name", None)
-        return name if isinstance(name, str) and os.path.lexists(os.path.dirname(name)) else None
-    return None
+def _opened(value: Any) -> str | None:
+    """The path of a file, or of an archive, that is open for writing."""
+    try:
+        writes = value.writable() if hasattr(value, "writable") else hasattr(value, "addfile")
+        name = value.name if writes else None
+        return name if isinstance(name, str) and os.path.isdir(os.path.dirname(name)) else None
+    except Exception:  # an object of any library
+        return None
+
+
+def _path(value: Any) -> str | None:
+    if isinstance(value, str) and not os.path.isabs(value):
+        return None  # any text
+    if not isinstance(value, (str, os.PathLike)):
+        return None
+    path = os.fspath(value)
+    return path if isinstance(path, str) and os.path.isdir(os.path.dirname(path)) else None

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from torchvision.utils import save_image
 
+from distill import faults
 from distill.aside import aside, put_in_place
 from distill.aside import put as put
 from distill.aside import remove as remove
@@ -48,9 +49,8 @@ def write(state: Any, path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        )
+        said = isinstance(error, OSError) and error.strerror
+        reason = faults.reason(error) or said or first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"
         raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     _flush_renames(path.parent)

@@ -20,6 +20,7 @@ from distill._conf import CONF_DIR
 from distill.aside import put_text
 from distill.commandline import comments
 from distill.compose import nearest
+from distill.console import readers_may_leave
 from distill.errors import said_plainly
 
 SHIPPED = Path(CONF_DIR) / "experiment"
@@ -92,7 +93,7 @@ def main() -> int:
     if not {"-h", "--help"}.isdisjoint(words):
         print(__doc__.rstrip())
         return 0
-    with said_plainly():
+    with readers_may_leave(), said_plainly():
         print(answer(words))
     return 0
 

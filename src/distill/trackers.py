@@ -39,8 +39,8 @@ class _Spared:
         except Exception as error:  # a tracker may raise anything
             self._tell(error)
             return None
-        self.failed = 0
-        self.works |= method.__name__ == "log_metrics"
+        if method.__name__ == "log_metrics":  # others may have nothing to do
+            self.failed, self.works = 0, True
         return result
 
     def _tell(self, error: Exception) -> None:
