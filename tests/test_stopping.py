@@ -21,19 +21,21 @@ from distill import signals
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}
 GOES_ON = "; give the same command again, which goes on where it stopped"
+PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=64", "vae.steps=3"]
+JUDGE = ["run=work/run", "metrics.prompts=4", "metrics.teacher_steps=[1]", "steps=1"]
 # Command -> its words, and what it says at the moment of the signal.
 STAGES = {
     "run": [
         (kills.TRAIN, "opening the data", ""),
         (kills.TRAIN, "building the discriminator", ""),
         (kills.TRAIN, "saving the student", "; go on with: python -m distill.run resume=work/run"),
-        (kills.TRAIN, "drawing and judging", "; go on with: python -m distill.run resume=work/run"),
+        (kills.TRAIN, "judging the student", "; go on with: python -m distill.run resume=work/run"),
         (kills.TRAIN, "writing the report", "; go on with: python -m distill.run resume=work/run"),
     ],
     "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", GOES_ON)],
     "cache": [(kills.COMMANDS["cache"].words, "making samples", GOES_ON)],
-    "pretrain": [(kills.COMMANDS["pretrain"].words, "pretraining", GOES_ON)],
-    "evaluate": [(kills.COMMANDS["evaluate"].words, "loading", GOES_ON)],
+    "pretrain": [(PRETRAIN, "pretraining", GOES_ON)],
+    "evaluate": [(JUDGE, "loading", GOES_ON)],
     "sample": [(kills.COMMANDS["sample"].words, "drawing", "")],
     "export": [(kills.COMMANDS["export to=diffusers"].words, "exporting", "")],
     "inspect": [(kills.COMMANDS["inspect"].words, "looking with the discriminator", "")],
@@ -53,15 +55,18 @@ CASES = [
 
 
 class Teller(io.TextIOWrapper):
-    """A stdout that sends a signal to its own process when a text is written; an empty text: at once."""
+    """A stream that sends a signal to its own process when a text is written to it for the first time."""
 
-    def listen(self, number: int, text: str) -> None:
-        self.number, self.text = number, text
+    done = False
+
+    def __init__(self, descriptor: int, text: str, number: int) -> None:
+        super().__init__(open(descriptor, "wb"), encoding="utf-8", line_buffering=True)  # noqa: SIM115
+        self.text, self.number = text, number
 
     def write(self, said: str) -> int:
         written = super().write(said)
-        if self.text and self.text in said:
-            self.text = ""
+        if self.text and self.text in said and not Teller.done:
+            Teller.done = True
             os.kill(os.getpid(), self.number)
         return written
 
@@ -75,12 +80,9 @@ def told(folder: Path, module: str, words: list[str], text: str, number: int) ->
         try:
             os.setsid()
             os.chdir(folder)
-            with said.open("w", encoding="utf-8") as errors:
-                os.dup2(errors.fileno(), 2)
-            out = os.open("stdout.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            teller = Teller(open(out, "wb"), encoding="utf-8", line_buffering=True)  # noqa: SIM115
-            teller.listen(number, text)
-            sys.stdout, sys.stderr = teller, open(2, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+            for descriptor, file in ((1, folder / "stdout.txt"), (2, said)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+            sys.stdout, sys.stderr = Teller(1, text, number), Teller(2, text, number)
             sys.argv = [f"distill.{module}", *words]
             if not text:
                 signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
@@ -118,7 +120,8 @@ def test_a_command_that_is_told_to_stop_says_so_in_one_line(
         world.begin(name)
     words = [*words, *(["run_dir=work/run"] if module == "run" else [])]
     code, said = told(world.folder, module, words, text, number)
-    assert said == f"distill: stopped by {NAME[number]}{way}\n"
+    assert said.splitlines()[-1] == f"distill: stopped by {NAME[number]}{way}"
+    assert "Traceback" not in said
     assert code == 128 + number
     run = world.work / "run"
     if module == "run" and not way:  # nothing was trained
@@ -143,7 +146,7 @@ def test_slurms_signal_in_the_judging_has_the_job_run_again(world, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JOB_NAME", "distil")
     words = [*kills.TRAIN, "run_dir=work/run"]
-    code, said = told(world.folder, "run", words, "scoring the student", signal.SIGUSR1)
+    code, said = told(world.folder, "run", words, "judging the student", signal.SIGUSR1)
     way = "go on with: python -m distill.run resume=work/run"
     assert (code, said) == (0, f"distill: stopped by SIGUSR1; {way}\n")
     assert (bin / "asked").read_text(encoding="utf-8") == "requeue 17\n"
