@@ -21,7 +21,7 @@ from distill import signals
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}
 GOES_ON = "; give the same command again, which goes on where it stopped"
-PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=64", "vae.steps=3"]
+PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=256", "vae.steps=3"]
 JUDGE = ["run=work/run", "metrics.prompts=4", "metrics.teacher_steps=[1]", "steps=1"]
 # Command -> its words, and what it says at the moment of the signal.
 STAGES = {
@@ -135,6 +135,7 @@ def test_a_command_that_is_told_to_stop_says_so_in_one_line(
         assert world.call(module, words).code == 0
 
 
+@pytest.mark.slow
 def test_slurms_signal_in_the_judging_has_the_job_run_again(world, monkeypatch):
     """By an scontrol of ours, which notes what it is asked; the job that runs again judges the run."""
     world.begin("run")
