@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.files import first_line
 from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
@@ -63,11 +64,18 @@ def local_file(path: str, key: str) -> Path:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors or torch file, and what is said about them."""
-    if file.suffix != ".safetensors":
-        return torch.load(file, weights_only=True, map_location="cpu"), {}
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, about_weights(file)  # noqa: SIM118
+    """Tensors of a safetensors or torch file, and what is said about them. Raises ValueError for a damaged one."""
+    try:
+        if file.suffix != ".safetensors":
+            return torch.load(file, weights_only=True, map_location="cpu"), {}
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, about_weights(file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        what = f"cut short or no file of weights ({first_line(error, 90)})"
+        raise ValueError(f"{file}: {what}; fetch it anew") from None
 
 
 def about_weights(file: Path) -> dict[str, Any]:
