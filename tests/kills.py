@@ -339,11 +339,17 @@ def content(path: Path) -> str:
     if name == "config.yaml" and path.parent.name in ("run", "half"):
         lines = path.read_text(encoding="utf-8").splitlines()
         return _hash([line for line in lines if not line.startswith("resume:")])
+    if (
+        name == "tokenizer.json"
+    ):  # the library numbers equally frequent pairs as it happens to meet them
+        return _hash(sorted(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]))
     if kind == ".json":
         return _hash(timeless(json.loads(path.read_text(encoding="utf-8"))))
     if kind == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        if name == "trials.csv":  # best first; a trial that was killed has lost its number
+            rows = sorted(({**row, "trial": ""} for row in rows), key=str)
         return _hash(timeless(rows))
     if kind in (".ckpt", ".pt"):
         return _hash(timeless(torch.load(path, weights_only=True)))

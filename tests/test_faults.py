@@ -1,4 +1,4 @@
-"""What the machine does to a command: a disk or a shared memory that is full, a reader that leaves, a tracker."""
+"""What the machine does to a command: a full disk or memory, a reader that leaves, a tracker."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_run_on_a_full_disk_names_the_file_and_how_to_go_on(
 
 
 def test_files_that_libraries_cannot_write_are_named(disk):
-    """torch, safetensors, Pillow and an archive, each of which says it in an exception of its own."""
+    """torch, safetensors, Pillow and an archive say it in exceptions of their own."""
     import tarfile
 
     fill(disk, 8192)

@@ -172,7 +172,8 @@ def test_a_report_is_written_of_whatever_a_run_holds(name, tmp_path):
     for i, text in enumerate(DAMAGED[name]):
         folder = evil_run(tmp_path / str(i))
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        (folder / "alarms.jsonl").write_text('{"alarm": "x", "step": 1e999}\n' + "[" * 9999)
+        alarms = '{"alarm": "x", "step": 1e999}\n' + "[" * 9999
+        (folder / "alarms.jsonl").write_text(alarms, encoding="utf-8")
         assert write_report(folder).is_file()
 
 

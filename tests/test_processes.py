@@ -1,4 +1,4 @@
-"""Several processes of a command: which of them failed first, and what is said of it; sweeps whose jobs fail."""
+"""Several processes of a command: which failed first, and what is said of it; sweeps."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_losing_another_process_is_no_traceback(error, lost, monkeypatch):
 
 
 def begin(pipelines, shards, folder: Path) -> subprocess.Popen:
-    """Two processes that train for long, each with a worker of a loader, once they have a checkpoint."""
+    """Two processes that train for long, each with a loader's worker; they have a checkpoint."""
     words = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "~metrics"]
     words += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.num_workers=1"]
     words += ["trainer.max_steps=100000", "callbacks.checkpoint.every=2", "data.batch_size=2"]

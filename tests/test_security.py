@@ -160,7 +160,8 @@ def test_a_recipe_may_say_where_hydra_starts_jobs(command, tmp_path):
     recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text(
-        "# @package _global_\nhydra: {sweep: {dir: x}}\ntrainer: {max_steps: 0}\n", "utf-8"
+        "# @package _global_\nhydra: {sweep: {dir: x}}\ntrainer: {max_steps: 0}\n",
+        encoding="utf-8",
     )
     code, _, err = command("run", "--config-dir", "conf", "experiment=mine")
     assert code == 1

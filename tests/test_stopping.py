@@ -1,4 +1,4 @@
-"""Commands that a signal asks to stop, at any stage of their work; processes that end with those that started them."""
+"""Commands that a signal asks to stop, at any stage; processes that end with their launcher."""
 
 from __future__ import annotations
 
@@ -55,12 +55,13 @@ CASES = [
 
 
 class Teller(io.TextIOWrapper):
-    """A stream that sends a signal to its own process when a text is written to it for the first time."""
+    """A stream that sends a signal to its own process when a text is first written to it."""
 
     done = False
 
     def __init__(self, descriptor: int, text: str, number: int) -> None:
-        super().__init__(open(descriptor, "wb"), encoding="utf-8", line_buffering=True)  # noqa: SIM115
+        raw = open(descriptor, "wb")  # noqa: SIM115
+        super().__init__(raw, encoding="utf-8", line_buffering=True)
         self.text, self.number = text, number
 
     def write(self, said: str) -> int:
@@ -72,7 +73,7 @@ class Teller(io.TextIOWrapper):
 
 
 def told(folder: Path, module: str, words: list[str], text: str, number: int) -> tuple[int, str]:
-    """Run a command in a fork of this process, which is told to stop when it says `text` -> exit code, stderr."""
+    """Run a command in a fork, which is told to stop when it says `text` -> exit code, stderr."""
     said = folder / "stderr.txt"
     child = os.fork()
     if not child:
@@ -137,7 +138,7 @@ def test_a_command_that_is_told_to_stop_says_so_in_one_line(
 
 @pytest.mark.slow
 def test_slurms_signal_in_the_judging_has_the_job_run_again(world, monkeypatch):
-    """By an scontrol of ours, which notes what it is asked; the job that runs again judges the run."""
+    """By an scontrol of ours, which notes what it is asked; the job judges when it runs again."""
     world.begin("run")
     bin = world.folder / "bin"
     bin.mkdir()
@@ -159,7 +160,8 @@ def test_slurms_signal_in_the_judging_has_the_job_run_again(world, monkeypatch):
 
 def test_a_second_ctrl_c_ends_at_once():
     started, _ = waiting(
-        "try:\n    time.sleep(600)\nfinally:\n    print('ending', flush=True)\n    time.sleep(600)"
+        f"try:\n    {READY}\n    time.sleep(600)\n"
+        "finally:\n    print('ending', flush=True)\n    time.sleep(600)"
     )
     started.send_signal(signal.SIGINT)
     assert started.stdout.readline() == "ending\n"
@@ -171,7 +173,9 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_what_nohup_ignores_stays_ignored():
-    started, _ = waiting("time.sleep(600)", before="signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    started, _ = waiting(
+        f"{READY}\ntime.sleep(600)", before="signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    )
     started.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert started.poll() is None
@@ -180,10 +184,13 @@ def test_what_nohup_ignores_stays_ignored():
     assert started.stdout.read() == "SIGTERM\n"
 
 
+READY = "print('ready', flush=True)"
+
+
 def waiting(work: str, before: str = "") -> tuple[subprocess.Popen, str]:
-    """A process that listens as a command does, and has said so."""
-    code = f"import signal, sys, time\nfrom distill import signals\n{before}\ntry:\n    with signals.heard():\n"
-    code += "        print('ready', flush=True)\n" + textwrap.indent(work, " " * 8)
+    """A process that listens as a command does, and whose work has said READY."""
+    code = f"import signal, sys, time\nfrom distill import signals\n{before}\ntry:\n"
+    code += "    with signals.heard():\n" + textwrap.indent(work, " " * 8)
     code += "\nexcept signals.Stopped as stop:\n    print(stop.number.name)\n    sys.exit(3)\n"
     pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     started = subprocess.Popen([sys.executable, "-c", code], **pipe)
@@ -208,7 +215,7 @@ def test_a_ctrl_c_while_a_command_is_imported_leaves_no_traceback():
 # -- what ends with what ---------------------------------------------------------------------------
 
 PARENT = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from distill import signals
 child = '''
 import sys, time
@@ -219,17 +226,18 @@ with signals.heard():
     print("ready", flush=True)
     time.sleep(600)
 '''
-started = subprocess.Popen([sys.executable, "-c", child], env=signals.for_child(), **signals.apart())
+started = subprocess.Popen([sys.executable, "-c", child], env={env}, **signals.apart())
 print(started.pid, flush=True)
 time.sleep(600)
 """
 
 
+@pytest.mark.parametrize("env", ["signals.for_child()", "{**os.environ, signals.TORCHRUN: '7'}"])
 @pytest.mark.parametrize("lacks", ["", "signals._die_with_parent = lambda number: None"])
-def test_a_process_ends_with_the_one_that_has_started_it(lacks):
-    """By the kernel, and where it has no such thing by a look every second."""
+def test_a_process_ends_with_the_one_that_has_started_it(env, lacks):
+    """By the kernel, and where it has no such thing by a look every second; torchrun's too."""
     pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(lacks=lacks)], **pipe)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(lacks=lacks, env=env)], **pipe)
     said = {parent.stdout.readline().strip() for _ in range(2)}
     (child,) = said - {"ready"}
     assert runs(int(child))

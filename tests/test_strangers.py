@@ -119,7 +119,7 @@ def folder_of(config: dict[str, Any], place: Path, student: Path | None = None) 
     elif not (place / "student").is_dir():
         (place / "student").mkdir()
         index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "x"]}
-        (place / "student" / "model_index.json").write_text(json.dumps(index), "utf-8")
+        (place / "student" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return place
 
 

@@ -204,7 +204,9 @@ def test_a_class_of_ones_own_comes_in_by_the_environment(mine, monkeypatch):
 def test_an_installed_package_may_let_itself_in(mine, tmp_path, monkeypatch):
     about = tmp_path / "packages" / "mine_for_distill-1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", "utf-8")
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", encoding="utf-8"
+    )
     (about / "entry_points.txt").write_text(f"[distill]\nsampler = {mine}\n", encoding="utf-8")
     trust._plugins.cache_clear()
     try:

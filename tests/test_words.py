@@ -129,6 +129,19 @@ def test_the_teacher_of_the_demo_is_a_path(command, monkeypatch):
     assert seen.pop() == (None, None)
 
 
+def test_a_run_is_called_by_any_text(command, tmp_path):
+    """And goes on: its name is read from its folder as it was typed."""
+    name = "costs ${5}, [it's] 𝔞 = {b}"
+    words = ["debug=smoke", "metrics=null", "logger=null", "callbacks.checkpoint.every=1"]
+    code, _, err = command("run", *words, f"name={name}", "run_dir=a, [b] = ${1}")
+    assert code == 0, err
+    folder = tmp_path / "a, [b] = ${1}"
+    assert OmegaConf.load(folder / "config.yaml").name == name
+    code, _, err = command("run", f"resume={folder}", "trainer.max_steps=3", "metrics=null")
+    assert code == 0, err
+    assert OmegaConf.load(folder / "config.yaml").name == name
+
+
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 

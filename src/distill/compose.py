@@ -309,8 +309,10 @@ def going_on(cfg: DictConfig) -> DictConfig:
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
             chosen = None if value == MISSING else _chosen(key, value, had)
+            typed = chosen is None or chosen is value
+            chosen = escaped(chosen) if isinstance(chosen, str) else chosen
             OmegaConf.update(now, key, chosen, merge=False)
-            if chosen is None or chosen is value:
+            if typed:
                 replaced.add(key)
         elif not (
             override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
@@ -322,7 +324,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
     trust.check_file(
         said, file, replaced, own=again is not None and Path(again) == Path(cfg.resume)
     )
-    now.resume = cfg.resume
+    now.resume = escaped(cfg.resume)
     different = several + [
         said
         for key, said in changes(before, now).items()

@@ -9,13 +9,14 @@ again.
 
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import validate
+from distill import paths, validate
 from distill.compose import (
     check_counts,
     config_of,
@@ -57,8 +58,8 @@ def judge(cfg: DictConfig) -> int:
     parts = (
         None if pictures or several else _models(cfg, protocol)
     )  # a mistake in them leaves nothing behind
-    if several:
-        protocol.load()  # what cannot be read is said before hours of drawing
+    if hasattr(protocol, "load"):
+        protocol.load()  # what cannot be read is said before hours of drawing, and before anything is written
     with one_writer(out, "out" if cfg.out else "run", deep=True):
         return _written(cfg, out, protocol, parts, several)
 
@@ -78,14 +79,17 @@ def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: boo
 
     run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-    put(out / ASKED, written(cfg))
-    if several and (code := launch.launch(out, cfg.devices, "evaluate", secrets=secrets(cfg))):
-        return code
-    if not pictures:
-        protocol, student, teacher, sampler = parts or _models(cfg, protocol)
-        rows = protocol(student, teacher, out, sampler)
-    else:
-        rows = protocol.judge_folder(run, out, hardware.device())
+    put(out / ASKED, written(paths.absolute(cfg)))
+    try:
+        if several and (code := launch.launch(out, cfg.devices, "evaluate", secrets=secrets(cfg))):
+            return code
+        if not pictures:
+            protocol, student, teacher, sampler = parts or _models(cfg, protocol)
+            rows = protocol(student, teacher, out, sampler)
+        else:
+            rows = protocol.judge_folder(run, out, hardware.device())
+    finally:
+        _leave_nothing(out)
     print(build.table(rows))
     if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
@@ -111,6 +115,17 @@ def check(cfg: DictConfig) -> None:
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
     check_free(_out(cfg), "out" if cfg.out else "run")
+
+
+def _leave_nothing(out: Path) -> None:
+    """Remove what was made for a judging that came to nothing; what was drawn stays, and is gone on with."""
+    drawn = any((out / "evaluation").glob("*/*")) or (out / "evaluation.json").exists()
+    if drawn:
+        return
+    (out / ASKED).unlink(missing_ok=True)
+    for folder in [*(out / "evaluation").glob("*/"), out / "evaluation", out]:
+        with suppress(OSError):  # what else is in it is not ours
+            folder.rmdir()
 
 
 def _pictures(run: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a machine does to a command, in words: a disk or a shared memory that is full, another process that has died.
+"""What a machine does to a command, in words: a full disk or memory, a process that has died.
 
 Libraries say it in exceptions of many classes, of which few name the file.
 """
@@ -52,7 +52,7 @@ def goes_on(way: Callable[[], str]) -> Iterator[None]:
 
 
 def sentence(error: BaseException, cause: BaseException) -> str | None:
-    """What the machine has done, with file and way on; None for an error of another kind. `cause` is its root."""
+    """What the machine has done, with file and way on; None for other errors. `cause`: its root."""
     if isinstance(cause, (BrokenPipeError, ConnectionError)) and not world() > 1:
         return None
     if (text := _lost(cause)) or (text := _shared(cause)):
@@ -104,7 +104,7 @@ def reason(cause: BaseException) -> str | None:
 
 
 def _written(cause: BaseException) -> str | None:
-    """The file that the innermost function that knows one was at: one that it has open, or else a path in its hands."""
+    """The file that the innermost function was at: one that it has open, or a path it holds."""
     known: list[Any] = []
     step = cause.__traceback__
     while step:

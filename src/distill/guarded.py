@@ -1,6 +1,6 @@
-"""Loggers beside `metrics.csv`, TensorBoard or a tracker on the network: what fails in mid-run ends no run.
+"""Loggers beside `metrics.csv`, TensorBoard or a tracker: what fails in mid-run ends no run.
 
-    guarded.spared(logger)   # a failure of the logger is a warning from now on, once it has logged anything
+    guarded.spared(logger)   # once it has logged a row, its failures are warnings
 
 One that cannot log the first row is set up wrongly, and ends the run before any time is lost.
 """

@@ -4,7 +4,10 @@ Lightning would start the command line again in every process, which under Hydra
 torchrun and SLURM start the processes themselves; then this module has nothing to do.
 
 <folder>/processes/0.log     what a process said last, and what its libraries write past Python
-<folder>/processes/0.beat    where it is; 0.end: why it ended. All of it goes when the processes have done their work.
+<folder>/processes/0.beat    where it is
+<folder>/processes/0.end     why it ended
+
+All of it goes when the processes have done their work.
 """
 
 import json
@@ -56,9 +59,9 @@ def launch(
 
     `secrets` are values that the configuration in the folder is without: the environment has them.
 
-    Signals are handed on, so that the workers can save; when one worker dies, the others are ended, and why it died is
-    said in one sentence. The workers end when this process does. Raises `Stopped` where a signal came before there was
-    anything to save.
+    Signals are handed on, so that the workers can save; when one worker dies, the others are
+    ended, and why it died is said in one sentence. The workers end when this process does. Raises
+    `Stopped` where a signal came before there was anything to save.
     """
     say(f"starting {processes} processes")
     notes = folder / PROCESSES
@@ -151,7 +154,7 @@ class _Workers:
                 self._failed.append(rank)
 
     def code(self) -> int:
-        """The exit code of the one that failed first, whose reason is said; 0 if all did their work."""
+        """The exit code of the one that failed first, whose reason is said; 0 if none did."""
         if not self._failed:
             return 0
         first = self._first()
@@ -172,7 +175,7 @@ class _Workers:
         return code
 
     def _first(self) -> int:
-        """The rank that failed for a reason of its own: others have only lost it, and may have ended before it."""
+        """The rank that failed for a reason of its own: those that lost it may have ended first."""
         ends = {rank: self._end(rank) for rank in self._failed}
         killed = [r for r in ends if self._all[r].returncode in KILLED]
         own = [rank for rank, end in ends.items() if end and not end.get("lost")]
@@ -181,7 +184,7 @@ class _Workers:
         return (killed or (noted if own else died) or noted or self._failed)[0]
 
     def _end(self, rank: int) -> dict[str, Any]:
-        """What a process has noted of its end: `at`, and `stopped` or `sentence`, `bug` and `lost`."""
+        """What a process noted of its end: `at`, and `stopped` or `sentence`, `bug`, `lost`."""
         with suppress(OSError, ValueError):
             return json.loads((self.notes / f"{rank}.end").read_text(encoding="utf-8"))
         return {}

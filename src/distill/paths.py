@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # Last parts of the keys that name something which is read.
 READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "reference"}
-READ |= {"prompts", "image", "base", "parts", "taught_by"}
+READ |= {"prompts", "image", "base", "parts"}
 WRITTEN = {"dirpath", "save_dir"}  # and what is written: there need not be anything yet
 ONE_FILE = ("pretrained", "prompts", "image")  # what may also be a tag or a text
 WORDS = ("teacher", "random", "kaiming", "gaussian")  # of `init`, whatever lies here

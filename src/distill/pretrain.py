@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import validate
+from distill import paths, validate
 from distill.compose import check_counts, shipped
 from distill.data.shards import check_pictures
 from distill.errors import command
@@ -30,7 +30,7 @@ def pretrain(cfg: DictConfig) -> Path:
     with importing("torch"):
         from distill.pretraining.stages import run
 
-    asked: Any = OmegaConf.to_container(cfg, resolve=True)
+    asked: Any = OmegaConf.to_container(paths.absolute(cfg), resolve=True)
     with one_writer(Path(cfg.out), "out", deep=True):
         models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
     print(f"models: {models}")

@@ -116,6 +116,8 @@ def check(cfg: DictConfig) -> list[str]:
         raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
     if cfg.image is not None:
         validate.check_strength(cfg.run, cfg.steps, cfg.strength)
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
     check_free(Path(cfg.out), "out")
     return prompts

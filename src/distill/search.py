@@ -129,6 +129,7 @@ def again(study: Any, trial: Any) -> None:
 def study_in(out: Path, cfg: DictConfig) -> Any:
     """The study in this folder, a new one if there is none. Raises ValueError for one that asks for something else."""
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
@@ -136,13 +137,17 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
     asked["run"] = [masked(word) for word in asked["run"]]
-    free = (
-        () if study.get_trials(states=counted()) else ("metric", "steps")
-    )  # as long as nothing was measured by them
+    # As long as nothing was measured by them. Which way is up is the study's own, and not to be changed.
+    free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
     known = study.user_attrs.get("asked", asked)
     if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
         raise ValueError(f"out={out} {what}")
+    if any(known[key] != asked[key] for key in ("space", "run")):
+        for waiting in study.get_trials(states=[TrialState.WAITING, TrialState.RUNNING]):
+            study.tell(
+                waiting.number, state=TrialState.FAIL
+            )  # of ranges that are no longer asked for
     study.set_user_attr("asked", asked)
     study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     return study
@@ -211,10 +216,19 @@ def main(cfg: DictConfig) -> None:
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
     from optuna.trial import TrialState
 
-    study = study_in(out, cfg)
-    if not study.trials:
+    first = None
+    if not (
+        out / "study.db"
+    ).exists():  # first: a run that cannot be composed leaves nothing behind
         with stage("composing the run"):
-            study.enqueue_trial(_as_it_is(list(cfg.run), space))
+            first = _as_it_is(list(cfg.run), space)
+    out.mkdir(parents=True, exist_ok=True)
+    study = study_in(out, cfg)
+    if not study.get_trials(states=[*counted(), TrialState.RUNNING, TrialState.WAITING]):
+        if first is None:
+            with stage("composing the run"):
+                first = _as_it_is(list(cfg.run), space)
+        study.enqueue_trial(first)
     for stale in study.get_trials(
         states=[TrialState.RUNNING]
     ):  # the command was killed in the middle

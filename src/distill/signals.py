@@ -3,8 +3,9 @@
     with heard():              # around a command: the first signal raises Stopped where the work is
         ...                    # a second Ctrl-C ends the process at once
 
-Training has a handler of its own: it saves first. Of several processes only the launcher is told by a terminal, and
-hands it on. A process that was started by another one of ours ends with it, by `end_with_parent`.
+Training has a handler of its own: it saves first. Of several processes only the launcher is told by
+a terminal, and hands it on. A process that was started by another one of ours ends with it, by
+`end_with_parent`.
 """
 
 import ctypes
@@ -54,7 +55,7 @@ def asked() -> signal.Signals | None:
 
 
 def remember(number: int) -> None:
-    """Note that this signal has come, for who asks later; a second Ctrl-C ends the process at once."""
+    """Note that this signal has come, for who asks later; a second Ctrl-C ends the process."""
     global _asked, _since
     twice = _asked in INTERRUPTS and number in INTERRUPTS
     if twice or (_asked is not None and time.monotonic() - _since > PATIENCE):
@@ -64,7 +65,7 @@ def remember(number: int) -> None:
 
 
 def end_now(number: int) -> None:
-    """End this process, with nothing saved and nothing said; the cursor, which bars hide, comes back."""
+    """End this process, nothing saved and nothing said; the cursor, which bars hide, comes back."""
     with suppress(OSError, ValueError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h\n")
@@ -88,7 +89,7 @@ def heard() -> Iterator[None]:
 
 
 def handled_by(handler: Any) -> dict[int, Any]:
-    """Set the handler of every stopping signal; returns those before. What nohup ignores stays ignored."""
+    """Set the handler of every stopping signal; returns those before. nohup's stays ignored."""
     numbers = [n for n in STOPPING if n != HANGUP or signal.getsignal(n) != signal.SIG_IGN]
     # None: set by something that is not Python, and cannot be put back.
     return {n: signal.signal(n, handler) or signal.SIG_DFL for n in numbers}
@@ -102,7 +103,7 @@ def _stop(number: int, _frame: Any) -> None:
 
 
 def requeue() -> bool:
-    """Ask SLURM to run this job again, after a SIGUSR1; whether there is a job, which the first process asks for."""
+    """Ask SLURM to run this job again, by its first process; returns whether there is a job."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
     if job and os.environ.get("SLURM_PROCID", "0") == "0":
@@ -111,11 +112,11 @@ def requeue() -> bool:
     return bool(job)
 
 
-# -- several processes -------------------------------------------------------------------------------------------------
+# -- several processes -----------------------------------------------------------------------------
 
 
 def apart() -> dict[str, Any]:
-    """Options of `Popen`: a Ctrl-C in the terminal reaches the launcher alone, which hands it on once."""
+    """Options of `Popen`: a Ctrl-C reaches the launcher alone, which hands it on once."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}
@@ -128,15 +129,16 @@ def hand_on(number: int, process: subprocess.Popen) -> None:
 
 
 def for_child() -> dict[str, str]:
-    """The environment of a process that is to end when this one does: it calls `end_with_parent`."""
+    """The environment of a process that ends when this one does: it calls `end_with_parent`."""
     return {**os.environ, PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """Have this process asked to stop (SIGTERM) when its launcher dies: ours, or torchrun; nothing without one.
+    """Have this process asked to stop (SIGTERM) when its launcher dies: ours, or torchrun.
 
-    It has LAST seconds to save in. Linux sends the signal itself; elsewhere, and should the launcher have died before
-    that was asked for, a thread looks for it every second.
+    It has LAST seconds to save in. Linux sends the signal itself; elsewhere, and should the
+    launcher have died before that was asked for, a thread looks for it every second. Without a
+    launcher nothing happens.
     """
     parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if TORCHRUN in os.environ else 0)
     if parent:
@@ -162,14 +164,14 @@ def is_parent(number: int) -> bool:
 
 
 def _die_with_parent(number: int) -> None:
-    """Have Linux send this signal to this process when its parent dies; nothing on other systems."""
+    """Have Linux send this signal to this process when its parent dies; elsewhere nothing."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a C library without it: there is the thread
             ctypes.CDLL(None).prctl(DEATH, int(number), 0, 0, 0)
 
 
 def in_loader(_worker: int) -> None:
-    """First thing in a worker process of a DataLoader: it dies with its parent, and leaves signals to it."""
+    """First thing in a worker of a DataLoader: it dies with its parent, who heeds signals."""
     for number in (signal.SIGINT, REQUEUE, HANGUP):  # SIGTERM is torch's: by it the parent ends it
         if number is not None:
             signal.signal(number, signal.SIG_IGN)

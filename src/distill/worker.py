@@ -1,6 +1,6 @@
-"""`python -m distill.worker <folder> <command>`: one of several processes of a command, started by `distill.launch`.
+"""`python -m distill.worker <folder> <command>`: one of the processes of `distill.launch`.
 
-It says nothing of its own end: why it ended it notes, and the launcher says the first such note of all processes.
+It says nothing of its own end: it notes why, and the launcher says the first such note of all.
 """
 
 import importlib

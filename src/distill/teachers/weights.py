@@ -69,14 +69,24 @@ def local_file(path: str, key: str) -> Path:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said about them."""
-    if file.suffix != ".safetensors":
-        check_archive(file)
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        state = state.get("state_dict", state)
-        return {name: x for name, x in state.items() if isinstance(x, Tensor)}, {}
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, about_weights(file)  # noqa: SIM118
+    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said about them.
+
+    Raises ValueError for a damaged one.
+    """
+    try:
+        if file.suffix != ".safetensors":
+            check_archive(file)
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            state = state.get("state_dict", state)
+            return {name: x for name, x in state.items() if isinstance(x, Tensor)}, {}
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, about_weights(file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        what = f"cut short or no file of weights ({first_line(error, 90)})"
+        raise ValueError(f"{file}: {what}; fetch it anew") from None
 
 
 @contextmanager
