@@ -40,7 +40,9 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 nitpicky = False  # annotations name classes of torch and diffusers, whose pages are elsewhere
 
 generated.write(HERE / "look_up")
+generated.copy_studies(HERE / "experiments")
 
 
 def setup(app: object) -> None:
+    app.connect("source-read", generated.at_home)
     app.connect("autodoc-process-docstring", generated.as_rst, priority=400)  # before napoleon

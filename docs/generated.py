@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -37,6 +38,20 @@ def write(folder: Path) -> None:
     api.mkdir(exist_ok=True)
     for room, title in ROOMS.items():
         put(api / f"{room}.md", "\n".join(api_page(room, title)))
+
+
+def copy_studies(folder: Path) -> None:
+    """The pages of experiments/ with their pictures, so that the documentation can link them."""
+    for file in sorted((ROOT / "experiments").rglob("*")):
+        if file.suffix in (".md", ".png", ".svg", ".csv"):
+            to = folder / file.relative_to(ROOT / "experiments")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, to)
+
+
+def at_home(app: object, page: str, source: list[str]) -> None:
+    """Links that are right in the repository, made right in the documentation: experiments/ lies inside it there."""
+    source[0] = source[0].replace("](../../experiments/", "](/experiments/")
 
 
 def put(file: Path, text: str) -> None:
