@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import eyes
 import tiny
-from distill import errors, files
+from distill import files
+from distill.commandline import texts
 from distill.data.write import write_latents
 from distill.discriminators.images import ImageFeatures
 from distill.metrics.networks import Dinov2
@@ -106,7 +107,7 @@ def png(width, height) -> bytes:
         ("trainer.max_step=3", "trainer.max_step: no such key (did you mean trainer.max_steps?)"),
         ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
         ("debugg=smoke", "debugg: no such key (did you mean debug?)"),
-        ("~metric", "'metric' does not exist (did you mean metrics?)"),
+        ("~metric", "~metric: there is no such key (did you mean metrics?); leave it out"),
         ("data.buckets=[[64,64]", "data.buckets=[[64,64]: cannot be read as key=value"),
         ("na me=a", "na me=a: cannot be read as key=value"),
         (
@@ -153,7 +154,7 @@ def test_a_wrong_argument_is_named_before_weights_are_read(
         ("prompt=a dog, a cat", "a dog, a cat"),
         # and as before:
         ("prompt='a, b'", "a, b"),
-        ("prompt=null", None),
+        ("name=null", None),
         ("metrics.prompts=16", 16),
         ("steps=[1,2]", [1, 2]),
         ("data.path=${oc.env:X}/a", "${oc.env:X}/a"),
@@ -161,16 +162,16 @@ def test_a_wrong_argument_is_named_before_weights_are_read(
 )
 def test_values_that_hydra_does_not_read_are_texts(word, value, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    found = OverridesParser.create().parse_override(errors.readable(word, sweep=False))
+    found = OverridesParser.create().parse_override(texts.readable(word, "config"))
     assert found.value() == value
     assert type(found.value()) in (type(value), QuotedString)
 
 
 def test_a_sweep_stays_one():
     for word in ("name=a,b", "name=ü,b"):  # of the second Hydra says that it cannot be read
-        assert errors.readable(word, sweep=True) == word
-    assert errors.readable("name=ü", sweep=True) == "name='ü'"
-    assert errors.readable("seed=1,2", sweep=False) == "seed=1,2"  # Hydra says what to do
+        assert texts.readable(word, "config", sweep=True) == word
+    assert texts.readable("name=ü", "config", sweep=True) == "name='ü'"
+    assert texts.readable("seed=1,2", "config") == "seed=1,2"  # Hydra says what to do
 
 
 def test_a_text_reaches_the_command_as_it_was_typed(command, monkeypatch):
@@ -321,6 +322,13 @@ def test_a_network_of_pictures_is_read_whole(tmp_path):
         with pytest.raises(ValueError, match=rf"^{key}.*lacks .*attention") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["a pipeline", "of the hub"])
+def test_eyes_that_cannot_be_read_are_named(what, pipelines):
+    path = str(pipelines("mmdit")) if what == "a pipeline" else "nobody/nothing"
+    with pytest.raises(ValueError, match=f"^discriminator.features.path={path}: cannot be read"):
+        ImageFeatures(path, size=tiny.SIDE)
 
 
 def test_other_damage_to_a_teacher(refused, copied):
@@ -814,10 +822,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     before = (folder / "config.yaml").read_text(encoding="utf-8")
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, _: full_disk(path))
     said = refused("run", f"resume={folder}", "trainer.max_steps=3")
-    assert f"{folder}/config.yaml." in said
-    assert said.endswith(
-        ".part: No space left on device; make room, then go on with resume=<run folder>"
-    )
+    way = f"make room, then go on with: python -m distill.run resume={folder}"
+    assert said == f"{folder}/config.yaml: No space left on device; {way}"
     assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 

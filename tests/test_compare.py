@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,3 +234,47 @@ def test_a_method_without_a_discriminator_has_no_curve_of_it(written, command, t
         ) is shown
     (second / "metrics.csv").unlink()
     assert command("compare", f"runs={second}", f"out={tmp_path / 'out'}")[0] == 0
+
+
+DAMAGE = {
+    "evaluation.json": (
+        '{"rows": [',
+        "[]",
+        '{"rows": [{"who": "student"}]}',
+        '{"rows": 3}',
+        "\xff",
+    ),
+    "run.json": ("{", "[1]", '{"train_seconds": "long"}'),
+    "config.yaml": ("{", "junk", "a: [b", "\x00\x01"),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [(file, text) for file, texts in DAMAGE.items() for text in texts]
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_damaged_run_is_named_and_the_others_compared(
+    by_name, file, text, command, written, tmp_path
+):
+    good, bad = written("good", LADD, 0, 0.5), written("bad", LADD, 1, 0.6)
+    (bad / file).write_bytes(text.encode("latin-1"))
+    code, out, err = command("compare", "runs=runs/*", f"by_name={by_name}")
+    assert (code, err) == (0, "")
+    assert f"left out, damaged: {Path('runs/bad', file)}: " in out
+    assert len([line for line in out.splitlines() if "damaged" in line]) == 1
+    assert (tmp_path / "compare" / "compare.html").is_file()
+    assert good.name in (tmp_path / "compare" / "compare.csv").read_text(encoding="utf-8")
+    (good / file).write_bytes(text.encode("latin-1"))
+    code, _, err = command("compare", "runs=runs/*")
+    assert (code, len(err.splitlines())) == (1, 1)
+
+
+@pytest.mark.parametrize(("file", "keep"), [("metrics.csv", 9), ("samples/comparison.png", 60)])
+def test_curves_and_pictures_that_are_cut_cost_no_comparison(
+    file, keep, command, written, tmp_path
+):
+    written("good", LADD, 0, 0.5)
+    bad = written("bad", LADD, 1, 0.6)
+    (bad / file).write_bytes((bad / file).read_bytes()[:keep])
+    code, _, err = command("compare", "runs=runs/*")
+    assert (code, err) == (0, "")

@@ -70,7 +70,7 @@ def check_targets(tree: Any, *, whole: bool) -> int:
         unknown = {key for key in node if key.startswith("_") and key.endswith("_")} - RESERVED
         assert not unknown, f"{path}: {unknown} mean nothing to Hydra"
         signature = inspect.signature(get_object(target))
-        kwargs = {key: value for key, value in node.items() if key not in RESERVED}
+        kwargs = {key: node[key] for key in node if key not in RESERVED | {"defaults"}}
         bind = signature.bind if whole and not node.get("_partial_") else signature.bind_partial
         try:
             bind(*node.get("_args_", ()), **kwargs)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import tiny
-from distill import hardware
+from distill import doctor, hardware, locks
 from distill.callbacks import Alarms, alarm
 from distill.teachers import sizes
 
@@ -126,3 +132,51 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     assert [
         json.loads(x) for x in (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines()
     ] == [row]
+
+
+LEFT = """
+import subprocess, sys, time
+code = "import time; print('ready', flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", code, "distill.worker", "run"])
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process whose parent has died")
+def test_processes_whose_launcher_is_gone_are_found():
+    """By their command, which is that of a worker; one with a launcher that lives is none."""
+    command = [sys.executable, "-c", LEFT, "distill"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    assert launcher.stdout.readline() == "ready\n"
+    (worker,) = psutil.Process(launcher.pid).children()
+    assert worker.pid not in doctor.orphaned()
+    launcher.kill()
+    launcher.wait()
+    assert worker.pid in doctor.orphaned()
+    worker.kill()
+
+
+def test_a_folder_that_is_written_and_one_that_was_left(command, pipelines, tmp_path):
+    for name in ("held", "left"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "left" / locks.NAME).write_text("", encoding="utf-8")
+    with locks.one_writer(tmp_path / "runs" / "held", "run_dir"):
+        _, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
+    assert f"warn runs/held is written by process {os.getpid()} on" in out
+    assert "ok   runs/left was left by a command that was killed; the next one takes it" in out
+
+
+@pytest.mark.parametrize(
+    ("data", "level", "said"),
+    [
+        ({"num_workers": 0, "batch_size": 4}, "ok", "0 loader workers a process read ahead 0 MB"),
+        ({"num_workers": 2, "batch_size": 4, "size": 512}, "ok", "2 loader workers a process read"),
+        ({"num_workers": 900, "batch_size": 999, "size": 4096}, "fail", "900 loader workers"),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_shared_memory_is_held_against_the_workers(data, level, said):
+    cfg = OmegaConf.create({"data": data, "trainer": {"devices": 1}})
+    ((got, what, remedy),) = doctor.shared_memory(cfg)
+    assert (got, said in what) == (level, True), what
+    assert remedy.startswith("data.num_workers=0")

@@ -345,7 +345,7 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_it(judged, student, 
     found = judged(folder, few, out="fewer")["protocol"]
     assert found["prompts"] == 7  # and not what the protocol would have had drawn
     assert found["data"].startswith("captions of the pictures, sha256 ")
-    assert "data" not in judged(folder, "metrics.measures=[fid]", out="fewer")["protocol"]
+    assert "data" not in judged(folder, "metrics.measures=[fid]", out="fid")["protocol"]
     shutil.copy(drawn / "000007.png", folder / "a_2.png")
     (renamed,) = judged(folder, few, out="renamed")["rows"]
     assert renamed["clip_score"] == pytest.approx(row["clip_score"], rel=1e-5)
@@ -432,8 +432,12 @@ def test_a_run_judges_itself_so_and_is_judged_again(
         "steps=2",
     ]
     assert command("evaluate", *again, "metrics.teacher_steps=[]")[0] == 0
-    (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    then = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert [(row["who"], row["steps"]) for row in then["rows"]] == found
+    assert then["rows"][:3] == first["rows"][:3]
+    row = then["rows"][3]
     assert row["fid"] == pytest.approx(first["rows"][3]["fid"], rel=1e-2)  # with weights read back
+    assert row["cmmd"] == first["rows"][3]["cmmd"]  # which was not asked for again
     assert "| fid |" in (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")
     code, out, err = command("compare", f"runs={tmp_path / 'run'}", f"out={tmp_path / 'compared'}")
     assert code == 0, err

@@ -41,7 +41,7 @@ def test_a_page_has_every_key_with_its_default(name, flag, command):
 
 def test_a_page_says_what_stands_beside_a_key(command):
     out = plain(command("sample", "--help")[1])
-    assert "prompts=null a text file with one a line" in out
+    assert 'prompts=null several: a list, ["one","two"], or a text file with one a line' in out
     assert "run= (must be given) a run folder, a diffusers pipeline folder, or a hub id" in out
 
 

@@ -112,7 +112,7 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     asked = []
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     slurm = SimpleNamespace(run=lambda arguments, **_: asked.append(arguments))
-    monkeypatch.setattr("distill.checkpoint.subprocess", slurm)
+    monkeypatch.setattr("distill.signals.subprocess", slurm)
 
     def tell(self, trainer, pl_module, *_):
         if pl_module.step == 3:

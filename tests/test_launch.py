@@ -133,7 +133,7 @@ def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, m
 def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatch, tmp_path):
     """Before the first checkpoint too; where nothing was trained, no empty run stays behind."""
 
-    def fails(folder, processes):
+    def fails(folder, processes, **_):
         if trained:
             (folder / "metrics.csv").write_text("step,g/adv\n240,0.5\n", encoding="utf-8")
         return 1

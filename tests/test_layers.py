@@ -18,15 +18,19 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "console", "formats", "hardware", "limits", "memory", "progress", "ranks", "signals", "unread",
+        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "limits", "locks",
+        "memory", "progress", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
     "base": {"methods.base"},
     "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "record", "csvlog"},
-    "compose": {"_conf", "compose", "defaults", "signatures", "validate"},
-    "L5": {"build"},
+    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded"},
+    "compose": {
+        "_conf", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
+        "signatures", "trust", "validate",
+    },
+    "L5": {"build", "trackers"},
     "L6": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",
         "demonstration", "doctor", "errors", "evaluate", "export", "inspect", "launch", "making",

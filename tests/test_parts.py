@@ -119,16 +119,20 @@ def test_shards_of_a_variant_keep_the_names_that_their_index_has(tmp_path):
     """And an index cannot name a file elsewhere."""
     source = tmp_path / "source"
     source.mkdir()
-    shards = {"a": "model.fp16-00001-of-00002.safetensors", "b": "../model.fp16-00002.safetensors"}
+    shards = {"a": "model.fp16-00001-of-00002.safetensors", "b": "model.fp16-00002.safetensors"}
     index = source / "model.safetensors.index.fp16.json"
     index.write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
     (source / "config.json").write_text("{}", encoding="utf-8")
     for name in shards.values():
-        (source / Path(name).name).write_bytes(b"x")
+        (source / name).write_bytes(b"x")
     (source / "model.fp16-00003.safetensors").write_bytes(b"x")  # of another save
     copy_part(source, tmp_path / "copy", "fp16")
-    names = {Path(name).name for name in shards.values()}
-    assert files(tmp_path / "copy") == {*names, "config.json", "model.safetensors.index.json"}
+    wanted = {*shards.values(), "config.json", "model.safetensors.index.json"}
+    assert files(tmp_path / "copy") == wanted
+    hostile = {"weight_map": shards | {"b": "../model.fp16-00002.safetensors"}}
+    index.write_text(json.dumps(hostile), encoding="utf-8")
+    with pytest.raises(ValueError, match="must name files of weights beside it"):
+        copy_part(source, tmp_path / "other", "fp16")
 
 
 def test_links_into_the_hub_s_own_store_are_followed(pipelines, tmp_path):

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import eyes
-from distill import compose, doctor, errors, files
+from distill import compose, doctor, files
+from distill.commandline import texts
 from distill.data import source
 from distill.metrics import networks
 from distill.teachers.reading import is_hub_id
@@ -256,7 +257,7 @@ def test_what_a_name_cannot_hold_is_told_apart(monkeypatch):
 
 @pytest.mark.parametrize("path", [r"C:\models\x", r"C:\my models\x(1)", r"\\server\share\x"])
 def test_a_windows_path_is_read_as_it_is_typed(path):
-    word = errors.readable(f"teacher.path={path}", sweep=False)
+    word = texts.readable(f"teacher.path={path}", "config")
     assert OverridesParser.create().parse_override(word).value() == path
 
 

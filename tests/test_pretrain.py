@@ -349,3 +349,18 @@ def test_shared_captions_are_looked_up():
     assert 0.8 < kept.float().mean() < 1
     assert torch.equal(drawn[kept, 1, 2], expected[kept])
     assert torch.equal(pooled[kept, 0], expected[kept])
+
+
+def test_a_text_encoder_that_goes_on_keeps_its_tokenizer(tmp_path):
+    """Trained again it may number its words otherwise, and the weights would be of other words."""
+    captions = [draw_prompt(np.random.default_rng(i)).caption for i in range(256)]
+    (tmp_path / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    asked = {"out": str(tmp_path), "text_length": 32, "data": {"path": None}}
+    first, ids = text._tokenized(Work(asked))
+    kept = sorted((p.name, p.read_bytes()) for p in (tmp_path / "train" / "tokenizer").iterdir())
+    for _ in range(4):
+        again, others = text._tokenized(Work(asked))
+        assert again.get_vocab() == first.get_vocab()
+        assert torch.equal(others, ids)
+    found = sorted((p.name, p.read_bytes()) for p in (tmp_path / "train" / "tokenizer").iterdir())
+    assert found == kept

@@ -430,7 +430,7 @@ def test_rows_of_the_comparison_are_named_by_the_evaluation(run):
 
 def test_a_large_picture_is_shrunk(tmp_path):
     (tmp_path / "samples").mkdir()
-    Image.new("RGB", (3200, 800)).save(tmp_path / "samples" / "step_5.png")
+    Image.new("RGB", (3200, 800)).save(tmp_path / "samples" / "step_000005.png")
     assert 'width="1600" height="400"' in read(tmp_path)[0]
 
 

@@ -78,3 +78,17 @@ def test_a_count_is_a_number(count, command):
     code, _, err = command("run", f"callbacks.samples.count={count}")
     assert code == 1
     assert f"callbacks.samples.count={count}: must be a whole number, 1 or more" in err
+
+
+def test_pictures_that_are_not_finite_later_are_not_written(teacher, shards, tmp_path, caplog):
+    """The run goes on: its weights may be whole, and one picture beyond what a dtype holds."""
+
+    class Overflowing(Samples):
+        def _latents(self, trainer, pl_module, places):
+            x0 = super()._latents(trainer, pl_module, places)
+            return x0 * (float("inf") if pl_module.step else 1)
+
+    loader = latents(str(shards), batch_size=2).loader(seed=0)
+    tiny.trainer(tmp_path, 1, Overflowing(count=2)).fit(tiny.ladd(teacher), loader)
+    assert [file.name for file in (tmp_path / "samples").glob("*.png")] == ["step_000000.png"]
+    assert "step 1: samples/step_000001.png: 2 of 2 hold values that are not" in caplog.text

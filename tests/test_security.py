@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from distill import compose, files
+from distill import compose, files, trust
 from distill.data.shards import Shards
 
 HOSTILE = (
@@ -27,8 +27,8 @@ HOSTILE = (
     "torch.nn.functional.torch.hub.load",
     "torch.nn.modules.module.torch.load",
     "torch.optim.optimizer.torch.load",
-    "distill.checkpoint.subprocess.run",
-    "distill.checkpoint.requeue",
+    "distill.signals.subprocess.run",
+    "distill.signals.requeue",
     "distill.record.subprocess.run",
     "distill.record.subprocess.Popen",
     "distill.record.Path",
@@ -82,31 +82,31 @@ class Bomb:
 def test_a_hostile_target_is_refused(target):
     node = {"_target_": target, "args": ["true"]}
     nested = {"_target_": "distill.times.LogitNormal", "m": [{"deep": [node]}]}
+    refused = rf"_target_: {re.escape(target)}( is refused|: there is nothing of this)"
     for tree in (node, [node], {"a": node}, nested, {"name": target, "a": {"_target_": "${name}"}}):
-        with pytest.raises(
-            ValueError,
-            match=f"^_target_: {re.escape(target)}( is refused|: there is nothing of this)",
-        ):
-            compose.make(OmegaConf.create(tree))
+        with pytest.raises(ValueError, match=rf"^method\.renoise[\w.]*\.{refused}"):
+            compose.make(OmegaConf.create(tree), "method.renoise")
+    for key in (*trust.SHIPPED, "seed", "method.deep.down", "teacher.path"):
+        with pytest.raises(ValueError, match=rf"^{re.escape(key)}\.{refused}"):
+            compose.make(OmegaConf.create(node), key)
     # read a second time, this would be a node
     escaped = {
         "_target_": "distill.times.LogitNormal",
         "m": "\\${oc.create:{_target_: " + target + "}}",
     }
     with pytest.raises(ValueError, match="escaped interpolation"):
-        compose.make(OmegaConf.create(escaped))
+        compose.make(OmegaConf.create(escaped), "method.renoise")
 
 
 def test_what_runs_are_made_of_is_allowed():
     trainer = compose.make(
-        OmegaConf.create({"_target_": "lightning.Trainer", "_partial_": True, "max_steps": 3})
+        OmegaConf.create({"_target_": "lightning.Trainer", "_partial_": True, "max_steps": 3}),
+        "trainer",
     )
     assert trainer.keywords == {"max_steps": 3}
     callback = {"_target_": "lightning.pytorch.callbacks.DeviceStatsMonitor"}
-    assert type(compose.make(OmegaConf.create(callback))).__name__ == "DeviceStatsMonitor"
-    assert compose.make(
-        OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3})
-    ).bias.ndim
+    made = compose.make(OmegaConf.create(callback), "callbacks.mine")
+    assert type(made).__name__ == "DeviceStatsMonitor"
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -115,7 +115,7 @@ def test_a_hostile_node_is_refused_before_anything_is_made(node, command, tmp_pa
         "run", f"++{node}._target_=os.system", f"++{node}.command='touch {tmp_path / 'owned'}'"
     )
     assert code == 1
-    assert err.startswith("distill: _target_: os.system is refused")
+    assert err.startswith(f"distill: {node}._target_: os.system is refused")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,6 +128,44 @@ def test_hydra_itself_runs_nothing_either(command, tmp_path):
         code, _, _ = command("run", argument, "trainer.max_steps=0")
         assert code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {evil: {_target_: evil.Callback}}}",
+        "hydra: {job_logging: {formatters: {evil: {(): evil.Formatter}}}}",
+        "hydra: {job_logging: {handlers: {evil: {class: evil.Handler}}}}",
+        "defaults: [/method@hydra.callbacks.evil: ladd]",
+        "# @package hydra.callbacks\nevil: {_target_: evil.Callback}",
+    ],
+)
+def test_a_recipe_from_a_stranger_has_hydra_call_nothing(text, command, tmp_path, monkeypatch):
+    owned = tmp_path / "owned"
+    (tmp_path / "evil.py").write_text(f"open({str(owned)!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = tmp_path / "conf" / "experiment" / "odd.yaml"
+    recipe.parent.mkdir(parents=True)
+    head = "" if text.startswith("#") else "# @package _global_\n"
+    recipe.write_text(f"{head}{text}\n", encoding="utf-8")
+    for words in (["--config-dir", "conf"], ["--config-dir=conf"]):
+        code, _, err = command("run", *words, "experiment=odd", "trainer.max_steps=0")
+        assert code == 1
+        assert "conf/experiment/odd.yaml: " in err
+        assert "a file may not say what Hydra itself calls; type it, or if" in err
+    assert not owned.exists()
+
+
+def test_a_recipe_may_say_where_hydra_starts_jobs(command, tmp_path):
+    recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(
+        "# @package _global_\nhydra: {sweep: {dir: x}}\ntrainer: {max_steps: 0}\n",
+        encoding="utf-8",
+    )
+    code, _, err = command("run", "--config-dir", "conf", "experiment=mine")
+    assert code == 1
+    assert "trainer.max_steps=0: must be a whole number" in err
 
 
 def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path):

@@ -299,3 +299,17 @@ def test_pictures_of_damaged_weights_are_not_drawn(part, copied, command, tmp_pa
     assert f"distill: {what}: 1 of 1 hold values that are not finite: the weights are d" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_run_on_damaged_weights_ends_before_its_first_step(copied, command, shards, tmp_path):
+    """Its pictures on the way were black files, and its exit code 0."""
+    folder = copied("unet")
+    (file,) = (folder / "vae").glob("*.safetensors")
+    state = load_file(file)
+    name = next(n for n in state if n.endswith("conv_out.weight") and "encoder" not in n)
+    save_file(state | {name: state[name] * float("nan")}, file, {"format": "pt"})
+    words = ["teacher=sd15", f"teacher.path={folder}", "data=latents", f"data.path={shards}"]
+    code, _, err = command("run", *words, "debug=smoke", f"run_dir={tmp_path / 'run'}")
+    assert code == 1
+    assert "samples/step_000000.png: 16 of 16 hold values that are not finite" in err
+    assert not list((tmp_path / "run" / "samples").glob("*.png"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -414,3 +415,43 @@ def test_prompts_are_lines_of_a_file(tmp_path):
         (tmp_path / "blank.txt").write_text("\n", encoding="utf-8")
         with pytest.raises(ValueError, match=rf"data\.path=.*{what}"):
             source.prompts(str(path), batch_size=1)
+
+
+def broken(name, folder, state):
+    """A file of weights of this name: cut short, a page of a server's, with an object in it, or no weights."""
+    file = folder / name
+    if name == "cut.safetensors":
+        save_file(state, file)
+        file.write_bytes(file.read_bytes()[:1000])
+    elif name == "page.safetensors":
+        file.write_bytes(b"<html>404</html>")
+    else:
+        torch.save({"object.ckpt": {"state_dict": Path("x")}, "list.pt": [1, 2]}[name], file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "page.safetensors", "object.ckpt", "list.pt"])
+def test_a_damaged_file_is_one_line(name, teachers, pipelines, command, tmp_path):
+    file = broken(name, tmp_path, weights(teachers("unet")))
+    words = ["teacher=sd15", f"teacher.path={pipelines('unet')}", f"teacher.weights={file}"]
+    code, _, err = command("run", *words, "debug=smoke", f"run_dir={tmp_path / 'run'}")
+    assert code == 1
+    assert f"teacher.weights={file}: cannot be read as weights (" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_a_trainer_s_is_read(teacher, family, pipelines, tmp_path):
+    """Its weights stand under `state_dict`, beside numbers."""
+    changed = {k: v + 0.5 for k, v in weights(teacher).items()}
+    torch.save({"state_dict": changed, "epoch": 3}, tmp_path / "a.ckpt")
+    found = weights(FAMILIES[family](str(pipelines(family)), weights=str(tmp_path / "a.ckpt")))
+    assert all(torch.equal(found[k], v) for k, v in changed.items())
+
+
+def test_a_damaged_delta_is_one_line(pipelines, command, tmp_path):
+    file = broken("page.safetensors", tmp_path, {})
+    code, _, err = command("export", f"base={pipelines('unet')}", f"delta={file}", "out=out")
+    assert code == 1
+    assert f"delta={file}: cannot be read as weights (" in err
+    assert "Traceback" not in err

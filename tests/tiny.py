@@ -25,7 +25,7 @@ from distill.discriminators.projection import Projection
 from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.discriminators.teacher_features import TASKS, TeacherFeatures
 from distill.distillation import ScoreDistillation, TeacherSamples
-from distill.engine import Engine
+from distill.engine import Engine, Parts
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
 from distill.methods.consistency import Consistency
@@ -280,10 +280,10 @@ def parts(
 
 def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> LADD:
     return LADD(
+        Parts(**parts(teacher, **engine_options)),
         levels=Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1]),
         renoise=LogitNormal(-0.5, 1.0),
         **(options or {}),
-        **parts(teacher, **engine_options),
     )
 
 
@@ -337,7 +337,8 @@ def add(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options
     widths = {"pooled": condition.pooled_width, "image": condition.image_width}
     given["heads"] = StyleGANTHeads(features.channels, **widths)
     levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.25] * 4)
-    return ADD(**{"levels": levels, "distill": ScoreDistillation()} | (options or {}) | given)
+    own = {"levels": levels, "distill": ScoreDistillation()} | (options or {})
+    return ADD(Parts(**given), **own)
 
 
 def nitrofusion(
@@ -356,7 +357,7 @@ def nitrofusion(
     own = {"size": 150, "levels": levels, "width": 16, "refresh": 0.02} | (pool or {})
     given["heads"] = Pool(features.channels, **own)
     own = {"levels": [[1.0], [1.0, 0.5]], "refine": [0, 2]} | (options or {})
-    return NitroFusion(renoise=Discrete(levels, [0.25] * 4), **own, **given)
+    return NitroFusion(Parts(**given), renoise=Discrete(levels, [0.25] * 4), **own)
 
 
 def regression(
@@ -366,14 +367,16 @@ def regression(
     given = alone(parts(teacher, **engine_options))
     levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1])
     pairs = TeacherSamples(levels=[1.0, 0.75, 0.5, 0.25], fresh=False)
-    return Regression(**{"levels": levels, "real": pairs} | (options or {}) | given)
+    own = {"levels": levels, "real": pairs} | (options or {})
+    return Regression(Parts(**given), **own)
 
 
 def consistency(
     teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any
 ) -> Consistency:
     given = alone(parts(teacher, **engine_options))
-    return Consistency(**{"steps": 4, "guidance": 2.0} | (options or {}) | given)
+    own = {"steps": 4, "guidance": 2.0} | (options or {})
+    return Consistency(Parts(**given), **own)
 
 
 def alone(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,14 @@
+"""Adversarial diffusion distillation: `python -m distill` says what one can type."""
+
+import signal
+import sys
+
+# While a command is imported a Ctrl-C ends it without a traceback, as it ends any other program.
+# Its own handlers come with `distill.signals`; a program that imports the package keeps its own.
+_started = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+if (
+    _started
+    and f"{_started[0]}.".startswith("distill.")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

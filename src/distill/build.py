@@ -3,7 +3,7 @@ by a method, on data."""
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import hardware, sampling, signatures, validate
-from distill.checkpoint import AtomicIO, Checkpoints, requeue
+from distill import content, hardware, resuming, sampling, signatures, trackers, validate
+from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
+from distill.engine import Parts
 from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.progress import stage
 from distill.record import versions
 from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
-from distill.signals import REQUEUE
+from distill.secret import hidden
+from distill.signals import REQUEUE, requeue
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of
@@ -31,6 +33,8 @@ from distill.teachers.sizes import of_pipeline
 from distill.types import Cond
 
 log = logging.getLogger(__name__)
+# Classes that are made of numbers alone.
+NUMBERS = ("distill.times.", "distill.distillation.", "distill.engine.", "distill.sampling.")
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
 
@@ -38,20 +42,51 @@ EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists an
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
     validate.check_run(cfg)
-    allowed(cfg)
+    for node in cfg.values():  # what is made; a run itself may be called by any text
+        if isinstance(node, DictConfig):
+            allowed(node)
     accelerator = cfg.trainer.get("accelerator", "auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(accelerator, accelerator != "gpu" or any(there.values())):
         what = "there is no such GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+    check_numbers(cfg)
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
+    _check_trainer(cfg)
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Build the trainer once for nothing: what Lightning has against it is said while nothing is written."""
+    _hush()
+    quiet = cfg.copy()
+    if quiet.trainer.precision == "auto":
+        quiet.trainer.precision = "32-true"  # settled later; any will do
+    OmegaConf.update(quiet, "logger", None, force_add=True)  # some connect as soon as they are made
+    trainer(quiet, Path("nowhere"))
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Make what needs no network, so that it says now what is wrong with its numbers: ValueError, naming the key."""
+    own = {f"method.{key}": node for key, node in cfg.method.items()}
+    for key, node in {"optimizer": cfg.optimizer, "sampler": cfg.sampler, **own}.items():
+        if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(NUMBERS):
+            continue
+        try:
+            make(node, key)
+        except InstantiationException as error:
+            cause = error.__cause__
+            if not isinstance(cause, ValueError):
+                raise
+            said = str(cause)
+            named = said.startswith(tuple(f"{group}." for group in cfg))
+            raise ValueError(said if named else f"{key}: {said}") from None
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
     validate.check_metrics(metrics)
-    made = make(metrics)
+    made = make(metrics, "metrics")
     if run and hasattr(made, "check"):
         eyes = (
             str(OmegaConf.select(run, f"discriminator.features.{key}"))
@@ -63,19 +98,17 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 def sampler_of(run: str, student: Any) -> Any:
     """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
-    if own := (config_of(run) or {}).get("sampler"):
-        return make(own)
+    if own := (config_of(run, "sampler") or {}).get("sampler"):
+        return make(own, "sampler")
     return sampling.sampler_of(student.pipeline)
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first, and silences Lightning's usual hints."""
     lightning.seed_everything(cfg.seed, verbose=False)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=EXPECTED)
+    _hush()
     with stage("opening the data"):
-        source = make(cfg.data)  # first: what is wrong with it shows in a moment
+        source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
     space = signatures.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
@@ -89,16 +122,22 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     if judge and hasattr(
         get_object(judge), "fits"
     ):  # others read data when they are made, as `check` has done
-        make(cfg.metrics).fits(teacher)
+        make(cfg.metrics, "metrics").fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
-    student = make(cfg.student)(teacher=teacher)
-    make(cfg.sampler).check(student)
+    student = make(cfg.student, "student")(teacher=teacher)
+    make(cfg.sampler, "sampler").check(student)
     with stage("building the discriminator"):
         players = {"student": student, **_discriminator(cfg.discriminator, teacher)}
-    return source, make(cfg.method)(
-        teacher=teacher, **players, engine=make(cfg.optimizer), seed=cfg.seed
-    )
+    engine = make(cfg.optimizer, "optimizer")
+    made = Parts(teacher=teacher, **players, engine=engine, seed=cfg.seed)
+    return source, make(cfg.method, "method")(made)
+
+
+def _hush() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=EXPECTED)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
@@ -108,7 +147,7 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
     """
     if cfg.features is None:
         return {}
-    features = make(cfg.features)
+    features = make(cfg.features, "discriminator.features")
     if isinstance(features, partial):  # those that are made from the teacher
         features = features(teacher=teacher)
     if "condition" not in cfg:
@@ -116,19 +155,20 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         width = 0 if pooled is None else pooled.shape[1]
         return {
             "features": features,
-            "heads": make(cfg.heads)(channels=features.channels, pooled=width),
+            "heads": make(cfg.heads, "discriminator.heads")(
+                channels=features.channels, pooled=width
+            ),
         }
-    condition = make(cfg.condition)(teacher=teacher, features=features)
+    condition = make(cfg.condition, "discriminator.condition")(teacher=teacher, features=features)
     widths = {"pooled": condition.pooled_width, "image": condition.image_width}
-    heads = make(cfg.heads)(channels=features.channels, **widths)
+    heads = make(cfg.heads, "discriminator.heads")(channels=features.channels, **widths)
     return {"features": features, "heads": heads, "condition": condition}
 
 
 def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
     """The teacher; parts of it whose names begin so are read only if they are asked for."""
-    return make(
-        OmegaConf.create({**cfg.teacher, "deferred": list(deferred)}) if deferred else cfg.teacher
-    )
+    more = {"deferred": list(deferred)} if deferred else {}
+    return make(OmegaConf.create({**cfg.teacher, **more}), "teacher")
 
 
 def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
@@ -162,12 +202,12 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    if made and made.get("vae") != cfg.teacher.get("vae"):
+    if made and not content.alike(made.get("vae"), cfg.teacher.get("vae")):
         what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
         raise ValueError(
             f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
-    if made.get("teacher", cfg.teacher.path) != cfg.teacher.path:
+    if not content.alike(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
         what = "right if both have one autoencoder and one text encoder"
         log.warning(
             "data.path=%s was made with %s, not with this run's teacher: %s",
@@ -190,22 +230,30 @@ def settle_precision(cfg: DictConfig) -> Precision:
     return chosen
 
 
-def trainer(cfg: DictConfig, folder: Path) -> Any:
-    """The Lightning trainer, with loggers and checkpoints inside the run folder."""
-    callbacks = [make(node) for node in (cfg.get("callbacks") or {}).values() if node]
+def trainer(cfg: DictConfig, folder: Path, kept: Mapping[str, Any] | None = None) -> Any:
+    """The Lightning trainer, with loggers and checkpoints inside the run folder.
+
+    `kept` is the checkpoint that the run goes on from: its loggers go on with it.
+    """
+    step, known = (
+        (kept["global_step"], kept.get("about", {}).get("loggers")) if kept else (None, {})
+    )
+    loggers = trackers.made(cfg, folder, known, step)
+    callbacks = [make(node, key) for key, node in nodes_of(cfg, "callbacks")]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
+            callback.tracked = partial(trackers.names, loggers)
             callback.about = {
-                "config": OmegaConf.to_container(cfg, resolve=True),
+                "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
+                "content": resuming.marks(cfg),
             }
-    loggers = [
-        make(node)(save_dir=str(folder)) for node in (cfg.get("logger") or {}).values() if node
-    ]
+    # A checkpoint holds all that was logged up to it: whoever else logs at its step does so before.
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
-    build = make(cfg.trainer)
+    build = make(cfg.trainer, "trainer")
     strategy = build.keywords.pop("strategy", None) or (
         DataParallel() if processes(cfg) > 1 else "auto"
     )
@@ -215,7 +263,7 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         if isinstance(strategy, FullyShardedDataParallel)
         else [AtomicIO()],  # that one has its own files
         callbacks=callbacks,
-        logger=loggers,
+        logger=list(loggers.values()),
         default_root_dir=str(folder),
         max_epochs=-1,
         enable_checkpointing=False,  # ours are atomic and count student steps
@@ -223,6 +271,12 @@ def trainer(cfg: DictConfig, folder: Path) -> Any:
         enable_model_summary=False,
         use_distributed_sampler=False,  # the stream shares out samples by itself
     )
+
+
+def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
+    """Dotted key and node of every callback or logger that a run has."""
+    named = (cfg.get(group) or {}).items()
+    return [(f"{group}.{name}", node) for name, node in named if node]
 
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:
@@ -237,8 +291,8 @@ def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, A
     """
     teacher, student, device = method.teacher, method.student, method.teacher.device
     if method.sharded:
-        teacher = make(cfg.teacher)
-        student = make(cfg.student)(teacher=teacher)
+        teacher = make(cfg.teacher, "teacher")
+        student = make(cfg.student, "student")(teacher=teacher)
     student.load_state_dict(average, strict=False)
     return teacher.to(device), student.to(device).eval()
 
@@ -290,9 +344,9 @@ def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
 
 def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
     """The teacher that a run folder names, or that a shipped student leaves its parts to; None where none is named."""
-    if config := config_of(run):
+    if config := config_of(run, "teacher"):
         dtype = fitting_dtype(dtype, str(pipeline_folder(Path(run))))
-        return make(OmegaConf.create({**config.teacher, "dtype": dtype}))
+        return make(OmegaConf.create({**config.teacher, "dtype": dtype}), "teacher")
     _, *bases = lineage(pipeline_folder(Path(shipped(run))))
     return student_of(str(bases[0]), dtype) if bases else None
 
@@ -305,14 +359,16 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     folder = pipeline_folder(Path(shipped(run)))
     path = str(folder) if folder.exists() else run
     family = family_of(class_of(path), run)
-    dtype = fitting_dtype(dtype, path, get_object(family).kind)
+    adapter = get_object(family)
+    dtype = fitting_dtype(dtype, path, adapter.kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
     chosen = told_of(path)["options"]
-    if config := config_of(run):  # what a family lets one choose is as in the run
-        chosen |= config.get("teacher") or {}
-    node |= {key: chosen[key] for key in get_object(family).own if key in chosen}
+    own = [f"teacher.{key}" for key in adapter.own]
+    if own and (config := config_of(run, *own)):
+        chosen |= config.teacher  # what a family lets one choose is as in the run
+    node |= {key: chosen[key] for key in adapter.own if key in chosen}
     try:
-        return make(OmegaConf.create(node))
+        return make(OmegaConf.create(node), "teacher")
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that
         if isinstance(error.__cause__, (ValueError, OSError)):
             said = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")

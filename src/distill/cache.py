@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from distill import validate
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.progress import importing, stage
 
 SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
@@ -27,7 +28,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     from distill.data.write import PICTURES, cached
 
     with stage("opening the data"):
-        source = make(cfg.data)
+        source = make(cfg.data, "data")
     teacher = teacher_of(cfg)
     refuse_misfit(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
@@ -76,7 +77,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_making(cfg)
 
 
-@command("cache")
+@command("cache", way_on=AGAIN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

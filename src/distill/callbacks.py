@@ -10,15 +10,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
 from distill.data.lines import Lines
-from distill.files import put, whole
+from distill.files import put, put_grid, whole
 from distill.hardware import autocast
 from distill.limits import at_once
 from distill.methods.base import Distillation
 from distill.progress import Bar
-from distill.sampling import Consistency, seeded
+from distill.sampling import Consistency, check_finite, seeded
 from distill.types import EMBEDDED, Cond
 
 log = logging.getLogger("distill.health")
@@ -125,7 +124,8 @@ class Alarms(L.Callback):
         if pl_module.updated and all(k in values for k in HEALTH):
             self._seen.append([values[k] for k in HEALTH])
         if len(self._seen) == self.window:
-            said = alarm(*torch.tensor(self._seen).mean(0).tolist())
+            means = torch.tensor(self._seen).mean(0).tolist()
+            said = alarm(*means, r1=hasattr(pl_module, "r1_weight"))
             if said and said != self._last and trainer.is_global_zero:
                 self._raise(pl_module.step, said)
             self._seen, self._last = [], said
@@ -141,14 +141,18 @@ def _until(line: bytes, step: int) -> bool:
     """Whether this line of alarms is whole and of no later step."""
     try:
         return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False  # torn by a power cut
 
 
-def alarm(accuracy: float, real: float, fake: float) -> str | None:
-    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is."""
+def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | None:
+    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is.
+
+    `r1`: whether its method has a gradient penalty to be raised.
+    """
     if max(abs(real), abs(fake)) > 20:
-        return "the discriminator's logits run away: lower optimizer.discriminator.lr, or raise method.r1_weight"
+        more = ", or raise method.r1_weight" if r1 else ""
+        return f"the discriminator's logits run away: lower optimizer.discriminator.lr{more}"
     if accuracy > 0.98:
         return "the discriminator is saturated (right nearly always): lower its rate, or let it look at noisier samples"
     if abs(real - fake) < 0.02:
@@ -162,7 +166,8 @@ class Samples(L.Callback):
     """One-step pictures of the averaged student for fixed prompts, every `every` steps.
 
     A few are drawn at a time, as `limits.at_once` says for their size, in the run's own precision. Where the data hold
-    embeddings, their captions need no text encoder.
+    embeddings, their captions need no text encoder. Those that are not finite are not written: before the first step
+    ValueError says so, for then it is the teacher's weights or their dtype, and later a warning.
 
     Args:
         prompts: a list, or a text file with one a line; None: captions of the data, from evenly spaced places.
@@ -187,10 +192,10 @@ class Samples(L.Callback):
             self._ask(trainer.train_dataloader.dataset, pl_module.teacher)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            (self.folder / "captions.txt").write_text(
-                "\n".join(self.prompts) + "\n", encoding="utf-8"
-            )
-        self._draw(trainer, pl_module)
+            put(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
+        wrong = trainer.strategy.broadcast(self._draw(trainer, pl_module))  # all processes stop
+        if wrong and pl_module.step == 0:
+            raise ValueError(wrong)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if pl_module.updated and (
@@ -208,13 +213,14 @@ class Samples(L.Callback):
             self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
 
     @torch.no_grad()
-    def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+    def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
+        """Write the pictures, if this process is the one that does; what is wrong with them, if anything is."""
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
         # Where networks are cut up all processes must run them, hence all ask the first one whether to.
         if trainer.strategy.broadcast(path.exists()) or not (
             pl_module.sharded or trainer.is_global_zero
         ):
-            return
+            return None
         self._cond = self._cond or teacher.embed(self.prompts).to("cpu")
         pictures = []
         with pl_module.ema.swap():
@@ -222,9 +228,18 @@ class Samples(L.Callback):
                 x0 = self._latents(trainer, pl_module, places)
                 if trainer.is_global_zero:
                     pictures.append(teacher.pictures(x0).clamp(-1, 1).cpu())
-        if trainer.is_global_zero:
-            save_image((torch.cat(pictures) + 1) / 2, path, nrow=8)
         teacher.release()  # what a run on cached embeddings has read for this alone
+        if not trainer.is_global_zero:
+            return None
+        drawn = torch.cat(pictures)
+        try:
+            check_finite(drawn, f"samples/{path.name}")
+        except ValueError as error:
+            if pl_module.step > 0:
+                log.warning("step %d: %s", pl_module.step, error)
+            return str(error)
+        put_grid((drawn + 1) / 2, path, nrow=8)
+        return None
 
     def _latents(self, trainer: L.Trainer, pl_module: Distillation, places: Tensor) -> Tensor:
         """The student's, of the prompts at these places; prompt i has seed i."""

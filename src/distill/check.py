@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
     validate.check_data(cfg.data)  # before make() imports torch
     with importing("torch"), stage("opening the data"):
-        source = make(cfg.data)
+        source = make(cfg.data, "data")
     data, captions, bad = source.dataset, [], []
     batches = source.batches(range(len(data)))
     for found in track(source.once(batches), "reading", len(batches), unit="batch"):

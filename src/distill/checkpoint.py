@@ -1,9 +1,8 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
 
-import os
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +10,12 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from distill.files import duplicate, read, remove, write
+from distill.aside import remove, sweep
+from distill.files import duplicate, read, write
+from distill.limits import steps_in
 from distill.methods.base import Distillation
-from distill.signals import INTERRUPTS, STOPPING
+from distill.record import RunRecord
+from distill.signals import handled_by, remember
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -55,9 +57,12 @@ class Checkpoints(L.Callback):
             best_is,
         )
         self.folder, self.about = Path("checkpoints"), {}
+        self.tracked: Callable[[], dict[str, Any]] = (
+            dict  # what loggers call their own runs, by key
+        )
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}
@@ -65,30 +70,32 @@ class Checkpoints(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best = state["best"]
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        # Lightning's own handlers stop in the middle of things, and speak to other processes from inside a signal.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["about"] = self.about
+        seconds = RunRecord(self.folder.parent).trained_for()
+        more = {"train_seconds": seconds, "loggers": self.tracked()}
+        checkpoint["about"] = {**self.about, **more}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            for leftover in self.folder.glob("*.part"):
-                remove(leftover)
+            sweep(self.folder)
             self._set_aside(pl_module.step)
         for logger in trainer.loggers:
             if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
                 logger.go_on(pl_module.step, pl_module.iteration)
-        # Now, and not earlier: Lightning has set its own handlers, which would stop in the middle of things.
-        self._handlers = {number: signal.signal(number, self._heard) for number in STOPPING}
+        self._handlers = handled_by(self._heard)
 
     def _set_aside(self, step: int) -> None:
         """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day."""
-        found = [
-            *self.folder.glob("step_*.ckpt"),
-            *(self.folder.parent / "samples").glob("step_*.png"),
-        ]
+        kept = steps_in(self.folder, ".ckpt"), steps_in(self.folder.parent / "samples", ".png")
         aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
-        for path in (later := [p for p in found if int(p.stem[5:]) > step]):
+        later = [path for found in kept for at, path in found.items() if at > step]
+        for path in later:
             aside.mkdir(parents=True, exist_ok=True)
             path.replace(aside / path.name)
         if later:
@@ -106,8 +113,7 @@ class Checkpoints(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _heard(self, number: int, _frame: Any) -> None:
-        if number == self.stopped_by and number in INTERRUPTS:
-            raise KeyboardInterrupt  # asked twice: now, and without a checkpoint
+        remember(number)  # asked twice it ends now, and without a checkpoint
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
@@ -125,24 +131,16 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         step, known = pl_module.step, trainer.callback_metrics | pl_module.numbers
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
-        trainer.save_checkpoint(path)
-        for logger in trainer.loggers:  # what lies before the checkpoint is not logged again
+        for logger in trainer.loggers:  # first: what lies before the checkpoint is not logged again
             logger.save()
+        trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
         if value is not None and (self._best is None or sign * value < sign * self._best):
             self._best = float(value)
             duplicate(path, best)
-        steps = sorted(int(p.stem[5:]) for p in self.folder.glob("step_*.ckpt"))
-        for old in steps[: -self.keep] if self.keep else ():
+        steps = steps_in(self.folder, ".ckpt")
+        for old in list(steps)[: -self.keep] if self.keep else ():
             if not (self.archive and old % self.archive == 0):
-                remove(self.folder / f"step_{old:06d}.ckpt")
-
-
-def requeue() -> None:
-    """Ask SLURM to run this job again, after a SIGUSR1."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
-    if job and os.environ.get("SLURM_PROCID", "0") == "0":
-        subprocess.run(["scontrol", "requeue", job], check=False)
+                remove(steps[old])

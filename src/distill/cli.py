@@ -2,8 +2,11 @@
 
 import difflib
 import runpy
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
+
+from distill.console import readers_may_leave
 
 COMMANDS = {
     "run": "distil a teacher into a student",
@@ -38,7 +41,15 @@ def config_of(command: str) -> str:
 
 def main() -> int:
     """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same module again."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # without a traceback, until the command listens
+    with readers_may_leave():
+        return _called(sys.argv[1] if len(sys.argv) > 1 else "--help")
+
+
+def _called(command: str) -> int:
     if command in ("-h", "--help"):
         print(f"{USAGE}\n{MORE}")
         return 0

@@ -6,42 +6,57 @@ one line.
 """
 
 import glob
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig
+from yaml import YAMLError
 
-from distill.errors import command
+from distill.aside import put_text
+from distill.errors import command, sentence
+from distill.shown import shown
 
 
 @command("compare")
 def main(cfg: DictConfig) -> None:
-    """Write `compare.md`, `compare.csv` and `compare.html` into `out`."""
+    """Write `compare.md`, `compare.csv` and `compare.html` into `out`; what cannot be read is named and left out.
+
+    The exit code is 0 as long as one run can be shown.
+    """
     from distill.report.comparison import page
-    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_run
+    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
 
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
-    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
+    places = (os.path.expanduser(str(pattern)) for pattern in patterns)
+    found = [Path(path) for place in places for path in sorted(glob.glob(place))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    runs = [
-        read_run(folder)
-        for folder in dict.fromkeys(folders)
-        if (folder / "evaluation.json").is_file()
-    ]
+    judged, damaged = [], {}
+    for folder in dict.fromkeys(folders):
+        try:
+            if (folder / "evaluation.json").is_file():
+                read_run(folder)
+                judged.append(folder)
+        except (OSError, ValueError, YAMLError) as error:
+            damaged[folder] = shown(sentence(error))
+    if not judged and damaged:
+        raise ValueError(f"runs={', '.join(map(str, patterns))}: {next(iter(damaged.values()))}")
+    runs = read_alike(judged)
     if not runs:
-        what = (
-            f"{len(folders)} runs, none judged yet: python -m distill.evaluate run=..."
-            if folders
-            else "no runs"
-        )
+        what = "no runs"
+        if folders:
+            what = f"{len(set(folders))} runs, none judged yet: python -m distill.evaluate run=..."
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
-    for folder in sorted(set(folders) - {run.folder for run in runs}):
-        print(f"left out, not judged yet: {folder}")
+    for folder in sorted(set(folders) - set(judged)):
+        if folder in damaged:
+            print(f"left out, damaged: {damaged[folder]}")
+        else:
+            print(f"left out, not judged yet: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))
-    (out / "compare.md").write_text(table, encoding="utf-8", errors="backslashreplace")
-    (out / "compare.csv").write_text(as_csv(groups), encoding="utf-8", errors="backslashreplace")
-    (out / "compare.html").write_text(page(groups), encoding="utf-8", errors="backslashreplace")
+    put_text(out / "compare.md", table)
+    put_text(out / "compare.csv", as_csv(groups))
+    put_text(out / "compare.html", page(groups))
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
 

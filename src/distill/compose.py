@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import inspect
 import itertools
-import json
 import os
 import re
 import sys
@@ -22,24 +21,12 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
+from distill import folders, paths, secret, trust
+from distill.bounded import mapping_of
+from distill.limits import steps_in
 from distill.ranks import rank, world
+from distill.teachers.locate import near
 
-ROOTS = (
-    "distill.",
-    "torch.optim.",
-    "torch.nn.",
-    "lightning.",
-)  # what a configuration may look into,
-TRAINER = [
-    f"lightning.pytorch.{m}."
-    for m in ("trainer", "callbacks", "loggers", "strategies", "plugins", "profilers")
-]
-CLASSES = (*ROOTS[:3], *TRAINER)  # where a class must be defined that it builds,
-FUNCTIONS = (
-    "distill.students.",
-    "distill.students.lora.",
-    "distill.data.source.",
-)  # and a function that it calls
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SHIPPED = (
     "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
@@ -56,21 +43,25 @@ FIXED = (
 )  # once a run has begun
 
 
-def make(node: DictConfig) -> Any:
-    """The one way to instantiate: allowed targets only, plain containers, shipped paths made absolute."""
-    return instantiate(OmegaConf.create(allowed(node)), _convert_="all")
+def make(node: DictConfig, key: str) -> Any:
+    """The one way to instantiate: the node at a dotted key, of what `trust` lets that hold.
+
+    Its containers are plain, and shipped paths absolute.
+    """
+    return instantiate(OmegaConf.create(allowed(node, key)), _convert_="all")
 
 
-def allowed(node: DictConfig) -> Any:
+def allowed(node: DictConfig, key: str = "") -> Any:
     """The node as plain containers, every value resolved. Raises ValueError for what no configuration may hold.
 
-    That is: a target outside the list, a key that its target does not take (with the nearest that it does), and text
-    that would become an interpolation when it is read again, behind the check's back.
+    That is: a target that its key may not hold, a key that its target does not take (with the
+    nearest that it does), and text that would become an interpolation when it is read again, behind
+    the check's back.
     """
-    return _allowed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
+    return _allowed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), key)
 
 
-def _allowed(value: Any) -> Any:
+def _allowed(value: Any, path: str) -> Any:
     if isinstance(value, str):
         if "${" in value:
             raise ValueError(
@@ -78,47 +69,31 @@ def _allowed(value: Any) -> Any:
             )
         return shipped(value)
     if isinstance(value, list):
-        return [_allowed(inner) for inner in value]
+        return [_allowed(inner, f"{path}.{i}") for i, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if "_target_" in value:
         name = str(value["_target_"])
-        takes = inspect.signature(_target(name)).parameters
+        takes = inspect.signature(_target(name, path)).parameters
         unknown = sorted(set(map(str, value)) - set(takes) - SPECIAL)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             raise ValueError(
                 f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out"
             )
-    return {key: _allowed(inner) for key, inner in value.items()}
+    return {key: _allowed(inner, f"{path}.{key}" if path else key) for key, inner in value.items()}
 
 
-def _target(name: str) -> Any:
-    """A class of ours, of an optimiser or of Lightning, by its public name: not whatever a module happens to import."""
-    check_target(name)
+def _target(name: str, path: str) -> Any:
+    """The class or function of this name: what the key may hold, not whatever a module imports."""
+    trust.check_target(name, path)
     try:
         found = get_object(name)
     except Exception:  # Hydra wraps whatever an import raises
         raise ValueError(
-            f"_target_: {name}: there is nothing of this name; check how it is written"
+            f"{path}._target_: {name}: there is nothing of this name; check how it is written"
         ) from None
-    home = f"{getattr(found, '__module__', '')}."
-    if home.startswith(CLASSES) if inspect.isclass(found) else home in FUNCTIONS:
-        return found
-    raise _refused(name)
-
-
-def check_target(name: str) -> None:
-    """Raise ValueError for a name outside what a configuration may look into: what can be said without an import."""
-    if not name.startswith(ROOTS):
-        raise _refused(name)
-
-
-def _refused(name: str) -> ValueError:
-    ours = ", ".join(f"{root}*" for root in ROOTS[:3])
-    allowed = f"{ours}, and Lightning's trainer, callbacks, loggers and strategies"
-    return ValueError(
-        f"_target_: {name} is refused: a configuration may build only classes of {allowed}"
-    )
+    trust.check_made(found, name, path)
+    return found
 
 
 def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
@@ -136,7 +111,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package; any other path unchanged."""
+    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path unchanged."""
+    if path.startswith("~/"):
+        return os.path.expanduser(path)
     if not path.startswith(SHIPPED):
         return path
     folder = Path(distill.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
@@ -196,10 +173,12 @@ def refuse_taken(cfg: DictConfig) -> None:
     folder = None if cfg.resume else _own_folder(cfg)
     if folder is None:
         return
-    if rank() == 0 and (folder / "config.yaml").exists() and not restarted():
-        raise FileExistsError(
-            f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
-        )
+    taken = rank() == 0 and (folder / "config.yaml").exists() and not restarted()
+    if not taken or folders.untouched(folder):
+        return
+    kept = any((folder / "checkpoints").glob("step_*.ckpt"))
+    how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
+    raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
 
 
 def _own_folder(cfg: DictConfig) -> Path | None:
@@ -225,9 +204,7 @@ def requeued(cfg: DictConfig) -> str | None:
     """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has a checkpoint."""
     folder = _own_folder(cfg) if restarted() else None
     found = (
-        folder
-        and (folder / "config.yaml").exists()
-        and any((folder / "checkpoints").glob("step_*.ckpt"))
+        folder and (folder / "config.yaml").exists() and steps_in(folder / "checkpoints", ".ckpt")
     )
     return str(folder) if found else None
 
@@ -252,14 +229,61 @@ def folder_of(resume: str) -> Path:
 def run_at(path: str, key: str = "run") -> Path:
     """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
     if not (Path(path) / "config.yaml").is_file():
-        raise FileNotFoundError(f"{key}={path}: not a run folder (it has no config.yaml)")
+        what = f"not a run folder (it has no config.yaml){near(path)}"
+        raise FileNotFoundError(f"{key}={path}: {what}")
     return Path(path)
 
 
-def config_of(run: str | Path) -> DictConfig | None:
-    """The configuration of a run folder, None of what is none."""
-    file = Path(run) / "config.yaml"
-    return OmegaConf.load(file) if file.is_file() else None
+def escaped(value: Any) -> Any:
+    """With a backslash before every `${`; OmegaConf halves those before that, so they are doubled."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
+    """These keys of a run folder's configuration, by `trust.read`; None of what is no run.
+
+    Its paths are found where they moved along with it.
+    """
+    if not is_run(run):
+        return None
+    return paths.located(trust.read(Path(run) / "config.yaml", key, *keys), Path(run))
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether this is a run folder."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def looked_at(run: str | Path, *keys: str) -> DictConfig | None:
+    """As `config_of`, all keys unless given, to compare and print alone: its targets are not checked."""
+    if not is_run(run):
+        return None
+    said = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
+    return paths.located(said, Path(run))
+
+
+def secrets(cfg: DictConfig) -> dict[str, Any]:
+    """Dotted key -> value, of what `written` leaves out."""
+    return secret.found(OmegaConf.to_container(cfg, resolve=True))
+
+
+def note_secrets(cfg: DictConfig) -> None:
+    """Have what this configuration says of secrets left out of what the command prints and logs."""
+    asked = secret.found(OmegaConf.to_container(cfg, resolve=False))
+    secret.note({key: OmegaConf.select(cfg, key) for key in asked})
+
+
+def written(cfg: DictConfig) -> bytes:
+    """The configuration as a file has it: every value resolved, and *** for what is secret.
+
+    A text that holds `${` is a text there too, and refers to nothing.
+    """
+    tree = secret.hidden(OmegaConf.to_container(cfg, resolve=True))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(tree))).encode()
 
 
 def overrides() -> list[str]:
@@ -270,27 +294,41 @@ def overrides() -> list[str]:
 def going_on(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that is resumed, with what the command line changes in it.
 
-    Raises ValueError if that would be another model or another order of the data, naming the keys.
+    Raises ValueError if that would be another model or another order of the data, naming the keys. A path that is
+    named anew is for `resuming` to judge.
     """
-    before = OmegaConf.load(folder_of(cfg.resume) / "config.yaml")
+    file = folder_of(cfg.resume) / "config.yaml"
+    said = trust.data(file)
+    before = looked_at(file.parent)
+    assert before is not None
     now = before.copy()
     OmegaConf.set_struct(now, False)
-    several = []
+    several, replaced = [], set()
     for override in overrides():
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
-            OmegaConf.update(
-                now, key, None if value == MISSING else _chosen(key, value, had), merge=False
-            )
+            chosen = None if value == MISSING else _chosen(key, value, had)
+            typed = chosen is None or chosen is value
+            chosen = escaped(chosen) if isinstance(chosen, str) else chosen
+            OmegaConf.update(now, key, chosen, merge=False)
+            if typed:
+                replaced.add(key)
         elif not (
             override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
         ):
             # experiment= and the like
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
-    now.resume = cfg.resume
+    # A job that SLURM runs again finds what it wrote itself.
+    again = requeued(cfg)
+    trust.check_file(
+        said, file, replaced, own=again is not None and Path(again) == Path(cfg.resume)
+    )
+    now.resume = escaped(cfg.resume)
     different = several + [
-        said for key, said in changes(before, now).items() if key.startswith(FIXED)
+        said
+        for key, said in changes(before, now).items()
+        if key.startswith(FIXED) and not paths.is_path(key)
     ]
     batches = [
         c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)
@@ -308,31 +346,32 @@ def going_on(cfg: DictConfig) -> DictConfig:
 
 def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
-    file = folder / "run.json"
-    return file.is_file() and override in json.loads(file.read_text(encoding="utf-8")).get(
-        "overrides", ()
-    )
+    with contextlib.suppress(OSError, ValueError):  # damaged, or none
+        began = mapping_of(folder / "run.json").get("overrides")
+        return secret.masked(override) in (began if isinstance(began, list) else ())
+    return False
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:
     """What an override means for a run that had `had`: of an option of the same class what its own file says alone."""
+    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
+        "_target_"
+    ):
+        return value
     hydra = HydraConfig.get().runtime
     own = [
         Path(s.path) / key / f"{hydra.choices.get(key)}.yaml"
         for s in hydra.config_sources
         if s.schema == "file"
     ]
-    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
-        "_target_"
-    ):
-        return value
     said = {name for file in own if file.is_file() for name in OmegaConf.load(file)} & set(value)
     return OmegaConf.create({**(had if said else value), **{name: value[name] for name in said}})
 
 
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
     """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
-    both = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    trees = (secret.hidden(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    both = (dotted(tree) for tree in trees)
     old, new = (
         {key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both
     )

@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distill.ranks import rank
+from distill.secret import masked, unsaid
+from distill.shown import in_lines, printed, shown
+from distill.signals import Stopped
 
 EARLY = 1000  # lines that are held back until there is a file for them
 _lock = threading.RLock()
@@ -53,14 +56,14 @@ class Log:
         if self.path is None:
             self._early.append(text)
             return
-        content = (text.rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
+        content = (unsaid(text).rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
         with suppress(OSError), self.path.open("ab", buffering=0) as file:
             file.write(content)
 
     def failed(self, error: BaseException) -> None:
         """Add the traceback of what ends the command."""
         who = f"process {rank()}: " if rank() else ""
-        self.write(who + "".join(traceback.format_exception(error)), whoever=True)
+        self.write(who + masked("".join(traceback.format_exception(error))), whoever=True)
 
 
 class Stream:
@@ -72,6 +75,7 @@ class Stream:
         self._held = ""  # the same, where it waits for its end before it is shown
 
     def write(self, text: str) -> int:
+        given, text = len(text), printed(text)
         with _lock:
             if "\r" in text.replace("\r\n", "\n") or "\x1b[A" in text:
                 screen.pause()  # a library draws a bar of its own, of a download say
@@ -79,7 +83,7 @@ class Stream:
             for line in lines:
                 self._log.write(line.rstrip("\r").rpartition("\r")[2])
             self._show(text)
-        return len(text)
+        return given
 
     def _show(self, text: str) -> None:
         text, self._held = self._held + text, ""
@@ -92,15 +96,12 @@ class Stream:
             self.stream.write(text)
             if "\n" in text:
                 self.stream.flush()
-        except OSError:  # the pipe's reader or the terminal is gone
+        except BrokenPipeError:  # the reader has seen enough: the work goes on
+            leave(self.stream)
+        except OSError as error:  # the terminal is gone, or a disk is full
             if self._log.path is None:
-                raise
-            self._leave()
-
-    def _leave(self) -> None:
-        """From now on write to nowhere: there is the log, and the work goes on."""
-        with suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
+                raise OSError(error.errno, error.strerror, "what is printed") from None
+            leave(self.stream)
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -117,6 +118,22 @@ class Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def leave(stream: TextIO) -> None:
+    """Have the stream write to nowhere from now on."""
+    with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Around all of a command: `| head` is no fault, and what was not read is lost without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave(sys.stdout)
 
 
 class Screen:
@@ -185,7 +202,7 @@ class Screen:
             table.add_column(no_wrap=True, overflow="ellipsis")
         for row in list(self._rows):
             bar = ProgressBar(total=1, completed=row.share or 0, width=16, pulse=row.share is None)
-            table.add_row(Text(row.what), bar, Text(row.tail()))
+            table.add_row(Text(shown(row.what)), bar, Text(shown(row.tail())))
         return table
 
     def forget(self) -> None:
@@ -223,6 +240,7 @@ def say(text: str) -> None:
     """A line for whoever watches, and for the log; nothing if there is nothing to say."""
     if rank() != 0 or not text:
         return
+    text = in_lines(text)
     with _lock, suppress(OSError, ValueError):  # a pipe that nobody reads any more ends no run
         if isinstance(stream(), Stream) or not screen.live:
             stream().write(f"{text}\n")  # in one piece, should it fail
@@ -258,19 +276,30 @@ def recorded() -> Iterator[None]:
     """Have all that is printed inside pass the bars and reach the log; of several processes, that of the first."""
     global _log
     before, _log = _log, Log()
+    made = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *args, **keys: _as_text(made(*args, **keys)))
     try:
         with _replaced(_log):
             try:
                 yield
             finally:
                 screen.clear()
-    except SystemExit:
+    except (SystemExit, Stopped):
         raise
     except BaseException as error:
         failed(error)
         raise
     finally:
         _log = before
+        logging.setLogRecordFactory(made)
+
+
+def _as_text(record: logging.LogRecord) -> logging.LogRecord:
+    """With what is put into its message, a name or an error, as one line of text."""
+    if isinstance(record.args, tuple):
+        values = (str, Path, BaseException)
+        record.args = tuple(shown(x) if isinstance(x, values) else x for x in record.args)
+    return record
 
 
 @contextmanager
@@ -282,13 +311,23 @@ def _replaced(log: Log) -> Iterator[None]:
         out, err = Stream(nowhere if silent else stdout, log), Stream(stderr, log)
         sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
         _rebind({stdout: err if silent else out, stderr: err})
+        hook, threading.excepthook = threading.excepthook, _thread_failed
         try:
             yield
         finally:
+            threading.excepthook = hook
             out.end()
             err.end()
             _rebind({out: stdout, err: stderr})
             sys.stdout, sys.stderr = stdout, stderr
+
+
+def _thread_failed(of: threading.ExceptHookArgs) -> None:
+    """A library's own thread has failed: the log has the traceback; who waits for the thread fails, and says so."""
+    error = of.exc_value
+    if error is not None and not isinstance(error, SystemExit):
+        failed(error)
+        say(f"a thread has ended ({type(error).__name__}: {error})")
 
 
 def _rebind(streams: dict[Any, Any]) -> None:

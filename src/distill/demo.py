@@ -13,11 +13,12 @@ import importlib.util
 import signal
 import socket
 import threading
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill import validate
-from distill.compose import check_counts
+from distill.compose import check_counts, config_of
 from distill.errors import command
 
 HOST = "127.0.0.1"  # not the network: whoever reaches the page uses this machine
@@ -63,6 +64,8 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
     validate.check_model(cfg.run)
+    if cfg.teacher is None:
+        config_of(cfg.run, "teacher")
     if cfg.teacher is not None:
         validate.check_model(cfg.teacher, "teacher")
     steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]
@@ -89,7 +92,15 @@ def _port(wanted: int) -> int:
         return door.getsockname()[1]
 
 
-@command("demo")
+def _as_path(cfg: DictConfig) -> DictConfig:
+    """The teacher, which the command line hands over as a node, as a path: see commandline/texts.py."""
+    if isinstance(cfg.teacher, DictConfig):
+        plain: Any = OmegaConf.to_container(cfg)  # with what is escaped as it is
+        cfg.teacher = plain["teacher"]["path"]
+    return cfg
+
+
+@command("demo", prepare=_as_path)
 def main(cfg: DictConfig) -> None:
     serve(cfg)
 

@@ -11,20 +11,26 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import validate
+from distill import faults, locks, validate
 from distill.compose import check_counts, processes, shipped
 from distill.data.shards import expand
 from distill.defaults import settled_to_look
 from distill.errors import command
+from distill.shown import shown
 
 GB = 1e9
 RENDERS = "distill.data.source.drawn"
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
 Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
+WAIT = "wait for it, or choose another run_dir="
+WORKER = "distill.worker"  # in the command of a process that a launcher has started
+AHEAD = 2  # batches that each worker of a DataLoader reads ahead: torch's prefetch_factor
+SAMPLE = 2**18  # ours: numbers of a sample of which the size is not known, latents of 1024x1024
 UNTRIED = "one process should work; say so if it does not"
 UNTESTED = {  # what should work on a system, and what is known not to
     "Darwin": "one process should work, on the CPU surely, on an Apple GPU perhaps; say so if not",
@@ -161,6 +167,53 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
 
 
+def left_behind(cfg: DictConfig) -> Iterator[Line]:
+    """Shared memory for the loader's workers, run folders that are written or were left, and processes left over."""
+    yield from shared_memory(cfg)
+    folders = {path.parent for path in Path("runs").glob(f"*/{locks.NAME}")}
+    folders |= {Path(cfg[key]) for key in ("run_dir", "resume") if cfg.get(key)}
+    for folder in sorted(folders):
+        if who := locks.held(folder):
+            remedy = f"if it has ended, remove {folder / locks.NAME}" if not who.here else WAIT
+            yield "warn", f"{folder} is written by {who}", remedy
+        elif (folder / locks.NAME).exists():
+            yield "ok", f"{folder} was left by a command that was killed; the next one takes it", ""
+    orphans = orphaned()
+    for pid in orphans:
+        yield "warn", f"process {pid} works on for a command that is gone", f"kill {pid}"
+    if not orphans:
+        yield "ok", "no process works on for a command that is gone", ""
+
+
+def shared_memory(cfg: DictConfig) -> Iterator[Line]:
+    """Whether what the loader's workers read ahead has room, where a system keeps that in a file system."""
+    workers = cfg.data.get("num_workers") or 0
+    if not faults.SHARED.is_dir():
+        return
+    free = shutil.disk_usage(faults.SHARED).free
+    numbers = 3 * cfg.data.size**2 if cfg.data.get("size") else SAMPLE
+    ahead = workers * AHEAD * cfg.data.get("batch_size", 1) * numbers * 4 * processes(cfg)
+    level = "ok" if ahead < free / 2 else "warn" if ahead < free else "fail"
+    what = f"{faults.SHARED} has {free / 1e6:,.0f} MB free; {workers} loader workers a process"
+    remedy = "data.num_workers=0, or more of it: docker run --shm-size=8g"
+    yield level, f"{what} read ahead {ahead / 1e6:,.0f} MB", remedy
+
+
+def orphaned() -> list[int]:
+    """Processes of commands of this user whose launcher is gone."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if WORKER not in process.cmdline() or process.username() != psutil.Process().username():
+                continue
+            parent = process.parent()
+            if parent is None or not any("distill" in word for word in parent.cmdline()):
+                found.append(process.pid)
+    return sorted(found)
+
+
 def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
     """Pixels a side of the pictures that a run draws on the way; None where it draws none."""
     from distill.teachers import sizes
@@ -187,9 +240,9 @@ def main(cfg: DictConfig) -> int:
     validate.check_groups(cfg)
     validate.check_keys(cfg)
     check_counts(cfg, validate.COUNTS)
-    lines = [*machine(), *fit(cfg)]
+    lines = [*machine(), *left_behind(cfg), *fit(cfg)]
     for level, what, remedy in lines:
-        print(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}")
+        print(shown(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}"))
     return int(any(level == "fail" for level, *_ in lines))
 
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from distill.types import Denoiser, Features, Heads, Teacher
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -42,3 +44,20 @@ class Engine:
             return rise
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
         return rise * (self.final_rate + (1 - self.final_rate) * fall)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parts:
+    """What the words of the sentence stand for: all that a method is made of besides its own numbers.
+
+    Without features and heads nobody judges; `condition` tells the heads of a sample where that is not the teacher's
+    own embedding.
+    """
+
+    teacher: Teacher
+    student: Denoiser
+    engine: Engine
+    features: Features | None = None
+    heads: Heads | None = None
+    condition: Any = None
+    seed: int = 0

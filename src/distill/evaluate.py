@@ -9,16 +9,29 @@ again.
 
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distill import validate
-from distill.compose import check_counts, config_of, file_name, rank, world
+from distill import paths, validate
+from distill.compose import (
+    check_counts,
+    config_of,
+    file_name,
+    is_run,
+    looked_at,
+    rank,
+    secrets,
+    world,
+    written,
+)
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.limits import check_dtype
+from distill.locks import check_free, one_writer
 from distill.metrics.material import in_folder
 from distill.progress import importing
 
@@ -29,10 +42,7 @@ def judge(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
     check(cfg)
     with importing("torch"):
-        from distill import build, hardware, launch
-        from distill.files import put
-        from distill.report import write_report
-        from distill.students.card import write_card
+        from distill import launch
 
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
     pictures = _pictures(run)
@@ -44,22 +54,42 @@ def judge(cfg: DictConfig) -> int:
         raise ValueError(
             f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts"
         )
-    name = file_name(cfg.run) or run.resolve().name  # a/student and b/student are two
-    out = Path(cfg.out or (run if config_of(run) else Path("evaluations") / name))
+    out = _out(cfg)
     parts = (
         None if pictures or several else _models(cfg, protocol)
     )  # a mistake in them leaves nothing behind
-    if several:
-        protocol.load()  # what cannot be read is said before hours of drawing
+    if hasattr(protocol, "load"):
+        protocol.load()  # what cannot be read is said before hours of drawing, and before anything is written
+    with one_writer(out, "out" if cfg.out else "run", deep=True):
+        return _written(cfg, out, protocol, parts, several)
+
+
+def _out(cfg: DictConfig) -> Path:
+    """The folder that is written into."""
+    name = file_name(cfg.run) or Path(cfg.run).resolve().name  # a/student and b/student are two
+    return Path(cfg.out or (cfg.run if is_run(Path(cfg.run)) else Path("evaluations") / name))
+
+
+def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
+    """Draw, judge and report into `out`; returns the exit code."""
+    from distill import build, hardware, launch
+    from distill.aside import put
+    from distill.report import write_report
+    from distill.students.card import write_card
+
+    run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-    put(out / ASKED, OmegaConf.to_yaml(cfg, resolve=True).encode())
-    if several and (code := launch.launch(out, cfg.devices, "evaluate")):
-        return code
-    if not pictures:
-        protocol, student, teacher, sampler = parts or _models(cfg, protocol)
-        rows = protocol(student, teacher, out, sampler)
-    else:
-        rows = protocol.judge_folder(run, out, hardware.device())
+    put(out / ASKED, written(paths.absolute(cfg)))
+    try:
+        if several and (code := launch.launch(out, cfg.devices, "evaluate", secrets=secrets(cfg))):
+            return code
+        if not pictures:
+            protocol, student, teacher, sampler = parts or _models(cfg, protocol)
+            rows = protocol(student, teacher, out, sampler)
+        else:
+            rows = protocol.judge_folder(run, out, hardware.device())
+    finally:
+        _leave_nothing(out)
     print(build.table(rows))
     if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
@@ -79,8 +109,23 @@ def check(cfg: DictConfig) -> None:
     validate.check_metrics(cfg.metrics)
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
+        looked_at(cfg.run, "discriminator.features")
+    if not cfg.get("teacher"):
+        config_of(cfg.run, "teacher")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
+    check_free(_out(cfg), "out" if cfg.out else "run")
+
+
+def _leave_nothing(out: Path) -> None:
+    """Remove what was made for a judging that came to nothing; what was drawn stays, and is gone on with."""
+    drawn = any((out / "evaluation").glob("*/*")) or (out / "evaluation.json").exists()
+    if drawn:
+        return
+    (out / ASKED).unlink(missing_ok=True)
+    for folder in [*(out / "evaluation").glob("*/"), out / "evaluation", out]:
+        with suppress(OSError):  # what else is in it is not ours
+            folder.rmdir()
 
 
 def _pictures(run: Path) -> list[Path]:
@@ -108,7 +153,7 @@ def _protocol(cfg: DictConfig) -> Any:
     """How it is judged; refused where that cannot be, or would flatter the run."""
     from distill import build
 
-    protocol = build.protocol(cfg.metrics, config_of(cfg.run))
+    protocol = build.protocol(cfg.metrics, looked_at(cfg.run, "discriminator.features"))
     return replace(protocol, student_steps=steps) if (steps := _steps(cfg)) else protocol
 
 
@@ -117,23 +162,28 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     from distill import build, hardware
     from distill.sampling import distilled
 
-    run, model = config_of(cfg.run), build.student_of(cfg.run, cfg.dtype).to(hardware.device())
+    model = build.student_of(cfg.run, cfg.dtype).to(hardware.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
-    if not run and not distilled(model.pipeline):  # it is a teacher itself
+    if not is_run(cfg.run) and not distilled(model.pipeline):  # it is a teacher itself
         steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
         if not steps:
             raise ValueError(
                 f"run={cfg.run}: was not distilled to few steps; add steps=28 or the like"
             )
         return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
-    node = cfg.get("teacher") or (run and run.teacher)
+    node = cfg.get("teacher") or (config_of(cfg.run, "teacher") or {}).get("teacher")
     if not protocol.teacher_steps or not node:
         return replace(protocol, teacher_steps=[]), model, model, build.sampler_of(cfg.run, model)
-    return protocol, model, build.make(node).to(hardware.device()), build.sampler_of(cfg.run, model)
+    return (
+        protocol,
+        model,
+        build.make(node, "teacher").to(hardware.device()),
+        build.sampler_of(cfg.run, model),
+    )
 
 
-_main = command("evaluate")(judge)
+_main = command("evaluate", way_on=AGAIN)(judge)
 
 
 def main() -> None:

@@ -20,30 +20,58 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill import validate
-from distill.compose import check_counts, nearest, shipped
+from distill.aside import whole_folder
+from distill.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.errors import command
 from distill.limits import check_dtype
+from distill.locks import one_writer, one_writer_of
 from distill.progress import stage
-from distill.teachers.locate import denoiser_part, index_of, is_hub_id, pipeline_folder
+from distill.teachers.locate import denoiser_part, index_of, is_repository, pipeline_folder
 
 
 def export(cfg: DictConfig) -> Path | str:
     """Write and return the file or folder, or its address."""
     check(cfg)
-    if cfg.delta is None:
-        return FORMS[cfg.to](cfg, Path(shipped(cfg.run)))
+    run, out = Path(shipped(cfg.run)) if cfg.run else None, _out(cfg)
+    # The card is written into the run's own student, which a run that goes on replaces in the end.
+    within = run is not None and out == pipeline_folder(run) and is_run(run)
+    lock = one_writer(run, "run", deep=True) if run and within else one_writer_of(out, "out")
+    with lock:
+        return FORMS[cfg.to](cfg, run, out) if run else _applied(cfg, out)
 
+
+def _applied(cfg: DictConfig, out: Path) -> Path:
+    """A student of `base` and a delta."""
     from distill import build
     from distill.students import apply_delta
 
-    out = _new(cfg.out or f"{cfg.delta}.student")
-    return apply_delta(build.student_of(cfg.base), Path(cfg.delta), out)
+    return apply_delta(build.student_of(cfg.base), Path(cfg.delta), _new(str(out)))
+
+
+def _out(cfg: DictConfig) -> Path:
+    """The file or folder that is written: `out`, or one in the run folder that the settings name."""
+    if cfg.out is not None or cfg.run is None:
+        return Path(cfg.out or f"{cfg.delta}.student")
+    run = Path(shipped(cfg.run))
+    if cfg.to == "lora":
+        kept = f"_rank{cfg.rank}" if cfg.rank is not None else ""
+        naming = cfg.naming if cfg.naming not in (None, NAMINGS[0]) else None
+        # The run's own are in float32, and stay.
+        words = "".join(f"_{word}" for word in (naming, cfg.dtype) if word)
+        return run / f"lora{kept}{words}.safetensors"
+    if cfg.to in ("single_file", "delta"):
+        return run / f"{'student' if cfg.to == 'single_file' else 'delta'}.safetensors"
+    student = pipeline_folder(run)
+    suffix = "".join(f"_{word}" for word in (cfg.scheduler, cfg.dtype) if word)
+    return student.with_name(student.name + suffix)
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot be, before anything that takes time is imported or read."""
     if cfg.run is not None and cfg.to in (None, *FORMS):
         validate.check_model(cfg.run)
+        compared = cfg.base is None and (cfg.to == "delta" or cfg.rank is not None)
+        config_of(cfg.run, "teacher" if compared else "teacher.path")
     if (cfg.run is None) == (cfg.delta is None) or (cfg.delta is None and cfg.to not in FORMS):
         what = f"give run=<folder> to={'|'.join(FORMS)}, or base=<folder> delta=<file>"
         raise ValueError(
@@ -114,7 +142,7 @@ def _check_kind(cfg: DictConfig) -> None:
 
 def _check_out(cfg: DictConfig) -> None:
     """That what is written goes where nothing of someone's is, and to the hub only by name."""
-    if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_hub_id(cfg.repo)):
+    if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_repository(cfg.repo)):
         raise ValueError(f"repo={cfg.repo}: to=hub, and it alone, takes repo=<owner>/<name>")
     if cfg.out is None:
         return
@@ -134,91 +162,82 @@ def _new(out: str) -> Path:
 
 def _base(cfg: DictConfig) -> Any:
     """What the student was made from: `base`, or the teacher that the run names."""
-    from distill import build, compose
+    from distill import build
 
     if cfg.base is not None:
         return build.student_of(cfg.base)
-    return build.make(compose.config_of(cfg.run).teacher)
+    return build.make(config_of(cfg.run, "teacher").teacher, "teacher")
 
 
-def _delta(cfg: DictConfig, run: Path) -> Path:
+def _delta(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill import build
     from distill.students import save_delta
 
-    return save_delta(
-        build.student_of(cfg.run), _base(cfg), Path(cfg.out or run / "delta.safetensors")
-    )
+    return save_delta(build.student_of(cfg.run), _base(cfg), out)
 
 
-def _lora(cfg: DictConfig, run: Path) -> Path:
+def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill import build
     from distill.students import low_rank
 
-    naming = cfg.naming or NAMINGS[0]
-    own, suffix = run / "lora.safetensors", "" if naming == "diffusers" else f"_{naming}"
-    suffix += f"_{cfg.dtype}" if cfg.dtype else ""  # the run's own are in float32, and stay
     if cfg.rank is None:
-        factors, out = low_rank.read_lora(own), run / f"lora{suffix}.safetensors"
+        factors = low_rank.read_lora(run / "lora.safetensors")
     else:
         student, base = build.student_of(cfg.run), _base(cfg)
         factors, share = low_rank.difference(student.network.model, base.network.model, cfg.rank)
         print(
             f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt"
         )
-        out = run / f"lora_rank{cfg.rank}{suffix}.safetensors"
     folder = pipeline_folder(run)
     return low_rank.save_lora(
         factors,
-        Path(cfg.out or out),
+        out,
         part=denoiser_part(folder),
-        naming=naming,
+        naming=cfg.naming or NAMINGS[0],
         dtype=cfg.dtype,
         about=low_rank.about(folder),
     )
 
 
-def _single_file(cfg: DictConfig, run: Path) -> Path:
+def _single_file(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill import build
     from distill.students.single_file import save_single_file
 
     pipeline = build.student_of(cfg.run).pipeline
-    return save_single_file(pipeline, Path(cfg.out or run / "student.safetensors"), cfg.dtype)
+    return save_single_file(pipeline, out, cfg.dtype)
 
 
-def _diffusers(cfg: DictConfig, run: Path) -> Path:
+def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill.students.card import write_card
     from distill.students.parts import copy_pipeline, sampled_by
 
     student = pipeline_folder(run)
-    suffix = "".join(f"_{word}" for word in (cfg.scheduler, cfg.dtype) if word)
-    out = Path(cfg.out or student.with_name(student.name + suffix))
-    if out == student and not suffix:
+    if out == student and not (cfg.scheduler or cfg.dtype):
         write_card(student, run, _teacher_of(run))
         return student
-    partial = copy_pipeline(student, out.with_name(out.name + ".part"), cfg.dtype)
-    if cfg.scheduler is not None:
-        from distill.sampling import flow_scheduler
+    with whole_folder(_new(str(out))) as partial:
+        copy_pipeline(student, partial, cfg.dtype)
+        if cfg.scheduler is not None:
+            from distill.sampling import flow_scheduler
 
-        of_unet = denoiser_part(student) == "unet"
-        scheduler = flow_scheduler(of_unet=of_unet, stochastic=cfg.scheduler == "consistency")
-        sampled_by(partial, cfg.scheduler.capitalize(), scheduler)
-    write_card(partial, run, _teacher_of(run))
-    return partial.replace(_new(str(out)))
+            of_unet = denoiser_part(student) == "unet"
+            scheduler = flow_scheduler(of_unet=of_unet, stochastic=cfg.scheduler == "consistency")
+            sampled_by(partial, cfg.scheduler.capitalize(), scheduler)
+        write_card(partial, run, _teacher_of(run))
+    return out
 
 
 def _teacher_of(run: Path) -> Path | None:
     """The folder of the run's teacher, which may say on which terms it is used."""
-    from distill import compose
-
-    config = compose.config_of(run)
+    config = config_of(run, "teacher.path")
     return Path(shipped(config.teacher.path)) if config else None
 
 
-def _hub(cfg: DictConfig, run: Path) -> str:
+def _hub(cfg: DictConfig, run: Path, out: Path) -> str:
     """Write the folder, and push it. It stays, so that a push that fails can be made again by hand."""
     from distill.students.hub import push
 
-    return push(_diffusers(cfg, run), cfg.repo)
+    return push(_diffusers(cfg, run, out), cfg.repo)
 
 
 FORMS = {

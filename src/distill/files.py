@@ -7,11 +7,11 @@ checkpoints/best.ckpt            the best by a logged value, if one was named
 
 import errno
 import hashlib
+import io
 import logging
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+from torchvision.utils import save_image
 
+from distill import faults, formats
+from distill.aside import aside, put_in_place
+from distill.aside import put as put
+from distill.aside import remove as remove
+from distill.bounded import check_archive
 from distill.limits import checkpoints_at
 
 log = logging.getLogger("distill.checkpoint")
@@ -32,10 +38,10 @@ MAPPED = (
 )  # Windows does not remove a file that is mapped, and old checkpoints are removed
 
 
-def write(state: dict[str, Any], path: Path) -> None:
+def write(state: Any, path: Path) -> None:
     """Write beside, flush to disk, rename: a file of the final name is always complete. Raises OSError in words."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = aside(path)
     try:
         with part.open("wb") as file:
             torch.save(state, file)
@@ -44,9 +50,8 @@ def write(state: dict[str, Any], path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        )
+        said = isinstance(error, OSError) and error.strerror
+        reason = faults.reason(error) or said or first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"
         raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
     _flush_renames(path.parent)
@@ -66,16 +71,6 @@ def _flush_renames(folder: Path) -> None:
         os.close(opened)
 
 
-def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes, of several machines too, may write the same one."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # of a full disk
-
-
 def fingerprint(module: nn.Module) -> str:
     """Twelve hex digits of names, shapes and an even choice of at most 64 values of every tensor, on any device."""
     digest = hashlib.sha256()
@@ -89,9 +84,10 @@ def fingerprint(module: nn.Module) -> str:
 def upright(picture: Image.Image) -> Image.Image:
     """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
-    Raises ValueError for numbers whose white is not known: floats, and integers of more than 16 bits.
+    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see `formats.reduced`), and for numbers
+    whose white is not known: floats, and integers of more than 16 bits.
     """
-    picture = ImageOps.exif_transpose(picture)
+    picture = ImageOps.exif_transpose(formats.reduced(picture))
     if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
         raise ValueError("its pixels are floats; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # Pillow would clip it to white
@@ -107,6 +103,12 @@ def upright(picture: Image.Image) -> Image.Image:
             "RGB"
         )
     return picture.convert("RGB")
+
+
+def put_grid(pictures: Tensor, path: Path, nrow: int) -> None:
+    """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when whole."""
+    save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
+    put(path, content.getvalue())
 
 
 @contextmanager
@@ -125,20 +127,17 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def duplicate(path: Path, to: Path) -> None:
     """Give a file or folder a second name, which replaces what has it; without using room where files can be linked."""
-    part = to.with_name(to.name + ".part")
-    remove(part)
+    part = aside(to)
     if path.is_dir():
         shutil.copytree(path, part, copy_function=_link)
     else:
         _link(path, part)
-    remove(to)
-    part.replace(to)
+    if to.is_dir() or path.is_dir():
+        put_in_place(part, to)
+    else:
+        part.replace(to)
 
 
 def _link(path: str | Path, to: str | Path) -> None:
@@ -151,6 +150,8 @@ def _link(path: str | Path, to: str | Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    for file in files:
+        check_archive(file)
     try:
         parts = [
             torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files
@@ -158,7 +159,7 @@ def read(path: Path) -> dict[str, Any]:
         kept = joined(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
             raise KeyError("parts are missing")
-        kept["distill"]["iteration"], kept["about"]["config"]
+        kept["distill"]["iteration"]  # without it it is another program's
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except (
@@ -168,6 +169,23 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is cut short or no checkpoint of distill ({first_line(error, 90)})"
         ) from None
     return kept
+
+
+def check_fits(state: Mapping[str, Any], module: nn.Module, where: str) -> None:
+    """Raise ValueError unless names and shapes in `state` are those of the module, naming some that differ.
+
+    `where` begins the sentence.
+    """
+    own = {name: list(x.shape) for name, x in module.state_dict().items()}
+    kept = {name: list(x.shape) for name, x in state.items()}
+    problems = [f"it lacks {name}" for name in own if name not in kept]
+    problems += [f"nothing here takes its {name}" for name in kept if name not in own]
+    both = (name for name in own if name in kept and own[name] != kept[name])
+    problems += [f"its {name} is {kept[name]} and {own[name]} here" for name in both]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        what = f"{where} is of another method, teacher, student or discriminator"
+        raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}")
 
 
 def newest(path: Path) -> Path:

@@ -29,6 +29,8 @@ OTHERS = (
     "psd", "svg", "eps", "pdf", "ico", "dds", "exr", "hdr", "pcx", "sgi", "raw", "dng", "cr2",
     "cr3", "nef", "arw", "orf", "rw2", "raf", "hif", "mp4", "mov", "webm", "mkv", "avi",
 )  # fmt: skip
+# Ours: 8192 x 8192, which take 256 MiB decoded and as much again for each step of making them RGB.
+MOST_PIXELS = 2**26
 # Folders of thumbnails and of what an archive of macOS adds: pictures in them are nobody's data.
 SYSTEM = ("__MACOSX", "@eaDir")
 
@@ -65,6 +67,38 @@ def tried(suffix: str) -> tuple[str, ...]:
     """The formats that a file of this suffix may be of."""
     own = FORMAT_OF.get(suffix.rpartition(".")[2])
     return tuple(sorted(name for name in known() if name != UNMARKED or own == UNMARKED))
+
+
+def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
+    """Raise ValueError for a picture, of which its header alone is read, that would take gigabytes when it is decoded.
+
+    A JPEG is spared that can be decoded smaller, see `reduced`.
+    """
+    width, height = picture.size
+    if width * height > most and _scale(picture, most) is None:
+        what = f"it has {width} x {height} pixels, and at most {most // 10**6} million are decoded"
+        raise ValueError(f"{what}; make it smaller")
+
+
+def reduced(picture: Image.Image) -> Image.Image:
+    """The picture, of which its header alone is read: a JPEG of more than MOST_PIXELS is decoded at half, or less.
+
+    Raises ValueError for any other of so many.
+    """
+    check_pixels(picture)
+    width, height = picture.size
+    scale = _scale(picture, MOST_PIXELS)
+    if width * height > MOST_PIXELS and scale:
+        picture.draft(picture.mode, (width // scale, height // scale))
+    return picture
+
+
+def _scale(picture: Image.Image, most: int) -> int | None:
+    """By how much a JPEG has to be decoded smaller; None for what cannot be, as one that is kept whole in between."""
+    width, height = picture.size
+    if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
+        return None
+    return next((k for k in (1, 2, 4, 8) if width * height <= most * k * k), None)
 
 
 def unread(suffix: str) -> bool:

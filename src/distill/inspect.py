@@ -9,11 +9,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.compose import check_counts, run_at
+from distill.compose import check_counts, config_of, run_at
 from distill.errors import command
 from distill.limits import check_local_batch, checkpoints_at
 from distill.progress import importing, stage
 from distill.validate import LOCAL_HEADS
+
+# What is made of a run again: all but what trains, logs and draws.
+READ = (
+    *("seed", "method", "teacher", "student", "discriminator", "data", "optimizer", "sampler"),
+    *("metrics", "trainer.accelerator"),
+)
 
 
 def check(cfg: DictConfig) -> DictConfig:
@@ -24,7 +30,7 @@ def check(cfg: DictConfig) -> DictConfig:
     numbers = all(isinstance(level, int | float) for level in levels)
     if not numbers or not all(0 < level <= 1 for level in levels):
         raise ValueError(f"levels={levels}: must lie in (0, 1]")
-    made = OmegaConf.load(folder / "config.yaml")
+    made = config_of(folder, *READ)
     if OmegaConf.select(made, "discriminator.features") is None:
         raise ValueError(f"run={cfg.run}: it was made without a discriminator")
     if OmegaConf.select(made, "discriminator.heads._target_") == LOCAL_HEADS:
@@ -33,17 +39,17 @@ def check(cfg: DictConfig) -> DictConfig:
     return made
 
 
-@command("inspect")
-def main(cfg: DictConfig) -> None:
+def examine(cfg: DictConfig) -> None:
     """Judge real samples and the student's with the heads of the run's newest checkpoint."""
     made = check(cfg)
     with importing("torch"):
         import torch
 
         from distill import build
-        from distill.files import newest, read
+        from distill.files import check_fits, newest, read
         from distill.hardware import device
         from distill.report.inspection import look, write
+        from distill.resuming import check_checkpoint
 
     folder = Path(cfg.run)
     kept = newest(folder)
@@ -51,10 +57,13 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(
             f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones"
         )
+    state = read(kept)
+    check_checkpoint(state.get("about"), made, kept, "run")
     made.data.batch_size = cfg.samples
     source, method = build.parts(made)
-    method.load_state_dict(read(kept)["state_dict"], strict=False)
-    method.to(device(made.trainer.get("accelerator", "auto")))
+    check_fits(state["state_dict"], method, f"run={cfg.run}: {kept.name}")
+    method.load_state_dict(state["state_dict"])
+    method.to(device(OmegaConf.select(made, "trainer.accelerator", default="auto")))
     loaded = next(iter(source.loader(seed=cfg.seed)))
     batch = method._embedded(method.transfer_batch_to_device(loaded, method.device, 0))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
@@ -63,6 +72,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out or folder / "inspect")
     print(f"wrote {write(seen, out, folder.name)}")
 
+
+main = command("inspect")(examine)
 
 if __name__ == "__main__":
     main()

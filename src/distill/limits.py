@@ -4,6 +4,8 @@ Nothing here imports a library that takes long.
 """
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def check_dtype(name: str | None, key: str, *more: str) -> None:
     if name is not None and name not in (*DTYPES, *more):
         words = ", ".join([*more, "float32", "bfloat16", "float16"])
         raise ValueError(f"{key}={name}: must be a dtype of torch: {words}")
+
+
+def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> str:
+    """How a run goes on whose gradients stay not finite: from a checkpoint where it has one, and by what is not so yet.
+
+    `learning` are the keys of the rates, `precision` is the run's.
+    """
+    ways = [f"a lower {' and '.join(learning)}"]
+    ways += [] if precision == "32-true" else ["trainer.precision=32-true"]
+    how = " or ".join(ways)
+    if any((folder / "checkpoints").glob("step_*.ckpt")):
+        return f"go on from before that by resume={folder}, or one of its checkpoints, with {how}"
+    return f"it has no checkpoint yet: begin anew with {how}"
 
 
 def steps_left(steps: int, strength: float, rounds_up: bool = False) -> int:
@@ -103,9 +118,25 @@ def check_samples(
     for key, share in (("max_bad_share", max_bad_share), ("max_empty_share", max_empty_share)):
         if not 0 <= share <= 1:
             raise ValueError(f"data.{key}={share}: must be a share, from 0 to 1")
-    if buckets is not None and not (buckets and all(len(b) == 2 and min(b) > 0 for b in buckets)):
+    if buckets is not None and not (buckets and all(map(_is_bucket, buckets))):
         what = "must be null or like [[640, 384], [512, 512]], width and height"
         raise ValueError(f"data.buckets={buckets}: {what}")
+
+
+def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
+    """Step -> file, of those that a run names after its steps, `step_000250` and the suffix, in their order.
+
+    A file of any other name is not the run's: somebody has put it there, and it stays.
+    """
+    pattern = re.compile(rf"step_(\d{{6,}}){re.escape(suffix)}")
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = {int(match[1]): folder / name for name in names if (match := pattern.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def _is_bucket(sides: object) -> bool:
+    pair = isinstance(sides, Sequence) and len(sides) == 2
+    return pair and all(type(side) is int and 0 < side < 2**31 for side in sides)
 
 
 def checkpoints_at(path: Path, key: str = "resume") -> list[Path]:
@@ -114,10 +145,12 @@ def checkpoints_at(path: Path, key: str = "resume") -> list[Path]:
     Raises FileNotFoundError, naming `key`, if there is none.
     """
     named = path.name.endswith(".ckpt")
-    folder = path.parent if named else path / "checkpoints"
-    found = sorted(folder.glob("step_*.ckpt"), reverse=True)
+    steps = steps_in(path.parent if named else path / "checkpoints", ".ckpt")
+    found = [steps[step] for step in sorted(steps, reverse=True)]
     if named:
-        found = [path, *(other for other in found if other.name < path.name)]
+        began = re.match(r"step_(\d+)", path.name)  # a copy may have a name of its own
+        step = int(began[1]) if began else 0
+        found = [path, *(steps[other] for other in sorted(steps, reverse=True) if other < step)]
     if not found or not path.exists():
         raise FileNotFoundError(f"{key}={path}: holds no checkpoint to go on from")
     return found

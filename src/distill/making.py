@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distill import compose, launch
-from distill.data.shards import index_tar
-from distill.data.write import BEGUN, MANIFEST, NULL, write_shard
+from distill import compose, launch, paths, trust
+from distill.bounded import mapping_of
+from distill.data.shards import BEGUN, index_tar, shards_in
+from distill.data.write import MANIFEST, NULL, write_shard
 from distill.files import put
 from distill.hardware import precision
+from distill.locks import one_writer
 from distill.progress import Bar, track
 from distill.record import versions
+from distill.shown import shown
 from distill.teachers.locate import telling
 
 INPUTS = "inputs.sha256"
@@ -48,14 +51,12 @@ class Making:
     inputs: str
 
     def __post_init__(self) -> None:
-        if (
-            any(self.folder.glob("*.tar"))
-            and (self.folder / INPUTS).read_text(encoding="utf-8") != self.inputs
-        ):
+        begun = self.folder / INPUTS
+        if shards_in(self.folder) and begun.read_text(encoding="utf-8") != self.inputs:
             raise ValueError(
                 f"out={self.folder}: prompts or data have changed since it was begun; choose another out="
             )
-        put(self.folder / INPUTS, self.inputs.encode())
+        put(begun, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:06d}.tar"
@@ -104,8 +105,6 @@ class Making:
             raise ValueError(
                 f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}"
             )
-        for left in self.folder.glob("*.tar.*.part"):  # by kills
-            left.unlink(missing_ok=True)
         for path in track(paths, "hashing", unit="shard"):
             with path.open("rb") as file:
                 while block := file.read(2**24):
@@ -126,38 +125,47 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
 
     `validate.check_making` has been called before: it refuses a folder with other shards.
     """
+    cfg = paths.absolute(cfg)
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
     if "precision" in cfg:
         _settle_precision(cfg, folder)
-    if not any(folder.glob("*.tar")):
-        compose.allowed(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
-        put(folder / BEGUN, OmegaConf.to_yaml(cfg, resolve=True).encode())
-    code = 0
+    compose.allowed(cfg)
+    with one_writer(folder, "out"):
+        code = _made(cfg, folder, command, None if several else work)
+    if compose.world() == 1 and not done.is_file():
+        with suppress(OSError):  # there are shards in it, or what is not ours
+            folder.rmdir()
+    if done.is_file():
+        made = mapping_of(done)
+        samples, shards, dropped = (made.get(k) for k in ("samples", "shards", "dropped"))
+        print(shown(f"{folder}: {samples} samples in {shards} shards, {dropped} bad ones left out"))
+    return code
+
+
+def _made(
+    cfg: DictConfig, folder: Path, command: str, work: Callable[[DictConfig, Path], int] | None
+) -> int:
+    """Note what is to be made, and work, in the processes of a launcher without `work`; returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not shards_in(folder):
+        put(folder / BEGUN, compose.written(cfg))
     try:
-        if not done.is_file():
-            code = launch.launch(folder, cfg.devices, command) if several else work(cfg, folder)
+        if (folder / MANIFEST).is_file():
+            return 0
+        if work:
+            return work(cfg, folder)
+        return launch.launch(folder, cfg.devices, command, secrets=compose.secrets(cfg))
     finally:
-        if compose.world() == 1 and not any(
-            folder.glob("*.tar")
-        ):  # of a mistake nothing stays behind
+        if compose.world() == 1 and not shards_in(folder):  # of a mistake nothing stays behind
             for name in (BEGUN, INPUTS, NULL):
                 (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # what else is in it is not ours
-                folder.rmdir()
-    if done.is_file():
-        made = json.loads(done.read_text(encoding="utf-8"))
-        print(
-            f"{folder}: {made['samples']} samples in {made['shards']} shards, {made['dropped']} bad ones left out"
-        )
-    return code
 
 
 def _settle_precision(cfg: DictConfig, folder: Path) -> None:
     """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
     begun = folder / BEGUN
     if cfg.precision == "auto" and begun.is_file():
-        cfg.precision = OmegaConf.load(begun).get("precision", "32-true")
+        cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
     chosen = precision(cfg.precision)
     cfg.precision = chosen.name
     if compose.rank() == 0:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import get_worker_info
 
 
 @torch.no_grad()
@@ -70,3 +71,14 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **given)
         query, _, value = [*args[:3], *(given[k] for k in ("query", "key", "value")[len(args) :])]
         return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def handed_over(tree: Any) -> Any:
+    """The same, with its tensors in shared memory if this is a worker of a DataLoader.
+
+    That is how they go to the main process. The loader itself moves them in a thread, where a shared memory that is
+    full loses the batch, and the main process waits for it for ever; here it raises RuntimeError.
+    """
+    if get_worker_info() is None:
+        return tree
+    return tree_map_only(Tensor, lambda x: x.share_memory_(), tree)

@@ -12,11 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import validate
+from distill import paths, validate
 from distill.compose import check_counts, shipped
 from distill.data.shards import check_pictures
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.hardware import check_precision
+from distill.locks import check_free, one_writer
 from distill.pretraining.asked import ORDER, check_data, chosen, max_empty_share, trains
 from distill.progress import importing
 from distill.teachers.locate import check_pipeline
@@ -28,8 +30,9 @@ def pretrain(cfg: DictConfig) -> Path:
     with importing("torch"):
         from distill.pretraining.stages import run
 
-    asked: Any = OmegaConf.to_container(cfg, resolve=True)
-    models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
+    asked: Any = OmegaConf.to_container(paths.absolute(cfg), resolve=True)
+    with one_writer(Path(cfg.out), "out", deep=True):
+        models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
     print(f"models: {models}")
     return models
 
@@ -52,9 +55,10 @@ def check(cfg: DictConfig) -> None:
         check_pictures(cfg.data.path, max_empty_share=max_empty_share(cfg.stages))
     if cfg.parts is not None:
         check_pipeline(shipped(str(cfg.parts)), "parts")
+    check_free(Path(cfg.out), "out")
 
 
-@command("pretrain")
+@command("pretrain", way_on=AGAIN)
 def main(cfg: DictConfig) -> None:
     pretrain(cfg)
 

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill._conf import CONF_DIR
+from distill.aside import put_text
 from distill.commandline import comments
 from distill.compose import nearest
+from distill.console import readers_may_leave
 from distill.errors import said_plainly
 
 SHIPPED = Path(CONF_DIR) / "experiment"
@@ -66,7 +68,7 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
     if file.exists():
         raise ValueError(f"{file}: is there already, and stays; name the copy with as=")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(_text(name, new, to), encoding="utf-8")
+    put_text(file, _text(name, new, to))
     return file
 
 
@@ -91,7 +93,7 @@ def main() -> int:
     if not {"-h", "--help"}.isdisjoint(words):
         print(__doc__.rstrip())
         return 0
-    with said_plainly():
+    with readers_may_leave(), said_plainly():
         print(answer(words))
     return 0
 

@@ -1,6 +1,7 @@
 """`run.json`: how a run was made, so that its numbers can be trusted later."""
 
 import json
+import logging
 import platform
 import subprocess
 import time
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 
+from distill.bounded import mapping_of
 from distill.files import put
 from distill.hardware import cpu, hardware
 
+log = logging.getLogger("distill.record")
 PACKAGES = (
     "distill",
     "torch",
@@ -32,9 +35,12 @@ class RunRecord:
 
     def __init__(self, folder: Path):
         self._path = folder / "run.json"
-        self.facts: dict[str, Any] = (
-            json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        )
+        self.facts: dict[str, Any] = {}
+        if self._path.is_file():
+            try:
+                self.facts = mapping_of(self._path)
+            except ValueError:  # damaged: its facts are lost, the run is not
+                log.warning("%s cannot be read, and is begun anew", self._path)
 
     def begun(
         self,
@@ -42,27 +48,53 @@ class RunRecord:
         name: str,
         overrides: Sequence[str] = (),
         precision: Mapping[str, str] | None = None,
+        train_seconds: float | None = None,
+        anew: bool = False,
     ) -> None:
-        """`precision`: its name, and the reason why it was chosen."""
+        """`precision`: its name, and why it was chosen.
+
+        `train_seconds`: those up to the checkpoint that is gone on from. A part that was killed has
+        not told its own; a checkpoint of before these were kept says None. `anew`: whatever began here before.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        if self.facts:
+        if self.facts and not anew:
             self.facts["resumed"] = [
                 *self.facts.get("resumed", []),
                 {"command": command, "at": now},
             ]
+            if train_seconds is not None:
+                self.facts["train_seconds"] = train_seconds
         else:
             self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
             self.facts["overrides"] = list(overrides)
         machine = {"commit": _commit(), "hardware": hardware(), "versions": versions()}
         machine |= {"cpu": cpu(), "precision": dict(precision or {})}
-        self._write(status="stopped", began=time.time(), **machine)
+        folder = str(self._path.parent.resolve())  # for `paths.located`, should it be moved
+        self._write(status="stopped", began=time.time(), folder=folder, **machine)
+
+    def made_of(self, models: Mapping[str, str], data: Mapping[str, Any]) -> None:
+        """Keep marks of what the run was made of, as it was when it began; see `resuming`."""
+        known = self.facts.get("content", {})
+        models = {**models, **known.get("models", {})}
+        self._write(content={"models": models, "data": known.get("data") or dict(data)})
+
+    def came_to(self, iterations: int) -> None:
+        """How far a run came that an error ended."""
+        self._write(iterations=iterations)
+
+    def trained_for(self) -> float | None:
+        """Seconds of training until now, over all parts of the run; None of what has no record."""
+        if "began" not in self.facts:
+            return None
+        return round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
 
     def trained(self, method: Any) -> None:
         """The seconds of a run that was resumed add up over its parts."""
-        seconds = round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
+        seconds = self.trained_for()
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
         counts = {
             "steps": method.step,
+            "iterations": method.iteration,
             "images_seen": method.images_seen,
             "skipped": method.skipped,
         }

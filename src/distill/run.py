@@ -9,65 +9,145 @@ evaluation, a report.
     python -m distill.run -m seed=0,1,2 method=add,ladd
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distill import console
+from distill import compose, console, faults, folders, paths
 from distill.defaults import settled
 from distill.errors import command
 from distill.limits import checkpoints_at
+from distill.locks import NAME as LOCK
+from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
+from distill.secret import masked
 
 LOG = "run.log"
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import compose, launch, validate
+    from distill import validate
 
-    cfg.resume = cfg.resume or compose.requeued(cfg)
+    cfg.resume = compose.escaped(cfg.resume or compose.requeued(cfg))
+    before = None
     if cfg.resume:
-        compose.folder_of(cfg.resume)
+        before = compose.looked_at(compose.folder_of(cfg.resume))
         checkpoints_at(Path(cfg.resume))
         cfg = compose.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
+    if not cfg.resume:
+        if cfg.run_dir:
+            check_free(Path(cfg.run_dir), "run_dir")
+        return _checked(cfg, None)
+    with one_writer(compose.folder_of(cfg.resume), "resume", deep=True):
+        return _checked(cfg, before)
+
+
+def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
+    """Build all parts, then write and train; returns the exit code. `before`: what a run that goes on was."""
+    from distill import launch
 
     with importing("torch"):
         from distill import build
-        from distill.files import newest, put
-        from distill.record import RunRecord
 
-    if cfg.resume:
-        newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+    about = the_same_run(cfg, before) if before else {}
     build.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
     parts = None if several else build.parts(cfg)
+    if before:
+        the_same_data(cfg, before, parts)
+    cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
-    fresh = not any(folder.iterdir())
-    command = " ".join(["python -m distill.run", *sys.argv[1:]])
+    went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
+    with (
+        one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
+        faults.goes_on(lambda: launch.way_on(folder)),
+    ):
+        return _written(cfg, folder, precision, parts, processes if several else 0, went_on)
+
+
+def _written(
+    cfg: DictConfig,
+    folder: Path,
+    precision: Any,
+    parts: Any,
+    processes: int,
+    went_on: dict[str, Any],
+) -> int:
+    """Note what is done, and train, here or in so many `processes`; returns the exit code.
+
+    `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there is none.
+    """
+    from distill import launch
+    from distill.aside import put
+    from distill.record import RunRecord
+
+    if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
+        folders.cleared(folder)  # of a command that came to no step, in the same folder
+    fresh = {path.name for path in folder.iterdir()} <= {LOG, LOCK, launch.PROCESSES}
+    command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
+    typed = [masked(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+        put(folder / "config.yaml", compose.written(cfg))
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), compose.overrides(), said)
-    if not several:
-        return train(cfg, folder, parts)
-    code = launch.launch(folder, processes)
-    if (
-        code and fresh and {p.name for p in folder.iterdir()} <= {"config.yaml", "run.json", LOG}
-    ):  # never what was trained
-        shutil.rmtree(folder)
+        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said, **went_on)
+    code = 1
+    try:
+        if processes:
+            code = launch.launch(folder, processes, secrets=compose.secrets(cfg))
+        else:
+            code = train(cfg, folder, parts)
+    finally:
+        # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
+        if code and fresh and compose.rank() == 0 and folders.untouched(folder):
+            undo(folder)
     return code
+
+
+def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
+    """What the checkpoint to go on from says of itself. ValueError if it, or a model that moved, is of another run."""
+    from distill import resuming
+    from distill.files import newest, read
+    from distill.record import RunRecord
+
+    checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
+    about = read(checkpoint).get("about", {})
+    resuming.check_moved(before, cfg, RunRecord(compose.folder_of(cfg.resume)).facts)
+    resuming.check_checkpoint(about, cfg, checkpoint)
+    return about
+
+
+def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
+    """Say that the data of a run that goes on have changed; ValueError if they moved and are others."""
+    from distill import resuming
+    from distill.record import RunRecord
+
+    facts = RunRecord(compose.folder_of(cfg.resume)).facts
+    if facts.get("content"):
+        source, _ = parts or (compose.make(cfg.data, "data"), None)
+        resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
+
+
+def undo(folder: Path) -> None:
+    """Remove what a run that came to no step has left; of a crash the log and notes stay."""
+    from distill.launch import PROCESSES
+
+    if (folder / PROCESSES).exists():
+        folders.cleared(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -84,19 +164,28 @@ def said_of(precision: Any, cfg: DictConfig) -> str:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     with importing("torch"):
-        from distill import build, compose
+        from distill import build, resuming
         from distill.files import newest, read
         from distill.record import RunRecord
 
     console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
-    trainer = build.trainer(cfg, folder)
+    if compose.rank() == 0:
+        RunRecord(folder).made_of(resuming.marks(cfg), resuming.data_mark(source.dataset))
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    start = read(checkpoint)["distill"]["iteration"] * method.engine.accumulate if checkpoint else 0
+    kept = read(checkpoint) if checkpoint else None
+    trainer = build.trainer(cfg, folder, kept)
+    start = kept["distill"]["iteration"] * method.engine.accumulate if kept else 0
+    del kept  # Lightning reads it by itself
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
-    trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        if compose.rank() == 0 and method.iteration:
+            RunRecord(folder).came_to(method.iteration)
+        raise
     student = build.averaged(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
         RunRecord(folder).trained(method)
@@ -109,14 +198,14 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
-    from distill import build, compose
-    from distill.record import RunRecord
-    from distill.report import write_report
+    from distill import build
     from distill.students import save_pipeline
-    from distill.students.card import write_card
     from distill.teachers.locate import denoiser_part
 
-    (teacher, student), sampler = build.whole(cfg, method, average), compose.make(cfg.sampler)
+    (teacher, student), sampler = (
+        build.whole(cfg, method, average),
+        compose.make(cfg.sampler, "sampler"),
+    )
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
@@ -129,14 +218,37 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
-            rows = compose.make(cfg.metrics)(student, teacher, folder, sampler)
+            rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
+            own_verdict(folder)
             print(build.table(rows))
-    finally:  # what cannot be judged now is trained all the same
-        RunRecord(folder).finished()
-        write_card(folder / "student", folder, teacher.folder)
-        with stage("writing the report"):
-            report = write_report(folder)
-        print(f"report: {report}")
+    except Exception:  # what cannot be judged now is trained all the same
+        report(folder, teacher.folder)
+        raise
+    report(folder, teacher.folder)
+
+
+def report(folder: Path, teacher: Path) -> None:
+    """Say that the run is finished, in its record, the student's card and the report."""
+    from distill.record import RunRecord
+    from distill.report import write_report
+    from distill.students.card import write_card
+
+    RunRecord(folder).finished()
+    write_card(folder / "student", folder, teacher)
+    with stage("writing the report"):
+        written = write_report(folder)
+    print(f"report: {written}")
+
+
+def own_verdict(folder: Path) -> None:
+    """Have what the run was judged by now stand first, whatever `evaluate` asks later."""
+    from distill import verdicts
+    from distill.files import put
+
+    evaluation = verdicts.read(folder)
+    if evaluation:  # a protocol of one's own may write none
+        owned = json.dumps(verdicts.owned(evaluation), indent=2)
+        put(folder / verdicts.FILE, owned.encode() + b"\n")
 
 
 @command("config", prepare=settled)

@@ -2,15 +2,18 @@
 
     python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
+    python -m distill.sample run=runs/... prompts='["a red star","a blue ring"]'
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
     python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a drawing"
 
 A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is drawn too.
+A prompt is taken as it is typed, [a, b] and ${5} included; a list of prompts is prompts=[...].
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import re
 from collections.abc import Callable
@@ -22,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from distill import validate
+from distill.aside import put
 from distill.compose import check_counts, file_name
 from distill.console import note, on_stderr
 from distill.data.lines import Lines
 from distill.errors import command
 from distill.hardware import check_precision
 from distill.limits import check_dtype, drawn_at_once
+from distill.locks import check_free, one_writer
 from distill.progress import Bar, importing
 
 if TYPE_CHECKING:
@@ -40,18 +45,29 @@ def draw(cfg: DictConfig) -> list[Path]:
     """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
     prompts = check(cfg)
     with importing("torch"):
-        import torch
-        from torchvision.utils import make_grid
-
         from distill import build
-        from distill.hardware import device, precision, room_beside
+        from distill.hardware import device, precision
 
     model = build.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
-    jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
-    make, folder, paths, shown = _maker(cfg, model), Path(cfg.out), [], []
+    make = _maker(cfg, model)
     note(f"precision: {chosen.name} ({chosen.reason})")
+    with one_writer(Path(cfg.out), "out"):  # which is made now that there is something to write
+        return _drawn(cfg, prompts, model, make)
+
+
+def _drawn(
+    cfg: DictConfig, prompts: list[str], model: Any, make: Callable[..., Tensor]
+) -> list[Path]:
+    """The pictures and the grid, written; their paths."""
+    import torch
+    from torchvision.utils import make_grid
+
+    from distill.hardware import room_beside
+
+    folder, paths, shown = Path(cfg.out), [], []
+    jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     sides = model.sides_of(model.shape_of(cfg.size))
     many = cfg.batch_size or drawn_at_once(*sides, most=8, room=room_beside(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
@@ -60,7 +76,6 @@ def draw(cfg: DictConfig) -> list[Path]:
         for start in range(0, len(jobs), many):
             batch = jobs[start : start + many]
             pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
-            folder.mkdir(parents=True, exist_ok=True)  # now that there is something to write
             for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
                 stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
                 number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
@@ -101,7 +116,10 @@ def check(cfg: DictConfig) -> list[str]:
         raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
     if cfg.image is not None:
         validate.check_strength(cfg.run, cfg.steps, cfg.strength)
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
+    check_free(Path(cfg.out), "out")
     return prompts
 
 
@@ -111,7 +129,13 @@ def _prompts(cfg: DictConfig) -> list[str]:
         raise ValueError(
             f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>"
         )
-    return [cfg.prompt] if cfg.prompts is None else Lines(cfg.prompts, key="prompts").lines
+    if cfg.prompts is not None:
+        return Lines(cfg.prompts, key="prompts").lines
+    if not isinstance(cfg.prompt, str):
+        raise ValueError(
+            f"prompt={cfg.prompt}: must be one text; several are a list, prompts=[...]"
+        )
+    return [cfg.prompt]
 
 
 def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
@@ -167,7 +191,8 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
     for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():
         text = str(value).encode("utf-8", "backslashreplace")  # a path may hold any bytes
         settings.add_text(key, text.decode())
-    to_pil_image(picture).save(path, pnginfo=settings)
+    to_pil_image(picture).save(content := io.BytesIO(), format="PNG", pnginfo=settings)
+    put(path, content.getvalue())
     print(path)
 
 

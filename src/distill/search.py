@@ -7,6 +7,7 @@ stopped. The first trial has the run's own values, where the ranges hold them.
 """
 
 import csv
+import io
 import json
 import math
 import re
@@ -20,11 +21,17 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from distill import validate
+from distill.aside import put_text
+from distill.bounded import mapping_of
 from distill.compose import check_counts
 from distill.console import note, say
 from distill.errors import command
+from distill.faults import AGAIN
+from distill.locks import one_writer
 from distill.progress import Bar, stage
 from distill.run import LOG
+from distill.secret import masked
+from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
@@ -75,18 +82,18 @@ def table(study: Any, file: Path) -> None:
         reverse=largest,
     )
     keys = sorted({key for trial in done for key in trial.params})
-    with file.open("w", newline="", encoding="utf-8") as out:
-        rows = csv.writer(out)
-        rows.writerow(["trial", "value", *keys])
-        rows.writerows(
-            [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
-        )
+    rows = csv.writer(text := io.StringIO(newline=""))
+    rows.writerow(["trial", "value", *keys])
+    rows.writerows(
+        [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
+    )
+    put_text(file, text.getvalue())
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
     """What a finished run is worth. Raises ValueError if it has no such number."""
     verdict = folder / "evaluation.json"
-    for row in json.loads(verdict.read_text(encoding="utf-8"))["rows"] if verdict.is_file() else ():
+    for row in mapping_of(verdict)["rows"] if verdict.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
@@ -122,19 +129,25 @@ def again(study: Any, trial: Any) -> None:
 def study_in(out: Path, cfg: DictConfig) -> Any:
     """The study in this folder, a new one if there is none. Raises ValueError for one that asks for something else."""
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    free = (
-        () if study.get_trials(states=counted()) else ("metric", "steps")
-    )  # as long as nothing was measured by them
+    asked["run"] = [masked(word) for word in asked["run"]]
+    # As long as nothing was measured by them. Which way is up is the study's own, and not to be changed.
+    free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
     known = study.user_attrs.get("asked", asked)
     if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
         raise ValueError(f"out={out} {what}")
+    if any(known[key] != asked[key] for key in ("space", "run")):
+        for waiting in study.get_trials(states=[TrialState.WAITING, TrialState.RUNNING]):
+            study.tell(
+                waiting.number, state=TrialState.FAIL
+            )  # of ranges that are no longer asked for
     study.set_user_attr("asked", asked)
     study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     return study
@@ -156,7 +169,13 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
     run = [*cfg.run, *chosen, f"run_dir={folder}"]
     note(f"search: trial {trial.number} begins, with {' '.join(chosen)}")
     bar.update(bar.done, said=lambda: _last_line(folder / LOG))
-    ended = subprocess.run([*RUN, *run], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ended = subprocess.run(
+        [*RUN, *run],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=for_child(),
+        **apart(),
+    )
     if ended.stderr:  # above the bar, which a trial knows nothing of
         print(ended.stderr.decode(errors="replace"), end="", file=sys.stderr)
     if ended.returncode:
@@ -183,21 +202,33 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-@command("search")
+@command("search", way_on=AGAIN)
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
     out, space = Path(cfg.out), list(cfg.space)
     list(map(parsed, space))  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
+    with one_writer(out, "out", deep=True):
+        _search(cfg, out, space)
 
+
+def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
     from optuna.trial import TrialState
 
+    first = None
+    if not (
+        out / "study.db"
+    ).exists():  # first: a run that cannot be composed leaves nothing behind
+        with stage("composing the run"):
+            first = _as_it_is(list(cfg.run), space)
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
-    if not study.trials:
-        with stage("composing the run"):
-            study.enqueue_trial(_as_it_is(list(cfg.run), space))
+    if not study.get_trials(states=[*counted(), TrialState.RUNNING, TrialState.WAITING]):
+        if first is None:
+            with stage("composing the run"):
+                first = _as_it_is(list(cfg.run), space)
+        study.enqueue_trial(first)
     for stale in study.get_trials(
         states=[TrialState.RUNNING]
     ):  # the command was killed in the middle

@@ -1,20 +1,122 @@
-"""The signals by which a run is asked to save and stop. Windows lacks some of them and has one of its own."""
+"""The signals by which a command is asked to stop, and what ends when something else does.
 
+    with heard():              # around a command: the first signal raises Stopped where the work is
+        ...                    # a second Ctrl-C ends the process at once
+
+Training has a handler of its own: it saves first. Of several processes only the launcher is told by
+a terminal, and hands it on. A process that was started by another one of ours ends with it, by
+`end_with_parent`.
+"""
+
+import ctypes
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 REQUEUE = getattr(signal, "SIGUSR1", None)  # by which SLURM announces the end of a job
+HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that was closed
 BREAK = getattr(signal, "SIGBREAK", None)  # on Windows the one that can be sent to a process
 INTERRUPTS = tuple(number for number in (signal.SIGINT, BREAK) if number is not None)
 STOPPING = tuple(
-    number for number in (signal.SIGTERM, signal.SIGINT, REQUEUE, BREAK) if number is not None
+    number
+    for number in (signal.SIGTERM, signal.SIGINT, REQUEUE, HANGUP, BREAK)
+    if number is not None
 )
+PARENT = "DISTILL_PARENT"  # in the environment of a process that is to end with this one
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # likewise, of one that torchrun has started
+DEATH = 1  # prctl's PR_SET_PDEATHSIG
+LAST = 60.0  # ours: seconds to save in, once the parent is gone
+PATIENCE = (
+    5.0  # ours: seconds after which a second signal of any kind ends what has not heeded the first
+)
+
+_asked: signal.Signals | None = None  # what this command was asked to stop by
+_since = 0.0
+
+
+class Stopped(BaseException):
+    """A signal has asked the command to stop. No `except Exception` takes it for a fault."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = signal.Signals(number)
+
+
+def asked() -> signal.Signals | None:
+    """The signal that this command was asked to stop by, if any."""
+    return _asked
+
+
+def remember(number: int) -> None:
+    """Note that this signal has come, for who asks later; a second Ctrl-C ends the process."""
+    global _asked, _since
+    twice = _asked in INTERRUPTS and number in INTERRUPTS
+    if twice or (_asked is not None and time.monotonic() - _since > PATIENCE):
+        end_now(number)
+    if _asked is None:
+        _asked, _since = signal.Signals(number), time.monotonic()
+
+
+def end_now(number: int) -> None:
+    """End this process, nothing saved and nothing said; the cursor, which bars hide, comes back."""
+    with suppress(OSError, ValueError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")
+    os._exit(128 + number)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Have a signal raise `Stopped` inside; what handled it before does so again afterwards."""
+    global _asked
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    _asked = None
+    before = handled_by(_stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def handled_by(handler: Any) -> dict[int, Any]:
+    """Set the handler of every stopping signal; returns those before. nohup's stays ignored."""
+    numbers = [n for n in STOPPING if n != HANGUP or signal.getsignal(n) != signal.SIG_IGN]
+    # None: set by something that is not Python, and cannot be put back.
+    return {n: signal.signal(n, handler) or signal.SIG_DFL for n in numbers}
+
+
+def _stop(number: int, _frame: Any) -> None:
+    first = _asked is None
+    remember(number)
+    if first:
+        raise Stopped(number)
+
+
+def requeue() -> bool:
+    """Ask SLURM to run this job again, by its first process; returns whether there is a job."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
+    if job and os.environ.get("SLURM_PROCID", "0") == "0":
+        with suppress(OSError):  # no scontrol here
+            subprocess.run(["scontrol", "requeue", job], check=False)
+    return bool(job)
+
+
+# -- several processes -----------------------------------------------------------------------------
 
 
 def apart() -> dict[str, Any]:
-    """Options of `Popen`: a Ctrl-C in the terminal reaches the launcher alone, which hands it on once."""
+    """Options of `Popen`: a Ctrl-C reaches the launcher alone, which hands it on once."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}
@@ -24,3 +126,57 @@ def hand_on(number: int, process: subprocess.Popen) -> None:
     """Send a signal that this process has got to one that was started `apart`, if it still runs."""
     if process.poll() is None:
         process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
+
+
+def for_child() -> dict[str, str]:
+    """The environment of a process that ends when this one does: it calls `end_with_parent`."""
+    return {**os.environ, PARENT: str(os.getpid())}
+
+
+def end_with_parent() -> None:
+    """Have this process asked to stop (SIGTERM) when its launcher dies: ours, or torchrun.
+
+    It has LAST seconds to save in. Linux sends the signal itself; elsewhere, and should the
+    launcher have died before that was asked for, a thread looks for it every second. Without a
+    launcher nothing happens.
+    """
+    parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if TORCHRUN in os.environ else 0)
+    if parent:
+        _die_with_parent(signal.SIGTERM)
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while is_parent(parent):
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST)
+    os._exit(128 + signal.SIGTERM)
+
+
+def is_parent(number: int) -> bool:
+    """Whether the process that has started this one is there, and has this id."""
+    if sys.platform != "win32":  # an orphan gets another parent
+        return os.getppid() == number
+    import psutil
+
+    return psutil.pid_exists(number)
+
+
+def _die_with_parent(number: int) -> None:
+    """Have Linux send this signal to this process when its parent dies; elsewhere nothing."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library without it: there is the thread
+            ctypes.CDLL(None).prctl(DEATH, int(number), 0, 0, 0)
+
+
+def in_loader(_worker: int) -> None:
+    """First thing in a worker of a DataLoader: it dies with its parent, who heeds signals."""
+    for number in (signal.SIGINT, REQUEUE, HANGUP):  # SIGTERM is torch's: by it the parent ends it
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if hasattr(signal, "SIGKILL"):
+        _die_with_parent(signal.SIGKILL)
+    if parent is not None and sys.platform != "win32" and os.getppid() != parent.pid:
+        os._exit(1)  # it died before that was asked for

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,44 @@ WORDS = {
     "str": "a text",
     "list": "a list",
     "dict": "a node with keys",
+    "node": "a node with a _target_",
     "None": "null",
 }
 LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
 DICTS = {"dict", "Mapping", "Dict"}
+# Library's class -> where the keys go that its own signature does not name.
+HANDED_ON = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
+# Node -> keys that the program gives what is built from it: another value would be passed over.
+GIVEN = {
+    "method": {"parts"},
+    "teacher": {"deferred"},
+    "student": {"teacher"},
+    "discriminator.features": {"teacher"},
+    "discriminator.heads": {"channels", "pooled", "image"},
+    "discriminator.condition": {"teacher", "features"},
+    "optimizer.student": {"params"},
+    "optimizer.discriminator": {"params"},
+    "logger": {"save_dir"},  # of each
+    "trainer": {
+        "plugins", "callbacks", "logger", "default_root_dir", "max_epochs", "enable_checkpointing",
+        "enable_progress_bar", "enable_model_summary", "use_distributed_sampler",
+    },
+}  # fmt: skip
 NOT_WRITTEN = {"Tensor"}  # what no YAML value can be: left out of what an error names
-OPEN = {"Module", "object", "Protocol", "ABC"}  # bases that add no key of their own
+OPEN = {"Module", "object", "Protocol", "ABC", "Callback"}  # bases that add no key of their own
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Keyword -> its annotation, or None; `open` if others may be taken too."""
+    """Keyword -> its annotation, or None; `open` if others may be taken too; `needed` are those without a default."""
 
     module: str
     keys: dict[str, ast.expr | None] = field(default_factory=dict)
     open: bool = False
+    needed: frozenset[str] = frozenset()
+    homes: dict[str, str] = field(
+        default_factory=dict
+    )  # keyword -> the module of its annotation, if another
 
 
 def signature(target: str) -> Signature | None:
@@ -45,7 +68,9 @@ def signature(target: str) -> Signature | None:
         return None
     module, node = found
     if isinstance(node, ast.ClassDef):
-        return _of_class(module, node)
+        taken = _of_class(module, node)
+        more = signature(HANDED_ON[node.name]) if taken.open and node.name in HANDED_ON else None
+        return replace(taken, keys={**more.keys, **taken.keys}, open=more.open) if more else taken
     return _of_function(module, node) if isinstance(node, ast.FunctionDef) else None
 
 
@@ -62,22 +87,47 @@ def attribute(target: str, name: str) -> Any:
     return None
 
 
+def lineage(target: str) -> list[str]:
+    """The class of this dotted name and its bases, nearest first, as `module.Class` where each stands.
+
+    Bases whose source cannot be found are left out; empty where no such class stands in a source.
+    """
+    found = _find(*target.rpartition(".")[::2])
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return []
+    return [f"{module}.{node.name}" for module, node in _lineage(*found)]
+
+
 def wanted(taken: Signature, key: str, value: Any) -> str | None:
     """What the value of a key must be, in words; None if it fits, or if that cannot be said."""
     annotation = taken.keys.get(key)
     if annotation is None:
         return None
-    choices = list(_choices(taken.module, annotation))
+    choices = list(_choices(taken.homes.get(key, taken.module), annotation))
     if any(_fits(choice, value) for choice in choices):
         return None
     words = [str(c[1]) if c[0] == "literal" else WORDS[c[0]] for c in choices if c[0] != "None"]
     return " or ".join(dict.fromkeys([*words, *(["null"] if ("None",) in choices else [])]))
 
 
+def given(path: str) -> set[str]:
+    """What the program itself gives to the node whose keys begin so."""
+    return GIVEN.get("logger" if path.startswith("logger.") else path.rstrip("."), set())
+
+
+def of_nodes(taken: Signature, key: str) -> bool:
+    """Whether a key is a mapping of objects, each of which a node with a `_target_` stands for."""
+    annotation = taken.keys.get(key)
+    if annotation is None:
+        return False
+    choices = _choices(taken.homes.get(key, taken.module), annotation)
+    return any(choice[0] == "dict" and ("node",) in choice[1:] for choice in choices)
+
+
 def options(taken: Signature, key: str) -> list[str]:
     """The words that a key may have, where its annotation lists them."""
     annotation = taken.keys.get(key)
-    found = [] if annotation is None else _choices(taken.module, annotation)
+    found = [] if annotation is None else _choices(taken.homes.get(key, taken.module), annotation)
     return [str(choice[1]) for choice in found if choice[0] == "literal"]
 
 
@@ -90,6 +140,8 @@ def _fits(choice: tuple[Any, ...], value: Any) -> bool:
         return isinstance(value, list) and (
             not inner or all(any(_fits(c, item) for c in inner) for item in value)
         )
+    if kind == "node":
+        return isinstance(value, dict) and "_target_" in value
     kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict}
     if kind in kinds:
         return isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
@@ -124,8 +176,10 @@ def _subscript(module: str, name: str, parts: list[ast.expr]) -> Iterator[tuple[
         # of a tuple of several kinds nothing is said of each
         several = [p for p in parts if not (isinstance(p, ast.Constant) and p.value is ...)]
         yield ("list", list(_choices(module, several[0])) if len(several) == 1 else [])
+    elif name == "Callable" and module.startswith("distill."):  # of a node with `_partial_`
+        yield ("node",)
     else:
-        yield ("dict",) if name in DICTS else ("any",)
+        yield ("dict", *_choices(module, parts[-1])) if name in DICTS else ("any",)
 
 
 def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
@@ -140,6 +194,8 @@ def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
         found = _find(module, name) if module.startswith("distill.") else None
         if found and isinstance(found[1], ast.Assign):
             yield from _choices(found[0], found[1].value)
+        elif found and found[0].startswith("distill."):
+            yield ("node",)  # an object of ours: YAML has its class and what that takes
         else:
             yield ("any",)
 
@@ -161,25 +217,44 @@ def _parts(node: ast.expr) -> list[ast.expr]:
 def _of_function(module: str, node: ast.FunctionDef) -> Signature:
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     keys = {a.arg: a.annotation for a in arguments if a.arg != "self"}
-    return Signature(module, keys, open=node.args.kwarg is not None)
+    plain, only = [*node.args.posonlyargs, *node.args.args], node.args.kwonlyargs
+    without = plain[: len(plain) - len(node.args.defaults)]
+    without += [
+        a for a, default in zip(only, node.args.kw_defaults, strict=True) if default is None
+    ]
+    needed = frozenset(a.arg for a in without if a.arg != "self")
+    return Signature(module, keys, open=node.args.kwarg is not None, needed=needed)
 
 
 def _of_class(module: str, node: ast.ClassDef) -> Signature:
     """Of its __init__, or of its fields if it is a dataclass; `**keys` of ours go on to the class it is made of."""
     keys: dict[str, ast.expr | None] = {}
-    home = module
+    homes: dict[str, str] = {}
+    needed = None
     for where, each in _lineage(module, node):
         taken = _own(where, each)
         if taken is None:
             continue
-        # annotations are read in the module of the first that has any: names of others pass unchecked
-        home = where if not keys else home
-        keys = {**{k: v if where == home else None for k, v in taken.keys.items()}, **keys}
+        needed = taken.needed if needed is None else needed  # what a base needs, the class may give
+        homes = {**dict.fromkeys(taken.keys, where), **homes}
+        keys = {**taken.keys, **keys}
         if not taken.open:
-            return Signature(home, keys)
+            return Signature(module, keys, needed=needed, homes=homes)
         if not where.startswith("distill."):
             break
-    return Signature(home, keys, open=True)
+    nothing = needed is None and _known(module, node)
+    return Signature(module, keys, open=not nothing, needed=needed or frozenset(), homes=homes)
+
+
+def _known(module: str, node: ast.ClassDef) -> bool:
+    """Whether every base of a class was found: where none of them has an __init__, it takes nothing."""
+    for base in node.bases:
+        if _last(base) in OPEN:
+            continue
+        found = _find(module, _last(base))
+        if not found or not isinstance(found[1], ast.ClassDef) or not _known(*found):
+            return False
+    return True
 
 
 def _own(module: str, node: ast.ClassDef) -> Signature | None:
@@ -196,8 +271,10 @@ def _own(module: str, node: ast.ClassDef) -> Signature | None:
             and "ClassVar" not in ast.unparse(line.annotation)
             and "init=False" not in ast.unparse(line)
         }
+        bare = {f.target.id for f in fields if isinstance(f.target, ast.Name) and f.value is None}
         # fields of a base count as well: go on to it
-        return Signature(module, named, open=any(_last(b) not in OPEN for b in node.bases))
+        further = any(_last(b) not in OPEN for b in node.bases)
+        return Signature(module, named, open=further, needed=frozenset(bare & set(named)))
     return None
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distill.files import gathered, like, read, remove, split, write
+from distill.aside import aside, put_in_place
+from distill.files import gathered, like, read, split, write
+from distill.limits import check_dtype
 from distill.teachers.network import ends_at_last_tap
 
 BUCKET = (
@@ -32,10 +34,10 @@ class DataParallel(DDPStrategy):
     not, its gradient there counts as zero.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, process_group_backend: str | None = None):
         if sys.platform == "win32":  # which has no NCCL; gloo sums on GPUs as well
-            options.setdefault("process_group_backend", "gloo")
-        super().__init__(**options)
+            process_group_backend = process_group_backend or "gloo"
+        super().__init__(process_group_backend=process_group_backend)
 
     def configure_ddp(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -88,9 +90,18 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     """
 
     def __init__(
-        self, *, sharded_checkpoints: bool = False, reduce_dtype: str = "float32", **options: Any
+        self,
+        *,
+        sharded_checkpoints: bool = False,
+        reduce_dtype: str = "float32",
+        process_group_backend: str | None = None,
     ):
-        super().__init__(data_parallel_size="auto", tensor_parallel_size=1, **options)
+        check_dtype(reduce_dtype, "trainer.strategy.reduce_dtype")
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend,
+        )
         self._sharded_checkpoints = sharded_checkpoints
         self._policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
 
@@ -131,12 +142,11 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._sharded_checkpoints:
-            part = path.with_name(path.name + ".part")
+            part = Path(self.broadcast(str(aside(path))))  # the first process's: all write into it
             write(split(checkpoint), part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt")
             self.barrier()
             if self.is_global_zero:
-                remove(path)
-                part.replace(path)
+                put_in_place(part, path)
         else:
             state = gathered(checkpoint, keep=self.is_global_zero)
             if self.is_global_zero:

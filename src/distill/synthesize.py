@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from distill import validate
 from distill.data.lines import Lines
 from distill.errors import command
+from distill.faults import AGAIN
 from distill.hardware import check_precision
 from distill.progress import importing
 
@@ -75,7 +76,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_making(cfg)
 
 
-@command("synthesize")
+@command("synthesize", way_on=AGAIN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

@@ -26,6 +26,10 @@ EMBEDDED = (
 )  # the tensors of a Cond, under which names they are cached
 Terms = dict[str, Tensor]
 """Already weighted scalar losses under the paper's names; the objective is their sum."""
+Decoder = Callable[[Tensor], Tensor]
+"""Of latents [B, C, H, W] pixels [B, 3, h, w], in -1 to 1."""
+Maker = Callable[..., Tensor]
+"""Of a teacher, noise [B, C, H, W], a Cond and a generator the samples that the teacher makes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Nothing of a file of weights is made up or passed over: what `from_pretrained` reports is refused by name."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,28 @@ def refuse_unread(
     }.items():
         if names:
             raise ValueError(f"{where} {what.format(some_of(names))}; {advice(names)}")
+
+
+def refuse_broken(network: Any, where: str) -> None:
+    """Raise ValueError for a network with a number that is not finite, naming its tensors; `where` begins the sentence.
+
+    A frozen network that holds one makes every loss NaN, hours later or at once. Buffers may hold -inf, as masks do.
+    """
+    broken = [name for name, x in network.named_parameters() if not _finite(x, infinite=False)]
+    broken += [name for name, x in network.named_buffers() if not _finite(x, infinite=True)]
+    if broken:
+        what = f"holds numbers that are not finite in {some_of(broken)}"
+        half = any(x.dtype.itemsize == 2 for x in network.parameters())
+        more = ", or read it in float32 if it was whole there" if half else ""
+        raise ValueError(f"{where} {what}; fetch it anew{more}")
+
+
+def _finite(x: Any, infinite: bool) -> bool:
+    """Whether a tensor has no NaN, and no infinite number unless these may be. One that has no values yet has none."""
+    if x.is_meta or not x.is_floating_point() or not x.numel() or x.dtype.itemsize == 1:
+        return True
+    ends = [float(end) for end in x.detach().aminmax()]  # NaN if any of it is; nothing is copied
+    return not any(math.isnan(end) or (math.isinf(end) and not infinite) for end in ends)
 
 
 def some_of(names: list[str]) -> str:

@@ -4,7 +4,6 @@ Each function raises ValueError or FileNotFoundError that names the key and says
 only the objects themselves know, is said when they are built.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -12,42 +11,46 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import limits, signatures
+from distill import content, limits, paths, signatures, trust
+from distill.bounded import mapping_of
 from distill.compose import (
     changes,
     check_counts,
-    check_target,
     nearest,
     refuse_taken,
     shipped,
 )
 from distill.data.lines import Lines
-from distill.data.shards import check_pictures, expand
+from distill.data.shards import BEGUN, check_pictures, expand, shards_in
+from distill.formats import hidden
 from distill.hardware import check_precision
+from distill.locks import check_free
 from distill.metrics import material
+from distill.ranges import COUNTS, JUDGING, check_ranges
 from distill.teachers import locate
 from distill.teachers.settings import check_settings, in_folder
 
-COUNTS = dict.fromkeys(
-    ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
-) | dict.fromkeys(
-    (
-        "data.batch_size", "data.size", "optimizer.accumulate", "optimizer.discriminator_updates",
-        "optimizer.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
-        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.samples.count", "callbacks.checkpoint.every",
-    ),
-    1,
-)  # fmt: skip
-JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
 # What may be different when a command that writes shards goes on.
 FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
 # Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its adapters.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
+
+# Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type instead.
+SET = "is set by the run itself; leave it out"
+NOT_LIGHTNINGS = {
+    "accumulate_grad_batches": "Lightning's is for one player; use optimizer.accumulate=",
+    "gradient_clip_val": "Lightning's is for one player; use optimizer.clip_student= and clip_discriminator=",
+    "gradient_clip_algorithm": "Lightning's is for one player; use optimizer.clip_student=",
+    "max_epochs": "a run is counted in steps; use trainer.max_steps=",
+    **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), SET),
+}
 
 log = logging.getLogger(__name__)
 
@@ -59,30 +62,45 @@ def check_run(cfg: DictConfig) -> None:
     check_sides(cfg)
     check_counts(cfg, COUNTS)
     check_keys(cfg)
+    check_ranges(cfg)
     check_trainer(cfg.trainer)
     check_teacher(cfg.teacher)
     check_student(cfg.student)
     check_features(cfg.discriminator)
+    check_decoder(cfg.method)
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
     check_samples_prompts(cfg)
-    if "_target_" in (cfg.get("metrics") or {}):
+    if _has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
     refuse_taken(cfg)
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """That no group is left out which every run needs, and that each callback and logger has a target."""
+    """That no group is left out which every run needs, that none has what nobody reads, and what must have a target."""
     for group in NEEDED:
-        if "_target_" not in (cfg.get(group) or {}):  # a recipe may have left other keys of it
+        if not _has_target(cfg.get(group)):  # a recipe may have left other keys of it
             raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
+    for group in ("discriminator", "callbacks", "logger", "metrics"):
+        if not isinstance(node := cfg.get(group), DictConfig | None):
+            raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
+    for key, node in cfg.discriminator.items():
+        if key not in PLAYERS:
+            near = nearest(str(key), PLAYERS)
+            raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
+        if not isinstance(node, DictConfig | None):
+            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
-            if node and "_target_" not in node:
+            if node is not None and not _has_target(node):
                 raise ValueError(
                     f"{group}.{name}: has no _target_; give one, or leave it out by ~{group}.{name}"
                 )
+
+
+def _has_target(node: Any) -> bool:
+    return isinstance(node, DictConfig) and "_target_" in node
 
 
 def check_sides(cfg: DictConfig) -> None:
@@ -102,8 +120,8 @@ def check_sides(cfg: DictConfig) -> None:
 
 
 def check_targets(cfg: DictConfig) -> None:
-    """That every target is allowed."""
-    _targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    """That every target is one that its key may hold."""
+    trust.check_targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
 
 def check_batches(cfg: DictConfig) -> None:
@@ -141,23 +159,14 @@ def check_start(cfg: DictConfig) -> None:
 def _scheduler_of(path: str) -> dict[str, Any]:
     """The scheduler's configuration in the pipeline folder at this path, empty where there is none."""
     file = Path(shipped(path)) / "scheduler" / "scheduler_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return mapping_of(file) if file.is_file() else {}
 
 
 def check_keys(cfg: DictConfig) -> None:
     """That every target is allowed, takes its keys, and that their values are of the kind that it wants."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    _targets(tree)
+    trust.check_targets(tree)
     _keys(tree, "")
-
-
-def _targets(value: Any) -> None:
-    """Refuse every target that is not allowed, wherever it stands: before any value is looked at."""
-    if isinstance(value, dict) and "_target_" in value:
-        check_target(str(value["_target_"]))
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for each in inner:
-        _targets(each)
 
 
 def _keys(value: Any, path: str) -> None:
@@ -166,7 +175,11 @@ def _keys(value: Any, path: str) -> None:
     if not isinstance(value, dict):
         return
     if "_target_" in value:
-        check_taken(value, str(value["_target_"]), path)
+        name = str(value["_target_"])
+        check_taken(value, name, path)
+        taken = signatures.signature(name)
+        if taken and (missing := sorted(taken.needed - signatures.given(path) - set(value))):
+            raise ValueError(f"{path}{missing[0]}: not given; {name} needs it")
     for key, inner in value.items():
         _keys(inner, f"{path}{key}.")
 
@@ -175,14 +188,20 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
     """That the class or function of this name takes these keys and values; `path` stands before them in an error."""
     if (taken := signatures.signature(name)) is None:
         return
+    given = signatures.given(path)
     for key, value in node.items():
         if key.startswith("_"):
             continue
+        if key in given:
+            raise ValueError(f"{path}{key}={value}: the program gives that itself; leave it out")
         if key not in taken.keys and not taken.open:
             near = nearest(key, taken.keys)
             raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
         if what := signatures.wanted(taken, key, value):
             raise ValueError(f"{path}{key}={value}: must be {what}")
+        for name_of, inner in value.items() if signatures.of_nodes(taken, key) else ():
+            if not isinstance(inner, dict) or "_target_" not in inner:
+                raise ValueError(f"{path}{key}.{name_of}={inner}: must be a node with a _target_")
 
 
 def check_trainer(trainer: DictConfig) -> None:
@@ -194,8 +213,14 @@ def check_trainer(trainer: DictConfig) -> None:
             f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
         )
     check_precision(trainer.get("precision", "auto"), "trainer.precision")
+    accelerator = trainer.get("accelerator", "auto")
+    if not _has_target(accelerator):
+        check_word(OmegaConf.create({"trainer": trainer}), "trainer.accelerator", *ACCELERATORS)
+    for key, how in NOT_LIGHTNINGS.items():
+        if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
+            raise ValueError(f"trainer.{key}={trainer[key]}: {how}")
     strategy = trainer.get("strategy", "auto")
-    named = strategy if isinstance(strategy, str) else str(strategy.get("_target_"))
+    named = str(strategy.get("_target_") if _has_target(strategy) else strategy)
     if "fsdp" in named.lower():
         raise ValueError(
             f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
@@ -203,6 +228,10 @@ def check_trainer(trainer: DictConfig) -> None:
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
         raise ValueError(
             f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
+        )
+    if not _has_target(strategy) and strategy != "auto":
+        raise ValueError(
+            f"trainer.strategy={named}: must be auto; or use trainer=ddp or trainer=fsdp2"
         )
 
 
@@ -218,7 +247,7 @@ def check_teacher(teacher: DictConfig) -> None:
     if teacher.get("weights"):
         locate.check_weights(shipped(str(teacher.weights)))
     if teacher.get("vae"):
-        locate.check_autoencoder(str(teacher.vae))
+        locate.check_autoencoder(shipped(str(teacher.vae)))
     limits.check_dtype(teacher.get("dtype"), "teacher.dtype")
 
 
@@ -231,15 +260,17 @@ def check_student(student: DictConfig) -> None:
 
 
 def check_features(discriminator: DictConfig) -> None:
-    """That a network of pictures is here, or may be on the hub."""
+    """That its parts have targets, and that a network of pictures is here, or may be on the hub."""
+    for key, node in discriminator.items():
+        if node is not None and not _has_target(node):
+            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for key in ("features", "condition.image"):
         node = OmegaConf.select(discriminator, key)
         if isinstance(node, DictConfig) and node.get("_target_") == PICTURES:
             path = shipped(str(node.path))
             if not Path(path).exists() and not locate.is_hub_id(path):
-                raise FileNotFoundError(
-                    f"discriminator.{key}.path={path}: no such folder; give one, or a hub id"
-                )
+                what = f"no such folder{locate.near(path)}; give one, or a hub id"
+                raise FileNotFoundError(f"discriminator.{key}.path={path}: {what}")
 
 
 def check_data(data: DictConfig) -> None:
@@ -265,7 +296,7 @@ def check_samples_prompts(cfg: DictConfig) -> None:
     """That the prompts of pictures on the way, where they are a file's, can be read."""
     key = "callbacks.samples.prompts"
     if isinstance(prompts := OmegaConf.select(cfg, key), str):
-        Lines(prompts, key)
+        Lines(shipped(prompts), key)
 
 
 def check_metrics(metrics: DictConfig) -> None:
@@ -290,12 +321,41 @@ def check_metrics(metrics: DictConfig) -> None:
         material.coco(path, metrics.prompts)
     else:
         Lines(path, "metrics.path")
-    material.check_reference(metrics.reference)
+    material.check_reference(metrics.reference and shipped(metrics.reference))
+    check_networks(metrics)
+
+
+def check_networks(metrics: DictConfig) -> None:
+    """That the networks of the measures asked for are here, or may be on the hub."""
+    asked = {metrics.scores[name].get("network") for name in metrics.measures}
+    for name in sorted(asked & set(metrics.networks)):
+        node = metrics.networks[name]
+        for key in ("path", "processor"):
+            path = shipped(str(node.get(key) or "")).removeprefix("local-dir:")
+            if locate.is_local(path) and not Path(path).exists():
+                what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
+                raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
+
+
+def check_decoder(method: DictConfig) -> None:
+    """That a small decoder is here, or may be on the hub."""
+    node = method.get("decoder")
+    path = shipped(str(node.get("path"))) if isinstance(node, DictConfig) else None
+    if path and not Path(path).exists() and not locate.is_hub_id(path):
+        raise locate.no_folder(path, "method.decoder.path")
 
 
 def check_model(run: str, key: str = "run") -> None:
-    """That this is a run folder with a student, a pipeline folder that we read, or may be a hub id."""
+    """That this is a run folder with a student, a pipeline folder that we read, or may be a hub id.
+
+    And that what is made of a run's configuration to draw with its student is what a file may say.
+    """
     path = shipped(run)
+    file = Path(path) / "config.yaml"
+    if (
+        file.is_file()
+    ):  # whose teacher is a class of its own, perhaps, and not what reads the student
+        trust.read(file, "sampler", "teacher", but={"teacher._target_"})
     folder = locate.pipeline_folder(Path(path))
     locate.check_model(str(folder), run, key)
 
@@ -316,21 +376,30 @@ def check_making(cfg: DictConfig) -> None:
     check_counts(cfg, counts)
     check_keys(cfg)
     check_teacher(cfg.teacher)
+    check_free(Path(cfg.out), "out")
     refuse_another(cfg, Path(cfg.out))
 
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
-    if not any(folder.glob("*.tar")):
+    begun = (folder / BEGUN).is_file()
+    others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
+    if not (shards_in(folder) if begun else others):
         return
-
-    from distill.data.write import BEGUN  # numpy, for those who go on
-
-    if not (folder / BEGUN).is_file():
+    if not begun:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    said = changes(OmegaConf.load(folder / BEGUN), cfg)
+    begun = trust.data(folder / BEGUN)
+    trust.check_targets(begun)  # those that are not compared
+    before = OmegaConf.create(begun)
+    said = {
+        key: text
+        for key, text in changes(before, cfg).items()
+        if not (
+            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
+        )
+    }
     if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -29,15 +26,15 @@ from torch.utils.data import Dataset
 from distill.data import decode
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
-from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images, expand
-from distill.data.write import BEGUN, MANIFEST, NULL, PICTURES
+from distill.data.made import made_of, null_of
+from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
+from distill.data.write import NULL, PICTURES
 from distill.limits import check_samples
+from distill.memory import handed_over
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share
 MAX_IN_A_ROW = 50  # samples tried for one place in a batch
-# What shards of several folders must have been made with alike: one null caption is used, and one set of buckets.
-ALIKE = ("teacher", "without", "embeddings", "what", "buckets", "size")
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
 Found = tuple[
     dict | None, Skipped
@@ -133,8 +130,8 @@ class Samples(Dataset, ABC):
         start = bisect.bisect_left(peers, i)
         skipped: Skipped = []
         for ahead in range(min(most, len(peers))):
-            sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
             try:
+                sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
                 found = self.tensors(sample, bucket)
                 item = {
                     **found,
@@ -237,7 +234,7 @@ class LatentShards(Samples):
         buckets: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ):
-        folder, self.made = _made(path)
+        folder, self.made = made_of(path)
         if seeded and self.made.get("what") == PICTURES:
             raise ValueError(
                 f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
@@ -245,8 +242,11 @@ class LatentShards(Samples):
         buckets = buckets or self.made.get("buckets")
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
-            with np.load(folder / NULL, allow_pickle=False) as kept:
-                self.null = {name: torch.from_numpy(kept[name]) for name in kept.files}
+            self.null = null_of(folder / NULL, path)
+            floats = {name: x for name, x in self.null.items() if x.is_floating_point()}
+            if broken := [name for name, x in floats.items() if not x.isfinite().all()]:
+                what = f"{NULL} holds numbers that are not finite in its {broken[0]}"
+                raise ValueError(f"data.path={path}: {what}; make the shards anew")
         super().__init__(path, buckets=buckets, **options)
         self.seeded = seeded
         first, skipped = self.find(0)
@@ -280,30 +280,6 @@ class LatentShards(Samples):
             **found,
             "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)),
         }
-
-
-def _made(path: str) -> tuple[Path, dict[str, Any]]:
-    """A folder that the shards lie in, and what its manifest says, empty if there is none.
-
-    Raises ValueError if their making was not finished, or they lie in several folders that were made in other ways.
-    """
-    about: dict[Path, dict[str, Any]] = {}
-    for folder in sorted({Path(shard).parent for shard in expand(path)}):
-        finished = (folder / MANIFEST).is_file()
-        if (folder / BEGUN).is_file() and not finished:
-            raise ValueError(
-                f"data.path={path}: its making was not finished; give the command that makes it once more"
-            )
-        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if finished else {}
-        about[folder] = said if isinstance(said, dict) else {}
-    first, *others = about
-    for other in others:
-        differs = [key for key in ALIKE if about[first].get(key) != about[other].get(key)]
-        if differs:
-            raise ValueError(
-                f"data.path={path}: {first} and {other} were made with another {differs[0]}; give one"
-            )
-    return first, about[first]
 
 
 class ImageShards(Samples):
@@ -371,4 +347,4 @@ def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
         return {}, 0, skipped
     columns = {key: [item[key] for item in items] for key in items[0]}
     batch = {key: torch.stack(x) if isinstance(x[0], Tensor) else x for key, x in columns.items()}
-    return batch, len(items), skipped
+    return handed_over(batch), len(items), skipped

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from distill import formats
+from distill.data.bad import BadSample as BadSample
+from distill.data.bad import Unread
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.shards import DOTTED
 from distill.files import first_line, upright
@@ -24,14 +26,6 @@ HEAD = 2**16  # bytes in which a file says what size it has, nearly always
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
-class BadSample(ValueError):
-    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why."""
-
-    def __init__(self, sample: dict, reason: str):
-        self.name, self.reason = f"{sample['__url__']}:{sample['__key__']}", reason
-        super().__init__(f"{self.name}: {reason}")
-
-
 def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     """The largest central part of the sample's image with the shape of width x height (None: a square), resized to it:
     [3, height, width], RGB in [-1, 1].
@@ -40,14 +34,13 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     there is none, it does not decode, or the part is under half as wide: enlarged that much, it would teach blur.
     """
     extension, height = _image(sample), height or width
+    data = io.BytesIO(_bytes(sample, extension))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # harmless oddities, told anew for every image; bombs are errors
-            picture = upright(
-                Image.open(io.BytesIO(sample[extension]), formats=formats.tried(extension))
-            )
+            picture = upright(Image.open(data, formats=formats.tried(extension)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
     has = picture.size
@@ -76,10 +69,12 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
 def image_size(sample: dict) -> tuple[int, int]:
     """Width and height in pixels as shown, from the image's first bytes. Raises BadSample if these do not say it."""
     extension = _image(sample)
+    data = io.BytesIO(_bytes(sample, extension))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(sample[extension]), formats=formats.tried(extension))
+            picture = Image.open(data, formats=formats.tried(extension))
+            formats.check_pixels(picture)
             # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would be read whole.
             asked = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
             turned = asked and picture.getexif().get(0x0112) in SIDEWAYS
@@ -96,9 +91,9 @@ def caption(sample: dict, key: str = "caption") -> str:
     plain = key == "caption"
     ends = CAPTIONS if plain else ("json",)
     extension = caption_of(sample, ends) or _pick(sample, ends, "caption")
-    found: dict = {}
+    data, found = _bytes(sample, extension), {}
     try:
-        text = sample[extension].decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
         if extension.endswith("json"):
             record = json.loads(text)
             found = record if isinstance(record, dict) else {}
@@ -138,11 +133,12 @@ def latent(sample: dict) -> Tensor:
 def latent_size(sample: dict) -> tuple[int, int]:
     """Width and height of the sample's latents, from the first bytes. Raises BadSample if these do not say it."""
     extension = _pick(sample, LATENTS, "latents")
+    file = io.BytesIO(_bytes(sample, extension))
     try:
-        file = io.BytesIO(sample[extension])
         np.lib.format.read_magic(file)
         _, height, width = np.lib.format.read_array_header_1_0(file)[0]
         assert width * height > 0, "it is empty"
+        assert max(width, height) < 2**31, "no latents are so large"
     except Exception as error:
         raise _undecodable(sample, extension, error) from None
     return width, height
@@ -167,12 +163,21 @@ def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _array(sample: dict, extension: str) -> np.ndarray:
+    data = io.BytesIO(_bytes(sample, extension))
     try:
-        return np.lib.format.read_array(io.BytesIO(sample[extension]), allow_pickle=False)
+        return np.lib.format.read_array(data, allow_pickle=False)
     except (
         Exception
     ) as error:  # a damaged header raises nearly anything, and one that claims any size MemoryError
         raise _undecodable(sample, extension, error) from None
+
+
+def _bytes(sample: dict, extension: str) -> bytes:
+    """A file of the sample; raises BadSample for one that was too large to be read."""
+    found = sample[extension]
+    if isinstance(found, Unread):
+        raise BadSample(sample, f"its .{extension} {found.reason}")
+    return found
 
 
 def _image(sample: dict) -> str:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.data.datasets import Samples, Size
+
+
+class Reader(Protocol):
+    """What raw samples come from: pictures with captions, by number."""
+
+    def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """Of all that decides what is read."""
+
+    def read(self, i: int, at_most: int = -1) -> dict[str, Any]:
+        """Sample i: `txt`, its caption; `array`, its picture, uint8 [H, W, 3]; `__key__` and `__url__`."""
 
 
 class Drawn(Samples):
@@ -19,7 +31,7 @@ class Drawn(Samples):
     """
 
     def __init__(
-        self, reader: Any, *, size: int | None = None, seeded: bool = False, **options: Any
+        self, reader: Reader, *, size: int | None = None, seeded: bool = False, **options: Any
     ):
         self.reader, self.size, self.seeded = reader, size, seeded
         self.sides: Size | None = (size, size) if size else None  # height, width

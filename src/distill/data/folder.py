@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import IO, AnyStr
 
 from distill import formats
 from distill.data.walk import Below
@@ -26,6 +27,7 @@ KOHYA = re.compile(r"([1-9]\d{0,2})_([^/]+)/[^/]+")  # neither 01_ nor 2024_
 TABLES = ("parquet", "arrow")
 PACKED = ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst", "zip", "7z", "rar")
 HOW = "docs/troubleshooting_data.md"
+MOST_CAPTION = 4 * 2**20  # ours: bytes of a caption's file, or of a line of records
 
 
 @dataclass
@@ -197,7 +199,7 @@ def _of_jsonl(path: str) -> Iterator[tuple[str, Place]]:
     """Of each line the name of the picture, and where the line lies."""
     offset = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             start, offset = offset, offset + len(line)
             if not line.strip():
                 continue
@@ -214,11 +216,19 @@ def _of_csv(path: str) -> Iterator[tuple[str, Place]]:
     """Of each row the name of the picture, and the row as JSON."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
+            for row in csv.DictReader(_lines(file, path)):
                 record = {key: value for key, value in row.items() if key and value is not None}
                 yield _file_name(record, f"{path}: a row"), json.dumps(record).encode()
     except (csv.Error, UnicodeError) as error:
         raise ValueError(f"{path}: cannot be read as CSV in UTF-8 ({error}); repair it") from None
+
+
+def _lines(file: IO[AnyStr], path: str) -> Iterator[AnyStr]:
+    """The lines of a file of records; ValueError for one that is too long to be a record."""
+    while line := file.readline(MOST_CAPTION + 1):
+        if len(line) > MOST_CAPTION:
+            raise ValueError(f"{path}: has a line of more than 4 MiB; repair it")
+        yield line
 
 
 def _file_name(record: dict, where: str) -> str:

@@ -1,16 +1,27 @@
-"""Captions alone: the lines of a text file."""
+"""Captions alone: the lines of a text file, or a list."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+
+from distill.bounded import LINES, text_of
 
 
 class Lines:
-    """The lines of a text file that are not blank, as raw samples. ValueError, naming `key`, if there are none."""
+    """The lines of a text file that are not blank, as raw samples; of a list its texts, as they are.
 
-    def __init__(self, path: str, key: str = "data.path"):
+    Raises ValueError, naming `key`, if there are none.
+    """
+
+    def __init__(self, path: str | Sequence[str], key: str = "data.path"):
+        if not isinstance(path, str):
+            self.path, self.lines = key, [str(text) for text in path]
+            if not self.lines:
+                raise ValueError(f'{key}=[]: has no text; write ["one","two"], each in quotes')
+            return
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeError) as error:
+            text = text_of(Path(path), LINES, "utf-8-sig")
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
             ) from None

@@ -12,14 +12,18 @@ import os
 import re
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 from braceexpand import braceexpand
 
 from distill import formats
 from distill.data import folder as folders
+from distill.data.bad import MOST_FILES, MOST_TOGETHER, BadSample, Unread, most_of
 from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
+from distill.data.tar import members
 from distill.data.walk import Below, below
 from distill.formats import hidden
+from distill.shown import shown
 
 log = logging.getLogger(__name__)
 MAX_EMPTY = 0.5  # ours: the share of pictures without a caption above which a set is refused
@@ -35,6 +39,8 @@ MAGIC = {
     b"\x89PNG": "is a picture: give the folder that it is in",
     b"\xff\xd8\xff": "is a picture: give the folder that it is in",
 }
+BEGUN = "making.yaml"  # lies beside the shards that `distill.cache` or `distill.synthesize` makes
+MADE = re.compile(r"latents-\d{6}\.tar")
 _NAME = re.compile(
     r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
 )  # WebDataset's: key, then all after the first dot
@@ -80,7 +86,7 @@ class Shards:
     def name(self, i: int) -> str:
         """What sample i is called where something is said of it: shard or folder, and key."""
         key, url, _ = self._index[i]
-        return f"{url}:{key}"
+        return shown(f"{url}:{key}")
 
     def digest(self) -> str:
         """A hash of the keys of all samples, and of the extensions, places and sizes of their files."""
@@ -96,25 +102,35 @@ class Shards:
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
 
-        With `at_most` only so many bytes of each file. No file stays open, so any process may read. Raises ValueError
-        if the shard has become shorter.
+        With `at_most` only so many bytes of each file. A file that is too large is `Unread`. No file stays open, so any
+        process may read. Raises BadSample for one of too many files, and ValueError if the shard has become shorter.
         """
         key, url, places = self._index[i]
         sample: dict[str, str | bytes] = {}
+        names = {"__key__": key, "__url__": url}
+        if len(places) > MOST_FILES:
+            raise BadSample(names, f"it has {len(places)} files, more than {MOST_FILES}")
+        left = MOST_TOGETHER
         for extension, place in places.items():
             if isinstance(place, bytes):
                 sample[extension] = place
                 continue
             path, offset, size = place
-            size = size if at_most < 0 else min(at_most, size) if size >= 0 else at_most
             with open(path, "rb") as file:
+                size = size if size >= 0 else os.fstat(file.fileno()).st_size
+                most = min(most_of(extension), left)
+                if at_most < 0 and size > most:
+                    sample[extension] = Unread.of(size, most)
+                    continue
+                size = size if at_most < 0 else min(at_most, size)
+                left -= size
                 file.seek(offset)
                 sample[extension] = data = file.read(size)
             if len(data) < size and at_most < 0:
                 raise ValueError(
                     f"The file {path!r} has shrunk since it was opened (sample {key!r})."
                 )
-        return sample | {"__key__": key, "__url__": url}  # last: no file may pose as these
+        return sample | names  # last: no file may pose as these
 
 
 def check_pictures(
@@ -177,15 +193,29 @@ def _shards_in(folder: str) -> list[str]:
     return [
         os.path.join(folder, name)
         for name in names
-        if folders.suffix(name) == "tar" and os.path.isfile(os.path.join(folder, name))
+        if folders.suffix(name) == "tar"
+        and os.path.isfile(os.path.join(folder, name))
+        and not copied(os.path.join(folder, name))
     ]
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards in a folder that a command of ours makes, by their numbers: files of other names are not its own."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(folder / name for name in names if MADE.fullmatch(name))
+
+
+def copied(path: str) -> bool:
+    """Whether this shard lies in a folder that a command of ours makes, under a name that it does not give: a copy."""
+    folder, name = os.path.split(path)
+    return not MADE.fullmatch(name) and os.path.isfile(os.path.join(folder, BEGUN))
 
 
 def _shards_below(folder: str) -> list[str]:
     """The shards at the top of a folder, or if there is none, those of all folders in it."""
     found = below(folder)
     deep = [found.path(name) for name in found.files if folders.suffix(name) == "tar"]
-    return _shards_in(folder) or deep
+    return _shards_in(folder) or [path for path in deep if not copied(path)]
 
 
 def beside_shards(folder: str) -> list[str]:
@@ -197,6 +227,9 @@ def beside_shards(folder: str) -> list[str]:
     top = bool(_shards_in(folder))
     kinds = {
         "pictures beside the shards": [n for n in files if folders.suffix(n) in ends],
+        "shards of other names than distill gives": [
+            n for n in files if folders.suffix(n) == "tar" and copied(os.path.join(folder, n))
+        ],
         "compressed shards": [n for n in files if folders.packed(n)],
         "shards in subfolders": [
             n for n in files if folders.suffix(n) == "tar" and top and "/" in n
@@ -211,6 +244,7 @@ def beside_shards(folder: str) -> list[str]:
 
 ADVICE = {
     "pictures beside the shards": "give them a folder of their own, or put them into a shard",
+    "shards of other names than distill gives": "move copies elsewhere",
     "compressed shards": "gunzip or unpack them",
     "shards in subfolders": "give them as a pattern: data.path='folder/**/*.tar'",
 }
@@ -302,27 +336,18 @@ def index_tar(path: str) -> dict[str, Places]:
     index: dict[str, Places] = {}
     with open(path, "rb") as file:
         try:
-            # backslashreplace: a key must always be printable, whatever bytes the name has
-            with tarfile.open(
-                fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
-            ) as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # it keeps every one: gigabytes for a large set
-                    match = _NAME.match(member.name)
-                    if not member.isreg() or member.issparse() or not match:
-                        continue
-                    key, extension = match[1], match[2].lower()
-                    if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
-                        continue  # thumbnails of a system, and what macOS adds
-                    if extension in index.setdefault(key, {}):
-                        raise ValueError(
-                            f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
-                        )
-                    index[key][extension] = path, member.offset_data, member.size
-            # tarfile stops without a word at a damaged header or a cut between two members: ask for the end mark.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+            for member in members(file):
+                match = _NAME.match(member.name)
+                if not member.isreg() or member.issparse() or not match:
+                    continue
+                key, extension = match[1], match[2].lower()
+                if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
+                    continue  # thumbnails of a system, and what macOS adds
+                if extension in index.setdefault(key, {}):
+                    raise ValueError(
+                        f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
+                    )
+                index[key][extension] = path, member.offset_data, member.size
         except tarfile.TarError as error:
             file.seek(0)
             start = file.read(8)  # only now: the first member of a tar may be called BZhang

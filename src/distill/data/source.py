@@ -15,7 +15,6 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,10 @@ from distill.data.datasets import (
     Samples,
     collate,
 )
-from distill.data.drawn import Drawn
+from distill.data.drawn import Drawn, Reader
 from distill.data.shards import MAX_EMPTY
+from distill.memory import handed_over
+from distill.signals import in_loader
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Source:
             else Order(len(self.dataset), *place),
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=in_loader,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A DataLoader draws its workers' seed from the global generator, which would disturb exact resume.
@@ -163,7 +165,11 @@ class Source:
     def once(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Found]]:
         """For each batch of indices what is found at each of them: a bad sample is not replaced, and not counted."""
         data = DataLoader(
-            Once(self.dataset), batch_sampler=batches, collate_fn=list, num_workers=self.num_workers
+            Once(self.dataset),
+            batch_sampler=batches,
+            collate_fn=handed_over,
+            num_workers=self.num_workers,
+            worker_init_fn=in_loader,
         )
         return iter(data)
 
@@ -241,7 +247,7 @@ def images(
 
 
 def drawn(
-    reader: Any,
+    reader: Reader,
     *,
     size: int | None = None,
     batch_size: int,

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from distill.aside import aside
+
 log = logging.getLogger(__name__)
 # Who wrote it, and when, must not change the bytes.
 HEADER = {"user": "distill", "group": "distill", "mtime": 0, "encoder": False}
 JSON = {"sort_keys": True, "ensure_ascii": False}
-# What `distill.cache` and `distill.synthesize` leave beside their shards: first, with them, and last.
-BEGUN, NULL, MANIFEST = "making.yaml", "null.npz", "manifest.json"
+# What `distill.cache` and `distill.synthesize` leave beside their shards: with them, and last.
+NULL, MANIFEST = "null.npz", "manifest.json"
 PICTURES = "encoded pictures"  # what the first of them says that it made
 PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number stands in the file's name
 KEY = re.compile(
@@ -82,7 +84,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     from webdataset import TarWriter
 
     keys: set[str] = set()
-    part = f"{path}.{os.getpid()}.part"  # its own: what a kill left running must not write into this one
+    part = aside(Path(path))
     try:
         with open(part, "wb") as file:
             with TarWriter(file, **HEADER) as tar:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 
 from PIL import Image
 from torch import Tensor
 
 from distill.demonstration.drawing import Drawing, Request, Word
+from distill.shown import in_html
 
 SMALL = 256  # pixels a side, under which pictures are shown with their pixels as squares
 CSS = """
@@ -66,7 +66,7 @@ can mend what an earlier one got wrong.</p>
 
 
 def heading(run: str, about: str) -> str:
-    return f'<h1 class="run">{html.escape(run)}</h1><p class="note">{html.escape(about)}</p>'
+    return f'<h1 class="run">{in_html(run)}</h1><p class="note">{in_html(about)}</p>'
 
 
 def title(who: str, steps: int) -> str:
@@ -92,7 +92,7 @@ def refused(who: str, steps: int, problem: str) -> str:
     """A column that cannot be drawn, and why."""
     return (
         f'<figure><figcaption><span class="who">{title(who, steps)}</span></figcaption>'
-        f'<p class="refused">{html.escape(problem)}</p></figure>'
+        f'<p class="refused">{in_html(problem)}</p></figure>'
     )
 
 
@@ -106,7 +106,7 @@ def picture(pixels: Tensor, alternative: str) -> str:
     image.save(file := io.BytesIO(), "PNG", compress_level=1)
     data = base64.b64encode(file.getvalue()).decode()
     small = ' class="small"' if max(image.size) <= SMALL else ""
-    return f'<img{small} alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+    return f'<img{small} alt="{in_html(alternative)}" src="data:image/png;base64,{data}">'
 
 
 def reading(words: list[Word] | None) -> str:
@@ -129,7 +129,7 @@ def _word(word: Word) -> str:
     name, number = word.question.rstrip("012"), word.question[-1:]
     asked = f"{name} of object {int(number) + 1}" if number.isdigit() else name
     kind = "right" if right else "wrong"
-    return f'<li class="{kind}" title="{asked}">{html.escape(f"{said} {mark}")}</li>'
+    return f'<li class="{kind}" title="{asked}">{in_html(f"{said} {mark}")}</li>'
 
 
 def spoken(question: str, answer: str) -> str:
@@ -145,7 +145,7 @@ def spoken(question: str, answer: str) -> str:
 
 def status(problem: str | None, requests: int, dropped: int) -> str:
     """The line below the pictures."""
-    said = f'<span class="problem">{html.escape(problem)}</span> ' if problem else ""
+    said = f'<span class="problem">{in_html(problem)}</span> ' if problem else ""
     counts = f"Requests: {requests}; dropped, since the page had changed again: {dropped}."
     return (
         f'<p class="status" data-requests="{requests}" data-dropped="{dropped}">{said}{counts}</p>'

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from distill.files import first_line
 from distill.types import Cond
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEPTHS = (3 / 12, 6 / 12, 9 / 12, 12 / 12)  # blocks 2, 5, 8, 11 of twelve, as shares of the depth
@@ -47,11 +48,16 @@ class ImageFeatures(nn.Module):
         augment: bool = False,
     ):
         super().__init__()
-        model, report = AutoModel.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True
-        )
         where = f"discriminator.features.path={path}"
+        try:
+            model, report = AutoModel.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:  # of another kind, not fetched, damaged
+            advice = "give a folder of a transformers ViT, or check the hub id and the network"
+            raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
         refuse_unread(report, where, type(model).__name__, spare=UNASKED)
+        refuse_broken(model, where)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         depth = self.model.config.num_hidden_layers
         self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)

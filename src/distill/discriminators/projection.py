@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.discriminators.images import ImageFeatures
 from distill.types import Batch, Cond
+from distill.unread import refuse_broken
 
 
 class OpenClipText(nn.Module):
@@ -30,6 +31,7 @@ class OpenClipText(nn.Module):
         super().__init__()
         model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
         model.visual = None  # half of it, and never used
+        refuse_broken(model, f"discriminator.condition.text: {name}, {pretrained},")
         self.model, self.tokenizer = (
             model.eval().requires_grad_(False),
             open_clip.get_tokenizer(name),

@@ -5,13 +5,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from distill import verdicts
+from distill.aside import put
+from distill.content import mark
+from distill.files import fingerprint
 from distill.hardware import precision
 from distill.progress import Bar
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
@@ -23,6 +29,7 @@ from distill.types import Denoiser
 
 BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison
+PADDING = 2  # pixels between the pictures of torchvision's grids
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 ALWAYS = {
     "student guidance": "none",
@@ -75,7 +82,7 @@ class Shapes:
             **ALWAYS,
         }
         protocol |= {"student sampler": str(sampler or Consistency())}
-        write_verdict(folder, protocol, rows, strips)
+        write_verdict(folder, protocol, rows, strips, judged(folder, student))
         return rows
 
     def _judge(
@@ -117,15 +124,66 @@ def drawing_precision(protocol: Any, teacher: PipelineTeacher) -> str:
     return precision(protocol.precision, accelerator, "metrics.precision").name
 
 
+def judged(folder: Path, model: Any) -> str | None:
+    """A mark of what is judged: the student that lies in the folder, whatever it was read in, else the model's own."""
+    found = mark(folder / "student")
+    network = getattr(model, "network", model)
+    return found or (fingerprint(network) if isinstance(network, nn.Module) else None)
+
+
 def write_verdict(
-    folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], strips: list[Tensor]
+    folder: Path,
+    protocol: dict[str, Any],
+    rows: list[dict[str, Any]],
+    strips: list[Tensor],
+    model: str | None = None,
 ) -> None:
-    """`evaluation.json`, and `samples/comparison.png` of as many pictures [n, 3, S, S] in [0, 1] of every row."""
-    (folder / "evaluation.json").write_text(
-        json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-    )
+    """Add to `evaluation.json`, with a picture in `samples/` of as many pictures [n, 3, S, S] in [0, 1] of every row.
+
+    `model` is a mark of what was judged: verdicts by other protocols stay beside, but for those on another one.
+    """
+    before = verdicts.read(folder)
+    after, entry = verdicts.added(before, {"protocol": protocol, "rows": rows}, model)
     (folder / "samples").mkdir(exist_ok=True)
-    save_image(torch.cat(strips), folder / "samples" / "comparison.png", nrow=len(strips[0]))
+    place = folder / "samples" / entry["picture"]
+    save_image(torch.cat(strips), content := BytesIO(), format="PNG", nrow=len(strips[0]))
+    drawn = [(row["who"], row["steps"]) for row in rows]
+    wanted = [(row["who"], row["steps"]) for row in entry["rows"]]
+    if drawn != wanted:
+        old = next(v for v in verdicts.verdicts(before) if v["picture"] == entry["picture"])
+        had = [(row["who"], row["steps"]) for row in old["rows"]]
+        content = _together(place, had, content, drawn, wanted)
+    if content:
+        put(place, content.getvalue())
+    else:  # strips of other rows would be taken for these
+        place.unlink(missing_ok=True)
+    put(folder / verdicts.FILE, json.dumps(after, indent=2).encode() + b"\n")
+
+
+def _together(
+    place: Path, had: list[Any], new: BytesIO, drawn: list[Any], wanted: list[Any]
+) -> BytesIO | None:
+    """The strips of the `wanted` rows, from the new picture or the old one at `place`; None if they do not fit."""
+    try:
+        with Image.open(place) as old, Image.open(new) as fresh:
+            bands = {**_bands(old.convert("RGB"), had), **_bands(fresh.convert("RGB"), drawn)}
+    except (OSError, SyntaxError):  # Pillow's, of a torn file
+        return None
+    if len({band.size for band in bands.values()}) != 1 or not bands.keys() >= set(wanted):
+        return None
+    width, height = bands[wanted[0]].size
+    whole = Image.new("RGB", (width, height * len(wanted) + PADDING))
+    for i, name in enumerate(wanted):
+        whole.paste(bands[name], (0, i * height))
+    whole.save(content := BytesIO(), format="PNG")
+    return content
+
+
+def _bands(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
+    """The strip of every row of torchvision's grid, with the padding above it."""
+    height = (grid.height - PADDING) // len(rows)
+    boxes = [(0, i * height, grid.width, (i + 1) * height) for i in range(len(rows))]
+    return {row: grid.crop(box) for row, box in zip(rows, boxes, strict=True)}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
+from distill.bounded import text_of
+from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
-from distill.evaluation import SHOWN, drawing_precision, lineup, write_verdict
+from distill.evaluation import SHOWN, drawing_precision, judged, lineup, write_verdict
 from distill.files import put
 from distill.hardware import room_beside
 from distill.limits import drawn_at_once
@@ -37,6 +40,7 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.types import Denoiser
 
 MANY = 16  # ours: pictures at a time, where they are small
+TIMED = re.compile(r"(\d+\.\d+(?:e-\d+)?) (\d+)")  # a batch: its seconds, how many pictures
 TILE = 256  # pixels a side in the comparison
 Row = tuple[
     str, int, list[Path], Callable[..., Tensor]
@@ -148,9 +152,8 @@ class Prompted:
             }
         if self.student_steps:
             how |= {"student sampler": str(sampler), "student guidance": "none"}
-        write_verdict(
-            folder, self._protocol(paths[0], self.captions, self.data) | how, rows, strips
-        )
+        about = self._protocol(paths[0], self.captions, self.data) | how
+        write_verdict(folder, about, rows, strips, judged(folder, student or teacher))
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -163,13 +166,16 @@ class Prompted:
         rows = [{"who": "pictures", "steps": 0, **scores}]
         how = {"judged": f"{len(paths)} pictures in {folder}"}
         about = self._protocol(paths[0], captions, "captions of the pictures")
-        write_verdict(out, about | how, rows, [_strip(paths)])
+        named = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+        these = hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        write_verdict(out, about | how, rows, [_strip(paths)], these)
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:
         """The captions of files, from .txt beside them, or by their names: numbers of captions, or COCO's own."""
         if all(path.with_suffix(".txt").is_file() for path in paths):
-            texts = [path.with_suffix(".txt").read_text(encoding="utf-8-sig") for path in paths]
+            files = [path.with_suffix(".txt") for path in paths]
+            texts = [text_of(file, MOST_CAPTION, "utf-8-sig") for file in files]
             return [text.strip() for text in texts]
         if all(path.stem in self.named for path in paths):
             return [self.named[path.stem] for path in paths]
@@ -298,11 +304,15 @@ def _strip(paths: list[Path]) -> Tensor:
 def _seconds(folder: Path) -> dict[str, float]:
     """Of the batches of a row, whoever made them and when."""
     lines = [
-        line.split()
-        for file in folder.glob("seconds-*.txt")
-        for line in file.read_text(encoding="utf-8").splitlines()
+        TIMED.fullmatch(line)
+        for file in sorted(folder.iterdir())
+        if re.fullmatch(r"seconds-\d+\.txt", file.name)
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
     ]
-    total = sum(int(count) for _, count in lines)
-    return (
-        {"seconds_per_image": sum(float(seconds) for seconds, _ in lines) / total} if total else {}
-    )
+    whole = [line for line in lines if line]  # a kill may have cut one short
+    try:
+        total = sum(int(line[2]) for line in whole)
+        seconds = sum(float(line[1]) for line in whole)
+    except ValueError:  # not ours
+        return {}
+    return {"seconds_per_image": seconds / total} if total else {}

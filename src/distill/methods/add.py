@@ -23,10 +23,11 @@ from torch import Tensor
 
 from distill import losses
 from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.engine import Parts
 from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import generator_like, noise_like, seed_of, square
-from distill.types import Batch, Cond, Streams, Terms, Times
+from distill.types import Batch, Cond, Decoder, Maker, Streams, Terms, Times
 
 Corner = tuple[float, float]  # upper left of the crop, in shares of where it may be
 
@@ -63,8 +64,7 @@ class ADD(Distillation):
         distill_space: pixels, as the paper has it, or latents, which saves a pass of the decoder.
         loss: hinge, non_saturating or relativistic. over_heads: sum of the heads' losses, the paper's, or mean.
         r1_weight: gamma; every `r1_every`-th iteration, times as much.
-        negative: caption of nfsd.
-        decoder: what makes pixels of latents in the losses; None takes the teacher's.
+        negative: caption of nfsd. decoder: what makes pixels of latents in the losses; None takes the teacher's.
         crop: side in latent cells of the random square that the heads look at; None shows them all.
     """
 
@@ -72,6 +72,7 @@ class ADD(Distillation):
 
     def __init__(
         self,
+        parts: Parts,
         *,
         levels: Times,
         distill: ScoreDistillation,
@@ -83,11 +84,11 @@ class ADD(Distillation):
         r1_weight: float = 1e-5,
         r1_every: int = 1,
         negative: str | None = None,
-        decoder: Any = None,
+        decoder: Decoder | None = None,
         crop: int | None = None,
-        **engine: Any,
+        real: Maker | None = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         if distill_space not in ("pixels", "latents"):
             raise ValueError(f"method.distill_space={distill_space}: must be pixels or latents")
         self.levels, self.distill = levels, distill

@@ -15,6 +15,7 @@ import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -22,15 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from distill.ema import Ema
-from distill.engine import Engine
+from distill.engine import Parts
+from distill.files import check_fits
+from distill.limits import after_divergence
 from distill.types import (
     EMBEDDED,
     Batch,
     Cond,
     Critic,
-    Denoiser,
     Features,
-    Heads,
+    Maker,
     Streams,
     Teacher,
     Terms,
@@ -46,18 +48,8 @@ class Distillation(L.LightningModule):
 
     second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
 
-    def __init__(
-        self,
-        *,
-        teacher: Teacher,
-        student: Denoiser,
-        features: Features | None = None,
-        heads: Heads | None = None,
-        engine: Engine,
-        condition: Any = None,
-        real: Any = None,
-        seed: int = 0,
-    ):
+    def __init__(self, parts: Parts, real: Maker | None = None):
+        """`real` has the teacher make the samples, whatever the data hold."""
         super().__init__()
         self.student: (
             Any  # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
@@ -65,11 +57,12 @@ class Distillation(L.LightningModule):
         self.heads: Any
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
+        heads, engine = parts.heads, parts.engine
         self.alone = heads is None  # nobody judges: the discriminator's phase is left out
-        self.student, self.heads = student, nn.Identity() if heads is None else heads
+        self.student, self.heads = parts.student, nn.Identity() if heads is None else heads
         # In a tuple: never registered, saved, broadcast or trained.
-        self._frozen: tuple[Any, ...] = (teacher, features, condition)
-        self.engine, self.real, self.seed = engine, real, seed
+        self._frozen: tuple[Any, ...] = (parts.teacher, parts.features, parts.condition)
+        self.engine, self.real, self.seed = engine, real, parts.seed
         self.ema = Ema(self.student, decay=engine.ema_decay)
         self.iteration, self.images_seen = 0, 0
         self.skipped, self._bad_in_a_row = (
@@ -237,8 +230,13 @@ class Distillation(L.LightningModule):
                 )
         if self._bad_in_a_row >= self.engine.stop_after_bad:
             what = f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}"
-            advice = "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
-            raise FloatingPointError(f"{what}; {advice}")
+            trainer, players = (
+                cast(Any, self.trainer),
+                ["student", "discriminator"][: 2 - self.alone],
+            )
+            rates = [f"optimizer.{player}.lr" for player in players]
+            folder, precision = Path(trainer.default_root_dir), str(trainer.precision)
+            raise FloatingPointError(f"{what}; {after_divergence(folder, precision, rates)}")
 
     def _update_discriminator(
         self, micros: list[Micro], fakes: list[Any], optimizer: Any, turn: int
@@ -373,6 +371,11 @@ class Distillation(L.LightningModule):
         checkpoint["distill"] = {**counts, "ema": self.ema.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_fits(checkpoint["state_dict"], self, "the checkpoint")
+        players = 1 if self.alone else 2
+        if len(checkpoint["optimizer_states"]) != players:
+            what = f"has {len(checkpoint['optimizer_states'])} optimizers and this method {players}"
+            raise ValueError(f"the checkpoint {what}: it is of another one")
         kept = checkpoint["distill"]
         self.iteration, self.images_seen, self.skipped = (
             kept["iteration"],

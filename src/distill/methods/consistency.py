@@ -16,16 +16,16 @@ d, with h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.distillation import guided_x0
+from distill.engine import Parts
 from distill.losses import pseudo_huber, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Streams, Terms
+from distill.types import Batch, Maker, Streams, Terms
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,9 +56,15 @@ class Consistency(Distillation):
     space = "nothing"  # it has no discriminator
 
     def __init__(
-        self, *, steps: int = 50, guidance: float = 4.0, huber: float | None = None, **engine: Any
+        self,
+        parts: Parts,
+        *,
+        steps: int = 50,
+        guidance: float = 4.0,
+        huber: float | None = None,
+        real: Maker | None = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         if steps < 1:
             raise ValueError(f"method.steps={steps}: must be at least 1")
         self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber

@@ -14,12 +14,12 @@ that of StyleGAN-T and ADD.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.engine import Parts
 from distill.losses import (
     Game,
     OverHeads,
@@ -31,7 +31,7 @@ from distill.losses import (
 )
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Critic, Streams, Terms, Times
+from distill.types import Batch, Critic, Maker, Streams, Terms, Times
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,7 @@ class LADD(Distillation):
 
     def __init__(
         self,
+        parts: Parts,
         *,
         levels: Times,
         renoise: Times,
@@ -90,9 +91,9 @@ class LADD(Distillation):
         r1_weight: float = 0.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        **engine: Any,
+        real: Maker | None = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         self.levels, self.renoise = levels, renoise
         self.adversarial = adversarial(loss, over_heads)
         self.shared, self.misaligned, self.distill_weight = shared, misaligned, distill_weight

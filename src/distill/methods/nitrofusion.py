@@ -23,17 +23,17 @@ it are its own, without gradient, and each begins where a sampler's does; the fi
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.engine import Parts
 from distill.losses import Game, OverHeads, adversarial, verdicts, weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import level_like, noise_like
 from distill.times import Refinement
-from distill.types import Batch, Streams, Terms, Times
+from distill.types import Batch, Maker, Streams, Terms, Times
 
 LEAD = 100
 
@@ -79,6 +79,7 @@ class NitroFusion(Distillation):
 
     def __init__(
         self,
+        parts: Parts,
         *,
         renoise: Times,
         mixed: bool = False,
@@ -92,9 +93,9 @@ class NitroFusion(Distillation):
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        **engine: Any,
+        real: Maker | None = None,
     ):
-        super().__init__(**engine)
+        super().__init__(parts, real)
         self.renoise, self.mixed, self.shared = renoise, mixed, shared
         self.refinement = Refinement(levels, refine, keep)
         self.adversarial, self.opening = adversarial(loss, over_heads), opening

@@ -13,15 +13,15 @@ samples. The paper has one step; the levels below 1 are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.engine import Parts
 from distill.losses import weighted_mse
 from distill.methods.base import Distillation, Players
 from distill.process import noise_like
-from distill.types import Batch, Streams, Terms, Times
+from distill.types import Batch, Maker, Streams, Terms, Times
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,8 +47,8 @@ class Regression(Distillation):
 
     space = "nothing"  # it has no discriminator
 
-    def __init__(self, *, levels: Times, **engine: Any):
-        super().__init__(**engine)
+    def __init__(self, parts: Parts, *, levels: Times, real: Maker | None = None):
+        super().__init__(parts, real)
         self.levels = levels
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:

@@ -1,19 +1,27 @@
 """What is judged and by what: pictures in a folder, captions of COCO or of a file. Nothing here imports torch."""
 
-import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from distill.bounded import MIB, json_of
 from distill.formats import hidden, suffixes
+
+SAMPLE = re.compile(
+    r".*_\d+step_seed\d+_[0-9a-f]{4}\.png", re.DOTALL
+)  # as distill.sample names them
+MOST_CAPTIONS = 256 * MIB  # ours: bytes of COCO's captions; those of its training pictures have 88
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name, hidden ones left out; there may be no such folder."""
-    return sorted(
-        p
-        for p in folder.glob("*")
-        if p.suffix[1:].lower() in suffixes() and not hidden(p.name) and p.name != "grid.png"
-    )  # sample's
+    """The pictures in a folder, by name, hidden ones left out; there may be no such folder.
+
+    Beside pictures that `distill.sample` has named, grid.png is its sheet of them, and no picture.
+    """
+    pictures = (p for p in folder.glob("*") if p.suffix[1:].lower() in suffixes())
+    found = sorted(p for p in pictures if not hidden(p.name))
+    sheet = any(SAMPLE.fullmatch(path.name) for path in found)
+    return [path for path in found if not (sheet and path.name == "grid.png")]
 
 
 def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
@@ -23,17 +31,17 @@ def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
         "give the folder that holds annotations/ and val2017/",
     )
     try:
-        said = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        names = {entry["id"]: entry["file_name"] for entry in said["images"]}
+        said = json_of(Path(folder) / name, MOST_CAPTIONS)
+        names = {entry["id"]: Path(str(entry["file_name"])).name for entry in said["images"]}
         firsts = {
             x["image_id"]: x["caption"].strip()
             for x in sorted(said["annotations"], key=lambda x: -x["id"])
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        chosen = sorted(firsts.keys() & names)[:count]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"metrics.path={folder}: cannot read {name} ({error!r}); {advice}"
         ) from None
-    chosen = sorted(firsts.keys() & names)[:count]
     if len(chosen) < (count or 1):
         raise ValueError(
             f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}"

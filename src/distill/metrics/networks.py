@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from distill.bounded import check_archive
 from distill.files import fingerprint, first_line, silent
 from distill.progress import stage
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = (
@@ -62,6 +64,7 @@ class Describer(ABC):
                 redirect_stderr(StringIO()),
             ):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
+            refuse_broken(self.model, self.name)
         except Exception as error:  # damaged files, hubs and networks raise nearly anything
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):
@@ -72,7 +75,13 @@ class Describer(ABC):
     def __str__(self) -> str:
         """Network, revision of a hub's, a hash of its weights, and how it is shown pictures."""
         revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
-        return f"{self.name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)}, {self.shown}"
+        # A folder's own name: the same network lies elsewhere on another machine.
+        name = self.name
+        for key in ("path", "pretrained"):
+            place = str(getattr(self, key, None)).removeprefix("local-dir:")
+            if Path(place).exists():
+                name = name.replace(place, Path(place).name)
+        return f"{name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)}, {self.shown}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # workers prepare pictures only
@@ -115,6 +124,7 @@ class Inception(Describer):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         if self.path:
+            check_archive(Path(self.path))
             torch.load(self.path, weights_only=True)  # refuses code, which the next line would run
         return FeatureExtractorInceptionV3(
             "inception", ["2048"], feature_extractor_weights_path=self.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -18,8 +19,10 @@ from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill.files import put, upright
 from distill.formats import tried
+from distill.memory import handed_over
 from distill.metrics.networks import Describer
 from distill.progress import Bar
+from distill.signals import in_loader
 
 
 def features(
@@ -39,7 +42,11 @@ def features(
     if not file.is_file():
         workers = min(workers, os.cpu_count() or 1)
         loader = DataLoader(
-            paths, batch_size, num_workers=workers, collate_fn=partial(_prepared, network, square)
+            paths,
+            batch_size,
+            num_workers=workers,
+            collate_fn=partial(_prepared, network, square),
+            worker_init_fn=in_loader,
         )
         network.model.to(device)
         counted = {"unit": "image", "rate": "images"}
@@ -63,15 +70,17 @@ def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     pictures = [opened(path) for path in paths]
     if square:  # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427 do
         pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
-    return torch.stack([network.prepare(picture) for picture in pictures])
+    return handed_over(torch.stack([network.prepare(picture) for picture in pictures]))
 
 
 def opened(path: Path, key: str = "") -> Image.Image:
     """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
     try:
         # Only formats that are trained on: what is called .png may be EPS, which starts another program.
-        with Image.open(path, formats=tried(path.suffix.lower())) as picture:
-            return upright(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
+            with Image.open(path, formats=tried(path.suffix.lower())) as picture:
+                return upright(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
 

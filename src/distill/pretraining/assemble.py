@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from distill.aside import put, whole_folder
 from distill.students import denoiser_part
 from distill.teachers.reading import BASE, home_of
 
@@ -93,7 +94,7 @@ def save_beside(student: Path, base: Path, name: str) -> Path:
     save_half(network, folder / part)
     shutil.copytree(student / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     text = json.dumps(index | {BASE: base.name}, indent=2) + "\n"
-    (folder / "model_index.json").write_text(text, encoding="utf-8")
+    put(folder / "model_index.json", text.encode())  # last: without it the folder is no pipeline
     return folder
 
 
@@ -118,15 +119,16 @@ def save_half(whole: Any, folder: Path) -> None:
         nn.Module.to(
             part, torch.float16
         )  # diffusers' own `to` warns about layers to keep, of which there are none
-    whole.save_pretrained(folder)
-    for config in folder.rglob("config.json"):
-        facts = {
-            k: v
-            for k, v in json.loads(config.read_text(encoding="utf-8")).items()
-            if k != "_name_or_path"
-        }
-        if "dtype" in facts:
-            facts["dtype"] = "float32"  # transformers takes it over that of the weights
-        config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    with whole_folder(folder) as target:
+        whole.save_pretrained(target)
+        for config in target.rglob("config.json"):
+            facts = {
+                k: v
+                for k, v in json.loads(config.read_text(encoding="utf-8")).items()
+                if k != "_name_or_path"
+            }
+            if "dtype" in facts:
+                facts["dtype"] = "float32"  # transformers takes it over that of the weights
+            config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for part in parts:
         nn.Module.to(part, torch.float32)

@@ -150,7 +150,7 @@ class Fit:
             early = [
                 x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)
             ]
-            curve.write_text("".join(early), encoding="utf-8")
+            files.put(curve, "".join(early).encode())
         return start
 
     def _file(self, kind: str) -> Path:

@@ -1,12 +1,12 @@
 """Autoencoder and text encoder of an earlier pipeline, in the place of the stages that would train them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from distill.aside import whole_folder
 from distill.compose import shipped
 from distill.pretraining.work import Work
 
@@ -18,7 +18,8 @@ def folder(work: Work) -> Path | None:
 
 def take_vae(work: Work, source: Path) -> dict[str, Any]:
     """Leave the autoencoder where `vae` would, in float32."""
-    AutoencoderKL.from_pretrained(source, subfolder="vae").save_pretrained(work.train / "vae")
+    with whole_folder(work.train / "vae") as part:
+        AutoencoderKL.from_pretrained(source, subfolder="vae").save_pretrained(part)
     return {"taken_from": work.asked["parts"]}
 
 
@@ -39,9 +40,8 @@ def take_text(work: Work, source: Path) -> dict[str, Any]:
     named = {name: f"text_model.{name}" for name in encoder.state_dict()}
     taken = {name if name in own else named[name]: x for name, x in encoder.state_dict().items()}
     clip.load_state_dict(own | taken)
-    clip.save_pretrained(work.train / "clip")
-    shutil.rmtree(work.train / "tokenizer", ignore_errors=True)
-    CLIPTokenizer.from_pretrained(source, subfolder="tokenizer").save_pretrained(
-        work.train / "tokenizer"
-    )
+    with whole_folder(work.train / "clip") as part:
+        clip.save_pretrained(part)
+    with whole_folder(work.train / "tokenizer") as part:
+        CLIPTokenizer.from_pretrained(source, subfolder="tokenizer").save_pretrained(part)
     return {"taken_from": work.asked["parts"]}

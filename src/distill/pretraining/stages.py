@@ -7,7 +7,6 @@
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from distill.aside import put, put_text
 from distill.console import note
 from distill.data.write import write_images
+from distill.files import write
 from distill.hardware import hardware, precision
 from distill.pretraining import diffusion, parts, reader, text, vae, vit
 from distill.pretraining.asked import check_data, chosen, teaching_stage, trains
@@ -52,14 +53,14 @@ def _data(work: Work) -> dict[str, Any]:
     if work.of_shapes:
         write_images(str(work.out / "data" / "shapes-%06d.tar"), samples(), PER_SHARD)
     work.pictures, captions = work.read()
-    (work.out / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    put(work.out / "captions.json", json.dumps(captions).encode())
     return {"pictures": len(captions), "distinct_captions": len(set(captions))}
 
 
 def _latents(work: Work) -> dict[str, Any]:
     model, pictures = work.vae, track(work.pictures.split(512), "encoding", unit="batch")
     latents = torch.cat([vae.encode(model, part).half() for part in pictures])
-    torch.save(latents, work.out / "latents.pt")
+    write(latents, work.out / "latents.pt")
     return {"deviation": [round(float(v), 3) for v in latents.float().std((0, 2, 3))]}
 
 
@@ -150,8 +151,9 @@ def write_card(work: Work) -> None:
     """`models/README.md`: where the models come from, what they are worth; beside it the curves of their training."""
     known, models = work.known(), work.models
     (models / "curves").mkdir(parents=True, exist_ok=True)
-    for curve in work.train.glob("*.csv"):
-        shutil.copy(curve, models / "curves" / curve.name)
+    for curve in (work.train / f"{name}.csv" for name in STAGES):
+        if curve.is_file():
+            put(models / "curves" / curve.name, curve.read_bytes())
     rows = []
     for name, stage in known["stages"].items():
         if stage.get("finished"):
@@ -171,7 +173,7 @@ def write_card(work: Work) -> None:
         "| stage | seconds | scores |\n|---|---|---|\n" + "\n".join(rows),
         "`curves/` holds the losses, one line every 20 steps.",
     ]
-    (models / "README.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    put_text(models / "README.md", "\n\n".join(paragraphs) + "\n")
 
 
 def _said(value: Any) -> str:

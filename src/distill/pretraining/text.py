@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from distill.aside import whole_folder
 from distill.pretraining.assemble import half_of, save_half
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.work import Work, pixels
@@ -64,11 +65,27 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def _tokenized(work: Work) -> tuple[CLIPTokenizer, Tensor]:
+    """The tokenizer, kept from now on, and the captions' ids [N, L].
+
+    The library gives equally frequent pairs their numbers as it happens to meet them, so that a text encoder that goes
+    on after a kill must not get another one.
+    """
+    kept = work.train / "tokenizer"
+    if kept.is_dir():
+        tokenizer = CLIPTokenizer.from_pretrained(kept)
+        return tokenizer, tokenize(tokenizer, work.captions)
+    tokenizer = train_tokenizer(work.captions, length=work.asked["text_length"])
+    ids = tokenize(tokenizer, work.captions)
+    with whole_folder(kept) as part:
+        tokenizer.save_pretrained(part)
+    return tokenizer, ids
+
+
 def train(work: Work) -> dict[str, Any]:
     """Contrastive training (InfoNCE both ways); retrieval accuracy among 100 held-out pairs."""
     pictures, fit = work.pictures, work.fit("clip")
-    tokenizer = train_tokenizer(work.captions, length=work.asked["text_length"])
-    ids = tokenize(tokenizer, work.captions)
+    tokenizer, ids = _tokenized(work)
     learnt = len(ids) - max(200, len(ids) // 100)
     torch.manual_seed(fit.seed)
     clip = build(tokenizer, pictures.shape[-1])
@@ -83,8 +100,8 @@ def train(work: Work) -> dict[str, Any]:
         }
 
     fit(clip, objective, samples=learnt)
-    tokenizer.save_pretrained(work.train / "tokenizer")
-    clip.save_pretrained(work.train / "clip")
+    with whole_folder(work.train / "clip") as part:
+        clip.save_pretrained(part)
     save_half(half_of(clip, CLIPVisionModelWithProjection, "vision"), work.models / "clip_vision")
     groups = [
         (ids[i : i + 100], pixels(pictures[i : i + 100])) for i in range(learnt, len(ids) - 99, 100)

@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from distill.aside import whole_folder
 from distill.pretraining.fit import DEVICE
 from distill.pretraining.work import Work, pixels
 
@@ -42,7 +43,8 @@ def train(work: Work) -> dict[str, Any]:
 
     fit(vae, objective, samples=learnt)
     standardise(vae, encode(vae, pictures[: min(learnt, 2048)]))
-    vae.save_pretrained(work.train / "vae")
+    with whole_folder(work.train / "vae") as part:
+        vae.save_pretrained(part)
     parts = pictures[learnt:].split(128)
     errors = [vae.decode(encode(vae, part)).sample.clamp(-1, 1) - pixels(part) for part in parts]
     psnr = 10 * torch.log10(4 / torch.cat(errors).square().mean((1, 2, 3)))

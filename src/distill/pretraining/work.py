@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from distill.content import alike
 from distill.data.datasets import ImageShards
 from distill.files import put
 from distill.pretraining.asked import MIN_PICTURES, max_empty_share
@@ -84,10 +85,7 @@ class Work:
         return pictures, captions
 
     def known(self) -> dict[str, Any]:
-        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether it is finished.
-
-        Read anew before every change, so that two commands may work on different stages of one folder at a time.
-        """
+        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether it is finished."""
         path = self.out / "pretraining.json"
         return (
             json.loads(path.read_text(encoding="utf-8"))
@@ -119,12 +117,25 @@ class Work:
                 else {name: node}
             )
         before = self.stage(stage).get("settings", settings)
-        if changed := [
-            f"{k}={v} (was {before.get(k)})" for k, v in settings.items() if v != before.get(k)
-        ]:
+        changed = [
+            f"{k}={v} (was {before.get(k)})"
+            for k, v in settings.items()
+            if not alike(v, before.get(k))
+        ]
+        if changed and not self._came_to_nothing(stage):
             what = f"begun with other settings, now {', '.join(changed)}; choose another out, or take them back"
             raise ValueError(f"out={self.out}: its stage {stage} was {what}")
         self.note(stage, command, settings=settings)
+
+    def _came_to_nothing(self, stage: str) -> bool:
+        """Whether a stage was begun and made nothing that goes on with: its settings may still be mended."""
+        own = {"data": ["data", "captions.json"], "latents": ["latents.pt"]}.get(stage, [])
+        left = [
+            path
+            for path in (*(self.out / name for name in own), self.models / stage)
+            if path.exists()
+        ]
+        return not (self.stage(stage).get("finished") or left or any(self.train.glob(f"{stage}*")))
 
 
 def pixels(pictures: Tensor) -> Tensor:

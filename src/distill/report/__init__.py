@@ -10,13 +10,18 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distill.aside import put_text
+from distill.bounded import mapping_of, number_of, text_of
+from distill.limits import steps_in
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
 from distill.report.page import figure, folded, html
+from distill.shown import in_html
+from distill.verdicts import PICTURE, verdicts
 
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
 ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
@@ -26,35 +31,43 @@ SHOWN = 12  # steps at which an alarm was raised
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path."""
-    run, rows = _or_empty(run_dir / "run.json"), rows_of(_or_empty(run_dir / "evaluation.json"))
+    run, evaluation = _or_empty(run_dir / "run.json"), _or_empty(run_dir / "evaluation.json")
+    rows = _rows(run_dir / "evaluation.json")
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
-        " · ".join([name, *(run[key] for key in ("method", "teacher") if key in run)]),
+        " · ".join([name, *(str(run[key]) for key in ("method", "teacher") if key in run)]),
         headline(rows)
         or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
         [*tiles(rows), _training_time(run)],
         status=""
         if run.get("status", "finished") == "finished"
-        else STOPPED.format(escape(run["status"])),
-        pictures=_pictures(run_dir / "samples", rows),
+        else STOPPED.format(in_html(run["status"])),
+        pictures=_pictures(run_dir / "samples", rows, evaluation),
         evaluation=_shown(
             run_dir / "evaluation.json",
-            lambda path: table(json.loads(path.read_text(encoding="utf-8"))),
+            lambda path: _judged(mapping_of(path)),
         ),
         training=_alarms(run_dir / "alarms.jsonl") + _shown(run_dir / "metrics.csv", charts),
         facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
     )
     path = run_dir / "report.html"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    put_text(path, text)
     return path
 
 
 def _or_empty(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing if it is missing or torn, which its own section will say."""
     with suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return mapping_of(path)
     return {}
+
+
+def _rows(path: Path) -> list[Row]:
+    """What was measured; nothing where the file is missing or cannot be right, which its own section will say."""
+    with suppress(ValueError):
+        return rows_of(_or_empty(path))
+    return []
 
 
 def _shown(path: Path, show: Callable[[Path], str]) -> str:
@@ -68,11 +81,11 @@ def _shown(path: Path, show: Callable[[Path], str]) -> str:
         ValueError,
         SyntaxError,
     ) as error:  # the last is what Pillow raises for some broken PNG
-        return f'<p class="none">{escape(f"{path.name} cannot be shown: {error}.")}</p>'
+        return f'<p class="none">{in_html(f"{path.name} cannot be shown: {error}.")}</p>'
 
 
 def _text(path: Path, what: str, state: str = "") -> str:
-    return folded(what, path.read_text(encoding="utf-8", errors="replace"), state)
+    return folded(what, text_of(path, errors="replace"), state)
 
 
 def _alarms(path: Path) -> str:
@@ -80,13 +93,14 @@ def _alarms(path: Path) -> str:
     if not path.is_file():
         return ""
     steps: dict[str, list[str]] = {}  # of each alarm
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # a line that was torn
+    for line in text_of(path, errors="replace").splitlines():
+        # a line that was torn
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             alarm = json.loads(line)
             steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
     if not steps:
         return '<p class="soft">No health alarm was raised.</p>\n'
-    return "".join(ALARM.format(_some(when), escape(what)) for what, when in steps.items())
+    return "".join(ALARM.format(_some(when), in_html(what)) for what, when in steps.items())
 
 
 def _some(steps: Sequence[str]) -> str:
@@ -96,22 +110,35 @@ def _some(steps: Sequence[str]) -> str:
 
 
 def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
-    if "steps" not in run:
+    try:
+        keys = ("train_seconds", "steps", "images_seen")
+        seconds, steps, images = (number_of(run, key, "run.json") for key in keys)
+        time = str(timedelta(seconds=round(seconds or 0)))
+    except (ValueError, OverflowError):  # a NaN, or more than there is time for
+        return "Training time", "–", "run.json is damaged"
+    if steps is None:
         return "Training time", "–", "not recorded"
-    time = timedelta(seconds=round(run["train_seconds"]))
-    return "Training time", str(time), f"{run['steps']:,} steps, {run['images_seen']:,} images"
+    return "Training time", time, f"{steps:,} steps, {images or 0:,} images"
 
 
-def _pictures(folder: Path, rows: Sequence[Row]) -> str:
+def _judged(evaluation: dict[str, Any]) -> str:
+    """The table of the run's own protocol, and those of others by which it was judged besides."""
+    main, *beside = verdicts(evaluation) or [evaluation]
+    head = "<h3>Judged besides, by another protocol</h3>"
+    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in beside)])
+
+
+def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
     """Teacher against student in the rows of the evaluation, then the student as training went on."""
-    names = "".join(f"<span>{escape(row.name)}</span>" for row in rows)
+    names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
-    comparison = _shown(folder / "comparison.png", lambda path: figure(path, caption))
-    frames = sorted(folder.glob("step_*.png"))
+    main = next(iter(verdicts(evaluation)), {"picture": PICTURE})
+    comparison = _shown(folder / main["picture"], lambda path: figure(path, caption))
+    frames = list(steps_in(folder, ".png").items())
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
     strip = "\n".join(
-        _shown(f, lambda path: figure(path, f"Step {int(path.stem[5:]):,}")) for f in frames
+        _shown(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
     )
     captions = _shown(
         folder / "captions.txt",

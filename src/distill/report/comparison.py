@@ -1,7 +1,8 @@
 """`compare.html`: runs side by side on one page that holds everything it shows."""
 
+import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from PIL import Image
 
 from distill.report.curves import framed, read, smoothed
 from distill.report.evaluation import MAIN, MEASURES
-from distill.report.page import folded, html, img
+from distill.report.page import folded, html, img, opened
 from distill.report.runs import SCORES, Line, Run, everyone, lines_of
+from distill.shown import in_html, shown
 
 SHOWN = 8  # prompts in the grid of pictures
 PADDING = 2  # of torchvision's grids
@@ -30,12 +32,13 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
     lines, runs = lines_of(groups), everyone(groups)
     best, said = _headline(lines)
+    seconds = sum(run.facts.get("train_seconds") or 0 for run in runs)
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
         best,
         (
             "Training",
-            f"{sum(run.facts.get('train_seconds', 0) for run in runs) / 60:,.0f} min",
+            f"{seconds / 60:,.0f} min",
             "all runs together",
         ),
     )
@@ -73,7 +76,7 @@ def _table(lines: Sequence[Line]) -> str:
     )
     body = ""
     for line in lines:
-        cells = f'<th scope="row">{escape(line.group)}</th><td>{line.steps}</td>'
+        cells = f'<th scope="row">{in_html(line.group)}</th><td>{line.steps:d}</td>'
         for key in columns:
             value = f"{line.mean(key):.6g}" if key in line.values else "-1"
             cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
@@ -166,8 +169,10 @@ def _by_cost(
 
 def _accuracy(run: Run) -> Any:
     """Steps and how often the discriminator was right, [2, N]; None of a run that has none, or has lost its curves."""
-    path = run.folder / "metrics.csv"
-    return read(path)[0].get("d/accuracy") if path.is_file() else None
+    try:
+        return read(run.folder / "metrics.csv")[0].get("d/accuracy")
+    except (OSError, csv.Error):
+        return None
 
 
 def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:
@@ -180,15 +185,18 @@ def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _short(group: str) -> str:
-    return group if len(group) <= 34 else f"{group[:33]}…"
+    """As the legend of a chart, in which matplotlib leaves out what begins with a line below."""
+    return shown(group.lstrip("_"), 34)
 
 
 def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
     found: list[tuple[str, Any, list[Image.Image]]] = []
     for group, (run, *_) in groups.items():
-        path = run.folder / "samples" / "comparison.png"
-        drawn = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
+        path = run.folder / "samples" / run.picture
+        drawn = []
+        with suppress(OSError, ValueError, SyntaxError):  # the last of some broken PNG
+            drawn = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
         found += [(group, row, pictures) for row, pictures in zip(run.rows, drawn, strict=False)]
     taught = [("teacher", row, shown) for _, row, shown in found if row.who == "teacher"]
     columns = sorted(taught, key=lambda column: column[1].steps)[-1:]
@@ -196,7 +204,7 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     if not columns:
         return '<p class="none">None of these runs kept its pictures.</p>'
     head = "".join(
-        f"<th>{escape(group)}<br>{n} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns
+        f"<th>{in_html(group)}<br>{n:d} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns
     )
     body = ""
     for row in list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]:
@@ -208,9 +216,11 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
 
 def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
     """The pictures of a `comparison.png` of so many rows, row by row."""
-    with Image.open(path) as grid:
+    with opened(path) as grid:
         side, whole = (grid.height - PADDING) // rows, grid.convert("RGB")
-    corners = range(PADDING, grid.width - side + PADDING, side)
+    if side <= PADDING:
+        return []
+    corners = range(PADDING, grid.width - side + PADDING, side)[:SHOWN]
     return [
         [whole.crop((x, y, x + side - PADDING, y + side - PADDING)) for x in corners]
         for y in range(PADDING, side * rows, side)
@@ -221,17 +231,17 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
     """How each run was made, and how all were judged."""
     text = ""
     for group, runs in groups.items():
-        text += f"{group}\n"
+        text += f"{shown(group)}\n"
         for run in runs:
             facts = {
                 "seed": run.config.get("seed"),
                 **{k: run.facts.get(k) for k in ("hardware", "commit", "command")},
             }
-            text += (
-                f"    {run.folder.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
-            )
+            said = ", ".join(f"{k} {v}" for k, v in facts.items())
+            text += f"    {shown(f'{run.folder.name}: {said}')}\n"
     protocols = {
-        "; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())) for run in everyone(groups)
+        shown("; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())))
+        for run in everyone(groups)
     }
     warn = (
         '<p class="warn">These runs were not all judged by one protocol.</p>'

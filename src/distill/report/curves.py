@@ -6,13 +6,14 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from distill.bounded import text_of
 from distill.report.page import data_uri
+from distill.shown import in_html, shown
 
 
 class Chart(NamedTuple):
@@ -47,6 +48,7 @@ CHARTS = (
 )
 NAMES = {"g": "student", "d": "discriminator"}
 MANY_HEADS = 6  # more of them than this are drawn as highest, median and lowest
+MOST_BYTES = 256 * 2**20  # ours: of a metrics.csv, a million rows
 POINTS = 600  # of a curve; a longer one is thinned to its means, which keeps the page small
 SOFT = "#7d8189"  # reads on white and on black, as do the curves' colours
 STYLE: Any = {
@@ -54,6 +56,7 @@ STYLE: Any = {
     "axes.prop_cycle": "cycler('color', ['3b7ddd', 'e0662e', '1fa37a', '9a5fd0', 'b8921a', 'd9518f'])",
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": SOFT,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": SOFT, "grid.alpha": 0.3, "grid.linewidth": 0.6,
+    "text.parse_math": False,  # a name with $ in it is no formula
     "xtick.color": SOFT, "ytick.color": SOFT, "ytick.major.size": 0, "ytick.minor.size": 0,
 }  # fmt: skip
 
@@ -75,7 +78,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
         float, dict[str, float]
     ] = {}  # of a step written twice, as by a resume, the last holds
     strange = 0
-    with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+    text = text_of(path, MOST_BYTES, errors="replace")
+    with io.StringIO(text, newline="") as lines:
         whole = (line.replace("\0", "") for line in lines if line.endswith("\n"))  # not torn
         for cells in csv.DictReader(whole):
             values = {name: _float(cell) for name, cell in cells.items() if cell}
@@ -125,7 +129,7 @@ def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> N
     for i, (name, curve) in enumerate(found):
         thin = np.array_split(curve, min(POINTS, curve.shape[1]), axis=1)
         x, y = np.stack([part.mean(axis=1) for part in thin], axis=1)
-        smooth, label = smoothed(y), NAMES.get(name, name).replace("_", " ")
+        smooth, label = smoothed(y), shown(NAMES.get(name, name), 60).replace("_", " ")
         axes.plot(x, y, f"C{i}", linewidth=0.7, alpha=0.3)
         axes.plot(x, smooth, f"C{i}", marker="o" * (len(x) < 4), label=f"{label} {smooth[-1]:.4g}")
     if chart.guide is not None:
@@ -160,5 +164,5 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         figure.set_figheight(2.5 + 0.18 * max(0, -(-len(labels) // columns) - 3))
         figure.legend(loc="outside upper left", ncols=columns)
         figure.savefig(file := io.BytesIO(), format="svg")
-    words = f'<h3>{escape(title)}</h3><p class="soft">{escape(about)}</p>'
-    return f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}" alt="{escape(title)}"></figure>'
+    words = f'<h3>{in_html(title)}</h3><p class="soft">{in_html(about)}</p>'
+    return f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}" alt="{in_html(title)}"></figure>'

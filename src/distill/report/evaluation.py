@@ -1,9 +1,11 @@
 """What the judging says: a sentence, key figures, and a table of every measure by step count."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from math import inf, isfinite
 from typing import Any, NamedTuple
+
+from distill.bounded import number_of
+from distill.shown import in_html, shown
 
 PERCENT, PLAIN = "{:.1%}", "{:.4g}"
 TIME = "seconds_per_image"
@@ -27,6 +29,7 @@ MEASURES = {  # key -> head of its column, the value it is best to be near, how 
     "stripe_sharpness": ("Sharpness (data:&nbsp;1)", 1, PLAIN),
     TIME: ("Seconds per image&nbsp;↓", 0, PLAIN),
 }
+MOST_ROWS = 1000  # ours: samplers times numbers of steps
 MAIN = {  # in the order of what is told first -> as a phrase, as a noun
     "prompt_accuracy": ("gets {} of prompts right", "prompts right"),
     "frechet": ("has a Fréchet distance of {}", "Fréchet distance"),
@@ -52,15 +55,25 @@ class Row(NamedTuple):
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
-    """The rows in the order of the file, which is that of the comparison's pictures."""
-    return [
-        Row(
-            row["who"],
-            row["steps"],
-            {key: row[key] for key in MEASURES if key in row and isfinite(row[key])},
-        )
-        for row in evaluation.get("rows", [])
-    ]
+    """The rows in the order of the file, which is that of the comparison's pictures.
+
+    Raises ValueError for what is no result of ours.
+    """
+    rows, protocol = evaluation.get("rows", []), evaluation.get("protocol", {})
+    listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not listed or len(rows) > MOST_ROWS or not isinstance(protocol, dict):
+        what = f"at most {MOST_ROWS} rows and a protocol"
+        raise ValueError(f"evaluation.json holds no results, which are {what}; evaluate anew")
+    return [_row(row, f"row {i} of evaluation.json") for i, row in enumerate(rows, 1)]
+
+
+def _row(row: Mapping[str, Any], where: str) -> Row:
+    who, steps = row.get("who"), row.get("steps")
+    if not isinstance(who, str) or type(steps) is not int or not 0 <= steps < 10**6:
+        said = f"who={shown(who, 40)} and steps={shown(steps, 40)}"
+        raise ValueError(f"{where} says {said}, a word and a number of steps; evaluate anew")
+    found = {key: number_of(row, key, where) for key in MEASURES if key in row}
+    return Row(who, steps, {k: x for k, x in found.items() if x is not None and isfinite(x)})
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -104,7 +117,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
         body += (
             "<tbody>\n" + "\n".join(_line(row, rivals, columns) for row in rivals) + "\n</tbody>\n"
         )
-    protocol = escape(
+    protocol = in_html(
         "; ".join(f"{key}: {value}" for key, value in evaluation.get("protocol", {}).items())
     )
     legend = "Marked: the best of those with as many steps. ↑ higher is better, ↓ lower is better."
@@ -114,7 +127,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
 
 def _line(row: Row, rivals: Sequence[Row], columns: Sequence[str]) -> str:
     """One row of the table; `rivals` are all rows with as many steps, itself among them."""
-    cells = f'<th scope="row">{escape(row.name)}</th>'
+    cells = f'<th scope="row">{in_html(row.name)}</th>'
     for key in columns:
         _, goal, words = MEASURES[key]
         off = {rival.who: abs(rival.scores[key] - goal) for rival in rivals if key in rival.scores}

@@ -7,20 +7,22 @@ attention   |d logit / d x0|, the mean over channels: where a change of the pict
 """
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.utils import save_image
 
+from distill.aside import put_text
+from distill.files import put_grid
 from distill.losses import verdicts
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
+from distill.shown import in_html
 from distill.types import Batch
 
 SHOWN = 8  # pictures
@@ -116,20 +118,21 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(seen.rows())
-    with (folder / "heads.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    save_image(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
+    table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    put_text(folder / "heads.csv", text.getvalue())
+    put_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(
-        f"<span>{escape(text)}</span>" for text in ["student", *(seen.heads[h] for h in seen.drawn)]
+        f"<span>{in_html(text)}</span>"
+        for text in ["student", *(seen.heads[h] for h in seen.drawn)]
     )
     caption = "The student's pictures, and where each head looks: bright where a change would move it most."
     picture = figure(folder / "attention.png", caption)
     said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
-    text = html(
+    page = html(
         f"{name}: what the discriminator sees",
         f"{said}, {best['right']:.0%}.",
         pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
@@ -137,7 +140,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
         training=_disagreement(seen),
     )
     path = folder / "inspect.html"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    put_text(path, page)
     return path
 
 
@@ -162,7 +165,7 @@ def _table(seen: Seen) -> str:
             shade = max(0.0, 2 * row["right"] - 1)
             look = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
             cells += f'<td style="{look}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
-        body += f'<tr><th scope="row">{escape(head)}</th>{cells}</tr>\n'
+        body += f'<tr><th scope="row">{in_html(head)}</th>{cells}</tr>\n'
     table = f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     return f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is guessing.</p>'
 
@@ -172,7 +175,7 @@ def _disagreement(seen: Seen) -> str:
     agreement, count = seen.agreement(), len(seen.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
     items = "".join(
-        f"<li>{escape(seen.heads[j])} and {escape(seen.heads[i])}: {r:+.2f}</li>"
+        f"<li>{in_html(seen.heads[j])} and {in_html(seen.heads[i])}: {r:+.2f}</li>"
         for r, i, j in pairs
     )
     return f'<p class="soft">Heads that agree least, by the correlation of their logits.</p><ul>{items}</ul>'

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.bounded import mapping_of, number_of, yaml_of
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
+from distill.shown import in_markdown, shown
+from distill.verdicts import FILE, PICTURE, Verdict, comparable, verdicts
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
@@ -25,6 +28,7 @@ class Run:
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
     rows: Sequence[Row]
+    picture: str = PICTURE  # in samples/, a strip for every row
 
     @property
     def protocol(self) -> Mapping[str, Any]:
@@ -32,20 +36,63 @@ class Run:
         return self.config["judged"]
 
     @property
+    def name(self) -> str:
+        return str(self.facts.get("name", self.folder.name))
+
+    @property
     def method(self) -> str:
         return str(self.facts.get("method", "?"))
 
 
 def read_run(folder: Path) -> Run:
-    """The run in this folder, which must have been judged."""
+    """The run in this folder, which must have been judged; by its own protocol.
+
+    Raises ValueError, YAMLError or OSError for a damaged one.
+    """
+    return _by(folder, verdicts_of(folder)[0])
+
+
+def read_alike(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, which must have been judged: by one protocol if there is one that all have.
+
+    A run's own protocol goes before those that it was judged by besides. Where none is shared each has its own.
+    """
+    every = [verdicts_of(folder) for folder in folders]
+    for wanted in every[0] if every else ():
+        found = [_like(verdicts, wanted) for verdicts in every]
+        chosen = [verdict for verdict in found if verdict is not None]
+        if len(chosen) == len(every):
+            return [_by(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)]
+    return [_by(folder, verdicts[0]) for folder, verdicts in zip(folders, every, strict=True)]
+
+
+def _like(verdicts: Sequence[Verdict], wanted: Verdict) -> Verdict | None:
+    alike = (v for v in verdicts if comparable(v["protocol"], wanted["protocol"]))
+    return next(alike, None)
+
+
+def verdicts_of(folder: Path) -> list[Verdict]:
+    """What the run in this folder was judged to be, its own verdict first."""
+    found = verdicts({"rows": [], **mapping_of(folder / FILE)})
+    for verdict in found:
+        try:
+            rows_of(verdict)
+        except ValueError as error:
+            raise ValueError(f"{folder / FILE}: {error}") from None
+    return found
+
+
+def _by(folder: Path, verdict: Verdict) -> Run:
     import yaml
 
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return Run(
-        folder, {**config, "judged": evaluation.get("protocol", {})}, facts, rows_of(evaluation)
-    )
+    config = yaml.safe_load(yaml_of(folder / "config.yaml"))
+    facts = mapping_of(folder / "run.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
+    for key in COSTS:
+        number_of(facts, key, str(folder / "run.json"))
+    config = {**config, "judged": verdict["protocol"]}
+    return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
@@ -60,8 +107,8 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
         words = [run.method] if len(rivals) < len(runs) else []
         words += _settings(run, _keys("", rivals))
         if by_name:
-            rivals = [other.config for other in runs if other.facts["name"] == run.facts["name"]]
-            words = [str(run.facts["name"]), *_settings(run, _keys("judged", rivals))]
+            rivals = [other.config for other in runs if other.name == run.name]
+            words = [run.name, *_settings(run, _keys("judged", rivals))]
         groups.setdefault(", ".join(words) or run.method, []).append(run)
     return groups
 
@@ -71,7 +118,7 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
     if all(node == nodes[0] for node in nodes):
         return
     maps = [node for node in nodes if isinstance(node, Mapping)]
-    if len(maps) < len(nodes) or len({node.get("_target_") for node in maps}) > 1:
+    if len(maps) < len(nodes) or len({str(node.get("_target_")) for node in maps}) > 1:
         yield path
         return
     for key in dict.fromkeys(key for node in maps for key in node):
@@ -162,8 +209,9 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     for group, runs in groups.items():
         for run in runs:
             start = [group, run.folder.name, run.config.get("seed"), *map(run.facts.get, COSTS)]
+            start = [shown(x) if isinstance(x, str) else x for x in start]
             table.writerows(
-                [*start, r.who, r.steps, *(r.scores.get(key, "") for key in MEASURES)]
+                [*start, shown(r.who), r.steps, *(r.scores.get(key, "") for key in MEASURES)]
                 for r in run.rows
             )
     return file.getvalue()
@@ -178,6 +226,11 @@ def as_markdown(lines: Sequence[Line]) -> str:
         count = max(map(len, line.values.values()), default=0)
         said = [line.said(key, MEASURES[key][2]) for key in columns]
         rows.append(
-            [line.group, str(line.steps), str(count) if line.who == "student" else "", *said]
+            [
+                in_markdown(line.group),
+                str(line.steps),
+                str(count) if line.who == "student" else "",
+                *said,
+            ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

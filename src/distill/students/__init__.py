@@ -7,16 +7,18 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from distill.files import first_line, remove
+from distill.aside import remove, whole_folder
+from distill.bounded import mapping_of
+from distill.files import first_line
 from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
-from distill.teachers.locate import INDEX, TOLD, denoiser_in, denoiser_part, index_of
+from distill.teachers.locate import INDEX, TOLD, check_part, denoiser_in, denoiser_part, index_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, home_of, lineage, only_variant
 from distill.teachers.settings import KINDS, prediction_of
-from distill.teachers.weights import about_weights, put_on, write_weights
-from distill.unread import refuse_unread
+from distill.teachers.weights import about_weights, put_on, readable, write_weights
+from distill.unread import refuse_broken, refuse_unread
 
 OURS = "distill.teachers.schedulers"
 FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
@@ -74,7 +76,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
     model, part = teacher.network.model, denoiser_in(init, "student.init", OR_ELSE)
     folder = part.parent
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    said = mapping_of(file) if file.is_file() else {}
     config, own = dict(type(model).load_config(part)), dict(model.config)
     if said:
         names = {prediction: name for name, prediction in KINDS.items()}
@@ -86,6 +88,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
             raise ValueError(
                 f"student.init={init}: {what}; begin from a pipeline of the teacher's family"
             )
+    check_part(part, f"student.init={init}")
     try:
         variant = only_variant(part, f"student.init={init}")
         found, report = type(model).from_pretrained(part, output_loading_info=True, variant=variant)
@@ -95,6 +98,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
         ) from None
     # diffusers would go on with random ones for those that it lacks
     refuse_unread(report, f"student.init={init}: {part.name}/", type(model).__name__)
+    refuse_broken(found, f"student.init={init}: {part.name}/")
     return found, said.get("shifted_timestep")
 
 
@@ -111,8 +115,14 @@ def save_pipeline(
     them again renames weights (transformers 5). Those of a single file have no files of their own, and are saved.
     In the index stands what the teacher was told besides, and the `sampler`, a `FewSteps`, with levels of its own.
     """
-    partial = folder.with_name(folder.name + ".part")
-    remove(partial)
+    with whole_folder(folder) as partial:
+        _write_pipeline(student, teacher, partial, scheduler, sampler)
+    return folder
+
+
+def _write_pipeline(
+    student: Network, teacher: PipelineTeacher, partial: Path, scheduler: Any, sampler: Any
+) -> None:
     part = denoiser_part(teacher.folder) if teacher.folder else teacher.part
     if teacher.folder:
         left = {part, "scheduler", *teacher.without, *teacher.own_parts}
@@ -144,8 +154,6 @@ def save_pipeline(
         levels = list(sampler.levels) if sampler.levels else None
         index[TOLD]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    remove(folder)
-    return partial.replace(folder)
 
 
 def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, Any]:
@@ -184,7 +192,8 @@ def states(student: nn.Module, base: nn.Module) -> tuple[dict[str, Tensor], dict
 
 def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
     """A pipeline folder of `base` plus the delta, with the delta's scheduler."""
-    about = about_weights(file)
+    with readable(f"delta={file}"):
+        about = about_weights(file)
     if "delta" not in about:
         raise ValueError(f"delta={file}: not a file that distill.export to=delta wrote")
     put_on(base.pipeline, str(file))

@@ -1,18 +1,23 @@
 """The model card of a student: what it is, what it may be used for, how it is loaded, and what it was measured at."""
 
-import json
-import shutil
+import re
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import diffusers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.aside import put, put_text
+from distill.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
+from distill.shown import in_markdown, shown
 from distill.teachers.locate import TOLD, is_hub_id
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
 PAPERS |= {"Consistency": "2310.04378", "Regression": "2101.02388"}
+HEAD = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---")  # the metadata of a card
+GUIDANCE = {"guidance_scale": "0.0"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
 COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_score", "hps")
 
@@ -25,7 +30,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         _read(run / "evaluation.json"),
     )
     index = _read(folder / "model_index.json")
-    method, path = facts.get("method", "distill"), str(config.get("teacher", {}).get("path", ""))
+    taught = config.get("teacher") if isinstance(config.get("teacher"), dict) else {}
+    method, path = str(facts.get("method", "distill")), str(taught.get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
     name = (
         Path(path).name if local else path
@@ -33,53 +39,65 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     about: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {
         "base_model": None if local else path,
-        "tags": ["distill", "few-step", method.lower()],
+        "tags": ["distill", "few-step", shown(method.lower())],
     }
     licence = _licence(teacher) or _licence(folder)
     text = [
         f"---\n{ModelCardData(**about, **licence).to_yaml()}\n---\n",
-        f"# {facts.get('name', folder.name)}\n",
+        f"# {in_markdown(facts.get('name', folder.name))}\n",
     ]
     paper = (
         f" ([{PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
     )
-    trained = (
-        f", trained for {facts['steps']} steps on {facts['images_seen']} images"
-        if "steps" in facts
-        else ""
-    )
+    steps, images = (number_of(facts, key, "run.json") for key in ("steps", "images_seen"))
+    trained = "" if steps is None else f", trained for {steps} steps on {images} images"
+    name = in_markdown(name)
     text += [
-        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, by {method}{paper}{trained}.\n"
+        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, "
+        f"by {in_markdown(method)}{paper}{trained}.\n"
     ]
     said = licence.get("license_name") or licence.get("license")
     binding = (
-        f"its licence, {said}, binds"
+        f"its licence, {in_markdown(said)}, binds"
         if said
         else "its folder names no licence: look it up, for it binds"
     )
     text += [f"Teacher: {name or 'unknown'}; {binding} the student.\n"]
     # Folders from before this stood in the index: what a guidance-distilled teacher was told.
-    guidance = float(config.get("teacher", {}).get("guidance", 0.0))
+    guidance = float(number_of(taught, "guidance", "config.yaml") or 0.0)
     told = index.get(TOLD) or {"call": {"guidance_scale": guidance}}
+    told = told if isinstance(told, dict) else {}
     text += [_usage(folder, index, told), _measured(judged)]
-    picture = run / "samples" / "comparison.png"
-    if picture.is_file():
-        shutil.copy(picture, folder / "comparison.png")
-        who = ", ".join(f"{row['who']} at {row['steps']}" for row in judged.get("rows", []))
+    named = str(judged.get("picture", "comparison.png"))
+    picture = run / "samples" / Path(named).name  # not elsewhere, whatever a stranger's says
+    if picture.is_file() and not picture.is_symlink():  # which may lead to what is not ours
+        put(folder / "comparison.png", picture.read_bytes())
+        who = in_markdown(", ".join(f"{row['who']} at {row['steps']}" for row in _rows(judged)))
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
-    (folder / "README.md").write_text(
-        "\n".join(filter(None, text)), encoding="utf-8", errors="backslashreplace"
-    )
+    put_text(folder / "README.md", "\n".join(filter(None, text)))
     return folder / "README.md"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    parse = (
-        json.loads if file.suffix == ".json" else yaml.safe_load
-    )  # for YAML NaN and 1e-05 are text
-    return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    if file.suffix == ".json":  # for YAML NaN and 1e-05 are text
+        return mapping_of(file)
+    found = yaml.safe_load(yaml_of(file))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: is no configuration; fetch the run anew")
+    return found
+
+
+def _rows(judged: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its results; ValueError for what can be none."""
+    rows = judged.get("rows") or []
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(row, dict) or type(row.get("steps")) is not int or "who" not in row:
+            raise ValueError(f"evaluation.json holds {shown(row, 60)}, no result; evaluate anew")
+    return rows
 
 
 def _licence(folder: Path | None) -> dict[str, Any]:
@@ -87,29 +105,39 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     if (folder / "README.md").is_file():
-        said = ModelCard(
-            (folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True
-        ).data.to_dict()
-        if found := {
-            key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)
-        }:
+        text = text_of(folder / "README.md")
+        if head := HEAD.match(text):
+            check_yaml(head[1], f"{folder / 'README.md'}: its metadata")
+        said = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        named = {key: said.get(key) for key in ("license", "license_name", "license_link")}
+        if found := {k: _word(x) for k, x in named.items() if x and isinstance(x, str | list)}:
             return found
     for file in sorted(folder.glob("LICENSE*")):
-        title = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
-        return {"license": "other", "license_name": title.strip("# "), "license_link": file.name}
+        title = text_of(file, errors="replace").strip().partition("\n")[0]
+        return {
+            "license": "other",
+            "license_name": shown(title.strip("# ")),
+            "license_link": file.name,
+        }
     return {}
+
+
+def _word(said: str | list[Any]) -> str | list[str]:
+    """A licence's name, or names, as text."""
+    return shown(said) if isinstance(said, str) else [shown(word) for word in said]
 
 
 def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
     """How it is loaded, and the call in plain diffusers that gives the pictures of our sampler."""
-    library, scheduler = index.get("scheduler", ["diffusers", "scheduler"])
+    library, scheduler = _words(index.get("scheduler"))
     parts = ("text_encoder_3", "tokenizer_3")
     absent = [name for name in parts if name in index and not (folder / name).is_dir()]
     without = "".join(f", {name}=None" for name in absent)
     kind = str(index.get("_class_name"))
-    sampler = told.get("sampler") or {}
-    levels = sampler.get("levels")
-    call = {"num_inference_steps": "steps", **(told.get("call") or {"guidance_scale": 0.0})}
+    kind = kind if kind.isidentifier() else "DiffusionPipeline"
+    sampler = told.get("sampler") if isinstance(told.get("sampler"), dict) else {}
+    levels = _numbers(sampler.get("levels"))
+    call = {"num_inference_steps": "steps", **(_plain(told.get("call")) or GUIDANCE)}
     call |= _grid(scheduler, kind, levels) | {"generator": "generator"}
     # Pipelines without this method hand their scheduler no generator for the noise of later steps.
     handed = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
@@ -140,6 +168,26 @@ picture = pipe(
 
 Scheduler: `{scheduler}`, in the folder. {" ".join(says)}
 """
+
+
+def _words(pair: Any) -> tuple[str, str]:
+    """Library and class of a scheduler, as an index has them; what is no name is none."""
+    given = pair if isinstance(pair, list) and len(pair) == 2 else ["diffusers", "scheduler"]
+    library, name = (str(word) for word in given)
+    dotted = all(part.isidentifier() for part in library.split("."))
+    return library if dotted else "diffusers", name if name.isidentifier() else "scheduler"
+
+
+def _numbers(levels: Any) -> list[float] | None:
+    listed = isinstance(levels, list) and all(type(x) in (int, float) for x in levels)
+    return levels if listed and levels else None
+
+
+def _plain(call: Any) -> dict[str, str]:
+    """Arguments of a call in Python's words: of names and values that can run nothing where they are pasted."""
+    given = call if isinstance(call, dict) else {}
+    kinds = (bool, int, float, str, list, NoneType)
+    return {k: repr(x) for k, x in given.items() if k.isidentifier() and isinstance(x, kinds)}
 
 
 def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, str]:
@@ -182,7 +230,7 @@ def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) ->
 
 def _measured(judged: dict[str, Any]) -> str:
     """The run's judging as a table."""
-    if not (rows := judged.get("rows")):
+    if not (rows := _rows(judged)):
         return ""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
     lines = [
@@ -191,7 +239,9 @@ def _measured(judged: dict[str, Any]) -> str:
         "|---" * (len(names) + 2) + "|",
     ]
     for row in rows:
-        values = " | ".join(f"{row[name]:.3f}" if name in row else "-" for name in names)
-        lines.append(f"| {row['who']} | {row['steps']} | {values} |")
-    protocol = ", ".join(f"{key} {value}" for key, value in judged.get("protocol", {}).items())
+        found = (number_of(row, name, "evaluation.json") for name in names)
+        values = " | ".join("-" if value is None else f"{value:.3f}" for value in found)
+        lines.append(f"| {in_markdown(row['who'])} | {row['steps']} | {values} |")
+    protocol = judged.get("protocol") if isinstance(judged.get("protocol"), dict) else {}
+    protocol = in_markdown(", ".join(f"{key} {value}" for key, value in protocol.items()))
     return "\n".join([*lines, f"\nProtocol: {protocol}.\n"])

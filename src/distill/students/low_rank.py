@@ -3,13 +3,13 @@
 Whatever alpha a run had, it is multiplied into B here, so that a reader that knows nothing of alpha is right as well.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor, nn
 
+from distill.bounded import mapping_of
 from distill.progress import track
 from distill.students import states
 from distill.teachers.locate import index_of
@@ -62,10 +62,10 @@ def about(folder: Path) -> dict[str, str]:
     """What a LoRA of the pipeline in this folder says that it is for: nothing where that is not known for sure."""
     kind = str(index_of(str(folder))["_class_name"])
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    said = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
+    said = mapping_of(scheduler) if scheduler.is_file() else {}
     version = VERSIONS.get(kind)
     if kind == "StableDiffusionPipeline":
-        part = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        part = mapping_of(folder / "unet" / "config.json")
         version = {768: VERSION_1, 1024: VERSION_2}.get(part["cross_attention_dim"])
     if version is None:
         return {}

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.files import remove
+from distill.aside import put, remove
 from distill.progress import track
-from distill.teachers.locate import INDEX, TOLD, index_of
+from distill.teachers.locate import INDEX, TOLD, index_of, shards_in
 from distill.teachers.reading import BASE, home_of, lineage
 from distill.teachers.weights import read_weights, write_weights
 
@@ -50,7 +50,7 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
     index.pop(BASE, None)
     for folder in reversed(lineage(source)):
         copy_terms(folder, target)
-    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    put(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
     return target
 
 
@@ -61,7 +61,7 @@ def sampled_by(folder: Path, name: str, scheduler: Any) -> None:
     index = index_of(str(folder))
     told = index.setdefault(TOLD, {})
     told["sampler"] = {**(told.get("sampler") or {}), "name": name}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    put(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
 def cast(folder: Path, dtype: str | None) -> None:
@@ -84,9 +84,10 @@ def copy_terms(source: Path, target: Path) -> None:
 def _files(folder: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
     """Name in the copy -> file, of all that is read of this part."""
     if (folder / CONFIG).is_file():  # a network
-        for name in (CONFIG, "generation_config.json"):
-            if (folder / name).is_file():
-                yield name, folder / name
+        yield CONFIG, folder / CONFIG
+        extra = folder / "generation_config.json"
+        if extra.is_file() and _inside(extra, folder):
+            yield extra.name, extra
         yield from weights_of(folder, variant)
         return
     for file in sorted(folder.iterdir()):
@@ -111,9 +112,7 @@ def weights_of(folder: Path, variant: str | None = None) -> list[tuple[str, Path
 
 def _shards(index: Path) -> list[tuple[str, Path]]:
     """The shards that an index names, under the names that it has for them."""
-    said = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    names = sorted({Path(str(name)).name for name in said})  # files beside it, whatever it says
-    return [(name, index.parent / name) for name in names]
+    return [(name, index.parent / name) for name in shards_in(index)]
 
 
 def _variants(folder: Path) -> list[str]:

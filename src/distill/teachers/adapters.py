@@ -5,7 +5,6 @@ by layer, and passes over what it does not know. So alphas are multiplied into B
 of which something would not be used is refused.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from distill.bounded import parsed_mapping
 from distill.files import first_line, silent
 
 State = dict[str, Tensor]
@@ -65,7 +65,7 @@ def settings_of(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get(PEFT, "{}"))
+        return parsed_mapping((opened.metadata() or {}).get(PEFT, "{}"), f"{file}: {PEFT}")
 
 
 def layers_of(state: State, path: str) -> dict[str, tuple[str, str]]:

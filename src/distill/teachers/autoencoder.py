@@ -1,6 +1,5 @@
 """An autoencoder of one's own in a pipeline's place, as fine-tunes name one beside their weights (`teacher.vae`)."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ import diffusers
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from distill.bounded import mapping_of
 from distill.teachers.locate import autoencoder_in
 from distill.teachers.reading import dtype_of, fetched, whole
+from distill.teachers.settings import cell_of
 
 KEY = "teacher.vae"
 CLASSES = {"SanaPipeline": "AutoencoderDC"}  # of a pipeline; of any other AutoencoderKL
@@ -34,15 +35,14 @@ class Autoencoder:
         if not folder.exists():
             folder = Path(fetched(KEY, path, snapshot_download, allow_patterns=PATTERNS))
         self.path, self.home = path, autoencoder_in(folder, path)
-        self.config = json.loads((self.home / "config.json").read_text(encoding="utf-8"))
+        self.config = mapping_of(self.home / "config.json")
         expected = CLASSES.get(kind.__name__, "AutoencoderKL")
         if (found := self.config.get("_class_name")) != expected:
             what = f"is a {found}, and a {kind.__name__} wants an {expected}"
             raise ValueError(f"{KEY}={path}: {what}; give one of its kind")
         self._read: dict[str, Any] = {"dtype": dtype_of(dtype), "variant": None}
         self._read["use_safetensors"] = use_safetensors or None
-        widths = self.config.get("encoder_block_out_channels") or self.config["block_out_channels"]
-        self.scale = 2 ** (len(widths) - 1)
+        self.scale = cell_of(self.config, f"{KEY}={path}")
 
     def read(self) -> nn.Module:
         """The network, with every one of its tensors from the files."""

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 
 class TinyDecoder(nn.Module):
@@ -21,6 +21,7 @@ class TinyDecoder(nn.Module):
         options = {"use_safetensors": True, "torch_dtype": getattr(torch, dtype)}
         model, report = AutoencoderTiny.from_pretrained(path, output_loading_info=True, **options)
         refuse_unread(report, f"method.decoder.path={path}", "AutoencoderTiny")
+        refuse_broken(model, f"method.decoder.path={path}")
         self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> TinyDecoder:

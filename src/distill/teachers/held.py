@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from distill.bounded import check_archive
 from distill.teachers.locate import PICKLED
 from distill.unread import SCALED, advice, some_of
 
@@ -45,6 +46,7 @@ TEXT = re.compile(  # ends of names in text encoders, of which some have a token
 def held_in(file: Path) -> dict[str, list[int]]:
     """Name -> shape of the tensors in a file, which are not read."""
     if file.suffix in PICKLED:
+        check_archive(file)
         state = torch.load(file, weights_only=True, map_location="meta")
         state = state.get("state_dict", state)
         return {name: list(x.shape) for name, x in state.items() if isinstance(x, Tensor)}

@@ -1,14 +1,29 @@
 """Where a pipeline or its weights lie: a folder, one file, or the hub. Nothing here imports torch or asks the hub."""
 
-import json
+import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.bounded import MIB, mapping_of, too_large
+from distill.shown import shown
+
 INDEX = "model_index.json"
 TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
+PART = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
+WEIGHTS = (".safetensors", ".bin")  # of shards
+MOST_WORDS = 256 * MIB  # ours: bytes of a tokenizer's file; that of Sana has 33 MiB
+MOST_LAYERS = 1000  # ours; FLUX has 57 blocks
+LAYERS = re.compile(r"(^|_)(num_|n_)?(hidden_)?(layers|blocks)(_|$)")
+# A path of such an end is of a file here. No name of a repository ends so.
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yaml", ".yml", ".txt", ".csv")
+FILES += (".tar", ".zip", ".gz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".webp", ".part")
+# What this program and its users call folders: nobody's name on the hub that anybody means.
+FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints", "data")
+MOST_NAMES = 1000  # of a folder, among which one of nearly this name is looked for
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
 FAMILIES = {  # class of a pipeline -> what reads it
@@ -32,9 +47,38 @@ def telling(teacher: Mapping[str, Any]) -> dict[str, Any]:
     return {key: teacher[key] for key in TELLING if teacher.get(key) is not None}
 
 
+def is_repository(name: str) -> bool:
+    """Whether this is written as `owner/repository`, which a path may be as well."""
+    return HUB_ID.fullmatch(name) is not None
+
+
+def is_local(path: str) -> bool:
+    """Whether this can only be meant for a path: by its look, or since a folder here has the name of its first part.
+
+    Of that the hub is never asked: who mistypes a path does not want a stranger's repository of this name.
+    """
+    first = re.split(r"[\\/]", path, maxsplit=1)[0]
+    looks = path.startswith((".", "/", "~")) or "\\" in path or re.match("[A-Za-z]:", path)
+    named = path.lower().endswith(FILES) or first in FOLDERS
+    return bool(looks) or named or (bool(first) and Path(first).is_dir())
+
+
 def is_hub_id(path: str) -> bool:
-    """Whether `owner/repository` is what this looks like."""
-    return HUB_ID.fullmatch(path) is not None
+    """Whether `owner/repository` is what this looks like, and not a path."""
+    return is_repository(path) and not is_local(path)
+
+
+def near(path: str) -> str:
+    """` (did you mean ...?)` for the most alike of what is there, where a path leads nowhere; or nothing."""
+    place, missing = Path(path), ""
+    while not place.exists() and place != place.parent:
+        place, missing = place.parent, place.name
+    try:
+        names = sorted(os.listdir(place)) if missing and place.is_dir() else []
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing, names[:MOST_NAMES], n=1)
+    return f" (did you mean {shown(place / close[0])}?)" if close else ""
 
 
 def in_repository(path: str) -> bool:
@@ -46,7 +90,7 @@ def in_repository(path: str) -> bool:
 def no_file(path: str, key: str) -> FileNotFoundError:
     """What is said of a file that is not there; `key` is what was given."""
     return FileNotFoundError(
-        f"{key}={path}: no such file; give one, or owner/repository/file of the hub"
+        f"{key}={path}: no such file{near(path)}; give one, or owner/repository/file of the hub"
     )
 
 
@@ -61,7 +105,7 @@ def no_folder(path: str, key: str) -> FileNotFoundError:
     what = (
         "a folder of diffusers' layout" if key == "teacher.vae" else "a diffusers pipeline folder"
     )
-    return FileNotFoundError(f"{key}={path}: no such folder; give {what} or a hub id")
+    return FileNotFoundError(f"{key}={path}: no such folder{near(path)}; give {what} or a hub id")
 
 
 def check_pipeline(path: str, key: str = "teacher.path") -> None:
@@ -94,13 +138,65 @@ def check_autoencoder(path: str) -> None:
 
 
 def index_of(path: str, key: str = "teacher.path") -> dict:
-    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is none."""
+    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is none.
+
+    And ValueError for a part that is not written as one: its name becomes that of a folder, which must lie inside.
+    """
     file = Path(path) / INDEX
     if not file.is_file():
         raise FileNotFoundError(
             f"{key}={path}: not a diffusers pipeline folder (it has no {INDEX})"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    index = mapping_of(file)
+    for name, pair in index.items():
+        if not isinstance(pair, list):
+            continue
+        said = len(pair) > 2 or (pair and all(isinstance(word, str | None) for word in pair))
+        if not PART.fullmatch(name) or not said:
+            what = f"its {INDEX} names a part {shown(name, 60)} as {shown(pair, 60)}"
+            raise ValueError(f"{key}={path}: {what}, which is none of diffusers'; fetch it anew")
+    return index
+
+
+def shards_in(index: Path) -> list[str]:
+    """The files of weights that an index of shards names, sorted. Raises ValueError for one that is not beside it."""
+    named = mapping_of(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{index}: names no weights; fetch it anew")
+    names = {str(name) for name in named.values()}
+    for name in sorted(names):
+        if not name.endswith(WEIGHTS) or Path(name).name != name or "\\" in name:
+            what = f"names {shown(name, 80)}, and must name files of weights beside it"
+            raise ValueError(f"{index}: {what}; fetch it anew")
+    return sorted(names)
+
+
+def check_part(folder: Path, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for files of a part that no model has: without bounds, or of others."""
+    try:
+        _check_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_files(folder: Path) -> None:
+    for file in sorted(folder.glob("*.json")):
+        if ".index." in file.name:
+            shards_in(file)
+        elif file.name.endswith("config.json"):
+            _check_layers(mapping_of(file), file)
+        elif file.stat().st_size > MOST_WORDS:
+            raise too_large(file, file.stat().st_size, MOST_WORDS)
+
+
+def _check_layers(said: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError for a network of so many layers that to build it would not end."""
+    for key, value in said.items():
+        each = value if isinstance(value, list) else [value]
+        many = [x for x in each if isinstance(x, int) and x > MOST_LAYERS]
+        if many and LAYERS.search(key):
+            what = f"{key}={shown(many[0], 40)}, and at most {MOST_LAYERS} are built"
+            raise ValueError(f"{file}: {what}; fetch it anew")
 
 
 def check_kind(found: str | None, expected: str, path: str, key: str = "teacher.path") -> None:
@@ -126,7 +222,7 @@ def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:
     part = folder / denoiser_part(folder)
     if not (part / "config.json").is_file():
         what = f"{or_else} a run or pipeline folder with a unet/ or transformer/ in it"
-        raise ValueError(f"{key}={path}: {what}")
+        raise ValueError(f"{key}={path}: {what}{near(path)}")
     return part
 
 
@@ -146,6 +242,7 @@ def no_model(path: str, key: str = "run") -> FileNotFoundError:
     """What is said of a place without a pipeline; `key` is what was given."""
     return FileNotFoundError(
         f"{key}={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
+        f"{near(path)}"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from abc import abstractmethod
@@ -18,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from distill.bounded import mapping_of
 from distill.files import fingerprint, silent
 from distill.limits import AT_ONCE, at_once
 from distill.process import Prediction, Process
@@ -26,6 +26,7 @@ from distill.teachers.autoencoder import Autoencoder
 from distill.teachers.locate import SINGLE
 from distill.teachers.network import Network, is_block
 from distill.teachers.reading import check_parts, home_of, read_pipeline, told_of
+from distill.teachers.settings import cell_of
 from distill.teachers.single import read_single
 from distill.teachers.weights import put_on
 from distill.types import Cond
@@ -376,9 +377,7 @@ def _tiled(vae: Any, wanted: bool) -> Iterator[None]:
 def _scale_factor(folder: Path | None) -> int:
     """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
     file = Path(home_of(folder, "vae"), "vae", "config.json") if folder else None
-    config = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1)
+    return cell_of(mapping_of(file) if file else {}, f"teacher.path={folder}")
 
 
 def read_quietly() -> None:

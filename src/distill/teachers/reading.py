@@ -1,6 +1,5 @@
 """Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
+from distill.bounded import mapping_of
 from distill.files import first_line, silent
 from distill.limits import check_dtype
 from distill.teachers.locate import (
@@ -22,13 +22,14 @@ from distill.teachers.locate import (
     PICKLED,
     TOLD,
     check_kind,
+    check_part,
     index_of,
     is_hub_id,
     no_folder,
     no_model,
 )
 from distill.teachers.settings import check_settings, in_folder
-from distill.unread import refuse_unread
+from distill.unread import refuse_broken, refuse_unread
 
 OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
 SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
@@ -71,6 +72,7 @@ def read_pipeline(
     check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
     for name, network in classes.items():
         home = home_of(Path(path), name)
+        check_part(Path(home, name), f"teacher.path={path}")
         if network is NoneType:
             parts[name] = (
                 None  # a pipeline asks for some of those by name, as for SD3's third text encoder
@@ -104,7 +106,7 @@ def lineage(folder: Path) -> list[Path]:
     """
     folders = [folder]
     while (folders[-1] / "model_index.json").is_file():
-        name = json.loads((folders[-1] / "model_index.json").read_text(encoding="utf-8")).get(BASE)
+        name = mapping_of(folders[-1] / "model_index.json").get(BASE)
         if name is None:
             break
         base = folders[-1].parent / str(name)
@@ -142,7 +144,7 @@ def class_of(path: str) -> str:
             ) from None
     if not file.is_file():
         raise no_model(path)
-    return str(json.loads(file.read_text(encoding="utf-8")).get("_class_name"))
+    return str(mapping_of(file).get("_class_name"))
 
 
 def told_of(path: str) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def told_of(path: str) -> dict[str, Any]:
     file = Path(path) / INDEX
     if not file.is_file() and is_hub_id(path):  # fetched by `class_of`
         file = Path(hf_hub_download(path, file.name))
-    said = json.loads(file.read_text(encoding="utf-8")).get(TOLD) if file.is_file() else None
+    said = mapping_of(file).get(TOLD) if file.is_file() else None
     said = said if isinstance(said, dict) else {}
     options, sampler = said.get("options"), said.get("sampler")
     options = options if isinstance(options, dict) else {}
@@ -221,6 +223,7 @@ def whole(
         raise FileNotFoundError(
             f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
         )
+    check_part(folder, f"{key}={path}")
     options["variant"] = variant_of(folder, options["variant"], key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
@@ -239,6 +242,7 @@ def whole(
         what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
     refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
+    refuse_broken(model, f"{key}={path}: {part}/")
     return model
 
 

@@ -3,13 +3,15 @@
 Nothing here imports torch: it is known before any weight is read.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.bounded import mapping_of
+
 Config = Mapping[str, Any]
 
+MOST_LEVELS = 16  # ours: of an autoencoder, each half as wide as the one before
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
 PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
@@ -43,9 +45,18 @@ def in_folder(folder: Path) -> Callable[[str], Config]:
     def config_of(part: str) -> Config:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         file = folder / part / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return mapping_of(file) if file.is_file() else {}
 
     return config_of
+
+
+def cell_of(vae: Config, where: str) -> int:
+    """Pixels a side per latent of an autoencoder of this configuration; ValueError, after `where`, if it is none."""
+    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+    if not isinstance(widths, list) or not 0 < len(widths) < MOST_LEVELS:
+        what = "does not say block_out_channels, a width for each of its levels"
+        raise ValueError(f"{where}: its vae/config.json {what}; fetch it anew")
+    return 2 ** (len(widths) - 1)
 
 
 def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
@@ -53,7 +64,8 @@ def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
 
     With `flow` it must be that. Raises ValueError, beginning with `where`, for what is none of them.
     """
-    name, said = scheduler.get("_class_name", ""), scheduler.get("prediction_type", "epsilon")
+    name = str(scheduler.get("_class_name", ""))
+    said = str(scheduler.get("prediction_type", "epsilon"))
     found = "flow" if name.startswith("Flow") else KINDS.get(said)
     if name.startswith("EDM"):
         what = f"its scheduler is an {name}, and networks trained as in EDM are not read"

@@ -18,6 +18,7 @@ from distill.teachers.locate import PICKLED
 from distill.teachers.reading import configurations, dtype_of, fetched, pipeline_classes, whole
 from distill.teachers.settings import check_settings
 from distill.teachers.weights import local_file
+from distill.unread import refuse_broken
 
 META = "meta tensor"  # a tensor that is not there stays without a value, on torch's device `meta`
 WORDS = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
@@ -66,6 +67,9 @@ def read_single(
         check_schedule(file, held, pipeline.scheduler, f"teacher.path={path}", config)
         check_counts(held, pipeline, f"teacher.path={path}", config)
         _tie(pipeline)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                refuse_broken(part, f"teacher.path={path}: its {name}")
         pipeline.deferred = {}
         return pipeline
     except Exception as error:  # what is not there, or of another shape, raises nearly anything

@@ -8,11 +8,15 @@ from typing import Any
 import diffusers
 import torch
 
+from distill.bounded import mapping_of
 from distill.limits import AT_ONCE, at_once
 from distill.memory import peak
+from distill.shown import shown
+from distill.teachers import settings
 from distill.teachers.locate import index_of
 from distill.teachers.reading import home_of
 
+MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
@@ -25,13 +29,16 @@ def parameters(folder: Path) -> int:
 
 def _numbers(file: Path) -> int:
     """0 of a damaged file: what is wrong with it is said when it is read."""
+    there = file.stat().st_size
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        return sum(math.prod(x["shape"]) for name, x in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            header = json.loads(opened.read(length)) if length < min(there, MOST_HEADER) else {}
+        shapes = [x["shape"] for name, x in header.items() if name != "__metadata__"]
+        found = sum(math.prod(shape) for shape in shapes)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0
+    return found if 0 <= found <= 2 * there else 0  # of the smallest there are two a byte
 
 
 def of_pipeline(path: Path) -> dict[str, int]:
@@ -44,19 +51,17 @@ def of_pipeline(path: Path) -> dict[str, int]:
 def pixels_of(path: Path, denoiser: str) -> int | None:
     """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do not say it."""
     side = config_of(path, denoiser).get("sample_size")
-    return None if side is None else side * cell_of(path)
+    return side * cell_of(path) if isinstance(side, int) else None
 
 
 def cell_of(path: Path) -> int:
     """Pixels a side per latent."""
-    config = config_of(path, "vae")
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1)
+    return settings.cell_of(config_of(path, "vae"), str(path))
 
 
 def config_of(path: Path, part: str) -> dict[str, Any]:
     file = Path(home_of(path, part), part, "config.json")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return dict(mapping_of(file))
 
 
 def decoding(path: Path, side: int, dtype: str) -> int:
@@ -65,7 +70,10 @@ def decoding(path: Path, side: int, dtype: str) -> int:
     As many at a time as `limits.at_once` says, and above that size in tiles, as `PipelineTeacher.pictures` has it.
     """
     config = config_of(path, "vae")
-    kind = getattr(diffusers, config["_class_name"])
+    name = str(config.get("_class_name"))
+    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
+        raise ValueError(f"{path}: its vae/ is a {shown(name, 60)}, no autoencoder of diffusers")
+    kind = getattr(diffusers, name)
     precision = getattr(torch, dtype)
     with torch.device("meta"):
         vae = kind.from_config(config).to(precision).eval()

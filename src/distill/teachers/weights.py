@@ -1,6 +1,8 @@
 """Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,15 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from distill.aside import aside
+from distill.bounded import check_archive, parsed_mapping
+from distill.files import first_line
 from distill.teachers.adapters import add_lora, settings_of
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
+from distill.unread import refuse_broken
 
 
 def put_on(pipeline: Any, path: str) -> None:
@@ -23,11 +29,18 @@ def put_on(pipeline: Any, path: str) -> None:
     Raises FileNotFoundError, or ValueError for weights of another network.
     """
     file = local_file(path, "teacher.weights")
-    state, about = read_weights(file)
+    with readable(f"teacher.weights={path}"):
+        state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
         add_lora(pipeline, model, state, path, settings_of(file))
-        return
+    else:
+        _put(model, state, path, add="delta" in about)
+    refuse_broken(model, f"teacher.weights={path}: with it the {type(model).__name__}")
+
+
+def _put(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
+    """Take the state's tensors for the model's own, or `add` them to these."""
     own = model.state_dict()
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
     if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
@@ -35,7 +48,6 @@ def put_on(pipeline: Any, path: str) -> None:
         raise ValueError(
             f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})"
         )
-    add = "delta" in about
     model.load_state_dict(
         {k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()}
     )
@@ -57,17 +69,43 @@ def local_file(path: str, key: str) -> Path:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors or torch file, and what is said about them."""
-    if file.suffix != ".safetensors":
-        return torch.load(file, weights_only=True, map_location="cpu"), {}
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, about_weights(file)  # noqa: SIM118
+    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said about them.
+
+    Raises ValueError for a damaged one.
+    """
+    try:
+        if file.suffix != ".safetensors":
+            check_archive(file)
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            state = state.get("state_dict", state)
+            return {name: x for name, x in state.items() if isinstance(x, Tensor)}, {}
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, about_weights(file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        what = f"cut short or no file of weights ({first_line(error, 90)})"
+        raise ValueError(f"{file}: {what}; fetch it anew") from None
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Within, what a damaged file raises, which is nearly anything, is a ValueError that begins with `where`."""
+    try:
+        yield
+    except Exception as error:
+        what = f"cannot be read as weights ({first_line(error)[:80]})"
+        advice = "fetch it anew, as .safetensors"
+        raise ValueError(f"{where}: {what}; {advice}") from None
 
 
 def about_weights(file: Path) -> dict[str, Any]:
     """What a safetensors file of ours says about itself, without its tensors; nothing for any other."""
     with safe_open(file, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get("distill", "{}"))
+        return parsed_mapping(
+            (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
+        )
 
 
 def write_weights(
@@ -97,7 +135,10 @@ def write_weights(
             what = f"{name} has values that it cannot hold, or that are not finite"
             raise ValueError(f"dtype={dtype}: {what}; use dtype=bfloat16 or float32")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
+    part = aside(file)
     said = {"format": "pt", **(words or {})} | ({"distill": json.dumps(about)} if about else {})
-    save_file(state, part, said)
-    return part.replace(file)
+    try:
+        save_file(state, part, said)
+        return part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk

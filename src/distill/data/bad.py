@@ -1,0 +1,36 @@
+"""Samples that cannot be used, and files of samples that are too large to be read."""
+
+from distill.bounded import MIB, in_bytes
+from distill.data.folder import CAPTIONS, MOST_CAPTION
+from distill.shown import shown
+
+# Ours, and far above what data have: a picture of 64 million pixels takes 200 MiB uncompressed.
+MOST_BYTES = 512 * MIB  # of a file
+MOST_TOGETHER = 1024 * MIB  # of the files of a sample
+MOST_FILES = 1000  # of a sample
+
+
+class BadSample(ValueError):
+    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why, both as one line of text."""
+
+    def __init__(self, sample: dict, reason: str):
+        self.name = shown(f"{sample['__url__']}:{sample['__key__']}")
+        self.reason = shown(reason)
+        super().__init__(f"{self.name}: {self.reason}")
+
+
+class Unread(bytes):
+    """Stands for a file of a sample that is too large to be read; `reason` says why."""
+
+    reason: str
+
+    @classmethod
+    def of(cls, size: int, most: int) -> "Unread":
+        found = cls()
+        found.reason = f"has {in_bytes(size)}, more than the {in_bytes(most)} that are read"
+        return found
+
+
+def most_of(extension: str) -> int:
+    """Bytes that a file of this extension may have."""
+    return MOST_CAPTION if extension.rpartition(".")[2] in CAPTIONS else MOST_BYTES

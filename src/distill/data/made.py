@@ -1,0 +1,81 @@
+"""What lies beside shards of `cache` and `synthesize`: how they were made, and the empty caption."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill import content
+from distill.bounded import MIB, check_archive, mapping_of
+from distill.data.shards import BEGUN, expand
+from distill.data.write import MANIFEST
+from distill.files import first_line
+from distill.shown import shown
+from distill.types import EMBEDDED
+
+# What shards of several folders must have been made with alike: one null caption is used, and one set of buckets.
+ALIKE = ("teacher", "without", "embeddings", "what", "buckets", "size")
+# What a run heeds of a manifest: its kind, and of a list that of what is in it.
+SAID: dict[str, tuple[type, ...]] = {
+    "teacher": (str,), "vae": (str,), "what": (str,), "told": (dict,), "without": (list, str), "buckets": (list, list),
+}  # fmt: skip
+MOST_NULL = 256 * MIB  # ours; the longest caption of SD3's three encoders takes 3 MiB
+
+
+def made_of(path: str) -> tuple[Path, dict[str, Any]]:
+    """A folder that the shards lie in, and what its manifest says, empty if there is none.
+
+    Raises ValueError if their making was not finished, or they lie in several folders that were made in other ways.
+    """
+    about: dict[Path, dict[str, Any]] = {}
+    for folder in sorted({Path(shard).parent for shard in expand(path)}):
+        finished = (folder / MANIFEST).is_file()
+        if (folder / BEGUN).is_file() and not finished:
+            raise ValueError(
+                f"data.path={path}: its making was not finished; give the command that makes it once more"
+            )
+        about[folder] = _manifest(folder / MANIFEST, path) if finished else {}
+    first, *others = about
+    for other in others:
+        pairs = {key: (about[first].get(key), about[other].get(key)) for key in ALIKE}
+        differs = [key for key, pair in pairs.items() if not content.alike(*pair)]
+        if differs:
+            raise ValueError(
+                f"data.path={path}: {first} and {other} were made with another {differs[0]}; give one"
+            )
+    return first, about[first]
+
+
+def _manifest(file: Path, path: str) -> dict[str, Any]:
+    """What a manifest says; ValueError for one that cannot be of ours."""
+    found = mapping_of(file)
+    for key, kinds in SAID.items():
+        if not _is_of(found.get(key), *kinds):
+            what = f"its {file.name} says {key}={shown(found[key], 80)}"
+            raise ValueError(f"data.path={path}: {what}; make it anew")
+    return found
+
+
+def _is_of(value: Any, kind: type, *inner: type) -> bool:
+    """Whether a value is None, or of a kind, and what is in a list of the `inner` ones."""
+    if value is None or not isinstance(value, kind):
+        return value is None
+    return not inner or all(isinstance(each, inner) for each in value)
+
+
+def null_of(file: Path, path: str) -> dict[str, Tensor]:
+    """The embedded empty caption; ValueError for what cannot be one."""
+    try:
+        check_archive(file, MOST_NULL)
+        with np.load(file, allow_pickle=False) as kept:
+            found = {name: torch.from_numpy(kept[name]) for name in kept.files}
+        if set(found) - set(EMBEDDED) or "tokens" not in found:
+            raise ValueError(f"it holds {', '.join(found) or 'nothing'}")
+        if any(x.dtype != torch.float16 or not x.isfinite().all() for x in found.values()):
+            raise ValueError("it is not of finite numbers in half precision")
+    except Exception as error:  # damaged archives raise nearly anything
+        what = f"its {file.name} is no embedded caption ({first_line(error, 120)}); make it anew"
+        raise ValueError(f"data.path={path}: {what}") from None
+    return found

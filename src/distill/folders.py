@@ -1,0 +1,47 @@
+"""Run folders in which nothing has happened yet: what a command that failed before its first step leaves behind.
+
+Nothing here imports torch.
+"""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+BEGUN = ("config.yaml", "run.json")  # what is written first
+FIRST = "step_000000.png"  # drawn before the first step
+
+
+def untouched(folder: Path) -> bool:
+    """Whether a run was begun here, and came to no step: there is nothing to go on from, and nothing to look at."""
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(facts, dict) or "began" not in facts or "iterations" in facts:
+        return False
+    alarms = folder / "alarms.jsonl"
+    pictures = [p.name for p in (folder / "samples").glob("*.png")]
+    return not (
+        any((folder / "checkpoints").glob("*"))
+        or (folder / "student").exists()
+        or (folder / "evaluation.json").exists()
+        or (folder / "metrics.csv").exists()  # which gets its first row at the first iteration
+        or (alarms.is_file() and alarms.stat().st_size)
+        or set(pictures) - {FIRST}
+    )
+
+
+def cleared(folder: Path) -> None:
+    """Remove what such a run has left, lest the next one take it for its own; what else is there stays."""
+    for name in ("samples", "checkpoints"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for file in [
+        *folder.glob("events.out.tfevents.*"),
+        *(folder / n for n in ("hparams.yaml", "alarms.jsonl")),
+    ]:
+        with suppress(OSError):
+            file.unlink()
+    for name in reversed(BEGUN):
+        with suppress(OSError):
+            (folder / name).unlink()

@@ -1,0 +1,389 @@
+"""Run folders that a stranger has made: what they say is shown as text, and what has no bounds is left out by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import resource
+import shutil
+import zipfile
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import yaml
+
+from distill import bounded, console, files, shown
+from distill.demonstration import html as demo_html
+from distill.report import write_report
+from distill.report.curves import charts
+from distill.report.evaluation import rows_of
+from distill.report.page import figure
+from distill.students.card import write_card
+from distill.teachers import locate, sizes
+from hostile import EVIL, laughs, png
+
+ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f]")
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def is_plain(page: str, scripts: int = 0) -> None:
+    """That a page has no script but ours, no handler, no address outside, and nothing that acts."""
+    tags = Tags(page).found
+    assert sum(tag == "script" for tag, _ in tags) == scripts
+    for tag, attributes in tags:
+        assert tag not in ("iframe", "object", "embed", "base", "form"), tag
+        for key, value in attributes.items():
+            assert not key.startswith("on"), (tag, key)
+            if key in ("src", "href"):
+                assert value.startswith(("data:image/", "data:,")), value
+    assert not ACTING.search(page)
+    assert "alert(1)" in page  # as text
+    assert "<script>alert" not in page
+
+
+def evil_run(folder, **results):
+    """A judged run in which every text is an attack."""
+    (folder / "samples").mkdir(parents=True)
+    config = {"seed": EVIL, "method": {"_target_": EVIL, EVIL: EVIL}, "teacher": {"path": EVIL}}
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(config, allow_unicode=True), encoding="utf-8"
+    )
+    facts = dict.fromkeys(("name", "method", "teacher", "command", "commit", "hardware"), EVIL)
+    facts |= {"status": EVIL, "train_seconds": 60.0, "images_seen": 100, "steps": 3}
+    (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    rows = [{"who": who, "steps": n, "fid": 2.0} for who, n in ((EVIL, 1), ("student", 1))]
+    said = {"protocol": {EVIL: EVIL}, "rows": [*rows, {"who": "teacher", "steps": 4, "fid": 1}]}
+    (folder / "evaluation.json").write_text(json.dumps(said | results), encoding="utf-8")
+    columns = f"step,d/accuracy,g/<script>alert(1)</script>$\\frac{{$,g/{EVIL[:6]}"
+    (folder / "metrics.csv").write_text(f"{columns}\n1,0.6,1,1\n2,0.7,2,1\n", encoding="utf-8")
+    (folder / "alarms.jsonl").write_text(json.dumps({"alarm": EVIL, "step": 3}), encoding="utf-8")
+    (folder / "samples" / "captions.txt").write_text(EVIL, encoding="utf-8")
+    (folder / "samples" / "comparison.png").write_bytes(png(98, 146))
+    return folder
+
+
+def test_shown_is_one_line_of_text():
+    assert shown.shown("a\x1b[2J\nb\u202e\x9b\ud800c") == r"a\x1b[2J\nb\u202e\x9b\ud800c"
+    assert shown.shown("Ein Größter 红 👩\u200d🔬 a\\b") == "Ein Größter 红 👩\u200d🔬 a\\b"
+    assert shown.in_html("<a href=\"'\n") == "&lt;a href=&quot;&#x27;\\n"
+    assert shown.in_markdown("a|b`c`<x> *y* [l](u)") == r"a\|b\`c\`\<x> \*y\* [l\](u)"
+    assert shown.in_markdown("head_start=[1, 2]") == "head_start=[1, 2]"
+    assert len(shown.shown("x" * 10**6)) == shown.MOST
+
+
+def test_the_report_shows_a_strangers_words_as_text(tmp_path):
+    is_plain(write_report(evil_run(tmp_path / EVIL.replace("/", ""))).read_text(encoding="utf-8"))
+
+
+def test_the_comparison_shows_a_strangers_words_as_text(command, tmp_path):
+    folders = [evil_run(tmp_path / "runs" / name) for name in ("a", "b\x1b[2J|`<script>alert(1)")]
+    config = yaml.safe_load((folders[0] / "config.yaml").read_text(encoding="utf-8"))
+    text = yaml.safe_dump(config | {"method": {"_target_": "x.Other", "k": EVIL}})
+    (folders[1] / "config.yaml").write_text(text, encoding="utf-8")
+    code, out, err = command("compare", f"runs={tmp_path / 'runs'}/*")
+    assert code == 0, err
+    is_plain((tmp_path / "compare" / "compare.html").read_text(encoding="utf-8"), scripts=1)
+    table = (tmp_path / "compare" / "compare.md").read_text(encoding="utf-8")
+    for text in (table, out):
+        assert not ACTING.search(text)
+        assert not re.search(r"(?<!\\)[`<]", text.split("\nwrote")[0])
+    rows = table.splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert not ACTING.search((tmp_path / "compare" / "compare.csv").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"who": "student", "steps": "<script>alert(1)</script>", "fid": 1.0},
+        {"who": "student", "steps": [1], "fid": 1.0},
+        {"who": "student", "steps": True, "fid": 1.0},
+        {"who": "student", "steps": -1, "fid": 1.0},
+        {"who": "student", "steps": 10**400, "fid": 1.0},
+        {"who": ["student"], "steps": 1, "fid": 1.0},
+        {"steps": 1, "fid": 1.0},
+        {"who": "student", "steps": 1, "fid": "inf"},
+        {"who": "student", "steps": 1, "fid": [1]},
+        {"who": "student", "steps": 1, "fid": 10**400},
+        {"who": "student", "steps": 1, "fid": {"a": 1}},
+        ["student", 1],
+        "student",
+    ],
+)
+def test_rows_that_are_no_results_are_refused(row):
+    with pytest.raises(ValueError, match=r"evaluation\.json"):
+        rows_of({"rows": [row]})
+
+
+def test_rows_may_lack_numbers():
+    rows = rows_of({"rows": [{"who": "student", "steps": 1, "fid": float("nan"), "kid": None}]})
+    assert rows[0].scores == {}
+
+
+DAMAGED = {
+    "config.yaml": [
+        laughs(), "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]", "- 1\n", "x: y: z", b"\xff\xfe", "3",
+        "!!python/object/apply:os.system ['true']",
+    ],
+    "evaluation.json": [
+        "[" * 100_000, "[]", "3", '{"rows": 3}', '{"rows": [], "protocol": 3}', '{"rows": ', b"\xff",
+        '{"rows": [{"who": "student", "steps": 1, "fid": ' + "9" * 5000 + "}]}",
+        json.dumps({"rows": [{"who": "student", "steps": 1}] * 2000}),
+    ],
+    "run.json": ["[" * 100_000, "[]", '{"train_seconds": "x"}', '{"images_seen": 1' + "0" * 400 + "}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_run_is_left_out_by_its_name(name, command, tmp_path):
+    evil_run(tmp_path / "runs" / "good")
+    for i, text in enumerate(DAMAGED[name]):
+        folder = evil_run(tmp_path / "runs" / f"bad{i}")
+        data = text if isinstance(text, bytes) else text.encode()
+        (folder / name).write_bytes(data)
+    code, out, err = command("compare", f"runs={tmp_path / 'runs'}/*")
+    assert code == 0, err
+    said = [line for line in out.splitlines() if line.startswith("left out")]
+    assert len(said) == len(DAMAGED[name])
+    for i, line in enumerate(said):
+        assert line.endswith(f"bad{i}")
+    assert "1 runs side by side" in (tmp_path / "compare/compare.html").read_text(encoding="utf-8")
+    shutil.rmtree(tmp_path / "runs" / "good")
+    code, _, err = command("compare", f"runs={tmp_path / 'runs'}/*")
+    assert (code, err.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "run.json"])
+def test_a_report_is_written_of_whatever_a_run_holds(name, tmp_path):
+    for i, text in enumerate(DAMAGED[name]):
+        folder = evil_run(tmp_path / str(i))
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        alarms = '{"alarm": "x", "step": 1e999}\n' + "[" * 9999
+        (folder / "alarms.jsonl").write_text(alarms, encoding="utf-8")
+        assert write_report(folder).is_file()
+
+
+def test_files_of_gibibytes_are_not_read(tmp_path):
+    folder = evil_run(tmp_path / "run")
+    names = ("evaluation.json", "run.json", "config.yaml", "metrics.csv", "alarms.jsonl")
+    for name in names:
+        with (folder / name).open("r+b") as file:
+            file.truncate(2**33)  # of zeros, which take no room
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in names[:2]:
+        with pytest.raises(ValueError, match=f"{name}: has 8 GiB, and such a file may have 16 MiB"):
+            bounded.mapping_of(folder / name)
+    with pytest.raises(ValueError, match=r"config\.yaml: has 8 GiB"):
+        bounded.yaml_of(folder / "config.yaml")
+    with pytest.raises(ValueError, match=r"metrics\.csv: has 8 GiB"):
+        charts(folder / "metrics.csv")
+    (folder / "alarms.jsonl").unlink()
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert page.count("cannot be shown: ") >= 4
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 2**10  # KiB
+
+
+@pytest.mark.parametrize(
+    "command_line", ["inspect run={}", "evaluate run={}", "sample run={} prompt=x"]
+)
+def test_a_bomb_as_configuration_is_refused_in_a_sentence(
+    command_line, command, tmp_path, pipelines
+):
+    folder = evil_run(tmp_path / "run")
+    shutil.copytree(pipelines("mmdit"), folder / "student")
+    (folder / "config.yaml").write_text(laughs(), encoding="utf-8")
+    name, *words = command_line.format(folder).split()
+    code, _, err = command(name, *words)
+    assert code == 1
+    said = [line for line in err.splitlines() if line.startswith("distill: ")]
+    assert len(said) == 1
+    assert "config.yaml: holds more than 100,000 values" in said[0]
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step_000001.ckpt").touch()
+    code, _, err = command("run", f"resume={folder}")
+    assert code == 1
+    assert "config.yaml: holds more than 100,000 values" in err
+
+
+def test_ordinary_yaml_is_read_as_before():
+    text = "a: &x {b: [1, 2.5, null, 1e-3]}\nc: *x\nd: 'x'\n"
+    bounded.check_yaml(text, "x")
+    assert yaml.safe_load(io.StringIO(text)) == yaml.safe_load(text)
+    bounded.check_yaml("\n".join(f"key{i}: {i}" for i in range(40_000)), "x")
+
+
+# -- pictures, archives ------------------------------------------------------------------------------------------------
+
+
+def test_a_page_shows_only_png_within_bounds(tmp_path):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    for name, data in (("eps.png", eps), ("large.png", png(20_000, 8_000))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises((OSError, ValueError), match="cannot identify|20000 x 8000 pixels"):
+            figure(tmp_path / name, "x")
+    (tmp_path / "good.png").write_bytes(png(8, 8))
+    assert "&lt;b&gt;" in figure(tmp_path / "good.png", "<b>")
+
+
+def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
+    path = tmp_path / "step_000001.ckpt"
+    files.write({"distill": {"iteration": 1}, "about": {"config": {}}, "x": torch.zeros(4)}, path)
+    assert files.read(path)["distill"] == {"iteration": 1}
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    for compression, size in ((zipfile.ZIP_DEFLATED, 2**24), (zipfile.ZIP_STORED, 16)):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in parts.items():
+                archive.writestr(name, bytes(size) if name.endswith("data/0") else data)
+        if compression == zipfile.ZIP_DEFLATED:
+            with pytest.raises(
+                ValueError, match="holds compressed parts, which may be of any size"
+            ):
+                files.read(path)
+        else:
+            files.read(path)
+
+
+# -- a student's card, the demo, the terminal --------------------------------------------------------------------------
+
+
+def test_a_card_shows_a_strangers_words_as_text(tmp_path):
+    run = evil_run(tmp_path / "run")
+    folder = run / "student"
+    folder.mkdir()
+    code = {"guidance_scale": "__import__('os').system('x')", "x);evil(": 1, "height": 8}
+    index = {"_class_name": EVIL, "scheduler": [EVIL, EVIL], "_distill": {"call": code}}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    licence = f"---\nlicense: other\nlicense_name: {json.dumps(EVIL)}\n---\n# x\n"
+    (folder / "README.md").write_text(licence, encoding="utf-8")
+    (run / "samples" / "comparison.png").unlink()
+    (run / "samples" / "comparison.png").symlink_to(run / "run.json")
+    text = write_card(folder, run).read_text(encoding="utf-8")
+    assert not (folder / "comparison.png").exists()  # it is of somebody else
+    assert not ACTING.search(text)
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head)["license_name"] == shown.shown(EVIL)
+    assert not re.search(r"(?<!\\)<(?!this folder>)", body)
+    assert "guidance_scale=\"__import__('os').system('x')\"" in body  # text, if pasted
+    assert "evil(" not in body
+    assert body.count("```") == 2
+    (folder / "README.md").write_text(f"---\n{laughs()}license: *a8\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README\.md: its metadata holds more than|: holds more"):
+        write_card(folder, run)
+
+
+def test_the_demo_shows_words_as_text():
+    page = demo_html.heading(EVIL, EVIL) + demo_html.refused("student", 1, EVIL)
+    page += demo_html.status(EVIL, 1, 0) + demo_html.picture(torch.zeros(3, 8, 8).byte(), EVIL)
+    is_plain(page)
+
+
+def test_a_terminal_and_a_log_get_text(capsys, tmp_path):
+    log = logging.getLogger("distill.hostile")
+    log.propagate = False  # to handlers of other tests
+    with console.recorded():
+        handler = logging.StreamHandler()
+        log.addHandler(handler)
+        console.keep(tmp_path / "run.log", "x")
+        log.warning("skipped %s: %s", EVIL, ValueError(EVIL))
+        log.removeHandler(handler)
+        print(EVIL)
+        console.say(EVIL)
+        print("\x1b[31mred\x1b[0m\tand\rover")
+    out, err = capsys.readouterr()
+    logged = (tmp_path / "run.log").read_text(encoding="utf-8")
+    for text in (out, err, logged):
+        assert not re.search("\x1b(?!\\[(31|0)m)|[\x07\u202e\x9b]", text)
+    assert len([line for line in err.splitlines() if "skipped" in line]) == 1
+    assert err.count("\n") == 1
+    assert "\x1b[31mred\x1b[0m\tand\rover" in out
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "reason"),
+    [
+        ("x.safetensors.index.json", {"weight_map": {"a": "../../etc/passwd"}}, "files of weights"),
+        ("x.safetensors.index.json", {"weight_map": {"a": "/x.safetensors"}}, "files of weights"),
+        ("x.safetensors.index.json", {"weight_map": {"a": "..\\x.safetensors"}}, "files of weig"),
+        ("x.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "files of weights"),
+        ("x.safetensors.index.json", {"weight_map": {"a": "passwd"}}, "files of weights"),
+        ("x.safetensors.index.json", {"weight_map": [1]}, "names no weights"),
+        ("config.json", {"num_layers": 10**9}, "num_layers=1000000000, and at most 1000 are built"),
+        ("config.json", {"num_hidden_layers": 10**9}, "at most 1000 are built"),
+        ("config.json", {"layers_per_block": [2, 10**9]}, "at most 1000 are built"),
+        ("config.json", [], "is no JSON object"),
+        ("config.json", None, "is nested too deeply"),
+    ],
+)
+def test_a_hostile_model_folder_is_refused_before_it_is_built(
+    name, said, reason, command, pipelines, tmp_path
+):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
+    text = json.dumps(said) if said is not None else "[" * 100_000
+    (folder / "transformer" / name).write_text(text, encoding="utf-8")
+    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    assert code == 1
+    said = [line for line in err.splitlines() if line.startswith("distill: ")]
+    assert len(said) == 1
+    assert name in said[0]
+    assert reason in said[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "3", "{", '{"a": ' + "9" * 5000 + "}"])
+def test_a_hostile_index_of_a_pipeline_is_refused_in_a_sentence(text, command, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(text, encoding="utf-8")
+    for words in (["sample", "run=model", "prompt=x"], ["export", "run=model", "to=diffusers"]):
+        code, _, err = command(*words)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "model_index.json" in err
+
+
+@pytest.mark.parametrize("name", ["../evil", "../../evil", "/etc", "a/b", "a\\b", "x\x1b[2J", "."])
+def test_a_part_of_a_strangers_pipeline_stays_in_its_folder(name, command, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "in" / "model")
+    for place in (tmp_path / "in" / "evil", tmp_path / "evil"):
+        place.mkdir()
+        (place / "secret.json").write_text("{}", encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index[name] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "deep" / "er" / "out"
+    for words in (["to=diffusers", f"out={out}"], ["to=single_file"]):
+        code, _, err = command("export", f"run={folder}", *words)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "model_index.json names a part" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("length", [2**62, 2**45, 2**63 + 1, 10])
+def test_a_header_of_safetensors_is_not_believed(length, tmp_path):
+    shapes = json.dumps({"x": {"shape": [10**300, 10**300]}}).encode()
+    data = (length if length > 10 else len(shapes)).to_bytes(8, "little") + shapes
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert sizes.parameters(tmp_path) == 0
+
+
+def test_settings_of_real_models_are_within_bounds(pipelines):
+    for family in ("mmdit", "unet"):
+        for part in pipelines(family).iterdir():
+            if part.is_dir():
+                locate.check_part(part, "x")

@@ -1,0 +1,291 @@
+"""Going on from another place, with other files, or by another run's checkpoint: what is found, said and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+import tiny
+from distill import compose, content, paths
+
+STEPS = 2
+
+
+def arguments(model, data, folder, *more, method="ladd"):
+    return [
+        "debug=smoke",
+        f"method={method}",
+        f"teacher.path={model}",
+        f"data.path={data}",
+        "callbacks.samples.every=100",
+        "callbacks.checkpoint.every=1",
+        f"trainer.max_steps={STEPS}",
+        f"run_dir={folder}",
+        "~metrics",
+        *more,
+    ]
+
+
+def last(err):
+    return [line for line in err.splitlines() if line.startswith("distill: ")][-1]
+
+
+@pytest.fixture
+def project(tmp_path, pipelines, shards):
+    """A working folder with a teacher and data of its own, under names that are relative to it."""
+    folder = tmp_path / "project"
+    shutil.copytree(pipelines("mmdit"), folder / "models" / "teacher")
+    shutil.copytree(shards, folder / "data")
+    return folder
+
+
+@pytest.fixture
+def run(project, command, monkeypatch):
+    """The folder of a finished run of two steps, begun in `project` by relative paths."""
+    monkeypatch.chdir(project)
+    assert command("run", *arguments("models/teacher", "data", "runs/ladd"))[0] == 0
+    return project / "runs" / "ladd"
+
+
+def kept_of(folder, step=STEPS):
+    return torch.load(folder / "checkpoints" / f"step_{step:06d}.ckpt", weights_only=True)
+
+
+# -- whose checkpoint it is ------------------------------------------------------------------------------------------
+
+
+def test_another_method_s_checkpoint_is_refused_by_name(run, project, command):
+    other = ["models/teacher", "data", "runs/other", "optimizer.head_start=0"]
+    assert command("run", *arguments(*other, method="consistency"))[0] == 0
+    foreign = project / "runs" / "other" / "checkpoints" / "step_000009.ckpt"
+    shutil.copy(run / "checkpoints" / "step_000002.ckpt", foreign)
+    code, _, err = command("run", f"resume={foreign}", "trainer.max_steps=12")
+    assert code == 1
+    assert last(err).startswith(f"distill: resume={foreign}: another run made this checkpoint (")
+    assert "method._target_=distill.methods.ladd.LADD, here distill.methods.consistency" in err
+
+    # One of before these records is known by its tensors.
+    kept = torch.load(foreign, weights_only=True)
+    del kept["about"]
+    torch.save(kept, foreign)
+    code, _, err = command("run", f"resume={foreign}", "trainer.max_steps=12")
+    assert code == 1
+    assert "is of another method, teacher, student or discriminator: nothing here takes" in err
+    assert "heads." in last(err)
+
+
+def test_a_checkpoint_that_says_nothing_of_itself_is_taken_if_it_fits(run, command):
+    kept = kept_of(run)
+    del kept["about"]
+    torch.save(kept, run / "checkpoints" / "step_000002.ckpt")
+    assert command("run", f"resume={run}", "trainer.max_steps=3")[0] == 0
+    assert kept_of(run, 3)["global_step"] == 3
+
+
+def test_another_teacher_s_checkpoint_is_refused(run, project, command):
+    other = project / "models" / "other"
+    shutil.copytree(project / "models" / "teacher", other)
+    shaken(other)
+    assert command("run", *arguments("models/other", "data", "runs/other"))[0] == 0
+    foreign = run / "checkpoints" / "step_000005.ckpt"
+    shutil.copy(project / "runs" / "other" / "checkpoints" / "step_000002.ckpt", foreign)
+    code, _, err = command("run", f"resume={run}", "trainer.max_steps=6")
+    assert code == 1
+    assert f"resume={foreign}: another run made this checkpoint (teacher.path={other}" in last(err)
+
+
+def test_inspect_refuses_a_foreign_checkpoint(run, project, command):
+    other = ["models/teacher", "data", "runs/other", "discriminator.heads.kernel=3"]
+    assert command("run", *arguments(*other))[0] == 0
+    theirs = project / "runs" / "other" / "checkpoints" / "step_000002.ckpt"
+    shutil.copy(theirs, run / "checkpoints" / "step_000002.ckpt")
+    code, _, err = command("inspect", f"run={run}", "samples=2")
+    assert code == 1
+    assert "another run made this checkpoint (discriminator.heads.kernel=3, here 1" in last(err)
+
+
+def shaken(model):
+    """Give the pipeline in this folder other weights of the same names and shapes."""
+    (file,) = (model / "transformer").glob("*.safetensors")
+    save_file({name: x + 0.01 for name, x in load_file(file).items()}, file, {"format": "pt"})
+
+
+# -- from anywhere ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_used_from_any_folder(run, command, monkeypatch, tmp_path):
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.teacher.path == str(run.parents[1] / "models" / "teacher")
+    assert config.data.path == str(run.parents[1] / "data")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert command("inspect", f"run={run}", "samples=2")[0] == 0
+    assert command("export", f"run={run}", "to=delta", "out=delta.safetensors")[0] == 0
+    assert command("sample", f"run={run}", "prompt=a red square")[0] == 0
+    assert command("run", f"resume={run}", "trainer.max_steps=3")[0] == 0
+    assert kept_of(run, 3)["about"]["config"]["teacher"]["path"] == config.teacher.path
+
+
+def test_a_run_of_relative_paths_goes_on_from_where_it_was_begun(run, command):
+    config = OmegaConf.load(run / "config.yaml")
+    config.teacher.path, config.data.path = "models/teacher", "data"
+    OmegaConf.save(config, run / "config.yaml")
+    assert command("run", f"resume={run}", "trainer.max_steps=3")[0] == 0
+    assert (
+        command("run", f"resume={run}", "teacher.path=models/teacher", "trainer.max_steps=4")[0]
+        == 0
+    )
+
+
+def test_a_run_that_moved_with_what_it_reads_goes_on(run, project, command, monkeypatch, tmp_path):
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    folder = moved / "runs" / "ladd"
+    assert command("export", f"run={folder}", "to=delta", "out=delta.safetensors")[0] == 0
+    assert command("run", f"resume={folder}", "trainer.max_steps=3")[0] == 0
+    assert OmegaConf.load(folder / "config.yaml").teacher.path == str(moved / "models" / "teacher")
+
+
+def test_a_copied_run_goes_on_beside_the_first(run, command, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert command("run", f"resume={copy}", "trainer.max_steps=3")[0] == 0
+    assert (copy / "checkpoints" / "step_000003.ckpt").is_file()
+    assert not (run / "checkpoints" / "step_000003.ckpt").exists()
+
+
+def test_a_model_or_data_that_moved_can_be_named(run, project, command):
+    model = (project / "models" / "teacher").rename(project / "models" / "renamed")
+    data = (project / "data").rename(project / "renamed")
+    code, _, err = command("run", f"resume={run}", "trainer.max_steps=3")
+    assert code == 1
+    assert "teacher.path=" in last(err)
+    named = [f"teacher.path={model}", f"data.path={data}"]
+    assert command("run", f"resume={run}", "trainer.max_steps=3", *named)[0] == 0
+    assert OmegaConf.load(run / "config.yaml").data.path == str(data)
+
+
+def test_another_model_or_other_data_are_refused_and_change_nothing(run, project, command):
+    model = shutil.copytree(project / "models" / "teacher", project / "models" / "other")
+    shaken(model)
+    before = (run / "config.yaml").read_bytes()
+    code, _, err = command("run", f"resume={run}", "trainer.max_steps=3", f"teacher.path={model}")
+    assert code == 1
+    assert f"teacher.path={model}: is not what the run was made with" in last(err)
+    fewer = tiny.write_shards(project / "fewer", count=20)
+    code, _, err = command("run", f"resume={run}", "trainer.max_steps=3", f"data.path={fewer}")
+    assert code == 1
+    assert f"data.path={fewer}: holds 20 samples, and the run began with 24" in last(err)
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_data_that_changed_are_said(run, project, command, caplog):
+    shutil.rmtree(project / "data")
+    tiny.write_shards(project / "data", count=20)
+    code, out, err = command("run", f"resume={run}", "trainer.max_steps=3")
+    assert code == 0
+    said = "holds 20 samples, and the run began with 24: it does not go on bit for bit"
+    assert said in out + err + caplog.text
+
+
+# -- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_lies_here_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "data", "ViT-g-14", "openai"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "prompts.txt").write_text("a star\n", encoding="utf-8")
+    clip = {"_target_": "distill.metrics.networks.OpenClip", "path": "ViT-g-14"}
+    cfg = OmegaConf.create(
+        {
+            "teacher": {"path": "owner/model", "vae": "data", "config": None},
+            "student": {"init": "teacher"},
+            "data": {"path": "data/x-{000..003}.tar"},
+            "metrics": {"path": "prompts.txt", "prompts": 8, "networks": {"c": clip}},
+            "callbacks": {"samples": {"prompts": ["data"]}, "mine": {"dirpath": "made"}},
+            "name": "data",
+        }
+    )
+    cfg.metrics.networks.c.pretrained = "openai"
+    made = paths.absolute(cfg)
+    assert compose.dotted(OmegaConf.to_container(made)) == {
+        **compose.dotted(OmegaConf.to_container(made)),
+        "teacher.path": "owner/model",
+        "teacher.vae": str(tmp_path / "data"),
+        "student.init": "teacher",
+        "data.path": str(tmp_path / "data" / "x-{000..003}.tar"),
+        "metrics.path": str(tmp_path / "prompts.txt"),
+        "metrics.networks.c.path": "ViT-g-14",
+        "metrics.networks.c.pretrained": "openai",
+        "callbacks.samples.prompts": ["data"],
+        "callbacks.mine.dirpath": str(tmp_path / "made"),
+        "name": "data",
+    }
+    assert cfg.data.path == "data/x-{000..003}.tar"
+
+
+def test_a_mark_tells_fine_tunes_apart_and_not_copies(pipelines, tmp_path):
+    model = shutil.copytree(pipelines("mmdit"), tmp_path / "one")
+    copy = shutil.copytree(model, tmp_path / "two")
+    (copy / "README.md").write_text("a card", encoding="utf-8")
+    assert content.mark(model) == content.mark(copy)
+    shaken(copy)
+    assert content.mark(model) != content.mark(copy)
+    assert content.mark(tmp_path / "nowhere") is None
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_of_a_part_that_was_killed_count(run, command):
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert 0 < kept_of(run)["about"]["train_seconds"] <= facts["train_seconds"]
+    kept = kept_of(run)
+    kept["about"]["train_seconds"] = 1000.0  # of a part that was killed after it
+    torch.save(kept, run / "checkpoints" / "step_000002.ckpt")
+    assert command("run", f"resume={run}", "trainer.max_steps=3")[0] == 0
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert 1000 < facts["train_seconds"] < 1600
+
+
+# -- what other commands keep ----------------------------------------------------------------------------------------
+
+
+def test_cached_latents_are_of_one_teacher_however_it_was_typed(
+    project, pipelines, command, monkeypatch, tmp_path
+):
+    shutil.copytree(pipelines("mmdit") / "vae", project / "vae")
+    monkeypatch.chdir(project)
+    (project / "prompts.txt").write_text("a red star\na blue disc\n", encoding="utf-8")
+    teacher = ["teacher.path=models/teacher", "+teacher.vae=vae"]
+    make = ["synthesize", *teacher, "prompts=prompts.txt", "steps=1", "count=4", "per_shard=2"]
+    assert command(*make, "out=made")[0] == 0
+    (project / "made" / "latents-000001.tar").unlink()
+    (project / "made" / "manifest.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    full = [
+        f"teacher.path={project / 'models' / 'teacher'}",
+        f"+teacher.vae={project / 'vae'}",
+        f"prompts={project / 'prompts.txt'}",
+    ]
+    again = ["synthesize", *full, "steps=1", "count=4", "per_shard=2", f"out={project / 'made'}"]
+    assert command(*again)[0] == 0
+    assert (
+        json.loads((project / "made" / "manifest.json").read_text(encoding="utf-8"))["samples"] == 4
+    )
+    run = arguments(project / "models" / "teacher", project / "made", tmp_path / "run")
+    assert command("run", *run, f"+teacher.vae={project / 'vae'}")[0] == 0
+
+
+def test_old_manifests_name_a_teacher_as_it_was_typed():
+    assert content.alike("models/sd", "/home/me/models/sd")
+    assert not content.alike("models/sd", "/home/me/models/other-sd")
+    assert not content.alike("sd", "/home/me/other-sd")
+    assert content.alike(None, None)
+    assert not content.alike(None, "/home/me/vae")

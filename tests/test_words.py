@@ -1,0 +1,178 @@
+"""Texts reach a command as they were typed, and a group is left out by any word for nothing."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from omegaconf import OmegaConf
+from PIL import Image
+
+import distill.demo
+from distill.commandline import texts
+from distill.compose import written
+from distill.data.lines import Lines
+from test_sample import EXACT, exported  # noqa: F401  # a fixture
+
+PROMPTS = [
+    "[a, b]", "costs ${5}", "${HOME}", "${oc.env:HOME}", "a, b", "a: b", "a = b", "{}", "{a: b}", "[]",
+    "  a  ", "-a", "--help", "null", "true", "42", "1e3", "@a #b ~c 100%", "~", "a\\b", "a\\", "\\${a}",
+    'it\'s "so"', "'", "a\nb", "\t", "glob(*)", "choice(a,b)", "range(1,3)", "(a:1.3), [b|c]", "𝔞" * 300,
+    "🦊" * 200, "a]", "a}", "$", "a;b", "0x1", "é", "", "inf", ".5", "a/b", "../a", "*?<>|",
+]  # fmt: skip
+# 𝔞 and 🦊 have four bytes each in UTF-8.
+
+
+def meant(word: str, config: str, **how: bool):
+    """What a command finds under the key of this word: through Hydra's grammar, and OmegaConf's."""
+    override = OverridesParser.create().parse_override(texts.readable(word, config, **how))
+    value = override.value()
+    cfg = OmegaConf.create({"key": None})
+    cfg.key = value.text if isinstance(value, QuotedString) else value
+    return cfg.key
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+@pytest.mark.parametrize("key", ["prompt", "negative"])
+def test_a_prompt_is_the_text_that_was_typed(text, key):
+    assert meant(f"{key}={text}", "sample") == text
+
+
+@pytest.mark.parametrize("text", [text for text in PROMPTS if text not in ("null", "~")])
+@pytest.mark.parametrize("key", ["out", "name", "data.path", "teacher.weights", "run"])
+def test_a_name_and_a_path_are_texts_too(text, key, monkeypatch):
+    if not text.startswith(("${oc.env", "\\${")):  # which refer to a variable, and are escaped
+        assert meant(f"{key}={text}", "config") == text
+
+
+def test_any_text_survives():
+    letters = [*"a \\'\"${}[],=:\n\t%#@~()5é;", "null", "𝔞", "${", "\\$"]
+    draw = random.Random(0)
+    for _ in range(1500):
+        text = "".join(draw.choices(letters, k=draw.randint(0, 8)))
+        typed = meant(f"prompt={text}", "sample")
+        quoted = text[:1] == text[-1:] in ("'", '"') and len(text) > 1  # Hydra's own way, as ever
+        assert typed == text or quoted, text
+
+
+def test_what_refers_to_something_in_a_path_still_does():
+    for path in ("${oc.env:X}/a", "runs/${name}_${seed}", "${teacher.path}/b", "runs/${now:%Y}"):
+        override = OverridesParser.create().parse_override(
+            texts.readable(f"run_dir={path}", "config")
+        )
+        assert override.value() == path
+    assert meant("run_dir=a${nothing}b", "config") == "a${nothing}b"
+
+
+def test_a_configuration_is_read_as_it_was_written(tmp_path):
+    values = [*PROMPTS, "\\\\${a}", "a\\${b}\\${c"]
+    cfg = OmegaConf.create({"a": 1, "b": "${a}"})
+    cfg.texts = [texts.escaped(text) for text in values]
+    (tmp_path / "config.yaml").write_bytes(written(cfg))
+    again = OmegaConf.load(tmp_path / "config.yaml")
+    assert list(again.texts) == values
+    assert again.b == 1
+    plain = OmegaConf.create({"a": {"b": [1, None, "x", "???"]}, "c": True})
+    assert written(plain).decode() == OmegaConf.to_yaml(plain, resolve=True)
+
+
+@pytest.mark.parametrize(
+    "word", ['prompts=["a, b","costs ${5}",[c]x]', "prompts=[[a],b]", "prompts=[1984]"]
+)
+def test_a_list_that_cannot_be_read_is_named(word):
+    with pytest.raises(ValueError, match=r"cannot be read as a list of texts; write \[\"one\""):
+        texts.readable(word, "sample")
+
+
+def test_several_prompts_are_a_list_or_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = meant("""prompts=["a, b","costs ${5}",a red star,'null']""", "sample")
+    assert Lines(found, "prompts").lines == ["a, b", "costs ${5}", "a red star", "null"]
+    assert len(Lines(found).digest()) == 64
+    (tmp_path / "[a]").write_text("one\ntwo\n", encoding="utf-8")
+    assert meant("prompts=[a]", "sample") == "[a]"  # a file that is there
+    assert meant("runs=[runs/a,runs/b]", "compare") == ["runs/a", "runs/b"]
+    assert meant("runs=runs/[0-9]*", "compare") == "runs/[0-9]*"
+    assert meant('run=["a=b"]', "search") == ["a=b"]  # words for every trial: no path there
+
+
+def test_pictures_of_prompts_that_hydra_would_read_otherwise(exported, command, tmp_path):  # noqa: F811
+    run = f"run={exported('mmdit')}"
+    for prompt in ("[a, b]", "costs ${5}", "null", "𝔞" * 300, "🦊" * 90, "-a = {b}: 'c'"):
+        out = tmp_path / "out, [of] = ${1}"
+        seed = 10**18  # a long name
+        code, _, err = command(
+            "sample", EXACT, run, f"prompt={prompt}", f"out={out}", f"seed={seed}"
+        )
+        assert code == 0, err
+        newest = max(out.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        assert Image.open(newest).text["prompt"] == prompt
+        assert len(newest.name.encode()) <= 255
+    several = """prompts=["costs ${5}","a, b"]"""
+    assert command("sample", EXACT, run, several, "out=list")[0] == 0
+    drawn = {Image.open(path).text.get("prompt") for path in (tmp_path / "list").iterdir()}
+    assert drawn == {"costs ${5}", "a, b", None}  # the grid has none
+
+
+def test_the_teacher_of_the_demo_is_a_path(command, monkeypatch):
+    """Though there is a group of this name, of which Hydra would have it be an option."""
+    seen = []
+    monkeypatch.setattr(distill.demo, "serve", lambda cfg: seen.append((cfg.teacher, cfg.prompt)))
+    for path in ("shapes:mmdit", "owner/name", "a${b}, [c]", "it's"):
+        code, _, err = command("demo", f"teacher={path}", "prompt=[a, ${b}]")
+        assert code == 0, err
+        assert seen.pop() == (path, "[a, ${b}]")
+    assert command("demo", "teacher=null")[0] == 0
+    assert seen.pop() == (None, None)
+
+
+def test_a_run_is_called_by_any_text(command, tmp_path):
+    """And goes on: its name is read from its folder as it was typed."""
+    name = "costs ${5}, [it's] 𝔞 = {b}"
+    words = ["debug=smoke", "metrics=null", "logger=null", "callbacks.checkpoint.every=1"]
+    code, _, err = command("run", *words, f"name={name}", "run_dir=a, [b] = ${1}")
+    assert code == 0, err
+    folder = tmp_path / "a, [b] = ${1}"
+    assert OmegaConf.load(folder / "config.yaml").name == name
+    code, _, err = command("run", f"resume={folder}", "trainer.max_steps=3", "metrics=null")
+    assert code == 0, err
+    assert OmegaConf.load(folder / "config.yaml").name == name
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nothing", ["null", "none", "", "false", "None"])
+def test_a_group_is_left_out_by_any_word_for_nothing(nothing):
+    for group in texts.OPTIONAL["config"]:
+        assert texts.readable(f"{group}={nothing}", "config") == f"~{group}"
+    assert texts.readable(f"discriminator={nothing}", "config") == "discriminator=none"
+    assert texts.readable(f"teacher={nothing}", "evaluate") == "~teacher"
+    needed = ["method", "teacher", "student", "data", "optimizer", "trainer", "sampler"]
+    for group in needed:
+        with pytest.raises(
+            ValueError, match=f"^{group}={nothing}: a run cannot be without; choose"
+        ):
+            texts.readable(f"{group}={nothing}", "config")
+
+
+def test_groups_of_other_commands():
+    assert texts.readable("+method=add", "config") == "method=add"
+    assert texts.readable("method=add,ladd", "config", sweep=True) == "method=add,ladd"
+    for word, config, said in (
+        ("~metrics", "evaluate", "~metrics: evaluate cannot be without; choose one by metrics="),
+        ("data=null", "cache", "data=null: cache cannot be without"),
+        ("teacher=sdxl", "sample", "teacher=sdxl: sample has no such key"),
+        (
+            "data=images",
+            "pretrain",
+            "data=images: has keys of its own; name one of them, as data.path",
+        ),
+        ("method=[add,ladd]", "config", "method takes the name of one option, there is add, cons"),
+        ("=ladd", "config", "=ladd: has no key; write key=value"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            texts.readable(word, config)
