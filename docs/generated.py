@@ -52,6 +52,10 @@ def copy_studies(folder: Path) -> None:
 def at_home(app: object, page: str, source: list[str]) -> None:
     """Links that are right in the repository, made right in the documentation: experiments/ lies inside it there."""
     source[0] = source[0].replace("](../../experiments/", "](/experiments/")
+    # a test is named, and not linked: it is no page
+    source[0] = re.sub(
+        r"\[([^\]]*)\]\(\.\./tests/(\w+)\.py(?: \"\w+\")?\)", r"\1 (`\2`)", source[0]
+    )
 
 
 def put(file: Path, text: str) -> None:
