@@ -192,5 +192,7 @@ def test_nothing_heavy_is_imported_for_any_of_this():
         "import sys, distill.validate, distill.commandline.keys, distill.errors\n"
         "sys.exit(','.join(m for m in ('torch', 'lightning', 'diffusers') if m in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False
+    )
     assert done.stderr.strip() == ""

@@ -23,7 +23,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import demo, evaluate, export, inspect, run, sample, trust, validate
+from distill import beginning, demo, evaluate, export, inspect, run, sample, trust, validate
 from distill._conf import CONF_DIR
 from distill.compose import dotted, going_on, shipped
 from distill.errors import said_plainly
@@ -252,10 +252,10 @@ def test_shards_that_were_begun_say_nothing_either(place, listener):
             (folder / "making.yaml").write_text(json.dumps(begun), encoding="utf-8")
             free = key.startswith(validate.FREE) and kind == "address"
             with nullcontext() if free else pytest.raises(ValueError, match="making|settings|_tar"):
-                validate.refuse_another(cfg, folder)
+                beginning.refuse_another(cfg, folder)
             if "resolver" in kind:
                 with pytest.raises(ValueError, match="holds an interpolation") as error:
-                    validate.refuse_another(cfg, folder)
+                    beginning.refuse_another(cfg, folder)
                 said += str(error.value)
     nothing_happened(place, listener, said)
 

@@ -348,7 +348,7 @@ def _not_data(key: str, value: Any) -> str | None:
         ]
         return f": {odd[0]!r} is no name of a key" if odd else None
     if isinstance(value, str):
-        if REFERS.search(value) or ("${" in value and not TEXTS.fullmatch(key)):
+        if REFERS.search(value):
             what = "interpolation, and what came with files is data; write the value out"
             return f"={value}: holds an {what}"
         return ": is missing (???); give it a value" if value == "???" else None
