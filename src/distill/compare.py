@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from distill.aside import put_text
 from distill.errors import command
+from distill.locks import one_writer
 
 
 @command("compare")
@@ -43,11 +44,11 @@ def main(cfg: DictConfig) -> None:
             what = f"{len(set(folders))} runs, none judged yet: python -m distill.evaluate run=..."
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))
-    put_text(out / "compare.md", table)
-    put_text(out / "compare.csv", as_csv(groups))
-    put_text(out / "compare.html", page(groups))
+    with one_writer(out, "out"):
+        put_text(out / "compare.md", table)
+        put_text(out / "compare.csv", as_csv(groups))
+        put_text(out / "compare.html", page(groups))
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
 
