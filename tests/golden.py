@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -114,6 +115,7 @@ def configurations() -> dict[str, dict[str, Any]]:
 def page(command: str) -> str:
     """What `python -m distill.<command> --help` prints."""
     before, sys.argv = sys.argv, [f"distill.{command}", "--help"]
+    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
     said = io.StringIO()
     try:
         with redirect_stdout(said):
@@ -122,6 +124,9 @@ def page(command: str) -> str:
         pass
     finally:
         sys.argv = before
+        os.environ.pop("COLUMNS")
+        if width is not None:
+            os.environ["COLUMNS"] = width
     return said.getvalue()
 
 

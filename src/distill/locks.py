@@ -107,16 +107,18 @@ def check_free(folder: Path, key: str) -> None:
     """Raise BlockingIOError, which begins with `key`, if another process writes there: said before anything is read."""
     if rank() != 0:
         return
-    for path in (folder / NAME, _beside(folder)):
-        if path.absolute() in _mine or not path.exists():
-            continue
+    there = [path for path in (folder / NAME, _beside(folder)) if path.exists()]
+    for path in (path for path in there if path.absolute() not in _mine):
         deadline = time.monotonic() + BRIEF  # it may only have been asked for
         while who := _held(path):
             if time.monotonic() > deadline or not who.here:
                 if who.runs and not _same_job(who):
                     raise BlockingIOError(_refusal(f"{key}={folder}", who, path))
-                return  # its last processes are ending: whoever takes the lock waits for them
+                break  # its last processes are ending: whoever takes the lock waits for them
             time.sleep(0.05)
+        else:
+            with suppress(OSError), _locked(path, f"{key}={folder}"):
+                pass  # a killed command's: it goes, whatever becomes of this one
 
 
 def pass_on(environment: MutableMapping[str, str]) -> dict[str, Any]:
