@@ -206,7 +206,6 @@ def trainings() -> dict[str, Any]:
 EXPORTS = {
     "diffusers": ["to=diffusers"],
     "diffusers in float16, euler": ["to=diffusers", "dtype=float16", "scheduler=euler"],
-    "delta": ["to=delta", "base=shapes:mmdit"],
 }
 
 
@@ -217,7 +216,8 @@ def exports() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
             called("export", "run=shapes:student", *words, f"out={out}")
-            files = sorted(p for p in [out, *out.rglob("*")] if p.is_file())
+            # a card names places and versions
+            files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != "README.md")
             found[name] = {
                 p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
                 for p in files

@@ -250,7 +250,7 @@ def test_shards_that_were_begun_say_nothing_either(place, listener):
         for kind in KINDS:
             begun = replaced(base, key, hostile(kind, key, listener.port))
             (folder / "making.yaml").write_text(json.dumps(begun), encoding="utf-8")
-            free = key.startswith(validate.FREE) and kind == "address"
+            free = key.startswith(beginning.FREE) and kind == "address"
             with nullcontext() if free else pytest.raises(ValueError, match="making|settings|_tar"):
                 beginning.refuse_another(cfg, folder)
             if "resolver" in kind:
