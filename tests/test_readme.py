@@ -137,7 +137,7 @@ def is_cached(world, out):
     made = json.loads((world / "cached" / "manifest.json").read_text(encoding="utf-8"))
     assert (made["samples"], made["teacher"], made["size"], made["embeddings"]) == (
         6,
-        "mine.safetensors",
+        str(world / "mine.safetensors"),
         [64] * 2,
         True,
     )
@@ -152,7 +152,9 @@ def is_run(name: str, expected: dict[str, object]) -> Callable[[Path, str], None
     def check(world, out):
         folder = world / "runs" / name
         config = OmegaConf.load(folder / "config.yaml")
-        assert {key: OmegaConf.select(config, key) for key in expected} == expected
+        found = {key: OmegaConf.select(config, key) for key in expected}
+        # paths are kept absolute
+        assert {k: v if v == expected[k] else Path(v).name for k, v in found.items()} == expected
         assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
         assert (folder / "student" / "README.md").is_file()
         assert set(config.callbacks) == CALLBACKS

@@ -23,7 +23,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import beginning, demo, evaluate, export, inspect, run, sample, trust, validate
+from distill import beginning, demo, evaluate, export, inspect, run, sample, trust
 from distill._conf import CONF_DIR
 from distill.compose import dotted, going_on, shipped
 from distill.errors import said_plainly
