@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
-from distill import bounded, console, files, shown
+from distill import bounded, console, files, folders, paths, shown, verdicts
 from distill.demonstration import html as demo_html
 from distill.report import write_report
 from distill.report.curves import charts
@@ -387,3 +388,13 @@ def test_settings_of_real_models_are_within_bounds(pipelines):
         for part in pipelines(family).iterdir():
             if part.is_dir():
                 locate.check_part(part, "x")
+
+
+def test_deep_json_in_a_run_folder_counts_as_damaged(tmp_path):
+    """Everything that a folder's own files are read by: Python would end in a RecursionError."""
+    folder = evil_run(tmp_path / "run")
+    for name in ("run.json", "evaluation.json"):
+        (folder / name).write_text("[" * 100_000, encoding="utf-8")
+    assert not folders.untouched(folder)
+    assert verdicts.read(folder) == {}
+    assert paths.located(OmegaConf.create({"a": 1}), folder) == {"a": 1}

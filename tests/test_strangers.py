@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import socket
 import sys
@@ -169,7 +170,7 @@ def attacked(
             task(copy.deepcopy(cfg))
         said = "".join(capsys.readouterr())
         assert ended.value.code == 1, (key, said)
-        assert said.count("distill: ") == 1, (key, said)
+        assert len(re.findall("^distill: ", said, re.MULTILINE)) == 1, (key, said)
         assert CANARY not in said
         found[key] = said
     nothing_happened(place, listener, "".join(found.values()))

@@ -25,6 +25,7 @@ from typing import Any
 
 from distill.alive import alive, host, started
 from distill.aside import put, sweep
+from distill.bounded import mapping_of
 from distill.console import note
 from distill.ranks import rank
 
@@ -213,8 +214,8 @@ def _words(who: Holder) -> bytes:
 
 def _read(path: Path) -> Holder | None:
     """What a lock says; None of one that says nothing (yet)."""
-    with suppress(OSError, ValueError, TypeError):
-        said = json.loads(path.read_bytes())
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        said = mapping_of(path)
         texts = {key: str(said[key])[:300] for key in ("host", "since", "command")}
         began, job = (None if said[key] is None else str(said[key]) for key in ("started", "job"))
         return Holder(pid=int(said["pid"]), started=began, job=job, **texts)
@@ -278,7 +279,7 @@ def _try(file: int, *, shared: bool = False) -> bool | None:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
+    except (OSError, ImportError):  # a file system without locks, a system without the module
         return None
     return True
 
