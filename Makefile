@@ -8,11 +8,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup
 DEV := $(VENV)/.setup-dev
 DEMO := $(VENV)/.setup-demo
+DOCS := $(VENV)/.setup-docs
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-slow check format
+.PHONY: help setup run demo test test-slow check format docs
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ check: $(DEV) ## format, lint and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+docs: $(DOCS) ## the documentation, docs/_build/html/index.html
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 format: $(DEV) ## put every file into the house format
 	$(PY) -m ruff format .
@@ -67,4 +71,8 @@ $(DEV): $(STAMP)
 
 $(DEMO): $(STAMP)
 	$(PY) -m pip install -e '.[demo]'
+	@touch $@
+
+$(DOCS): $(STAMP)
+	$(PY) -m pip install -e '.[docs]'
 	@touch $@

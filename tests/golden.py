@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -114,6 +115,7 @@ def configurations() -> dict[str, dict[str, Any]]:
 def page(command: str) -> str:
     """What `python -m distill.<command> --help` prints."""
     before, sys.argv = sys.argv, [f"distill.{command}", "--help"]
+    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
     said = io.StringIO()
     try:
         with redirect_stdout(said):
@@ -122,6 +124,9 @@ def page(command: str) -> str:
         pass
     finally:
         sys.argv = before
+        os.environ.pop("COLUMNS")
+        if width is not None:
+            os.environ["COLUMNS"] = width
     return said.getvalue()
 
 
@@ -201,7 +206,6 @@ def trainings() -> dict[str, Any]:
 EXPORTS = {
     "diffusers": ["to=diffusers"],
     "diffusers in float16, euler": ["to=diffusers", "dtype=float16", "scheduler=euler"],
-    "delta": ["to=delta", "base=shapes:mmdit"],
 }
 
 
@@ -212,7 +216,8 @@ def exports() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
             called("export", "run=shapes:student", *words, f"out={out}")
-            files = sorted(p for p in [out, *out.rglob("*")] if p.is_file())
+            # a card names places and versions
+            files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != "README.md")
             found[name] = {
                 p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
                 for p in files

@@ -227,15 +227,20 @@ class World:
         for _ in range(2 if command.module == "run" and chance.random() < 0.5 else 1):
             first = self.call(command.module, words, **kill)
             words = (command.go_on and command.go_on(self.work)) or command.words
+            if first.code is not None:
+                break  # it has ended before its moment came
         assert first is not None
-        group, second = self.last, self.call(command.module, words)
+        group = self.last
+        second = first if first.code is not None else self.call(command.module, words)
         _end(group)
         found = snapshot(self.work)
         wanted, seen = (of_search(kept) if name == "search" else kept for kept in (whole, found))
         lost = sorted(key for key in wanted if wanted[key] != seen.get(key))
         litter = sorted(set(seen) - set(wanted))
         result = {"command": name, "seed": seed, "killed": first.code is None, "kill": kill}
-        result |= {"code": second.code, "lost": lost, "litter": litter}
+        # Killed after its last change an export is complete, and stays.
+        done = not lost and command.module == "export" and "is there already" in second.said
+        result |= {"code": 0 if done else second.code, "lost": lost, "litter": litter}
         return result | ({"said": second.said[-2000:]} if second.code or lost or litter else {})
 
 

@@ -161,6 +161,16 @@ def test_latents_take_their_buckets_from_the_manifest(tmp_path):
     assert "its latents are [2, 5, 5], its bucket's [2, 3, 3]" in data.bad[f"{path}:2"]
 
 
+def test_buckets_in_pixels_are_none_of_latents(tmp_path):
+    """Given once more to the run they would leave no sample that is good."""
+    files = {"0.latent.npy": npy(np.zeros((2, 2, 4), np.float16)), "0.txt": b"c"}
+    path = put_tar(tmp_path / "x.tar", files)
+    (tmp_path / "manifest.json").write_text(json.dumps({"buckets": [[4, 2]]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data.buckets=\[\[32, 16\]\]: .*in latents.*leave it"):
+        LatentShards(path, buckets=[[32, 16]])
+    assert len(LatentShards(path, buckets=[[4, 2], [2, 4]])) == 1
+
+
 @pytest.mark.parametrize("wrong", [[], [[8]], [[8, 0]], [[8, 8, 8]]])
 def test_buckets_that_are_none(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"data.buckets=.* must be null or like \[\[640, 384\]"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -442,13 +442,12 @@ def test_a_run_judges_itself_so_and_is_judged_again(
     code, out, err = command("compare", f"runs={tmp_path / 'run'}", f"out={tmp_path / 'compared'}")
     assert code == 0, err
     assert "FID" in out
-    assert "best with 2 steps: fid" in Path(tmp_path / "compared" / "compare.html").read_text(
-        encoding="utf-8"
-    )
+    page = (tmp_path / "compared" / "compare.html").read_text(encoding="utf-8")
+    assert re.search(r"best with \d+ steps?: ", page)
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_judged_is_finished_and_reported(
+def test_a_run_that_could_not_be_judged_does_not_begin(
     command, pipelines, shards, places, tmp_path
 ):
     run = [
@@ -466,12 +465,6 @@ def test_a_run_that_cannot_be_judged_is_finished_and_reported(
     lost = f"metrics.networks.clip_l.path={tmp_path / 'nowhere'}"
     code, _, said = command("run", *run, *metrics, "metrics.prompts=8", lost)
     assert code == 1
-    assert said.splitlines()[-1].startswith("distill: metrics.networks: the weights of ")
-    assert (
-        json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"]
-        == "finished"
-    )
-    assert "trained, but not judged" in (tmp_path / "run" / "report.html").read_text(
-        encoding="utf-8"
-    )
-    assert (tmp_path / "run" / "student" / "README.md").is_file()
+    said = said.splitlines()[-1]
+    assert said.startswith("distill: metrics.networks.clip_l.path=")
+    assert not (tmp_path / "run").exists()

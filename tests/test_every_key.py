@@ -161,7 +161,7 @@ def test_what_a_key_refers_to_is_read(here):
     [
         ("method.parts", 1, "method.parts=1: the program gives that itself; leave it out"),
         ("student.teacher", 1, "student.teacher=1: the program gives that itself; leave it out"),
-        ("trainer.max_epochs", 3, "trainer.max_epochs=3: the program gives that itself"),
+        ("trainer.max_epochs", 3, "trainer.max_epochs=3: a run is counted in steps"),
         ("logger.csv.save_dir", "x", "logger.csv.save_dir=x: the program gives that itself"),
         ("logger.tensorboard.flush", 1, "takes no such key (did you mean flush_secs?)"),
         ("optimizer.student.lr", float("nan"), "optimizer.student.lr=nan: must be 0 or more"),
@@ -192,5 +192,7 @@ def test_nothing_heavy_is_imported_for_any_of_this():
         "import sys, distill.validate, distill.commandline.keys, distill.errors\n"
         "sys.exit(','.join(m for m in ('torch', 'lightning', 'diffusers') if m in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False
+    )
     assert done.stderr.strip() == ""

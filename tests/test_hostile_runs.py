@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
-from distill import bounded, console, files, shown
+from distill import bounded, console, files, folders, paths, shown, verdicts
 from distill.demonstration import html as demo_html
 from distill.report import write_report
 from distill.report.curves import charts
@@ -160,7 +161,7 @@ def test_a_damaged_run_is_left_out_by_its_name(name, command, tmp_path):
     said = [line for line in out.splitlines() if line.startswith("left out")]
     assert len(said) == len(DAMAGED[name])
     for i, line in enumerate(said):
-        assert line.endswith(f"bad{i}")
+        assert f"/bad{i}/" in line
     assert "1 runs side by side" in (tmp_path / "compare/compare.html").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "runs" / "good")
     code, _, err = command("compare", f"runs={tmp_path / 'runs'}/*")
@@ -211,12 +212,12 @@ def test_a_bomb_as_configuration_is_refused_in_a_sentence(
     assert code == 1
     said = [line for line in err.splitlines() if line.startswith("distill: ")]
     assert len(said) == 1
-    assert "config.yaml: holds more than 100,000 values" in said[0]
+    assert re.search("config.yaml: holds (more than 100,000 values|an alias)", said[0])
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step_000001.ckpt").touch()
     code, _, err = command("run", f"resume={folder}")
     assert code == 1
-    assert "config.yaml: holds more than 100,000 values" in err
+    assert re.search("config.yaml: holds (more than 100,000 values|an alias)", err)
 
 
 def test_ordinary_yaml_is_read_as_before():
@@ -387,3 +388,13 @@ def test_settings_of_real_models_are_within_bounds(pipelines):
         for part in pipelines(family).iterdir():
             if part.is_dir():
                 locate.check_part(part, "x")
+
+
+def test_deep_json_in_a_run_folder_counts_as_damaged(tmp_path):
+    """Everything that a folder's own files are read by: Python would end in a RecursionError."""
+    folder = evil_run(tmp_path / "run")
+    for name in ("run.json", "evaluation.json"):
+        (folder / name).write_text("[" * 100_000, encoding="utf-8")
+    assert not folders.untouched(folder)
+    assert verdicts.read(folder) == {}
+    assert paths.located(OmegaConf.create({"a": 1}), folder) == {"a": 1}

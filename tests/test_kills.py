@@ -33,13 +33,13 @@ def test_a_few_kills_cost_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_cost_nothing(tmp_path):
+def test_many_kills_cost_nothing(tmp_path):
     from kills import COMMANDS
 
-    results = killed(tmp_path / "kills", "trials=100", "seed=1000")
-    assert len(results) == 100
+    results = killed(tmp_path / "kills", "trials=40", "seed=1000")
+    assert len(results) == 40
     assert {r["command"] for r in results} == set(COMMANDS)
-    assert sum(r["killed"] for r in results) > 80
+    assert sum(r["killed"] for r in results) > 30
 
 
 def test_what_is_lost_or_left_is_seen(tmp_path):

@@ -152,9 +152,13 @@ def job(command, monkeypatch, tmp_path):
     monkeypatch.setattr("distill.build.parts", lambda _: None)
     monkeypatch.setattr("distill.build.check", lambda _: None)
     began = []
-    monkeypatch.setattr(
-        "distill.run.train", lambda cfg, folder, parts: began.append((str(folder), cfg.resume)) or 0
-    )
+
+    def trained(cfg, folder, parts):
+        began.append((str(folder), cfg.resume))
+        (folder / "metrics.csv").touch()  # it has come to a step
+        return 0
+
+    monkeypatch.setattr("distill.run.train", trained)
 
     def call(*arguments, **environment):
         for name, value in {
@@ -175,7 +179,8 @@ def job(command, monkeypatch, tmp_path):
 def test_a_second_run_in_a_job_of_slurm_is_refused(job):
     folder = "runs/slurm_7_ladd_shapes"
     assert job() == (0, "", [(folder, None)])
-    said = f"run_dir={folder} holds a run already; choose another run_dir= or resume={folder}"
+    what = "choose another run_dir= or remove it, for it has no checkpoint to go on from"
+    said = f"run_dir={folder} holds a run already; {what}"
     assert job()[:2] == (1, f"distill: {said}\n")
     assert job(PROCID="1", NTASKS="2")[0] == 0  # the first process has made it a moment ago
     assert job("name=other")[2] == [("runs/slurm_7_other", None)]

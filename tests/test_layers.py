@@ -27,7 +27,7 @@ LAYERS = {
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded", "loop"},
     "compose": {
-        "_conf", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
+        "_conf", "beginning", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
         "signatures", "trust", "validate",
     },
     "L5": {"build", "trackers"},
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "L3": {"L0", "base"},
     "L4": {"L0", "L1", "L2", "base"},
     "compose": {"L0", "L1", "compose"},
-    "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose"},
+    "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5"},
     "L6": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5", "L6"},
 }
 

@@ -192,6 +192,26 @@ def test_numbers_of_other_folders_are_no_repeats(other, tmp_path, caplog):
     assert "10_cat is named as kohya's folders are, and others are not" in caplog.text
 
 
+def test_the_folder_above_kohya_s_is_said(tmp_path, caplog):
+    """With the pictures of classes beside it, all would be read once and some without words."""
+    files = {"img/10_sks dog/a.png": picture(), "reg/1_dog/b.png": picture()}
+    path = lay(tmp_path, files | {"img/10_sks dog/a.txt": "a dog"})
+    assert len(ImageShards(path, size=8)) == 2
+    assert "img/10_sks dog is named as kohya's folders are, and lies deeper" in caplog.text
+    assert f"give {tmp_path / 'img'} for its repeats and words" in caplog.text
+    caplog.clear()
+    assert len(ImageShards(path, size=8, repeats=False)) == 2
+    assert "is named as kohya" not in caplog.text
+
+
+def test_what_may_be_the_reason_of_a_refusal_is_said(tmp_path, caplog):
+    files = {"10_cat/a.png": picture(), "preview.png": picture(), "metadata.parquet": "PAR1"}
+    with pytest.raises(ValueError, match="2 of 2 pictures have no caption"):
+        check_pictures(lay(tmp_path, files), max_empty_share=0.5)
+    assert "10_cat is named as kohya's folders are, and others are not" in caplog.text
+    assert "1 .parquet beside the pictures are not read" in caplog.text
+
+
 # -- no captions -------------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +500,7 @@ def test_pictures_where_latents_are_wanted(tmp_path):
         (b"\x28\xb5\x2f\xfd" + bytes(2000), "unzstd it first"),
         (b"PK\x03\x04" + bytes(2000), "is a zip archive: unpack it"),
         (b"PAR1" + bytes(2000), "is a Parquet table: .*troubleshooting_data.md"),
+        (b"ARROW1\0\0" + bytes(2000), "is an Arrow table: .*troubleshooting_data.md"),
         (picture(), "is a picture: give the folder"),
     ],
 )
@@ -487,6 +508,13 @@ def test_a_file_that_is_no_shard(content, message, tmp_path):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Shards(f"{tmp_path}/x.tar")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt", "a.json"])
+def test_a_file_of_captions_is_no_shard(name, tmp_path):
+    path = lay(tmp_path, {name: '{"file_name": "a.png", "text": "c"}\n'})
+    with pytest.raises(ValueError, match="pictures: give the folder that they are in"):
+        Shards(f"{path}/{name}")
 
 
 def test_a_first_member_whose_name_is_an_archive_s_mark(tmp_path):

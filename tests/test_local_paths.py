@@ -172,4 +172,4 @@ def test_home_is_expanded_in_files_too(monkeypatch, tmp_path):
     from omegaconf import OmegaConf
 
     node = OmegaConf.create({"_target_": "distill.times.LogitNormal", "m": ["~/x", "~x", "a ~/x"]})
-    assert compose.allowed(node)["m"] == [str(tmp_path / "x"), "~x", "a ~/x"]
+    assert compose.allowed(node, "method.renoise")["m"] == [str(tmp_path / "x"), "~x", "a ~/x"]

@@ -144,8 +144,8 @@ def test_rows_of_the_rule():
 
 
 @pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "SD3 medium", "FLUX"])
-def test_the_readmes_table_is_what_the_benchmark_counts(name):
-    """Of the real configurations, on meta tensors; README's columns and the rows of the page on memory."""
+def test_the_table_of_the_pages_is_what_the_benchmark_counts(name):
+    """Of the real configurations, on meta tensors; the columns of the page on LoRAs and the rows of that on memory."""
     found = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
     denoiser, texts, channels, side = found["MODELS"][name]
     count = found["parameters"](denoiser)
@@ -153,7 +153,7 @@ def test_the_readmes_table_is_what_the_benchmark_counts(name):
     encoders = 2 * sum(map(found["parameters"], texts)) / 2**30
     vae = 2 * found["parameters"](lambda: found["autoencoder"](channels)) / 2**30
     decoding = found["decoding"](channels, side, at_once(side, side)) / 2**30
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how_to" / "lora.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| {re.escape(name)} \| .*$", text, re.MULTILINE)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == f"{full:.1f} GiB"

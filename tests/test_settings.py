@@ -294,9 +294,8 @@ def test_pictures_of_damaged_weights_are_not_drawn(part, copied, command, tmp_pa
     save_file(state | {name: state[name] * float("nan")}, file, {"format": "pt"})
     words = [f"run={folder}", "prompt=x", "guidance=3", "steps=2", f"out={tmp_path / 'out'}"]
     code, _, err = command("sample", *words)
-    what = "latents" if part == "unet" else "pictures"
     assert code == 1
-    assert f"distill: {what}: 1 of 1 hold values that are not finite: the weights are d" in err
+    assert f"{part}/ holds numbers that are not finite in " in err
     assert "Traceback" not in err
     assert not list((tmp_path / "out").glob("*.png"))
 
@@ -311,5 +310,5 @@ def test_a_run_on_damaged_weights_ends_before_its_first_step(copied, command, sh
     words = ["teacher=sd15", f"teacher.path={folder}", "data=latents", f"data.path={shards}"]
     code, _, err = command("run", *words, "debug=smoke", f"run_dir={tmp_path / 'run'}")
     assert code == 1
-    assert "samples/step_000000.png: 16 of 16 hold values that are not finite" in err
+    assert "vae/ holds numbers that are not finite in decoder.conv_out.weight" in err
     assert not list((tmp_path / "run" / "samples").glob("*.png"))

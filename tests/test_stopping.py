@@ -263,7 +263,7 @@ def test_workers_of_a_loader_end_with_their_process(shards):
     if not child:
         loader = source.latents(str(shards), batch_size=2, num_workers=2).loader(seed=0)
         batches = iter(loader)
-        next(batches)
+        next(batches), next(batches)  # one of each worker: both have begun
         import multiprocessing
 
         pids = [process.pid for process in multiprocessing.active_children()]

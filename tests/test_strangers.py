@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import socket
 import sys
@@ -23,7 +24,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import demo, evaluate, export, inspect, run, sample, trust, validate
+from distill import beginning, demo, evaluate, export, inspect, run, sample, trust
 from distill._conf import CONF_DIR
 from distill.compose import dotted, going_on, shipped
 from distill.errors import said_plainly
@@ -169,7 +170,7 @@ def attacked(
             task(copy.deepcopy(cfg))
         said = "".join(capsys.readouterr())
         assert ended.value.code == 1, (key, said)
-        assert said.count("distill: ") == 1, (key, said)
+        assert len(re.findall("^distill: ", said, re.MULTILINE)) == 1, (key, said)
         assert CANARY not in said
         found[key] = said
     nothing_happened(place, listener, "".join(found.values()))
@@ -250,12 +251,12 @@ def test_shards_that_were_begun_say_nothing_either(place, listener):
         for kind in KINDS:
             begun = replaced(base, key, hostile(kind, key, listener.port))
             (folder / "making.yaml").write_text(json.dumps(begun), encoding="utf-8")
-            free = key.startswith(validate.FREE) and kind == "address"
+            free = key.startswith(beginning.FREE) and kind == "address"
             with nullcontext() if free else pytest.raises(ValueError, match="making|settings|_tar"):
-                validate.refuse_another(cfg, folder)
+                beginning.refuse_another(cfg, folder)
             if "resolver" in kind:
                 with pytest.raises(ValueError, match="holds an interpolation") as error:
-                    validate.refuse_another(cfg, folder)
+                    beginning.refuse_another(cfg, folder)
                 said += str(error.value)
     nothing_happened(place, listener, said)
 

@@ -245,8 +245,8 @@ def test_a_run_of_ones_own_is_named_by_the_environment(mine, tmp_path, monkeypat
 
 WRONG = {
     "name: '${seed}'": "name=${seed}: holds an interpolation",
-    "name: '\\${oc.env:HOME}'": "name=\\${oc.env:HOME}: holds an interpolation",
     "name: '${'": "name=${: holds an interpolation",
+    "teacher: {path: '\\${oc.env:HOME}'}": "teacher.path=\\${oc.env:HOME}: holds an interpolation",
     "'${oc.env:HOME}': 1": "'${oc.env:HOME}' is no name of a key",
     "method.levels: {_target_: os.system}": "'method.levels' is no name of a key",
     "seed: ???": "seed: is missing (???)",

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from distill import alive, aside, locks
 from distill.limits import checkpoints_at, steps_in
 from distill.locks import check_free, held, one_writer, one_writer_of
+from distill.teachers import weights
 
 STRANGE = ("step_000002_good.ckpt", "step_000002 (copy).ckpt", "._step_000003.ckpt", ".DS_Store")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -387,3 +389,37 @@ def test_a_run_whose_facts_are_damaged_goes_on(command, pipelines, shards, tmp_p
     (folder / "run.json").write_text('{"name": "lad', encoding="utf-8")
     assert command("run", f"resume={folder}", "trainer.max_steps=2")[0] == 0
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+
+@pytest.mark.parametrize("said", ["{}", "[1]", '{"pid": ' + "[" * 20_000])
+def test_a_lock_that_says_nothing_that_can_be_read_holds_nothing(said, tmp_path):
+    (tmp_path / locks.NAME).write_text(said, encoding="utf-8")
+    check_free(tmp_path, "out")
+    with one_writer(tmp_path, "out"):
+        assert held(tmp_path) is not None
+
+
+def test_a_library_may_write_beside_the_file(tmp_path, monkeypatch):
+    """safetensors does, under a name of its own: whatever a kill leaves is one part that the next writer removes."""
+    seen, save = [], weights.save_file
+
+    def littering(state, file, said):
+        (file.parent / ".tmpx4711").write_bytes(b"x")
+        seen.extend(path.name for path in tmp_path.iterdir())
+        save(state, file, said)
+
+    monkeypatch.setattr(weights, "save_file", littering)
+    written = weights.write_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert len(seen) == 1 and aside.PART.fullmatch(seen[0])
+    assert [path.name for path in tmp_path.iterdir()] == [written.name]
+
+
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path):
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    with aside.whole_folder(tmp_path / "student") as part:
+        (part / "unet").mkdir(parents=True)
+        weights.save_file({"a": torch.ones(2)}, part / "unet" / "a.safetensors")
+    written = weights.write_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    for file in (written, tmp_path / "student" / "unet" / "a.safetensors"):
+        assert file.stat().st_mode == usual

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,22 @@ def put_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` when the block ends: in a folder of its own, which goes with all in it.
+
+    For libraries that write beside the file first, under names of their own, as safetensors does.
+    """
+    part = aside(path)
+    part.mkdir(parents=True)
+    try:
+        yield part / path.name
+        _readable_as_usual(part)
+        (part / path.name).replace(path)
+    finally:
+        remove(part)
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block ends, and goes if it fails."""
     part = aside(folder)
@@ -60,6 +77,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def put_in_place(part: Path, folder: Path) -> Path:
     """Give a whole folder its name, which replaces what has it; returns the path."""
+    _readable_as_usual(part)
     if not folder.exists():
         return part.replace(folder)
     before = aside(folder)
@@ -71,6 +89,18 @@ def put_in_place(part: Path, folder: Path) -> Path:
         raise
     remove(before)
     return folder
+
+
+def _readable_as_usual(folder: Path) -> None:
+    """Give all files below the permissions of any new file: safetensors gives its own to their owner alone."""
+    probe = aside(folder / "new")
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for where, _, files in os.walk(folder):
+        for file in (Path(where, name) for name in files):
+            if not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600 != usual:
+                file.chmod(usual)
 
 
 def remove(path: Path) -> None:

@@ -42,9 +42,9 @@ EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists an
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
     validate.check_run(cfg)
-    for node in cfg.values():  # what is made; a run itself may be called by any text
+    for key, node in cfg.items():  # what is made; a run itself may be called by any text
         if isinstance(node, DictConfig):
-            allowed(node)
+            allowed(node, str(key))
     accelerator = cfg.trainer.get("accelerator", "auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(accelerator, accelerator != "gpu" or any(there.values())):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distill import validate
+from distill import beginning, validate
 from distill.errors import command
 from distill.faults import AGAIN
 from distill.progress import importing, stage
@@ -74,7 +74,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.data.get("_target_") != SOURCE:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     validate.check_data(cfg.data)
-    validate.check_making(cfg)
+    beginning.check_making(cfg)
 
 
 @command("cache", way_on=AGAIN)

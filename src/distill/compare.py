@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from distill.aside import put_text
 from distill.errors import command, sentence
+from distill.locks import one_writer
 from distill.shown import shown
 
 
@@ -52,11 +53,11 @@ def main(cfg: DictConfig) -> None:
         else:
             print(f"left out, not judged yet: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(lines_of(groups))
-    put_text(out / "compare.md", table)
-    put_text(out / "compare.csv", as_csv(groups))
-    put_text(out / "compare.html", page(groups))
+    with one_writer(out, "out"):
+        put_text(out / "compare.md", table)
+        put_text(out / "compare.csv", as_csv(groups))
+        put_text(out / "compare.html", page(groups))
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
 

@@ -28,19 +28,12 @@ from distill.ranks import rank, world
 from distill.teachers.locate import near
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-SHIPPED = (
-    "shapes:"  # a path `shapes:name` means the model or shards of this name inside the package
-)
+# a path `shapes:name` means the model or shards of this name inside the package
+SHIPPED = "shapes:"
 # In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
 OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
-FIXED = (
-    "method",
-    "teacher",
-    "student",
-    "discriminator",
-    "seed",
-    "optimizer.head_start",
-)  # once a run has begun
+# Once a run has begun.
+FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")
 
 
 def make(node: DictConfig, key: str) -> Any:

@@ -24,7 +24,7 @@ from distill.aside import whole_folder
 from distill.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.errors import command
 from distill.limits import check_dtype
-from distill.locks import one_writer, one_writer_of
+from distill.locks import check_free, one_writer, one_writer_of
 from distill.progress import stage
 from distill.teachers.locate import denoiser_part, index_of, is_repository, pipeline_folder
 
@@ -91,6 +91,7 @@ def check(cfg: DictConfig) -> None:
             what = f"says nothing of to={cfg.to}, but of to={' and to='.join(forms)}"
             raise ValueError(f"{key}={cfg[key]}: {what}; leave it out")
     _check_kind(cfg)
+    check_free(_out(cfg), "out")
     _check_out(cfg)
 
 

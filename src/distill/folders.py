@@ -3,10 +3,11 @@
 Nothing here imports torch.
 """
 
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+
+from distill.bounded import mapping_of
 
 BEGUN = ("config.yaml", "run.json")  # what is written first
 FIRST = "step_000000.png"  # drawn before the first step
@@ -15,10 +16,10 @@ FIRST = "step_000000.png"  # drawn before the first step
 def untouched(folder: Path) -> bool:
     """Whether a run was begun here, and came to no step: there is nothing to go on from, and nothing to look at."""
     try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        facts = mapping_of(folder / "run.json")
     except (OSError, ValueError):
         return False
-    if not isinstance(facts, dict) or "began" not in facts or "iterations" in facts:
+    if "began" not in facts or "iterations" in facts:
         return False
     alarms = folder / "alarms.jsonl"
     pictures = [p.name for p in (folder / "samples").glob("*.png")]

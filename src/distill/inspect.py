@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from distill.compose import check_counts, config_of, run_at
 from distill.errors import command
 from distill.limits import check_local_batch, checkpoints_at
+from distill.locks import one_writer
 from distill.progress import importing, stage
 from distill.validate import LOCAL_HEADS
 
@@ -70,7 +71,8 @@ def examine(cfg: DictConfig) -> None:
     with stage("looking with the discriminator"):
         seen = look(method, batch, list(cfg.levels), generator)
     out = Path(cfg.out or folder / "inspect")
-    print(f"wrote {write(seen, out, folder.name)}")
+    with one_writer(out, "out"):
+        print(f"wrote {write(seen, out, folder.name)}")
 
 
 main = command("inspect")(examine)

@@ -33,6 +33,7 @@ from distill.limits import checkpoints_at
 from distill.locks import pass_on
 from distill.progress import where
 from distill.secret import SECRETS
+from distill.shown import shown
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 KILLED = [-getattr(signal, name, 0) for name in ("SIGKILL", "SIGSEGV", "SIGBUS")]  # by someone else
@@ -196,7 +197,7 @@ class _Workers:
             sentence = f"{sentence}; {way} (what each process said is in {self.notes})"
         else:
             self._forget()
-        print(f"distill: {sentence}", file=sys.stderr)
+        print(f"distill: {shown(sentence)}", file=sys.stderr)
 
     def _forget(self) -> None:
         shutil.rmtree(self.notes, ignore_errors=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 from distill.alive import alive, host, started
 from distill.aside import put, sweep
+from distill.bounded import mapping_of
 from distill.console import note
 from distill.ranks import rank
 
@@ -107,16 +108,18 @@ def check_free(folder: Path, key: str) -> None:
     """Raise BlockingIOError, which begins with `key`, if another process writes there: said before anything is read."""
     if rank() != 0:
         return
-    for path in (folder / NAME, _beside(folder)):
-        if path.absolute() in _mine or not path.exists():
-            continue
+    there = [path for path in (folder / NAME, _beside(folder)) if path.exists()]
+    for path in (path for path in there if path.absolute() not in _mine):
         deadline = time.monotonic() + BRIEF  # it may only have been asked for
         while who := _held(path):
             if time.monotonic() > deadline or not who.here:
                 if who.runs and not _same_job(who):
                     raise BlockingIOError(_refusal(f"{key}={folder}", who, path))
-                return  # its last processes are ending: whoever takes the lock waits for them
+                break  # its last processes are ending: whoever takes the lock waits for them
             time.sleep(0.05)
+        else:
+            with suppress(OSError), _locked(path, f"{key}={folder}"):
+                pass  # a killed command's: it goes, whatever becomes of this one
 
 
 def pass_on(environment: MutableMapping[str, str]) -> dict[str, Any]:
@@ -211,8 +214,8 @@ def _words(who: Holder) -> bytes:
 
 def _read(path: Path) -> Holder | None:
     """What a lock says; None of one that says nothing (yet)."""
-    with suppress(OSError, ValueError, TypeError):
-        said = json.loads(path.read_bytes())
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        said = mapping_of(path)
         texts = {key: str(said[key])[:300] for key in ("host", "since", "command")}
         began, job = (None if said[key] is None else str(said[key]) for key in ("started", "job"))
         return Holder(pid=int(said["pid"]), started=began, job=job, **texts)
@@ -276,7 +279,7 @@ def _try(file: int, *, shared: bool = False) -> bool | None:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
+    except (OSError, ImportError):  # a file system without locks, a system without the module
         return None
     return True
 

@@ -123,7 +123,7 @@ def watched(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any
 def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
     """Note what is to be made, then work, here or in `devices` processes; returns the exit code.
 
-    `validate.check_making` has been called before: it refuses a folder with other shards.
+    `beginning.check_making` has been called before: it refuses a folder with other shards.
     """
     cfg = paths.absolute(cfg)
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)

@@ -4,7 +4,6 @@ A value is taken for a path if its key may hold one and something lies there; a 
 shipped name (`shapes:mmdit`) stays as it is.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from distill.bounded import mapping_of
 
 # Last parts of the keys that name something which is read.
 READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "reference"}
@@ -75,8 +76,7 @@ def read_ones(cfg: DictConfig) -> dict[str, str]:
 def _began_in(folder: Path) -> Path | None:
     """Where the run lay when it last went on, as its run.json says."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return Path(facts["folder"])
+        return Path(mapping_of(folder / "run.json")["folder"])
     return None
 
 

@@ -239,6 +239,7 @@ def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
             _try(study, cfg, out, bar)
             done = len(study.get_trials(states=counted()))
             bar.update(done)
+    table(study, out / "trials.csv")  # a kill may have come between the last trial and its row
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise ValueError(f"metric={cfg.metric}: none of the trials has a finite value of it")
     best = study.best_trial

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -39,9 +39,9 @@ GIVEN = {
     "optimizer.student": {"params"},
     "optimizer.discriminator": {"params"},
     "logger": {"save_dir"},  # of each
-    "trainer": {
-        "plugins", "callbacks", "logger", "default_root_dir", "max_epochs", "enable_checkpointing",
-        "enable_progress_bar", "enable_model_summary", "use_distributed_sampler",
+    "trainer": {  # others of them are refused with what to type instead
+        "enable_checkpointing", "enable_progress_bar", "enable_model_summary",
+        "use_distributed_sampler",
     },
 }  # fmt: skip
 NOT_WRITTEN = {"Tensor"}  # what no YAML value can be: left out of what an error names
@@ -95,7 +95,7 @@ def lineage(target: str) -> list[str]:
     found = _find(*target.rpartition(".")[::2])
     if found is None or not isinstance(found[1], ast.ClassDef):
         return []
-    return [f"{module}.{node.name}" for module, node in _lineage(*found)]
+    return [f"{module}.{node.name}" for module, node in _lineage(*found, ending=frozenset())]
 
 
 def wanted(taken: Signature, key: str, value: Any) -> str | None:
@@ -278,13 +278,18 @@ def _own(module: str, node: ast.ClassDef) -> Signature | None:
     return None
 
 
-def _lineage(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class and the bases of ours or of its library whose source can be found, nearest first."""
+def _lineage(
+    module: str, node: ast.ClassDef, ending: Container[str] = OPEN
+) -> Iterator[tuple[str, ast.ClassDef]]:
+    """A class and the bases of ours or of its library whose source can be found, nearest first.
+
+    Bases of the names in `ending` are left out.
+    """
     yield module, node
     for base in node.bases:
-        found = None if _last(base) in OPEN else _find(module, _last(base))
+        found = None if _last(base) in ending else _find(module, _last(base))
         if found and isinstance(found[1], ast.ClassDef):
-            yield from _lineage(*found)
+            yield from _lineage(*found, ending=ending)
 
 
 def _find(module: str, name: str) -> tuple[str, ast.stmt] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distill import validate
+from distill import beginning, validate
 from distill.data.lines import Lines
 from distill.errors import command
 from distill.faults import AGAIN
@@ -73,7 +73,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_size(cfg.size)
     check_precision(cfg.precision)
     Lines(cfg.prompts, "prompts")
-    validate.check_making(cfg)
+    beginning.check_making(cfg)
 
 
 @command("synthesize", way_on=AGAIN)

@@ -11,20 +11,17 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import content, limits, paths, signatures, trust
+from distill import limits, signatures, trust
 from distill.bounded import mapping_of
 from distill.compose import (
-    changes,
     check_counts,
     nearest,
     refuse_taken,
     shipped,
 )
 from distill.data.lines import Lines
-from distill.data.shards import BEGUN, check_pictures, expand, shards_in
-from distill.formats import hidden
+from distill.data.shards import check_pictures, expand
 from distill.hardware import check_precision
-from distill.locks import check_free
 from distill.metrics import material
 from distill.ranges import COUNTS, JUDGING, check_ranges
 from distill.teachers import locate
@@ -32,8 +29,6 @@ from distill.teachers.settings import check_settings, in_folder
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
-# What may be different when a command that writes shards goes on.
-FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
@@ -368,44 +363,6 @@ def check_strength(run: str, steps: int, strength: float) -> None:
     index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
     kind = locate.index_of(str(index.parent), "run").get("_class_name") if index.is_file() else None
     limits.check_strength(steps, strength, kind is None or kind in locate.ROUNDING_UP)
-
-
-def check_making(cfg: DictConfig) -> None:
-    """What the commands that write shards have in common."""
-    counts = {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}
-    check_counts(cfg, counts)
-    check_keys(cfg)
-    check_teacher(cfg.teacher)
-    check_free(Path(cfg.out), "out")
-    refuse_another(cfg, Path(cfg.out))
-
-
-def refuse_another(cfg: DictConfig, folder: Path) -> None:
-    """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
-    begun = (folder / BEGUN).is_file()
-    others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
-    if not (shards_in(folder) if begun else others):
-        return
-    if not begun:
-        raise ValueError(
-            f"out={folder} holds shards that were not made by this command; choose another out="
-        )
-    begun = trust.data(folder / BEGUN)
-    trust.check_targets(begun)  # those that are not compared
-    before = OmegaConf.create(begun)
-    said = {
-        key: text
-        for key, text in changes(before, cfg).items()
-        if not (
-            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
-        )
-    }
-    if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
-        said.pop("precision", None)
-    if different := [text for key, text in said.items() if not key.startswith(FREE)]:
-        raise ValueError(
-            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
-        )
 
 
 def check_size(size: Any, key: str = "size") -> None:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distill.bounded import mapping_of
+
 FILE, PICTURE = "evaluation.json", "comparison.png"
 NAME = re.compile(r"comparison(_[0-9a-f]{8})?\.png")
 OF_ROWS = ("teacher", "student")  # how keys of a protocol begin that it has with rows of these
@@ -24,8 +26,7 @@ Verdict = dict[str, Any]
 def read(folder: Path) -> dict[str, Any]:
     """What lies in the folder; nothing where there is no such file, or one that was torn."""
     with suppress(OSError, ValueError):
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        return mapping_of(folder / FILE)
     return {}
 
 

@@ -4,6 +4,7 @@ It says nothing of its own end: it notes why, and the launcher says the first su
 """
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -80,8 +81,9 @@ def _apart(log: Path) -> None:
     screen, file = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 2)
     os.close(file)
-    how = {"encoding": sys.stderr.encoding, "errors": "backslashreplace", "buffering": 1}
-    sys.stderr = open(screen, "w", **how)  # noqa: SIM115  # for as long as the process lives
+    binary = os.fdopen(screen, "wb")
+    how = {"errors": "backslashreplace", "line_buffering": True}
+    sys.stderr = io.TextIOWrapper(binary, encoding=sys.stderr.encoding, **how)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,11 @@ class LatentShards(Samples):
             raise ValueError(
                 f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
             )
-        buckets = buckets or self.made.get("buckets")
+        own = self.made.get("buckets")
+        if buckets and own and not {tuple(b) for b in own} <= {tuple(b) for b in buckets}:
+            what = f"are widths and heights in latents here, and these were made in {own}"
+            raise ValueError(f"data.buckets={[list(b) for b in buckets]}: {what}; leave it out")
+        buckets = buckets or own
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
             self.null = null_of(folder / NULL, path)

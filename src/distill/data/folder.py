@@ -24,6 +24,7 @@ Places = dict[str, Place]  # lower-case extension -> where it lies
 Index = list[tuple[str, Places]]
 RECORDS = ("metadata.jsonl", "metadata.csv")
 KOHYA = re.compile(r"([1-9]\d{0,2})_([^/]+)/[^/]+")  # neither 01_ nor 2024_
+DEEPER = re.compile(rf"(.+)/{KOHYA.pattern}")
 TABLES = ("parquet", "arrow")
 PACKED = ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst", "zip", "7z", "rar")
 HOW = "docs/troubleshooting_data.md"
@@ -68,6 +69,12 @@ def pictures(found: Below, *, repeats: bool = True) -> Pictures:
         made.said.append(
             f"{odd[0].partition('/')[0]} is named as kohya's folders are, and others are not: "
             "each picture is read once"
+        )
+    elif deeper := [match for name in names if repeats and (match := DEEPER.fullmatch(name))]:
+        above, times, words = deeper[0].groups()
+        made.said.append(
+            f"{above}/{times}_{words} is named as kohya's folders are, and lies deeper than those: "
+            f"each picture is read once; give {found.path(above)} for its repeats and words"
         )
     return made
 

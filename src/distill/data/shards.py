@@ -36,11 +36,14 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": "is compressed by zstd, and samples are read by position: unzstd it first",
     b"PK\x03\x04": "is a zip archive: unpack it and give its folder",
     b"PAR1": f"is a Parquet table: write its pictures into a folder first, as {folders.HOW} shows",
+    b"ARROW1": f"is an Arrow table: write its pictures into a folder first, as {folders.HOW} shows",
     b"\x89PNG": "is a picture: give the folder that it is in",
     b"\xff\xd8\xff": "is a picture: give the folder that it is in",
 }
 BEGUN = "making.yaml"  # lies beside the shards that `distill.cache` or `distill.synthesize` makes
 MADE = re.compile(r"latents-\d{6}\.tar")
+# Suffixes of files that may be taken for the data themselves.
+RECORDED = (*CAPTIONS, "jsonl", "csv")
 _NAME = re.compile(
     r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
 )  # WebDataset's: key, then all after the first dot
@@ -72,8 +75,7 @@ class Shards:
             raise ValueError(
                 f"The shards at {path!r} hold no samples: files must be named <key>.<extension>."
             )
-        for sentence in self.said:
-            log.warning("%s: %s", path, sentence)
+        tell(path, self.said)
 
     @property
     def index(self) -> Index:
@@ -142,9 +144,19 @@ def check_pictures(
     """
     if found := folder_of_pictures(os.path.expanduser(path)):
         made = folders.of(found, repeats=repeats)
-        check_captions(path, made.index, caption_key, max_empty_share)
+        try:
+            check_captions(path, made.index, caption_key, max_empty_share)
+        except ValueError:  # for which one of these may be the reason
+            tell(path, made.said)
+            raise
     else:
         expand(path)
+
+
+def tell(path: str, said: list[str]) -> None:
+    """Log what of the data at `path` may not be what their owner thinks."""
+    for sentence in said:
+        log.warning("%s: %s", path, sentence)
 
 
 def check_captions(path: str, index: Index, key: str, most: float) -> str | None:
@@ -354,6 +366,9 @@ def index_tar(path: str) -> dict[str, Places]:
             for mark, said in MAGIC.items():
                 if start.startswith(mark):
                     raise ValueError(f"The shard {path!r} {said}.") from None
+            if folders.suffix(path) in RECORDED:
+                what = "holds captions or records of pictures: give the folder that they are in"
+                raise ValueError(f"The shard {path!r} {what}.") from None
             what = f"is cut short or damaged, or no plain tar ({error})"
             raise ValueError(f"The shard {path!r} {what}: write or fetch it anew.") from None
     return index

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.aside import aside
+from distill.aside import whole_file
 from distill.shapes.world import AXES, BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES, Prompt, Scene
 
 SLOTS = 3
@@ -89,9 +89,8 @@ class Reader(nn.Module):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
-        part = aside(folder / "reader.safetensors")
-        save_file(state, part)
-        part.replace(folder / "reader.safetensors")
+        with whole_file(folder / "reader.safetensors") as part:
+            save_file(state, part)
 
     @classmethod
     def load(cls, folder: Path) -> Reader:

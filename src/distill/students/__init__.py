@@ -143,6 +143,7 @@ def _write_pipeline(
         # The size that diffusers draws unless told; a transformer's positions may hang on it.
         model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
+    _without_place(partial / part / "config.json")
     scheduler.save_pretrained(partial / "scheduler")
     there = {name: pair for name, pair in index.items() if isinstance(pair, list)}
     absent = [name for name in there if not (partial / name).is_dir()]
@@ -154,6 +155,13 @@ def _write_pipeline(
         levels = list(sampler.levels) if sampler.levels else None
         index[TOLD]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_place(config: Path) -> None:
+    """Leave out where diffusers has read the teacher from: a path of this machine is nobody else's."""
+    said = mapping_of(config)
+    said.pop("_name_or_path", None)
+    config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, Any]:

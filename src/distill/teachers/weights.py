@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill.aside import aside
+from distill.aside import whole_file
 from distill.bounded import check_archive, parsed_mapping
 from distill.files import first_line
 from distill.teachers.adapters import add_lora, settings_of
@@ -135,10 +135,7 @@ def write_weights(
             what = f"{name} has values that it cannot hold, or that are not finite"
             raise ValueError(f"dtype={dtype}: {what}; use dtype=bfloat16 or float32")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = aside(file)
     said = {"format": "pt", **(words or {})} | ({"distill": json.dumps(about)} if about else {})
-    try:
+    with whole_file(file) as part:
         save_file(state, part, said)
-        return part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)  # of a full disk
+    return file

@@ -1,0 +1,95 @@
+"""The documentation names what there is: its commands compose, its links lead somewhere, the README stays short."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from distill import cli
+from distill._conf import CONF_DIR
+from distill.commandline.texts import as_typed, readable
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# Written at every build, and not by hand.
+GENERATED = (
+    "look_up/commands.md",
+    "look_up/configuration.md",
+    "look_up/api/",
+    "experiments/",
+    "_build/",
+)
+PAGES = [
+    p for p in PAGES if not p.as_posix().removeprefix(f"{DOCS.as_posix()}/").startswith(GENERATED)
+]
+FENCE = re.compile(r"```(?:sh|bash|text)?\n(.*?)```", re.DOTALL)
+COMMAND = re.compile(r"(?:^|-m )distill[. ](\w+)(.*)", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and command line, of every block of code."""
+    found = []
+    for page in PAGES:
+        for block in FENCE.findall(page.read_text(encoding="utf-8")):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [
+                (page.relative_to(ROOT).as_posix(), line.partition("  #")[0].strip())
+                for line in lines
+                if re.search(r"(^|\s)-m distill\.\w+", line) and "torchrun" not in line
+            ]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_a_command_of_a_page_composes(page, line):
+    """Its groups, options and keys exist. What it does is shown in test_readme.py for the pages on real models."""
+    words = shlex.split(line)
+    module = next(word for word in words if word.startswith("distill."))
+    name = module.removeprefix("distill.")
+    arguments = words[words.index(module) + 1 :]
+    assert name in cli.COMMANDS
+    if name in cli.NO_CONFIG or {"--help", "--config-dir"} & set(arguments):
+        return
+    config = cli.config_of(name)
+    sweep = "-m" in arguments
+    typed = [as_typed(word) for word in arguments if word != "-m" and not word.startswith("hydra/")]
+    if sweep:  # of a list of values the first
+        typed = [re.sub(r"^([\w./@]+=)([^\[{,']+),.*$", r"\1\2", word) for word in typed]
+    else:  # a list, where the command says that its key holds one
+        typed = [re.sub(r"^(steps=)(\d[\d,]+)$", r"\1[\2]", word) for word in typed]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        compose(
+            config,
+            overrides=[readable(word, config) for word in typed if "=" in word or "~" in word],
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_links_of_a_page_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if (
+            "://" not in target
+            and not target.endswith("look_up/commands.md")
+            and target != "commands.md"
+        ):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_page_stands_in_the_table_of_contents():
+    listed = (DOCS / "index.md").read_text(encoding="utf-8").split()
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix().removeprefix("docs/").removesuffix(".md")
+        if page.parent != ROOT and name != "index":
+            assert name in listed, name
