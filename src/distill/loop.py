@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from distill import randomness
 from distill.ema import Ema
 from distill.engine import Engine
+from distill.limits import after_divergence
 from distill.randomness import Streams
 from distill.types import Batch, Losses
 
@@ -95,7 +97,7 @@ class TwoPlayerLoop:
         self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
         self._log_iteration(method)
         if self._bad_in_a_row >= self.engine.stop_after_bad:
-            self._give_up()
+            self._give_up(method)
 
     def _update_players(self, method: Any, micros: list[Micro], leading: bool) -> list[bool]:
         """Whether each update took place, the student's last; in the head start there is none of it."""
@@ -191,10 +193,14 @@ class TwoPlayerLoop:
         optimizer.step()
         return True
 
-    def _give_up(self) -> None:
-        what = f"{self._bad_in_a_row} iterations in a row had a gradient that is not finite, up to step {self.step}"
-        advice = "the checkpoints before are good: resume one with a lower learning rate, or precision 32-true"
-        raise FloatingPointError(f"{what}; {advice}")
+    def _give_up(self, method: Any) -> None:
+        count, trainer = self._bad_in_a_row, method.trainer
+        players = ["student", "discriminator"] if method.has_discriminator else ["student"]
+        rates = [f"optimizer.{player}.lr" for player in players]
+        folder, precision = Path(trainer.default_root_dir), str(trainer.precision)
+        advice = after_divergence(folder, precision, rates)
+        what = f"{count} iterations in a row had a gradient that is not finite"
+        raise FloatingPointError(f"{what}, up to step {self.step}; {advice}")
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
