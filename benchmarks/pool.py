@@ -2,7 +2,7 @@
 
     python benchmarks/pool.py [any overrides of distill.run]
 
-The whole iteration of NitroFusion as the engine makes it (student, both players, clipping, AdamW, refresh), timed for
+The whole iteration of NitroFusion as the loop makes it (student, both players, clipping, AdamW, refresh), timed for
 pools of several sizes in turn, so that a machine whose speed drifts is alike to all. Median of REPEATS. Megabytes are
 those of the heads, and of their optimiser after so many iterations.
 """
@@ -37,33 +37,34 @@ class Player:
 
 
 def players(method: Any) -> tuple[Player, Player]:
-    student = Player(method.student, method.engine.student(method.student.parameters()))
-    return student, Player(method.heads, method.engine.discriminator(method.heads.parameters()))
+    engine = method.loop.engine
+    student = Player(method.student, engine.student(method.student.parameters()))
+    return student, Player(method.heads, engine.discriminator(method.heads.parameters()))
 
 
 def iteration(
     method: Any, batch: Any, student: Player, heads: Player, cast: torch.autocast
 ) -> float:
     """Seconds that the heads' own work took, of a whole iteration."""
-    method._log = {}
+    streams = method.loop.streams(method)
     with cast:
-        draws = method.draw(batch, method.streams())
-        fake = method.fake(batch, draws)
+        draws = method.draw(batch, streams)
+        sample = method.student_sample(batch, draws)
     began = time.perf_counter()
     method.heads.requires_grad_(True)
     heads.optimizer.zero_grad(set_to_none=True)
     with cast:
-        loss = sum(method.discriminator_loss(batch, draws, fake).values())
+        loss = sum(method.discriminator_loss(batch, draws, sample).terms.values())
     heads.update(loss)
     method.heads.requires_grad_(False)
-    for parameter in method.heads.refresh(method.common("refresh")):
+    for parameter in method.heads.refresh(streams.common("refresh")):
         heads.optimizer.state.pop(parameter, None)
     own = time.perf_counter() - began
     student.optimizer.zero_grad(set_to_none=True)
     with cast:
-        loss = sum(method.student_loss(batch, draws, fake).values())
+        loss = sum(method.student_loss(batch, draws, sample).terms.values())
     student.update(loss)
-    method.iteration += 1
+    method.loop.iteration += 1
     return own
 
 
@@ -84,7 +85,7 @@ def main() -> None:
             ]
         )
         source, method = build.parts(cfg)
-        batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
+        batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
         made.append((method, batch, *players(method)))
     cast = torch.autocast(
         batch.x0.device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"

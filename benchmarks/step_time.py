@@ -42,7 +42,7 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     source, method = build.parts(cfg)
     teacher = method.teacher
-    batch = method._embedded(next(iter(source.loader(seed=cfg.seed))))
+    batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
     taps = list(teacher.blocks)
@@ -68,9 +68,10 @@ def main() -> None:
             teacher.features(noise, t, batch.cond, taps)
 
     @torch.no_grad()
-    def word_pass() -> None:
+    def estimate_pass() -> None:
+        generator = torch.Generator(noise.device).manual_seed(0)
         with cast():
-            method.distill(teacher, noise, batch.cond, torch.Generator(noise.device).manual_seed(0))
+            method.distill(teacher, noise, batch.cond, method.distill.draw(noise, generator))
 
     parts = {
         "student, forward and backward": seconds(student_pass),
@@ -78,7 +79,7 @@ def main() -> None:
         "teacher on the real, forward": seconds(real_pass),
     }
     if method.distill_weight:
-        parts["teacher's estimate for the distillation, forward"] = seconds(word_pass)
+        parts["teacher's estimate for the distillation, forward"] = seconds(estimate_pass)
     whole = step_time(cfg, method, source)
     unavoidable = sum(parts.values())
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -93,3 +94,29 @@ def test_every_page_stands_in_the_table_of_contents():
         name = page.relative_to(ROOT).as_posix().removeprefix("docs/").removesuffix(".md")
         if page.parent != ROOT and name != "index":
             assert name in listed, name
+
+
+SHOWN = re.compile(r"```\{literalinclude\} (\S+)\n:pyobject: (\S+)\n```")
+
+
+def functions(file: Path) -> set[str]:
+    """Dotted names of a module's classes, functions and methods."""
+    found: set[str] = set()
+
+    def enter(node: ast.AST, before: str) -> None:
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.ClassDef | ast.FunctionDef):
+                found.add(before + inner.name)
+                enter(inner, f"{before}{inner.name}.")
+
+    enter(ast.parse(file.read_text(encoding="utf-8")), "")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_code_that_a_page_shows_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    shown = SHOWN.findall(text)
+    assert len(shown) == text.count("{literalinclude}")
+    for file, name in shown:
+        assert name in functions((page.parent / file).resolve()), f"{file}: {name}"

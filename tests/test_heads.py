@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+import tiny
+from distill import build
 from distill.discriminators.heads import ConvHeads
+from distill.methods.ladd import LADD
+from distill.times import Discrete, LogitNormal
 from distill.types import Cond
 
 CHANNELS = {"block0": 12, "block1": 12, "mid": 20}
@@ -90,3 +97,42 @@ def test_spectral_norm_bounds_every_convolution() -> None:
         if isinstance(module, torch.nn.Conv2d):
             largest = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
             assert largest < 1.05, name
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "how_to" / "add_heads.md"
+
+
+def heads_of_the_page(channels, pooled=0):
+    """Those that docs/how_to/add_heads.md shows."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, type] = {}
+    exec(code, names)
+    return names["MeanHeads"](channels, pooled)
+
+
+def test_the_heads_of_the_page_learn(tmp_path):
+    teacher = tiny.Toy()
+    given = tiny.parts(teacher, seed=3)
+    given["heads"] = heads = heads_of_the_page(given["features"].channels)
+    before = [layer.weight.detach().clone() for layer in heads.layers]
+    levels = Discrete([1.0, 0.5], [0.5, 0.5])
+    method = tiny.assembled(LADD, given, levels=levels, renoise=LogitNormal())
+    tiny.trainer(tmp_path, 2).fit(method, tiny.Stream(teacher, 4).loader())
+    assert all((layer.weight != old).any() for layer, old in zip(heads.layers, before, strict=True))
+    logged = {name for name in method.loop.numbers if name.startswith("d/real_head")}
+    assert logged == {f"d/real_head{k}" for k in range(len(heads.layers))}
+
+
+class SplitHeads(ConvHeads):
+    """As heads once said which logits are whose."""
+
+    def split(self, logits):
+        return logits.split(1, dim=1)
+
+
+def test_heads_that_still_split_are_refused(monkeypatch):
+    monkeypatch.setenv("DISTILL_TRUST", __name__)
+    node = OmegaConf.create({"_target_": f"{__name__}.SplitHeads", "_partial_": True})
+    said = r"discriminator\.heads\._target_=test_heads\.SplitHeads: its `split` .*types\.Logits"
+    with pytest.raises(ValueError, match=said):
+        build._heads(node, channels=CHANNELS, pooled=6)

@@ -38,10 +38,9 @@ class Ask(L.Callback):
         self.rows: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, method: Any, *_: Any) -> None:
-        if method.iteration % EVERY == 0:
-            self.rows.append(
-                {"iteration": method.iteration, "step": method.step, **self.ask(method)}
-            )
+        iteration = method.loop.iteration
+        if iteration % EVERY == 0:
+            self.rows.append({"iteration": iteration, "step": method.step, **self.ask(method)})
             with open(self.path, "w", newline="", encoding="utf-8") as file:
                 table = csv.DictWriter(file, list(self.rows[0]))
                 table.writeheader()
@@ -52,7 +51,7 @@ class Ask(L.Callback):
         means: dict[str, list[float]] = {"seen": [], "held_out": [], "fake": []}
         for level in range(len(method.heads.levels)):
             for name, samples in self.sets.items():
-                batch = method._embedded(samples)
+                batch = method.loop.embed(method, samples)
                 means[name].append(self.judge(method, level, batch.x0, batch))
             with autocast(self.precision, batch.x0.device.type):
                 x0_hat = method.student.x0(

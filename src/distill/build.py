@@ -155,14 +155,21 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         width = 0 if pooled is None else pooled.shape[1]
         return {
             "features": features,
-            "heads": make(cfg.heads, "discriminator.heads")(
-                channels=features.channels, pooled=width
-            ),
+            "heads": _heads(cfg.heads, channels=features.channels, pooled=width),
         }
     condition = make(cfg.condition, "discriminator.condition")(teacher=teacher, features=features)
     widths = {"pooled": condition.pooled_width, "image": condition.image_width}
-    heads = make(cfg.heads, "discriminator.heads")(channels=features.channels, **widths)
+    heads = _heads(cfg.heads, channels=features.channels, **widths)
     return {"features": features, "heads": heads, "condition": condition}
+
+
+def _heads(node: DictConfig, **widths: Any) -> Any:
+    """Raises ValueError for heads that say by `split` which logits are whose, as they once did: all would be one's."""
+    heads = make(node, "discriminator.heads")(**widths)
+    if hasattr(heads, "split"):
+        what = "its `split` is no longer read; answer with distill.types.Logits and leave it out"
+        raise ValueError(f"discriminator.heads._target_={node._target_}: {what}")
+    return heads
 
 
 def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
