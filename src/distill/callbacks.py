@@ -86,10 +86,8 @@ class Health(L.Callback):
         moved, size = (
             float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before)
         )
-        now, values = (
-            (time.monotonic(), pl_module.loop.images_seen),
-            {"g/update_ratio": moved / size},
-        )
+        now = (time.monotonic(), pl_module.loop.images_seen)
+        values = {"g/update_ratio": moved / size}
         if self._last:
             values["images_per_second"] = (now[1] - self._last[1]) / (now[0] - self._last[0])
         self._before, self._last = [], now

@@ -46,9 +46,9 @@ class TwoPlayerLoop:
         self.updated = False  # whether the last iteration moved the student
         self.numbers: dict[str, float] = {}  # what the last iteration logged
         self.ema: Ema  # of the student
+        self.logged: dict[str, Tensor | float] = {}  # of the iteration under way
         self._bad_in_a_row = 0  # iterations with an update left out
         self._pending: list[Batch] = []
-        self.logged: dict[str, Tensor | float] = {}  # of the iteration under way
         self._peaks: list[list[float]] = []
 
     @property

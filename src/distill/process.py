@@ -208,9 +208,18 @@ def level_like(x: Tensor, t: float) -> Tensor:
     return torch.full((len(x),), float(t), device=x.device)
 
 
-def square(x: Tensor, side: int, corner: Sequence[float], cell: int = 1) -> Tensor:
-    """A square of side `cell * side` of x [B, C, H, W], or what there is of it; its upper left lies at a multiple of
-    `cell`, `corner` in [0, 1) being its share of the way."""
+Corner = Sequence[float]
+"""The upper left of a square, as shares in [0, 1) of where it may be: rows, columns."""
+
+
+def square(x: Tensor, side: int | None, corner: Corner | None, cell: int = 1) -> Tensor:
+    """A square of side `cell * side` of x [B, C, H, W], or what there is of it; all of x if either is None.
+
+    Its upper left lies at a multiple of `cell`. A picture with `cell` pixels a side for each latent
+    is cut as its latents are.
+    """
+    if side is None or corner is None:
+        return x
     for dim, share in zip((2, 3), corner, strict=True):
         cells = x.shape[dim] // cell
         size = min(side, cells)

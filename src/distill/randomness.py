@@ -15,12 +15,12 @@ import torch
 
 FromStream = Callable[[], torch.Generator]
 """Each call gives the same generator from its beginning."""
-SAMPLE, REAL = (
-    -2,
-    -1,
-)  # streams of the student's sample, and of samples that the teacher makes on the way
-STUDENT, DISCRIMINATOR = 0, 1  # of the student's own terms; of the discriminator's first update
-COMMON = -3  # and below: streams that are the same on every rank and for every micro-batch
+# Streams of a micro-batch. Those from COMMON down are the same on every rank and for all of them.
+COMMON = -3
+SAMPLE = -2  # of the student's sample
+REAL = -1  # of samples that the teacher makes on the way
+STUDENT = 0  # of the student's own terms
+DISCRIMINATOR = 1  # of the discriminator's first update; the next ones follow
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

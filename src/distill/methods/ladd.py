@@ -6,11 +6,11 @@
         t_hat = sigmoid(m + s u), u ~ N(0, 1)                              # where the discriminator reads
         fake = maps of the frozen teacher at (diffuse(x0_hat, eps', t_hat), t_hat, c), after every block
         real = the same of x0, with t_hat and noise of its own, or shared with the fake
-        discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]
-        student:        -heads(fake) [+ distillation]                      # gradient through the frozen teacher
+        discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]      # ADD's Eq. 3
+        student:        -heads(fake) [+ distillation]                      # ADD's Eq. 2 [and 4]; through the teacher
 
 The paper prints no formula for its losses; hinge, and R1 as an option, follow its statement that the discriminator is
-that of StyleGAN-T and ADD.
+that of StyleGAN-T and ADD. The numbers are those of ADD's equations (arXiv 2311.17042).
 """
 
 from dataclasses import dataclass, replace
@@ -114,9 +114,9 @@ class LADD(Distillation):
         )
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
-        x_t = self.student_input(batch.x0, draws.noise, draws.t)
+        x_t = self.student_input(batch.x0, draws.noise, draws.t)  # alpha_t x0 + sigma_t eps
         x0_hat = self.student.x0(x_t, draws.t, batch.cond)
-        maps = self._maps(x0_hat, draws.renoising, batch, draws)
+        maps = self._maps(x0_hat, draws.renoising, batch, draws)  # F_k(x0_hat noised to t_hat)
         student_asks = self.adversarial.paired and phase != "discriminator"
         discriminator_asks = self.shared and phase != "student"
         real = None
@@ -132,9 +132,9 @@ class LADD(Distillation):
         for_r1 = self.r1_weight > 0
         real, inputs = losses.real_logits(critic, maps, at.t, batch.cond, for_r1=for_r1)
         fake = critic([m.detach() for m in sample.maps], draws.renoising.t, batch.cond)
-        terms = {"adv": self.adversarial.discriminator(real, fake)}
+        terms = {"adv": self.adversarial.discriminator(real, fake)}  # ADD's Eq. 3
         if for_r1:
-            terms["r1"] = self.r1_weight * losses.r1(real, inputs)
+            terms["r1"] = self.r1_weight * losses.r1(real, inputs)  # ADD's Eq. 3: gamma R1
         if self.misaligned:
             terms["misaligned"] = self.misaligned * self._misaligned(batch, at, draws, real)
         return Losses(terms, losses.critic_stats(real, fake))
@@ -144,13 +144,12 @@ class LADD(Distillation):
         if self.adversarial.paired and sample.real is not None:
             real = critic(sample.real, t_hat, batch.cond)
         fake = critic(sample.maps, t_hat, batch.cond)
-        terms = {"adv": self.adversarial.student(fake, real)}
-        if draws.distill:
+        terms = {"adv": self.adversarial.student(fake, real)}  # ADD's Eq. 2
+        if draws.distill:  # ADD's Eq. 4, in latents
             x_hat = sample.x0_hat.detach()
-            target, weight = self.distill(self.teacher, x_hat, batch.cond, draws.distill)
-            terms["distill"] = self.distill_weight * losses.weighted_mse(
-                sample.x0_hat, target, weight
-            )
+            target, c = self.distill(self.teacher, x_hat, batch.cond, draws.distill)
+            distance = losses.weighted_mse(sample.x0_hat, target, c)
+            terms["distill"] = self.distill_weight * distance
         return Losses(terms)
 
     def _misaligned(self, batch: Batch, at: Renoising, draws: Draws, real: losses.Answer) -> Tensor:
@@ -170,7 +169,6 @@ class LADD(Distillation):
         return self._maps(batch.x0, at, batch, draws)
 
     def _renoising(self, batch: Batch, step: int, generator: torch.Generator) -> Renoising:
-        t_hat = self.renoise.sample(len(batch), step, generator)
-        return Renoising(
-            self.teacher.process.from_flow_time(t_hat), noise_like(batch.x0, generator)
-        )
+        t_hat = self.renoise.sample(len(batch), step, generator)  # sigmoid(m + s u)
+        t = self.teacher.process.from_flow_time(t_hat)
+        return Renoising(t, noise_like(batch.x0, generator))

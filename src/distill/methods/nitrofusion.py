@@ -3,10 +3,10 @@
     for c in prompts:
         x_T ~ N(0, I);  x0 = teacher(x_T, c) in several steps;  x0_hat = student(x_T, c) in one
         t* ~ {10, 250, 500, 750};  both noised to t*
-        maps = encoder of the frozen teacher at t*, of the whole told c, of a patch told c, of the patch told nothing
+        maps = frozen teacher's encoder at t*: the whole under c, a patch under c and under no caption
         D_t* ~ pool:                  one head per map, drawn from those for this t*
-        discriminator:  hinge(D_t*(real), D_t*(fake))                          # only the drawn heads learn
-        student:        -D_t*(fake)
+        discriminator:  hinge(D_t*(real), D_t*(fake))      # L_adv^D; only the drawn heads learn
+        student:        -D_t*(fake)                        # L_adv^G
         about 1 % of the pool begins anew
 
 The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would lower its own logits.
@@ -115,20 +115,18 @@ class NitroFusion(Distillation):
         done, now = self.refinement.draw(streams.step, streams.common("steps"))
         between = [noise_like(batch.x0, g) for _ in done]
         noise = noise_like(batch.x0, g)
-        t = self.renoise.sample(n if self.mixed else 1, streams.step, streams.common("t*")).expand(
-            n
-        )
+        t = self.renoise.sample(n if self.mixed else 1, streams.step, streams.common("t*"))
         opening = streams.step < self.opening
         asked = self.distill_weight and opening
         return Draws(
             x_T=x_T,
             steps=[*done, now],
             between=between,
-            t=t,
+            t=t.expand(n),
             noise=noise,
             real_noise=noise if self.shared else noise_like(batch.x0, streams.discriminator[0]),
             distill=self.distill.draw(batch.x0, streams.student) if asked else None,
-            critic=self.heads.draw(streams.common("heads")),
+            critic=self.heads.draw(streams.common("heads")),  # D_t* ~ P_t*
             features=streams.features,
             opening=opening,
             heads_learn=streams.step >= self.opening - LEAD,
@@ -136,17 +134,17 @@ class NitroFusion(Distillation):
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = draws.x_T
-        with torch.no_grad():
+        with torch.no_grad():  # bottom-up refinement: the steps before the one that learns
             for (at, later), noise in zip(pairwise(draws.steps), draws.between, strict=True):
                 x0 = self.student.x0(x_t, level_like(x_t, at), batch.cond)
                 x_t = self.student.process.diffuse(x0, noise, level_like(x0, later))
         x0_hat = self.student.x0(x_t, level_like(x_t, draws.steps[-1]), batch.cond)
         if not draws.heads_learn:
             return StudentSample(x0_hat=x0_hat, maps=[], real=[])
-        maps, real = self._maps(x0_hat, draws.noise, batch, draws), []
+        maps, real = self._maps(x0_hat, draws.noise, batch, draws), []  # E(x_hat*_t*, t*)
         if phase != "student" or self.adversarial.paired:
             with torch.no_grad():
-                real = self._maps(batch.x0, draws.real_noise, batch, draws)
+                real = self._maps(batch.x0, draws.real_noise, batch, draws)  # E(x*_t*, t*)
         return StudentSample(x0_hat=x0_hat, maps=maps, real=real)
 
     def discriminator_loss(
@@ -154,19 +152,17 @@ class NitroFusion(Distillation):
     ) -> Losses:
         if not draws.heads_learn:
             return Losses({})
-        critic, t = draws.critic, draws.t
-        real = critic(sample.real, t, batch.cond)
-        fake = critic([m.detach() for m in sample.maps], t, batch.cond)
-        terms = {"adv": self.adversarial.discriminator(real, fake)}
+        real = draws.critic(sample.real, draws.t, batch.cond)
+        fake = draws.critic([m.detach() for m in sample.maps], draws.t, batch.cond)
+        terms = {"adv": self.adversarial.discriminator(real, fake)}  # L_adv^D
         return Losses(terms, losses.critic_stats(real, fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
         if draws.opening:
             return Losses(self._opening(batch, draws, sample.x0_hat))
-        critic, t = draws.critic, draws.t
-        real = critic(sample.real, t, batch.cond) if self.adversarial.paired else None
-        fake = critic(sample.maps, t, batch.cond)
-        return Losses({"adv": self.adversarial.student(fake, real)})
+        real = draws.critic(sample.real, draws.t, batch.cond) if self.adversarial.paired else None
+        fake = draws.critic(sample.maps, draws.t, batch.cond)
+        return Losses({"adv": self.adversarial.student(fake, real)})  # L_adv^G
 
     def _maps(self, x0: Tensor, noise: Tensor, batch: Batch, draws: Draws) -> list[Tensor]:
         return self.critic_features(x0, draws.t, noise, batch, draws.features())[0]
@@ -179,6 +175,6 @@ class NitroFusion(Distillation):
                 raise ValueError(f"method.pairs_weight {what}")
             terms["regression"] = self.pairs_weight * losses.weighted_mse(x0_hat, batch.x0)
         if draws.distill:
-            target, weight = self.distill(self.teacher, x0_hat.detach(), batch.cond, draws.distill)
-            terms["distill"] = self.distill_weight * losses.weighted_mse(x0_hat, target, weight)
+            target, c = self.distill(self.teacher, x0_hat.detach(), batch.cond, draws.distill)
+            terms["distill"] = self.distill_weight * losses.weighted_mse(x0_hat, target, c)
         return terms
