@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+import tiny
 from distill import cli
 from distill._conf import CONF_DIR
 from distill.commandline.texts import as_typed, readable
@@ -120,3 +126,41 @@ def test_the_code_that_a_page_shows_is_there(page):
     assert len(shown) == text.count("{literalinclude}")
     for file, name in shown:
         assert name in functions((page.parent / file).resolve()), f"{file}: {name}"
+
+
+WALK = re.compile(r"^\| \[(\S+\.py)\]\((\S+)\) \| `(\S+)` \|", re.MULTILINE)
+
+
+def called_first(run: Callable[[], object]) -> list[tuple[str, str]]:
+    """(file below src/distill, function) in the order in which `run` first calls each."""
+    package = f"{ROOT / 'src' / 'distill'}{os.sep}"
+    found: dict[tuple[str, str], None] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package):
+            file = Path(code.co_filename.removeprefix(package)).as_posix()
+            found.setdefault((file, code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return list(found)
+
+
+def test_the_walk_through_a_step_is_as_the_page_says(teachers, tmp_path):
+    """Every function of the page's table is called in a LADD step, in this order; ten files at most."""
+    rows = WALK.findall((DOCS / "understand" / "architecture.md").read_text(encoding="utf-8"))
+    assert rows
+    assert all(link == f"../../src/distill/{file}" for file, link, _ in rows)
+    walk = [(file, function) for file, _, function in rows]
+    assert len({file for file, _ in walk}) <= 10
+    teacher = teachers("mmdit")
+    method = tiny.ladd(teacher)
+    batch = {"x0": torch.randn(2, *teacher.latent_shape), "caption": tiny.CAPTIONS[:2]}
+    trainer = tiny.trainer(tmp_path, 1)
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    order = called_first(lambda: trainer.fit(method, loader))
+    assert [call for call in order if call in walk] == walk
