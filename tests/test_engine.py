@@ -310,6 +310,8 @@ def test_checkpoint_holds_the_players_alone_and_no_code(make, teacher, tmp_path,
     expected = {f"student.{name}" for name in method.student.state_dict()}
     expected |= {f"heads.{name}" for name in method.heads.state_dict()}
     assert set(kept["state_dict"]) == expected
+    # the names that checkpoints of all versions have: without them old runs would not go on
+    assert set(kept["distill"]) == {"iteration", "images_seen", "skipped", "ema"}
     assert set(kept["distill"]["ema"]) == {name for name, _ in method.student.named_parameters()}
     assert len(kept["optimizer_states"]) == 1 + method.has_discriminator
     students = sum(p.numel() for p in method.student.parameters())
