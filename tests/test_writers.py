@@ -410,7 +410,8 @@ def test_a_library_may_write_beside_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "save_file", littering)
     written = weights.write_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
-    assert len(seen) == 1 and aside.PART.fullmatch(seen[0])
+    assert len(seen) == 1
+    assert aside.PART.fullmatch(seen[0])
     assert [path.name for path in tmp_path.iterdir()] == [written.name]
 
 
