@@ -63,7 +63,7 @@ def sd3(small: bool) -> diffusers.DiffusionPipeline:
         else {"num_layers": 24, "num_attention_heads": 24}
     )
     net = diffusers.SD3Transformer2DModel(
-        sample_size=64,
+        sample_size=128,
         in_channels=16,
         out_channels=16,
         attention_head_dim=64,
@@ -93,7 +93,7 @@ def sdxl(small: bool) -> diffusers.DiffusionPipeline:
         clip(1280, 32, 20, transformers.CLIPTextModelWithProjection, small),
     ]
     net = diffusers.UNet2DConditionModel(
-        sample_size=64,
+        sample_size=128,
         block_out_channels=(32, 64, 64) if small else (320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

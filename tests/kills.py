@@ -399,20 +399,13 @@ def of_search(kept: dict[str, str]) -> dict[str, str]:
 
 
 def write_given(folder: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
     import tiny
 
     tiny.write_pipeline("mmdit", folder / "teacher")
     tiny.write_shards(folder / "shards")
     shutil.copytree(tiny.vit(), folder / "dinov2")
     (folder / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n", encoding="utf-8")
-    (folder / "pictures").mkdir()
-    for i in range(11):
-        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{i:03d}.png")
-        (folder / "pictures" / f"{i:03d}.txt").write_text(tiny.CAPTIONS[i], encoding="utf-8")
+    tiny.write_pictures(folder / "pictures", 11)
 
 
 def prepare() -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -30,6 +29,7 @@ from distill.discriminators.images import ImageFeatures
 from distill.metrics.networks import Dinov2
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
+from hostile import tar
 
 
 @pytest.fixture
@@ -74,15 +74,6 @@ def copied(pipelines, tmp_path):
         return shutil.copytree(pipelines(family), tmp_path / "copy")
 
     return copy
-
-
-def put_tar(path, contents: dict[str, bytes]):
-    with tarfile.open(path, "w") as tar:
-        for name, data in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def png(width, height) -> bytes:
@@ -479,7 +470,7 @@ def test_captions_in_the_wrong_form(refused, tmp_path):
         for i in range(3)
         for end, data in (("png", png(64, 64)), ("json", b'["a caption"]'))
     }
-    for path in (tmp_path / "photos", put_tar(tmp_path / "x.tar", both)):
+    for path in (tmp_path / "photos", tar(tmp_path / "x.tar", both)):
         data = ["data=images", f"data.path={path}", "data.size=64", "data.num_workers=0"]
         for name, arguments in {
             "run": data,
@@ -560,7 +551,7 @@ def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
         said = refused("run", f"data.path={tmp_path / name}.tar")
         assert f"{name}.tar' is cut short or" in said
         assert "write or fetch it anew" in said
-    put_tar(tmp_path / "empty.tar", {})
+    tar(tmp_path / "empty.tar", {})
     assert "hold no samples" in refused("run", f"data.path={tmp_path}/empty.tar")
     assert "No file matches data.path" in refused("run", f"data.path='{tmp_path}/none-*.tar'")
     assert not (tmp_path / "run").exists()
@@ -606,7 +597,7 @@ def put_images(path, good, *bad):
         f"{i:03d}": {"png": png(64, 64), "txt": f"caption {i}".encode()} for i in range(good)
     }
     samples |= {name: BAD[name][0] for name in bad}
-    return put_tar(
+    return tar(
         path,
         {f"{key}.{end}": data for key, files in samples.items() for end, data in files.items()},
     )

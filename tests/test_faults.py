@@ -70,11 +70,7 @@ def run(pipelines, shards, tmp_path_factory):
 @pytest.fixture
 def given(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:5]) + "\n", encoding="utf-8")
-    (tmp_path / "pictures").mkdir()
-    for i in range(5):
-        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:03d}.png")
-        (tmp_path / "pictures" / f"{i:03d}.txt").write_text(tiny.CAPTIONS[i], encoding="utf-8")
+    tiny.write_pictures(tmp_path / "pictures", 5)
     return tmp_path
 
 

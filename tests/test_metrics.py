@@ -16,6 +16,7 @@ from PIL import Image
 import eyes
 import tiny
 from distill import distances, files
+from distill.aside import put
 from distill.metrics import networks, scores
 from distill.metrics.material import coco, in_folder
 from distill.metrics.pictures import features, opened
@@ -285,7 +286,7 @@ def test_fingerprints_tell_weights_apart():
 def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        files.put(tmp_path / "taken", b"x")  # no file takes the place of a folder
+        put(tmp_path / "taken", b"x")  # no file takes the place of a folder
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 

@@ -104,7 +104,7 @@ def test_a_checkpoint_comes_after_all_that_is_logged_at_its_step(words, tmp_path
     cfg = run_command.compose.looked_at(tmp_path / "run")
     mine = {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}
     cfg.callbacks = {"checkpoint": cfg.callbacks.checkpoint, "mine": mine}
-    trainer = build.trainer(cfg, tmp_path / "other")
+    trainer = build.trainer(cfg, tmp_path / "other", {})
     assert [type(c).__name__ for c in trainer.callbacks][-1] == "Checkpoints"
 
 

@@ -15,6 +15,7 @@ import lightning as L
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
@@ -115,6 +116,16 @@ def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
         **texts,
     )
     assemble.save_half(whole, folder)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    """Numbered pictures of noise, 64 pixels a side, with captions beside them."""
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(CAPTIONS[i], encoding="utf-8")
+    return folder
 
 
 def write_shards(folder: Path, count: int = 24) -> Path:

@@ -106,7 +106,7 @@ def main() -> None:
     source, method = build.parts(cfg)
     data = LatentShards(shipped(cfg.data.path), seeded=True)
     seen, held_out = range(ASKED), range(len(data) - ASKED, len(data))
-    trainer = build.trainer(cfg, Path(folder))
+    trainer = build.trainer(cfg, Path(folder), {})
     sets = batch_of(data, held_out), batch_of(data, seen)
     trainer.callbacks.append(Ask(path, *sets, precision=cfg.trainer.precision))
     trainer.fit(method, source.loader(seed=cfg.seed))

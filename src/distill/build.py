@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, hardware, resuming, sampling, signatures, trackers, validate
+from distill import content, hardware, sampling, signatures, trackers, validate
 from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
@@ -63,7 +63,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     if quiet.trainer.precision == "auto":
         quiet.trainer.precision = "32-true"  # settled later; any will do
     OmegaConf.update(quiet, "logger", None, force_add=True)  # some connect as soon as they are made
-    trainer(quiet, Path("nowhere"))
+    trainer(quiet, Path("nowhere"), {})
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -237,10 +237,16 @@ def settle_precision(cfg: DictConfig) -> Precision:
     return chosen
 
 
-def trainer(cfg: DictConfig, folder: Path, kept: Mapping[str, Any] | None = None) -> Any:
+def trainer(
+    cfg: DictConfig,
+    folder: Path,
+    models: Mapping[str, str],
+    kept: Mapping[str, Any] | None = None,
+) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder.
 
-    `kept` is the checkpoint that the run goes on from: its loggers go on with it.
+    `models` are the marks of those that it reads (`resuming.marks`). `kept` is the checkpoint that the run goes on
+    from: its loggers go on with it.
     """
     step, known = (
         (kept["global_step"], kept.get("about", {}).get("loggers")) if kept else (None, {})
@@ -254,7 +260,7 @@ def trainer(cfg: DictConfig, folder: Path, kept: Mapping[str, Any] | None = None
             callback.about = {
                 "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
-                "content": resuming.marks(cfg),
+                "content": models,
             }
     # A checkpoint holds all that was logged up to it: whoever else logs at its step does so before.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))

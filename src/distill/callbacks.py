@@ -11,8 +11,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from distill.aside import put
 from distill.data.lines import Lines
-from distill.files import put, put_grid, whole
+from distill.files import put_grid, whole
 from distill.hardware import autocast
 from distill.limits import at_once
 from distill.methods.base import Distillation

@@ -25,9 +25,7 @@ from torch.utils._pytree import tree_map_only
 from torchvision.utils import save_image
 
 from distill import faults, formats
-from distill.aside import aside, put_in_place
-from distill.aside import put as put
-from distill.aside import remove as remove
+from distill.aside import aside, put, put_in_place
 from distill.bounded import check_archive
 from distill.limits import checkpoints_at
 

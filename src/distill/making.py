@@ -24,10 +24,10 @@ import numpy as np
 from omegaconf import DictConfig
 
 from distill import compose, launch, paths, trust
+from distill.aside import put
 from distill.bounded import mapping_of
 from distill.data.shards import BEGUN, index_tar, shards_in
 from distill.data.write import MANIFEST, NULL, write_shard
-from distill.files import put
 from distill.hardware import precision
 from distill.locks import one_writer
 from distill.progress import Bar, track

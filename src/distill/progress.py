@@ -289,4 +289,5 @@ def _clock(seconds: float) -> str:
 
 
 def _counted(count: int, unit: str) -> str:
-    return f"{count} {unit}" + "s" * (count != 1)
+    ending = "" if count == 1 else "es" if unit.endswith("ch") else "s"
+    return f"{count} {unit}{ending}"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from distill.aside import put
 from distill.bounded import mapping_of
-from distill.files import put
 from distill.hardware import cpu, hardware
 
 log = logging.getLogger("distill.record")

@@ -170,11 +170,12 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 
     console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
+    models = resuming.marks(cfg)
     if compose.rank() == 0:
-        RunRecord(folder).made_of(resuming.marks(cfg), resuming.data_mark(source.dataset))
+        RunRecord(folder).made_of(models, resuming.data_mark(source.dataset))
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     kept = read(checkpoint) if checkpoint else None
-    trainer = build.trainer(cfg, folder, kept)
+    trainer = build.trainer(cfg, folder, models, kept)
     start = kept["distill"]["iteration"] * method.loop.engine.accumulate if kept else 0
     del kept  # Lightning reads it by itself
     loader = source.loader(
@@ -243,7 +244,7 @@ def report(folder: Path, teacher: Path) -> None:
 def own_verdict(folder: Path) -> None:
     """Have what the run was judged by now stand first, whatever `evaluate` asks later."""
     from distill import verdicts
-    from distill.files import put
+    from distill.aside import put
 
     evaluation = verdicts.read(folder)
     if evaluation:  # a protocol of one's own may write none

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop, to_tensor
 
-from distill.files import put, upright
+from distill.aside import put
+from distill.files import upright
 from distill.formats import tried
 from distill.memory import handed_over
 from distill.metrics.networks import Describer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import files
+from distill.aside import put
 from distill.ema import Ema
 from distill.hardware import autocast, device
 from distill.progress import Bar
@@ -150,7 +151,7 @@ class Fit:
             early = [
                 x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)
             ]
-            files.put(curve, "".join(early).encode())
+            put(curve, "".join(early).encode())
         return start
 
     def _file(self, kind: str) -> Path:

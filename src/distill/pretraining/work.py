@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from distill.aside import put
 from distill.content import alike
 from distill.data.datasets import ImageShards
-from distill.files import put
 from distill.pretraining.asked import MIN_PICTURES, max_empty_share
 from distill.pretraining.fit import Fit
 from distill.progress import track

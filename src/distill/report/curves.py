@@ -134,7 +134,10 @@ def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> N
         axes.plot(x, smooth, f"C{i}", marker="o" * (len(x) < 4), label=f"{label} {smooth[-1]:.4g}")
     if chart.guide is not None:
         axes.axhline(chart.guide, color=SOFT, linewidth=0.8, linestyle="--")
-    axes.set_yscale(chart.scale)
+    positive = any((curve[1] > 0).any() for _, curve in found)
+    axes.set_yscale(
+        chart.scale if positive else "linear"
+    )  # a logarithm of nothing would be warned of
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
