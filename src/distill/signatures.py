@@ -191,13 +191,25 @@ def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
     elif name in WORDS:
         yield (name,)
     elif name not in NOT_WRITTEN:
-        found = _find(module, name) if module.startswith("distill.") else None
+        found = _find(_home(module, node), name) if module.startswith("distill.") else None
         if found and isinstance(found[1], ast.Assign):
             yield from _choices(found[0], found[1].value)
         elif found and found[0].startswith("distill."):
             yield ("node",)  # an object of ours: YAML has its class and what that takes
         else:
             yield ("any",)
+
+
+def _home(module: str, node: ast.expr | None) -> str:
+    """The module in which a name of an annotation stands: of `losses.Game` that which `losses` is here."""
+    if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+        return module
+    here, source = node.value.id, _source(module)
+    found = None if source is None else _statement(source[0], here)
+    if not isinstance(found, ast.ImportFrom) or found.level:
+        return module
+    alias = next(a for a in found.names if (a.asname or a.name) == here)
+    return f"{found.module}.{alias.name}"
 
 
 def _last(node: ast.expr | None) -> str:
