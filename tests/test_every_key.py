@@ -159,7 +159,8 @@ def test_what_a_key_refers_to_is_read(here):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("method.parts", 1, "method.parts=1: the program gives that itself; leave it out"),
+        ("method.players", 1, "method.players=1: the program gives that itself; leave it out"),
+        ("method.loop", 1, "method.loop=1: the program gives that itself; leave it out"),
         ("student.teacher", 1, "student.teacher=1: the program gives that itself; leave it out"),
         ("trainer.max_epochs", 3, "trainer.max_epochs=3: a run is counted in steps"),
         ("logger.csv.save_dir", "x", "logger.csv.save_dir=x: the program gives that itself"),
