@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -106,7 +107,9 @@ def train(asked: dict, file: Path) -> None:
 
         def poisoned(*arguments):
             bad = asked["poison"] == [rank, method.loop.iteration]
-            return {k: v * (float("nan") if bad else 1.0) for k, v in loss(*arguments).items()}
+            found = loss(*arguments)
+            terms = {k: v * (float("nan") if bad else 1.0) for k, v in found.terms.items()}
+            return replace(found, terms=terms)
 
         method.student_loss = poisoned
     own_files = str(asked.get("strategy")).startswith("fsdp2")
