@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -26,6 +29,24 @@ except SystemExit as end:
 loaded = {"torch", "lightning", "diffusers", "transformers", "torchmetrics", "matplotlib"} & set(sys.modules)
 assert not loaded, f"{module} {sys.argv[1:]} loads {sorted(loaded)}"
 """
+
+
+MODULES = {"hydra-core": "hydra", "open_clip_torch": "open_clip", "pillow": "PIL", "PyYAML": "yaml"}
+
+
+def test_what_is_imported_is_declared():
+    """A package that comes by chance, with another one, may not come tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = [re.match(r"[\w.-]+", each)[0] for each in asked]
+    declared = {MODULES.get(name, name.replace("-", "_")) for name in names}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            tops = {each.partition(".")[0] for each in found} - {"distill", ""}
+            assert not tops - sys.stdlib_module_names - declared, path
 
 
 def python(*args: str, cwd: Path, path: Path | None = None) -> str:
