@@ -281,7 +281,10 @@ def written(cfg: DictConfig) -> bytes:
 
 def overrides() -> list[str]:
     """What the command line says, of one job where it is a sweep."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else OmegaConf.create([])
+    raw: Any = OmegaConf.to_container(task, resolve=False)
+    both = zip(raw, task, strict=True)
+    return [secret.restored(word) if secret.TYPED in word else said for word, said in both]
 
 
 def going_on(cfg: DictConfig) -> DictConfig:
