@@ -31,6 +31,7 @@ from distill.locks import one_writer
 from distill.progress import Bar, stage
 from distill.run import LOG
 from distill.secret import masked
+from distill.shown import in_csv
 from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
@@ -83,10 +84,10 @@ def table(study: Any, file: Path) -> None:
     )
     keys = sorted({key for trial in done for key in trial.params})
     rows = csv.writer(text := io.StringIO(newline=""))
-    rows.writerow(["trial", "value", *keys])
-    rows.writerows(
-        [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
-    )
+    rows.writerow(["trial", "value", *map(in_csv, keys)])
+    for trial in done:
+        chosen = (trial.params.get(key) for key in keys)
+        rows.writerow([trial.number, trial.value, *map(in_csv, chosen)])
     put_text(file, text.getvalue())
 
 
