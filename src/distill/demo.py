@@ -68,10 +68,10 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
     validate.check_model(cfg.run)
-    if cfg.teacher is None:
-        config_of(cfg.run, "teacher")
     if cfg.teacher is not None:
         validate.check_model(cfg.teacher, "teacher")
+    else:
+        config_of(cfg.run, "teacher")
     steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]
     if not steps or any(type(n) is not int or n < 1 for n in steps):
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, [1,2,4] or the like")
