@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import struct
 import sys
 import warnings
 import zipfile
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 import hostile
+from distill import formats, headers
 from distill.data import bad, decode, folder
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.lines import Lines
@@ -164,6 +167,7 @@ def test_a_large_picture_in_a_small_file_is_bad_before_it_is_decoded(tmp_path):
         (tmp_path / f"good{i}.png").write_bytes(png(64, 64))
         (tmp_path / f"good{i}.txt").write_text("a star", encoding="utf-8")
     script = """
+import struct
 import sys
 from distill.data.datasets import ImageShards
 limit()
@@ -176,10 +180,126 @@ print(item['key'], skipped)
     assert "it has 13000 x 13500 pixels, and at most 67 million are decoded" in said
 
 
+SIDE = 12000  # 144 million pixels: Pillow itself refuses 179 million
+
+
+def enlarged(suffix: str) -> bytes:
+    """A small picture, as Pillow writes it, whose header says that it is of SIDE x SIDE pixels."""
+    Image.new("RGB", (40, 24), "red").save(file := io.BytesIO(), formats.FORMAT_OF[suffix])
+    data, order = file.getvalue(), "<" if suffix in ("bmp", "gif", "tga") else ">"
+    small, large = (struct.pack(f"{order}{c}{c}", 40, 24) for c in ("I", "H"))
+    if suffix == "webp":  # a box of lossless or lossy data: another of the whole canvas, before it
+        canvas = b"VP8X\n\0\0\0\0\0\0\0" + 2 * (SIDE - 1).to_bytes(3, "little")
+        return b"RIFF" + struct.pack("<I", len(data) + 10) + b"WEBP" + canvas + data[12:]
+    if suffix == "ppm":
+        return data.replace(b"40 24", b"12000 12000")
+    if suffix == "jp2":
+        small = struct.pack(">II", 24, 40)
+        data = data.replace(struct.pack(">II", 40, 24), struct.pack(">II", SIDE, SIDE))
+    if small in data:
+        return data.replace(small, struct.pack(f"{order}II", SIDE, SIDE))
+    assert large in data
+    return data.replace(large, struct.pack(f"{order}HH", SIDE, SIDE))
+
+
+@needs_proc
+def test_a_header_is_believed_before_anything_is_decoded(tmp_path):
+    """Of every format: too many pixels are refused by name, and take no memory."""
+    read_here = set(formats.suffixes()) & {"avif", "webp", "jp2", "bmp", "gif", "qoi", "ppm", "tga"}
+    for suffix in read_here:
+        (tmp_path / f"bomb.{suffix}").write_bytes(enlarged(suffix))
+    script = """
+import sys
+from pathlib import Path
+from distill.data import decode
+from distill.metrics import pictures
+limit()
+for path in Path(sys.argv[1]).iterdir():
+    sample = {path.suffix[1:]: path.read_bytes(), '__key__': '7', '__url__': 'a.tar'}
+    for read in (decode.image_size, lambda sample: decode.image(sample, 64)):
+        try:
+            print(path.suffix, read(sample))
+        except decode.BadSample as error:
+            print(error)
+    try:
+        pictures.opened(path)
+    except ValueError as error:
+        print(error)
+"""
+    lines = hostile.small(script, tmp_path, mib=128).splitlines()
+    refused = "has 12000 x 12000 pixels, and at most 67 million are decoded"
+    assert [line for line in lines if refused not in line] == []
+    assert len(lines) == 3 * len(read_here) > 0
+
+
+def jxl_header(*fields: tuple[int, int]) -> bytes:
+    """A codestream that begins with these (value, number of bits)."""
+    bits, at = 0, 0
+    for value, count in fields:
+        bits |= value << at
+        at += count
+    return b"\xff\x0a" + bits.to_bytes(10, "little")
+
+
+def box(kind: bytes, data: bytes, *, wide: bool = False) -> bytes:
+    length = len(data) + 8
+    head = struct.pack(">I4sQ", 1, kind, length + 8) if wide else struct.pack(">I4s", length, kind)
+    return head + data
+
+
+# A picture that browsers are asked whether they can show, of 2 x 2 pixels.
+ASKED = base64.b64decode("/woIELASCAgQAFwASxLFgkWAHL0xqnCBCV0qDp901Te/5QM=")
+BOMB = jxl_header((0, 1), (3, 2), (SIDE - 1, 30), (0, 3), (2, 2), (SIDE - 1, 18))
+BOXES = box(b"JXL ", b"\r\n\x87\n") + box(b"ftyp", b"jxl \0\0\0\0jxl ")
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (ASKED, (2, 2)),
+        (jxl_header((1, 1), (7, 5), (5, 3)), (113, 64)),  # 16 to 9
+        (jxl_header((1, 1), (7, 5), (0, 3), (3, 5)), (32, 64)),
+        (jxl_header((0, 1), (1, 2), (999, 13), (2, 3)), (1200, 1000)),
+        (BOMB, (SIDE, SIDE)),
+        (BOXES + box(b"jxlc", BOMB), (SIDE, SIDE)),
+        (BOXES + box(b"Exif", b"x" * 70_000, wide=True) + box(b"jxlp", b"\0\0\0\0" + BOMB), (SIDE, SIDE)),
+        (png(16, 16), None),
+        (b"", None),
+    ],
+)  # fmt: skip
+def test_a_jpeg_xl_says_its_size(data, size):
+    file = io.BytesIO(b"before" + data)
+    file.seek(6)
+    assert headers.size_of(file) == size
+    assert file.tell() == 6
+
+
+@pytest.mark.parametrize("how", [{"lossless": True}, {"lossless": False}, {"exif": b"Exif\0\0"}])
+def test_a_webp_says_its_size(how):
+    Image.new("RGB", (40, 24), "red").save(file := io.BytesIO(), "WEBP", **how)
+    file.seek(0)
+    assert headers.size_of(file) == (40, 24)
+
+
+@pytest.mark.parametrize("data", [BOXES, BOXES + box(b"jxlc", b""), b"\xff\x0a", BOXES[:20]])
+def test_a_jpeg_xl_that_does_not_say_it_is_refused(data):
+    with pytest.raises(ValueError, match="its JPEG XL (has no picture|ends before)"):
+        headers.size_of(io.BytesIO(data))
+
+
+def test_a_large_jpeg_xl_is_refused_before_a_plugin_sees_it(tmp_path):
+    """Which would decode it at once."""
+    (tmp_path / "x.jxl").write_bytes(BOXES + box(b"jxlc", BOMB))
+    for file in (tmp_path / "x.jxl", io.BytesIO(BOMB)):
+        with pytest.raises(ValueError, match=r"it has 12000 x 12000 pixels, and at most 67 mill"):
+            formats.opened(file, "png")
+
+
 @needs_proc
 def test_the_largest_picture_takes_less_than_a_gibibyte(tmp_path):
     (tmp_path / "large.png").write_bytes(png(8192, 8192))
     script = """
+import struct
 import sys
 from pathlib import Path
 from distill.data import decode
@@ -247,6 +367,7 @@ def test_chunks_of_a_png_take_no_memory(tmp_path):
         chunks = [hostile.chunk(name.encode(), data)] * 40
         (tmp_path / f"{name}.png").write_bytes(png(64, 64, *chunks))
     script = """
+import struct
 import sys
 from pathlib import Path
 from distill.data import decode
@@ -315,6 +436,7 @@ def test_files_of_gibibytes_are_named_and_not_read(tmp_path):
     (tmp_path / "2.txt").unlink()
     sparse_file(tmp_path / "2.json", 2**31, b'{"caption": "')
     script = """
+import struct
 import sys
 from distill.data.datasets import ImageShards
 limit()
@@ -387,6 +509,7 @@ def test_latents_that_declare_what_they_have_not_are_bad(tmp_path):
     files |= {"zz.latent.npy": good.getvalue(), "zz.txt": b"a star"}
     hostile.tar(tmp_path / "x.tar", files)
     script = """
+import struct
 import sys
 from distill.data.datasets import LatentShards
 limit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import logging
@@ -86,6 +87,19 @@ def test_shown_is_one_line_of_text():
     assert len(shown.shown("x" * 10**6)) == shown.MOST
 
 
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "＝1", "=", "-"]
+)
+def test_a_cell_that_begins_like_a_formula_is_text(text):
+    assert shown.in_csv(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, "-1", "+2.5", "-1e-5", None, "", "a=b", "1-2", "[-1]"])
+def test_numbers_and_other_text_stay_in_a_cell(value):
+    assert shown.in_csv(value) is value or shown.in_csv(value) == value
+    assert shown.in_csv("\t=1") == "\\t=1"
+
+
 def test_the_report_shows_a_strangers_words_as_text(tmp_path):
     is_plain(write_report(evil_run(tmp_path / EVIL.replace("/", ""))).read_text(encoding="utf-8"))
 
@@ -105,6 +119,23 @@ def test_the_comparison_shows_a_strangers_words_as_text(command, tmp_path):
     rows = table.splitlines()
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
     assert not ACTING.search((tmp_path / "compare" / "compare.csv").read_text(encoding="utf-8"))
+
+
+def test_no_cell_of_a_comparison_is_a_formula(command, tmp_path):
+    """A run's name and what its files say; numbers stay numbers."""
+    for i, name in enumerate(("=cmd()", "@x", "+y", "-z")):
+        run = evil_run(tmp_path / "runs" / name)
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        text = yaml.safe_dump(config | {"name": f"={i}", "seed": -1})
+        (run / "config.yaml").write_text(text, encoding="utf-8")
+    code, _, err = command("compare", f"runs={tmp_path / 'runs'}/*", "by_name=true")
+    assert code == 0, err
+    table = (tmp_path / "compare" / "compare.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(table.splitlines()))
+    assert {row["run"] for row in rows} == {"'=cmd()", "'@x", "'+y", "'-z"}
+    assert {row["seed"] for row in rows} == {"-1"}
+    for cell in (cell for row in rows for cell in row.values()):
+        assert not cell.startswith(("=", "@", "+")), cell
 
 
 @pytest.mark.parametrize(

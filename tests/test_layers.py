@@ -18,8 +18,9 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "limits", "locks",
-        "memory", "progress", "randomness", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
+        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "headers", "limits",
+        "locks", "memory", "progress", "randomness", "ranks", "record", "secret", "shown", "signals", "unread",
+        "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},

@@ -215,6 +215,15 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
     )
 
 
+def test_a_cache_without_a_usable_picture_leaves_nothing(command, asked, tmp_path):
+    path = pictures(tmp_path / "bad.tar", 6, tuple(range(6)))
+    share = "data.max_bad_share=1"
+    code, _, err = command("cache", *asked["cache"], f"data.path={path}", share, "out=made")
+    said = "out=made: all 6 samples are bad; `python -m distill.check` says why"
+    assert (code, err.splitlines()[-1]) == (1, f"distill: {said}")
+    assert not (tmp_path / "made").exists()
+
+
 def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
     path = pictures(tmp_path / "bad.tar", 12, (1, 2, 3))  # too few for the alarm on the way
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
@@ -475,6 +484,13 @@ def test_embeddings_of_another_teacher(command, pipelines, tmp_path):
     assert "its embeddings are 4 wide and this teacher reads" in err
 
 
+def test_pictures_are_not_taken_for_samples_with_their_noise(command, asked):
+    assert command("cache", *asked["cache"], "out=made")[0] == 0
+    run = ["debug=smoke", "data.path=made", "data.num_workers=0", "~metrics", asked["cache"][0]]
+    said = "data.path=made: holds pictures, of which no noise is known; use data=latents"
+    assert said in command("run", "data=synthetic", "method=regression", *run)[2]
+
+
 def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     assert command("cache", *asked["cache"], "out=made")[0] == 0
     teacher, run = (
@@ -484,8 +500,6 @@ def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     manifest = tmp_path / "made" / "manifest.json"
     made = json.loads(manifest.read_text(encoding="utf-8"))
     assert (made["what"], made["without"]) == ("encoded pictures", [])
-    said = "data.path=made: holds pictures, of which no noise is known; use data=latents"
-    assert said in command("run", "data=synthetic", "method=regression", teacher, *run)[2]
     manifest.write_text(
         json.dumps(made | {"without": ["text_encoder_3", "tokenizer_3"]}), encoding="utf-8"
     )

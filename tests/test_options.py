@@ -175,6 +175,19 @@ def test_more_layers_than_there_are_cannot_be_left_out(skip, pipelines):
         SD(str(pipelines("unet")), clip_skip=skip)
 
 
+def test_a_part_that_is_not_there_cannot_be_left_out(command, pipelines, monkeypatch):
+    """Said before any part is read."""
+    monkeypatch.setattr("distill.teachers.pipeline.read_pipeline", None)
+    data = ["data=shapes", f"teacher.path={pipelines('mmdit')}"]
+    code, _, said = command("run", *data, "+teacher.without=[text_encoder_3,tokenizer3]")
+    asked = "teacher.without=[text_encoder_3,tokenizer3]"
+    assert said.splitlines()[-1].startswith(
+        f"distill: {asked}: a StableDiffusion3Pipeline has no tokenizer3; must be a list of "
+    )
+    assert said.endswith("text_encoder_3, tokenizer, tokenizer_2, tokenizer_3, transformer, vae\n")
+    assert code == 1
+
+
 # -- sample ----------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from distill import search, secret, worker
 from distill._conf import CONF_DIR
+from distill.commandline import private
 from distill.compose import dotted
 
 VALUE = "hunter-of-the-4711"
@@ -97,6 +98,56 @@ def test_an_error_is_said_without_them(word, command):
     assert code == 1
     assert VALUE not in out + err
     assert err.startswith("distill: ")
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+def test_what_is_typed_is_not_written_by_hydra_either(
+    sweep, command, pipelines, shards, tmp_path, monkeypatch
+):
+    """Of a sweep it writes multirun.yaml, and where one asks for it .hydra/ of every job."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "keyed_logger.py").write_text(LOGGER, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.setenv("DISTILL_TRUST", "keyed_logger")
+    monkeypatch.setenv("TOLD", "")
+    node = f"+logger.mine={{_target_: keyed_logger.Keyed, _partial_: true, api_key: '{VALUE}'}}"
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "data.batch_size=2"]
+    words += ["debug=smoke", "~metrics", "~callbacks.samples", "hydra.output_subdir=.hydra", node]
+    words += [f"+logger.mine.address=http://me:{VALUE}@h/x", "hydra.run.dir=kept"]
+    code, out, err = command("run", *sweep, *words, "hydra.sweep.dir=kept")
+    assert code == 0, err
+    assert os.environ["TOLD"] == f"{VALUE} http://me:{VALUE}@h/x"
+    assert VALUE not in out + err
+    kept = [path.name for path in below(tmp_path / "kept")]
+    assert ("multirun.yaml" in kept, "overrides.yaml" in kept) == (bool(sweep), True)
+    assert [path for path in below(tmp_path) if VALUE.encode() in path.read_bytes()] == []
+    for run in (tmp_path / "runs").iterdir():
+        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        assert "+logger.mine.address=http://***@h/x" in facts["overrides"]
+        assert "+logger.mine.address=***" in facts["command"]
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        (f"+a.token={VALUE}", {"a": {"token": VALUE}}),
+        ("+a.token='it=s [a] {b}, c'", {"a": {"token": "it=s [a] {b}, c"}}),
+        ("+a.password=4711", {"a": {"password": 4711}}),
+        ("+a.secrets=[one,two,3]", {"a": {"secrets": ["one", "two", 3]}}),
+        ("+a={token: four, b: {key: five, c: six}}",
+         {"a": {"token": "four", "b": {"key": "five", "c": "six"}}}),
+        ("++run=['+logger.c.token=seven','seed=1']", {"run": ["+logger.c.token=seven", "seed=1"]}),
+        ("name='a ${seed} b'", {"name": "a 1 b"}),
+    ],
+)  # fmt: skip
+def test_a_secret_is_a_variable_to_hydra_and_means_the_same(word, values):
+    (said,) = private.referring([word])
+    typed = ("4711", "one", "two", "four", "five", "seven", VALUE, "[a]")
+    assert not any(value in said for value in typed)
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        found = compose("config", [said, "seed=1"])
+    for key, value in values.items():
+        assert OmegaConf.to_container(found, resolve=True)[key] == value
 
 
 def test_what_is_typed_is_used_and_written_nowhere(

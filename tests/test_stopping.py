@@ -21,8 +21,11 @@ from distill import signals
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}
 GOES_ON = "; give the same command again, which goes on where it stopped"
+PATIENCE = 180.0  # seconds after which a command has not heeded its signal
 PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=256", "vae.steps=3"]
 JUDGE = ["run=work/run", "metrics.prompts=4", "metrics.teacher_steps=[1]", "steps=1"]
+CHECK = ["data.path=given/pictures", "data.size=64", "data.num_workers=1"]
+DEMO = ["run=given/run", "port=0", "open=false"]
 # Command -> its words, and what it says at the moment of the signal.
 STAGES = {
     "run": [
@@ -41,12 +44,14 @@ STAGES = {
     "inspect": [(kills.COMMANDS["inspect"].words, "looking with the discriminator", "")],
     "compare": [(kills.COMMANDS["compare"].words, "", "")],
     "doctor": [(["teacher.path=given/teacher"], "ok", "")],
+    "check": [(CHECK, stage, "") for stage in ("opening the data", "reading", "measuring")],
+    "demo": [(DEMO, "loading given/run", ""), (DEMO, "loading teacher", "")],
 }
 CASES = [
     pytest.param(module, *stage, number, id=f"{module}-{stage[1] or 'at once'}-{NAME[number]}")
     for (module, stages), numbers in zip(
         STAGES.items(),
-        [(15, 2), (1,), (2,), (10,), (15,), (1,), (15,), (2,), (15,), (2,)],
+        [(15, 2), (1,), (2,), (10,), (15,), (1,), (15,), (2,), (15,), (2,), (2, 15), (2, 15)],
         strict=True,
     )
     for stage in stages
@@ -100,8 +105,12 @@ def told(folder: Path, module: str, words: list[str], text: str, number: int) ->
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, said.read_text(encoding="utf-8")
+    status = kills._wait(child, time.monotonic() + PATIENCE)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail(f"{module} has not stopped: {said.read_text(encoding='utf-8')}")
+    return os.waitstatus_to_exitcode(status), said.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,19 @@ def test_a_command_that_is_told_to_stop_says_so_in_one_line(
         assert facts["status"] == "finished"
     elif way:
         assert world.call(module, words).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 15, 1])
+def test_a_page_that_is_served_ends_in_order(number, world):
+    """A signal is the way to end it, from the moment on at which its address is said."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
+    code, said = told(world.folder, "demo", DEMO, "the page is at", number)
+    assert "Traceback" not in said
+    assert "distill: " not in said
+    assert code == 0
+    printed = (world.folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
+    assert printed[-1] == "0 requests, 0 of them dropped for newer ones"
 
 
 @pytest.mark.slow

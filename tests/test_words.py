@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import tarfile
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import distill.demo
+import tiny
+from distill import compose
 from distill.commandline import texts
 from distill.compose import written
 from distill.data.lines import Lines
@@ -39,6 +42,13 @@ def meant(word: str, config: str, **how: bool):
 @pytest.mark.parametrize("key", ["prompt", "negative"])
 def test_a_prompt_is_the_text_that_was_typed(text, key):
     assert meant(f"{key}={text}", "sample") == text
+
+
+@pytest.mark.parametrize("text", [text for text in PROMPTS if text != "null"])
+def test_a_negative_prompt_of_a_method_is_one_too(text):
+    assert meant(f"method.negative={text}", "config") == text
+    assert meant("method.negative=null", "config") is None
+    assert meant("method.negative=costs ${seed}", "config") == "costs ${seed}"
 
 
 @pytest.mark.parametrize("text", [text for text in PROMPTS if text not in ("null", "~")])
@@ -140,6 +150,48 @@ def test_a_run_is_called_by_any_text(command, tmp_path):
     code, _, err = command("run", f"resume={folder}", "trainer.max_steps=3", "metrics=null")
     assert code == 0, err
     assert OmegaConf.load(folder / "config.yaml").name == name
+
+
+def test_prompts_of_a_run_are_what_was_typed(command, shards, pipelines, tmp_path):
+    """To the method, in the pictures on the way, in the run's files, and when it goes on."""
+    prompts, negative = ["costs ${5}", "${seed}", "\\\\${a}"], "worth ${oc.env:HOME} {a, b}"
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "data.num_workers=0"]
+    words += ["debug=smoke", "metrics=null", "logger=null", "callbacks.checkpoint.every=1"]
+    words += ["method=add", f"discriminator.features.path={tiny.vit()}"]
+    typed = ",".join(f'"{prompt}"' for prompt in prompts)
+    asked = [f"method.negative={negative}", f"callbacks.samples.prompts=[{typed}]"]
+    code, _, err = command("run", *words, *asked, "run_dir=run")
+    assert code == 0, err
+    captions = tmp_path / "run" / "samples" / "captions.txt"
+    assert captions.read_text(encoding="utf-8").splitlines() == prompts
+    code, _, err = command("run", "resume=run", "trainer.max_steps=3")
+    assert code == 0, err
+    kept = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert list(kept.callbacks.samples.prompts) == prompts
+    assert compose.make(kept.method, "method").keywords["negative"] == negative
+
+
+def test_a_file_of_a_name_that_is_an_interpolation_is_refused(command, pipelines, shards, tmp_path):
+    """Before anything is read of it; prompts alone, and what is written, may have any name."""
+    (tmp_path / "p.txt").write_text("costs ${5}\n", encoding="utf-8")
+    there = {"teacher.path": pipelines("mmdit"), "data.path": shards}
+    for key, place in (there | {"callbacks.samples.prompts": tmp_path / "p.txt"}).items():
+        (tmp_path / f"{place.name}${{b}}").symlink_to(place)
+        word = f"{key}={place.name}${{b}}"
+        code, _, err = command("run", "debug=smoke", word)
+        said = "must not hold ${, an interpolation's; rename it, or give a link to it"
+        assert (code, err) == (1, f"distill: {word}: {said}\n")
+
+
+def test_prompts_in_a_file_are_what_stands_there(command, pipelines, tmp_path):
+    (tmp_path / "p${1}.txt").write_text("costs ${5}\n${seed}\n", encoding="utf-8")
+    words = [f"teacher.path={pipelines('mmdit')}", "prompts=p${1}.txt", "out=made${1}", "steps=1"]
+    for _ in range(2):  # the same command again
+        code, out, err = command("synthesize", *words)
+        assert code == 0, err
+    with tarfile.open(tmp_path / "made${1}" / "latents-000000.tar") as tar:
+        texts_in = {tar.extractfile(member).read() for member in tar if member.name[-4:] == ".txt"}
+    assert texts_in == {b"costs ${5}", b"${seed}"}
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Nothing here imports torch, so that commands can refuse a mistake at once.
 import contextlib
 import datetime
 import difflib
+import functools
 import hashlib
 import inspect
 import itertools
@@ -24,6 +25,7 @@ import distill.shapes
 from distill import folders, paths, secret, trust
 from distill.bounded import mapping_of
 from distill.limits import steps_in
+from distill.paths import escaped as escaped
 from distill.ranks import rank, world
 from distill.teachers.locate import near
 
@@ -39,9 +41,15 @@ FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.hea
 def make(node: DictConfig, key: str) -> Any:
     """The one way to instantiate: the node at a dotted key, of what `trust` lets that hold.
 
-    Its containers are plain, and shipped paths absolute.
+    Its containers are plain, and shipped paths absolute. Texts that hold `${` go past OmegaConf, to
+    which they would be interpolations.
     """
-    return instantiate(OmegaConf.create(allowed(node, key)), _convert_="all")
+    tree = allowed(node, key)
+    if not (held := paths.verbatim(tree)):
+        return instantiate(OmegaConf.create(tree), _convert_="all")
+    rest = {name: value for name, value in tree.items() if name not in held}
+    build = instantiate(OmegaConf.create({**rest, "_partial_": True}), _convert_="all")
+    return functools.partial(build, **held) if tree.get("_partial_") else build(**held)
 
 
 def allowed(node: DictConfig, key: str = "") -> Any:
@@ -56,11 +64,12 @@ def allowed(node: DictConfig, key: str = "") -> Any:
 
 def _allowed(value: Any, path: str) -> Any:
     if isinstance(value, str):
-        if "${" in value:
-            raise ValueError(
-                f"{value}: a value must not hold an escaped interpolation; write it out"
-            )
-        return shipped(value)
+        if "${" not in value:
+            return shipped(value)
+        if trust.WORDS.fullmatch(path):
+            return value
+        file = "rename it, or give a link to it" if paths.is_path(path) else "write it otherwise"
+        raise ValueError(f"{path}={value}: must not hold ${{, an interpolation's; {file}")
     if isinstance(value, list):
         return [_allowed(inner, f"{path}.{i}") for i, inner in enumerate(value)]
     if not isinstance(value, dict):
@@ -227,15 +236,6 @@ def run_at(path: str, key: str = "run") -> Path:
     return Path(path)
 
 
-def escaped(value: Any) -> Any:
-    """With a backslash before every `${`; OmegaConf halves those before that, so they are doubled."""
-    if isinstance(value, dict):
-        return {key: escaped(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [escaped(inner) for inner in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
 def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
     """These keys of a run folder's configuration, by `trust.read`; None of what is no run.
 
@@ -281,7 +281,10 @@ def written(cfg: DictConfig) -> bytes:
 
 def overrides() -> list[str]:
     """What the command line says, of one job where it is a sweep."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else OmegaConf.create([])
+    raw: Any = OmegaConf.to_container(task, resolve=False)
+    both = zip(raw, task, strict=True)
+    return [secret.restored(word) if secret.TYPED in word else said for word, said in both]
 
 
 def going_on(cfg: DictConfig) -> DictConfig:

@@ -10,14 +10,13 @@ It needs gradio, which `make demo` installs.
 from __future__ import annotations
 
 import importlib.util
-import signal
 import socket
 import threading
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import validate
+from distill import signals, validate
 from distill.compose import check_counts, config_of
 from distill.errors import command
 
@@ -41,20 +40,25 @@ def serve(cfg: DictConfig) -> None:
     worker = Worker()
     page = Page(studio, worker, cfg)
     page.launch(HOST, port, open_browser=cfg.open)
+    ended = _ended()
     print(f"the page is at {address}; Ctrl-C ends it", flush=True)
-    _wait_for_the_end()
+    while not ended.wait(1):  # in short waits, since Windows heeds no Ctrl-C in a long one
+        pass
     page.close()
     worker.close()
     print(f"\n{worker.requests} requests, {worker.dropped} of them dropped for newer ones")
 
 
-def _wait_for_the_end() -> None:
-    """Until Ctrl-C, or SIGTERM; in short waits, since Windows heeds no Ctrl-C in a long one."""
+def _ended() -> threading.Event:
+    """What a signal sets from now on: whoever reads the address can end the page in order."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made it ignored
-        signal.signal(number, lambda *_: ended.set())
-    while not ended.wait(1):
-        pass
+
+    def heard(number: int, _frame: Any) -> None:
+        signals.remember(number)  # a second Ctrl-C does not wait for the picture under way
+        ended.set()
+
+    signals.handled_by(heard)
+    return ended
 
 
 def _check(cfg: DictConfig) -> None:
@@ -64,10 +68,10 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
     validate.check_model(cfg.run)
-    if cfg.teacher is None:
-        config_of(cfg.run, "teacher")
     if cfg.teacher is not None:
         validate.check_model(cfg.teacher, "teacher")
+    else:
+        config_of(cfg.run, "teacher")
     steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]
     if not steps or any(type(n) is not int or n < 1 for n in steps):
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, [1,2,4] or the like")

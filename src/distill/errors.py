@@ -26,6 +26,7 @@ from yaml import YAMLError
 from distill import config_folders, console, faults, secret, signals
 from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
+from distill.commandline.private import referring
 from distill.commandline.sweep import Sweep
 from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
 from distill.compose import dotted, nearest, note_secrets
@@ -84,7 +85,8 @@ def command(
                     words = [as_typed(word) for word in sys.argv[1:]]
                     config_folders.check(words)
                     check_flags(words)
-                    sys.argv[1:] = [readable(word, name, sweep=sweep.asked) for word in words]
+                    words = [readable(word, name, sweep=sweep.asked) for word in words]
+                    sys.argv[1:] = referring(words)
                     if text := _said_of_itself(task, name):
                         print(text)
                         return
@@ -234,7 +236,8 @@ def _of_keys(error: BaseException, cause: OmegaConfBaseException) -> str:
         if isinstance(error, HydraException):
             return f"{key}: no such key{near}; --cfg job prints all"
         return f"{key}: not given; add {key}=..., or do not leave it out"
-    word = next((word for word in sys.argv[1:] if "${" in word), key)
+    words = [word for word in sys.argv[1:] if "${" in word and secret.TYPED not in word]
+    word = next(iter(words), key)
     if isinstance(cause, InterpolationKeyError):
         named = re.search(r"'(.*?)'", said)
         name = named[1] if named else ""

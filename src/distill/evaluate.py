@@ -110,10 +110,10 @@ def check(cfg: DictConfig) -> None:
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
         looked_at(cfg.run, "discriminator.features")
-    if not cfg.get("teacher"):
-        config_of(cfg.run, "teacher")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
+    else:
+        config_of(cfg.run, "teacher")
     check_free(_out(cfg), "out" if cfg.out else "run")
 
 

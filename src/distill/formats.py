@@ -8,8 +8,12 @@ import importlib
 import importlib.util
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+from typing import IO
 
 from PIL import Image, features
+
+from distill import headers
 
 # Suffix -> Pillow's format. Of several pictures in one sample of a shard the first by this order is read.
 FORMAT_OF = {
@@ -69,6 +73,27 @@ def tried(suffix: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in known() if name != UNMARKED or own == UNMARKED))
 
 
+def opened(file: Path | IO[bytes], suffix: str) -> Image.Image:
+    """The picture in a file that may be read again, by its header: only formats that are read here, and within bounds.
+
+    Raises ValueError for one of too many pixels, and whatever Pillow does for what is none. Most formats, AVIF and HEIF
+    among them, are decoded later, when pixels are asked for; of the others the size is looked at before.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as first:
+            size = headers.size_of(first)
+    else:
+        size = headers.size_of(file)
+    if size is not None and size[0] * size[1] > MOST_PIXELS:
+        raise _too_large(size, MOST_PIXELS)
+    return Image.open(file, formats=tried(suffix))
+
+
+def _too_large(size: tuple[int, int], most: int) -> ValueError:
+    what = f"it has {size[0]} x {size[1]} pixels, and at most {most // 10**6} million are decoded"
+    return ValueError(f"{what}; make it smaller")
+
+
 def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
     """Raise ValueError for a picture, of which its header alone is read, that would take gigabytes when it is decoded.
 
@@ -76,8 +101,7 @@ def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
     """
     width, height = picture.size
     if width * height > most and _scale(picture, most) is None:
-        what = f"it has {width} x {height} pixels, and at most {most // 10**6} million are decoded"
-        raise ValueError(f"{what}; make it smaller")
+        raise _too_large((width, height), most)
 
 
 def reduced(picture: Image.Image) -> Image.Image:

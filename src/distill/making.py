@@ -129,7 +129,9 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
     if "precision" in cfg:
         _settle_precision(cfg, folder)
-    compose.allowed(cfg)
+    for key, node in cfg.items():  # what is made; `out` and prompts may be called by any text
+        if isinstance(node, DictConfig):
+            compose.allowed(node, str(key))
     with one_writer(folder, "out"):
         code = _made(cfg, folder, command, None if several else work)
     if compose.world() == 1 and not done.is_file():

@@ -5,6 +5,7 @@ shipped name (`shapes:mmdit`) stays as it is.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ def absolute(cfg: DictConfig) -> DictConfig:
     """The configuration with its paths absolute, as seen from the working folder."""
     made = cfg.copy()
     for node, key, name in list(_places(made)):
-        node[key] = _absolute(node, name, str(node[key]))
+        node[key] = escaped(_absolute(node, name, str(node[key])))
     return made
 
 
@@ -56,8 +57,29 @@ def located(cfg: DictConfig, folder: Path) -> DictConfig:
         with suppress(ValueError):  # of another drive
             moved = os.path.normpath(here / os.path.relpath(value, began))
             if _there(moved, name):
-                node[key] = moved
+                node[key] = escaped(moved)
     return cfg
+
+
+def escaped(value: Any) -> Any:
+    """With a backslash before every `${`; OmegaConf halves those before that, so they are doubled."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def verbatim(tree: Any) -> dict[str, Any]:
+    """Of a plain node the texts, and lists of them, that OmegaConf would take for interpolations."""
+
+    def refers(value: Any) -> bool:
+        if isinstance(value, list):
+            return any(map(refers, value))
+        return isinstance(value, str) and "${" in value
+
+    items = tree.items() if isinstance(tree, dict) else ()
+    return {name: value for name, value in items if refers(value)}
 
 
 def read_ones(cfg: DictConfig) -> dict[str, str]:

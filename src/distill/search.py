@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
 from distill import validate
@@ -31,6 +31,7 @@ from distill.locks import one_writer
 from distill.progress import Bar, stage
 from distill.run import LOG
 from distill.secret import masked
+from distill.shown import in_csv
 from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
@@ -83,10 +84,10 @@ def table(study: Any, file: Path) -> None:
     )
     keys = sorted({key for trial in done for key in trial.params})
     rows = csv.writer(text := io.StringIO(newline=""))
-    rows.writerow(["trial", "value", *keys])
-    rows.writerows(
-        [trial.number, trial.value, *(trial.params.get(key) for key in keys)] for trial in done
-    )
+    rows.writerow(["trial", "value", *map(in_csv, keys)])
+    for trial in done:
+        chosen = (trial.params.get(key) for key in keys)
+        rows.writerow([trial.number, trial.value, *map(in_csv, chosen)])
     put_text(file, text.getvalue())
 
 
@@ -105,7 +106,8 @@ def score(folder: Path, metric: str, steps: int) -> float:
 
 def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
     """Parameters of the first trial: the run's own, where the ranges hold them."""
-    shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
+    with stage("composing the run"):
+        shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
     if shown.returncode:
         raise ValueError(f"run={run} cannot be composed; see above")
     plain, first = OmegaConf.create(shown.stdout.decode()), {}
@@ -205,30 +207,33 @@ def _last_line(log: Path) -> str:
 @command("search", way_on=AGAIN)
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
-    out, space = Path(cfg.out), list(cfg.space)
-    list(map(parsed, space))  # what is wrong with it shows before anything is made
+    out, space = Path(cfg.out), _space(cfg)  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
     with one_writer(out, "out", deep=True):
         _search(cfg, out, space)
 
 
+def _space(cfg: DictConfig) -> list[str]:
+    """The ranges. Raises ValueError for one that does not parse, and where there is none."""
+    if not isinstance(cfg.space, ListConfig) or not cfg.space:
+        how = """give a list of them, as 'space=["seed=int(0,9)"]'"""
+        raise ValueError(f"space={cfg.space}: names no key to look for a value of; {how}")
+    space = [str(text) for text in cfg.space]
+    list(map(parsed, space))
+    return space
+
+
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
     from optuna.trial import TrialState
 
-    first = None
-    if not (
-        out / "study.db"
-    ).exists():  # first: a run that cannot be composed leaves nothing behind
-        with stage("composing the run"):
-            first = _as_it_is(list(cfg.run), space)
+    begun = (out / "study.db").exists()
+    # Before anything is made: a run that cannot be composed leaves nothing behind.
+    first = None if begun else _as_it_is(list(cfg.run), space)
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.get_trials(states=[*counted(), TrialState.RUNNING, TrialState.WAITING]):
-        if first is None:
-            with stage("composing the run"):
-                first = _as_it_is(list(cfg.run), space)
-        study.enqueue_trial(first)
+        study.enqueue_trial(_as_it_is(list(cfg.run), space) if first is None else first)
     for stale in study.get_trials(
         states=[TrialState.RUNNING]
     ):  # the command was killed in the middle

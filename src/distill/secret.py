@@ -7,6 +7,7 @@ value's place, as every file has that it writes. A word of the command that name
 environment, `${oc.env:NAME}`, says no value and stays.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ _ASSIGNED = re.compile(
     r"([\w./@+~-]+)(\s*[=:]\s*)(?!['\"]?\$\{)(\"[^\"]*\"|'[^']*'|[^\s,;'\"{}\[\]]+)"
 )
 _USER = re.compile(r"(\b[A-Za-z][\w+.-]*://)[^/\s@'\"]+@")  # `//name:password@` of a URL
+TYPED = "DISTILL_TYPED_"  # begins variables that stand for what was typed: commandline/private.py
+_REFERENCE = re.compile(rf"'?\$\{{(?:oc\.decode:\$\{{)?oc\.env:({TYPED}\d+)\}}+'?")
 SHORTEST = 4  # letters of a value that is looked for in text: a shorter one is in every other word
 _known: set[str] = set()
 
@@ -88,9 +91,14 @@ def masked(text: str) -> str:
     """The text without what keys that look so are given, passwords of URLs, and what was noted."""
     text = _ASSIGNED.sub(
         lambda m: f"{m[1]}{m[2]}{HIDDEN}" if _says_secret(m[1]) else m[0],
-        _USER.sub(rf"\1{HIDDEN}@", text),
+        _USER.sub(rf"\1{HIDDEN}@", _REFERENCE.sub(HIDDEN, text)),
     )
     return unsaid(text)
+
+
+def restored(word: str) -> str:
+    """A word of the command as it was typed, with the values of the variables that stand in it."""
+    return _REFERENCE.sub(lambda m: os.environ.get(m[1], m[0]), word)
 
 
 def _says_secret(word: str) -> bool:

@@ -6,6 +6,7 @@ turn the direction of writing, and HTML. Whoever shows one passes it through her
     shown(value)          one line for a terminal or a log
     in_html(value)        the same for a page, between tags and in quoted attributes
     in_markdown(value)    the same for markdown, cells of tables included
+    in_csv(value)         the same for a cell of a CSV, which no spreadsheet takes for a formula
 
 Nothing here imports a library that takes long.
 """
@@ -23,6 +24,8 @@ _IN_LINES = re.compile(f"(?![\n\t])[{ACTING}]")
 # What printed text may have besides: ends of lines, tabs, and the colours that logging and libraries give theirs.
 _PRINTED = re.compile(f"\x1b\\[[0-9;]*m|\x1b\\[A|[\n\r\t]|([{ACTING}])")
 _MARKDOWN = re.compile(r"[\\`|*<]|\](?=[(\[:])")
+# What a formula begins with, in the wide forms of East Asian fonts too; tabs and ends of lines are escaped.
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -56,6 +59,25 @@ def lines_in_html(value: str) -> str:
 def in_markdown(value: Any) -> str:
     """A value as text in a line of markdown, in a table or not."""
     return _MARKDOWN.sub(_backslashed, shown(value))
+
+
+def in_csv(value: Any) -> Any:
+    """A value for a cell of a CSV: a number or None itself, also one in words; any other text as text.
+
+    A spreadsheet calculates what begins like a formula. As OWASP advises a ' stands before that.
+    """
+    if not isinstance(value, str):
+        return value
+    text = shown(value)
+    return f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _backslashed(match: re.Match[str]) -> str:

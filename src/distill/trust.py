@@ -131,10 +131,12 @@ NOT_FROM_FILES = _named(
 )
 # Groups of a run: a node with keys, or null.
 GROUPS = {pattern.partition(".")[0] for pattern in SHIPPED}
-TEXTS = re.compile(r"name|method\.negative|callbacks\.samples\.prompts\.\d+")  # words, and no place
-# Texts of which nothing is built: they alone may hold an escaped `${`. Elsewhere a copy of the value,
+# Prompts, which `compose.make` hands over as they are.
+WORDS = re.compile(r"method\.negative|callbacks\.samples\.prompts\.\d+")
+TEXTS = re.compile(rf"name|{WORDS.pattern}")  # words, and no place
+# They and texts of which nothing is built may hold an escaped `${`. Elsewhere a copy of the value,
 # read once more, would be an interpolation.
-CALLED = ("name", "run_dir")
+CALLED = re.compile(rf"name|run_dir|out|prompts(?:\.\d+)?|{WORDS.pattern}")
 REFERS = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # an interpolation that is not escaped
 # `scheme://`, fsspec's chains, webdataset's pipes, shares of a network, variables of a path.
 ELSEWHERE = re.compile(r"://|::|^\s*(?:pipe:|\\\\|//)|\$\w|%\w+%")
@@ -351,7 +353,7 @@ def _not_data(key: str, value: Any) -> str | None:
         ]
         return f": {odd[0]!r} is no name of a key" if odd else None
     if isinstance(value, str):
-        if REFERS.search(value) or ("${" in value and key not in CALLED):
+        if REFERS.search(value) or ("${" in value and not CALLED.fullmatch(key)):
             what = "interpolation, and what came with files is data; write the value out"
             return f"={value}: holds an {what}"
         return ": is missing (???); give it a value" if value == "???" else None

@@ -25,9 +25,11 @@ from distill.compose import escaped, nearest
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 # Texts that mean what they say, `null`, `~` and `${5}` included: what is typed is what the model reads.
 PROMPTS = {"prompt", "negative"}
+# Texts to which nothing in them refers either; `null` is none.
+WORDS = {"method.negative"}
 # Names and paths: `null` is none of them, `~` is the home folder, and `${...}` refers to a key or to a variable.
 TEXTS = {
-    "base", "callbacks.samples.prompts", "delta", "image", "method.negative", "metric",
+    "base", "callbacks.samples.prompts", "delta", "image", "metric",
     "metrics.reference", "name", "out", "parts", "prompts", "repo", "resume", "run", "run_dir",
     "runs", "student.init", "teacher.vae", "teacher.weights",
 }  # fmt: skip
@@ -41,7 +43,7 @@ NOT_TEXTS = {"search": {"run"}}  # command -> keys that are something else there
 # Command -> its own keys that are called as a group. Hydra would take the value for the name of an
 # option, unless it is a node: `teacher=x` is handed over as `teacher={path: x}`.
 AS_GROUPS = {"demo": {"teacher"}}
-SPOKEN = ("prompt", "negative", "name", "callbacks.samples.prompts")  # texts that are no paths
+SPOKEN = {*PROMPTS, *WORDS, "name", "callbacks.samples.prompts"}  # texts that are no paths
 
 NOTHING = ("", "null", "none", "false", "no", "off")  # what a group that is left out is said to be
 OPTIONAL = {  # command -> groups that it can be without
@@ -75,7 +77,7 @@ def readable(word: str, config: str, *, sweep: bool = False) -> str:
 
 def is_text(key: str, config: str) -> bool:
     """Whether the values of this key are texts, in the command of this configuration."""
-    known = key in TEXTS or key in PROMPTS or key.endswith(ENDS)
+    known = key in TEXTS | PROMPTS | WORDS or key.endswith(ENDS)
     return known and key not in NOT_TEXTS.get(config, ())
 
 
@@ -129,10 +131,10 @@ def _text(key: str, value: str, config: str, *, sweep: bool) -> str:
         return word  # several values, of which Hydra makes as many jobs
     read = found.value() if found and not found.is_sweep_override() else None
     in_quotes = found is not None and isinstance(found._value, QuotedString)
-    typed = str(read) if in_quotes else value
-    if name not in PROMPTS:
+    typed, words = str(read) if in_quotes else value, name in PROMPTS | WORDS
+    if not words:
         typed = os.path.expanduser(typed)
-    wanted = _literal(typed, config, prompt=name in PROMPTS)
+    wanted = _literal(typed, config, prompt=words)
     return word if isinstance(read, str) and read == wanted else f"{key}={_quoted(wanted)}"
 
 

@@ -40,7 +40,7 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
             warnings.simplefilter(
                 "ignore"
             )  # harmless oddities, told anew for every image; bombs are errors
-            picture = upright(Image.open(data, formats=formats.tried(extension)))
+            picture = upright(formats.opened(data, extension))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
     has = picture.size
@@ -73,7 +73,7 @@ def image_size(sample: dict) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(data, formats=formats.tried(extension))
+            picture = formats.opened(data, extension)
             formats.check_pixels(picture)
             # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would be read whole.
             asked = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop, to_tensor
 
+from distill import formats
 from distill.aside import put
 from distill.files import upright
-from distill.formats import tried
 from distill.memory import handed_over
 from distill.metrics.networks import Describer
 from distill.progress import Bar
@@ -80,7 +80,7 @@ def opened(path: Path, key: str = "") -> Image.Image:
         # Only formats that are trained on: what is called .png may be EPS, which starts another program.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
-            with Image.open(path, formats=tried(path.suffix.lower())) as picture:
+            with formats.opened(path, path.suffix.lower()) as picture:
                 return upright(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None

@@ -22,7 +22,7 @@ from distill.files import put_grid
 from distill.losses import critic_stats
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
-from distill.shown import in_html
+from distill.shown import in_csv, in_html
 from distill.types import Batch, Logits
 
 SHOWN = 8  # pictures
@@ -120,9 +120,8 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(seen.rows())
-    table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    table = csv.writer(text := io.StringIO(), lineterminator="\n")
+    table.writerows(map(in_csv, cells) for cells in (rows[0], *(row.values() for row in rows)))
     put_text(folder / "heads.csv", text.getvalue())
     put_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
     best = max(rows, key=lambda row: row["right"])

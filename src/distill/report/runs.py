@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.bounded import mapping_of, number_of, yaml_of
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
-from distill.shown import in_markdown, shown
+from distill.shown import in_csv, in_markdown
 from distill.verdicts import FILE, PICTURE, Verdict, comparable, verdicts
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
@@ -209,11 +209,9 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     for group, runs in groups.items():
         for run in runs:
             start = [group, run.folder.name, run.config.get("seed"), *map(run.facts.get, COSTS)]
-            start = [shown(x) if isinstance(x, str) else x for x in start]
-            table.writerows(
-                [*start, shown(r.who), r.steps, *(r.scores.get(key, "") for key in MEASURES)]
-                for r in run.rows
-            )
+            for r in run.rows:
+                scores = (r.scores.get(key, "") for key in MEASURES)
+                table.writerow(map(in_csv, [*start, r.who, r.steps, *scores]))
     return file.getvalue()
 
 

@@ -25,7 +25,7 @@ from distill.progress import stage
 from distill.teachers.autoencoder import Autoencoder
 from distill.teachers.locate import SINGLE
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_parts, home_of, read_pipeline, told_of
+from distill.teachers.reading import check_parts, check_without, home_of, read_pipeline, told_of
 from distill.teachers.settings import cell_of
 from distill.teachers.single import read_single
 from distill.teachers.weights import put_on
@@ -91,6 +91,7 @@ class PipelineTeacher(nn.Module):
     ):
         super().__init__()
         read_quietly()
+        check_without(self.kind, without)
         files = {"dtype": dtype, "use_safetensors": use_safetensors}
         own = Autoencoder(vae, self.kind, **files) if vae else None
         left = (*self.unused, *without, *(["vae"] if own else []))
@@ -102,7 +103,7 @@ class PipelineTeacher(nn.Module):
             else:
                 options |= {"revision": revision, "variant": variant, "deferred": deferred}
                 pipeline = read_pipeline(self.kind, path, **options)
-        check_parts(path, pipeline.components, without)
+        check_parts(path, pipeline.components)
         self.pipeline = pipeline
         self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
         pipeline.sampler = told_of(str(self.folder))["sampler"] if self.folder else {}

@@ -276,12 +276,16 @@ def only_variant(folder: Path, key: str) -> str | None:
     return found.pop()
 
 
-def check_parts(path: str, parts: Mapping[str, Any], without: Sequence[str] = ()) -> None:
-    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of, or no part `without`."""
-    if wrong := sorted(set(without) - set(parts)):
-        raise ValueError(
-            f"teacher.without={without}: there is no {wrong[0]}; must be a list of {', '.join(parts)}"
-        )
+def check_without(kind: type, without: Sequence[str]) -> None:
+    """Raise ValueError for a part `without` that no pipeline of this class has."""
+    parts, _ = kind._get_signature_keys(kind)  # type: ignore[attr-defined]
+    if wrong := [name for name in without if name not in parts]:
+        said = f"teacher.without=[{','.join(without)}]: a {kind.__name__} has no {wrong[0]}"
+        raise ValueError(f"{said}; must be a list of {', '.join(sorted(parts))}")
+
+
+def check_parts(path: str, parts: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of."""
     for name, encoder in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
