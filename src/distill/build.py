@@ -2,6 +2,7 @@
 by a method, on data."""
 
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 NUMBERS = ("distill.times.", "distill.distillation.", "distill.engine.", "distill.sampling.")
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
+# What leaves a part of a teacher out, and the same for a folder that is read without a teacher's options.
+WITHOUT = re.compile(r"add teacher\.without=\[\S+\]")
+IN_INDEX = "write [null, null] for it in model_index.json"
 
 
 def check(cfg: DictConfig) -> None:
@@ -372,5 +376,6 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that
         if isinstance(error.__cause__, (ValueError, OSError)):
             said = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")
-            raise ValueError(said.replace("teacher.dtype=", "dtype=")) from None
+            said = said.replace("teacher.dtype=", "dtype=")
+            raise ValueError(WITHOUT.sub(IN_INDEX, said)) from None
         raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.bounded import mapping_of
+from distill.shown import shown
 
 Config = Mapping[str, Any]
 
@@ -21,6 +22,8 @@ TOLD = {  # setting of a UNet -> what it is told of besides, which nothing here 
     "class_embed_type": "classes",
     "num_class_embeds": "classes",
 }
+NETWORKS = ("unet", "transformer", "vae")
+SPARE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}  # a family does without
 SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_type; of others none
 
 
@@ -29,7 +32,9 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
 
     `config_of` gives the configuration of its part of this name, nothing for one that is not there.
     """
-    parts = {name: config_of(name) for name in ("unet", "transformer", "vae", "scheduler")}
+    parts = {name: config_of(name) for name in (*NETWORKS, "scheduler")}
+    for name in NETWORKS:
+        refuse_quantised(parts[name], f"{where}: its {name}/")
     _check_denoiser(kind, parts, where)
     if parts["scheduler"]:
         prediction_of(parts["scheduler"], where, flow=kind in FLOWS)
@@ -37,6 +42,30 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
     if given and kind not in STANDARDISED:
         what = f"its vae/ has {' and '.join(given)}, which a {kind} does not read"
         raise ValueError(f"{where}: {what}; take them out of its config.json if that is right")
+
+
+def refuse_quantised(config: Config, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a network whose weights are kept quantised.
+
+    Its tensors are codes and scales that another library unpacks, so they are not the weights.
+    """
+    said = config.get("quantization_config")
+    if not said:
+        return
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    by = f" by {shown(method, 30)}" if method else ""
+    what = (
+        f"is quantised{by} (quantization_config in its config.json), and no such weights are read"
+    )
+    raise ValueError(f"{where} {what}; give the folder that is not quantised")
+
+
+def lacking(kind: str, part: str) -> str:
+    """What to do about a part that is not there, of a pipeline of class `kind`."""
+    spare = SPARE.get(kind, ())
+    if part not in spare:
+        return "fetch it anew"
+    return f"add teacher.without=[{','.join(spare)}] to go without it, or fetch it anew"
 
 
 def in_folder(folder: Path) -> Callable[[str], Config]:
