@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import save_file
 
 import cards
@@ -28,6 +29,7 @@ from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
+from distill.teachers.settings import in_folder, unit_of
 
 MAKE = {"sd35": SD3, "pixart": PixArtSigma, "sana": Sana, "flux": Flux}
 OPTIONS = {"flux": {"size": tiny.SIDE, "length": 64}}
@@ -442,6 +444,31 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
     assert type(student) is MAKE[family]
     assert student.latent_shape == (4, 16, 16)
     assert getattr(student, "instruction", None) is None
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_what_sides_must_be_multiples_of_is_known_from_the_files_alone(family, teachers, folders):
+    kind = MAKE[family].kind.__name__
+    assert unit_of(kind, in_folder(folders(family)), "x") == teachers(family).unit
+    assert unit_of(kind, lambda part: {}, "x") is None
+
+
+@pytest.mark.parametrize("sides", ["data.size=60", "data.buckets=[[64,64],[64,60]]"])
+@pytest.mark.parametrize("name", ["check", "cache", "run"])
+def test_sides_that_a_family_cannot_read_are_refused_before_its_weights(
+    name, sides, folders, command, tmp_path
+):
+    folder = shutil.copytree(folders("flux"), tmp_path / "flux")
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a star", encoding="utf-8")
+    words = ["teacher=flux", f"teacher.path={folder}", "data=images", f"data.path={tmp_path}"]
+    words += {"run": ["run_dir=run"], "cache": ["out=made"], "check": []}[name]
+    code, _, err = command(name, *words, sides)
+    assert code == 1
+    assert "60" in err
+    assert "of 8 for this teacher; use " in err
 
 
 def test_flux_refuses_a_size_that_its_patches_do_not_divide(folders):

@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, hardware, resuming, sampling, signatures, trackers, validate
+from distill import content, hardware, limits, resuming, sampling, signatures, trackers, validate
 from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
@@ -219,11 +219,7 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             made["teacher"],
             what,
         )
-    if size and size % teacher.unit and not data.buckets:
-        raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
-    unit = teacher.unit if size else teacher.patch
-    if wrong := [list(bucket) for bucket in data.buckets if any(side % unit for side in bucket)]:
-        raise ValueError(f"data.buckets: {wrong[0]} must be multiples of {unit} for this teacher")
+    limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
 
 
 def settle_precision(cfg: DictConfig) -> Precision:

@@ -16,6 +16,14 @@ MOST_LEVELS = 16  # ours: of an autoencoder, each half as wide as the one before
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
 PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
+UNITS = {  # kind -> what `unit_of` is for its model on the hub
+    "FluxPipeline": 16,
+    "PixArtSigmaPipeline": 16,
+    "SanaPipeline": 32,
+    "StableDiffusion3Pipeline": 16,
+    "StableDiffusionPipeline": 8,
+    "StableDiffusionXLPipeline": 8,
+}
 STANDARDISED = ("StableDiffusionXLPipeline",)  # which reads latents_mean and latents_std
 TOLD = {  # setting of a UNet -> what it is told of besides, which nothing here tells it
     "time_cond_proj_dim": "its guidance, as a latent consistency model",
@@ -86,6 +94,18 @@ def cell_of(vae: Config, where: str) -> int:
         what = "does not say block_out_channels, a width for each of its levels"
         raise ValueError(f"{where}: its vae/config.json {what}; fetch it anew")
     return 2 ** (len(widths) - 1)
+
+
+def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | None:
+    """Of what number of pixels the sides of pictures must be multiples; None where the files do not say it.
+
+    Pixels a side per latent, times the latents a side that make one token.
+    """
+    vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
+    patch = 2 if kind in PACKED else net.get("patch_size") or 1
+    if not vae or not net or type(patch) is not int:
+        return None
+    return patch * cell_of(vae, where)
 
 
 def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
