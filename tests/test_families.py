@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import string
 from contextlib import suppress
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 import cards
 import families
 import tiny
-from distill.build import refuse_misfit, student_of
+from distill.build import refuse_misfit, say_size, student_of
 from distill.distillation import guided_x0
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
@@ -469,6 +470,35 @@ def test_sides_that_a_family_cannot_read_are_refused_before_its_weights(
     assert code == 1
     assert "60" in err
     assert "of 8 for this teacher; use " in err
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "said"),
+    [
+        ("flux", 16, None),
+        (
+            "flux",
+            8,
+            "the data are of 32 x 32 pixels and this teacher is of 64 x 64, .*: teacher.size=32",
+        ),
+        (
+            "sana",
+            8,
+            "the data are of 32 x 32 pixels and this teacher is of 64 x 64, .*: make data of",
+        ),
+    ],
+)
+def test_data_of_another_size_than_the_teacher_are_said(family, side, said, teachers, caplog):
+    """FLUX's files name no size: pictures on the way are of teacher.size, 1024 unless it is given."""
+    teacher = teachers(family)
+    data = SimpleNamespace(shape=(4, side, side), buckets=[])
+    say_size(data, teacher)
+    say_size(SimpleNamespace(size=side * 4, buckets=[]), teacher)
+    say_size(SimpleNamespace(shape=(4, 8, 8), buckets=[(8, 8), (16, 16)]), teacher)
+    say_size(SimpleNamespace(size=None, buckets=[]), teacher)
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (2 if said else 0)
+    assert all(re.match(said, text) for text in found)
 
 
 def test_flux_refuses_a_size_that_its_patches_do_not_divide(folders):

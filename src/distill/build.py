@@ -1,6 +1,7 @@
 """From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
 by a method, on data."""
 
+import inspect
 import logging
 import re
 import warnings
@@ -122,6 +123,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
         source.dataset.fit(teacher)
     refuse_misfit(cfg, source.dataset, teacher)
+    say_size(source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
     if judge and hasattr(
         get_object(judge), "fits"
@@ -220,6 +222,30 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             what,
         )
     limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
+
+
+def say_size(data: Any, teacher: Any) -> None:
+    """Warn where the data have other sides than the teacher, at whose pictures of a student are drawn and exported."""
+    size, shape = getattr(data, "size", None), getattr(data, "shape", None)
+    if size:
+        sizes = [tuple(reversed(bucket)) for bucket in data.buckets] or [(size, size)]
+    elif shape:
+        latents = [tuple(reversed(bucket)) for bucket in data.buckets] or [shape[1:]]
+        sizes = [teacher.sides_of(each) for each in latents]
+    else:
+        return
+    own = teacher.sides_of(teacher.latent_shape)
+    if own in sizes:
+        return
+    height, width = sizes[0]
+    square = height == width and "size" in inspect.signature(type(teacher)).parameters
+    how = f"teacher.size={width} makes both the same" if square else "make data of that size"
+    log.warning(
+        "the data are of %d x %d pixels and this teacher is of %d x %d, at which samples, evaluation and the student's "
+        "pipeline draw: %s",
+        *(width, height, own[1], own[0]),
+        how,
+    )
 
 
 def settle_precision(cfg: DictConfig) -> Precision:
