@@ -125,9 +125,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     refuse_misfit(cfg, source.dataset, teacher)
     say_size(source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
-    if judge and hasattr(
-        get_object(judge), "fits"
-    ):  # others read data when they are made, as `check` has done
+    # others read data when they are made, as `check` has done
+    if judge and hasattr(get_object(judge), "fits"):
         make(cfg.metrics, "metrics").fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
@@ -240,12 +239,8 @@ def say_size(data: Any, teacher: Any) -> None:
     height, width = sizes[0]
     square = height == width and "size" in inspect.signature(type(teacher)).parameters
     how = f"teacher.size={width} makes both the same" if square else "make data of that size"
-    log.warning(
-        "the data are of %d x %d pixels and this teacher is of %d x %d, at which samples, evaluation and the student's "
-        "pipeline draw: %s",
-        *(width, height, own[1], own[0]),
-        how,
-    )
+    what = f"the data are of {width} x {height} pixels and this teacher is of {own[1]} x {own[0]}"
+    log.warning("%s, at which samples, evaluation and the student's pipeline draw: %s", what, how)
 
 
 def settle_precision(cfg: DictConfig) -> Precision:
