@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import families
@@ -121,6 +121,14 @@ NAMINGS = [
     ("unet", "lora.down"),
     ("mmdit", "peft"),
     ("flux", "peft"),
+    ("unet", "bare"),
+    ("sdxl", "bare"),
+    ("sdxl", "bare lora_down"),
+    ("flux", "diffusion_model"),
+    ("mmdit", "diffusion_model"),
+    ("sdxl", "makers"),
+    ("mmdit", "flat"),
+    ("flux", "flat"),
 ]
 
 
@@ -130,8 +138,18 @@ def test_every_layer_has_its_own_alpha_and_rank(family, naming, model, folders, 
     layers, part = factors(net), "unet" if family in ("unet", "sdxl") else "transformer"
     if naming == "sgm":
         state = kohya(layers, original(net))
-    elif naming == "kohya":
+    elif naming in ("kohya", "flat"):
         state = kohya(layers)
+    elif naming == "makers":  # as ComfyUI saves them
+        names = original(net)
+        theirs = {names[name]: terms for name, terms in layers.items()}
+        state = dotted(theirs, "diffusion_model")
+    elif naming == "diffusion_model":
+        state = dotted(layers, naming)
+    elif naming.startswith("bare"):
+        sides = ("lora_down", "lora_up") if naming.endswith("down") else ("lora_A", "lora_B")
+        named = dotted(layers, part, sides)
+        state = {name.removeprefix(f"{part}."): tensor for name, tensor in named.items()}
     else:
         sides = ("lora_A", "lora_B") if naming == "peft" else ("lora.down", "lora.up")
         state = dotted(layers, part, sides)
@@ -176,6 +194,56 @@ def test_what_peft_was_told_beside_the_tensors_is_heeded(model, folders, tmp_pat
     assert_same(found, moved(before, layers))
 
 
+@pytest.mark.parametrize("family", ["unet", "mmdit"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_of_pefts_own_is_read_with_the_settings_beside_it(
+    family, dora, model, folders, tmp_path
+):
+    patterns = {"rank_pattern": {"to_k": 5}, "alpha_pattern": {"to_k": 2}}
+    names = ["to_q", "to_k"]
+    low = LoraConfig(
+        r=2, lora_alpha=8, target_modules=names, init_lora_weights=False, use_dora=dora, **patterns
+    )
+    tuned = get_peft_model(made(folders(family)).network.model, low)
+    tuned.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    assert all(name.startswith("base_model.model.") for name in load_file(file))
+    found = made(folders(family), weights=str(file)).network.model.state_dict()
+    expected = tuned.merge_and_unload().state_dict()
+    assert not tiny.same(found, model(family).state_dict())
+    assert_same(found, expected)
+
+
+def test_an_adapter_s_name_within_names_is_left_out(model, folders, tmp_path):
+    """As `model.state_dict()` has it: `lora_A.default.weight`."""
+    low = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False)
+    tuned = get_peft_model(made(folders("unet")).network.model, low)
+    tuned.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    state = {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k}
+    assert all(".default.weight" in name for name in state)
+    save_file(state, tmp_path / "lora.safetensors")
+    file = tmp_path / "lora.safetensors"
+    found = made(folders("unet"), weights=str(file)).network.model.state_dict()
+    assert_same(found, tuned.merge_and_unload().state_dict())
+    more = state | {k.replace(".default.", ".other."): v.clone() for k, v in state.items()}
+    text = said(folders, more, tmp_path)
+    assert "holds 2 adapters (default, other), and one is read; give each its own file" in text
+
+
+def test_flux_s_makers_names_are_read_as_kohya_s(model, folders, tmp_path):
+    net, random = model("flux"), torch.Generator().manual_seed(3)
+    width = net.transformer_blocks[0].attn.to_q.weight.shape[1]
+    a, b = (torch.randn(shape, generator=random) for shape in ((2, width), (3 * width, 2)))
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    state = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    save_file(state | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+    found = made(folders("flux"), weights=str(tmp_path / "lora.safetensors")).network.model
+    parts = zip(("to_q", "to_k", "to_v"), b.chunk(3), strict=True)
+    layers = {f"transformer_blocks.0.attn.{name}": (a, up, 1.0) for name, up in parts}
+    assert_same(found.state_dict(), moved(net.state_dict(), layers))
+
+
 # -- files that would not be used whole ------------------------------------------------------------
 
 
@@ -196,6 +264,35 @@ def test_terms_that_are_not_read_are_named(end, model, folders, tmp_path):
     state[f"{stem}.{end}"] = torch.ones(2, 2)
     text = said(folders, state, tmp_path)
     assert f"1 of its tensors are no part of a plain LoRA, {stem}.{end} for one; " in text
+
+
+def test_pefts_file_without_its_settings_says_what_lacks(model, folders, tmp_path):
+    layers = factors(model("unet"))
+    state = {k: v for k, v in dotted(layers, "base_model.model").items() if "alpha" not in k}
+    text = said(folders, state, tmp_path)
+    assert "keeps the alphas of its layers in adapter_config.json; put that beside it" in text
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}', encoding="utf-8")
+    assert "says peft_type=LOHA; give a plain LoRA" in said(folders, state, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora_unet_joint_blocks_0_x_block_attn_qkv", "diffusion_model.joint_blocks.0.x_block.mlp.fc1"],
+)
+def test_kohya_s_names_of_sd3_are_refused_for_what_they_are(name, folders, tmp_path):
+    state = {
+        f"{name}.lora_down.weight": torch.ones(2, 16),
+        f"{name}.lora_up.weight": torch.ones(48, 2),
+    }
+    text = said(folders, state, tmp_path, "mmdit")
+    assert f"names layers as SD3's makers do ({name}" in text
+    assert "convert it to diffusers' names (transformer.transformer_blocks...), or merge it" in text
+
+
+def test_names_that_nobody_knows_are_shown(folders, tmp_path):
+    state = {"other.lora_A.weight": torch.ones(2, 16), "other.lora_B.weight": torch.ones(16, 2)}
+    text = said(folders, state, tmp_path)
+    assert "none of its layers is one of this UNet2DConditionModel, other for one; choose" in text
 
 
 def test_half_a_layer_is_named(model, folders, tmp_path):

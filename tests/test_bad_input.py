@@ -581,7 +581,7 @@ def test_latents_of_another_teacher(shape, said, refused, tmp_path):
 def test_pictures_of_a_size_that_the_teacher_cannot_read(refused, tmp_path):
     path = put_images(tmp_path / "x.tar", 1)
     said = refused("run", "data=images", "data.size=60", f"data.path={path}")
-    assert said == "data.size=60: must be a multiple of 8 for this teacher"
+    assert said == "data.size=60: must be a multiple of 8 for this teacher; use 56 or 64"
 
 
 BAD = {

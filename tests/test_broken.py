@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -46,6 +47,30 @@ def test_a_broken_part_of_the_teacher_is_named(part, value, pipelines, shards, c
     said = f"distill: teacher.path={model}: {part}/ holds numbers that are not finite in {tensor}"
     assert last(err).startswith(said)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["cache", "synthesize", "sample", "evaluate"])
+def test_every_command_says_which_network_is_broken(name, pipelines, command, tmp_path):
+    part = "vae" if name == "cache" else "transformer"
+    model = shutil.copytree(pipelines("mmdit"), tmp_path / "model")
+    tensor = broken(model / part, "weight")
+    for place in ("prompts.txt", "photos/a.txt"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("a star\n", encoding="utf-8")
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    teacher = f"teacher.path={model}"
+    given, key = {
+        "cache": ([teacher, "data.path=photos"], "teacher.path"),
+        "synthesize": ([teacher, "prompts=prompts.txt"], "teacher.path"),
+        "sample": ([f"run={model}", "prompt=a star"], "run"),
+        "evaluate": ([f"run={model}", "steps=1"], "run"),
+    }[name]
+    code, out, err = command(name, *given, "out=made")
+    assert code == 1
+    said = f"{key}={model}: {part}/ holds numbers that are not finite in {tensor}; fetch it anew"
+    assert last(err).startswith(f"distill: {said}")
+    assert "0 bad" not in out
+    assert not (tmp_path / "made").exists()
 
 
 def test_broken_features_are_named(pipelines, shards, command, tmp_path):

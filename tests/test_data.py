@@ -17,8 +17,9 @@ from PIL import Image
 from distill.data import datasets, decode
 from distill.data.datasets import ImageShards, LatentShards, Samples
 from distill.data.shards import Shards, expand
-from distill.data.source import Loader, Order, Source, permutation
+from distill.data.source import Loader, Order, Source, permutation, prompts
 from distill.data.write import write_images, write_latents
+from distill.hardware import cores
 
 
 def latent_of(i: int) -> np.ndarray:
@@ -743,3 +744,20 @@ def test_a_key_may_be_the_seed_of_the_noise(tmp_path):
     whole = LatentShards(str(tmp_path), seeded=True, max_bad_share=1.0)
     assert whole[2]["key"] == "17"
     assert "no seed" in next(iter(whole.bad.values()))
+
+
+def test_no_more_workers_read_than_there_are_cores(tmp_path, recwarn):
+    """torch warns of more, for every loader."""
+    path = tmp_path / "lines.txt"
+    path.write_text("a star\na disc\n", encoding="utf-8")
+    source = prompts(str(path), batch_size=2, num_workers=1000)
+    assert source.workers == cores()
+    loaders = source.loader(seed=0), source.once([[0, 1]])
+    assert loaders[0].num_workers == cores()
+    assert not [w for w in recwarn if "worker" in str(w.message)]
+
+
+def test_few_workers_are_as_asked(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("a star\n", encoding="utf-8")
+    assert prompts(str(path), batch_size=1, num_workers=0).workers == 0

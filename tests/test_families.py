@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import string
 from contextlib import suppress
@@ -12,12 +13,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import save_file
 
 import cards
 import families
 import tiny
-from distill.build import refuse_misfit, student_of
+from distill.build import refuse_misfit, say_size, student_of
 from distill.distillation import guided_x0
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
@@ -28,6 +30,7 @@ from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
+from distill.teachers.settings import in_folder, unit_of
 
 MAKE = {"sd35": SD3, "pixart": PixArtSigma, "sana": Sana, "flux": Flux}
 OPTIONS = {"flux": {"size": tiny.SIDE, "length": 64}}
@@ -442,6 +445,60 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
     assert type(student) is MAKE[family]
     assert student.latent_shape == (4, 16, 16)
     assert getattr(student, "instruction", None) is None
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_what_sides_must_be_multiples_of_is_known_from_the_files_alone(family, teachers, folders):
+    kind = MAKE[family].kind.__name__
+    assert unit_of(kind, in_folder(folders(family)), "x") == teachers(family).unit
+    assert unit_of(kind, lambda part: {}, "x") is None
+
+
+@pytest.mark.parametrize("sides", ["data.size=60", "data.buckets=[[64,64],[64,60]]"])
+@pytest.mark.parametrize("name", ["check", "cache", "run"])
+def test_sides_that_a_family_cannot_read_are_refused_before_its_weights(
+    name, sides, folders, command, tmp_path
+):
+    folder = shutil.copytree(folders("flux"), tmp_path / "flux")
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a star", encoding="utf-8")
+    words = ["teacher=flux", f"teacher.path={folder}", "data=images", f"data.path={tmp_path}"]
+    words += {"run": ["run_dir=run"], "cache": ["out=made"], "check": []}[name]
+    code, _, err = command(name, *words, sides)
+    assert code == 1
+    assert "60" in err
+    assert "of 8 for this teacher; use " in err
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "said"),
+    [
+        ("flux", 16, None),
+        (
+            "flux",
+            8,
+            "the data are of 32 x 32 pixels and this teacher is of 64 x 64, .*: teacher.size=32",
+        ),
+        (
+            "sana",
+            8,
+            "the data are of 32 x 32 pixels and this teacher is of 64 x 64, .*: make data of",
+        ),
+    ],
+)
+def test_data_of_another_size_than_the_teacher_are_said(family, side, said, teachers, caplog):
+    """FLUX's files name no size: pictures on the way are of teacher.size, 1024 unless it is given."""
+    teacher = teachers(family)
+    data = SimpleNamespace(shape=(4, side, side), buckets=[])
+    say_size(data, teacher)
+    say_size(SimpleNamespace(size=side * 4, buckets=[]), teacher)
+    say_size(SimpleNamespace(shape=(4, 8, 8), buckets=[(8, 8), (16, 16)]), teacher)
+    say_size(SimpleNamespace(size=None, buckets=[]), teacher)
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (2 if said else 0)
+    assert all(re.match(said, text) for text in found)
 
 
 def test_flux_refuses_a_size_that_its_patches_do_not_divide(folders):

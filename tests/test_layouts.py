@@ -277,6 +277,53 @@ def test_an_empty_caption_in_json_is_an_empty_caption(tmp_path):
     assert decode.caption(raw | {"json": b'{"caption": "", "text": "t"}'}) == "t"
 
 
+@pytest.mark.parametrize(
+    ("record", "key", "said"),
+    [
+        (b'{"text": null}', "caption", ""),
+        (b'{"caption": null}', "caption", ""),
+        (b'{"caption": null, "text": "t"}', "caption", "t"),
+        (b'{"caption": "", "text": null}', "caption", ""),
+        (b'{"prompt": null}', "prompt", ""),
+        (b'{"caption": 0}', "caption", None),
+        (b'{"caption": []}', "caption", None),
+        (b'{"other": null}', "caption", None),
+    ],
+)
+def test_null_is_an_empty_caption(record, key, said):
+    raw = {"__key__": "0", "__url__": "a", "json": record}
+    if said is None:
+        with pytest.raises(decode.BadSample, match="has no text under"):
+            decode.caption(raw, key)
+    else:
+        assert decode.caption(raw, key) == said
+
+
+def test_pictures_of_null_captions_are_good_where_empty_ones_may_be(tmp_path, command):
+    for i in range(3):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.json").write_text('{"text": null}', encoding="utf-8")
+    asked = [f"data.path={tmp_path}", "data.size=64", "data.num_workers=0"]
+    code, out, _ = command("check", *asked, "data.max_empty_share=1")
+    assert (code, "3 of 3 samples are good" in out, "3 are empty" in out) == (0, True, True)
+    assert command("check", *asked)[0] == 1
+
+
+def test_a_picture_without_bytes_is_said_by_its_name(tmp_path, command):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a star", encoding="utf-8")
+    code, out, _ = command("check", f"data.path={tmp_path}", "data.size=64", "data.num_workers=0")
+    assert code == 1
+    empty = r"its \.png does not decode \(it is empty, of 0 bytes\) \(as \S+:b\.png\)"
+    assert re.search(empty, out)
+    broken = r"its \.png does not decode \(cannot identify image file\) \(as \S+:c\.png\)"
+    assert re.search(broken, out)
+    assert "BytesIO" not in out
+
+
 def test_utf_16_is_no_caption(tmp_path):
     raw = {"__key__": "0", "__url__": "a"}
     for text in ("a dog".encode("utf-16"), "a dog".encode("utf-16-le")):

@@ -23,6 +23,16 @@ WRONG = [
     ("run", "optimizer.student.lr=fast", "optimizer.student.lr=fast: must be a number"),
     ("run", "method.renoise.m=[1]", "method.renoise.m=[1]: must be a number"),
     ("run", "method.levels.odds=1", "method.levels.odds=1: must be a list"),
+    (
+        "check",
+        "data.path={here} data.buckets=[64,64]",
+        "data.buckets=[64, 64]: must be a list of lists of whole numbers, as [[1, 2], [3, 4]] or null",
+    ),
+    (
+        "check",
+        "data.path={here} data.size=60 teacher=sd3",
+        "data.size=60: must be a multiple of 16 for this teacher; use 48 or 64",
+    ),
     ("run", "seed=x", "seed=x: must be a whole number, 0 or more"),
     ("run", "metrics.prompts=some", "metrics.prompts=some: must be a whole number"),
     ("run", "metrics.student_steps=[0]", "metrics.student_steps[0]=0: must be a whole number"),

@@ -312,3 +312,83 @@ def test_a_run_on_damaged_weights_ends_before_its_first_step(copied, command, sh
     assert code == 1
     assert "vae/ holds numbers that are not finite in decoder.conv_out.weight" in err
     assert not list((tmp_path / "run" / "samples").glob("*.png"))
+
+
+# -- parts that are quantised, or not there --------------------------------------------------------------------------
+
+QUANTISED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "torchao": {"quant_method": "torchao", "quant_type": "int8wo"},
+    "quanto": {"quant_method": "quanto", "weights_dtype": "int8"},
+}
+
+
+@pytest.fixture
+def newer(tmp_path):
+    return lambda family: families.write(family, tmp_path / family)
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_3"])
+def test_a_quantised_part_is_refused_by_name(part, method, newer):
+    folder = changed(newer("sd35"), part, quantization_config=QUANTISED[method])
+    said = rf"^teacher\.path={folder}: its {part}/ is quantised by {method} \(.*; give the folder"
+    with pytest.raises(ValueError, match=said):
+        SD3(path=str(folder))
+
+
+def test_a_quantised_denoiser_is_refused_before_weights_are_read(newer, said):
+    folder = changed(newer("sd35"), "transformer", quantization_config={"load_in_8bit": True})
+    what = f"teacher.path={folder}: its transformer/ is quantised (quantization_config in its"
+    assert said(folder, "sd3").startswith(what)
+
+
+def test_a_quantised_encoder_that_is_left_out_is_no_fault(newer):
+    folder = changed(newer("sd35"), "text_encoder_3", quantization_config=QUANTISED["bitsandbytes"])
+    teacher = SD3(path=str(folder), without=["text_encoder_3", "tokenizer_3"])
+    assert teacher.embed(["a star"]).tokens.isfinite().all()
+
+
+def test_a_student_does_not_begin_from_quantised_weights(copied, teachers):
+    folder = changed(copied("mmdit"), "transformer", quantization_config=QUANTISED["quanto"])
+    with pytest.raises(
+        ValueError, match=r"^student\.init=.*its transformer/ is quantised by quanto"
+    ):
+        full(teachers("mmdit"), init=str(folder))
+
+
+@pytest.mark.parametrize("gone", [["text_encoder_3", "tokenizer_3"], ["tokenizer_3"]])
+def test_without_its_t5_sd3_says_how_to_go_on(gone, newer):
+    """transformers makes up a tokenizer of 104 words where there is none."""
+    folder = newer("sd35")
+    for part in gone:
+        shutil.rmtree(folder / part)
+    said = (
+        rf"its {gone[0]}/ is missing.*; add teacher\.without=\[text_encoder_3,tokenizer_3\] to go"
+    )
+    with pytest.raises(FileNotFoundError, match=said):
+        SD3(path=str(folder))
+    teacher = SD3(path=str(folder), without=["text_encoder_3", "tokenizer_3"])
+    assert teacher.embed(["a star"]).tokens.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"^run=.*is missing.*; write \[null, null\] for it in model_"
+    ):
+        student_of(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "gone"),
+    [("sdxl", SDXL, "tokenizer_2"), ("sd35", SD3, "tokenizer"), ("sd35", SD3, "scheduler")],
+)
+def test_a_part_that_is_not_there_is_not_made_up(family, kind, gone, newer):
+    folder = newer(family)
+    shutil.rmtree(folder / gone)
+    with pytest.raises(FileNotFoundError, match=rf"its {gone}/ is missing; fetch it anew"):
+        kind(path=str(folder))
+
+
+def test_encoders_that_a_cache_replaces_may_be_gone(newer):
+    folder = newer("sd35")
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        shutil.rmtree(folder / part)
+    assert SD3(path=str(folder), deferred=["text_encoder"]).pipeline.text_encoder_3 is None

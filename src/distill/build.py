@@ -1,7 +1,9 @@
 """From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
 by a method, on data."""
 
+import inspect
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, hardware, sampling, signatures, trackers, validate
+from distill import content, hardware, limits, sampling, signatures, trackers, validate
 from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 NUMBERS = ("distill.times.", "distill.distillation.", "distill.engine.", "distill.sampling.")
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
+# What leaves a part of a teacher out, and the same for a folder that is read without a teacher's options.
+WITHOUT = re.compile(r"add teacher\.without=\[\S+\]")
+IN_INDEX = "write [null, null] for it in model_index.json"
 
 
 def check(cfg: DictConfig) -> None:
@@ -118,10 +123,10 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
         source.dataset.fit(teacher)
     refuse_misfit(cfg, source.dataset, teacher)
+    say_size(source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
-    if judge and hasattr(
-        get_object(judge), "fits"
-    ):  # others read data when they are made, as `check` has done
+    # others read data when they are made, as `check` has done
+    if judge and hasattr(get_object(judge), "fits"):
         make(cfg.metrics, "metrics").fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
@@ -222,11 +227,27 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
             made["teacher"],
             what,
         )
-    if size and size % teacher.unit and not data.buckets:
-        raise ValueError(f"data.size={size}: must be a multiple of {teacher.unit} for this teacher")
-    unit = teacher.unit if size else teacher.patch
-    if wrong := [list(bucket) for bucket in data.buckets if any(side % unit for side in bucket)]:
-        raise ValueError(f"data.buckets: {wrong[0]} must be multiples of {unit} for this teacher")
+    limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
+
+
+def say_size(data: Any, teacher: Any) -> None:
+    """Warn where the data have other sides than the teacher, at whose pictures of a student are drawn and exported."""
+    size, shape = getattr(data, "size", None), getattr(data, "shape", None)
+    if size:
+        sizes = [tuple(reversed(bucket)) for bucket in data.buckets] or [(size, size)]
+    elif shape:
+        latents = [tuple(reversed(bucket)) for bucket in data.buckets] or [shape[1:]]
+        sizes = [teacher.sides_of(each) for each in latents]
+    else:
+        return
+    own = teacher.sides_of(teacher.latent_shape)
+    if own in sizes:
+        return
+    height, width = sizes[0]
+    square = height == width and "size" in inspect.signature(type(teacher)).parameters
+    how = f"teacher.size={width} makes both the same" if square else "make data of that size"
+    what = f"the data are of {width} x {height} pixels and this teacher is of {own[1]} x {own[0]}"
+    log.warning("%s, at which samples, evaluation and the student's pipeline draw: %s", what, how)
 
 
 def settle_precision(cfg: DictConfig) -> Precision:
@@ -385,5 +406,6 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     except InstantiationException as error:  # which names teacher.path, and nobody has typed that
         if isinstance(error.__cause__, (ValueError, OSError)):
             said = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")
-            raise ValueError(said.replace("teacher.dtype=", "dtype=")) from None
+            said = said.replace("teacher.dtype=", "dtype=")
+            raise ValueError(WITHOUT.sub(IN_INDEX, said)) from None
         raise

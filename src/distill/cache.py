@@ -75,6 +75,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     validate.check_data(cfg.data)
     beginning.check_making(cfg)
+    validate.check_fit(cfg.data, cfg.teacher)
 
 
 @command("cache", way_on=AGAIN)

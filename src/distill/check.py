@@ -1,8 +1,10 @@
 """Read data as a run would, and say which samples would be dropped and why, which sizes there are,
 and how long the captions are. The exit code is 1 if more than `data.max_bad_share` of the samples
-are bad, or more than `data.max_empty_share` of the captions are empty.
+are bad, or more than `data.max_empty_share` of the captions are empty. With a teacher, sides that
+it cannot read are refused; none of its weights are read.
 
     python -m distill.check data.path=photos
+    python -m distill.check teacher=sd3 data.path=photos data.buckets=[[1024,1024],[1216,832]]
     python -m distill.check data=images data.path='shards-{000..127}.tar' data.limit=1000
 """
 
@@ -26,6 +28,9 @@ BAR = 40  # characters
 def main(cfg: DictConfig) -> int:
     """Print the findings; returns the exit code."""
     validate.check_data(cfg.data)  # before make() imports torch
+    if cfg.get("teacher"):
+        validate.check_teacher(cfg.teacher)
+        validate.check_fit(cfg.data, cfg.teacher, published=True)
     with importing("torch"), stage("opening the data"):
         source = make(cfg.data, "data")
     data, captions, bad = source.dataset, [], []

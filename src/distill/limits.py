@@ -123,6 +123,19 @@ def check_samples(
         raise ValueError(f"data.buckets={buckets}: {what}")
 
 
+def check_multiples(size: int | None, buckets: Sequence[Sequence[int]] | None, unit: int) -> None:
+    """Raise ValueError for sides of pictures or latents that are not multiples of what the teacher makes a token of."""
+    for bucket in buckets or ():
+        if any(side % unit for side in bucket):
+            what = f"must be multiples of {unit} for this teacher"
+            near = [max(unit, side // unit * unit) for side in bucket]
+            raise ValueError(f"data.buckets: {list(bucket)} {what}; use {near}")
+    if size and size % unit and not buckets:
+        near = max(unit, size // unit * unit)
+        what = f"must be a multiple of {unit} for this teacher"
+        raise ValueError(f"data.size={size}: {what}; use {near} or {near + unit}")
+
+
 def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
     """Step -> file, of those that a run names after its steps, `step_000250` and the suffix, in their order.
 

@@ -24,6 +24,12 @@ WORDS = {
     "node": "a node with a _target_",
     "None": "null",
 }
+MANY = {  # the same of the items of a list
+    "int": "whole numbers",
+    "float": "numbers",
+    "str": "texts",
+    "list": "lists",
+}
 LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
 DICTS = {"dict", "Mapping", "Dict"}
 # Library's class -> where the keys go that its own signature does not name.
@@ -106,8 +112,21 @@ def wanted(taken: Signature, key: str, value: Any) -> str | None:
     choices = list(_choices(taken.homes.get(key, taken.module), annotation))
     if any(_fits(choice, value) for choice in choices):
         return None
-    words = [str(c[1]) if c[0] == "literal" else WORDS[c[0]] for c in choices if c[0] != "None"]
+    words = [_worded(choice) for choice in choices if choice[0] != "None"]
     return " or ".join(dict.fromkeys([*words, *(["null"] if ("None",) in choices else [])]))
+
+
+def _worded(choice: tuple[Any, ...]) -> str:
+    """A kind in words; of a list, what it is a list of."""
+    if choice[0] == "literal":
+        return str(choice[1])
+    inner = choice[1] if choice[0] == "list" else []
+    kinds = [MANY[c[0]] for c in inner if c[0] in MANY]
+    if not kinds or len(kinds) < len(inner):
+        return WORDS[choice[0]]
+    deeper = [_worded(c).removeprefix("a list") for c in inner if c[0] == "list"]
+    example = ", as [[1, 2], [3, 4]]" if deeper == [" of whole numbers"] else ""
+    return f"a list of {' or '.join(kinds)}{''.join(deeper)}{example}"
 
 
 def given(path: str) -> set[str]:

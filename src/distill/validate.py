@@ -13,19 +13,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill import limits, signatures, trust
 from distill.bounded import mapping_of
-from distill.compose import (
-    check_counts,
-    nearest,
-    refuse_taken,
-    shipped,
-)
+from distill.compose import check_counts, nearest, refuse_taken, shipped
 from distill.data.lines import Lines
 from distill.data.shards import check_pictures, expand
 from distill.hardware import check_precision
 from distill.metrics import material
 from distill.ranges import COUNTS, JUDGING, check_ranges
 from distill.teachers import locate
-from distill.teachers.settings import check_settings, in_folder
+from distill.teachers.settings import UNITS, check_settings, in_folder, unit_of
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
@@ -66,6 +61,7 @@ def check_run(cfg: DictConfig) -> None:
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
+    check_fit(cfg.data, cfg.teacher)
     check_samples_prompts(cfg)
     if _has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
@@ -284,6 +280,22 @@ def check_data(data: DictConfig) -> None:
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
 
 
+def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False) -> None:
+    """That the sides of pictures are multiples of what the teacher makes a token of, where its files are here.
+
+    Of a hub's those of its family, if `published`: another model of its class may have others.
+    """
+    kind = {v: k for k, v in locate.FAMILIES.items()}.get(str(teacher._target_), "")
+    path = shipped(str(teacher.path))
+    folder = shipped(str(teacher.get("config"))) if Path(path).suffix in locate.SINGLE else path
+    unit = UNITS.get(kind) if published else None
+    if kind and (Path(folder) / locate.INDEX).is_file():
+        unit = unit_of(kind, in_folder(Path(folder)), f"teacher.path={teacher.path}")
+    if unit and not teacher.get("vae") and data.get("_target_") not in (LATENTS, PROMPTS):
+        plain = OmegaConf.to_container(data, resolve=True)
+        limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
+
+
 def check_samples_prompts(cfg: DictConfig) -> None:
     """That the prompts of pictures on the way, where they are a file's, can be read."""
     key = "callbacks.samples.prompts"
@@ -344,9 +356,7 @@ def check_model(run: str, key: str = "run") -> None:
     """
     path = shipped(run)
     file = Path(path) / "config.yaml"
-    if (
-        file.is_file()
-    ):  # whose teacher is a class of its own, perhaps, and not what reads the student
+    if file.is_file():  # its teacher may be a class of its own, and not what reads the student
         trust.read(file, "sampler", "teacher", but={"teacher._target_"})
     folder = locate.pipeline_folder(Path(path))
     locate.check_model(str(folder), run, key)

@@ -6,6 +6,7 @@ nothing here unpickles, and only the image formats named in `formats` are tried.
 
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -23,6 +24,7 @@ from distill.types import EMBEDDED
 
 LATENTS = ("latent.npy", "latents.npy", "npy")
 HEAD = 2**16  # bytes in which a file says what size it has, nearly always
+IN_MEMORY = re.compile(r"\s*<_io\.BytesIO object at 0x\w+>")  # how Pillow names what has no file
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
@@ -97,9 +99,10 @@ def caption(sample: dict, key: str = "caption") -> str:
         if extension.endswith("json"):
             record = json.loads(text)
             found = record if isinstance(record, dict) else {}
-            text = found.get(key)
-            if plain and not text:
-                text = found.get("text", text)
+            keys = (key, "text") if plain else (key,)
+            texts = [found[name] for name in keys if name in found]
+            empty = bool(texts) and all(x in ("", None) for x in texts)  # null: there is none
+            text = "" if empty else next((x for x in texts if x), None)
         str(text).encode()  # JSON can smuggle in half a surrogate pair, on which tokenizers fail
     except UnicodeError:
         raise BadSample(sample, f"its .{extension} is not UTF-8") from None
@@ -207,4 +210,6 @@ def _there(sample: dict) -> str:
 
 
 def _undecodable(sample: dict, extension: str, error: BaseException) -> BadSample:
-    return BadSample(sample, f"its .{extension} does not decode ({first_line(error, 120)})")
+    said = IN_MEMORY.sub("", first_line(error, 200))[:120]
+    why = said if _bytes(sample, extension) else "it is empty, of 0 bytes"
+    return BadSample(sample, f"its .{extension} does not decode ({why})")

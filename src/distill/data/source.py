@@ -30,6 +30,7 @@ from distill.data.datasets import (
 )
 from distill.data.drawn import Drawn, Reader
 from distill.data.shards import MAX_EMPTY
+from distill.hardware import cores
 from distill.memory import handed_over
 from distill.signals import in_loader
 
@@ -154,13 +155,18 @@ class Source:
             if groups
             else Order(len(self.dataset), *place),
             collate_fn=collate,
-            num_workers=self.num_workers,
+            num_workers=self.workers,
             worker_init_fn=in_loader,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A DataLoader draws its workers' seed from the global generator, which would disturb exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
+
+    @property
+    def workers(self) -> int:
+        """Processes that read: no more than there are cores, above which torch warns that they slow each other down."""
+        return min(self.num_workers, cores())
 
     def once(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Found]]:
         """For each batch of indices what is found at each of them: a bad sample is not replaced, and not counted."""
@@ -168,7 +174,7 @@ class Source:
             Once(self.dataset),
             batch_sampler=batches,
             collate_fn=handed_over,
-            num_workers=self.num_workers,
+            num_workers=self.workers,
             worker_init_fn=in_loader,
         )
         return iter(data)

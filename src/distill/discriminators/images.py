@@ -53,7 +53,7 @@ class ImageFeatures(nn.Module):
             model, report = AutoModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError) as error:  # of another kind, not fetched, damaged
+        except (OSError, ValueError, ImportError) as error:  # of another kind, not fetched, damaged
             advice = "give a folder of a transformers ViT, or check the hub id and the network"
             raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
         refuse_unread(report, where, type(model).__name__, spare=UNASKED)

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import center_crop, to_tensor
 from distill import formats
 from distill.aside import put
 from distill.files import upright
+from distill.hardware import cores
 from distill.memory import handed_over
 from distill.metrics.networks import Describer
 from distill.progress import Bar
@@ -41,7 +42,7 @@ def features(
     key = f"{network} upright {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
-        workers = min(workers, os.cpu_count() or 1)
+        workers = min(workers, cores())
         loader = DataLoader(
             paths,
             batch_size,

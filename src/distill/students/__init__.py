@@ -16,7 +16,7 @@ from distill.teachers.locate import INDEX, TOLD, check_part, denoiser_in, denois
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.reading import BASE, home_of, lineage, only_variant
-from distill.teachers.settings import KINDS, prediction_of
+from distill.teachers.settings import KINDS, prediction_of, refuse_quantised
 from distill.teachers.weights import about_weights, put_on, readable, write_weights
 from distill.unread import refuse_broken, refuse_unread
 
@@ -89,6 +89,7 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
                 f"student.init={init}: {what}; begin from a pipeline of the teacher's family"
             )
     check_part(part, f"student.init={init}")
+    refuse_quantised(config, f"student.init={init}: its {part.name}/")
     try:
         variant = only_variant(part, f"student.init={init}")
         found, report = type(model).from_pretrained(part, output_loading_info=True, variant=variant)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.bounded import parsed_mapping
 from distill.files import first_line, silent
+from distill.teachers.lora_names import is_pefts, renamed, settings_beside
 
 State = dict[str, Tensor]
 
@@ -28,11 +29,11 @@ PEFT = "lora_adapter_metadata"  # where diffusers keeps peft's settings: ranks a
 log = logging.getLogger(__name__)
 
 
-def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, settings: dict) -> None:
+def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Path) -> None:
     """Add what `state` holds for `model`, the denoiser of `pipeline`; its text encoders stay as they are.
 
-    `settings` are peft's, as `settings_of` reads them. Raises ValueError, naming `path`, for a file
-    that would not be used whole, or is of another network.
+    `file` is where the state was read, in or beside which peft's settings are. Raises ValueError,
+    naming `path`, for a file that would not be used whole, or is of another network.
     """
     if not hasattr(pipeline, "lora_state_dict"):
         what = f"is a LoRA, and diffusers puts none on a {type(pipeline).__name__}"
@@ -42,7 +43,11 @@ def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, settings:
         what = "its layers for text encoders are left out, and those may matter"
         log.warning("teacher.weights=%s: %s", path, what)
     part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    settings = settings_of(file)
     kept = {k.removeprefix(f"{part}."): v for k, v in settings.items() if k.startswith(f"{part}.")}
+    if not kept and is_pefts(own):
+        kept = settings_beside(file, path)
+    own = renamed(own, model, part, path)
     layers = layers_of(own, path)
     if not layers:
         _refuse_layers(model, [], 0, path)
@@ -82,7 +87,7 @@ def layers_of(state: State, path: str) -> dict[str, tuple[str, str]]:
     if unread := sorted(other + [name for names in halves for name in names.values()]):
         what = f"{len(unread)} of its tensors are no part of a plain LoRA, {unread[0]} for one"
         raise ValueError(
-            f"teacher.weights={path}: {what}; give one without DoRA's, LoHa's or LoKr's terms"
+            f"teacher.weights={path}: {what}; give one without LoHa's, LoKr's or kohya's DoRA's terms"
         )
     return {layer: (names[True], names[False]) for layer, names in sides.items()}
 
@@ -154,5 +159,7 @@ def _refuse_layers(model: nn.Module, names: list[str], whole: int, path: str) ->
     if len(names) < whole:
         what = f"{len(names)} of its {whole} layers are none of this {kind}, {names[0]} for one"
         raise ValueError(f"teacher.weights={path}: {what}; choose the teacher that it was made for")
-    what = f"none of its layers is one of this {kind}; their names must begin with transformer."
-    raise ValueError(f"teacher.weights={path}: {what} or unet., or be kohya's of a UNet")
+    example = f", {names[0]} for one" if names else ""
+    what = f"none of its layers is one of this {kind}{example}"
+    how = "choose the teacher that it was made for, or give one with diffusers' or kohya's names"
+    raise ValueError(f"teacher.weights={path}: {what}; {how}")

@@ -28,7 +28,7 @@ from distill.teachers.locate import (
     no_folder,
     no_model,
 )
-from distill.teachers.settings import check_settings, in_folder
+from distill.teachers.settings import check_settings, in_folder, lacking, refuse_quantised
 from distill.unread import refuse_broken, refuse_unread
 
 OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
@@ -70,6 +70,7 @@ def read_pipeline(
         )
     classes = pipeline_classes(path, kind.__name__, without)
     check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
+    check_there(path, classes, kind.__name__, deferred)
     for name, network in classes.items():
         home = home_of(Path(path), name)
         check_part(Path(home, name), f"teacher.path={path}")
@@ -92,6 +93,26 @@ def read_pipeline(
         raise ValueError(f"teacher.path={path} {what}; fetch it anew") from None
     pipeline.deferred = later
     return pipeline
+
+
+def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]) -> None:
+    """Raise FileNotFoundError for a part that the index names and that is not there, ValueError for a quantised one.
+
+    Before any is read. A tokenizer that is not there transformers would make up. Networks whose
+    names begin with one of `deferred` may come later.
+    """
+    for name, found in classes.items():
+        place = Path(home_of(Path(path), name), name)
+        network = isinstance(found, type) and issubclass(found, nn.Module)
+        if found is NoneType or (network and name.startswith(tuple(deferred))):
+            continue
+        if not place.is_dir() or (network and not (place / "config.json").is_file()):
+            what = "is missing or has no config.json" if network else "is missing"
+            how = lacking(kind, name)
+            raise FileNotFoundError(f"teacher.path={path}: its {name}/ {what}; {how}")
+        if network:
+            said = mapping_of(place / "config.json")
+            refuse_quantised(said, f"teacher.path={path}: its {name}/")
 
 
 def configurations(path: str) -> Callable[[str], Any]:
@@ -224,6 +245,7 @@ def whole(
             f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
         )
     check_part(folder, f"{key}={path}")
+    refuse_quantised(mapping_of(folder / "config.json"), f"{key}={path}: its {part}/")
     options["variant"] = variant_of(folder, options["variant"], key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.bounded import mapping_of
+from distill.shown import shown
 
 Config = Mapping[str, Any]
 
@@ -15,12 +16,22 @@ MOST_LEVELS = 16  # ours: of an autoencoder, each half as wide as the one before
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
 PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
+UNITS = {  # kind -> what `unit_of` is for its model on the hub
+    "FluxPipeline": 16,
+    "PixArtSigmaPipeline": 16,
+    "SanaPipeline": 32,
+    "StableDiffusion3Pipeline": 16,
+    "StableDiffusionPipeline": 8,
+    "StableDiffusionXLPipeline": 8,
+}
 STANDARDISED = ("StableDiffusionXLPipeline",)  # which reads latents_mean and latents_std
 TOLD = {  # setting of a UNet -> what it is told of besides, which nothing here tells it
     "time_cond_proj_dim": "its guidance, as a latent consistency model",
     "class_embed_type": "classes",
     "num_class_embeds": "classes",
 }
+NETWORKS = ("unet", "transformer", "vae")
+SPARE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}  # a family does without
 SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_type; of others none
 
 
@@ -29,7 +40,9 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
 
     `config_of` gives the configuration of its part of this name, nothing for one that is not there.
     """
-    parts = {name: config_of(name) for name in ("unet", "transformer", "vae", "scheduler")}
+    parts = {name: config_of(name) for name in (*NETWORKS, "scheduler")}
+    for name in NETWORKS:
+        refuse_quantised(parts[name], f"{where}: its {name}/")
     _check_denoiser(kind, parts, where)
     if parts["scheduler"]:
         prediction_of(parts["scheduler"], where, flow=kind in FLOWS)
@@ -37,6 +50,30 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
     if given and kind not in STANDARDISED:
         what = f"its vae/ has {' and '.join(given)}, which a {kind} does not read"
         raise ValueError(f"{where}: {what}; take them out of its config.json if that is right")
+
+
+def refuse_quantised(config: Config, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a network whose weights are kept quantised.
+
+    Its tensors are codes and scales that another library unpacks, so they are not the weights.
+    """
+    said = config.get("quantization_config")
+    if not said:
+        return
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    by = f" by {shown(method, 30)}" if method else ""
+    what = (
+        f"is quantised{by} (quantization_config in its config.json), and no such weights are read"
+    )
+    raise ValueError(f"{where} {what}; give the folder that is not quantised")
+
+
+def lacking(kind: str, part: str) -> str:
+    """What to do about a part that is not there, of a pipeline of class `kind`."""
+    spare = SPARE.get(kind, ())
+    if part not in spare:
+        return "fetch it anew"
+    return f"add teacher.without=[{','.join(spare)}] to go without it, or fetch it anew"
 
 
 def in_folder(folder: Path) -> Callable[[str], Config]:
@@ -57,6 +94,18 @@ def cell_of(vae: Config, where: str) -> int:
         what = "does not say block_out_channels, a width for each of its levels"
         raise ValueError(f"{where}: its vae/config.json {what}; fetch it anew")
     return 2 ** (len(widths) - 1)
+
+
+def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | None:
+    """Of what number of pixels the sides of pictures must be multiples; None where the files do not say it.
+
+    Pixels a side per latent, times the latents a side that make one token.
+    """
+    vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
+    patch = 2 if kind in PACKED else net.get("patch_size") or 1
+    if not vae or not net or type(patch) is not int:
+        return None
+    return patch * cell_of(vae, where)
 
 
 def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:

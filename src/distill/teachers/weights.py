@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distill.aside import whole_file
 from distill.bounded import check_archive, parsed_mapping
 from distill.files import first_line
-from distill.teachers.adapters import add_lora, settings_of
+from distill.teachers.adapters import add_lora
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched
 from distill.unread import refuse_broken
@@ -33,7 +33,7 @@ def put_on(pipeline: Any, path: str) -> None:
         state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
-        add_lora(pipeline, model, state, path, settings_of(file))
+        add_lora(pipeline, model, state, path, file)
     else:
         _put(model, state, path, add="delta" in about)
     refuse_broken(model, f"teacher.weights={path}: with it the {type(model).__name__}")
