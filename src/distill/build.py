@@ -25,7 +25,6 @@ from distill.hardware import Precision, precision
 from distill.loop import TwoPlayerLoop
 from distill.progress import stage
 from distill.record import versions
-from distill.report.evaluation import ATTRIBUTES, MEASURES, TIME
 from distill.secret import hidden
 from distill.signals import REQUEUE, requeue
 from distill.strategies import DataParallel, FullyShardedDataParallel
@@ -341,20 +340,6 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
         if by == REQUEUE:
             requeue()
     return 128 + by if by and by != REQUEUE else 0
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The judging as lines for a terminal."""
-    columns = [
-        key
-        for key in MEASURES
-        if key not in (*ATTRIBUTES, TIME) and any(key in row for row in rows)
-    ]
-    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
-    for row in rows:
-        values = "".join(f"{row[name]:>18.4g}" if name in row else f"{'-':>18}" for name in columns)
-        lines.append(f"{row['who']:10}{row['steps'] or '':>6}{values}")
-    return "\n".join(lines)
 
 
 def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:

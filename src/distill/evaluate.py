@@ -75,6 +75,7 @@ def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: boo
     from distill import build, hardware, launch
     from distill.aside import put
     from distill.report import write_report
+    from distill.report.evaluation import in_terminal
     from distill.students.card import write_card
 
     run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
@@ -90,7 +91,7 @@ def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: boo
             rows = protocol.judge_folder(run, out, hardware.device())
     finally:
         _leave_nothing(out)
-    print(build.table(rows))
+    print(in_terminal(rows))
     if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
     print(f"wrote {out / 'evaluation.json'} and {write_report(out)}")

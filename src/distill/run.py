@@ -200,13 +200,12 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
     from distill import build
+    from distill.report.evaluation import in_terminal
     from distill.students import save_pipeline
     from distill.teachers.locate import denoiser_part
 
-    (teacher, student), sampler = (
-        build.whole(cfg, method, average),
-        compose.make(cfg.sampler, "sampler"),
-    )
+    teacher, student = build.whole(cfg, method, average)
+    sampler = compose.make(cfg.sampler, "sampler")
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
@@ -221,7 +220,7 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
             rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
             own_verdict(folder)
-            print(build.table(rows))
+            print(in_terminal(rows))
     except Exception:  # what cannot be judged now is trained all the same
         report(folder, teacher.folder)
         raise

@@ -148,3 +148,17 @@ def _said(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
 
 def _steps(n: int) -> str:
     return f"{n:,} step" if n == 1 else f"{n:,} steps"
+
+
+def in_terminal(rows: list[dict[str, Any]]) -> str:
+    """The evaluation as lines for a terminal."""
+    columns = [
+        key
+        for key in MEASURES
+        if key not in (*ATTRIBUTES, TIME) and any(key in row for row in rows)
+    ]
+    lines = [f"{'':10}{'steps':>6}" + "".join(f"{name.replace('_', ' '):>18}" for name in columns)]
+    for row in rows:
+        values = "".join(f"{row[name]:>18.4g}" if name in row else f"{'-':>18}" for name in columns)
+        lines.append(f"{row['who']:10}{row['steps'] or '':>6}{values}")
+    return "\n".join(lines)
