@@ -72,7 +72,7 @@ def _out(cfg: DictConfig) -> Path:
 
 def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
     """Draw, judge and report into `out`; returns the exit code."""
-    from distill import build, hardware, launch
+    from distill import hardware, launch
     from distill.aside import put
     from distill.report import write_report
     from distill.report.evaluation import in_terminal
