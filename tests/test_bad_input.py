@@ -29,6 +29,7 @@ from distill.discriminators.images import ImageFeatures
 from distill.metrics.networks import Dinov2
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
+from distill.types import Losses
 from hostile import tar
 
 
@@ -832,7 +833,8 @@ def test_a_damaged_configuration_of_a_run(refused, tmp_path):
 
 def test_numbers_that_are_not_finite(refused, monkeypatch):
     monkeypatch.setattr(
-        "distill.methods.ladd.LADD.discriminator_loss", lambda self, batch, *_: {"adv": self.bad()}
+        "distill.methods.ladd.LADD.discriminator_loss",
+        lambda self, batch, *_: Losses({"adv": self.bad()}),
     )
     bad = lambda self: sum(p.sum() for p in self.heads.parameters()) * float("nan")  # noqa: E731
     monkeypatch.setattr("distill.methods.ladd.LADD.bad", bad, raising=False)

@@ -216,7 +216,9 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
 
 
 def test_a_cache_without_a_usable_picture_leaves_nothing(command, asked, tmp_path):
-    path = pictures(tmp_path / "bad.tar", 6, tuple(range(6)))
+    files = {f"{i:03d}.png": b"no picture" for i in range(6)}
+    files |= {f"{i:03d}.txt": tiny.CAPTIONS[i].encode() for i in range(6)}
+    path = put_tar(tmp_path / "bad.tar", files)
     share = "data.max_bad_share=1"
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", share, "out=made")
     said = "out=made: all 6 samples are bad; `python -m distill.check` says why"

@@ -216,7 +216,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_the_others_run(
     from distill.callbacks import Alarms
 
     def broken(self, trainer, pl_module, *_):
-        if pl_module.seed == 0:
+        if pl_module.loop.seed == 0:
             raise TypeError("ours")
 
     monkeypatch.setattr(Alarms, "on_train_batch_start", broken, raising=False)

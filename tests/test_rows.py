@@ -27,7 +27,7 @@ class At:
         self.iteration, self.act = iteration, act
 
     def __call__(self, progress, trainer, module, *_):
-        if module.iteration == self.iteration and self.act:
+        if module.loop.iteration == self.iteration and self.act:
             act, self.act = self.act, None
             act()
 

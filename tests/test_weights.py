@@ -17,7 +17,6 @@ import tiny
 from distill import students
 from distill.build import student_of
 from distill.data import source
-from distill.ema import Ema
 from distill.sampling import Consistency
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -168,26 +167,22 @@ def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
         SD(str(pipelines("unet")), weights="nowhere")
     sides = {"A": (2, 16), "B": (16, 2)}
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    for stem in (
-        f"base_model.model.{layer}",
-        f"text_encoder.{layer}",
-        layer,
-        "unet.single_blocks.0.to_q",
-    ):
-        name = f"{stem}.lora"  # peft's own; of another part; bare; of another network
+    refusals = {  # PEFT's own file without its settings; of another part; of another network
+        f"base_model.model.{layer}": "is a file of PEFT's, which keeps the alphas",
+        f"text_encoder.{layer}": "none of its layers is one of this UNet2DCondition",
+        "unet.single_blocks.0.to_q": "none of its layers is one of this UNet2DCondition",
+    }
+    for stem, refusal in refusals.items():
         save_file(
-            {f"{name}_{s}.weight": torch.ones(shape) for s, shape in sides.items()},
+            {f"{stem}.lora_{s}.weight": torch.ones(shape) for s, shape in sides.items()},
             tmp_path / "lora.safetensors",
         )
-        with pytest.raises(
-            ValueError,
-            match=r"lora\.safetensors: none of its layers is one of this UNet2DCondition",
-        ):
+        with pytest.raises(ValueError, match=rf"lora\.safetensors: {refusal}"):
             SD(str(pipelines("unet")), weights=str(tmp_path / "lora.safetensors"))
     for without in ("text_encoder", ["text_encoder3"]):
         with pytest.raises(
             ValueError,
-            match=r"teacher\.without=.*: there is no .*; must be a list of vae, text_encoder, ",
+            match=r"teacher\.without=.*must be a list of feature_extractor, .*text_encoder, ",
         ):
             SD(str(pipelines("unet")), without=without)
     with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export"):
@@ -251,7 +246,7 @@ def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, s
     small, folder = of_another_size(family, teacher, tmp_path / "small")
     method = tiny.ladd(teacher)
     method.student = student = students.full(teacher, init=str(folder))
-    method.ema = Ema(student)
+    method.loop.average(student)
     count, whole = (sum(p.numel() for p in m.parameters()) for m in (student, teacher.network))
     assert count < 0.8 * whole
     assert tiny.same(tiny.weights(student), tiny.weights(small))

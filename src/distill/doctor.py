@@ -238,6 +238,7 @@ def _starting(counts: dict[str, int], begins: str) -> int:
 @command("config", prepare=settled_to_look)
 def main(cfg: DictConfig) -> int:
     validate.check_groups(cfg)
+    validate.check_players(cfg.discriminator)
     validate.check_keys(cfg)
     check_counts(cfg, validate.COUNTS)
     lines = [*machine(), *left_behind(cfg), *fit(cfg)]

@@ -50,6 +50,7 @@ def check_run(cfg: DictConfig) -> None:
     check_targets(cfg)  # first: a stranger's file gets no advice
     check_groups(cfg)
     check_sides(cfg)
+    check_players(cfg.discriminator)
     check_counts(cfg, COUNTS)
     check_keys(cfg)
     check_ranges(cfg)
@@ -76,18 +77,23 @@ def check_groups(cfg: DictConfig) -> None:
     for group in ("discriminator", "callbacks", "logger", "metrics"):
         if not isinstance(node := cfg.get(group), DictConfig | None):
             raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
-    for key, node in cfg.discriminator.items():
+    for key in cfg.discriminator:
         if key not in PLAYERS:
             near = nearest(str(key), PLAYERS)
             raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
-        if node is not None and not _has_target(node):
-            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
             if node is not None and not _has_target(node):
                 raise ValueError(
                     f"{group}.{name}: has no _target_; give one, or leave it out by ~{group}.{name}"
                 )
+
+
+def check_players(discriminator: DictConfig) -> None:
+    """That what a discriminator is made of are nodes with a target, or null."""
+    for key, node in discriminator.items():
+        if node is not None and not _has_target(node):
+            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
 
 
 def _has_target(node: Any) -> bool:

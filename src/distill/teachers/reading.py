@@ -299,8 +299,11 @@ def only_variant(folder: Path, key: str) -> str | None:
 
 
 def check_without(kind: type, without: Sequence[str]) -> None:
-    """Raise ValueError for a part `without` that no pipeline of this class has."""
+    """Raise ValueError for a part `without` that no pipeline of this class has, and for a word alone."""
     parts, _ = kind._get_signature_keys(kind)  # type: ignore[attr-defined]
+    if isinstance(without, str):
+        what = f"must be a list of {', '.join(sorted(parts))}"
+        raise ValueError(f"teacher.without={without}: {what}")
     if wrong := [name for name in without if name not in parts]:
         said = f"teacher.without=[{','.join(without)}]: a {kind.__name__} has no {wrong[0]}"
         raise ValueError(f"{said}; must be a list of {', '.join(sorted(parts))}")
