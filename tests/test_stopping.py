@@ -21,6 +21,7 @@ from distill import signals
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}
 GOES_ON = "; give the same command again, which goes on where it stopped"
+ANEW = "; no shard is whole yet: give the same command again, which begins anew"
 PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=256", "vae.steps=3"]
 JUDGE = ["run=work/run", "metrics.prompts=4", "metrics.teacher_steps=[1]", "steps=1"]
 # Command -> its words, and what it says at the moment of the signal.
@@ -32,8 +33,8 @@ STAGES = {
         (kills.TRAIN, "judging the student", "; go on with: python -m distill.run resume=work/run"),
         (kills.TRAIN, "writing the report", "; go on with: python -m distill.run resume=work/run"),
     ],
-    "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", GOES_ON)],
-    "cache": [(kills.COMMANDS["cache"].words, "making samples", GOES_ON)],
+    "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", ANEW)],
+    "cache": [(kills.COMMANDS["cache"].words, "making samples", ANEW)],
     "pretrain": [(PRETRAIN, "pretraining", GOES_ON)],
     "evaluate": [(JUDGE, "loading", GOES_ON)],
     "sample": [(kills.COMMANDS["sample"].words, "drawing", "")],
@@ -72,8 +73,13 @@ class Teller(io.TextIOWrapper):
         return written
 
 
-def told(folder: Path, module: str, words: list[str], text: str, number: int) -> tuple[int, str]:
-    """Run a command in a fork, which is told to stop when it says `text` -> exit code, stderr."""
+def told(
+    folder: Path, module: str, words: list[str], text: str, number: int, *, after: float = 0.01
+) -> tuple[int, str]:
+    """Run a command in a fork, which is told to stop when it says `text` -> exit code, stderr.
+
+    Without a text it is told so many seconds `after` it began; number 0 tells nothing.
+    """
     said = folder / "stderr.txt"
     child = os.fork()
     if not child:
@@ -87,7 +93,7 @@ def told(folder: Path, module: str, words: list[str], text: str, number: int) ->
             sys.argv = [f"distill.{module}", *words]
             if not text:
                 signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
-                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                signal.setitimer(signal.ITIMER_REAL, after)
             importlib.import_module(f"distill.{module}").main()
             code = 0
         except SystemExit as stop:

@@ -73,6 +73,7 @@ def command(
                     check_own(cfg, name)
                     with faults.goes_on(lambda: way_on):
                         code = task(cfg)
+                        signals.check()
                     if code or signals.asked():  # no other job of a sweep begins after a signal
                         raise SystemExit(code)
 
@@ -150,6 +151,7 @@ def said_plainly() -> Iterator[None]:
     except BrokenPipeError:
         raise  # `readers_may_leave`
     except Exception as error:
+        signals.check(error)
         if all_asked_for() or not is_mistake(error):
             raise
         console.failed(error)

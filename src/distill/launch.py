@@ -27,7 +27,8 @@ from typing import Any
 from distill import signals
 from distill.compose import world
 from distill.console import say
-from distill.faults import AGAIN
+from distill.data.shards import shards_in
+from distill.faults import AGAIN, ANEW
 from distill.hardware import cores
 from distill.limits import checkpoints_at
 from distill.locks import pass_on
@@ -83,6 +84,10 @@ def launch(
 
 def way_on(folder: Path, command: str = "run") -> str:
     """How to go on with what a command has made in its folder so far."""
+    if command in ("cache", "synthesize"):
+        count = len(shards_in(folder))
+        whole = f"{count} shard{'s are' if count > 1 else ' is'} whole"
+        return f"{whole}: {AGAIN}" if count else f"no shard is whole yet: {ANEW}"
     if command != "run":
         return AGAIN
     with suppress(FileNotFoundError):
@@ -124,7 +129,7 @@ class _Workers:
 
     def told(self, number: int, _frame: Any) -> None:
         """Hand a signal on; a second Ctrl-C ends all at once."""
-        twice = {number, signals.asked()} <= set(signals.INTERRUPTS)
+        twice = signals.twice(number)
         for worker in self._all:
             if twice:
                 worker.kill()
