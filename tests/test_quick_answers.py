@@ -58,6 +58,52 @@ WRONG = [
         "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15 data.path={here}/x.tar",
         "predicts eps",
     ),
+    ("run", "optimizer.student.lr=inf", "optimizer.student.lr=inf: must be a finite number"),
+    ("run", "method.distill.guidance=nan", "method.distill.guidance=nan: must be 0 or more"),
+    ("run", "optimizer.student.betas=[0.0,inf]", "student.betas[1]=inf: must be a finite number"),
+    ("run", "discriminator.heads.kernel=2", "discriminator.heads.kernel=2: must be odd; use 3"),
+    ("run", "discriminator.heads.width=0", "discriminator.heads.width=0: must be 1 or more"),
+    ("run", "+discriminator.heads.projection=0", "heads.projection=0: must be 1 or more"),
+    # lists
+    ("run", "sampler.levels=[]", "sampler.levels=[]: must be levels above 0 and at most 1, one or"),
+    ("run", "sampler.levels=[0.5,1]", "sampler.levels=[0.5, 1]: must fall from at most 1"),
+    ("run", "method.levels.levels=[]", "method.levels.levels=[]: must be levels above 0"),
+    ("run", "method=nitrofusion method.levels=[]", "method.levels=[]: has none; give one at least"),
+    (
+        "run",
+        "method=nitrofusion method.levels=[[1.0],[1.0,2.0]]",
+        "method.levels[1]=[1.0, 2.0]: must be levels above 0 and at most 1",
+    ),
+    ("run", "method=nitrofusion discriminator.heads.levels=[]", "heads.levels=[]: must be levels"),
+    ("run", "discriminator.features.taps=[]", "features.taps=[]: has none; give one at least"),
+    ("run", "discriminator.features.tasks=[]", "features.tasks=[]: has none; give one at least"),
+    ("run", "method=add discriminator.features.taps=[0,0]", "taps=[0, 0]: names one twice"),
+    (
+        "run",
+        "method=add discriminator.features.std=[1,1,0]",
+        "features.std=[1, 1, 0]: must be three numbers, of red, green and blue, each above 0",
+    ),
+    ("run", "method=add discriminator.features.mean=[1]", "features.mean=[1]: must be three num"),
+    (
+        "run",
+        "method.distill.guidance=[8,1]",
+        "method.distill.guidance=[8, 1]: must be a number, or",
+    ),
+    ("run", "callbacks.samples.prompts=[]", "callbacks.samples.prompts=[]: has no prompt; give"),
+    # parts and names that a run has
+    ("run", "discriminator.heads=null", "discriminator.heads=null: features are judged by heads"),
+    ("run", "~discriminator.heads", "discriminator.heads=null: features are judged by heads"),
+    ("run", "callbacks.checkpoint.best=nope", "best=nope: what a run logs begins with g/ or d/"),
+    (
+        "run",
+        "method=regression callbacks.checkpoint.best=d/accuracy",
+        "best=d/accuracy: what a run logs begins with g/; metrics.csv of a run has all names",
+    ),
+    (
+        "run",
+        "+callbacks.e={{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:nope}}",
+        "callbacks.e.monitor=nope: Lightning's callbacks see none of what a run logs; leave it out",
+    ),
     # words and names of keys
     ("run", "optimizer.schedule=cosin", "optimizer.schedule=cosin: must be constant or cosine"),
     (

@@ -23,7 +23,7 @@ from distill.data.lines import Lines
 from distill.data.shards import check_pictures, expand
 from distill.hardware import check_precision
 from distill.metrics import material
-from distill.ranges import COUNTS, JUDGING, check_ranges
+from distill.ranges import COUNTS, JUDGING, check_lists, check_ranges
 from distill.teachers import locate
 from distill.teachers.settings import check_settings, in_folder
 
@@ -58,6 +58,8 @@ def check_run(cfg: DictConfig) -> None:
     check_counts(cfg, COUNTS)
     check_keys(cfg)
     check_ranges(cfg)
+    check_lists(cfg)
+    check_watched(cfg)
     check_trainer(cfg.trainer)
     check_teacher(cfg.teacher)
     check_student(cfg.student)
@@ -86,6 +88,11 @@ def check_groups(cfg: DictConfig) -> None:
             raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
         if not isinstance(node, DictConfig | None):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
+    parts = cfg.discriminator
+    if parts.get("features") is not None and parts.get("heads") is None:
+        raise ValueError(
+            "discriminator.heads=null: features are judged by heads; give some, or discriminator=none"
+        )
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
             if node is not None and not _has_target(node):
@@ -290,7 +297,10 @@ def check_data(data: DictConfig) -> None:
 def check_samples_prompts(cfg: DictConfig) -> None:
     """That the prompts of pictures on the way, where they are a file's, can be read."""
     key = "callbacks.samples.prompts"
-    if isinstance(prompts := OmegaConf.select(cfg, key), str):
+    prompts = OmegaConf.select(cfg, key)
+    if isinstance(prompts, ListConfig) and not prompts:
+        raise ValueError(f"{key}=[]: has no prompt; give one, or null for captions of the data")
+    if isinstance(prompts, str):
         Lines(shipped(prompts), key)
 
 
@@ -330,6 +340,29 @@ def check_networks(metrics: DictConfig) -> None:
             if locate.is_local(path) and not Path(path).exists():
                 what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
                 raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
+
+
+def check_watched(cfg: DictConfig) -> None:
+    """That what a callback watches is among what a run of our methods logs.
+
+    Lightning's own callbacks see none of that, unless a class of the user's logs by Lightning.
+    """
+    nodes = {f"callbacks.{k}": n for k, n in (cfg.get("callbacks") or {}).items() if n is not None}
+    targets = [str(cfg.method._target_), *(str(node._target_) for node in nodes.values())]
+    if not all(target.startswith(("distill.", "lightning.")) for target in targets):
+        return
+    alone = OmegaConf.select(cfg, "discriminator.features") is None
+    players = ("g/",) if alone else ("g/", "d/")
+    for key, node in nodes.items():
+        watched = node.get("monitor")
+        if watched is not None and str(node._target_).startswith("lightning."):
+            what = "Lightning's callbacks see none of what a run logs"
+            how = "leave it out; callbacks.checkpoint.best= keeps the best checkpoint"
+            raise ValueError(f"{key}.monitor={watched}: {what}; {how}")
+        best = node.get("best")
+        if best is not None and not str(best).startswith(players):
+            what = f"what a run logs begins with {' or '.join(players)}"
+            raise ValueError(f"{key}.best={best}: {what}; metrics.csv of a run has all names")
 
 
 def check_decoder(method: DictConfig) -> None:
