@@ -96,8 +96,12 @@ def score(folder: Path, metric: str, steps: int) -> float:
     for row in mapping_of(verdict)["rows"] if verdict.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        logged = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
+    table = folder / "metrics.csv"
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            logged = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
+    except csv.Error as error:
+        raise ValueError(f"{table}: cannot be read as a table ({error})") from None
     if not logged:
         raise ValueError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
     return float(logged[-1])
