@@ -27,7 +27,7 @@ from distill import config_folders, console, faults, secret, signals
 from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.sweep import Sweep
-from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
+from distill.commandline.texts import GROUPS, as_typed, check_flags, flags_last, readable
 from distill.compose import dotted, nearest, note_secrets
 from distill.ranks import rank
 from distill.shown import shown
@@ -78,6 +78,7 @@ def command(
                         raise SystemExit(code)
 
             signals.end_with_parent()
+            console.open_all()
             print_any_letter()
             secret.note(secret.in_words(sys.argv[1:]))
             with stoppable(), console.readers_may_leave():
@@ -85,6 +86,7 @@ def command(
                     words = [as_typed(word) for word in sys.argv[1:]]
                     config_folders.check(words)
                     check_flags(words)
+                    words = flags_last(words)
                     sys.argv[1:] = [readable(word, name, sweep=sweep.asked) for word in words]
                     if text := _said_of_itself(task, name):
                         print(text)

@@ -109,9 +109,30 @@ def check_flags(words: list[str]) -> None:
         raise ValueError(f"{message}; --help lists the flags")
 
     parser.error = refuse  # type: ignore[method-assign,assignment]
-    _, unknown = parser.parse_known_args(words)
+    _, unknown = parser.parse_known_args(flags_last(words))
     if named := next((word for word in unknown if word.startswith("-")), None):
         refuse(f"{named}: no such flag{nearest(named, flags)}")
+
+
+def flags_last(words: list[str]) -> list[str]:
+    """The words with Hydra's flags, and what belongs to each, behind all keys: it wants them on one side."""
+    known = get_args_parser()._option_string_actions
+    keys: list[str] = []
+    flags: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("-"):
+            keys.append(word)
+            continue
+        flags.append(word)
+        named = {action.dest: action for flag, action in known.items() if flag.startswith(word)}
+        action = known.get(word) or (next(iter(named.values())) if len(named) == 1 else None)
+        takes = action is not None and (action.nargs is None or action.nargs == "?")
+        must = action is not None and action.nargs is None
+        if takes and waiting and (must or not ("=" in waiting[0] or waiting[0].startswith("-"))):
+            flags.append(waiting.pop(0))
+    return [*keys, *flags]
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
