@@ -21,7 +21,7 @@ from distill import signals
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}
 GOES_ON = "; give the same command again, which goes on where it stopped"
-ANEW = "; no shard is whole yet: give the same command again, which begins anew"
+ANEW = "; give the same command again, which begins anew: no shard is whole yet"
 PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=256", "vae.steps=3"]
 JUDGE = ["run=work/run", "metrics.prompts=4", "metrics.teacher_steps=[1]", "steps=1"]
 # Command -> its words, and what it says at the moment of the signal.

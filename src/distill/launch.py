@@ -83,17 +83,16 @@ def launch(
 
 
 def way_on(folder: Path, command: str = "run") -> str:
-    """How to go on with what a command has made in its folder so far."""
+    """How to go on with what a command has made in its folder so far, as what one is told to do."""
     if command in ("cache", "synthesize"):
         count = len(shards_in(folder))
-        whole = f"{count} shard{'s are' if count > 1 else ' is'} whole"
-        return f"{whole}: {AGAIN}" if count else f"no shard is whole yet: {ANEW}"
+        return f"{AGAIN} (whole: {count} shard{'s' * (count > 1)})" if count else ANEW
     if command != "run":
         return AGAIN
     with suppress(FileNotFoundError):
         checkpoints_at(folder)
         return f"go on with: python -m distill.run resume={folder}"
-    return f"no checkpoint was written yet; remove {folder} and give the command again"
+    return f"remove {folder}, which has no checkpoint yet, and give the command again"
 
 
 class _Workers:

@@ -7,13 +7,17 @@ stopped. The first trial has the run's own values, where the ranges hold them.
 """
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 import re
+import sqlite3
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,11 @@ from distill.secret import masked
 from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
+UNSTORED = {  # what SQLite says, and the system
+    "disk is full": errno.ENOSPC,
+    "disk I/O error": errno.EIO,
+    "readonly database": errno.EROFS,
+}
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
 
 
@@ -213,8 +222,26 @@ def main(cfg: DictConfig) -> None:
     list(map(parsed, space))  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
-    with one_writer(out, "out", deep=True):
+    with one_writer(out, "out", deep=True), _stored(out / "study.db"):
         _search(cfg, out, space)
+
+
+@contextmanager
+def _stored(study: Path) -> Iterator[None]:
+    """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries wrap it."""
+    try:
+        yield
+    except Exception as error:
+        cause: Any = error
+        while cause is not None and not isinstance(cause, sqlite3.Error):
+            cause = getattr(cause, "orig", None) or cause.__cause__
+        if cause is None:
+            raise
+        said = str(cause)
+        if number := next((n for words, n in UNSTORED.items() if words in said), None):
+            raise OSError(number, os.strerror(number), str(study)) from None
+        what = f"is no study that can be read ({said}); move it away, or choose another out="
+        raise ValueError(f"{study}: {what}") from None
 
 
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
