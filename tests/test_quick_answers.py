@@ -64,7 +64,16 @@ WRONG = [
     ("run", "discriminator.heads.kernel=2", "discriminator.heads.kernel=2: must be odd; use 3"),
     ("run", "discriminator.heads.width=0", "discriminator.heads.width=0: must be 1 or more"),
     ("run", "+discriminator.heads.projection=0", "heads.projection=0: must be 1 or more"),
+    ("run", "seed=100000000000000000000", "seed=100000000000000000000: must be a whole number"),
+    ("run", "seed=4294967296", "seed=4294967296: must be a whole number, 0 to 4294967295"),
+    (
+        "sample",
+        "run={here} prompt=x seed=9223372036854775808",
+        "must be a whole number below 2**63",
+    ),
     # lists
+    ("run", "trainer.devices=[]", "trainer.devices=[]: must be a number of devices, a list of"),
+    ("run", "trainer.devices=[-1]", "trainer.devices=[-1]: must be a number of devices, a list"),
     ("run", "sampler.levels=[]", "sampler.levels=[]: must be levels above 0 and at most 1, one or"),
     ("run", "sampler.levels=[0.5,1]", "sampler.levels=[0.5, 1]: must fall from at most 1"),
     ("run", "method.levels.levels=[]", "method.levels.levels=[]: must be levels above 0"),
@@ -264,6 +273,19 @@ WRONG = [
     ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: cannot be read as lines"),
     ("run", "metrics=coco5k metrics.path={here}", "cannot read annotations/captions_val2017.json"),
     ("run", "discriminator.features.path=./no method=add", "features.path=./no: no such folder"),
+    ("sample", "run={here} prompt=???", "prompt=???: three question marks alone stand for a value"),
+    ("sample", "run={here} prompt='???'", "prompt='???': three question marks alone stand for a"),
+    ("sample", "run={here}/unet prompt=x out={here}/mine", "holds a grid.png that was not made by"),
+    (
+        "compare",
+        "runs=nope out={here}/mine",
+        "/mine: holds a compare.csv that was not made by this",
+    ),
+    (
+        "evaluate",
+        "run={here}/unet out={here}/mine",
+        "holds a report.html that was not made by this",
+    ),
     ("sample", "run=nope prompt=x", "run=nope: neither a finished run (with a student/) nor a"),
     ("sample", "run={here}/other prompt=x", "holds a WuerstchenPipeline; known are FluxPipeline"),
     ("sample", "run={here}", "prompt: not given"),
@@ -323,6 +345,9 @@ def prepared(here: Path) -> Path:
     (here / "eps" / "scheduler" / "scheduler_config.json").write_text(
         json.dumps({"prediction_type": "epsilon"}), encoding="utf-8"
     )
+    (here / "mine").mkdir()
+    for name in ("grid.png", "compare.csv", "report.html"):
+        (here / "mine" / name).write_text("of the user's own", encoding="utf-8")
     (here / "add").mkdir()
     target = "distill.discriminators.stylegan_t.StyleGANTHeads"
     (here / "add" / "config.yaml").write_text(

@@ -223,3 +223,13 @@ def test_a_closed_stream_is_no_fault(module, words, ends, tmp_path):
         said = done.stderr.decode()
         assert done.returncode == ends, said
         assert said.count("\n") == (ends if closed == ">&-" else 0), said
+
+
+def test_a_sweep_lists_what_failed_as_it_was_typed(command):
+    code, _, err = command("run", "-m", "metrics=null", "data.path=nope,none")
+    assert code == 1
+    listed = err.splitlines()[-2:]
+    assert [line.partition(": ")[0] for line in listed] == [
+        "  metrics=null data.path=nope",
+        "  metrics=null data.path=none",
+    ]

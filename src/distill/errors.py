@@ -87,7 +87,9 @@ def command(
                     config_folders.check(words)
                     check_flags(words)
                     words = flags_last(words)
-                    sys.argv[1:] = [readable(word, name, sweep=sweep.asked) for word in words]
+                    read = [readable(word, name, sweep=sweep.asked) for word in words]
+                    sweep.typed = dict(zip(read, words, strict=True))
+                    sys.argv[1:] = read
                     if text := _said_of_itself(task, name):
                         print(text)
                         return

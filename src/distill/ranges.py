@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # Whole numbers, and the least that each may be: of a run, and of its judging.
+LARGEST = {"seed": 2**32 - 1}  # NumPy's
 COUNTS = dict.fromkeys(
     ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
 ) | dict.fromkeys(
@@ -93,6 +94,14 @@ def check_ranges(cfg: DictConfig) -> None:
         node = OmegaConf.select(cfg, group)
         if isinstance(node, DictConfig):
             _check_finite(OmegaConf.to_container(node, resolve=True), group)
+
+
+def check_most(cfg: DictConfig, most: Mapping[str, int]) -> None:
+    """Raise ValueError for a whole number above the largest that its key may have."""
+    for key, largest in most.items():
+        value = OmegaConf.select(cfg, key)
+        if type(value) is int and value > largest:
+            raise ValueError(f"{key}={value}: must be a whole number, 0 to {largest}")
 
 
 def check_lists(cfg: DictConfig) -> None:

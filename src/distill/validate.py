@@ -23,9 +23,10 @@ from distill.data.lines import Lines
 from distill.data.shards import check_pictures, expand
 from distill.hardware import check_precision
 from distill.metrics import material
-from distill.ranges import COUNTS, JUDGING, check_lists, check_ranges
+from distill.ranges import COUNTS, JUDGING, LARGEST, check_lists, check_most, check_ranges
 from distill.teachers import locate
 from distill.teachers.settings import check_settings, in_folder
+from distill.watched import check_samples_prompts, check_watched
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
@@ -56,6 +57,7 @@ def check_run(cfg: DictConfig) -> None:
     check_groups(cfg)
     check_sides(cfg)
     check_counts(cfg, COUNTS)
+    check_most(cfg, LARGEST)
     check_keys(cfg)
     check_ranges(cfg)
     check_lists(cfg)
@@ -214,6 +216,10 @@ def check_trainer(trainer: DictConfig) -> None:
         raise ValueError(
             f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
         )
+    several = list(devices) if isinstance(devices, ListConfig) else None
+    if several is not None and (not several or any(type(x) is not int or x < 0 for x in several)):
+        what = "must be a number of devices, a list of their numbers, or auto"
+        raise ValueError(f"trainer.devices={several}: {what}")
     check_precision(trainer.get("precision", "auto"), "trainer.precision")
     accelerator = trainer.get("accelerator", "auto")
     if not _has_target(accelerator):
@@ -294,16 +300,6 @@ def check_data(data: DictConfig) -> None:
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
 
 
-def check_samples_prompts(cfg: DictConfig) -> None:
-    """That the prompts of pictures on the way, where they are a file's, can be read."""
-    key = "callbacks.samples.prompts"
-    prompts = OmegaConf.select(cfg, key)
-    if isinstance(prompts, ListConfig) and not prompts:
-        raise ValueError(f"{key}=[]: has no prompt; give one, or null for captions of the data")
-    if isinstance(prompts, str):
-        Lines(shipped(prompts), key)
-
-
 def check_metrics(metrics: DictConfig) -> None:
     """Numbers of the protocol, and that its captions and pictures are there."""
     node = OmegaConf.create({"metrics": metrics})
@@ -340,29 +336,6 @@ def check_networks(metrics: DictConfig) -> None:
             if locate.is_local(path) and not Path(path).exists():
                 what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
                 raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
-
-
-def check_watched(cfg: DictConfig) -> None:
-    """That what a callback watches is among what a run of our methods logs.
-
-    Lightning's own callbacks see none of that, unless a class of the user's logs by Lightning.
-    """
-    nodes = {f"callbacks.{k}": n for k, n in (cfg.get("callbacks") or {}).items() if n is not None}
-    targets = [str(cfg.method._target_), *(str(node._target_) for node in nodes.values())]
-    if not all(target.startswith(("distill.", "lightning.")) for target in targets):
-        return
-    alone = OmegaConf.select(cfg, "discriminator.features") is None
-    players = ("g/",) if alone else ("g/", "d/")
-    for key, node in nodes.items():
-        watched = node.get("monitor")
-        if watched is not None and str(node._target_).startswith("lightning."):
-            what = "Lightning's callbacks see none of what a run logs"
-            how = "leave it out; callbacks.checkpoint.best= keeps the best checkpoint"
-            raise ValueError(f"{key}.monitor={watched}: {what}; {how}")
-        best = node.get("best")
-        if best is not None and not str(best).startswith(players):
-            what = f"what a run logs begins with {' or '.join(players)}"
-            raise ValueError(f"{key}.best={best}: {what}; metrics.csv of a run has all names")
 
 
 def check_decoder(method: DictConfig) -> None:

@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from distill._conf import CONF_DIR
 from distill.compose import escaped, nearest
@@ -68,6 +68,9 @@ def readable(word: str, config: str, *, sweep: bool = False) -> str:
         return word
     if not name:
         raise ValueError(f"{word}: has no key; write key=value")
+    if is_text(name, config) and value.strip("'\"") == MISSING:
+        what = "three question marks alone stand for a value that is missing"
+        raise ValueError(f"{word}: {what}; write another mark or a space with them")
     if is_text(name, config):
         return _text(key, value, config, sweep=sweep)
     return _other(key, value, sweep=sweep)
