@@ -849,3 +849,34 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, pipelines):
     monkeypatch.setattr("distill.build.student_of", broken)
     with pytest.raises(TypeError, match="ours"):
         command("sample", f"run={pipelines('mmdit')}", "prompt=x")
+
+
+# -- parts and names that only a run knows ---------------------------------------------------------
+
+
+def test_a_name_that_was_never_logged_is_said_at_the_first_checkpoint(
+    command, pipelines, shards, tmp_path
+):
+    good = [
+        f"teacher.path={pipelines('mmdit')}",
+        f"data.path={shards}",
+        f"run_dir={tmp_path / 'r'}",
+    ]
+    words = ["debug=smoke", "~metrics", *good, "callbacks.checkpoint.every=1"]
+    code, out, err = command("run", *words, "callbacks.checkpoint.best=g/adw")
+    assert code == 0
+    assert (out + err).count(
+        "callbacks.checkpoint.best=g/adw: nothing of this name was logged"
+    ) == 1
+    assert "there is no best.ckpt (did you mean g/adv?)" in out + err
+    assert not (tmp_path / "r" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"taps": []}, "one block at least"), ({"taps": [0, 0]}, "each of them once")]
+    + [({"size": 3}, "the network's patches have ")],
+)
+def test_eyes_that_would_see_nothing_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        ImageFeatures(str(tiny.vit()), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
+from distill.csvlog import CsvLog
+from distill.report import write_report
 from distill.report.comparison import _headline, _pictures
+from distill.report.curves import read
 from distill.report.runs import as_markdown, grouped, lines_of, read_run
 
 LADD = {"_target_": "distill.methods.ladd.LADD", "loss": "hinge", "renoise": {"m": 1.0}}
@@ -278,3 +282,43 @@ def test_curves_and_pictures_that_are_cut_cost_no_comparison(
     (bad / file).write_bytes((bad / file).read_bytes()[:keep])
     code, _, err = command("compare", "runs=runs/*")
     assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("damage", ["null", "nan", "keys", "dates", "fifo", "folder", "cell"])
+def test_a_damaged_run_does_not_stop_the_comparison_of_others(damage, written, command, tmp_path):
+    """What can be shown of it is; what cannot is named."""
+    folder = written("a", LADD, 0, 0.5)
+    written("b", ADD, 0, 0.6)
+    facts, config, table = (folder / name for name in ("run.json", "config.yaml", "metrics.csv"))
+    if damage in ("null", "nan"):
+        said = {"null": None, "nan": float("nan")}[damage]
+        known = json.loads(facts.read_text(encoding="utf-8"))
+        facts.write_text(json.dumps({**known, "train_seconds": said}), encoding="utf-8")
+    elif damage in ("keys", "dates"):
+        more = {"keys": "5: x\ntrue: y\nnull: z\nmethod: {1: 2, loss: hinge}\n"}
+        more["dates"] = "when: 2026-01-02\nall: [2026-01-02, 1.0]\nwhat: !!set {a}\n"
+        config.write_text(more[damage], encoding="utf-8")
+    elif damage == "cell":
+        table.write_text(f'step,d/accuracy\n1,{"9" * 200000}\n2,"0.5\n3,0.7\n', encoding="utf-8")
+    else:
+        table.unlink()
+        os.mkfifo(table) if damage == "fifo" else table.mkdir()
+    code, out, err = command("compare", f"runs={tmp_path / 'runs' / '*'}", f"out={tmp_path / 'c'}")
+    assert (code, err) == (0, "")
+    page = (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
+    assert "2 runs side by side" in page
+    assert ("A curve is left out: " in page) == (damage in ("fifo", "folder"))
+
+
+def test_a_cell_of_a_table_that_cannot_be_read_costs_its_row_alone(tmp_path):
+    table = tmp_path / "metrics.csv"
+    table.write_text(f'step,a\n1,{"9" * 200000}\n2,"0.5\n3,0.7\n4,0.8\n', encoding="utf-8")
+    curves, strange = read(table)
+    assert curves["a"].tolist() == [[2.0, 3.0, 4.0], [0.5, 0.7, 0.8]]
+    assert strange == 1
+    table.write_text(f"step,{'9' * 200000}\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="names of columns"):
+        read(table)
+    with pytest.raises(ValueError, match="names no columns"):
+        CsvLog(str(tmp_path))
+    assert "metrics.csv cannot be shown" in write_report(tmp_path).read_text(encoding="utf-8")

@@ -20,11 +20,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from distill import faults, guarded
+from distill import faults, files, guarded, launch
 from distill.csvlog import CsvLog
 
 AGAIN = "give the command again"
 ONCE_MORE = "give the same command again, which goes on where it stopped"
+ANEW = "give the same command again, which begins anew: no shard is whole yet"
 
 
 @pytest.fixture
@@ -81,13 +82,13 @@ COMMANDS = {
     "synthesize": (
         ["teacher.path={teacher}", "prompts=prompts.txt", "out={disk}/made", "steps=1"],
         20_000,
-        ONCE_MORE,
+        ANEW,
     ),
     "cache": (
         ["teacher.path={teacher}", "data.path=pictures", "data.size=64", "out={disk}/made"]
         + ["data.num_workers=0"],
         20_000,
-        ONCE_MORE,
+        ANEW,
     ),
     "evaluate": (
         ["run={run}", "metrics.prompts=4", "metrics.teacher_steps=[1]", "out={disk}/judged"]
@@ -125,6 +126,57 @@ def test_a_run_on_a_full_disk_names_the_file_and_how_to_go_on(
     assert "the disk takes no more" in said or "No space left on device" in said
     assert "make room" in said
     assert str(disk) in said
+    assert "Traceback" not in said
+
+
+def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_none_before_it(disk):
+    fill(disk, 8192)
+    folder = disk / "run" / "checkpoints"
+    with pytest.raises(OSError, match=rf"there is none before it: make room, remove {disk}/run "):
+        files.write({"x": torch.zeros(200_000)}, folder / "step_000001.ckpt")
+    (folder / "step_000001.ckpt").touch()
+    with pytest.raises(OSError, match="those before it are untouched: make room, then resume"):
+        files.write({"x": torch.zeros(200_000)}, folder / "step_000002.ckpt")
+
+
+def test_the_way_on_is_something_to_do(tmp_path):
+    """It stands behind `make room, then` and the like."""
+    ways = [launch.way_on(tmp_path, command) for command in ("run", "cache", "evaluate")]
+    (tmp_path / "latents-000000.tar").touch()
+    ways += [launch.way_on(tmp_path, "synthesize")]
+    assert ways == [
+        f"remove {tmp_path}, which has no checkpoint yet, and give the command again",
+        ANEW,
+        ONCE_MORE,
+        f"{ONCE_MORE} (whole: 1 shard)",
+    ]
+
+
+SEARCH = ['space=["seed=choice(0,1)"]', 'run=["debug=smoke"]', "trials=1"]
+
+
+@pytest.mark.parametrize("left", [24_000, 4096])
+def test_a_search_on_a_full_disk_names_its_study(left, command, disk):
+    (disk / "s").mkdir()
+    fill(disk, left)
+    code, _, said = command("search", *SEARCH, f"out={disk / 's'}")
+    assert code == 1
+    last = said.splitlines()[-1]
+    assert last.startswith(f"distill: {disk}/s/study.db: ")
+    assert last.endswith(f"; make room, then {ONCE_MORE}")
+    assert "Traceback" not in said
+
+
+def test_a_study_that_is_no_database_is_named(command, tmp_path):
+    out = tmp_path / "s"
+    out.mkdir()
+    (out / "study.db").write_text("a text" * 1000, encoding="utf-8")
+    code, _, said = command("search", *SEARCH, f"out={out}")
+    assert code == 1
+    assert said.endswith(
+        f"distill: {out / 'study.db'}: is no study that can be read (file is not a database); "
+        "move it away, or choose another out=\n"
+    )
     assert "Traceback" not in said
 
 

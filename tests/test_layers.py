@@ -29,7 +29,7 @@ LAYERS = {
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded", "loop"},
     "compose": {
         "_conf", "beginning", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
-        "signatures", "trust", "validate",
+        "signatures", "trainer_keys", "trust", "validate", "watched",
     },
     "L5": {"build", "trackers"},
     "L6": {

@@ -72,7 +72,7 @@ def test_a_killed_process_is_one_sentence_with_step_and_way_on(started, tmp_path
     run, notes = tmp_path, tmp_path / "processes"
     code, said = started(KILLED)
     killed, more = "process 1 was killed by signal 9", f"(what each process said is in {notes})"
-    anew = f"no checkpoint was written yet; remove {run} and give the command again"
+    anew = f"remove {run}, which has no checkpoint yet, and give the command again"
     assert (code, said) == (137, f"distill: {killed} at step 1,234; {anew} {more}\n")
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step_001000.ckpt").touch()

@@ -70,6 +70,61 @@ WRONG = [
         "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15 data.path={here}/x.tar",
         "predicts eps",
     ),
+    ("run", "optimizer.student.lr=inf", "optimizer.student.lr=inf: must be a finite number"),
+    ("run", "method.distill.guidance=nan", "method.distill.guidance=nan: must be 0 or more"),
+    ("run", "optimizer.student.betas=[0.0,inf]", "student.betas[1]=inf: must be a finite number"),
+    ("run", "discriminator.heads.kernel=2", "discriminator.heads.kernel=2: must be odd; use 3"),
+    ("run", "discriminator.heads.width=0", "discriminator.heads.width=0: must be 1 or more"),
+    ("run", "+discriminator.heads.projection=0", "heads.projection=0: must be 1 or more"),
+    ("run", "seed=100000000000000000000", "seed=100000000000000000000: must be a whole number"),
+    ("run", "seed=4294967296", "seed=4294967296: must be a whole number, 0 to 4294967295"),
+    (
+        "sample",
+        "run={here} prompt=x seed=9223372036854775808",
+        "must be a whole number below 2**63",
+    ),
+    # lists
+    ("run", "trainer.devices=[]", "trainer.devices=[]: must be a number of devices, a list of"),
+    ("run", "trainer.devices=[-1]", "trainer.devices=[-1]: must be a number of devices, a list"),
+    ("run", "sampler.levels=[]", "sampler.levels=[]: must be levels above 0 and at most 1, one or"),
+    ("run", "sampler.levels=[0.5,1]", "sampler.levels=[0.5, 1]: must fall from at most 1"),
+    ("run", "method.levels.levels=[]", "method.levels.levels=[]: must be levels above 0"),
+    ("run", "method=nitrofusion method.levels=[]", "method.levels=[]: has none; give one at least"),
+    (
+        "run",
+        "method=nitrofusion method.levels=[[1.0],[1.0,2.0]]",
+        "method.levels[1]=[1.0, 2.0]: must be levels above 0 and at most 1",
+    ),
+    ("run", "method=nitrofusion discriminator.heads.levels=[]", "heads.levels=[]: must be levels"),
+    ("run", "discriminator.features.taps=[]", "features.taps=[]: has none; give one at least"),
+    ("run", "discriminator.features.tasks=[]", "features.tasks=[]: has none; give one at least"),
+    ("run", "method=add discriminator.features.taps=[0,0]", "taps=[0, 0]: names one twice"),
+    (
+        "run",
+        "method=add discriminator.features.std=[1,1,0]",
+        "features.std=[1, 1, 0]: must be three numbers, of red, green and blue, each above 0",
+    ),
+    ("run", "method=add discriminator.features.mean=[1]", "features.mean=[1]: must be three num"),
+    (
+        "run",
+        "method.distill.guidance=[8,1]",
+        "method.distill.guidance=[8, 1]: must be a number, or",
+    ),
+    ("run", "callbacks.samples.prompts=[]", "callbacks.samples.prompts=[]: has no prompt; give"),
+    # parts and names that a run has
+    ("run", "discriminator.heads=null", "discriminator.heads=null: features are judged by heads"),
+    ("run", "~discriminator.heads", "discriminator.heads=null: features are judged by heads"),
+    ("run", "callbacks.checkpoint.best=nope", "best=nope: what a run logs begins with g/ or d/"),
+    (
+        "run",
+        "method=regression callbacks.checkpoint.best=d/accuracy",
+        "best=d/accuracy: what a run logs begins with g/; metrics.csv of a run has all names",
+    ),
+    (
+        "run",
+        "+callbacks.e={{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:nope}}",
+        "callbacks.e.monitor=nope: Lightning's callbacks see none of what a run logs; leave it out",
+    ),
     # words and names of keys
     ("run", "optimizer.schedule=cosin", "optimizer.schedule=cosin: must be constant or cosine"),
     (
@@ -230,6 +285,19 @@ WRONG = [
     ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: cannot be read as lines"),
     ("run", "metrics=coco5k metrics.path={here}", "cannot read annotations/captions_val2017.json"),
     ("run", "discriminator.features.path=./no method=add", "features.path=./no: no such folder"),
+    ("sample", "run={here} prompt=???", "prompt=???: three question marks alone stand for a value"),
+    ("sample", "run={here} prompt='???'", "prompt='???': three question marks alone stand for a"),
+    ("sample", "run={here}/unet prompt=x out={here}/mine", "holds a grid.png that was not made by"),
+    (
+        "compare",
+        "runs=nope out={here}/mine",
+        "/mine: holds a compare.csv that was not made by this",
+    ),
+    (
+        "evaluate",
+        "run={here}/unet out={here}/mine",
+        "holds a report.html that was not made by this",
+    ),
     ("sample", "run=nope prompt=x", "run=nope: neither a finished run (with a student/) nor a"),
     ("sample", "run={here}/other prompt=x", "holds a WuerstchenPipeline; known are FluxPipeline"),
     ("sample", "run={here}", "prompt: not given"),
@@ -289,6 +357,9 @@ def prepared(here: Path) -> Path:
     (here / "eps" / "scheduler" / "scheduler_config.json").write_text(
         json.dumps({"prediction_type": "epsilon"}), encoding="utf-8"
     )
+    (here / "mine").mkdir()
+    for name in ("grid.png", "compare.csv", "report.html"):
+        (here / "mine" / name).write_text("of the user's own", encoding="utf-8")
     (here / "add").mkdir()
     target = "distill.discriminators.stylegan_t.StyleGANTHeads"
     (here / "add" / "config.yaml").write_text(

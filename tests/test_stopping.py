@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}
 GOES_ON = "; give the same command again, which goes on where it stopped"
 PATIENCE = 180.0  # seconds after which a command has not heeded its signal
+ANEW = "; give the same command again, which begins anew: no shard is whole yet"
 PRETRAIN = ["out=work/pretrained", "stages=[data,vae]", "data.count=256", "vae.steps=3"]
 JUDGE = ["run=work/run", "metrics.prompts=4", "metrics.teacher_steps=[1]", "steps=1"]
 CHECK = ["data.path=given/pictures", "data.size=64", "data.num_workers=1"]
@@ -35,8 +36,8 @@ STAGES = {
         (kills.TRAIN, "judging the student", "; go on with: python -m distill.run resume=work/run"),
         (kills.TRAIN, "writing the report", "; go on with: python -m distill.run resume=work/run"),
     ],
-    "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", GOES_ON)],
-    "cache": [(kills.COMMANDS["cache"].words, "making samples", GOES_ON)],
+    "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", ANEW)],
+    "cache": [(kills.COMMANDS["cache"].words, "making samples", ANEW)],
     "pretrain": [(PRETRAIN, "pretraining", GOES_ON)],
     "evaluate": [(JUDGE, "loading", GOES_ON)],
     "sample": [(kills.COMMANDS["sample"].words, "drawing", "")],
@@ -77,8 +78,13 @@ class Teller(io.TextIOWrapper):
         return written
 
 
-def told(folder: Path, module: str, words: list[str], text: str, number: int) -> tuple[int, str]:
-    """Run a command in a fork, which is told to stop when it says `text` -> exit code, stderr."""
+def told(
+    folder: Path, module: str, words: list[str], text: str, number: int, *, after: float = 0.01
+) -> tuple[int, str]:
+    """Run a command in a fork, which is told to stop when it says `text` -> exit code, stderr.
+
+    Without a text it is told so many seconds `after` it began; number 0 tells nothing.
+    """
     said = folder / "stderr.txt"
     child = os.fork()
     if not child:
@@ -92,7 +98,7 @@ def told(folder: Path, module: str, words: list[str], text: str, number: int) ->
             sys.argv = [f"distill.{module}", *words]
             if not text:
                 signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
-                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                signal.setitimer(signal.ITIMER_REAL, after)
             importlib.import_module(f"distill.{module}").main()
             code = 0
         except SystemExit as stop:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -228,3 +231,57 @@ def test_groups_of_other_commands():
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             texts.readable(word, config)
+
+
+@pytest.mark.parametrize(
+    ("words", "ordered"),
+    [
+        ("a=1 -m seed=0,1", "a=1 seed=0,1 -m"),
+        ("--cfg job a=1", "a=1 --cfg job"),
+        ("a=1 --cfg job --resolve b=2", "a=1 b=2 --cfg job --resolve"),
+        ("--info a=1", "a=1 --info"),
+        ("--info defaults a=1 -cd my b=2", "a=1 b=2 --info defaults -cd my"),
+        ("--config-dir=my a=1", "a=1 --config-dir=my"),
+        ("--config-d my a=1", "a=1 --config-d my"),
+        ("a=1 --nope b=2", "a=1 b=2 --nope"),
+    ],
+)
+def test_flags_may_stand_anywhere(words, ordered):
+    assert texts.flags_last(words.split()) == ordered.split()
+
+
+def test_a_flag_between_keys_is_read(command):
+    code, out, err = command("run", "trainer.max_steps=7", "--cfg", "job", "seed=5")
+    assert (code, err) == (0, "")
+    assert "seed: 5" in out
+    assert "max_steps: 7" in out
+
+
+CLOSED = [
+    *(("distill", "--help", 0), ("distill", "recipes", 0), ("distill.run", "--help", 0)),
+    *(("distill.run", "--cfg job", 0), ("distill.check", "data.path=nope", 1)),
+    *(("distill.compare", "runs=nope", 1), ("distill.completion", "bash", 0)),
+    *(("distill.doctor", "teacher.path=nope", 1), ("distill.demo", "run=./nope", 1)),
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+@pytest.mark.parametrize(("module", "words", "ends"), CLOSED)
+def test_a_closed_stream_is_no_fault(module, words, ends, tmp_path):
+    """Of a command that was started with `>&-`, or with neither stream, as by a service."""
+    for closed in (">&-", "<&- >&- 2>&-"):
+        line = f"exec {sys.executable} -m {module} {words} {closed}"
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, timeout=300)
+        said = done.stderr.decode()
+        assert done.returncode == ends, said
+        assert said.count("\n") == (ends if closed == ">&-" else 0), said
+
+
+def test_a_sweep_lists_what_failed_as_it_was_typed(command):
+    code, _, err = command("run", "-m", "metrics=null", "data.path=nope,none")
+    assert code == 1
+    listed = err.splitlines()[-2:]
+    assert [line.partition(": ")[0] for line in listed] == [
+        "  metrics=null data.path=nope",
+        "  metrics=null data.path=none",
+    ]

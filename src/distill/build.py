@@ -149,12 +149,12 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
 
     Nothing of it where the features are null.
     """
-    if cfg.features is None:
+    if cfg.get("features") is None:
         return {}
     features = make(cfg.features, "discriminator.features")
     if isinstance(features, partial):  # those that are made from the teacher
         features = features(teacher=teacher)
-    if "condition" not in cfg:
+    if cfg.get("condition") is None:
         pooled = teacher.embed([""]).pooled
         width = 0 if pooled is None else pooled.shape[1]
         return {

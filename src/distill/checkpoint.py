@@ -1,5 +1,7 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
 
+import difflib
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from distill.limits import steps_in
 from distill.methods.base import Distillation
 from distill.record import RunRecord
 from distill.signals import handled_by, remember
+
+log = logging.getLogger(__name__)
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -62,6 +66,9 @@ class Checkpoints(L.Callback):
         )
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
+        self._known = (
+            best is None
+        )  # whether the value was ever logged, or it was said that it was not
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +124,7 @@ class Checkpoints(L.Callback):
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        self._known = self._known or self.best in trainer.callback_metrics | pl_module.numbers
         if trainer.world_size > 1:  # one process was told: all must save, and together
             told = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
             number = trainer.strategy.reduce(told, reduce_op="max")
@@ -136,6 +144,12 @@ class Checkpoints(L.Callback):
         trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
+        if not self._known and step:
+            self._known = True
+            close = difflib.get_close_matches(str(self.best), list(known), n=1)
+            near = f" (did you mean {close[0]}?)" if close else ""
+            what = "nothing of this name was logged so far, and there is no best.ckpt"
+            log.warning("callbacks.checkpoint.best=%s: %s%s", self.best, what, near)
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
         if value is not None and (self._best is None or sign * value < sign * self._best):
             self._best = float(value)

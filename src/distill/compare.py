@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from distill.aside import put_text
 from distill.errors import command, sentence
+from distill.folders import check_ours
 from distill.locks import one_writer
 from distill.shown import shown
 
@@ -27,6 +28,7 @@ def main(cfg: DictConfig) -> None:
     from distill.report.comparison import page
     from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
 
+    check_ours(Path(cfg.out), "out", "compare.md", "compare.csv", "compare.html")
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
     places = (os.path.expanduser(str(pattern)) for pattern in patterns)
     found = [Path(path) for place in places for path in sorted(glob.glob(place))]

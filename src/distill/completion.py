@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 from distill.commandline.words import SHELLS, following, for_bash
+from distill.console import open_all
 
 NONE_OF_OURS = 3  # the exit code by which a script lets the shell complete by itself
 
 
 def main() -> int:
     """The command `distill completion`; returns the exit code."""
+    open_all()
     words = sys.argv[1:]
     if not words or not {"-h", "--help"}.isdisjoint(words[:1]):
         print(__doc__.rstrip())

@@ -104,6 +104,8 @@ def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"{key}={value}: must be a whole number, {least} or more")
+        if value is not None and value >= 2**63:
+            raise ValueError(f"{key}={value}: must be a whole number below 2**63")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

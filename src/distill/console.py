@@ -126,9 +126,25 @@ def leave(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def open_all() -> None:
+    """Have the standard streams that are closed lead nowhere: else the next file that is opened takes their place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            mode = "r" if name == "stdin" else "w"
+            os.set_inheritable(nowhere, nowhere < 3)
+            stream = open(nowhere, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 @contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Around all of a command: `| head` is no fault, and what was not read is lost without a word."""
+    """Around all of a command: `| head` is no fault, and what was not read is lost without a word.
+
+    Nor is a stream that the command was started without (`>&-`), as services are.
+    """
+    open_all()
     try:
         yield
         sys.stdout.flush()

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from distill.aside import put
 
+MOST = 2**24  # ours: characters of the line that names the columns
+
 
 class CsvLog(Logger):
     """Rows {step, name: value}, each appended at once and in one write, so that a kill loses none.
@@ -30,7 +32,12 @@ class CsvLog(Logger):
         self._columns: list[str] = []
         if self._path.is_file():
             with self._path.open(newline="", encoding="utf-8", errors="replace") as file:
-                self._columns = next(csv.reader(file), [])
+                first = file.readline(MOST)  # a quote left open would go on to the end
+            try:
+                self._columns = next(csv.reader([first]), [])
+            except csv.Error as error:
+                what = f"its first line names no columns ({error}); repair it, or move it away"
+                raise ValueError(f"{self._path}: {what}") from None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -62,6 +62,10 @@ class ScoreDistillation:
             raise ValueError(f"method.distill.kind={self.kind}: must be one of {', '.join(KINDS)}")
         if self.steps < 1 or (self.kind == "nfsd" and self.steps > 1):
             raise ValueError(f"method.distill.steps={self.steps}: at least 1, and 1 for nfsd")
+        ends = [self.guidance] * 2 if isinstance(self.guidance, int | float) else self.guidance
+        if len(ends) != 2 or not ends[0] <= ends[1]:
+            what = "must be a number, or least and largest of a range"
+            raise ValueError(f"method.distill.guidance={list(ends)}: {what}")
         if not 0 < self.low < self.high < 1:
             raise ValueError(
                 f"method.distill: t from low={self.low} to high={self.high} must lie inside (0, 1)"

@@ -28,7 +28,7 @@ from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.private import referring
 from distill.commandline.sweep import Sweep
-from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
+from distill.commandline.texts import GROUPS, as_typed, check_flags, flags_last, readable
 from distill.compose import dotted, nearest, note_secrets
 from distill.ranks import rank
 from distill.shown import shown
@@ -74,10 +74,12 @@ def command(
                     check_own(cfg, name)
                     with faults.goes_on(lambda: way_on):
                         code = task(cfg)
+                        signals.check()
                     if code or signals.asked():  # no other job of a sweep begins after a signal
                         raise SystemExit(code)
 
             signals.end_with_parent()
+            console.open_all()
             print_any_letter()
             secret.note(secret.in_words(sys.argv[1:]))
             with stoppable(), console.readers_may_leave():
@@ -85,8 +87,11 @@ def command(
                     words = [as_typed(word) for word in sys.argv[1:]]
                     config_folders.check(words)
                     check_flags(words)
-                    words = [readable(word, name, sweep=sweep.asked) for word in words]
-                    sys.argv[1:] = referring(words)
+                    words = flags_last(words)
+                    read = [readable(word, name, sweep=sweep.asked) for word in words]
+                    given = referring(read)
+                    sweep.typed = dict(zip(given, words, strict=True))
+                    sys.argv[1:] = given
                     if text := _said_of_itself(task, name):
                         print(text)
                         return
@@ -152,6 +157,7 @@ def said_plainly() -> Iterator[None]:
     except BrokenPipeError:
         raise  # `readers_may_leave`
     except Exception as error:
+        signals.check(error)
         if all_asked_for() or not is_mistake(error):
             raise
         console.failed(error)

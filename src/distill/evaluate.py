@@ -30,6 +30,7 @@ from distill.compose import (
 )
 from distill.errors import command
 from distill.faults import AGAIN
+from distill.folders import check_ours
 from distill.limits import check_dtype
 from distill.locks import check_free, one_writer
 from distill.metrics.material import in_folder
@@ -115,6 +116,8 @@ def check(cfg: DictConfig) -> None:
         validate.check_teacher(cfg.teacher)
     else:
         config_of(cfg.run, "teacher")
+    if cfg.out:
+        check_ours(Path(cfg.out), "out", "evaluation.json", "report.html")
     check_free(_out(cfg), "out" if cfg.out else "run")
 
 

@@ -18,6 +18,7 @@ from distill.ranks import world
 
 WAY_ON = "way_on"  # attribute of an exception: how to go on with what was done so far
 AGAIN = "give the same command again, which goes on where it stopped"
+ANEW = "give the same command again, which begins anew: no shard is whole yet"
 SHARED = Path("/dev/shm")  # through which the workers of a loader hand over what they have read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EROFS, errno.EIO)

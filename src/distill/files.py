@@ -27,7 +27,7 @@ from torchvision.utils import save_image
 from distill import faults, formats
 from distill.aside import aside, put, put_in_place
 from distill.bounded import check_archive
-from distill.limits import checkpoints_at
+from distill.limits import checkpoints_at, steps_in
 
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
@@ -51,7 +51,10 @@ def write(state: Any, path: Path) -> None:
         said = isinstance(error, OSError) and error.strerror
         reason = faults.reason(error) or said or first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"
-        raise OSError(f"{what}; those before it are untouched: make room, then resume") from None
+        way = "those before it are untouched: make room, then resume"
+        if not steps_in(path.parent, ".ckpt"):
+            way = f"there is none before it: make room, remove {path.parent.parent} and begin anew"
+        raise OSError(f"{what}; {way}") from None
     _flush_renames(path.parent)
 
 

@@ -10,7 +10,33 @@ from pathlib import Path
 from distill.bounded import mapping_of
 
 BEGUN = ("config.yaml", "run.json")  # what is written first
+PAGE = " · distill</title>".encode()
+# Files of plain names that commands write anew -> what stands at the beginning of theirs.
+MARKS = {
+    "grid.png": b"Xtrun\0",  # a text of a PNG: by which model it was drawn
+    "compare.md": b"|  | steps | runs |",
+    "compare.csv": b"group,run,seed,",
+    "compare.html": PAGE,
+    "evaluation.json": b'"protocol"',
+    "report.html": PAGE,
+}
+HEAD = 2**16  # ours: bytes that are looked at
 FIRST = "step_000000.png"  # drawn before the first step
+
+
+def check_ours(folder: Path, key: str, *names: str) -> None:
+    """Raise FileExistsError, which begins with `key`, if such a file is there that no command of ours made."""
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            continue
+        head = b""
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(HEAD)
+        if MARKS[name] not in head:
+            what = f"holds a {name} that was not made by this command, and would be lost"
+            raise FileExistsError(f"{key}={folder}: {what}; name another {key}=")
 
 
 def untouched(folder: Path) -> bool:

@@ -27,7 +27,8 @@ from typing import Any
 from distill import signals
 from distill.compose import world
 from distill.console import say
-from distill.faults import AGAIN
+from distill.data.shards import shards_in
+from distill.faults import AGAIN, ANEW
 from distill.hardware import cores
 from distill.limits import checkpoints_at
 from distill.locks import pass_on
@@ -82,13 +83,16 @@ def launch(
 
 
 def way_on(folder: Path, command: str = "run") -> str:
-    """How to go on with what a command has made in its folder so far."""
+    """How to go on with what a command has made in its folder so far, as what one is told to do."""
+    if command in ("cache", "synthesize"):
+        count = len(shards_in(folder))
+        return f"{AGAIN} (whole: {count} shard{'s' * (count > 1)})" if count else ANEW
     if command != "run":
         return AGAIN
     with suppress(FileNotFoundError):
         checkpoints_at(folder)
         return f"go on with: python -m distill.run resume={folder}"
-    return f"no checkpoint was written yet; remove {folder} and give the command again"
+    return f"remove {folder}, which has no checkpoint yet, and give the command again"
 
 
 class _Workers:
@@ -124,7 +128,7 @@ class _Workers:
 
     def told(self, number: int, _frame: Any) -> None:
         """Hand a signal on; a second Ctrl-C ends all at once."""
-        twice = {number, signals.asked()} <= set(signals.INTERRUPTS)
+        twice = signals.twice(number)
         for worker in self._all:
             if twice:
                 worker.kill()

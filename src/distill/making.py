@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from distill import compose, launch, paths, trust
+from distill import compose, faults, launch, paths, trust
 from distill.aside import put
 from distill.bounded import mapping_of
 from distill.data.shards import BEGUN, index_tar, shards_in
@@ -132,7 +132,7 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     for key, node in cfg.items():  # what is made; `out` and prompts may be called by any text
         if isinstance(node, DictConfig):
             compose.allowed(node, str(key))
-    with one_writer(folder, "out"):
+    with one_writer(folder, "out"), faults.goes_on(lambda: launch.way_on(folder, command)):
         code = _made(cfg, folder, command, None if several else work)
     if compose.world() == 1 and not done.is_file():
         with suppress(OSError):  # there are shards in it, or what is not ours

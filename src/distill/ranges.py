@@ -1,10 +1,14 @@
 """Numbers of a run that no class could do with, known before a weight is read."""
 
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # Whole numbers, and the least that each may be: of a run, and of its judging.
+LARGEST = {"seed": 2**32 - 1}  # NumPy's
 COUNTS = dict.fromkeys(
     ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
 ) | dict.fromkeys(
@@ -26,6 +30,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "discriminator.features.size": (1, None),
     "discriminator.heads.kernel": (1, None),
     "discriminator.heads.layers": (1, None),
+    "discriminator.heads.projection": (1, None),
     "discriminator.heads.refresh": SHARE,
     "discriminator.heads.size": (1, None),
     "discriminator.heads.width": (1, None),
@@ -58,6 +63,16 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "student.alpha": (0, None),
     "teacher.guidance": (0, None),
 }
+ODD = ("discriminator.heads.kernel",)  # an even convolution gives a map of another size
+# Lists of noise levels, 0 = data and 1 = noise.
+LEVELS = (
+    "sampler.levels", "discriminator.heads.levels", "method.levels.levels", "method.renoise.levels",
+)  # fmt: skip
+FALLING = ("sampler.levels",)
+NAMED = ("discriminator.features.taps", "discriminator.features.tasks")  # each of them once
+OF_COLOURS = ("discriminator.features.mean", "discriminator.features.std")
+INFINITE = ("optimizer.clip_student", "optimizer.clip_discriminator")  # that cut nothing
+OURS = ("method", "optimizer", "discriminator", "sampler", "student", "teacher", "data", "metrics")
 
 
 def check_ranges(cfg: DictConfig) -> None:
@@ -71,3 +86,72 @@ def check_ranges(cfg: DictConfig) -> None:
         if not low <= value <= high:
             what = f"from {least} to {most}" if most is not None else f"{least} or more"
             raise ValueError(f"{key}={value}: must be {what}")
+    for key in ODD:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, int) and value % 2 == 0:
+            raise ValueError(f"{key}={value}: must be odd; use {value + 1}")
+    for group in OURS:
+        node = OmegaConf.select(cfg, group)
+        if isinstance(node, DictConfig):
+            _check_finite(OmegaConf.to_container(node, resolve=True), group)
+
+
+def check_most(cfg: DictConfig, most: Mapping[str, int]) -> None:
+    """Raise ValueError for a whole number above the largest that its key may have."""
+    for key, largest in most.items():
+        value = OmegaConf.select(cfg, key)
+        if type(value) is int and value > largest:
+            raise ValueError(f"{key}={value}: must be a whole number, 0 to {largest}")
+
+
+def check_lists(cfg: DictConfig) -> None:
+    """Raise ValueError for a list that is empty, or of values that it cannot have."""
+    for key, values in _lists(cfg, *LEVELS):
+        _check_levels(key, values, falling=key in FALLING)
+    for key, values in _lists(cfg, "method.levels"):  # of one step, of two, ...
+        for i, steps in enumerate(values):
+            if isinstance(steps, Sequence) and not isinstance(steps, str):
+                _check_levels(f"{key}[{i}]", steps, falling=True)
+    for key, values in _lists(cfg, "method.levels", *NAMED):
+        if not values:
+            raise ValueError(f"{key}=[]: has none; give one at least")
+    for key, values in _lists(cfg, *NAMED):
+        if len(set(map(str, values))) < len(values):
+            raise ValueError(f"{key}={values}: names one twice; leave that out")
+    for key, values in _lists(cfg, *OF_COLOURS):
+        numbers = [x for x in values if isinstance(x, int | float)]
+        if len(numbers) != 3 or len(values) != 3 or (key.endswith("std") and min(numbers) <= 0):
+            more = ", each above 0" if key.endswith("std") else ""
+            raise ValueError(f"{key}={values}: must be three numbers, of red, green and blue{more}")
+    for key, values in _lists(cfg, "method.distill.guidance"):
+        if len(values) != 2 or not 0 <= values[0] <= values[1]:
+            raise ValueError(f"{key}={values}: must be a number, or least and largest of a range")
+
+
+def _lists(cfg: DictConfig, *keys: str) -> Iterator[tuple[str, list[Any]]]:
+    for key in keys:
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, group)
+        value = node.get(name) if isinstance(node, DictConfig) else None
+        if isinstance(value, ListConfig):
+            yield key, list(OmegaConf.to_container(value, resolve=True))
+
+
+def _check_levels(key: str, values: Sequence[Any], *, falling: bool) -> None:
+    within = all(isinstance(x, int | float) and 0 < x <= 1 for x in values)
+    if not values or not within:
+        raise ValueError(f"{key}={list(values)}: must be levels above 0 and at most 1, one or more")
+    if falling and not all(a > b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{key}={list(values)}: must fall from at most 1, and stay above 0")
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """For infinity and NaN anywhere in a plain tree."""
+    if isinstance(value, float) and not math.isfinite(value) and key not in INFINITE:
+        raise ValueError(f"{key}={value}: must be a finite number")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_finite(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_finite(inner, f"{key}[{i}]")

@@ -30,6 +30,7 @@ from distill.compose import check_counts, file_name
 from distill.console import note, on_stderr
 from distill.data.lines import Lines
 from distill.errors import command
+from distill.folders import check_ours
 from distill.hardware import check_precision
 from distill.limits import check_dtype, drawn_at_once
 from distill.locks import check_free, one_writer
@@ -119,6 +120,7 @@ def check(cfg: DictConfig) -> list[str]:
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
+    check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
     return prompts
 

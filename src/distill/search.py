@@ -7,13 +7,17 @@ stopped. The first trial has the run's own values, where the ranges hold them.
 """
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 import re
+import sqlite3
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,11 @@ from distill.shown import in_csv
 from distill.signals import apart, for_child
 
 RUN = (sys.executable, "-m", "distill.run")
+UNSTORED = {  # what SQLite says, and the system
+    "disk is full": errno.ENOSPC,
+    "disk I/O error": errno.EIO,
+    "readonly database": errno.EROFS,
+}
 RANGE = re.compile(r"([\w./@]+)=(?:(choice)\((.+)\)|(log|uniform|int)\(([^,]+,[^,]+)\))")
 
 
@@ -97,8 +106,12 @@ def score(folder: Path, metric: str, steps: int) -> float:
     for row in mapping_of(verdict)["rows"] if verdict.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        logged = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
+    table = folder / "metrics.csv"
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            logged = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
+    except csv.Error as error:
+        raise ValueError(f"{table}: cannot be read as a table ({error})") from None
     if not logged:
         raise ValueError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
     return float(logged[-1])
@@ -210,7 +223,7 @@ def main(cfg: DictConfig) -> None:
     out, space = Path(cfg.out), _space(cfg)  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
-    with one_writer(out, "out", deep=True):
+    with one_writer(out, "out", deep=True), _stored(out / "study.db"):
         _search(cfg, out, space)
 
 
@@ -222,6 +235,24 @@ def _space(cfg: DictConfig) -> list[str]:
     space = [str(text) for text in cfg.space]
     list(map(parsed, space))
     return space
+
+
+@contextmanager
+def _stored(study: Path) -> Iterator[None]:
+    """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries wrap it."""
+    try:
+        yield
+    except Exception as error:
+        cause: Any = error
+        while cause is not None and not isinstance(cause, sqlite3.Error):
+            cause = getattr(cause, "orig", None) or cause.__cause__
+        if cause is None:
+            raise
+        said = str(cause)
+        if number := next((n for words, n in UNSTORED.items() if words in said), None):
+            raise OSError(number, os.strerror(number), str(study)) from None
+        what = f"is no study that can be read ({said}); move it away, or choose another out="
+        raise ValueError(f"{study}: {what}") from None
 
 
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:

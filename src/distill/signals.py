@@ -3,6 +3,10 @@
     with heard():              # around a command: the first signal raises Stopped where the work is
         ...                    # a second Ctrl-C ends the process at once
 
+An exception out of nowhere is not safe everywhere: inside an import or OmegaConf's own work it
+leaves them half done, and C code and destructors drop it. There the signal is only noted, and it is
+sent again until `Stopped` has reached who waits for it.
+
 Training has a handler of its own: it saves first. Of several processes only the launcher is told by
 a terminal, and hands it on. A process that was started by another one of ours ends with it, by
 `end_with_parent`.
@@ -16,9 +20,14 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from _thread import start_new_thread  # takes no lock: a signal handler may call it
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
+
+from distill.faults import WAY_ON
 
 REQUEUE = getattr(signal, "SIGUSR1", None)  # by which SLURM announces the end of a job
 HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that was closed
@@ -37,8 +46,17 @@ PATIENCE = (
     5.0  # ours: seconds after which a second signal of any kind ends what has not heeded the first
 )
 
+REMIND = 0.05  # ours: seconds after which a signal that nobody has heeded is sent again
+# Packages in whose own frames a signal is not raised: they would be left half done.
+DELICATE = {"hydra", "omegaconf", "antlr4", "logging"}
+
 _asked: signal.Signals | None = None  # what this command was asked to stop by
 _since = 0.0
+_due = False  # it is to end the work by `Stopped`, which has not arrived yet
+_raised: "weakref.ref[Stopped] | None" = None  # gone again where somebody has dropped it
+_reminds = False  # the signal that comes next was sent by `_reminder`
+_imports = 0  # how deep in imports the command began
+_ending = threading.Lock()  # held while a reminder is sent, and while the handlers go
 
 
 class Stopped(BaseException):
@@ -55,13 +73,40 @@ def asked() -> signal.Signals | None:
 
 
 def remember(number: int) -> None:
-    """Note that this signal has come, for who asks later; a second Ctrl-C ends the process."""
-    global _asked, _since
-    twice = _asked in INTERRUPTS and number in INTERRUPTS
-    if twice or (_asked is not None and time.monotonic() - _since > PATIENCE):
+    """Note that this signal has come, for who asks later; a second Ctrl-C ends the process.
+
+    Who calls this has heeded the signal: nothing is raised any more.
+    """
+    global _due
+    _due = False
+    _note(number)
+
+
+def twice(number: int) -> bool:
+    """Whether this signal is the second Ctrl-C, which wants the end at once."""
+    return not _reminds and _asked in INTERRUPTS and number in INTERRUPTS
+
+
+def _note(number: int) -> None:
+    global _asked, _since, _reminds
+    late = _asked is not None and time.monotonic() - _since > PATIENCE
+    if twice(number) or (late and not _reminds):
         end_now(number)
+    _reminds = False
     if _asked is None:
         _asked, _since = signal.Signals(number), time.monotonic()
+
+
+def check(error: BaseException | None = None) -> None:
+    """Raise `Stopped` if a signal has come and nobody has heeded it yet, in the place of `error`.
+
+    What the signal has met in the middle of something may raise anything.
+    """
+    if _due and _asked is not None:
+        stop = _stopped()
+        if hasattr(error, WAY_ON):
+            setattr(stop, WAY_ON, getattr(error, WAY_ON))
+        raise stop from None
 
 
 def end_now(number: int) -> None:
@@ -75,15 +120,23 @@ def end_now(number: int) -> None:
 @contextmanager
 def heard() -> Iterator[None]:
     """Have a signal raise `Stopped` inside; what handled it before does so again afterwards."""
-    global _asked
+    global _asked, _due, _raised, _imports
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    _asked = None
+    _asked, _due, _raised, _imports = None, False, None, _importing(sys._getframe())
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     before = handled_by(_stop)
     try:
         yield
+        check()
+    except Exception as error:
+        check(error)
+        raise
     finally:
+        with _ending:
+            _due = False
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -95,11 +148,76 @@ def handled_by(handler: Any) -> dict[int, Any]:
     return {n: signal.signal(n, handler) or signal.SIG_DFL for n in numbers}
 
 
-def _stop(number: int, _frame: Any) -> None:
-    first = _asked is None
-    remember(number)
+def _stopped() -> Stopped:
+    """The exception by which the signal ends the work, on its way from now on."""
+    global _raised
+    stop = Stopped(_asked or signal.SIGTERM)
+    _raised = weakref.ref(stop)
+    return stop
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _due
+    first, again = _asked is None, _reminds and _due
+    _note(number)
     if first:
-        raise Stopped(number)
+        _due = True
+        start_new_thread(_reminder, (number,))
+    if (first or again) and not _delicate(frame):
+        raise _stopped()
+
+
+def _reminder(number: int) -> None:
+    """Send the signal again as long as it is due and no `Stopped` is on its way."""
+    global _reminds
+    while True:
+        time.sleep(REMIND)
+        with _ending:
+            if not _due:
+                return
+            if _raised is None or _raised() is None:
+                _reminds = True
+                _send(number)
+
+
+def _send(number: int) -> None:
+    """To the main thread, which may be waiting for something."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
+
+
+def _delicate(frame: FrameType | None) -> bool:
+    """Whether an exception in this frame would leave something half done, or be dropped."""
+    if frame is None or frame.f_globals.get("__name__") == "contextlib":  # before its clean-up
+        return True
+    if _importing(frame) > _imports:
+        return True
+    inner: FrameType | None = frame
+    while inner is not None:
+        name = str(inner.f_globals.get("__name__")).partition(".")[0]
+        if name in DELICATE or inner.f_code.co_name == "__del__":
+            return True
+        if name not in sys.stdlib_module_names and name != "yaml":
+            return False
+        inner = inner.f_back
+    return False
+
+
+def _importing(frame: FrameType | None) -> int:
+    """How many frames of imports there are from this one outwards."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return count
+
+
+def _unraisable(found: Any) -> None:
+    """A `Stopped` that a destructor or C code has dropped comes again: nothing is said of it."""
+    if not isinstance(found.exc_value, Stopped):
+        sys.__unraisablehook__(found)
 
 
 def requeue() -> bool:

@@ -4,6 +4,7 @@
 the student step; only a warm-up depends on it. Level 0 is never drawn: nothing is left to denoise there.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -94,7 +95,8 @@ class Refinement:
         self, levels: Sequence[Numbers], refine: Sequence[int], one_step: float = 0.5
     ) -> None:
         counted = [len(steps) for steps in levels] == list(range(1, len(levels) + 1))
-        if not counted or any(steps[0] != 1 for steps in levels):
+        falling = all(a > b for steps in levels for a, b in itertools.pairwise([*steps, 0.0]))
+        if not levels or not counted or not falling or any(steps[0] != 1 for steps in levels):
             what = "must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down"
             raise ValueError(f"method.levels={levels}: {what}")
         if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:

@@ -5,7 +5,6 @@ only the objects themselves know, is said when they are built.
 """
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,20 @@ from distill.data.lines import Lines
 from distill.data.shards import check_pictures, expand
 from distill.hardware import check_precision
 from distill.metrics import material
-from distill.ranges import COUNTS, JUDGING, check_ranges
+from distill.ranges import COUNTS, JUDGING, LARGEST, check_lists, check_most, check_ranges
 from distill.teachers import locate
 from distill.teachers.settings import UNITS, check_settings, in_folder, unit_of
+from distill.trainer_keys import check_trainer
+from distill.watched import check_samples_prompts, check_watched
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
 # Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its adapters.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
-
-# Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type instead.
-SET = "is set by the run itself; leave it out"
-NOT_LIGHTNINGS = {
-    "accumulate_grad_batches": "Lightning's is for one player; use optimizer.accumulate=",
-    "gradient_clip_val": "Lightning's is for one player; use optimizer.clip_student= and clip_discriminator=",
-    "gradient_clip_algorithm": "Lightning's is for one player; use optimizer.clip_student=",
-    "max_epochs": "a run is counted in steps; use trainer.max_steps=",
-    **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), SET),
-}
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +42,11 @@ def check_run(cfg: DictConfig) -> None:
     check_sides(cfg)
     check_players(cfg.discriminator)
     check_counts(cfg, COUNTS)
+    check_most(cfg, LARGEST)
     check_keys(cfg)
     check_ranges(cfg)
+    check_lists(cfg)
+    check_watched(cfg)
     check_trainer(cfg.trainer)
     check_teacher(cfg.teacher)
     check_student(cfg.student)
@@ -90,10 +83,13 @@ def check_groups(cfg: DictConfig) -> None:
 
 
 def check_players(discriminator: DictConfig) -> None:
-    """That what a discriminator is made of are nodes with a target, or null."""
+    """That what a discriminator is made of are nodes with a target, or null, and that features have heads."""
     for key, node in discriminator.items():
         if node is not None and not _has_target(node):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
+    if discriminator.get("features") is not None and discriminator.get("heads") is None:
+        what = "features are judged by heads; give some, or discriminator=none"
+        raise ValueError(f"discriminator.heads=null: {what}")
 
 
 def _has_target(node: Any) -> bool:
@@ -201,37 +197,6 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
                 raise ValueError(f"{path}{key}.{name_of}={inner}: must be a node with a _target_")
 
 
-def check_trainer(trainer: DictConfig) -> None:
-    """Devices, precision, and strategies that are not for two players."""
-    devices = trainer.get("devices", 1)
-    whole = r"auto|-1|[1-9]\d*"
-    if isinstance(devices, str | int | float) and not re.fullmatch(whole, str(devices)):
-        raise ValueError(
-            f"trainer.devices={devices}: must be a number of devices, a list of them, or auto"
-        )
-    check_precision(trainer.get("precision", "auto"), "trainer.precision")
-    accelerator = trainer.get("accelerator", "auto")
-    if not _has_target(accelerator):
-        check_word(OmegaConf.create({"trainer": trainer}), "trainer.accelerator", *ACCELERATORS)
-    for key, how in NOT_LIGHTNINGS.items():
-        if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
-            raise ValueError(f"trainer.{key}={trainer[key]}: {how}")
-    strategy = trainer.get("strategy", "auto")
-    named = str(strategy.get("_target_") if _has_target(strategy) else strategy)
-    if "fsdp" in named.lower():
-        raise ValueError(
-            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
-        )
-    if named.startswith("ddp") or named.endswith("DDPStrategy"):
-        raise ValueError(
-            f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
-        )
-    if not _has_target(strategy) and strategy != "auto":
-        raise ValueError(
-            f"trainer.strategy={named}: must be auto; or use trainer=ddp or trainer=fsdp2"
-        )
-
-
 def check_teacher(teacher: DictConfig) -> None:
     """That its files are here, or may be on the hub, and are of a pipeline that it reads."""
     path, kinds = shipped(str(teacher.path)), {v: k for k, v in locate.FAMILIES.items()}
@@ -300,13 +265,6 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     if unit and not teacher.get("vae") and data.get("_target_") not in (LATENTS, PROMPTS):
         plain = OmegaConf.to_container(data, resolve=True)
         limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
-
-
-def check_samples_prompts(cfg: DictConfig) -> None:
-    """That the prompts of pictures on the way, where they are a file's, can be read."""
-    key = "callbacks.samples.prompts"
-    if isinstance(prompts := OmegaConf.select(cfg, key), str):
-        Lines(shipped(prompts), key)
 
 
 def check_metrics(metrics: DictConfig) -> None:

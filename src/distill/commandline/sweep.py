@@ -21,6 +21,7 @@ class Sweep:
 
     def __init__(self) -> None:
         self.asked = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        self.typed: dict[str, str] = {}  # word as Hydra reads it -> as it was typed
         self._jobs = 0
         self._failed: list[str] = []
 
@@ -53,5 +54,6 @@ class Sweep:
         return here and signals.asked() is None
 
     def _note(self, said: str) -> None:
-        words = masked(" ".join(overrides()))
-        self._failed.append(f"  {words}: {' '.join(said.split())}")
+        # Hydra writes what is left out as `~group=null`.
+        words = [self.typed.get(w, self.typed.get(w.removesuffix("=null"), w)) for w in overrides()]
+        self._failed.append(f"  {masked(' '.join(words))}: {' '.join(said.split())}")

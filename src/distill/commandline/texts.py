@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from distill._conf import CONF_DIR
 from distill.compose import escaped, nearest
@@ -70,6 +70,9 @@ def readable(word: str, config: str, *, sweep: bool = False) -> str:
         return word
     if not name:
         raise ValueError(f"{word}: has no key; write key=value")
+    if is_text(name, config) and value.strip("'\"") == MISSING:
+        what = "three question marks alone stand for a value that is missing"
+        raise ValueError(f"{word}: {what}; write another mark or a space with them")
     if is_text(name, config):
         return _text(key, value, config, sweep=sweep)
     return _other(key, value, sweep=sweep)
@@ -111,9 +114,30 @@ def check_flags(words: list[str]) -> None:
         raise ValueError(f"{message}; --help lists the flags")
 
     parser.error = refuse  # type: ignore[method-assign,assignment]
-    _, unknown = parser.parse_known_args(words)
+    _, unknown = parser.parse_known_args(flags_last(words))
     if named := next((word for word in unknown if word.startswith("-")), None):
         refuse(f"{named}: no such flag{nearest(named, flags)}")
+
+
+def flags_last(words: list[str]) -> list[str]:
+    """The words with Hydra's flags, and what belongs to each, behind all keys: it wants them on one side."""
+    known = get_args_parser()._option_string_actions
+    keys: list[str] = []
+    flags: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("-"):
+            keys.append(word)
+            continue
+        flags.append(word)
+        named = {action.dest: action for flag, action in known.items() if flag.startswith(word)}
+        action = known.get(word) or (next(iter(named.values())) if len(named) == 1 else None)
+        takes = action is not None and (action.nargs is None or action.nargs == "?")
+        must = action is not None and action.nargs is None
+        if takes and waiting and (must or not ("=" in waiting[0] or waiting[0].startswith("-"))):
+            flags.append(waiting.pop(0))
+    return [*keys, *flags]
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

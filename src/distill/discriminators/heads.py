@@ -90,6 +90,9 @@ class ConvHeads(AllHeads):
         norm_input: bool = True,
     ):
         super().__init__()
+        if kernel < 1 or kernel % 2 == 0 or projection < 1 or (width is not None and width < 1):
+            what = f"kernel={kernel} must be odd, projection={projection} and width={width} above 0"
+            raise ValueError(f"discriminator.heads: {what}")
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
         how = {
             "kernel": kernel,
@@ -98,7 +101,7 @@ class ConvHeads(AllHeads):
             "norm_input": norm_input,
         }
         heads = {
-            k: ConvHead(c, TIME_FEATURES + pooled, width=width or c, **how)
+            k: ConvHead(c, TIME_FEATURES + pooled, width=c if width is None else width, **how)
             for k, c in channels.items()
         }
         self.heads = nn.ModuleDict({name.replace(".", "_"): head for name, head in heads.items()})

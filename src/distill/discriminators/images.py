@@ -61,10 +61,17 @@ class ImageFeatures(nn.Module):
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         depth = self.model.config.num_hidden_layers
         self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)
+        if not self.taps or len(set(self.taps)) < len(self.taps):
+            what = "must be one block at least, and each of them once"
+            raise ValueError(f"discriminator.features.taps={self.taps}: {what}")
         if any(not -1 <= k < depth for k in self.taps):
             raise ValueError(
                 f"discriminator.features.taps={self.taps}: this network has blocks 0 to {depth - 1}"
             )
+        least = getattr(self.model.config, "patch_size", 1)
+        if size < least:
+            what = f"the network's patches have {least} pixels a side; use that at least"
+            raise ValueError(f"discriminator.features.size={size}: {what}")
         self.size, self.crop, self.augment = size, crop, augment
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

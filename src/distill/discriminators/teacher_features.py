@@ -40,6 +40,8 @@ class TeacherFeatures:
     ):
         named = {"blocks": teacher.blocks, "encoder": teacher.encoder}
         self.taps = list(named.get(taps, [taps]) if isinstance(taps, str) else taps)
+        if len(set(self.taps)) < len(self.taps):
+            raise ValueError(f"discriminator.features.taps={taps}: names one twice; leave that out")
         if not self.taps or set(self.taps) - set(teacher.channels):
             known = ", ".join(teacher.channels)
             raise ValueError(

@@ -1,8 +1,8 @@
 """`compare.html`: runs side by side on one page that holds everything it shows."""
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
     lines, runs = lines_of(groups), everyone(groups)
     best, said = _headline(lines)
-    seconds = sum(run.facts.get("train_seconds") or 0 for run in runs)
+    known = (run.facts.get("train_seconds") or 0 for run in runs)
+    seconds = sum(x for x in known if isfinite(x))
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
         best,
@@ -107,10 +108,10 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
             ):
                 draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
                 yield framed(f"{title} in one step", f"By {unit}.", draw)
-    health = {
-        group: [curve for run in runs if (curve := _accuracy(run)) is not None]
-        for group, runs in groups.items()
-    }
+    found = {group: [_accuracy(run) for run in runs] for group, runs in groups.items()}
+    for why in (why for curves in found.values() for _, why in curves if why):
+        yield f'<p class="none">A curve is left out: {in_html(why)}.</p>'
+    health = {group: [c for c, _ in curves if c is not None] for group, curves in found.items()}
     if any(health.values()):
         yield framed(
             "Discriminator's accuracy",
@@ -153,7 +154,7 @@ def _by_cost(
                 if row.who == "student"
                 and row.steps == 1
                 and key in row.scores
-                and cost in run.facts
+                and isfinite(run.facts.get(cost, nan) or nan)
             ]
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []),
@@ -167,12 +168,16 @@ def _by_cost(
     return draw
 
 
-def _accuracy(run: Run) -> Any:
-    """Steps and how often the discriminator was right, [2, N]; None of a run that has none, or has lost its curves."""
+def _accuracy(run: Run) -> tuple[Any, str]:
+    """Steps and how often the discriminator was right, [2, N], and why its curves cannot be read, if they cannot.
+
+    None of a run that has none.
+    """
+    path = run.folder / "metrics.csv"
     try:
-        return read(run.folder / "metrics.csv")[0].get("d/accuracy")
-    except (OSError, csv.Error):
-        return None
+        return (read(path)[0].get("d/accuracy"), "") if path.exists() else (None, "")
+    except (OSError, ValueError) as error:
+        return None, str(error)
 
 
 def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:

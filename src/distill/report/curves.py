@@ -73,7 +73,11 @@ def charts(path: Path) -> str:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """Column -> steps and values [2, N], and how many values are not finite numbers."""
+    """Column -> steps and values [2, N], and how many values are not finite numbers.
+
+    Each line is a row: a quote that was left open spoils its own alone. Raises OSError, and ValueError for a file that
+    is none of ours.
+    """
     rows: dict[
         float, dict[str, float]
     ] = {}  # of a step written twice, as by a resume, the last holds
@@ -81,8 +85,13 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
     text = text_of(path, MOST_BYTES, errors="replace")
     with io.StringIO(text, newline="") as lines:
         whole = (line.replace("\0", "") for line in lines if line.endswith("\n"))  # not torn
-        for cells in csv.DictReader(whole):
-            values = {name: _float(cell) for name, cell in cells.items() if cell}
+        columns = _cells(next(whole, "\n"))
+        if columns is None:
+            raise ValueError(f"{path}: has no readable names of columns in its first line")
+        for cells in map(_cells, whole):
+            strange += cells is None
+            named = zip(columns, cells or (), strict=False)
+            values = {name: _float(cell) for name, cell in named if cell}
             finite = {name: x for name, x in values.items() if math.isfinite(x)}
             strange += len(values) - len(finite)
             if "step" in finite:
@@ -92,6 +101,14 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
         for name, value in (values | _gaps(values)).items():
             curves.setdefault(name, []).append((step, value))
     return {name: np.array(points).T for name, points in curves.items()}, strange
+
+
+def _cells(line: str) -> list[str] | None:
+    """Those of one line; None of one that cannot be read, with a cell of megabytes say."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return None
 
 
 def _float(cell: object) -> float:

@@ -91,8 +91,17 @@ def _by(folder: Path, verdict: Verdict) -> Run:
         raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
         number_of(facts, key, str(folder / "run.json"))
-    config = {**config, "judged": verdict["protocol"]}
+    config = {**_plain(config), "judged": verdict["protocol"]}
     return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
+
+
+def _plain(value: Any) -> Any:
+    """YAML with keys that are texts, and dates and the like as texts: a stranger's may have any."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:

@@ -102,10 +102,10 @@ class FewSteps(ABC):
     finite: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        falling = self.levels is None or all(
-            a > b for a, b in itertools.pairwise([*self.levels, 0.0])
-        )
-        if not falling or (self.levels is not None and not 0 < self.levels[0] <= 1):
+        if self.levels is None:
+            return
+        falling = all(a > b for a, b in itertools.pairwise([*self.levels, 0.0]))
+        if not self.levels or not falling or not self.levels[0] <= 1:
             raise ValueError(
                 f"sampler.levels={self.levels}: must fall from at most 1, and stay above 0"
             )
