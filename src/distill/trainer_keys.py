@@ -34,7 +34,7 @@ def check_trainer(trainer: DictConfig) -> None:
         raise ValueError(f"trainer.devices={several}: {what}")
     check_precision(trainer.get("precision", "auto"), "trainer.precision")
     accelerator = trainer.get("accelerator", "auto")
-    if accelerator not in ACCELERATORS and not _has_target(accelerator):
+    if accelerator is not None and accelerator not in ACCELERATORS and not _has_target(accelerator):
         near = nearest(str(accelerator), ACCELERATORS)
         what = f"must be {' or '.join(ACCELERATORS)}{near}"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
