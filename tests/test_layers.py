@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "limits", "locks",
+        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "inside", "limits", "locks",
         "memory", "progress", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
@@ -28,7 +28,7 @@ LAYERS = {
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded"},
     "compose": {
         "_conf", "beginning", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
-        "signatures", "trust", "validate",
+        "signatures", "trust", "typed", "validate",
     },
     "L5": {"build", "trackers"},
     "L6": {

@@ -21,10 +21,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
-from distill import folders, paths, secret, trust
+from distill import folders, paths, secret, trust, typed
 from distill.bounded import mapping_of
 from distill.limits import steps_in
 from distill.ranks import rank, world
+from distill.shown import shown
 from distill.teachers.locate import near
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -162,13 +163,16 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def refuse_taken(cfg: DictConfig) -> None:
-    """Raise FileExistsError if the folder that a new run is to have holds a run already."""
+    """Raise FileExistsError if the folder that a new run is to have holds a run already, or files of anybody's."""
     folder = None if cfg.resume else _own_folder(cfg)
-    if folder is None:
+    if folder is None or rank() != 0 or restarted():
         return
-    taken = rank() == 0 and (folder / "config.yaml").exists() and not restarted()
-    if not taken or folders.untouched(folder):
+    others = folders.foreign(folder)
+    if not others:
         return
+    if not (folder / "config.yaml").exists():
+        what = f"is not empty (it has {shown(others[0], 60)}), and a run would write over what is there"
+        raise FileExistsError(f"run_dir={folder}: {what}; name another run_dir=, or empty it")
     kept = any((folder / "checkpoints").glob("step_*.ckpt"))
     how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
     raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
@@ -264,12 +268,6 @@ def secrets(cfg: DictConfig) -> dict[str, Any]:
     return secret.found(OmegaConf.to_container(cfg, resolve=True))
 
 
-def note_secrets(cfg: DictConfig) -> None:
-    """Have what this configuration says of secrets left out of what the command prints and logs."""
-    asked = secret.found(OmegaConf.to_container(cfg, resolve=False))
-    secret.note({key: OmegaConf.select(cfg, key) for key in asked})
-
-
 def written(cfg: DictConfig) -> bytes:
     """The configuration as a file has it: every value resolved, and *** for what is secret.
 
@@ -341,7 +339,7 @@ def _began_with(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
     with contextlib.suppress(OSError, ValueError):  # damaged, or none
         began = mapping_of(folder / "run.json").get("overrides")
-        return secret.masked(override) in (began if isinstance(began, list) else ())
+        return typed.as_said(override) in (began if isinstance(began, list) else ())
     return False
 
 

@@ -23,12 +23,12 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill import config_folders, console, faults, secret, signals
+from distill import config_folders, console, faults, secret, signals, typed
 from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.sweep import Sweep
 from distill.commandline.texts import GROUPS, as_typed, check_flags, readable
-from distill.compose import dotted, nearest, note_secrets
+from distill.compose import dotted, nearest
 from distill.ranks import rank
 from distill.shown import shown
 
@@ -63,7 +63,7 @@ def command(
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
                 with sweep.job(), _full_errors(asked), console.recorded(), said_plainly():
-                    note_secrets(cfg)
+                    typed.note_all(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
@@ -78,13 +78,14 @@ def command(
 
             signals.end_with_parent()
             print_any_letter()
-            secret.note(secret.in_words(sys.argv[1:]))
+            typed.note(sys.argv[1:])
             with stoppable(), console.readers_may_leave():
                 with said_plainly():
                     words = [as_typed(word) for word in sys.argv[1:]]
                     config_folders.check(words)
                     check_flags(words)
                     sys.argv[1:] = [readable(word, name, sweep=sweep.asked) for word in words]
+                    typed.note(sys.argv[1:])
                     if text := _said_of_itself(task, name):
                         print(text)
                         return

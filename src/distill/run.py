@@ -10,7 +10,6 @@ evaluation, a report.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,23 @@ from omegaconf import DictConfig
 from distill import compose, console, faults, folders, paths
 from distill.defaults import settled
 from distill.errors import command
+from distill.folders import LOG
 from distill.limits import checkpoints_at
-from distill.locks import NAME as LOCK
 from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
-from distill.secret import masked
-
-LOG = "run.log"
+from distill.secret import told
+from distill.typed import as_said
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import validate
+    from distill import resuming, validate
 
     cfg.resume = compose.escaped(cfg.resume or compose.requeued(cfg))
     before = None
     if cfg.resume:
         before = compose.looked_at(compose.folder_of(cfg.resume))
+        resuming.check_folder(cfg)
         checkpoints_at(Path(cfg.resume))
         cfg = compose.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
@@ -68,6 +67,7 @@ def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
     folder = compose.run_folder(cfg)
     went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
     with (
+        folders.kept_if_filled(folder),
         one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
         faults.goes_on(lambda: launch.way_on(folder)),
     ):
@@ -92,9 +92,10 @@ def _written(
 
     if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
         folders.cleared(folder)  # of a command that came to no step, in the same folder
-    fresh = {path.name for path in folder.iterdir()} <= {LOG, LOCK, launch.PROCESSES}
-    command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
-    typed = [masked(word) for word in compose.overrides()]
+    there = {path.name for path in folder.iterdir()}
+    fresh = not folders.foreign(folder)
+    command = " ".join(["python -m distill.run", *told(sys.argv[1:])])
+    typed = [as_said(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
@@ -112,7 +113,7 @@ def _written(
     finally:
         # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
         if code and fresh and compose.rank() == 0 and folders.untouched(folder):
-            undo(folder)
+            folders.undone(folder, there, crashed=(folder / launch.PROCESSES).exists())
     return code
 
 
@@ -138,16 +139,6 @@ def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
     if facts.get("content"):
         source, _ = parts or (compose.make(cfg.data, "data"), None)
         resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
-
-
-def undo(folder: Path) -> None:
-    """Remove what a run that came to no step has left; of a crash the log and notes stay."""
-    from distill.launch import PROCESSES
-
-    if (folder / PROCESSES).exists():
-        folders.cleared(folder)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:

@@ -26,8 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill import secret, signatures
+from distill.inside import TRUST_RUN, is_own
 
-TRUST, TRUST_RUN = "DISTILL_TRUST", "DISTILL_TRUST_RUN"
+TRUST = "DISTILL_TRUST"
 
 
 @dataclass(frozen=True)
@@ -240,12 +241,6 @@ def _plugins() -> tuple[str, ...]:
 
 
 # -- files -----------------------------------------------------------------------------------------
-
-
-def is_own(file: Path) -> bool:
-    """Whether the user has said that the runs of a folder which this file lies in are their own."""
-    folders = [word for word in os.environ.get(TRUST_RUN, "").split(os.pathsep) if word]
-    return any(file.resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
 def read(file: Path, *keys: str, but: Container[str] = ()) -> DictConfig:

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from distill import signals
 from distill.compose import overrides
+from distill.typed import as_said
 
 HERE = "BasicLauncher"  # the launcher that runs the jobs in this process; others see to theirs
 
@@ -52,4 +53,4 @@ class Sweep:
         return here and signals.asked() is None
 
     def _note(self, said: str) -> None:
-        self._failed.append(f"  {' '.join(overrides())}: {' '.join(said.split())}")
+        self._failed.append(f"  {' '.join(map(as_said, overrides()))}: {' '.join(said.split())}")
