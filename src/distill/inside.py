@@ -15,7 +15,7 @@ TRUST_RUN = "DISTILL_TRUST_RUN"
 # Files that are opened as they lie. All others are written aside and renamed, which replaces a link.
 FILES = re.compile(
     r"run\.log|metrics\.csv|alarms\.jsonl|hparams\.yaml|study\.db(-\w+)?|config\.yaml|run\.json"
-    r"|evaluation\.json|events\.out\.tfevents\..*|.*\.distill\.lock"
+    r"|evaluation\.json|events\.out\.tfevents\..*"
 )
 # Folders that are written into; of a student only names that a rename replaces.
 DEEP = ("checkpoints", "samples", "evaluation", "inspect", "processes", "train", "models")

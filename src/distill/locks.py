@@ -113,8 +113,10 @@ def check_free(folder: Path, key: str) -> None:
     if rank() != 0:
         return
     check_names(folder, key)
-    check_plain(_beside(folder), f"{key}={folder}")
-    there = [path for path in (folder / NAME, _beside(folder)) if path.exists()]
+    places = (folder / NAME, _beside(folder))
+    for path in places:
+        check_plain(path, f"{key}={folder}")
+    there = [path for path in places if path.exists()]
     for path in (path for path in there if path.absolute() not in _mine):
         deadline = time.monotonic() + BRIEF  # it may only have been asked for
         while who := _held(path):

@@ -53,7 +53,7 @@ def _looked_at(word: str) -> tuple[str, list[Any]]:
     override = _parsed(word)
     if secret.is_secret(key):
         value = _value(override) if override else None
-        bare = raw[1:-1] if raw[:1] in ("'", '"') and raw[:1] == raw[-1:] else raw
+        bare = raw.strip("'\"[]{} ")
         return f"{begins}={secret.HIDDEN}", [raw, bare, *_leaves(value)]
     found = list(secret.in_words([word]).values())
     value = _value(override) if override else raw
