@@ -28,7 +28,7 @@ LAYERS = {
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded"},
     "compose": {
         "_conf", "beginning", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
-        "signatures", "trust", "typed", "validate",
+        "signatures", "texts", "trust", "typed", "validate",
     },
     "L5": {"build", "trackers"},
     "L6": {

@@ -21,7 +21,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
-from distill import folders, paths, secret, trust, typed
+from distill import folders, paths, secret, texts, trust, typed
 from distill.bounded import mapping_of
 from distill.limits import steps_in
 from distill.ranks import rank, world
@@ -247,7 +247,10 @@ def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
     """
     if not is_run(run):
         return None
-    return paths.located(trust.read(Path(run) / "config.yaml", key, *keys), Path(run))
+    file = Path(run) / "config.yaml"
+    found = paths.located(trust.read(file, key, *keys), Path(run))
+    texts.check_places(found, file)
+    return found
 
 
 def is_run(path: str | Path) -> bool:
@@ -312,9 +315,10 @@ def going_on(cfg: DictConfig) -> DictConfig:
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
     # A job that SLURM runs again finds what it wrote itself.
     again = requeued(cfg)
-    trust.check_file(
-        said, file, replaced, own=again is not None and Path(again) == Path(cfg.resume)
-    )
+    own = again is not None and Path(again) == Path(cfg.resume)
+    trust.check_file(said, file, replaced, own=own)
+    if not own:
+        texts.check_places(now, file, replaced)
     now.resume = escaped(cfg.resume)
     different = several + [
         said

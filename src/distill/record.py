@@ -72,11 +72,17 @@ class RunRecord:
         folder = str(self._path.parent.resolve())  # for `paths.located`, should it be moved
         self._write(status="stopped", began=time.time(), folder=folder, **machine)
 
-    def made_of(self, models: Mapping[str, str], data: Mapping[str, Any]) -> None:
-        """Keep marks of what the run was made of, as it was when it began; see `resuming`."""
+    def made_of(
+        self, models: Mapping[str, str], data: Mapping[str, Any], texts: Mapping[str, str]
+    ) -> None:
+        """Keep marks of what the run was made of, as it was when it began; see `resuming`.
+
+        And of the `texts` that it shows now.
+        """
         known = self.facts.get("content", {})
         models = {**models, **known.get("models", {})}
-        self._write(content={"models": models, "data": known.get("data") or dict(data)})
+        content = {"models": models, "data": known.get("data") or dict(data)}
+        self._write(content={**content, "texts": dict(texts)})
 
     def came_to(self, iterations: int) -> None:
         """How far a run came that an error ended."""

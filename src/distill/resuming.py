@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, paths
+from distill import content, paths, texts
 from distill.compose import FIXED, dotted, folder_of, overrides, restarted, shipped
 from distill.teachers.locate import pipeline_folder
 
@@ -34,6 +34,11 @@ def marks(cfg: DictConfig) -> dict[str, str]:
         if mark is not None:
             found[key] = mark
     return found
+
+
+def texts_of(cfg: DictConfig) -> dict[str, str]:
+    """Dotted key -> mark, of every text that the run shows; see `texts`."""
+    return texts.marks(dotted(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def _mark(value: str) -> str | None:

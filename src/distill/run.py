@@ -163,7 +163,9 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     source, method = parts or build.parts(cfg)
     models = resuming.marks(cfg)
     if compose.rank() == 0:
-        RunRecord(folder).made_of(models, resuming.data_mark(source.dataset))
+        RunRecord(folder).made_of(
+            models, resuming.data_mark(source.dataset), resuming.texts_of(cfg)
+        )
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     kept = read(checkpoint) if checkpoint else None
     trainer = build.trainer(cfg, folder, models, kept)

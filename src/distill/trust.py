@@ -272,7 +272,7 @@ def check_file(
     What stands at the keys in `but` is not looked at, since it is replaced. An `own` file, and one
     that `is_own`, may say what may be typed.
     """
-    tree = _without(tree, but)
+    tree = without(tree, but)
     for path, value in walk(tree, ""):
         if secret.is_hidden(value):
             what = (
@@ -326,13 +326,13 @@ def _picked(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return kept
 
 
-def _without(tree: Any, keys: Container[str], key: str = "") -> Any:
+def without(tree: Any, keys: Container[str], key: str = "") -> Any:
     """The tree without what stands at these dotted keys."""
     if not isinstance(tree, Mapping):
         return tree
     paths = {name: f"{key}.{name}" if key else str(name) for name in tree}
     return {
-        name: _without(value, keys, paths[name])
+        name: without(value, keys, paths[name])
         for name, value in tree.items()
         if paths[name] not in keys
     }
