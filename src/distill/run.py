@@ -156,6 +156,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     with importing("torch"):
         from distill import build, resuming
+        from distill.checkpoint import taken_up
         from distill.files import newest, read
         from distill.record import RunRecord
 
@@ -175,7 +176,8 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
     try:
-        trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+        with taken_up(checkpoint):
+            trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
         if compose.rank() == 0 and method.iteration:
             RunRecord(folder).came_to(method.iteration)
