@@ -18,7 +18,8 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "inside", "limits", "locks",
+        "alive", "aside", "bounded", "console", "content", "elsewhere", "faults",
+        "formats", "hardware", "inside", "limits", "locks",
         "memory", "progress", "ranks", "record", "secret", "shown", "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
