@@ -190,7 +190,7 @@ def check_fits(state: Mapping[str, Any], module: nn.Module, where: str) -> None:
 def check_fields(kept: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, naming the file at `path`, for a checkpoint whose fields are not what a run has kept there.
 
-    And for weights that are no numbers, by a few of every tensor.
+    And for weights that are no numbers, by a few of every tensor. What is missing is for who takes it up.
     """
     own, about = kept["distill"], kept.get("about", {})
     said = about if isinstance(about, Mapping) else {}
@@ -207,10 +207,12 @@ def check_fields(kept: Mapping[str, Any], path: Path) -> None:
         ("about.loggers", said.get("loggers") or {}, Mapping),
     ]
     for key, value, kind in kinds:
+        if value is None:
+            continue
         if not isinstance(value, kind) or isinstance(value, bool) or _negative(value):
             what = f"says {key}={shown(value, 60)}, which no run keeps there"
             raise ValueError(f"{path}: {what}; name another checkpoint")
-    for name, x in {**kept["state_dict"], **own["ema"]}.items():
+    for name, x in {**(kept.get("state_dict") or {}), **(own.get("ema") or {})}.items():
         if not isinstance(x, Tensor) or _is_nan(x):
             what = "is no tensor" if not isinstance(x, Tensor) else "is not a number"
             raise ValueError(f"{path}: its {shown(name, 60)} {what}; name an earlier checkpoint")

@@ -35,8 +35,8 @@ def begin(cfg: DictConfig) -> int:
     before = None
     if cfg.resume:
         before = compose.looked_at(compose.folder_of(cfg.resume))
-        resuming.check_folder(cfg)
         checkpoints_at(Path(cfg.resume))
+        resuming.check_folder(cfg)
         cfg = compose.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
     if not cfg.resume:
