@@ -114,7 +114,6 @@ DAMAGED = [  # where in a checkpoint, what stands there, and what is said
     (("optimizer_states",), 3, "says optimizer_states=3"),
     (("pytorch-lightning_version",), 3, "says pytorch-lightning_version=3"),
     (("pytorch-lightning_version",), None, "Invalid version"),
-    (("global_step",), None, "its state cannot be taken up"),
     (("state_dict",), None, "its state cannot be taken up"),
     (("distill",), {"iteration": 2}, "its state cannot be taken up"),
     (("state_dict", "student.model.proj_out.weight"), "x", "its student.model.proj_out.weight is"),
