@@ -19,12 +19,14 @@ from omegaconf import OmegaConf
 
 from distill import bounded, console, files, folders, paths, shown, verdicts
 from distill.demonstration import html as demo_html
+from distill.discriminators.images import ImageFeatures as Pictures
+from distill.metrics import networks
 from distill.report import write_report
 from distill.report.curves import charts
 from distill.report.evaluation import rows_of
 from distill.report.page import figure
 from distill.students.card import write_card
-from distill.teachers import locate, sizes
+from distill.teachers import locate, settings, sizes
 from hostile import EVIL, laughs, png
 
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f]")
@@ -357,6 +359,13 @@ def test_a_terminal_and_a_log_get_text(capsys, tmp_path):
         ("x.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "files of weights"),
         ("x.safetensors.index.json", {"weight_map": {"a": "passwd"}}, "files of weights"),
         ("x.safetensors.index.json", {"weight_map": [1]}, "names no weights"),
+        ("adapter_config.json", {"base_model_name_or_path": "evil/x"}, "names another model"),
+        ("config.json", {"a": {"attn_implementation": "evil/x"}}, "is code that would be fetched"),
+        (
+            "config.json",
+            {"_attn_implementation": {"": "kernels-community/x"}},
+            "is code that would",
+        ),
         ("config.json", {"num_layers": 10**9}, "num_layers=1000000000, and at most 1000 are built"),
         ("config.json", {"num_hidden_layers": 10**9}, "at most 1000 are built"),
         ("config.json", {"layers_per_block": [2, 10**9]}, "at most 1000 are built"),
@@ -412,6 +421,71 @@ def test_a_header_of_safetensors_is_not_believed(length, tmp_path):
     data = (length if length > 10 else len(shapes)).to_bytes(8, "little") + shapes
     (tmp_path / "model.safetensors").write_bytes(data)
     assert sizes.parameters(tmp_path) == 0
+
+
+NUMBERS = [
+    *(("text_encoder", "eos_token_id", value) for value in (10**20, "x", [1, 10**20], -7)),
+    *(("transformer", "sample_size", value) for value in (10**9, -1, "x", [16, 10**9])),
+    *(("vae", "scaling_factor", value) for value in ("x", 0, 10**400, True)),
+    *(("vae", "shift_factor", value) for value in ("x", float("nan"), [1])),
+    *(("tokenizer", "model_max_length", value) for value in (10**30, -1, "x", 1, 2.5)),
+    ("tokenizer_2", "model_max_length", 10**30),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), NUMBERS)
+def test_numbers_of_a_model_that_are_none_are_said_in_a_sentence(
+    part, key, value, command, pipelines, tmp_path
+):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
+    name = "tokenizer_config.json" if part.startswith("tokenizer") else "config.json"
+    said = json.loads((folder / part / name).read_text(encoding="utf-8"))
+    (folder / part / name).write_text(json.dumps(said | {key: value}), encoding="utf-8")
+    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    assert code == 1
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("distill: ")]
+    assert f"run={folder}: " in line
+    assert f"{key}=" in line
+    assert "; " in line
+
+
+def test_ordinary_numbers_are_read_as_before(pipelines, tmp_path):
+    ordinary = {"eos_token_id": [1, 107], "pad_token_id": -1, "bos_token_id": None}
+    ordinary |= {"sample_size": [128, 96], "scaling_factor": 0.18215, "shift_factor": None}
+    ordinary |= {"latents_mean": [0.1, -0.2], "_attn_implementation": "sdpa"}
+    (tmp_path / "config.json").write_text(json.dumps(ordinary), encoding="utf-8")
+    # of a tokenizer that is told a length at each call; the number is transformers' own for none
+    long = {"model_max_length": 1000000000000000019884624838656}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(long), encoding="utf-8")
+    locate.check_part(tmp_path, "x")
+    settings.check_settings("SanaPipeline", lambda part: long if part == "tokenizer" else {}, "x")
+
+
+@pytest.mark.parametrize("value", ["x", ["x"], [True]])
+def test_mean_and_spread_of_latents_are_numbers(value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"latents_mean": value}), encoding="utf-8")
+    with pytest.raises(ValueError, match="latents_mean=.*must be a list of numbers; fetch it anew"):
+        locate.check_part(tmp_path, "x")
+
+
+def test_a_network_of_pictures_names_no_other_model(tmp_path):
+    said = json.dumps({"base_model_name_or_path": "evil/x"})
+    (tmp_path / "adapter_config.json").write_text(said, encoding="utf-8")
+    where = rf"discriminator\.features\.path={tmp_path}: .*base_model_name_or_path=evil/x names ano"
+    with pytest.raises(ValueError, match=where):
+        Pictures(str(tmp_path))
+    with pytest.raises(ValueError, match="metrics: .*names another model"):
+        networks._whole(None, str(tmp_path))
+
+
+def test_adapters_above_the_parts_name_no_other_model(command, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
+    said = json.dumps({"base_model_name_or_path": "evil/x"})
+    (folder / "adapter_config.json").write_text(said, encoding="utf-8")
+    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    assert code == 1
+    assert "base_model_name_or_path=evil/x names another model" in err
 
 
 def test_settings_of_real_models_are_within_bounds(pipelines):

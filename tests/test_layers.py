@@ -18,9 +18,9 @@ PACKAGE = ROOT / "src" / "distill"
 LAYERS = {
     "L0": {
         "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "bounded", "console", "content", "faults", "formats", "hardware", "headers", "limits",
-        "locks", "memory", "progress", "randomness", "ranks", "record", "secret", "shown", "signals", "unread",
-        "verdicts",
+        "alive", "aside", "bounded", "console", "content", "elsewhere", "faults", "formats", "hardware", "headers",
+        "inside", "limits", "locks", "memory", "progress", "randomness", "ranks", "record", "secret", "shown",
+        "signals", "unread", "verdicts",
     },
     "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
     "L2": {"students", "sampling"},
@@ -28,8 +28,8 @@ LAYERS = {
     "L3": {"methods"},
     "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded", "loop"},
     "compose": {
-        "_conf", "beginning", "compose", "config_folders", "defaults", "folders", "paths", "ranges", "resuming",
-        "signatures", "trainer_keys", "trust", "validate", "watched",
+        "_conf", "beginning", "compose", "config_folders", "continued", "defaults", "folders", "paths", "ranges",
+        "resuming", "signatures", "texts", "trainer_keys", "trust", "typed", "validate", "watched",
     },
     "L5": {"build", "trackers"},
     "L6": {

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from distill import folders
+
 MLFLOW = [
     "+logger.mine._target_=lightning.pytorch.loggers.MLFlowLogger",
     "+logger.mine._partial_=true",
@@ -54,9 +56,66 @@ def test_the_mended_command_may_have_the_same_folder(words, command, tmp_path):
 def test_what_was_there_before_stays(words, command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
-    assert command("run", *words, "~metrics", "~logger", MONITOR)[0] == 1
+    code, _, err = command("run", *words, "~metrics")
+    assert code == 1
+    assert "run_dir=run: is not empty (it has notes.txt)" in last(err)
     assert (tmp_path / "run" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    (tmp_path / "run" / "notes.txt").rename(tmp_path / "notes.txt")
     assert command("run", *words, "~metrics")[0] == 0
+
+
+@pytest.mark.parametrize("names", [("student/x.txt", "report.html", "metrics.csv"), ("run.log",)])
+def test_a_folder_of_anybodys_is_not_taken_over(names, words, command, tmp_path):
+    folder = tmp_path / "run"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine", encoding="utf-8")
+    code, _, err = command("run", *words, "~metrics", "~logger", MONITOR)
+    assert code == 1
+    assert "run_dir=run: is not empty" in last(err)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == len(names)
+    assert {path.read_text(encoding="utf-8") for path in files} == {"mine"}
+
+
+def test_what_others_put_there_outlives_a_run_that_came_to_nothing(tmp_path):
+    folder = tmp_path / "run"
+    for name in ("samples/mine.png", "notes.txt", "processes/0.log", "run.log"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x", encoding="utf-8")
+    for name in ("samples/step_000000.png", "config.yaml", "wandb/a/b", "samples/captions.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x", encoding="utf-8")
+    (folder / "checkpoints").mkdir()
+    with folders.kept_if_filled(folder):
+        folders.undone(folder, {"run.log"}, crashed=False)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {"samples/mine.png", "notes.txt", "run.log"}
+    (folder / "notes.txt").unlink()
+    (folder / "samples" / "mine.png").unlink()
+    with folders.kept_if_filled(folder):
+        folders.undone(folder, set(), crashed=False)
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()
+
+
+def test_the_log_of_a_crash_is_ours_and_another_is_not(tmp_path):
+    (tmp_path / "processes").mkdir()
+    log = tmp_path / "run.log"
+    log.write_text("== 2026-01-31 12:00:00+00:00 python -m distill.run seed=1\n", encoding="utf-8")
+    assert folders.foreign(tmp_path) == []
+    log.write_text("my notes\n", encoding="utf-8")
+    assert folders.foreign(tmp_path) == ["processes", "run.log"]
+
+
+def test_a_run_that_goes_on_has_one_folder(words, command, tmp_path):
+    assert command("run", *words, "~metrics")[0] == 0
+    code, _, err = command("run", "resume=run", "run_dir=other", "trainer.max_steps=2")
+    assert code == 1
+    assert "run_dir=other: resume=run goes on in its own folder; leave run_dir= out" in last(err)
+    assert not (tmp_path / "other").exists()
+    assert command("run", *words, "~metrics", "resume=run", "trainer.max_steps=2")[0] == 0
 
 
 def test_a_run_that_was_killed_before_its_first_step_is_begun_anew(words, command, tmp_path):

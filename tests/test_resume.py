@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from distill import compose, content, paths
+from distill import compose, content, paths, resuming
+from distill.record import RunRecord
 
 STEPS = 2
 
@@ -97,6 +99,93 @@ def test_another_teacher_s_checkpoint_is_refused(run, project, command):
     code, _, err = command("run", f"resume={run}", "trainer.max_steps=6")
     assert code == 1
     assert f"resume={foreign}: another run made this checkpoint (teacher.path={other}" in last(err)
+
+
+DAMAGED = [  # where in a checkpoint, what stands there, and what is said
+    (("about",), [1], r"says about=\[1\]"),
+    (("about", "train_seconds"), "x", "says about.train_seconds=x"),
+    (("about", "loggers"), [1], r"says about.loggers=\[1\]"),
+    (("distill", "iteration"), "x", "says iteration=x"),
+    (("distill", "iteration"), -1, "says iteration=-1"),
+    (("distill", "ema"), [1], r"says ema=\[1\]"),
+    (("global_step",), "x", "says global_step=x"),
+    (("loops",), 5, "says loops=5"),
+    (("callbacks",), [5], r"says callbacks=\[5\]"),
+    (("optimizer_states",), 3, "says optimizer_states=3"),
+    (("pytorch-lightning_version",), 3, "says pytorch-lightning_version=3"),
+    (("pytorch-lightning_version",), None, "Invalid version"),
+    (("state_dict",), None, "its state cannot be taken up"),
+    (("distill",), {"iteration": 2}, "its state cannot be taken up"),
+    (("state_dict", "student.model.proj_out.weight"), "x", "its student.model.proj_out.weight is"),
+    (("pytorch-lightning_version",), "x", "Invalid version"),
+    (("loops",), {"fit_loop": {"epoch_loop.batch_progress": 5}}, "its state cannot be taken up"),
+    (("callbacks",), {"Checkpoints": 5}, "its state cannot be taken up"),
+    (("optimizer_states",), [{}, {}], "its state cannot be taken up"),
+    (("distill", "ema"), {}, "the saved average does not fit"),
+]
+
+
+def test_a_damaged_checkpoint_is_named_in_a_sentence(run, command):
+    whole = kept_of(run)
+    file = run / "checkpoints" / "step_000002.ckpt"
+    for place in (run / "checkpoints").iterdir():
+        place.unlink()
+    for (*path, last_key), value, said in DAMAGED:
+        kept = {key: dict(x) if isinstance(x, dict) else x for key, x in whole.items()}
+        here = kept
+        for key in path:
+            here = here[key]
+        here[last_key] = value
+        torch.save(kept, file)
+        code, _, err = command("run", f"resume={run}", "trainer.max_steps=3")
+        assert code == 1, (path, last_key, value)
+        assert "Traceback" not in err
+        assert re.search(rf"{file}.*{said}", last(err)), (said, last(err))
+
+
+def test_weights_that_are_no_numbers_are_refused_before_training(run, command):
+    kept = kept_of(run)
+    kept["state_dict"] = {name: x * float("nan") for name, x in kept["state_dict"].items()}
+    file = run / "checkpoints" / "step_000002.ckpt"
+    torch.save(kept, file)
+    before = (run / "metrics.csv").read_bytes()
+    # the one before is gone on from, and without it nothing is
+    assert command("run", f"resume={run}", "trainer.max_steps=2")[0] == 0
+    torch.save(kept, file)
+    (run / "checkpoints" / "step_000001.ckpt").unlink()
+    code, _, err = command("run", f"resume={run}", "trainer.max_steps=3")
+    assert code == 1
+    assert re.search(rf"{file}: its student\.\S+ is not a number; name an earlier", last(err))
+    assert (run / "metrics.csv").read_bytes().startswith(before[:20])
+
+
+FACTS = [
+    *({"content": content} for content in ([], 3, "x", {"models": [1]}, {"data": "x"})),
+    *({"content": {"data": data}} for data in ({"digest": 1}, {"samples": "x"}, [])),
+    {"content": {"models": {"teacher.path": [1]}, "data": {"samples": 1, "digest": [1]}}},
+    {"train_seconds": "x", "resumed": 3, "began": [1], "content": {"texts": 3}},
+    {"train_seconds": float("nan")},
+]
+
+
+@pytest.mark.parametrize("damaged", FACTS)
+def test_damaged_facts_are_as_if_they_had_not_been_kept(damaged, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "x", **damaged}), encoding="utf-8")
+    record = RunRecord(tmp_path)
+    before, now = (OmegaConf.create({"data": {"path": name}}) for name in ("a", "b"))
+    resuming.check_moved(before, now, record.facts)
+    resuming.check_data(before, now, record.facts, {"samples": 24, "digest": None})
+    record.begun("command", "x")
+    record.made_of({"teacher.path": "1"}, {"samples": 24}, {})
+    assert record.facts["content"]["models"] == {"teacher.path": "1"}
+    assert record.trained_for() < 60
+
+
+def test_a_run_of_damaged_facts_goes_on(run, command):
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    facts |= {"content": {"models": [1], "data": {"digest": 1}}, "train_seconds": "x"}
+    (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert command("run", f"resume={run}", "trainer.max_steps=3")[0] == 0
 
 
 def test_inspect_refuses_a_foreign_checkpoint(run, project, command):

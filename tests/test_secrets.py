@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distill import search, secret, worker
+from distill import search, secret, typed, worker
 from distill._conf import CONF_DIR
 from distill.commandline import private
 from distill.compose import dotted
@@ -35,6 +35,7 @@ def below(folder: Path) -> list[Path]:
     "key",
     [
         *("token", "hf_token", "teacher.token", "logger.x.api_key", "apiKey", "a.credentials.b"),
+        *("accessToken", "authorization", "X-Api-Key", "HFToken", "clientSecret", "pwd"),
         *("key", "aws_secret", "password", "DB_PASSWORD", "access_key", "secret_key", "passphrase"),
     ],
 )
@@ -63,10 +64,44 @@ def test_no_key_of_ours_is_taken_for_one():
         ("+logger.c.api_key='${oc.env:NAME}'", "+logger.c.api_key='${oc.env:NAME}'"),
         ("run=runs/token=5 seed=1", "run=runs/token=5 seed=1"),
         ("use key=value pairs", "use key=value pairs"),
+        ("x.uri=http://u:corr@horse@host/x", "x.uri=http://***@host/x"),
+        ("x.uri=http://u:p/w@host/x", "x.uri=http://***@host/x"),
+        ("http://host:8080/users/@me", "http://host:8080/users/@me"),
+        ("at http://h/x?a=1&token=4711&b=2", "at http://h/x?a=1&token=***&b=2"),
+        ("{'apiKey': 'it\\'s', \"b\": 2}", "{'apiKey': ***, \"b\": 2}"),
+        ("Authorization: Bearer 4711", "Authorization: ***"),
     ],
 )
 def test_a_text_is_said_without_them(text, without):
     assert secret.masked(text) == without
+
+
+@pytest.mark.parametrize(
+    ("word", "said", "values"),
+    [
+        ("+c.m.password=correct horse battery", "+c.m.password=***", ["correct horse battery"]),
+        (r"+c.m.password='correct\'horse'", "+c.m.password=***", ["correct'horse"]),
+        ("+m={_target_:a,password: correct horse}", "+m={_target_:a,password:***}", ["correct ho"]),
+        ("+m=[{apiKey:'a b, c'}]", "+m=[{apiKey:***}]", ["a b, c"]),
+        ("+x.password=12345678.50", "+x.password=***", ["12345678.50", "12345678.5"]),
+        ("+x.password=[hunter 4711", "+x.password=***", ["hunter 4711"]),
+        ("+x.password=aaaa1,bbbb2", "+x.password=***", ["aaaa1", "bbbb2"]),
+        ("+x.password=${oc.env:A,hunter}", "+x.password=***", ["${oc.env:A,hunter}"]),
+        ("+x.password='${oc.env:A}'", "+x.password='${oc.env:A}'", []),
+        ("x.uri=http://u:corr@horse@h", "x.uri=http://***@h", ["corr@horse"]),
+        ("x.uri=http://h?token=hunter&b=1", "x.uri=http://h?token=***&b=1", ["hunter"]),
+        ("prompt=a: b = c, {d}", "prompt=a: b = c, {d}", []),
+    ],
+)
+def test_the_parser_knows_where_a_value_ends(word, said, values, monkeypatch):
+    monkeypatch.setattr(secret, "_known", set())
+    monkeypatch.setattr(secret, "_said", {})
+    assert typed.as_said(word) == said
+    typed.note([word])
+    assert secret.told([word]) == [said]
+    for value in values:
+        quoted = [value, json.dumps(value), repr(value), value.replace("'", "''")]
+        assert secret.unsaid("|".join(quoted)).replace('"', "'").count("***") == len(quoted)
 
 
 def test_a_tree_is_written_without_them_and_read_with_them(tmp_path, monkeypatch):
@@ -74,8 +109,10 @@ def test_a_tree_is_written_without_them_and_read_with_them(tmp_path, monkeypatch
         "a": {"token": VALUE, "n": 1, "uri": f"http://me:{VALUE}@h"},
         "password": 4711,
         "b": None,
+        "secret": 12345678.5,
     }
     without = {"a": {"token": "***", "n": 1, "uri": "http://***@h"}, "password": "***", "b": None}
+    without["secret"] = "***"
     assert secret.hidden(tree) == without
     (tmp_path / "config.yaml").write_text(json.dumps(without), encoding="utf-8")
     monkeypatch.setenv(secret.SECRETS, json.dumps(secret.found(tree)))

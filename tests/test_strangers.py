@@ -24,9 +24,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import beginning, demo, evaluate, export, inspect, run, sample, trust
+from distill import beginning, demo, evaluate, export, inspect, run, sample, texts, trust
 from distill._conf import CONF_DIR
-from distill.compose import dotted, going_on, shipped
+from distill.compose import dotted, looked_at, shipped
+from distill.continued import going_on
 from distill.errors import said_plainly
 from distill.report import write_report
 
@@ -259,6 +260,77 @@ def test_shards_that_were_begun_say_nothing_either(place, listener):
                     beginning.refuse_another(cfg, folder)
                 said += str(error.value)
     nothing_happened(place, listener, said)
+
+
+# -- files of this machine -------------------------------------------------------------------------
+
+READING = ("callbacks.samples.prompts", "metrics.path", "data.path")
+
+
+def reading(key: str, value: str) -> dict[str, Any]:
+    """A configuration in which this key is of a text that is shown."""
+    words = ("metrics=prompts", "metrics.path=m") if key == "metrics.path" else ()
+    base = config(*RUN, *words)
+    if key == "data.path":
+        base["data"] = {"_target_": "distill.data.source.prompts", "path": "p", "batch_size": 8}
+    return replaced(base, key, value)
+
+
+def resumed(place: Path, *words: str) -> DictConfig:
+    return going_on(composed("config", *RUN, f"resume={place / 'run'}", *words))
+
+
+@pytest.mark.parametrize("key", READING)
+@pytest.mark.parametrize("path", ["/proc/self/environ", "/dev/stdin", "/sys/kernel/notes", "link"])
+def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeypatch):
+    monkeypatch.setattr("distill.compose.overrides", list)
+    if path == "link":
+        path = str(place / "run" / "prompts.txt")
+        (place / "run").mkdir()
+        Path(path).symlink_to("/proc/self/environ")
+    folder_of(reading(key, path), place / "run")
+    with pytest.raises(ValueError, match=rf"{key}={path}: is no file, but what the system says"):
+        resumed(place)
+
+
+@pytest.mark.parametrize("key", READING)
+def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monkeypatch):
+    monkeypatch.setattr("distill.compose.overrides", list)
+    text = place / "private.txt"
+    text.write_text("a letter\n", encoding="utf-8")
+    run = folder_of(reading(key, str(text)), place / "run")
+    refusal = rf"{key}={text}: is a text that would be shown.*type {key}=\.\.\. yourself, or if"
+    with pytest.raises(ValueError, match=refusal):
+        resumed(place)
+    # a link to it in the run's folder, and one by a folder that the run says it was moved from
+    (run / "mine.txt").symlink_to(text)
+    folder_of(reading(key, str(run / "mine.txt")), run)
+    with pytest.raises(ValueError, match=r"mine\.txt: is a text that would be shown"):
+        resumed(place)
+    folder_of(reading(key, "/nowhere/private.txt"), run)
+    (run / "run.json").write_text(json.dumps({"folder": "/nowhere/run"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=refusal):
+        resumed(place)
+    # the run's own: as its record says, in its folder, typed, or by the environment
+    folder_of(reading(key, str(text)), run)
+    values = dotted(OmegaConf.to_container(looked_at(run), resolve=True))
+    facts = {"content": {"texts": texts.marks(values)}}
+    (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert OmegaConf.select(resumed(place), key) == str(text)
+    text.write_text("another letter\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=refusal):
+        resumed(place)
+    monkeypatch.setenv("DISTILL_TRUST_RUN", str(run))
+    assert OmegaConf.select(resumed(place), key) == str(text)
+    monkeypatch.delenv("DISTILL_TRUST_RUN")
+    (run / "mine.txt").unlink()
+    (run / "mine.txt").write_text("a star\n", encoding="utf-8")
+    folder_of(reading(key, str(run / "mine.txt")), run)
+    assert OmegaConf.select(resumed(place), key) == str(run / "mine.txt")
+    folder_of(reading(key, str(text)), run)
+    if key == READING[0]:
+        monkeypatch.setattr("distill.compose.overrides", lambda: [f"{key}={text}x"])
+        assert OmegaConf.select(resumed(place, f"{key}={text}x"), key) == f"{text}x"
 
 
 # -- what is given again, and what is one's own ----------------------------------------------------

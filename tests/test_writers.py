@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import alive, aside, locks
+from distill import alive, aside, locks, typed
 from distill.limits import checkpoints_at, steps_in
 from distill.locks import check_free, held, one_writer, one_writer_of
 from distill.teachers import weights
@@ -424,3 +424,106 @@ def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path):
     written = weights.write_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
     for file in (written, tmp_path / "student" / "unet" / "a.safetensors"):
         assert file.stat().st_mode == usual
+
+
+# -- a folder that a stranger has made -------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("name", [".distill.lock", ".run.distill.lock"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_what_it_points_to_stays(kind, name, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine", encoding="utf-8")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = folder / name if name == locks.NAME else tmp_path / name
+    make = {"link": lambda: lock.symlink_to(victim), "pipe": lambda: os.mkfifo(lock)}
+    make.get(kind, lock.mkdir)()
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=rf"out={folder}: {lock} is .*remove it"):
+        check_free(folder, "out")
+    writer = one_writer if name == locks.NAME else one_writer_of
+    with pytest.raises(ValueError, match=rf"out={folder}: {lock} is "), writer(folder, "out"):
+        pass
+    assert victim.read_text(encoding="utf-8") == "mine"
+    assert held(folder) is None
+    assert time.monotonic() - began < 2
+
+
+ODD = [
+    *("run.log", "metrics.csv", "alarms.jsonl", "hparams.yaml", "checkpoints", "samples"),
+    *("evaluation", "inspect", "student", "processes", "checkpoints/abandoned"),
+    *("evaluation/student-1-00000000", "evaluation/x/seconds-0.txt"),
+]
+
+
+@posix
+@pytest.mark.parametrize("name", ODD)
+def test_no_name_that_is_written_may_lead_out_of_the_folder(name, tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = folder / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    for asked in (lambda: check_free(folder, "run"), lambda: one_writer(folder, "run").__enter__()):
+        with pytest.raises(ValueError, match=rf"run={folder}: {link} is a link out of the folder"):
+            asked()
+    monkeypatch.setenv("DISTILL_TRUST_RUN", str(folder))
+    with one_writer(folder, "run"):
+        pass
+    link.unlink()
+    os.mkfifo(link)  # nobody's word makes that a file
+    with pytest.raises(ValueError, match="is no plain file"):
+        check_free(folder, "run")
+
+
+@posix
+def test_links_that_nothing_is_written_through_stay(tmp_path):
+    disk, folder = tmp_path / "disk", tmp_path / "run"
+    (disk / "checkpoints").mkdir(parents=True)
+    folder.symlink_to(disk)  # a run on a larger disk
+    (disk / "data").symlink_to(tmp_path)
+    (disk / "samples").symlink_to(disk / "checkpoints")
+    (disk / "checkpoints" / "best.ckpt").symlink_to("step_000001.ckpt")
+    check_free(folder, "run")
+    with one_writer(folder, "run", deep=True):
+        assert (folder / "data").is_dir()
+
+
+SHARE = """
+    import fcntl, os, sys, time
+    file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@posix
+def test_a_lock_that_states_no_holder_is_answered_at_once(tmp_path):
+    process = other(SHARE, tmp_path / locks.NAME)
+    try:
+        began = time.monotonic()
+        with (
+            pytest.raises(BlockingIOError, match="another process writes there"),
+            one_writer(tmp_path, "out"),
+        ):
+            pass
+        assert time.monotonic() - began < 2
+    finally:
+        process.kill()
+        process.wait(timeout=60)
+
+
+def test_a_lock_holds_no_secrets(tmp_path, monkeypatch):
+    words = ["+logger.c.password=correct horse battery", "x.uri=http://me:4711@host/x"]
+    typed.note(words)
+    monkeypatch.setattr(sys, "argv", ["distill.run", *words, "seed=1"])
+    with one_writer(tmp_path, "out"):
+        said = (tmp_path / locks.NAME).read_text(encoding="utf-8")
+    assert "seed=1" in said
+    assert "+logger.c.password=***" in said
+    assert "http://***@host/x" in said
+    assert "horse" not in said
+    assert "4711" not in said.replace(f'"pid": {os.getpid()}', "")

@@ -269,7 +269,7 @@ def trainer(
     from: its loggers go on with it.
     """
     step, known = (
-        (kept["global_step"], kept.get("about", {}).get("loggers")) if kept else (None, {})
+        (kept.get("global_step"), kept.get("about", {}).get("loggers")) if kept else (None, {})
     )
     loggers = trackers.made(cfg, folder, known, step)
     callbacks = [make(node, key) for key, node in nodes_of(cfg, "callbacks")]

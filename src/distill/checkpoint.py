@@ -4,7 +4,9 @@ import difflib
 import logging
 import signal
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from distill import console, signals
 from distill.aside import remove, sweep
 from distill.files import duplicate, read, write
 from distill.limits import steps_in
@@ -20,6 +23,7 @@ from distill.record import RunRecord
 from distill.signals import handled_by, remember
 
 log = logging.getLogger(__name__)
+CONNECTOR = "checkpoint_connector"  # Lightning's module that takes up a checkpoint
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -32,6 +36,26 @@ class AtomicIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read(Path(path))
+
+
+@contextmanager
+def taken_up(path: Path | None) -> Iterator[None]:
+    """Have what goes wrong as Lightning takes up this checkpoint name it: ValueError. None: there is none."""
+    try:
+        yield
+    except (OSError, signals.Stopped):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if path is None or not any(Path(frame.filename).stem == CONNECTOR for frame in frames):
+            raise
+        said = " ".join(str(error).split()).removeprefix("the checkpoint ")
+        if str(path) in said:
+            raise
+        if not isinstance(error, ValueError):  # a damaged state, which nobody foresees
+            console.failed(error)
+            said = f"its state cannot be taken up ({type(error).__name__}: {said[:200]})"
+        raise ValueError(f"resume={path}: {said}; name another checkpoint of this run") from None
 
 
 class Checkpoints(L.Callback):

@@ -19,14 +19,14 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
-from distill import folders, paths, secret, trust
-from distill.bounded import mapping_of
+from distill import folders, paths, secret, texts, trust
 from distill.limits import steps_in
 from distill.paths import escaped as escaped
 from distill.ranks import rank, world
+from distill.shown import shown
 from distill.teachers.locate import near
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -173,13 +173,16 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def refuse_taken(cfg: DictConfig) -> None:
-    """Raise FileExistsError if the folder that a new run is to have holds a run already."""
+    """Raise FileExistsError if the folder that a new run is to have holds a run already, or files of anybody's."""
     folder = None if cfg.resume else _own_folder(cfg)
-    if folder is None:
+    if folder is None or rank() != 0 or restarted():
         return
-    taken = rank() == 0 and (folder / "config.yaml").exists() and not restarted()
-    if not taken or folders.untouched(folder):
+    others = folders.foreign(folder)
+    if not others:
         return
+    if not (folder / "config.yaml").exists():
+        what = f"is not empty (it has {shown(others[0], 60)}), and a run would write over what is there"
+        raise FileExistsError(f"run_dir={folder}: {what}; name another run_dir=, or empty it")
     kept = any((folder / "checkpoints").glob("step_*.ckpt"))
     how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
     raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
@@ -245,7 +248,10 @@ def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
     """
     if not is_run(run):
         return None
-    return paths.located(trust.read(Path(run) / "config.yaml", key, *keys), Path(run))
+    file = Path(run) / "config.yaml"
+    found = paths.located(trust.read(file, key, *keys), Path(run))
+    texts.check_places(found, file)
+    return found
 
 
 def is_run(path: str | Path) -> bool:
@@ -266,12 +272,6 @@ def secrets(cfg: DictConfig) -> dict[str, Any]:
     return secret.found(OmegaConf.to_container(cfg, resolve=True))
 
 
-def note_secrets(cfg: DictConfig) -> None:
-    """Have what this configuration says of secrets left out of what the command prints and logs."""
-    asked = secret.found(OmegaConf.to_container(cfg, resolve=False))
-    secret.note({key: OmegaConf.select(cfg, key) for key in asked})
-
-
 def written(cfg: DictConfig) -> bytes:
     """The configuration as a file has it: every value resolved, and *** for what is secret.
 
@@ -287,83 +287,6 @@ def overrides() -> list[str]:
     raw: Any = OmegaConf.to_container(task, resolve=False)
     both = zip(raw, task, strict=True)
     return [secret.restored(word) if secret.TYPED in word else said for word, said in both]
-
-
-def going_on(cfg: DictConfig) -> DictConfig:
-    """The configuration of the run that is resumed, with what the command line changes in it.
-
-    Raises ValueError if that would be another model or another order of the data, naming the keys. A path that is
-    named anew is for `resuming` to judge.
-    """
-    file = folder_of(cfg.resume) / "config.yaml"
-    said = trust.data(file)
-    before = looked_at(file.parent)
-    assert before is not None
-    now = before.copy()
-    OmegaConf.set_struct(now, False)
-    several, replaced = [], set()
-    for override in overrides():
-        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
-        if not MISSING == value == had:
-            chosen = None if value == MISSING else _chosen(key, value, had)
-            typed = chosen is None or chosen is value
-            chosen = escaped(chosen) if isinstance(chosen, str) else chosen
-            OmegaConf.update(now, key, chosen, merge=False)
-            if typed:
-                replaced.add(key)
-        elif not (
-            override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
-        ):
-            # experiment= and the like
-            several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
-    # A job that SLURM runs again finds what it wrote itself.
-    again = requeued(cfg)
-    trust.check_file(
-        said, file, replaced, own=again is not None and Path(again) == Path(cfg.resume)
-    )
-    now.resume = escaped(cfg.resume)
-    different = several + [
-        said
-        for key, said in changes(before, now).items()
-        if key.startswith(FIXED) and not paths.is_path(key)
-    ]
-    batches = [
-        c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)
-    ]
-    if batches[0] != batches[1]:
-        different.append(
-            f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)"
-        )
-    if different:
-        raise ValueError(
-            f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew"
-        )
-    return now
-
-
-def _began_with(override: str, folder: Path) -> bool:
-    """Whether the run began with this option, so that its whole command may be given again."""
-    with contextlib.suppress(OSError, ValueError):  # damaged, or none
-        began = mapping_of(folder / "run.json").get("overrides")
-        return secret.masked(override) in (began if isinstance(began, list) else ())
-    return False
-
-
-def _chosen(key: str, value: Any, had: Any) -> Any:
-    """What an override means for a run that had `had`: of an option of the same class what its own file says alone."""
-    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
-        "_target_"
-    ):
-        return value
-    hydra = HydraConfig.get().runtime
-    own = [
-        Path(s.path) / key / f"{hydra.choices.get(key)}.yaml"
-        for s in hydra.config_sources
-        if s.schema == "file"
-    ]
-    said = {name for file in own if file.is_file() for name in OmegaConf.load(file)} & set(value)
-    return OmegaConf.create({**(had if said else value), **{name: value[name] for name in said}})
 
 
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:

@@ -23,13 +23,13 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill import config_folders, console, faults, secret, signals
+from distill import config_folders, console, faults, secret, signals, typed
 from distill._conf import CONF_DIR
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.private import referring
 from distill.commandline.sweep import Sweep
 from distill.commandline.texts import GROUPS, as_typed, check_flags, flags_last, readable
-from distill.compose import dotted, nearest, note_secrets
+from distill.compose import dotted, nearest
 from distill.ranks import rank
 from distill.shown import shown
 
@@ -64,7 +64,7 @@ def command(
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
                 with sweep.job(), _full_errors(asked), console.recorded(), said_plainly():
-                    note_secrets(cfg)
+                    typed.note_all(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
@@ -81,7 +81,7 @@ def command(
             signals.end_with_parent()
             console.open_all()
             print_any_letter()
-            secret.note(secret.in_words(sys.argv[1:]))
+            typed.note(sys.argv[1:])
             with stoppable(), console.readers_may_leave():
                 with said_plainly():
                     words = [as_typed(word) for word in sys.argv[1:]]
@@ -89,6 +89,7 @@ def command(
                     check_flags(words)
                     words = flags_last(words)
                     read = [readable(word, name, sweep=sweep.asked) for word in words]
+                    typed.note(read)
                     given = referring(read)
                     sweep.typed = dict(zip(given, words, strict=True))
                     sys.argv[1:] = given

@@ -28,6 +28,7 @@ from distill import faults, formats
 from distill.aside import aside, put, put_in_place
 from distill.bounded import check_archive
 from distill.limits import checkpoints_at, steps_in
+from distill.shown import shown
 
 log = logging.getLogger("distill.checkpoint")
 CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
@@ -189,6 +190,48 @@ def check_fits(state: Mapping[str, Any], module: nn.Module, where: str) -> None:
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}")
 
 
+def check_fields(kept: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError, naming the file at `path`, for a checkpoint whose fields are not what a run has kept there.
+
+    And for weights that are no numbers, by a few of every tensor. What is missing is for who takes it up.
+    """
+    own, about = kept["distill"], kept.get("about", {})
+    said = about if isinstance(about, Mapping) else {}
+    kinds: list[tuple[str, Any, type | tuple[type, ...]]] = [
+        *((key, own.get(key), int) for key in ("iteration", "images_seen", "skipped")),
+        ("global_step", kept.get("global_step"), int),
+        ("pytorch-lightning_version", kept.get("pytorch-lightning_version"), str),
+        *((key, kept.get(key), Mapping) for key in ("state_dict", "loops")),
+        ("callbacks", kept.get("callbacks", {}), Mapping),
+        ("optimizer_states", kept.get("optimizer_states"), list),
+        ("ema", own.get("ema"), Mapping),
+        ("about", about, Mapping),
+        ("about.train_seconds", said.get("train_seconds") or 0.0, (int, float)),
+        ("about.loggers", said.get("loggers") or {}, Mapping),
+    ]
+    for key, value, kind in kinds:
+        if value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or _negative(value):
+            what = f"says {key}={shown(value, 60)}, which no run keeps there"
+            raise ValueError(f"{path}: {what}; name another checkpoint")
+    for name, x in {**(kept.get("state_dict") or {}), **(own.get("ema") or {})}.items():
+        if not isinstance(x, Tensor) or _is_nan(x):
+            what = "is no tensor" if not isinstance(x, Tensor) else "is not a number"
+            raise ValueError(f"{path}: its {shown(name, 60)} {what}; name an earlier checkpoint")
+
+
+def _negative(value: Any) -> bool:
+    return isinstance(value, int | float) and not value >= 0
+
+
+def _is_nan(x: Tensor) -> bool:
+    """Whether any of some 64 evenly spread values is none."""
+    if not x.is_floating_point() or not x.numel():
+        return False
+    return bool(x.flatten()[:: -(-x.numel() // 64)].float().isnan().any())
+
+
 def newest(path: Path) -> Path:
     """The checkpoint to go on from: `path` itself, or the newest of a run folder; a bad one is named and passed over.
 
@@ -198,7 +241,7 @@ def newest(path: Path) -> Path:
     problems: list[str] = []
     for candidate in found:
         try:
-            read(candidate)
+            check_fields(read(candidate), candidate)
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -3,10 +3,12 @@
 Nothing here imports torch.
 """
 
-import shutil
-from contextlib import suppress
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from distill.aside import PART, remove
 from distill.bounded import mapping_of
 
 BEGUN = ("config.yaml", "run.json")  # what is written first
@@ -22,6 +24,10 @@ MARKS = {
 }
 HEAD = 2**16  # ours: bytes that are looked at
 FIRST = "step_000000.png"  # drawn before the first step
+LOG, PROCESSES = "run.log", "processes"
+HEADING = re.compile(rb"== \d{4}-\d\d-\d\d [\d:+-]+ python -m distill\.run\b")  # of our log
+NOTES = re.compile(r"\d+\.(log|beat|end)")
+LOGGERS = ("lightning_logs", "wandb", "mlruns", "mlflow.db")  # what Lightning's loggers make
 
 
 def check_ours(folder: Path, key: str, *names: str) -> None:
@@ -59,16 +65,63 @@ def untouched(folder: Path) -> bool:
     )
 
 
+def foreign(folder: Path) -> list[str]:
+    """The names in a folder, in their order, that no run which came to no step has made; hidden ones do not count.
+
+    All of them, `run.log` aside if a run of ours wrote it, where no such run was begun.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if not name.startswith(".") and not PART.fullmatch(name)}
+    if untouched(folder):
+        return []
+    log = {LOG} if _is_log(folder / LOG) else set()
+    return sorted(names - log - ({PROCESSES} if log else set()))
+
+
+def _is_log(file: Path) -> bool:
+    with suppress(OSError), file.open("rb") as opened:
+        return HEADING.match(opened.read(100)) is not None
+    return False
+
+
 def cleared(folder: Path) -> None:
     """Remove what such a run has left, lest the next one take it for its own; what else is there stays."""
+    ours = [folder / "samples" / name for name in (FIRST, "captions.txt")]
+    ours += [*folder.glob("events.out.tfevents.*"), folder / "hparams.yaml"]
+    ours += [folder / name for name in ("alarms.jsonl", *reversed(BEGUN))]
+    for path in ours:
+        _removed(path)
     for name in ("samples", "checkpoints"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for file in [
-        *folder.glob("events.out.tfevents.*"),
-        *(folder / n for n in ("hparams.yaml", "alarms.jsonl")),
-    ]:
+        with suppress(OSError):  # there is something of another's in it
+            (folder / name).rmdir()
+
+
+def undone(folder: Path, before: Collection[str], *, crashed: bool) -> None:
+    """As `cleared`, with all else that this command has made: not what was there `before`, nor what others put there.
+
+    Of a crash the log and notes stay. The folder itself is for `kept_if_filled`.
+    """
+    cleared(folder)
+    for name in {*LOGGERS, *([] if crashed else [LOG])} - set(before):
+        _removed(folder / name)
+    if not crashed:
+        for path in (folder / PROCESSES).glob("*"):
+            if NOTES.fullmatch(path.name):
+                _removed(path)
+    with suppress(OSError):
+        (folder / PROCESSES).rmdir()
+
+
+@contextmanager
+def kept_if_filled(folder: Path) -> Iterator[None]:
+    """Remove the folder after what is inside, its lock too, if nothing is in it."""
+    try:
+        yield
+    finally:
         with suppress(OSError):
-            file.unlink()
-    for name in reversed(BEGUN):
-        with suppress(OSError):
-            (folder / name).unlink()
+            folder.rmdir()
+
+
+def _removed(path: Path) -> None:
+    with suppress(OSError):
+        remove(path)

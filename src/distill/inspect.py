@@ -11,8 +11,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.compose import check_counts, config_of, run_at
 from distill.errors import command
+from distill.inside import check_names
 from distill.limits import check_local_batch, checkpoints_at
-from distill.locks import one_writer
+from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
 from distill.validate import LOCAL_HEADS
 
@@ -37,7 +38,14 @@ def check(cfg: DictConfig) -> DictConfig:
     if OmegaConf.select(made, "discriminator.heads._target_") == LOCAL_HEADS:
         check_local_batch(cfg.samples, "samples")
     checkpoints_at(folder, "run")
+    if not cfg.out:
+        check_names(folder, "run")
+    check_free(_out(cfg), "out")
     return made
+
+
+def _out(cfg: DictConfig) -> Path:
+    return Path(cfg.out or Path(cfg.run) / "inspect")
 
 
 def examine(cfg: DictConfig) -> None:
@@ -70,7 +78,7 @@ def examine(cfg: DictConfig) -> None:
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
     with stage("looking with the discriminator"):
         seen = look(method, batch, list(cfg.levels), generator)
-    out = Path(cfg.out or folder / "inspect")
+    out = _out(cfg)
     with one_writer(out, "out"):
         print(f"wrote {write(seen, out, folder.name)}")
 

@@ -29,6 +29,7 @@ from distill.compose import world
 from distill.console import say
 from distill.data.shards import shards_in
 from distill.faults import AGAIN, ANEW
+from distill.folders import PROCESSES
 from distill.hardware import cores
 from distill.limits import checkpoints_at
 from distill.locks import pass_on
@@ -38,7 +39,6 @@ from distill.shown import shown
 
 GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
 KILLED = [-getattr(signal, name, 0) for name in ("SIGKILL", "SIGSEGV", "SIGBUS")]  # by someone else
-PROCESSES = "processes"  # in the folder of the command
 
 
 def needed(processes: int, nodes: int) -> bool:

@@ -27,7 +27,9 @@ from distill.alive import alive, host, started
 from distill.aside import put, sweep
 from distill.bounded import mapping_of
 from distill.console import note
+from distill.inside import check_names, check_plain, opened
 from distill.ranks import rank
+from distill.secret import told
 
 NAME = ".distill.lock"
 BRIEF = 1.0  # ours: seconds in which whoever only asks for a lock has let go of it
@@ -70,11 +72,13 @@ def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
     """Be the only process that writes into a folder, which is made if need be, and goes again if it stays empty.
 
     What killed writers have left in it goes, with `deep` below it too. A process that holds the lock, and any but the
-    first of several, passes at once. Raises BlockingIOError, which begins with `key`, if another one holds it.
+    first of several, passes at once. Raises BlockingIOError, which begins with `key`, if another one holds it, and
+    ValueError for a folder in which what is written would land elsewhere.
     """
     if rank() != 0:
         yield
         return
+    check_names(folder, key)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -108,7 +112,11 @@ def check_free(folder: Path, key: str) -> None:
     """Raise BlockingIOError, which begins with `key`, if another process writes there: said before anything is read."""
     if rank() != 0:
         return
-    there = [path for path in (folder / NAME, _beside(folder)) if path.exists()]
+    check_names(folder, key)
+    places = (folder / NAME, _beside(folder))
+    for path in places:
+        check_plain(path, f"{key}={folder}")
+    there = [path for path in places if path.exists()]
     for path in (path for path in there if path.absolute() not in _mine):
         deadline = time.monotonic() + BRIEF  # it may only have been asked for
         while who := _held(path):
@@ -160,7 +168,7 @@ def _taken(path: Path, what: str) -> int:
     """The file of the lock, opened and locked, with words of this process in it."""
     began = time.monotonic()
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = opened(path, what, os.O_CREAT)
         got, who = _try(file), _read(path)
         ours = got and _is_still(file, path)
         if got is None:  # no locks here: the words decide
@@ -170,10 +178,11 @@ def _taken(path: Path, what: str) -> int:
             break
         os.close(file)
         waiting = time.monotonic() - began
-        patience = BRIEF if who is not None and who.runs and not _same_job(who) else ENDING
+        ending = who is not None and (not who.runs or _same_job(who))
+        patience = ENDING if ending else BRIEF
         if who is not None and (foreign or waiting > patience):
             raise BlockingIOError(_refusal(what, who, path))
-        if waiting > ENDING:
+        if waiting > patience:
             raise BlockingIOError(f"{what}: another process writes there; wait for its end")
         time.sleep(0.05)
     if who is not None:
@@ -195,15 +204,14 @@ def _by_words(file: int, path: Path, me: Holder, what: str) -> int:
     who = _read(path)
     if who != me and who is not None:
         raise BlockingIOError(_refusal(what, who, path))
-    return os.open(path, os.O_RDWR)
+    return opened(path, what)
 
 
 def _me() -> Holder:
     now = datetime.now(UTC).astimezone().isoformat(" ", "seconds")
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if module is not None:
-        command = shlex.join(["python", "-m", module.name, *sys.argv[1:]])
+    begins = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
+    command = shlex.join([*begins, *told(sys.argv[1:])])
     pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
     return Holder(host(), pid, started(pid), now, command[:300], job)
 
@@ -227,8 +235,8 @@ def _held(path: Path) -> Holder | None:
     if path.absolute() in _mine:
         return _read(path)
     try:
-        file = os.open(path, os.O_RDWR)
-    except OSError:
+        file = opened(path, str(path))
+    except (OSError, ValueError):  # there is none, or what nobody has locked
         return None
     try:
         got, who = _try(file, shared=True), _read(path)

@@ -38,7 +38,7 @@ class RunRecord:
         self.facts: dict[str, Any] = {}
         if self._path.is_file():
             try:
-                self.facts = mapping_of(self._path)
+                self.facts = _sound(mapping_of(self._path))
             except ValueError:  # damaged: its facts are lost, the run is not
                 log.warning("%s cannot be read, and is begun anew", self._path)
 
@@ -64,6 +64,7 @@ class RunRecord:
             ]
             if train_seconds is not None:
                 self.facts["train_seconds"] = train_seconds
+            self.facts.setdefault("train_seconds", 0.0)
         else:
             self.facts = {"name": name, "command": command, "started": now, "train_seconds": 0.0}
             self.facts["overrides"] = list(overrides)
@@ -72,11 +73,17 @@ class RunRecord:
         folder = str(self._path.parent.resolve())  # for `paths.located`, should it be moved
         self._write(status="stopped", began=time.time(), folder=folder, **machine)
 
-    def made_of(self, models: Mapping[str, str], data: Mapping[str, Any]) -> None:
-        """Keep marks of what the run was made of, as it was when it began; see `resuming`."""
+    def made_of(
+        self, models: Mapping[str, str], data: Mapping[str, Any], texts: Mapping[str, str]
+    ) -> None:
+        """Keep marks of what the run was made of, as it was when it began; see `resuming`.
+
+        And of the `texts` that it shows now.
+        """
         known = self.facts.get("content", {})
-        models = {**models, **known.get("models", {})}
-        self._write(content={"models": models, "data": known.get("data") or dict(data)})
+        models = {**models, **known.get("models", {})}  # what is there is sound
+        content = {"models": models, "data": known.get("data") or dict(data)}
+        self._write(content={**content, "texts": dict(texts)})
 
     def came_to(self, iterations: int) -> None:
         """How far a run came that an error ended."""
@@ -109,6 +116,38 @@ class RunRecord:
     def _write(self, **more: Any) -> None:
         self.facts |= more
         put(self._path, json.dumps(self.facts, indent=2).encode() + b"\n")
+
+
+def _sound(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that are of their kind. A damaged one is lost, as if it had not been kept."""
+    numbers = ("train_seconds", "began", "trained", "wall_seconds")
+    kept = {k: v for k, v in facts.items() if k not in numbers or _is_number(v)}
+    if not isinstance(kept.get("resumed", []), list):
+        del kept["resumed"]
+    if "content" in kept:
+        kept["content"] = _sound_content(kept["content"])
+    return kept
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def _sound_content(content: Any) -> dict[str, Any]:
+    """Of the marks of a run's models, texts and data those that could have been kept."""
+    if not isinstance(content, dict):
+        return {}
+    kept: dict[str, Any] = {}
+    for name in ("models", "texts"):
+        marks = content.get(name)
+        if isinstance(marks, dict):
+            kept[name] = {key: mark for key, mark in marks.items() if isinstance(mark, str)}
+    data = content.get("data")
+    if isinstance(data, dict) and type(data.get("samples")) is int:
+        hashes = (data.get("digest"), data.get("manifest"))
+        if all(isinstance(value, str | None) for value in hashes):
+            kept["data"] = data
+    return kept
 
 
 def _commit() -> str | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import content, paths
-from distill.compose import FIXED, dotted, shipped
+from distill import content, paths, texts
+from distill.compose import FIXED, dotted, folder_of, overrides, restarted, shipped
 from distill.teachers.locate import pipeline_folder
 
 SHOWN = 3  # differences that one sentence names
@@ -36,8 +36,25 @@ def marks(cfg: DictConfig) -> dict[str, str]:
     return found
 
 
+def texts_of(cfg: DictConfig) -> dict[str, str]:
+    """Dotted key -> mark, of every text that the run shows; see `texts`."""
+    return texts.marks(dotted(OmegaConf.to_container(cfg, resolve=True)))
+
+
 def _mark(value: str) -> str | None:
     return content.mark(pipeline_folder(Path(shipped(value))))
+
+
+def check_folder(cfg: DictConfig) -> None:
+    """Raise ValueError for a `run_dir` beside `resume` that is another folder: a run goes on where it is."""
+    folder = folder_of(cfg.resume)
+    typed = any(word.lstrip("+").startswith("run_dir=") for word in overrides())
+    if not typed or not cfg.run_dir or restarted():
+        return
+    if Path(cfg.run_dir).resolve() != folder.resolve():
+        what = f"resume={cfg.resume} goes on in its own folder"
+        way = "leave run_dir= out, or copy the run there and resume the copy"
+        raise ValueError(f"run_dir={cfg.run_dir}: {what}; {way}")
 
 
 def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume") -> None:

@@ -10,7 +10,6 @@ evaluation, a report.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,25 @@ from omegaconf import DictConfig
 from distill import compose, console, faults, folders, paths
 from distill.defaults import settled
 from distill.errors import command
+from distill.folders import LOG
 from distill.limits import checkpoints_at
-from distill.locks import NAME as LOCK
 from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
-from distill.secret import masked
-
-LOG = "run.log"
+from distill.secret import told
+from distill.typed import as_said
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import validate
+    from distill import continued, resuming, validate
 
     cfg.resume = compose.escaped(cfg.resume or compose.requeued(cfg))
     before = None
     if cfg.resume:
         before = compose.looked_at(compose.folder_of(cfg.resume))
         checkpoints_at(Path(cfg.resume))
-        cfg = compose.going_on(cfg)
+        resuming.check_folder(cfg)
+        cfg = continued.going_on(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
     if not cfg.resume:
         if cfg.run_dir:
@@ -68,6 +67,7 @@ def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
     folder = compose.run_folder(cfg)
     went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
     with (
+        folders.kept_if_filled(folder),
         one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
         faults.goes_on(lambda: launch.way_on(folder)),
     ):
@@ -92,9 +92,10 @@ def _written(
 
     if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
         folders.cleared(folder)  # of a command that came to no step, in the same folder
-    fresh = {path.name for path in folder.iterdir()} <= {LOG, LOCK, launch.PROCESSES}
-    command = masked(" ".join(["python -m distill.run", *sys.argv[1:]]))
-    typed = [masked(word) for word in compose.overrides()]
+    there = {path.name for path in folder.iterdir()}
+    fresh = not folders.foreign(folder)
+    command = " ".join(["python -m distill.run", *told(sys.argv[1:])])
+    typed = [as_said(word) for word in compose.overrides()]
     console.keep(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
@@ -112,7 +113,7 @@ def _written(
     finally:
         # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
         if code and fresh and compose.rank() == 0 and folders.untouched(folder):
-            undo(folder)
+            folders.undone(folder, there, crashed=(folder / launch.PROCESSES).exists())
     return code
 
 
@@ -140,16 +141,6 @@ def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
         resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
 
 
-def undo(folder: Path) -> None:
-    """Remove what a run that came to no step has left; of a crash the log and notes stay."""
-    from distill.launch import PROCESSES
-
-    if (folder / PROCESSES).exists():
-        folders.cleared(folder)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def said_of(precision: Any, cfg: DictConfig) -> str:
     """The precision of a run in words; where it goes on, what this machine would have chosen."""
     from distill.hardware import best_precision
@@ -165,6 +156,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     with importing("torch"):
         from distill import build, resuming
+        from distill.checkpoint import taken_up
         from distill.files import newest, read
         from distill.record import RunRecord
 
@@ -172,7 +164,9 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     source, method = parts or build.parts(cfg)
     models = resuming.marks(cfg)
     if compose.rank() == 0:
-        RunRecord(folder).made_of(models, resuming.data_mark(source.dataset))
+        RunRecord(folder).made_of(
+            models, resuming.data_mark(source.dataset), resuming.texts_of(cfg)
+        )
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     kept = read(checkpoint) if checkpoint else None
     trainer = build.trainer(cfg, folder, models, kept)
@@ -182,7 +176,8 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
     try:
-        trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+        with taken_up(checkpoint):
+            trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
         if compose.rank() == 0 and method.loop.iteration:
             RunRecord(folder).came_to(method.loop.iteration)

@@ -31,12 +31,12 @@ from distill.compose import check_counts
 from distill.console import note, say
 from distill.errors import command
 from distill.faults import AGAIN
+from distill.folders import LOG
 from distill.locks import one_writer
 from distill.progress import Bar, stage
-from distill.run import LOG
-from distill.secret import masked
 from distill.shown import in_csv
 from distill.signals import apart, for_child
+from distill.typed import as_said
 
 RUN = (sys.executable, "-m", "distill.run")
 UNSTORED = {  # what SQLite says, and the system
@@ -151,7 +151,7 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    asked["run"] = [masked(word) for word in asked["run"]]
+    asked["run"] = [as_said(word) for word in asked["run"]]
     # As long as nothing was measured by them. Which way is up is the study's own, and not to be changed.
     free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
     known = study.user_attrs.get("asked", asked)

@@ -1,39 +1,52 @@
 """Values that are nobody else's: which keys look as if they held one, and text without them.
 
-    token  password  passphrase  secret  credential  auth  api_key  access_key ...
+    token  password  passphrase  secret  credential  auth  api_key  accessKey  authorization ...
 
-A command tells what it was given (`note`); from then on its log and its errors have *** in the
-value's place, as every file has that it writes. A word of the command that names a variable of the
-environment, `${oc.env:NAME}`, says no value and stays.
+A command tells what it was given, whole values (`note`) and words of its command line (`note_word`);
+from then on its log and its errors have *** in the value's place, as every file has that it writes.
+A word of the command that names a variable of the environment, `${oc.env:NAME}`, says no value and
+stays. Where a value ends is known of what was noted; in other text a pattern has to guess.
 """
 
+import html
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "***"
 SECRETS = "DISTILL_SECRETS"  # the variable by which a command hands them to its processes
 _NAME = re.compile(
-    r"(?:.*_)?(?:(?:api|access|secret|private|auth|account)_?key|token|auth"
-    r"|(?:pass(?:word|wd|phrase)|secret|credential)s?)|key",
-    re.IGNORECASE,
+    r"(?:.*_)?(?:(?:api|access|secret|private|auth|account)_?key|(?:api|access|auth|refresh)?token"
+    r"|o?auth|authorization|bearer|cookie|pwd"
+    r"|(?:pass(?:word|wd|phrase)|secret|credential)s?)|key"
 )
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|-")  # between them: apiKey
 # `key=value` and `key: value`, but not where the value is `${...}` or begins a node or a list.
 _ASSIGNED = re.compile(
-    r"([\w./@+~-]+)(\s*[=:]\s*)(?!['\"]?\$\{)(\"[^\"]*\"|'[^']*'|[^\s,;'\"{}\[\]]+)"
+    r"([\w./@+~-]+)(['\"]?\s*[=:]\s*)(?!['\"]?\$\{)"
+    r"(\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'"
+    r"|(?:(?:Basic|Bearer|Token)\s+)?[^\s,;&'\"{}\[\]]+)"
 )
-_USER = re.compile(r"(\b[A-Za-z][\w+.-]*://)[^/\s@'\"]+@")  # `//name:password@` of a URL
+# `//name:password@` of a URL, up to the last @ of the host's part. A password may hold a slash,
+# after which `//host:8080/` is told by its number.
+_SCHEME = r"(\b[A-Za-z][\w+.-]*://)"
+_USER = re.compile(rf"{_SCHEME}(?:[^/\s'\"]+@|[^/\s'\"@:]*:(?!\d+/)[^\s'\"]*@)")
+_QUERY = re.compile(r"([?&#;])([\w.-]+)=([^&#;\s'\"]+)")  # what follows the ? of a URL
+_SIGNED = re.compile(r"(?:.*[-_])?(?:sig|signature)", re.IGNORECASE)
 TYPED = "DISTILL_TYPED_"  # begins variables that stand for what was typed: commandline/private.py
 _REFERENCE = re.compile(rf"'?\$\{{(?:oc\.decode:\$\{{)?oc\.env:({TYPED}\d+)\}}+'?")
 SHORTEST = 4  # letters of a value that is looked for in text: a shorter one is in every other word
 _known: set[str] = set()
+_said: dict[str, str] = {}  # a word of the command line -> how it is shown
 
 
 def is_secret(key: str) -> bool:
     """Whether a dotted key, or one that it lies below, looks as if it held a secret."""
     parts = key.lstrip("+~").split(".")
-    return any(_NAME.fullmatch(part) is not None for part in parts)
+    return any(_NAME.fullmatch(_WORDS.sub("_", part).lower()) is not None for part in parts)
 
 
 def found(tree: Any, key: str = "") -> dict[str, Any]:
@@ -60,24 +73,64 @@ def hidden(tree: Any, key: str = "") -> Any:
 
 
 def is_hidden(value: Any) -> bool:
-    """Whether this stands for a value that was not written."""
-    return isinstance(value, str) and (value == HIDDEN or f"://{HIDDEN}@" in value)
+    """Whether this stands for a value that was not written, or holds one."""
+    if not isinstance(value, str):
+        return False
+    return value == HIDDEN or f"://{HIDDEN}@" in value or ("://" in value and f"={HIDDEN}" in value)
 
 
 def _hidden(key: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         return value
     if is_secret(key):
         return HIDDEN
-    return _USER.sub(rf"\1{HIDDEN}@", value) if isinstance(value, str) else value
+    return _of_address(value) if isinstance(value, str) else value
+
+
+def _of_address(text: str) -> str:
+    """Without the users, passwords and tokens of URLs."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(_of_query, _USER.sub(rf"\1{HIDDEN}@", text))
+
+
+def _of_query(match: re.Match[str]) -> str:
+    says = is_secret(match[2]) or _SIGNED.fullmatch(match[2])
+    return f"{match[1]}{match[2]}={HIDDEN}" if says else match[0]
 
 
 def note(values: Mapping[str, Any]) -> None:
-    """Have these values, as `found` gives them, left out of what this process says from here on."""
-    _known.update(text for text in map(str, values.values()) if len(text) >= SHORTEST)
+    """Have these values, as `found` gives them, left out of what this process says from here on.
+
+    However they are quoted there: as in Python, JSON, YAML, HTML, a shell or a URL.
+    """
+    texts = list(map(str, values.values()))
+    for text in [*texts, *(part for whole in texts for part in _parts(whole))]:
+        quotes = (text.replace("'", other) for other in ("''", "\\'", "'\"'\"'"))
+        coded = (json.dumps(text)[1:-1], repr(text)[1:-1], html.escape(text), quote(text, safe=""))
+        _known.update(form for form in (text, *quotes, *coded) if len(form) >= SHORTEST)
 
 
-def in_words(words: list[str]) -> dict[str, Any]:
+def _parts(text: str) -> list[str]:
+    """Of a URL what it says of users, their passwords, and tokens."""
+    if "://" not in text:
+        return []
+    users = [match[0].removeprefix(match[1])[:-1] for match in _USER.finditer(text)]
+    asked = [match[3] for match in _QUERY.finditer(text) if _of_query(match) != match[0]]
+    return [*users, *(user.partition(":")[2] for user in users), *asked]
+
+
+def note_word(word: str, said: str) -> None:
+    """Have a word of the command line shown as `said` wherever the command line is."""
+    _said[word] = said
+
+
+def told(words: Sequence[str]) -> list[str]:
+    """The words of a command line as they may be shown."""
+    return [_said[word] if word in _said else masked(word) for word in words]
+
+
+def in_words(words: Sequence[str]) -> dict[str, Any]:
     """What `key=value` words say of secrets, by their keys; no names of variables."""
     said = {}
     for word in words:
@@ -89,10 +142,9 @@ def in_words(words: list[str]) -> dict[str, Any]:
 
 def masked(text: str) -> str:
     """The text without what keys that look so are given, passwords of URLs, and what was noted."""
-    text = _ASSIGNED.sub(
-        lambda m: f"{m[1]}{m[2]}{HIDDEN}" if _says_secret(m[1]) else m[0],
-        _USER.sub(rf"\1{HIDDEN}@", _REFERENCE.sub(HIDDEN, text)),
-    )
+    text = _REFERENCE.sub(HIDDEN, text)
+    text = _of_address(unsaid(text))  # first what is known whole: a pattern may take a part of it
+    text = _ASSIGNED.sub(lambda m: f"{m[1]}{m[2]}{HIDDEN}" if _says_secret(m[1]) else m[0], text)
     return unsaid(text)
 
 

@@ -26,8 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill import secret, signatures
+from distill.inside import TRUST_RUN, is_own
 
-TRUST, TRUST_RUN = "DISTILL_TRUST", "DISTILL_TRUST_RUN"
+TRUST = "DISTILL_TRUST"
 
 
 @dataclass(frozen=True)
@@ -244,12 +245,6 @@ def _plugins() -> tuple[str, ...]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def is_own(file: Path) -> bool:
-    """Whether the user has said that the runs of a folder which this file lies in are their own."""
-    folders = [word for word in os.environ.get(TRUST_RUN, "").split(os.pathsep) if word]
-    return any(file.resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
-
-
 def read(file: Path, *keys: str, but: Container[str] = ()) -> DictConfig:
     """The configuration in this file, of which things may be made: see `data` and `check_file`."""
     tree = data(file, *keys)
@@ -279,7 +274,7 @@ def check_file(
     What stands at the keys in `but` is not looked at, since it is replaced. An `own` file, and one
     that `is_own`, may say what may be typed.
     """
-    tree = _without(tree, but)
+    tree = without(tree, but)
     for path, value in walk(tree, ""):
         if secret.is_hidden(value):
             what = (
@@ -333,13 +328,13 @@ def _picked(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return kept
 
 
-def _without(tree: Any, keys: Container[str], key: str = "") -> Any:
+def without(tree: Any, keys: Container[str], key: str = "") -> Any:
     """The tree without what stands at these dotted keys."""
     if not isinstance(tree, Mapping):
         return tree
     paths = {name: f"{key}.{name}" if key else str(name) for name in tree}
     return {
-        name: _without(value, keys, paths[name])
+        name: without(value, keys, paths[name])
         for name, value in tree.items()
         if paths[name] not in keys
     }

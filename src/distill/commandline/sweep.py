@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from distill import signals
 from distill.compose import overrides
 from distill.secret import masked
+from distill.typed import as_said
 
 HERE = "BasicLauncher"  # the launcher that runs the jobs in this process; others see to theirs
 
@@ -56,4 +57,5 @@ class Sweep:
     def _note(self, said: str) -> None:
         # Hydra writes what is left out as `~group=null`.
         words = [self.typed.get(w, self.typed.get(w.removesuffix("=null"), w)) for w in overrides()]
-        self._failed.append(f"  {masked(' '.join(words))}: {' '.join(said.split())}")
+        typed = masked(" ".join(map(as_said, words)))
+        self._failed.append(f"  {typed}: {' '.join(said.split())}")

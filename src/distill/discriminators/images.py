@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from distill.elsewhere import check_folder
 from distill.files import first_line
 from distill.types import Cond
 from distill.unread import refuse_broken, refuse_unread
@@ -49,6 +50,7 @@ class ImageFeatures(nn.Module):
     ):
         super().__init__()
         where = f"discriminator.features.path={path}"
+        check_folder(path, where)
         try:
             model, report = AutoModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True

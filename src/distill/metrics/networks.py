@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from distill.bounded import check_archive
+from distill.elsewhere import check_folder
 from distill.files import fingerprint, first_line, silent
 from distill.progress import stage
 from distill.unread import refuse_broken, refuse_unread
@@ -106,6 +107,7 @@ def clean(picture: Image.Image, size: int) -> Tensor:
 
 def _whole(kind: Any, path: str) -> nn.Module:
     """A transformers model with every one of its tensors from the files, in float32."""
+    check_folder(path, f"metrics: {path}")
     model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     refuse_unread(report, path, type(model).__name__)
     return model
@@ -230,6 +232,7 @@ class Clip(TwoTowers):
     def _read(self) -> nn.Module:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+        check_folder(self.processor, f"metrics: {self.processor}")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         self.eyes = AutoImageProcessor.from_pretrained(self.processor)
         return _whole(CLIPModel, self.path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.bounded import MIB, mapping_of, too_large
+from distill.elsewhere import check_elsewhere
 from distill.shown import shown
 
 INDEX = "model_index.json"
@@ -17,6 +18,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 WEIGHTS = (".safetensors", ".bin")  # of shards
 MOST_WORDS = 256 * MIB  # ours: bytes of a tokenizer's file; that of Sana has 33 MiB
 MOST_LAYERS = 1000  # ours; FLUX has 57 blocks
+MOST_TOKENS = 2**31  # of a vocabulary: ids are kept as integers of at least 32 bits
+MOST_SIDE = 16_384  # ours: latents, or pixels, a side
 LAYERS = re.compile(r"(^|_)(num_|n_)?(hidden_)?(layers|blocks)(_|$)")
 # A path of such an end is of a file here. No name of a repository ends so.
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yaml", ".yml", ".txt", ".csv")
@@ -184,9 +187,42 @@ def _check_files(folder: Path) -> None:
         if ".index." in file.name:
             shards_in(file)
         elif file.name.endswith("config.json"):
-            _check_layers(mapping_of(file), file)
+            said = mapping_of(file)
+            check_elsewhere(said, file)
+            _check_layers(said, file)
+            if file.name == "config.json":
+                _check_numbers(said, file)
         elif file.stat().st_size > MOST_WORDS:
             raise too_large(file, file.stat().st_size, MOST_WORDS)
+
+
+def _check_numbers(said: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError for numbers of a network that are none, or that no tensor has room for."""
+    for key, value in said.items():
+        each = value if isinstance(value, list) else [value]
+        if value is None or not each:
+            continue
+        if key.endswith("_token_id"):
+            fits = all(type(x) is int and -1 <= x < MOST_TOKENS for x in each)
+            expected = f"a whole number below {MOST_TOKENS}"
+        elif key == "sample_size":
+            fits = all(_is_number(x) and 0 < x <= MOST_SIDE for x in each)
+            expected = f"a side, {MOST_SIDE} at most"
+        elif key in ("scaling_factor", "shift_factor"):
+            fits = _is_number(value) and (value != 0 or key == "shift_factor")
+            expected = "a number" if key == "shift_factor" else "a number other than 0"
+        elif key in ("latents_mean", "latents_std"):
+            fits = isinstance(value, list) and all(map(_is_number, each))
+            expected = "a list of numbers"
+        else:
+            continue
+        if not fits:
+            what = f"{key}={shown(value, 60)}, which must be {expected}"
+            raise ValueError(f"{file}: {what}; fetch it anew")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15
 
 
 def _check_layers(said: Mapping[str, Any], file: Path) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from torch import nn
 
 from distill.bounded import mapping_of
+from distill.elsewhere import check_folder
 from distill.files import first_line, silent
 from distill.limits import check_dtype
 from distill.teachers.locate import (
@@ -71,6 +72,8 @@ def read_pipeline(
     classes = pipeline_classes(path, kind.__name__, without)
     check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
     check_there(path, classes, kind.__name__, deferred)
+    for folder in lineage(Path(path)):
+        check_folder(folder, f"teacher.path={path}")
     for name, network in classes.items():
         home = home_of(Path(path), name)
         check_part(Path(home, name), f"teacher.path={path}")

@@ -13,6 +13,14 @@ from distill.shown import shown
 Config = Mapping[str, Any]
 
 MOST_LEVELS = 16  # ours: of an autoencoder, each half as wide as the one before
+MOST_TOKENS = 4096  # ours: of a caption; CLIP reads 77
+# Kind -> tokenizers whose own length is the one that captions are padded to: those of CLIP.
+LENGTHS = {
+    "FluxPipeline": ("tokenizer",),
+    "StableDiffusion3Pipeline": ("tokenizer", "tokenizer_2"),
+    "StableDiffusionPipeline": ("tokenizer",),
+    "StableDiffusionXLPipeline": ("tokenizer", "tokenizer_2"),
+}
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
 PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
@@ -46,6 +54,8 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
     _check_denoiser(kind, parts, where)
     if parts["scheduler"]:
         prediction_of(parts["scheduler"], where, flow=kind in FLOWS)
+    for name in LENGTHS.get(kind, ()):
+        _check_length(config_of(name).get("model_max_length"), f"{where}: its {name}/")
     given = [key for key in ("latents_mean", "latents_std") if parts["vae"].get(key)]
     if given and kind not in STANDARDISED:
         what = f"its vae/ has {' and '.join(given)}, which a {kind} does not read"
@@ -76,11 +86,19 @@ def lacking(kind: str, part: str) -> str:
     return f"add teacher.without=[{','.join(spare)}] to go without it, or fetch it anew"
 
 
+def _check_length(length: Any, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a number of tokens that captions cannot be padded to."""
+    if length is not None and not (type(length) is int and 1 < length <= MOST_TOKENS):
+        what = f"has model_max_length={shown(length, 60)}"
+        raise ValueError(f"{where} {what}, which must be 2 to {MOST_TOKENS:,}; fetch it anew")
+
+
 def in_folder(folder: Path) -> Callable[[str], Config]:
     """The configurations in a pipeline folder, by the names of its parts."""
 
     def config_of(part: str) -> Config:
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        kind = part.partition("_")[0]
+        name = f"{kind}_config.json" if kind in ("scheduler", "tokenizer") else "config.json"
         file = folder / part / name
         return mapping_of(file) if file.is_file() else {}
 
