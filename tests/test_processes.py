@@ -78,16 +78,16 @@ def test_a_killed_process_is_one_sentence_with_step_and_way_on(started, tmp_path
     (run / "checkpoints" / "step_001000.ckpt").touch()
     way = f"go on with: python -m distill.run resume={run}"
     assert started(KILLED)[1] == f"distill: {killed} at step 1,234; {way} {more}\n"
-    assert f"{faults.AGAIN} {more}" in started(KILLED, command="cache")[1]
+    assert f"{faults.ANEW} {more}" in started(KILLED, command="cache")[1]
 
 
 @pytest.mark.parametrize(
     ("script", "code", "said", "stay"),
     [
         (LATE, 1, "data.path=x: is not there", False),
-        (BUG, 1, "process 0: TypeError: ours; no checkpoint", True),
-        (SILENT, 7, "process 1 ended with exit code 7; no checkpoint", True),
-        (ABORTED, 1, "process 1: ValueError: x; no checkpoint", True),
+        (BUG, 1, "process 0: TypeError: ours; remove", True),
+        (SILENT, 7, "process 1 ended with exit code 7; remove", True),
+        (ABORTED, 1, "process 1: ValueError: x; remove", True),
     ],
 )
 def test_the_one_that_failed_first_is_named_in_the_only_line(

@@ -283,7 +283,7 @@ def resumed(place: Path, *words: str) -> DictConfig:
 @pytest.mark.parametrize("key", READING)
 @pytest.mark.parametrize("path", ["/proc/self/environ", "/dev/stdin", "/sys/kernel/notes", "link"])
 def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeypatch):
-    monkeypatch.setattr("distill.compose.overrides", list)
+    monkeypatch.setattr("distill.continued.overrides", list)
     if path == "link":
         path = str(place / "run" / "prompts.txt")
         (place / "run").mkdir()
@@ -295,7 +295,7 @@ def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeyp
 
 @pytest.mark.parametrize("key", READING)
 def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monkeypatch):
-    monkeypatch.setattr("distill.compose.overrides", list)
+    monkeypatch.setattr("distill.continued.overrides", list)
     text = place / "private.txt"
     text.write_text("a letter\n", encoding="utf-8")
     run = folder_of(reading(key, str(text)), place / "run")
@@ -329,7 +329,7 @@ def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monk
     assert OmegaConf.select(resumed(place), key) == str(run / "mine.txt")
     folder_of(reading(key, str(text)), run)
     if key == READING[0]:
-        monkeypatch.setattr("distill.compose.overrides", lambda: [f"{key}={text}x"])
+        monkeypatch.setattr("distill.continued.overrides", lambda: [f"{key}={text}x"])
         assert OmegaConf.select(resumed(place, f"{key}={text}x"), key) == f"{text}x"
 
 
@@ -338,12 +338,12 @@ def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monk
 
 def test_a_place_that_is_typed_again_is_ones_own(place, monkeypatch):
     base = config(*RUN)
-    monkeypatch.setattr("distill.compose.overrides", lambda: ["data.path=here"])
+    monkeypatch.setattr("distill.continued.overrides", lambda: ["data.path=here"])
     base["data"] = {**base["data"], "path": "s3://bucket/shards"}
     folder = folder_of(base, place / "run")
     cfg = composed("config", *RUN, f"resume={folder}", "+data.path=here")
     assert going_on(cfg).data.path == "here"
-    monkeypatch.setattr("distill.compose.overrides", lambda: ["seed=0"])
+    monkeypatch.setattr("distill.continued.overrides", lambda: ["seed=0"])
     with pytest.raises(ValueError, match=r"data\.path=s3://bucket/shards: is no name on this"):
         going_on(cfg)
 
