@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ class World:
         os.close(writer)
         status = _wait(child, began + (after if after is not None else PATIENCE))
         if status is None:
-            (os.killpg if whole_group else os.kill)(child, signal.SIGKILL)
+            _kill(child, whole_group)
             status = os.waitpid(child, 0)[1]
         seconds = time.monotonic() - began
         if after is None and seconds > PATIENCE:
@@ -242,6 +243,15 @@ class World:
         done = not lost and command.module == "export" and "is there already" in second.said
         result |= {"code": 0 if done else second.code, "lost": lost, "litter": litter}
         return result | ({"said": second.said[-2000:]} if second.code or lost or litter else {})
+
+
+def _kill(child: int, whole_group: bool) -> None:
+    """Kill a process, and all of its group: which it has not made yet, where it is killed at once."""
+    with suppress(ProcessLookupError):
+        if whole_group:
+            os.killpg(child, signal.SIGKILL)
+            return
+    os.kill(child, signal.SIGKILL)
 
 
 def _wait(child: int, until: float) -> int | None:
