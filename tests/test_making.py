@@ -606,18 +606,12 @@ def test_a_folder_with_json_captions(tmp_path):
     assert ImageShards(str(tmp_path), size=8)[0]["caption"] == "a dog"
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"scaling_factor": 1e9}, r"its latents reach .*, beyond float16, .*computed in float32\)"),
-        ({"scaling_factor": float("inf")}, r"its latents hold nan or inf, computed in float32; "),
-    ],
-)  # fmt: skip
-def test_a_cache_that_overflows_names_picture_and_dtype(change, said, command, pipelines, tmp_path):
+def test_a_cache_that_overflows_names_picture_and_dtype(command, pipelines, tmp_path):
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
     config = folder / "vae" / "config.json"
     config.write_text(
-        json.dumps(json.loads(config.read_text(encoding="utf-8")) | change), encoding="utf-8"
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"scaling_factor": 1e9}),
+        encoding="utf-8",
     )
     path = tmp_path / "photos"
     path.mkdir()
@@ -629,6 +623,7 @@ def test_a_cache_that_overflows_names_picture_and_dtype(change, said, command, p
         "data.num_workers=0", "data.batch_size=1", "out=made",
     )  # fmt: skip
     assert code == 1
+    said = r"its latents reach .*, beyond float16, .*computed in float32\)"
     assert re.search(rf"{path}:a\.png: {said}", err), err
     assert not (tmp_path / "made").exists()
 

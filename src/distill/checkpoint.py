@@ -122,17 +122,23 @@ class Checkpoints(L.Callback):
         self._handlers = handled_by(self._heard)
 
     def _set_aside(self, step: int) -> None:
-        """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day."""
+        """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day.
+
+        Pictures alone, which a kill leaves between them and their checkpoint, are removed: they are drawn again.
+        """
         kept = steps_in(self.folder, ".ckpt"), steps_in(self.folder.parent / "samples", ".png")
+        checkpoints, pictures = ([found[at] for at in found if at > step] for found in kept)
+        if not checkpoints:
+            for path in pictures:
+                path.unlink(missing_ok=True)
+            return
         aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
-        later = [path for found in kept for at, path in found.items() if at > step]
+        later = [*checkpoints, *pictures]
         for path in later:
             aside.mkdir(parents=True, exist_ok=True)
             path.replace(aside / path.name)
-        if later:
-            print(
-                f"going on from step {step}: {len(later)} checkpoints and pictures of later steps are now in {aside}"
-            )
+        what = f"{len(later)} checkpoints and pictures of later steps are now in {aside}"
+        print(f"going on from step {step}: {what}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         while self._handlers:
@@ -148,7 +154,7 @@ class Checkpoints(L.Callback):
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        self._known = self._known or self.best in trainer.callback_metrics | pl_module.numbers
+        self._known = self._known or self.best in trainer.callback_metrics | pl_module.loop.numbers
         if trainer.world_size > 1:  # one process was told: all must save, and together
             told = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
             number = trainer.strategy.reduce(told, reduce_op="max")

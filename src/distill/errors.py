@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -81,18 +82,10 @@ def command(
             signals.end_with_parent()
             console.open_all()
             print_any_letter()
-            typed.note(sys.argv[1:])
-            with stoppable(), console.readers_may_leave():
+            with _alone(), stoppable(), console.readers_may_leave():
+                typed.note(sys.argv[1:])
                 with said_plainly():
-                    words = [as_typed(word) for word in sys.argv[1:]]
-                    config_folders.check(words)
-                    check_flags(words)
-                    words = flags_last(words)
-                    read = [readable(word, name, sweep=sweep.asked) for word in words]
-                    typed.note(read)
-                    given = referring(read)
-                    sweep.typed = dict(zip(given, words, strict=True))
-                    sys.argv[1:] = given
+                    sys.argv[1:] = _words(name, sweep)
                     if text := _said_of_itself(task, name):
                         print(text)
                         return
@@ -103,6 +96,29 @@ def command(
         return main
 
     return decorate
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Have nothing of this command be left for another one in the same process."""
+    with secret.forgotten():
+        try:
+            yield
+        finally:
+            HydraConfig.instance().cfg = None
+
+
+def _words(name: str, sweep: Sweep) -> list[str]:
+    """The command line as Hydra is to have it: checked, flags last, texts quoted, no secret."""
+    words = [as_typed(word) for word in sys.argv[1:]]
+    config_folders.check(words)
+    check_flags(words)
+    words = flags_last(words)
+    read = [readable(word, name, sweep=sweep.asked) for word in words]
+    typed.note(read)
+    given = referring(read)
+    sweep.typed = dict(zip(given, words, strict=True))
+    return given
 
 
 def print_any_letter() -> None:

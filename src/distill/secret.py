@@ -12,7 +12,8 @@ import html
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -109,6 +110,19 @@ def note(values: Mapping[str, Any]) -> None:
         quotes = (text.replace("'", other) for other in ("''", "\\'", "'\"'\"'"))
         coded = (json.dumps(text)[1:-1], repr(text)[1:-1], html.escape(text), quote(text, safe=""))
         _known.update(form for form in (text, *quotes, *coded) if len(form) >= SHORTEST)
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Within, what is noted is a command's own: another one in this process begins without it."""
+    known, said = set(_known), dict(_said)
+    try:
+        yield
+    finally:
+        _known.clear()
+        _known.update(known)
+        _said.clear()
+        _said.update(said)
 
 
 def _parts(text: str) -> list[str]:

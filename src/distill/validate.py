@@ -70,10 +70,12 @@ def check_groups(cfg: DictConfig) -> None:
     for group in ("discriminator", "callbacks", "logger", "metrics"):
         if not isinstance(node := cfg.get(group), DictConfig | None):
             raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
-    for key in cfg.discriminator:
+    for key, node in cfg.discriminator.items():
         if key not in PLAYERS:
             near = nearest(str(key), PLAYERS)
             raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
+        if not isinstance(node, DictConfig | None):
+            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
             if node is not None and not _has_target(node):

@@ -137,6 +137,8 @@ def flags_last(words: list[str]) -> list[str]:
         must = action is not None and action.nargs is None
         if takes and waiting and (must or not ("=" in waiting[0] or waiting[0].startswith("-"))):
             flags.append(waiting.pop(0))
+        if action is not None and action.dest == "shell_completion" and waiting:
+            flags.append(waiting.pop(0))  # install=bash
     return [*keys, *flags]
 
 
