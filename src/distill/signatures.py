@@ -360,6 +360,9 @@ def _source(module: str) -> tuple[ast.Module, bool] | None:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
+    if spec and not spec.submodule_search_locations and not rest:  # a file of the user's own
+        own = Path(spec.origin or "")
+        return (ast.parse(own.read_text(encoding="utf-8")), False) if own.suffix == ".py" else None
     for place in (spec and spec.submodule_search_locations) or ():
         path = Path(place).joinpath(*rest)
         for file in (path / "__init__.py", path.with_suffix(".py") if rest else path):
