@@ -32,10 +32,11 @@ test: $(DEV) ## the fast tests
 test-slow: $(DEV) ## the slow tests
 	$(PY) -m pytest $(PARALLEL) --timeout 3600 -m "slow and not gpu" $(ARGS)
 
-check: $(DEV) ## format, lint and types
+check: $(DEV) ## format, lint and types; how the code reads, in numbers
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) tests/measures.py
 
 docs: $(DOCS) ## the documentation, docs/_build/html/index.html
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
