@@ -42,10 +42,10 @@ def going_on(cfg: DictConfig) -> DictConfig:
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
             chosen = None if value == MISSING else _chosen(key, value, had)
-            typed = chosen is None or chosen is value
+            own_word = chosen is None or chosen is value
             chosen = escaped(chosen) if isinstance(chosen, str) else chosen
             OmegaConf.update(now, key, chosen, merge=False)
-            if typed:
+            if own_word:
                 replaced.add(key)
         elif not (
             override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))

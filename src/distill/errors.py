@@ -112,8 +112,8 @@ def _words(name: str, sweep: Sweep) -> list[str]:
     """The command line as Hydra is to have it: checked, flags last, texts quoted, no secret."""
     words = [as_typed(word) for word in sys.argv[1:]]
     config_folders.check(words)
-    check_flags(words)
     words = flags_last(words)
+    check_flags(words)
     read = [readable(word, name, sweep=sweep.asked) for word in words]
     typed.note(read)
     given = referring(read)

@@ -34,7 +34,7 @@ def check_trainer(trainer: DictConfig) -> None:
         raise ValueError(f"trainer.devices={several}: {what}")
     check_precision(trainer.get("precision", "auto"), "trainer.precision")
     accelerator = trainer.get("accelerator", "auto")
-    if accelerator is not None and accelerator not in ACCELERATORS and not _has_target(accelerator):
+    if accelerator is not None and accelerator not in ACCELERATORS and not has_target(accelerator):
         near = nearest(str(accelerator), ACCELERATORS)
         what = f"must be {' or '.join(ACCELERATORS)}{near}"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
@@ -42,7 +42,7 @@ def check_trainer(trainer: DictConfig) -> None:
         if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
             raise ValueError(f"trainer.{key}={trainer[key]}: {how}")
     strategy = trainer.get("strategy", "auto")
-    named = str(strategy.get("_target_") if _has_target(strategy) else strategy)
+    named = str(strategy.get("_target_") if has_target(strategy) else strategy)
     if "fsdp" in named.lower():
         raise ValueError(
             f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
@@ -51,11 +51,12 @@ def check_trainer(trainer: DictConfig) -> None:
         raise ValueError(
             f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
         )
-    if not _has_target(strategy) and strategy != "auto":
+    if not has_target(strategy) and strategy != "auto":
         raise ValueError(
             f"trainer.strategy={named}: must be auto; or use trainer=ddp or trainer=fsdp2"
         )
 
 
-def _has_target(node: Any) -> bool:
+def has_target(node: Any) -> bool:
+    """Whether something is made of this node."""
     return isinstance(node, DictConfig) and "_target_" in node

@@ -51,7 +51,7 @@ def _looked_at(word: str) -> tuple[str, list[Any]]:
     key = begins.lstrip("+~")
     if not sign or NAMED.fullmatch(raw):
         return word, []
-    override = _parsed(word)
+    override = parsed(word)
     if secret.is_secret(key):
         value = _value(override) if override else None
         bare = raw.strip("'\"[]{} ")
@@ -68,7 +68,8 @@ def _looked_at(word: str) -> tuple[str, list[Any]]:
     return f"{begins}={text}", [*values, *found]
 
 
-def _parsed(word: str) -> Override | None:
+def parsed(word: str) -> Override | None:
+    """The word as Hydra reads it; None where it does not."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:  # a flag, or what Hydra refuses with words of its own

@@ -20,7 +20,7 @@ from distill.metrics import material
 from distill.ranges import COUNTS, JUDGING, LARGEST, check_lists, check_most, check_ranges
 from distill.teachers import locate
 from distill.teachers.settings import UNITS, check_settings, in_folder, unit_of
-from distill.trainer_keys import check_trainer
+from distill.trainer_keys import check_trainer, has_target
 from distill.watched import check_samples_prompts, check_watched
 
 PROMPTS = "distill.data.source.prompts"
@@ -57,7 +57,7 @@ def check_run(cfg: DictConfig) -> None:
     check_data(cfg.data)
     check_fit(cfg.data, cfg.teacher)
     check_samples_prompts(cfg)
-    if _has_target(cfg.get("metrics")):
+    if has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
     refuse_taken(cfg)
 
@@ -65,7 +65,7 @@ def check_run(cfg: DictConfig) -> None:
 def check_groups(cfg: DictConfig) -> None:
     """That no group is left out which every run needs, that none has what nobody reads, and what must have a target."""
     for group in NEEDED:
-        if not _has_target(cfg.get(group)):  # a recipe may have left other keys of it
+        if not has_target(cfg.get(group)):  # a recipe may have left other keys of it
             raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
     for group in ("discriminator", "callbacks", "logger", "metrics"):
         if not isinstance(node := cfg.get(group), DictConfig | None):
@@ -78,7 +78,7 @@ def check_groups(cfg: DictConfig) -> None:
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
-            if node is not None and not _has_target(node):
+            if node is not None and not has_target(node):
                 raise ValueError(
                     f"{group}.{name}: has no _target_; give one, or leave it out by ~{group}.{name}"
                 )
@@ -87,15 +87,11 @@ def check_groups(cfg: DictConfig) -> None:
 def check_players(discriminator: DictConfig) -> None:
     """That what a discriminator is made of are nodes with a target, or null, and that features have heads."""
     for key, node in discriminator.items():
-        if node is not None and not _has_target(node):
+        if node is not None and not has_target(node):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     if discriminator.get("features") is not None and discriminator.get("heads") is None:
         what = "features are judged by heads; give some, or discriminator=none"
         raise ValueError(f"discriminator.heads=null: {what}")
-
-
-def _has_target(node: Any) -> bool:
-    return isinstance(node, DictConfig) and "_target_" in node
 
 
 def check_sides(cfg: DictConfig) -> None:

@@ -6,15 +6,13 @@ environment.
 """
 
 import os
-from contextlib import suppress
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 
 from distill import secret
 from distill.commandline.texts import GROUPS
+from distill.typed import parsed
 
 
 def referring(words: list[str]) -> list[str]:
@@ -27,7 +25,7 @@ def referring(words: list[str]) -> list[str]:
 
 
 def _word(word: str, given: list[str]) -> str:
-    found = _parsed(word)
+    found = None if word.startswith("-") or "=" not in word else parsed(word)
     key = found.key_or_group if found else ""
     if found is None or not found.value_type or key in GROUPS:
         return word
@@ -39,14 +37,6 @@ def _word(word: str, given: list[str]) -> str:
     if len(given) == before:
         return word
     return f"{found.get_key_element()}={found.get_value_element_as_str()}"
-
-
-def _parsed(word: str) -> Override | None:
-    if word.startswith("-") or "=" not in word:
-        return None
-    with suppress(HydraException):
-        return OverridesParser.create().parse_override(word)
-    return None
 
 
 def _without(value: Any, key: str, given: list[str]) -> Any:

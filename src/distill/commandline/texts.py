@@ -8,19 +8,17 @@ sees them. Which keys are texts is said in the tables below, and nowhere else.
 import os
 import re
 import sys
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import MISSING, OmegaConf
 
 from distill._conf import CONF_DIR
 from distill.compose import escaped, nearest
+from distill.typed import parsed
 
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 # Texts that mean what they say, `null`, `~` and `${5}` included: what is typed is what the model reads.
@@ -114,7 +112,7 @@ def check_flags(words: list[str]) -> None:
         raise ValueError(f"{message}; --help lists the flags")
 
     parser.error = refuse  # type: ignore[method-assign,assignment]
-    _, unknown = parser.parse_known_args(flags_last(words))
+    _, unknown = parser.parse_known_args(words)
     if named := next((word for word in unknown if word.startswith("-")), None):
         refuse(f"{named}: no such flag{nearest(named, flags)}")
 
@@ -152,7 +150,7 @@ def _text(key: str, value: str, config: str, *, sweep: bool) -> str:
         return word
     if name in LISTS and value.startswith("[") and value.endswith("]") and not _exists(value):
         return _list(key, value)
-    found = _parsed(word)
+    found = parsed(word)
     if sweep and (found.is_sweep_override() if found else "," in value):
         return word  # several values, of which Hydra makes as many jobs
     read = found.value() if found and not found.is_sweep_override() else None
@@ -173,7 +171,7 @@ def _as_path(value: str, config: str) -> str:
 
 def _list(key: str, value: str) -> str:
     """A list of texts. Raises ValueError for one that cannot be read."""
-    found = _parsed(f"{key}={value}")
+    found = parsed(f"{key}={value}")
     items = found.value() if found else None
     if key.lstrip("+") == "runs" and isinstance(items, list):
         return f"{key}={value}"  # of patterns: 2024 is one as well
@@ -186,16 +184,10 @@ def _list(key: str, value: str) -> str:
 def _other(key: str, value: str, *, sweep: bool) -> str:
     """The value of any other key: what Hydra cannot read is a text, but for lists and nodes that are not closed."""
     word = f"{key}={value}"
-    if _parsed(word) or value.startswith(("[", "{")) or (sweep and "," in value):
+    if parsed(word) or value.startswith(("[", "{")) or (sweep and "," in value):
         return word
     quoted = f"{key}={_quoted(os.path.expanduser(value))}"
-    return quoted if _parsed(quoted) else word
-
-
-def _parsed(word: str) -> Override | None:
-    with suppress(HydraException):
-        return OverridesParser.create().parse_override(word)
-    return None
+    return quoted if parsed(quoted) else word
 
 
 def _quoted(text: str) -> str:
@@ -245,7 +237,7 @@ def _group(word: str, config: str) -> str:
         inner = next(iter(own(config)[name]))
         raise ValueError(f"{word}: has keys of its own; name one of them, as {name}.{inner}=...")
     there = options(name)
-    found = _parsed(word) if equals and value not in there else None
+    found = parsed(word) if equals and value not in there else None
     several = isinstance(found.value(), list) if found else False
     unnamed = found and isinstance(found.value(), int | float) and value.lower() not in NOTHING
     if unnamed or (several and name not in OPTIONAL.get(config, ())):
