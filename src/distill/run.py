@@ -31,7 +31,7 @@ def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
     from distill import continued, resuming, validate
 
-    cfg.resume = compose.escaped(cfg.resume or compose.requeued(cfg))
+    cfg.resume = paths.escaped(cfg.resume or compose.requeued(cfg))
     before = None
     if cfg.resume:
         before = compose.looked_at(compose.folder_of(cfg.resume))

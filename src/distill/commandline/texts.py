@@ -17,7 +17,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import MISSING, OmegaConf
 
 from distill._conf import CONF_DIR
-from distill.compose import escaped, nearest
+from distill.compose import nearest
+from distill.paths import escaped
 from distill.typed import parsed
 
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
