@@ -103,6 +103,11 @@ def number_of(found: Mapping[str, Any], key: str, where: str) -> float | None:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number below LARGEST; True and False are none."""
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
 class Named(io.StringIO):
     """A text, and the file that it is of, which errors name."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distill.aside import put
-from distill.bounded import mapping_of
+from distill.bounded import is_number, mapping_of
 from distill.hardware import cpu, hardware
 
 log = logging.getLogger("distill.record")
@@ -121,16 +121,12 @@ class RunRecord:
 def _sound(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts that are of their kind. A damaged one is lost, as if it had not been kept."""
     numbers = ("train_seconds", "began", "trained", "wall_seconds")
-    kept = {k: v for k, v in facts.items() if k not in numbers or _is_number(v)}
+    kept = {k: v for k, v in facts.items() if k not in numbers or is_number(v)}
     if not isinstance(kept.get("resumed", []), list):
         del kept["resumed"]
     if "content" in kept:
         kept["content"] = _sound_content(kept["content"])
     return kept
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _sound_content(content: Any) -> dict[str, Any]:

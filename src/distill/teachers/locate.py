@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.bounded import MIB, mapping_of, too_large
+from distill.bounded import MIB, is_number, mapping_of, too_large
 from distill.elsewhere import check_elsewhere
 from distill.shown import shown
 
@@ -206,23 +206,19 @@ def _check_numbers(said: Mapping[str, Any], file: Path) -> None:
             fits = all(type(x) is int and -1 <= x < MOST_TOKENS for x in each)
             expected = f"a whole number below {MOST_TOKENS}"
         elif key == "sample_size":
-            fits = all(_is_number(x) and 0 < x <= MOST_SIDE for x in each)
+            fits = all(is_number(x) and 0 < x <= MOST_SIDE for x in each)
             expected = f"a side, {MOST_SIDE} at most"
         elif key in ("scaling_factor", "shift_factor"):
-            fits = _is_number(value) and (value != 0 or key == "shift_factor")
+            fits = is_number(value) and (value != 0 or key == "shift_factor")
             expected = "a number" if key == "shift_factor" else "a number other than 0"
         elif key in ("latents_mean", "latents_std"):
-            fits = isinstance(value, list) and all(map(_is_number, each))
+            fits = isinstance(value, list) and all(map(is_number, each))
             expected = "a list of numbers"
         else:
             continue
         if not fits:
             what = f"{key}={shown(value, 60)}, which must be {expected}"
             raise ValueError(f"{file}: {what}; fetch it anew")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e15
 
 
 def _check_layers(said: Mapping[str, Any], file: Path) -> None:
