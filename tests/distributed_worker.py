@@ -19,11 +19,12 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 import tiny  # beside this script, hence on the path
 from distill.checkpoint import AtomicIO
+from distill.checkpoint_files import read
 from distill.data import source
 from distill.distillation import ScoreDistillation, TeacherSamples
-from distill.files import gathered, read
 from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.sd3 import SD3
+from distill.tensors import gather
 
 STEPS = 4
 
@@ -136,9 +137,9 @@ def train(asked: dict, file: Path) -> None:
     )
     trainer.fit(method, loader, ckpt_path=resume, weights_only=True)
     end = {
-        "student": gathered(method.student.state_dict(), keep=True),
-        "heads": gathered(method.heads.state_dict(), keep=True),
-        "ema": gathered(method.ema.state_dict(), keep=True),
+        "student": gather(method.student.state_dict(), keep=True),
+        "heads": gather(method.heads.state_dict(), keep=True),
+        "ema": gather(method.ema.state_dict(), keep=True),
         "losses": {name: values[-2:] for name, values in losses.seen.items()},
         "counts": {
             "step": method.step,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import eyes
 import tiny
-from distill import files
+from distill import checkpoint_files
 from distill.commandline import texts
 from distill.data.write import write_latents
 from distill.discriminators.images import ImageFeatures
@@ -638,7 +638,7 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
     if (
         workers == 0
     ):  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
-        assert files.newest(tmp_path / "run").is_file()
+        assert checkpoint_files.newest(tmp_path / "run").is_file()
 
 
 # -- judging ---------------------------------------------------------------------------------------------------------
@@ -799,7 +799,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(state, file)
 
-    monkeypatch.setattr("distill.files.torch.save", full)
+    monkeypatch.setattr("distill.checkpoint_files.torch.save", full)
     said = refused("run", "callbacks.checkpoint.every=1", "callbacks.samples.every=1000")
     folder = tmp_path / "run"
     assert said.startswith("cannot write the checkpoint ")
@@ -809,7 +809,10 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
     assert command("run", f"resume={folder}", "~metrics")[0] == 0
-    assert files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"] == 2
+    assert (
+        checkpoint_files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"]
+        == 2
+    )
     # and once more full, now where the configuration is written: the finished run's own stays
     before = (folder / "config.yaml").read_text(encoding="utf-8")
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, _: full_disk(path))
@@ -827,7 +830,7 @@ def test_a_damaged_configuration_of_a_run(refused, tmp_path):
     (tmp_path / "config.yaml").write_text("method: [unclosed", encoding="utf-8")
     (tmp_path / "checkpoints").mkdir()
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    files.write(state, tmp_path / "checkpoints" / "step_000001.ckpt")
+    checkpoint_files.write(state, tmp_path / "checkpoints" / "step_000001.ckpt")
     assert "config.yaml" in refused("run", f"resume={tmp_path}")
 
 

@@ -180,7 +180,7 @@ def test_buckets_that_are_none(tmp_path, wrong):
 @pytest.mark.parametrize("method", ["ladd", "add", "nitrofusion"])
 def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     import tiny
-    from distill import files
+    from distill import checkpoint_files
 
     data = [
         "data=images",
@@ -208,8 +208,8 @@ def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     ]
     assert command("run", *run)[0] == 0
     end = tmp_path / "run" / "checkpoints" / "step_000004.ckpt"
-    whole = files.read(end)["state_dict"]
+    whole = checkpoint_files.read(end)["state_dict"]
     whole = {name: x.clone() for name, x in whole.items()}
     end.unlink()
     assert command("run", "resume=run")[0] == 0
-    assert tiny.same(files.read(end)["state_dict"], whole)
+    assert tiny.same(checkpoint_files.read(end)["state_dict"], whole)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import tiny
-from distill import files, randomness
+from distill import checkpoint_files, randomness
 from distill.build import whole
 from distill.callbacks import Health
 from distill.checkpoint import Checkpoints
@@ -445,7 +445,7 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     method = SimpleNamespace(step=3, loop=SimpleNamespace(updated=True, numbers={}))
     saved = {
         "loggers": [logger],
-        "save_checkpoint": lambda path: files.write({}, path),
+        "save_checkpoint": lambda path: checkpoint_files.write({}, path),
         "is_global_zero": True,
     }
     trainer = SimpleNamespace(

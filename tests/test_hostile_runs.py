@@ -17,7 +17,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from distill import bounded, console, files, folders, paths, shown, verdicts
+from distill import bounded, checkpoint_files, console, folders, paths, shown, verdicts
 from distill.demonstration import html as demo_html
 from distill.discriminators.images import ImageFeatures as Pictures
 from distill.metrics import networks
@@ -275,8 +275,10 @@ def test_a_page_shows_only_png_within_bounds(tmp_path):
 
 def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
     path = tmp_path / "step_000001.ckpt"
-    files.write({"distill": {"iteration": 1}, "about": {"config": {}}, "x": torch.zeros(4)}, path)
-    assert files.read(path)["distill"] == {"iteration": 1}
+    checkpoint_files.write(
+        {"distill": {"iteration": 1}, "about": {"config": {}}, "x": torch.zeros(4)}, path
+    )
+    assert checkpoint_files.read(path)["distill"] == {"iteration": 1}
     with zipfile.ZipFile(path) as archive:
         parts = {part.filename: archive.read(part) for part in archive.infolist()}
     for compression, size in ((zipfile.ZIP_DEFLATED, 2**24), (zipfile.ZIP_STORED, 16)):
@@ -287,9 +289,9 @@ def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
             with pytest.raises(
                 ValueError, match="holds compressed parts, which may be of any size"
             ):
-                files.read(path)
+                checkpoint_files.read(path)
         else:
-            files.read(path)
+            checkpoint_files.read(path)
 
 
 # -- a student's card, the demo, the terminal --------------------------------------------------------------------------

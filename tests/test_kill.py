@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import compose, files
+from distill import checkpoint_files, compose
 
 STEPS = 12
 
@@ -178,7 +178,7 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
         )
         assert code == 0
         assert "going on from step 2: " in out
-        assert files.newest(folder).name == "step_000003.ckpt"
+        assert checkpoint_files.newest(folder).name == "step_000003.ckpt"
         assert not (folder / "samples" / "step_000004.png").exists()
         time.sleep(1)
     first, second = sorted((folder / "checkpoints" / "abandoned").iterdir())
@@ -308,7 +308,7 @@ def gone_on(command, monkeypatch, tmp_path):
         own = [*began, "trainer.max_steps=5000", "metrics.prompts=50", "callbacks.samples.every=70"]
         assert command("run", "run_dir=run", *own)[0] == 0
         state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-        files.write(state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt")
+        checkpoint_files.write(state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt")
         assert command("run", "resume=run", *given)[0] == 0
         return seen
 

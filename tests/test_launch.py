@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import compose, files, launch, search
+from distill import checkpoint_files, compose, launch, search
 
 TWO = ["trainer=ddp", "trainer.devices=2"]
 
@@ -198,7 +198,7 @@ def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
         (folder, None)
     ]  # ended before its first checkpoint: anew
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    files.write(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
+    checkpoint_files.write(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
     assert job(*arguments, RESTART_COUNT="2")[2] == [(folder, folder)]
     assert job(*arguments, RESTART_COUNT="0")[0] == 1
 

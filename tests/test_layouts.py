@@ -22,8 +22,8 @@ from distill.data.datasets import ImageShards, LatentShards
 from distill.data.shards import Shards, check_pictures, expand
 from distill.data.source import Source
 from distill.data.write import write_latents
-from distill.files import upright
 from distill.metrics.material import in_folder
+from distill.pictures import upright
 
 DOC = Path(__file__).parents[1] / "docs" / "troubleshooting_data.md"
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import eyes
 import tiny
-from distill import distances, files
+from distill import distances, tensors
 from distill.aside import put
 from distill.metrics import networks, scores
 from distill.metrics.material import coco, in_folder
@@ -277,10 +277,10 @@ def test_inceptions_file_may_hold_no_code(tmp_path):
 def test_fingerprints_tell_weights_apart():
     torch.manual_seed(0)
     a, b = torch.nn.Linear(30, 40), torch.nn.Linear(30, 40)
-    assert files.fingerprint(a) == files.fingerprint(a) != files.fingerprint(b)
+    assert tensors.fingerprint(a) == tensors.fingerprint(a) != tensors.fingerprint(b)
     b.load_state_dict(a.state_dict())
-    assert files.fingerprint(a) == files.fingerprint(b)
-    assert files.fingerprint(tiny.shake(b, 1, std=1e-6)) != files.fingerprint(a)
+    assert tensors.fingerprint(a) == tensors.fingerprint(b)
+    assert tensors.fingerprint(tiny.shake(b, 1, std=1e-6)) != tensors.fingerprint(a)
 
 
 def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
@@ -341,7 +341,7 @@ def test_pictures_are_read_as_in_training(monkeypatch, tmp_path):
     clear, grey, *others = map(opened, in_folder(tmp_path))
     sideways = others[-1]
     with monkeypatch.context() as patch:  # Pillow, of an EXIF block that is damaged
-        patch.setattr("distill.files.ImageOps.exif_transpose", lambda _: struct.unpack("I", b""))
+        patch.setattr("distill.pictures.ImageOps.exif_transpose", lambda _: struct.unpack("I", b""))
         with pytest.raises(ValueError, match=r"sideways\.jpg: cannot be read as a picture"):
             opened(tmp_path / "sideways.jpg")
     assert sideways.size == (4, 8)

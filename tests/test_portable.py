@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import eyes
-from distill import compose, doctor, files
+from distill import aside, compose, doctor
 from distill.commandline import texts
 from distill.data import source
 from distill.metrics import networks
@@ -171,15 +171,15 @@ def test_a_second_name_needs_no_links(tmp_path, monkeypatch):
     old, new = tmp_path / "step.ckpt", tmp_path / "best.ckpt"
     old.write_bytes(b"new")
     new.write_bytes(b"old")
-    files.duplicate(old, new)
+    aside.duplicate(old, new)
     assert new.samefile(old)
     monkeypatch.delattr(os, "link")
-    files.duplicate(old, new)
+    aside.duplicate(old, new)
     assert not new.samefile(old)
     assert new.read_bytes() == b"new"
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "0.pt").write_bytes(b"part")
-    files.duplicate(tmp_path / "parts", new)
+    aside.duplicate(tmp_path / "parts", new)
     assert (new / "0.pt").read_bytes() == b"part"
     assert not list(tmp_path.glob("*.part"))
 

@@ -111,6 +111,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def duplicate(path: Path, to: Path) -> None:
+    """Give a file or folder a second name, which replaces what has it; without using room where files can be linked."""
+    part = aside(to)
+    if path.is_dir():
+        shutil.copytree(path, part, copy_function=_link)
+    else:
+        _link(path, part)
+    if to.is_dir() or path.is_dir():
+        put_in_place(part, to)
+    else:
+        part.replace(to)
+
+
+def _link(path: str | Path, to: str | Path) -> None:
+    try:
+        Path(to).hardlink_to(path)
+    except (OSError, NotImplementedError):  # exFAT, for one, has no links
+        shutil.copyfile(path, to)
+
+
 def sweep(folder: Path, *, deep: bool = False, of: str | None = None) -> int:
     """Remove what killed writers have left in a folder, and count it; `deep`: below it too; `of`: of this name alone.
 

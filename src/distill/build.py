@@ -20,7 +20,6 @@ from distill import content, hardware, limits, sampling, signatures, trackers, v
 from distill.checkpoint import AtomicIO, Checkpoints
 from distill.compose import allowed, config_of, make, processes, shipped
 from distill.console import note
-from distill.files import gathered
 from distill.hardware import Precision, precision
 from distill.loop import TwoPlayerLoop
 from distill.progress import stage
@@ -31,6 +30,7 @@ from distill.strategies import DataParallel, FullyShardedDataParallel
 from distill.teachers.locate import family_of, pipeline_folder, telling
 from distill.teachers.reading import class_of, fetched, lineage, told_of
 from distill.teachers.sizes import of_pipeline
+from distill.tensors import gather
 from distill.types import Cond, Players
 
 log = logging.getLogger(__name__)
@@ -314,7 +314,7 @@ def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
 
 def averaged(method: Any, *, first: bool) -> dict[str, Any]:
     """The averages of the student, whole, in the first process; all processes must call this."""
-    return gathered(method.ema.state_dict(), keep=first)
+    return gather(method.ema.state_dict(), keep=first)
 
 
 def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:

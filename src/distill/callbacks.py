@@ -13,12 +13,13 @@ from torch import Tensor
 
 from distill.aside import put
 from distill.data.lines import Lines
-from distill.files import put_grid, whole
 from distill.hardware import autocast
 from distill.limits import at_once
 from distill.methods.base import Distillation
+from distill.pictures import put_grid
 from distill.progress import Bar
 from distill.sampling import Consistency, check_finite, seeded
+from distill.tensors import full_tensor
 from distill.types import EMBEDDED, Cond
 
 log = logging.getLogger("distill.health")
@@ -85,7 +86,8 @@ class Health(L.Callback):
             return
         change = torch._foreach_sub(self._before, [p.detach() for p in self._some(pl_module)])
         moved, size = (
-            float(whole(torch.stack(torch._foreach_norm(x)).norm())) for x in (change, self._before)
+            float(full_tensor(torch.stack(torch._foreach_norm(x)).norm()))
+            for x in (change, self._before)
         )
         now = (time.monotonic(), pl_module.loop.images_seen)
         values = {"g/update_ratio": moved / size}

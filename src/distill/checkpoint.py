@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from distill import console, signals
-from distill.aside import remove, sweep
-from distill.files import duplicate, read, write
+from distill.aside import duplicate, remove, sweep
+from distill.checkpoint_files import read, write
 from distill.limits import steps_in
 from distill.methods.base import Distillation
 from distill.record import RunRecord

@@ -55,7 +55,7 @@ def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
     import torch
 
-    from distill.files import first_line
+    from distill.faults import first_line
     from distill.hardware import best_precision, hardware, memory
     from distill.record import versions
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distill.files import like
 from distill.process import precise
+from distill.tensors import like
 
 
 class Ema:

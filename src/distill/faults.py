@@ -6,6 +6,7 @@ Libraries say it in exceptions of many classes, of which few name the file.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -136,3 +137,19 @@ def _path(value: Any) -> str | None:
         return None
     path = os.fspath(value)
     return path if isinstance(path, str) and os.path.isdir(os.path.dirname(path)) else None
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says first, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What libraries would warn of in several lines as they read, who calls makes one sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from distill.files import first_line
+from distill.faults import first_line
 
 log = logging.getLogger(__name__)
 CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")

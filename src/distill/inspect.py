@@ -55,7 +55,7 @@ def examine(cfg: DictConfig) -> None:
         import torch
 
         from distill import build
-        from distill.files import check_fits, newest, read
+        from distill.checkpoint_files import check_fits, newest, read
         from distill.hardware import device
         from distill.report.inspection import look, write
         from distill.resuming import check_checkpoint

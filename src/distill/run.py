@@ -120,7 +120,7 @@ def _written(
 def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
     """What the checkpoint to go on from says of itself. ValueError if it, or a model that moved, is of another run."""
     from distill import resuming
-    from distill.files import newest, read
+    from distill.checkpoint_files import newest, read
     from distill.record import RunRecord
 
     checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
@@ -157,7 +157,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     with importing("torch"):
         from distill import build, resuming
         from distill.checkpoint import taken_up
-        from distill.files import newest, read
+        from distill.checkpoint_files import newest, read
         from distill.record import RunRecord
 
     console.keep(folder / LOG)

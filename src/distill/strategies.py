@@ -17,9 +17,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distill.aside import aside, put_in_place
-from distill.files import gathered, like, read, split, write
+from distill.checkpoint_files import read, write
 from distill.limits import check_dtype
 from distill.teachers.network import ends_at_last_tap
+from distill.tensors import gather, like, local_shards
 
 BUCKET = (
     32 * 1024 * 1024
@@ -143,12 +144,15 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         if self._sharded_checkpoints:
             part = Path(self.broadcast(str(aside(path))))  # the first process's: all write into it
-            write(split(checkpoint), part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt")
+            write(
+                local_shards(checkpoint),
+                part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt",
+            )
             self.barrier()
             if self.is_global_zero:
                 put_in_place(part, path)
         else:
-            state = gathered(checkpoint, keep=self.is_global_zero)
+            state = gather(checkpoint, keep=self.is_global_zero)
             if self.is_global_zero:
                 write(state, path)
         self.barrier()

@@ -19,7 +19,8 @@ from distill.data.bad import BadSample as BadSample
 from distill.data.bad import Unread
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.shards import DOTTED
-from distill.files import first_line, upright
+from distill.faults import first_line
+from distill.pictures import upright
 from distill.types import EMBEDDED
 
 LATENTS = ("latent.npy", "latents.npy", "npy")

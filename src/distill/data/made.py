@@ -11,7 +11,7 @@ from distill import content
 from distill.bounded import MIB, check_archive, mapping_of
 from distill.data.shards import BEGUN, expand
 from distill.data.write import MANIFEST
-from distill.files import first_line
+from distill.faults import first_line
 from distill.shown import shown
 from distill.types import EMBEDDED
 

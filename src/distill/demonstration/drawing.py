@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from distill import build
-from distill.files import upright
 from distill.hardware import device
 from distill.limits import check_strength
 from distill.metrics.pictures import fitted
+from distill.pictures import upright
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.sampling.guided import guided_steps
 from distill.shapes.grammar import parse

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from distill.elsewhere import check_folder
-from distill.files import first_line
+from distill.faults import first_line
 from distill.types import Cond
 from distill.unread import refuse_broken, refuse_unread
 

@@ -17,7 +17,6 @@ from torchvision.utils import save_image
 from distill import verdicts
 from distill.aside import put
 from distill.content import mark
-from distill.files import fingerprint
 from distill.hardware import precision
 from distill.progress import Bar
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
@@ -25,6 +24,7 @@ from distill.sampling.guided import guided
 from distill.shapes.judge import Judge, judging_prompts
 from distill.shapes.world import SIDE, Prompt
 from distill.teachers.pipeline import PipelineTeacher
+from distill.tensors import fingerprint
 from distill.types import Denoiser
 
 BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice as long

@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from distill.checkpoint_files import check_fits
 from distill.ema import Ema
-from distill.files import check_fits
 from distill.randomness import Streams
 from distill.types import EMBEDDED, Batch, Cond, Losses, Maker, Players
 

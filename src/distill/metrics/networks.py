@@ -25,8 +25,9 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from distill.bounded import check_archive
 from distill.elsewhere import check_folder
-from distill.files import fingerprint, first_line, silent
+from distill.faults import first_line, silent
 from distill.progress import stage
+from distill.tensors import fingerprint
 from distill.unread import refuse_broken, refuse_unread
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

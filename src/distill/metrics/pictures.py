@@ -19,10 +19,10 @@ from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill import formats
 from distill.aside import put
-from distill.files import upright
 from distill.hardware import cores
 from distill.memory import handed_over
 from distill.metrics.networks import Describer
+from distill.pictures import upright
 from distill.progress import Bar
 from distill.signals import in_loader
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill import files
+from distill import checkpoint_files
 from distill.aside import put
 from distill.ema import Ema
 from distill.hardware import autocast, device
@@ -93,7 +93,7 @@ class Fit:
             "seconds": self.seconds,
             "average": average.state_dict(),
         }
-        files.write(state, self._file("pt"))
+        checkpoint_files.write(state, self._file("pt"))
 
     def rate(self, step: int) -> float:
         """Share of the peak rate at `step`: linear up, flat, cosine down."""

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from distill.aside import put, put_text
+from distill.checkpoint_files import write
 from distill.console import note
 from distill.data.write import write_images
-from distill.files import write
 from distill.hardware import hardware, precision
 from distill.pretraining import diffusion, parts, reader, text, vae, vit
 from distill.pretraining.asked import check_data, chosen, teaching_stage, trains

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from distill.aside import put_text
-from distill.files import put_grid
 from distill.losses import critic_stats
+from distill.pictures import put_grid
 from distill.process import level_like, noise_like
 from distill.report.page import figure, html
 from distill.shown import in_csv, in_html

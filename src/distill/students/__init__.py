@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill.aside import remove, whole_folder
 from distill.bounded import mapping_of
-from distill.files import first_line
+from distill.faults import first_line
 from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.locate import INDEX, TOLD, check_part, denoiser_in, denoiser_part, index_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from distill.files import first_line
+from distill.faults import first_line
 from distill.progress import stage
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill.bounded import parsed_mapping
-from distill.files import first_line, silent
+from distill.faults import first_line, silent
 from distill.teachers.lora_names import is_pefts, renamed, settings_beside
 
 State = dict[str, Tensor]

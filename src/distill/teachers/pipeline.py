@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from distill.bounded import mapping_of
-from distill.files import fingerprint, silent
+from distill.faults import silent
 from distill.limits import AT_ONCE, at_once
 from distill.process import Prediction, Process
 from distill.progress import stage
@@ -29,6 +29,7 @@ from distill.teachers.reading import check_parts, check_without, home_of, read_p
 from distill.teachers.settings import cell_of
 from distill.teachers.single import read_single
 from distill.teachers.weights import put_on
+from distill.tensors import fingerprint
 from distill.types import Cond
 
 ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin with that encode

@@ -16,7 +16,7 @@ from torch import nn
 
 from distill.bounded import mapping_of
 from distill.elsewhere import check_folder
-from distill.files import first_line, silent
+from distill.faults import first_line, silent
 from distill.limits import check_dtype
 from distill.teachers.locate import (
     INDEX,

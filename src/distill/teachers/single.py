@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.files import first_line, silent
+from distill.faults import first_line, silent
 from distill.teachers.held import check_counts, check_held, check_schedule, held_in, places_in
 from distill.teachers.locate import PICKLED
 from distill.teachers.reading import configurations, dtype_of, fetched, pipeline_classes, whole

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.aside import whole_file
 from distill.bounded import check_archive, parsed_mapping
-from distill.files import first_line
+from distill.faults import first_line
 from distill.teachers.adapters import add_lora
 from distill.teachers.locate import in_repository, no_file
 from distill.teachers.reading import not_fetched

@@ -1,40 +1,30 @@
-"""Checkpoint files: written whole or not at all, read without pickle, cut up and put together among processes. Besides
-them small files, pictures, and what is said while any file is read.
+"""Checkpoint files: written whole or not at all, read without pickle, put together from the parts of processes.
 
 checkpoints/step_000250.ckpt     a file, or a folder with one part per process (FSDP2 on request)
 checkpoints/best.ckpt            the best by a logged value, if one was named
 """
 
 import errno
-import hashlib
-import io
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
-from torchvision.utils import save_image
 
-from distill import faults, formats
-from distill.aside import aside, put, put_in_place
+from distill import faults
+from distill.aside import aside
 from distill.bounded import check_archive
+from distill.faults import first_line
 from distill.limits import checkpoints_at, steps_in
 from distill.shown import shown
+from distill.tensors import unsharded
 
 log = logging.getLogger("distill.checkpoint")
-CUT = "cut along dimension 0"  # key under which a process keeps its part of a tensor
-MAPPED = (
-    os.name == "posix"
-)  # Windows does not remove a file that is mapped, and old checkpoints are removed
+# Windows does not remove a file that is mapped, and old checkpoints are removed
+MAPPED = os.name == "posix"
 
 
 def write(state: Any, path: Path) -> None:
@@ -73,82 +63,6 @@ def _flush_renames(folder: Path) -> None:
         os.close(opened)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Twelve hex digits of names, shapes and an even choice of at most 64 values of every tensor, on any device."""
-    digest = hashlib.sha256()
-    for name, x in module.state_dict().items():
-        digest.update(f"{name}{list(x.shape)}".encode())
-        some = x.flatten()[:: -(-x.numel() // 64) or 1].cpu()  # where there is float64
-        digest.update(str(some.double().tolist()).encode())
-    return digest.hexdigest()[:12]
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
-
-    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see `formats.reduced`), and for numbers
-    whose white is not known: floats, and integers of more than 16 bits.
-    """
-    picture = ImageOps.exif_transpose(formats.reduced(picture))
-    if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
-        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):  # Pillow would clip it to white
-        grey = np.asarray(picture)
-        if grey.size and (grey.min() < 0 or grey.max() >= 2**16):
-            raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
-        picture = Image.fromarray((grey // 256).astype(np.uint8))
-    if (
-        picture.has_transparency_data
-    ):  # what lies under full transparency is arbitrary: do not teach it
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
-    return picture.convert("RGB")
-
-
-def put_grid(pictures: Tensor, path: Path, nrow: int) -> None:
-    """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when whole."""
-    save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
-    put(path, content.getvalue())
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """What libraries would warn of in several lines as they read, who calls makes one sentence."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def first_line(error: BaseException, most: int = 200) -> str:
-    """What an error says first, or its name if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
-
-
-def duplicate(path: Path, to: Path) -> None:
-    """Give a file or folder a second name, which replaces what has it; without using room where files can be linked."""
-    part = aside(to)
-    if path.is_dir():
-        shutil.copytree(path, part, copy_function=_link)
-    else:
-        _link(path, part)
-    if to.is_dir() or path.is_dir():
-        put_in_place(part, to)
-    else:
-        part.replace(to)
-
-
-def _link(path: str | Path, to: str | Path) -> None:
-    try:
-        Path(to).hardlink_to(path)
-    except (OSError, NotImplementedError):  # exFAT, for one, has no links
-        shutil.copyfile(path, to)
-
-
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
@@ -158,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
         parts = [
             torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files
         ]
-        kept = joined(parts)
+        kept = unsharded(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
             raise KeyError("parts are missing")
         kept["distill"]["iteration"]  # without it it is another program's
@@ -249,48 +163,3 @@ def newest(path: Path) -> Path:
             log.warning("%s; going on from %s instead", "; ".join(problems), candidate.name)
         return candidate
     raise ValueError(f"resume={path}: no checkpoint can be used: {'; '.join(problems)}")
-
-
-# -- tensors that several processes share ------------------------------------------------------------------------------
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor put together from the parts of all processes, which must all call this; any other stays as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A tensor as `target` keeps it: on its device, and cut among the processes or not."""
-    value = value.to(target.device)
-    if isinstance(value, DTensor) or not isinstance(target, DTensor):
-        return value
-    return distribute_tensor(value, target.device_mesh, target.placements)
-
-
-def gathered(tree: Any, *, keep: bool) -> Any:
-    """Every tensor whole and on the CPU; all processes must call this, those with `keep` get the result."""
-
-    def take(x: Tensor) -> Tensor | None:
-        x = whole(x)  # one after the other: together they may not fit on the device
-        return x.cpu() if keep else None
-
-    return tree_map_only(Tensor, take, tree)
-
-
-def split(tree: Any) -> Any:
-    """This process's parts of all cut tensors, and all others, on the CPU."""
-    return tree_map_only(
-        Tensor, lambda x: {CUT: x.to_local().cpu()} if isinstance(x, DTensor) else x.cpu(), tree
-    )
-
-
-def joined(parts: list[Any]) -> Any:
-    """The inverse of `split`, from the parts of all processes in the order of their ranks."""
-    first = parts[0]
-    if isinstance(first, dict) and CUT in first:
-        return torch.cat([part[CUT] for part in parts])
-    if isinstance(first, dict):
-        return {key: joined([part[key] for part in parts]) for key in first}
-    return (
-        [joined(list(of)) for of in zip(*parts, strict=True)] if isinstance(first, list) else first
-    )
