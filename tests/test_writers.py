@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from distill import alive, aside, locks, typed
-from distill.limits import checkpoints_at, steps_in
+from distill.checkpoint_names import checkpoints_at, steps_in
 from distill.locks import check_free, held, one_writer, one_writer_of
 from distill.teachers import weights
 

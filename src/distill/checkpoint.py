@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from distill import console, signals
 from distill.aside import duplicate, remove, sweep
 from distill.checkpoint_files import read, write
-from distill.limits import steps_in
+from distill.checkpoint_names import steps_in
 from distill.methods.base import Distillation
 from distill.record import RunRecord
 from distill.signals import handled_by, remember

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from distill import faults
 from distill.aside import aside
 from distill.bounded import check_archive
+from distill.checkpoint_names import checkpoints_at, steps_in
 from distill.faults import first_line
-from distill.limits import checkpoints_at, steps_in
 from distill.shown import shown
 from distill.tensors import unsharded
 

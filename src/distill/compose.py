@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import distill.shapes
 from distill import folders, paths, secret, texts, trust
-from distill.limits import steps_in
+from distill.checkpoint_names import steps_in
 from distill.paths import escaped
 from distill.ranks import rank, world
 from distill.shown import shown

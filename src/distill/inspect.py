@@ -9,10 +9,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from distill.checkpoint_names import checkpoints_at
 from distill.compose import check_counts, config_of, run_at
 from distill.errors import command
 from distill.inside import check_names
-from distill.limits import check_local_batch, checkpoints_at
+from distill.limits import check_local_batch
 from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
 from distill.validate import LOCAL_HEADS

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from distill import signals
+from distill.checkpoint_names import checkpoints_at
 from distill.compose import world
 from distill.console import say
 from distill.data.shards import shards_in
 from distill.faults import AGAIN, ANEW
 from distill.folders import PROCESSES
 from distill.hardware import cores
-from distill.limits import checkpoints_at
 from distill.locks import pass_on
 from distill.progress import where
 from distill.secret import SECRETS

@@ -17,10 +17,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill import compose, console, faults, folders, paths
+from distill.checkpoint_names import checkpoints_at
 from distill.defaults import settled
 from distill.errors import command
 from distill.folders import LOG
-from distill.limits import checkpoints_at
 from distill.locks import check_free, one_writer
 from distill.progress import importing, stage
 from distill.secret import told

@@ -16,7 +16,7 @@ from typing import Any
 
 from distill.aside import put_text
 from distill.bounded import mapping_of, number_of, text_of
-from distill.limits import steps_in
+from distill.checkpoint_names import steps_in
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
 from distill.report.page import figure, folded, html
