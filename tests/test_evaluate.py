@@ -14,7 +14,8 @@ from PIL import Image
 
 import eyes
 import tiny
-from distill.evaluation import Shapes, prompted
+from distill.evaluation import prompted
+from distill.evaluation.shapes import Shapes
 from distill.report.evaluation import MEASURES, headline, rows_of, table
 from distill.students import save_pipeline
 from distill.teachers.sd import SD
@@ -280,7 +281,7 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     (large / "unet" / "config.json").write_text(
         json.dumps({**config, "sample_size": 32}), encoding="utf-8"
     )
-    monkeypatch.setattr("distill.evaluation.pictures", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("distill.evaluation.shapes.pictures", lambda *_: pytest.fail("drawn"))
     code, _, err = command("evaluate", f"run={large}", "steps=1", "out=out")
     assert code == 1
     said = err.splitlines()[-1]

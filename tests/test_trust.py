@@ -52,7 +52,7 @@ REVIEWED = {
     "optimizer.student": {"torch.optim": OPTIMIZERS},
     "optimizer.discriminator": {"torch.optim": OPTIMIZERS},
     "sampler": {"distill.sampling": "Consistency Euler EulerAncestral FewSteps"},
-    "metrics": {"distill.evaluation": "Shapes prompted.Prompted"},
+    "metrics": {"distill.evaluation": "shapes.Shapes prompted.Prompted"},
     "metrics.networks.*": {
         "distill.metrics.networks": "Clip Describer Dinov2 Inception OpenClip TwoTowers"
     },

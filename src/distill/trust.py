@@ -84,7 +84,7 @@ SHIPPED = {
     "optimizer.discriminator": OPTIMIZER,
     "sampler": Holds(inside=("distill.sampling",), base="distill.sampling.FewSteps"),
     "metrics": Holds(
-        names=("distill.evaluation.Shapes", "distill.evaluation.prompted.Prompted"),
+        names=("distill.evaluation.shapes.Shapes", "distill.evaluation.prompted.Prompted"),
     ),
     "metrics.networks.*": Holds(
         inside=("distill.metrics.networks",), base="distill.metrics.networks.Describer"

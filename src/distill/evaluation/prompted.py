@@ -27,7 +27,7 @@ from distill.aside import put
 from distill.bounded import text_of
 from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
-from distill.evaluation import SHOWN, drawing_precision, judged, lineup, write_verdict
+from distill.evaluation.shapes import SHOWN, drawing_precision, judged, lineup, write_verdict
 from distill.hardware import room_beside
 from distill.limits import drawn_at_once
 from distill.metrics.material import check_measures, check_variety, coco, in_folder

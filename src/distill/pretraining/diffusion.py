@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from distill.compose import shipped
 from distill.data.write import write_latents
-from distill.evaluation import pictures
+from distill.evaluation.shapes import pictures
 from distill.hardware import autocast
 from distill.pretraining.asked import teaching_stage
 from distill.pretraining.assemble import SCHEDULE, save_sd, save_sd3
