@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from hydra import compose, initialize_config_dir
 
-from distill._conf import CONF_DIR
-from distill.build import settle_precision
+from distill.config.build import settle_precision
+from distill.config.location import CONF_DIR
 
 
 def composed(overrides: Sequence[str]) -> Any:

@@ -24,9 +24,9 @@ import torch
 import transformers
 from PIL import Image
 
-import distill.shapes
+import distill.worlds.shapes
 
-TOKENIZER = Path(distill.shapes.__file__).parent / "models" / "mmdit" / "tokenizer"
+TOKENIZER = Path(distill.worlds.shapes.__file__).parent / "models" / "mmdit" / "tokenizer"
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,

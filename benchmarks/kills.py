@@ -52,7 +52,7 @@ def table(results: list[dict]) -> str:
 
 
 def machine() -> str:
-    from distill.hardware import cpu, hardware
+    from distill.machine.hardware import cpu, hardware
 
     return f"{hardware()}, {cpu()}, one thread, {platform.system()}, Python {platform.python_version()}"
 

@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 Parameters are those of diffusers' and transformers' classes at the released configurations, in bfloat16; a picture's
-decoding is the most that tensors have at one time (`distill.memory`), without the weights and without workspaces of
-kernels. No weights are read, and no GPU is needed.
+decoding is the most that tensors have at one time (`distill.machine.memory`), without the weights and without
+workspaces of kernels. No weights are read, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import diffusers
 import torch
 import transformers
 
-from distill.limits import at_once
-from distill.memory import peak
+from distill.core.limits import at_once
+from distill.machine.memory import peak
 
 GIB = 2**30
 DTYPE = torch.bfloat16

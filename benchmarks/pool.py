@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import composed
 
-from distill import build
+from distill.config import build
 
 SIZES, REPEATS = (1, 480, 1920), 30  # 1: as many as there are places, so that nothing is chosen
 

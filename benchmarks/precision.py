@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from common import composed
 from step_time import step_time
 
-from distill import build
-from distill.hardware import hardware
+from distill.config import build
+from distill.machine.hardware import hardware
 
 SIDE = 512  # of the matrices
 CHANNELS, PIXELS, BATCH = 64, 32, 8  # of the convolution

@@ -19,8 +19,8 @@ import lightning as L
 import torch
 from common import composed, fit
 
-from distill import build
-from distill.hardware import autocast
+from distill.config import build
+from distill.machine.hardware import autocast
 
 REPEATS = 12
 

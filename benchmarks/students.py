@@ -19,7 +19,7 @@ import torch
 from common import composed, fit
 from torch import Tensor
 
-from distill import build
+from distill.config import build
 
 STEPS = 3
 STUDENTS = {

@@ -84,7 +84,11 @@ def every_module() -> None:
 
     package = Path(distill.__file__).parent
     names = [found.name for found in pkgutil.walk_packages([str(package)], "distill.")]
-    assert {"distill.checkpoint", "distill.teachers.sd3", "distill.launch"} <= set(names)
+    assert {
+        "distill.training.checkpoints",
+        "distill.teachers.sd3",
+        "distill.training.launch",
+    } <= set(names)
     for name in names:
         importlib.import_module(name)
 

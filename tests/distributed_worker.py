@@ -18,13 +18,13 @@ import torch
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 import tiny  # beside this script, hence on the path
-from distill.checkpoint import AtomicIO
-from distill.checkpoint_files import read
+from distill.core.score_distillation import ScoreDistillation, TeacherSamples
+from distill.core.tensors import gather
 from distill.data import source
-from distill.distillation import ScoreDistillation, TeacherSamples
-from distill.strategies import DataParallel, FullyShardedDataParallel
+from distill.storage.checkpoint_files import read
 from distill.teachers.sd3 import SD3
-from distill.tensors import gather
+from distill.training.checkpoints import AtomicIO
+from distill.training.strategies import DataParallel, FullyShardedDataParallel
 
 STEPS = 4
 

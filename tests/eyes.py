@@ -23,7 +23,7 @@ TOWER = {
 
 def write_clip(folder: Path, seed: int = 0) -> Path:
     """A CLIP of transformers with its tokenizer and processor, for pictures of 32 pixels."""
-    from distill.pretraining import text
+    from distill.worlds.shapes.pretraining import text
 
     tokenizer = text.train_tokenizer(tiny.CAPTIONS, length=24, vocab_size=600)
     words = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "projection_dim": 16}
@@ -120,7 +120,7 @@ def small(places: dict[str, Path]) -> list[str]:
     )
     networks |= dict.fromkeys(("clip_g", "clip_b32", "hps"), f"local-dir:{places['open_clip']}")
     words = [f"metrics.networks.{name}.path={path}" for name, path in networks.items()]
-    words += ["metrics.networks.inception._target_=distill.metrics.networks.Clip"]
+    words += ["metrics.networks.inception._target_=distill.evaluation.networks.Clip"]
     words += [
         "metrics.networks.pick.processor=null",
         "metrics.networks.dinov2.size=64",

@@ -23,7 +23,7 @@ def write(family: str, folder: Path) -> Path:
 
 def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> dict[str, Any]:
     """A CLIP text encoder and its tokenizer."""
-    from distill.pretraining import text
+    from distill.worlds.shapes.pretraining import text
 
     tokenizer = text.train_tokenizer(tiny.CAPTIONS, length=tiny.LENGTH, vocab_size=600)
     ends = {
@@ -79,7 +79,7 @@ def gemma() -> dict[str, Any]:
 
 
 def vae(**options: Any) -> diffusers.AutoencoderKL:
-    from distill.pretraining import vae
+    from distill.worlds.shapes.pretraining import vae
 
     autoencoder = tiny.shake(vae.build(tiny.SIDE), 1, std=0.02)
     autoencoder.register_to_config(scaling_factor=0.8, **options)

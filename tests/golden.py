@@ -84,7 +84,7 @@ def choices() -> Iterator[tuple[str, list[str]]]:
 
 def configuration(overrides: list[str]) -> dict[str, Any]:
     """As the run would have it, interpolations resolved; what must be given stays `???`."""
-    import distill.compose  # noqa: F401, its resolvers
+    import distill.config.compose  # noqa: F401, its resolvers
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from distill.core.losses import r1, weighted_mse
+from distill.core.process import RectifiedFlow, VariancePreserving
+from distill.core.score_distillation import ScoreDistillation
+from distill.core.types import Cond
 from distill.discriminators.stylegan_t import (
     EqualisedLinear,
     LocalBatchNorm,
     StyleGANTHeads,
     TokenHead,
 )
-from distill.distillation import ScoreDistillation
-from distill.losses import r1, weighted_mse
-from distill.process import RectifiedFlow, VariancePreserving
-from distill.types import Cond
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 
 import eyes
 import tiny
-from distill import checkpoint_files
 from distill.commandline import texts
+from distill.core.types import Losses
 from distill.data.write import write_latents
 from distill.discriminators.images import ImageFeatures
-from distill.metrics.networks import Dinov2
+from distill.evaluation.networks import Dinov2
+from distill.storage import checkpoint_files
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
-from distill.types import Losses
 from hostile import tar
 
 
@@ -104,7 +104,7 @@ def png(width, height) -> bytes:
         ("na me=a", "na me=a: cannot be read as key=value"),
         (
             "+optimizer.shedule=cosine",
-            "shedule: distill.engine.Engine takes no such key (did you mean schedule?)",
+            "shedule: distill.training.engine.Engine takes no such key (did you mean schedule?)",
         ),
         ("+student.rank=4", "rank: distill.students.full takes no such key"),
         ("data=latents", "data.path: not given; add data.path=... to the command"),
@@ -799,7 +799,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(state, file)
 
-    monkeypatch.setattr("distill.checkpoint_files.torch.save", full)
+    monkeypatch.setattr("distill.storage.checkpoint_files.torch.save", full)
     said = refused("run", "callbacks.checkpoint.every=1", "callbacks.samples.every=1000")
     folder = tmp_path / "run"
     assert said.startswith("cannot write the checkpoint ")
@@ -849,7 +849,7 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, pipelines):
     def broken(*_):
         raise TypeError("ours")
 
-    monkeypatch.setattr("distill.build.student_of", broken)
+    monkeypatch.setattr("distill.config.build.student_of", broken)
     with pytest.raises(TypeError, match="ours"):
         command("sample", f"run={pipelines('mmdit')}", "prompt=x")
 

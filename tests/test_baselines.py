@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from distill.types import Batch
+from distill.core.types import Batch
 
 toy = tiny.Toy()
 

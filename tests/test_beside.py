@@ -10,10 +10,10 @@ import torch
 
 import tiny
 from distill import students
-from distill.build import student_of
-from distill.pretraining.assemble import save_beside
+from distill.config.build import student_of
 from distill.sampling import Consistency, distilled
-from distill.teachers.reading import lineage
+from distill.teachers.loading.reading import lineage
+from distill.worlds.shapes.pretraining.assemble import save_beside
 
 
 @pytest.fixture

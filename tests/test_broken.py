@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from distill.callbacks import alarm
-from distill.unread import refuse_broken
+from distill.storage.unread import refuse_broken
+from distill.training.callbacks import alarm
 
 
 def broken(folder, name, value=math.nan):

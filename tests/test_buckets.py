@@ -180,7 +180,7 @@ def test_buckets_that_are_none(tmp_path, wrong):
 @pytest.mark.parametrize("method", ["ladd", "add", "nitrofusion"])
 def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     import tiny
-    from distill import checkpoint_files
+    from distill.storage import checkpoint_files
 
     data = [
         "data=images",

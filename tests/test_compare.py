@@ -15,11 +15,11 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
-from distill.csvlog import CsvLog
 from distill.report import write_report
 from distill.report.comparison import _headline, _pictures
 from distill.report.curves import read
 from distill.report.runs import as_markdown, grouped, lines_of, read_run
+from distill.training.csv_logger import CsvLog
 
 LADD = {"_target_": "distill.methods.ladd.LADD", "loss": "hinge", "renoise": {"m": 1.0}}
 ADD = {"_target_": "distill.methods.add.ADD", "loss": "hinge", "crop": None}
@@ -175,8 +175,8 @@ def test_the_best_is_told_by_the_fewest_steps_that_were_judged(written):
 
 
 def test_another_class_is_one_difference(written):
-    one = {**LADD, "renoise": {"_target_": "distill.times.LogitNormal", "m": 1.0}}
-    two = {**LADD, "renoise": {"_target_": "distill.times.Discrete", "levels": [1.0]}}
+    one = {**LADD, "renoise": {"_target_": "distill.core.times.LogitNormal", "m": 1.0}}
+    two = {**LADD, "renoise": {"_target_": "distill.core.times.Discrete", "levels": [1.0]}}
     groups = grouped([read_run(written("one", one, 0, 0.5)), read_run(written("two", two, 0, 0.5))])
     assert list(groups) == ["renoise=LogitNormal", "renoise=Discrete"]
 

@@ -131,7 +131,7 @@ def composed_with(choice: str) -> dict[str, Any]:
 
 @needs_conf
 def test_the_package_finds_this_configuration():
-    from distill._conf import CONF_DIR
+    from distill.config.location import CONF_DIR
 
     assert Path(CONF_DIR).is_absolute()
     assert Path(CONF_DIR).samefile(CONF)
@@ -139,7 +139,7 @@ def test_the_package_finds_this_configuration():
 
 @needs_conf
 def test_a_missing_configuration_is_named(tmp_path):
-    from distill._conf import _find
+    from distill.config.location import _find
 
     package = tmp_path / "src" / "distill"
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml in .*install it again"):

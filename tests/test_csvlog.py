@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from distill.csvlog import CsvLog
 from distill.report.curves import read
+from distill.training.csv_logger import CsvLog
 
 
 def rows_of(folder):

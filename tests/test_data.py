@@ -19,7 +19,7 @@ from distill.data.datasets import ImageShards, LatentShards, Samples
 from distill.data.shards import Shards, expand
 from distill.data.source import Loader, Order, Source, permutation, prompts
 from distill.data.write import write_images, write_latents
-from distill.hardware import cores
+from distill.machine.hardware import cores
 
 
 def latent_of(i: int) -> np.ndarray:

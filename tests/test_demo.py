@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 
 import tiny
-from distill import build, students
+from distill import students
+from distill.config import build
 from distill.demonstration import html
 from distill.demonstration.drawing import Request, Studio, Word, read, timed
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided
-from distill.shapes.grammar import parse
-from distill.shapes.judge import Judge
-from distill.shapes.render import render
-from distill.shapes.world import draw_scene
+from distill.worlds.shapes.grammar import parse
+from distill.worlds.shapes.judge import Judge
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_a_folder_without_a_run_has_no_teacher_unless_one_is_given(run, pipeline
 
 
 def test_a_shipped_student_is_shown_beside_the_teacher_that_has_its_parts(run, pipelines, tmp_path):
-    from distill.pretraining.assemble import save_beside
+    from distill.worlds.shapes.pretraining.assemble import save_beside
 
     shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
     folder = save_beside(run / "student", tmp_path / "teacher", "student")

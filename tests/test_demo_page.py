@@ -38,12 +38,12 @@ FIRST = "a large red star on black"
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
     """What the command is given: nothing, where a student is shipped."""
-    from distill.compose import SHIPPED, shipped
+    from distill.config.compose import SHIPPED, shipped
 
     if (Path(shipped(f"{SHIPPED}mmdit")).parent / "student").is_dir():
         return []
     from distill import students
-    from distill.build import student_of
+    from distill.config.build import student_of
     from distill.sampling import Consistency
 
     teacher, folder = student_of("shapes:mmdit"), tmp_path_factory.mktemp("run")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill.distances import diversity, frechet, precision_recall
+from distill.core.distances import diversity, frechet, precision_recall
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -29,7 +29,7 @@ def run(folder: Path, *, processes: int, **options) -> list[dict]:
 def launch(folder: Path, *, processes: int, **options) -> None:
     """Start so many workers, and wait for them."""
     folder.mkdir(parents=True, exist_ok=True)
-    from distill.launch import _free_port
+    from distill.training.launch import _free_port
 
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
     workers = []

@@ -18,8 +18,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import tiny
 from distill import cli
-from distill._conf import CONF_DIR
 from distill.commandline.texts import as_typed, readable
+from distill.config.location import CONF_DIR
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -16,9 +16,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import tiny
-from distill import doctor, hardware, locks
-from distill.callbacks import Alarms, alarm
-from distill.teachers import sizes
+from distill import doctor
+from distill.machine import hardware
+from distill.storage import locks
+from distill.teachers.loading import sizes
+from distill.training.callbacks import Alarms, alarm
 
 
 def test_parameters_are_counted_from_headers(tmp_path, teacher):
@@ -137,7 +139,7 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
 LEFT = """
 import subprocess, sys, time
 code = "import time; print('ready', flush=True); time.sleep(600)"
-subprocess.Popen([sys.executable, "-c", code, "distill.worker", "run"])
+subprocess.Popen([sys.executable, "-c", code, "distill.training.rank_process", "run"])
 time.sleep(600)
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from distill.distillation import ScoreDistillation, TeacherSamples
+from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 
 toy = tiny.Toy()
 EVERY = {"distill": ScoreDistillation(guidance=[1.0, 3.0]), "distill_weight": 1.0}

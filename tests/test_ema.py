@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.ema import Ema
+from distill.core.ema import Ema
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import tiny
-from distill import checkpoint_files, randomness
-from distill.build import whole
-from distill.callbacks import Health
-from distill.checkpoint import Checkpoints
-from distill.csvlog import CsvLog
+from distill.config.build import whole
+from distill.core import randomness
 from distill.data import source
-from distill.engine import Engine
+from distill.storage import checkpoint_files
+from distill.training.callbacks import Health
+from distill.training.checkpoints import Checkpoints
+from distill.training.csv_logger import CsvLog
+from distill.training.engine import Engine
 
 toy = tiny.Toy()
 METHODS = [pytest.param(make, id=name) for name, make in tiny.METHODS.items()]

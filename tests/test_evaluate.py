@@ -200,7 +200,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkey
     # once more: nothing is drawn, and no feature is computed
     monkeypatch.setattr(prompted, "seeded", lambda seeds: pytest.fail("drawn again"))
     monkeypatch.setattr(
-        "distill.metrics.pictures.DataLoader", lambda *_, **__: pytest.fail("computed again")
+        "distill.evaluation.features.DataLoader", lambda *_, **__: pytest.fail("computed again")
     )
     assert judged(student, "steps=1,2", out="killed") == json.loads(
         (tmp_path / "killed" / "evaluation.json").read_text(encoding="utf-8")

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill import recipes, validate
+from distill import recipes
 from distill.cli import COMMANDS, NO_CONFIG, config_of
 from distill.commandline.composed import Composed
 from distill.commandline.keys import check_known, check_own
 from distill.commandline.texts import own
-from distill.compose import dotted
+from distill.config import validate
+from distill.config.compose import dotted
 
 OPTIONS = [  # of groups that no experiment takes
     "data=images", "data=prompts", "data=synthetic", "data=renders", "metrics=coco5k", "student=lora",
@@ -171,7 +172,7 @@ def test_what_a_key_refers_to_is_read(here):
             "gpuu",
             "must be auto or cpu or gpu or cuda or mps (did you mean gpu?)",
         ),
-        ("callbacks.progress.rate", 1, "distill.callbacks.Progress takes no such key"),
+        ("callbacks.progress.rate", 1, "distill.training.callbacks.Progress takes no such key"),
         ("discriminator.feature", {}, "nothing reads this key (did you mean features?); leave"),
     ],
 )
@@ -190,7 +191,7 @@ def test_what_a_class_needs_and_does_not_get(key, here):
 
 def test_nothing_heavy_is_imported_for_any_of_this():
     code = (
-        "import sys, distill.validate, distill.commandline.keys, distill.errors\n"
+        "import sys, distill.config.validate, distill.commandline.keys, distill.config.errors\n"
         "sys.exit(','.join(m for m in ('torch', 'lightning', 'diffusers') if m in sys.modules))"
     )
     done = subprocess.run(

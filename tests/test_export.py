@@ -35,11 +35,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import cards
 import tiny
 from distill import students
-from distill.build import student_of
+from distill.config.build import student_of
+from distill.exporting.card import write_card
+from distill.exporting.low_rank import difference
+from distill.exporting.single_file import autoencoder, open_clip, save_single_file, unet
 from distill.sampling import Consistency, EulerAncestral, sampler_of, seeded
-from distill.students.card import write_card
-from distill.students.low_rank import difference
-from distill.students.single_file import autoencoder, open_clip, save_single_file, unet
 from distill.teachers.sd3 import SD3
 
 PART = {"mmdit": "transformer", "unet": "unet", "sdxl": "unet"}
@@ -326,8 +326,8 @@ def test_a_lora_put_on_the_teacher_is_the_student(
 
 def test_alpha_goes_into_the_file(pipelines, tmp_path, teachers):
     """A run whose alpha is not its rank: the factor is in B, so that no reader need know of it."""
+    from distill.exporting.low_rank import save_lora
     from distill.students.lora import factors, lora, merged
-    from distill.students.low_rank import save_lora
     from distill.teachers.sd import SD
 
     student = tiny.shake(lora(SD(str(pipelines("unet"))), rank=2, alpha=7), 3)

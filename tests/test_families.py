@@ -19,18 +19,18 @@ from safetensors.torch import save_file
 import cards
 import families
 import tiny
-from distill.build import refuse_misfit, say_size, student_of
-from distill.distillation import guided_x0
+from distill.config.build import refuse_misfit, say_size, student_of
+from distill.core.score_distillation import guided_x0
+from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
-from distill.students.card import write_card
 from distill.teachers.flux import Flux
+from distill.teachers.loading.settings import in_folder, unit_of
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
-from distill.teachers.settings import in_folder, unit_of
 
 MAKE = {"sd35": SD3, "pixart": PixArtSigma, "sana": Sana, "flux": Flux}
 OPTIONS = {"flux": {"size": tiny.SIDE, "length": 64}}

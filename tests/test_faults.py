@@ -20,8 +20,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from distill import checkpoint_files, faults, guarded, launch
-from distill.csvlog import CsvLog
+from distill.machine import faults
+from distill.storage import checkpoint_files
+from distill.training import guarded_loggers as guarded
+from distill.training import launch
+from distill.training.csv_logger import CsvLog
 
 AGAIN = "give the command again"
 ONCE_MORE = "give the same command again, which goes on where it stopped"
@@ -254,7 +257,7 @@ def test_a_full_shared_memory_is_said_and_does_not_hang(pipelines, tmp_path):
 
 
 def _read_with_little(pictures: Path) -> None:
-    from distill import errors
+    from distill.config import errors
     from distill.data import source
 
     if ctypes.CDLL(None).unshare(NEWNS):

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from distill import hardware
-from distill.hardware import Precision, autocast, best_precision, check_precision, precision
+from distill.machine import hardware
+from distill.machine.hardware import Precision, autocast, best_precision, check_precision, precision
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU is what is asked about")
 
@@ -83,7 +83,7 @@ def test_autocast_makes_products_in_the_precision_of_its_name(name):
 
 def test_emulation_is_found_by_the_product_alone():
     """The flags of this machine with kernels that do not use them: as torch runs on older CPUs."""
-    code = "from distill.hardware import bf16_cost, best_precision as best; "
+    code = "from distill.machine.hardware import bf16_cost, best_precision as best; "
     code += "print(bf16_cost(), best('cpu').name)"
     limited = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-c", code]

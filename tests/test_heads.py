@@ -11,11 +11,11 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import build
+from distill.config import build
+from distill.core.times import Discrete, LogitNormal
+from distill.core.types import Cond
 from distill.discriminators.heads import ConvHeads
 from distill.methods.ladd import LADD
-from distill.times import Discrete, LogitNormal
-from distill.types import Cond
 
 CHANNELS = {"block0": 12, "block1": 12, "mid": 20}
 

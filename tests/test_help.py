@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from distill import cli, recipes
-from distill._conf import CONF_DIR
 from distill.commandline import comments, page
-from distill.compose import dotted
+from distill.config.compose import dotted
+from distill.config.location import CONF_DIR
 
 WITH_CONFIG = [name for name in cli.COMMANDS if name not in cli.NO_CONFIG]
 CONF = Path(CONF_DIR)

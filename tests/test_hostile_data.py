@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 import hostile
-from distill import formats, headers
 from distill.data import bad, decode, folder
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.lines import Lines
 from distill.data.shards import Shards, index_tar
-from distill.metrics.pictures import opened
+from distill.evaluation.features import opened
+from distill.storage import formats, headers
 from hostile import END, EVIL, body, header, number, octal, pax, png
 from tiny import write_shards
 

@@ -17,16 +17,20 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from distill import bounded, checkpoint_files, console, folders, paths, shown, verdicts
+from distill.config import paths
 from distill.demonstration import html as demo_html
 from distill.discriminators.images import ImageFeatures as Pictures
-from distill.metrics import networks
+from distill.evaluation import networks
+from distill.evaluation import results as verdicts
+from distill.exporting.card import write_card
 from distill.report import write_report
 from distill.report.curves import charts
 from distill.report.evaluation import rows_of
 from distill.report.page import figure
-from distill.students.card import write_card
-from distill.teachers import locate, settings, sizes
+from distill.storage import bounded, checkpoint_files
+from distill.teachers.loading import locate, settings, sizes
+from distill.terminal import console, shown
+from distill.training import run_folders as folders
 from hostile import EVIL, laughs, png
 
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f]")

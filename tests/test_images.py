@@ -10,9 +10,9 @@ import torch
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 import tiny
+from distill.core.types import Batch, Cond
 from distill.discriminators.images import ImageFeatures, diff_augment
 from distill.discriminators.projection import OpenClipText, Projection
-from distill.types import Batch, Cond
 
 
 def pictures(n=3, side=tiny.SIDE, seed=0):

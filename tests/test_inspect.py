@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tiny
-from distill.process import noise_like
+from distill.core.process import noise_like
+from distill.core.types import Batch
 from distill.report.inspection import Seen, look, write
-from distill.types import Batch
 
 LEVELS = [0.2, 0.5, 0.8]
 

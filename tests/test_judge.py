@@ -8,10 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.shapes.judge import Judge, as_saved, fresh_renders, judging_prompts, stripe_sharpness
-from distill.shapes.reader import CHOICES, Reader, targets
-from distill.shapes.render import render
-from distill.shapes.world import HELD_OUT, Prompt, Scene, Thing, draw_scene, sample
+from distill.worlds.shapes.judge import (
+    Judge,
+    as_saved,
+    fresh_renders,
+    judging_prompts,
+    stripe_sharpness,
+)
+from distill.worlds.shapes.reader import CHOICES, Reader, targets
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import HELD_OUT, Prompt, Scene, Thing, draw_scene, sample
 
 SAID = Prompt(
     (Thing("circle", "red", "striped", "small"), Thing("star", "green", "solid", "large")),

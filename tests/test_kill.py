@@ -15,7 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import checkpoint_files, compose
+from distill.config import compose
+from distill.storage import checkpoint_files
 
 STEPS = 12
 
@@ -107,12 +108,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
 def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     number, code, command, monkeypatch, pipelines, shards, tmp_path
 ):
-    from distill.callbacks import Alarms
+    from distill.training.callbacks import Alarms
 
     asked = []
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     slurm = SimpleNamespace(run=lambda arguments, **_: asked.append(arguments))
-    monkeypatch.setattr("distill.signals.subprocess", slurm)
+    monkeypatch.setattr("distill.machine.signals.subprocess", slurm)
 
     def tell(self, trainer, pl_module, *_):
         if pl_module.step == 3:
@@ -258,7 +259,10 @@ def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
     [
         (
             ["trainer=fsdp2"],
-            {"devices": "auto", "strategy._target_": "distill.strategies.FullyShardedDataParallel"},
+            {
+                "devices": "auto",
+                "strategy._target_": "distill.training.strategies.FullyShardedDataParallel",
+            },
         ),
         (
             ["trainer.precision=bf16-mixed", "trainer=ddp"],
@@ -273,7 +277,7 @@ def test_another_trainer_is_taken_without_what_a_new_run_would_have(given, chang
     for key, value in {"strategy": now.trainer.strategy, **changed}.items():
         OmegaConf.update(expected, key, value)
     assert now.trainer == expected  # max_steps of the run, and not of the recipe
-    assert now.trainer.strategy._target_.startswith("distill.strategies.")
+    assert now.trainer.strategy._target_.startswith("distill.training.strategies.")
 
 
 @pytest.mark.parametrize(
@@ -298,10 +302,10 @@ def test_what_is_given_besides_counts_and_nothing_else(given, changed, gone_on, 
 def gone_on(command, monkeypatch, tmp_path):
     """The configuration of a run that is longer than its recipe says, and the one with which it goes on."""
     seen = []
-    monkeypatch.setattr("distill.build.check", seen.append)
-    monkeypatch.setattr("distill.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.config.build.check", seen.append)
+    monkeypatch.setattr("distill.config.build.parts", lambda _: None)
     monkeypatch.setattr("distill.run.train", lambda *_: 0)
-    monkeypatch.setattr("distill.compose.processes", lambda _: 1)
+    monkeypatch.setattr("distill.config.compose.processes", lambda _: 1)
 
     def call(*given, began=(), again=False):
         given = [*began, *given] if again else given

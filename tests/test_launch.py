@@ -16,7 +16,10 @@ import torch
 from omegaconf import OmegaConf
 
 import tiny
-from distill import checkpoint_files, compose, launch, search
+from distill import search
+from distill.config import compose
+from distill.storage import checkpoint_files
+from distill.training import launch
 
 TWO = ["trainer=ddp", "trainer.devices=2"]
 
@@ -149,8 +152,8 @@ def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatc
 @pytest.fixture
 def job(command, monkeypatch, tmp_path):
     """A command in a job of SLURM, without any training -> (exit code, stderr, step from which it goes on)."""
-    monkeypatch.setattr("distill.build.parts", lambda _: None)
-    monkeypatch.setattr("distill.build.check", lambda _: None)
+    monkeypatch.setattr("distill.config.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.config.build.check", lambda _: None)
     began = []
 
     def trained(cfg, folder, parts):
@@ -266,7 +269,7 @@ def test_launchers_of_hydra_compose_with_ours(launcher):
     )
     from hydra import compose, initialize_config_dir
 
-    from distill._conf import CONF_DIR
+    from distill.config.location import CONF_DIR
 
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose(

@@ -14,63 +14,61 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "distill"
 
-# Layer -> its modules: the first part of the path below src/distill, a file or a folder. `base` is methods/base.py.
+# Layer -> its rooms: a folder below src/distill, or a module of one that stands higher or lower than its room.
 LAYERS = {
-    "L0": {
-        "types", "process", "times", "losses", "distillation", "engine", "ema", "distances", "files",
-        "alive", "aside", "bounded", "console", "content", "elsewhere", "faults", "formats", "hardware", "headers",
-        "inside", "limits", "locks", "memory", "progress", "randomness", "ranks", "record", "secret", "shown",
-        "signals", "unread", "verdicts",
+    "ground": {"core", "machine", "storage", "terminal", "evaluation.results", "training.run_metadata"},
+    "parts": {
+        "teachers", "discriminators", "data", "worlds", "evaluation.references", "evaluation.networks",
+        "evaluation.features", "evaluation.scores", "training.engine",
     },
-    "L1": {"teachers", "discriminators", "data", "metrics", "shapes"},
-    "L2": {"students", "sampling"},
+    "models": {"students", "sampling"},
     "base": {"methods.base"},
-    "L3": {"methods"},
-    "L4": {"callbacks", "strategies", "checkpoint", "report", "evaluation", "csvlog", "guarded", "loop"},
-    "compose": {
-        "_conf", "beginning", "compose", "config_folders", "continued", "defaults", "folders", "paths", "ranges",
-        "resuming", "signatures", "texts", "trainer_keys", "trust", "typed", "validate", "watched",
+    "methods": {"methods"},
+    "training": {"training", "evaluation", "exporting", "report"},
+    "config": {
+        "config", "training.resuming", "training.run_folders",
     },
-    "L5": {"build", "trackers"},
-    "L6": {
-        "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "demo",
-        "demonstration", "doctor", "errors", "evaluate", "export", "inspect", "launch", "making",
-        "pretrain", "pretraining", "recipes", "run", "sample", "search", "synthesize", "worker",
+    "building": {"config.build", "config.fitting", "config.models", "training.loggers"},
+    "commands": {
+        "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "config.errors", "data.begun_job",
+        "data.shard_job", "demo", "demonstration", "doctor", "evaluate", "export", "inspect", "pretrain", "recipes",
+        "run", "sample", "search", "synthesize", "training.launch", "training.rank_process",
+        "worlds.shapes.pretraining",
     },
 }  # fmt: skip
 
 # Layer -> the layers it may import. A folder may always import itself, except that methods do not know each other.
 MAY_IMPORT = {
-    "L0": {"L0"},
-    "L1": {"L0"},
-    "L2": {"L0", "L1"},
-    "base": {"L0"},
-    "L3": {"L0", "base"},
-    "L4": {"L0", "L1", "L2", "base"},
-    "compose": {"L0", "L1", "compose"},
-    "L5": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5"},
-    "L6": {"L0", "L1", "L2", "base", "L3", "L4", "compose", "L5", "L6"},
+    "ground": {"ground"},
+    "parts": {"ground"},
+    "models": {"ground", "parts"},
+    "base": {"ground"},
+    "methods": {"ground", "base"},
+    "training": {"ground", "parts", "models", "base"},
+    "config": {"ground", "parts", "config"},
+    "building": {"ground", "parts", "models", "base", "methods", "training", "config", "building"},
+    "commands": set(LAYERS),
 }
 
 # Library -> the layers and modules in which it may be imported, at the top of a file or inside a function.
 HEAVY = {
-    "diffusers": {"teachers", "discriminators", "metrics", "students", "sampling", "pretraining"},
-    "transformers": {"teachers", "discriminators", "metrics", "pretraining"},
-    "open_clip": {"teachers", "discriminators", "metrics", "pretraining"},
-    "webdataset": {"data", "shapes"},
-    "torchmetrics": {"metrics"},
-    "torch_fidelity": {"metrics"},
-    "scipy": {"metrics"},
+    "diffusers": {"teachers", "discriminators", "evaluation", "students", "sampling", "exporting", "worlds"},
+    "transformers": {"teachers", "discriminators", "evaluation", "worlds"},
+    "open_clip": {"teachers", "discriminators", "evaluation", "worlds"},
+    "webdataset": {"data", "worlds"},
+    "torchmetrics": {"evaluation"},
+    "torch_fidelity": {"evaluation"},
+    "scipy": {"evaluation"},
     "peft": {"students"},
     "gradio": {"demonstration"},
-    "lightning": {"methods.base", "L4", "L5", "pretraining"},
+    "lightning": {"methods.base", "training", "building", "worlds"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},
-    "hydra": {"compose", "L5", "L6"},
-    "omegaconf": {"compose", "L5", "L6"},
+    "hydra": {"config", "building", "commands"},
+    "omegaconf": {"config", "building", "commands"},
     "experiments": set(),
     "tests": set(),
-}
+}  # fmt: skip
 
 # Lines of a file, of a method's file and of a function, docstring included. Totals are not limited: a limit on them
 # makes people pack code.
@@ -84,8 +82,11 @@ def module_of(path: Path, package: Path) -> str:
 
 
 def place_of(module: str) -> str:
-    """What the tables call a module: `methods.base` itself, otherwise the first part of the name."""
-    return "methods.base" if module.startswith("methods.base") else module.partition(".")[0]
+    """The longest part of a module's name that the tables have; its first part, where they have none."""
+    parts = module.split(".")
+    known = set().union(*LAYERS.values())
+    found = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((name for name in found if name in known), parts[0])
 
 
 def layer_of(module: str) -> str | None:
@@ -119,11 +120,12 @@ def wrong_imports(package: Path) -> list[str]:
         if module and layer_of(module) is None:
             wrong.append(f"{module}: unknown module; add it to LAYERS in tests/test_layers.py")
             continue
+        homes = {place_of(module), module.partition(".")[0], layer_of(module)}
         for line, name in imports_of(path, package):
             library, _, target = name.partition(".")
             if library == "distill":
                 reason = wrong_target(module, target)
-            elif library in HEAVY and not HEAVY[library] & {place_of(module), layer_of(module)}:
+            elif library in HEAVY and not HEAVY[library] & homes:
                 reason = (
                     f"{library} belongs to {sorted(HEAVY[library]) or 'no file of the package'}"
                 )
@@ -143,7 +145,7 @@ def wrong_target(module: str, target: str) -> str | None:
         return "not a module in LAYERS; add it there, or import from the module that defines it"
     if theirs in MAY_IMPORT[mine]:
         return None
-    if mine != "L3" and place_of(module) == place_of(target):
+    if mine == theirs != "methods" and module.partition(".")[0] == target.partition(".")[0]:
         return None
     return f"{mine} may import {sorted(MAY_IMPORT[mine])}, not {theirs}"
 
@@ -184,26 +186,32 @@ def write(package: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("losses.py", "from distill.teachers.sd3 import SD3", "L0 may import"),
-        ("losses.py", "def f():\n    from distill import build", "L0 may import"),
-        ("teachers/sd3.py", "from ..data import images", "L1 may import"),
-        ("teachers/sd3.py", "import distill.shapes.world", "L1 may import"),
-        ("students.py", "import distill.sampling", "L2 may import"),
-        ("methods/add.py", "from distill.methods.ladd import LADD", "L3 may import"),
-        ("methods/add.py", "from . import ladd", "L3 may import"),
-        ("methods/add.py", "from distill.teachers import taps", "L3 may import"),
+        ("core/losses.py", "from distill.teachers.sd3 import SD3", "ground may import"),
+        ("core/losses.py", "def f():\n    from distill.config import build", "ground may import"),
+        ("teachers/sd3.py", "from ..data import images", "parts may import"),
+        ("teachers/sd3.py", "import distill.worlds.shapes.world", "parts may import"),
+        ("students.py", "import distill.sampling", "models may import"),
+        ("methods/add.py", "from distill.methods.ladd import LADD", "methods may import"),
+        ("methods/add.py", "from . import ladd", "methods may import"),
+        ("methods/add.py", "from distill.teachers import taps", "methods may import"),
         ("methods/base.py", "from distill.methods import add", "base may import"),
-        ("callbacks.py", "from distill.methods.add import ADD", "L4 may import"),
-        ("callbacks.py", "from distill.build import make", "L4 may import"),
-        ("build.py", "import importlib\nimportlib.import_module('distill.run')", "L5 may import"),
-        ("__init__.py", "from distill.losses import hinge", "imports nothing"),
+        ("training/callbacks.py", "from distill.methods.add import ADD", "training may import"),
+        ("training/callbacks.py", "from distill.config.build import make", "training may import"),
+        (
+            "config/build.py",
+            "import importlib\nimportlib.import_module('distill.run')",
+            "building may import",
+        ),
+        ("config/compose.py", "from distill.config import build", "config may import"),
+        ("data/datasets.py", "from distill.data import shard_job", "parts may import"),
+        ("__init__.py", "from distill.core.losses import hinge", "imports nothing"),
         ("run.py", "from distill import __version__", "not a module in LAYERS"),
         ("gadgets.py", "", "unknown module"),
         ("data/images.py", "def f():\n    import diffusers", "diffusers belongs to"),
         ("methods/add.py", "import lightning.pytorch as pl", "lightning belongs to"),
         ("methods/base.py", "import pytorch_lightning", "no file of the package"),
-        ("callbacks.py", "from matplotlib import pyplot", "matplotlib belongs to"),
-        ("process.py", "from omegaconf import DictConfig", "omegaconf belongs to"),
+        ("training/callbacks.py", "from matplotlib import pyplot", "matplotlib belongs to"),
+        ("core/process.py", "from omegaconf import DictConfig", "omegaconf belongs to"),
     ],
 )
 def test_a_forbidden_import_is_caught(tmp_path, name, text, expected):
@@ -215,24 +223,24 @@ def test_a_forbidden_import_is_caught(tmp_path, name, text, expected):
 
 def test_allowed_imports_pass(tmp_path):
     write(tmp_path, "__init__.py", "")
-    write(tmp_path, "losses.py", "from distill.types import Cond\nimport torch")
+    write(tmp_path, "core/losses.py", "from distill.core.types import Cond\nimport torch")
     write(
         tmp_path,
         "teachers/sd3.py",
-        "from . import taps\nfrom ..process import Process\nimport diffusers",
+        "from . import taps\nfrom ..core.process import Process\nimport diffusers",
     )
-    write(tmp_path, "methods/base.py", "import lightning\nfrom distill import ema")
+    write(tmp_path, "methods/base.py", "import lightning\nfrom distill.core import ema")
     write(
         tmp_path,
         "methods/add.py",
-        "from .base import Distillation\nfrom distill.losses import hinge",
+        "from .base import Distillation\nfrom distill.core.losses import hinge",
     )
     write(
         tmp_path,
         "report.py",
         "from matplotlib import pyplot\nfrom distill.methods.base import Distillation",
     )
-    write(tmp_path, "run.py", "import hydra\nfrom distill import _conf, build")
+    write(tmp_path, "run.py", "import hydra\nfrom distill.config import build, location")
     assert wrong_imports(tmp_path) == []
 
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import formats
 from distill.data import decode
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.shards import Shards, check_pictures, expand
 from distill.data.source import Source
 from distill.data.write import write_latents
-from distill.metrics.material import in_folder
-from distill.pictures import upright
+from distill.evaluation.references import in_folder
+from distill.storage import formats
+from distill.storage.pictures import upright
 
 DOC = Path(__file__).parents[1] / "docs" / "troubleshooting_data.md"
 
@@ -332,7 +332,7 @@ def test_utf_16_is_no_caption(tmp_path):
 
 
 def test_pretraining_needs_captions_only_where_it_reads_them(tmp_path):
-    from distill.pretraining.asked import max_empty_share
+    from distill.worlds.shapes.pretraining.asked import max_empty_share
 
     assert max_empty_share(["data", "vae"]) == 1.0
     assert max_empty_share(None) == max_empty_share(["clip"]) == 0.5

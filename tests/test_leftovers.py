@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from distill import folders
+from distill.training import run_folders as folders
 
 MLFLOW = [
     "+logger.mine._target_=lightning.pytorch.loggers.MLFlowLogger",

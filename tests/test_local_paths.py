@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distill import compose
-from distill.teachers import locate
+from distill.config import compose
+from distill.teachers.loading import locate
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -171,5 +171,7 @@ def test_home_is_expanded_in_files_too(monkeypatch, tmp_path):
     assert compose.shipped("~/model") == str(tmp_path / "model")
     from omegaconf import OmegaConf
 
-    node = OmegaConf.create({"_target_": "distill.times.LogitNormal", "m": ["~/x", "~x", "a ~/x"]})
+    node = OmegaConf.create(
+        {"_target_": "distill.core.times.LogitNormal", "m": ["~/x", "~x", "a ~/x"]}
+    )
     assert compose.allowed(node, "method.renoise")["m"] == [str(tmp_path / "x"), "~x", "a ~/x"]

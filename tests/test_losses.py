@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill.losses import adversarial, critic_stats, pseudo_huber, r1, weighted_mse
-from distill.types import Logits
+from distill.core.losses import adversarial, critic_stats, pseudo_huber, r1, weighted_mse
+from distill.core.types import Logits
 
 REAL = torch.tensor([[0.5, 2.0], [-1.0, 0.0]])
 FAKE = torch.tensor([[-2.0, 0.0], [0.5, -1.0]])

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from distill.students.low_rank import _nearest, about, difference, save_lora
+from distill.exporting.low_rank import _nearest, about, difference, save_lora
 
 
 def spectrum(side: int, power: float) -> torch.Tensor:

@@ -244,7 +244,9 @@ def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
 @each_command
 def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr("distill.making.Making.finish", lambda *_, **__: None)  # killed just before
+        patch.setattr(
+            "distill.data.shard_job.Making.finish", lambda *_, **__: None
+        )  # killed just before
         assert command(name, *asked[name], "out=made")[0] == 0
     if name == "cache":
         pictures(tmp_path / "x.tar", COUNT + 1)
@@ -629,7 +631,7 @@ def test_a_cache_that_overflows_names_picture_and_dtype(command, pipelines, tmp_
 
 
 def test_what_overflowed_and_what_to_give_instead():
-    from distill.making import checked
+    from distill.data.shard_job import checked
 
     good, bad = np.zeros((1, 2, 2), np.float32), np.full((1, 2, 2), np.nan, np.float32)
     tokens = {"tokens": np.full((2, 3), np.inf, np.float16)}

@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import families
 import tiny
-from distill import build, hardware
-from distill.limits import AT_ONCE, EACH, at_once, drawn_at_once
-from distill.memory import peak
-from distill.teachers import sizes
+from distill.config import build
+from distill.core.limits import AT_ONCE, EACH, at_once, drawn_at_once
+from distill.machine import hardware
+from distill.machine.memory import peak
+from distill.teachers.loading import sizes
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,14 +14,14 @@ from diffusers import AutoencoderTiny
 
 import distill.methods.nitrofusion
 import tiny
-from distill import randomness
-from distill.csvlog import CsvLog
+from distill.core import randomness
+from distill.core.score_distillation import ScoreDistillation, TeacherSamples
+from distill.core.times import Discrete
+from distill.core.types import Losses
 from distill.data import source
 from distill.discriminators.pool import Pool
-from distill.distillation import ScoreDistillation, TeacherSamples
 from distill.teachers.decoder import TinyDecoder
-from distill.times import Discrete
-from distill.types import Losses
+from distill.training.csv_logger import CsvLog
 
 LEVELS = torch.tensor(
     [0.01, 0.25, 0.5, 0.75]

@@ -15,11 +15,11 @@ from PIL import Image
 
 import eyes
 import tiny
-from distill import distances, tensors
-from distill.aside import put
-from distill.metrics import networks, scores
-from distill.metrics.material import coco, in_folder
-from distill.metrics.pictures import features, opened
+from distill.core import distances, tensors
+from distill.evaluation import networks, scores
+from distill.evaluation.features import features, opened
+from distill.evaluation.references import coco, in_folder
+from distill.storage.aside import put
 
 CPU = torch.device("cpu")
 
@@ -341,7 +341,9 @@ def test_pictures_are_read_as_in_training(monkeypatch, tmp_path):
     clear, grey, *others = map(opened, in_folder(tmp_path))
     sideways = others[-1]
     with monkeypatch.context() as patch:  # Pillow, of an EXIF block that is damaged
-        patch.setattr("distill.pictures.ImageOps.exif_transpose", lambda _: struct.unpack("I", b""))
+        patch.setattr(
+            "distill.storage.pictures.ImageOps.exif_transpose", lambda _: struct.unpack("I", b"")
+        )
         with pytest.raises(ValueError, match=r"sideways\.jpg: cannot be read as a picture"):
             opened(tmp_path / "sideways.jpg")
     assert sideways.size == (4, 8)

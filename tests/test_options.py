@@ -16,11 +16,11 @@ import cards
 import families
 import tiny
 from distill import students
-from distill.build import refuse_misfit, sampler_of, student_of
-from distill.making import of_teacher
+from distill.config.build import refuse_misfit, sampler_of, student_of
+from distill.data.shard_job import of_teacher
+from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided
-from distill.students.card import write_card
 from distill.teachers.sana import Sana
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -78,7 +78,7 @@ def test_a_pipeline_s_own_can_be_lent_and_one_of_the_hub_brings_no_more_than_its
         asked[name] = allow_patterns
         return str(own[1])
 
-    monkeypatch.setattr("distill.teachers.autoencoder.snapshot_download", download)
+    monkeypatch.setattr("distill.teachers.loading.autoencoder.snapshot_download", download)
     assert SD(str(pipelines("unet")), vae="someone/vae").own_parts["vae"] == own[1]
     assert "config.json" in asked["someone/vae"]
     assert not any(pattern.startswith("*") for pattern in asked["someone/vae"])

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import tiny
+from distill.core.types import Cond
 from distill.data import source
 from distill.discriminators.pool import Pool
 from distill.discriminators.teacher_features import TASKS, TeacherFeatures
-from distill.types import Cond
 
 CHANNELS = {"global.a": 12, "global.b": 12, "local.a": 12, "local.c": 20}
 LEVELS = (0.01, 0.25, 0.5, 0.75)

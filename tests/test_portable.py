@@ -18,12 +18,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import eyes
-from distill import aside, compose, doctor
+from distill import doctor
 from distill.commandline import texts
+from distill.config import compose
 from distill.data import source
-from distill.metrics import networks
-from distill.teachers.reading import is_hub_id
-from distill.teachers.weights import local_file
+from distill.evaluation import networks
+from distill.storage import aside
+from distill.teachers.loading.reading import is_hub_id
+from distill.teachers.loading.weights import local_file
 
 ROOT = Path(__file__).parents[1]
 # What `open` is called on that opens no text file.

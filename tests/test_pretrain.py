@@ -17,14 +17,14 @@ from torch import nn
 
 from distill.data.datasets import LatentShards
 from distill.pretrain import pretrain
-from distill.pretraining import text, vae, vit
-from distill.pretraining.asked import check_data, teaching_stage
-from distill.pretraining.assemble import silent_t5
-from distill.pretraining.diffusion import Captions
-from distill.pretraining.fit import Fit
-from distill.pretraining.stages import STAGES
-from distill.pretraining.work import Work
-from distill.shapes.world import draw_prompt
+from distill.worlds.shapes.pretraining import text, vae, vit
+from distill.worlds.shapes.pretraining.asked import check_data, teaching_stage
+from distill.worlds.shapes.pretraining.assemble import silent_t5
+from distill.worlds.shapes.pretraining.diffusion import Captions
+from distill.worlds.shapes.pretraining.fit import Fit
+from distill.worlds.shapes.pretraining.stages import STAGES
+from distill.worlds.shapes.pretraining.work import Work
+from distill.worlds.shapes.world import draw_prompt
 
 CONF = str(Path(__file__).parents[1] / "conf")
 TRAINED = ("clip", "vae", "reader", "vit", "mmdit", "mmdit_small", "unet")

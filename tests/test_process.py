@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from distill.process import Process, RectifiedFlow, VariancePreserving
+from distill.core.process import Process, RectifiedFlow, VariancePreserving
 
 PREDICTIONS = ["eps", "v", "x0", "flow"]
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

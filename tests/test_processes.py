@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from distill import errors, faults, launch
+from distill.config import errors
+from distill.machine import faults
+from distill.training import launch
 from test_stopping import gone
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -213,7 +215,7 @@ def test_a_job_that_fails_does_not_end_the_sweep(command, pipelines, shards, tmp
 def test_a_bug_in_a_job_keeps_its_traceback_and_the_others_run(
     command, pipelines, shards, monkeypatch, tmp_path
 ):
-    from distill.callbacks import Alarms
+    from distill.training.callbacks import Alarms
 
     def broken(self, trainer, pl_module, *_):
         if pl_module.loop.seed == 0:
@@ -232,7 +234,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_the_others_run(
 def test_a_signal_ends_all_of_a_sweep(
     number, code, command, pipelines, shards, monkeypatch, tmp_path
 ):
-    from distill.callbacks import Alarms
+    from distill.training.callbacks import Alarms
 
     def tell(self, trainer, pl_module, *_):
         if pl_module.step == 0:

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from distill import console, progress
-from distill.console import keep, recorded, say
-from distill.progress import Bar, stage, track
+from distill.terminal import console, progress
+from distill.terminal.console import keep, recorded, say
+from distill.terminal.progress import Bar, stage, track
 
 LOG = "run.log"
 
@@ -225,8 +225,8 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
     keeps, prints = ("keep(Path('log'))", "print(7)") if kept else ("pass", "pass")
     script = (
         "from pathlib import Path\n"
-        "from distill.console import keep, recorded\n"
-        "from distill.progress import track\n"
+        "from distill.terminal.console import keep, recorded\n"
+        "from distill.terminal.progress import track\n"
         "with recorded():\n"
         f"    {keeps}\n"
         "    assert sum(track([1, 2], 'adding')) == 3\n"
@@ -251,8 +251,8 @@ SCRIPT = """
 import logging, sys, time, warnings
 from pathlib import Path
 from distill import progress
-from distill.console import keep, recorded
-from distill.progress import Bar, stage
+from distill.terminal.console import keep, recorded
+from distill.terminal.progress import Bar, stage
 progress.FIRST = 0.2
 handler = logging.StreamHandler(sys.stdout)
 logging.getLogger("distill.health").addHandler(handler)
@@ -345,8 +345,8 @@ def test_what_goes_to_a_file_is_not_drawn_on_the_terminal(tmp_path):
     """`sample > paths.txt`: the paths are for the file, the bar is on stderr."""
     script = (
         "import sys, time\n"
-        "from distill.console import on_stderr, recorded\n"
-        "from distill.progress import track\n"
+        "from distill.terminal.console import on_stderr, recorded\n"
+        "from distill.terminal.progress import track\n"
         "sys.stdout = open('paths.txt', 'w')\n"
         "with recorded(), on_stderr():\n"
         "    for k in track(range(4), 'drawing', unit='image'):\n"

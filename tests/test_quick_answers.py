@@ -405,15 +405,17 @@ def test_a_mistake_is_named_and_nothing_heavy_is_imported(i, answers):
 
 def test_the_words_of_a_signature_are_those_that_the_class_knows():
     """Literals that the check reads stand beside tables that the code reads: they must say the same."""
-    from distill import distillation, losses, signatures
-    from distill.pretraining.asked import ORDER
-    from distill.pretraining.stages import STAGES
+    from distill.config import signatures
+    from distill.core import losses
+    from distill.core import score_distillation as distillation
     from distill.students import lora
+    from distill.worlds.shapes.pretraining.asked import ORDER
+    from distill.worlds.shapes.pretraining.stages import STAGES
 
     def words(target: str, key: str) -> list[str]:
         return signatures.options(signatures.signature(target), key)
 
-    kinds = words("distill.distillation.ScoreDistillation", "kind")
+    kinds = words("distill.core.score_distillation.ScoreDistillation", "kind")
     assert tuple(kinds) == distillation.KINDS
     for method in ("ladd.LADD", "add.ADD", "nitrofusion.NitroFusion"):
         assert words(f"distill.methods.{method}", "loss") == [game.name for game in losses.GAMES]

@@ -12,8 +12,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from distill import compose, content, paths, resuming
-from distill.record import RunRecord
+from distill.config import compose, paths
+from distill.storage import content
+from distill.training import resuming
+from distill.training.run_metadata import RunRecord
 
 STEPS = 2
 
@@ -290,7 +292,7 @@ def test_only_what_lies_here_is_made_absolute(tmp_path, monkeypatch):
     for name in ("teacher", "data", "ViT-g-14", "openai"):
         (tmp_path / name).mkdir()
     (tmp_path / "prompts.txt").write_text("a star\n", encoding="utf-8")
-    clip = {"_target_": "distill.metrics.networks.OpenClip", "path": "ViT-g-14"}
+    clip = {"_target_": "distill.evaluation.networks.OpenClip", "path": "ViT-g-14"}
     cfg = OmegaConf.create(
         {
             "teacher": {"path": "owner/model", "vae": "data", "config": None},

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill import run as run_command
-from distill.callbacks import Progress
+from distill.training.callbacks import Progress
 
 MINE = "+logger.mine._target_=lightning.pytorch.loggers.TensorBoardLogger"
 TENSORBOARD = [
@@ -98,7 +98,7 @@ def test_rows_after_the_checkpoint_are_done_again_once(words, command, at, tmp_p
 
 
 def test_a_checkpoint_comes_after_all_that_is_logged_at_its_step(words, tmp_path, command):
-    from distill import build
+    from distill.config import build
 
     assert command("run", *words, "trainer.max_steps=1")[0] == 0
     cfg = run_command.compose.looked_at(tmp_path / "run")
@@ -110,7 +110,7 @@ def test_a_checkpoint_comes_after_all_that_is_logged_at_its_step(words, tmp_path
 
 def test_what_is_before_a_checkpoint_is_on_disk_before_it(words, command, at, tmp_path):
     """TensorBoard keeps rows in memory: they are written before the checkpoint is there, after which they are lost."""
-    from distill.checkpoint import AtomicIO
+    from distill.training.checkpoints import AtomicIO
 
     seen = []
 
@@ -120,6 +120,6 @@ def test_what_is_before_a_checkpoint_is_on_disk_before_it(words, command, at, tm
             super().save_checkpoint(checkpoint, path, storage_options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill.build.AtomicIO", Stopped)
+        patch.setattr("distill.config.build.AtomicIO", Stopped)
         assert command("run", *words, "callbacks.checkpoint.every=3")[0] == 0
     assert seen == [[(s, s) for s in range(1, n + 1)] for n in (3, 6)]

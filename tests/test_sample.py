@@ -12,8 +12,8 @@ from PIL import Image
 
 import tiny
 from distill import sample, students
-from distill.build import student_of
-from distill.metrics.pictures import fitted, opened
+from distill.config.build import student_of
+from distill.evaluation.features import fitted, opened
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided
 
@@ -197,7 +197,7 @@ def test_an_id_of_the_hub_goes_to_its_adapter(exported, command, monkeypatch, tm
     """The hub is played by a folder."""
     folder = exported("unet")
     monkeypatch.setattr(
-        "distill.teachers.reading.hf_hub_download", lambda of, name: str(folder / name)
+        "distill.teachers.loading.reading.hf_hub_download", lambda of, name: str(folder / name)
     )
     monkeypatch.setattr("distill.teachers.sd.SD.kind.download", lambda of, **_: str(folder))
     assert command("sample", EXACT, "run=someone/something", "prompt=x", "out=out")[0] == 0

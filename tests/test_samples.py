@@ -8,9 +8,9 @@ from torchvision.io import decode_image, read_file
 from torchvision.utils import make_grid
 
 import tiny
-from distill.callbacks import Health, Samples, pictures_shown
 from distill.data.source import latents
 from distill.sampling import Consistency, seeded, to_bytes
+from distill.training.callbacks import Health, Samples, pictures_shown
 
 
 def drawn(folder, teacher, shards, **options):

@@ -20,9 +20,10 @@ from diffusers import (
 
 import cards
 import tiny
-from distill.build import sampler_of as of_run
-from distill.build import student_of
-from distill.distillation import guided_x0
+from distill.config.build import sampler_of as of_run
+from distill.config.build import student_of
+from distill.core.score_distillation import guided_x0
+from distill.exporting.card import write_card
 from distill.sampling import (
     Consistency,
     Euler,
@@ -34,7 +35,6 @@ from distill.sampling import (
 )
 from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
-from distill.students.card import write_card
 
 PROMPT, SEED = tiny.CAPTIONS[0], 5
 

@@ -10,10 +10,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distill import search, secret, typed, worker
-from distill._conf import CONF_DIR
+from distill import search
 from distill.commandline import private
-from distill.compose import dotted
+from distill.config import typed
+from distill.config.compose import dotted
+from distill.config.location import CONF_DIR
+from distill.terminal import secret
+from distill.training import rank_process as worker
 
 VALUE = "hunter-of-the-4711"
 LOGGER = """

@@ -13,8 +13,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from distill import checkpoint_files, compose, trust
+from distill.config import compose, trust
 from distill.data.shards import Shards
+from distill.storage import checkpoint_files
 
 HOSTILE = (
     "os.system",
@@ -27,17 +28,17 @@ HOSTILE = (
     "torch.nn.functional.torch.hub.load",
     "torch.nn.modules.module.torch.load",
     "torch.optim.optimizer.torch.load",
-    "distill.signals.subprocess.run",
-    "distill.signals.requeue",
-    "distill.record.subprocess.run",
-    "distill.record.subprocess.Popen",
-    "distill.record.Path",
-    "distill.aside.remove",
-    "distill.build.student_of",
-    "distill.compose.make",
-    "distill.compose.instantiate",
+    "distill.machine.signals.subprocess.run",
+    "distill.machine.signals.requeue",
+    "distill.training.run_metadata.subprocess.run",
+    "distill.training.run_metadata.subprocess.Popen",
+    "distill.training.run_metadata.Path",
+    "distill.storage.aside.remove",
+    "distill.config.build.student_of",
+    "distill.config.compose.make",
+    "distill.config.compose.instantiate",
     "distill.students.shutil.rmtree",
-    "distill.students.card.write_card",
+    "distill.exporting.card.write_card",
     "distill.students.lora.copy.deepcopy",
     "hydra.utils.get_method",
     "hydra.utils.instantiate",
@@ -81,7 +82,7 @@ class Bomb:
 @pytest.mark.parametrize("target", HOSTILE)
 def test_a_hostile_target_is_refused(target):
     node = {"_target_": target, "args": ["true"]}
-    nested = {"_target_": "distill.times.LogitNormal", "m": [{"deep": [node]}]}
+    nested = {"_target_": "distill.core.times.LogitNormal", "m": [{"deep": [node]}]}
     refused = rf"_target_: {re.escape(target)}( is refused|: there is nothing of this)"
     for tree in (node, [node], {"a": node}, nested, {"name": target, "a": {"_target_": "${name}"}}):
         with pytest.raises(ValueError, match=rf"^method\.renoise[\w.]*\.{refused}"):
@@ -91,7 +92,7 @@ def test_a_hostile_target_is_refused(target):
             compose.make(OmegaConf.create(node), key)
     # read a second time, this would be a node
     escaped = {
-        "_target_": "distill.times.LogitNormal",
+        "_target_": "distill.core.times.LogitNormal",
         "m": "\\${oc.create:{_target_: " + target + "}}",
     }
     with pytest.raises(ValueError, match=r"method\.renoise\.m=.*must not hold \$\{, an"):

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import families
 import tiny
-from distill.build import student_of
-from distill.distillation import guided_x0
+from distill.config.build import student_of
+from distill.core.score_distillation import guided_x0
+from distill.core.types import Cond
 from distill.sampling import Consistency, draw_noise, seeded
 from distill.students import full, save_pipeline
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 from distill.teachers.sdxl import SDXL
-from distill.types import Cond
 
 EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}
 FLOW = {  # as flow fine-tunes of SDXL have it in diffusers

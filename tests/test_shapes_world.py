@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distill.shapes import grammar
-from distill.shapes.render import DISTANCE, _rotate, render
-from distill.shapes.world import (
+from distill.worlds.shapes import grammar
+from distill.worlds.shapes.render import DISTANCE, _rotate, render
+from distill.worlds.shapes.world import (
     AXES,
     BACKGROUNDS,
     COLOURS,

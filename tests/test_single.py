@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import families
 import ldm
 import tiny
+from distill.exporting.single_file import save_single_file
 from distill.sampling import Consistency, seeded
 from distill.students import full, save_pipeline
-from distill.students.single_file import save_single_file
-from distill.teachers.held import check_held, places_in
+from distill.teachers.loading.held import check_held, places_in
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3

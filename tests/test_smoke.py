@@ -86,8 +86,8 @@ def test_two_steps_of_any_teacher_by_any_method(teacher, method, folder, command
 
 def test_renders_have_the_teachers_own_size_or_the_one_that_is_given(folder):
     from distill.data.source import drawn
-    from distill.shapes.scenes import Scenes
     from distill.teachers.sd import SD
+    from distill.worlds.shapes.scenes import Scenes
 
     teacher = SD(str(folder("sd15")))
     for size, side in ((None, 64), (32, 32), (128, 128)):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import kills
-from distill import signals
+from distill.machine import signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAME = {number: signal.Signals(number).name for number in (1, 2, 10, 15)}

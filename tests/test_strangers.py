@@ -24,17 +24,22 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from distill import beginning, demo, evaluate, export, inspect, run, sample, texts, trust
-from distill._conf import CONF_DIR
-from distill.compose import dotted, looked_at, shipped
-from distill.continued import going_on
-from distill.errors import said_plainly
+from distill import demo, evaluate, export, inspect, run, sample
+from distill.config import texts, trust
+from distill.config.compose import dotted, looked_at, shipped
+from distill.config.continued import going_on
+from distill.config.errors import said_plainly
+from distill.config.location import CONF_DIR
+from distill.data import begun_job as beginning
 from distill.report import write_report
 
 CANARY = "canary-of-the-environment-4711"
 RUN = ("data=renders", "trainer=ddp", "debug=smoke", "callbacks.samples.prompts=[a red star]")
 ANOTHER = ("method=add", "teacher=sd15", "data=images", "data.path=d", "metrics=coco5k")
-OF_ANOTHER = ("metrics.path=m", "+method.real._target_=distill.distillation.TeacherSamples")
+OF_ANOTHER = (
+    "metrics.path=m",
+    "+method.real._target_=distill.core.score_distillation.TeacherSamples",
+)
 
 
 @dataclass
@@ -283,7 +288,7 @@ def resumed(place: Path, *words: str) -> DictConfig:
 @pytest.mark.parametrize("key", READING)
 @pytest.mark.parametrize("path", ["/proc/self/environ", "/dev/stdin", "/sys/kernel/notes", "link"])
 def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeypatch):
-    monkeypatch.setattr("distill.continued.overrides", list)
+    monkeypatch.setattr("distill.config.continued.overrides", list)
     if path == "link":
         path = str(place / "run" / "prompts.txt")
         (place / "run").mkdir()
@@ -295,7 +300,7 @@ def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeyp
 
 @pytest.mark.parametrize("key", READING)
 def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monkeypatch):
-    monkeypatch.setattr("distill.continued.overrides", list)
+    monkeypatch.setattr("distill.config.continued.overrides", list)
     text = place / "private.txt"
     text.write_text("a letter\n", encoding="utf-8")
     run = folder_of(reading(key, str(text)), place / "run")
@@ -329,7 +334,7 @@ def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monk
     assert OmegaConf.select(resumed(place), key) == str(run / "mine.txt")
     folder_of(reading(key, str(text)), run)
     if key == READING[0]:
-        monkeypatch.setattr("distill.continued.overrides", lambda: [f"{key}={text}x"])
+        monkeypatch.setattr("distill.config.continued.overrides", lambda: [f"{key}={text}x"])
         assert OmegaConf.select(resumed(place, f"{key}={text}x"), key) == f"{text}x"
 
 
@@ -338,12 +343,12 @@ def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monk
 
 def test_a_place_that_is_typed_again_is_ones_own(place, monkeypatch):
     base = config(*RUN)
-    monkeypatch.setattr("distill.continued.overrides", lambda: ["data.path=here"])
+    monkeypatch.setattr("distill.config.continued.overrides", lambda: ["data.path=here"])
     base["data"] = {**base["data"], "path": "s3://bucket/shards"}
     folder = folder_of(base, place / "run")
     cfg = composed("config", *RUN, f"resume={folder}", "+data.path=here")
     assert going_on(cfg).data.path == "here"
-    monkeypatch.setattr("distill.continued.overrides", lambda: ["seed=0"])
+    monkeypatch.setattr("distill.config.continued.overrides", lambda: ["seed=0"])
     with pytest.raises(ValueError, match=r"data\.path=s3://bucket/shards: is no name on this"):
         going_on(cfg)
 

@@ -17,9 +17,9 @@ from diffusers import (
 )
 
 import tiny
-from distill.distillation import guided_x0
+from distill.core.score_distillation import guided_x0
 from distill.teachers.attention import Attention, attend
-from distill.teachers.reading import read_pipeline
+from distill.teachers.loading.reading import read_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
 

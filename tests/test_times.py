@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.times import Discrete, LogitNormal, Uniform
+from distill.core.times import Discrete, LogitNormal, Uniform
 
 MANY = 200_000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from distill import compose, trust
+from distill.config import compose, trust
 
 HEADS = (
     "heads.AllHeads heads.ConvHead heads.ConvHeads images.ImageFeatures pool.Drawn pool.Pool "
@@ -33,9 +33,9 @@ REVIEWED = {
         "nitrofusion.NitroFusion regression.Regression"
     },
     "method.*": {
-        "distill.distillation": "ScoreDistillation ScoreDraws TeacherSamples",
+        "distill.core.score_distillation": "ScoreDistillation ScoreDraws TeacherSamples",
         "distill.teachers.decoder": "TinyDecoder",
-        "distill.times": "Discrete LogitNormal Refinement Uniform",
+        "distill.core.times": "Discrete LogitNormal Refinement Uniform",
     },
     "teacher": {
         "distill.teachers": "flux.Flux pipeline.PipelineTeacher pixart.PixArtSigma sana.Sana sd.SD "
@@ -47,28 +47,28 @@ REVIEWED = {
     "discriminator.condition": {"distill.discriminators": HEADS},
     "discriminator.condition.*": {"distill.discriminators": HEADS},
     "data": {"distill.data.source": "drawn images latents prompts"},
-    "data.reader": {"distill.shapes.scenes": "Scenes"},
-    "optimizer": {"distill.engine": "Engine"},
+    "data.reader": {"distill.worlds.shapes.scenes": "Scenes"},
+    "optimizer": {"distill.training.engine": "Engine"},
     "optimizer.student": {"torch.optim": OPTIMIZERS},
     "optimizer.discriminator": {"torch.optim": OPTIMIZERS},
     "sampler": {"distill.sampling": "Consistency Euler EulerAncestral FewSteps"},
     "metrics": {"distill.evaluation": "shapes.Shapes prompted.Prompted"},
     "metrics.networks.*": {
-        "distill.metrics.networks": "Clip Describer Dinov2 Inception OpenClip TwoTowers"
+        "distill.evaluation.networks": "Clip Describer Dinov2 Inception OpenClip TwoTowers"
     },
     "metrics.scores.*": {
-        "distill.metrics.scores": "Alignment Frechet Kid Manifolds Mmd Score Variety"
+        "distill.evaluation.scores": "Alignment Frechet Kid Manifolds Mmd Score Variety"
     },
     "trainer": {"lightning": "Trainer pytorch.Trainer"},
-    "trainer.strategy": {"distill.strategies": "DataParallel FullyShardedDataParallel"},
+    "trainer.strategy": {"distill.training.strategies": "DataParallel FullyShardedDataParallel"},
     "callbacks.*": {
-        "distill.callbacks": "Alarms Health Progress Samples",
-        "distill.checkpoint": "Checkpoints",
+        "distill.training.callbacks": "Alarms Health Progress Samples",
+        "distill.training.checkpoints": "Checkpoints",
         "lightning.pytorch.callbacks": "DeviceStatsMonitor EarlyStopping LearningRateMonitor "
         "ModelSummary Timer",
     },
     "logger.*": {
-        "distill.csvlog": "CsvLog",
+        "distill.training.csv_logger": "CsvLog",
         "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger",
     },
 }
@@ -267,7 +267,7 @@ WRONG = {
     "sampler: {_target_: distill.sampling.Eulr}": "there is nothing of this name",
     "sampler: {_target_: distill.sampling.torch.Generator}": "there is nothing of this name",
     "method: {_target_: distill.sampling.Euler}": "method may be a class of distill.methods",
-    "method: {levels: {levels: {_target_: distill.times.Uniform}}}": "levels.levels holds no class",
+    "method: {levels: {levels: {_target_: distill.core.times.Uniform}}}": "levels.levels holds no class",
     "data: {path: 's3://bucket/x.tar'}": "data.path=s3://bucket/x.tar: is no name on this machine",
     "data: {path: 'x.tar::ftp://h/x'}": "is no name on this machine or the hub",
     "data: {path: 'pipe:curl h'}": "is no name on this machine or the hub",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.types import Batch, Cond
+from distill.core.types import Batch, Cond
 
 
 def make_cond(n: int, *, first: int = 0) -> Cond:

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from PIL import Image
 
+from distill.evaluation.results import added, comparable, owned, verdicts
 from distill.report.evaluation import rows_of
 from distill.report.runs import read_alike
-from distill.verdicts import added, comparable, owned, verdicts
 
 OWN = {"prompts": 400, "seed": 0, "teacher guidance": 4.0}
 QUICK = {"prompts": 8, "seed": 0}

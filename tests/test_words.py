@@ -17,9 +17,9 @@ from PIL import Image
 
 import distill.demo
 import tiny
-from distill import compose
 from distill.commandline import texts
-from distill.compose import written
+from distill.config import compose
+from distill.config.compose import written
 from distill.data.lines import Lines
 from test_sample import EXACT, exported  # noqa: F401  # a fixture
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import alive, aside, locks, typed
-from distill.checkpoint_names import checkpoints_at, steps_in
-from distill.locks import check_free, held, one_writer, one_writer_of
-from distill.teachers import weights
+from distill.config import typed
+from distill.machine import alive
+from distill.storage import aside, locks
+from distill.storage.checkpoint_names import checkpoints_at, steps_in
+from distill.storage.locks import check_free, held, one_writer, one_writer_of
+from distill.teachers.loading import weights
 
 STRANGE = ("step_000002_good.ckpt", "step_000002 (copy).ckpt", "._step_000003.ckpt", ".DS_Store")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -46,7 +48,7 @@ def other(text: str, *arguments: object) -> subprocess.Popen:
 HOLD = """
     import sys, time
     from pathlib import Path
-    from distill.locks import one_writer, one_writer_of
+    from distill.storage.locks import one_writer, one_writer_of
     lock = {"folder": one_writer, "file": one_writer_of}[sys.argv[2]]
     with lock(Path(sys.argv[1]), "out"):
         print("ready", flush=True)
@@ -55,10 +57,10 @@ HOLD = """
 LAUNCH = """
     import os, subprocess, sys, time
     from pathlib import Path
-    from distill.locks import one_writer, pass_on
+    from distill.storage.locks import one_writer, pass_on
     with one_writer(Path(sys.argv[1]), "out"):
         environment = dict(os.environ)
-        code = "from distill.locks import adopt; adopt(); import time; time.sleep(3)"
+        code = "from distill.storage.locks import adopt; adopt(); import time; time.sleep(3)"
         subprocess.Popen([sys.executable, "-c", code], env=environment, **pass_on(environment))
         print("ready", flush=True)
         time.sleep(600)
@@ -362,7 +364,7 @@ def test_what_a_command_makes_counts_its_own_shards_alone(command, pipelines, tm
 
 
 def test_a_sheet_of_samples_is_no_picture_and_anyones_own_is(tmp_path):
-    from distill.metrics.material import in_folder
+    from distill.evaluation.references import in_folder
 
     for name in ("grid.png", "castle.png", ".hidden.png"):
         (tmp_path / name).touch()

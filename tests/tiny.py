@@ -19,25 +19,25 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from distill.core.process import RectifiedFlow
+from distill.core.score_distillation import ScoreDistillation, TeacherSamples
+from distill.core.times import Discrete, LogitNormal
+from distill.core.types import Cond, Players
 from distill.discriminators.heads import ConvHeads
 from distill.discriminators.images import ImageFeatures
 from distill.discriminators.pool import Pool
 from distill.discriminators.projection import Projection
 from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.discriminators.teacher_features import TASKS, TeacherFeatures
-from distill.distillation import ScoreDistillation, TeacherSamples
-from distill.engine import Engine
-from distill.loop import TwoPlayerLoop
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
 from distill.methods.consistency import Consistency
 from distill.methods.ladd import LADD
 from distill.methods.nitrofusion import NitroFusion
 from distill.methods.regression import Regression
-from distill.process import RectifiedFlow
-from distill.shapes.world import sample
-from distill.times import Discrete, LogitNormal
-from distill.types import Cond, Players
+from distill.training.engine import Engine
+from distill.training.loop import TwoPlayerLoop
+from distill.worlds.shapes.world import sample
 
 SIDE, LENGTH = 64, 32  # pixels of a picture, tokens of a caption
 CAPTIONS = [sample(7, i)[0].caption for i in range(200)]
@@ -54,7 +54,7 @@ def shake(module: nn.Module, seed: int, std: float = 0.05) -> nn.Module:
 
 def write_pipeline(family: str, folder: Path) -> Path:
     """An untrained pipeline of the layout that `pretrain` writes, in half precision as the shipped ones."""
-    from distill.pretraining import assemble, diffusion, text, vae
+    from distill.worlds.shapes.pretraining import assemble, diffusion, text, vae
 
     torch.manual_seed(0)
     tokenizer = text.train_tokenizer(CAPTIONS, length=LENGTH, vocab_size=600)
@@ -99,7 +99,7 @@ def sdxl_unet(width: int, pooled: int) -> diffusers.UNet2DConditionModel:
 
 def write_sdxl(vae: Any, clip: Any, tokenizer: Any, folder: Path) -> None:
     """Two text encoders, of which the second pools, and a UNet that is told of both."""
-    from distill.pretraining import assemble
+    from distill.worlds.shapes.pretraining import assemble
 
     width, pooled = clip.config.text_config.hidden_size, clip.config.projection_dim
     texts = {

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from distill.compose import shipped
+from distill.config.compose import shipped
 from distill.data.write import write_images
-from distill.shapes.render import render
-from distill.shapes.world import sample
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import sample
 
 SEED = 3  # of scenes that neither training nor judging of the models has seen
 

@@ -20,11 +20,11 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 
-from distill import build
-from distill._conf import CONF_DIR
-from distill.compose import shipped
+from distill.config import build
+from distill.config.location import CONF_DIR
+from distill.config.compose import shipped
 from distill.data.datasets import LatentShards
-from distill.hardware import autocast
+from distill.machine.hardware import autocast
 
 TRAINED, ASKED, EVERY = 512, 256, 50
 

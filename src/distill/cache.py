@@ -11,10 +11,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distill import beginning, validate
-from distill.errors import command
-from distill.faults import AGAIN
-from distill.progress import importing, stage
+from distill.config import validate
+from distill.config.errors import command
+from distill.data import begun_job as beginning
+from distill.machine.faults import AGAIN
+from distill.terminal.progress import importing, stage
 
 SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
 
@@ -23,9 +24,10 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
-    from distill import hardware, making
-    from distill.build import make, refuse_misfit, teacher_of
+    from distill.config.build import make, refuse_misfit, teacher_of
+    from distill.data import shard_job as making
     from distill.data.write import PICTURES, cached
+    from distill.machine import hardware
 
     with stage("opening the data"):
         source = make(cfg.data, "data")
@@ -82,7 +84,7 @@ def check(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):
-        from distill.making import begin
+        from distill.data.shard_job import begin
 
     return begin(cfg, "cache", encode)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import validate
-from distill.compose import make
-from distill.errors import command
-from distill.progress import importing, stage, track
+from distill.config import validate
+from distill.config.compose import make
+from distill.config.errors import command
+from distill.terminal.progress import importing, stage, track
 
 BAR = 40  # characters
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from distill.console import readers_may_leave
+from distill.terminal.console import readers_may_leave
 
 COMMANDS = {
     "run": "distil a teacher into a student",

@@ -12,11 +12,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 from yaml import YAMLError
 
-from distill.aside import put_text
-from distill.errors import command, sentence
-from distill.folders import check_ours
-from distill.locks import one_writer
-from distill.shown import shown
+from distill.config.errors import command, sentence
+from distill.storage.aside import put_text
+from distill.storage.locks import one_writer
+from distill.terminal.shown import shown
+from distill.training.run_folders import check_ours
 
 
 @command("compare")

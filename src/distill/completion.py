@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from distill.commandline.words import SHELLS, following, for_bash
-from distill.console import open_all
+from distill.terminal.console import open_all
 
 NONE_OF_OURS = 3  # the exit code by which a script lets the shell complete by itself
 
@@ -27,7 +27,7 @@ def main() -> int:
         return answer(for_bash(words[1], words[2]))
     if words[0] == "--words":  # zsh and fish ask: the words up to the cursor
         return answer(following(words[1:]))
-    from distill.errors import said_plainly  # Hydra, for which the tab key need not always wait
+    from distill.config.errors import said_plainly
 
     with said_plainly():
         print(script(words[0]), end="")

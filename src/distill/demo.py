@@ -16,9 +16,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill import signals, validate
-from distill.compose import check_counts, config_of
-from distill.errors import command
+from distill.config import validate
+from distill.config.compose import check_counts, config_of
+from distill.config.errors import command
+from distill.machine import signals
 
 HOST = "127.0.0.1"  # not the network: whoever reaches the page uses this machine
 COUNTS = {"seed": 0, "count": 1, "teacher_steps": 1, "port": 0}

@@ -16,19 +16,21 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import faults, locks, validate
-from distill.compose import check_counts, processes, shipped
+from distill.config import validate
+from distill.config.compose import check_counts, processes, shipped
+from distill.config.defaults import settled_to_look
+from distill.config.errors import command
 from distill.data.shards import expand
-from distill.defaults import settled_to_look
-from distill.errors import command
-from distill.shown import shown
+from distill.machine import faults
+from distill.storage import locks
+from distill.terminal.shown import shown
 
 GB = 1e9
 RENDERS = "distill.data.source.drawn"
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
 Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
 WAIT = "wait for it, or choose another run_dir="
-WORKER = "distill.worker"  # in the command of a process that a launcher has started
+WORKER = "distill.training.rank_process"  # in the command of a process that a launcher has started
 AHEAD = 2  # batches that each worker of a DataLoader reads ahead: torch's prefetch_factor
 SAMPLE = 2**18  # ours: numbers of a sample of which the size is not known, latents of 1024x1024
 UNTRIED = "one process should work; say so if it does not"
@@ -55,9 +57,9 @@ def machine() -> Iterator[Line]:
     """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
     import torch
 
-    from distill.faults import first_line
-    from distill.hardware import best_precision, hardware, memory
-    from distill.record import versions
+    from distill.machine.faults import first_line
+    from distill.machine.hardware import best_precision, hardware, memory
+    from distill.training.run_metadata import versions
 
     yield system()
     found = versions()
@@ -106,7 +108,7 @@ def machine() -> Iterator[Line]:
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
     """Whether the options fit each other, and the memory that training needs at least, by strategy."""
-    from distill.build import check
+    from distill.config.build import check
 
     try:
         check(cfg)
@@ -131,8 +133,8 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
     """What the teacher at this folder, the student and pictures on the way take, and whether it is there."""
     import torch
 
-    from distill import hardware
-    from distill.teachers import sizes
+    from distill.machine import hardware
+    from distill.teachers.loading import sizes
 
     counts = sizes.of_pipeline(path)
     part = "transformer" if "transformer" in counts else "unet"
@@ -216,7 +218,7 @@ def orphaned() -> list[int]:
 
 def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
     """Pixels a side of the pictures that a run draws on the way; None where it draws none."""
-    from distill.teachers import sizes
+    from distill.teachers.loading import sizes
 
     if not OmegaConf.select(cfg, "callbacks.samples._target_"):
         return None

@@ -16,8 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import paths, validate
-from distill.compose import (
+from distill.config import paths, validate
+from distill.config.compose import (
     check_counts,
     config_of,
     file_name,
@@ -28,13 +28,13 @@ from distill.compose import (
     world,
     written,
 )
-from distill.errors import command
-from distill.faults import AGAIN
-from distill.folders import check_ours
-from distill.limits import check_dtype
-from distill.locks import check_free, one_writer
-from distill.metrics.material import in_folder
-from distill.progress import importing
+from distill.config.errors import command
+from distill.core.limits import check_dtype
+from distill.evaluation.references import in_folder
+from distill.machine.faults import AGAIN
+from distill.storage.locks import check_free, one_writer
+from distill.terminal.progress import importing
+from distill.training.run_folders import check_ours
 
 ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
 
@@ -43,7 +43,7 @@ def judge(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
     check(cfg)
     with importing("torch"):
-        from distill import launch
+        from distill.training import launch
 
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
     pictures = _pictures(run)
@@ -73,11 +73,12 @@ def _out(cfg: DictConfig) -> Path:
 
 def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
     """Draw, judge and report into `out`; returns the exit code."""
-    from distill import hardware, launch
-    from distill.aside import put
+    from distill.exporting.card import write_card
+    from distill.machine import hardware
     from distill.report import write_report
     from distill.report.evaluation import in_terminal
-    from distill.students.card import write_card
+    from distill.storage.aside import put
+    from distill.training import launch
 
     run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
     (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
 def _protocol(cfg: DictConfig) -> Any:
     """How it is judged; refused where that cannot be, or would flatter the run."""
-    from distill import build
+    from distill.config import build
 
     protocol = build.protocol(cfg.metrics, looked_at(cfg.run, "discriminator.features"))
     return replace(protocol, student_steps=steps) if (steps := _steps(cfg)) else protocol
@@ -163,7 +164,8 @@ def _protocol(cfg: DictConfig) -> Any:
 
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     """The protocol for what there is; student, or None; teacher, or what stands in for it; the student's sampler."""
-    from distill import build, hardware
+    from distill.config import build
+    from distill.machine import hardware
     from distill.sampling import distilled
 
     model = build.student_of(cfg.run, cfg.dtype).to(hardware.device())

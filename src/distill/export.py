@@ -19,14 +19,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import validate
-from distill.aside import whole_folder
-from distill.compose import check_counts, config_of, is_run, nearest, shipped
-from distill.errors import command
-from distill.limits import check_dtype
-from distill.locks import check_free, one_writer, one_writer_of
-from distill.progress import stage
-from distill.teachers.locate import denoiser_part, index_of, is_repository, pipeline_folder
+from distill.config import validate
+from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
+from distill.config.errors import command
+from distill.core.limits import check_dtype
+from distill.storage.aside import whole_folder
+from distill.storage.locks import check_free, one_writer, one_writer_of
+from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
+from distill.terminal.progress import stage
 
 
 def export(cfg: DictConfig) -> Path | str:
@@ -42,7 +42,7 @@ def export(cfg: DictConfig) -> Path | str:
 
 def _applied(cfg: DictConfig, out: Path) -> Path:
     """A student of `base` and a delta."""
-    from distill import build
+    from distill.config import build
     from distill.students import apply_delta
 
     return apply_delta(build.student_of(cfg.base), Path(cfg.delta), _new(str(out)))
@@ -163,7 +163,7 @@ def _new(out: str) -> Path:
 
 def _base(cfg: DictConfig) -> Any:
     """What the student was made from: `base`, or the teacher that the run names."""
-    from distill import build
+    from distill.config import build
 
     if cfg.base is not None:
         return build.student_of(cfg.base)
@@ -171,15 +171,15 @@ def _base(cfg: DictConfig) -> Any:
 
 
 def _delta(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill import build
+    from distill.config import build
     from distill.students import save_delta
 
     return save_delta(build.student_of(cfg.run), _base(cfg), out)
 
 
 def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill import build
-    from distill.students import low_rank
+    from distill.config import build
+    from distill.exporting import low_rank
 
     if cfg.rank is None:
         factors = low_rank.read_lora(run / "lora.safetensors")
@@ -201,15 +201,15 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
 
 
 def _single_file(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill import build
-    from distill.students.single_file import save_single_file
+    from distill.config import build
+    from distill.exporting.single_file import save_single_file
 
     pipeline = build.student_of(cfg.run).pipeline
     return save_single_file(pipeline, out, cfg.dtype)
 
 
 def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill.students.card import write_card
+    from distill.exporting.card import write_card
     from distill.students.parts import copy_pipeline, sampled_by
 
     student = pipeline_folder(run)
@@ -236,7 +236,7 @@ def _teacher_of(run: Path) -> Path | None:
 
 def _hub(cfg: DictConfig, run: Path, out: Path) -> str:
     """Write the folder, and push it. It stays, so that a push that fails can be made again by hand."""
-    from distill.students.hub import push
+    from distill.exporting.hub import push
 
     return push(_diffusers(cfg, run, out), cfg.repo)
 

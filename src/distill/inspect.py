@@ -9,14 +9,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.checkpoint_names import checkpoints_at
-from distill.compose import check_counts, config_of, run_at
-from distill.errors import command
-from distill.inside import check_names
-from distill.limits import check_local_batch
-from distill.locks import check_free, one_writer
-from distill.progress import importing, stage
-from distill.validate import LOCAL_HEADS
+from distill.config.compose import check_counts, config_of, run_at
+from distill.config.errors import command
+from distill.config.validate import LOCAL_HEADS
+from distill.core.limits import check_local_batch
+from distill.storage.checkpoint_names import checkpoints_at
+from distill.storage.inside import check_names
+from distill.storage.locks import check_free, one_writer
+from distill.terminal.progress import importing, stage
 
 # What is made of a run again: all but what trains, logs and draws.
 READ = (
@@ -55,11 +55,11 @@ def examine(cfg: DictConfig) -> None:
     with importing("torch"):
         import torch
 
-        from distill import build
-        from distill.checkpoint_files import check_fits, newest, read
-        from distill.hardware import device
+        from distill.config import build
+        from distill.machine.hardware import device
         from distill.report.inspection import look, write
-        from distill.resuming import check_checkpoint
+        from distill.storage.checkpoint_files import check_fits, newest, read
+        from distill.training.resuming import check_checkpoint
 
     folder = Path(cfg.run)
     kept = newest(folder)

@@ -12,23 +12,29 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import paths, validate
-from distill.compose import check_counts, shipped
+from distill.config import paths, validate
+from distill.config.compose import check_counts, shipped
+from distill.config.errors import command
 from distill.data.shards import check_pictures
-from distill.errors import command
-from distill.faults import AGAIN
-from distill.hardware import check_precision
-from distill.locks import check_free, one_writer
-from distill.pretraining.asked import ORDER, check_data, chosen, max_empty_share, trains
-from distill.progress import importing
-from distill.teachers.locate import check_pipeline
+from distill.machine.faults import AGAIN
+from distill.machine.hardware import check_precision
+from distill.storage.locks import check_free, one_writer
+from distill.teachers.loading.locate import check_pipeline
+from distill.terminal.progress import importing
+from distill.worlds.shapes.pretraining.asked import (
+    ORDER,
+    check_data,
+    chosen,
+    max_empty_share,
+    trains,
+)
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """All stages asked for; returns the folder of the models."""
     check(cfg)
     with importing("torch"):
-        from distill.pretraining.stages import run
+        from distill.worlds.shapes.pretraining.stages import run
 
     asked: Any = OmegaConf.to_container(paths.absolute(cfg), resolve=True)
     with one_writer(Path(cfg.out), "out", deep=True):
@@ -47,7 +53,7 @@ def check(cfg: DictConfig) -> None:
     for name in chosen(cfg.stages):
         if trains(cfg, name):
             budget = OmegaConf.to_container(cfg[name], resolve=True)
-            validate.check_taken(budget, "distill.pretraining.fit.Fit", f"{name}.")
+            validate.check_taken(budget, "distill.worlds.shapes.pretraining.fit.Fit", f"{name}.")
         taught_by = cfg.networks.get(name, {}).get("taught_by")
         if taught_by is not None and taught_by not in ORDER:
             check_pipeline(shipped(str(taught_by)), f"networks.{name}.taught_by")

@@ -16,12 +16,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill._conf import CONF_DIR
-from distill.aside import put_text
 from distill.commandline import comments
-from distill.compose import nearest
-from distill.console import readers_may_leave
-from distill.errors import said_plainly
+from distill.config.compose import nearest
+from distill.config.errors import said_plainly
+from distill.config.location import CONF_DIR
+from distill.storage.aside import put_text
+from distill.terminal.console import readers_may_leave
 
 SHIPPED = Path(CONF_DIR) / "experiment"
 COLUMN = 30  # characters before what is said of an experiment

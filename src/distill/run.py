@@ -16,20 +16,24 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill import compose, console, faults, folders, paths
-from distill.checkpoint_names import checkpoints_at
-from distill.defaults import settled
-from distill.errors import command
-from distill.folders import LOG
-from distill.locks import check_free, one_writer
-from distill.progress import importing, stage
-from distill.secret import told
-from distill.typed import as_said
+from distill.config import compose, paths
+from distill.config.defaults import settled
+from distill.config.errors import command
+from distill.config.typed import as_said
+from distill.machine import faults
+from distill.storage.checkpoint_names import checkpoints_at
+from distill.storage.locks import check_free, one_writer
+from distill.terminal import console
+from distill.terminal.progress import importing, stage
+from distill.terminal.secret import told
+from distill.training import run_folders as folders
+from distill.training.run_folders import LOG
 
 
 def begin(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
-    from distill import continued, resuming, validate
+    from distill.config import continued, validate
+    from distill.training import resuming
 
     cfg.resume = paths.escaped(cfg.resume or compose.requeued(cfg))
     before = None
@@ -49,10 +53,10 @@ def begin(cfg: DictConfig) -> int:
 
 def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
     """Build all parts, then write and train; returns the exit code. `before`: what a run that goes on was."""
-    from distill import launch
+    from distill.training import launch
 
     with importing("torch"):
-        from distill import build
+        from distill.config import build
 
     about = the_same_run(cfg, before) if before else {}
     build.check(cfg)
@@ -86,9 +90,9 @@ def _written(
 
     `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there is none.
     """
-    from distill import launch
-    from distill.aside import put
-    from distill.record import RunRecord
+    from distill.storage.aside import put
+    from distill.training import launch
+    from distill.training.run_metadata import RunRecord
 
     if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
         folders.cleared(folder)  # of a command that came to no step, in the same folder
@@ -119,9 +123,9 @@ def _written(
 
 def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
     """What the checkpoint to go on from says of itself. ValueError if it, or a model that moved, is of another run."""
-    from distill import resuming
-    from distill.checkpoint_files import newest, read
-    from distill.record import RunRecord
+    from distill.storage.checkpoint_files import newest, read
+    from distill.training import resuming
+    from distill.training.run_metadata import RunRecord
 
     checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
     about = read(checkpoint).get("about", {})
@@ -132,8 +136,8 @@ def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
 
 def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
     """Say that the data of a run that goes on have changed; ValueError if they moved and are others."""
-    from distill import resuming
-    from distill.record import RunRecord
+    from distill.training import resuming
+    from distill.training.run_metadata import RunRecord
 
     facts = RunRecord(compose.folder_of(cfg.resume)).facts
     if facts.get("content"):
@@ -143,7 +147,7 @@ def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
     """The precision of a run in words; where it goes on, what this machine would have chosen."""
-    from distill.hardware import best_precision
+    from distill.machine.hardware import best_precision
 
     here = best_precision(cfg.trainer.get("accelerator", "auto"))
     if not cfg.resume or here.name == precision.name:
@@ -155,10 +159,11 @@ def said_of(precision: Any, cfg: DictConfig) -> str:
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
     with importing("torch"):
-        from distill import build, resuming
-        from distill.checkpoint import taken_up
-        from distill.checkpoint_files import newest, read
-        from distill.record import RunRecord
+        from distill.config import build
+        from distill.storage.checkpoint_files import newest, read
+        from distill.training import resuming
+        from distill.training.checkpoints import taken_up
+        from distill.training.run_metadata import RunRecord
 
     console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
@@ -194,10 +199,10 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
-    from distill import build
+    from distill.config import build
     from distill.report.evaluation import in_terminal
     from distill.students import save_pipeline
-    from distill.teachers.locate import denoiser_part
+    from distill.teachers.loading.locate import denoiser_part
 
     teacher, student = build.whole(cfg, method, average)
     sampler = compose.make(cfg.sampler, "sampler")
@@ -206,8 +211,8 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
     print(f"student: {saved}")
     if student.adapters is not None:
+        from distill.exporting.low_rank import about, save_lora
         from distill.students.lora import factors
-        from distill.students.low_rank import about, save_lora
 
         said = {"part": denoiser_part(saved), "about": about(saved)}
         print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
@@ -224,9 +229,9 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
 
 def report(folder: Path, teacher: Path) -> None:
     """Say that the run is finished, in its record, the student's card and the report."""
-    from distill.record import RunRecord
+    from distill.exporting.card import write_card
     from distill.report import write_report
-    from distill.students.card import write_card
+    from distill.training.run_metadata import RunRecord
 
     RunRecord(folder).finished()
     write_card(folder / "student", folder, teacher)
@@ -237,8 +242,8 @@ def report(folder: Path, teacher: Path) -> None:
 
 def own_verdict(folder: Path) -> None:
     """Have what the run was judged by now stand first, whatever `evaluate` asks later."""
-    from distill import verdicts
-    from distill.aside import put
+    from distill.evaluation import results as verdicts
+    from distill.storage.aside import put
 
     evaluation = verdicts.read(folder)
     if evaluation:  # a protocol of one's own may write none

@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from distill import validate
-from distill.aside import put
-from distill.compose import check_counts, file_name
-from distill.console import note, on_stderr
+from distill.config import validate
+from distill.config.compose import check_counts, file_name
+from distill.config.errors import command
+from distill.core.limits import check_dtype, drawn_at_once
 from distill.data.lines import Lines
-from distill.errors import command
-from distill.folders import check_ours
-from distill.hardware import check_precision
-from distill.limits import check_dtype, drawn_at_once
-from distill.locks import check_free, one_writer
-from distill.progress import Bar, importing
+from distill.machine.hardware import check_precision
+from distill.storage.aside import put
+from distill.storage.locks import check_free, one_writer
+from distill.terminal.console import note, on_stderr
+from distill.terminal.progress import Bar, importing
+from distill.training.run_folders import check_ours
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,8 @@ def draw(cfg: DictConfig) -> list[Path]:
     """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
     prompts = check(cfg)
     with importing("torch"):
-        from distill import build
-        from distill.hardware import device, precision
+        from distill.config import build
+        from distill.machine.hardware import device, precision
 
     model = build.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
@@ -65,7 +65,7 @@ def _drawn(
     import torch
     from torchvision.utils import make_grid
 
-    from distill.hardware import room_beside
+    from distill.machine.hardware import room_beside
 
     folder, paths, shown = Path(cfg.out), [], []
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
@@ -144,9 +144,9 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
     import torch
 
-    from distill.build import sampler_of
-    from distill.hardware import autocast
-    from distill.metrics.pictures import fitted, opened
+    from distill.config.build import sampler_of
+    from distill.evaluation.features import fitted, opened
+    from distill.machine.hardware import autocast
     from distill.sampling import distilled, seeded, to_bytes
     from distill.sampling.guided import guided
 

@@ -24,19 +24,19 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
-from distill import validate
-from distill.aside import put_text
-from distill.bounded import mapping_of
-from distill.compose import check_counts
-from distill.console import note, say
-from distill.errors import command
-from distill.faults import AGAIN
-from distill.folders import LOG
-from distill.locks import one_writer
-from distill.progress import Bar, stage
-from distill.shown import in_csv
-from distill.signals import apart, for_child
-from distill.typed import as_said
+from distill.config import validate
+from distill.config.compose import check_counts
+from distill.config.errors import command
+from distill.config.typed import as_said
+from distill.machine.faults import AGAIN
+from distill.machine.signals import apart, for_child
+from distill.storage.aside import put_text
+from distill.storage.bounded import mapping_of
+from distill.storage.locks import one_writer
+from distill.terminal.console import note, say
+from distill.terminal.progress import Bar, stage
+from distill.terminal.shown import in_csv
+from distill.training.run_folders import LOG
 
 RUN = (sys.executable, "-m", "distill.run")
 UNSTORED = {  # what SQLite says, and the system

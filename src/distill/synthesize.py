@@ -11,21 +11,23 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distill import beginning, validate
+from distill.config import validate
+from distill.config.errors import command
+from distill.data import begun_job as beginning
 from distill.data.lines import Lines
-from distill.errors import command
-from distill.faults import AGAIN
-from distill.hardware import check_precision
-from distill.progress import importing
+from distill.machine.faults import AGAIN
+from distill.machine.hardware import check_precision
+from distill.terminal.progress import importing
 
 
 def draw(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
-    from distill import hardware, making
-    from distill.build import teacher_of
+    from distill.config.build import teacher_of
+    from distill.data import shard_job as making
     from distill.data.write import cached
+    from distill.machine import hardware
     from distill.sampling import seeded
     from distill.sampling.guided import guided
 
@@ -80,7 +82,7 @@ def check(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):
-        from distill.making import begin
+        from distill.data.shard_job import begin
 
     return begin(cfg, "synthesize", draw)
 

@@ -15,9 +15,9 @@ from hydra.errors import SearchPathException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-import distill.compose  # noqa: F401  # its resolver `world` stands in a defaults list
-from distill._conf import CONF_DIR
+import distill.config.compose  # noqa: F401  # its resolver `world` stands in a defaults list
 from distill.commandline.comments import Comments, read, summary
+from distill.config.location import CONF_DIR
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.commandline.texts import LISTS, groups, is_text, own
-from distill.compose import dotted, nearest
+from distill.config.compose import dotted, nearest
 
 NEEDED = "???"
 KINDS: dict[type, tuple[Any, str]] = {  # of a default -> what a value must be, and in words

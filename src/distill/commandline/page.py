@@ -13,7 +13,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from distill.commandline.composed import Composed, Part
-from distill.compose import dotted
+from distill.config.compose import dotted
 
 FLAGS = ("--cfg", "--resolve", "--package", "--multirun", "--config-dir", "--info")
 KEYS, OPTIONS = 36, 26  # columns, at most, before a comment

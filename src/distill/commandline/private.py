@@ -10,9 +10,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 
-from distill import secret
 from distill.commandline.texts import GROUPS
-from distill.typed import parsed
+from distill.config.typed import parsed
+from distill.terminal import secret
 
 
 def referring(words: list[str]) -> list[str]:

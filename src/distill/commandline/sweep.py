@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from hydra.core.hydra_config import HydraConfig
 
-from distill import signals
-from distill.compose import overrides
-from distill.secret import masked
-from distill.typed import as_said
+from distill.config.compose import overrides
+from distill.config.typed import as_said
+from distill.machine import signals
+from distill.terminal.secret import masked
 
 HERE = "BasicLauncher"  # the launcher that runs the jobs in this process; others see to theirs
 

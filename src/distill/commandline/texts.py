@@ -16,10 +16,10 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import MISSING, OmegaConf
 
-from distill._conf import CONF_DIR
-from distill.compose import nearest
-from distill.paths import escaped
-from distill.typed import parsed
+from distill.config.compose import nearest
+from distill.config.location import CONF_DIR
+from distill.config.paths import escaped
+from distill.config.typed import parsed
 
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 # Texts that mean what they say, `null`, `~` and `${5}` included: what is typed is what the model reads.

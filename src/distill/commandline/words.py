@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from distill._conf import CONF_DIR
 from distill.cli import COMMANDS, NO_CONFIG, config_of
+from distill.config.location import CONF_DIR
 
 RUNS = {"run", "resume", "runs"}  # keys of run folders
 PATHS = RUNS | {
@@ -95,7 +95,7 @@ class _Config:
 
     def keys(self, start: str) -> list[str]:
         """Groups and dotted keys that begin so, up to their next dot."""
-        from distill.compose import dotted
+        from distill.config.compose import dotted
 
         composed = self.composed()
         found = [f"{group}=" for group in composed.groups]
@@ -129,8 +129,8 @@ class _Config:
 
     def words(self, key: str) -> Iterable[str]:
         """true and false, or what the class lists that takes the key."""
-        from distill import signatures
-        from distill.compose import dotted
+        from distill.config import signatures
+        from distill.config.compose import dotted
 
         known = dotted(self.composed().tree)
         if isinstance(known.get(key), bool):

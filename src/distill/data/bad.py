@@ -1,8 +1,8 @@
 """Samples that cannot be used, and files of samples that are too large to be read."""
 
-from distill.bounded import MIB, in_bytes
 from distill.data.folder import CAPTIONS, MOST_CAPTION
-from distill.shown import shown
+from distill.storage.bounded import MIB, in_bytes
+from distill.terminal.shown import shown
 
 # Ours, and far above what data have: a picture of 64 million pixels takes 200 MiB uncompressed.
 MOST_BYTES = 512 * MIB  # of a file

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.core.limits import check_samples
 from distill.data import decode
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
 from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
 from distill.data.write import NULL, PICTURES
-from distill.limits import check_samples
-from distill.memory import handed_over
+from distill.machine.memory import handed_over
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # before that, one bad sample would be a large share

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill import formats
+from distill.core.types import EMBEDDED
 from distill.data.bad import BadSample as BadSample
 from distill.data.bad import Unread
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.shards import DOTTED
-from distill.faults import first_line
-from distill.pictures import upright
-from distill.types import EMBEDDED
+from distill.machine.faults import first_line
+from distill.storage import formats
+from distill.storage.pictures import upright
 
 LATENTS = ("latent.npy", "latents.npy", "npy")
 HEAD = 2**16  # bytes in which a file says what size it has, nearly always

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, AnyStr
 
-from distill import formats
 from distill.data.walk import Below
+from distill.storage import formats
 
 CAPTIONS = ("txt", "caption", "json")  # best first
 # Where bytes lie: file, offset, size (-1: all of it); or they themselves.

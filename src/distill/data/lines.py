@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.bounded import LINES, text_of
+from distill.storage.bounded import LINES, text_of
 
 
 class Lines:

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill import content
-from distill.bounded import MIB, check_archive, mapping_of
+from distill.core.types import EMBEDDED
 from distill.data.shards import BEGUN, expand
 from distill.data.write import MANIFEST
-from distill.faults import first_line
-from distill.shown import shown
-from distill.types import EMBEDDED
+from distill.machine.faults import first_line
+from distill.storage import content
+from distill.storage.bounded import MIB, check_archive, mapping_of
+from distill.terminal.shown import shown
 
 # What shards of several folders must have been made with alike: one null caption is used, and one set of buckets.
 ALIKE = ("teacher", "without", "embeddings", "what", "buckets", "size")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from distill import formats
 from distill.data import folder as folders
 from distill.data.bad import MOST_FILES, MOST_TOGETHER, BadSample, Unread, most_of
 from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
 from distill.data.tar import members
 from distill.data.walk import Below, below
-from distill.formats import hidden
-from distill.shown import shown
+from distill.storage import formats
+from distill.storage.formats import hidden
+from distill.terminal.shown import shown
 
 log = logging.getLogger(__name__)
 MAX_EMPTY = 0.5  # ours: the share of pictures without a caption above which a set is refused

@@ -30,9 +30,9 @@ from distill.data.datasets import (
 )
 from distill.data.drawn import Drawn, Reader
 from distill.data.shards import MAX_EMPTY
-from distill.hardware import cores
-from distill.memory import handed_over
-from distill.signals import in_loader
+from distill.machine.hardware import cores
+from distill.machine.memory import handed_over
+from distill.machine.signals import in_loader
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from distill.formats import hidden
+from distill.storage.formats import hidden
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distill.aside import aside
+from distill.storage.aside import aside
 
 log = logging.getLogger(__name__)
 # Who wrote it, and when, must not change the bytes.

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill import build
-from distill.hardware import device
-from distill.limits import check_strength
-from distill.metrics.pictures import fitted
-from distill.pictures import upright
+from distill.config import build
+from distill.core.limits import check_strength
+from distill.evaluation.features import fitted
+from distill.machine.hardware import device
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.sampling.guided import guided_steps
-from distill.shapes.grammar import parse
-from distill.shapes.judge import Judge
-from distill.shapes.reader import CHOICES, SLOTS, targets
-from distill.shapes.world import SIDE, Prompt
+from distill.storage.pictures import upright
+from distill.worlds.shapes.grammar import parse
+from distill.worlds.shapes.judge import Judge
+from distill.worlds.shapes.reader import CHOICES, SLOTS, targets
+from distill.worlds.shapes.world import SIDE, Prompt
 
 QUESTIONS = [  # in the order in which a caption answers them
     *(f"{name}{slot}" for slot in range(SLOTS) for name in ("size", "fill", "colour", "kind")),

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.demonstration.drawing import Drawing, Request, Word
-from distill.shown import in_html
+from distill.terminal.shown import in_html
 
 SMALL = 256  # pixels a side, under which pictures are shown with their pixels as squares
 CSS = """

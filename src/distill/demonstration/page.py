@@ -15,7 +15,7 @@ from PIL import Image
 from distill.demonstration import html
 from distill.demonstration.drawing import Drawing, Request, Studio
 from distill.demonstration.worker import Dropped, Worker
-from distill.faults import first_line
+from distill.machine.faults import first_line
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from distill.types import Cond, Logits
+from distill.core.types import Cond, Logits
 
 TIME_FEATURES = 64
 

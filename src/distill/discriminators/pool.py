@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from distill.types import Cond, Logits
+from distill.core.types import Cond, Logits
 
 # In a group: the last maps may have one place, and over two numbers a norm says hardly more than a sign.
 NORM_CHANNELS = 16

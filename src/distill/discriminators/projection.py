@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.core.types import Batch, Cond
 from distill.discriminators.images import ImageFeatures
-from distill.types import Batch, Cond
-from distill.unread import refuse_broken
+from distill.storage.unread import refuse_broken
 
 
 class OpenClipText(nn.Module):

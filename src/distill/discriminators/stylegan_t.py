@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from distill.core.limits import LOCAL_BATCH, check_local_batch
+from distill.core.process import precise
+from distill.core.types import Cond, Logits
 from distill.discriminators.heads import AllHeads, side_by_side
-from distill.limits import LOCAL_BATCH, check_local_batch
-from distill.process import precise
-from distill.types import Cond, Logits
 
 PROJECTION = 64
 

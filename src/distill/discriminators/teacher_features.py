@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
-from distill.types import Cond, Teacher
+from distill.core.types import Cond, Teacher
 
 WHOLE, PATCH, UNTOLD = TASKS = ("global", "local", "local_null")
 

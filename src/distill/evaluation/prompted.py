@@ -23,21 +23,21 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from distill.aside import put
-from distill.bounded import text_of
+from distill.core.limits import drawn_at_once
+from distill.core.types import Denoiser
 from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
+from distill.evaluation.features import cache_folder, features, opened
+from distill.evaluation.networks import Clip, Describer, Dinov2
+from distill.evaluation.references import check_measures, check_variety, coco, in_folder
+from distill.evaluation.scores import Score
 from distill.evaluation.shapes import SHOWN, drawing_precision, judged, lineup, write_verdict
-from distill.hardware import room_beside
-from distill.limits import drawn_at_once
-from distill.metrics.material import check_measures, check_variety, coco, in_folder
-from distill.metrics.networks import Clip, Describer, Dinov2
-from distill.metrics.pictures import cache_folder, features, opened
-from distill.metrics.scores import Score
-from distill.progress import Bar, stage
+from distill.machine.hardware import room_beside
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
+from distill.storage.aside import put
+from distill.storage.bounded import text_of
 from distill.teachers.pipeline import PipelineTeacher
-from distill.types import Denoiser
+from distill.terminal.progress import Bar, stage
 
 MANY = 16  # ours: pictures at a time, where they are small
 TIMED = re.compile(r"(\d+\.\d+(?:e-\d+)?) (\d+)")  # a batch: its seconds, how many pictures

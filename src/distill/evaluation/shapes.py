@@ -14,18 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from distill import verdicts
-from distill.aside import put
-from distill.content import mark
-from distill.hardware import precision
-from distill.progress import Bar
+from distill.core.tensors import fingerprint
+from distill.core.types import Denoiser
+from distill.evaluation import results as verdicts
+from distill.machine.hardware import precision
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
 from distill.sampling.guided import guided
-from distill.shapes.judge import Judge, judging_prompts
-from distill.shapes.world import SIDE, Prompt
+from distill.storage.aside import put
+from distill.storage.content import mark
 from distill.teachers.pipeline import PipelineTeacher
-from distill.tensors import fingerprint
-from distill.types import Denoiser
+from distill.terminal.progress import Bar
+from distill.worlds.shapes.judge import Judge, judging_prompts
+from distill.worlds.shapes.world import SIDE, Prompt
 
 BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison

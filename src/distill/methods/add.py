@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill import losses
-from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.core import losses
+from distill.core.process import Corner, generator_like, noise_like, seed_of, square
+from distill.core.randomness import Streams
+from distill.core.score_distillation import ScoreDistillation, ScoreDraws
+from distill.core.types import Batch, Cond, Critic, Decoder, Losses, Maker, Players, Terms, Times
 from distill.methods.base import Distillation, Phase
-from distill.process import Corner, generator_like, noise_like, seed_of, square
-from distill.randomness import Streams
-from distill.types import Batch, Cond, Critic, Decoder, Losses, Maker, Players, Terms, Times
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,10 +8,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint_files import check_fits
-from distill.ema import Ema
-from distill.randomness import Streams
-from distill.types import EMBEDDED, Batch, Cond, Losses, Maker, Players
+from distill.core.ema import Ema
+from distill.core.randomness import Streams
+from distill.core.types import EMBEDDED, Batch, Cond, Losses, Maker, Players
+from distill.storage.checkpoint_files import check_fits
 
 Phase = Literal["discriminator", "student", "both"]
 """Whose losses a sample is made for: what only the other player asks of it may be left out."""

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.distillation import guided_x0
-from distill.losses import pseudo_huber, weighted_mse
+from distill.core.losses import pseudo_huber, weighted_mse
+from distill.core.process import noise_like
+from distill.core.randomness import Streams
+from distill.core.score_distillation import guided_x0
+from distill.core.types import Batch, Losses, Maker, Players
 from distill.methods.base import Distillation, Phase
-from distill.process import noise_like
-from distill.randomness import Streams
-from distill.types import Batch, Losses, Maker, Players
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import losses
-from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.core import losses
+from distill.core.process import noise_like
+from distill.core.randomness import FromStream, Streams
+from distill.core.score_distillation import ScoreDistillation, ScoreDraws
+from distill.core.types import Batch, Critic, Losses, Maker, Players, Times
 from distill.methods.base import Distillation, Phase
-from distill.process import noise_like
-from distill.randomness import FromStream, Streams
-from distill.types import Batch, Critic, Losses, Maker, Players, Times
 
 
 @dataclass(frozen=True, eq=False)

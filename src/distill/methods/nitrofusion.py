@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import losses
-from distill.distillation import ScoreDistillation, ScoreDraws
+from distill.core import losses
+from distill.core.process import level_like, noise_like
+from distill.core.randomness import FromStream, Streams
+from distill.core.score_distillation import ScoreDistillation, ScoreDraws
+from distill.core.times import Refinement
+from distill.core.types import Batch, Critic, Losses, Maker, Players, Terms, Times
 from distill.methods.base import Distillation, Phase
-from distill.process import level_like, noise_like
-from distill.randomness import FromStream, Streams
-from distill.times import Refinement
-from distill.types import Batch, Critic, Losses, Maker, Players, Terms, Times
 
 LEAD = 100
 

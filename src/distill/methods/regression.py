@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.losses import weighted_mse
+from distill.core.losses import weighted_mse
+from distill.core.process import noise_like
+from distill.core.randomness import Streams
+from distill.core.types import Batch, Losses, Maker, Players, Times
 from distill.methods.base import Distillation, Phase
-from distill.process import noise_like
-from distill.randomness import Streams
-from distill.types import Batch, Losses, Maker, Players, Times
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

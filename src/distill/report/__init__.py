@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.aside import put_text
-from distill.bounded import mapping_of, number_of, text_of
-from distill.checkpoint_names import steps_in
+from distill.evaluation.results import PICTURE, verdicts
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
 from distill.report.page import figure, folded, html
-from distill.shown import in_html
-from distill.verdicts import PICTURE, verdicts
+from distill.storage.aside import put_text
+from distill.storage.bounded import mapping_of, number_of, text_of
+from distill.storage.checkpoint_names import steps_in
+from distill.terminal.shown import in_html
 
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
 ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'

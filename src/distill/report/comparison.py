@@ -12,7 +12,7 @@ from distill.report.curves import framed, read, smoothed
 from distill.report.evaluation import MAIN, MEASURES
 from distill.report.page import folded, html, img, opened
 from distill.report.runs import SCORES, Line, Run, everyone, lines_of
-from distill.shown import in_html, shown
+from distill.terminal.shown import in_html, shown
 
 SHOWN = 8  # prompts in the grid of pictures
 PADDING = 2  # of torchvision's grids

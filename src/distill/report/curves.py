@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.bounded import text_of
 from distill.report.page import data_uri
-from distill.shown import in_html, shown
+from distill.storage.bounded import text_of
+from distill.terminal.shown import in_html, shown
 
 
 class Chart(NamedTuple):

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
-from distill.bounded import number_of
-from distill.shown import in_html, shown
+from distill.storage.bounded import number_of
+from distill.terminal.shown import in_html, shown
 
 PERCENT, PLAIN = "{:.1%}", "{:.4g}"
 TIME = "seconds_per_image"

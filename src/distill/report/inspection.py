@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from distill.aside import put_text
-from distill.losses import critic_stats
-from distill.pictures import put_grid
-from distill.process import level_like, noise_like
+from distill.core.losses import critic_stats
+from distill.core.process import level_like, noise_like
+from distill.core.types import Batch, Logits
 from distill.report.page import figure, html
-from distill.shown import in_csv, in_html
-from distill.types import Batch, Logits
+from distill.storage.aside import put_text
+from distill.storage.pictures import put_grid
+from distill.terminal.shown import in_csv, in_html
 
 SHOWN = 8  # pictures
 MANY = 10  # heads whose attention is drawn, evenly chosen

@@ -8,8 +8,8 @@ from string import Template
 
 from PIL import Image
 
-from distill.formats import check_pixels
-from distill.shown import in_html, lines_in_html
+from distill.storage.formats import check_pixels
+from distill.terminal.shown import in_html, lines_in_html
 
 TEMPLATE = Path(__file__).with_name("template.html")
 SECTIONS = dict.fromkeys(("status", "pictures", "evaluation", "training", "facts", "config"), "")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.bounded import mapping_of, number_of, yaml_of
+from distill.evaluation.results import FILE, PICTURE, Verdict, comparable, verdicts
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
-from distill.shown import in_csv, in_markdown
-from distill.verdicts import FILE, PICTURE, Verdict, comparable, verdicts
+from distill.storage.bounded import mapping_of, number_of, yaml_of
+from distill.storage.renames import renamed
+from distill.terminal.shown import in_csv, in_markdown
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
@@ -91,7 +92,7 @@ def _by(folder: Path, verdict: Verdict) -> Run:
         raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
         number_of(facts, key, str(folder / "run.json"))
-    config = {**_plain(config), "judged": verdict["protocol"]}
+    config = {**_plain(renamed(config)), "judged": verdict["protocol"]}
     return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
 
 

@@ -21,13 +21,13 @@ from diffusers import (
 )
 from torch import Tensor
 
-from distill.hardware import autocast
-from distill.limits import check_strength, steps_left
-from distill.process import level_like
+from distill.core.limits import check_strength, steps_left
+from distill.core.process import level_like
+from distill.core.types import Cond, Denoiser
+from distill.machine.hardware import autocast
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
-from distill.types import Cond, Denoiser
 
 log = logging.getLogger(__name__)
 # What Stable Diffusion's pipelines want to read in a scheduler's file, or warn; these schedulers do not use it.

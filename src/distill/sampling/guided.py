@@ -9,11 +9,11 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from distill.distillation import guided_x0
-from distill.limits import check_strength, steps_left
+from distill.core.limits import check_strength, steps_left
+from distill.core.score_distillation import guided_x0
+from distill.core.types import Cond
 from distill.sampling import check_finite, draw_noise, rounds_up
 from distill.teachers.pipeline import PipelineTeacher
-from distill.types import Cond
 
 log = logging.getLogger(__name__)
 

@@ -7,18 +7,25 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from distill.aside import remove, whole_folder
-from distill.bounded import mapping_of
-from distill.faults import first_line
+from distill.machine.faults import first_line
+from distill.storage.aside import remove, whole_folder
+from distill.storage.bounded import mapping_of
+from distill.storage.unread import refuse_broken, refuse_unread
 from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
-from distill.teachers.locate import INDEX, TOLD, check_part, denoiser_in, denoiser_part, index_of
+from distill.teachers.loading.locate import (
+    INDEX,
+    TOLD,
+    check_part,
+    denoiser_in,
+    denoiser_part,
+    index_of,
+)
+from distill.teachers.loading.reading import BASE, home_of, lineage, only_variant
+from distill.teachers.loading.settings import KINDS, prediction_of, refuse_quantised
+from distill.teachers.loading.weights import about_weights, put_on, readable, write_weights
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.reading import BASE, home_of, lineage, only_variant
-from distill.teachers.settings import KINDS, prediction_of, refuse_quantised
-from distill.teachers.weights import about_weights, put_on, readable, write_weights
-from distill.unread import refuse_broken, refuse_unread
 
 OURS = "distill.teachers.schedulers"
 FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts

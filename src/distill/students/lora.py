@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from distill.faults import first_line
+from distill.machine.faults import first_line
 from distill.students import shifted
 from distill.teachers.network import Context, Network
 from distill.teachers.pipeline import PipelineTeacher

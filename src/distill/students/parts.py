@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.aside import put, remove
-from distill.progress import track
-from distill.teachers.locate import INDEX, TOLD, index_of, shards_in
-from distill.teachers.reading import BASE, home_of, lineage
-from distill.teachers.weights import read_weights, write_weights
+from distill.storage.aside import put, remove
+from distill.teachers.loading.locate import INDEX, TOLD, index_of, shards_in
+from distill.teachers.loading.reading import BASE, home_of, lineage
+from distill.teachers.loading.weights import read_weights, write_weights
+from distill.terminal.progress import track
 
 CONFIG = "config.json"
 KINDS = (".safetensors", ".bin")  # of weights, the better first

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from distill.unread import refuse_broken, refuse_unread
+from distill.storage.unread import refuse_broken, refuse_unread
 
 
 class TinyDecoder(nn.Module):

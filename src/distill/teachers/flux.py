@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from distill.process import RectifiedFlow
+from distill.core.process import RectifiedFlow
+from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
-from distill.types import Cond
 
 
 class Packed(Transformer):

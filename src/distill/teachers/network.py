@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.process import Prediction, Process
-from distill.types import Cond
+from distill.core.process import Prediction, Process
+from distill.core.types import Cond
 
 
 class _LastTapReached(Exception):

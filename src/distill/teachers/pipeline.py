@@ -17,20 +17,26 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from distill.bounded import mapping_of
-from distill.faults import silent
-from distill.limits import AT_ONCE, at_once
-from distill.process import Prediction, Process
-from distill.progress import stage
-from distill.teachers.autoencoder import Autoencoder
-from distill.teachers.locate import SINGLE
+from distill.core.limits import AT_ONCE, at_once
+from distill.core.process import Prediction, Process
+from distill.core.tensors import fingerprint
+from distill.core.types import Cond
+from distill.machine.faults import silent
+from distill.storage.bounded import mapping_of
+from distill.teachers.loading.autoencoder import Autoencoder
+from distill.teachers.loading.locate import SINGLE
+from distill.teachers.loading.reading import (
+    check_parts,
+    check_without,
+    home_of,
+    read_pipeline,
+    told_of,
+)
+from distill.teachers.loading.settings import cell_of
+from distill.teachers.loading.single import read_single
+from distill.teachers.loading.weights import put_on
 from distill.teachers.network import Network, is_block
-from distill.teachers.reading import check_parts, check_without, home_of, read_pipeline, told_of
-from distill.teachers.settings import cell_of
-from distill.teachers.single import read_single
-from distill.teachers.weights import put_on
-from distill.tensors import fingerprint
-from distill.types import Cond
+from distill.terminal.progress import stage
 
 ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin with that encode
 log = logging.getLogger(__name__)

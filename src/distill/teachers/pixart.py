@@ -6,10 +6,10 @@ from diffusers import PixArtSigmaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
+from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.sd import end_in_noise, step_of, trained_on
 from distill.teachers.transformer import Transformer
-from distill.types import Cond
 
 TOKENS = 300  # that the pipeline passes
 

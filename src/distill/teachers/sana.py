@@ -10,10 +10,10 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
-from distill.process import RectifiedFlow
+from distill.core.process import RectifiedFlow
+from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
-from distill.types import Cond
 
 TOKENS = 300  # that the pipeline passes
 INSTRUCTION = (

@@ -9,13 +9,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from distill.limits import check_zero_snr
-from distill.process import Prediction, Process, RectifiedFlow, VariancePreserving
+from distill.core.limits import check_zero_snr
+from distill.core.process import Prediction, Process, RectifiedFlow, VariancePreserving
+from distill.core.types import Cond
 from distill.teachers.attention import Attention
+from distill.teachers.loading.settings import prediction_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.settings import prediction_of
-from distill.types import Cond
 
 
 def trained_on(scheduler: Any) -> tuple[Process, Prediction]:

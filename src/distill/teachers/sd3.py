@@ -8,11 +8,11 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from distill.process import RectifiedFlow
-from distill.teachers.folded import fold, weights
+from distill.core.process import RectifiedFlow
+from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.silent_token_attention import fold, weights
 from distill.teachers.transformer import Transformer
-from distill.types import Cond
 
 SILENT_TOKENS = (
     256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)

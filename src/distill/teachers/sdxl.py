@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from distill.process import Prediction, Process
+from distill.core.process import Prediction, Process
+from distill.core.types import Cond
 from distill.teachers.sd import SD, UNet, step_of
-from distill.types import Cond
 
 
 class UNetXL(UNet):

@@ -1,0 +1,54 @@
+"""What is checked before shards are made: the folder, and whether it was begun with these settings."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from distill.config import paths, trust
+from distill.config.compose import changes, check_counts
+from distill.config.validate import check_keys, check_teacher
+from distill.data.shards import BEGUN, shards_in
+from distill.storage import content
+from distill.storage.formats import hidden
+from distill.storage.locks import check_free
+
+# What may be different when a command that writes shards goes on.
+FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
+
+
+def check_making(cfg: DictConfig) -> None:
+    """What the commands that write shards have in common."""
+    counts = {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}
+    check_counts(cfg, counts)
+    check_keys(cfg)
+    check_teacher(cfg.teacher)
+    check_free(Path(cfg.out), "out")
+    refuse_another(cfg, Path(cfg.out))
+
+
+def refuse_another(cfg: DictConfig, folder: Path) -> None:
+    """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
+    begun = (folder / BEGUN).is_file()
+    others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
+    if not (shards_in(folder) if begun else others):
+        return
+    if not begun:
+        raise ValueError(
+            f"out={folder} holds shards that were not made by this command; choose another out="
+        )
+    begun = trust.data(folder / BEGUN)
+    trust.check_targets(begun)  # those that are not compared
+    before = OmegaConf.create(begun)
+    said = {
+        key: text
+        for key, text in changes(before, cfg).items()
+        if not (
+            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
+        )
+    }
+    if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
+        said.pop("precision", None)
+    if different := [text for key, text in said.items() if not key.startswith(FREE)]:
+        raise ValueError(
+            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
+        )

@@ -1,0 +1,229 @@
+"""A folder of shards that a command makes: by any number of processes, killed and started again at any moment.
+
+<out>/making.yaml            what is made; the same command goes on where it stopped, another one is refused
+<out>/inputs.sha256          a hash of the prompts, or of the names of the data: these must not change either
+<out>/null.npz               the embedded empty caption
+<out>/latents-000000.tar     samples 0 to per_shard - 1, and so on
+<out>/manifest.json          what has been made, written last
+
+Shard k holds samples k * per_shard to (k + 1) * per_shard - 1 (but for bad ones), and no batch reaches over its end. So
+whoever makes it, and whenever, gives it the same bytes; and since it appears only when it is whole, what is there is
+done. Processes need not talk: each makes every world-th shard, and whoever finds all of them there writes the manifest.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from distill.config import compose, paths, trust
+from distill.data.shards import BEGUN, index_tar, shards_in
+from distill.data.write import MANIFEST, NULL, write_shard
+from distill.machine import faults
+from distill.machine.hardware import precision
+from distill.storage.aside import put
+from distill.storage.bounded import mapping_of
+from distill.storage.locks import one_writer
+from distill.teachers.loading.locate import telling
+from distill.terminal.progress import Bar, track
+from distill.terminal.shown import shown
+from distill.training import launch
+from distill.training.run_metadata import versions
+
+INPUTS = "inputs.sha256"
+
+
+@dataclass(frozen=True)
+class Making:
+    """The samples of `count` numbers in shards of `per_shard`, in `folder`; `inputs` is a hash of what they come from.
+
+    Raises ValueError if the folder was begun with other inputs.
+    """
+
+    folder: Path
+    count: int
+    per_shard: int
+    inputs: str
+
+    def __post_init__(self) -> None:
+        begun = self.folder / INPUTS
+        if shards_in(self.folder) and begun.read_text(encoding="utf-8") != self.inputs:
+            raise ValueError(
+                f"out={self.folder}: prompts or data have changed since it was begun; choose another out="
+            )
+        put(begun, self.inputs.encode())
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"latents-{shard:06d}.tar"
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.count // self.per_shard))
+
+    def missing(self) -> dict[int, range]:
+        """The shards that are this process's to make and not there, with their numbers."""
+        mine = [
+            shard
+            for shard in self.shards[compose.rank() :: compose.world()]
+            if not self.path(shard).exists()
+        ]
+        return {
+            k: range(k * self.per_shard, min(self.count, (k + 1) * self.per_shard)) for k in mine
+        }
+
+    def make(self, samples: Callable[[int, range], Iterator[tuple[str, dict[str, bytes]]]]) -> None:
+        """Write every missing shard k as `samples(k, numbers)`, under a bar over the numbers."""
+        missing = self.missing()
+        share = f" by process 1 of {compose.world()}" if compose.world() > 1 else ""
+        total, done = sum(map(len, missing.values())), 0
+        with Bar(f"making samples{share}", total, unit="sample", rate="samples") as bar:
+            for shard, numbers in missing.items():
+                write_shard(self.path(shard), watched(samples(shard, numbers), bar.advance))
+                done += len(numbers)
+                bar.update(done)  # bad ones among them
+
+    def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
+        """Write the manifest if every shard is there; ValueError if they lack more than this share of the samples."""
+        paths = [self.path(shard) for shard in self.shards]
+        if not all(path.exists() for path in paths):
+            return
+        counted = track(paths, "counting samples", unit="shard")
+        samples, digest = sum(len(index_tar(str(path))) for path in counted), hashlib.sha256()
+        if not samples:
+            for path in paths:  # so that nothing stays behind
+                path.unlink(missing_ok=True)
+            raise ValueError(
+                f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check` says why"
+            )
+        if (dropped := self.count - samples) > max_bad_share * self.count:
+            what = f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and choose another out="
+            raise ValueError(
+                f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}"
+            )
+        for path in track(paths, "hashing", unit="shard"):
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+        about |= {"samples": samples, "dropped": dropped, "shards": len(paths)}
+        about |= {"sha256": digest.hexdigest(), "versions": versions()}
+        put(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
+
+
+def watched(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
+    for sample in samples:
+        yield sample
+        advance()
+
+
+def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
+    """Note what is to be made, then work, here or in `devices` processes; returns the exit code.
+
+    `beginning.check_making` has been called before: it refuses a folder with other shards.
+    """
+    cfg = paths.absolute(cfg)
+    folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
+    if "precision" in cfg:
+        _settle_precision(cfg, folder)
+    for key, node in cfg.items():  # what is made; `out` and prompts may be called by any text
+        if isinstance(node, DictConfig):
+            compose.allowed(node, str(key))
+    with one_writer(folder, "out"), faults.goes_on(lambda: launch.way_on(folder, command)):
+        code = _made(cfg, folder, command, None if several else work)
+    if compose.world() == 1 and not done.is_file():
+        with suppress(OSError):  # there are shards in it, or what is not ours
+            folder.rmdir()
+    if done.is_file():
+        made = mapping_of(done)
+        samples, shards, dropped = (made.get(k) for k in ("samples", "shards", "dropped"))
+        print(shown(f"{folder}: {samples} samples in {shards} shards, {dropped} bad ones left out"))
+    return code
+
+
+def _made(
+    cfg: DictConfig, folder: Path, command: str, work: Callable[[DictConfig, Path], int] | None
+) -> int:
+    """Note what is to be made, and work, in the processes of a launcher without `work`; returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not shards_in(folder):
+        put(folder / BEGUN, compose.written(cfg))
+    try:
+        if (folder / MANIFEST).is_file():
+            return 0
+        if work:
+            return work(cfg, folder)
+        return launch.launch(folder, cfg.devices, command, secrets=compose.secrets(cfg))
+    finally:
+        if compose.world() == 1 and not shards_in(folder):  # of a mistake nothing stays behind
+            for name in (BEGUN, INPUTS, NULL):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _settle_precision(cfg: DictConfig, folder: Path) -> None:
+    """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
+    begun = folder / BEGUN
+    if cfg.precision == "auto" and begun.is_file():
+        cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
+    chosen = precision(cfg.precision)
+    cfg.precision = chosen.name
+    if compose.rank() == 0:
+        print(f"precision: {chosen.name} ({chosen.reason})")
+
+
+def of_teacher(cfg: DictConfig) -> dict[str, Any]:
+    """What a manifest says of the teacher."""
+    own = {"vae": cfg.teacher.vae} if cfg.teacher.get("vae") else {}
+    told = telling(cfg.teacher)
+    without = list(cfg.teacher.get("without") or [])
+    return {"teacher": cfg.teacher.path, "without": without, "told": told, **own}
+
+
+def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
+    """The tensors of each sample of a Cond, by name."""
+    tensors = {name: x.cpu().numpy() for name, x in cond.tensors().items()}
+    return [{name: x[i] for name, x in tensors.items()} for i in range(len(cond))]
+
+
+def checked(
+    name: str,
+    latent: np.ndarray,
+    embedded: Mapping[str, np.ndarray],
+    dtype: str,
+    precision: str | None = None,
+) -> None:
+    """Raise ValueError, naming the sample, for latents or embeddings that cannot be kept in float16.
+
+    `dtype` and `precision` are what they were computed in.
+    """
+    _finite(name, "latents", latent, dtype, precision)
+    for part, x in embedded.items():
+        _finite(name, f"embeddings ({part})", x.astype(np.float32), dtype, precision)
+
+
+def _finite(name: str, what: str, x: np.ndarray, dtype: str, precision: str | None) -> None:
+    computed = f"computed in {dtype}{f' under precision={precision}' if precision else ''}"
+    if not np.isfinite(x).all():
+        wanted = [] if dtype == "float32" else ["teacher.dtype=float32"]
+        wanted += [] if precision in (None, "32-true") else ["precision=32-true"]
+        advice = f"give {' '.join(wanted)}" if wanted else "check the teacher's files"
+        raise ValueError(f"{name}: its {what} hold nan or inf, {computed}; {advice}")
+    largest = np.abs(x).max(initial=0)
+    if largest > np.finfo(np.float16).max:
+        raise ValueError(
+            f"{name}: its {what} reach {largest:.3g}, beyond float16, in which they are kept "
+            f"({computed}); check the teacher's config, or leave the sample out"
+        )
+
+
+def put_null(teacher: Any, folder: Path, dtype: str = "float32") -> None:
+    """The embedded empty caption, in half precision as those of the samples; ValueError as `checked`."""
+    tensors = {name: x.float().cpu().numpy() for name, x in teacher.embed([""]).tensors().items()}
+    checked("the empty caption", np.zeros(1), tensors, dtype)
+    np.savez(file := io.BytesIO(), **{k: x.astype(np.float16) for k, x in tensors.items()})
+    put(folder / NULL, file.getvalue())

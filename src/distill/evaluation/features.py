@@ -1,0 +1,97 @@
+"""Pictures as files, the captions they are of, and their features, which are kept: what is read once is not again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import center_crop, to_tensor
+
+from distill.evaluation.networks import Describer
+from distill.machine.hardware import cores
+from distill.machine.memory import handed_over
+from distill.machine.signals import in_loader
+from distill.storage import formats
+from distill.storage.aside import put
+from distill.storage.pictures import upright
+from distill.terminal.progress import Bar
+
+
+def features(
+    paths: Sequence[Path],
+    network: Describer,
+    cache: Path,
+    *,
+    device: torch.device,
+    square: bool = True,
+    batch_size: int = 16,
+    workers: int = 0,
+) -> Tensor:
+    """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of the folder `cache`,
+    named after the network, its weights, and the names, sizes and times of the pictures."""
+    key = f"{network} upright {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if not file.is_file():
+        workers = min(workers, cores())
+        loader = DataLoader(
+            paths,
+            batch_size,
+            num_workers=workers,
+            collate_fn=partial(_prepared, network, square),
+            worker_init_fn=in_loader,
+        )
+        network.model.to(device)
+        counted = {"unit": "image", "rate": "images"}
+        with (
+            torch.inference_mode(),
+            Bar(f"reading by {network.name}", len(paths), **counted) as bar,
+        ):
+            parts = []
+            for batch in loader:
+                parts.append(network.images(batch.to(device)).float().cpu())
+                bar.advance(len(batch))
+        found = torch.cat(parts)
+        network.model.to("cpu")
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(content := BytesIO(), found.numpy())
+        put(file, content.getvalue())
+    return torch.from_numpy(np.load(file, allow_pickle=False))
+
+
+def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
+    pictures = [opened(path) for path in paths]
+    if square:  # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427 do
+        pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
+    return handed_over(torch.stack([network.prepare(picture) for picture in pictures]))
+
+
+def opened(path: Path, key: str = "") -> Image.Image:
+    """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
+    try:
+        # Only formats that are trained on: what is called .png may be EPS, which starts another program.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
+            with formats.opened(path, path.suffix.lower()) as picture:
+                return upright(picture)
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
+
+
+def fitted(picture: Image.Image, width: int, height: int) -> Tensor:
+    """As an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
+    return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
+
+
+def cache_folder() -> Path:
+    """Where features of reference pictures are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "features"

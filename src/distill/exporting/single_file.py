@@ -1,0 +1,159 @@
+"""Stable Diffusion in one file, in the layout of the original code (ldm, sgm), which ComfyUI and others read.
+
+Of SD3, FLUX and PixArt-Sigma the transformer alone, for ComfyUI's "Load Diffusion Model": it reads diffusers' names.
+
+model.diffusion_model.   the UNet: its blocks are numbered through, one for every residual layer and every resampling
+first_stage_model.       the autoencoder: the decoder's stages are numbered from its end
+cond_stage_model.        the text encoder; of SDXL two: conditioner.embedders.0 and .1
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor, nn
+
+from distill.teachers.loading.weights import write_weights
+
+# As read in ComfyUI's own maps (comfy/model_detection.py: convert_diffusers_mmdit); it has no Sana.
+MAPPED = (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline)
+ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
+RESIDUAL = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+AUTOENCODER = {
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down", "resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm",
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+}  # fmt: skip
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding", "embeddings.token": "token",
+    "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn": "attn",
+}  # fmt: skip
+
+
+def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Path:
+    """Write a `StableDiffusionPipeline` or its XL whole, or the transformer of a pipeline whose names ComfyUI maps.
+
+    Those of SD3, FLUX and PixArt it knows as diffusers has them, in one file. Raises ValueError for any other.
+    """
+    if isinstance(pipeline, MAPPED):
+        return write_weights(pipeline.transformer.state_dict(), file, dtype=dtype)
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        what = f"a {type(pipeline).__name__} has no such layout; use to=diffusers"
+        raise ValueError(
+            f"to=single_file: is for Stable Diffusion, SD3, FLUX and PixArt, and {what}"
+        )
+    state = {f"model.diffusion_model.{k}": v for k, v in unet(pipeline.unet)}
+    state |= {f"first_stage_model.{k}": v for k, v in autoencoder(pipeline.vae)}
+    if hasattr(pipeline, "text_encoder_2"):
+        state |= {
+            f"conditioner.embedders.0.transformer.{k}": v for k, v in clip(pipeline.text_encoder)
+        }
+        state |= {
+            f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(pipeline.text_encoder_2)
+        }
+    elif pipeline.text_encoder.config.hidden_act == "quick_gelu":  # OpenAI's CLIP, of SD 1
+        state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip(pipeline.text_encoder)}
+    else:
+        state |= {f"cond_stage_model.model.{k}": v for k, v in open_clip(pipeline.text_encoder)}
+    if pipeline.scheduler.config.get("prediction_type") == "v_prediction":  # marks of ComfyUI's
+        marks = [
+            "v_pred",
+            *["ztsnr"] * bool(pipeline.scheduler.config.get("rescale_betas_zero_snr")),
+        ]
+        state |= {mark: torch.zeros(1) for mark in marks}
+    return write_weights(state, file, dtype=dtype)
+
+
+def unet(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a UNet under its original name."""
+    places = _places(model)
+    for name, value in model.state_dict().items():
+        stem = next(place for place in places if name.startswith(f"{place}."))
+        rest = name[len(stem) + 1 :]
+        if "resnets" in stem:
+            layer, _, end = rest.partition(".")
+            rest = f"{RESIDUAL[layer]}.{end}"
+        yield f"{places[stem]}.{rest}", value
+
+
+def _places(model: nn.Module) -> dict[str, str]:
+    """Part of a UNet -> its original place."""
+    places, n = dict(ENDS), 1
+    for i, block in enumerate(model.down_blocks):
+        for j in range(len(block.resnets)):
+            places |= {
+                f"down_blocks.{i}.{part}.{j}": f"input_blocks.{n}.{k}"
+                for k, part in enumerate(_PARTS)
+            }
+            n += 1
+        if block.downsamplers:
+            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+            n += 1
+    n = 0
+    for i, block in enumerate(model.up_blocks):
+        for j in range(len(block.resnets)):
+            places |= {
+                f"up_blocks.{i}.{part}.{j}": f"output_blocks.{n}.{k}"
+                for k, part in enumerate(_PARTS)
+            }
+            n += 1
+        behind = 2 if getattr(block, "attentions", None) else 1
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{behind}.conv"
+    return places
+
+
+_PARTS = ("resnets", "attentions")
+
+
+def autoencoder(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of an autoencoder under its original name; its attention was one of 1x1 convolutions."""
+    last = len(model.decoder.up_blocks) - 1
+    for name, value in model.state_dict().items():
+        key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
+        key = _renamed(key, AUTOENCODER)
+        yield key, value[..., None, None] if ".attn_1." in key and value.ndim == 2 else value
+
+
+def clip(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of OpenAI's CLIP under the name that it had before transformers 5.6."""
+    for name, value in model.state_dict().items():
+        yield f"text_model.{name.removeprefix('text_model.')}", value
+
+
+def open_clip(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a text encoder under OpenCLIP's name: queries, keys and values are one matrix there."""
+    state = {name.removeprefix("text_model."): value for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if name == "text_projection.weight":
+            yield "text_projection", value.T
+        elif "q_proj" in name:
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            yield _renamed(name, OPEN_CLIP).replace("q_proj.", "in_proj_"), torch.cat(parts)
+        elif not re.search("[kv]_proj", name):
+            yield _renamed(name, OPEN_CLIP), value
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    for theirs, original in names.items():
+        name = name.replace(theirs, original)
+    return name

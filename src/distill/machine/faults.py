@@ -1,0 +1,155 @@
+"""What a machine does to a command, in words: a full disk or memory, a process that has died.
+
+Libraries say it in exceptions of many classes, of which few name the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distill.machine.ranks import world
+
+WAY_ON = "way_on"  # attribute of an exception: how to go on with what was done so far
+AGAIN = "give the same command again, which goes on where it stopped"
+ANEW = "give the same command again, which begins anew: no shard is whole yet"
+SHARED = Path("/dev/shm")  # through which the workers of a loader hand over what they have read
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (*FULL, errno.EROFS, errno.EIO)
+# How libraries that are not Python's say the same: torch, safetensors, and the C++ below them.
+SAID = re.compile(
+    "no space left on device|disk quota exceeded|read-only file system|file too large"
+    r"|PytorchStreamWriter failed|inline_container\S* \. unexpected pos|iostream error",
+    re.IGNORECASE,
+)
+IN_SHARED = re.compile(
+    "(allocate|open|resize|write)[a-z ]* shared memory|shared memory limit|torch_shm|Bus error"
+)
+PEERS = re.compile(
+    r"(connection (closed|reset|refused)( by peer)?|socket closed|broken pipe|remote process exited"
+    "|watchdog|timed out waiting)",
+    re.IGNORECASE,
+)
+BACKEND = re.compile("gloo|nccl|ProcessGroup|TCPStore|c10d|DistBackend", re.IGNORECASE)
+NAMES = ("filename", "path", "file", "fp", "f", "save_directory", "name", "out", "folder")
+PART = re.compile(r"(\.[0-9a-f]{4}-\d+-[0-9a-f]{8})?\.part(?=/|$)")  # of what is written aside
+
+
+@contextmanager
+def goes_on(way: Callable[[], str]) -> Iterator[None]:
+    """Have what ends the command inside know how to go on: `way` is asked then."""
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, WAY_ON):
+            setattr(error, WAY_ON, way())
+        raise
+
+
+def sentence(error: BaseException, cause: BaseException) -> str | None:
+    """What the machine has done, with file and way on; None for other errors. `cause`: its root."""
+    if isinstance(cause, (BrokenPipeError, ConnectionError)) and not world() > 1:
+        return None
+    if (text := _lost(cause)) or (text := _shared(cause)):
+        return text
+    if not (why := reason(cause)):
+        return None
+    file = getattr(cause, "filename2", None) or getattr(cause, "filename", None) or _written(cause)
+    where = f"{PART.sub('', str(file))}: " if file else ""
+    way = getattr(error, WAY_ON, None) or "give the command again"
+    full = "read-only" not in why.lower()
+    return f"{where}{why}; {'make room' if full else 'make it writable'}, then {way}"
+
+
+def lost(cause: BaseException) -> bool:
+    """Whether this says no more than that another process of the command has died."""
+    return _lost(cause) is not None
+
+
+def _lost(cause: BaseException) -> str | None:
+    if world() == 1 or not isinstance(cause, (RuntimeError, ConnectionError, TimeoutError)):
+        return None
+    text = f"{type(cause).__name__} {cause}"
+    found = PEERS.search(text)
+    if found and BACKEND.search(text):
+        return f"another process has ended ({found[0].lower()}); the first that failed says why"
+    return None
+
+
+def _shared(cause: BaseException) -> str | None:
+    if not isinstance(cause, RuntimeError) or not IN_SHARED.search(str(cause)):
+        return None
+    size = ""
+    if SHARED.is_dir():
+        size = f" has {shutil.disk_usage(SHARED).total / 2**20:,.0f} MB and"
+    more = "data.num_workers=0 needs none of it, a container gets more by --shm-size=8g"
+    return f"{SHARED}{size} is too small for what the loader's workers hand over; {more}"
+
+
+def reason(cause: BaseException) -> str | None:
+    """Why a disk takes no more; None for an error of another kind."""
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno) if cause.errno in UNWRITABLE else None
+    if isinstance(cause, RuntimeError) or type(cause).__name__ == "SafetensorError":
+        found = SAID.search(str(cause))
+        if found:
+            clear = re.match("no space|disk|read-only|file too", found[0], re.IGNORECASE)
+            return found[0] if clear else "the disk takes no more"
+    return None
+
+
+def _written(cause: BaseException) -> str | None:
+    """The file that the innermost function was at: one that it has open, or a path it holds."""
+    known: list[Any] = []
+    step = cause.__traceback__
+    while step:
+        values = step.tb_frame.f_locals
+        known = [*(values[name] for name in NAMES if name in values), *values.values(), *known]
+        step = step.tb_next
+    for kind in (_opened, _path):
+        for value in known:
+            if file := kind(value):
+                return file
+    return None
+
+
+def _opened(value: Any) -> str | None:
+    """The path of a file, or of an archive, that is open for writing."""
+    try:
+        writes = value.writable() if hasattr(value, "writable") else hasattr(value, "addfile")
+        name = value.name if writes else None
+        return name if isinstance(name, str) and os.path.isdir(os.path.dirname(name)) else None
+    except Exception:  # an object of any library
+        return None
+
+
+def _path(value: Any) -> str | None:
+    if isinstance(value, str) and not os.path.isabs(value):
+        return None  # any text
+    if not isinstance(value, (str, os.PathLike)):
+        return None
+    path = os.fspath(value)
+    return path if isinstance(path, str) and os.path.isdir(os.path.dirname(path)) else None
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says first, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What libraries would warn of in several lines as they read, who calls makes one sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

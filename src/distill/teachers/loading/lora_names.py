@@ -1,0 +1,110 @@
+"""Names that programs give to the layers of a LoRA, brought to those that diffusers' own functions read.
+
+A prefix is changed, and nothing else: what a layer is called behind it must be its name in the denoiser
+or in the makers' code, of which diffusers has the translation. Anything else is left as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.storage.bounded import mapping_of
+from distill.terminal.shown import shown
+
+State = dict[str, Tensor]
+
+PEFT = "base_model.model."  # what peft puts before every name
+PREFIXES = (PEFT, "diffusion_model.", "model.diffusion_model.", "lora_unet_", "lora_transformer_")
+END = re.compile(r"[._](lora|alpha$|dora_scale$)")  # where the name of a layer ends
+NAMED = re.compile(r"(lora_(?:A|B|magnitude_vector))\.(\w+)(\.weight|\.bias)?")  # by an adapter
+# Layers in the makers' code which diffusers translates where they are written as kohya's.
+MAKERS = re.compile(r"(input_blocks|middle_block|output_blocks|double_blocks|single_blocks)\.")
+SD3 = re.compile(r"(lora_unet_|(model\.)?diffusion_model\.)?joint_blocks[._]")
+KOHYA = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+DIFFUSERS = {theirs: ours for ours, theirs in KOHYA.items()}
+DIFFUSERS |= {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
+SETTINGS = "adapter_config.json"  # where peft keeps the alphas of its files
+# What of it changes a layer's weights, and what others ask for that is no plain LoRA.
+READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
+READ += ("use_dora",)
+
+
+def renamed(state: State, model: nn.Module, part: str, path: str) -> State:
+    """The same tensors under names that diffusers reads as layers of `model`, its pipeline's `part`.
+
+    Raises ValueError, naming `path`, for names that nothing here and in diffusers translates.
+    """
+    if sd3 := [name for name in state if SD3.match(name)]:
+        what = f"names layers as SD3's makers do ({shown(sd3[0], 80)}), which diffusers reads of no LoRA"
+        how = "convert it to diffusers' names (transformer.transformer_blocks...), or merge it"
+        raise ValueError(f"teacher.weights={path}: {what}; {how} into a checkpoint")
+    state = _of_one_adapter(state, path)
+    layers = {name for name, module in model.named_modules() if name}
+    flat = {name.replace(".", "_"): name for name in layers} if part == "transformer" else {}
+    return {_name(name, part, layers, flat): tensor for name, tensor in state.items()}
+
+
+def _name(name: str, part: str, layers: set[str], flat: Mapping[str, str]) -> str:
+    """One name as diffusers has it, itself where that is not plain."""
+    bare = name
+    for prefix in PREFIXES:
+        bare = bare.removeprefix(prefix)
+    layer = _layer(bare)
+    found, end = layer if layer in layers else flat.get(layer), bare[len(layer) :]
+    if found:
+        return f"{part}.{found}{DIFFUSERS.get(end, end)}"
+    if MAKERS.match(layer) and not name.startswith(PEFT):  # those diffusers reads as they are
+        return f"lora_unet_{layer.replace('.', '_')}{KOHYA.get(end, end)}"
+    return name
+
+
+def _layer(name: str) -> str:
+    match = END.search(name)
+    return name[: match.start()] if match else name
+
+
+def _of_one_adapter(state: State, path: str) -> State:
+    """Without the name that peft gives an adapter in a model's own state: `lora_A.default.weight`."""
+    found = {match[2] for name in state if (match := _adapter(name))}
+    if len(found) > 1:
+        what = f"holds {len(found)} adapters ({', '.join(sorted(found))})"
+        raise ValueError(f"teacher.weights={path}: {what}, and one is read; give each its own file")
+    return {_without_adapter(name): tensor for name, tensor in state.items()}
+
+
+def _adapter(name: str) -> re.Match[str] | None:
+    match = NAMED.search(name)
+    return match if match and match[2] not in ("weight", "bias") else None
+
+
+def _without_adapter(name: str) -> str:
+    match = _adapter(name)
+    return name if match is None else NAMED.sub(r"\1\3", name)
+
+
+def is_pefts(state: State) -> bool:
+    """Whether peft wrote these itself, which keeps ranks and alphas in a file beside them.
+
+    Those of FLUX under its makers' names have none, and are read so by diffusers.
+    """
+    own = [name for name in state if not MAKERS.match(name.removeprefix(PEFT))]
+    return any(name.startswith(PEFT) or _adapter(name) for name in own)
+
+
+def settings_beside(file: Path, path: str) -> dict[str, Any]:
+    """Ranks and alphas of a file of peft's, from the configuration beside it.
+
+    Raises ValueError, naming `path`, where there is none, for then nobody knows them, and for one that is no LoRA's.
+    """
+    beside = file.parent / SETTINGS
+    if not beside.is_file():
+        what = f"is a file of PEFT's, which keeps the alphas of its layers in {SETTINGS}"
+        raise ValueError(f"teacher.weights={path}: {what}; put that beside it")
+    said = mapping_of(beside)
+    if (kind := said.get("peft_type", "LORA")) != "LORA":
+        what = f"{SETTINGS} beside it says peft_type={shown(kind, 40)}"
+        raise ValueError(f"teacher.weights={path}: {what}; give a plain LoRA")
+    return {key: said[key] for key in READ if said.get(key) is not None}

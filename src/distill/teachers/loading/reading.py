@@ -1,0 +1,337 @@
+"""Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
+
+from distill.core.limits import check_dtype
+from distill.machine.faults import first_line, silent
+from distill.storage.bounded import mapping_of
+from distill.storage.elsewhere import check_folder
+from distill.storage.unread import refuse_broken, refuse_unread
+from distill.teachers.loading.locate import (
+    INDEX,
+    PICKLED,
+    TOLD,
+    check_kind,
+    check_part,
+    index_of,
+    is_hub_id,
+    no_folder,
+    no_model,
+)
+from distill.teachers.loading.settings import check_settings, in_folder, lacking, refuse_quantised
+
+OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
+SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
+HUB = {  # an error of the hub's, the more particular first -> what it means
+    GatedRepoError: "it is gated: accept its licence on its page, then log in with `hf auth login`",
+    RepositoryNotFoundError: "there is no such repository, or it is private",
+    RevisionNotFoundError: "it has no such revision",
+}
+VARIANT = re.compile(r"^[^.]+\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")  # of a file's name
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts which it lacks
+
+
+@silent()
+def read_pipeline(
+    kind: type,
+    path: str,
+    *,
+    dtype: str,
+    use_safetensors: bool,
+    without: Sequence[str] = (),
+    deferred: Sequence[str] = (),
+    **version: str | None,
+) -> Any:
+    """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`; `version` is of the hub.
+
+    Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps them to what reads
+    them. Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random
+    ones. Raises FileNotFoundError and ValueError that say what is wrong in it.
+    """
+    precision = dtype_of(dtype)
+    parts: dict[str, Any] = dict.fromkeys(without)
+    later: dict[str, Any] = {}
+    files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
+    if not Path(path).exists():
+        path = fetched(
+            "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
+        )
+    classes = pipeline_classes(path, kind.__name__, without)
+    check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
+    check_there(path, classes, kind.__name__, deferred)
+    for folder in lineage(Path(path)):
+        check_folder(folder, f"teacher.path={path}")
+    for name, network in classes.items():
+        home = home_of(Path(path), name)
+        check_part(Path(home, name), f"teacher.path={path}")
+        if network is NoneType:
+            parts[name] = (
+                None  # a pipeline asks for some of those by name, as for SD3's third text encoder
+            )
+        elif isinstance(network, type) and issubclass(network, nn.Module):
+            read = partial(whole, network, home, name, dtype=precision, **files)
+            if name.startswith(tuple(deferred)):
+                parts[name], later[name] = None, read
+            else:
+                parts[name] = read()
+        elif home != str(path):  # a tokenizer: diffusers would look for it in `path`
+            parts[name] = network.from_pretrained(home, subfolder=name)
+    try:
+        pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
+    except Exception as error:  # of schedulers and tokenizers, which are read here: nearly anything
+        what = f"does not load as a {kind.__name__} ({first_line(error)})"
+        raise ValueError(f"teacher.path={path} {what}; fetch it anew") from None
+    pipeline.deferred = later
+    return pipeline
+
+
+def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]) -> None:
+    """Raise FileNotFoundError for a part that the index names and that is not there, ValueError for a quantised one.
+
+    Before any is read. A tokenizer that is not there transformers would make up. Networks whose
+    names begin with one of `deferred` may come later.
+    """
+    for name, found in classes.items():
+        place = Path(home_of(Path(path), name), name)
+        network = isinstance(found, type) and issubclass(found, nn.Module)
+        if found is NoneType or (network and name.startswith(tuple(deferred))):
+            continue
+        if not place.is_dir() or (network and not (place / "config.json").is_file()):
+            what = "is missing or has no config.json" if network else "is missing"
+            how = lacking(kind, name)
+            raise FileNotFoundError(f"teacher.path={path}: its {name}/ {what}; {how}")
+        if network:
+            said = mapping_of(place / "config.json")
+            refuse_quantised(said, f"teacher.path={path}: its {name}/")
+
+
+def configurations(path: str) -> Callable[[str], Any]:
+    """The configurations in a pipeline folder or in those that have the parts which it lacks, by the parts' names."""
+    return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
+
+
+def lineage(folder: Path) -> list[Path]:
+    """A pipeline folder, and those that have the parts which it lacks: its base, the base of that, and so on.
+
+    A base is named by its folder alone, and lies beside: no index can point to another place.
+    """
+    folders = [folder]
+    while (folders[-1] / "model_index.json").is_file():
+        name = mapping_of(folders[-1] / "model_index.json").get(BASE)
+        if name is None:
+            break
+        base = folders[-1].parent / str(name)
+        if (
+            name in ("", "..")
+            or Path(str(name)).name != name
+            or base in folders
+            or not base.is_dir()
+        ):
+            what = f"{BASE} is {name!r}, and must be the name of another folder beside it"
+            raise ValueError(f"{folders[-1]}/model_index.json: {what}; fetch both anew")
+        folders.append(base)
+    return folders
+
+
+def home_of(folder: Path, part: str) -> str:
+    """The folder that holds this part of a pipeline: itself, or the first of its bases that does."""
+    return str(next((home for home in lineage(folder) if (home / part).is_dir()), folder))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    check_dtype(name, "teacher.dtype")
+    return getattr(torch, name)
+
+
+def class_of(path: str) -> str:
+    """The class of the pipeline in a folder or under a hub id. Raises FileNotFoundError, ValueError if it has none."""
+    file = Path(path) / INDEX
+    if not file.is_file() and not Path(path).exists() and is_hub_id(path):
+        try:
+            file = Path(hf_hub_download(path, file.name))
+        except (OSError, ValueError) as error:
+            raise not_fetched(
+                f"run={path}", error, "no such folder, and cannot be fetched from the hub"
+            ) from None
+    if not file.is_file():
+        raise no_model(path)
+    return str(mapping_of(file).get("_class_name"))
+
+
+def told_of(path: str) -> dict[str, Any]:
+    """What the index of a student in a folder or under a hub id says of it: `options`, and `sampler` if it has one.
+
+    A stranger may have written it: only numbers, a name and a list of numbers are taken from it.
+    """
+    file = Path(path) / INDEX
+    if not file.is_file() and is_hub_id(path):  # fetched by `class_of`
+        file = Path(hf_hub_download(path, file.name))
+    said = mapping_of(file).get(TOLD) if file.is_file() else None
+    said = said if isinstance(said, dict) else {}
+    options, sampler = said.get("options"), said.get("sampler")
+    options = options if isinstance(options, dict) else {}
+    sampler = sampler if isinstance(sampler, dict) else {}
+    if not isinstance(sampler.get("name"), str):
+        return {"options": _numbers(options), "sampler": {}}
+    levels = sampler.get("levels")
+    listed = isinstance(levels, list) and all(isinstance(x, int | float) for x in levels)
+    kept = {"name": sampler["name"], "levels": levels if listed and levels else None}
+    return {"options": _numbers(options), "sampler": kept}
+
+
+def _numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that are true, false or a number above 0, which every option is that a folder keeps."""
+    return {
+        key: value
+        for key, value in options.items()
+        if isinstance(value, bool) or (isinstance(value, int | float) and value > 0)
+    }
+
+
+def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
+    """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error names."""
+    if not is_hub_id(path):
+        raise no_folder(path, key)
+    try:
+        return fetch(path, **options)
+    except (OSError, ValueError) as error:
+        raise not_fetched(f"{key}={path}", error) from None
+
+
+def pipeline_classes(
+    path: str, expected: str, without: Sequence[str], key: str = "teacher.path"
+) -> dict[str, Any]:
+    """Part -> class, NoneType for an empty one, but for those `without`, in the index of an `expected` pipeline.
+
+    Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what an error names.
+    """
+    index, classes = index_of(path, key), {}
+    check_kind(index.get("_class_name"), expected, path, key)
+    for name, pair in index.items():
+        if name in without or not isinstance(pair, list) or len(pair) != 2:
+            continue
+        if pair[0] is None:
+            classes[name] = NoneType
+            continue
+        if tuple(pair) in SCHEDULERS:
+            continue
+        library, found = pair
+        if library not in LIBRARIES:
+            raise ValueError(
+                f"{key}={path}: {name} is code of {library!r}, which this teacher does not read"
+            )
+        classes[name] = getattr(LIBRARIES[library], found, None)
+    return classes
+
+
+@silent()
+def whole(
+    network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any
+) -> nn.Module:
+    """The network with every one of its tensors from the files. `key` is what an error names."""
+    folder = Path(path) / part
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{key}={path}: its {part}/ is missing or has no config.json; fetch it anew"
+        )
+    check_part(folder, f"{key}={path}")
+    refuse_quantised(mapping_of(folder / "config.json"), f"{key}={path}: its {part}/")
+    options["variant"] = variant_of(folder, options["variant"], key=f"{key}={path}")
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
+        what = f"only pickled weights ({pickled[0]}), which can run code when read"
+        advice = "use safetensors, or if you trust their maker add teacher.use_safetensors=false"
+        raise ValueError(f"{key}={path}: {part}/ has {what}; {advice}")
+    if issubclass(
+        network, transformers.PreTrainedModel
+    ):  # it names tensors of another shape only if it may go on
+        options["ignore_mismatched_sizes"] = True
+    try:
+        model, report = network.from_pretrained(
+            path, subfolder=part, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged files raise nearly anything
+        what = first_line(error).partition(". ")[0]
+        raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
+    refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
+    refuse_broken(model, f"{key}={path}: {part}/")
+    return model
+
+
+def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
+    """The variant to read of this folder of a network, None for its plain weights.
+
+    A family's configuration asks for what its model has on the hub: where a folder has plain weights
+    alone these are read. Raises ValueError, beginning with `key`, where nobody chose among several.
+    """
+    if asked is None:
+        return only_variant(folder, key)
+    files = [file.name for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin"))]
+    found = {match[1] if (match := VARIANT.search(name)) else None for name in files}
+    return asked if asked in found or None not in found else None
+
+
+def only_variant(folder: Path, key: str) -> str | None:
+    """The variant of which alone there are weights in this folder of a network; None where there are plain ones.
+
+    Raises ValueError, beginning with `key`, where there are several.
+    """
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    names = [file.name for file in files]
+    found = {match[1] if (match := VARIANT.search(name)) else None for name in names}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        what = f"{folder.name}/ has weights of variants alone"
+        ways = " or ".join(f"teacher.variant={name}" for name in sorted(found, key=str))
+        raise ValueError(f"{key}: {what}; choose one by {ways}")
+    return found.pop()
+
+
+def check_without(kind: type, without: Sequence[str]) -> None:
+    """Raise ValueError for a part `without` that no pipeline of this class has, and for a word alone."""
+    parts, _ = kind._get_signature_keys(kind)  # type: ignore[attr-defined]
+    if isinstance(without, str):
+        what = f"must be a list of {', '.join(sorted(parts))}"
+        raise ValueError(f"teacher.without={without}: {what}")
+    if wrong := [name for name in without if name not in parts]:
+        said = f"teacher.without=[{','.join(without)}]: a {kind.__name__} has no {wrong[0]}"
+        raise ValueError(f"{said}; must be a list of {', '.join(sorted(parts))}")
+
+
+def check_parts(path: str, parts: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of."""
+    for name, encoder in parts.items():
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
+            continue
+        if len(tokenizer) > (known := encoder.get_input_embeddings().num_embeddings):
+            what = f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} words and {name}/ knows {known}"
+            raise ValueError(
+                f"teacher.path={path}: {what}; they are not of one model: fetch both anew"
+            )
+
+
+def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetched") -> ValueError:
+    """What kept a setting from being fetched, in words: diffusers hides the hub's own error behind one of its own."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    meanings = (
+        meaning for cause in causes for kind, meaning in HUB.items() if isinstance(cause, kind)
+    )
+    why = next(meanings, first_line(error))
+    return ValueError(f"{setting}: {what} ({why}); check the name, the network and its licence")

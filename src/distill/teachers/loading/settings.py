@@ -1,0 +1,173 @@
+"""What a pipeline's configuration files say that changes the arithmetic: what no adapter heeds is refused by name.
+
+Nothing here imports torch: it is known before any weight is read.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.storage.bounded import mapping_of
+from distill.terminal.shown import shown
+
+Config = Mapping[str, Any]
+
+MOST_LEVELS = 16  # ours: of an autoencoder, each half as wide as the one before
+MOST_TOKENS = 4096  # ours: of a caption; CLIP reads 77
+# Kind -> tokenizers whose own length is the one that captions are padded to: those of CLIP.
+LENGTHS = {
+    "FluxPipeline": ("tokenizer",),
+    "StableDiffusion3Pipeline": ("tokenizer", "tokenizer_2"),
+    "StableDiffusionPipeline": ("tokenizer",),
+    "StableDiffusionXLPipeline": ("tokenizer", "tokenizer_2"),
+}
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
+PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
+UNITS = {  # kind -> what `unit_of` is for its model on the hub
+    "FluxPipeline": 16,
+    "PixArtSigmaPipeline": 16,
+    "SanaPipeline": 32,
+    "StableDiffusion3Pipeline": 16,
+    "StableDiffusionPipeline": 8,
+    "StableDiffusionXLPipeline": 8,
+}
+STANDARDISED = ("StableDiffusionXLPipeline",)  # which reads latents_mean and latents_std
+TOLD = {  # setting of a UNet -> what it is told of besides, which nothing here tells it
+    "time_cond_proj_dim": "its guidance, as a latent consistency model",
+    "class_embed_type": "classes",
+    "num_class_embeds": "classes",
+}
+NETWORKS = ("unet", "transformer", "vae")
+SPARE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}  # a family does without
+SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_type; of others none
+
+
+def check_settings(kind: str, config_of: Callable[[str], Config], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a pipeline of class `kind` that would be read as another one.
+
+    `config_of` gives the configuration of its part of this name, nothing for one that is not there.
+    """
+    parts = {name: config_of(name) for name in (*NETWORKS, "scheduler")}
+    for name in NETWORKS:
+        refuse_quantised(parts[name], f"{where}: its {name}/")
+    _check_denoiser(kind, parts, where)
+    if parts["scheduler"]:
+        prediction_of(parts["scheduler"], where, flow=kind in FLOWS)
+    for name in LENGTHS.get(kind, ()):
+        _check_length(config_of(name).get("model_max_length"), f"{where}: its {name}/")
+    given = [key for key in ("latents_mean", "latents_std") if parts["vae"].get(key)]
+    if given and kind not in STANDARDISED:
+        what = f"its vae/ has {' and '.join(given)}, which a {kind} does not read"
+        raise ValueError(f"{where}: {what}; take them out of its config.json if that is right")
+
+
+def refuse_quantised(config: Config, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a network whose weights are kept quantised.
+
+    Its tensors are codes and scales that another library unpacks, so they are not the weights.
+    """
+    said = config.get("quantization_config")
+    if not said:
+        return
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    by = f" by {shown(method, 30)}" if method else ""
+    what = (
+        f"is quantised{by} (quantization_config in its config.json), and no such weights are read"
+    )
+    raise ValueError(f"{where} {what}; give the folder that is not quantised")
+
+
+def lacking(kind: str, part: str) -> str:
+    """What to do about a part that is not there, of a pipeline of class `kind`."""
+    spare = SPARE.get(kind, ())
+    if part not in spare:
+        return "fetch it anew"
+    return f"add teacher.without=[{','.join(spare)}] to go without it, or fetch it anew"
+
+
+def _check_length(length: Any, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a number of tokens that captions cannot be padded to."""
+    if length is not None and not (type(length) is int and 1 < length <= MOST_TOKENS):
+        what = f"has model_max_length={shown(length, 60)}"
+        raise ValueError(f"{where} {what}, which must be 2 to {MOST_TOKENS:,}; fetch it anew")
+
+
+def in_folder(folder: Path) -> Callable[[str], Config]:
+    """The configurations in a pipeline folder, by the names of its parts."""
+
+    def config_of(part: str) -> Config:
+        kind = part.partition("_")[0]
+        name = f"{kind}_config.json" if kind in ("scheduler", "tokenizer") else "config.json"
+        file = folder / part / name
+        return mapping_of(file) if file.is_file() else {}
+
+    return config_of
+
+
+def cell_of(vae: Config, where: str) -> int:
+    """Pixels a side per latent of an autoencoder of this configuration; ValueError, after `where`, if it is none."""
+    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+    if not isinstance(widths, list) or not 0 < len(widths) < MOST_LEVELS:
+        what = "does not say block_out_channels, a width for each of its levels"
+        raise ValueError(f"{where}: its vae/config.json {what}; fetch it anew")
+    return 2 ** (len(widths) - 1)
+
+
+def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | None:
+    """Of what number of pixels the sides of pictures must be multiples; None where the files do not say it.
+
+    Pixels a side per latent, times the latents a side that make one token.
+    """
+    vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
+    patch = 2 if kind in PACKED else net.get("patch_size") or 1
+    if not vae or not net or type(patch) is not int:
+        return None
+    return patch * cell_of(vae, where)
+
+
+def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
+    """What a network predicts whose scheduler has this configuration: eps, v, x0 or flow.
+
+    With `flow` it must be that. Raises ValueError, beginning with `where`, for what is none of them.
+    """
+    name = str(scheduler.get("_class_name", ""))
+    said = str(scheduler.get("prediction_type", "epsilon"))
+    found = "flow" if name.startswith("Flow") else KINDS.get(said)
+    if name.startswith("EDM"):
+        what = f"its scheduler is an {name}, and networks trained as in EDM are not read"
+        raise ValueError(f"{where}: {what}; give a model that predicts eps, v or flow")
+    if found is None or (scheduler.get("use_flow_sigmas") and found != "flow"):
+        flows = " with use_flow_sigmas" if scheduler.get("use_flow_sigmas") else ""
+        what = f"its scheduler ({name}) says prediction_type={said}{flows}"
+        raise ValueError(
+            f"{where}: {what}; known are {', '.join(KINDS)}, the last with flow sigmas"
+        )
+    if flow and found != "flow":
+        what = f"its scheduler ({name}) says prediction_type={said}, and its network predicts flow"
+        raise ValueError(f"{where}: {what}; give the scheduler that it was published with")
+    return found
+
+
+def _check_denoiser(kind: str, parts: Mapping[str, Config], where: str) -> None:
+    name = "transformer" if parts["transformer"] else "unet"
+    net, latents = parts[name], parts["vae"].get("latent_channels")
+    read = net.get("in_channels")
+    if read and latents and read != latents * PACKED.get(kind, 1):
+        expected = latents * PACKED.get(kind, 1)
+        what = f"its {name}/ reads {read} channels and a text-to-image model's reads {expected}"
+        raise ValueError(
+            f"{where}: {what}: one for inpainting or editing, which no teacher here reads; "
+            "give the text-to-image model"
+        )
+    if name != "unet" or not net:
+        return
+    if told := next((key for key in TOLD if net.get(key)), None):
+        what = f"its unet/ has {told}={net[told]}: it is told of {TOLD[told]}"
+        raise ValueError(f"{where}: {what}, which no teacher here tells it; give another model")
+    if (hidden := net.get("encoder_hid_dim_type")) not in (None, "text_proj"):
+        what = f"its unet/ has encoder_hid_dim_type={hidden}: it is told of pictures"
+        raise ValueError(f"{where}: {what}, which no teacher here tells it; give another model")
+    if (found := net.get("addition_embed_type")) != SIZES.get(kind):
+        what = f"its unet/ has addition_embed_type={found}, and a {kind}'s has {SIZES.get(kind)}"
+        raise ValueError(f"{where}: {what}; choose another teacher=")

@@ -1,0 +1,85 @@
+"""How large a pipeline is: its parameters, from headers of its files alone, and what its decoder takes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from distill.core.limits import AT_ONCE, at_once
+from distill.machine.memory import peak
+from distill.storage.bounded import mapping_of
+from distill.teachers.loading import settings
+from distill.teachers.loading.locate import index_of
+from distill.teachers.loading.reading import home_of
+from distill.terminal.shown import shown
+
+MOST_HEADER = 100_000_000  # bytes, as safetensors has it
+VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
+
+
+def parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder, from their headers alone; of variants, the first."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if not any(v in file.name for v in VARIANTS)]
+    return sum(map(_numbers, plain or files))
+
+
+def _numbers(file: Path) -> int:
+    """0 of a damaged file: what is wrong with it is said when it is read."""
+    there = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if length < min(there, MOST_HEADER) else {}
+        shapes = [x["shape"] for name, x in header.items() if name != "__metadata__"]
+        found = sum(math.prod(shape) for shape in shapes)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return 0
+    return found if 0 <= found <= 2 * there else 0  # of the smallest there are two a byte
+
+
+def of_pipeline(path: Path) -> dict[str, int]:
+    """Part -> its parameters, of a pipeline folder, parts that its base has included."""
+    parts = [name for name, pair in index_of(str(path)).items() if isinstance(pair, list)]
+    found = {name: parameters(Path(home_of(path, name), name)) for name in parts}
+    return {name: count for name, count in found.items() if count}
+
+
+def pixels_of(path: Path, denoiser: str) -> int | None:
+    """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do not say it."""
+    side = config_of(path, denoiser).get("sample_size")
+    return side * cell_of(path) if isinstance(side, int) else None
+
+
+def cell_of(path: Path) -> int:
+    """Pixels a side per latent."""
+    return settings.cell_of(config_of(path, "vae"), str(path))
+
+
+def config_of(path: Path, part: str) -> dict[str, Any]:
+    file = Path(home_of(path, part), part, "config.json")
+    return dict(mapping_of(file))
+
+
+def decoding(path: Path, side: int, dtype: str) -> int:
+    """Bytes that the decoder of a pipeline folder takes for pictures of `side` x `side`, beside its weights.
+
+    As many at a time as `limits.at_once` says, and above that size in tiles, as `PipelineTeacher.pictures` has it.
+    """
+    config = config_of(path, "vae")
+    name = str(config.get("_class_name"))
+    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
+        raise ValueError(f"{path}: its vae/ is a {shown(name, 60)}, no autoencoder of diffusers")
+    kind = getattr(diffusers, name)
+    precision = getattr(torch, dtype)
+    with torch.device("meta"):
+        vae = kind.from_config(config).to(precision).eval()
+    if side**2 > AT_ONCE and hasattr(vae, "enable_tiling"):
+        vae.enable_tiling()
+    channels = config.get("latent_channels", 4)
+    shape = (at_once(side, side), channels, side // cell_of(path), side // cell_of(path))
+    latents = torch.empty(shape, dtype=precision, device="meta")
+    return peak(lambda: vae.decode(latents).sample)

@@ -1,0 +1,141 @@
+"""Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.machine.faults import first_line
+from distill.storage.aside import whole_file
+from distill.storage.bounded import check_archive, parsed_mapping
+from distill.storage.unread import refuse_broken
+from distill.teachers.loading.locate import in_repository, no_file
+from distill.teachers.loading.lora_files import add_lora
+from distill.teachers.loading.reading import not_fetched
+
+
+def put_on(pipeline: Any, path: str) -> None:
+    """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights under diffusers' names
+    (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export to=delta` wrote, which is added. Of a LoRA only
+    layers of the denoiser are used: a student's text encoders are copies of the teacher's files.
+
+    Raises FileNotFoundError, or ValueError for weights of another network.
+    """
+    file = local_file(path, "teacher.weights")
+    with readable(f"teacher.weights={path}"):
+        state, about = read_weights(file)
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
+    if any("lora" in name for name in state):
+        add_lora(pipeline, model, state, path, file)
+    else:
+        _put(model, state, path, add="delta" in about)
+    refuse_broken(model, f"teacher.weights={path}: with it the {type(model).__name__}")
+
+
+def _put(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
+    """Take the state's tensors for the model's own, or `add` them to these."""
+    own = model.state_dict()
+    shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
+    if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
+        what = f"{len(other)} tensors are not there or of another shape, {sorted(other)[0]} for one"
+        raise ValueError(
+            f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})"
+        )
+    model.load_state_dict(
+        {k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()}
+    )
+
+
+def local_file(path: str, key: str) -> Path:
+    """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is what an error names."""
+    file = Path(path)
+    if not file.is_file() and in_repository(path):
+        owner, name, inside = path.split("/", 2)
+        repository = f"{owner}/{name}"
+        try:
+            file = Path(hf_hub_download(repository, inside))
+        except (OSError, ValueError) as error:
+            raise not_fetched(f"{key}={path}", error) from None
+    if not file.is_file():
+        raise no_file(path, key)
+    return file
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said about them.
+
+    Raises ValueError for a damaged one.
+    """
+    try:
+        if file.suffix != ".safetensors":
+            check_archive(file)
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            state = state.get("state_dict", state)
+            return {name: x for name, x in state.items() if isinstance(x, Tensor)}, {}
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, about_weights(file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        what = f"cut short or no file of weights ({first_line(error, 90)})"
+        raise ValueError(f"{file}: {what}; fetch it anew") from None
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Within, what a damaged file raises, which is nearly anything, is a ValueError that begins with `where`."""
+    try:
+        yield
+    except Exception as error:
+        what = f"cannot be read as weights ({first_line(error)[:80]})"
+        advice = "fetch it anew, as .safetensors"
+        raise ValueError(f"{where}: {what}; {advice}") from None
+
+
+def about_weights(file: Path) -> dict[str, Any]:
+    """What a safetensors file of ours says about itself, without its tensors; nothing for any other."""
+    with safe_open(file, "pt") as opened:
+        return parsed_mapping(
+            (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
+        )
+
+
+def write_weights(
+    state: dict[str, Tensor],
+    file: Path,
+    *,
+    dtype: str | None = None,
+    about: dict | None = None,
+    words: dict[str, str] | None = None,
+) -> Path:
+    """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become (None: they stay).
+
+    `about` is what it says to us, `words` what it says to others in their own. Raises ValueError for a dtype that there
+    is not, and for values that it cannot hold.
+    """
+    kind = getattr(torch, dtype, None) if dtype else None
+    if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(
+            f"dtype={dtype}: must be a floating dtype of torch: float32, bfloat16, float16"
+        )
+    state = {
+        k: v.to(kind if kind and v.is_floating_point() else v.dtype).contiguous()
+        for k, v in state.items()
+    }
+    for name, value in state.items():
+        if kind and value.is_floating_point() and not value.isfinite().all():
+            what = f"{name} has values that it cannot hold, or that are not finite"
+            raise ValueError(f"dtype={dtype}: {what}; use dtype=bfloat16 or float32")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    said = {"format": "pt", **(words or {})} | ({"distill": json.dumps(about)} if about else {})
+    with whole_file(file) as part:
+        save_file(state, part, said)
+    return file

@@ -1,0 +1,191 @@
+"""When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
+
+import difflib
+import logging
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from distill.machine import signals
+from distill.machine.signals import handled_by, remember
+from distill.methods.base import Distillation
+from distill.storage.aside import duplicate, remove, sweep
+from distill.storage.checkpoint_files import read, write
+from distill.storage.checkpoint_names import steps_in
+from distill.terminal import console
+from distill.training.run_metadata import RunRecord
+
+log = logging.getLogger(__name__)
+CONNECTOR = "checkpoint_connector"  # Lightning's module that takes up a checkpoint
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Lightning's reading and writing, by ours."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read(Path(path))
+
+
+@contextmanager
+def taken_up(path: Path | None) -> Iterator[None]:
+    """Have what goes wrong as Lightning takes up this checkpoint name it: ValueError. None: there is none."""
+    try:
+        yield
+    except (OSError, signals.Stopped):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if path is None or not any(Path(frame.filename).stem == CONNECTOR for frame in frames):
+            raise
+        said = " ".join(str(error).split()).removeprefix("the checkpoint ")
+        if str(path) in said:
+            raise
+        if not isinstance(error, ValueError):  # a damaged state, which nobody foresees
+            console.failed(error)
+            said = f"its state cannot be taken up ({type(error).__name__}: {said[:200]})"
+        raise ValueError(f"resume={path}: {said}; name another checkpoint of this run") from None
+
+
+class Checkpoints(L.Callback):
+    """Saves every `every` student steps, at the end, and when asked to stop by a signal.
+
+    The newest `keep` stay (0: all), for good one every `archive` steps (0: none), and as best.ckpt the one where the
+    logged value `best` was best, which `best_is` min or max says.
+    """
+
+    def __init__(
+        self,
+        every: int = 250,
+        keep: int = 2,
+        archive: int = 0,
+        best: str | None = None,
+        best_is: Literal["min", "max"] = "min",
+    ):
+        if every < 1 or keep < 0 or best_is not in ("min", "max"):
+            raise ValueError(
+                f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min or max"
+            )
+        self.every, self.keep, self.archive, self.best, self.best_is = (
+            every,
+            keep,
+            archive,
+            best,
+            best_is,
+        )
+        self.folder, self.about = Path("checkpoints"), {}
+        self.tracked: Callable[[], dict[str, Any]] = (
+            dict  # what loggers call their own runs, by key
+        )
+        self.stopped_by: signal.Signals | None = None
+        self._best: float | None = None
+        self._known = (
+            best is None
+        )  # whether the value was ever logged, or it was said that it was not
+        self._handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best = state["best"]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        # Lightning's own handlers stop in the middle of things, and speak to other processes from inside a signal.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        seconds = RunRecord(self.folder.parent).trained_for()
+        more = {"train_seconds": seconds, "loggers": self.tracked()}
+        checkpoint["about"] = {**self.about, **more}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            sweep(self.folder)
+            self._set_aside(pl_module.step)
+        for logger in trainer.loggers:
+            if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
+                logger.go_on(pl_module.step, pl_module.loop.iteration)
+        self._handlers = handled_by(self._heard)
+
+    def _set_aside(self, step: int) -> None:
+        """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day.
+
+        Pictures alone, which a kill leaves between them and their checkpoint, are removed: they are drawn again.
+        """
+        kept = steps_in(self.folder, ".ckpt"), steps_in(self.folder.parent / "samples", ".png")
+        checkpoints, pictures = ([found[at] for at in found if at > step] for found in kept)
+        if not checkpoints:
+            for path in pictures:
+                path.unlink(missing_ok=True)
+            return
+        aside = self.folder / "abandoned" / time.strftime("%Y-%m-%d_%H-%M-%S")
+        later = [*checkpoints, *pictures]
+        for path in later:
+            aside.mkdir(parents=True, exist_ok=True)
+            path.replace(aside / path.name)
+        what = f"{len(later)} checkpoints and pictures of later steps are now in {aside}"
+        print(f"going on from step {step}: {what}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def _heard(self, number: int, _frame: Any) -> None:
+        remember(number)  # asked twice it ends now, and without a checkpoint
+        self.stopped_by = signal.Signals(number)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        self._known = self._known or self.best in trainer.callback_metrics | pl_module.loop.numbers
+        if trainer.world_size > 1:  # one process was told: all must save, and together
+            told = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
+            number = trainer.strategy.reduce(told, reduce_op="max")
+            self.stopped_by = signal.Signals(int(number)) if number else None
+        trainer.should_stop |= self.stopped_by is not None
+        due = pl_module.loop.updated and (
+            pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
+        )
+        if due or self.stopped_by:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.numbers
+        path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
+        for logger in trainer.loggers:  # first: what lies before the checkpoint is not logged again
+            logger.save()
+        trainer.save_checkpoint(path)
+        if not trainer.is_global_zero:
+            return
+        if not self._known and step:
+            self._known = True
+            close = difflib.get_close_matches(str(self.best), list(known), n=1)
+            near = f" (did you mean {close[0]}?)" if close else ""
+            what = "nothing of this name was logged so far, and there is no best.ckpt"
+            log.warning("callbacks.checkpoint.best=%s: %s%s", self.best, what, near)
+        value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
+        if value is not None and (self._best is None or sign * value < sign * self._best):
+            self._best = float(value)
+            duplicate(path, best)
+        steps = steps_in(self.folder, ".ckpt")
+        for old in list(steps)[: -self.keep] if self.keep else ():
+            if not (self.archive and old % self.archive == 0):
+                remove(steps[old])

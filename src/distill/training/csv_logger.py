@@ -1,0 +1,103 @@
+"""`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what it finds)."""
+
+import csv
+import errno
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from distill.storage.aside import put
+
+MOST = 2**24  # ours: characters of the line that names the columns
+
+
+class CsvLog(Logger):
+    """Rows {step, name: value}, each appended at once and in one write, so that a kill loses none.
+
+    A new column goes behind the others, and the file is put in place anew with a longer header. Rows before it stay as
+    they are, and shorter: csv and pandas read what they lack as missing. A last line without its end is being written,
+    or was torn by a power cut; going on from a checkpoint drops it.
+    """
+
+    name, version = "csv", ""
+
+    def __init__(self, save_dir: str):
+        super().__init__()
+        self._path = Path(save_dir) / "metrics.csv"
+        self._columns: list[str] = []
+        if self._path.is_file():
+            with self._path.open(newline="", encoding="utf-8", errors="replace") as file:
+                first = file.readline(MOST)  # a quote left open would go on to the end
+            try:
+                self._columns = next(csv.reader([first]), [])
+            except csv.Error as error:
+                what = f"its first line names no columns ({error}); repair it, or move it away"
+                raise ValueError(f"{self._path}: {what}") from None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {**metrics, "step": step or 0}
+        if new := sorted(row.keys() - {"step", *self._columns}):
+            self._widen(new)
+        self._append(_line([row.get(name, "") for name in self._columns]))
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Nothing: config.yaml has it all."""
+
+    @rank_zero_only
+    def go_on(self, step: int, iteration: int) -> None:
+        """Drop what the stopped run logged after the checkpoint that it goes on from: it is done again."""
+
+        def early(cells: list[str]) -> bool:
+            row = dict(zip(self._columns, cells, strict=False))
+            return int(row["step"]) <= step and float(row.get("iteration") or 0) <= iteration
+
+        if self._columns:
+            self._rewrite(early)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Have the rows outlive a power cut too, as a checkpoint does."""
+        if self._path.is_file():
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _widen(self, new: Sequence[str]) -> None:
+        self._columns = [*(self._columns or ["step"]), *new]
+        self._rewrite()
+
+    def _rewrite(self, wanted: Callable[[list[str]], bool] | None = None) -> None:
+        """Put the file in place anew: the header, and of its whole lines those whose cells are `wanted`; None: all."""
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
+        kept = [line for line in lines[1:] if line.endswith(b"\n")]
+        if wanted:
+            kept = [line for line in kept if _is_row(line, wanted)]
+        put(self._path, b"".join([_line(self._columns), *kept]))
+
+    def _append(self, line: bytes) -> None:
+        with self._path.open("ab", buffering=0) as file:
+            written = file.write(line)
+            if written < len(line):  # the disk is full: half a line would spoil the next
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+
+def _line(cells: Sequence[Any]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(cells)
+    return text.getvalue().encode()
+
+
+def _is_row(line: bytes, wanted: Callable[[list[str]], bool]) -> bool:
+    try:
+        return wanted(next(csv.reader([line.decode()])))
+    except (ValueError, KeyError, StopIteration, csv.Error):
+        return False  # zeros, say, of blocks that a power cut has kept from the disk

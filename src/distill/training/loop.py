@@ -1,0 +1,273 @@
+"""The loop of two players: phases, accumulation, clipping, counters. Every method is trained by it.
+
+One iteration: all that is random is drawn -> student's sample and its features, with graph -> discriminator phase on
+the detached features -> student phase on the same ones -> average -> refresh of the heads. A *step* is one update of
+the student; `max_steps`, schedules, averages and logs count steps. The optional head start trains the discriminator
+alone for some iterations before step 0.
+
+With accumulation the student's sample is made again in either phase and for every update of the discriminator. It is
+the same each time, since its random numbers are drawn beforehand.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill.core import randomness
+from distill.core.ema import Ema
+from distill.core.limits import after_divergence
+from distill.core.randomness import Streams
+from distill.core.types import Batch, Losses
+from distill.training.engine import Engine
+
+Micro = tuple[Batch, Any]  # a micro-batch, and what its method has drawn for it
+log = logging.getLogger("distill.training")
+
+
+class TwoPlayerLoop:
+    """Trains the student of a method against its discriminator, where it has one.
+
+    Args:
+        engine: optimisers, rates and counts of updates.
+        seed: of all that is random in training.
+    """
+
+    def __init__(self, engine: Engine, *, seed: int = 0) -> None:
+        self.engine, self.seed = engine, seed
+        self.iteration, self.images_seen = 0, 0
+        self.skipped = 0  # student updates that were left out
+        self.updated = False  # whether the last iteration moved the student
+        self.numbers: dict[str, float] = {}  # what the last iteration logged
+        self.ema: Ema  # of the student
+        self.logged: dict[str, Tensor | float] = {}  # of the iteration under way
+        self._bad_in_a_row = 0  # iterations with an update left out
+        self._pending: list[Batch] = []
+        self._peaks: list[list[float]] = []
+
+    @property
+    def step(self) -> int:
+        """Student updates so far."""
+        return max(0, self.iteration - self.engine.head_start - self.skipped)
+
+    def average(self, student: nn.Module) -> None:
+        """Begin the average anew, of the weights as they are."""
+        self.ema = Ema(student, decay=self.engine.ema_decay)
+
+    def streams(self, method: Any, micro: int = 0) -> Streams:
+        """What the random numbers of this iteration's micro-batch are drawn from."""
+        return randomness.streams(
+            seed=self.seed,
+            iteration=self.iteration,
+            step=self.step,
+            place=self._place(method, micro),
+            updates=self.engine.discriminator_updates,
+            device=method.device,
+        )
+
+    def embed(self, method: Any, batch: Mapping[str, Any]) -> Batch:
+        """A loader's batch as the method sees it; where the teacher makes the samples, as the next micro-batch."""
+        place = self._place(method, len(self._pending))
+        key = (self.seed, self.iteration, place, randomness.REAL)
+        return cast(Batch, method.embed(batch, randomness.generator(*key, device=method.device)))
+
+    # -- an iteration --------------------------------------------------------------------------------------------------
+
+    def training_step(self, method: Any, batch: Mapping[str, Any]) -> None:
+        """Take a batch; once there are `accumulate` of them, update the players."""
+        self._pending.append(self.embed(method, batch))
+        self.updated = False
+        if len(self._pending) < self.engine.accumulate:
+            return
+        batches, self._pending = self._pending, []
+        self.logged = {}
+        leading = self.iteration < self.engine.head_start
+        micros = [(b, method.draw(b, self.streams(method, i))) for i, b in enumerate(batches)]
+        moved = self._update_players(method, micros, leading)
+        self.updated = not leading and moved[-1]
+        self.iteration += 1
+        self.skipped += not leading and not self.updated
+        self._bad_in_a_row = 0 if all(moved) else self._bad_in_a_row + 1
+        self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
+        self._log_iteration(method)
+        if self._bad_in_a_row >= self.engine.stop_after_bad:
+            self._give_up(method)
+
+    def _update_players(self, method: Any, micros: list[Micro], leading: bool) -> list[bool]:
+        """Whether each update took place, the student's last; in the head start there is none of it."""
+        samples: list[Any] = []
+        if self.engine.accumulate == 1:  # of several batches one sample at a time is what fits
+            with torch.set_grad_enabled(not leading):
+                phase = "discriminator" if leading else "both"
+                samples = [method.student_sample(*micros[0], phase)]
+        student, *critics = self.players(method)
+        turns = range(self.engine.discriminator_updates if critics else 0)
+        moved = [
+            self.update_discriminator(method, micros, samples, critics[0], turn) for turn in turns
+        ]
+        if not leading:
+            moved.append(self.update_student(method, micros, samples, student))
+        return moved
+
+    def update_discriminator(
+        self, method: Any, micros: list[Micro], samples: list[Any], optimizer: Any, turn: int
+    ) -> bool:
+        self.logged = {}  # of several updates, the last one's numbers
+        method.heads.requires_grad_(True)
+        optimizer.zero_grad(set_to_none=True)
+        for batch, draws in micros:
+            with torch.no_grad():
+                fresh = None if samples else method.student_sample(batch, draws, "discriminator")
+            sample = samples[0] if samples else fresh
+            self.backward(method, "d", method.discriminator_loss(batch, draws, sample, turn))
+        limit = self.engine.clip_discriminator
+        return self.clip_and_step(method, "d", method.heads, optimizer, limit)
+
+    def update_student(
+        self, method: Any, micros: list[Micro], samples: list[Any], optimizer: Any
+    ) -> bool:
+        # weight gradients of the heads would be computed and thrown away
+        method.heads.requires_grad_(False)
+        optimizer.zero_grad(set_to_none=True)
+        for batch, draws in micros:
+            sample = samples[0] if samples else method.student_sample(batch, draws, "student")
+            self.backward(method, "g", method.student_loss(batch, draws, sample))
+        limit = self.engine.clip_student
+        updated = self.clip_and_step(method, "g", method.student, optimizer, limit)
+        method.heads.requires_grad_(True)
+        if updated:
+            self.ema.update(self.step)
+            self._refresh(method)
+        return updated
+
+    def _refresh(self, method: Any) -> None:
+        """Have the heads begin anew where they do so; the moments of such parameters go with them."""
+        if not method.has_discriminator:
+            return
+        fresh = randomness.common(self.seed, self.iteration, method.device, "refresh")
+        for parameter in method.heads.refresh(fresh):
+            self.players(method)[1].optimizer.state.pop(parameter, None)
+
+    def backward(self, method: Any, player: str, losses: Losses) -> None:
+        share = self.engine.accumulate
+        for name, value in losses.metrics.items():
+            self.logged[name] = self.logged.get(name, 0.0) + value.detach() / share
+        if not losses.terms:
+            return
+        total = torch.stack(list(losses.terms.values())).sum() / share
+        # what ran in float32 goes back in it
+        with torch.autocast(method.device.type, enabled=False):
+            method.manual_backward(total)
+        for name, value in losses.terms.items():
+            key = f"{player}/{name}"
+            self.logged[key] = self.logged.get(key, 0.0) + value.detach() / share
+
+    def clip_and_step(
+        self, method: Any, player: str, module: nn.Module, optimizer: Any, limit: float
+    ) -> bool:
+        """Average over processes, clip, step; nothing happens, in any process, if the gradient is not finite."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if average := getattr(method.trainer.strategy, "average_gradients", None):
+            average(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        own = self.iteration if player == "d" else self.step
+        rate = self.engine.rate(self.step, method.trainer.max_steps, own)
+        self.logged[f"{player}/grad_norm"] = norm
+        self.logged[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * rate
+        if not math.isfinite(norm):
+            terms = {k: float(v) for k, v in self.logged.items() if k.startswith(f"{player}/")}
+            if method.global_rank == 0:  # alike in all processes
+                what = "step %d: a gradient is not finite and its update is left out: %s"
+                log.warning(what, self.step, terms)
+            return False
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        optimizer.step()
+        return True
+
+    def _give_up(self, method: Any) -> None:
+        count, trainer = self._bad_in_a_row, method.trainer
+        players = ["student", "discriminator"] if method.has_discriminator else ["student"]
+        rates = [f"optimizer.{player}.lr" for player in players]
+        folder, precision = Path(trainer.default_root_dir), str(trainer.precision)
+        advice = after_divergence(folder, precision, rates)
+        what = f"{count} iterations in a row had a gradient that is not finite"
+        raise FloatingPointError(f"{what}, up to step {self.step}; {advice}")
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+
+    def _log_iteration(self, method: Any) -> None:
+        counts = ("step", "iteration", "images_seen", "skipped")
+        self.logged |= {name: getattr(self, name) for name in counts}
+        self.numbers = self._numbers(method)
+        every = max(1, method.trainer.log_every_n_steps)
+        if self.iteration % every and self.iteration != 1:  # at once something, if steps are slow
+            return
+        for logger in method.loggers:
+            # log_dict would say again and again what only some iterations have
+            values = {k: v for k, v in self.numbers.items() if k != "step"}
+            logger.log_metrics(values, step=self.step)
+
+    def _numbers(self, method: Any) -> dict[str, float]:
+        """What was logged, as floats, averaged over processes; one transfer for all of it."""
+        kind = {"dtype": torch.float32, "device": method.device}
+        values = torch.stack([torch.as_tensor(v, **kind) for v in self.logged.values()])
+        if method.trainer.world_size > 1:
+            values = method.trainer.strategy.reduce(values, reduce_op="mean")
+        return dict(zip(self.logged, values.tolist(), strict=True))
+
+    # -- optimisers ----------------------------------------------------------------------------------------------------
+
+    def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
+        """The student's, and that of the heads where there are any."""
+        players = [self.engine.student(method.student.parameters())]
+        if method.has_discriminator:
+            players.append(self.engine.discriminator(method.heads.parameters()))
+        for optimizer in players:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in players]
+        return players
+
+    def on_train_start(self, method: Any) -> None:
+        """A checkpoint brings its own peak rates, but the configuration has the last word."""
+        for optimizer, peaks in zip(self.players(method), self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["initial_lr"] = peak
+
+    def players(self, method: Any) -> list[Any]:
+        """The optimisers, the student's first; only that one advances `global_step`.
+
+        Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop re-assigns these two
+        hooks each batch, so they are replaced each time. Delete this when the issue is closed.
+        """
+        found, profiler = method.optimizers(), method.trainer.profiler
+        players: list[Any] = found if method.has_discriminator else [found]
+        for discriminator in players[1:]:
+            discriminator._on_before_step = lambda: profiler.start("optimizer_step")
+            discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
+        return players
+
+    def _place(self, method: Any, micro: int) -> int:
+        """Of a micro-batch among those of all ranks, as the data are dealt out."""
+        world = method.trainer.world_size if method._trainer else 1
+        return micro * world + cast(int, method.global_rank)
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = ("iteration", "images_seen", "skipped")
+        return {**{name: getattr(self, name) for name in counts}, "ema": self.ema.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.iteration, self.images_seen = state["iteration"], state["images_seen"]
+        self.skipped = state["skipped"]
+        self.ema.load_state_dict(state["ema"])

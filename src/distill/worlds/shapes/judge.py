@@ -1,0 +1,131 @@
+"""Judging generated `shapes`: do they show what the prompt says, and are they as real, varied and sharp as renders?
+
+The reader answers what it sees. An answer counts only where the prompt says something: what a caption leaves free
+cannot be wrong. The distances compare with renders of the same prompts, so that they measure pictures, not prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.core import distances
+from distill.worlds.shapes.reader import CHOICES, Reader, targets
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import Prompt, draw_prompt, draw_scene
+
+MODEL = Path(__file__).parent / "models" / "reader"
+ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")
+LUMA = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]  # Rec. 709
+PATTERNS = ("striped", "dotted")
+SEEDS = 9_000_000  # training seeds stay below: no judging prompt and no reference scene was ever trained on
+
+
+def judging_prompts(n: int, *, seed: int, held_out: bool = False) -> list[Prompt]:
+    """n prompts apart from training's draws; with `held_out`, each names a pair that training never shows."""
+    return [
+        draw_prompt(np.random.default_rng([SEEDS + seed, i]), held_out=held_out) for i in range(n)
+    ]
+
+
+def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
+    """One scene per prompt, drawn anew: pixels [N, 3, 64, 64] in [-1, 1]. A prompt given twice gives two scenes."""
+    # The 2 keeps scenes apart from prompts: numpy pads short seeds with zeros, so [s, i] is [s, i, 0].
+    scenes = [
+        draw_scene(np.random.default_rng([SEEDS + seed, i, 2]), prompt)
+        for i, prompt in enumerate(prompts)
+    ]
+    return torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass
+class Judge:
+    """Scores pictures [N, 3, 64, 64] against their prompts, on the CPU, each picture as a PNG file would hold it."""
+
+    reader: Reader
+
+    @classmethod
+    def load(cls, folder: Path = MODEL) -> Judge:
+        return cls(Reader.load(folder))
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, batch: int = 256) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels [N, 3, 64, 64] in [-1, 1] -> features [N, 96] and the likeliest answer's index [N] per question."""
+        features = torch.cat([self.reader.features(part) for part in as_saved(pixels).split(batch)])
+        return features, {
+            question: logits.argmax(1) for question, logits in self.reader.answer(features).items()
+        }
+
+    @staticmethod
+    def accuracy(answers: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
+        """Shares in [0, 1] of right answers to what was said, by attribute; nan where no prompt says any.
+
+        `prompt_accuracy` is the share of pictures with everything right: the count and all that their prompt says.
+        """
+        truth = targets(prompts)
+        said = {question: truth[question] >= 0 for question in CHOICES}
+        right = {question: answers[question] == truth[question] for question in CHOICES}
+        whole = torch.stack([right[question] | ~said[question] for question in CHOICES]).all(dim=0)
+        scores = {"prompt_accuracy": whole.double().mean().item()}
+        for name in ATTRIBUTES:
+            hits = [right[q][said[q]] for q in CHOICES if q.rstrip("012") == name]
+            scores[name] = torch.cat(hits).double().mean().item()
+        return scores
+
+    def __call__(
+        self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0
+    ) -> dict[str, float]:
+        """All scores but diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least four."""
+        if len(pixels) != len(prompts):
+            raise ValueError(
+                f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)} pictures"
+            )
+        features, answers = self.read(pixels)
+        reference = fresh_renders(prompts, seed=reference_seed)
+        real, _ = self.read(reference)
+        precision, recall = distances.precision_recall(real, features)
+        return self.accuracy(answers, prompts) | {
+            "frechet": distances.frechet(features, real),
+            "precision": precision,
+            "recall": recall,
+            "stripe_sharpness": stripe_sharpness(pixels, reference, prompts),
+        }
+
+    def diversity(self, groups: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> float:
+        """Spread of groups [G, n, 3, 64, 64] over that of renders: 1 is as varied as the data, 0 is one picture."""
+        n = groups.shape[1]
+        renders = fresh_renders(
+            [prompt for prompt in prompts for _ in range(n)], seed=reference_seed
+        )
+        both = (self.read(x)[0].unflatten(0, (-1, n)) for x in (groups.flatten(0, 1), renders))
+        fake, real = map(distances.diversity, both)
+        return fake / real
+
+
+def as_saved(pixels: Tensor) -> Tensor:
+    """Pixels clamped to [-1, 1] and rounded to 8 bits, in float32 on the CPU."""
+    pixels = pixels.detach().float().cpu()
+    if broken := int((~pixels.isfinite().flatten(1).all(dim=1)).sum()):
+        raise ValueError(
+            f"{broken} of {len(pixels)} pictures hold pixels that are not finite; has training diverged?"
+        )
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def stripe_sharpness(pixels: Tensor, reference: Tensor, prompts: list[Prompt]) -> float:
+    """Mean |Laplacian| of luminance over the pictures whose prompt says striped or dotted, relative to `reference`.
+
+    1 is as sharp as the data, less is blur, more is noise; nan if no prompt says a pattern.
+    """
+    patterned = torch.tensor(
+        [any(thing.fill in PATTERNS for thing in prompt.things) for prompt in prompts]
+    )
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    luma = ((as_saved(x)[patterned] * LUMA).sum(1, keepdim=True) for x in (pixels, reference))
+    fake, real = (F.conv2d(y, kernel).abs().mean() for y in luma)
+    return (fake / real).item()

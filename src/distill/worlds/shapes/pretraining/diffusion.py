@@ -1,0 +1,319 @@
+"""The two tiny teachers: an SD3-type MMDiT on the rectified flow, and an SD-type UNet that predicts noise."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from distill.config.compose import shipped
+from distill.data.write import write_latents
+from distill.evaluation.shapes import pictures
+from distill.machine.hardware import autocast
+from distill.sampling import seeded
+from distill.sampling.guided import guided
+from distill.teachers.attention import Attention
+from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.sd import SD
+from distill.teachers.sd3 import SD3, SILENT_TOKENS
+from distill.teachers.silent_token_attention import fold, weights
+from distill.terminal.progress import Bar, track
+from distill.worlds.shapes.judge import judging_prompts
+from distill.worlds.shapes.pretraining.asked import teaching_stage
+from distill.worlds.shapes.pretraining.assemble import SCHEDULE, save_sd, save_sd3
+from distill.worlds.shapes.pretraining.fit import DEVICE
+from distill.worlds.shapes.pretraining.text import tokenize
+from distill.worlds.shapes.pretraining.work import PER_SHARD, Work
+from distill.worlds.shapes.world import draw_prompt
+
+DROP = 0.1  # share of captions emptied, for classifier-free guidance
+# SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time instead of 8 %.
+TIME_MEAN, TIME_SPREAD = 0.5, 1.2
+Loss = Callable[
+    [Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor
+]  # of x0, eps, tokens, pooled
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Encodings of distinct captions, in half precision: `tokens` [N, L, D] and `pooled` [N, P].
+
+    Row 0 is the empty caption; `rows` [samples] says which of the others is sample i's, counted without the empty one.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    rows: Tensor
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens and pooled of samples `index`, or the empty caption's with probability DROP."""
+        dropped = torch.rand(len(index), generator=generator) < DROP
+        rows = torch.where(dropped, 0, self.rows[index] + 1)
+        return self.tokens[rows].float().to(DEVICE), self.pooled[rows].float().to(DEVICE)
+
+
+@torch.no_grad()
+def encode_captions(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], *, layer: int
+) -> Captions:
+    """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled output of each."""
+    number = {caption: i for i, caption in enumerate(sorted(set(captions)))}
+    tokens, pooled = [], []
+    batches = tokenize(tokenizer, ["", *number]).split(256)
+    for ids in track(batches, "encoding captions", unit="batch"):
+        output = clip.text_model(input_ids=ids, output_hidden_states=True)
+        tokens.append(
+            (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).half()
+        )
+        pooled.append(clip.text_projection(output.pooler_output).half())
+    return Captions(
+        torch.cat(tokens),
+        torch.cat(pooled),
+        torch.tensor([number[caption] for caption in captions]),
+    )
+
+
+def build_mmdit(
+    latent_side: int, text_width: int, *, layers: int = 5, heads: int = 3, head_dim: int = 48
+) -> SD3Transformer2DModel:
+    """`layers` joint blocks of width `heads * head_dim`. Text [L, 2D]: one encoder in both CLIP places.
+
+    5 blocks of 3 heads are 3.7 M parameters, 3 of 3 are 2.2 M.
+    """
+    image = {"sample_size": latent_side, "pos_embed_max_size": latent_side // 2, "patch_size": 2}
+    blocks = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
+    text = {"joint_attention_dim": 2 * text_width, "pooled_projection_dim": 2 * text_width}
+    text["caption_projection_dim"] = heads * head_dim
+    net = SD3Transformer2DModel(
+        in_channels=4, out_channels=4, qk_norm="rms_norm", **image, **blocks, **text
+    )
+    for (
+        name,
+        parameter,
+    ) in net.named_parameters():  # every block starts as the identity, the network as zero
+        if (
+            ".norm1.linear." in name
+            or ".norm1_context.linear." in name
+            or name.startswith("proj_out.")
+        ):
+            nn.init.zeros_(parameter)
+    return net
+
+
+def build_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
+    image = {"sample_size": latent_side, "in_channels": 4, "out_channels": 4}
+    shape = {
+        "block_out_channels": (48, 96),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "norm_num_groups": 16,
+    }
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    blocks = {"down_block_types": down, "up_block_types": up, "cross_attention_dim": text_width}
+    net = UNet2DConditionModel(**image, **shape, **blocks)
+    net.set_attn_processor(Attention())
+    return net
+
+
+def flow(
+    side: int,
+    length: int,
+    width: int,
+    *,
+    taught_by: str | None = None,
+    cut: bool = False,
+    compiled: bool = False,
+    **shape: int,
+) -> tuple[nn.Module, Loss]:
+    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~ N(0.5, 1.2).
+
+    With `taught_by`, a pipeline folder, the target is the velocity that its MMDiT gives for the same x_t and caption.
+    The expectation is the same where that model is right, and its noise is gone: a small network learns sooner.
+    `cut`: it begins with blocks of that MMDiT, evenly chosen, instead of random weights.
+    `compiled`: torch.compile of the blocks, which takes a minute once and a C++ compiler, then saves a third.
+    """
+    net = build_mmdit(side, width, **shape)
+    counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(
+        DEVICE
+    )
+    velocity = _velocity(net, counts, image_tokens=(side // 2) ** 2)
+    teacher, networks = None, [net]
+    if taught_by is not None:
+        frozen = SD3Transformer2DModel.from_pretrained(shipped(taught_by), subfolder="transformer")
+        teacher = _velocity(
+            frozen.requires_grad_(False).to(DEVICE), counts, image_tokens=(side // 2) ** 2
+        )
+        networks.append(frozen)
+        if cut:
+            begin_with_blocks(net, frozen)
+    if compiled:
+        for network in networks:
+            for block in network.transformer_blocks:
+                block.compile()
+
+    def loss(
+        x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        t = (
+            (TIME_MEAN + TIME_SPREAD * torch.randn(len(x0), generator=generator))
+            .sigmoid()
+            .to(DEVICE)
+        )
+        x_t = torch.lerp(x0, eps, t[:, None, None, None])
+        target = eps - x0 if teacher is None else teacher(x_t, t, tokens, pooled)
+        return (velocity(x_t, t, tokens, pooled) - target).square().mean()
+
+    return net, loss
+
+
+def begin_with_blocks(net: SD3Transformer2DModel, whole: SD3Transformer2DModel) -> None:
+    """Give `net` the weights of `whole`, which has more blocks of the same width: of these some, evenly chosen.
+
+    The last block is always among them: the text's half ends there.
+    """
+    blocks = len(net.transformer_blocks)
+    chosen = np.linspace(0, len(whole.transformer_blocks) - 1, blocks).round().astype(int).tolist()
+    source = whole.state_dict()
+    taken = {k: v for k, v in source.items() if not k.startswith("transformer_blocks.")}
+    for place, number in enumerate(chosen):
+        for name, value in whole.transformer_blocks[number].state_dict().items():
+            taken[f"transformer_blocks.{place}.{name}"] = value
+    net.load_state_dict(taken)
+
+
+def _velocity(net: nn.Module, counts: Tensor, image_tokens: int) -> Callable[..., Tensor]:
+    """What `net` says of x_t [B, C, S, S], t [B], tokens [B, L, D] and pooled [B, P]: v, in float32.
+
+    One text encoder stands in both CLIP places; the silent third one is a token that counts for all of its.
+    """
+    folded = fold(net)
+
+    def velocity(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        text = F.pad(tokens.repeat(1, 1, 2), (0, 0, 0, 1))
+        with weights(folded, counts, image_tokens):
+            v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
+        return v.float()
+
+    return velocity
+
+
+def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
+    """A UNet, and E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod, 20).
+
+    1 / alphas_cumprod is the loss on v (Salimans & Ho 2022): at high noise, where a picture's content is decided, an
+    error of eps is a large error of x0, and SD's w = 1 teaches a small network next to nothing there.
+    """
+    net = build_unet(side, width)
+    alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
+
+    def loss(
+        x0: Tensor, eps: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        t = torch.randint(1000, (len(x0),), generator=generator).to(DEVICE)
+        signal = alphas_cumprod[t][:, None, None, None]
+        guess = net(
+            signal.sqrt() * x0 + (1 - signal).sqrt() * eps, t, encoder_hidden_states=tokens
+        ).sample.float()
+        return ((1 / signal).clamp(max=20) * (guess - eps).square()).mean()
+
+    return net, loss
+
+
+TEACHERS = {  # stage -> layer of the text encoder that it reads, how it is built, saved and opened
+    "mmdit": (-2, flow, save_sd3, SD3),
+    "mmdit_small": (-2, flow, save_sd3, SD3),
+    "unet": (-1, noise, save_sd, SD),
+}
+
+
+def train(work: Work, stage: str) -> dict[str, Any]:
+    layer, build, save, family = TEACHERS[stage]
+    clip = CLIPModel.from_pretrained(work.train / "clip").eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(work.train / "tokenizer")
+    captions = encode_captions(clip, tokenizer, work.captions, layer=layer)
+    latents, fit = work.latents, work.fit(stage)
+    torch.manual_seed(fit.seed)
+    options = dict(work.asked["networks"].get(stage, {}))
+    if teaching_stage(work.asked, stage):
+        options["taught_by"] = str(work.models / options["taught_by"])
+    net, loss = build(latents.shape[-1], *captions.tokens.shape[1:], **options)
+
+    def objective(step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        x0 = latents[index].float()
+        eps = torch.randn(x0.shape, generator=generator)
+        return {
+            "mse": loss(x0.to(DEVICE), eps.to(DEVICE), *captions.draw(index, generator), generator)
+        }
+
+    fit(net, objective, samples=len(latents))
+    save(net, work.vae, clip, tokenizer, work.models / stage)
+    if work.of_shapes:
+        judge(work, stage, family(str(work.models / stage)))
+    return {"seconds": fit.seconds}
+
+
+def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
+    """Share of pictures that show all their prompt says, at each guidance and at one step; noted as they come."""
+    asked, reader = work.asked["scoring"], work.judge
+    n, guidances = asked["prompts"], [(asked["steps"], guidance) for guidance in asked["guidance"]]
+    for steps, guidance in [*guidances, (1, work.asked["shards"]["guidance"])]:
+        name, known = (
+            f"{steps} steps, guidance {guidance:g}",
+            work.stage(stage).get("prompt_accuracy", {}),
+        )
+        if name not in known:
+            maker = partial(
+                guided, teacher, shape=teacher.latent_shape, steps=steps, guidance=guidance
+            )
+            shares = {}
+            for sort in ("training", "held_out"):
+                prompts = judging_prompts(n, seed=0, held_out=sort == "held_out")
+                what = f"{stage}: judging {name}, {sort.replace('_', ' ')} prompts"
+                with Bar(what, n, unit="image", rate="images") as bar:
+                    answers = reader.read(pictures(teacher, maker, prompts, range(n), bar))[1]
+                shares[sort] = round(reader.accuracy(answers, prompts)["prompt_accuracy"], 4)
+            work.note(stage, prompt_accuracy=known | {name: shares})
+
+
+def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
+    """Latents that `mmdit` makes, of new captions of `shapes` or of the user's over again; seed = caption's number.
+
+    WebDataset shards; what is there already stays. Larger batches fall out of a CPU's caches and take twice as long.
+    """
+    asked, seed, folder = work.asked["shards"], work.data["seed"], work.models / "latents"
+    if work.of_shapes:
+        captions = [
+            draw_prompt(np.random.default_rng([seed + 2, i])).caption for i in range(asked["count"])
+        ]
+    else:
+        captions = [work.captions[i % len(work.captions)] for i in range(asked["count"])]
+    teacher = SD3(str(work.models / "mmdit"))
+
+    def samples(numbers: range) -> Iterator[tuple[str, np.ndarray, str]]:
+        what = f"drawing latents {numbers[0]} to {numbers[-1]}"
+        for start in track(numbers[::batch], what, unit="batch"):
+            seeds = range(start, min(start + batch, numbers.stop))
+            with autocast(work.asked["precision"], teacher.device.type):
+                cond, how = (
+                    teacher.embed([captions[i] for i in seeds]),
+                    {k: asked[k] for k in ("steps", "guidance")},
+                )
+                latents = guided(teacher, cond, seeded(seeds), shape=teacher.latent_shape, **how)
+            for i, latent in zip(seeds, latents, strict=True):
+                yield f"{i:06d}", latent.half().cpu().numpy(), captions[i]
+
+    for number, start in enumerate(range(0, len(captions), PER_SHARD)):
+        if not (folder / f"latents-{number:06d}.tar").exists():
+            numbers = range(start, min(start + PER_SHARD, len(captions)))
+            (part,) = write_latents(str(folder / "part" / "%06d.tar"), samples(numbers), PER_SHARD)
+            Path(part).replace(folder / f"latents-{number:06d}.tar")
+    shutil.rmtree(folder / "part", ignore_errors=True)
+    return {"latents": asked["count"]}

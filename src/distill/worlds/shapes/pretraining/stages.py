@@ -1,0 +1,184 @@
+"""The stages of pretraining in their order; each leaves its result in a file, so that any may be the last of a command.
+
+<out>/data, captions.json     what is learnt from (data only for `shapes`)
+<out>/train                   curves, states to go on from, the parts in full precision
+<out>/models                  what to keep: pipelines, reader, feature networks, latents, all in half precision
+<out>/pretraining.json        settings, seconds and scores, as they come
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from distill.data.write import write_images
+from distill.machine.hardware import hardware, precision
+from distill.storage.aside import put, put_text
+from distill.storage.checkpoint_files import write
+from distill.teachers.pipeline import read_quietly
+from distill.terminal.console import note
+from distill.terminal.progress import Bar, track
+from distill.worlds.shapes.pretraining import diffusion, parts, reader, text, vae, vit
+from distill.worlds.shapes.pretraining.asked import check_data, chosen, teaching_stage, trains
+from distill.worlds.shapes.pretraining.work import PER_SHARD, Work
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import sample
+
+FOLDERS = {
+    "mmdit": "`StableDiffusion3Pipeline`: an MMDiT on the rectified flow",
+    "mmdit_small": "`StableDiffusion3Pipeline`: a smaller one, which learnt from `mmdit`",
+    "unet": "`StableDiffusionPipeline`: a UNet that predicts noise",
+    "latents": "WebDataset shards of latents made by `mmdit`, with their captions",
+    "vit": "`Dinov2Model` trained on masked pictures; reads pixels in [-1, 1]",
+    "clip_vision": "`CLIPVisionModelWithProjection` of the text encoders' CLIP; reads pixels in [-1, 1]",
+    "reader": "the judge of `shapes`",
+}
+
+
+def _data(work: Work) -> dict[str, Any]:
+    """For `shapes`, scene i of the seed as sample i of shards: picture, caption, and what the caption fixes."""
+
+    def samples() -> Iterator[tuple[str, np.ndarray, str, dict]]:
+        numbers = range(work.data["count"])
+        for i in track(numbers, "data: drawing", unit="image", rate="images"):
+            prompt, scene = sample(work.data["seed"], i)
+            yield f"{i:06d}", render([scene])[0], prompt.caption, asdict(prompt)
+
+    if work.of_shapes:
+        write_images(str(work.out / "data" / "shapes-%06d.tar"), samples(), PER_SHARD)
+    work.pictures, captions = work.read()
+    put(work.out / "captions.json", json.dumps(captions).encode())
+    return {"pictures": len(captions), "distinct_captions": len(set(captions))}
+
+
+def _latents(work: Work) -> dict[str, Any]:
+    model, pictures = work.vae, track(work.pictures.split(512), "encoding", unit="batch")
+    latents = torch.cat([vae.encode(model, part).half() for part in pictures])
+    write(latents, work.out / "latents.pt")
+    return {"deviation": [round(float(v), 3) for v in latents.float().std((0, 2, 3))]}
+
+
+def _clip(work: Work) -> dict[str, Any]:
+    source = parts.folder(work)
+    return text.train(work) if source is None else parts.take_text(work, source)
+
+
+def _vae(work: Work) -> dict[str, Any]:
+    source = parts.folder(work)
+    return vae.train(work) if source is None else parts.take_vae(work, source)
+
+
+class Stage(NamedTuple):
+    make: Callable[[Work], dict[str, Any]]  # returns scores, and the seconds if it trains
+    needs: tuple[str, ...]  # the stages whose results it reads
+    decided_by: tuple[
+        str, ...
+    ] = ()  # the nodes of the configuration that decide what it makes, beside seed and data
+
+
+STAGES = {  # in the order in which they run: that of asked.ORDER
+    "data": Stage(_data, ()),
+    "clip": Stage(_clip, ("data",), ("text_length", "clip", "parts")),
+    "vae": Stage(_vae, ("data",), ("vae", "parts")),
+    "latents": Stage(_latents, ("data", "vae")),
+    "reader": Stage(reader.train, ("data", "vae", "latents"), ("reader_scenes", "reader")),
+    "vit": Stage(vit.train, ("data",), ("vit",)),
+    "mmdit": Stage(
+        partial(diffusion.train, stage="mmdit"),
+        ("data", "clip", "vae", "latents"),
+        ("mmdit", "networks.mmdit"),
+    ),
+    "mmdit_small": Stage(
+        partial(diffusion.train, stage="mmdit_small"),
+        ("data", "clip", "vae", "latents"),
+        ("mmdit_small", "networks.mmdit_small"),
+    ),
+    "unet": Stage(
+        partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)
+    ),
+    "shards": Stage(diffusion.write_own, ("data", "mmdit"), ("shards",)),
+}
+
+
+def run(asked: Mapping[str, Any], command: str) -> Path:
+    """Every stage asked for that is not finished yet; returns the folder of the models."""
+    read_quietly()
+    check_data(asked["data"]["path"], asked["data"]["size"], asked["data"]["count"])
+    best = precision(asked["precision"])
+    print(f"precision: {best.name} ({best.reason})")
+    work, names = Work({**asked, "precision": best.name}), chosen(asked["stages"])
+    if not work.of_shapes and "reader" in names:
+        names.remove("reader")
+        print("reader: left out, for only shapes knows what its pictures show")
+    with Bar("pretraining", len(names), unit="stage") as bar:
+        for k, name in enumerate(names):
+            place = f"stage {k + 1} of {len(names)}, {name}"
+            bar.update(k, place=place)
+            note(f"pretraining: {place}")
+            _run(work, name, command)
+        bar.update(len(names))
+    return work.models
+
+
+def _run(work: Work, name: str, command: str) -> None:
+    """One stage, unless it is finished. Raises ValueError if those are not that it needs."""
+    finished = [each for each, about in work.known()["stages"].items() if about.get("finished")]
+    needed = (*STAGES[name].needs, *teaching_stage(work.asked, name))
+    if missing := [each for each in needed if each not in finished]:
+        raise ValueError(
+            f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have"
+        )
+    work.begin(name, STAGES[name].decided_by, command)
+    if name in finished:
+        print(f"{name}: done before")
+        return
+    if trains(work.asked, name):
+        work.note(name, precision=work.fit(name).precision)
+    began = time.monotonic()
+    scores = STAGES[name].make(work)
+    seconds = round(scores.pop("seconds", time.monotonic() - began), 1)
+    work.note(name, **scores, seconds=seconds, finished=True)
+    write_card(work)
+
+
+def write_card(work: Work) -> None:
+    """`models/README.md`: where the models come from, what they are worth; beside it the curves of their training."""
+    known, models = work.known(), work.models
+    (models / "curves").mkdir(parents=True, exist_ok=True)
+    for curve in (work.train / f"{name}.csv" for name in STAGES):
+        if curve.is_file():
+            put(models / "curves" / curve.name, curve.read_bytes())
+    rows = []
+    for name, stage in known["stages"].items():
+        if stage.get("finished"):
+            scores = {
+                k: v
+                for k, v in stage.items()
+                if k not in ("settings", "seconds", "finished", "precision")
+            }
+            rows.append(f"| {name} | {stage['seconds']:,.0f} | {_said(scores)} |")
+    paragraphs = [
+        "# Tiny text-to-image models",
+        "All weights are in half precision; all open with diffusers and transformers, the reader with `distill`.",
+        "\n".join(f"- `{k}`: {what}" for k, what in FOLDERS.items() if (models / k).exists()),
+        "```\n" + "\n".join(known["commands"]) + "\n```",
+        f"Seed {work.asked['seed']}, {hardware()}. Seconds are of training, without judging; of the whole stage where "
+        "nothing is trained. Prompt accuracy: share of pictures that show all their prompt says, judged by the reader.",
+        "| stage | seconds | scores |\n|---|---|---|\n" + "\n".join(rows),
+        "`curves/` holds the losses, one line every 20 steps.",
+    ]
+    put_text(models / "README.md", "\n\n".join(paragraphs) + "\n")
+
+
+def _said(value: Any) -> str:
+    """Scores in a line; a dictionary by its entries."""
+    if isinstance(value, dict):
+        apart = "; " if any(isinstance(v, dict) for v in value.values()) else ", "
+        return apart.join(f"{k} {_said(v)}" for k, v in value.items()).replace("_", " ")
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

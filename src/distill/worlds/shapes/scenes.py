@@ -1,0 +1,33 @@
+"""Scenes of `shapes` as raw samples: pictures with captions, by number."""
+
+import hashlib
+from typing import Any
+
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import sample
+
+
+class Scenes:
+    """Scene i of a seed is the same on every machine; each is drawn when it is read.
+
+    Args:
+        count: how many there are.
+        seed: of the scenes.
+    """
+
+    def __init__(self, count: int, seed: int = 0):
+        if count < 1:
+            raise ValueError(f"data.reader.count={count}: must be at least 1")
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.count} scenes of {self.seed}".encode()).hexdigest()
+
+    def read(self, i: int, at_most: int = -1) -> dict[str, Any]:
+        """A raw sample: its caption as `txt`, its picture, uint8 [64, 64, 3], as `array`."""
+        prompt, scene = sample(self.seed, i)
+        said = {"__url__": "shapes", "__key__": f"{i:06d}", "txt": prompt.caption.encode()}
+        return {**said, "array": render([scene])[0]}
