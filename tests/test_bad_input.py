@@ -849,7 +849,7 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, pipelines):
     def broken(*_):
         raise TypeError("ours")
 
-    monkeypatch.setattr("distill.config.build.student_of", broken)
+    monkeypatch.setattr("distill.config.models.student_of", broken)
     with pytest.raises(TypeError, match="ours"):
         command("sample", f"run={pipelines('mmdit')}", "prompt=x")
 

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from distill import students
-from distill.config.build import student_of
+from distill.config.models import student_of
 from distill.sampling import Consistency, distilled
 from distill.teachers.loading.reading import lineage
 from distill.worlds.shapes.pretraining.assemble import save_beside

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from distill import students
-from distill.config import build
+from distill.config import models
 from distill.demonstration import html
 from distill.demonstration.drawing import Request, Studio, Word, read, timed
 from distill.sampling import Consistency, seeded, to_bytes
@@ -58,7 +58,7 @@ def drawn(studio, who, request, steps):
 def test_a_student_draws_what_distill_sample_does(studio, run):
     request = Request(tiny.CAPTIONS[0], seed=3, count=2)
     found, gave_way = drawn(studio, "student", request, 2)
-    model = build.student_of(str(run))
+    model = models.student_of(str(run))
     how = {"shape": model.latent_shape, "steps": 2}
     with torch.no_grad():
         x0 = Consistency()(model, model.embed([tiny.CAPTIONS[0]] * 2), seeded([3, 4]), **how)

@@ -43,7 +43,7 @@ def options(tmp_path_factory) -> list[str]:
     if (Path(shipped(f"{SHIPPED}mmdit")).parent / "student").is_dir():
         return []
     from distill import students
-    from distill.config.build import student_of
+    from distill.config.models import student_of
     from distill.sampling import Consistency
 
     teacher, folder = student_of("shapes:mmdit"), tmp_path_factory.mktemp("run")

@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import cards
 import tiny
 from distill import students
-from distill.config.build import student_of
+from distill.config.models import student_of
 from distill.exporting.card import write_card
 from distill.exporting.low_rank import difference
 from distill.exporting.single_file import autoencoder, open_clip, save_single_file, unet

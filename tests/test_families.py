@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 import cards
 import families
 import tiny
-from distill.config.build import refuse_misfit, say_size, student_of
+from distill.config.fitting import refuse_misfit, say_size
+from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded

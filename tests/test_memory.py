@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import families
 import tiny
-from distill.config import build
+from distill.config import models
 from distill.core.limits import AT_ONCE, EACH, at_once, drawn_at_once
 from distill.machine import hardware
 from distill.machine.memory import peak
@@ -180,9 +180,9 @@ def test_weights_are_kept_in_what_fits(pipelines, monkeypatch):
     bytes_of = 4 * sum(sizes.of_pipeline(pipelines("mmdit")).values())
     for memory, dtype in ((2 * bytes_of, torch.float32), (2 * bytes_of - 1, torch.bfloat16)):
         monkeypatch.setattr(hardware, "memory", lambda *_, memory=memory: memory)
-        model = build.student_of(folder, "auto")
+        model = models.student_of(folder, "auto")
         assert next(model.network.parameters()).dtype == dtype
-    assert build.fitting_dtype("float16", "nowhere") == "float16"
+    assert models.fitting_dtype("float16", "nowhere") == "float16"
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "sana"])

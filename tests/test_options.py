@@ -16,7 +16,8 @@ import cards
 import families
 import tiny
 from distill import students
-from distill.config.build import refuse_misfit, sampler_of, student_of
+from distill.config.fitting import refuse_misfit
+from distill.config.models import sampler_of, student_of
 from distill.data.shard_job import of_teacher
 from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded, to_bytes

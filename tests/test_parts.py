@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from distill import students
-from distill.config.build import student_of
+from distill.config.models import student_of
 from distill.sampling import Consistency
 from distill.students.parts import copy_part, weights_of
 from distill.teachers.sd import SD

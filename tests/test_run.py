@@ -147,7 +147,7 @@ def test_smoke_writes_every_file_of_a_run(family, smoke, pipelines):
 
 
 def test_exported_student_of_a_run_is_its_average(family, smoke, teachers):
-    from distill.config.build import student_of
+    from distill.config.models import student_of
 
     folder = smoke(family)
     average = torch.load(folder / "checkpoints" / "step_000002.ckpt", weights_only=True)["distill"][

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from distill import sample, students
-from distill.config.build import student_of
+from distill.config.models import student_of
 from distill.evaluation.features import fitted, opened
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided

@@ -20,8 +20,8 @@ from diffusers import (
 
 import cards
 import tiny
-from distill.config.build import sampler_of as of_run
-from distill.config.build import student_of
+from distill.config.models import sampler_of as of_run
+from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.exporting.card import write_card
 from distill.sampling import (

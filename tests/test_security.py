@@ -34,7 +34,7 @@ HOSTILE = (
     "distill.training.run_metadata.subprocess.Popen",
     "distill.training.run_metadata.Path",
     "distill.storage.aside.remove",
-    "distill.config.build.student_of",
+    "distill.config.models.student_of",
     "distill.config.compose.make",
     "distill.config.compose.instantiate",
     "distill.students.shutil.rmtree",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import families
 import tiny
-from distill.config.build import student_of
+from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.core.types import Cond
 from distill.sampling import Consistency, draw_noise, seeded

@@ -24,7 +24,9 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
-    from distill.config.build import make, refuse_misfit, teacher_of
+    from distill.config.build import make
+    from distill.config.fitting import refuse_misfit
+    from distill.config.models import teacher_of
     from distill.data import shard_job as making
     from distill.data.write import PICTURES, cached
     from distill.machine import hardware

@@ -164,11 +164,11 @@ def _protocol(cfg: DictConfig) -> Any:
 
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     """The protocol for what there is; student, or None; teacher, or what stands in for it; the student's sampler."""
-    from distill.config import build
+    from distill.config import build, models
     from distill.machine import hardware
     from distill.sampling import distilled
 
-    model = build.student_of(cfg.run, cfg.dtype).to(hardware.device())
+    model = models.student_of(cfg.run, cfg.dtype).to(hardware.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
     if not is_run(cfg.run) and not distilled(model.pipeline):  # it is a teacher itself
@@ -180,12 +180,12 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
         return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
     node = cfg.get("teacher") or (config_of(cfg.run, "teacher") or {}).get("teacher")
     if not protocol.teacher_steps or not node:
-        return replace(protocol, teacher_steps=[]), model, model, build.sampler_of(cfg.run, model)
+        return replace(protocol, teacher_steps=[]), model, model, models.sampler_of(cfg.run, model)
     return (
         protocol,
         model,
         build.make(node, "teacher").to(hardware.device()),
-        build.sampler_of(cfg.run, model),
+        models.sampler_of(cfg.run, model),
     )
 
 

@@ -42,10 +42,10 @@ def export(cfg: DictConfig) -> Path | str:
 
 def _applied(cfg: DictConfig, out: Path) -> Path:
     """A student of `base` and a delta."""
-    from distill.config import build
+    from distill.config import models
     from distill.students import apply_delta
 
-    return apply_delta(build.student_of(cfg.base), Path(cfg.delta), _new(str(out)))
+    return apply_delta(models.student_of(cfg.base), Path(cfg.delta), _new(str(out)))
 
 
 def _out(cfg: DictConfig) -> Path:
@@ -163,28 +163,28 @@ def _new(out: str) -> Path:
 
 def _base(cfg: DictConfig) -> Any:
     """What the student was made from: `base`, or the teacher that the run names."""
-    from distill.config import build
+    from distill.config import build, models
 
     if cfg.base is not None:
-        return build.student_of(cfg.base)
+        return models.student_of(cfg.base)
     return build.make(config_of(cfg.run, "teacher").teacher, "teacher")
 
 
 def _delta(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill.config import build
+    from distill.config import models
     from distill.students import save_delta
 
-    return save_delta(build.student_of(cfg.run), _base(cfg), out)
+    return save_delta(models.student_of(cfg.run), _base(cfg), out)
 
 
 def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill.config import build
+    from distill.config import models
     from distill.exporting import low_rank
 
     if cfg.rank is None:
         factors = low_rank.read_lora(run / "lora.safetensors")
     else:
-        student, base = build.student_of(cfg.run), _base(cfg)
+        student, base = models.student_of(cfg.run), _base(cfg)
         factors, share = low_rank.difference(student.network.model, base.network.model, cfg.rank)
         print(
             f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt"
@@ -201,10 +201,10 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
 
 
 def _single_file(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill.config import build
+    from distill.config import models
     from distill.exporting.single_file import save_single_file
 
-    pipeline = build.student_of(cfg.run).pipeline
+    pipeline = models.student_of(cfg.run).pipeline
     return save_single_file(pipeline, out, cfg.dtype)
 
 

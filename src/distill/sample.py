@@ -46,10 +46,10 @@ def draw(cfg: DictConfig) -> list[Path]:
     """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
     prompts = check(cfg)
     with importing("torch"):
-        from distill.config import build
+        from distill.config import models
         from distill.machine.hardware import device, precision
 
-    model = build.student_of(cfg.run, cfg.dtype).to(device())
+    model = models.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
     make = _maker(cfg, model)
@@ -144,7 +144,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
     """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
     import torch
 
-    from distill.config.build import sampler_of
+    from distill.config.models import sampler_of
     from distill.evaluation.features import fitted, opened
     from distill.machine.hardware import autocast
     from distill.sampling import distilled, seeded, to_bytes

@@ -24,7 +24,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
-    from distill.config.build import teacher_of
+    from distill.config.models import teacher_of
     from distill.data import shard_job as making
     from distill.data.write import cached
     from distill.machine import hardware

@@ -1,11 +1,9 @@
 """From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
 by a method, on data."""
 
-import inspect
 import logging
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,14 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill import sampling
 from distill.config import signatures, validate
-from distill.config.compose import allowed, config_of, make, processes, shipped
-from distill.core import limits
+from distill.config.compose import allowed, make, processes
+from distill.config.fitting import refuse_misfit, say_size
+from distill.config.models import teacher_of
 from distill.core.tensors import gather
 from distill.core.types import Cond, Players
-from distill.machine import hardware
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
-from distill.storage import content
-from distill.teachers.loading.locate import family_of, pipeline_folder, telling
-from distill.teachers.loading.reading import class_of, fetched, lineage, told_of
-from distill.teachers.loading.sizes import of_pipeline
-from distill.terminal.console import note
 from distill.terminal.progress import stage
 from distill.terminal.secret import hidden
 from distill.training import loggers as trackers
@@ -48,9 +40,6 @@ NUMBERS = (
 )
 # Warnings that say nothing new about a run of ours.
 EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
-# What leaves a part of a teacher out, and the same for a folder that is read without a teacher's options.
-WITHOUT = re.compile(r"add teacher\.without=\[\S+\]")
-IN_INDEX = "write [null, null] for it in model_index.json"
 
 
 def check(cfg: DictConfig) -> None:
@@ -108,13 +97,6 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
         )
         made.check(*eyes)
     return made
-
-
-def sampler_of(run: str, student: Any) -> Any:
-    """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
-    if own := (config_of(run, "sampler") or {}).get("sampler"):
-        return make(own, "sampler")
-    return sampling.sampler_of(student.pipeline)
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
@@ -186,79 +168,6 @@ def _heads(node: DictConfig, **widths: Any) -> Any:
         )
         raise ValueError(f"discriminator.heads._target_={node._target_}: {what}")
     return heads
-
-
-def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
-    """The teacher; parts of it whose names begin so are read only if they are asked for."""
-    more = {"deferred": list(deferred)} if deferred else {}
-    return make(OmegaConf.create({**cfg.teacher, **more}), "teacher")
-
-
-def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
-    """Raise ValueError for latents, embeddings or pictures that this teacher cannot read."""
-    size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
-    if channels and channels != teacher.latent_shape[0]:
-        raise ValueError(
-            f"data.path={cfg.data.path}: its latents have {channels} channels and this teacher's have "
-            f"{teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give pictures with data=images"
-        )
-    if any(side % teacher.patch for side in sides):
-        raise ValueError(
-            f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this teacher's patches "
-            f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
-        )
-    null, width = getattr(data, "null", None), teacher.network.caption_width
-    if null and width and null["tokens"].shape[-1] != width:
-        raise ValueError(
-            f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and this teacher reads "
-            f"{width}; make them with this teacher by distill.cache"
-        )
-    made = getattr(data, "made", {})
-    if null and sorted(made.get("without", teacher.without)) != sorted(teacher.without):
-        what = f"teacher.without=[{','.join(made['without'])}], and this run has [{','.join(teacher.without)}]"
-        raise ValueError(
-            f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
-        )
-    told = telling(cfg.teacher)
-    if null and made.get("told", told) != told:
-        what = f"teacher options {made['told'] or 'none'}, and this run has {told or 'none'}"
-        raise ValueError(
-            f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
-        )
-    if made and not content.alike(made.get("vae"), cfg.teacher.get("vae")):
-        what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
-        raise ValueError(
-            f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
-        )
-    if not content.alike(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
-        what = "right if both have one autoencoder and one text encoder"
-        log.warning(
-            "data.path=%s was made with %s, not with this run's teacher: %s",
-            cfg.data.path,
-            made["teacher"],
-            what,
-        )
-    limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
-
-
-def say_size(data: Any, teacher: Any) -> None:
-    """Warn where the data have other sides than the teacher, at whose pictures of a student are drawn and exported."""
-    size, shape = getattr(data, "size", None), getattr(data, "shape", None)
-    if size:
-        sizes = [tuple(reversed(bucket)) for bucket in data.buckets] or [(size, size)]
-    elif shape:
-        latents = [tuple(reversed(bucket)) for bucket in data.buckets] or [shape[1:]]
-        sizes = [teacher.sides_of(each) for each in latents]
-    else:
-        return
-    own = teacher.sides_of(teacher.latent_shape)
-    if own in sizes:
-        return
-    height, width = sizes[0]
-    square = height == width and "size" in inspect.signature(type(teacher)).parameters
-    how = f"teacher.size={width} makes both the same" if square else "make data of that size"
-    what = f"the data are of {width} x {height} pixels and this teacher is of {own[1]} x {own[0]}"
-    log.warning("%s, at which samples, evaluation and the student's pipeline draw: %s", what, how)
 
 
 def settle_precision(cfg: DictConfig) -> Precision:
@@ -352,57 +261,3 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
         if by == REQUEUE:
             requeue()
     return 128 + by if by and by != REQUEUE else 0
-
-
-def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
-    """`dtype` itself; for auto float32, and bfloat16 where the weights at `path` would take over half of the memory.
-
-    `path` is a pipeline folder, or a hub id, which is fetched as a pipeline of class `kind`.
-    """
-    if dtype != "auto":
-        return dtype
-    if kind is not None and not Path(path).exists():
-        path = fetched("run", path, kind.download, use_safetensors=True)
-    needed = 4 * sum(of_pipeline(Path(path)).values())
-    there = hardware.memory(hardware.device().type)
-    if needed <= there / 2:
-        return "float32"
-    note(
-        f"dtype: bfloat16, for in float32 the weights take {needed / 1e9:.1f} of {there / 1e9:.1f} GB"
-    )
-    return "bfloat16"
-
-
-def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
-    """The teacher that a run folder names, or that a shipped student leaves its parts to; None where none is named."""
-    if config := config_of(run, "teacher"):
-        dtype = fitting_dtype(dtype, str(pipeline_folder(Path(run))))
-        return make(OmegaConf.create({**config.teacher, "dtype": dtype}), "teacher")
-    _, *bases = lineage(pipeline_folder(Path(shipped(run))))
-    return student_of(str(bases[0]), dtype) if bases else None
-
-
-def student_of(run: str, dtype: str = "float32") -> Any:
-    """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our own adapter.
-
-    `dtype` of its weights; auto is what `fitting_dtype` says.
-    """
-    folder = pipeline_folder(Path(shipped(run)))
-    path = str(folder) if folder.exists() else run
-    family = family_of(class_of(path), run)
-    adapter = get_object(family)
-    dtype = fitting_dtype(dtype, path, adapter.kind)
-    node = {"_target_": family, "path": path, "dtype": dtype}
-    chosen = told_of(path)["options"]
-    own = [f"teacher.{key}" for key in adapter.own]
-    if own and (config := config_of(run, *own)):
-        chosen |= config.teacher  # what a family lets one choose is as in the run
-    node |= {key: chosen[key] for key in adapter.own if key in chosen}
-    try:
-        return make(OmegaConf.create(node), "teacher")
-    except InstantiationException as error:  # which names teacher.path, and nobody has typed that
-        if isinstance(error.__cause__, (ValueError, OSError)):
-            said = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")
-            said = said.replace("teacher.dtype=", "dtype=")
-            raise ValueError(WITHOUT.sub(IN_INDEX, said)) from None
-        raise

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.config import build
+from distill.config import models
 from distill.core.limits import check_strength
 from distill.evaluation.features import fitted
 from distill.machine.hardware import device
@@ -84,14 +84,14 @@ class Studio:
     @classmethod
     def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Studio:
         """Raises ValueError for a run that was not distilled, or a size that it cannot draw."""
-        student = build.student_of(run, dtype).to(device())
+        student = models.student_of(run, dtype).to(device())
         if not distilled(student.pipeline):
             raise ValueError(
                 f"run={run}: was not distilled to few steps; "
                 f"give a student, and this as teacher={run}"
             )
-        found = build.student_of(teacher, dtype) if teacher else build.teacher_behind(run, dtype)
-        sampler = build.sampler_of(run, student)
+        found = models.student_of(teacher, dtype) if teacher else models.teacher_behind(run, dtype)
+        sampler = models.sampler_of(run, student)
         return cls(student, found and found.to(device()), sampler, size)
 
     def warm_up(self) -> None:
