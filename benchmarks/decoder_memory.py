@@ -1,9 +1,11 @@
-"""Memory of ADD's way from latents through the decoder and DINOv2 ViT-S to a gradient, with each way to save some.
+"""Memory of ADD's way from latents through the decoder and DINOv2 ViT-S to a gradient, with each
+way to save some.
 
     python benchmarks/decoder_memory.py [pixels a side, 512] [pictures, 1]
 
-Random weights of SD's sizes (decoder 49 M parameters, ViT-S 22 M): nothing is downloaded. Every way runs in a process
-of its own: peak memory is the GPU's own count, or else the process's largest size less what it had before the forward.
+Random weights of SD's sizes (decoder 49 M parameters, ViT-S 22 M): nothing is downloaded. Every way
+runs in a process of its own: peak memory is the GPU's own count, or else the process's largest size
+less what it had before the forward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How long a newcomer waits: a fresh clone, `make run`, and when each thing is there for the first time.
+"""How long a newcomer waits: a fresh clone, `make run`, and when each thing is there for the first
+time.
 
     python benchmarks/first_mile.py [any overrides of distill.run]
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/first_mile.py

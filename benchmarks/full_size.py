@@ -1,11 +1,13 @@
-"""Speed and memory of methods on networks of full size with random weights, so that nothing is downloaded.
+"""Speed and memory of methods on networks of full size with random weights, so that nothing is
+downloaded.
 
     python benchmarks/full_size.py sd3 ladd 20 trainer.precision=bf16-mixed data.batch_size=4
     python benchmarks/full_size.py sdxl add 20 trainer.precision=bf16-mixed data.batch_size=4
 
-Arguments: sd3 (medium, 2.0 B) or sdxl (2.6 B); a method; steps; overrides of distill.run. `--small` before them shrinks
-every width, to try the script itself. Writes the pipeline into a temporary folder, trains on noise pictures of 512 x
-512 (the method does not mind) and prints the seconds of the median step and, on a GPU, the peak of memory.
+Arguments: sd3 (medium, 2.0 B) or sdxl (2.6 B); a method; steps; overrides of distill.run. `--small`
+before them shrinks every width, to try the script itself. Writes the pipeline into a temporary
+folder, trains on noise pictures of 512 x 512 (the method does not mind) and prints the seconds of
+the median step and, on a GPU, the peak of memory.
 """
 
 from __future__ import annotations
@@ -120,7 +122,9 @@ def sdxl(small: bool) -> diffusers.DiffusionPipeline:
 
 
 def eyes(folder: Path, small: bool) -> list[str]:
-    """DINOv2 ViT-S with random weights in the places of ADD's image networks; captions by the teacher."""
+    """DINOv2 ViT-S with random weights in the places of ADD's image networks; captions by the
+    teacher.
+    """
     shape = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2} if small else {
         "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6
     }  # fmt: skip
@@ -150,8 +154,9 @@ def main(arguments: list[str]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.device(device):
             pipeline = {"sd3": sd3, "sdxl": sdxl}[family](small)
-        print({n: f"{sum(p.numel() for p in m.parameters()) / 1e6:,.0f} M" for n, m in pipeline.components.items()
-               if isinstance(m, torch.nn.Module)})  # fmt: skip
+        networks = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        counts = {n: sum(p.numel() for p in m.parameters()) for n, m in networks.items()}
+        print({name: f"{count / 1e6:,.0f} M" for name, count in counts.items()})
         pipeline.to(torch.bfloat16).save_pretrained(folder / "teacher")
         del pipeline
         pictures(folder / "pictures", 64, 64 if small else 512)

@@ -3,8 +3,9 @@
     python benchmarks/kills.py trials=100 seed=0
     python benchmarks/kills.py trials=20 commands=run,synthesize out=kills
 
-Each trial is a line of `<out>/trials.jsonl`; the same command goes on where it was stopped. In the end a table is
-printed, and with docs=true put into docs/guarantees.md. What is killed and compared: tests/kills.py.
+Each trial is a line of `<out>/trials.jsonl`; the same command goes on where it was stopped. In the
+end a table is printed, and with docs=true put into docs/guarantees.md. What is killed and compared:
+tests/kills.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def plan(trials: int, commands: list[str]) -> list[str]:
 
 
 def table(results: list[dict]) -> str:
-    """Trials, kills, how many ended as undisturbed, what was lost and what stayed behind, by command."""
+    """Trials, kills, how many ended as undisturbed, what was lost and what stayed behind, by
+    command.
+    """
     rows = ["| command | trials | killed | survived | lost | litter |", "|---|---|---|---|---|---|"]
     groups = {result["command"]: Counter() for result in results}
     for result in results:
@@ -54,7 +57,10 @@ def table(results: list[dict]) -> str:
 def machine() -> str:
     from distill.machine.hardware import cpu, hardware
 
-    return f"{hardware()}, {cpu()}, one thread, {platform.system()}, Python {platform.python_version()}"
+    return (
+        f"{hardware()}, {cpu()}, one thread, {platform.system()}, Python"
+        f" {platform.python_version()}"
+    )
 
 
 def into_docs(text: str) -> None:

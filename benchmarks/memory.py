@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py
 
-Parameters are those of diffusers' and transformers' classes at the released configurations, in bfloat16; a picture's
-decoding is the most that tensors have at one time (`distill.machine.memory`), without the weights and without
-workspaces of kernels. No weights are read, and no GPU is needed.
+Parameters are those of diffusers' and transformers' classes at the released configurations, in
+bfloat16; a picture's decoding is the most that tensors have at one time (`distill.machine.memory`),
+without the weights and without workspaces of kernels. No weights are read, and no GPU is needed.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/pool.py [any overrides of distill.run]
 
-The whole iteration of NitroFusion as the loop makes it (student, both players, clipping, AdamW, refresh), timed for
-pools of several sizes in turn, so that a machine whose speed drifts is alike to all. Median of REPEATS. Megabytes are
-those of the heads, and of their optimiser after so many iterations.
+The whole iteration of NitroFusion as the loop makes it (student, both players, clipping, AdamW,
+refresh), timed for pools of several sizes in turn, so that a machine whose speed drifts is alike to
+all. Median of REPEATS. Megabytes are those of the heads, and of their optimiser after so many
+iterations.
 """
 
 from __future__ import annotations

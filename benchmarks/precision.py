@@ -1,4 +1,5 @@
-"""What bfloat16 and float32 cost on this machine: products, convolutions, and a step of the default run.
+"""What bfloat16 and float32 cost on this machine: products, convolutions, and a step of the default
+run.
 
     python benchmarks/precision.py
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/precision.py

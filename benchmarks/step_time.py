@@ -2,9 +2,10 @@
 
     python benchmarks/step_time.py [any overrides of distill.run]
 
-Irreducible for LADD, per step: student forward and backward; frozen teacher on the fake, forward and backward to its
-input; frozen teacher on the real, forward; where the distillation term counts, the teacher's estimate, guided or not.
-All else (captions, heads, optimisers, noise, averaging, logs) is overhead.
+Irreducible for LADD, per step: student forward and backward; frozen teacher on the fake, forward
+and backward to its input; frozen teacher on the real, forward; where the distillation term counts,
+the teacher's estimate, guided or not. All else (captions, heads, optimisers, noise, averaging,
+logs) is overhead.
 """
 
 from __future__ import annotations
@@ -83,13 +84,15 @@ def main() -> None:
     whole = step_time(cfg, method, source)
     unavoidable = sum(parts.values())
     print(
-        f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch {torch.__version__}"
+        f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch"
+        f" {torch.__version__}"
     )
     for name, value in parts.items():
         print(f"{1000 * value:8.1f} ms  {name}")
     print(f"{1000 * unavoidable:8.1f} ms  sum of the passes that cannot be avoided")
     print(
-        f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} % over that sum"
+        f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} %"
+        " over that sum"
     )
 
 

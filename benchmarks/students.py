@@ -1,11 +1,12 @@
 """Memory of a LADD step with a student of its own weights and with adapters on the teacher's.
 
     python benchmarks/students.py [any overrides of distill.run]
-    python benchmarks/students.py teacher=sdxl trainer.precision=bf16-mixed data=images data.path=... data.size=512
+    python benchmarks/students.py teacher=sdxl trainer.precision=bf16-mixed data=images
+        data.path=... data.size=512
 
-Each student is trained for a few steps in a process of its own. On any machine: bytes of the two networks, of the
-student's gradient, of its optimiser's moments and of its average. On a GPU also the peak of what was allocated, which
-has text encoders, autoencoder, heads and activations in it.
+Each student is trained for a few steps in a process of its own. On any machine: bytes of the two
+networks, of the student's gradient, of its optimiser's moments and of its average. On a GPU also
+the peak of what was allocated, which has text encoders, autoencoder, heads and activations in it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""The commands of docs/how_to/fine_tune.md and lora.md, as a user gives them, on networks of full size.
+"""The commands of docs/how_to/fine_tune.md and lora.md, as a user gives them, on networks of full
+size.
 
     python benchmarks/walk.py sdxl lora 1024 20
     python benchmarks/walk.py sd3 full 1024 12 optimizer.accumulate=1
 
-Arguments: a family (sd3, sdxl), the student (lora, full), pixels a side, steps, overrides of `distill.run`. `--small`
-before them shrinks every width. The weights are random, so the pictures are noise; what is measured is what each
-command takes: its seconds, on a GPU its peak of memory, and of the run what `distill.doctor` counts beforehand. Nothing
-is switched off. At the end plain diffusers opens what was exported and draws one picture.
+Arguments: a family (sd3, sdxl), the student (lora, full), pixels a side, steps, overrides of
+`distill.run`. `--small` before them shrinks every width. The weights are random, so the pictures
+are noise; what is measured is what each command takes: its seconds, on a GPU its peak of memory,
+and of the run what `distill.doctor` counts beforehand. Nothing is switched off. At the end plain
+diffusers opens what was exported and draws one picture.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The documentation, by Sphinx: `make docs` builds it into docs/_build/html, warnings are errors.
 
-Pages under look_up/ that repeat what the code says, help pages, configuration keys and the API, are written anew at
-every build from the code itself; git ignores them.
+Pages under look_up/ that repeat what the code says, help pages, configuration keys and the API, are
+written anew at every build from the code itself; git ignores them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Pages of the documentation that repeat the code: commands, configuration keys, API. Written at every build."""
+"""Pages of the documentation that repeat the code: commands, configuration keys, API.
+
+Written at every build.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,9 @@ def copy_studies(folder: Path) -> None:
 
 
 def at_home(app: object, page: str, source: list[str]) -> None:
-    """Links that are right in the repository, made right in the documentation: experiments/ lies inside it there."""
+    """Links that are right in the repository, made right in the documentation: experiments/ lies
+    inside it there.
+    """
     source[0] = source[0].replace("](../../experiments/", "](/experiments/")
     # a test is named, and not linked: it is no page
     source[0] = re.sub(
@@ -64,14 +69,17 @@ def put(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 def commands() -> Iterator[str]:
     from distill import cli
 
     yield "# Commands\n"
-    yield "`distill COMMAND` and `python -m distill.COMMAND` are the same. Each prints its page with `--help`.\n"
+    yield (
+        "`distill COMMAND` and `python -m distill.COMMAND` are the same. Each prints its page with"
+        " `--help`.\n"
+    )
     for name in cli.COMMANDS:
         if name not in cli.NO_CONFIG:
             yield f"## {name}\n\n```text\n{help_page(name).rstrip()}\n```\n"
@@ -94,12 +102,14 @@ def help_page(command: str) -> str:
     return said.getvalue()
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 def configuration() -> Iterator[str]:
     yield "# Configuration\n"
-    yield "Every key of every group with its default and its comment, from the files below `conf/`.\n"
+    yield (
+        "Every key of every group with its default and its comment, from the files below `conf/`.\n"
+    )
     for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
         yield f"## {folder.name}\n"
         for file in sorted(folder.rglob("*.yaml")):
@@ -108,7 +118,7 @@ def configuration() -> Iterator[str]:
             yield f"```yaml\n{file.read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
-# -- API ---------------------------------------------------------------------------------------------------------------
+# -- API -------------------------------------------------------------------------------------------
 
 
 def api_page(room: str, title: str) -> Iterator[str]:
@@ -127,7 +137,7 @@ def modules(folder: Path) -> Iterator[str]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# -- docstrings --------------------------------------------------------------------------------------------------------
+# -- docstrings ------------------------------------------------------------------------------------
 
 LITERAL = re.compile(r"``.+?``|`[^`]+`")
 SECTION = re.compile(r"^[A-Z][a-z]+:$")  # napoleon's: Args, Raises, Returns
@@ -136,7 +146,9 @@ SECTION = re.compile(r"^[A-Z][a-z]+:$")  # napoleon's: Args, Raises, Returns
 def as_rst(
     app: object, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """A docstring of ours as reStructuredText: `code`, stars and bars are text, indented passages stay as they are."""
+    """A docstring of ours as reStructuredText: `code`, stars and bars are text, indented passages
+    stay as they are.
+    """
     found: list[str] = []
     kept = inside = False  # in an indented passage; below a section of napoleon's
     for number, line in enumerate(lines):

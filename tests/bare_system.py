@@ -1,7 +1,8 @@
-"""`python bare_system.py run key=value ...`: a command without what Windows, macOS or some file systems lack.
+"""`python bare_system.py run key=value ...`: a command without what Windows, macOS or some file
+systems lack.
 
-An imitation: the names are taken away and the system stays Linux. Libraries are imported before, since on such a
-system they have code of their own for it.
+An imitation: the names are taken away and the system stays Linux. Libraries are imported before,
+since on such a system they have code of their own for it.
 """
 
 import importlib

@@ -1,4 +1,6 @@
-"""A student's card read as its user reads it: its code is run as it stands there, in plain diffusers."""
+"""A student's card read as its user reads it: its code is run as it stands there, in plain
+diffusers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def code(folder: Path) -> str:
 
 
 def drawn(folder: Path, prompt: str, *, steps: int, seed: int) -> torch.Tensor:
-    """The picture of the card's code, [H, W, 3] in [0, 1], with nothing changed but what a user fills in."""
+    """The picture of the card's code, [H, W, 3] in [0, 1], with nothing changed but what a user
+    fills in.
+    """
     filled, text = {}, code(folder)
     for theirs, ours in {
         '"<this folder>"': repr(str(folder)),

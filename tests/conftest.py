@@ -37,7 +37,10 @@ def pipelines(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def teachers(pipelines) -> Callable[[str], Any]:
-    """Family name -> its teacher. One object a session: it is frozen, and a test says that it stays so."""
+    """Family name -> its teacher.
+
+    One object a session: it is frozen, and a test says that it stays so.
+    """
     from distill.teachers.sd import SD
     from distill.teachers.sd3 import SD3
     from distill.teachers.sdxl import SDXL
@@ -86,7 +89,9 @@ def _lightning_is_quiet():
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run `python -m distill.<name> key=value ...` in this process, in an empty folder -> (exit code, out, err)."""
+    """Run `python -m distill.<name> key=value ...` in this process, in an empty folder -> (exit
+    code, out, err).
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 

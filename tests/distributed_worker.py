@@ -1,6 +1,8 @@
-"""One process of a test in `test_distributed.py`: trains methods on a tiny pipeline and writes what each ended with.
+"""One process of a test in `test_distributed.py`: trains methods on a tiny pipeline and writes what
+each ended with.
 
-It is asked for one run, or by `jobs` for several, one after another: starting a process takes longer than a run.
+It is asked for one run, or by `jobs` for several, one after another: starting a process takes
+longer than a run.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def main(asked: dict) -> None:
 def train(asked: dict, file: Path) -> None:
     rank, folder = int(os.environ["RANK"]), Path(asked["folder"])
     make = tiny.METHODS[asked["method"]]
-    # Adam divides the smallest gradients by themselves, and with them what a processor has rounded: not with this eps.
+    # Adam divides the smallest gradients by themselves, and with them what a processor has rounded:
+    # not with this eps.
     options = {
         "accumulate": asked.get("accumulate", 1),
         "lora": asked.get("lora"),

@@ -1,4 +1,6 @@
-"""Tiny random networks of the classes that judge pictures, in the file layouts of the real ones, and a tiny COCO."""
+"""Tiny random networks of the classes that judge pictures, in the file layouts of the real ones,
+and a tiny COCO.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def write_pictures(
 
 
 def write_coco(folder: Path, count: int = 8) -> Path:
-    """Pictures and two captions of each, the later annotated first; ids in the file run backwards."""
+    """Pictures and two captions of each, the later annotated first; ids in the file run
+    backwards.
+    """
     paths = write_pictures(folder / "val2017", count)
     images = [{"id": int(path.stem), "file_name": path.name} for path in reversed(paths)]
     said = [
@@ -114,7 +118,9 @@ def write_all(folder: Path) -> dict[str, Path]:
 
 
 def small(places: dict[str, Path]) -> list[str]:
-    """What makes coco5k small, in a command: its networks are played by tiny ones, Inception by a CLIP."""
+    """What makes coco5k small, in a command: its networks are played by tiny ones, Inception by a
+    CLIP.
+    """
     networks = {"dinov2": tiny.vit()} | dict.fromkeys(
         ("inception", "clip_l", "pick"), places["clip"]
     )

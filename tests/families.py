@@ -1,4 +1,6 @@
-"""Tiny random pipelines of the newer families in the real folder layout: latents [4, 16, 16] of 64 pixels a side."""
+"""Tiny random pipelines of the newer families in the real folder layout: latents [4, 16, 16] of 64
+pixels a side.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def vae(**options: Any) -> diffusers.AutoencoderKL:
 
 
 def sd35() -> Any:
-    """Two CLIPs, a T5 that speaks, attention of the image to itself in the first of three blocks."""
+    """Two CLIPs, a T5 that speaks, attention of the image to itself in the first of three
+    blocks.
+    """
     net = diffusers.SD3Transformer2DModel(
         sample_size=16,
         in_channels=4,
@@ -117,7 +121,9 @@ def sd35() -> Any:
 
 
 def sdxl() -> Any:
-    """As tiny's, but for two CLIPs that differ, as in the real one: by their width a single file's are told apart."""
+    """As tiny's, but for two CLIPs that differ, as in the real one: by their width a single file's
+    are told apart.
+    """
     net = tiny.sdxl_unet(CLIP + 24, 24)
     texts = clip(CLIP, transformers.CLIPTextModel) | {
         f"{name}_2": part for name, part in clip(24).items()

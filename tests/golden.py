@@ -1,10 +1,11 @@
-"""What must not move while the code is rearranged: configurations, help pages, three training steps, exported files.
+"""What must not move while the code is rearranged: configurations, help pages, three training
+steps, exported files.
 
-    python tests/golden.py write            # the records of tests/goldens, anew
-    python tests/golden.py bits FILE        # all of it to the last bit, for comparing two checkouts on one machine
+    python tests/golden.py write      # the records of tests/goldens, anew
+    python tests/golden.py bits FILE  # to the last bit, for two checkouts on one machine
 
-`test_goldens.py` compares the records with what the code gives. Numbers of a training are compared with a tolerance
-there, since processors round differently; `bits` has none.
+`test_goldens.py` compares the records with what the code gives. Numbers of a training are compared
+with a tolerance there, since processors round differently; `bits` has none.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ FEW = [
 PACE = re.compile(r"second|time|memory")  # columns of metrics.csv that no two runs share
 
 
-# -- configurations ----------------------------------------------------------------------------------------------------
+# -- configurations --------------------------------------------------------------------------------
 
 
 def experiments() -> list[str]:
@@ -99,7 +100,9 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Of the first one every key; of the others those in which they differ from it, `None` for a key they lack."""
+    """Of the first one every key; of the others those in which they differ from it, `None` for a
+    key they lack.
+    """
     base = flat(configuration([]))
     found = {"": base}
     for name, overrides in choices():
@@ -109,7 +112,7 @@ def configurations() -> dict[str, dict[str, Any]]:
     return found
 
 
-# -- help --------------------------------------------------------------------------------------------------------------
+# -- help ------------------------------------------------------------------------------------------
 
 
 def page(command: str) -> str:
@@ -136,7 +139,7 @@ def pages() -> dict[str, str]:
     return {name: page(name) for name in sorted(cli.COMMANDS) if name not in cli.NO_CONFIG}
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def called(command: str, *words: str) -> None:
@@ -153,7 +156,9 @@ def called(command: str, *words: str) -> None:
 
 
 def training(method: str, discriminator: str, folder: Path) -> dict[str, Any]:
-    """Three steps: the logged values of each, and of the student's weights the norm, the sum and a hash."""
+    """Three steps: the logged values of each, and of the student's weights the norm, the sum and a
+    hash.
+    """
     import tiny
 
     family, words = TRAININGS[method, discriminator]
@@ -200,7 +205,7 @@ def trainings() -> dict[str, Any]:
     return found
 
 
-# -- exports -----------------------------------------------------------------------------------------------------------
+# -- exports ---------------------------------------------------------------------------------------
 
 # Of the shipped student's bytes, which are alike on every machine.
 EXPORTS = {
@@ -225,7 +230,7 @@ def exports() -> dict[str, Any]:
     return found
 
 
-# -- records -----------------------------------------------------------------------------------------------------------
+# -- records ---------------------------------------------------------------------------------------
 
 KINDS = {
     "configurations": configurations,

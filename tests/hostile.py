@@ -1,4 +1,6 @@
-"""What a stranger may send, made byte by byte: tars, pictures, YAML; and a child process of little memory."""
+"""What a stranger may send, made byte by byte: tars, pictures, YAML; and a child process of little
+memory.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,8 @@ def laughs(levels: int = 9) -> str:
 
 
 def small(script: str, *words: object, mib: int = 512, seconds: int = 120) -> str:
-    """What a script prints that may take `mib` MiB of memory beside what torch and Python take; its end must be good.
+    """What a script prints that may take `mib` MiB of memory beside what torch and Python take; its
+    end must be good.
 
     The limit is set by `limit()`, which the script calls once its imports are done.
     """

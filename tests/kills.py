@@ -1,8 +1,10 @@
-"""Kill a command at a random moment, give it again, and compare what it leaves with what it leaves undisturbed.
+"""Kill a command at a random moment, give it again, and compare what it leaves with what it leaves
+undisturbed.
 
-Every trial is a fork of one process that has imported everything, so that it costs the work alone. A kill is SIGKILL,
-either after a random share of the command's time or right before a random one of its changes to files: before a
-file is opened for writing, renamed or removed, or a folder made. Undisturbed command and trials have the same paths.
+Every trial is a fork of one process that has imported everything, so that it costs the work alone.
+A kill is SIGKILL, either after a random share of the command's time or right before a random one of
+its changes to files: before a file is opened for writing, renamed or removed, or a folder made.
+Undisturbed command and trials have the same paths.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ PATIENCE = 600.0  # seconds after which a command hangs
 
 @dataclass(frozen=True)
 class Command:
-    """A command with its options. `work` stands for the folder that it is given, `given` for what it reads."""
+    """A command with its options.
+
+    `work` stands for the folder that it is given, `given` for what it reads.
+    """
 
     module: str
     words: list[str]
@@ -53,7 +58,9 @@ class Command:
 
 @dataclass
 class Ended:
-    """How a command has ended: exit code, or None of one that was killed; its changes to files; seconds."""
+    """How a command has ended: exit code, or None of one that was killed; its changes to files;
+    seconds.
+    """
 
     code: int | None
     changes: int
@@ -157,10 +164,13 @@ class World:
         (self.folder / "given.done").touch()
 
     def call(
-        self, module: str, words: list[str], *, after: float | None = None, before: int | None = None,
+        self, module: str, words: list[str], *, after: float | None = None,
+        before: int | None = None,
         whole_group: bool = True,
     ) -> Ended:  # fmt: skip
-        """Run a command in a fork, killed `after` seconds or right `before` its so-manieth change to files."""
+        """Run a command in a fork, killed `after` seconds or right `before` its so-manieth change
+        to files.
+        """
 
         def task() -> int:
             sys.argv = [f"distill.{module}", *words]
@@ -215,7 +225,9 @@ class World:
         return self.left[name]
 
     def trial(self, name: str, seed: int) -> dict[str, Any]:
-        """One kill of the command, which is then given again: what was lost, and what stays behind."""
+        """One kill of the command, which is then given again: what was lost, and what stays
+        behind.
+        """
         whole, chance, ended = self.whole(name), random.Random(seed), self.undisturbed[name]
         command = COMMANDS[name]
         if chance.random() < 0.5:
@@ -246,7 +258,9 @@ class World:
 
 
 def _kill(child: int, whole_group: bool) -> None:
-    """Kill a process, and all of its group: which it has not made yet, where it is killed at once."""
+    """Kill a process, and all of its group: which it has not made yet, where it is killed at
+    once.
+    """
     with suppress(ProcessLookupError):
         if whole_group:
             os.killpg(child, signal.SIGKILL)
@@ -298,7 +312,9 @@ def _in_child(
 
 
 def _watched(place: str, before: int | None) -> list[int]:
-    """Count this process's changes to files below a folder; right before the so-manieth, it is killed."""
+    """Count this process's changes to files below a folder; right before the so-manieth, it is
+    killed.
+    """
     count, changing = [0], os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
@@ -401,7 +417,9 @@ def _hash(tree: Any) -> str:
 
 
 def of_search(kept: dict[str, str]) -> dict[str, str]:
-    """Of a search the table and the study: a trial that was killed is tried again in another folder."""
+    """Of a search the table and the study: a trial that was killed is tried again in another
+    folder.
+    """
     return {k: v for k, v in kept.items() if "trial_" not in k or k.endswith((".part", ".lock"))}
 
 

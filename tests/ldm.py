@@ -1,4 +1,6 @@
-"""Pipelines written as one file under the names of their makers' code: what diffusers' `from_single_file` reads."""
+"""Pipelines written as one file under the names of their makers' code: what diffusers'
+`from_single_file` reads.
+"""
 
 from __future__ import annotations
 

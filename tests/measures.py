@@ -1,4 +1,5 @@
-"""How the code reads, in numbers: printed by `make check`, beside those of the code before it had rooms. Nothing fails.
+"""How the code reads, in numbers: printed by `make check`, beside those of the code before it had
+rooms. Nothing fails.
 
 python tests/measures.py [FOLDER]      the package, src/distill unless a folder is given
 """

@@ -57,7 +57,9 @@ def made(folder, **options):
 
 
 def factors(model, ranks=(2, 3, 5), alphas=(1.0, 2.0, 6.0)):
-    """Layer -> A, B and alpha; ranks and alphas differ by layer, and convolutions are among them."""
+    """Layer -> A, B and alpha; ranks and alphas differ by layer, and convolutions are among
+    them.
+    """
     random, found = torch.Generator().manual_seed(3), {}
     ends = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in")
     layers = {n: m for n, m in model.named_modules() if n.endswith(ends) and hasattr(m, "weight")}

@@ -1,4 +1,6 @@
-"""ADD: score distillation against closed forms, StyleGAN-T's heads against an independent computation."""
+"""ADD: score distillation against closed forms, StyleGAN-T's heads against an independent
+computation.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def drawn(distill, x, seed):
 
 @pytest.mark.parametrize("process", processes(), ids=["vp", "flow"])
 def test_sds_is_the_gradient_of_score_distillation(process):
-    """d L / d x_hat = w(t) (eps_psi - eps), w = sigma^2, per number of the sample: the mean's 1 / numel aside."""
+    """d L / d x_hat = w(t) (eps_psi - eps), w = sigma^2, per number of the sample: the mean's
+    1 / numel aside.
+    """
     teacher, distill = Linear(process), ScoreDistillation(kind="sds", guidance=3.0)
     x = torch.randn(5, 1, 2, 3, dtype=torch.float64, requires_grad=True)
     cond = told(1, 5)
@@ -147,7 +151,7 @@ def test_distillation_that_cannot_be_is_refused(wrong, said):
         ScoreDistillation(**wrong)
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
 def test_local_batch_norm_by_hand():

@@ -1,4 +1,6 @@
-"""What is wrong is said in one sentence, with exit code 1 and no traceback, and nothing that was there is lost."""
+"""What is wrong is said in one sentence, with exit code 1 and no traceback, and nothing that was
+there is lost.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ from hostile import tar
 
 @pytest.fixture
 def refused(command, pipelines, shards, tmp_path):
-    """Run a command that must fail -> its one sentence. `run` is given a smoke run of a good teacher and good data."""
+    """Run a command that must fail -> its one sentence.
+
+    `run` is given a smoke run of a good teacher and good data.
+    """
 
     def call(name, *arguments):
         if name == "run":
@@ -85,7 +90,7 @@ def png(width, height) -> bytes:
     return file.getvalue()
 
 
-# -- the command line ------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,8 +183,9 @@ def test_a_text_reaches_the_command_as_it_was_typed(command, monkeypatch):
 
 
 def test_other_commands_name_a_wrong_argument_too(refused, tmp_path):
-    assert refused("sample", f"run={tmp_path}") == (
-        "prompt: not given; add prompt=... to the command, or prompts=<file with one a line>"
+    assert (
+        refused("sample", f"run={tmp_path}")
+        == "prompt: not given; add prompt=... to the command, or prompts=<file with one a line>"
     )
     assert "(did you mean steps?)" in refused("sample", "step=1")
     assert "count=x: must be a whole number" in refused(
@@ -244,7 +250,7 @@ def test_words_with_few_meanings(refused):
     )
 
 
-# -- the teacher -----------------------------------------------------------------------------------------------------
+# -- the teacher -----------------------------------------------------------------------------------
 
 
 def rewrite(file, change):
@@ -385,7 +391,8 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
         found = refused("run", "teacher=sd15", *given, *more, f"{key}={value}")
         assert (
             found
-            == f"{key}={value}: cannot be fetched ({said}); check the name, the network and its licence"
+            == f"{key}={value}: cannot be fetched ({said}); check the name, the network and its"
+            " licence"
         )
     assert f"cannot be fetched from the hub ({said})" in refused(
         "sample", "run=someone/model", "prompt=x"
@@ -461,7 +468,9 @@ def test_a_prompt_that_is_too_long_is_said_by_every_command(command, pipelines, 
 
 
 def test_captions_in_the_wrong_form(refused, tmp_path):
-    """A list where a record should be, in a folder and in shards: a run names picture and reason, the cache `check`."""
+    """A list where a record should be, in a folder and in shards: a run names picture and reason,
+    the cache `check`.
+    """
     (tmp_path / "photos").mkdir()
     for i in range(3):
         (tmp_path / "photos" / f"{i}.png").write_bytes(png(64, 64))
@@ -518,7 +527,8 @@ def test_a_tokenizer_of_another_model(refused, copied):
     grow(folder / "tokenizer_2" / "tokenizer.json")
     said = refused("run", f"teacher.path={folder}")
     assert re.fullmatch(
-        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*: fetch both anew",
+        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*:"
+        r" fetch both anew",
         said,
     )
 
@@ -538,7 +548,7 @@ def test_a_caption_that_is_too_long_is_said_once(pipelines, caplog):
     assert len(caplog.records) == 1  # the libraries' own words are many, and at every call
 
 
-# -- the data --------------------------------------------------------------------------------------------------------
+# -- the data --------------------------------------------------------------------------------------
 
 
 def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
@@ -567,7 +577,10 @@ def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
         ),
         (
             (4, 16, 15),
-            "latents of 16 x 15 do not divide into this teacher's patches of 2; make them of pictures whose",
+            (
+                "latents of 16 x 15 do not divide into this teacher's patches of 2; make them of"
+                " pictures whose"
+            ),
         ),
     ],
 )
@@ -631,8 +644,8 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
     ]
     said = refused("run", *run, f"data.num_workers={workers}", "callbacks.samples.every=1000")
     assert (
-        "samples tried are bad, more than data.max_bad_share=0.1: repair the data or raise the share."
-        in said
+        "samples tried are bad, more than data.max_bad_share=0.1: repair the data or raise the"
+        " share." in said
     )
     assert f"{path}:" in said
     if (
@@ -641,12 +654,14 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
         assert checkpoint_files.newest(tmp_path / "run").is_file()
 
 
-# -- judging ---------------------------------------------------------------------------------------------------------
+# -- judging ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def asked(refused, pipelines, tmp_path):
-    """Evaluate a pipeline by prompts or COCO, which must fail -> its one sentence; nothing is left behind."""
+    """Evaluate a pipeline by prompts or COCO, which must fail -> its one sentence; nothing is left
+    behind.
+    """
     coco = eyes.write_coco(tmp_path / "coco")
     (tmp_path / "prompts.txt").write_text("a red star", encoding="utf-8")
 
@@ -753,7 +768,10 @@ def test_distances_on_the_discriminators_own_features_are_refused(
         "metrics.measures=[fd_dinov2,manifolds,clip_score]",
     )
     metrics = ["metrics=coco5k", f"metrics.path={coco}", "metrics.prompts=8"]
-    said = "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does, which flatters it"
+    said = (
+        "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does,"
+        " which flatters it"
+    )
     shutil.copytree(pipelines("mmdit"), tmp_path / "old" / "student")
     config = {
         "discriminator": {"features": {"_target_": "distill.discriminators.images.ImageFeatures"}}
@@ -775,7 +793,7 @@ def test_distances_on_the_discriminators_own_features_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-# -- the run folder --------------------------------------------------------------------------------------------------
+# -- the run folder --------------------------------------------------------------------------------
 
 
 def test_a_run_folder_that_cannot_be_made(refused, tmp_path):
@@ -804,8 +822,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     folder = tmp_path / "run"
     assert said.startswith("cannot write the checkpoint ")
     assert (
-        "step_000002.ckpt (No space left on device); those before it are untouched: make room, then resume"
-        in said
+        "step_000002.ckpt (No space left on device); those before it are untouched: make room, then"
+        " resume" in said
     )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
     assert command("run", f"resume={folder}", "~metrics")[0] == 0

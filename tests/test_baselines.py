@@ -1,4 +1,6 @@
-"""Methods without a discriminator: what they learn from, in closed form, and that a run of them is like any other."""
+"""Methods without a discriminator: what they learn from, in closed form, and that a run of them is
+like any other.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_regression_wants_the_noise():
 
 
 def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
-    """On a rectified flow x_s = x_t + (s - t) v, with v = (x_t - x0') / t and x0' guided by hand."""
+    """On a rectified flow x_s = x_t + (s - t) v, with v = (x_t - x0') / t and x0' guided by
+    hand.
+    """
     teacher = teachers("mmdit")
     method = tiny.consistency(teacher, options={"steps": 2, "guidance": 3.0})
     tiny.shake(method.student, 3)
@@ -80,7 +84,9 @@ def test_consistency_looks_one_guided_step_of_euler_ahead(teachers):
 
 
 def test_the_exact_solution_of_the_path_is_consistent():
-    """A student that knows where the teacher's path ends has next to no loss; the teacher's own estimate has much."""
+    """A student that knows where the teacher's path ends has next to no loss; the teacher's own
+    estimate has much.
+    """
     method = tiny.consistency(toy, options={"steps": 200, "guidance": 1.0})
     x0, cond = toy.data(256, torch.Generator().manual_seed(0)), toy.embed([""] * 256)
     batch = Batch(x0=x0, captions=("",) * 256, cond=cond)

@@ -1,4 +1,6 @@
-"""Numbers that are not finite: in frozen networks before training, in gradients with advice that can be followed."""
+"""Numbers that are not finite: in frozen networks before training, in gradients with advice that
+can be followed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Buckets: the order is pure, one bucket a batch, alike on all ranks; and pictures and latents of several shapes."""
+"""Buckets: the order is pure, one bucket a batch, alike on all ranks; and pictures and latents of
+several shapes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def bucket_of(batch) -> int:
     return bucket
 
 
-# -- the order -------------------------------------------------------------------------------------------------------
+# -- the order -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 30])
@@ -71,7 +73,7 @@ def test_the_order_is_pinned():
     assert order(3) == [[9, 12, 3, 6], [7, 4, 14, 5], [2, 10, 11, 13]]
 
 
-# -- shapes ----------------------------------------------------------------------------------------------------------
+# -- shapes ----------------------------------------------------------------------------------------
 
 
 def test_the_nearest_bucket_is_that_of_the_shape():

@@ -1,4 +1,6 @@
-"""Runs side by side: grouped by what differs, mean and spread over seeds, one page that holds everything."""
+"""Runs side by side: grouped by what differs, mean and spread over seeds, one page that holds
+everything.
+"""
 
 from __future__ import annotations
 

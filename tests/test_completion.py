@@ -1,4 +1,6 @@
-"""The tab key, in real shells: for `distill run` and for `python -m distill.run`; and what a line is answered."""
+"""The tab key, in real shells: for `distill run` and for `python -m distill.run`; and what a line
+is answered.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ TYPED = [
     ("python -m distill.syn", "python -m distill.synthesize "),
     ("python -m distill.run meth", "python -m distill.run method"),
     ("python -m distill.run method=reg", "python -m distill.run method=regression "),
-    ("python -m distill.run method=add method.r1_w", "python -m distill.run method=add method.r1_weight="),
+    (
+        "python -m distill.run method=add method.r1_w",
+        "python -m distill.run method=add method.r1_weight=",
+    ),
     ("python scr", "python script.py "),
 ]  # fmt: skip
 

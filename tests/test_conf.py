@@ -1,4 +1,6 @@
-"""The configuration fits the code: each target exists and takes its keys, each choice composes, none is shadowed."""
+"""The configuration fits the code: each target exists and takes its keys, each choice composes,
+none is shadowed.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ def test_no_file_names_what_its_makers_took_off_the_hub(name):
 
 
 def check_targets(tree: Any, *, whole: bool) -> int:
-    """Bind the keys of every node with a `_target_` to its signature. A `whole` tree must bring all that it needs."""
+    """Bind the keys of every node with a `_target_` to its signature.
+
+    A `whole` tree must bring all that it needs.
+    """
     count = 0
     for path, node in nodes(tree):
         if not isinstance(node, dict) or "_target_" not in node:
@@ -105,7 +110,9 @@ def composed(*overrides: str, root: str = "config.yaml") -> dict[str, Any]:
 
 
 def composed_with(choice: str) -> dict[str, Any]:
-    """The configuration with one file chosen: instead of the root's choice, or besides it where the root has none."""
+    """The configuration with one file chosen: instead of the root's choice, or besides it where the
+    root has none.
+    """
     group, _, option = choice.rpartition("/")
     if group == "experiment":
         return composed(f"experiment={option}")
@@ -113,7 +120,8 @@ def composed_with(choice: str) -> dict[str, Any]:
     if group == "heads":  # chosen by the discriminator and the teacher, whose names it bears
         chosen = next(d for d in ("teacher_features", "pool", "dino") if option.startswith(d))
         return composed(f"discriminator={chosen}", f"teacher={option.removeprefix(f'{chosen}_')}")
-    # What belongs to one method goes with it: a recipe by its name, a discriminator by the method's defaults.
+    # What belongs to one method goes with it: a recipe by its name, a discriminator by the method's
+    # defaults.
     methods = [path.stem for path in (CONF / "method").glob("*.yaml")]
     own = [m for m in methods if group == "recipe" and option.startswith(f"{m}_")]
     own += [
@@ -224,7 +232,9 @@ def test_every_value_of_an_experiment_survives(choice):
 
 
 def sweeps() -> Iterator[tuple[str, list[str]]]:
-    """Each sweep that an experiment's head gives as a command, with its overrides as they are typed, and its own."""
+    """Each sweep that an experiment's head gives as a command, with its overrides as they are
+    typed, and its own.
+    """
     for choice in EXPERIMENTS:
         text = (CONF / f"{choice}.yaml").read_text(encoding="utf-8").replace(" \\\n#", "")
         params = (
@@ -335,7 +345,9 @@ def test_a_contestant_composes_with_the_ends_of_its_search(name, contestant):
 
 @needs_conf
 def test_an_experiment_beats_the_root(tmp_path):
-    """Written here, so that it holds before the first experiment is: each plain value of the root gives way."""
+    """Written here, so that it holds before the first experiment is: each plain value of the root
+    gives way.
+    """
     plain = {
         key: value
         for key, value in load("config.yaml").items()

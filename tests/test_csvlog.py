@@ -1,4 +1,6 @@
-"""`metrics.csv`: every row is there at once, whatever columns come later and whenever the run is killed."""
+"""`metrics.csv`: every row is there at once, whatever columns come later and whenever the run is
+killed.
+"""
 
 from __future__ import annotations
 

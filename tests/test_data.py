@@ -1,4 +1,6 @@
-"""Data: shards written and read back, the one deterministic order, and what happens when files are bad or hostile."""
+"""Data: shards written and read back, the one deterministic order, and what happens when files are
+bad or hostile.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,10 @@ def keys(batches, steps: int) -> list[list[str]]:
 
 
 def complaint(batches) -> str:
-    """What stops the reading. Only text is kept: a traceback keeps workers alive, and their late end takes seconds."""
+    """What stops the reading.
+
+    Only text is kept: a traceback keeps workers alive, and their late end takes seconds.
+    """
     try:
         keys(batches, 30)
     except ValueError as error:
@@ -89,7 +94,7 @@ def raw(**files: bytes) -> dict:
     }
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
 def test_latents_come_back_as_written(tmp_path):
@@ -191,7 +196,7 @@ def test_limit(tmp_path):
         LatentShards(path, limit=0)
 
 
-# --- writing: what is refused ---------------------------------------------------------------------------------------
+# --- writing: what is refused ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["a.b", "", "../x", "/x", "a//b", "a/"])
@@ -244,7 +249,7 @@ def test_shards_left_from_a_longer_run_are_pointed_out(tmp_path, caplog):
     ]
 
 
-# --- the order ------------------------------------------------------------------------------------------------------
+# --- the order ------------------------------------------------------------------------------------
 
 
 def order(n: int, steps: int, **options) -> list[list[int]]:
@@ -335,7 +340,7 @@ def test_a_dataset_in_use_can_be_pickled(tmp_path):
     assert [copy[i]["key"][-1] for i in (5, 0)] == list("50")
 
 
-# --- where shards are -----------------------------------------------------------------------------------------------
+# --- where shards are -----------------------------------------------------------------------------
 
 
 def test_expand(tmp_path):
@@ -394,7 +399,7 @@ def test_samples_are_grouped_by_webdataset_s_convention(tmp_path):
     ]
 
 
-# --- shards that are damaged or hostile -----------------------------------------------------------------------------
+# --- shards that are damaged or hostile -----------------------------------------------------------
 
 
 def test_a_truncated_shard_is_named_wherever_it_is_cut(tmp_path):
@@ -404,7 +409,8 @@ def test_a_truncated_shard_is_named_wherever_it_is_cut(tmp_path):
     )  # a header and two blocks each
     whole = path.read_bytes()
     assert len(Shards(str(path))) == 3
-    # in a header, after a header, in data, between two samples, in the padding and before the end mark
+    # in a header, after a header, in data, between two samples, in the padding and before the end
+    # mark
     for length in (100, 512, 700, 1536, 1536 + 300, 3072 + 512 + 600, 3 * 1536):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.tar' is cut short or"):
@@ -488,7 +494,7 @@ def test_a_hostile_tar_writes_nothing_and_follows_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- bad samples ----------------------------------------------------------------------------------------------------
+# --- bad samples ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -506,7 +512,9 @@ def test_a_corrupt_image_is_replaced_counted_and_named(tmp_path, workers, caplog
 
 
 def test_bad_samples_that_lie_together_count_no_more_than_others(tmp_path):
-    """A folder of thumbnails, say: each was replaced by its neighbour, and one draw counted them all."""
+    """A folder of thumbnails, say: each was replaced by its neighbour, and one draw counted them
+    all.
+    """
     path = put_images(tmp_path / "x.tar", 600, broken=frozenset(range(100, 140)))
     data = ImageShards(path, size=8)
     assert len(keys(loader(data, batch_size=4, seed=0), 300)) == 300
@@ -516,7 +524,9 @@ def test_bad_samples_that_lie_together_count_no_more_than_others(tmp_path):
 
 
 def test_a_few_more_bad_ones_than_expected_are_chance(tmp_path):
-    """Of twenty draws at eight in a hundred three are bad half the time; what is read once is counted whole."""
+    """Of twenty draws at eight in a hundred three are bad half the time; what is read once is
+    counted whole.
+    """
     data = ImageShards(put_images(tmp_path / "x.tar", 50), size=8, max_bad_share=0.1)
     data.account(17, [("x", "bad")] * 3)
     with pytest.raises(
@@ -564,7 +574,10 @@ def test_latents_where_there_are_images(tmp_path):
     path = put_images(tmp_path / "x.tar", 3)
     with pytest.raises(
         ValueError,
-        match=r"data.path=.*x.tar: none of its first 3 samples.*x.tar:000.*it has no latents.*only png, txt",
+        match=(
+            r"data.path=.*x.tar: none of its first 3 samples.*x.tar:000.*it has no latents.*only"
+            r" png, txt"
+        ),
     ):
         LatentShards(path)
 
@@ -649,7 +662,7 @@ def test_captions():
     assert decode.caption(raw(txt=b"x", json=b"{")) == "x"
 
 
-# --- pixels ---------------------------------------------------------------------------------------------------------
+# --- pixels ---------------------------------------------------------------------------------------
 
 
 def test_crop_is_central_and_keeps_the_shape_of_things():

@@ -1,4 +1,6 @@
-"""Distances between sets of features: against closed forms, against other people's matrix roots, and by hand."""
+"""Distances between sets of features: against closed forms, against other people's matrix roots,
+and by hand.
+"""
 
 import math
 
@@ -73,7 +75,9 @@ def test_frechet_refuses_what_has_no_covariance(bad):
 
 
 def test_precision_and_recall_by_hand():
-    """With k = 1 on a line, the reals 0, 1, 10 reach 1, 1 and 9; the fakes 0.5, 1.5, 30 reach 1, 1 and 28.5."""
+    """With k = 1 on a line, the reals 0, 1, 10 reach 1, 1 and 9; the fakes 0.5, 1.5, 30 reach 1, 1
+    and 28.5.
+    """
     real, fake = torch.tensor([[0.0], [1], [10]]), torch.tensor([[0.5], [1.5], [30]])
     precision, recall = precision_recall(real, fake, k=1)
     assert precision == pytest.approx(2 / 3)  # 30 is 20 from the real 10
@@ -110,7 +114,9 @@ def test_precision_and_recall_agree_with_a_naive_loop(k):
 
 
 def test_a_copy_is_found_inside_however_large_the_features():
-    """All fakes are copies: a distance by |a|^2 + |b|^2 - 2ab would put many of them outside balls of radius zero."""
+    """All fakes are copies: a distance by |a|^2 + |b|^2 - 2ab would put many of them outside balls
+    of radius zero.
+    """
     real = (normal(30, 64) * 1e3).float().repeat_interleave(2, dim=0)
     assert precision_recall(real, real.clone(), k=1) == (1, 1)
 

@@ -1,6 +1,8 @@
-"""Two processes and one: the same losses and weights, whole and cut-up checkpoints, any number going on from any other.
+"""Two processes and one: the same losses and weights, whole and cut-up checkpoints, any number
+going on from any other.
 
-The workers are processes of their own on gloo; each writes what it ended with into a file that the test reads.
+The workers are processes of their own on gloo; each writes what it ended with into a file that the
+test reads.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ def parts(pipelines, shards) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, parts):
-    """Method -> what one process ends with by two micro-batches of two: the others' batch, with the same noise."""
+    """Method -> what one process ends with by two micro-batches of two: the others' batch, with the
+    same noise.
+    """
 
     @functools.cache
     def end(method: str) -> dict:
@@ -110,13 +114,16 @@ def test_training_moves_far_enough_to_tell_runs_apart(method, alone, teachers):
 @each_method
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_what_one_gives(strategy, method, alone, parts, tmp_path):
-    """Local batch norm sees each process's own samples, which are those of one micro-batch of the lone process."""
+    """Local batch norm sees each process's own samples, which are those of one micro-batch of the
+    lone process.
+    """
     ends = run(tmp_path, processes=2, strategy=strategy, method=method, **parts)
     assert_same_end(ends[0], alone(method))
     assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
 
 
-# Every documented option of every method that is not its default in `tiny`, several of them in a run.
+# Every documented option of every method that is not its default in `tiny`, several of them in a
+# run.
 OPTIONS = {
     "ladd_distill": {
         "method": "ladd",
@@ -193,7 +200,9 @@ FEW = {name: JOBS[name] for name in ("ladd_distill_32-true", "nitrofusion_unshar
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory, parts):
-    """How (one process, one under fsdp2, or two) and which jobs -> what each job's processes ended with."""
+    """How (one process, one under fsdp2, or two) and which jobs -> what each job's processes ended
+    with.
+    """
 
     @functools.cache
     def made(how: str, slow: bool) -> Path:
@@ -219,7 +228,9 @@ def ends(tmp_path_factory, parts):
 )
 @pytest.mark.parametrize("job", FEW)
 def test_processes_agree_where_a_run_had_failed(job, how, ends):
-    """LADD's distillation reads the whole teacher after a pass that stopped within it; NitroFusion's real noise."""
+    """LADD's distillation reads the whole teacher after a pass that stopped within it;
+    NitroFusion's real noise.
+    """
     assert_agree(ends(how, job, False), ends("one", job, False)[0])
 
 
@@ -242,8 +253,9 @@ def assert_agree(several: list[dict], one: dict) -> None:
 
 
 def assert_near(end: dict, other: dict, before: dict) -> None:
-    """Gathered weights lie elsewhere in memory, and bfloat16 rounds what is made of them another way: 2 to 4 % of the
-    way that the student has gone, as a change of its first weights by one part in a million leaves too."""
+    """Gathered weights lie elsewhere in memory, and bfloat16 rounds what is made of them another
+    way: 2 to 4 % of the way that the student has gone, as a change of its first weights by one part
+    in a million leaves too."""
     way = {k: (end["student"][k] - before[k], other["student"][k] - before[k]) for k in before}
     a, b = (torch.cat([pair[i].flatten() for pair in way.values()]) for i in (0, 1))
     assert float((a - b).norm()) < 0.1 * float(b.norm())
@@ -288,7 +300,9 @@ def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_pa
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, parts, tmp_path):
-    """Under fsdp2 the network is cut up and the adapters are whole; and what is computed again is what it was."""
+    """Under fsdp2 the network is cut up and the adapters are whole; and what is computed again is
+    what it was.
+    """
     options = {"method": "ladd", "lora": {"rank": 4, "checkpointing": strategy == "fsdp2"}, **parts}
     ends = run(tmp_path, processes=2, strategy=strategy, **options)
     assert_same_end(ends[0], alone_with_a_lora)

@@ -1,4 +1,6 @@
-"""The documentation names what there is: its commands compose, its links lead somewhere, the README stays short."""
+"""The documentation names what there is: its commands compose, its links lead somewhere, the README
+stays short.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,10 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_a_command_of_a_page_composes(page, line):
-    """Its groups, options and keys exist. What it does is shown in test_readme.py for the pages on real models."""
+    """Its groups, options and keys exist.
+
+    What it does is shown in test_readme.py for the pages on real models.
+    """
     words = shlex.split(line)
     module = next(word for word in words if word.startswith("distill."))
     name = module.removeprefix("distill.")
@@ -151,7 +156,9 @@ def called_first(run: Callable[[], object]) -> list[tuple[str, str]]:
 
 
 def test_the_walk_through_a_step_is_as_the_page_says(teachers, tmp_path):
-    """Every function of the page's table is called in a LADD step, in this order; ten files at most."""
+    """Every function of the page's table is called in a LADD step, in this order; ten files at
+    most.
+    """
     rows = WALK.findall((DOCS / "understand" / "architecture.md").read_text(encoding="utf-8"))
     assert rows
     assert all(link == f"../../src/distill/{file}" for file, link, _ in rows)

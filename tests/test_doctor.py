@@ -1,4 +1,6 @@
-"""What the doctor says of a machine and of a configuration, and the alarms about a discriminator."""
+"""What the doctor says of a machine and of a configuration, and the alarms about a
+discriminator.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_a_model_too_large_is_said(command, pipelines, monkeypatch):
 
 
 def test_the_default_settings_are_counted(command, pipelines, tmp_path):
-    """Encoders, autoencoder and pictures on the way; without the callback there is nothing to decode."""
+    """Encoders, autoencoder and pictures on the way; without the callback there is nothing to
+    decode.
+    """
     mine = ["teacher=sd15", f"teacher.path={pipelines('unet')}"]
     code, out, _ = command("doctor", *mine)
     assert code == 0
@@ -108,7 +112,9 @@ def test_alarms(health, said):
 
 
 def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
-    """A discriminator that cannot learn: its rate is zero, and its logits are zero from the start."""
+    """A discriminator that cannot learn: its rate is zero, and its logits are zero from the
+    start.
+    """
     toy = tiny.Toy()
     method = tiny.ladd(toy, critic_rate=0.0)
     for head in method.heads.heads.values():
@@ -117,13 +123,15 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     watched = tiny.trainer(tmp_path, 9, Alarms(window=3))
     watched.fit(method, tiny.Stream(toy, 4).loader())
     assert [r.message for r in caplog.records if "not learning" in r.message] == [
-        "step 3: the discriminator is not learning (real and fake score alike): raise its rate or optimizer.head_start"
+        "step 3: the discriminator is not learning (real and fake score alike): raise its rate or"
+        " optimizer.head_start"
     ]
     (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["step"] == 3
     assert "is not learning" in row["alarm"]
 
-    # Killed after more alarms, the run goes on from its checkpoint, and what was said before is not said again.
+    # Killed after more alarms, the run goes on from its checkpoint, and what was said before is not
+    # said again.
     watched.save_checkpoint(tmp_path / "killed.ckpt")
     later = json.dumps({"step": 10, "alarm": "of the steps that are done again"})
     with (tmp_path / "alarms.jsonl").open("a", encoding="utf-8") as file:

@@ -1,4 +1,6 @@
-"""All that is random in an iteration is drawn first: accumulation, several updates and both players meet the same."""
+"""All that is random in an iteration is drawn first: accumulation, several updates and both players
+meet the same.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ CASES = {  # name -> how to make it, its options
 
 
 class Once:
-    """Makes every student sample once, for both players and all updates, as a run without accumulation does."""
+    """Makes every student sample once, for both players and all updates, as a run without
+    accumulation does.
+    """
 
     def __init__(self, method):
         self.make, self.made = method.student_sample, {}
@@ -116,7 +120,9 @@ def test_iterations_micro_batches_and_ranks_draw_other_numbers(name):
 
 
 def test_each_update_of_the_discriminator_reads_unshared_real_samples_anew():
-    """LADD's, under noise of their own in every update; NitroFusion's once an iteration, as t* is."""
+    """LADD's, under noise of their own in every update; NitroFusion's once an iteration, as t*
+    is.
+    """
     ladd = tiny.ladd(toy, discriminator_updates=2)
     batch = tiny.simple_batch(ladd, 4)
     draws, _ = tiny.drawn(ladd, batch)

@@ -129,7 +129,9 @@ def test_swap_shows_the_average_and_restores_every_bit(dtype):
 
 
 def peak(work) -> int:
-    """Bytes that `work` takes from the CPU's allocator at once, as torch's profiler records them."""
+    """Bytes that `work` takes from the CPU's allocator at once, as torch's profiler records
+    them.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

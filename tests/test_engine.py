@@ -1,4 +1,6 @@
-"""The training step that all methods share: what counts as a step, accumulation, clipping, averages, exact resume."""
+"""The training step that all methods share: what counts as a step, accumulation, clipping,
+averages, exact resume.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def test_average_moves_once_a_step_by_its_formula(tmp_path):
 
 
 def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
-    """Noise is drawn per micro-batch, so the reference is computed here, phase by phase, with the same generators."""
+    """Noise is drawn per micro-batch, so the reference is computed here, phase by phase, with the
+    same generators.
+    """
     method = tiny.ladd(toy, accumulate=2, clip_student=1e9, clip_discriminator=1e9)
     seen = {}
     update = method.loop.clip_and_step
@@ -240,7 +244,9 @@ def test_the_discriminator_warms_up_in_its_head_start(tmp_path):
 
 
 def test_only_the_last_of_accumulated_batches_moves_the_student(tmp_path):
-    """What callbacks do at a step they do once, and the change that they measure is that of the whole update."""
+    """What callbacks do at a step they do once, and the change that they measure is that of the
+    whole update.
+    """
     method, told, ratios = tiny.ladd(toy, accumulate=3), [], []
 
     class Told(L.Callback):
@@ -297,7 +303,7 @@ def test_impossible_options_are_named(options, message):
         tiny.engine(**options)
 
 
-# -- checkpoints and resume ------------------------------------------------------------------------------------------
+# -- checkpoints and resume ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", METHODS)
@@ -372,7 +378,9 @@ def test_resumed_run_is_the_uninterrupted_one(make, options, tmp_path):
     expected = state(whole, fitted(whole, tmp_path, 6))
 
     class Killed(L.Callback):
-        """Saves after step 3 and stops, as a run that is killed then: its schedule still reaches to step 6."""
+        """Saves after step 3 and stops, as a run that is killed then: its schedule still reaches to
+        step 6.
+        """
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             if pl_module.step == 3:
@@ -423,7 +431,9 @@ def test_another_seed_is_another_run(tmp_path):
 
 
 def test_what_comes_after_training_is_where_the_teacher_is():
-    """Lightning takes what it has trained back to the CPU, and a network that was cut up is made anew there."""
+    """Lightning takes what it has trained back to the CPU, and a network that was cut up is made
+    anew there.
+    """
 
     class Part(torch.nn.Module):
         device = torch.device("meta")

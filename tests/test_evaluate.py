@@ -1,4 +1,6 @@
-"""Judging by prompts: runs, pipelines and folders of pictures, end to end on tiny networks; killed, and gone on."""
+"""Judging by prompts: runs, pipelines and folders of pictures, end to end on tiny networks; killed,
+and gone on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from distill.students import save_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 
-ALL = "metrics.measures=[fid,kid,fd_dinov2,manifolds,cmmd,clip_score,clip_score_b32,pick_score,hps,variety]"
+ALL = (
+    "metrics.measures=[fid,kid,fd_dinov2,manifolds,cmmd,clip_score,clip_score_b32,pick_score,hps,"
+    "variety]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,9 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
 
 
 def test_scores_are_those_of_their_definition(judged, student, places, tmp_path):
-    """From the PNG files that it left, by other code: the reference features, the mean cosine, the distance."""
+    """From the PNG files that it left, by other code: the reference features, the mean cosine, the
+    distance.
+    """
     import open_clip
     from scipy.linalg import sqrtm
 
@@ -275,7 +282,9 @@ def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, pl
 def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     command, pipelines, shards, monkeypatch, tmp_path
 ):
-    """A model of larger pictures; `metrics: shapes` is what evaluate and run take unless told otherwise."""
+    """A model of larger pictures; `metrics: shapes` is what evaluate and run take unless told
+    otherwise.
+    """
     large = shutil.copytree(pipelines("unet"), tmp_path / "large")
     config = json.loads((large / "unet" / "config.json").read_text(encoding="utf-8"))
     (large / "unet" / "config.json").write_text(

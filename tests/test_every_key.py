@@ -1,4 +1,6 @@
-"""Every key of every configuration: misspelt, of a wrong kind or out of range it is named before torch is imported."""
+"""Every key of every configuration: misspelt, of a wrong kind or out of range it is named before
+torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from distill.config import validate
 from distill.config.compose import dotted
 
 OPTIONS = [  # of groups that no experiment takes
-    "data=images", "data=prompts", "data=synthetic", "data=renders", "metrics=coco5k", "student=lora",
+    "data=images", "data=prompts", "data=synthetic", "data=renders", "metrics=coco5k",
+    "student=lora",
     "teacher=flux", "teacher=pixart_sigma", "teacher=sana", "trainer=fsdp2", "sampler=euler",
 ]  # fmt: skip
 WORDS = ["", *(f"experiment={name}" for name in recipes.names()), *OPTIONS]
@@ -34,7 +37,8 @@ WRONG: dict[type, list[Any]] = {  # kind of a value -> what can be none of that
     dict: [3, "abc", [1]],
     type(None): [{"zzz": 1}, True, [[{"a": 1}]]],
 }
-# Where any sign is right: the place on the noise axis, and numbers of scores that scale or smooth alone.
+# Where any sign is right: the place on the noise axis, and numbers of scores that scale or smooth
+# alone.
 ANY_SIGN = {"method.renoise.m", "metrics.scores.cmmd.bandwidth", "metrics.scores.cmmd.times"}
 
 
@@ -91,7 +95,8 @@ def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def wrong(tree: dict[str, Any], seen: set[tuple[str, Any]]) -> Iterator[tuple[str, str, Any]]:
-    """(key, what an error must name, value): a misspelt neighbour of every key, and values that it cannot have.
+    """(key, what an error must name, value): a misspelt neighbour of every key, and values that it
+    cannot have.
 
     A key of a class that was `seen` is passed over.
     """
@@ -121,8 +126,8 @@ def test_every_key_of_every_experiment(here):
     assert not passed, "\n" + "\n".join(map(str, passed))
     assert tries > 1000
     misspelt = refusal(changed(composed("", here), "method.distil_weight", 2))
-    assert misspelt == (
-        "method.distil_weight: distill.methods.ladd.LADD takes no such key "
+    assert (
+        misspelt == "method.distil_weight: distill.methods.ladd.LADD takes no such key "
         "(did you mean distill_weight?); leave it out"
     )
 

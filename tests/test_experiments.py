@@ -1,5 +1,5 @@
-"""The experiments on the papers' models: each is composed, built and run for two steps, with a tiny teacher in place
-of the real one; and each says what it takes."""
+"""The experiments on the papers' models: each is composed, built and run for two steps, with a tiny
+teacher in place of the real one; and each says what it takes."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def test_every_experiment_is_run():
 
 @pytest.mark.parametrize("name", sorted(on_papers_models()))
 def test_an_experiment_says_what_it_takes(name):
-    """In its head, or in that of the one that it begins from: its command, what is ours, that it was not run."""
+    """In its head, or in that of the one that it begins from: its command, what is ours, that it
+    was not run.
+    """
     text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     head = text.partition("\ndefaults:")[0]
     parent = next(iter(OmegaConf.load(CONF / f"{name}.yaml").defaults))

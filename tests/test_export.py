@@ -119,7 +119,7 @@ def called(pipeline, steps, **options):
     return torch.from_numpy(pipeline(PROMPT, generator=generator, **options).images[0])
 
 
-# -- to=diffusers ----------------------------------------------------------------------------------------------------
+# -- to=diffusers ----------------------------------------------------------------------------------
 
 
 def test_the_exported_folder_draws_what_our_sampler_draws(
@@ -177,7 +177,9 @@ def test_out_is_never_overwritten(run_of, command, tmp_path):
 
 
 def test_euler_steps_are_an_export_of_any_flow_student(run_of, command, tmp_path):
-    """As it was trained long ago: of the run nothing changes, and what is sampled from the folder is what it draws."""
+    """As it was trained long ago: of the run nothing changes, and what is sampled from the folder
+    is what it draws.
+    """
     run = run_of("mmdit", "full")
     asked = [f"run={run}", "to=diffusers", "scheduler=euler", f"out={tmp_path / 'mine'}"]
     code, _, err = command("export", *asked)
@@ -197,7 +199,7 @@ def test_euler_steps_are_an_export_of_any_flow_student(run_of, command, tmp_path
     assert err.startswith("distill: scheduler=euler: is for students of flows, and run=")
 
 
-# -- the card --------------------------------------------------------------------------------------------------------
+# -- the card --------------------------------------------------------------------------------------
 
 
 def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
@@ -284,7 +286,7 @@ def test_without_its_third_text_encoder_it_opens_as_the_card_says(pipelines, tmp
     close(cards.drawn(folder, PROMPT, steps=2, seed=SEED), pixels(model, x0))
 
 
-# -- to=lora ---------------------------------------------------------------------------------------------------------
+# -- to=lora ---------------------------------------------------------------------------------------
 
 
 def assert_lora_gives(file, family, base, expected, *, rtol=1e-3):
@@ -360,7 +362,7 @@ def test_of_a_full_student_a_rank_keeps_what_it_can(run_of, pipelines, command, 
     assert_lora_gives(tmp_path / "all.safetensors", family, pipelines(family), base)
 
 
-# -- to=single_file --------------------------------------------------------------------------------------------------
+# -- to=single_file --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["unet", "sdxl"])
@@ -413,19 +415,25 @@ def test_stable_diffusion_2_has_an_open_clip():
 
 
 def test_layouts_of_full_size_name_what_the_original_names(pipelines, tmp_path):
-    """Stable Diffusion 1.5's and XL's own architectures, without their weights: names known from their files."""
+    """Stable Diffusion 1.5's and XL's own architectures, without their weights: names known from
+    their files.
+    """
     sd15 = {"cross_attention_dim": 768}
     xl = {
-        "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
+        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
+        "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
     }  # fmt: skip
     with torch.device("meta"):
         small, large, vae = (
             UNet2DConditionModel(**sd15), UNet2DConditionModel(**xl),
-            AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
                           block_out_channels=(128, 256, 512, 512), layers_per_block=2),
         )  # fmt: skip
     names = {k: tuple(v.shape) for k, v in unet(small)}
@@ -534,7 +542,7 @@ def test_a_single_file_of_a_transformer_has_diffusers_names(run_of, command, tmp
     assert {"pos_embed.proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"} <= set(expected)
 
 
-# -- to=hub ----------------------------------------------------------------------------------------------------------
+# -- to=hub ----------------------------------------------------------------------------------------
 
 
 class Stub(BaseHTTPRequestHandler):

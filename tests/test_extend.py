@@ -1,4 +1,6 @@
-"""What a user's own package brings, as the pages show it: by a trust list and a folder of options, without a fork."""
+"""What a user's own package brings, as the pages show it: by a trust list and a folder of options,
+without a fork.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The newer families, each against its own pipeline in diffusers: SD 2.1 v, SD3.5, PixArt-Sigma, Sana, FLUX."""
+"""The newer families, each against its own pipeline in diffusers: SD 2.1 v, SD3.5, PixArt-Sigma,
+Sana, FLUX.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,7 @@ def inputs(teacher):
     return noise(2, 4, 16, 16), torch.tensor([0.9, 0.4]), teacher.embed(PROMPTS)
 
 
-# -- against diffusers -----------------------------------------------------------------------------------------------
+# -- against diffusers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["sd35", "sana", "flux"])
@@ -233,7 +235,9 @@ def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):
 @each
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_card_s_code_is_our_sampler(family, steps, teachers, tmp_path):
-    """Sizes, lengths and guidance that no file of diffusers tells are in it, and in the folder for our adapter."""
+    """Sizes, lengths and guidance that no file of diffusers tells are in it, and in the folder for
+    our adapter.
+    """
     teacher = teachers(family)
     student = tiny.shake(full(teacher), 21, std=0.03).eval()
     scheduler = Consistency().scheduler(student, teacher)
@@ -410,7 +414,7 @@ def test_a_lora_on_a_pipeline_that_takes_none_is_refused(folders, tmp_path):
         PixArtSigma(str(folders("pixart")), weights=str(file))
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 CONFIG = {"sd35": "sd35_medium", "pixart": "pixart_sigma", "sana": "sana", "flux": "flux"}
 MORE = {
@@ -490,7 +494,9 @@ def test_sides_that_a_family_cannot_read_are_refused_before_its_weights(
     ],
 )
 def test_data_of_another_size_than_the_teacher_are_said(family, side, said, teachers, caplog):
-    """FLUX's files name no size: pictures on the way are of teacher.size, 1024 unless it is given."""
+    """FLUX's files name no size: pictures on the way are of teacher.size, 1024 unless it is
+    given.
+    """
     teacher = teachers(family)
     data = SimpleNamespace(shape=(4, side, side), buckets=[])
     say_size(data, teacher)

@@ -1,4 +1,6 @@
-"""The run that a new user starts, as it is but for the number of its steps, where nobody sees a bar."""
+"""The run that a new user starts, as it is but for the number of its steps, where nobody sees a
+bar.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,16 @@ BUSY = 15  # seconds more on a machine that does other things too
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder, the lines of stdout and stderr with the seconds at which they came, and when a row was on disk."""
+    """The folder, the lines of stdout and stderr with the seconds at which they came, and when a
+    row was on disk.
+    """
     place = tmp_path_factory.mktemp("first")
     began, said, process = time.monotonic(), [], None
     process = subprocess.Popen(
         [sys.executable, "-m", "distill.run", *COMMAND.split()],
         cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED",)}, encoding="utf-8")  # fmt: skip
+        env={k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED",)},
+        encoding="utf-8")  # fmt: skip
     rows = []
 
     def watch():

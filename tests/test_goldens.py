@@ -1,4 +1,6 @@
-"""The records of tests/goldens hold: a rearrangement of the code changes no configuration, page, number or file."""
+"""The records of tests/goldens hold: a rearrangement of the code changes no configuration, page,
+number or file.
+"""
 
 from __future__ import annotations
 

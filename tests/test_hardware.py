@@ -112,7 +112,10 @@ def test_the_best_precision_is_not_slower_than_the_other():
 
 @NO_CUDA
 def test_a_run_says_and_keeps_its_precision(command, machine, tmp_path):
-    """`auto` is settled once: printed, and in run.json with the CPU. On other hardware it goes on in its own."""
+    """`auto` is settled once: printed, and in run.json with the CPU.
+
+    On other hardware it goes on in its own.
+    """
     folder = tmp_path / "run"
     machine(("avx512_bf16",), 0.4)
     code, out, err = command("run", "debug=smoke", "~metrics", f"run_dir={folder}")

@@ -1,4 +1,6 @@
-"""The command line explains itself: help pages from the YAML's own comments, a list of commands, recipes to copy."""
+"""The command line explains itself: help pages from the YAML's own comments, a list of commands,
+recipes to copy.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,7 @@ def test_every_option_of_a_group_says_what_it_is_in_a_line(file):
         assert 0 < len(comments.summary(file)) <= 130, comments.summary(file)
 
 
-# -- distill, and its commands -----------------------------------------------------------------------------------------
+# -- distill, and its commands ---------------------------------------------------------------------
 
 
 def distill(*words: str, cwd: Path, module: str = "distill") -> subprocess.CompletedProcess:
@@ -136,7 +138,7 @@ def test_commands_without_a_configuration_have_a_page_too(name, command):
     assert sum("distill" in line for line in examples) >= 2
 
 
-# -- recipes -----------------------------------------------------------------------------------------------------------
+# -- recipes ---------------------------------------------------------------------------------------
 
 
 def shown(*words: str) -> dict:

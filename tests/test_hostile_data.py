@@ -151,7 +151,7 @@ def test_a_sample_of_thousands_of_files_is_a_bad_one(files, tmp_path):
     assert reason == f"it has {files + 2} files, more than 1000"
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def raw(data: bytes, extension: str = "png") -> dict:
@@ -262,7 +262,10 @@ BOXES = box(b"JXL ", b"\r\n\x87\n") + box(b"ftyp", b"jxl \0\0\0\0jxl ")
         (jxl_header((0, 1), (1, 2), (999, 13), (2, 3)), (1200, 1000)),
         (BOMB, (SIDE, SIDE)),
         (BOXES + box(b"jxlc", BOMB), (SIDE, SIDE)),
-        (BOXES + box(b"Exif", b"x" * 70_000, wide=True) + box(b"jxlp", b"\0\0\0\0" + BOMB), (SIDE, SIDE)),
+        (
+            BOXES + box(b"Exif", b"x" * 70_000, wide=True) + box(b"jxlp", b"\0\0\0\0" + BOMB),
+            (SIDE, SIDE),
+        ),
         (png(16, 16), None),
         (b"", None),
     ],
@@ -415,7 +418,7 @@ def test_what_is_no_picture_is_a_bad_sample(data):
                 read(raw(data))
 
 
-# -- captions, records, latents ----------------------------------------------------------------------------------------
+# -- captions, records, latents --------------------------------------------------------------------
 
 
 def sparse_file(path, size: int, start: bytes = b""):

@@ -1,4 +1,6 @@
-"""Run folders that a stranger has made: what they say is shown as text, and what has no bounds is left out by name."""
+"""Run folders that a stranger has made: what they say is shown as text, and what has no bounds is
+left out by name.
+"""
 
 from __future__ import annotations
 
@@ -174,15 +176,18 @@ def test_rows_may_lack_numbers():
 
 DAMAGED = {
     "config.yaml": [
-        laughs(), "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]", "- 1\n", "x: y: z", b"\xff\xfe", "3",
+        laughs(), "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]", "- 1\n", "x: y: z", b"\xff\xfe",
+        "3",
         "!!python/object/apply:os.system ['true']",
     ],
     "evaluation.json": [
-        "[" * 100_000, "[]", "3", '{"rows": 3}', '{"rows": [], "protocol": 3}', '{"rows": ', b"\xff",
+        "[" * 100_000, "[]", "3", '{"rows": 3}', '{"rows": [], "protocol": 3}', '{"rows": ',
+        b"\xff",
         '{"rows": [{"who": "student", "steps": 1, "fid": ' + "9" * 5000 + "}]}",
         json.dumps({"rows": [{"who": "student", "steps": 1}] * 2000}),
     ],
-    "run.json": ["[" * 100_000, "[]", '{"train_seconds": "x"}', '{"images_seen": 1' + "0" * 400 + "}"],
+    "run.json": ["[" * 100_000, "[]", '{"train_seconds": "x"}',
+        '{"images_seen": 1' + "0" * 400 + "}"],
 }  # fmt: skip
 
 
@@ -264,7 +269,7 @@ def test_ordinary_yaml_is_read_as_before():
     bounded.check_yaml("\n".join(f"key{i}: {i}" for i in range(40_000)), "x")
 
 
-# -- pictures, archives ------------------------------------------------------------------------------------------------
+# -- pictures, archives ----------------------------------------------------------------------------
 
 
 def test_a_page_shows_only_png_within_bounds(tmp_path):
@@ -298,7 +303,7 @@ def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
             checkpoint_files.read(path)
 
 
-# -- a student's card, the demo, the terminal --------------------------------------------------------------------------
+# -- a student's card, the demo, the terminal ------------------------------------------------------
 
 
 def test_a_card_shows_a_strangers_words_as_text(tmp_path):
@@ -353,7 +358,7 @@ def test_a_terminal_and_a_log_get_text(capsys, tmp_path):
     assert "\x1b[31mred\x1b[0m\tand\rover" in out
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""ADD's eyes and what its heads are told: taps as independent hooks see them, augmentation pixel by pixel."""
+"""ADD's eyes and what its heads are told: taps as independent hooks see them, augmentation pixel by
+pixel.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,7 @@ def test_taps_that_are_not_there_are_refused():
         tiny.eyes(taps=[0, 6])
 
 
-# -- what the heads are told -----------------------------------------------------------------------------------------
+# -- what the heads are told -----------------------------------------------------------------------
 
 
 class NoPool:

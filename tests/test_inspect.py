@@ -1,4 +1,6 @@
-"""What the discriminator sees: verdicts by head and level against plain loops, attention against finite differences."""
+"""What the discriminator sees: verdicts by head and level against plain loops, attention against
+finite differences.
+"""
 
 from __future__ import annotations
 

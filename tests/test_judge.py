@@ -1,4 +1,6 @@
-"""The judge of `shapes`, with an oracle in place of the trained reader: what is scored, and what is left alone."""
+"""The judge of `shapes`, with an oracle in place of the trained reader: what is scored, and what is
+left alone.
+"""
 
 import math
 from dataclasses import replace
@@ -43,7 +45,9 @@ def facts(scene: Scene) -> Prompt:
 
 
 class Oracle:
-    """A reader that knows the scenes of some pictures, and recognises those pictures by a 4 x 8 thumbnail."""
+    """A reader that knows the scenes of some pictures, and recognises those pictures by a 4 x 8
+    thumbnail.
+    """
 
     def __init__(self, scenes: list[Scene]):
         self.truth = targets([facts(scene) for scene in scenes])

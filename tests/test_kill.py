@@ -1,4 +1,6 @@
-"""Runs that are killed, told to stop, or find a damaged checkpoint, and go on as if nothing had happened."""
+"""Runs that are killed, told to stop, or find a damaged checkpoint, and go on as if nothing had
+happened.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def end_of(folder):
 def test_killed_at_any_moment_it_ends_with_the_same_bits(
     method, workers, pipelines, shards, tmp_path
 ):
-    """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may pass for a whole."""
+    """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may
+    pass for a whole.
+    """
     assert (
         start(arguments(pipelines, shards, tmp_path / "whole", workers, method), tmp_path).wait(
             timeout=300
@@ -126,8 +130,8 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
         stopped, out, err = command("run", *common)
     assert (stopped, signal.getsignal(number)) == (code, before)
     assert (
-        f"stopped by {number.name} at step 4; go on with: python -m distill.run resume={tmp_path / 'parts'}"
-        in out
+        f"stopped by {number.name} at step 4; go on with: python -m distill.run"
+        f" resume={tmp_path / 'parts'}" in out
     )
     assert "Traceback" not in err
     assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step_000004.ckpt"]
@@ -163,7 +167,9 @@ def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, sha
 
 
 def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp_path):
-    """Gone on from an earlier checkpoint and stopped early, the run goes on from its own newest one."""
+    """Gone on from an earlier checkpoint and stopped early, the run goes on from its own newest
+    one.
+    """
     folder, rules = (
         tmp_path / "run",
         ["trainer.max_steps=4", "callbacks.samples.every=1", "callbacks.checkpoint.keep=0"],
@@ -300,7 +306,9 @@ def test_what_is_given_besides_counts_and_nothing_else(given, changed, gone_on, 
 
 @pytest.fixture
 def gone_on(command, monkeypatch, tmp_path):
-    """The configuration of a run that is longer than its recipe says, and the one with which it goes on."""
+    """The configuration of a run that is longer than its recipe says, and the one with which it
+    goes on.
+    """
     seen = []
     monkeypatch.setattr("distill.config.build.check", seen.append)
     monkeypatch.setattr("distill.config.build.parts", lambda _: None)

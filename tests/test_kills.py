@@ -1,4 +1,6 @@
-"""Commands that are killed at random points and given again: benchmarks/kills.py, in a process of its own."""
+"""Commands that are killed at random points and given again: benchmarks/kills.py, in a process of
+its own.
+"""
 
 from __future__ import annotations
 

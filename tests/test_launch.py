@@ -1,4 +1,6 @@
-"""Several processes, started by the command itself, by torchrun or by SLURM; sweeps; and the search over keys."""
+"""Several processes, started by the command itself, by torchrun or by SLURM; sweeps; and the search
+over keys.
+"""
 
 from __future__ import annotations
 
@@ -106,11 +108,10 @@ def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeyp
     }.items():
         monkeypatch.setenv(name, value)
     script = (
-        "import os, sys\n"
-        "from lightning.pytorch.plugins.environments import SLURMEnvironment\n"
-        "from distill import compose\n"
-        "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(\n"
-        "    f'{compose.rank()} {compose.world()} {SLURMEnvironment.detect()} ' + os.environ['SLURM_JOB_ID'])\n"
+        "import os, sys\nfrom lightning.pytorch.plugins.environments import SLURMEnvironment\nfrom"
+        " distill import compose\nopen(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(\n"
+        "    f'{compose.rank()} {compose.world()} {SLURMEnvironment.detect()} ' +"
+        " os.environ['SLURM_JOB_ID'])\n"
     )
     popen, own = subprocess.Popen, [sys.executable, "-c", script, str(tmp_path)]
     monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen(own, **kw))
@@ -151,7 +152,9 @@ def test_a_run_that_fails_keeps_what_it_has_trained(trained, command, monkeypatc
 
 @pytest.fixture
 def job(command, monkeypatch, tmp_path):
-    """A command in a job of SLURM, without any training -> (exit code, stderr, step from which it goes on)."""
+    """A command in a job of SLURM, without any training -> (exit code, stderr, step from which it
+    goes on).
+    """
     monkeypatch.setattr("distill.config.build.parts", lambda _: None)
     monkeypatch.setattr("distill.config.build.check", lambda _: None)
     began = []
@@ -280,7 +283,7 @@ def test_launchers_of_hydra_compose_with_ours(launcher):
     assert launcher.split("_")[0] in cfg.hydra.launcher._target_
 
 
-# -- search ------------------------------------------------------------------------------------------------------------
+# -- search ----------------------------------------------------------------------------------------
 
 
 class Trial:
@@ -346,7 +349,9 @@ def test_the_score_is_judged_or_logged(tmp_path):
 
 @pytest.fixture
 def trials(command, monkeypatch, tmp_path):
-    """A search whose trials are judged at once, by the rate they have: -> what it said, and the rates so far."""
+    """A search whose trials are judged at once, by the rate they have: -> what it said, and the
+    rates so far.
+    """
     pytest.importorskip("optuna")
     rates = []
 

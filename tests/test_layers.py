@@ -1,4 +1,5 @@
-"""House rules that a machine can check: imports point down, heavy libraries stay in their places, files stay small.
+"""House rules that a machine can check: imports point down, heavy libraries stay in their places,
+files stay small.
 
 The tables come first. A new module gets a row in `LAYERS`; nothing else needs to change.
 """
@@ -14,11 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "distill"
 
-# Layer -> its rooms: a folder below src/distill, or a module of one that stands higher or lower than its room.
+# Layer -> its rooms: a folder below src/distill, or a module of one that stands higher or lower
+# than its room.
 LAYERS = {
-    "ground": {"core", "machine", "storage", "terminal", "evaluation.results", "training.run_metadata"},
+    "ground": {
+        "core", "machine", "storage", "terminal", "evaluation.results", "training.run_metadata",
+    },
     "parts": {
-        "teachers", "discriminators", "data", "worlds", "evaluation.references", "evaluation.networks",
+        "teachers", "discriminators", "data", "worlds", "evaluation.references",
+        "evaluation.networks",
         "evaluation.features", "evaluation.scores", "training.engine",
     },
     "models": {"students", "sampling"},
@@ -30,14 +35,17 @@ LAYERS = {
     },
     "building": {"config.build", "config.fitting", "config.models", "training.loggers"},
     "commands": {
-        "__main__", "cache", "check", "cli", "commandline", "compare", "completion", "config.errors", "data.begun_job",
-        "data.shard_job", "demo", "demonstration", "doctor", "evaluate", "export", "inspect", "pretrain", "recipes",
+        "__main__", "cache", "check", "cli", "commandline", "compare", "completion",
+        "config.errors", "data.begun_job",
+        "data.shard_job", "demo", "demonstration", "doctor", "evaluate", "export", "inspect",
+        "pretrain", "recipes",
         "run", "sample", "search", "synthesize", "training.launch", "training.rank_process",
         "worlds.shapes.pretraining",
     },
 }  # fmt: skip
 
-# Layer -> the layers it may import. A folder may always import itself, except that methods do not know each other.
+# Layer -> the layers it may import. A folder may always import itself, except that methods do not
+# know each other.
 MAY_IMPORT = {
     "ground": {"ground"},
     "parts": {"ground"},
@@ -50,9 +58,12 @@ MAY_IMPORT = {
     "commands": set(LAYERS),
 }
 
-# Library -> the layers and modules in which it may be imported, at the top of a file or inside a function.
+# Library -> the layers and modules in which it may be imported, at the top of a file or inside a
+# function.
 HEAVY = {
-    "diffusers": {"teachers", "discriminators", "evaluation", "students", "sampling", "exporting", "worlds"},
+    "diffusers": {
+        "teachers", "discriminators", "evaluation", "students", "sampling", "exporting", "worlds",
+    },
     "transformers": {"teachers", "discriminators", "evaluation", "worlds"},
     "open_clip": {"teachers", "discriminators", "evaluation", "worlds"},
     "webdataset": {"data", "worlds"},
@@ -70,19 +81,23 @@ HEAVY = {
     "tests": set(),
 }  # fmt: skip
 
-# Lines of a file, of a method's file and of a function, docstring included. Totals are not limited: a limit on them
-# makes people pack code.
+# Lines of a file, of a method's file and of a function, docstring included. Totals are not limited:
+# a limit on them makes people pack code.
 FILE, METHOD_FILE, FUNCTION = 400, 180, 60
 
 
 def module_of(path: Path, package: Path) -> str:
-    """The name of a file below the package: `teachers.sd3`; the package's own __init__ is the empty name."""
+    """The name of a file below the package: `teachers.sd3`; the package's own __init__ is the empty
+    name.
+    """
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def place_of(module: str) -> str:
-    """The longest part of a module's name that the tables have; its first part, where they have none."""
+    """The longest part of a module's name that the tables have; its first part, where they have
+    none.
+    """
     parts = module.split(".")
     known = set().union(*LAYERS.values())
     found = (".".join(parts[:n]) for n in range(len(parts), 0, -1))

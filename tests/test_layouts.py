@@ -1,4 +1,6 @@
-"""Pictures as other tools lay them out, and what is said of those that are not read: see troubleshooting_data.md."""
+"""Pictures as other tools lay them out, and what is said of those that are not read: see
+troubleshooting_data.md.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def told(path: str, **options) -> dict[str, str]:
     return {data[i]["key"]: data[i]["caption"] for i in range(len(data))}
 
 
-# -- captions of a folder ----------------------------------------------------------------------------------------------
+# -- captions of a folder --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["", "train/"])
@@ -92,7 +94,10 @@ def test_metadata_csv_and_the_key_of_the_caption(tmp_path):
         "b.png": "Bär",
     }
     data = ImageShards(path, size=8, max_bad_share=1.0)
-    reason = "its .json has no text under 'caption' or 'text', only file_name, prompt, n: see data.caption_key"
+    reason = (
+        "its .json has no text under 'caption' or 'text', only file_name, prompt, n: see"
+        " data.caption_key"
+    )
     with pytest.raises(decode.BadSample, match=reason):
         decode.caption(data.shards.read(0))
 
@@ -212,7 +217,7 @@ def test_what_may_be_the_reason_of_a_refusal_is_said(tmp_path, caplog):
     assert "1 .parquet beside the pictures are not read" in caplog.text
 
 
-# -- no captions -------------------------------------------------------------------------------------------------------
+# -- no captions -----------------------------------------------------------------------------------
 
 
 def test_a_set_without_captions_is_refused(tmp_path, command):
@@ -338,7 +343,7 @@ def test_pretraining_needs_captions_only_where_it_reads_them(tmp_path):
     assert max_empty_share(None) == max_empty_share(["clip"]) == 0.5
 
 
-# -- formats of pictures -----------------------------------------------------------------------------------------------
+# -- formats of pictures ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -439,7 +444,7 @@ def test_the_size_of_a_turned_picture_is_that_of_its_pixels(kind):
     assert decode.image(raw, 30, 50).shape == (3, 50, 30)
 
 
-# -- where files lie ---------------------------------------------------------------------------------------------------
+# -- where files lie -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there, and pipes have no names")
@@ -513,8 +518,14 @@ def test_a_shard_among_pictures_is_named(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"x.tar.gz": b"x", "y.tgz": b"x"}, r"1 \.tar\.gz, 1 \.tgz: archives are .* unpack x\.tar\.gz"),
-        ({"train-0.parquet": b"PAR1"}, r"1 \.parquet: tables are not read: .*troubleshooting_data\.md"),
+        (
+            {"x.tar.gz": b"x", "y.tgz": b"x"},
+            r"1 \.tar\.gz, 1 \.tgz: archives are .* unpack x\.tar\.gz",
+        ),
+        (
+            {"train-0.parquet": b"PAR1"},
+            r"1 \.parquet: tables are not read: .*troubleshooting_data\.md",
+        ),
         ({"data.arrow": b"x"}, "tables are not read"),
         ({"a.psd": b"x"}, r"1 \.psd: these are not read here: convert them"),
         ({"a.foo": b"x"}, r"but 1 \.foo$"),
@@ -604,7 +615,7 @@ def test_caches_of_two_teachers_are_not_mixed(tmp_path):
     assert len(LatentShards(str(tmp_path))) == 2
 
 
-# -- the page ----------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 
 
 def test_the_page_names_every_suffix_and_key():

@@ -1,6 +1,8 @@
-"""Does a method learn? One step of the toy's teacher lands halfway between two modes; it must move it to the modes.
+"""Does a method learn? One step of the toy's teacher lands halfway between two modes; it must move
+it to the modes.
 
-Signs and detachments are easy to get wrong and still give finite losses; with the student's sign flipped this fails.
+Signs and detachments are easy to get wrong and still give finite losses; with the student's sign
+flipped this fails.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def trained(folder, make, *, sign: float = 1.0):
 
 
 def test_the_toy_is_what_its_docstring_says():
-    """E[x0 | x_t] by weighing many clean samples with how likely they make x_t, and the start between the modes."""
+    """E[x0 | x_t] by weighing many clean samples with how likely they make x_t, and the start
+    between the modes.
+    """
     clean = toy.data(200_000, torch.Generator().manual_seed(1))
     for t, x_t in (
         (0.9, 0.5 * toy.mode),
@@ -77,7 +81,8 @@ def test_one_step_samples_come_to_the_modes(make, tmp_path):
     assert distance(student) < (0.7 if make is tiny.nitrofusion else 0.5)
     if (
         make is tiny.ladd
-    ):  # ADD comes to one of them: score distillation seeks a mode, and the paper too loses diversity
+        # ADD comes to one of them: score distillation seeks a mode; the paper loses diversity too
+    ):
         on_first = ((one_step(student) * toy.mode).mean((1, 2, 3)) > 0).float().mean()
         assert 0.2 < float(on_first) < 0.8
 

@@ -1,4 +1,6 @@
-"""What a command leaves behind that fails: nothing before its first step, so that it can be mended and given again."""
+"""What a command leaves behind that fails: nothing before its first step, so that it can be mended
+and given again.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,7 @@ def test_a_run_that_made_steps_is_not_written_over(words, command, tmp_path):
     assert (folder / "config.yaml").read_bytes() == before
 
 
-# -- other commands --------------------------------------------------------------------------------------------------
+# -- other commands --------------------------------------------------------------------------------
 
 
 def test_a_judging_that_cannot_begin_leaves_nothing(pipelines, command, tmp_path):

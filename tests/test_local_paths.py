@@ -1,4 +1,6 @@
-"""A mistyped path asks nobody: what looks like a path, or begins with a folder here, is never a repository's name."""
+"""A mistyped path asks nobody: what looks like a path, or begins with a folder here, is never a
+repository's name.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from distill.teachers.loading import locate
 
 SRC = Path(__file__).parents[1] / "src"
 
-# Command and options; what its one sentence begins with, and the nearest name that it gives, if any.
+# Command and options; what its one sentence begins with, and the nearest name that it gives, if
+# any.
 MISTYPED = [
     ("sample run=runs/nope prompt=x", "run=runs/nope: neither a finished run", "runs/nape"),
     ("sample run=mine/nope prompt=x", "run=mine/nope: neither a finished run", "mine/nape"),
@@ -46,7 +49,8 @@ MISTYPED = [
         "metrics.networks.clip_g.path=local-dir:mine/nope: no such file or folder",
         "mine/nape",
     ),
-    ("run method=add discriminator=dino method.decoder={_target_:distill.teachers.decoder.TinyDecoder,"
+    ("run method=add discriminator=dino "
+     "method.decoder={_target_:distill.teachers.decoder.TinyDecoder,"
      "path:mine/nope}", "method.decoder.path=mine/nope: no such folder", "mine/nape"),
 ]  # fmt: skip
 SCRIPT = """
@@ -85,7 +89,9 @@ def hub():
 
 @pytest.fixture
 def asked(hub, tmp_path):
-    """Run commands in one process, in a folder of a few names, with the hub at that door -> what each says."""
+    """Run commands in one process, in a folder of a few names, with the hub at that door -> what
+    each says.
+    """
     address, _ = hub
     for name in ("runs/nape", "mine/nape", "pictures"):
         (tmp_path / name).mkdir(parents=True)
@@ -102,7 +108,8 @@ def asked(hub, tmp_path):
         environment |= {f"{kind}_proxy": address for kind in ("http", "https", "HTTP", "HTTPS")}
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps(commands)],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8",
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+            encoding="utf-8",
         )  # fmt: skip
         return [part.strip() for part in done.stderr.split("-----")][: len(commands)]
 

@@ -1,4 +1,6 @@
-"""A LoRA student: student, teacher and feature network are one network, and each pass has the adapters as it should."""
+"""A LoRA student: student, teacher and feature network are one network, and each pass has the
+adapters as it should.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def inputs(teacher):
     )
 
 
-# -- one network in three roles --------------------------------------------------------------------------------------
+# -- one network in three roles --------------------------------------------------------------------
 
 
 def test_a_student_is_its_adapters_and_begins_as_the_teacher(fresh, teacher):
@@ -80,7 +82,9 @@ def test_an_error_inside_a_pass_turns_the_adapters_off_again(fresh):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_two_networks(checkpointing, fresh, teacher):
-    """The reference is a student with weights of its own, and a teacher of its own; B A of it by the chain rule."""
+    """The reference is a student with weights of its own, and a teacher of its own; B A of it by
+    the chain rule.
+    """
     base = fresh()
     student = tiny.shake(lora(base, rank=4, checkpointing=checkpointing), 3)
     apart = teacher.network.around(merged(student)).requires_grad_(True)
@@ -115,7 +119,9 @@ def untouched_base(teacher):
 
 
 def test_blocks_are_computed_again_as_they_were(fresh):
-    """And the test can tell: without what is held, the second computation is that of another network."""
+    """And the test can tell: without what is held, the second computation is that of another
+    network.
+    """
     base = fresh()
     student = tiny.shake(lora(base, rank=4, checkpointing=True), 3)
     x_t, t, cond = inputs(base)
@@ -175,7 +181,7 @@ def test_layers_rank_and_scale_are_chosen(fresh, family):
             lora(fresh(), **options)
 
 
-# -- in training -----------------------------------------------------------------------------------------------------
+# -- in training -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)

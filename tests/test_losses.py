@@ -242,7 +242,9 @@ def test_weighted_mse_by_hand():
 
 
 def test_critic_stats_count_pairs_wherever_zero_lies():
-    """Of four pairs three are told apart and one is a tie; a constant added to all logits changes the means alone."""
+    """Of four pairs three are told apart and one is a tie; a constant added to all logits changes
+    the means alone.
+    """
     real, fake = torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.tensor([[-2.0, 0.0], [0.5, -1.0]])
     found = critic_stats(Logits(real, (1, 1)), Logits(fake, (1, 1)))
     assert found["d/accuracy"].item() == pytest.approx(3.5 / 4)

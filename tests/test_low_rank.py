@@ -1,4 +1,6 @@
-"""A LoRA of what a student has learnt: what random projections cost, and what its file says of itself."""
+"""A LoRA of what a student has learnt: what random projections cost, and what its file says of
+itself.
+"""
 
 from __future__ import annotations
 

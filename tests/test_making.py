@@ -1,4 +1,6 @@
-"""Shards that commands make: pictures encoded once, and a teacher's samples; killed, shared out, read back, checked."""
+"""Shards that commands make: pictures encoded once, and a teacher's samples; killed, shared out,
+read back, checked.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ EXPECTED = {
 each_command = pytest.mark.parametrize("name", ["cache", "synthesize"])
 
 
-# -- killed, and shared out --------------------------------------------------------------------------------------------
+# -- killed, and shared out ------------------------------------------------------------------------
 
 
 @each_command
@@ -94,8 +96,8 @@ def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(
     assert code == 0
     assert keys(tmp_path / "whole") == EXPECTED[name]
     assert (
-        f"whole: {len(EXPECTED[name])} samples in 4 shards, {COUNT - len(EXPECTED[name])} bad ones left out"
-        in out
+        f"whole: {len(EXPECTED[name])} samples in 4 shards, {COUNT - len(EXPECTED[name])} bad ones"
+        " left out" in out
     )
     calls, embed = itertools.count(), PipelineTeacher.embed
 
@@ -264,7 +266,7 @@ def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch,
     assert not (tmp_path / "other").exists()
 
 
-# -- what was made -----------------------------------------------------------------------------------------------------
+# -- what was made ---------------------------------------------------------------------------------
 
 
 def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
@@ -364,7 +366,7 @@ def test_embeddings_that_are_refused(member, said, tmp_path):
         LatentShards(path)
 
 
-# -- a run on it -------------------------------------------------------------------------------------------------------
+# -- a run on it -----------------------------------------------------------------------------------
 
 ENCODERS = (
     diffusers.AutoencoderKL,
@@ -436,7 +438,9 @@ def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(
 def test_pictures_on_the_way_read_what_they_need_and_let_it_go(
     prompts, encoders, command, pipelines, read, monkeypatch, asked, tmp_path
 ):
-    """Captions of the data need no encoder; prompts of one's own need the teacher's two, once for all."""
+    """Captions of the data need no encoder; prompts of one's own need the teacher's two, once for
+    all.
+    """
     assert command("synthesize", *asked["synthesize"], "out=made")[0] == 0
     read.clear()
     gone, release = [], PipelineTeacher.release
@@ -507,7 +511,10 @@ def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     manifest.write_text(
         json.dumps(made | {"without": ["text_encoder_3", "tokenizer_3"]}), encoding="utf-8"
     )
-    said = "were made with teacher.without=[text_encoder_3,tokenizer_3], and this run has []; give both the same"
+    said = (
+        "were made with teacher.without=[text_encoder_3,tokenizer_3], and this run has []; give"
+        " both the same"
+    )
     assert said in command("run", "data=latents", teacher, *run)[2]
     manifest.write_text(json.dumps(made | {"teacher": "another"}), encoding="utf-8")
     code, *said = command("run", "data=latents", teacher, *run)
@@ -517,7 +524,7 @@ def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     )
 
 
-# -- check, and what img2dataset leaves -------------------------------------------------------------------------------
+# -- check, and what img2dataset leaves ------------------------------------------------------------
 
 
 def test_check_says_what_is_wrong_and_how_much(command, tmp_path):
@@ -637,7 +644,10 @@ def test_what_overflowed_and_what_to_give_instead():
     tokens = {"tokens": np.full((2, 3), np.inf, np.float16)}
     checked("a.png", good, {"tokens": good}, "float16")
     for latent, embedded, what in ((bad, {}, "latents"), (good, tokens, r"embeddings \(tokens\)")):
-        said = rf"^a\.png: its {what} hold nan or inf, computed in float16; give teacher\.dtype=float32$"
+        said = (
+            rf"^a\.png: its {what} hold nan or inf, computed in float16; give"
+            r" teacher\.dtype=float32$"
+        )
         with pytest.raises(ValueError, match=said):
             checked("a.png", latent, embedded, "float16")
     said = r"computed in float32 under precision=16-mixed; give precision=32-true$"

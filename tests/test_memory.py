@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def measured(work) -> int:
-    """The most bytes that the CPU's allocator gave out at one time, as torch's profiler records them."""
+    """The most bytes that the CPU's allocator gave out at one time, as torch's profiler records
+    them.
+    """
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
         torch.no_grad(),
@@ -117,7 +119,7 @@ def test_pictures_are_decoded_a_few_at_a_time(pipelines, tmp_path):
 
 def test_larger_pictures_are_decoded_in_diffusers_tiles():
     """The same as `enable_tiling`, and only above 1024x1024; nothing is left switched on."""
-    from distill.teachers.pipeline import _tiled
+    from distill.teachers.loading.autoencoder import tiled
 
     vae, x = autoencoder(), torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -125,9 +127,9 @@ def test_larger_pictures_are_decoded_in_diffusers_tiles():
         vae.enable_tiling()
         expected = vae.decode(x).sample
         vae.disable_tiling()
-        with _tiled(vae, True):
+        with tiled(vae, True):
             found = vae.decode(x).sample
-        with _tiled(vae, False):
+        with tiled(vae, False):
             same = vae.decode(x).sample
     assert not vae.use_tiling
     assert torch.equal(found, expected)
@@ -146,7 +148,9 @@ def test_rows_of_the_rule():
 
 @pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "SD3 medium", "FLUX"])
 def test_the_table_of_the_pages_is_what_the_benchmark_counts(name):
-    """Of the real configurations, on meta tensors; the columns of the page on LoRAs and the rows of that on memory."""
+    """Of the real configurations, on meta tensors; the columns of the page on LoRAs and the rows of
+    that on memory.
+    """
     found = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
     denoiser, texts, channels, side = found["MODELS"][name]
     count = found["parameters"](denoiser)

@@ -1,4 +1,6 @@
-"""Who is trained by what: gradients of both phases, the frozen teacher, and a method file that holds only that."""
+"""Who is trained by what: gradients of both phases, the frozen teacher, and a method file that
+holds only that.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ FILES = [Path(importlib.import_module(f"distill.methods.{name}").__file__) for n
 
 @pytest.fixture(params=METHODS)
 def named(request, teacher):
-    """A fresh method on one of the teachers, with the names of its discriminator's and its student's terms."""
+    """A fresh method on one of the teachers, with the names of its discriminator's and its
+    student's terms.
+    """
     make, options, of_discriminator, of_student = METHODS[request.param]
     method = make(teacher, options=options)
     return method, {"adv", "r1"} if of_discriminator is None else of_discriminator, of_student
@@ -77,7 +81,9 @@ def with_gradient(module) -> int:
 
 
 def at_work(method) -> dict[str, torch.nn.Parameter]:
-    """Parameters of the heads that learn in this iteration: of a pool those of the drawn ones, at this t*."""
+    """Parameters of the heads that learn in this iteration: of a pool those of the drawn ones, at
+    this t*.
+    """
     named = dict(method.heads.named_parameters())
     if not isinstance(method.heads, Pool):
         return named
@@ -128,7 +134,9 @@ def test_student_phase_reaches_the_student_alone(named):
 
 
 def test_a_misaligned_sample_is_held_against_its_pair(teachers):
-    """Of a relativistic loss only differences count: all logits lower by one number are no better."""
+    """Of a relativistic loss only differences count: all logits lower by one number are no
+    better.
+    """
     method = tiny.ladd(
         teachers("mmdit"), options={"misaligned": 0.5, "shared": True, "loss": "relativistic"}
     )
@@ -140,7 +148,9 @@ def test_a_misaligned_sample_is_held_against_its_pair(teachers):
 
 
 def of_r1(method, batch, draws, fake, cast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The term, and its gradients by the heads, as the loop makes them; under bfloat16 if `cast`."""
+    """The term, and its gradients by the heads, as the loop makes them; under bfloat16 if
+    `cast`.
+    """
     method.heads.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
         term = method.discriminator_loss(batch, draws, fake).terms["r1"]
@@ -170,7 +180,9 @@ def test_r1_is_float32_where_the_rest_is_bfloat16(name, teachers):
 
 
 def test_a_backward_pass_is_outside_autocast(teachers, tmp_path, shards):
-    """Lightning calls a step with two optimisers within it: what ran in float32 would go back in bfloat16."""
+    """Lightning calls a step with two optimisers within it: what ran in float32 would go back in
+    bfloat16.
+    """
     method, seen = tiny.ladd(teachers("mmdit")), []
     loss = method.student_loss
 
@@ -241,7 +253,9 @@ def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher)
 
 
 def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
-    """After the student's update the heads hold the very gradients, and weights, that their own update left."""
+    """After the student's update the heads hold the very gradients, and weights, that their own
+    update left.
+    """
     method = tiny.ladd(teacher)
     seen = []
     update = method.loop.clip_and_step
@@ -300,7 +314,9 @@ def test_three_steps_change_the_players_and_leave_the_teacher(name, teacher, tmp
     "luck", [[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0.1], [0.9, 0.9, 0.9]]
 )
 def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monkeypatch):
-    """Of two steps, the second is trained on the student's own first, noised anew; all else is the one-step student."""
+    """Of two steps, the second is trained on the student's own first, noised anew; all else is the
+    one-step student.
+    """
     method = tiny.nitrofusion(teachers("mmdit"), options={"refine": [0, 0], "keep": 0.5})
     batch, seen = tiny.simple_batch(method), []
     of = method.student.x0
@@ -441,7 +457,9 @@ def shown(method, batch):
 
 @pytest.mark.parametrize("crop", [None, 8])
 def test_the_real_picture_is_the_datas_own(crop, teachers):
-    """Not what the autoencoder makes of it; a crop lies where the student's does, and c_img is of the whole."""
+    """Not what the autoencoder makes of it; a crop lies where the student's does, and c_img is of
+    the whole.
+    """
     teacher = teachers("mmdit")
     method = tiny.add(teacher, options={"crop": crop})
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -498,7 +516,9 @@ def paired(batch):
 def test_the_opening_comes_first_and_the_heads_join_at_its_end(
     teachers, tmp_path, shards, monkeypatch
 ):
-    """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then adversarial alone."""
+    """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then
+    adversarial alone.
+    """
     monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
     method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 4, "refine": [0]}, rate=1e-4)
     seen = []

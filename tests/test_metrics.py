@@ -1,4 +1,6 @@
-"""Networks that describe pictures and the scores made of it: each against another implementation, or by hand."""
+"""Networks that describe pictures and the scores made of it: each against another implementation,
+or by hand.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def loaded(network: networks.Describer) -> networks.Describer:
     return network
 
 
-# -- scores from fixed features ----------------------------------------------------------------------------------------
+# -- scores from fixed features --------------------------------------------------------------------
 
 
 def test_frechet_agrees_with_torchmetrics():
@@ -160,7 +162,7 @@ def test_alignment_and_variety_by_hand():
     assert scores.Variety(network="x")(pictures, groups, 1.0) == pytest.approx(2.5)
 
 
-# -- networks ----------------------------------------------------------------------------------------------------------
+# -- networks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [13, 299], ids=["smaller", "larger"])
@@ -210,7 +212,9 @@ def test_dinov2_gives_its_normalised_class_token(places, picture):
 
 
 def test_clip_agrees_with_the_model_on_its_own_processor(places, picture):
-    """PickScore's formula: exp(logit scale) times the cosine, which is what the model calls logits."""
+    """PickScore's formula: exp(logit scale) times the cosine, which is what the model calls
+    logits.
+    """
     network = loaded(networks.Clip(str(places["clip"])))
     model = transformers.CLIPModel.from_pretrained(places["clip"]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(places["clip"])
@@ -290,7 +294,7 @@ def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_features_of_a_folder_in_any_batches_and_halves(places, tmp_path):

@@ -1,4 +1,6 @@
-"""What one asks of a teacher besides its files: another autoencoder, layers of CLIP left out, a negative prompt."""
+"""What one asks of a teacher besides its files: another autoencoder, layers of CLIP left out, a
+negative prompt.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def made(teacher, folder):
     return student, students.save_pipeline(student, teacher, folder, scheduler)
 
 
-# -- teacher.vae -----------------------------------------------------------------------------------------------------
+# -- teacher.vae -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deferred", [[], ["vae"]])
@@ -105,7 +107,9 @@ def test_an_autoencoder_that_does_not_fit_is_refused(own, pipelines, command, tm
 
 
 def test_data_made_otherwise_is_refused(teachers):
-    """Latents of another autoencoder and embeddings of another layer are of the right shape, and wrong."""
+    """Latents of another autoencoder and embeddings of another layer are of the right shape, and
+    wrong.
+    """
 
     def teacher(**more):
         return OmegaConf.create(
@@ -125,11 +129,13 @@ def test_data_made_otherwise_is_refused(teachers):
                 refuse_misfit(teacher(**mine), data, teachers("unet"))
 
 
-# -- clip_skip -------------------------------------------------------------------------------------------------------
+# -- clip_skip -------------------------------------------------------------------------------------
 
 
 def test_clip_skip_is_a_clip_with_fewer_layers(pipelines, tmp_path):
-    """By hand: with transformers 5.6 diffusers' own pipeline of SD has no final norm to apply, as the card says."""
+    """By hand: with transformers 5.6 diffusers' own pipeline of SD has no final norm to apply, as
+    the card says.
+    """
     teacher, plain = (SD(str(pipelines("unet")), clip_skip=n) for n in (1, None))
     found = teacher.embed([PROMPT]).tokens
     shallow = plain.pipeline.text_encoder
@@ -189,7 +195,7 @@ def test_a_part_that_is_not_there_cannot_be_left_out(command, pipelines, monkeyp
     assert code == 1
 
 
-# -- sample ----------------------------------------------------------------------------------------------------------
+# -- sample ----------------------------------------------------------------------------------------
 
 
 def pixels(path):
@@ -239,7 +245,9 @@ def test_a_negative_prompt_without_guidance_is_refused(command):
 
 
 def test_slicing_and_tiling_are_diffusers(pipelines):
-    """Slices are the same pictures; tiles of a small one are itself, and of a large one nearly so."""
+    """Slices are the same pictures; tiles of a small one are itself, and of a large one nearly
+    so.
+    """
     teacher = SD3(str(pipelines("mmdit")))
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -273,7 +281,9 @@ def test_shards_of_before_are_taken_as_they_are(teachers):
 
 
 def test_no_file_but_the_index_tells_of_options(pipelines, tmp_path):
-    """A stranger's index can give no option that its family does not have, and nothing that is not one."""
+    """A stranger's index can give no option that its family does not have, and nothing that is not
+    one.
+    """
     folder = Path(shutil.copytree(pipelines("unet"), tmp_path / "student"))
     file = folder / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8"))

@@ -84,7 +84,9 @@ def test_a_dtype_is_that_of_every_part(pipelines, command, tmp_path):
 
 @pytest.mark.parametrize("variant", ["fp16", None])
 def test_the_variant_that_the_teacher_was_read_in_is_copied(variant, pipelines, tmp_path):
-    """Under plain names, so that a folder opens without being told of it; where both are there, the other is not."""
+    """Under plain names, so that a folder opens without being told of it; where both are there, the
+    other is not.
+    """
     folder = Path(shutil.copytree(pipelines("unet"), tmp_path / "teacher"))
     for part in ("vae", "unet", "text_encoder"):
         (plain,) = (folder / part).glob("*.safetensors")

@@ -1,4 +1,6 @@
-"""The pool of heads: what is drawn, what learns, what begins anew, and that stacking changes nothing."""
+"""The pool of heads: what is drawn, what learns, what begins anew, and that stacking changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +177,7 @@ def test_what_cannot_be_a_pool_is_refused(bad):
         make(**bad)
 
 
-# -- in training -----------------------------------------------------------------------------------------------------
+# -- in training -----------------------------------------------------------------------------------
 
 
 class Watched:
@@ -206,7 +208,9 @@ class Watched:
 
 @pytest.mark.parametrize("make", [tiny.nitrofusion, tiny.ladd], ids=["nitrofusion", "ladd"])
 def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
-    """Weights and moments; LADD's samples are of many levels, so more of its heads learn at once."""
+    """Weights and moments; LADD's samples are of many levels, so more of its heads learn at
+    once.
+    """
     method = make(teacher)
     if make is tiny.ladd:
         method.heads = Pool(method.features.channels, size=150, width=16, refresh=0.05)
@@ -241,7 +245,7 @@ def test_draws_differ_between_iterations_and_not_between_players(teachers):
     assert tiny.critic(method).chosen != first
 
 
-# -- what they look at ------------------------------------------------------------------------------------------------
+# -- what they look at -----------------------------------------------------------------------------
 
 
 def test_tasks_see_the_whole_the_patch_and_the_patch_untold(teacher):
@@ -277,7 +281,9 @@ def test_patches_move_and_real_and_fake_share_them(teachers):
 
 
 def test_sdxl_is_told_where_in_the_whole_a_patch_lies(teachers):
-    """Its time ids are (height and width of the picture, row and column of the crop, height and width of the crop)."""
+    """Its time ids are (height and width of the picture, row and column of the crop, height and
+    width of the crop).
+    """
     teacher, seen = teachers("sdxl"), []
     features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     batch = tiny.simple_batch(tiny.ladd(teacher))

@@ -1,4 +1,6 @@
-"""What must hold on every system and in every locale: text is UTF-8, and nothing needs a POSIX system."""
+"""What must hold on every system and in every locale: text is UTF-8, and nothing needs a POSIX
+system.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ PROCESSES = ("run", "Popen", "check_output")
 def without_encoding(source: str) -> Iterator[int]:
     """The line of each call that reads or writes text in the locale's encoding.
 
-    Calls are known by their names alone. Ruff's PLW1514 knows the types, but only where it can infer
-    them, which of `folder / "run.json"` it cannot.
+    Calls are known by their names alone. Ruff's PLW1514 knows the types, but only where it can
+    infer them, which of `folder / "run.json"` it cannot.
     """
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -135,7 +137,9 @@ def test_a_run_ends_and_goes_on_where_posix_names_are_missing(pipelines, shards,
 
 
 def sent(thing: object) -> object:
-    """What a process gets that is started afresh, as all are on Windows and macOS: a pickled copy."""
+    """What a process gets that is started afresh, as all are on Windows and macOS: a pickled
+    copy.
+    """
     return pickle.loads(pickle.dumps(thing))
 
 
@@ -188,7 +192,9 @@ def test_a_second_name_needs_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_commands_work_in_a_locale_without_utf8(tmp_path):
-    """Real commands with a name, prompts and files that ASCII cannot say; what they write is UTF-8."""
+    """Real commands with a name, prompts and files that ASCII cannot say; what they write is
+    UTF-8.
+    """
     (tmp_path / "prompts.txt").write_text(f"{HAN}\na größe\n", encoding="utf-8")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "größe.png")

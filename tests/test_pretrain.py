@@ -29,7 +29,8 @@ from distill.worlds.shapes.world import draw_prompt
 CONF = str(Path(__file__).parents[1] / "conf")
 TRAINED = ("clip", "vae", "reader", "vit", "mmdit", "mmdit_small", "unet")
 TINY = [
-    "data.count=256", "reader_scenes.shared=8", "reader_scenes.fresh=8", "shards.count=6", "shards.steps=2",
+    "data.count=256", "reader_scenes.shared=8", "reader_scenes.fresh=8", "shards.count=6",
+    "shards.steps=2",
     "scoring.prompts=4", "scoring.steps=2", "scoring.guidance=[3.0]",
     *(f"{stage}.{what}" for stage in TRAINED for what in ("steps=2", "batch_size=4")),
 ]  # fmt: skip
@@ -59,7 +60,8 @@ def test_every_stage_leaves_its_models_and_a_card(made):
         set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values()
     )
     assert {p.name for p in made.iterdir()} == {
-        "mmdit", "mmdit_small", "unet", "latents", "vit", "clip_vision", "reader", "curves", "README.md",
+        "mmdit", "mmdit_small", "unet", "latents", "vit", "clip_vision", "reader", "curves",
+        "README.md",
     }  # fmt: skip
     assert (
         (made / "curves" / "vae.csv")

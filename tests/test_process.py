@@ -90,7 +90,9 @@ def test_rectified_flow_closed_form(shift):
 
 @pytest.mark.parametrize("shift", [hundredths / 100 for hundredths in range(10, 800, 13)])
 def test_rectified_flow_reaches_both_ends_exactly(shift):
-    """The textbook form of sigma misses 1 by a rounding for some shifts, and then alpha(1) is not 0."""
+    """The textbook form of sigma misses 1 by a rounding for some shifts, and then alpha(1) is not
+    0.
+    """
     process = RectifiedFlow(shift)
     ends = torch.tensor([0.0, 1.0])
     assert process.sigma(ends).tolist() == [0, 1]
@@ -295,7 +297,9 @@ def test_flow_time_names_the_same_ratio_on_the_rectified_flow(shift: float) -> N
 
 
 def test_flow_time_names_the_same_ratio_on_the_sd_schedule() -> None:
-    """papers.md states the pairs flow .25/.5/.73/.9 = DDPM 95/354/647/914; beyond .936 the schedule ends."""
+    """papers.md states the pairs flow .25/.5/.73/.9 = DDPM 95/354/647/914; beyond .936 the schedule
+    ends.
+    """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     process = VariancePreserving((1 - betas).cumprod(0))
     tau = torch.tensor([0.25, 0.5, 0.73, 0.9], dtype=torch.float64)

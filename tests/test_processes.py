@@ -27,8 +27,8 @@ HEAD = (
     "def note(**end):\n"
     "    (notes / f'{rank}.end').write_text(json.dumps({'at': time.time(), **end}))\n"
 )
-KILLED = HEAD + (
-    "if rank == 1:\n"
+KILLED = (
+    HEAD + "if rank == 1:\n"
     "    with progress.Bar('training', 2000) as bar:\n"
     "        bar.update(1234)\n"
     "        os.kill(os.getpid(), 9)\n"
@@ -37,8 +37,8 @@ KILLED = HEAD + (
     "sys.exit(1)\n"
 )
 # The one that failed takes a second to end; the other one notices meanwhile, and is gone before it.
-LATE = HEAD + (
-    "if rank == 1:\n"
+LATE = (
+    HEAD + "if rank == 1:\n"
     "    note(sentence='data.path=x: is not there', bug=False, lost=False)\n"
     "    time.sleep(1)\n"
     "else:\n"
@@ -50,9 +50,10 @@ BUG = (
     HEAD + "note(sentence='process 0: TypeError: ours', bug=True, lost=False)\nsys.exit(1 - rank)\n"
 )
 SILENT = HEAD + "sys.exit(7 * rank)\n"
-ABORTED = HEAD + (
-    "if rank == 0:\n    os.abort()\n"
-    "time.sleep(0.5)\nnote(sentence='process 1: ValueError: x', bug=True, lost=False)\nsys.exit(1)\n"
+ABORTED = (
+    HEAD
+    + "if rank == 0:\n    os.abort()\ntime.sleep(0.5)\nnote(sentence='process 1: ValueError: x',"
+    " bug=True, lost=False)\nsys.exit(1)\n"
 )
 
 
@@ -163,7 +164,8 @@ def test_a_killed_rank_ends_the_run_in_one_sentence(pipelines, shards, tmp_path)
     said = started.stderr.read()
     assert started.wait(timeout=60) == 137
     pattern = (
-        rf"distill: process 1 was killed by signal 9 at step \d+; go on with: python -m distill\.run "
+        rf"distill: process 1 was killed by signal 9 at step \d+; go on with: python -m"
+        rf" distill\.run "
         rf"resume={folder} \(what each process said is in {folder}/processes\)\n"
     )
     assert re.fullmatch(pattern, said), said

@@ -1,4 +1,6 @@
-"""What long work says: lines without a terminal, bars on one, and all of it in the log of the run."""
+"""What long work says: lines without a terminal, bars on one, and all of it in the log of the
+run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def lines(capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-# -- what a line says --------------------------------------------------------------------------------------------------
+# -- what a line says ------------------------------------------------------------------------------
 
 
 def test_a_line_has_step_speed_time_left_and_what_the_work_says(clock, capsys):
@@ -168,7 +170,7 @@ def test_only_the_first_process_speaks(monkeypatch, capsys, tmp_path):
     assert "RuntimeError: broken" in log
 
 
-# -- the log -----------------------------------------------------------------------------------------------------------
+# -- the log ---------------------------------------------------------------------------------------
 
 
 def test_the_log_has_what_was_printed_before_there_was_a_folder_and_all_that_follows(
@@ -221,7 +223,9 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
-    """Nor does it a run, which has a log, when more than progress is printed: `distill.run | head`."""
+    """Nor does it a run, which has a log, when more than progress is printed:
+    `distill.run | head`.
+    """
     keeps, prints = ("keep(Path('log'))", "print(7)") if kept else ("pass", "pass")
     script = (
         "from pathlib import Path\n"
@@ -245,7 +249,7 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
         ) == "adding: 2 steps\nadding: done in 0:00:00\n7\n"
 
 
-# -- on a terminal -----------------------------------------------------------------------------------------------------
+# -- on a terminal ---------------------------------------------------------------------------------
 
 SCRIPT = """
 import logging, sys, time, warnings

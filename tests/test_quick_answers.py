@@ -1,4 +1,6 @@
-"""What can be known without torch, Lightning and diffusers is said before they are imported: they take seconds."""
+"""What can be known without torch, Lightning and diffusers is said before they are imported: they
+take seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# Command, arguments, and what its one sentence says. `{here}` is a folder with the files of `prepared`.
+# Command, arguments, and what its one sentence says. `{here}` is a folder with the files of
+# `prepared`.
 WRONG = [
     # numbers
     ("run", "trainer.max_steps=abc", "trainer.max_steps=abc: must be a whole number, 1 or more"),
@@ -26,7 +29,10 @@ WRONG = [
     (
         "check",
         "data.path={here} data.buckets=[64,64]",
-        "data.buckets=[64, 64]: must be a list of lists of whole numbers, as [[1, 2], [3, 4]] or null",
+        (
+            "data.buckets=[64, 64]: must be a list of lists of whole numbers, as [[1, 2], [3, 4]]"
+            " or null"
+        ),
     ),
     (
         "check",
@@ -67,7 +73,10 @@ WRONG = [
     ),
     (
         "run",
-        "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15 data.path={here}/x.tar",
+        (
+            "teacher.path={here}/eps teacher.zero_terminal_snr=true teacher=sd15"
+            " data.path={here}/x.tar"
+        ),
         "predicts eps",
     ),
     ("run", "optimizer.student.lr=inf", "optimizer.student.lr=inf: must be a finite number"),
@@ -261,14 +270,18 @@ WRONG = [
     (
         "run",
         "teacher=sd15 teacher.path=x.safetensors",
-        "`python -m distill.cache teacher=sd15 teacher.path=x.safetensors data.path=<folder> "
-        "out=cached` as `data=latents data.path=cached`",
+        (
+            "`python -m distill.cache teacher=sd15 teacher.path=x.safetensors data.path=<folder> "
+            "out=cached` as `data=latents data.path=cached`"
+        ),
     ),
     (
         "run",
         "experiment=sd3_turbo",
-        "`python -m distill.synthesize teacher=sd3 prompts=<file> out=synthetic` as "
-        "`data=synthetic data.path=synthetic`",
+        (
+            "`python -m distill.synthesize teacher=sd3 prompts=<file> out=synthetic` as "
+            "`data=synthetic data.path=synthetic`"
+        ),
     ),
     ("run", "teacher=sd3 data=latents", "data.path: not given; add data.path=... to the command"),
     ("run", "callbacks.samples.prompts=nope.txt", "samples.prompts=nope.txt: cannot be read as"),
@@ -324,7 +337,8 @@ WRONG = [
 ]
 HEAVY = ("torch", "lightning", "diffusers", "transformers")
 
-# Runs every command of stdin in one process, and prints [exit code, stderr, heavy libraries that are there] of each.
+# Runs every command of stdin in one process, and prints [exit code, stderr, heavy libraries that
+# are there] of each.
 DRIVER = """
 import contextlib, importlib, io, json, sys
 heavy, found = json.loads(sys.argv[1]), []
@@ -341,7 +355,9 @@ print(json.dumps(found))
 
 
 def prepared(here: Path) -> Path:
-    """Prompts, a picture, a shard, pipeline folders that hold nothing, and a run without checkpoints."""
+    """Prompts, a picture, a shard, pipeline folders that hold nothing, and a run without
+    checkpoints.
+    """
     (here / "prompts.txt").write_text("a red star\n", encoding="utf-8")
     (here / "picture.png").write_bytes(b"\x89PNG")
     (here / "x.tar").write_bytes(b"")
@@ -374,7 +390,9 @@ def prepared(here: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> list:
-    """What was answered to each of WRONG, by one process, in a folder of its own; that nothing was made there."""
+    """What was answered to each of WRONG, by one process, in a folder of its own; that nothing was
+    made there.
+    """
     here, elsewhere = (tmp_path_factory.mktemp(name) for name in ("here", "elsewhere"))
     prepared(here)
     commands = [[name, *words.format(here=here).split()] for name, words, _ in WRONG]
@@ -404,7 +422,9 @@ def test_a_mistake_is_named_and_nothing_heavy_is_imported(i, answers):
 
 
 def test_the_words_of_a_signature_are_those_that_the_class_knows():
-    """Literals that the check reads stand beside tables that the code reads: they must say the same."""
+    """Literals that the check reads stand beside tables that the code reads: they must say the
+    same.
+    """
     from distill.config import signatures
     from distill.core import losses
     from distill.core import score_distillation as distillation

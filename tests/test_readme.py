@@ -1,7 +1,8 @@
-"""The pages on real models, run as they stand: their commands in their order, in one folder, then their Python.
+"""The pages on real models, run as they stand: their commands in their order, in one folder, then
+their Python.
 
-What is not at hand is played by tiny things: real teachers by random pipelines of their classes, photos by noise. Only
-sizes and counts are added to a command; none of its own words is changed.
+What is not at hand is played by tiny things: real teachers by random pipelines of their classes,
+photos by noise. Only sizes and counts are added to a command; none of its own words is changed.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def words_of(line: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """The folder in which a reader of the pages stands: a fine-tune, photos, prompts; and the tiny base models."""
+    """The folder in which a reader of the pages stands: a fine-tune, photos, prompts; and the tiny
+    base models.
+    """
     here = tmp_path_factory.mktemp("readme")
     sdxl = families.write("sdxl", here / "models" / "sdxl")
     families.write("sd35", here / "models" / "sd3")
@@ -126,7 +129,7 @@ def said(world) -> dict[str, str]:
     return outputs
 
 
-# -- what each leaves behind: a check for every command, chosen by its words ------------------------------------------
+# -- what each leaves behind: a check for every command, chosen by its words -----------------------
 
 
 def is_checked(world, out):
@@ -237,7 +240,9 @@ CHECKS: dict[tuple[str, ...], Callable[[Path, str], None]] = {
 
 
 def test_every_command_of_the_section_is_covered(tmp_path):
-    """A command that is added, removed or renamed there must be so here; names of real models must be made small."""
+    """A command that is added, removed or renamed there must be so here; names of real models must
+    be made small.
+    """
     found = [words_of(line) for line in commands()]
     for name, word in CHECKS:
         assert sum(name == n and word in arguments for n, arguments in found) == 1, (name, word)

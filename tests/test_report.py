@@ -1,4 +1,6 @@
-"""The report: complete from a whole run, honest about a torn one, safe with any text, and one file for ever."""
+"""The report: complete from a whole run, honest about a torn one, safe with any text, and one file
+for ever.
+"""
 
 import base64
 import csv
@@ -19,7 +21,8 @@ from distill.report.curves import framed
 
 HOSTILE = "<script>alert(1)</script>"
 CHARTS = [
-    "Student&#x27;s losses", "Discriminator&#x27;s losses", "Logits", "Gap by head", "Discriminator&#x27;s accuracy",
+    "Student&#x27;s losses", "Discriminator&#x27;s losses", "Logits", "Gap by head",
+    "Discriminator&#x27;s accuracy",
     "Gradient norms", "Learning rates", "Update-to-weight ratio", "Speed",
 ]  # fmt: skip
 COLOURS = {"#7d8189", "#3b7ddd", "#e0662e", "#1fa37a", "#9a5fd0", "#b8921a", "#d9518f"}
@@ -27,7 +30,9 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Reader(HTMLParser):
-    """Fails on tags that do not balance; collects the words, the tags and what the page would load."""
+    """Fails on tags that do not balance; collects the words, the tags and what the page would
+    load.
+    """
 
     def __init__(self, page: str):
         super().__init__()
@@ -77,9 +82,12 @@ def drawings(page) -> list[str]:
 
 def write_run(folder, **more):
     facts = {
-        "name": "ladd-shapes", "command": "python -m distill.run method=ladd teacher=shapes", "started": "2026-01-02",
-        "wall_seconds": 4000, "train_seconds": 3700.0, "images_seen": 64000, "steps": 2000, "commit": "0123abc",
-        "versions": {"torch": "2.11.0", "lightning": "2.6.6"}, "hardware": "2 CPU cores", "method": "LADD",
+        "name": "ladd-shapes", "command": "python -m distill.run method=ladd teacher=shapes",
+        "started": "2026-01-02",
+        "wall_seconds": 4000, "train_seconds": 3700.0, "images_seen": 64000, "steps": 2000,
+        "commit": "0123abc",
+        "versions": {"torch": "2.11.0", "lightning": "2.6.6"}, "hardware": "2 CPU cores",
+        "method": "LADD",
         "teacher": "SD3", "status": "finished",
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(facts | more), encoding="utf-8")
@@ -89,7 +97,9 @@ def write_run(folder, **more):
 
 
 def write_metrics(folder, steps=200, heads=3):
-    """As Lightning's CSVLogger: one header of all columns, rows in which the cells of other loggers are empty."""
+    """As Lightning's CSVLogger: one header of all columns, rows in which the cells of other loggers
+    are empty.
+    """
     draw = random.Random(0)
     columns = [
         "step",
@@ -254,8 +264,8 @@ def test_alarms_stand_above_the_curves_with_their_steps(run):
 def test_the_headline_and_the_key_figures_come_from_the_rows(run):
     text = read(run)[1].text
     assert (
-        "In 1 step the student gets 93.0% of prompts right; its teacher, 95.2% in 28 steps and 31.0% in 1 step."
-        in text
+        "In 1 step the student gets 93.0% of prompts right; its teacher, 95.2% in 28 steps and"
+        " 31.0% in 1 step." in text
     )
     assert "Student, prompts right 93.0% in 1 step" in text
     assert "Teacher, prompts right 95.2% in 28 steps" in text

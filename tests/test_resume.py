@@ -1,4 +1,6 @@
-"""Going on from another place, with other files, or by another run's checkpoint: what is found, said and refused."""
+"""Going on from another place, with other files, or by another run's checkpoint: what is found,
+said and refused.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def kept_of(folder, step=STEPS):
     return torch.load(folder / "checkpoints" / f"step_{step:06d}.ckpt", weights_only=True)
 
 
-# -- whose checkpoint it is ------------------------------------------------------------------------------------------
+# -- whose checkpoint it is ------------------------------------------------------------------------
 
 
 def test_another_method_s_checkpoint_is_refused_by_name(run, project, command):
@@ -206,7 +208,7 @@ def shaken(model):
     save_file({name: x + 0.01 for name, x in load_file(file).items()}, file, {"format": "pt"})
 
 
-# -- from anywhere ---------------------------------------------------------------------------------------------------
+# -- from anywhere ---------------------------------------------------------------------------------
 
 
 def test_a_run_is_used_from_any_folder(run, command, monkeypatch, tmp_path):
@@ -284,7 +286,7 @@ def test_data_that_changed_are_said(run, project, command, caplog):
     assert said in out + err + caplog.text
 
 
-# -- paths -----------------------------------------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------------------------
 
 
 def test_only_what_lies_here_is_made_absolute(tmp_path, monkeypatch):
@@ -331,7 +333,7 @@ def test_a_mark_tells_fine_tunes_apart_and_not_copies(pipelines, tmp_path):
     assert content.mark(tmp_path / "nowhere") is None
 
 
-# -- time ------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 def test_seconds_of_a_part_that_was_killed_count(run, command):
@@ -345,7 +347,7 @@ def test_seconds_of_a_part_that_was_killed_count(run, command):
     assert 1000 < facts["train_seconds"] < 1600
 
 
-# -- what other commands keep ----------------------------------------------------------------------------------------
+# -- what other commands keep ----------------------------------------------------------------------
 
 
 def test_cached_latents_are_of_one_teacher_however_it_was_typed(

@@ -21,7 +21,9 @@ TENSORBOARD = [
 
 
 class At:
-    """Calls `act` once, where a run has made so many iterations: as the system sends a signal, at any moment."""
+    """Calls `act` once, where a run has made so many iterations: as the system sends a signal, at
+    any moment.
+    """
 
     def __init__(self, iteration, act):
         self.iteration, self.act = iteration, act
@@ -109,7 +111,9 @@ def test_a_checkpoint_comes_after_all_that_is_logged_at_its_step(words, tmp_path
 
 
 def test_what_is_before_a_checkpoint_is_on_disk_before_it(words, command, at, tmp_path):
-    """TensorBoard keeps rows in memory: they are written before the checkpoint is there, after which they are lost."""
+    """TensorBoard keeps rows in memory: they are written before the checkpoint is there, after
+    which they are lost.
+    """
     from distill.training.checkpoints import AtomicIO
 
     seen = []

@@ -1,4 +1,6 @@
-"""The commands as a user types them, on tiny pipelines: what a run leaves behind, and what a mistake costs."""
+"""The commands as a user types them, on tiny pipelines: what a run leaves behind, and what a
+mistake costs.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def terms_of(folder):
         return [row for row in csv.DictReader(file) if row["g/adv"]]
 
 
-# -- what a run leaves behind ----------------------------------------------------------------------------------------
+# -- what a run leaves behind ----------------------------------------------------------------------
 
 
 def test_what_a_run_can_be_without_may_be_left_out(command, pipelines, shards, tmp_path):
@@ -197,7 +199,8 @@ def test_sample_writes_the_pipeline_s_pixels_and_its_settings(family, smoke, com
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(family, smoke, command, pipelines, shards, tmp_path):
     """Two steps, then `resume` to four: the checkpoint of four steps at a stretch, bit by bit."""
-    constant = "optimizer.schedule=constant"  # the cosine is one of all steps, which here change on the way
+    # the cosine is one of all steps, which here change on the way
+    constant = "optimizer.schedule=constant"
     plain = smoke_arguments(
         family, pipelines, shards, tmp_path / "whole", constant, "trainer.max_steps=4"
     )
@@ -254,7 +257,7 @@ def test_smoke_with_the_judge_writes_its_verdict(command, pipelines, shards, tmp
         assert row["prompt_accuracy"] == accuracy[row["who"], row["steps"]]
 
 
-# -- the user's own mistakes -----------------------------------------------------------------------------------------
+# -- the user's own mistakes -----------------------------------------------------------------------
 
 
 def mistakes(pipelines, shards, tmp_path):

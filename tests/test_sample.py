@@ -1,4 +1,6 @@
-"""`distill.sample` on what is no run: many prompts, sizes, models that were not distilled, and what it refuses."""
+"""`distill.sample` on what is no run: many prompts, sizes, models that were not distilled, and what
+it refuses.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ def test_what_was_not_distilled_goes_on_from_a_picture_too(pipelines, command, t
 
 
 def test_a_picture_to_go_on_from_stands_upright(tmp_path):
-    """As a phone writes it: what is left in the file is up, and a mark says so; diffusers reads it so too."""
+    """As a phone writes it: what is left in the file is up, and a mark says so; diffusers reads it
+    so too.
+    """
     from diffusers.utils import load_image
 
     lying = np.zeros((64, 64, 3), np.uint8)

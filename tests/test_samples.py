@@ -1,4 +1,6 @@
-"""Pictures on the way: whose captions they are of, what they are drawn with, and what they need to be read."""
+"""Pictures on the way: whose captions they are of, what they are drawn with, and what they need to
+be read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Samplers and exported students against diffusers: anyone who opens the folder gets the pictures that we measured."""
+"""Samplers and exported students against diffusers: anyone who opens the folder gets the pictures
+that we measured.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,7 @@ def test_a_student_from_scratch_has_the_teacher_s_shape_and_none_of_its_weights(
         full(teacher, init="copy")
 
 
-# -- the exported folder ---------------------------------------------------------------------------------------------
+# -- the exported folder ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["mmdit", "unet", "sdxl"])
@@ -115,7 +117,8 @@ def test_one_step_of_the_exported_pipeline_is_our_sampler(family, teachers, expo
     expected, found = ours(teacher, student, steps=1), torch.from_numpy(picture)
     assert found.shape == (tiny.SIDE, tiny.SIDE, 3)
     assert found.std() > 0.02  # not one flat colour
-    # The UNet's LCMScheduler mixes in c_skip x_t, 2.5e-9 of it at step 999: both families agree to rounding.
+    # The UNet's LCMScheduler mixes in c_skip x_t, 2.5e-9 of it at step 999: both families agree to
+    # rounding.
     assert (eight_bit(found) - eight_bit(expected)).abs().max() <= 1
     assert (found - expected).abs().max() < 2e-4
     of_teacher = ours(teacher, teacher, steps=1)
@@ -138,7 +141,9 @@ def test_the_card_s_code_is_our_sampler(family, steps, teachers, exported, tmp_p
 
 
 def test_what_the_card_says_of_a_call_without_its_line_is_so(exported, tmp_path):
-    """SD3's pipeline hands its scheduler no generator; were it to, the line and this test could go."""
+    """SD3's pipeline hands its scheduler no generator; were it to, the line and this test could
+    go.
+    """
     folder = exported("mmdit")[1]
     pipeline, options = opened(folder), {"guidance_scale": 0.0, "output_type": "np"}
     for steps, same in ((1, True), (2, False)):
@@ -156,7 +161,9 @@ def test_what_the_card_says_of_a_call_without_its_line_is_so(exported, tmp_path)
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_plain_generator_is_enough_for_euler_steps(steps, teachers, exported, tmp_path):
-    """No word of ours, no line of the card: what a user types who has read nothing but the levels."""
+    """No word of ours, no line of the card: what a user types who has read nothing but the
+    levels.
+    """
     teacher, (student, _), sampler = teachers("mmdit"), exported("mmdit"), Euler()
     scheduler = sampler.scheduler(student, teacher)
     folder = save_pipeline(student, teacher, tmp_path / "student", scheduler, sampler)
@@ -262,7 +269,7 @@ def test_our_own_adapter_opens_what_was_exported(family, teacher, exported):
     ).abs().max() == 0
 
 
-# -- samplers --------------------------------------------------------------------------------------------------------
+# -- samplers --------------------------------------------------------------------------------------
 
 
 def times_of(monkeypatch, teacher, run) -> list[float]:
@@ -412,7 +419,7 @@ def test_noise_is_drawn_as_a_pipeline_draws_it():
     assert not torch.equal(draw_noise((4, 16, 16), generators), first)
 
 
-# -- Euler-ancestral -------------------------------------------------------------------------------------------------
+# -- Euler-ancestral -------------------------------------------------------------------------------
 
 
 def test_a_timestep_shift_is_not_lost_under_ancestral_steps(teachers):
@@ -478,7 +485,8 @@ def test_an_image_is_gone_on_from_as_diffusers_does(
     pixels = torch.rand(1, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         image, cond = teacher.encode(pixels * 2 - 1), teacher.embed([PROMPT])
-        # It draws the autoencoder's posterior before the noise; handed latents, it takes them as they are.
+        # It draws the autoencoder's posterior before the noise; handed latents, it takes them as
+        # they are.
         options = {
             "num_inference_steps": 2,
             "guidance_scale": 0.0,

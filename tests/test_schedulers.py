@@ -1,4 +1,6 @@
-"""NitroFusion's timestep shift: the paper's table, the formula, and plain diffusers pipelines that do what we do."""
+"""NitroFusion's timestep shift: the paper's table, the formula, and plain diffusers pipelines that
+do what we do.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from distill.sampling import Consistency, draw_noise, seeded
 from distill.teachers.schedulers import ShiftedLCMScheduler
 from distill.teachers.sd import SD
 
-TABLE = {  # steps -> what LCM would take, and what a shift of 250 and of 500 make of it (by the authors' code)
+# steps -> what LCM would take, and what a shift of 250 and of 500 make of it (by the authors' code)
+TABLE = {
     1: ([999], [249], [499]),
     2: ([999, 499], [249, 124], [499, 249]),
     3: ([999, 749, 499], [249, 187, 124], [499, 374, 249]),
@@ -41,7 +44,9 @@ def test_timesteps_are_those_of_the_table(steps, shift):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_step_is_the_formula(prediction):
-    """x0 by the constants that papers.md prints for SDXL's schedule, the next x by an alpha computed here."""
+    """x0 by the constants that papers.md prints for SDXL's schedule, the next x by an alpha
+    computed here.
+    """
     scheduler = ShiftedLCMScheduler(shifted_timestep=250, prediction_type=prediction)
     scheduler.set_timesteps(2)
     x, output = torch.randn(
@@ -69,7 +74,9 @@ def test_a_step_is_the_formula(prediction):
 
 
 def test_a_schedule_stretched_to_end_in_noise(pipelines, tmp_path):
-    """diffusers' own rescaling (arXiv 2305.08891), in the teacher and in what is exported of its student."""
+    """diffusers' own rescaling (arXiv 2305.08891), in the teacher and in what is exported of its
+    student.
+    """
     folder = shutil.copytree(pipelines("unet"), tmp_path / "v")
     file = folder / "scheduler" / "scheduler_config.json"
     said = json.loads(file.read_text(encoding="utf-8"))
@@ -143,7 +150,9 @@ def test_plain_diffusers_gives_our_pixels(steps, shifted):
 
 
 def test_image_to_image_begins_at_the_unshifted_level(shifted):
-    """Two steps of four: the picture is noised to the level of 499, and the network told 124 and 62."""
+    """Two steps of four: the picture is noised to the level of 499, and the network told 124 and
+    62.
+    """
     folder, _ = shifted
     pipeline = AutoPipelineForImage2Image.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)

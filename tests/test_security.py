@@ -76,7 +76,7 @@ class Bomb:
         return open, (self.path, "w")
 
 
-# -- configurations --------------------------------------------------------------------------------------------------
+# -- configurations --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", HOSTILE)
@@ -203,7 +203,7 @@ def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path)
     assert not owned.exists()
 
 
-# -- models ----------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
@@ -250,7 +250,7 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
-# -- checkpoints and shards ------------------------------------------------------------------------------------------
+# -- checkpoints and shards ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("disguised", [False, True])

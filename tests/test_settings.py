@@ -1,4 +1,6 @@
-"""What the files of an ordinary-looking folder say that makes it another model: heeded, or refused before weights."""
+"""What the files of an ordinary-looking folder say that makes it another model: heeded, or refused
+before weights.
+"""
 
 from __future__ import annotations
 
@@ -314,7 +316,7 @@ def test_a_run_on_damaged_weights_ends_before_its_first_step(copied, command, sh
     assert not list((tmp_path / "run" / "samples").glob("*.png"))
 
 
-# -- parts that are quantised, or not there --------------------------------------------------------------------------
+# -- parts that are quantised, or not there --------------------------------------------------------
 
 QUANTISED = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},

@@ -32,10 +32,12 @@ HELD = [draw_prompt(np.random.default_rng([12, i]), held_out=True) for i in rang
 SCENES = [sample(13, i) for i in range(300)]
 
 NAME = re.compile(
-    rf"a (?:({'|'.join(SIZES)}) )?(?:({'|'.join(FILLS)}) )?({'|'.join(COLOURS)}) ({'|'.join(KINDS)})"
+    rf"a (?:({'|'.join(SIZES)}) )?(?:({'|'.join(FILLS)}) )?({'|'.join(COLOURS)})"
+    rf" ({'|'.join(KINDS)})"
 )
 GROUND = re.compile(rf" on (?:a )?({'|'.join(BACKGROUNDS)})( background)?$")
-ORDERS = {  # the words between, before or after the names -> axis, and whether they are listed in order
+# the words between, before or after the names -> axis, and whether they are listed in order
+ORDERS = {
     "THING": (None, True),
     "THING to the left of THING": ("horizontal", True),
     "THING to the right of THING": ("horizontal", False),
@@ -68,7 +70,9 @@ def pairs(prompt: Prompt) -> set[tuple[str, str]]:
 
 
 def covers(scene: Scene, *, margin: int = 0) -> list[np.ndarray]:
-    """How much each thing covers each pixel of the frame, widened by `margin` pixels on every side."""
+    """How much each thing covers each pixel of the frame, widened by `margin` pixels on every
+    side.
+    """
     ys, xs = np.mgrid[-margin : SIDE + margin, -margin : SIDE + margin].astype(np.float32) + 0.5
     return [
         np.clip(0.5 - DISTANCE[t.kind](*_rotate(xs - t.x, ys - t.y, t.angle), t.radius), 0, 1)
@@ -86,9 +90,11 @@ def plain(**changes) -> Scene:
 
 def test_captions_say_exactly_what_prompts_fix():
     for prompt in PROMPTS + HELD:
-        assert parse(prompt.caption) == (prompt.things, prompt.axis, prompt.background), (
-            prompt.caption
-        )
+        assert parse(prompt.caption) == (
+            prompt.things,
+            prompt.axis,
+            prompt.background,
+        ), prompt.caption
 
 
 def test_every_phrasing_and_every_word_occurs():
@@ -169,7 +175,9 @@ def test_things_are_ordered_along_their_axis():
 
 
 def test_things_are_in_the_frame_and_apart():
-    """Corners reach 1.2 radii, so a tip may be cut by the frame or touch a neighbour: by 2 % and 1 % of its area."""
+    """Corners reach 1.2 radii, so a tip may be cut by the frame or touch a neighbour: by 2 % and 1
+    % of its area.
+    """
     for _, scene in SCENES:
         for whole, inside in zip(covers(scene, margin=8), covers(scene), strict=True):
             assert inside.sum() >= 0.98 * whole.sum()

@@ -1,4 +1,6 @@
-"""A signal that comes where an exception is not safe: in imports, while Hydra composes, in destructors."""
+"""A signal that comes where an exception is not safe: in imports, while Hydra composes, in
+destructors.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ SEND = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 def ended(tmp_path, work: str, **files: str) -> subprocess.CompletedProcess:
-    """A program that does this work while it listens, and says how it was stopped. `files` are modules beside it."""
+    """A program that does this work while it listens, and says how it was stopped.
+
+    `files` are modules beside it.
+    """
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text), encoding="utf-8")
     code = "import os, signal, sys, time\nfrom distill import signals\nsys.path.insert(0, '.')\n"
@@ -103,7 +108,9 @@ def test_a_reminder_is_no_second_ctrl_c(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_at_any_moment_of_starting_up_is_heard(tmp_path):
-    """40 forks of one process that has imported everything: what is left is composing and checking."""
+    """40 forks of one process that has imported everything: what is left is composing and
+    checking.
+    """
     kills.prepare()
     chance, ends = random.Random(18), []
     words = ["data.path=nope", "run_dir=run"]

@@ -1,4 +1,6 @@
-"""Teachers from one file, as ComfyUI and Civitai have them: the same numbers as from the folder it was written from."""
+"""Teachers from one file, as ComfyUI and Civitai have them: the same numbers as from the folder it
+was written from.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def test_the_command_distils_a_single_file(written, shards, command, tmp_path):
     ("layout", "kept"), [("sd15", "model."), ("sd3", "model."), ("sd3", "text_encoders.t5")]
 )
 def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, tmp_path):
-    """Stability's own files of SD3.5 have no text encoders; fine-tunes of the denoiser alone have no autoencoder."""
+    """Stability's own files of SD3.5 have no text encoders; fine-tunes of the denoiser alone have
+    no autoencoder.
+    """
     folder, file, _ = written(layout)
     tied = "encoder.embed_tokens"  # T5's, which many files have only once
     state = {
@@ -124,7 +128,7 @@ def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, t
     assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
 
 
-# -- files that do not fit -------------------------------------------------------------------------------------------
+# -- files that do not fit -------------------------------------------------------------------------
 
 
 def said_of(make, path, error=ValueError, **options):
@@ -154,7 +158,10 @@ def test_tensors_that_are_missing_are_not_made_up(layout, name, written, tmp_pat
 
 
 def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
-    """As NoobAI-XL's: two tensors that diffusers passes over. Ours has them too, where it predicts v."""
+    """As NoobAI-XL's: two tensors that diffusers passes over.
+
+    Ours has them too, where it predicts v.
+    """
     _, file, config = written("sdxl")
     save_file(
         load_file(file) | {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)},
@@ -301,7 +308,9 @@ def test_a_config_is_needed_and_named(written, tmp_path):
 
 
 def test_a_t5_has_one_place_whichever_encoder_it_is():
-    """FLUX's is its second, where SDXL and SD3 have a CLIP: a whole file's own would be passed over."""
+    """FLUX's is its second, where SDXL and SD3 have a CLIP: a whole file's own would be passed
+    over.
+    """
     clip, t5 = transformers.CLIPTextModel, transformers.T5EncoderModel
     found = places_in({"text_encoder": clip, "text_encoder_2": t5, "tokenizer": type(None)})
     assert found["text_encoder_2"] == ("text_encoders.t5xxl.",)
@@ -315,7 +324,9 @@ def test_a_t5_has_one_place_whichever_encoder_it_is():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_every_teacher_that_diffusers_reads_from_one_file_is_told_its_kind(name):
-    """By default by the pipeline that it is named after: `teacher=flux teacher.path=x.safetensors` is enough."""
+    """By default by the pipeline that it is named after: `teacher=flux teacher.path=x.safetensors`
+    is enough.
+    """
     node = OmegaConf.load(CONF / f"{name}.yaml")
     kind = get_object(node._target_).kind
     if node.path.startswith("shapes:") or not issubclass(kind, FromSingleFileMixin):

@@ -1,4 +1,6 @@
-"""`debug=smoke` runs two steps of anything: every family of teachers under every method, without a word about data."""
+"""`debug=smoke` runs two steps of anything: every family of teachers under every method, without a
+word about data.
+"""
 
 from __future__ import annotations
 

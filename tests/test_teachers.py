@@ -1,4 +1,6 @@
-"""Teachers against diffusers itself: the same numbers as plain pipelines, taps as an independent hook sees them."""
+"""Teachers against diffusers itself: the same numbers as plain pipelines, taps as an independent
+hook sees them.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def test_a_unet_attends_as_diffusers_has_it(teachers, pipelines, dtype):
     assert (x.grad - plain_x.grad).norm() < off * plain_x.grad.norm()
 
 
-# -- the network, against diffusers ----------------------------------------------------------------------------------
+# -- the network, against diffusers ----------------------------------------------------------------
 
 
 def test_one_silent_token_of_weight_256_is_256_of_them(teachers, pipelines):
@@ -170,7 +172,8 @@ def test_guided_estimate_is_the_x0_of_ddim(teachers, pipelines, index):
         x0 = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
         unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
     assert torch.equal(teacher.process.index(t), torch.tensor([index, index]))
-    # At the noisy end x0 is a difference divided by alpha = 0.07, so rounding counts against the largest value.
+    # At the noisy end x0 is a difference divided by alpha = 0.07, so rounding counts against the
+    # largest value.
     torch.testing.assert_close(x0, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert (unguided - expected).abs().max() > 1e-2 * expected.abs().max()
 
@@ -256,7 +259,7 @@ def test_a_checkpointed_decoder_has_the_same_gradient(teachers, pipelines):
     assert len(runs) == 3
 
 
-# -- taps ------------------------------------------------------------------------------------------------------------
+# -- taps ------------------------------------------------------------------------------------------
 
 
 def listen(module):
@@ -380,7 +383,7 @@ def test_twin_is_trainable_whole(teacher, family):
         assert all(block.attn.processor is twin._folded for block in twin.model.transformer_blocks)
 
 
-# -- captions --------------------------------------------------------------------------------------------------------
+# -- captions --------------------------------------------------------------------------------------
 
 
 def test_captions_know_the_empty_one(teacher):
@@ -405,7 +408,7 @@ def test_a_caption_means_the_same_in_any_company(teacher):
     torch.testing.assert_close(together.pooled[3:4], alone.pooled, rtol=0, atol=1e-5)
 
 
-# -- folders that do not fit -----------------------------------------------------------------------------------------
+# -- folders that do not fit -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [SD, SD3], ids=["SD", "SD3"])
@@ -413,8 +416,9 @@ def test_a_path_that_is_not_there_is_named(make, tmp_path):
     path = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError) as caught:
         make(path)
-    assert str(caught.value) == (
-        f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id"
+    assert (
+        str(caught.value)
+        == f"teacher.path={path}: no such folder; give a diffusers pipeline folder or a hub id"
     )
 
 
@@ -422,8 +426,9 @@ def test_a_path_that_is_not_there_is_named(make, tmp_path):
 def test_a_folder_that_is_no_pipeline_is_named(make, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         make(str(tmp_path))
-    assert str(caught.value) == (
-        f"teacher.path={tmp_path}: not a diffusers pipeline folder (it has no model_index.json)"
+    assert (
+        str(caught.value)
+        == f"teacher.path={tmp_path}: not a diffusers pipeline folder (it has no model_index.json)"
     )
 
 
@@ -435,9 +440,10 @@ def test_a_pipeline_of_another_class_is_named(family, make, pipelines):
     ]
     with pytest.raises(ValueError, match="choose another teacher=") as caught:
         make(str(pipelines(family)))
-    assert str(caught.value) == (
-        f"teacher.path={pipelines(family)} holds a {found}, but this teacher reads a {classes[make]}; "
-        "choose another teacher="
+    assert (
+        str(caught.value)
+        == f"teacher.path={pipelines(family)} holds a {found}, but this teacher reads a"
+        f" {classes[make]}; choose another teacher="
     )
 
 

@@ -40,7 +40,8 @@ def test_discrete_without_warmup_is_the_same_at_every_step():
 def test_logit_normal_percentiles_of_the_paper():
     t = LogitNormal(m=1, s=1).sample(MANY, 0, seeded())
     low, median, high = t.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    # sigmoid(1 + z) at the normal quantiles z = -1.645, 0, 1.645: .344, .731, .934; papers.md section 2.2
+    # sigmoid(1 + z) at the normal quantiles z = -1.645, 0, 1.645: .344, .731, .934; papers.md
+    # section 2.2
     assert low == pytest.approx(0.344, abs=0.005)
     assert median == pytest.approx(0.731, abs=0.003)
     assert high == pytest.approx(0.934, abs=0.002)

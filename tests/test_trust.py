@@ -29,8 +29,10 @@ OPTIMIZERS = (
 # removes, sends or runs anything; those that read a model take a folder or a hub id, and no code.
 REVIEWED = {
     "method": {
-        "distill.methods": "add.ADD base.Distillation consistency.Consistency ladd.LADD "
-        "nitrofusion.NitroFusion regression.Regression"
+        "distill.methods": (
+            "add.ADD base.Distillation consistency.Consistency ladd.LADD "
+            "nitrofusion.NitroFusion regression.Regression"
+        )
     },
     "method.*": {
         "distill.core.score_distillation": "ScoreDistillation ScoreDraws TeacherSamples",
@@ -38,8 +40,10 @@ REVIEWED = {
         "distill.core.times": "Discrete LogitNormal Refinement Uniform",
     },
     "teacher": {
-        "distill.teachers": "flux.Flux pipeline.PipelineTeacher pixart.PixArtSigma sana.Sana sd.SD "
-        "sd3.SD3 sdxl.SDXL"
+        "distill.teachers": (
+            "flux.Flux pipeline.PipelineTeacher pixart.PixArtSigma sana.Sana sd.SD "
+            "sd3.SD3 sdxl.SDXL"
+        )
     },
     "student": {"distill.students": "full lora.lora"},
     "discriminator.features": {"distill.discriminators": HEADS},
@@ -64,8 +68,9 @@ REVIEWED = {
     "callbacks.*": {
         "distill.training.callbacks": "Alarms Health Progress Samples",
         "distill.training.checkpoints": "Checkpoints",
-        "lightning.pytorch.callbacks": "DeviceStatsMonitor EarlyStopping LearningRateMonitor "
-        "ModelSummary Timer",
+        "lightning.pytorch.callbacks": (
+            "DeviceStatsMonitor EarlyStopping LearningRateMonitor ModelSummary Timer"
+        ),
     },
     "logger.*": {
         "distill.training.csv_logger": "CsvLog",
@@ -74,18 +79,24 @@ REVIEWED = {
 }
 # What one may type besides, by the last part of its name: all of it is Lightning's.
 TYPED = {
-    "callbacks.*": "BackboneFinetuning BaseFinetuning BasePredictionWriter BatchSizeFinder "
-    "Callback Checkpoint DeviceStatsMonitor EMAWeightAveraging EarlyStopping "
-    "GradientAccumulationScheduler LambdaCallback LearningRateFinder LearningRateMonitor "
-    "ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint ProgressBar "
-    "RichModelSummary RichProgressBar SpikeDetection "
-    "StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
-    "logger.*": "CSVLogger CometLogger DummyLogger Logger MLFlowLogger TensorBoardLogger "
-    "WandbLogger",
-    "trainer.strategy": "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy "
-    "ParallelStrategy SingleDeviceStrategy SingleDeviceXLAStrategy Strategy XLAStrategy",
-    "trainer.profiler": "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler "
-    "SimpleProfiler XLAProfiler",
+    "callbacks.*": (
+        "BackboneFinetuning BaseFinetuning BasePredictionWriter BatchSizeFinder "
+        "Callback Checkpoint DeviceStatsMonitor EMAWeightAveraging EarlyStopping "
+        "GradientAccumulationScheduler LambdaCallback LearningRateFinder LearningRateMonitor "
+        "ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint ProgressBar "
+        "RichModelSummary RichProgressBar SpikeDetection "
+        "StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging"
+    ),
+    "logger.*": (
+        "CSVLogger CometLogger DummyLogger Logger MLFlowLogger TensorBoardLogger WandbLogger"
+    ),
+    "trainer.strategy": (
+        "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy "
+        "ParallelStrategy SingleDeviceStrategy SingleDeviceXLAStrategy Strategy XLAStrategy"
+    ),
+    "trainer.profiler": (
+        "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler XLAProfiler"
+    ),
 }
 
 
@@ -267,7 +278,9 @@ WRONG = {
     "sampler: {_target_: distill.sampling.Eulr}": "there is nothing of this name",
     "sampler: {_target_: distill.sampling.torch.Generator}": "there is nothing of this name",
     "method: {_target_: distill.sampling.Euler}": "method may be a class of distill.methods",
-    "method: {levels: {levels: {_target_: distill.core.times.Uniform}}}": "levels.levels holds no class",
+    "method: {levels: {levels: {_target_: distill.core.times.Uniform}}}": (
+        "levels.levels holds no class"
+    ),
     "data: {path: 's3://bucket/x.tar'}": "data.path=s3://bucket/x.tar: is no name on this machine",
     "data: {path: 'x.tar::ftp://h/x'}": "is no name on this machine or the hub",
     "data: {path: 'pipe:curl h'}": "is no name on this machine or the hub",

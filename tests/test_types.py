@@ -1,4 +1,6 @@
-"""Records of tensors: a Cond stays aligned through every change, and its empty caption travels with it."""
+"""Records of tensors: a Cond stays aligned through every change, and its empty caption travels with
+it.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Several protocols on one run: none replaces another, and runs are compared by one that all have."""
+"""Several protocols on one run: none replaces another, and runs are compared by one that all
+have.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ def test_a_picture_elsewhere_is_not_shown():
     assert found["picture"] == "comparison.png"
 
 
-# -- with real runs --------------------------------------------------------------------------------------------------
+# -- with real runs --------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""What is put on a teacher or a student after it is read: whole weights, LoRA, deltas, another run's student."""
+"""What is put on a teacher or a student after it is read: whole weights, LoRA, deltas, another
+run's student.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_a_lora_is_fused(teachers, pipelines, tmp_path):
 def test_of_a_lora_the_text_encoder_s_layers_are_left_out(
     naming, teachers, pipelines, tmp_path, caplog
 ):
-    """The student's folder has the text encoder of the teacher's files; and one that is read later would lack them."""
+    """The student's folder has the text encoder of the teacher's files; and one that is read later
+    would lack them.
+    """
     base, random = teachers("unet"), torch.Generator().manual_seed(3)
 
     def low(model, prefix):
@@ -113,7 +117,9 @@ def test_of_a_lora_the_text_encoder_s_layers_are_left_out(
 
 
 def test_a_delta_carries_a_student_over(teacher, family, pipelines, tmp_path):
-    """Base + delta is the student; another base + delta is as far from it as the bases are from one another."""
+    """Base + delta is the student; another base + delta is as far from it as the bases are from one
+    another.
+    """
     folder = made(teacher, tmp_path)
     student = FAMILIES[family](str(folder))
     file = students.save_delta(student, teacher, tmp_path / "delta.safetensors")
@@ -242,7 +248,9 @@ def of_another_size(family, teacher, folder):
 
 
 def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, shards):
-    """It is read, trained, left behind and read again as it is; the teacher stays of its own size."""
+    """It is read, trained, left behind and read again as it is; the teacher stays of its own
+    size.
+    """
     small, folder = of_another_size(family, teacher, tmp_path / "small")
     method = tiny.ladd(teacher)
     method.student = student = students.full(teacher, init=str(folder))
@@ -314,7 +322,9 @@ def test_a_student_of_a_variant_opens_without_being_told(family, pipelines, tmp_
 
 
 def test_a_folder_of_one_variant_alone_is_read(family, pipelines, tmp_path):
-    """As people fetch it: `*.fp16.safetensors`, and nothing else; a student may begin from it, too."""
+    """As people fetch it: `*.fp16.safetensors`, and nothing else; a student may begin from it,
+    too.
+    """
     folder = shutil.copytree(pipelines(family), tmp_path / "half")
     for file in folder.rglob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
@@ -330,7 +340,9 @@ def test_a_folder_of_one_variant_alone_is_read(family, pipelines, tmp_path):
 
 
 def test_plain_weights_are_read_where_the_variant_of_a_family_is_not(pipelines):
-    """`teacher=sana` asks for bf16, as the hub has it; a fine-tune's folder may have plain weights alone."""
+    """`teacher=sana` asks for bf16, as the hub has it; a fine-tune's folder may have plain weights
+    alone.
+    """
     found = SD(str(pipelines("unet")), variant="bf16")
     assert tiny.same(found.state_dict(), SD(str(pipelines("unet"))).state_dict())
 
@@ -345,7 +357,9 @@ def test_another_variant_than_the_one_that_was_asked_for_is_not_read(pipelines, 
 
 @pytest.mark.parametrize("init", ["teacher", "folder"])
 def test_a_student_says_the_size_that_it_was_trained_at(init, teachers, pipelines, tmp_path):
-    """Its folder, to plain diffusers and to us; whatever the network that it begins from said of itself."""
+    """Its folder, to plain diffusers and to us; whatever the network that it begins from said of
+    itself.
+    """
     teacher = SD(str(pipelines("unet")), size=96)
     assert (teachers("unet").latent_shape, teacher.latent_shape) == ((4, 16, 16), (4, 24, 24))
     student = students.full(teacher, init=init if init == "teacher" else str(pipelines("unet")))
@@ -371,7 +385,9 @@ def test_a_transformer_keeps_the_size_that_its_positions_hang_on(teachers, tmp_p
 
 
 def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
-    """Of the hub's SD 1.5 neither safety checker nor feature extractor is here, and its index names both."""
+    """Of the hub's SD 1.5 neither safety checker nor feature extractor is here, and its index names
+    both.
+    """
     snapshot = shutil.copytree(pipelines("unet"), tmp_path / "snapshot")
     index = json.loads((snapshot / "model_index.json").read_text(encoding="utf-8"))
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -413,7 +429,9 @@ def test_prompts_are_lines_of_a_file(tmp_path):
 
 
 def broken(name, folder, state):
-    """A file of weights of this name: cut short, a page of a server's, with an object in it, or no weights."""
+    """A file of weights of this name: cut short, a page of a server's, with an object in it, or no
+    weights.
+    """
     file = folder / name
     if name == "cut.safetensors":
         save_file(state, file)

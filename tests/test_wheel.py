@@ -1,4 +1,6 @@
-"""The package as others get it: a wheel is complete, and asking a command for help loads nothing heavy."""
+"""The package as others get it: a wheel is complete, and asking a command for help loads nothing
+heavy.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not end.code, end.code
-loaded = {"torch", "lightning", "diffusers", "transformers", "torchmetrics", "matplotlib"} & set(sys.modules)
+heavy = {"torch", "lightning", "diffusers", "transformers", "torchmetrics", "matplotlib"}
+loaded = heavy & set(sys.modules)
 assert not loaded, f"{module} {sys.argv[1:]} loads {sorted(loaded)}"
 """
 

@@ -24,9 +24,12 @@ from distill.data.lines import Lines
 from test_sample import EXACT, exported  # noqa: F401  # a fixture
 
 PROMPTS = [
-    "[a, b]", "costs ${5}", "${HOME}", "${oc.env:HOME}", "a, b", "a: b", "a = b", "{}", "{a: b}", "[]",
-    "  a  ", "-a", "--help", "null", "true", "42", "1e3", "@a #b ~c 100%", "~", "a\\b", "a\\", "\\${a}",
-    'it\'s "so"', "'", "a\nb", "\t", "glob(*)", "choice(a,b)", "range(1,3)", "(a:1.3), [b|c]", "𝔞" * 300,
+    "[a, b]", "costs ${5}", "${HOME}", "${oc.env:HOME}", "a, b", "a: b", "a = b", "{}", "{a: b}",
+    "[]",
+    "  a  ", "-a", "--help", "null", "true", "42", "1e3", "@a #b ~c 100%", "~", "a\\b", "a\\",
+    "\\${a}",
+    'it\'s "so"', "'", "a\nb", "\t", "glob(*)", "choice(a,b)", "range(1,3)", "(a:1.3), [b|c]",
+    "𝔞" * 300,
     "🦊" * 200, "a]", "a}", "$", "a;b", "0x1", "é", "", "inf", ".5", "a/b", "../a", "*?<>|",
 ]  # fmt: skip
 # 𝔞 and 🦊 have four bytes each in UTF-8.
@@ -197,7 +200,7 @@ def test_prompts_in_a_file_are_what_stands_there(command, pipelines, tmp_path):
     assert texts_in == {b"costs ${5}", b"${seed}"}
 
 
-# -- groups ------------------------------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nothing", ["null", "none", "", "false", "None"])

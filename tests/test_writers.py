@@ -402,7 +402,9 @@ def test_a_lock_that_says_nothing_that_can_be_read_holds_nothing(said, tmp_path)
 
 
 def test_a_library_may_write_beside_the_file(tmp_path, monkeypatch):
-    """safetensors does, under a name of its own: whatever a kill leaves is one part that the next writer removes."""
+    """safetensors does, under a name of its own: whatever a kill leaves is one part that the next
+    writer removes.
+    """
     seen, save = [], weights.save_file
 
     def littering(state, file, said):

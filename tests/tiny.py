@@ -1,4 +1,6 @@
-"""What tests of training and sampling are made of: tiny random diffusers pipelines, and a toy world in closed form."""
+"""What tests of training and sampling are made of: tiny random diffusers pipelines, and a toy world
+in closed form.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ CAPTIONS = [sample(7, i)[0].caption for i in range(200)]
 
 
 def shake(module: nn.Module, seed: int, std: float = 0.05) -> nn.Module:
-    """Add noise to every parameter: fresh diffusion networks are zero at their ends, and would hide mistakes."""
+    """Add noise to every parameter: fresh diffusion networks are zero at their ends, and would hide
+    mistakes.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -53,7 +57,9 @@ def shake(module: nn.Module, seed: int, std: float = 0.05) -> nn.Module:
 
 
 def write_pipeline(family: str, folder: Path) -> Path:
-    """An untrained pipeline of the layout that `pretrain` writes, in half precision as the shipped ones."""
+    """An untrained pipeline of the layout that `pretrain` writes, in half precision as the shipped
+    ones.
+    """
     from distill.worlds.shapes.pretraining import assemble, diffusion, text, vae
 
     torch.manual_seed(0)
@@ -137,14 +143,16 @@ def write_shards(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-# -- the toy world ---------------------------------------------------------------------------------------------------
+# -- the toy world ---------------------------------------------------------------------------------
 
 
 class Toy(nn.Module):
     """A teacher that is exact: x0 = z m + r n with z = -1 or 1 at even odds, on the rectified flow.
 
-    x_t = a z m + sqrt(a^2 r^2 + s^2) n', hence  E[z | x_t] = tanh(a <x_t, m> / (a^2 r^2 + s^2))  and
-    E[x0 | x_t] = E[z] m + a r^2 / (a^2 r^2 + s^2) (x_t - a E[z] m).  At t = 1 this is 0: halfway between the modes.
+    x_t = a z m + sqrt(a^2 r^2 + s^2) n',
+    hence  E[z | x_t] = tanh(a <x_t, m> / (a^2 r^2 + s^2))  and
+    E[x0 | x_t] = E[z] m + a r^2 / (a^2 r^2 + s^2) (x_t - a E[z] m).  At t = 1 this is 0: halfway
+    between the modes.
     """
 
     shape = (2, 4, 4)
@@ -197,13 +205,17 @@ class Toy(nn.Module):
         return z * self.mode + self.spread * torch.randn((n, *self.shape), generator=generator)
 
     def distance(self, x: Tensor) -> Tensor:
-        """Root mean square distance of each sample [B, 2, 4, 4] to the mode that is nearer -> [B]."""
+        """Root mean square distance of each sample [B, 2, 4, 4] to the mode that is
+        nearer -> [B].
+        """
         both = torch.stack([(x - z * self.mode).square().mean((1, 2, 3)).sqrt() for z in (-1, 1)])
         return both.min(dim=0).values
 
 
 class ToyStudent(nn.Module):
-    """The toy's own estimate plus a small network that starts at zero: a copy of the teacher, free to leave it."""
+    """The toy's own estimate plus a small network that starts at zero: a copy of the teacher, free
+    to leave it.
+    """
 
     def __init__(self, toy: Toy, width: int = 64) -> None:
         super().__init__()
@@ -244,7 +256,7 @@ class Stream(torch.utils.data.IterableDataset):
         return torch.utils.data.DataLoader(self, batch_size=None)
 
 
-# -- methods and trainers --------------------------------------------------------------------------------------------
+# -- methods and trainers --------------------------------------------------------------------------
 
 
 def adam(lr: float, eps: float = 1e-8) -> Any:
@@ -267,7 +279,9 @@ def engine(
 def parts(
     teacher: Any, *, seed: int = 0, lora: dict[str, Any] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """What every method is handed, alike for equal arguments; with `lora`, its options, a student on the teacher."""
+    """What every method is handed, alike for equal arguments; with `lora`, its options, a student
+    on the teacher.
+    """
     torch.manual_seed(seed)
     features = TeacherFeatures(teacher)
     pooled = teacher.embed([""]).pooled
@@ -308,7 +322,8 @@ def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_option
 class ToyImages:
     """The toy's own maps as those of an image network: tokens, and their mean for a class token.
 
-    Bounded, as a network with norms is: batch norm in the heads forgets scales, and a sample might grow without end.
+    Bounded, as a network with norms is: batch norm in the heads forgets scales, and a sample might
+    grow without end.
     """
 
     space, width = "pixels", 16
@@ -327,7 +342,9 @@ class ToyImages:
 
 @functools.cache
 def vit() -> Path:
-    """The folder of a random DINOv2; the same for every process of a session, and whole whenever it can be seen."""
+    """The folder of a random DINOv2; the same for every process of a session, and whole whenever it
+    can be seen.
+    """
     torch.manual_seed(4)
     shape = {
         "hidden_size": 32,
@@ -366,8 +383,9 @@ def nitrofusion(
     pool: dict[str, Any] | None = None,
     **engine_options: Any,
 ) -> NitroFusion:
-    # A head drawn for the first time moves by the signs of its gradient, those that are rounding errors among them:
-    # with this eps these do not count, and runs that differ in rounding alone stay together.
+    # A head drawn for the first time moves by the signs of its gradient, those that are rounding
+    # errors among them: with this eps these do not count, and runs that differ in rounding alone
+    # stay together.
     given = parts(teacher, **{"critic_eps": 1e-3} | engine_options)
     given["features"] = features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     torch.manual_seed(given["loop"].seed)
@@ -437,7 +455,9 @@ def critic(method: Distillation) -> Any:
 
 
 def drawn(method: Distillation, batch: Any, micro: int = 0) -> tuple[Any, Any]:
-    """What the method draws for this batch, as that micro-batch, and what both players need of the sample."""
+    """What the method draws for this batch, as that micro-batch, and what both players need of the
+    sample.
+    """
     draws = method.draw(batch, method.loop.streams(method, micro))
     return draws, method.student_sample(batch, draws)
 

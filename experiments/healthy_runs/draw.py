@@ -1,8 +1,10 @@
-"""The curves of the committed runs on `shapes`, to hold one's own against: draws `curves.png` beside this file.
+"""The curves of the committed runs on `shapes`, to hold one's own against: draws `curves.png`
+beside this file.
 
     python experiments/healthy_runs/draw.py [runs/mine ...]
 
-A run folder given besides is drawn in black over the method that it was made by; the picture is then in the last one.
+A run folder given besides is drawn in black over the method that it was made by; the picture is
+then in the last one.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ PANELS = (
 
 
 def curves(path: Path) -> dict[str, np.ndarray]:
-    """Each column of a metrics.csv as steps and values, [2, N]; `gap` is d/real less d/fake, if they are there."""
+    """Each column of a metrics.csv as steps and values, [2, N]; `gap` is d/real less d/fake, if
+    they are there.
+    """
     found, _ = read(path)
     if {"d/real", "d/fake"} <= found.keys():  # each lacks the steps at which it was not finite
         steps, i, j = np.intersect1d(found["d/real"][0], found["d/fake"][0], return_indices=True)

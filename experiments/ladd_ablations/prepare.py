@@ -2,9 +2,9 @@
 
     python experiments/ladd_ablations/prepare.py out [pictures]
 
-Leaves `out/real`, shards of as many renders as there are shipped latents, and `out/blocks_4`, `_3` and `_2`, the
-shipped pipeline with so many of its five blocks: evenly chosen, the last one always among them, which ends the text's
-half.
+Leaves `out/real`, shards of as many renders as there are shipped latents, and `out/blocks_4`, `_3`
+and `_2`, the shipped pipeline with so many of its five blocks: evenly chosen, the last one always
+among them, which ends the text's half.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python experiments/methods_on_shapes/grid.py [grid.png] [name=folder ...]
 
-A folder is a run's, or one that holds a run's evaluation.json and comparison.png; without any, the committed ones.
+A folder is a run's, or one that holds a run's evaluation.json and comparison.png; without any, the
+committed ones.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""All methods on `shapes`: a search for each with one budget, then three seeds at equal images and at equal time.
+"""All methods on `shapes`: a search for each with one budget, then three seeds at equal images and
+at equal time.
 
-    python experiments/methods_on_shapes/run.py out --steps 1200 --cores 1 [--only ladd,add] [--stages search,images]
+    python experiments/methods_on_shapes/run.py out --steps 1200 --cores 1 [--only ladd,add]
+        [--stages search,images]
 
-Give the same command again to go on: judged runs are passed over, stopped ones resumed, a search goes on. The
-script uses so many of the cores that it is allowed; `taskset -c 1 python ...` says which. Its stages, in their order:
+Give the same command again to go on: judged runs are passed over, stopped ones resumed, a search
+goes on. The script uses so many of the cores that it is allowed; `taskset -c 1 python ...` says
+which. Its stages, in their order:
 
-    search   `trials` short runs of each contestant by distill.search; `out/search/<name>/trials.csv`
+    search   `trials` short runs of each by distill.search; `out/search/<name>/trials.csv`
     pace     processor seconds of a step of each, by two short runs; `out/pace.json`
-    images   the best settings, seeds 0, 1, 2, `steps` iterations of 16 pictures, head start included; `out/images`
+    images   the best settings, seeds 0, 1, 2, `steps` iterations of 16 pictures; `out/images`
     time     the same for as many processor seconds as LADD takes for `steps` iterations; `out/time`
     compare  distill.compare of both
 """
@@ -112,7 +115,9 @@ def call(module: str, *arguments: str) -> None:
 
 
 def train(folder: Path, arguments: list[str]) -> None:
-    """A run, unless it is judged already; one that was stopped is gone on with, if it had come to a checkpoint."""
+    """A run, unless it is judged already; one that was stopped is gone on with, if it had come to a
+    checkpoint.
+    """
     if (folder / "evaluation.json").is_file():
         return
     if list((folder / "checkpoints").glob("*.ckpt")):
@@ -151,7 +156,9 @@ def best(name: str, asked: argparse.Namespace) -> list[str]:
 
 
 def pace(name: str, asked: argparse.Namespace) -> float:
-    """Processor seconds of one iteration with both players: what twenty more cost, so that starting does not count."""
+    """Processor seconds of one iteration with both players: what twenty more cost, so that starting
+    does not count.
+    """
     file = asked.out / "pace.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if name not in known:
@@ -183,7 +190,10 @@ def pace(name: str, asked: argparse.Namespace) -> float:
 
 
 def contest(budget: str, name: str, seed: int, asked: argparse.Namespace) -> None:
-    """One run of the comparison. The yardstick's are the same under both budgets, so that one is enough."""
+    """One run of the comparison.
+
+    The yardstick's are the same under both budgets, so that one is enough.
+    """
     equal = asked.out / "images" / f"{name}_{seed}"
     if budget == "time" and name == YARDSTICK and (equal / "evaluation.json").is_file():
         shutil.copytree(equal, asked.out / budget / equal.name, dirs_exist_ok=True)
@@ -220,7 +230,8 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != lengths:
         raise SystemExit(
-            f"{asked.out} was begun with {kept.read_text(encoding='utf-8')}; give these, or another folder"
+            f"{asked.out} was begun with {kept.read_text(encoding='utf-8')}; give these, or another"
+            " folder"
         )
     kept.write_text(json.dumps(lengths), encoding="utf-8")
     for name in asked.only if "search" in asked.stages else ():

@@ -1,11 +1,13 @@
-"""Does the discriminator of NitroFusion overfit without refresh? Logits on real samples that it learns from and others.
+"""Does the discriminator of NitroFusion overfit without refresh? Logits on real samples that it
+learns from and others.
 
     python experiments/nitrofusion_ablations/overfitting.py out.csv [any overrides of distill.run]
 
-Trains as `distill.run method=nitrofusion data.limit=512` does, on the first 512 of the shipped latents. Every EVERY
-iterations all heads of the pool, not only those drawn, judge 256 of these, the last 256 of the data, which are new to
-them, and the student's from the noise of both, at each t*; a row says the mean logits. If overfitted, they like what
-they have seen more than its like: the gap `seen - held_out` grows.
+Trains as `distill.run method=nitrofusion data.limit=512` does, on the first 512 of the shipped
+latents. Every EVERY iterations all heads of the pool, not only those drawn, judge 256 of these, the
+last 256 of the data, which are new to them, and the student's from the noise of both, at each t*; a
+row says the mean logits. If overfitted, they like what they have seen more than its like: the gap
+`seen - held_out` grows.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from distill.config import build
-from distill.config.location import CONF_DIR
 from distill.config.compose import shipped
+from distill.config.location import CONF_DIR
 from distill.data.datasets import LatentShards
 from distill.machine.hardware import autocast
 
@@ -66,7 +68,9 @@ class Ask(L.Callback):
         }
 
     def judge(self, method: Any, level: int, x0: torch.Tensor, batch: Any) -> float:
-        """The mean logit of every head of this level, under one noise and one patch for all that are asked."""
+        """The mean logit of every head of this level, under one noise and one patch for all that
+        are asked.
+        """
         generator = torch.Generator(x0.device).manual_seed(level)
         t = torch.full((len(x0),), method.heads.levels[level], device=x0.device)
         x_t = method.teacher.process.diffuse(

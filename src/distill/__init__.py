@@ -4,7 +4,8 @@ import signal
 import sys
 
 # While a command is imported a Ctrl-C ends it without a traceback, as it ends any other program.
-# Its own handlers come with `distill.machine.signals`; a program that imports the package keeps its own.
+# Its own handlers come with `distill.machine.signals`; a program that imports the package keeps its
+# own.
 _started = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
 if (
     _started

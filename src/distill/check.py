@@ -60,7 +60,9 @@ def too_empty(captions: list[str], data: Any) -> bool:
 
 
 def print_captions(captions: list[str]) -> None:
-    """How long they are, how many are empty, and how many have lines, all of which are read as one."""
+    """How long they are, how many are empty, and how many have lines, all of which are read as
+    one.
+    """
     lengths = sorted(len(caption.split()) for caption in captions)
     empty, lines = captions.count(""), sum("\n" in caption for caption in captions)
     several = f"; {lines} have several lines, read as one caption" if lines else ""
@@ -69,7 +71,9 @@ def print_captions(captions: list[str]) -> None:
 
 
 def print_reasons(bad: list[tuple[str, str]]) -> None:
-    """How many samples each reason drops, and one of them: reasons that differ in their numbers alone are one."""
+    """How many samples each reason drops, and one of them: reasons that differ in their numbers
+    alone are one.
+    """
     kinds: dict[str, list[tuple[str, str]]] = {}
     for name, reason in bad:
         kinds.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "0", reason), []).append((name, reason))

@@ -35,12 +35,16 @@ distill --version         says which version this is"""
 
 
 def config_of(command: str) -> str:
-    """The name of the configuration that a command composes: its own, but for the doctor, who looks at a run's."""
+    """The name of the configuration that a command composes: its own, but for the doctor, who looks
+    at a run's.
+    """
     return "config" if command in ("run", "doctor") else command
 
 
 def main() -> int:
-    """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same module again."""
+    """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same
+    module again.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(
             signal.SIGINT, signal.SIG_DFL

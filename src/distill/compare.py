@@ -21,7 +21,8 @@ from distill.training.run_folders import check_ours
 
 @command("compare")
 def main(cfg: DictConfig) -> None:
-    """Write `compare.md`, `compare.csv` and `compare.html` into `out`; what cannot be read is named and left out.
+    """Write `compare.md`, `compare.csv` and `compare.html` into `out`; what cannot be read is named
+    and left out.
 
     The exit code is 0 as long as one run can be shown.
     """

@@ -98,7 +98,9 @@ def _port(wanted: int) -> int:
 
 
 def _as_path(cfg: DictConfig) -> DictConfig:
-    """The teacher, which the command line hands over as a node, as a path: see commandline/texts.py."""
+    """The teacher, which the command line hands over as a node, as a path: see
+    commandline/texts.py.
+    """
     if isinstance(cfg.teacher, DictConfig):
         plain: Any = OmegaConf.to_container(cfg)  # with what is escaped as it is
         cfg.teacher = plain["teacher"]["path"]

@@ -36,8 +36,10 @@ SAMPLE = 2**18  # ours: numbers of a sample of which the size is not known, late
 UNTRIED = "one process should work; say so if it does not"
 UNTESTED = {  # what should work on a system, and what is known not to
     "Darwin": "one process should work, on the CPU surely, on an Apple GPU perhaps; say so if not",
-    "Windows": "one process should work, by `python -m distill.run`; there is no make, and no "
-    "trainer=fsdp2",
+    "Windows": (
+        "one process should work, by `python -m distill.run`; there is no make, and no "
+        "trainer=fsdp2"
+    ),
 }
 
 
@@ -54,7 +56,9 @@ def system() -> Line:
 
 
 def machine() -> Iterator[Line]:
-    """Versions, whether torch and torchvision belong together, accelerators, memory, disk and caches."""
+    """Versions, whether torch and torchvision belong together, accelerators, memory, disk and
+    caches.
+    """
     import torch
 
     from distill.machine.faults import first_line
@@ -107,7 +111,9 @@ def machine() -> Iterator[Line]:
 
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
-    """Whether the options fit each other, and the memory that training needs at least, by strategy."""
+    """Whether the options fit each other, and the memory that training needs at least, by
+    strategy.
+    """
     from distill.config.build import check
 
     try:
@@ -130,7 +136,9 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
 
 
 def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
-    """What the teacher at this folder, the student and pictures on the way take, and whether it is there."""
+    """What the teacher at this folder, the student and pictures on the way take, and whether it is
+    there.
+    """
     import torch
 
     from distill.machine import hardware
@@ -139,13 +147,17 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
     counts = sizes.of_pipeline(path)
     part = "transformer" if "transformer" in counts else "unet"
     network, total = counts.get(part, 0), sum(counts.values())
-    what = f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters in safetensors, all {total / 1e6:.1f} M"
+    what = (
+        f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters in safetensors, all"
+        f" {total / 1e6:.1f} M"
+    )
     yield "ok" if network else "fail", what, "point teacher.path at a pipeline"
     if not network:
         return
     dtype = cfg.teacher.get("dtype", "float32")
     width, count = getattr(torch, dtype).itemsize, processes(cfg)
-    # The student's weights, gradient, two moments and average in float32; a LoRA's are a few hundredths of that.
+    # The student's weights, gradient, two moments and average in float32; a LoRA's are a few
+    # hundredths of that.
     shared = network * (width + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5))
     encoders = {
         "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
@@ -170,7 +182,9 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
 
 
 def left_behind(cfg: DictConfig) -> Iterator[Line]:
-    """Shared memory for the loader's workers, run folders that are written or were left, and processes left over."""
+    """Shared memory for the loader's workers, run folders that are written or were left, and
+    processes left over.
+    """
     yield from shared_memory(cfg)
     folders = {path.parent for path in Path("runs").glob(f"*/{locks.NAME}")}
     folders |= {Path(cfg[key]) for key in ("run_dir", "resume") if cfg.get(key)}
@@ -188,7 +202,9 @@ def left_behind(cfg: DictConfig) -> Iterator[Line]:
 
 
 def shared_memory(cfg: DictConfig) -> Iterator[Line]:
-    """Whether what the loader's workers read ahead has room, where a system keeps that in a file system."""
+    """Whether what the loader's workers read ahead has room, where a system keeps that in a file
+    system.
+    """
     workers = cfg.data.get("num_workers") or 0
     if not faults.SHARED.is_dir():
         return

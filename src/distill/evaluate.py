@@ -60,7 +60,8 @@ def judge(cfg: DictConfig) -> int:
         None if pictures or several else _models(cfg, protocol)
     )  # a mistake in them leaves nothing behind
     if hasattr(protocol, "load"):
-        protocol.load()  # what cannot be read is said before hours of drawing, and before anything is written
+        # what cannot be read is said before hours of drawing, and before anything is written
+        protocol.load()
     with one_writer(out, "out" if cfg.out else "run", deep=True):
         return _written(cfg, out, protocol, parts, several)
 
@@ -107,7 +108,8 @@ def check(cfg: DictConfig) -> None:
     _steps(cfg)
     if world() > 1:
         raise ValueError(
-            "devices: judging starts its processes itself; use devices=8 or the like, without torchrun"
+            "devices: judging starts its processes itself; use devices=8 or the like, without"
+            " torchrun"
         )
     validate.check_metrics(cfg.metrics)
     if not _pictures(Path(cfg.run)):
@@ -123,7 +125,9 @@ def check(cfg: DictConfig) -> None:
 
 
 def _leave_nothing(out: Path) -> None:
-    """Remove what was made for a judging that came to nothing; what was drawn stays, and is gone on with."""
+    """Remove what was made for a judging that came to nothing; what was drawn stays, and is gone on
+    with.
+    """
     drawn = any((out / "evaluation").glob("*/*")) or (out / "evaluation.json").exists()
     if drawn:
         return
@@ -163,7 +167,9 @@ def _protocol(cfg: DictConfig) -> Any:
 
 
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
-    """The protocol for what there is; student, or None; teacher, or what stands in for it; the student's sampler."""
+    """The protocol for what there is; student, or None; teacher, or what stands in for it; the
+    student's sampler.
+    """
     from distill.config import build, models
     from distill.machine import hardware
     from distill.sampling import distilled

@@ -8,7 +8,7 @@
 
 diffusers     the pipeline folder of the run with a model card of what is known by now
 lora          a LoRA's adapters; of a full student the nearest of `rank` to what it has learnt
-single_file   for ComfyUI: Stable Diffusion 1, 2 and XL whole, in the layout of the original code; of SD3, FLUX and
+single_file   for ComfyUI: Stable Diffusion 1, 2 and XL in the original layout; of SD3, FLUX and
               PixArt-Sigma the transformer alone, in diffusers' names
 delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
 hub           as diffusers, pushed to `repo` on the hub, which is made private if it is not there
@@ -49,7 +49,9 @@ def _applied(cfg: DictConfig, out: Path) -> Path:
 
 
 def _out(cfg: DictConfig) -> Path:
-    """The file or folder that is written: `out`, or one in the run folder that the settings name."""
+    """The file or folder that is written: `out`, or one in the run folder that the settings
+    name.
+    """
     if cfg.out is not None or cfg.run is None:
         return Path(cfg.out or f"{cfg.delta}.student")
     run = Path(shipped(cfg.run))
@@ -133,7 +135,8 @@ def _check_kind(cfg: DictConfig) -> None:
     own = Path(cfg.run) / "lora.safetensors"
     if cfg.to == "lora" and cfg.rank is None and not own.is_file():
         raise ValueError(
-            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is kept"
+            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is"
+            " kept"
         )
     compared = cfg.to == "delta" or cfg.rank is not None
     if compared and cfg.base is None and not (Path(cfg.run) / "config.yaml").is_file():
@@ -187,7 +190,8 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
         student, base = models.student_of(cfg.run), _base(cfg)
         factors, share = low_rank.difference(student.network.model, base.network.model, cfg.rank)
         print(
-            f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has learnt"
+            f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has"
+            " learnt"
         )
     folder = pipeline_folder(run)
     return low_rank.save_lora(
@@ -235,7 +239,10 @@ def _teacher_of(run: Path) -> Path | None:
 
 
 def _hub(cfg: DictConfig, run: Path, out: Path) -> str:
-    """Write the folder, and push it. It stays, so that a push that fails can be made again by hand."""
+    """Write the folder, and push it.
+
+    It stays, so that a push that fails can be made again by hand.
+    """
     from distill.exporting.hub import push
 
     return push(_diffusers(cfg, run, out), cfg.repo)

@@ -26,7 +26,9 @@ READ = (
 
 
 def check(cfg: DictConfig) -> DictConfig:
-    """The run's configuration; refuses what cannot be before anything that takes time is imported."""
+    """The run's configuration; refuses what cannot be before anything that takes time is
+    imported.
+    """
     check_counts(cfg, {"samples": 2, "seed": 0})
     folder = run_at(cfg.run)
     levels = list(cfg.levels) if isinstance(cfg.levels, ListConfig) else [cfg.levels]
@@ -65,7 +67,8 @@ def examine(cfg: DictConfig) -> None:
     kept = newest(folder)
     if kept.is_dir():
         raise ValueError(
-            f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole ones"
+            f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole"
+            " ones"
         )
     state = read(kept)
     check_checkpoint(state.get("about"), made, kept, "run")

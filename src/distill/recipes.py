@@ -1,4 +1,5 @@
-"""List the shipped experiments, or copy one to edit it. A copy of one that rests on conf/recipe has its values too.
+"""List the shipped experiments, or copy one to edit it. A copy of one that rests on conf/recipe has
+its values too.
 
     distill recipes
     distill recipes copy sdxl_turbo
@@ -73,11 +74,14 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
 
 
 def _text(name: str, new: str, to: str) -> str:
-    """The experiment under its new name, with the values of the recipe that its method has in its world."""
+    """The experiment under its new name, with the values of the recipe that its method has in its
+    world.
+    """
     text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     text = text.replace(f"experiment={name}", f"--config-dir {to} experiment={new}")
     text = re.sub(r"(?m)^name: .*$", f"name: {new.replace('/', '_')}", text)
-    # What another file of the same folder gives is named with the folder: the copy may lie elsewhere.
+    # What another file of the same folder gives is named with the folder: the copy may lie
+    # elsewhere.
     folder = f"/experiment/{name}".rpartition("/")[0]
     text = re.sub(r"(?m)^  - (?!_self_)(\w+)$", lambda m: f"  - {folder}/{m[1]}@_global_", text)
     recipe = Path(CONF_DIR) / "recipe" / f"{name}.yaml"

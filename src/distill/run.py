@@ -31,7 +31,9 @@ from distill.training.run_folders import LOG
 
 
 def begin(cfg: DictConfig) -> int:
-    """Make or find the run folder and train, here or in as many processes as are asked for; returns the exit code."""
+    """Make or find the run folder and train, here or in as many processes as are asked for; returns
+    the exit code.
+    """
     from distill.config import continued, validate
     from distill.training import resuming
 
@@ -52,7 +54,10 @@ def begin(cfg: DictConfig) -> int:
 
 
 def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
-    """Build all parts, then write and train; returns the exit code. `before`: what a run that goes on was."""
+    """Build all parts, then write and train; returns the exit code.
+
+    `before`: what a run that goes on was.
+    """
     from distill.training import launch
 
     with importing("torch"):
@@ -63,7 +68,8 @@ def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
-    # Nothing is written before all parts are there: a mistake in the configuration leaves no empty run behind.
+    # Nothing is written before all parts are there: a mistake in the configuration leaves no empty
+    # run behind.
     parts = None if several else build.parts(cfg)
     if before:
         the_same_data(cfg, before, parts)
@@ -88,7 +94,8 @@ def _written(
 ) -> int:
     """Note what is done, and train, here or in so many `processes`; returns the exit code.
 
-    `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there is none.
+    `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there
+    is none.
     """
     from distill.storage.aside import put
     from distill.training import launch
@@ -115,14 +122,18 @@ def _written(
         else:
             code = train(cfg, folder, parts)
     finally:
-        # Of what came to no step nothing stays, so that the mended command can be given with the same run_dir.
+        # Of what came to no step nothing stays, so that the mended command can be given with the
+        # same run_dir.
         if code and fresh and compose.rank() == 0 and folders.untouched(folder):
             folders.undone(folder, there, crashed=(folder / launch.PROCESSES).exists())
     return code
 
 
 def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
-    """What the checkpoint to go on from says of itself. ValueError if it, or a model that moved, is of another run."""
+    """What the checkpoint to go on from says of itself.
+
+    ValueError if it, or a model that moved, is of another run.
+    """
     from distill.storage.checkpoint_files import newest, read
     from distill.training import resuming
     from distill.training.run_metadata import RunRecord
@@ -135,7 +146,9 @@ def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
 
 
 def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
-    """Say that the data of a run that goes on have changed; ValueError if they moved and are others."""
+    """Say that the data of a run that goes on have changed; ValueError if they moved and are
+    others.
+    """
     from distill.training import resuming
     from distill.training.run_metadata import RunRecord
 
@@ -157,7 +170,10 @@ def said_of(precision: Any, cfg: DictConfig) -> str:
 
 
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
-    """Fit in this process, one of several perhaps; the first of them finishes the run. Returns the exit code."""
+    """Fit in this process, one of several perhaps; the first of them finishes the run.
+
+    Returns the exit code.
+    """
     with importing("torch"):
         from distill.config import build
         from distill.storage.checkpoint_files import newest, read

@@ -4,10 +4,12 @@
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
     python -m distill.sample run=runs/... prompts='["a red star","a blue ring"]'
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
-    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a drawing"
+    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a
+        drawing"
 
-A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is drawn too.
-A prompt is taken as it is typed, [a, b] and ${5} included; a list of prompts is prompts=[...].
+A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is
+drawn too. A prompt is taken as it is typed, [a, b] and ${5} included; a list of prompts is
+prompts=[...].
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ SHOWN = 64  # pictures in the grid, the first ones
 
 
 def draw(cfg: DictConfig) -> list[Path]:
-    """Write a PNG for every prompt and seed, its settings in its own text fields; of several a grid. Their paths."""
+    """Write a PNG for every prompt and seed, its settings in its own text fields; of several a
+    grid. Their paths.
+    """
     prompts = check(cfg)
     with importing("torch"):
         from distill.config import models
@@ -183,7 +187,9 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
 
 
 def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -> None:
-    """A picture, uint8 [3, H, W], with what it was made by; of the optional settings those that were given."""
+    """A picture, uint8 [3, H, W], with what it was made by; of the optional settings those that
+    were given.
+    """
     from PIL.PngImagePlugin import PngInfo
     from torchvision.transforms.functional import to_pil_image
 

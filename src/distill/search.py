@@ -2,8 +2,10 @@
 folder of its own; the study is a database beside them, so that the same command goes on where it
 stopped. The first trial has the run's own values, where the ranges hold them.
 
-    python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' 'run=["method=ladd"]' trials=20
-    python -m distill.search 'space=["method.loss=choice(hinge,relativistic)"]' metric=frechet direction=minimize
+    python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' 'run=["method=ladd"]'
+        trials=20
+    python -m distill.search 'space=["method.loss=choice(hinge,relativistic)"]' metric=frechet
+        direction=minimize
 """
 
 import csv
@@ -142,7 +144,10 @@ def again(study: Any, trial: Any) -> None:
 
 
 def study_in(out: Path, cfg: DictConfig) -> Any:
-    """The study in this folder, a new one if there is none. Raises ValueError for one that asks for something else."""
+    """The study in this folder, a new one if there is none.
+
+    Raises ValueError for one that asks for something else.
+    """
     import optuna
     from optuna.trial import TrialState
 
@@ -152,7 +157,8 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
     asked["run"] = [as_said(word) for word in asked["run"]]
-    # As long as nothing was measured by them. Which way is up is the study's own, and not to be changed.
+    # As long as nothing was measured by them. Which way is up is the study's own, and not to be
+    # changed.
     free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
     known = study.user_attrs.get("asked", asked)
     if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
@@ -219,7 +225,9 @@ def _last_line(log: Path) -> str:
 
 @command("search", way_on=AGAIN)
 def main(cfg: DictConfig) -> None:
-    """Trials until there are `trials` finished ones; prints each and the best, and writes all to `trials.csv`."""
+    """Trials until there are `trials` finished ones; prints each and the best, and writes all to
+    `trials.csv`.
+    """
     out, space = Path(cfg.out), _space(cfg)  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
@@ -239,7 +247,9 @@ def _space(cfg: DictConfig) -> list[str]:
 
 @contextmanager
 def _stored(study: Path) -> Iterator[None]:
-    """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries wrap it."""
+    """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries
+    wrap it.
+    """
     try:
         yield
     except Exception as error:

@@ -1,4 +1,6 @@
-"""The comments of a YAML file: its header, and for each key what stands beside it or right above it."""
+"""The comments of a YAML file: its header, and for each key what stands beside it or right above
+it.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def _top(text: str) -> int:
 
 
 def _remarks(text: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Line -> comment: of those behind something, and of those that have their line to themselves."""
+    """Line -> comment: of those behind something, and of those that have their line to
+    themselves.
+    """
     ends: dict[int, int] = {}  # line -> column behind the last token on it
     for token in yaml.scan(text, Loader=LOADER):
         start, end = token.start_mark, token.end_mark
@@ -109,7 +113,9 @@ def _remarks(text: str) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _places(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int, int]]:
-    """Dotted key, the line where it stands, and the line where its value ends: its own for a block below it."""
+    """Dotted key, the line where it stands, and the line where its value ends: its own for a block
+    below it.
+    """
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _places(item, path)

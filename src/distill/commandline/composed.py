@@ -1,4 +1,7 @@
-"""A command's configuration as Hydra composes it, with the files that it is made of. Imports Hydra, and no torch."""
+"""A command's configuration as Hydra composes it, with the files that it is made of.
+
+Imports Hydra, and no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ from distill.config.location import CONF_DIR
 
 @dataclass(frozen=True)
 class Part:
-    """A file of the configuration: where it lies, the package that its keys belong to, and the option that chose it."""
+    """A file of the configuration: where it lies, the package that its keys belong to, and the
+    option that chose it.
+    """
 
     file: Path
     package: str
@@ -45,7 +50,8 @@ class Part:
 class Composed:
     """The configuration `name` under these overrides; `folder` is what `--config-dir` adds to ours.
 
-    Raises Hydra's own exceptions for what cannot be composed. A sweep counts as its key's own value.
+    Raises Hydra's own exceptions for what cannot be composed. A sweep counts as its key's own
+    value.
     """
 
     name: str
@@ -82,7 +88,9 @@ class Composed:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The files in the order in which they are merged: of a key the last one that has it decides."""
+        """The files in the order in which they are merged: of a key the last one that has it
+        decides.
+        """
         found = self.loader.compute_defaults_list(self.name, self.single, RunMode.RUN)
         return [
             Part(file, (default.package or "").replace("_global_", ""), default.config_path)
@@ -103,7 +111,9 @@ class Composed:
 
     @cached_property
     def groups(self) -> list[str]:
-        """The groups of the command's defaults list, those included that something else may choose."""
+        """The groups of the command's defaults list, those included that something else may
+        choose.
+        """
         listed = self.parts_of_root()
         return list(dict.fromkeys([*listed, *self.chosen]))
 
@@ -119,7 +129,9 @@ class Composed:
         ]
 
     def options(self, group: str) -> dict[str, str]:
-        """Every option of a group, those in folders below it too, with the first sentence of its header."""
+        """Every option of a group, those in folders below it too, with the first sentence of its
+        header.
+        """
         found: dict[str, str] = {}
         for folder in reversed(self.folders):
             for file in sorted((folder / group).rglob("*.yaml")):

@@ -17,7 +17,8 @@ KINDS: dict[type, tuple[Any, str]] = {  # of a default -> what a value must be, 
 
 
 def check_known(cfg: DictConfig, config: str) -> None:
-    """Raise ValueError for a key at the top that nothing reads, though no file and no `+key=` was kept from adding it.
+    """Raise ValueError for a key at the top that nothing reads, though no file and no `+key=` was
+    kept from adding it.
 
     One that another key refers to by `${key}` is read.
     """
@@ -30,9 +31,11 @@ def check_known(cfg: DictConfig, config: str) -> None:
 
 
 def check_own(cfg: DictConfig, config: str) -> None:
-    """Raise ValueError for what the keys of the command's own file cannot be; those of groups have classes to ask.
+    """Raise ValueError for what the keys of the command's own file cannot be; those of groups have
+    classes to ask.
 
-    null is only what has it for a default. Whole numbers have a range besides, which their command knows.
+    null is only what has it for a default. Whole numbers have a range besides, which their command
+    knows.
     """
     for key, default in dotted(own(config)).items():
         value: Any = OmegaConf.select(cfg, key, throw_on_missing=False)

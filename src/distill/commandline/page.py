@@ -1,4 +1,6 @@
-"""The help page of a command: its docstring, its groups, and every key with its default and its comment."""
+"""The help page of a command: its docstring, its groups, and every key with its default and its
+comment.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def _said(key: str, value: Any, remark: str) -> tuple[str, str]:
 
 
 def _remarks(parts: Sequence[Part]) -> dict[str, str]:
-    """Dotted key -> what its own file says of it, and which other file has changed its value, and why."""
+    """Dotted key -> what its own file says of it, and which other file has changed its value, and
+    why.
+    """
     found: dict[str, list[tuple[Part, str, Any]]] = {}
     for part in parts:
         tree: Any = OmegaConf.to_container(OmegaConf.load(part.file), resolve=False)
@@ -121,7 +125,9 @@ def _flags() -> str:
 
 
 def _row(left: str, right: str, column: int = KEYS) -> list[str]:
-    """Left and right in columns; the right one wrapped, and below the left where that is too long."""
+    """Left and right in columns; the right one wrapped, and below the left where that is too
+    long.
+    """
     if not right:
         return [left]
     rest = textwrap.wrap(right, max(30, _width() - column - 2), break_on_hyphens=False)

@@ -1,8 +1,8 @@
 """Secrets of the command line as names of variables, since Hydra writes down what it is given.
 
-It keeps every word: in multirun.yaml of a sweep, and below .hydra/ where `hydra.output_subdir` asks for that. So it is
-given `${oc.env:DISTILL_TYPED_0}` in place of a value, which this process and those that it starts have in their
-environment.
+It keeps every word: in multirun.yaml of a sweep, and below .hydra/ where `hydra.output_subdir` asks
+for that. So it is given `${oc.env:DISTILL_TYPED_0}` in place of a value, which this process and
+those that it starts have in their environment.
 """
 
 import os
@@ -16,9 +16,11 @@ from distill.terminal import secret
 
 
 def referring(words: list[str]) -> list[str]:
-    """The words with a variable in place of each secret, or text that holds one; the variables are set.
+    """The words with a variable in place of each secret, or text that holds one; the variables are
+    set.
 
-    A value that has an interpolation in it already stays, and so does a word that Hydra cannot read.
+    A value that has an interpolation in it already stays, and so does a word that Hydra cannot
+    read.
     """
     given: list[str] = []
     return [_word(word, given) for word in words]
@@ -60,5 +62,7 @@ def _without(value: Any, key: str, given: list[str]) -> Any:
 
 
 def _is_secret(text: str, key: str) -> bool:
-    """Whether a text is one by its key, by a password of a URL, or by what it says: a word of another command."""
+    """Whether a text is one by its key, by a password of a URL, or by what it says: a word of
+    another command.
+    """
     return secret.hidden(text, key) != text or bool(secret.in_words([text]))

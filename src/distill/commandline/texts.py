@@ -1,8 +1,10 @@
-"""Words of a command line as Hydra's grammar takes them: texts as they were typed, and groups that are left out.
+"""Words of a command line as Hydra's grammar takes them: texts as they were typed, and groups that
+are left out.
 
-Hydra reads a value as numbers, lists, functions and nodes, and OmegaConf looks for `${...}` in it. A prompt, a name and
-a path are none of that. So they are put into quotes here, and what would be an interpolation is escaped, before Hydra
-sees them. Which keys are texts is said in the tables below, and nowhere else.
+Hydra reads a value as numbers, lists, functions and nodes, and OmegaConf looks for `${...}` in it.
+A prompt, a name and a path are none of that. So they are put into quotes here, and what would be an
+interpolation is escaped, before Hydra sees them. Which keys are texts is said in the tables below,
+and nowhere else.
 """
 
 import os
@@ -22,11 +24,13 @@ from distill.config.paths import escaped
 from distill.config.typed import parsed
 
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
-# Texts that mean what they say, `null`, `~` and `${5}` included: what is typed is what the model reads.
+# Texts that mean what they say, `null`, `~` and `${5}` included: what is typed is what the model
+# reads.
 PROMPTS = {"prompt", "negative"}
 # Texts to which nothing in them refers either; `null` is none.
 WORDS = {"method.negative"}
-# Names and paths: `null` is none of them, `~` is the home folder, and `${...}` refers to a key or to a variable.
+# Names and paths: `null` is none of them, `~` is the home folder, and `${...}` refers to a key or
+# to a variable.
 TEXTS = {
     "base", "callbacks.samples.prompts", "delta", "image", "metric",
     "metrics.reference", "name", "out", "parts", "prompts", "repo", "resume", "run", "run_dir",
@@ -84,7 +88,8 @@ def is_text(key: str, config: str) -> bool:
 
 
 def as_typed(word: str) -> str:
-    """`key=value` as it was typed: where the locale has no such letters Python gives their bytes in disguise (PEP 383).
+    """`key=value` as it was typed: where the locale has no such letters Python gives their bytes in
+    disguise (PEP 383).
 
     Raises ValueError for a path of such letters: the file system would not take it.
     """
@@ -119,7 +124,9 @@ def check_flags(words: list[str]) -> None:
 
 
 def flags_last(words: list[str]) -> list[str]:
-    """The words with Hydra's flags, and what belongs to each, behind all keys: it wants them on one side."""
+    """The words with Hydra's flags, and what belongs to each, behind all keys: it wants them on one
+    side.
+    """
     known = get_args_parser()._option_string_actions
     keys: list[str] = []
     flags: list[str] = []
@@ -141,7 +148,7 @@ def flags_last(words: list[str]) -> list[str]:
     return [*keys, *flags]
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 def _text(key: str, value: str, config: str, *, sweep: bool) -> str:
@@ -183,7 +190,9 @@ def _list(key: str, value: str) -> str:
 
 
 def _other(key: str, value: str, *, sweep: bool) -> str:
-    """The value of any other key: what Hydra cannot read is a text, but for lists and nodes that are not closed."""
+    """The value of any other key: what Hydra cannot read is a text, but for lists and nodes that
+    are not closed.
+    """
     word = f"{key}={value}"
     if parsed(word) or value.startswith(("[", "{")) or (sweep and "," in value):
         return word
@@ -208,7 +217,9 @@ def _literal(text: str, config: str, *, prompt: bool) -> str:
 
 
 def _refers(name: str, mark: str, config: str) -> bool:
-    """Whether `${name:...}` or `${name...}` of a path is a resolver, or a key of the command's configuration."""
+    """Whether `${name:...}` or `${name...}` of a path is a resolver, or a key of the command's
+    configuration.
+    """
     if mark == ":":
         return name in ("hydra", "now") or OmegaConf.has_resolver(name)
     return name.partition(".")[0] in {*own(config), *groups(config)}
@@ -221,7 +232,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-# -- groups ------------------------------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------
 
 
 def _group(word: str, config: str) -> str:

@@ -1,4 +1,6 @@
-"""What can be typed next on a command line: commands, flags, groups and their options, keys, values, paths."""
+"""What can be typed next on a command line: commands, flags, groups and their options, keys,
+values, paths.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +198,7 @@ def paths(start: str) -> list[str]:
     ]
 
 
-# -- what shells make of a line ----------------------------------------------------------------------------------------
+# -- what shells make of a line --------------------------------------------------------------------
 
 
 def split(line: str) -> tuple[list[str], str]:
@@ -212,7 +214,9 @@ def split(line: str) -> tuple[list[str], str]:
 
 
 def for_bash(line: str, breaks: str) -> list[str] | None:
-    """What readline wants: of each word the part behind the last break, with a space if it is finished."""
+    """What readline wants: of each word the part behind the last break, with a space if it is
+    finished.
+    """
     words, quote = split(line)
     found = following(words)
     if found is None:

@@ -1,5 +1,5 @@
-"""From a configuration to objects, in the order of the sentence: a teacher teaches a student against a discriminator
-by a method, on data."""
+"""From a configuration to objects, in the order of the sentence: a teacher teaches a student
+against a discriminator by a method, on data."""
 
 import logging
 import warnings
@@ -39,11 +39,17 @@ NUMBERS = (
     "distill.sampling.",
 )
 # Warnings that say nothing new about a run of ours.
-EXPECTED = ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec, LeafSpec)"
+EXPECTED = (
+    ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec,"
+    " LeafSpec)"
+)
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot work before any weight is loaded. Raises ValueError that says what would."""
+    """Refuse what cannot work before any weight is loaded.
+
+    Raises ValueError that says what would.
+    """
     validate.check_run(cfg)
     for key, node in cfg.items():  # what is made; a run itself may be called by any text
         if isinstance(node, DictConfig):
@@ -60,7 +66,9 @@ def check(cfg: DictConfig) -> None:
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    """Build the trainer once for nothing: what Lightning has against it is said while nothing is written."""
+    """Build the trainer once for nothing: what Lightning has against it is said while nothing is
+    written.
+    """
     _hush()
     quiet = cfg.copy()
     if quiet.trainer.precision == "auto":
@@ -70,7 +78,9 @@ def _check_trainer(cfg: DictConfig) -> None:
 
 
 def check_numbers(cfg: DictConfig) -> None:
-    """Make what needs no network, so that it says now what is wrong with its numbers: ValueError, naming the key."""
+    """Make what needs no network, so that it says now what is wrong with its numbers: ValueError,
+    naming the key.
+    """
     own = {f"method.{key}": node for key, node in cfg.method.items()}
     for key, node in {"optimizer": cfg.optimizer, "sampler": cfg.sampler, **own}.items():
         if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(NUMBERS):
@@ -87,7 +97,10 @@ def check_numbers(cfg: DictConfig) -> None:
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
-    """How the run of this configuration is judged. Raises ValueError where that cannot be, or would not be fair."""
+    """How the run of this configuration is judged.
+
+    Raises ValueError where that cannot be, or would not be fair.
+    """
     validate.check_metrics(metrics)
     made = make(metrics, "metrics")
     if run and hasattr(made, "check"):
@@ -100,7 +113,9 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
-    """The data and the method of a run; seeds the global generators first, and silences Lightning's usual hints."""
+    """The data and the method of a run; seeds the global generators first, and silences Lightning's
+    usual hints.
+    """
     lightning.seed_everything(cfg.seed, verbose=False)
     _hush()
     with stage("opening the data"):
@@ -137,7 +152,8 @@ def _hush() -> None:
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
-    """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's embedding does not.
+    """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's
+    embedding does not.
 
     Nothing of it where the features are null.
     """
@@ -160,7 +176,9 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
 
 
 def _heads(node: DictConfig, **widths: Any) -> Any:
-    """Raises ValueError for heads that say by `split` which logits are whose, as they once did: all would be one's."""
+    """Raises ValueError for heads that say by `split` which logits are whose, as they once did: all
+    would be one's.
+    """
     heads = make(node, "discriminator.heads")(**widths)
     if hasattr(heads, "split"):
         what = (
@@ -171,7 +189,9 @@ def _heads(node: DictConfig, **widths: Any) -> Any:
 
 
 def settle_precision(cfg: DictConfig) -> Precision:
-    """Replace `trainer.precision=auto` by what is best on this machine; returns what the run has, and why."""
+    """Replace `trainer.precision=auto` by what is best on this machine; returns what the run has,
+    and why.
+    """
     accelerator = cfg.trainer.get("accelerator", "auto")
     chosen = precision(cfg.trainer.precision, accelerator, key="trainer.precision")
     cfg.trainer.precision = chosen.name
@@ -186,8 +206,8 @@ def trainer(
 ) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder.
 
-    `models` are the marks of those that it reads (`resuming.marks`). `kept` is the checkpoint that the run goes on
-    from: its loggers go on with it.
+    `models` are the marks of those that it reads (`resuming.marks`). `kept` is the checkpoint that
+    the run goes on from: its loggers go on with it.
     """
     step, known = (
         (kept.get("global_step"), kept.get("about", {}).get("loggers")) if kept else (None, {})
@@ -213,9 +233,9 @@ def trainer(
     )
     return build(
         strategy=strategy,
-        plugins=[]
-        if isinstance(strategy, FullyShardedDataParallel)
-        else [AtomicIO()],  # that one has its own files
+        plugins=(
+            [] if isinstance(strategy, FullyShardedDataParallel) else [AtomicIO()]
+        ),  # that one has its own files
         callbacks=callbacks,
         logger=list(loggers.values()),
         default_root_dir=str(folder),
@@ -239,7 +259,8 @@ def averaged(method: Any, *, first: bool) -> dict[str, Any]:
 
 
 def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
-    """Teacher and averaged student as one process can use them; made anew where the strategy has cut them up.
+    """Teacher and averaged student as one process can use them; made anew where the strategy has
+    cut them up.
 
     Both where the teacher is: Lightning takes what it has trained back to the CPU.
     """
@@ -256,7 +277,8 @@ def stopped(trainer: Any, method: Any, folder: Path) -> int:
     by = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
     if by and trainer.is_global_zero:
         print(
-            f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run resume={folder}"
+            f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run"
+            f" resume={folder}"
         )
         if by == REQUEUE:
             requeue()

@@ -1,4 +1,5 @@
-"""What is done with a configuration before anything is built: safe instantiation, paths, run folders, going on.
+"""What is done with a configuration before anything is built: safe instantiation, paths, run
+folders, going on.
 
 Nothing here imports torch, so that commands can refuse a mistake at once.
 """
@@ -55,7 +56,8 @@ def make(node: DictConfig, key: str) -> Any:
 
 
 def allowed(node: DictConfig, key: str = "") -> Any:
-    """The node as plain containers, every value resolved. Raises ValueError for what no configuration may hold.
+    """The node as plain containers, every value resolved. Raises ValueError for what no
+    configuration may hold.
 
     That is: a target that its key may not hold, a key that its target does not take (with the
     nearest that it does), and text that would become an interpolation when it is read again, behind
@@ -101,7 +103,9 @@ def _target(name: str, path: str) -> Any:
 
 
 def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
-    """Raise ValueError unless the value of each key is a whole number, and not under the least that is given here."""
+    """Raise ValueError unless the value of each key is a whole number, and not under the least that
+    is given here.
+    """
     for key, least in counts.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and (type(value) is not int or value < least):
@@ -117,7 +121,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path unchanged."""
+    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path
+    unchanged.
+    """
     if path.startswith("~/"):
         return os.path.expanduser(path)
     if not path.startswith(SHIPPED):
@@ -132,10 +138,11 @@ def shipped(path: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A text as part of a file's name: letters, digits, `.`, `-` and `_`, as every system takes them.
+    """A text as part of a file's name: letters, digits, `.`, `-` and `_`, as every system takes
+    them.
 
-    It has at most 180 bytes, of the 255 that are possible, and no letters that the locale lacks. What
-    these limits change is told apart by a hash of the text.
+    It has at most 180 bytes, of the 255 that are possible, and no letters that the locale lacks.
+    What these limits change is told apart by a hash of the text.
     """
     plain = re.sub(r"[^\w.-]+", "_", text).strip("._")
     encoding = sys.getfilesystemencoding()
@@ -154,12 +161,15 @@ def name_of(cfg: DictConfig) -> str:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """The folder of this run, made: `resume`, `run_dir`, SLURM's `runs/slurm_<job>_<name>` or a fresh one by date."""
+    """The folder of this run, made: `resume`, `run_dir`, SLURM's `runs/slurm_<job>_<name>` or a
+    fresh one by date.
+    """
     if cfg.resume:
         return folder_of(cfg.resume)
     if (folder := _own_folder(cfg)) is None and "RANK" in os.environ:
         raise ValueError(
-            "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write there"
+            "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write"
+            " there"
         )
     if folder is None:
         name = file_name(name_of(cfg))
@@ -175,7 +185,9 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def refuse_taken(cfg: DictConfig) -> None:
-    """Raise FileExistsError if the folder that a new run is to have holds a run already, or files of anybody's."""
+    """Raise FileExistsError if the folder that a new run is to have holds a run already, or files
+    of anybody's.
+    """
     folder = None if cfg.resume else _own_folder(cfg)
     if folder is None or rank() != 0 or restarted():
         return
@@ -183,7 +195,10 @@ def refuse_taken(cfg: DictConfig) -> None:
     if not others:
         return
     if not (folder / "config.yaml").exists():
-        what = f"is not empty (it has {shown(others[0], 60)}), and a run would write over what is there"
+        what = (
+            f"is not empty (it has {shown(others[0], 60)}), and a run would write over what is"
+            " there"
+        )
         raise FileExistsError(f"run_dir={folder}: {what}; name another run_dir=, or empty it")
     kept = any((folder / "checkpoints").glob("step_*.ckpt"))
     how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
@@ -191,7 +206,9 @@ def refuse_taken(cfg: DictConfig) -> None:
 
 
 def _own_folder(cfg: DictConfig) -> Path | None:
-    """The one that every process of the command knows, and the job when it is started again, if there is such."""
+    """The one that every process of the command knows, and the job when it is started again, if
+    there is such.
+    """
     if cfg.run_dir or "SLURM_PROCID" not in os.environ:
         return Path(cfg.run_dir) if cfg.run_dir else None
     if world() == 1 and os.environ.get("SLURM_JOB_NAME") in (
@@ -210,7 +227,9 @@ def restarted() -> bool:
 
 
 def requeued(cfg: DictConfig) -> str | None:
-    """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has a checkpoint."""
+    """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has
+    a checkpoint.
+    """
     folder = _own_folder(cfg) if restarted() else None
     found = (
         folder and (folder / "config.yaml").exists() and steps_in(folder / "checkpoints", ".ckpt")
@@ -262,7 +281,9 @@ def is_run(path: str | Path) -> bool:
 
 
 def looked_at(run: str | Path, *keys: str) -> DictConfig | None:
-    """As `config_of`, all keys unless given, to compare and print alone: its targets are not checked."""
+    """As `config_of`, all keys unless given, to compare and print alone: its targets are not
+    checked.
+    """
     if not is_run(run):
         return None
     said = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))

@@ -1,5 +1,5 @@
-"""The configuration of a run that goes on: its own, with what the command line changes in it. Nothing here imports
-torch.
+"""The configuration of a run that goes on: its own, with what the command line changes in it.
+Nothing here imports torch.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from distill.storage.bounded import mapping_of
 def going_on(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that is resumed, with what the command line changes in it.
 
-    Raises ValueError if that would be another model or another order of the data, naming the keys. A path that is
-    named anew is for `resuming` to judge.
+    Raises ValueError if that would be another model or another order of the data, naming the keys.
+    A path that is named anew is for `resuming` to judge.
     """
     file = folder_of(cfg.resume) / "config.yaml"
     said = trust.data(file)
@@ -69,11 +69,13 @@ def going_on(cfg: DictConfig) -> DictConfig:
     ]
     if batches[0] != batches[1]:
         different.append(
-            f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x nodes)"
+            f"samples a step={batches[1]} (was {batches[0]}: batch_size x accumulate x devices x"
+            " nodes)"
         )
     if different:
         raise ValueError(
-            f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin anew"
+            f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin"
+            " anew"
         )
     return now
 
@@ -87,7 +89,9 @@ def _began_with(override: str, folder: Path) -> bool:
 
 
 def _chosen(key: str, value: Any, had: Any) -> Any:
-    """What an override means for a run that had `had`: of an option of the same class what its own file says alone."""
+    """What an override means for a run that had `had`: of an option of the same class what its own
+    file says alone.
+    """
     if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
         "_target_"
     ):

@@ -1,5 +1,5 @@
-"""What a configuration means where it says nothing: the data of a teacher that brings none, and the judge of its
-pictures. Nothing here imports torch.
+"""What a configuration means where it says nothing: the data of a teacher that brings none, and the
+judge of its pictures. Nothing here imports torch.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ JUDGES = "metrics=coco5k and metrics=prompts judge other pictures"
 def settled(cfg: DictConfig) -> DictConfig:
     """The configuration of a run with what it leaves open.
 
-    A smoke test of a teacher from elsewhere, to which no data were given, has renders of `shapes`. The judge of
-    `shapes`, if nobody asked for it, leaves the pictures of others alone. Raises ValueError that names the ways to
-    data where there are none.
+    A smoke test of a teacher from elsewhere, to which no data were given, has renders of `shapes`.
+    The judge of `shapes`, if nobody asked for it, leaves the pictures of others alone. Raises
+    ValueError that names the ways to data where there are none.
     """
     if cfg.get("resume") or not HydraConfig.initialized():
         return cfg
@@ -40,19 +40,25 @@ def settled(cfg: DictConfig) -> DictConfig:
 
 
 def settled_to_look(cfg: DictConfig) -> DictConfig:
-    """As `settled`, for who only looks at the configuration: renders stand for data that were not given."""
+    """As `settled`, for who only looks at the configuration: renders stand for data that were not
+    given.
+    """
     if HydraConfig.initialized() and without_data(cfg):
         with_renders(cfg)
     return cfg
 
 
 def of_shapes() -> bool:
-    """Whether the teacher that was chosen is one of `shapes`, or of the same make at another path."""
+    """Whether the teacher that was chosen is one of `shapes`, or of the same make at another
+    path.
+    """
     return _choice("teacher").partition("_")[0] == WORLD
 
 
 def without_data(cfg: DictConfig) -> str | None:
-    """A sentence that names the ways to data, for a run that has none which its teacher can read."""
+    """A sentence that names the ways to data, for a run that has none which its teacher can
+    read.
+    """
     asked = _typed("data=")
     missing = OmegaConf.is_missing(cfg.data, "path") and not asked
     foreign = not of_shapes() and cfg.data.get("path") == SHIPPED_DATA
@@ -60,16 +66,18 @@ def without_data(cfg: DictConfig) -> str | None:
         return None
     teacher = " ".join([f"teacher={_choice('teacher')}", *_typed("teacher.")])
     return (
-        f"data: none given that {teacher} can read; give pictures by `data=images data.path=<folder>`, "
-        f"or latents cached once by `python -m distill.cache {teacher} data.path=<folder> out=cached` "
-        "as `data=latents data.path=cached`, or prompts drawn by the teacher in "
-        f"`python -m distill.synthesize {teacher} prompts=<file> out=synthetic` as `data=synthetic "
-        "data.path=synthetic`; debug=smoke tries a run without any"
+        f"data: none given that {teacher} can read; give pictures by `data=images"
+        f" data.path=<folder>`, or latents cached once by `python -m distill.cache {teacher}"
+        " data.path=<folder> out=cached` as `data=latents data.path=cached`, or prompts drawn by"
+        f" the teacher in `python -m distill.synthesize {teacher} prompts=<file> out=synthetic` as"
+        " `data=synthetic data.path=synthetic`; debug=smoke tries a run without any"
     )
 
 
 def with_renders(cfg: DictConfig) -> None:
-    """Give the configuration renders of `shapes` for its data; what was typed of batch and size stays."""
+    """Give the configuration renders of `shapes` for its data; what was typed of batch and size
+    stays.
+    """
     node = OmegaConf.load(RENDERS)
     for key in node:
         if value := _typed(f"data.{key}="):

@@ -1,4 +1,6 @@
-"""A user's own mistake is said in one sentence, exit code 1, without a traceback; HYDRA_FULL_ERROR=1 shows it all."""
+"""A user's own mistake is said in one sentence, exit code 1, without a traceback;
+HYDRA_FULL_ERROR=1 shows it all.
+"""
 
 import functools
 import io
@@ -36,7 +38,8 @@ from distill.machine.ranks import rank
 from distill.terminal import console, secret
 from distill.terminal.shown import shown
 
-# What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of ours.
+# What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of
+# ours.
 MISTAKES = (
     ValueError,
     OSError,
@@ -51,13 +54,16 @@ FULL = "HYDRA_FULL_ERROR"
 def command(
     name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, way_on: str = ""
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is the exit code.
+    """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is
+    the exit code.
 
-    `prepare` gives the configuration what it leaves open, before it is asked what is missing. `way_on` says how to go
-    on with what was done, should it be stopped; the function may know better, by `faults.goes_on`.
+    `prepare` gives the configuration what it leaves open, before it is asked what is missing.
+    `way_on` says how to go on with what was done, should it be stopped; the function may know
+    better, by `faults.goes_on`.
 
-    Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it raises. So the variable
-    is set while Hydra composes, and what the user had there is put back before the function is called.
+    Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it
+    raises. So the variable is set while Hydra composes, and what the user had there is put back
+    before the function is called.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -124,14 +130,18 @@ def _words(name: str, sweep: Sweep) -> list[str]:
 
 
 def print_any_letter() -> None:
-    """Have the terminal show what it has no letter for as an escape, instead of ending the command."""
+    """Have the terminal show what it has no letter for as an escape, instead of ending the
+    command.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | None:
-    """The help page of the command whose module the function stands in, or what completes it, where one asks."""
+    """The help page of the command whose module the function stands in, or what completes it, where
+    one asks.
+    """
     from distill.completion import asked, script
 
     if shell := asked(sys.argv):
@@ -156,7 +166,9 @@ def _full_errors(value: str) -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Have a signal end what is inside in one sentence; exit code 128 plus its number, 0 where SLURM requeues."""
+    """Have a signal end what is inside in one sentence; exit code 128 plus its number, 0 where
+    SLURM requeues.
+    """
     try:
         with signals.heard():
             yield
@@ -170,7 +182,9 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def said_plainly() -> Iterator[None]:
-    """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug with its traceback."""
+    """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug
+    with its traceback.
+    """
     try:
         yield
     except BrokenPipeError:
@@ -193,7 +207,9 @@ def all_asked_for() -> bool:
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether this is the doing of a user, a file or the machine, so that a sentence says all there is to say."""
+    """Whether this is the doing of a user, a file or the machine, so that a sentence says all there
+    is to say.
+    """
     cause = _root(error)
     # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
     known = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
@@ -207,7 +223,10 @@ def sentence(error: BaseException) -> str:
         return said
     if isinstance(cause, MissingConfigException) and cause.options is not None:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
-        return f"{group}={option}: no such option{nearest(option, cause.options)}; there is {', '.join(cause.options)}"
+        return (
+            f"{group}={option}: no such option{nearest(option, cause.options)}; there is"
+            f" {', '.join(cause.options)}"
+        )
     if isinstance(cause, OverrideParseException):
         what = "cannot be read as" if "=" in cause.override else "is no"
         return (
@@ -237,7 +256,10 @@ def _of_words(text: str) -> str:
     named = found[1] if found else ""
     if several:
         key, _, value = named.partition("=")
-        return f"{named}: has a comma; write {key}=[{value}] for a list, or add -m to run once for each value"
+        return (
+            f"{named}: has a comma; write {key}=[{value}] for a list, or add -m to run once for"
+            " each value"
+        )
     if text.startswith("Could not append to config. An item is already at"):
         return f"+{named}: there is such a key already; leave the + out"
     if text.startswith("Cannot find primary config"):

@@ -18,23 +18,28 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
     if channels and channels != teacher.latent_shape[0]:
         raise ValueError(
-            f"data.path={cfg.data.path}: its latents have {channels} channels and this teacher's have "
-            f"{teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give pictures with data=images"
+            f"data.path={cfg.data.path}: its latents have {channels} channels and this teacher's"
+            f" have {teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give"
+            " pictures with data=images"
         )
     if any(side % teacher.patch for side in sides):
         raise ValueError(
-            f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this teacher's patches "
-            f"of {teacher.patch}; make them of pictures whose sides are multiples of {teacher.unit}"
+            f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this"
+            f" teacher's patches of {teacher.patch}; make them of pictures whose sides are"
+            f" multiples of {teacher.unit}"
         )
     null, width = getattr(data, "null", None), teacher.network.caption_width
     if null and width and null["tokens"].shape[-1] != width:
         raise ValueError(
-            f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and this teacher reads "
-            f"{width}; make them with this teacher by distill.cache"
+            f"data.path={cfg.data.path}: its embeddings are {null['tokens'].shape[-1]} wide and"
+            f" this teacher reads {width}; make them with this teacher by distill.cache"
         )
     made = getattr(data, "made", {})
     if null and sorted(made.get("without", teacher.without)) != sorted(teacher.without):
-        what = f"teacher.without=[{','.join(made['without'])}], and this run has [{','.join(teacher.without)}]"
+        what = (
+            f"teacher.without=[{','.join(made['without'])}], and this run has"
+            f" [{','.join(teacher.without)}]"
+        )
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
@@ -61,7 +66,9 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
 
 
 def say_size(data: Any, teacher: Any) -> None:
-    """Warn where the data have other sides than the teacher, at whose pictures of a student are drawn and exported."""
+    """Warn where the data have other sides than the teacher, at whose pictures of a student are
+    drawn and exported.
+    """
     size, shape = getattr(data, "size", None), getattr(data, "shape", None)
     if size:
         sizes = [tuple(reversed(bucket)) for bucket in data.buckets] or [(size, size)]

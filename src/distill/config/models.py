@@ -1,4 +1,6 @@
-"""Teachers, students and samplers for a command that draws: of a run folder, or any pipeline of a family we know."""
+"""Teachers, students and samplers for a command that draws: of a run folder, or any pipeline of a
+family we know.
+"""
 
 import re
 from collections.abc import Sequence
@@ -17,13 +19,16 @@ from distill.teachers.loading.reading import class_of, fetched, lineage, told_of
 from distill.teachers.loading.sizes import of_pipeline
 from distill.terminal.console import note
 
-# What leaves a part of a teacher out, and the same for a folder that is read without a teacher's options.
+# What leaves a part of a teacher out, and the same for a folder that is read without a teacher's
+# options.
 WITHOUT = re.compile(r"add teacher\.without=\[\S+\]")
 IN_INDEX = "write [null, null] for it in model_index.json"
 
 
 def sampler_of(run: str, student: Any) -> Any:
-    """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands for."""
+    """The few-step sampler of a run, or the one that an exported pipeline's scheduler stands
+    for.
+    """
     if own := (config_of(run, "sampler") or {}).get("sampler"):
         return make(own, "sampler")
     return sampling.sampler_of(student.pipeline)
@@ -36,7 +41,8 @@ def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
 
 
 def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
-    """`dtype` itself; for auto float32, and bfloat16 where the weights at `path` would take over half of the memory.
+    """`dtype` itself; for auto float32, and bfloat16 where the weights at `path` would take over
+    half of the memory.
 
     `path` is a pipeline folder, or a hub id, which is fetched as a pipeline of class `kind`.
     """
@@ -49,13 +55,16 @@ def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
     if needed <= there / 2:
         return "float32"
     note(
-        f"dtype: bfloat16, for in float32 the weights take {needed / 1e9:.1f} of {there / 1e9:.1f} GB"
+        f"dtype: bfloat16, for in float32 the weights take {needed / 1e9:.1f} of"
+        f" {there / 1e9:.1f} GB"
     )
     return "bfloat16"
 
 
 def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
-    """The teacher that a run folder names, or that a shipped student leaves its parts to; None where none is named."""
+    """The teacher that a run folder names, or that a shipped student leaves its parts to; None
+    where none is named.
+    """
     if config := config_of(run, "teacher"):
         dtype = fitting_dtype(dtype, str(pipeline_folder(Path(run))))
         return make(OmegaConf.create({**config.teacher, "dtype": dtype}), "teacher")
@@ -64,7 +73,8 @@ def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
 
 
 def student_of(run: str, dtype: str = "float32") -> Any:
-    """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our own adapter.
+    """The student of a run folder, or any pipeline of a family we know, a folder or hub id, by our
+    own adapter.
 
     `dtype` of its weights; auto is what `fitting_dtype` says.
     """

@@ -1,4 +1,5 @@
-"""Paths in a configuration: absolute where it is kept, so that a run is found from every working folder.
+"""Paths in a configuration: absolute where it is kept, so that a run is found from every working
+folder.
 
 A value is taken for a path if its key may hold one and something lies there; a hub id, a word or a
 shipped name (`shapes:mmdit`) stays as it is.
@@ -41,7 +42,8 @@ def absolute(cfg: DictConfig) -> DictConfig:
 
 
 def located(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The configuration of the run in `folder`, with paths that are gone where they moved along with it.
+    """The configuration of the run in `folder`, with paths that are gone where they moved along
+    with it.
 
     A run that was moved or copied together with what it reads finds that at the same place relative
     to itself; anything else stays, and is missed by who wants it.
@@ -62,7 +64,9 @@ def located(cfg: DictConfig, folder: Path) -> DictConfig:
 
 
 def escaped(value: Any) -> Any:
-    """With a backslash before every `${`; OmegaConf halves those before that, so they are doubled."""
+    """With a backslash before every `${`; OmegaConf halves those before that, so they are
+    doubled.
+    """
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -71,7 +75,9 @@ def escaped(value: Any) -> Any:
 
 
 def verbatim(tree: Any) -> dict[str, Any]:
-    """Of a plain node the texts, and lists of them, that OmegaConf would take for interpolations."""
+    """Of a plain node the texts, and lists of them, that OmegaConf would take for
+    interpolations.
+    """
 
     def refers(value: Any) -> bool:
         if isinstance(value, list):

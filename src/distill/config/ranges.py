@@ -15,7 +15,8 @@ COUNTS = dict.fromkeys(
     (
         "data.batch_size", "data.size", "optimizer.accumulate", "optimizer.discriminator_updates",
         "optimizer.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
-        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.samples.count", "callbacks.checkpoint.every",
+        "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.samples.count",
+        "callbacks.checkpoint.every",
     ),
     1,
 )  # fmt: skip
@@ -76,7 +77,9 @@ OURS = ("method", "optimizer", "discriminator", "sampler", "student", "teacher",
 
 
 def check_ranges(cfg: DictConfig) -> None:
-    """Raise ValueError for a number outside its range, NaN among them; what is no number is said elsewhere."""
+    """Raise ValueError for a number outside its range, NaN among them; what is no number is said
+    elsewhere.
+    """
     for key, (least, most) in RANGES.items():
         value: Any = OmegaConf.select(cfg, key)
         if isinstance(value, bool) or not isinstance(value, int | float):

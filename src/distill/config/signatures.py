@@ -1,7 +1,9 @@
-"""What a class or function takes, read from its source: no module is imported, so the answer comes at once.
+"""What a class or function takes, read from its source: no module is imported, so the answer comes
+at once.
 
-A `_target_` of a configuration names a class; its keyword arguments are the keys, and their annotations say which
-values fit. Where the source does not say enough, every value passes: to build the object is the real test.
+A `_target_` of a configuration names a class; its keyword arguments are the keys, and their
+annotations say which values fit. Where the source does not say enough, every value passes: to build
+the object is the real test.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ OPEN = {"Module", "object", "Protocol", "ABC", "Callback"}  # bases that add no 
 
 @dataclass(frozen=True)
 class Signature:
-    """Keyword -> its annotation, or None; `open` if others may be taken too; `needed` are those without a default."""
+    """Keyword -> its annotation, or None; `open` if others may be taken too; `needed` are those
+    without a default.
+    """
 
     module: str
     keys: dict[str, ast.expr | None] = field(default_factory=dict)
@@ -68,7 +72,9 @@ class Signature:
 
 
 def signature(target: str) -> Signature | None:
-    """What the class or function of this dotted name takes; None where its source cannot be found."""
+    """What the class or function of this dotted name takes; None where its source cannot be
+    found.
+    """
     found = _find(*target.rpartition("::")[2].rpartition(".")[::2])
     if found is None:
         return None
@@ -81,7 +87,9 @@ def signature(target: str) -> Signature | None:
 
 
 def attribute(target: str, name: str) -> Any:
-    """A constant that stands in the body of a class or of one of its bases; None if there is none."""
+    """A constant that stands in the body of a class or of one of its bases; None if there is
+    none.
+    """
     found = _find(*target.rpartition(".")[::2])
     if found is None or not isinstance(found[1], ast.ClassDef):
         return None
@@ -94,7 +102,8 @@ def attribute(target: str, name: str) -> Any:
 
 
 def lineage(target: str) -> list[str]:
-    """The class of this dotted name and its bases, nearest first, as `module.Class` where each stands.
+    """The class of this dotted name and its bases, nearest first, as `module.Class` where each
+    stands.
 
     Bases whose source cannot be found are left out; empty where no such class stands in a source.
     """
@@ -168,7 +177,9 @@ def _fits(choice: tuple[Any, ...], value: Any) -> bool:
 
 
 def _choices(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
-    """The kinds that an annotation allows: ("int",), ("literal", value), ("list", inner kinds), ("any",), ..."""
+    """The kinds that an annotation allows: ("int",), ("literal", value), ("list", inner kinds),
+    ("any",), ...
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield from _choices(module, ast.parse(node.value, mode="eval").body)
     elif isinstance(node, ast.Constant):
@@ -220,7 +231,9 @@ def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
 
 
 def _home(module: str, node: ast.expr | None) -> str:
-    """The module in which a name of an annotation stands: of `losses.Game` that which `losses` is here."""
+    """The module in which a name of an annotation stands: of `losses.Game` that which `losses` is
+    here.
+    """
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
         return module
     here, source = node.value.id, _source(module)
@@ -242,7 +255,7 @@ def _parts(node: ast.expr) -> list[ast.expr]:
     return list(node.elts) if isinstance(node, ast.Tuple) else [node]
 
 
-# -- classes and functions ---------------------------------------------------------------------------------------------
+# -- classes and functions -------------------------------------------------------------------------
 
 
 def _of_function(module: str, node: ast.FunctionDef) -> Signature:
@@ -258,7 +271,9 @@ def _of_function(module: str, node: ast.FunctionDef) -> Signature:
 
 
 def _of_class(module: str, node: ast.ClassDef) -> Signature:
-    """Of its __init__, or of its fields if it is a dataclass; `**keys` of ours go on to the class it is made of."""
+    """Of its __init__, or of its fields if it is a dataclass; `**keys` of ours go on to the class
+    it is made of.
+    """
     keys: dict[str, ast.expr | None] = {}
     homes: dict[str, str] = {}
     needed = None
@@ -278,7 +293,9 @@ def _of_class(module: str, node: ast.ClassDef) -> Signature:
 
 
 def _known(module: str, node: ast.ClassDef) -> bool:
-    """Whether every base of a class was found: where none of them has an __init__, it takes nothing."""
+    """Whether every base of a class was found: where none of them has an __init__, it takes
+    nothing.
+    """
     for base in node.bases:
         if _last(base) in OPEN:
             continue
@@ -354,7 +371,9 @@ def _statement(tree: ast.Module, name: str) -> ast.stmt | None:
 
 @lru_cache(maxsize=256)
 def _source(module: str) -> tuple[ast.Module, bool] | None:
-    """The tree of a module, and whether it is a package; the package at the top alone is asked where it lies."""
+    """The tree of a module, and whether it is a package; the package at the top alone is asked
+    where it lies.
+    """
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)

@@ -1,8 +1,9 @@
-"""Text files that a run shows: prompts, which stand below its pictures. A stranger's is not any file of this machine.
+"""Text files that a run shows: prompts, which stand below its pictures. A stranger's is not any
+file of this machine.
 
-A run keeps a hash of each such file in its run.json. Who wrote that hash knew the text, so that it gives nothing away;
-of any other file outside of the run's folder the user must say themselves that it is meant. Nothing here imports a
-library that takes long.
+A run keeps a hash of each such file in its run.json. Who wrote that hash knew the text, so that it
+gives nothing away; of any other file outside of the run's folder the user must say themselves that
+it is meant. Nothing here imports a library that takes long.
 """
 
 import hashlib
@@ -28,10 +29,12 @@ ORDINARY = "/dev/shm"
 
 
 def check_places(cfg: DictConfig, file: Path, but: Container[str] = ()) -> None:
-    """Raise ValueError, naming file and key, for a path in a stranger's file that gives away what it leads to.
+    """Raise ValueError, naming file and key, for a path in a stranger's file that gives away what
+    it leads to.
 
-    That is: what the system says of processes, their environment among it, and a text that is shown, unless
-    `is_known`. `cfg` has the paths as they are read, moved or not. The keys in `but` are not looked at.
+    That is: what the system says of processes, their environment among it, and a text that is
+    shown, unless `is_known`. `cfg` has the paths as they are read, moved or not. The keys in `but`
+    are not looked at.
     """
     if is_own(file):
         return
@@ -50,7 +53,9 @@ def check_places(cfg: DictConfig, file: Path, but: Container[str] = ()) -> None:
 
 
 def named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted key and path of each text file that a configuration of these dotted keys has read and shown."""
+    """Dotted key and path of each text file that a configuration of these dotted keys has read and
+    shown.
+    """
     for key, value in values.items():
         lines = key == DATA and values.get("data._target_") == OF_LINES
         if isinstance(value, str) and (lines or SHOWN.fullmatch(key)) and _is_file(value):
@@ -64,7 +69,9 @@ def marks(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_known(key: str, path: str, folder: Path) -> bool:
-    """Whether the file at a key of the run in `folder` lies there, or is the very text that the run was made with."""
+    """Whether the file at a key of the run in `folder` lies there, or is the very text that the run
+    was made with.
+    """
     file = Path(path)
     if file.resolve().is_relative_to(folder.resolve()):
         return True

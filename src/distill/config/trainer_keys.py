@@ -1,4 +1,7 @@
-"""Keys of Lightning's trainer, and which of them a run of two players can do with. Nothing here imports torch."""
+"""Keys of Lightning's trainer, and which of them a run of two players can do with.
+
+Nothing here imports torch.
+"""
 
 import re
 from typing import Any
@@ -9,11 +12,14 @@ from distill.config.compose import nearest
 from distill.machine.hardware import check_precision
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type instead.
+# Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type
+# instead.
 SET = "is set by the run itself; leave it out"
 NOT_LIGHTNINGS = {
     "accumulate_grad_batches": "Lightning's is for one player; use optimizer.accumulate=",
-    "gradient_clip_val": "Lightning's is for one player; use optimizer.clip_student= and clip_discriminator=",
+    "gradient_clip_val": (
+        "Lightning's is for one player; use optimizer.clip_student= and clip_discriminator="
+    ),
     "gradient_clip_algorithm": "Lightning's is for one player; use optimizer.clip_student=",
     "max_epochs": "a run is counted in steps; use trainer.max_steps=",
     **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), SET),
@@ -45,11 +51,13 @@ def check_trainer(trainer: DictConfig) -> None:
     named = str(strategy.get("_target_") if has_target(strategy) else strategy)
     if "fsdp" in named.lower():
         raise ValueError(
-            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use trainer=fsdp2"
+            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use"
+            " trainer=fsdp2"
         )
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
         raise ValueError(
-            f"trainer.strategy={named}: expects one graph, and two players take turns; use trainer=ddp"
+            f"trainer.strategy={named}: expects one graph, and two players take turns; use"
+            " trainer=ddp"
         )
     if not has_target(strategy) and strategy != "auto":
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Words of a command line without their secrets: Hydra's own parser says where a key and its value end.
+"""Words of a command line without their secrets: Hydra's own parser says where a key and its value
+end.
 
     note(["+logger.x.password='my own'"])     what is noted stands in no log, file or error
     as_said("+logger.x.password='my own'")       +logger.x.password=***
@@ -24,7 +25,9 @@ NAMED = re.compile(r"([\'\"]?)\$\{(oc\.env:)?[\w.]+\}\1")
 
 
 def note(words: Sequence[str]) -> None:
-    """Have the secrets in these words left out of what this process says, and the words shown without them."""
+    """Have the secrets in these words left out of what this process says, and the words shown
+    without them.
+    """
     for word in words:
         shown, values = _looked_at(word)
         secret.note({str(i): value for i, value in enumerate(values)})
@@ -85,7 +88,9 @@ def _value(override: Override) -> Any:
 
 
 def _without(value: Any, key: str) -> tuple[Any, list[Any]]:
-    """The value without its secrets, and those; a text in a list may be a word itself, as in `search run=`."""
+    """The value without its secrets, and those; a text in a list may be a word itself, as in
+    `search run=`.
+    """
     if isinstance(value, Mapping):
         pairs = {name: _without(inner, f"{key}.{name}") for name, inner in value.items()}
         kept = {name: shown for name, (shown, _) in pairs.items()}

@@ -1,7 +1,8 @@
-"""What can be known of a configuration without torch, Lightning and diffusers, and is checked before they are imported.
+"""What can be known of a configuration without torch, Lightning and diffusers, and is checked
+before they are imported.
 
-Each function raises ValueError or FileNotFoundError that names the key and says what to type instead. The rest, what
-only the objects themselves know, is said when they are built.
+Each function raises ValueError or FileNotFoundError that names the key and says what to type
+instead. The rest, what only the objects themselves know, is said when they are built.
 """
 
 import logging
@@ -29,7 +30,8 @@ LATENTS = "distill.data.source.latents"
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
 PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
-# Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its adapters.
+# Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its
+# adapters.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
@@ -64,7 +66,9 @@ def check_run(cfg: DictConfig) -> None:
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """That no group is left out which every run needs, that none has what nobody reads, and what must have a target."""
+    """That no group is left out which every run needs, that none has what nobody reads, and what
+    must have a target.
+    """
     for group in NEEDED:
         if not has_target(cfg.get(group)):  # a recipe may have left other keys of it
             raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
@@ -86,7 +90,9 @@ def check_groups(cfg: DictConfig) -> None:
 
 
 def check_players(discriminator: DictConfig) -> None:
-    """That what a discriminator is made of are nodes with a target, or null, and that features have heads."""
+    """That what a discriminator is made of are nodes with a target, or null, and that features have
+    heads.
+    """
     for key, node in discriminator.items():
         if node is not None and not has_target(node):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
@@ -129,8 +135,9 @@ def check_batches(cfg: DictConfig) -> None:
 def check_start(cfg: DictConfig) -> None:
     """That a student begins where its method can go on from.
 
-    Under a timestep shift the teacher's weights take noise for an almost clean picture, and answer with the noise: what
-    teaches them one step is an opening, or regression; a discriminator alone does not.
+    Under a timestep shift the teacher's weights take noise for an almost clean picture, and answer
+    with the noise: what teaches them one step is an opening, or regression; a discriminator alone
+    does not.
     """
     shift, own = cfg.student.get("shift"), _scheduler_of(str(cfg.teacher.path))
     if shift in (None, own.get("shifted_timestep")) or cfg.student.get("init") not in TEACHERS_OWN:
@@ -149,13 +156,17 @@ def check_start(cfg: DictConfig) -> None:
 
 
 def _scheduler_of(path: str) -> dict[str, Any]:
-    """The scheduler's configuration in the pipeline folder at this path, empty where there is none."""
+    """The scheduler's configuration in the pipeline folder at this path, empty where there is
+    none.
+    """
     file = Path(shipped(path)) / "scheduler" / "scheduler_config.json"
     return mapping_of(file) if file.is_file() else {}
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """That every target is allowed, takes its keys, and that their values are of the kind that it wants."""
+    """That every target is allowed, takes its keys, and that their values are of the kind that it
+    wants.
+    """
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     trust.check_targets(tree)
     _keys(tree, "")
@@ -177,7 +188,9 @@ def _keys(value: Any, path: str) -> None:
 
 
 def check_taken(node: dict[str, Any], name: str, path: str) -> None:
-    """That the class or function of this name takes these keys and values; `path` stands before them in an error."""
+    """That the class or function of this name takes these keys and values; `path` stands before
+    them in an error.
+    """
     if (taken := signatures.signature(name)) is None:
         return
     given = signatures.given(path)
@@ -251,7 +264,8 @@ def check_data(data: DictConfig) -> None:
 
 
 def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False) -> None:
-    """That the sides of pictures are multiples of what the teacher makes a token of, where its files are here.
+    """That the sides of pictures are multiples of what the teacher makes a token of, where its
+    files are here.
 
     Of a hub's those of its family, if `published`: another model of its class may have others.
     """
@@ -326,7 +340,8 @@ def check_model(run: str, key: str = "run") -> None:
 
 
 def check_strength(run: str, steps: int, strength: float) -> None:
-    """That an image noised to this strength leaves a step, by the count of the pipeline in the folder of `run`.
+    """That an image noised to this strength leaves a step, by the count of the pipeline in the
+    folder of `run`.
 
     One of the hub is asked once it is here: until then the count that leaves more.
     """

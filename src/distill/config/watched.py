@@ -1,4 +1,7 @@
-"""What the callbacks of a run watch and draw, held against what there is. Nothing here imports torch."""
+"""What the callbacks of a run watch and draw, held against what there is.
+
+Nothing here imports torch.
+"""
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 

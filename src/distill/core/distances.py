@@ -1,14 +1,16 @@
-"""How far apart two sets of feature vectors are, and how varied one set is. N, M samples, G groups, D features.
+"""How far apart two sets of feature vectors are, and how varied one set is. N, M samples, G groups,
+D features.
 
-    frechet     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))              Heusel et al. 2017
-    precision   share of fakes inside the real manifold                           Kynkaanniemi et al. 2019
-    recall      share of reals inside the fake manifold
-    density     mean number of real balls around a fake, over k                   Naeem et al. 2020
-    coverage    share of real balls with a fake inside
-    mmd         E k(a, a') + E k(b, b') - 2 E k(a, b),  k = exp(-|a - b|^2 / 2 s^2)   CMMD: Jayasumana et al. 2024
-    diversity   E |f_i - f_j| over pairs of samples of one prompt
+    frechet    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))              Heusel 2017
+    precision  share of fakes inside the real manifold                           Kynkaanniemi 2019
+    recall     share of reals inside the fake manifold
+    density    mean number of real balls around a fake, over k                   Naeem 2020
+    coverage   share of real balls with a fake inside
+    mmd        E k(a, a') + E k(b, b') - 2 E k(a, b),  k = exp(-|a - b|^2 / 2 s^2)  Jayasumana 2024
+    diversity  E |f_i - f_j| over pairs of samples of one prompt
 
-The manifold of a set is the union of balls around its members, each reaching the member's k-th nearest neighbour.
+The manifold of a set is the union of balls around its members, each reaching the member's k-th
+nearest neighbour.
 """
 
 import torch
@@ -16,14 +18,17 @@ from torch import Tensor
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance between the Gaussians fitted to a [N, D] and b [M, D]; fewer samples than D are fine."""
+    """Squared Frechet distance between the Gaussians fitted to a [N, D] and b [M, D]; fewer samples
+    than D are fine.
+    """
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
             raise ValueError(
                 f"frechet needs two or more finite rows [N, D] in {name}, got shape {list(x.shape)}"
             )
     a, b = a.double(), b.double()  # the result is a small difference of large traces
-    # With S = R^T R, tr S is |R|^2, and tr (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T.
+    # With S = R^T R, tr S is |R|^2, and tr (S_a S_b)^(1/2) is the sum of the singular values of R_a
+    # R_b^T.
     r_a, r_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5).R for x in (a, b))
     cross = torch.linalg.svdvals(r_a @ r_b.T).sum()
     distance = (
@@ -36,13 +41,15 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """Fidelity and coverage of fake [M, D] with respect to real [N, D], both in [0, 1]."""
     if min(len(real), len(fake)) <= k:
         raise ValueError(
-            f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)}, {len(fake)}"
+            f"a {k}-nearest-neighbour manifold needs more than {k} samples, got {len(real)},"
+            f" {len(fake)}"
         )
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Fidelity and coverage of fake [M, D] by the balls of real [N, D]: density may pass 1, coverage is in [0, 1].
+    """Fidelity and coverage of fake [M, D] by the balls of real [N, D]: density may pass 1,
+    coverage is in [0, 1].
 
     Unlike precision and recall, an outlier whose ball is huge counts for no more than any other.
     """
@@ -55,7 +62,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
 
 
 def mmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
-    """Squared maximum mean discrepancy of a [N, D] and b [M, D] under a Gaussian kernel, pairs of one with itself too.
+    """Squared maximum mean discrepancy of a [N, D] and b [M, D] under a Gaussian kernel, pairs of
+    one with itself too.
 
     CMMD is 1,000 times that of CLIP embeddings of length 1 under a bandwidth of 10.
     """
@@ -68,7 +76,9 @@ def mmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
 
 
 def _radii(members: Tensor, k: int) -> Tensor:
-    """Distance of each member to its k-th nearest neighbour; the nearest of all is the member itself."""
+    """Distance of each member to its k-th nearest neighbour; the nearest of all is the member
+    itself.
+    """
     return _distances(members, members).kthvalue(k + 1, dim=1).values
 
 
@@ -78,7 +88,9 @@ def _share_inside(points: Tensor, members: Tensor, k: int) -> float:
 
 
 def diversity(groups: Tensor) -> float:
-    """Mean Euclidean distance between two of the n samples of a group, over all pairs of groups [G, n, D]."""
+    """Mean Euclidean distance between two of the n samples of a group, over all pairs of groups [G,
+    n, D].
+    """
     n = groups.shape[1]
     if n < 2:
         raise ValueError(

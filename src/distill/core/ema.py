@@ -1,9 +1,11 @@
 """Exponential moving average of the student's trainable parameters, one move per student step:
 
-    average <- d * average + (1 - d) * parameter,    d = min(decay, (1 + step) / (warmup_steps + step)).
+    average <- d * average + (1 - d) * parameter
+    d = min(decay, (1 + step) / (warmup_steps + step))
 
-The warm-up keeps the first averages from being mostly the initial weights. The average is float32 whatever the dtype of
-the parameters, because with bfloat16 and a decay of .9999 each move is smaller than one rounding step and is lost.
+The warm-up keeps the first averages from being mostly the initial weights. The average is float32
+whatever the dtype of the parameters, because with bfloat16 and a decay of .9999 each move is
+smaller than one rounding step and is lost.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,11 +19,13 @@ from distill.core.tensors import like
 
 
 class Ema:
-    """Averages of the parameters of `module` that require grad now; buffers and frozen parameters have none.
+    """Averages of the parameters of `module` that require grad now; buffers and frozen parameters
+    have none.
 
-    Build this after the module is sharded, since that replaces parameters; moving it to a device later is fine. With
-    FSDP2 shard the root with `reshard_after_forward=True`: otherwise its parameters are not the sharded ones after a
-    forward without gradient. warmup_steps is the constant in the formula above; 0 or 1 means no warm-up.
+    Build this after the module is sharded, since that replaces parameters; moving it to a device
+    later is fine. With FSDP2 shard the root with `reshard_after_forward=True`: otherwise its
+    parameters are not the sharded ones after a forward without gradient. warmup_steps is the
+    constant in the formula above; 0 or 1 means no warm-up.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup_steps: int = 10) -> None:
@@ -42,17 +46,21 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the parameters; call once after student step `step`, counted from 0."""
+        """Move the averages towards the parameters; call once after student step `step`, counted
+        from 0.
+        """
         self._follow_devices()
         current = [precise(p.detach()) for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._averages.values()), current, 1 - self.decay_at(step))
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Within this context the parameters hold the averages; afterwards they are what they were, bit by bit.
+        """Within this context the parameters hold the averages; afterwards they are what they were,
+        bit by bit.
 
-        Values change places one tensor at a time, so that no second copy of the weights is made: the memory is that of
-        the largest tensor. Parameters of another dtype than their averages are kept beside, at their own size.
+        Values change places one tensor at a time, so that no second copy of the weights is made:
+        the memory is that of the largest tensor. Parameters of another dtype than their averages
+        are kept beside, at their own size.
         """
         if self._shown:  # inside another one
             yield
@@ -71,7 +79,9 @@ class Ema:
 
     @torch.no_grad()
     def _show(self, name: str) -> Tensor | None:
-        """Give a parameter its average, which takes the parameter's value if it can; else that value is returned."""
+        """Give a parameter its average, which takes the parameter's value if it can; else that
+        value is returned.
+        """
         parameter, average = self._parameters[name], self._averages[name]
         if parameter.dtype == average.dtype:
             _exchange(parameter, average)
@@ -88,7 +98,9 @@ class Ema:
             self._parameters[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name, sharing memory with this object as `nn.Module.state_dict` does."""
+        """The averages by parameter name, sharing memory with this object as `nn.Module.state_dict`
+        does.
+        """
         if self._shown:  # they are in the parameters
             same = {name: p.detach() for name, p in self._parameters.items()}
             return {
@@ -98,7 +110,9 @@ class Ema:
         return dict(self._averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take averages saved by `state_dict`; raises ValueError unless names and shapes are the same."""
+        """Take averages saved by `state_dict`; raises ValueError unless names and shapes are the
+        same.
+        """
         ours = self._averages
         problems = [f"it lacks {name}" for name in ours if name not in state]
         problems += [f"it has an unknown {name}" for name in state if name not in ours]

@@ -1,4 +1,5 @@
-"""What numbers may be and files must hold: for those who use them, and for commands that refuse a mistake at once.
+"""What numbers may be and files must hold: for those who use them, and for commands that refuse a
+mistake at once.
 
 Nothing here imports a library that takes long.
 """
@@ -18,7 +19,8 @@ EACH = (
 def at_once(height: int, width: int, most: int | None = None) -> int:
     """How many pictures of so many pixels go through an autoencoder or a network together.
 
-    As many as make AT_ONCE pixels: 1 of 1024x1024, 4 of 512x512, 16 of 256x256; not above `most`, and one at least.
+    As many as make AT_ONCE pixels: 1 of 1024x1024, 4 of 512x512, 16 of 256x256; not above `most`,
+    and one at least.
     """
     many = max(1, AT_ONCE // (height * width))
     return many if most is None else min(many, most)
@@ -27,8 +29,8 @@ def at_once(height: int, width: int, most: int | None = None) -> int:
 def drawn_at_once(height: int, width: int, most: int, room: float | None = None) -> int:
     """How many pictures of so many pixels a model draws together where nobody says.
 
-    As many as make four times AT_ONCE pixels: 4 of 1024x1024, 16 of 512x512. Not above `most`, nor above what fits in
-    `room` bytes at EACH for AT_ONCE pixels; one at least.
+    As many as make four times AT_ONCE pixels: 4 of 1024x1024, 16 of 512x512. Not above `most`, nor
+    above what fits in `room` bytes at EACH for AT_ONCE pixels; one at least.
     """
     many = min(most, at_once(height, width, most) * 4)
     if room is None:
@@ -37,7 +39,8 @@ def drawn_at_once(height: int, width: int, most: int, room: float | None = None)
 
 
 def check_dtype(name: str | None, key: str, *more: str) -> None:
-    """Raise ValueError, naming `key`, for what weights cannot be kept in; None is left to whom it concerns.
+    """Raise ValueError, naming `key`, for what weights cannot be kept in; None is left to whom it
+    concerns.
 
     `more` are other words that the key may have.
     """
@@ -47,7 +50,8 @@ def check_dtype(name: str | None, key: str, *more: str) -> None:
 
 
 def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> str:
-    """How a run goes on whose gradients stay not finite: from a checkpoint where it has one, and by what is not so yet.
+    """How a run goes on whose gradients stay not finite: from a checkpoint where it has one, and by
+    what is not so yet.
 
     `learning` are the keys of the rates, `precision` is the run's.
     """
@@ -60,18 +64,21 @@ def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> s
 
 
 def steps_left(steps: int, strength: float, rounds_up: bool = False) -> int:
-    """How many of `steps` are made of an image that is noised to `strength`, in (0, 1], as diffusers counts them.
+    """How many of `steps` are made of an image that is noised to `strength`, in (0, 1], as
+    diffusers counts them.
 
-    Its pipelines of Stable Diffusion and SDXL make int(steps * strength); those of SD3 and FLUX leave
-    int(steps - steps * strength) out, which `rounds_up` what is made.
+    Its pipelines of Stable Diffusion and SDXL make int(steps * strength); those of SD3 and FLUX
+    leave int(steps - steps * strength) out, which `rounds_up` what is made.
     """
     return steps - int(steps - steps * strength) if rounds_up else int(steps * strength)
 
 
 def check_strength(steps: int, strength: float, rounds_up: bool = False) -> None:
-    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to be made.
+    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to
+    be made.
 
-    And unless something is left of the image in one step, which SD3's pipeline would make of noise alone.
+    And unless something is left of the image in one step, which SD3's pipeline would make of noise
+    alone.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: must be above 0 and at most 1")
@@ -82,20 +89,26 @@ def check_strength(steps: int, strength: float, rounds_up: bool = False) -> None
 
 
 def check_zero_snr(prediction: str | None) -> None:
-    """Raise ValueError for a network whose prediction says nothing of the data where none are left."""
+    """Raise ValueError for a network whose prediction says nothing of the data where none are
+    left.
+    """
     if prediction in ("eps", "epsilon"):
         what = "this network predicts eps, which says nothing of x0 where no data are left"
         raise ValueError(
-            f"teacher.zero_terminal_snr=true: {what}; make it false, or take a teacher that predicts v"
+            f"teacher.zero_terminal_snr=true: {what}; make it false, or take a teacher that"
+            " predicts v"
         )
     if str(prediction).startswith("flow"):
         raise ValueError(
-            "teacher.zero_terminal_snr=true: this network predicts a flow, which ends in noise; make it false"
+            "teacher.zero_terminal_snr=true: this network predicts a flow, which ends in noise;"
+            " make it false"
         )
 
 
 def check_local_batch(size: int, key: str) -> None:
-    """Raise ValueError, naming `key`, for a batch that StyleGAN-T's local batch norm cannot part into equal groups."""
+    """Raise ValueError, naming `key`, for a batch that StyleGAN-T's local batch norm cannot part
+    into equal groups.
+    """
     groups = math.ceil(size / LOCAL_BATCH)
     if size % groups:
         less = next(n for n in range(size, 0, -1) if n % math.ceil(n / LOCAL_BATCH) == 0)
@@ -122,7 +135,9 @@ def check_samples(
 
 
 def check_multiples(size: int | None, buckets: Sequence[Sequence[int]] | None, unit: int) -> None:
-    """Raise ValueError for sides of pictures or latents that are not multiples of what the teacher makes a token of."""
+    """Raise ValueError for sides of pictures or latents that are not multiples of what the teacher
+    makes a token of.
+    """
     for bucket in buckets or ():
         if any(side % unit for side in bucket):
             what = f"must be multiples of {unit} for this teacher"

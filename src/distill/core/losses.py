@@ -1,13 +1,14 @@
-"""Losses of both players, as functions of logits [B, K] for real and fake samples, and the penalties on the critic.
+"""Losses of both players, as functions of logits [B, K] for real and fake samples, and the
+penalties on the critic.
 
-    hinge            D: E relu(1 - real) + E relu(1 + fake)              student: -E fake
-    non_saturating   D: E softplus(-real) + E softplus(fake)             student:  E softplus(-fake)
-    relativistic     D: E softplus(-(real - fake)), sample by sample     student:  E softplus(-(fake - real))
+    hinge           D: E relu(1 - real) + E relu(1 + fake)       student: -E fake
+    non_saturating  D: E softplus(-real) + E softplus(fake)      student:  E softplus(-fake)
+    relativistic    D: E softplus(-(real - fake)), one by one   student:  E softplus(-(fake - real))
 
-E is the mean over a head's logits, so that a head of a large map counts no more than one of the whole, and then the sum
-or the mean over heads. The papers of ADD and NitroFusion sum, which makes the adversarial term grow with the number of
-heads against every other; with the mean it does not. Everything is reduced in float32 at least, whatever autocast made
-of the logits.
+E is the mean over a head's logits, so that a head of a large map counts no more than one of the
+whole, and then the sum or the mean over heads. The papers of ADD and NitroFusion sum, which makes
+the adversarial term grow with the number of heads against every other; with the mean it does not.
+Everything is reduced in float32 at least, whatever autocast made of the logits.
 """
 
 import math
@@ -28,7 +29,9 @@ OverHeads = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """One game, by its margin losses: what the discriminator minimises of wrong margins, and the student of its own."""
+    """One game, by its margin losses: what the discriminator minimises of wrong margins, and the
+    student of its own.
+    """
 
     name: str
     wrong: Callable[[Tensor], Tensor]
@@ -46,7 +49,9 @@ class AdversarialLoss:
         return own + self.fake_term(real, fake)
 
     def fake_term(self, real: Answer, fake: Answer) -> Tensor:
-        """The discriminator's term of fakes alone, which a paired game holds against the real ones."""
+        """The discriminator's term of fakes alone, which a paired game holds against the real
+        ones.
+        """
         real, fake = Logits.of(real), Logits.of(fake)
         logits = precise(fake.values)
         if not self.paired:
@@ -85,7 +90,9 @@ GAMES = (
 
 
 def adversarial(name: str, over_heads: OverHeads = "mean") -> AdversarialLoss:
-    """The game of this name: hinge, non_saturating or relativistic; its losses a mean over heads, or their sum."""
+    """The game of this name: hinge, non_saturating or relativistic; its losses a mean over heads,
+    or their sum.
+    """
     if over_heads not in ("mean", "sum"):
         raise ValueError(f"method.over_heads={over_heads}: must be mean or sum")
     for game in GAMES:
@@ -111,12 +118,14 @@ def real_logits(
 
 
 def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
-    """R1 on head inputs: sum over maps of E_batch || d(sum of logits) / d(map) ||^2, the form of ADD (gamma = 1e-5).
+    """R1 on head inputs: sum over maps of E_batch || d(sum of logits) / d(map) ||^2, the form of
+    ADD (gamma = 1e-5).
 
-    logits [B, K] of real samples; inputs, the maps [B, C_k, ...] they were computed from, detached from the extractor
-    and then made to require grad, so that the penalty trains the heads alone and its second derivative never enters the
-    frozen network. Both come from `real_logits`, outside bfloat16 autocast, and so is the derivative here: squared
-    gradients are small and double backward loses digits. A map that no drawn head reads adds nothing.
+    logits [B, K] of real samples; inputs, the maps [B, C_k, ...] they were computed from, detached
+    from the extractor and then made to require grad, so that the penalty trains the heads alone and
+    its second derivative never enters the frozen network. Both come from `real_logits`, outside
+    bfloat16 autocast, and so is the derivative here: squared gradients are small and double
+    backward loses digits. A map that no drawn head reads adds nothing.
     """
     if not inputs or not all(x.requires_grad for x in inputs):
         raise ValueError(
@@ -128,13 +137,16 @@ def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
     norms = [precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
     if not norms:
         raise ValueError(
-            "the logits do not depend on these inputs; R1 needs the very maps the heads were called with"
+            "the logits do not depend on these inputs; R1 needs the very maps the heads were called"
+            " with"
         )
     return torch.stack(norms).sum()
 
 
 def weighted_mse(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B], 1 unless given."""
+    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B], 1 unless
+    given.
+    """
     weight = torch.ones(len(x), device=x.device) if weight is None else weight
     if x.shape != target.shape or weight.shape != x.shape[:1]:
         raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
@@ -142,7 +154,8 @@ def weighted_mse(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
 
 
 def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
-    """E_batch sqrt(|x - target|^2 + h^2) - h with h = scale sqrt(n), for x, target [B, ...] of n numbers a sample.
+    """E_batch sqrt(|x - target|^2 + h^2) - h with h = scale sqrt(n), for x, target [B, ...] of n
+    numbers a sample.
 
     As arXiv 2310.14189 has it, sums and not means: for large differences it is their norm.
     """
@@ -152,10 +165,12 @@ def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
 
 
 def critic_stats(real: Answer, fake: Answer) -> dict[str, Tensor]:
-    """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how often it is right.
+    """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how
+    often it is right.
 
-    It is right about a pair whose real one has the higher logit, a tie counting half: that says the same of every
-    loss, while a relativistic one leaves it open where zero lies. The keys are those of the log.
+    It is right about a pair whose real one has the higher logit, a tie counting half: that says the
+    same of every loss, while a relativistic one leaves it open where zero lies. The keys are those
+    of the log.
     """
     real, fake = Logits.of(real), Logits.of(fake)
     above, below = precise(real.values), precise(fake.values)

@@ -1,7 +1,9 @@
-"""Where the random numbers of an iteration come from: generators seeded by what they are for, and by nothing else.
+"""Where the random numbers of an iteration come from: generators seeded by what they are for, and
+by nothing else.
 
-A generator is a function of (seed, iteration, place, stream). A run that is resumed therefore draws what the
-uninterrupted one would have drawn, and W processes draw what one process draws with W times as many micro-batches.
+A generator is a function of (seed, iteration, place, stream). A run that is resumed therefore draws
+what the uninterrupted one would have drawn, and W processes draw what one process draws with W
+times as many micro-batches.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ DISCRIMINATOR = 1  # of the discriminator's first update; the next ones follow
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Streams:
-    """What the random numbers of one micro-batch in one iteration are drawn from, a generator for each purpose.
+    """What the random numbers of one micro-batch in one iteration are drawn from, a generator for
+    each purpose.
 
-    sample: the student's sample and how the discriminator reads it; discriminator: one for each of its updates, in
-    turn; student: the terms that the student alone has; common: purpose -> a generator that is the same on every rank
-    and whenever it is asked for by this name. step and iteration are counted from 0; only the latter counts the head
-    start.
+    sample: the student's sample and how the discriminator reads it; discriminator: one for each of
+    its updates, in turn; student: the terms that the student alone has; common: purpose -> a
+    generator that is the same on every rank and whenever it is asked for by this name. step and
+    iteration are counted from 0; only the latter counts the head start.
     """
 
     step: int
@@ -55,7 +58,9 @@ def streams(
     updates: int = 1,
     device: torch.device | str = "cpu",
 ) -> Streams:
-    """Those of the micro-batch at `place`, which is micro * world + rank, for so many updates of the discriminator."""
+    """Those of the micro-batch at `place`, which is micro * world + rank, for so many updates of
+    the discriminator.
+    """
     own = partial(generator, seed, iteration, place, device=device)
     return Streams(
         step=step,

@@ -1,17 +1,21 @@
-"""Score distillation, ADD's Eq. 4: the student's sample, noised again, should be what the teacher makes of it.
+"""Score distillation, ADD's Eq. 4: the student's sample, noised again, should be what the teacher
+makes of it.
 
-L = E_t,eps  c(t) |x_hat - x_psi|^2,   x_t = alpha_t x_hat + sigma_t eps,   x_psi = teacher at stop_gradient(x_t)
+L = E_t,eps  c(t) |x_hat - x_psi|^2
+x_t = alpha_t x_hat + sigma_t eps,  x_psi = teacher at stop_gradient(x_t)
 
 exponential   c = alpha_t
-sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2, so that the gradient is w(t) (eps_psi - eps)
-nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)           (Katzir et al. 2023)
-              delta_C = s (eps_text - eps_empty);  delta_D = eps_empty, less eps_negative above t = 0.2
+sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2; the gradient is then
+              w(t) (eps_psi - eps)
+nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)  (Katzir 2023)
+              delta_C = s (eps_text - eps_empty)
+              delta_D = eps_empty, less eps_negative above t = 0.2
               without a caption of bad pictures the empty one stands for it
 
-NFSD's target is ours. Katzir et al. give a gradient, w(t) (delta_D + delta_C), and ADD does not say how it becomes the
-target of a squared error; here it is the x_psi whose difference from x_hat is that gradient as a step of x0. Nothing of
-it is small where x_hat is good, as the other targets' differences are: on latents its loss is about 43 times that of
-`exponential` at one lambda.
+NFSD's target is ours. Katzir et al. give a gradient, w(t) (delta_D + delta_C), and ADD does not say
+how it becomes the target of a squared error; here it is the x_psi whose difference from x_hat is
+that gradient as a step of x0. Nothing of it is small where x_hat is good, as the other targets'
+differences are: on latents its loss is about 43 times that of `exponential` at one lambda.
 """
 
 from collections.abc import Sequence
@@ -92,7 +96,10 @@ class ScoreDistillation:
         draws: ScoreDraws,
         negative: Cond | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient. `negative`, of B, is nfsd's."""
+        """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient.
+
+        `negative`, of B, is nfsd's.
+        """
         t, scale = draws.t, draws.scale
         alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
         x_t = teacher.process.diffuse(x_hat, draws.eps, t)
@@ -103,7 +110,9 @@ class ScoreDistillation:
 
 
 def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Tensor:
-    """Classifier-free guidance of the estimate, by one scale or [B, 1, 1, 1]; it is that of eps, both being linear."""
+    """Classifier-free guidance of the estimate, by one scale or [B, 1, 1, 1]; it is that of eps,
+    both being linear.
+    """
     if bool((scale == 1).all()):
         return teacher.x0(x_t, t, cond)
     both = Cond.cat([cond, cond.unconditional()])  # one pass of 2 B costs less than two of B
@@ -133,7 +142,9 @@ def _noise_free(
     negative: Cond | None,
     scale: Tensor,
 ) -> Tensor:
-    """sigma / alpha times a difference of eps is the opposite difference of estimates; eps alone needs the estimate."""
+    """sigma / alpha times a difference of eps is the opposite difference of estimates; eps alone
+    needs the estimate.
+    """
     process, conds = (
         teacher.process,
         [cond, cond.unconditional(), *([negative] if negative is not None else [])],
@@ -154,7 +165,8 @@ class TeacherSamples:
     Args:
         levels: t of its steps, falling from 1.
         guidance: classifier-free; 1 for a teacher that was distilled itself.
-        fresh: noise anew between steps, as few-step models want it; otherwise DDIM (on a flow: Euler).
+        fresh: noise anew between steps, as few-step models want it; otherwise DDIM (on a flow:
+            Euler).
     """
 
     levels: Sequence[float] = (1.0, 0.75, 0.5, 0.25)

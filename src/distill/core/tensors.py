@@ -12,7 +12,9 @@ CUT = "cut along dimension 0"  # key under which a process keeps its part of a t
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Twelve hex digits of names, shapes and an even choice of at most 64 values of every tensor, on any device."""
+    """Twelve hex digits of names, shapes and an even choice of at most 64 values of every tensor,
+    on any device.
+    """
     digest = hashlib.sha256()
     for name, x in module.state_dict().items():
         digest.update(f"{name}{list(x.shape)}".encode())
@@ -22,7 +24,9 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """A tensor put together from the parts of all processes, which must all call this; any other stays as it is."""
+    """A tensor put together from the parts of all processes, which must all call this; any other
+    stays as it is.
+    """
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -35,7 +39,9 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def gather(tree: Any, *, keep: bool) -> Any:
-    """Every tensor whole and on the CPU; all processes must call this, those with `keep` get the result."""
+    """Every tensor whole and on the CPU; all processes must call this, those with `keep` get the
+    result.
+    """
 
     def take(x: Tensor) -> Tensor | None:
         x = full_tensor(x)  # one after the other: together they may not fit on the device
@@ -52,7 +58,9 @@ def local_shards(tree: Any) -> Any:
 
 
 def unsharded(parts: list[Any]) -> Any:
-    """The inverse of `local_shards`, from the parts of all processes in the order of their ranks."""
+    """The inverse of `local_shards`, from the parts of all processes in the order of their
+    ranks.
+    """
     first = parts[0]
     if isinstance(first, dict) and CUT in first:
         return torch.cat([part[CUT] for part in parts])

@@ -1,7 +1,8 @@
 """Where on the noise axis to train: distributions of t in (0, 1], with 0 = data and 1 = noise.
 
-`sample(n, step, generator)` returns n levels, float32 [n], on the generator's device (the CPU without one). `step` is
-the student step; only a warm-up depends on it. Level 0 is never drawn: nothing is left to denoise there.
+`sample(n, step, generator)` returns n levels, float32 [n], on the generator's device (the CPU
+without one). `step` is the student step; only a warm-up depends on it. Level 0 is never drawn:
+nothing is left to denoise there.
 """
 
 import itertools
@@ -17,7 +18,8 @@ Numbers = Sequence[float]
 class Discrete:
     """Chosen levels with given odds, and other odds during the first `warmup_steps` student steps.
 
-    LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5, .5).
+    LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5,
+    .5).
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class Uniform:
 
 
 class Refinement:
-    """The steps that a student is trained as: one, and from the student step refine[n - 1] on the last of up to n.
+    """The steps that a student is trained as: one, and from the student step refine[n - 1] on the
+    last of up to n.
 
-    levels: for each number of steps n = 1, 2, ... the t of its steps, from 1 down. refine: rises from 0. one_step: the
-    odds of one step once there are more; otherwise n, and which of its steps, are drawn evenly. Raises ValueError.
+    levels: for each number of steps n = 1, 2, ... the t of its steps, from 1 down. refine: rises
+    from 0. one_step: the odds of one step once there are more; otherwise n, and which of its steps,
+    are drawn evenly. Raises ValueError.
     """
 
     def __init__(
@@ -105,7 +109,9 @@ class Refinement:
         self.levels, self.refine, self.one_step = levels, refine, one_step
 
     def draw(self, step: int, generator: Generator) -> tuple[list[float], float]:
-        """Levels of the steps that the student has behind it, and of the one that it learns from."""
+        """Levels of the steps that the student has behind it, and of the one that it learns
+        from.
+        """
         u = torch.rand(3, generator=generator, device=generator.device).tolist()
         most = sum(step >= start for start in self.refine)
         n = 1 if u[0] < self.one_step else 1 + int(u[1] * most)

@@ -1,10 +1,13 @@
-"""The nouns of adversarial distillation: what teacher, student, discriminator and data are to a method.
+"""The nouns of adversarial distillation: what teacher, student, discriminator and data are to a
+method.
 
-Legend of shapes, used throughout the package: `B` batch, `C` channels, `H W` latent grid, `L` text tokens, `D` and `P`
-widths of token and pooled embeddings, `E` extra numbers, `K` logits per sample. `x0` is a clean (scaled) latent, `x_t`
-a noised one, and `t` a float tensor [B] in [0, 1] with 0 = data and 1 = noise, never a step index.
+Legend of shapes, used throughout the package: `B` batch, `C` channels, `H W` latent grid, `L` text
+tokens, `D` and `P` widths of token and pooled embeddings, `E` extra numbers, `K` logits per sample.
+`x0` is a clean (scaled) latent, `x_t` a noised one, and `t` a float tensor [B] in [0, 1] with
+0 = data and 1 = noise, never a step index.
 
-Methods are written against the protocols below, so that any object with these few members can stand in for a network.
+Methods are written against the protocols below, so that any object with these few members can stand
+in for a network.
 """
 
 from __future__ import annotations
@@ -34,11 +37,13 @@ Maker = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """What a network is told about each sample: embedded captions, and with them the embedded empty caption.
+    """What a network is told about each sample: embedded captions, and with them the embedded empty
+    caption.
 
-    tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it); extra [B, E], other
-    numbers a network wants (SDXL's time ids); null, the same record of batch size 1 for the empty caption, which
-    travels along unchanged. Raises ValueError where batch sizes differ.
+    tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it);
+    extra [B, E], other numbers a network wants (SDXL's time ids); null, the same record of batch
+    size 1 for the empty caption, which travels along unchanged. Raises ValueError where batch sizes
+    differ.
     """
 
     tokens: Tensor
@@ -60,7 +65,9 @@ class Cond:
         return len(self.tokens)
 
     def to(self, *args: Any, **kwargs: Any) -> Cond:
-        """As `nn.Module.to`: everything moves, only floating tensors change dtype (a mask stays a mask)."""
+        """As `nn.Module.to`: everything moves, only floating tensors change dtype (a mask stays a
+        mask).
+        """
 
         def moved(x: Tensor) -> Tensor:
             if x.is_floating_point():
@@ -80,20 +87,25 @@ class Cond:
         """The empty caption for every sample of this record, without copying."""
         if self.null is None:
             raise ValueError(
-                "this Cond has no null record; build it with null=, the embedding of the empty caption"
+                "this Cond has no null record; build it with null=, the embedding of the empty"
+                " caption"
             )
         return replace(self.null._map(lambda x: x.expand(len(self), *x.shape[1:])), null=self.null)
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """All samples in order. The null is the first one found: records from one text encoder share it."""
+        """All samples in order.
+
+        The null is the first one found: records from one text encoder share it.
+        """
         if not conds:
             raise ValueError("cannot concatenate an empty list of Cond")
         parts = [cond.tensors() for cond in conds]
         for name in set().union(*parts):
             if (having := sum(name in part for part in parts)) < len(parts):
                 raise ValueError(
-                    f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none must"
+                    f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none"
+                    " must"
                 )
         joined: dict[str, Any] = {
             name: torch.cat([part[name] for part in parts]) for name in parts[0]
@@ -114,8 +126,8 @@ class Cond:
 class Batch:
     """Training data: x0 [B, C, H, W] scaled latents, B captions, and these embedded.
 
-    noise [B, C, H, W] is what a teacher made x0 from, where that is known; pixels [B, 3, H', W'] in [-1, 1] are the
-    pictures that x0 encodes, where the data hold pictures.
+    noise [B, C, H, W] is what a teacher made x0 from, where that is known; pixels [B, 3, H', W'] in
+    [-1, 1] are the pictures that x0 encodes, where the data hold pictures.
     """
 
     x0: Tensor
@@ -126,7 +138,10 @@ class Batch:
 
     def __post_init__(self) -> None:
         if not len(self.x0) == len(self.captions) == len(self.cond):
-            counts = f"{len(self.x0)} latents has {len(self.captions)} captions and {len(self.cond)} Conds"
+            counts = (
+                f"{len(self.x0)} latents has {len(self.captions)} captions and {len(self.cond)}"
+                " Conds"
+            )
             raise ValueError(f"a batch of {counts}")
 
     def __len__(self) -> int:
@@ -134,7 +149,9 @@ class Batch:
 
 
 class Logits(NamedTuple):
-    """What a critic answers: the logits of all its heads side by side, values [B, K], and how many each head has."""
+    """What a critic answers: the logits of all its heads side by side, values [B, K], and how many
+    each head has.
+    """
 
     values: Tensor
     sizes: Sequence[int]
@@ -151,14 +168,19 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """What a player minimises: the sum of `terms`, already weighted scalars. `metrics` are logged beside them."""
+    """What a player minimises: the sum of `terms`, already weighted scalars.
+
+    `metrics` are logged beside them.
+    """
 
     terms: Terms
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Denoiser(Protocol):
-    """Teacher or student, as a method sees it: it returns the clean estimate, whatever its network predicts."""
+    """Teacher or student, as a method sees it: it returns the clean estimate, whatever its network
+    predicts.
+    """
 
     @property
     def process(self) -> Process: ...
@@ -191,23 +213,32 @@ class Teacher(Denoiser, Protocol):
         """Latents a side that make one token; 1 where there are none."""
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
-        """x_t [B, C, H, W], t [B] -> one map [B, channels[tap], h, w] per tap; differentiable in x_t."""
+        """x_t [B, C, H, W], t [B] -> one map [B, channels[tap], h, w] per tap; differentiable in
+        x_t.
+        """
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H', W'] in [-1, 1] -> scaled latents [B, C, H, W]."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """scaled latents [B, C, H, W] -> pixels [B, 3, H', W'], in [-1, 1] up to overshoot; differentiable."""
+        """scaled latents [B, C, H, W] -> pixels [B, 3, H', W'], in [-1, 1] up to overshoot;
+        differentiable.
+        """
 
     def embed(self, captions: Sequence[str]) -> Cond:
         """B captions -> their Cond, null included."""
 
     def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
-        """The same captions for a patch whose upper left is at `corner` (row, column) of latents `whole` (H, W)."""
+        """The same captions for a patch whose upper left is at `corner` (row, column) of latents
+        `whole` (H, W).
+        """
 
 
 class Features(Protocol):
-    """The frozen half of a discriminator: images or latents -> maps. Extractors of images ignore t and cond."""
+    """The frozen half of a discriminator: images or latents -> maps.
+
+    Extractors of images ignore t and cond.
+    """
 
     @property
     def channels(self) -> Mapping[str, int]:
@@ -216,7 +247,10 @@ class Features(Protocol):
     def __call__(
         self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
     ) -> list[Tensor]:
-        """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x. `generator` is for augmentations, if any."""
+        """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x.
+
+        `generator` is for augmentations, if any.
+        """
 
 
 class Critic(Protocol):
@@ -230,10 +264,14 @@ class Heads(Protocol):
     """The trainable half of a discriminator."""
 
     def draw(self, generator: torch.Generator) -> Critic:
-        """The critic of an iteration: these heads, or a random subset; `generator` is the same on every rank."""
+        """The critic of an iteration: these heads, or a random subset; `generator` is the same on
+        every rank.
+        """
 
     def refresh(self, generator: torch.Generator) -> Sequence[torch.nn.Parameter]:
-        """Called after each student step; returns the parameters that were made anew, whose moments are cleared."""
+        """Called after each student step; returns the parameters that were made anew, whose moments
+        are cleared.
+        """
 
 
 class Times(Protocol):
@@ -247,9 +285,9 @@ class Times(Protocol):
 class Players:
     """Who takes part in a distillation.
 
-    teacher: frozen. student: what is trained. features and heads: the discriminator, its frozen and its trainable half,
-    both None where a method has none. condition: what the heads are conditioned on, where that is not the teacher's own
-    embedding.
+    teacher: frozen. student: what is trained. features and heads: the discriminator, its frozen and
+    its trainable half, both None where a method has none. condition: what the heads are conditioned
+    on, where that is not the teacher's own embedding.
     """
 
     teacher: Teacher

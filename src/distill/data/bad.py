@@ -11,7 +11,9 @@ MOST_FILES = 1000  # of a sample
 
 
 class BadSample(ValueError):
-    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why, both as one line of text."""
+    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why, both as one
+    line of text.
+    """
 
     def __init__(self, sample: dict, reason: str):
         self.name = shown(f"{sample['__url__']}:{sample['__key__']}")

@@ -1,4 +1,6 @@
-"""What is checked before shards are made: the folder, and whether it was begun with these settings."""
+"""What is checked before shards are made: the folder, and whether it was begun with these
+settings.
+"""
 
 from pathlib import Path
 
@@ -27,7 +29,9 @@ def check_making(cfg: DictConfig) -> None:
 
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
-    """Raise ValueError if the folder holds shards of something else, naming the settings that differ."""
+    """Raise ValueError if the folder holds shards of something else, naming the settings that
+    differ.
+    """
     begun = (folder / BEGUN).is_file()
     others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
     if not (shards_in(folder) if begun else others):
@@ -50,5 +54,6 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:
         raise ValueError(
-            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another out="
+            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another"
+            " out="
         )

@@ -1,10 +1,11 @@
 """Latents and images by index, past samples that are bad.
 
-A sample that does not decode is replaced by one far away, since bad ones lie together in folders; by which is fixed, so
-that the order stays a function of (seed, step, rank). It is counted and its name and reason are kept. If too many are
-bad, the run stops and says so.
+A sample that does not decode is replaced by one far away, since bad ones lie together in folders;
+by which is fixed, so that the order stays a function of (seed, step, rank). It is counted and its
+name and reason are kept. If too many are bad, the run stops and says so.
 
-With buckets every sample belongs to the one of its shape, and what replaces it comes from the same: batches stack.
+With buckets every sample belongs to the one of its shape, and what replaces it comes from the same:
+batches stack.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ Size = tuple[int, int]  # width, height
 
 
 class Samples(Dataset, ABC):
-    """Items {"caption": str, "key": str} and what `tensors` adds, of shards, a folder of images or a list of prompts.
+    """Items {"caption": str, "key": str} and what `tensors` adds, of shards, a folder of images or
+    a list of prompts.
 
-    `bad` maps the names of the samples that could not be used to the reasons; `groups` maps each bucket that has any to
-    its samples, for which the first bytes of every sample are read once. Raises ValueError if `limit`, the number of
-    samples to use, is under 1, for malformed `buckets`, and whatever `Shards` raises.
+    `bad` maps the names of the samples that could not be used to the reasons; `groups` maps each
+    bucket that has any to its samples, for which the first bytes of every sample are read once.
+    Raises ValueError if `limit`, the number of samples to use, is under 1, for malformed `buckets`,
+    and whatever `Shards` raises.
     """
 
     max_empty_share = 1.0
@@ -91,14 +94,18 @@ class Samples(Dataset, ABC):
         raise decode.BadSample(sample, "it has no size")
 
     def measure(self, i: int) -> Size | None:
-        """Width and height of sample i, from its first bytes if these are enough; None if it is bad."""
+        """Width and height of sample i, from its first bytes if these are enough; None if it is
+        bad.
+        """
         for at_most in (decode.HEAD, -1):
             with suppress(decode.BadSample):
                 return self.size_of(self.shards.read(i, at_most))
         return None
 
     def _sorted(self) -> tuple[list[int], dict[int, list[int]]]:
-        """The bucket of every sample, and the samples of every bucket; a bad one goes to the first, to be found so."""
+        """The bucket of every sample, and the samples of every bucket; a bad one goes to the first,
+        to be found so.
+        """
         if not self.buckets:
             return [], {}
         bucket_of = [
@@ -124,7 +131,10 @@ class Samples(Dataset, ABC):
         return [self.find(i) for i in indices]
 
     def find(self, i: int, most: int = MAX_IN_A_ROW) -> Found:
-        """Item i, or the first good one of its bucket that stands in for it; None after `most`. And those skipped."""
+        """Item i, or the first good one of its bucket that stands in for it; None after `most`.
+
+        And those skipped.
+        """
         bucket = self.buckets[self.bucket_of[i]] if self.groups else None
         peers = self.groups[self.bucket_of[i]] if self.groups else range(self.length)
         start = bisect.bisect_left(peers, i)
@@ -144,7 +154,8 @@ class Samples(Dataset, ABC):
         return None, skipped
 
     def some(self, count: int) -> list[dict]:
-        """At most `count` items from evenly spaced places, each of another caption; the same ones whenever asked for.
+        """At most `count` items from evenly spaced places, each of another caption; the same ones
+        whenever asked for.
 
         One of an empty caption is among them only where there are no others.
         """
@@ -158,7 +169,9 @@ class Samples(Dataset, ABC):
         return told or list(found.values())
 
     def account(self, good: int, skipped: Skipped, *, needed: bool = True) -> None:
-        """Count samples; ValueError if the bad are too many, or if there is nothing `good` where that is `needed`."""
+        """Count samples; ValueError if the bad are too many, or if there is nothing `good` where
+        that is `needed`.
+        """
         for name, reason in skipped:
             if name not in self.bad:
                 log.warning("skipped a bad sample, %s: %s", name, reason)
@@ -169,7 +182,10 @@ class Samples(Dataset, ABC):
         most = self._most(self.max_bad_share, self.tried, needed)
         if enough and (self.tried < MIN_TRIED or self.failed <= most):
             return
-        what = f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the share"
+        what = (
+            f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the"
+            " share"
+        )
         what = what if enough else f"the last {len(skipped)} in a row: repair the data"
         some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
         raise ValueError(
@@ -177,7 +193,8 @@ class Samples(Dataset, ABC):
         )
 
     def _most(self, share: float, tried: int, drawn: bool) -> float:
-        """How many may be so. What is drawn at random may have a few too many: four standard deviations.
+        """How many may be so. What is drawn at random may have a few too many: four standard
+        deviations.
 
         What is read once is counted whole.
         """
@@ -186,7 +203,9 @@ class Samples(Dataset, ABC):
         return share * tried + 4 * math.sqrt(share * (1 - share) * tried)
 
     def account_captions(self, captions: Sequence[str], *, drawn: bool = True) -> None:
-        """Count captions of good samples; ValueError if more than `max_empty_share` of them say nothing."""
+        """Count captions of good samples; ValueError if more than `max_empty_share` of them say
+        nothing.
+        """
         self.told += len(captions)
         self.empty += sum(not caption for caption in captions)
         most = self._most(self.max_empty_share, self.told, drawn)
@@ -204,7 +223,9 @@ def _stride(n: int) -> int:
 
 
 def nearest(buckets: Sequence[Size], size: Size) -> int:
-    """The bucket that cuts least off a picture of this size; of several of one shape, that of the nearest area."""
+    """The bucket that cuts least off a picture of this size; of several of one shape, that of the
+    nearest area.
+    """
 
     def distance(k: int) -> tuple[float, float]:
         width, height = buckets[k]
@@ -216,12 +237,14 @@ def nearest(buckets: Sequence[Size], size: Size) -> int:
 
 
 class LatentShards(Samples):
-    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if there is none.
+    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if
+    there is none.
 
-    With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed. Beside shards that
-    `distill.cache` or `distill.synthesize` made there are `null`, the embedded empty caption, with which each sample
-    comes with its own `tokens`, `pooled` and `mask` in half precision, and what they say of themselves, `made`: the
-    buckets, [w, h] in latents, and the teacher.
+    With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed.
+    Beside shards that `distill.cache` or `distill.synthesize` made there are `null`, the embedded
+    empty caption, with which each sample comes with its own `tokens`, `pooled` and `mask` in half
+    precision, and what they say of themselves, `made`: the buckets, [w, h] in latents, and the
+    teacher.
     """
 
     shape = None
@@ -287,10 +310,12 @@ class LatentShards(Samples):
 
 
 class ImageShards(Samples):
-    """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is under 1.
+    """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is
+    under 1.
 
-    With `repeats` folders in kohya's layout are read as kohya does. ValueError if none of the samples is a picture, or
-    more than `max_empty_share` of them have no caption; 1 takes samples without any.
+    With `repeats` folders in kohya's layout are read as kohya does. ValueError if none of the
+    samples is a picture, or more than `max_empty_share` of them have no caption; 1 takes samples
+    without any.
     """
 
     def __init__(
@@ -304,7 +329,8 @@ class ImageShards(Samples):
     ):
         if not isinstance(size, int) or size < 1:
             raise ValueError(
-                f"data.size={size}: must be pixels a side; other shapes are data.buckets=[[width,height]]"
+                f"data.size={size}: must be pixels a side; other shapes are"
+                " data.buckets=[[width,height]]"
             )
         check_samples(None, 0.0, None, max_empty_share)
         self.repeats, self.max_empty_share = repeats, max_empty_share
@@ -345,7 +371,9 @@ class Prompts(Samples):
 
 
 def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
-    """What was found for each place -> batch (tensors [B, ...], the rest in lists), its size (0 if one is empty)."""
+    """What was found for each place -> batch (tensors [B, ...], the rest in lists), its size (0 if
+    one is empty).
+    """
     items, skipped = [item for item, _ in found], [pair for _, pairs in found for pair in pairs]
     if None in items:
         return {}, 0, skipped

@@ -1,7 +1,8 @@
-"""From a raw sample's bytes to values: pixels in [-1, 1], captions, latents, embeddings. The rest is a `BadSample`.
+"""From a raw sample's bytes to values: pixels in [-1, 1], captions, latents, embeddings. The rest
+is a `BadSample`.
 
-A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__url__`. The bytes come from anywhere, so
-nothing here unpickles, and only the image formats named in `formats` are tried.
+A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__url__`. The bytes come
+from anywhere, so nothing here unpickles, and only the image formats named in `formats` are tried.
 """
 
 import io
@@ -30,11 +31,12 @@ SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
 def image(sample: dict, width: int, height: int | None = None) -> Tensor:
-    """The largest central part of the sample's image with the shape of width x height (None: a square), resized to it:
-    [3, height, width], RGB in [-1, 1].
+    """The largest central part of the sample's image with the shape of width x height (None: a
+    square), resized to it: [3, height, width], RGB in [-1, 1].
 
-    EXIF rotation is applied, transparency laid on white; of several frames the first is taken. Raises BadSample if
-    there is none, it does not decode, or the part is under half as wide: enlarged that much, it would teach blur.
+    EXIF rotation is applied, transparency laid on white; of several frames the first is taken.
+    Raises BadSample if there is none, it does not decode, or the part is under half as wide:
+    enlarged that much, it would teach blur.
     """
     extension, height = _image(sample), height or width
     data = io.BytesIO(_bytes(sample, extension))
@@ -70,7 +72,10 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
 
 
 def image_size(sample: dict) -> tuple[int, int]:
-    """Width and height in pixels as shown, from the image's first bytes. Raises BadSample if these do not say it."""
+    """Width and height in pixels as shown, from the image's first bytes.
+
+    Raises BadSample if these do not say it.
+    """
     extension = _image(sample)
     data = io.BytesIO(_bytes(sample, extension))
     try:
@@ -78,7 +83,8 @@ def image_size(sample: dict) -> tuple[int, int]:
             warnings.simplefilter("ignore")
             picture = formats.opened(data, extension)
             formats.check_pixels(picture)
-            # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would be read whole.
+            # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would
+            # be read whole.
             asked = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
             turned = asked and picture.getexif().get(0x0112) in SIDEWAYS
     except Exception as error:
@@ -87,7 +93,8 @@ def image_size(sample: dict) -> tuple[int, int]:
 
 
 def caption(sample: dict, key: str = "caption") -> str:
-    """The sample's caption: its `.txt`, else its `.caption`, else `caption` or `text` of its `.json`.
+    """The sample's caption: its `.txt`, else its `.caption`, else `caption` or `text` of its
+    `.json`.
 
     Any other `key` is of the `.json` alone. Raises BadSample if there is none.
     """
@@ -120,7 +127,10 @@ def caption(sample: dict, key: str = "caption") -> str:
 
 
 def latent(sample: dict) -> Tensor:
-    """The sample's latents, float32 [C, h, w], from its `.latent.npy`. Raises BadSample unless finite floats in 3-D."""
+    """The sample's latents, float32 [C, h, w], from its `.latent.npy`.
+
+    Raises BadSample unless finite floats in 3-D.
+    """
     extension = _pick(sample, LATENTS, "latents")
     array = _array(sample, extension)
     if array.ndim != 3 or array.dtype.kind != "f":
@@ -135,7 +145,10 @@ def latent(sample: dict) -> Tensor:
 
 
 def latent_size(sample: dict) -> tuple[int, int]:
-    """Width and height of the sample's latents, from the first bytes. Raises BadSample if these do not say it."""
+    """Width and height of the sample's latents, from the first bytes.
+
+    Raises BadSample if these do not say it.
+    """
     extension = _pick(sample, LATENTS, "latents")
     file = io.BytesIO(_bytes(sample, extension))
     try:
@@ -149,9 +162,11 @@ def latent_size(sample: dict) -> tuple[int, int]:
 
 
 def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sample's embedded caption, a `.npy` a tensor: those in `like`, of these shapes but for the first dimension.
+    """The sample's embedded caption, a `.npy` a tensor: those in `like`, of these shapes but for
+    the first dimension.
 
-    In half precision, as it is kept. Raises BadSample if one is not there, of another shape, or not finite.
+    In half precision, as it is kept. Raises BadSample if one is not there, of another shape, or not
+    finite.
     """
     found = {}
     for name in (name for name in EMBEDDED if name in like):
@@ -160,7 +175,10 @@ def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
             list(like[name].shape[1:]),
         )
         if array.dtype != np.float16 or list(array.shape) != shape or not np.isfinite(array).all():
-            what = f"is {array.dtype} {list(array.shape)}, not finite float16 {shape} as the empty caption's"
+            what = (
+                f"is {array.dtype} {list(array.shape)}, not finite float16 {shape} as the empty"
+                " caption's"
+            )
             raise BadSample(sample, f"its .{name}.npy {what}")
         found[name] = torch.from_numpy(array.copy())
     return found

@@ -20,14 +20,17 @@ class Reader(Protocol):
         """Of all that decides what is read."""
 
     def read(self, i: int, at_most: int = -1) -> dict[str, Any]:
-        """Sample i: `txt`, its caption; `array`, its picture, uint8 [H, W, 3]; `__key__` and `__url__`."""
+        """Sample i: `txt`, its caption; `array`, its picture, uint8 [H, W, 3]; `__key__` and
+        `__url__`.
+        """
 
 
 class Drawn(Samples):
-    """Pictures `pixels` in [-1, 1], [3, H, W], that a reader draws, enlarged to `size` or to what a teacher wants.
+    """Pictures `pixels` in [-1, 1], [3, H, W], that a reader draws, enlarged to `size` or to what a
+    teacher wants.
 
-    With `seeded` each comes with `noise` of its own, in the shape of its latents, once `fit` has told that: methods of
-    pairs run on it, though no teacher made the one of the other.
+    With `seeded` each comes with `noise` of its own, in the shape of its latents, once `fit` has
+    told that: methods of pairs run on it, though no teacher made the one of the other.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Drawn(Samples):
         return self.reader
 
     def fit(self, teacher: Any) -> None:
-        """Take the size of this teacher's pictures, unless there is one; ValueError for one that it cannot read."""
+        """Take the size of this teacher's pictures, unless there is one; ValueError for one that it
+        cannot read.
+        """
         self.noise_shape = teacher.shape_of(self.size, "data.size")
         self.sides = teacher.sides_of(self.noise_shape)
 

@@ -1,8 +1,9 @@
-"""Captioned pictures in a plain folder, as the usual tools lay them out. Nothing here imports torch.
+"""Captioned pictures in a plain folder, as the usual tools lay them out. Nothing here imports
+torch.
 
-x.txt, x.png.txt, x.caption, x.json   beside the picture x.png; of several the first in this order
-metadata.jsonl, metadata.csv          a record for each picture, which its file_name names (Hugging Face)
-10_words/x.png                        each picture ten times, "words" where it has no caption (kohya)
+x.txt, x.png.txt, x.caption, x.json  beside the picture x.png; of several the first in this order
+metadata.jsonl, metadata.csv         a record for each picture, by its file_name (Hugging Face)
+10_words/x.png                       each picture ten times, "words" where it has no caption (kohya)
 """
 
 import csv
@@ -42,8 +43,9 @@ class Pictures:
 def pictures(found: Below, *, repeats: bool = True) -> Pictures:
     """The pictures among files, sorted by name, each with where its caption lies.
 
-    With `repeats` those of folders in kohya's layout come as often as the folder's name says: all of them once, then
-    those that are left again, and so on. Raises ValueError for records that cannot be read.
+    With `repeats` those of folders in kohya's layout come as often as the folder's name says: all
+    of them once, then those that are left again, and so on. Raises ValueError for records that
+    cannot be read.
     """
     names = [name for name in found.files if suffix(name) in formats.suffixes()]
     beside, several = _beside(found.files)
@@ -85,7 +87,9 @@ def suffix(name: str) -> str:
 
 
 def caption_of(extensions: Iterable[str], ends: tuple[str, ...] = CAPTIONS) -> str | None:
-    """Which of a sample's extensions holds its caption, the best of `ends`: png.txt before txt; None if none does."""
+    """Which of a sample's extensions holds its caption, the best of `ends`: png.txt before txt;
+    None if none does.
+    """
     for end in ends:
         own = [e for e in extensions if e == end or _of_picture(e, end)]
         if own:
@@ -134,11 +138,13 @@ def remedy(files: list[str]) -> str:
     return ""
 
 
-# -- captions beside pictures ------------------------------------------------------------------------------------------
+# -- captions beside pictures ----------------------------------------------------------------------
 
 
 def _beside(files: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Name without the caption's suffix -> {suffix: file}; and files passed over, whose names differ in case alone."""
+    """Name without the caption's suffix -> {suffix: file}; and files passed over, whose names
+    differ in case alone.
+    """
     beside: dict[str, dict[str, str]] = {}
     twice = []
     for name in files:  # sorted: capitals come first, so that x.txt wins over x.TXT
@@ -175,7 +181,7 @@ def _about_captions(
     return said
 
 
-# -- records of all pictures -------------------------------------------------------------------------------------------
+# -- records of all pictures -----------------------------------------------------------------------
 
 
 def _records(found: Below, names: set[str]) -> tuple[dict[str, list[Places]], list[str]]:
@@ -192,7 +198,8 @@ def _records(found: Below, names: set[str]) -> tuple[dict[str, list[Places]], li
             )
         read = _of_jsonl if name.endswith("jsonl") else _of_csv
         for file_name, place in read(found.path(name)):
-            # Only looked up among the files that were found: a name with .. in it leads nowhere else.
+            # Only looked up among the files that were found: a name with .. in it leads nowhere
+            # else.
             key = posixpath.normpath(posixpath.join(folder, file_name.replace("\\", "/")))
             if key in names:
                 records.setdefault(key, []).append({"json": place})
@@ -246,7 +253,7 @@ def _file_name(record: dict, where: str) -> str:
     return name
 
 
-# -- kohya's folders ---------------------------------------------------------------------------------------------------
+# -- kohya's folders -------------------------------------------------------------------------------
 
 
 def _kohya(names: list[str]) -> dict[str, int]:
@@ -272,7 +279,7 @@ def _about_kohya(names: list[str], worded: int) -> str:
     )
 
 
-# -- what is not read --------------------------------------------------------------------------------------------------
+# -- what is not read ------------------------------------------------------------------------------
 
 
 def _unread(found: Below) -> list[str]:

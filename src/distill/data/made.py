@@ -1,4 +1,6 @@
-"""What lies beside shards of `cache` and `synthesize`: how they were made, and the empty caption."""
+"""What lies beside shards of `cache` and `synthesize`: how they were made, and the empty
+caption.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from distill.storage import content
 from distill.storage.bounded import MIB, check_archive, mapping_of
 from distill.terminal.shown import shown
 
-# What shards of several folders must have been made with alike: one null caption is used, and one set of buckets.
+# What shards of several folders must have been made with alike: one null caption is used, and one
+# set of buckets.
 ALIKE = ("teacher", "without", "embeddings", "what", "buckets", "size")
 # What a run heeds of a manifest: its kind, and of a list that of what is in it.
 SAID: dict[str, tuple[type, ...]] = {
-    "teacher": (str,), "vae": (str,), "what": (str,), "told": (dict,), "without": (list, str), "buckets": (list, list),
+    "teacher": (str,), "vae": (str,), "what": (str,), "told": (dict,), "without": (list, str),
+    "buckets": (list, list),
 }  # fmt: skip
 MOST_NULL = 256 * MIB  # ours; the longest caption of SD3's three encoders takes 3 MiB
 
@@ -27,14 +31,16 @@ MOST_NULL = 256 * MIB  # ours; the longest caption of SD3's three encoders takes
 def made_of(path: str) -> tuple[Path, dict[str, Any]]:
     """A folder that the shards lie in, and what its manifest says, empty if there is none.
 
-    Raises ValueError if their making was not finished, or they lie in several folders that were made in other ways.
+    Raises ValueError if their making was not finished, or they lie in several folders that were
+    made in other ways.
     """
     about: dict[Path, dict[str, Any]] = {}
     for folder in sorted({Path(shard).parent for shard in expand(path)}):
         finished = (folder / MANIFEST).is_file()
         if (folder / BEGUN).is_file() and not finished:
             raise ValueError(
-                f"data.path={path}: its making was not finished; give the command that makes it once more"
+                f"data.path={path}: its making was not finished; give the command that makes it"
+                " once more"
             )
         about[folder] = _manifest(folder / MANIFEST, path) if finished else {}
     first, *others = about
@@ -43,7 +49,8 @@ def made_of(path: str) -> tuple[Path, dict[str, Any]]:
         differs = [key for key, pair in pairs.items() if not content.alike(*pair)]
         if differs:
             raise ValueError(
-                f"data.path={path}: {first} and {other} were made with another {differs[0]}; give one"
+                f"data.path={path}: {first} and {other} were made with another {differs[0]};"
+                " give one"
             )
     return first, about[first]
 

@@ -1,14 +1,16 @@
-"""A folder of shards that a command makes: by any number of processes, killed and started again at any moment.
+"""A folder of shards that a command makes: by any number of processes, killed and started again at
+any moment.
 
-<out>/making.yaml            what is made; the same command goes on where it stopped, another one is refused
-<out>/inputs.sha256          a hash of the prompts, or of the names of the data: these must not change either
-<out>/null.npz               the embedded empty caption
-<out>/latents-000000.tar     samples 0 to per_shard - 1, and so on
-<out>/manifest.json          what has been made, written last
+<out>/making.yaml         what is made; the same command goes on, another one is refused
+<out>/inputs.sha256       a hash of the prompts or of the data's names: both must stay
+<out>/null.npz            the embedded empty caption
+<out>/latents-000000.tar  samples 0 to per_shard - 1, and so on
+<out>/manifest.json       what has been made, written last
 
-Shard k holds samples k * per_shard to (k + 1) * per_shard - 1 (but for bad ones), and no batch reaches over its end. So
-whoever makes it, and whenever, gives it the same bytes; and since it appears only when it is whole, what is there is
-done. Processes need not talk: each makes every world-th shard, and whoever finds all of them there writes the manifest.
+Shard k holds samples k * per_shard to (k + 1) * per_shard - 1 (but for bad ones), and no batch
+reaches over its end. So whoever makes it, and whenever, gives it the same bytes; and since it
+appears only when it is whole, what is there is done. Processes need not talk: each makes every
+world-th shard, and whoever finds all of them there writes the manifest.
 """
 
 import hashlib
@@ -42,7 +44,8 @@ INPUTS = "inputs.sha256"
 
 @dataclass(frozen=True)
 class Making:
-    """The samples of `count` numbers in shards of `per_shard`, in `folder`; `inputs` is a hash of what they come from.
+    """The samples of `count` numbers in shards of `per_shard`, in `folder`; `inputs` is a hash of
+    what they come from.
 
     Raises ValueError if the folder was begun with other inputs.
     """
@@ -56,7 +59,8 @@ class Making:
         begun = self.folder / INPUTS
         if shards_in(self.folder) and begun.read_text(encoding="utf-8") != self.inputs:
             raise ValueError(
-                f"out={self.folder}: prompts or data have changed since it was begun; choose another out="
+                f"out={self.folder}: prompts or data have changed since it was begun; choose"
+                " another out="
             )
         put(begun, self.inputs.encode())
 
@@ -90,7 +94,9 @@ class Making:
                 bar.update(done)  # bad ones among them
 
     def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
-        """Write the manifest if every shard is there; ValueError if they lack more than this share of the samples."""
+        """Write the manifest if every shard is there; ValueError if they lack more than this share
+        of the samples.
+        """
         paths = [self.path(shard) for shard in self.shards]
         if not all(path.exists() for path in paths):
             return
@@ -100,10 +106,14 @@ class Making:
             for path in paths:  # so that nothing stays behind
                 path.unlink(missing_ok=True)
             raise ValueError(
-                f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check` says why"
+                f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check`"
+                " says why"
             )
         if (dropped := self.count - samples) > max_bad_share * self.count:
-            what = f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and choose another out="
+            what = (
+                f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and"
+                " choose another out="
+            )
             raise ValueError(
                 f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}"
             )
@@ -149,7 +159,9 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
 def _made(
     cfg: DictConfig, folder: Path, command: str, work: Callable[[DictConfig, Path], int] | None
 ) -> int:
-    """Note what is to be made, and work, in the processes of a launcher without `work`; returns the exit code."""
+    """Note what is to be made, and work, in the processes of a launcher without `work`; returns the
+    exit code.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not shards_in(folder):
         put(folder / BEGUN, compose.written(cfg))
@@ -166,7 +178,9 @@ def _made(
 
 
 def _settle_precision(cfg: DictConfig, folder: Path) -> None:
-    """Replace `precision=auto`: by what a folder was begun in, else by what is best on this machine."""
+    """Replace `precision=auto`: by what a folder was begun in, else by what is best on this
+    machine.
+    """
     begun = folder / BEGUN
     if cfg.precision == "auto" and begun.is_file():
         cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
@@ -197,7 +211,8 @@ def checked(
     dtype: str,
     precision: str | None = None,
 ) -> None:
-    """Raise ValueError, naming the sample, for latents or embeddings that cannot be kept in float16.
+    """Raise ValueError, naming the sample, for latents or embeddings that cannot be kept in
+    float16.
 
     `dtype` and `precision` are what they were computed in.
     """
@@ -222,7 +237,9 @@ def _finite(name: str, what: str, x: np.ndarray, dtype: str, precision: str | No
 
 
 def put_null(teacher: Any, folder: Path, dtype: str = "float32") -> None:
-    """The embedded empty caption, in half precision as those of the samples; ValueError as `checked`."""
+    """The embedded empty caption, in half precision as those of the samples; ValueError as
+    `checked`.
+    """
     tensors = {name: x.float().cpu().numpy() for name, x in teacher.embed([""]).tensors().items()}
     checked("the empty caption", np.zeros(1), tensors, dtype)
     np.savez(file := io.BytesIO(), **{k: x.astype(np.float16) for k, x in tensors.items()})

@@ -1,8 +1,10 @@
-"""Random access to samples in uncompressed tar shards (WebDataset layout) or in a plain folder of images.
+"""Random access to samples in uncompressed tar shards (WebDataset layout) or in a plain folder of
+images.
 
-A sample is the set of files that share a path up to the first dot of the file name: `a/7.png`, `a/7.txt` -> key `a/7`,
-extensions `png`, `txt`. Tar headers are read once, giving every file's place in its shard; samples are then read by
-position. Nothing is ever extracted, so a hostile name can at most become an odd key. Folders: see `folder`.
+A sample is the set of files that share a path up to the first dot of the file name: `a/7.png`,
+`a/7.txt` -> key `a/7`, extensions `png`, `txt`. Tar headers are read once, giving every file's
+place in its shard; samples are then read by position. Nothing is ever extracted, so a hostile name
+can at most become an odd key. Folders: see `folder`.
 """
 
 import glob
@@ -50,11 +52,12 @@ _NAME = re.compile(
 
 
 class Shards:
-    """Samples by index: of tar shards in sorted order, in tar order within each, or of a folder of images without any.
+    """Samples by index: of tar shards in sorted order, in tar order within each, or of a folder of
+    images without any.
 
-    `of_folder` says that it is one of images; `said` is what of them may not be what their owner thinks, a sentence
-    each, of which the log is told. Raises ValueError and FileNotFoundError as `expand`, `index_tar` and `folder.of`
-    do, or if there is no sample.
+    `of_folder` says that it is one of images; `said` is what of them may not be what their owner
+    thinks, a sentence each, of which the log is told. Raises ValueError and FileNotFoundError as
+    `expand`, `index_tar` and `folder.of` do, or if there is no sample.
     """
 
     def __init__(self, path: str, *, repeats: bool = True):
@@ -91,7 +94,9 @@ class Shards:
         return shown(f"{url}:{key}")
 
     def digest(self) -> str:
-        """A hash of the keys of all samples, and of the extensions, places and sizes of their files."""
+        """A hash of the keys of all samples, and of the extensions, places and sizes of their
+        files.
+        """
         found = hashlib.sha256()
         for key, _, places in self._index:
             where = [
@@ -104,8 +109,9 @@ class Shards:
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
 
-        With `at_most` only so many bytes of each file. A file that is too large is `Unread`. No file stays open, so any
-        process may read. Raises BadSample for one of too many files, and ValueError if the shard has become shorter.
+        With `at_most` only so many bytes of each file. A file that is too large is `Unread`. No
+        file stays open, so any process may read. Raises BadSample for one of too many files, and
+        ValueError if the shard has become shorter.
         """
         key, url, places = self._index[i]
         sample: dict[str, str | bytes] = {}
@@ -138,7 +144,8 @@ class Shards:
 def check_pictures(
     path: str, *, repeats: bool = True, caption_key: str = "caption", max_empty_share: float = 1.0
 ) -> None:
-    """Raise, as `Shards` does, where no shard and no picture is, and as `check_captions` for a folder of pictures.
+    """Raise, as `Shards` does, where no shard and no picture is, and as `check_captions` for a
+    folder of pictures.
 
     No shard and no picture is read for it, so that it is known before anything that takes long.
     """
@@ -160,7 +167,9 @@ def tell(path: str, said: list[str]) -> None:
 
 
 def check_captions(path: str, index: Index, key: str, most: float) -> str | None:
-    """Raise ValueError if more than this share of the samples have no caption; a sentence if some have none."""
+    """Raise ValueError if more than this share of the samples have no caption; a sentence if some
+    have none.
+    """
     bare = uncaptioned(index, CAPTIONS if key == "caption" else ("json",))
     if not bare:
         return None
@@ -169,8 +178,9 @@ def check_captions(path: str, index: Index, key: str, most: float) -> str | None
         return f"{what}, and count as pictures of the empty one"
     beside = " or ".join(f".{end}" for end in (CAPTIONS if key == "caption" else ("json",)))
     raise ValueError(
-        f"data.path={path}: {len(bare)} of {len(index)} pictures have no caption, {bare[0]} for one; "
-        f"give each a {beside} of its name, or metadata.jsonl, or take them so by data.max_empty_share=1"
+        f"data.path={path}: {len(bare)} of {len(index)} pictures have no caption, {bare[0]} for"
+        f" one; give each a {beside} of its name, or metadata.jsonl, or take them so by"
+        " data.max_empty_share=1"
     )
 
 
@@ -191,7 +201,9 @@ def check_images(path: str, index: Index) -> None:
 
 
 def folder_of_pictures(folder: str) -> Below | None:
-    """The files of a folder that is read as pictures: with some, and no shard at its top; or with neither at all."""
+    """The files of a folder that is read as pictures: with some, and no shard at its top; or with
+    neither at all.
+    """
     if not os.path.isdir(folder) or _shards_in(folder):
         return None
     found = below(folder)
@@ -212,13 +224,17 @@ def _shards_in(folder: str) -> list[str]:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The shards in a folder that a command of ours makes, by their numbers: files of other names are not its own."""
+    """The shards in a folder that a command of ours makes, by their numbers: files of other names
+    are not its own.
+    """
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(folder / name for name in names if MADE.fullmatch(name))
 
 
 def copied(path: str) -> bool:
-    """Whether this shard lies in a folder that a command of ours makes, under a name that it does not give: a copy."""
+    """Whether this shard lies in a folder that a command of ours makes, under a name that it does
+    not give: a copy.
+    """
     folder, name = os.path.split(path)
     return not MADE.fullmatch(name) and os.path.isfile(os.path.join(folder, BEGUN))
 
@@ -231,7 +247,9 @@ def _shards_below(folder: str) -> list[str]:
 
 
 def beside_shards(folder: str) -> list[str]:
-    """What lies in a folder of shards and is not read, a sentence each; nothing if it is no folder."""
+    """What lies in a folder of shards and is not read, a sentence each; nothing if it is no
+    folder.
+    """
     if not os.path.isdir(folder):
         return []
     files = below(folder).files
@@ -263,7 +281,9 @@ ADVICE = {
 
 
 def _about_keys(index: Index) -> list[str]:
-    """What WebDataset's way of naming makes of samples, where their owner may have meant something else."""
+    """What WebDataset's way of naming makes of samples, where their owner may have meant something
+    else.
+    """
     ends = formats.suffixes()
     dotted = [
         (key, end)
@@ -291,15 +311,16 @@ def expand(path: str) -> list[str]:
     """The shards that `path` names, sorted and without repeats.
 
     `path` is a folder of `*.tar`, at its top or else below it, one file, a brace pattern
-    (`shards-{000000..000003}.tar`), a glob, or both mixed. Raises ValueError for a malformed pattern or a URL,
-    FileNotFoundError when a named shard is missing or none matches.
+    (`shards-{000000..000003}.tar`), a glob, or both mixed. Raises ValueError for a malformed
+    pattern or a URL, FileNotFoundError when a named shard is missing or none matches.
     """
     path = os.path.expanduser(path)
     if os.altsep:  # Windows: braces and globs take a backslash for something else
         path = path.replace(os.sep, "/")
     if not path or path.startswith("pipe:") or "://" in path:
         raise ValueError(
-            f"data.path={path!r}: must be a folder of .tar shards, one .tar or a pattern, on a local disk"
+            f"data.path={path!r}: must be a folder of .tar shards, one .tar or a pattern, on a"
+            " local disk"
         )
     if os.path.isdir(path):
         if shards := _shards_below(path):
@@ -342,8 +363,9 @@ def _no_shards_in(path: str) -> FileNotFoundError:
 def index_tar(path: str) -> dict[str, Places]:
     """Where the files of each sample lie, by its key, from the headers alone.
 
-    Links, devices, folders and sparse files are passed over, as are hidden files and folders and names without
-    extension. Raises ValueError if the file is no plain tar, ends early, or holds the same file twice.
+    Links, devices, folders and sparse files are passed over, as are hidden files and folders and
+    names without extension. Raises ValueError if the file is no plain tar, ends early, or holds the
+    same file twice.
     """
     index: dict[str, Places] = {}
     with open(path, "rb") as file:

@@ -1,13 +1,15 @@
 """What a run reads: a data set, and the one order in which its batches come.
 
-The order is endless and a pure function of (seed, step, rank). Sample positions count through all steps: position
-p = step * global_batch + i lies in epoch p // N, and every epoch is a permutation of its own, seeded by (seed, epoch).
-To resume, nothing is needed but the step; nothing depends on the number of workers; and W processes with batch B read
-together what one process with batch W * B reads.
+The order is endless and a pure function of (seed, step, rank). Sample positions count through all
+steps: position p = step * global_batch + i lies in epoch p // N, and every epoch is a permutation
+of its own, seeded by (seed, epoch). To resume, nothing is needed but the step; nothing depends on
+the number of workers; and W processes with batch B read together what one process with batch W * B
+reads.
 
-With buckets all of this holds, and the global batch of a step is of one bucket: each bucket is such an order of its
-own, of which round e takes floor((e + 1) n / G) - floor(e n / G) global batches, n being its samples and G the global
-batch; the batches of a round come in an order seeded by (seed, round). So the share of a bucket is that of its samples.
+With buckets all of this holds, and the global batch of a step is of one bucket: each bucket is such
+an order of its own, of which round e takes floor((e + 1) n / G) - floor(e n / G) global batches, n
+being its samples and G the global batch; the batches of a round come in an order seeded by (seed,
+round). So the share of a bucket is that of its samples.
 """
 
 import bisect
@@ -37,10 +39,12 @@ from distill.machine.signals import in_loader
 
 @dataclass(frozen=True)
 class Order:
-    """For each step from `start` on, the `batch_size` indices below `length` that are this rank's part of the batch.
+    """For each step from `start` on, the `batch_size` indices below `length` that are this rank's
+    part of the batch.
 
-    It shares out the data among `world` ranks itself: no DistributedSampler may be put on top. Raises ValueError for
-    numbers out of their ranges: `length` and `batch_size` from 1, `start` from 0, `rank` in [0, world).
+    It shares out the data among `world` ranks itself: no DistributedSampler may be put on top.
+    Raises ValueError for numbers out of their ranges: `length` and `batch_size` from 1, `start`
+    from 0, `rank` in [0, world).
     """
 
     length: int
@@ -57,7 +61,8 @@ class Order:
             or not 0 <= self.rank < self.world
         ):
             raise ValueError(
-                f"{self}: length and batch_size must be 1 or more, start 0 or more, rank in [0, world)"
+                f"{self}: length and batch_size must be 1 or more, start 0 or more, rank in [0,"
+                " world)"
             )
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -69,7 +74,10 @@ class Order:
 
 @dataclass(frozen=True)
 class BucketOrder:
-    """As `Order`, for `groups`: bucket -> its indices, none empty. A step is of one bucket, the same on all ranks."""
+    """As `Order`, for `groups`: bucket -> its indices, none empty.
+
+    A step is of one bucket, the same on all ranks.
+    """
 
     groups: Mapping[int, Sequence[int]]
     seed: int
@@ -119,7 +127,9 @@ class Shuffled:
 
 
 def permutation(length: int, seed: int | str, epoch: int) -> Tensor:
-    """The order of one epoch, int64 [length]; hashed, so that epochs of neighbouring seeds have nothing in common."""
+    """The order of one epoch, int64 [length]; hashed, so that epochs of neighbouring seeds have
+    nothing in common.
+    """
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
     return torch.randperm(
         length, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -127,7 +137,9 @@ def permutation(length: int, seed: int | str, epoch: int) -> Tensor:
 
 
 class Loader(DataLoader):
-    """Endless batches; its workers hand over what they had to skip, which the data set counts in the main process."""
+    """Endless batches; its workers hand over what they had to skip, which the data set counts in
+    the main process.
+    """
 
     dataset: Samples
 
@@ -147,29 +159,36 @@ class Source:
     num_workers: int = 0
 
     def loader(self, *, seed: int, rank: int = 0, world: int = 1, start: int = 0) -> Loader:
-        """The endless stream of batches from batch number `start` on; tensors [B, ...], everything else in lists."""
+        """The endless stream of batches from batch number `start` on; tensors [B, ...], everything
+        else in lists.
+        """
         place, groups = (seed, self.batch_size, rank, world, start), self.dataset.groups
         return Loader(
             self.dataset,
-            batch_sampler=BucketOrder(groups, *place)
-            if groups
-            else Order(len(self.dataset), *place),
+            batch_sampler=(
+                BucketOrder(groups, *place) if groups else Order(len(self.dataset), *place)
+            ),
             collate_fn=collate,
             num_workers=self.workers,
             worker_init_fn=in_loader,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # A DataLoader draws its workers' seed from the global generator, which would disturb exact resume.
+            # A DataLoader draws its workers' seed from the global generator, which would disturb
+            # exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
 
     @property
     def workers(self) -> int:
-        """Processes that read: no more than there are cores, above which torch warns that they slow each other down."""
+        """Processes that read: no more than there are cores, above which torch warns that they slow
+        each other down.
+        """
         return min(self.num_workers, cores())
 
     def once(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Found]]:
-        """For each batch of indices what is found at each of them: a bad sample is not replaced, and not counted."""
+        """For each batch of indices what is found at each of them: a bad sample is not replaced,
+        and not counted.
+        """
         data = DataLoader(
             Once(self.dataset),
             batch_sampler=batches,
@@ -261,6 +280,8 @@ def drawn(
     limit: int | None = None,
     seeded: bool = False,
 ) -> Source:
-    """Pictures with captions that `reader` draws, as large as the teacher's own where no size is given."""
+    """Pictures with captions that `reader` draws, as large as the teacher's own where no size is
+    given.
+    """
     data = Drawn(reader, size=size, seeded=seeded, limit=limit)
     return Source(data, batch_size, num_workers)

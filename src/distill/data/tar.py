@@ -1,4 +1,6 @@
-"""The headers of a tar that anybody may have written: what they declare is doubted before memory is taken for it."""
+"""The headers of a tar that anybody may have written: what they declare is doubted before memory is
+taken for it.
+"""
 
 import re
 import tarfile
@@ -6,12 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 MOST_HEADER = 2**20  # ours: bytes of all headers before a member, names and attributes included
-# Ours: a longer run of digits is no number. Older versions of Python look for one in a way that takes the square of it.
+# Ours: a longer run of digits is no number. Older versions of Python look for one in a way that
+# takes the square of it.
 _DIGITS = re.compile(rb"\d{256}")
 
 
 class Headers:
-    """A file as `tarfile` reads headers: never more at once than a header may have, wherever it points."""
+    """A file as `tarfile` reads headers: never more at once than a header may have, wherever it
+    points.
+    """
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -56,14 +61,18 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         tar.members = []  # it keeps every one: gigabytes for a large set
         end = tar.offset
         yield member
-    # tarfile stops without a word at a damaged header or a cut between two members: ask for the end mark.
+    # tarfile stops without a word at a damaged header or a cut between two members: ask for the end
+    # mark.
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no header at byte {tar.offset}")
 
 
 def _guarded(read: Callable[[], Any], end: int) -> Any:
-    """What `read` gives; TarError for all that it raises. `end` is the byte up to which all was right."""
+    """What `read` gives; TarError for all that it raises.
+
+    `end` is the byte up to which all was right.
+    """
     try:
         return read()
     except tarfile.TarError:

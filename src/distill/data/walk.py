@@ -10,7 +10,8 @@ from distill.storage.formats import hidden
 class Below:
     """Paths from `root`, with "/" on all systems, sorted; hidden files and folders are left out.
 
-    `files` can be read; `broken` are links that lead nowhere; `again` are links to folders that are in here anyway.
+    `files` can be read; `broken` are links that lead nowhere; `again` are links to folders that are
+    in here anyway.
     """
 
     root: str

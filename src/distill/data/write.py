@@ -1,4 +1,6 @@
-"""Writing shards, to be read by `shards`: equal samples give equal bytes, and a shard appears only when complete."""
+"""Writing shards, to be read by `shards`: equal samples give equal bytes, and a shard appears only
+when complete.
+"""
 
 import io
 import itertools
@@ -30,10 +32,12 @@ KEY = re.compile(
 def write_latents(
     pattern: str, samples: Iterable[tuple[str, np.ndarray, str]], per_shard: int
 ) -> list[str]:
-    """Write (key, latents [C, h, w], caption) as `.latent.npy` (fp16) and `.txt`; returns the shards' paths.
+    """Write (key, latents [C, h, w], caption) as `.latent.npy` (fp16) and `.txt`; returns the
+    shards' paths.
 
-    `pattern` is like `out/shards-%06d.tar`. Raises ValueError for a bad pattern or key, no samples, or latents that
-    are not 3-D or not finite in fp16; the shard under way is then removed, complete ones stay.
+    `pattern` is like `out/shards-%06d.tar`. Raises ValueError for a bad pattern or key, no samples,
+    or latents that are not 3-D or not finite in fp16; the shard under way is then removed, complete
+    ones stay.
     """
     files = (
         (key, {"latent.npy": _npy(key, x), "txt": caption.encode()}) for key, x, caption in samples
@@ -44,7 +48,8 @@ def write_latents(
 def write_images(
     pattern: str, samples: Iterable[tuple[str, np.ndarray, str, dict]], per_shard: int
 ) -> list[str]:
-    """Write (key, uint8 [H, W, 3], caption, record) as `.png`, `.txt` and `.json`; returns the shards' paths.
+    """Write (key, uint8 [H, W, 3], caption, record) as `.png`, `.txt` and `.json`; returns the
+    shards' paths.
 
     Raises ValueError as `write_latents` does, and for arrays that are not uint8 RGB.
     """
@@ -65,7 +70,8 @@ def write_images(
 def cached(
     key: str, latent: np.ndarray, caption: str, embedded: Mapping[str, np.ndarray]
 ) -> tuple[str, dict]:
-    """A sample of cached latents [C, h, w] and of what the caption is embedded in, as `write_shard` takes it, in fp16.
+    """A sample of cached latents [C, h, w] and of what the caption is embedded in, as `write_shard`
+    takes it, in fp16.
 
     Raises ValueError for what is not finite in fp16.
     """
@@ -120,7 +126,8 @@ def _npy(key: str, x: np.ndarray, ndim: int | None = 3) -> bytes:
 def _png(key: str, pixels: np.ndarray) -> bytes:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
-            f"The image of {key!r} must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}."
+            f"The image of {key!r} must be uint8 [H, W, 3], got {pixels.dtype}"
+            f" {list(pixels.shape)}."
         )
     Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
@@ -143,7 +150,8 @@ def _write(
         raise ValueError(f"There is no sample to write to {pattern!r}.")
     if os.path.exists(stale := pattern % len(written)):
         log.warning(
-            "%s is left from an earlier run and will be read along: remove it if you do not want that",
+            "%s is left from an earlier run and will be read along: remove it if you do not want"
+            " that",
             stale,
         )
     return written

@@ -1,7 +1,10 @@
 """Convolutional discriminator heads, one per tap, projected on noise level and pooled text.
 
-h = block_1x1(norm(map));  h = (block_kxk(h) + h) / sqrt 2;  out = conv(h)            after StyleGAN-T, in 2-D
-logit at each place = <out, c> / sqrt P,   c = linear([embedding of t, pooled text])  projection discriminator
+after StyleGAN-T, in 2-D:   h = block_1x1(norm(map))
+                            h = (block_kxk(h) + h) / sqrt 2
+                            out = conv(h)
+projection discriminator:   logit at each place = <out, c> / sqrt P
+                            c = linear([embedding of t, pooled text])
 """
 
 import math
@@ -116,12 +119,16 @@ class ConvHeads(AllHeads):
 
 
 def _waves(t: Tensor) -> Tensor:
-    """t [B] in [0, 1] -> sines and cosines [B, 64] with periods from 2 down to 1/64, a scale a half-octave."""
+    """t [B] in [0, 1] -> sines and cosines [B, 64] with periods from 2 down to 1/64, a scale a
+    half-octave.
+    """
     rates = 2.0 ** torch.linspace(0, 6, TIME_FEATURES // 2, device=t.device) * math.pi
     angles = t.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    """Statistics per sample, so that logits of one sample do not depend on its neighbours in the batch."""
+    """Statistics per sample, so that logits of one sample do not depend on its neighbours in the
+    batch.
+    """
     return nn.GroupNorm(math.gcd(8, width), width)

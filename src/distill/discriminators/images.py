@@ -1,6 +1,7 @@
 """ADD's eyes: a frozen image network that looks at pixels, tapped at five depths.
 
-map_k = (patch tokens + class token) after the patch embedding and after blocks 2, 5, 8, 11 of 12 (StyleGAN-T's readout)
+map_k = (patch tokens + class token) after the patch embedding and after blocks 2, 5, 8, 11 of 12
+(StyleGAN-T's readout)
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ class ImageFeatures(nn.Module):
     Args:
         path: folder or hub id of a transformers model.
         size: side in pixels at which the network looks; 518 is DINOv2's own, 224 costs a fifth.
-        taps: blocks after which to tap, counted from 0; -1 is the patch embedding. None: as above, scaled to the depth.
+        taps: blocks after which to tap, counted from 0; -1 is the patch embedding. None: as above,
+            scaled to the depth.
         mean, std: of the pixels in [0, 1], subtracted and divided by.
-        crop: probability, per batch, of looking at a random square of side `size` of a larger picture.
+        crop: probability, per batch, of looking at a random square of side `size` of a larger
+            picture.
         augment: StyleGAN-T's colour, translation and cutout on every picture.
     """
 
@@ -93,7 +96,9 @@ class ImageFeatures(nn.Module):
     def __call__(
         self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
     ) -> list[Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked at."""
+        """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked
+        at.
+        """
         hidden = self._run(self.prepare(x, generator), output_hidden_states=True).hidden_states
         tokens = [hidden[k + 1] for k in self.taps]  # entry 0 is the embedding
         return [(h[:, 1:] + h[:, :1]).transpose(1, 2) for h in tokens]
@@ -130,7 +135,9 @@ class ImageFeatures(nn.Module):
 
 
 def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """DiffAugment's colour, translation (1/8) and cutout (1/5) on pixels [B, 3, H, W] in [-1, 1]; differentiable."""
+    """DiffAugment's colour, translation (1/8) and cutout (1/5) on pixels [B, 3, H, W] in [-1, 1];
+    differentiable.
+    """
     n, _, height, width = x.shape
     draw = (
         torch.rand(7, n, generator=generator, device=generator.device)

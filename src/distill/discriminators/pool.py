@@ -1,12 +1,15 @@
-"""NitroFusion's dynamic pool: many small heads, each for one map and one noise level, few of them used at a time.
+"""NitroFusion's dynamic pool: many small heads, each for one map and one noise level, few of them
+used at a time.
 
-    each iteration:  one head per map and level is drawn from the pool, judges, and is the only one to learn
+    each iteration:  one head per map and level is drawn from the pool and alone learns
     each step:       every head is replaced by a fresh one with probability `refresh`
 
-    head:  norm(map) -> [conv 4x4, stride 2 -> group norm -> SiLU] x layers -> one number at each place
+    head:  norm(map) -> [conv 4x4, stride 2 -> group norm -> SiLU] x layers
+           -> one number at each place
 
-A head is one flat parameter, so that what is not drawn has no gradient, which leaves its weights and its optimiser's
-state alone. Drawn heads of maps of one shape are stacked and evaluated together, as groups of one convolution.
+A head is one flat parameter, so that what is not drawn has no gradient, which leaves its weights
+and its optimiser's state alone. Drawn heads of maps of one shape are stacked and evaluated
+together, as groups of one convolution.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from torch import Generator, Tensor, nn
 
 from distill.core.types import Cond, Logits
 
-# In a group: the last maps may have one place, and over two numbers a norm says hardly more than a sign.
+# In a group: the last maps may have one place, and over two numbers a norm says hardly more than a
+# sign.
 NORM_CHANNELS = 16
 
 
@@ -30,8 +34,10 @@ class Pool(nn.Module):
     """
     Args:
         channels: width of each map.
-        pooled: taken and not used: these heads are told nothing, but see maps of a network that was.
-        size: heads in all, dealt out evenly to the maps and levels. At least one each, so 1 is a pool without choice.
+        pooled: taken and not used: these heads are told nothing, but see maps of a network that
+            was.
+        size: heads in all, dealt out evenly to the maps and levels. At least one each, so 1 is a
+            pool without choice.
         levels: t* of the partitions; a sample goes to the nearest.
         refresh: share of the heads that is replaced after each step.
         single: heads of maps whose name begins with one of these say one number for all places.
@@ -86,7 +92,9 @@ class Pool(nn.Module):
 
     @torch.no_grad()
     def refresh(self, generator: Generator) -> list[nn.Parameter]:
-        """Replace heads by fresh ones, each with probability `refresh`; returns their parameters."""
+        """Replace heads by fresh ones, each with probability `refresh`; returns their
+        parameters.
+        """
         luck = torch.rand(len(self.heads), generator=generator, device=generator.device)
         gone = (luck < self.refresh_rate).nonzero().flatten().tolist()
         for i in gone:
@@ -94,7 +102,9 @@ class Pool(nn.Module):
         return [self.heads[i] for i in gone]
 
     def judge(self, heads: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
-        """A head for each map [B, C_k, h_k, w_k] -> logits [B, places] of each; maps of one shape go together."""
+        """A head for each map [B, C_k, h_k, w_k] -> logits [B, places] of each; maps of one shape
+        go together.
+        """
         names = list(self.channels)
         logits: dict[int, Tensor] = {}
 
@@ -114,7 +124,9 @@ class Pool(nn.Module):
         return [logits[k] for k in range(len(maps))]
 
     def _evaluate(self, stacked: Tensor, x: Tensor) -> Tensor:
-        """Parameters [G, P] of heads of one shape, a map for each x [B, G, C, h, w] -> logits [B, G, h', w']."""
+        """Parameters [G, P] of heads of one shape, a map for each x [B, G, C, h, w] -> logits [B,
+        G, h', w'].
+        """
         batch, count, channels = x.shape[:3]
         x = x.flatten(1, 2)
         x = F.group_norm(x, count) if self.norm_input else x
@@ -137,7 +149,9 @@ class Pool(nn.Module):
         return x.view(batch, count, *x.shape[-2:])
 
     def _shapes(self, channels: int) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Of a head's parameters, in the order in which they lie in the flat one, and how each begins."""
+        """Of a head's parameters, in the order in which they lie in the flat one, and how each
+        begins.
+        """
         for layer in range(self.layers):
             yield (self.width, self.width if layer else channels, 4, 4), "weight"
             yield (self.width,), "one"
@@ -161,7 +175,9 @@ class Pool(nn.Module):
 
 
 class Drawn:
-    """A head per map and level, as drawn for one iteration: maps -> logits [B, K], K = sum of places over maps."""
+    """A head per map and level, as drawn for one iteration: maps -> logits [B, K], K = sum of
+    places over maps.
+    """
 
     def __init__(self, pool: Pool, chosen: Mapping[tuple[int, str], int]):
         self.pool, self.chosen = pool, chosen

@@ -1,6 +1,8 @@
-"""What ADD's heads are told of a sample: an embedding of its caption, and one of the real image the student began from.
+"""What ADD's heads are told of a sample: an embedding of its caption, and one of the real image the
+student began from.
 
-c_text = text encoder(caption), of length 1 as in StyleGAN-T;  c_img = class token of the real image, zero where the
+c_text = text encoder(caption), of length 1 as in StyleGAN-T
+c_img = class token of the real image, zero where the
 student saw noise alone: it cannot be held to an image of which it was shown nothing.
 """
 
@@ -52,8 +54,10 @@ class Projection(nn.Module):
 
     Args:
         teacher, features: those of the run.
-        text: "teacher" takes the teacher's pooled embedding, another network embeds captions; None tells nothing.
-        image: "features" takes the class token of the features' own network, or another network; None tells nothing.
+        text: "teacher" takes the teacher's pooled embedding, another network embeds captions; None
+            tells nothing.
+        image: "features" takes the class token of the features' own network, or another network;
+            None tells nothing.
         normalize_text: divide c_text by its length.
     """
 
@@ -77,13 +81,16 @@ class Projection(nn.Module):
         pooled = teacher.embed([""]).pooled if text == "teacher" else None
         if text == "teacher" and pooled is None:
             raise ValueError(
-                "discriminator.condition.text=teacher: this teacher's encoder pools nothing; use null"
+                "discriminator.condition.text=teacher: this teacher's encoder pools nothing; use"
+                " null"
             )
         self.pooled_width = pooled.shape[1] if pooled is not None else getattr(text, "width", 0)
         self.image_width = getattr(self.image, "width", 0)
 
     def forward(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
-        """Real images [B, 3, H, W]; where the student saw noise alone, bool [B] -> pooled c_text, extra c_img."""
+        """Real images [B, 3, H, W]; where the student saw noise alone, bool [B] -> pooled c_text,
+        extra c_img.
+        """
         pooled = (
             batch.cond.pooled if self.text == "teacher" else self.text and self.text(batch.captions)
         )

@@ -1,10 +1,13 @@
-"""StyleGAN-T's discriminator heads (Sauer et al. 2023), as ADD uses them: one per tap of an image network.
+"""StyleGAN-T's discriminator heads (Sauer et al. 2023), as ADD uses them: one per tap of an image
+network.
 
-    h = block_1(tokens);  h = (block_9(h) + h) / sqrt 2;  out = conv_1(h)      block_k: conv, local norm, leaky ReLU
-    logit of each token = <out, c> / sqrt 64,   c = linear([text, image])      projection; without c, out is the logit
+    h = block_1(tokens);  h = (block_9(h) + h) / sqrt 2;  out = conv_1(h)
+    block_k: convolution, local norm, leaky ReLU
+    logit of each token = <out, c> / sqrt 64,   c = linear([text, image])
+    projection; without c, out is the logit
 
-Convolutions run along the tokens, circular, with spectral norm. Heads compute in float32 whatever autocast says: R1
-squares small gradients.
+Convolutions run along the tokens, circular, with spectral norm. Heads compute in float32 whatever
+autocast says: R1 squares small gradients.
 """
 
 import math
@@ -23,10 +26,12 @@ PROJECTION = 64
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of at most LOCAL_BATCH samples, in training as in evaluation: no running statistics.
+    """Batch norm over groups of at most LOCAL_BATCH samples, in training as in evaluation: no
+    running statistics.
 
-    x [B, C, N] -> [B, C, N]; mean and biased variance over the members and tokens of a group, per channel. Raises
-    ValueError unless B divides into ceil(B / LOCAL_BATCH) equal groups. Logits so depend on the neighbours in a batch.
+    x [B, C, N] -> [B, C, N]; mean and biased variance over the members and tokens of a group, per
+    channel. Raises ValueError unless B divides into ceil(B / LOCAL_BATCH) equal groups. Logits so
+    depend on the neighbours in a batch.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):
@@ -50,7 +55,9 @@ class LocalBatchNorm(nn.Module):
 
 
 class EqualisedLinear(nn.Linear):
-    """Weights drawn from N(0, 1) and scaled by 1 / sqrt(inputs) when used, so that all learn at one rate."""
+    """Weights drawn from N(0, 1) and scaled by 1 / sqrt(inputs) when used, so that all learn at one
+    rate.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)

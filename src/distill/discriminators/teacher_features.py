@@ -1,10 +1,11 @@
 """The frozen teacher itself as a discriminator's eyes, looking at a re-noised latent.
 
-LADD looks at the whole, after every block. NitroFusion looks at it with the half of the network that reads, for three
-tasks: `global`, the whole under its caption; `local`, a square patch under the caption, whether parts are drawn well;
-`local_null`, the same patch under the empty caption, lest each part try to be the whole. The paper gives neither the
-size of a patch nor how it is cut. Here it goes through the teacher as a small latent: these networks take any size, and
-one that is conditioned on sizes (SDXL) is given the patch's place in the whole.
+LADD looks at the whole, after every block. NitroFusion looks at it with the half of the network
+that reads, for three tasks: `global`, the whole under its caption; `local`, a square patch under
+the caption, whether parts are drawn well; `local_null`, the same patch under the empty caption,
+lest each part try to be the whole. The paper gives neither the size of a patch nor how it is cut.
+Here it goes through the teacher as a small latent: these networks take any size, and one that is
+conditioned on sizes (SDXL) is given the patch's place in the whole.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,11 @@ class TeacherFeatures:
 
     Args:
         teacher: any teacher of ours.
-        taps: `blocks`, after each of them; `encoder`, the half that reads; or names as the teacher gives them
-            (`block0`, ... for an MMDiT; `down0`, ..., `mid`, `up0`, ... for a UNet). It stops after the last tap.
-        tasks: some of global, local and local_null: maps are then named `<task>.<tap>`. None: the whole, named `<tap>`.
+        taps: `blocks`, after each of them; `encoder`, the half that reads; or names as the teacher
+            gives them (`block0`, ... for an MMDiT; `down0`, ..., `mid`, `up0`, ... for a UNet). It
+            stops after the last tap.
+        tasks: some of global, local and local_null: maps are then named `<task>.<tap>`. None: the
+            whole, named `<tap>`.
         patch: side of a patch, as a share of the latents'.
     """
 
@@ -68,7 +71,9 @@ class TeacherFeatures:
     def __call__(
         self, x: Tensor, t: Tensor, cond: Cond, generator: Generator | None = None
     ) -> list[Tensor]:
-        """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k]; `generator` places the patch."""
+        """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k]; `generator` places the
+        patch.
+        """
         maps = self._teacher.features(x, t, cond, self.taps) if WHOLE in self.tasks else []
         conds = [
             cond.unconditional() if task == UNTOLD else cond for task in self.tasks if task != WHOLE
@@ -83,7 +88,9 @@ class TeacherFeatures:
         return maps
 
     def _cut(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, list[int]]:
-        """A patch [B, C, h, w] of whole tokens, at one place for the batch, and its row and column."""
+        """A patch [B, C, h, w] of whole tokens, at one place for the batch, and its row and
+        column.
+        """
         corner = []
         cell = self._teacher.patch
         luck = torch.rand(

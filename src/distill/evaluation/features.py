@@ -1,4 +1,6 @@
-"""Pictures as files, the captions they are of, and their features, which are kept: what is read once is not again."""
+"""Pictures as files, the captions they are of, and their features, which are kept: what is read
+once is not again.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,13 @@ def features(
     batch_size: int = 16,
     workers: int = 0,
 ) -> Tensor:
-    """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of the folder `cache`,
-    named after the network, its weights, and the names, sizes and times of the pictures."""
-    key = f"{network} upright {square} {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
+    """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of
+    the folder `cache`, named after the network, its weights, and the names, sizes and times of the
+    pictures."""
+    key = (
+        f"{network} upright {square}"
+        f" {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
+    )
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
         workers = min(workers, cores())
@@ -70,7 +76,9 @@ def features(
 
 def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
     pictures = [opened(path) for path in paths]
-    if square:  # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427 do
+    # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427
+    # do
+    if square:
         pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
     return handed_over(torch.stack([network.prepare(picture) for picture in pictures]))
 
@@ -78,7 +86,8 @@ def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
 def opened(path: Path, key: str = "") -> Image.Image:
     """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
     try:
-        # Only formats that are trained on: what is called .png may be EPS, which starts another program.
+        # Only formats that are trained on: what is called .png may be EPS, which starts another
+        # program.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
             with formats.opened(path, path.suffix.lower()) as picture:

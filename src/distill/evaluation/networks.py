@@ -1,11 +1,12 @@
 """Frozen networks that describe pictures, each shown them as the code of its metric does.
 
-    Inception   2,048 pooled features of FID's own Inception     FID, KID
-    Dinov2      class token                                      FD-DINOv2 (Stein et al. 2023), precision and recall
-    OpenClip    embeddings of pictures and texts, length 1       CLIP score, HPSv2
-    Clip        the same of a transformers model                 CMMD (Jayasumana et al. 2024), PickScore
+    Inception  2,048 pooled features of FID's own Inception  FID, KID
+    Dinov2     class token                                   FD-DINOv2 (Stein 2023), manifolds
+    OpenClip   embeddings of pictures and texts, length 1    CLIP score, HPSv2
+    Clip       the same of a transformers model              CMMD (Jayasumana 2024), PickScore
 
-"Clean" is resized as floats by an antialiased bicubic filter, the shape given up (clean-fid, Parmar et al. 2022).
+"Clean" is resized as floats by an antialiased bicubic filter, the shape given up (clean-fid, Parmar
+et al. 2022).
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Describer(ABC):
         self.name, self.shown = name, shown  # in words
 
     def load(self) -> None:
-        """Read the weights once, fetching them if need be. Raises ValueError that says what stood in the way."""
+        """Read the weights once, fetching them if need be.
+
+        Raises ValueError that says what stood in the way.
+        """
         if hasattr(self, "model"):
             return
         try:
@@ -71,7 +75,10 @@ class Describer(ABC):
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):
                 advice = "pip install 'distill[eval]'"
-            what = f"metrics.networks: the weights of {self.name} cannot be read ({first_line(error)}); {advice}"
+            what = (
+                f"metrics.networks: the weights of {self.name} cannot be read"
+                f" ({first_line(error)}); {advice}"
+            )
             raise ValueError(f"{what}, or leave out of metrics.measures what needs them") from None
 
     def __str__(self) -> str:
@@ -83,7 +90,10 @@ class Describer(ABC):
             place = str(getattr(self, key, None)).removeprefix("local-dir:")
             if Path(place).exists():
                 name = name.replace(place, Path(place).name)
-        return f"{name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)}, {self.shown}"
+        return (
+            f"{name}{f'@{revision[:12]}' if revision else ''}, weights {fingerprint(self.model)},"
+            f" {self.shown}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # workers prepare pictures only
@@ -162,7 +172,9 @@ class Dinov2(Describer):
 
 
 class TwoTowers(Describer):
-    """Pictures and texts as vectors of length 1, of which `scale` times the scalar product is the model's own score."""
+    """Pictures and texts as vectors of length 1, of which `scale` times the scalar product is the
+    model's own score.
+    """
 
     _known: tuple[Sequence[str], Tensor] | None = None
 
@@ -175,7 +187,9 @@ class TwoTowers(Describer):
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str], device: torch.device, batch: int = 64) -> Tensor:
-        """Captions, cut to what it reads -> [N, D], on the CPU; the same ones are known the second time."""
+        """Captions, cut to what it reads -> [N, D], on the CPU; the same ones are known the second
+        time.
+        """
         if self._known is None or self._known[0] != captions:
             self.model.to(device)
             parts = [
@@ -188,7 +202,9 @@ class TwoTowers(Describer):
 
 
 class OpenClip(TwoTowers):
-    """A model by its open_clip name, or local-dir:<folder>; `pretrained` is a tag or a file of weights."""
+    """A model by its open_clip name, or local-dir:<folder>; `pretrained` is a tag or a file of
+    weights.
+    """
 
     def __init__(self, path: str = "ViT-g-14", *, pretrained: str | None = "laion2b_s12b_b42k"):
         self.path, self.pretrained = (

@@ -1,9 +1,12 @@
-"""A model judged on prompts of COCO or of a file, against real pictures or without; likewise a folder of pictures.
+"""A model judged on prompts of COCO or of a file, against real pictures or without; likewise a
+folder of pictures.
 
-<folder>/evaluation/<who>-<steps>-<hash>/000000.png   picture i, of seed + i; kept, so that a killed command goes on
+<folder>/evaluation/<who>-<steps>-<hash>/000000.png
+    picture i, of seed + i; kept, so that a killed command goes on
 
-The hash is of the weights and of all that makes a picture. A batch has the same pictures whoever makes it, and all are
-scored at once from the files: the number of processes changes no score, but for rounding if that of threads changes.
+The hash is of the weights and of all that makes a picture. A batch has the same pictures whoever
+makes it, and all are scored at once from the files: the number of processes changes no score, but
+for rounding if that of threads changes.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class Prompted:
         guidance: the teacher's; the student has none.
         precision: of the denoisers' passes.
         size: pixels a side, or [width, height]; None: what the teacher was trained for.
-        batch_size: pictures drawn at a time; None: 16, and fewer of large ones or where memory is short.
+        batch_size: pictures drawn at a time; None: 16, and fewer of large ones or where memory is
+            short.
         square: of a picture that is none, generated or real, the largest centred square counts.
     """
 
@@ -112,11 +116,16 @@ class Prompted:
         self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
 
     def check(self, kind: str, path: str = "") -> None:
-        """Raise ValueError if all distances look as the discriminator does, by its features' class and path."""
+        """Raise ValueError if all distances look as the discriminator does, by its features' class
+        and path.
+        """
         distances, eyes = self._needing("reference"), Clip if "clip" in path.lower() else Dinov2
         if "ImageFeatures" in kind and {type(self._network(name)) for name in distances} == {eyes}:
             name, other = ("DINO", "cmmd") if eyes is Dinov2 else ("CLIP", "fd_dinov2")
-            what = f"{', '.join(distances)} look with {name}, as this run's discriminator does, which flatters it"
+            what = (
+                f"{', '.join(distances)} look with {name}, as this run's discriminator does, which"
+                " flatters it"
+            )
             raise ValueError(
                 f"metrics.measures: {what}; add a distance on other features, fid or {other}"
             )
@@ -134,7 +143,9 @@ class Prompted:
         folder: Path,
         sampler: FewSteps | None = None,
     ) -> list[dict[str, Any]]:
-        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
+        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns
+        the rows.
+        """
         self.load()
         rows, strips, device, sampler = [], [], teacher.device, sampler or Consistency()
         for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
@@ -157,7 +168,9 @@ class Prompted:
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
-        """Judge pictures that are there already, and write `evaluation.json` and a strip of them into `out`."""
+        """Judge pictures that are there already, and write `evaluation.json` and a strip of them
+        into `out`.
+        """
         self.load()
         paths = in_folder(folder)
         captions = self._told(paths) if self._needing("captions") else []
@@ -172,28 +185,38 @@ class Prompted:
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:
-        """The captions of files, from .txt beside them, or by their names: numbers of captions, or COCO's own."""
+        """The captions of files, from .txt beside them, or by their names: numbers of captions, or
+        COCO's own.
+        """
         if all(path.with_suffix(".txt").is_file() for path in paths):
             files = [path.with_suffix(".txt") for path in paths]
             texts = [text_of(file, MOST_CAPTION, "utf-8-sig") for file in files]
             return [text.strip() for text in texts]
         if all(path.stem in self.named for path in paths):
             return [self.named[path.stem] for path in paths]
-        what = "a .txt beside every picture, or as names the numbers of their captions, 000000.png and so on"
+        what = (
+            "a .txt beside every picture, or as names the numbers of their captions, 000000.png and"
+            " so on"
+        )
         raise ValueError(f"run={paths[0].parent}: {self._needing('captions')[0]} needs {what}")
 
     def load(self) -> None:
-        """Read what is needed of the networks: before hours of drawing, should one be out of reach."""
+        """Read what is needed of the networks: before hours of drawing, should one be out of
+        reach.
+        """
         for network in {
             self.scores[name].network: self._network(name) for name in self.measures
         }.values():
             network.load()
 
     def draw(
-        self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path, sampler: FewSteps | None = None,
+        self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path,
+        sampler: FewSteps | None = None,
         *, rank: int = 0, world: int = 1,
     ) -> list[Row]:  # fmt: skip
-        """Make every picture that is not there, or every world-th batch of them; returns all rows."""
+        """Make every picture that is not there, or every world-th batch of them; returns all
+        rows.
+        """
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
         many = self.batch_size or _many(teacher, student, shape)
         for who, n, make in lineup(self, student, teacher, sampler, shape):
@@ -248,7 +271,9 @@ class Prompted:
     def _scored(
         self, paths: list[Path], cache: Path, captions: list[str], device: torch.device
     ) -> dict[str, float]:
-        """The scores of the first pictures, one a caption if there are any; those behind them are for variety."""
+        """The scores of the first pictures, one a caption if there are any; those behind them are
+        for variety.
+        """
         found: dict[str, float] = {}
         how = {
             "device": device,
@@ -290,7 +315,9 @@ class Prompted:
 
 
 def _many(teacher: PipelineTeacher, student: Any, shape: Sequence[int]) -> int:
-    """Pictures drawn at a time where nobody says: the same whenever a command is given again on a machine."""
+    """Pictures drawn at a time where nobody says: the same whenever a command is given again on a
+    machine.
+    """
     models = [teacher, *([student] if isinstance(student, nn.Module) else [])]
     return drawn_at_once(*teacher.sides_of(shape), most=MANY, room=room_beside(*models))
 

@@ -1,4 +1,7 @@
-"""What is judged and by what: pictures in a folder, captions of COCO or of a file. Nothing here imports torch."""
+"""What is judged and by what: pictures in a folder, captions of COCO or of a file.
+
+Nothing here imports torch.
+"""
 
 import re
 from collections.abc import Collection, Sequence
@@ -25,7 +28,9 @@ def in_folder(folder: Path) -> list[Path]:
 
 
 def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
-    """Captions and pictures of COCO2017 val: of each of the first `count` pictures by id, its first caption by id."""
+    """Captions and pictures of COCO2017 val: of each of the first `count` pictures by id, its first
+    caption by id.
+    """
     name, advice = (
         "annotations/captions_val2017.json",
         "give the folder that holds annotations/ and val2017/",
@@ -44,7 +49,8 @@ def coco(folder: str, count: int | None) -> tuple[list[str], list[Path]]:
         ) from None
     if len(chosen) < (count or 1):
         raise ValueError(
-            f"metrics.path={folder}: has captions of {len(chosen)} pictures, metrics.prompts={count}"
+            f"metrics.path={folder}: has captions of {len(chosen)} pictures,"
+            f" metrics.prompts={count}"
         )
     paths = [Path(folder) / "val2017" / names[i] for i in chosen]
     if missing := [f"val2017/{path.name}" for path in paths if not path.is_file()]:
@@ -60,7 +66,9 @@ def check_measures(measures: Sequence[str], scores: Collection[str]) -> None:
 
 
 def check_reference(folder: str | None) -> None:
-    """Raise ValueError for a folder without pictures; None means those that come with the captions, if any."""
+    """Raise ValueError for a folder without pictures; None means those that come with the captions,
+    if any.
+    """
     if folder is not None and not in_folder(Path(folder)):
         raise ValueError(f"metrics.reference={folder}: holds no pictures")
 

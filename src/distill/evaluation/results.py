@@ -1,8 +1,9 @@
-"""`evaluation.json`: what one model is worth, by one protocol or by several, none of which replaces another.
+"""`evaluation.json`: what one model is worth, by one protocol or by several, none of which replaces
+another.
 
     {protocol, rows, picture}            a run's own verdict; of what is no run the newest one
     beside: [{protocol, rows, picture}]  those by other protocols
-    model, own, newest                   a mark of what was judged; whether a run judged itself; the last one's key
+    model, own, newest                   what was judged; by its own run or not; the last key
 
 `picture` is the file in samples/ that has a strip for every row. Nothing here imports torch.
 """
@@ -64,10 +65,11 @@ def key_of(protocol: Mapping[str, Any]) -> str:
 def added(
     before: Mapping[str, Any], new: Verdict, model: str | None
 ) -> tuple[dict[str, Any], Verdict]:
-    """The file with a new verdict {protocol, rows} in it, and that verdict as it stands there, with its picture.
+    """The file with a new verdict {protocol, rows} in it, and that verdict as it stands there, with
+    its picture.
 
-    Verdicts on another model go. One by the same protocol takes the new rows. Of another it stands beside a run's own,
-    and before those that nobody called so.
+    Verdicts on another model go. One by the same protocol takes the new rows. Of another it stands
+    beside a run's own, and before those that nobody called so.
     """
     known = before.get("model")
     stale = known is not None and model is not None and known != model
@@ -87,7 +89,9 @@ def added(
 
 
 def _merged(old: Verdict, new: Verdict) -> Verdict:
-    """The rows of both in the order of the old ones, a new one for an old one of the same sampler and steps."""
+    """The rows of both in the order of the old ones, a new one for an old one of the same sampler
+    and steps.
+    """
     rows = {(row["who"], row["steps"]): row for row in old["rows"]}
     for row in new["rows"]:
         name = (row["who"], row["steps"])

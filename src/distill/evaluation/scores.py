@@ -15,9 +15,11 @@ from distill.core import distances
 
 @dataclass(frozen=True, kw_only=True)
 class Score(ABC):
-    """`network` is a key of metrics.networks; `needs` says what a score is given `beside` the pictures.
+    """`network` is a key of metrics.networks; `needs` says what a score is given `beside` the
+    pictures.
 
-    reference: features of real pictures [M, D]; captions: theirs [N, D]; varied: of pictures of one caption [G, n, D].
+    reference: features of real pictures [M, D]; captions: theirs [N, D]; varied: of pictures of one
+    caption [G, n, D].
     """
 
     network: str
@@ -25,14 +27,18 @@ class Score(ABC):
 
     @abstractmethod
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float | dict[str, float]:
-        """A number, or several by name; `scale` is what the network itself multiplies similarities with."""
+        """A number, or several by name; `scale` is what the network itself multiplies similarities
+        with.
+        """
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key != "network")
 
 
 class Frechet(Score):
-    """Squared Frechet distance; unlike torchmetrics', which its test compares, also of fewer pictures than features."""
+    """Squared Frechet distance; unlike torchmetrics', which its test compares, also of fewer
+    pictures than features.
+    """
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
         return distances.frechet(pictures, beside)
@@ -40,7 +46,10 @@ class Frechet(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class Kid(Score):
-    """Unbiased squared MMD under (x y / D + 1)^3, mean and deviation over subsets (Binkowski et al. 2018)."""
+    """Unbiased squared MMD under (x y / D + 1)^3, mean and deviation over subsets (Binkowski et al.
+
+    2018).
+    """
 
     subsets: int = 100
     size: int = 1000
@@ -93,7 +102,9 @@ class Manifolds(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Score):
-    """Mean cosine between picture and caption; with `scaled` times what the network has learnt, as PickScore has it."""
+    """Mean cosine between picture and caption; with `scaled` times what the network has learnt, as
+    PickScore has it.
+    """
 
     scaled: bool = False
     needs = "captions"

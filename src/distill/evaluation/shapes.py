@@ -1,4 +1,6 @@
-"""A run judged on `shapes`: student and teacher at several step counts, on the same prompts and seeds."""
+"""A run judged on `shapes`: student and teacher at several step counts, on the same prompts and
+seeds.
+"""
 
 import json
 import time
@@ -40,7 +42,10 @@ ALWAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The protocol. `guidance` is the teacher's; the student has none. `precision` is that of the denoisers' passes."""
+    """The protocol. `guidance` is the teacher's; the student has none.
+
+    `precision` is that of the denoisers' passes.
+    """
 
     prompts: int = 400
     student_steps: Sequence[int] = (1, 2, 4)
@@ -50,9 +55,14 @@ class Shapes:
     precision: str = "auto"
 
     def fits(self, teacher: PipelineTeacher) -> None:
-        """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader cannot read."""
+        """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader
+        cannot read.
+        """
         if (side := teacher.latent_shape[-1] * teacher.unit // teacher.patch) != SIDE:
-            what = f"the judge of shapes reads pictures of {SIDE} pixels a side, and this teacher's have {side}"
+            what = (
+                f"the judge of shapes reads pictures of {SIDE} pixels a side, and this teacher's"
+                f" have {side}"
+            )
             raise ValueError(
                 f"metrics: {what}; use metrics=coco5k or prompts, or ~metrics to train"
             )
@@ -64,7 +74,9 @@ class Shapes:
         folder: Path,
         sampler: FewSteps | None = None,
     ) -> list[dict[str, Any]]:
-        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns the rows."""
+        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns
+        the rows.
+        """
         self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
         for who, n, make in lineup(self, student, teacher, sampler, teacher.latent_shape):
@@ -108,7 +120,9 @@ def lineup(
     sampler: FewSteps | None,
     shape: Sequence[int],
 ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
-    """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and generators."""
+    """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and
+    generators.
+    """
     how = {"shape": shape, "precision": drawing_precision(protocol, teacher)}
     for n in protocol.teacher_steps:
         make = partial(guided, teacher, guidance=protocol.guidance, steps=n)
@@ -125,7 +139,9 @@ def drawing_precision(protocol: Any, teacher: PipelineTeacher) -> str:
 
 
 def judged(folder: Path, model: Any) -> str | None:
-    """A mark of what is judged: the student that lies in the folder, whatever it was read in, else the model's own."""
+    """A mark of what is judged: the student that lies in the folder, whatever it was read in, else
+    the model's own.
+    """
     found = mark(folder / "student")
     network = getattr(model, "network", model)
     return found or (fingerprint(network) if isinstance(network, nn.Module) else None)
@@ -138,9 +154,11 @@ def write_verdict(
     strips: list[Tensor],
     model: str | None = None,
 ) -> None:
-    """Add to `evaluation.json`, with a picture in `samples/` of as many pictures [n, 3, S, S] in [0, 1] of every row.
+    """Add to `evaluation.json`, with a picture in `samples/` of as many pictures [n, 3, S, S] in
+    [0, 1] of every row.
 
-    `model` is a mark of what was judged: verdicts by other protocols stay beside, but for those on another one.
+    `model` is a mark of what was judged: verdicts by other protocols stay beside, but for those on
+    another one.
     """
     before = verdicts.read(folder)
     after, entry = verdicts.added(before, {"protocol": protocol, "rows": rows}, model)
@@ -163,7 +181,9 @@ def write_verdict(
 def _together(
     place: Path, had: list[Any], new: BytesIO, drawn: list[Any], wanted: list[Any]
 ) -> BytesIO | None:
-    """The strips of the `wanted` rows, from the new picture or the old one at `place`; None if they do not fit."""
+    """The strips of the `wanted` rows, from the new picture or the old one at `place`; None if they
+    do not fit.
+    """
     try:
         with Image.open(place) as old, Image.open(new) as fresh:
             bands = {**_bands(old.convert("RGB"), had), **_bands(fresh.convert("RGB"), drawn)}

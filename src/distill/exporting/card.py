@@ -1,4 +1,6 @@
-"""The model card of a student: what it is, what it may be used for, how it is loaded, and what it was measured at."""
+"""The model card of a student: what it is, what it may be used for, how it is loaded, and what it
+was measured at.
+"""
 
 import re
 from pathlib import Path
@@ -23,7 +25,9 @@ COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_sc
 
 
 def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
-    """Write `folder`/README.md, and the run's comparison beside it; `teacher` is the folder of that, if it is here."""
+    """Write `folder`/README.md, and the run's comparison beside it; `teacher` is the folder of
+    that, if it is here.
+    """
     facts, config, judged = (
         _read(run / "run.json"),
         _read(run / "config.yaml"),
@@ -147,8 +151,8 @@ def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
     says = _says(scheduler, library, kind, drawn, without)
     if kind == "StableDiffusionPipeline" and "clip_skip" in call:
         says.append(
-            "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over `clip_skip`: "
-            "take an earlier transformers, or `distill.sample`."
+            "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over"
+            " `clip_skip`: take an earlier transformers, or `distill.sample`."
         )
     if "Ancestral" in scheduler and levels:
         says.append(f"Its own levels, {list(levels)}, are none that this scheduler can be told.")
@@ -184,7 +188,9 @@ def _numbers(levels: Any) -> list[float] | None:
 
 
 def _plain(call: Any) -> dict[str, str]:
-    """Arguments of a call in Python's words: of names and values that can run nothing where they are pasted."""
+    """Arguments of a call in Python's words: of names and values that can run nothing where they
+    are pasted.
+    """
     given = call if isinstance(call, dict) else {}
     kinds = (bool, int, float, str, list, NoneType)
     return {k: repr(x) for k, x in given.items() if k.isidentifier() and isinstance(x, kinds)}

@@ -11,8 +11,8 @@ from distill.terminal.progress import stage
 def push(folder: Path, repo: str) -> str:
     """The address of `folder` on the hub, once all of it is there, in `repo`, owner/name.
 
-    A repository that is not there is made, private: its owner opens it. Raises ValueError in words for what the hub
-    does not take, and for no login.
+    A repository that is not there is made, private: its owner opens it. Raises ValueError in words
+    for what the hub does not take, and for no login.
     """
     api = HfApi()
     try:

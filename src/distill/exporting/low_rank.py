@@ -1,6 +1,7 @@
 """LoRA files: a run's own adapters, or the nearest of a rank to what a student has learnt.
 
-Whatever alpha a run had, it is multiplied into B here, so that a reader that knows nothing of alpha is right as well.
+Whatever alpha a run had, it is multiplied into B here, so that a reader that knows nothing of alpha
+is right as well.
 """
 
 from pathlib import Path
@@ -16,10 +17,11 @@ from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
 NAMINGS = ("diffusers", "kohya")
-# A matrix whose smaller side is more than EXACT times rank + MORE is projected to so many columns at random; PASSES
-# over it sharpen them. What that costs is measured in tests/test_low_rank.py.
+# A matrix whose smaller side is more than EXACT times rank + MORE is projected to so many columns
+# at random; PASSES over it sharpen them. What that costs is measured in tests/test_low_rank.py.
 EXACT, MORE, PASSES = 4, 16, 2
-# Class of a pipeline -> kohya's word for its base model, and the model specification's for its architecture.
+# Class of a pipeline -> kohya's word for its base model, and the model specification's for its
+# architecture.
 VERSIONS = {
     "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
@@ -36,10 +38,11 @@ def save_lora(
     dtype: str | None = None,
     about: dict[str, str] | None = None,
 ) -> Path:
-    """Write `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of a `unet` or `transformer` for other programs.
+    """Write `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of a `unet` or `transformer` for
+    other programs.
 
-    `about` is what else the file says of itself, in kohya's and the model specification's words: see `about`.
-    Raises ValueError for a naming that there is not, or not for this network.
+    `about` is what else the file says of itself, in kohya's and the model specification's words:
+    see `about`. Raises ValueError for a naming that there is not, or not for this network.
     """
     if naming not in NAMINGS:
         raise ValueError(f"naming={naming}: must be {' or '.join(NAMINGS)}")
@@ -47,7 +50,8 @@ def save_lora(
     if naming == "kohya":
         if part != "unet":
             raise ValueError(
-                "naming=kohya: is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers"
+                "naming=kohya: is for UNets; of a transformer ComfyUI and diffusers read"
+                " naming=diffusers"
             )
         state = convert_state_dict_to_kohya(state)  # with the rank for alpha
     rank = next((len(value) for name, value in factors.items() if ".lora_A." in name), 0)
@@ -59,7 +63,9 @@ def save_lora(
 
 
 def about(folder: Path) -> dict[str, str]:
-    """What a LoRA of the pipeline in this folder says that it is for: nothing where that is not known for sure."""
+    """What a LoRA of the pipeline in this folder says that it is for: nothing where that is not
+    known for sure.
+    """
     kind = str(index_of(str(folder))["_class_name"])
     scheduler = folder / "scheduler" / "scheduler_config.json"
     said = mapping_of(scheduler) if scheduler.is_file() else {}
@@ -91,10 +97,11 @@ def read_lora(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str, Tensor], float]:
-    """Factors of student minus base, layer by layer the nearest of this rank, and their share of its square in [0, 1].
+    """Factors of student minus base, layer by layer the nearest of this rank, and their share of
+    its square in [0, 1].
 
-    Linear layers and convolutions alone have such factors. All get the same rank, if need be with zeros: readers take
-    one for all. Raises ValueError for networks of other shapes.
+    Linear layers and convolutions alone have such factors. All get the same rank, if need be with
+    zeros: readers take one for all. Raises ValueError for networks of other shapes.
     """
     ours, theirs = states(student, base)
     found, error, rest, whole = {}, 0.0, 0.0, 0.0
@@ -118,10 +125,11 @@ def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str
 
 
 def _nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """[M, rank] and [rank, N] whose product is nearest to `change` [M, N]; filled up with zeros where it has fewer.
+    """[M, rank] and [rank, N] whose product is nearest to `change` [M, N]; filled up with zeros
+    where it has fewer.
 
-    A large one by random projections, which leave an error a little above the least there is, in a small part of the
-    time; from a seed of their own, so that a file is made again bit by bit.
+    A large one by random projections, which leave an error a little above the least there is, in a
+    small part of the time; from a seed of their own, so that a file is made again bit by bit.
     """
     most = min(change.shape)
     n = min(rank, most)

@@ -1,10 +1,12 @@
-"""Stable Diffusion in one file, in the layout of the original code (ldm, sgm), which ComfyUI and others read.
+"""Stable Diffusion in one file, in the layout of the original code (ldm, sgm), which ComfyUI and
+others read.
 
-Of SD3, FLUX and PixArt-Sigma the transformer alone, for ComfyUI's "Load Diffusion Model": it reads diffusers' names.
+Of SD3, FLUX and PixArt-Sigma the transformer alone, for ComfyUI's "Load Diffusion Model": it reads
+diffusers' names.
 
-model.diffusion_model.   the UNet: its blocks are numbered through, one for every residual layer and every resampling
-first_stage_model.       the autoencoder: the decoder's stages are numbered from its end
-cond_stage_model.        the text encoder; of SDXL two: conditioner.embedders.0 and .1
+model.diffusion_model.  the UNet: blocks are numbered through, one a residual layer or resampling
+first_stage_model.      the autoencoder: the decoder's stages are numbered from its end
+cond_stage_model.       the text encoder; of SDXL two: conditioner.embedders.0 and .1
 """
 
 import re
@@ -34,12 +36,15 @@ ENDS = {
     "mid_block.resnets.1": "middle_block.2",
 }  # fmt: skip
 RESIDUAL = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 AUTOENCODER = {
-    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
-    "down_blocks": "down", "resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down", "resnets": "block", "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
     "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm",
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
 }  # fmt: skip
@@ -51,9 +56,11 @@ OPEN_CLIP = {
 
 
 def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Path:
-    """Write a `StableDiffusionPipeline` or its XL whole, or the transformer of a pipeline whose names ComfyUI maps.
+    """Write a `StableDiffusionPipeline` or its XL whole, or the transformer of a pipeline whose
+    names ComfyUI maps.
 
-    Those of SD3, FLUX and PixArt it knows as diffusers has them, in one file. Raises ValueError for any other.
+    Those of SD3, FLUX and PixArt it knows as diffusers has them, in one file. Raises ValueError for
+    any other.
     """
     if isinstance(pipeline, MAPPED):
         return write_weights(pipeline.transformer.state_dict(), file, dtype=dtype)
@@ -126,7 +133,9 @@ _PARTS = ("resnets", "attentions")
 
 
 def autoencoder(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of an autoencoder under its original name; its attention was one of 1x1 convolutions."""
+    """Each tensor of an autoencoder under its original name; its attention was one of 1x1
+    convolutions.
+    """
     last = len(model.decoder.up_blocks) - 1
     for name, value in model.state_dict().items():
         key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
@@ -141,7 +150,9 @@ def clip(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def open_clip(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a text encoder under OpenCLIP's name: queries, keys and values are one matrix there."""
+    """Each tensor of a text encoder under OpenCLIP's name: queries, keys and values are one matrix
+    there.
+    """
     state = {name.removeprefix("text_model."): value for name, value in model.state_dict().items()}
     for name, value in state.items():
         if name == "text_projection.weight":

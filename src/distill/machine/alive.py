@@ -1,4 +1,6 @@
-"""Which process a number means, and whether it still runs: a number is given again once its process has ended."""
+"""Which process a number means, and whether it still runs: a number is given again once its process
+has ended.
+"""
 
 import contextlib
 import hashlib
@@ -20,7 +22,8 @@ def host_mark() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When the process began, in the system's own words; None where it does not say, or of no process.
+    """When the process began, in the system's own words; None where it does not say, or of no
+    process.
 
     Two processes that have had one number differ in it.
     """
@@ -37,7 +40,9 @@ def started(pid: int) -> str | None:
 
 
 def alive(pid: int, began: str | None = None) -> bool:
-    """Whether the process of this number runs on this machine and, where both are known, began then."""
+    """Whether the process of this number runs on this machine and, where both are known, began
+    then.
+    """
     if pid <= 0 or not _runs(pid):
         return False
     now = started(pid) if began is not None else None

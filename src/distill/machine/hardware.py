@@ -43,7 +43,10 @@ def cores() -> int:
 
 
 def device(accelerator: str = "auto") -> "torch.device":
-    """Where this process computes: its own GPU, Apple's, or the CPU. `accelerator` as Lightning names it."""
+    """Where this process computes: its own GPU, Apple's, or the CPU.
+
+    `accelerator` as Lightning names it.
+    """
     import torch
 
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
@@ -68,7 +71,9 @@ def memory(kind: str = "cpu") -> int:
 
 
 def room_beside(*models: Any) -> float:
-    """Bytes that the weights of these modules leave on the device of the first, but for a tenth of it."""
+    """Bytes that the weights of these modules leave on the device of the first, but for a tenth of
+    it.
+    """
     where = next(p.device for p in models[0].parameters() if not p.is_meta)
     parameters = {id(p): p for model in models for p in model.parameters() if not p.is_meta}
     taken = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -101,7 +106,8 @@ def cpu_model() -> str:
 
 
 def capability() -> str:
-    """The widest instructions that torch uses, and those for bfloat16: 'AVX512, avx512_bf16', 'AVX2'.
+    """The widest instructions that torch uses, and those for bfloat16: 'AVX512, avx512_bf16',
+    'AVX2'.
 
     ATEN_CPU_CAPABILITY, which makes torch use fewer, changes the first and not the second.
     """
@@ -148,7 +154,8 @@ def _torch_capabilities() -> dict[str, Any]:
 
 @cache
 def bf16_cost(kind: str = "cpu") -> float:
-    """How many times as long as in float32 a matrix product takes in bfloat16, on this kind of device.
+    """How many times as long as in float32 a matrix product takes in bfloat16, on this kind of
+    device.
 
     A few milliseconds, on one thread, the best of several tries: other work must not count.
     """

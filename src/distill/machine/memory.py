@@ -1,7 +1,7 @@
 """Memory of a computation, counted without doing it: bytes of tensors that live at one time.
 
-On meta tensors, which have shapes and no values, counting takes no memory and little time, so that the largest models
-can be counted on any machine.
+On meta tensors, which have shapes and no values, counting takes no memory and little time, so that
+the largest models can be counted on any machine.
 """
 
 import weakref
@@ -20,8 +20,8 @@ from torch.utils.data import get_worker_info
 def peak(work: Callable[[], Any]) -> int:
     """The most bytes that tensors made by `work`, without gradient, have at one time.
 
-    What was there before does not count, nor do workspaces of kernels. Attention counts as fused kernels have it:
-    without its matrix of all pairs.
+    What was there before does not count, nor do workspaces of kernels. Attention counts as fused
+    kernels have it: without its matrix of all pairs.
     """
     counter = _Counter()
     with _FusedAttention(), counter:
@@ -63,7 +63,9 @@ def _key(x: Tensor) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention of the shape of its result and of no more memory; its values are none, where there could be any."""
+    """Attention of the shape of its result and of no more memory; its values are none, where there
+    could be any.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -76,8 +78,9 @@ class _FusedAttention(TorchFunctionMode):
 def handed_over(tree: Any) -> Any:
     """The same, with its tensors in shared memory if this is a worker of a DataLoader.
 
-    That is how they go to the main process. The loader itself moves them in a thread, where a shared memory that is
-    full loses the batch, and the main process waits for it for ever; here it raises RuntimeError.
+    That is how they go to the main process. The loader itself moves them in a thread, where a
+    shared memory that is full loses the batch, and the main process waits for it for ever; here it
+    raises RuntimeError.
     """
     if get_worker_info() is None:
         return tree

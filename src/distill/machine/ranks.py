@@ -1,4 +1,6 @@
-"""Which of a command's processes this one is, as its launcher says, before anything distributed has begun."""
+"""Which of a command's processes this one is, as its launcher says, before anything distributed has
+begun.
+"""
 
 import os
 

@@ -1,4 +1,6 @@
-"""`Distillation`: what every method is to Lightning, and the words in which methods say their objectives."""
+"""`Distillation`: what every method is to Lightning, and the words in which methods say their
+objectives.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -18,9 +20,11 @@ Phase = Literal["discriminator", "student", "both"]
 
 
 class Distillation(L.LightningModule):
-    """Abstract: a teacher teaches a student, most often against a discriminator. Methods give the objectives.
+    """Abstract: a teacher teaches a student, most often against a discriminator. Methods give the
+    objectives.
 
-    `draw`, `student_sample` and the two losses need no Trainer: a batch and `randomness.streams()` are enough.
+    `draw`, `student_sample` and the two losses need no Trainer: a batch and `randomness.streams()`
+    are enough.
 
     Args:
         players: teacher, student and discriminator.
@@ -49,23 +53,30 @@ class Distillation(L.LightningModule):
             loop.average(self.student)
 
     def hold(self, **frozen: Any) -> None:
-        """Keep frozen parts as attributes that Lightning does not register, save, broadcast or train."""
+        """Keep frozen parts as attributes that Lightning does not register, save, broadcast or
+        train.
+        """
         for name, part in frozen.items():
             object.__setattr__(self, name, part)
         self._held = (*self._held, *frozen.values())
 
-    # -- what a method says --------------------------------------------------------------------------------------------
+    # -- what a method says ------------------------------------------------------------------------
 
     @abstractmethod
     def draw(self, batch: Batch, streams: Streams) -> Any:
-        """All that is random for this batch in this iteration: a frozen record, which the three below read."""
+        """All that is random for this batch in this iteration: a frozen record, which the three
+        below read.
+        """
 
     @abstractmethod
     def student_sample(self, batch: Batch, draws: Any, phase: Phase = "both") -> Any:
-        """The student's sample on this batch, and what the losses need of it, with graph: a frozen record."""
+        """The student's sample on this batch, and what the losses need of it, with graph: a frozen
+        record.
+        """
 
     def discriminator_loss(self, batch: Batch, draws: Any, sample: Any, turn: int = 0) -> Losses:
-        """Terms of the discriminator in its `turn`-th update of the iteration; must not reach the student.
+        """Terms of the discriminator in its `turn`-th update of the iteration; must not reach the
+        student.
 
         None of them: it does not learn now.
         """
@@ -75,7 +86,7 @@ class Distillation(L.LightningModule):
     def student_loss(self, batch: Batch, draws: Any, sample: Any) -> Losses:
         """Terms of the student, through the frozen networks."""
 
-    # -- what methods use ----------------------------------------------------------------------------------------------
+    # -- what methods use --------------------------------------------------------------------------
 
     def critic_features(
         self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch, generator: torch.Generator
@@ -94,7 +105,9 @@ class Distillation(L.LightningModule):
 
     @torch.no_grad()
     def embed(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
-        """A loader's batch as the methods see it; with `real` the teacher makes the samples, whatever the data hold."""
+        """A loader's batch as the methods see it; with `real` the teacher makes the samples,
+        whatever the data hold.
+        """
         noise, pixels = batch.get("noise"), None
         cached = {name: batch[name].float() for name in EMBEDDED if name in batch}
         captions = tuple(batch["caption"])
@@ -114,7 +127,7 @@ class Distillation(L.LightningModule):
             raise ValueError(f"these data are captions alone: {what}")
         return Batch(x0=x0, captions=captions, cond=cond, noise=noise, pixels=pixels)
 
-    # -- Lightning's hooks: the loop trains ----------------------------------------------------------------------------
+    # -- Lightning's hooks: the loop trains --------------------------------------------------------
 
     @property
     def step(self) -> int:

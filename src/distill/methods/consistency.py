@@ -1,16 +1,17 @@
-"""Consistency distillation (Song et al. 2023, arXiv 2303.01469) as latent consistency models have it (Luo et al. 2023,
-arXiv 2310.04378): a baseline, without a discriminator.
+"""Consistency distillation (Song et al. 2023, arXiv 2303.01469) as latent consistency models have
+it (Luo et al. 2023, arXiv 2310.04378): a baseline, without a discriminator.
 
     for x0, c in data:
         t ~ {1/N, 2/N, ..., 1},  s = t - 1/N;  x_t = alpha_t x0 + sigma_t eps
-        x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))       # guided; eps' is the noise that it means
-        x_s = alpha_s x0' + sigma_s eps'                                       # DDIM; on a flow Euler
+        x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))  # guided; eps' its noise
+        x_s = alpha_s x0' + sigma_s eps'                                # DDIM; on a flow Euler
         student:  d(f(x_t, t, c), stop_gradient f(x_s, s, c)),  f(x, 0, c) = x
-        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h                      # squares, or pseudo-Huber
+        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h               # squares, or pseudo-Huber
 
-f is the student's estimate of x0: for any prediction a skip and a scaled network with f(x, 0) = x, as the boundary has
-it. Its target is the student itself and no average of it, as Song & Dhariwal (2023, arXiv 2310.14189) train; the second
-d, with h = .00054 sqrt(dimensions), is theirs too. LCM draws w and tells the student of it; ours is one value.
+f is the student's estimate of x0: for any prediction a skip and a scaled network with f(x, 0) = x,
+as the boundary has it. Its target is the student itself and no average of it, as Song & Dhariwal
+(2023, arXiv 2310.14189) train; the second d, with h = .00054 sqrt(dimensions), is theirs too. LCM
+draws w and tells the student of it; ours is one value.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from distill.methods.base import Distillation, Phase
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """Where the student stands, t [B], and a step further on, s [B]; the noise [B, C, H, W] of x_t."""
+    """Where the student stands, t [B], and a step further on, s [B]; the noise [B, C, H, W] of
+    x_t.
+    """
 
     t: Tensor
     s: Tensor
@@ -89,7 +92,9 @@ class Consistency(Distillation):
 
     @torch.no_grad()
     def _target(self, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
-        """The student's estimate one step of the teacher further on; behind the last step the teacher's own."""
+        """The student's estimate one step of the teacher further on; behind the last step the
+        teacher's own.
+        """
         process = self.teacher.process
         x0 = guided_x0(self.teacher, x_t, t, batch.cond, self.guidance)
         x_s = process.diffuse(x0, process.from_x0(x0, x_t, t, "eps"), s)

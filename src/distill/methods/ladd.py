@@ -1,16 +1,18 @@
 """LADD: Latent Adversarial Diffusion Distillation (Sauer et al. 2024, arXiv 2403.12015).
 
-    for x0, c in teacher-made latents:                                     # real data only with the distillation term
+    for x0, c in teacher-made latents:  # real data only with the distillation term
         t ~ levels {1, .75, .5, .25};  x_t = alpha_t x0 + sigma_t eps      # pure noise at t = 1
         x0_hat = student(x_t, t, c)
-        t_hat = sigmoid(m + s u), u ~ N(0, 1)                              # where the discriminator reads
-        fake = maps of the frozen teacher at (diffuse(x0_hat, eps', t_hat), t_hat, c), after every block
+        t_hat = sigmoid(m + s u), u ~ N(0, 1)  # where the discriminator reads
+        fake = maps of the frozen teacher at (diffuse(x0_hat, eps', t_hat), t_hat, c), after every
+            block
         real = the same of x0, with t_hat and noise of its own, or shared with the fake
-        discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]      # ADD's Eq. 3
-        student:        -heads(fake) [+ distillation]                      # ADD's Eq. 2 [and 4]; through the teacher
+        discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]  # ADD's Eq. 3
+        student:        -heads(fake) [+ distillation]  # ADD's Eq. 2 [and 4]; through the teacher
 
-The paper prints no formula for its losses; hinge, and R1 as an option, follow its statement that the discriminator is
-that of StyleGAN-T and ADD. The numbers are those of ADD's equations (arXiv 2311.17042).
+The paper prints no formula for its losses; hinge, and R1 as an option, follow its statement that
+the discriminator is that of StyleGAN-T and ADD. The numbers are those of ADD's equations (arXiv
+2311.17042).
 """
 
 from dataclasses import dataclass, replace
@@ -37,8 +39,9 @@ class Renoising:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """Level t [B] and noise [B, C, H, W] of the student's input; where its sample is read and, for each update of the
-    discriminator, the real one; what the distillation term draws; the critic; what the feature network draws from."""
+    """Level t [B] and noise [B, C, H, W] of the student's input; where its sample is read and, for
+    each update of the discriminator, the real one; what the distillation term draws; the critic;
+    what the feature network draws from."""
 
     t: Tensor
     noise: Tensor
@@ -51,7 +54,9 @@ class Draws:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StudentSample:
-    """x0_hat [B, C, H, W] and its maps; the real sample's under the same renoising, where a loss asks for them."""
+    """x0_hat [B, C, H, W] and its maps; the real sample's under the same renoising, where a loss
+    asks for them.
+    """
 
     x0_hat: Tensor
     maps: list[Tensor]
@@ -65,7 +70,8 @@ class LADD(Distillation):
         renoise: levels t_hat at which the discriminator reads, on the scale of the rectified flow.
         shared: whether a real sample is renoised by the t_hat and the noise of its fake.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
-        misaligned: weight of real samples under the next one's caption as further fakes, as SANA-Sprint has them.
+        misaligned: weight of real samples under the next one's caption as further fakes, as
+            SANA-Sprint has them.
         r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
         distill: the teacher's estimate of x0_hat, ADD's Eq. 4.
         distill_weight: lambda of that term, for real data; 0 leaves it out.

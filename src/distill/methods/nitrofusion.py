@@ -1,23 +1,24 @@
-"""NitroFusion: distillation by a dynamic pool of discriminator heads (Chen et al. 2024, arXiv 2412.02030).
+"""NitroFusion: a dynamic pool of discriminator heads (Chen et al. 2024, arXiv 2412.02030).
 
     for c in prompts:
         x_T ~ N(0, I);  x0 = teacher(x_T, c) in several steps;  x0_hat = student(x_T, c) in one
         t* ~ {10, 250, 500, 750};  both noised to t*
-        maps = frozen teacher's encoder at t*: the whole under c, a patch under c and under no caption
+        maps = frozen teacher's encoder at t*: whole under c, a patch under c and without
         D_t* ~ pool:                  one head per map, drawn from those for this t*
         discriminator:  hinge(D_t*(real), D_t*(fake))      # L_adv^D; only the drawn heads learn
         student:        -D_t*(fake)                        # L_adv^G
         about 1 % of the pool begins anew
 
-The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would lower its own logits.
-Hinge is ours, with non-saturating and relativistic as options.
+The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would
+lower its own logits. Hinge is ours, with non-saturating and relativistic as options.
 
-The student is to begin from weights that can do one step. Where there are none, the first `opening` steps make them, by
-|x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL, or by ADD's Eq. 4, as DMD2 itself learns from the
-teacher's score. The heads learn in the last LEAD of these.
+The student is to begin from weights that can do one step. Where there are none, the first `opening`
+steps make them, by |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL, or by ADD's
+Eq. 4, as DMD2 itself learns from the teacher's score. The heads learn in the last LEAD of these.
 
-Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n steps. Steps before
-it are its own, without gradient, and each begins where a sampler's does; the first of any n is the one-step student.
+Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n
+steps. Steps before it are its own, without gradient, and each begins where a sampler's does; the
+first of any n is the one-step student.
 """
 
 from collections.abc import Sequence
@@ -41,9 +42,9 @@ LEAD = 100
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """x_T; levels of the student's steps, the last of them the one that learns, and the noise between; t* [B] and the
-    noise there of fake and real; what the opening's distillation draws; the critic; what the feature network draws
-    from; whether the heads and the student's adversarial term are at work. All noise is [B, C, H, W]."""
+    """x_T; levels of the student's steps, of which the last learns, and the noise between; t* [B]
+    and the noise there; what the opening's distillation and the feature network draw from; the
+    critic; whether the heads and the adversarial term are at work. Noise is [B, C, H, W]."""
 
     x_T: Tensor
     steps: list[float]
@@ -70,15 +71,14 @@ class StudentSample:
 class NitroFusion(Distillation):
     """
     Args:
-        renoise: t*.
-        mixed: whether every sample has a t* of its own, or the whole batch one.
+        renoise: t*; mixed: whether every sample has one of its own, or the whole batch one.
         levels: for each number of steps n = 1, 2, ... the t of its steps.
-        refine: the student step from which on n steps are trained, for n = 1, 2, ...; none of it: one step alone.
-        keep: odds of one step once there are others; otherwise n, and which of its steps, are drawn evenly.
+        refine: the student step from which on n steps are trained, for n = 1, 2, ...
+        keep: odds of one step once there are others; else n, and which of its steps, evenly.
         shared: whether real and fake are noised to t* by one noise.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
         opening: student steps before the adversarial ones.
-        pairs_weight, distill, distill_weight: what makes them, regression and score distillation; 0 leaves one out.
+        pairs_weight, distill, distill_weight: what makes them; a weight of 0 leaves one out.
     """
 
     space = "latents"  # of what its feature network takes

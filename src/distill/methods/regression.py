@@ -1,13 +1,15 @@
-"""Regression on the teacher's samples (Luhman & Luhman 2021, arXiv 2101.02388): a baseline, without a discriminator.
+"""Regression on the teacher's samples (Luhman & Luhman 2021, arXiv 2101.02388): a baseline, without
+a discriminator.
 
-    for x_T ~ N(0, I), c in the teacher's pairs:     x0 = teacher's sample from x_T, in its own many steps
+    for x_T ~ N(0, I), c in the teacher's pairs:
+        x0 = teacher's sample from x_T, in its own many steps
         t ~ levels
-        x_t = x_T where t = 1                        # a pair: the student is to draw what the teacher drew
-              alpha_t x0 + sigma_t eps elsewhere     # fresh noise, as a sampler of several steps has it there
+        x_t = x_T where t = 1                   # a pair: to draw what the teacher drew
+              alpha_t x0 + sigma_t eps elsewhere  # fresh noise, as a sampler has it
         student:  |student(x_t, t, c) - x0|^2
 
-The mean over x0 is what this learns where x_t leaves it open, so at t < 1 it trains as diffusion itself does, on guided
-samples. The paper has one step; the levels below 1 are ours.
+The mean over x0 is what this learns where x_t leaves it open, so at t < 1 it trains as diffusion
+itself does, on guided samples. The paper has one step; the levels below 1 are ours.
 """
 
 from __future__ import annotations

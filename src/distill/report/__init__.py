@@ -1,9 +1,11 @@
-"""The report of a run: one HTML file that holds everything it shows, made from the files in the run's folder.
+"""The report of a run: one HTML file that holds everything it shows, made from the files in the
+run's folder.
 
-    run.json  config.yaml  metrics.csv  alarms.jsonl  evaluation.json  samples/*.png   ->   report.html
+    run.json  config.yaml  metrics.csv  alarms.jsonl  evaluation.json  samples/*.png
+    ->  report.html
 
-Each section reads its own file. One that is missing or torn costs that section, which then says so in a sentence, and
-nothing else: a report is wanted most after a run that went wrong.
+Each section reads its own file. One that is missing or torn costs that section, which then says so
+in a sentence, and nothing else: a report is wanted most after a run that went wrong.
 """
 
 import json
@@ -39,9 +41,11 @@ def write_report(run_dir: Path) -> Path:
         headline(rows)
         or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
         [*tiles(rows), _training_time(run)],
-        status=""
-        if run.get("status", "finished") == "finished"
-        else STOPPED.format(in_html(run["status"])),
+        status=(
+            ""
+            if run.get("status", "finished") == "finished"
+            else STOPPED.format(in_html(run["status"]))
+        ),
         pictures=_pictures(run_dir / "samples", rows, evaluation),
         evaluation=_shown(
             run_dir / "evaluation.json",
@@ -64,7 +68,9 @@ def _or_empty(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[Row]:
-    """What was measured; nothing where the file is missing or cannot be right, which its own section will say."""
+    """What was measured; nothing where the file is missing or cannot be right, which its own
+    section will say.
+    """
     with suppress(ValueError):
         return rows_of(_or_empty(path))
     return []
@@ -89,7 +95,9 @@ def _text(path: Path, what: str, state: str = "") -> str:
 
 
 def _alarms(path: Path) -> str:
-    """What the health of the discriminator gave reason to say, and when; nothing of a run that was not watched."""
+    """What the health of the discriminator gave reason to say, and when; nothing of a run that was
+    not watched.
+    """
     if not path.is_file():
         return ""
     steps: dict[str, list[str]] = {}  # of each alarm
@@ -129,7 +137,9 @@ def _judged(evaluation: dict[str, Any]) -> str:
 
 
 def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
-    """Teacher against student in the rows of the evaluation, then the student as training went on."""
+    """Teacher against student in the rows of the evaluation, then the student as training went
+    on.
+    """
     names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
     main = next(iter(verdicts(evaluation)), {"picture": PICTURE})
@@ -145,6 +155,7 @@ def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> 
         lambda path: _text(path, "The prompts of these grids, in reading order"),
     )
     return (
-        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training went on</h3>\n'
-        f'<div class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
+        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training'
+        " went on</h3>\n<div"
+        f' class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
     )

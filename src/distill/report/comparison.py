@@ -18,9 +18,11 @@ SHOWN = 8  # prompts in the grid of pictures
 PADDING = 2  # of torchvision's grids
 SORT = """<script>
 for (const head of document.querySelectorAll('table.sortable thead th')) head.onclick = () => {
-  const body = head.closest('table').tBodies[0], i = head.cellIndex, up = head.ariaSort !== 'ascending'
+  const body = head.closest('table').tBodies[0]
+  const i = head.cellIndex, up = head.ariaSort !== 'ascending'
   const key = row => row.cells[i].dataset.sort ?? row.cells[i].textContent
-  const by = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b)
+  const words = (a, b) => isNaN(key(a)) || isNaN(key(b))
+  const by = (a, b) => words(a, b) ? key(a).localeCompare(key(b)) : key(a) - key(b)
   for (const other of head.parentNode.cells) other.ariaSort = null
   head.ariaSort = up ? 'ascending' : 'descending'
   body.append(...[...body.rows].sort((a, b) => up ? by(a, b) : by(b, a)))
@@ -82,13 +84,18 @@ def _table(lines: Sequence[Line]) -> str:
             value = f"{line.mean(key):.6g}" if key in line.values else "-1"
             cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
         body += f"<tr>{cells}</tr>\n"
-    scores = f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
+    scores = (
+        '<div class="scroll"><table'
+        f' class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
+    )
     said = "Mean ± standard deviation over seeds. A click on a head sorts."
     return f'{scores}</table></div>\n<p class="soft">{said}</p>\n'
 
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
-    """Quality against steps, time and pictures; then whether the discriminators could tell real from fake."""
+    """Quality against steps, time and pictures; then whether the discriminators could tell real
+    from fake.
+    """
     for key in MAIN:
         if any(key in line.values for line in lines):
             label, _, words = MEASURES[key]
@@ -169,7 +176,8 @@ def _by_cost(
 
 
 def _accuracy(run: Run) -> tuple[Any, str]:
-    """Steps and how often the discriminator was right, [2, N], and why its curves cannot be read, if they cannot.
+    """Steps and how often the discriminator was right, [2, N], and why its curves cannot be read,
+    if they cannot.
 
     None of a run that has none.
     """
@@ -195,7 +203,9 @@ def _short(group: str) -> str:
 
 
 def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
-    """Prompts down, samplers across: the teacher with most steps, then each group's first run by number of steps."""
+    """Prompts down, samplers across: the teacher with most steps, then each group's first run by
+    number of steps.
+    """
     found: list[tuple[str, Any, list[Image.Image]]] = []
     for group, (run, *_) in groups.items():
         path = run.folder / "samples" / run.picture

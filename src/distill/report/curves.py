@@ -1,4 +1,6 @@
-"""Training in curves: the losses of both players, the discriminator's health, the optimisers' pace."""
+"""Training in curves: the losses of both players, the discriminator's health, the optimisers'
+pace.
+"""
 
 import csv
 import io
@@ -52,10 +54,15 @@ MOST_BYTES = 256 * 2**20  # ours: of a metrics.csv, a million rows
 POINTS = 600  # of a curve; a longer one is thinned to its means, which keeps the page small
 SOFT = "#7d8189"  # reads on white and on black, as do the curves' colours
 STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 8.5, "text.color": SOFT, "savefig.transparent": True, "legend.frameon": False,
-    "axes.prop_cycle": "cycler('color', ['3b7ddd', 'e0662e', '1fa37a', '9a5fd0', 'b8921a', 'd9518f'])",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": SOFT,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": SOFT, "grid.alpha": 0.3, "grid.linewidth": 0.6,
+    "svg.fonttype": "none", "font.size": 8.5, "text.color": SOFT, "savefig.transparent": True,
+    "legend.frameon": False,
+    "axes.prop_cycle": (
+        "cycler('color', ['3b7ddd', 'e0662e', '1fa37a', '9a5fd0', 'b8921a', 'd9518f'])"
+    ),
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "axes.edgecolor": SOFT,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": SOFT, "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
     "text.parse_math": False,  # a name with $ in it is no formula
     "xtick.color": SOFT, "ytick.color": SOFT, "ytick.major.size": 0, "ytick.minor.size": 0,
 }  # fmt: skip
@@ -68,15 +75,18 @@ def charts(path: Path) -> str:
     if not figures:
         raise ValueError("it holds no numbers to draw")
     left_out = f" {strange:,} values that are not finite numbers are left out." if strange else ""
-    note = f"Over student steps. Bold: running mean over a fortieth of the run; faint: as logged.{left_out}"
+    note = (
+        "Over student steps. Bold: running mean over a fortieth of the run; faint: as"
+        f" logged.{left_out}"
+    )
     return f'<p class="soft">{note}</p>\n<div class="charts">\n{figures}\n</div>'
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
     """Column -> steps and values [2, N], and how many values are not finite numbers.
 
-    Each line is a row: a quote that was left open spoils its own alone. Raises OSError, and ValueError for a file that
-    is none of ours.
+    Each line is a row: a quote that was left open spoils its own alone. Raises OSError, and
+    ValueError for a file that is none of ours.
     """
     rows: dict[
         float, dict[str, float]
@@ -133,7 +143,10 @@ def _gaps(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
-    """A chart as a picture inside the page; nothing without curves. The legend gives each curve's last smooth value."""
+    """A chart as a picture inside the page; nothing without curves.
+
+    The legend gives each curve's last smooth value.
+    """
     found = [
         (match[1], curve)
         for name, curve in curves.items()
@@ -185,4 +198,7 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         figure.legend(loc="outside upper left", ncols=columns)
         figure.savefig(file := io.BytesIO(), format="svg")
     words = f'<h3>{in_html(title)}</h3><p class="soft">{in_html(about)}</p>'
-    return f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}" alt="{in_html(title)}"></figure>'
+    return (
+        f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}"'
+        f' alt="{in_html(title)}"></figure>'
+    )

@@ -77,7 +77,9 @@ def _row(row: Mapping[str, Any], where: str) -> Row:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The result in a sentence: the student at its fewest steps, the teacher at its most and at as few."""
+    """The result in a sentence: the student at its fewest steps, the teacher at its most and at as
+    few.
+    """
     for key, (phrase, _) in MAIN.items():
         if student := _said(rows, "student", key):
             few, teacher = min(student), _said(rows, "teacher", key)

@@ -1,9 +1,10 @@
-"""What a discriminator sees: each head's verdict by noise level, which heads disagree, and where a head looks.
+"""What a discriminator sees: each head's verdict by noise level, which heads disagree, and where a
+head looks.
 
-gap         mean logit of real samples minus that of the student's, under one noise
-right       share of pairs (real, fake) in which the real one has the higher logit; 0.5 is guessing
-agreement   correlation of two heads' logits over all samples
-attention   |d logit / d x0|, the mean over channels: where a change of the picture would move the head
+gap        mean logit of real samples minus that of the student's, under one noise
+right      share of pairs (real, fake) in which the real one has the higher logit; 0.5 is guessing
+agreement  correlation of two heads' logits over all samples
+attention  |d logit / d x0|, mean over channels: where a change of the picture moves the head
 """
 
 import csv
@@ -32,7 +33,9 @@ PAIRS = 5  # of heads that disagree most
 
 @dataclass(frozen=True)
 class Seen:
-    """Logits [L, H, B] of L noise levels, H heads, B samples; `looks` [H', B', h, w] of the heads `drawn`."""
+    """Logits [L, H, B] of L noise levels, H heads, B samples; `looks` [H', B', h, w] of the heads
+    `drawn`.
+    """
 
     levels: Sequence[float]
     heads: Sequence[str]
@@ -66,7 +69,9 @@ class Seen:
 
 
 def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator) -> Seen:
-    """Have every head judge real samples and the student's, from pure noise in one step, at each level."""
+    """Have every head judge real samples and the student's, from pure noise in one step, at each
+    level.
+    """
     method.heads.eval()  # spectral norm moves on with every pass in training
     streams = method.loop.streams(method)
     critic, noise = method.heads.draw(streams.common("heads")), noise_like(batch.x0, generator)
@@ -106,7 +111,9 @@ def _attention(
     batch: Batch,
     drawn: Sequence[int],
 ) -> Tensor:
-    """|d logit / d x0| of some heads on the first SHOWN samples, [H', B', h, w], each head's largest being 1."""
+    """|d logit / d x0| of some heads on the first SHOWN samples, [H', B', h, w], each head's
+    largest being 1.
+    """
     x = x0.detach().requires_grad_()
     logits = _judge(method, critic, x, level, noise, batch)
     maps = [
@@ -130,9 +137,15 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
         f"<span>{in_html(text)}</span>"
         for text in ["student", *(seen.heads[h] for h in seen.drawn)]
     )
-    caption = "The student's pictures, and where each head looks: bright where a change would move it most."
+    caption = (
+        "The student's pictures, and where each head looks: bright where a change would move it"
+        " most."
+    )
     picture = figure(folder / "attention.png", caption)
-    said = f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t = {best['level']:g}"
+    said = (
+        f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t ="
+        f" {best['level']:g}"
+    )
     page = html(
         f"{name}: what the discriminator sees",
         f"{said}, {best['right']:.0%}.",
@@ -167,8 +180,15 @@ def _table(seen: Seen) -> str:
             look = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
             cells += f'<td style="{look}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
         body += f'<tr><th scope="row">{in_html(head)}</th>{cells}</tr>\n'
-    table = f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is guessing.</p>'
+    table = (
+        "<div"
+        f' class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>'
+        f"{body}</tbody></table></div>"
+    )
+    return (
+        f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is'
+        " guessing.</p>"
+    )
 
 
 def _disagreement(seen: Seen) -> str:
@@ -179,4 +199,7 @@ def _disagreement(seen: Seen) -> str:
         f"<li>{in_html(seen.heads[j])} and {in_html(seen.heads[i])}: {r:+.2f}</li>"
         for r, i, j in pairs
     )
-    return f'<p class="soft">Heads that agree least, by the correlation of their logits.</p><ul>{items}</ul>'
+    return (
+        '<p class="soft">Heads that agree least, by the correlation of their'
+        f" logits.</p><ul>{items}</ul>"
+    )

@@ -14,13 +14,17 @@ from distill.terminal.shown import in_html, lines_in_html
 TEMPLATE = Path(__file__).with_name("template.html")
 SECTIONS = dict.fromkeys(("status", "pictures", "evaluation", "training", "facts", "config"), "")
 TILE = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
-WIDEST = 1600  # pixels; wider pictures are shrunk to it, or the grids of a large model would make a file of 200 MB
+# pixels; wider pictures are shrunk to it, or the grids of a large model would make a file of 200 MB
+WIDEST = 1600
 MOST_PIXELS = 2**27  # ours: a grid of 64 pictures of 1024 x 1024 has half as many
 COARSEST = 700  # pixels; narrower pictures are enlarged with hard edges, as what they are
 
 
 def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sections: str) -> str:
-    """The whole page. A tile is (what, its value, in which circumstances); `sections` are HTML, empty if absent."""
+    """The whole page.
+
+    A tile is (what, its value, in which circumstances); `sections` are HTML, empty if absent.
+    """
     said = {"name": in_html(name), "headline": in_html(headline)}
     shown = "\n".join(TILE.format(*map(in_html, tile)) for tile in tiles)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -29,7 +33,10 @@ def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sectio
 
 
 def figure(path: Path, caption: str) -> str:
-    """The picture in this file with a caption. Raises OSError, ValueError or SyntaxError, as Pillow does."""
+    """The picture in this file with a caption.
+
+    Raises OSError, ValueError or SyntaxError, as Pillow does.
+    """
     with opened(path) as picture:
         picture.thumbnail((WIDEST, 100 * WIDEST))
         below = f"<figcaption>{in_html(caption)}</figcaption>"
@@ -37,7 +44,8 @@ def figure(path: Path, caption: str) -> str:
 
 
 def opened(path: Path) -> Image.Image:
-    """A picture of a run, of which the header is read: a PNG, as we write them, for Pillow starts programs for others.
+    """A picture of a run, of which the header is read: a PNG, as we write them, for Pillow starts
+    programs for others.
 
     Raises OSError, and ValueError for one of too many pixels.
     """
@@ -48,7 +56,10 @@ def opened(path: Path) -> Image.Image:
 
 def img(picture: Image.Image, alt: str = "") -> str:
     picture.save(file := io.BytesIO(), format="PNG")
-    look = f'width="{picture.width}" height="{picture.height}" class="{"crisp" * (picture.width < COARSEST)}"'
+    look = (
+        f'width="{picture.width}" height="{picture.height}"'
+        f' class="{"crisp" * (picture.width < COARSEST)}"'
+    )
     return f'<img src="{data_uri(file, "png")}" {look} alt="{in_html(alt)}">'
 
 
@@ -59,4 +70,7 @@ def data_uri(file: io.BytesIO, kind: str) -> str:
 
 def folded(what: str, text: str, state: str = "") -> str:
     """Plain text that opens at a click; `state` open: it is so from the start."""
-    return f"<details {state}><summary>{in_html(what)}</summary><pre>{lines_in_html(text)}</pre></details>"
+    return (
+        "<details"
+        f" {state}><summary>{in_html(what)}</summary><pre>{lines_in_html(text)}</pre></details>"
+    )

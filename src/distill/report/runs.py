@@ -54,9 +54,11 @@ def read_run(folder: Path) -> Run:
 
 
 def read_alike(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, which must have been judged: by one protocol if there is one that all have.
+    """The runs in these folders, which must have been judged: by one protocol if there is one that
+    all have.
 
-    A run's own protocol goes before those that it was judged by besides. Where none is shared each has its own.
+    A run's own protocol goes before those that it was judged by besides. Where none is shared each
+    has its own.
     """
     every = [verdicts_of(folder) for folder in folders]
     for wanted in every[0] if every else ():
@@ -106,10 +108,12 @@ def _plain(value: Any) -> Any:
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under what sets them apart from the others; or those of one `name`.
+    """Runs that differ in their seed alone, under what sets them apart from the others; or those of
+    one `name`.
 
-    A method brings a recipe along, so runs of different methods are told apart by its name, and only runs of one
-    method by their keys; likewise anything whose class differs, by the name of the class.
+    A method brings a recipe along, so runs of different methods are told apart by its name, and
+    only runs of one method by their keys; likewise anything whose class differs, by the name of the
+    class.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -139,7 +143,9 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
 
 
 def _keys(path: str, nodes: Sequence[Mapping[str, Any]], but: str = "judged.teacher") -> list[str]:
-    """What the nodes differ in at this path, but not how others are judged (`but`), nor measures that one lacks."""
+    """What the nodes differ in at this path, but not how others are judged (`but`), nor measures
+    that one lacks.
+    """
     found = _differences(path, [node[path] if path else node for node in nodes])
     known = set.intersection(*(set(node["judged"] or ()) for node in nodes))
     return sorted(
@@ -167,7 +173,9 @@ def _said(config: Mapping[str, Any], key: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Scores of one sampler: of a group's students at a number of steps, or of the teacher; a value for each run."""
+    """Scores of one sampler: of a group's students at a number of steps, or of the teacher; a value
+    for each run.
+    """
 
     group: str
     who: str

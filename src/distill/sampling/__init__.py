@@ -1,7 +1,9 @@
-"""Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no gradient.
+"""Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no
+gradient.
 
 students:        consistency (LADD), Euler-ancestral (ADD) or Euler steps, t = 1, 1 - 1/n, ..., 1/n
-guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty)), stepped by Euler (flow) or DDIM (eps, v)
+guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty))
+                 stepped by Euler (flow) or DDIM (eps, v)
 """
 
 import itertools
@@ -30,18 +32,22 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
 
 log = logging.getLogger(__name__)
-# What Stable Diffusion's pipelines want to read in a scheduler's file, or warn; these schedulers do not use it.
+# What Stable Diffusion's pipelines want to read in a scheduler's file, or warn; these schedulers do
+# not use it.
 OFFSET = 1
 ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
 
 
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator per picture, on the CPU, so that a seed means the same picture in any batch and on any device."""
+    """One generator per picture, on the CPU, so that a seed means the same picture in any batch and
+    on any device.
+    """
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1], some of them beyond -> uint8 on the CPU, rounded as diffusers does: a cast would cut off.
+    """Pixels in [-1, 1], some of them beyond -> uint8 on the CPU, rounded as diffusers does: a cast
+    would cut off.
 
     Raises ValueError for pixels that are no numbers, which would be a black picture.
     """
@@ -54,18 +60,22 @@ def check_finite(x: Tensor, what: str) -> None:
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum())
     if bad:
         raise ValueError(
-            f"{what}: {bad} of {len(x)} hold values that are not finite: the weights are damaged, or "
-            "overflow in their dtype; give them anew, or in bfloat16 or float32"
+            f"{what}: {bad} of {len(x)} hold values that are not finite: the weights are damaged,"
+            " or overflow in their dtype; give them anew, or in bfloat16 or float32"
         )
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its starting latents."""
+    """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its
+    starting latents.
+    """
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
 
 
 def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise [B, *shape] of a later step, as the scheduler of a pipeline draws it: in the layout of its latents."""
+    """Noise [B, *shape] of a later step, as the scheduler of a pipeline draws it: in the layout of
+    its latents.
+    """
     network = getattr(student, "network", student)
     unpacked = getattr(network, "unpacked", None)
     if unpacked is None:
@@ -74,7 +84,9 @@ def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Ge
 
 
 def rounds_up(student: Any) -> bool:
-    """Whether the pipeline of this student, or teacher, rounds the steps of an image up: see `steps_left`."""
+    """Whether the pipeline of this student, or teacher, rounds the steps of an image up: see
+    `steps_left`.
+    """
     return getattr(getattr(student, "network", student), "rounds_up", False)
 
 
@@ -95,7 +107,8 @@ def in_precision(
 class FewSteps(ABC):
     """A sampler of students: estimate x0, go to the next level, without guidance.
 
-    levels: the first n of them are the n steps; None: 1, 1 - 1/n, ..., 1/n, as diffusers' trailing spacing.
+    levels: the first n of them are the n steps; None: 1, 1 - 1/n, ..., 1/n, as diffusers' trailing
+    spacing.
     """
 
     levels: Sequence[float] | None = None
@@ -111,7 +124,9 @@ class FewSteps(ABC):
             )
 
     def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
-        """The levels of `steps` steps; of them the last `steps_left`, as diffusers has it for images."""
+        """The levels of `steps` steps; of them the last `steps_left`, as diffusers has it for
+        images.
+        """
         check_strength(steps, strength, rounds_up(student))
         if self.levels is not None and steps > len(self.levels):
             raise ValueError(f"steps={steps}: this sampler knows {len(self.levels)} levels")
@@ -133,7 +148,9 @@ class FewSteps(ABC):
         image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Tensor:
-        """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the first level left."""
+        """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the
+        first level left.
+        """
         how = {"shape": shape, "steps": steps, "image": image, "strength": strength}
         for x0 in self.estimates(student, cond, generators, **how):
             last = x0
@@ -151,7 +168,9 @@ class FewSteps(ABC):
         image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
-        """The same step by step: x0 [B, *shape] as each step estimates it, the last of which is the result."""
+        """The same step by step: x0 [B, *shape] as each step estimates it, the last of which is the
+        result.
+        """
         grid = self.grid(steps, 1.0 if image is None else strength, student)
         device = cond.tokens.device
         x_t = draw_noise(shape, generators).to(device)
@@ -181,9 +200,13 @@ class FewSteps(ABC):
     def check(self, network: Any) -> None:
         """Raise ValueError for a network that cannot be sampled so."""
         if self.finite and (network.prediction == "flow" or network.process.ends_in_noise):
-            what = "a little of the data to its end, as Stable Diffusion's does, and this teacher's ends in pure noise"
+            what = (
+                "a little of the data to its end, as Stable Diffusion's does, and this teacher's"
+                " ends in pure noise"
+            )
             raise ValueError(
-                f"sampler={type(self).__name__} needs a process that keeps {what}; use sampler=consistency"
+                f"sampler={type(self).__name__} needs a process that keeps {what}; use"
+                " sampler=consistency"
             )
 
     @abstractmethod
@@ -195,7 +218,9 @@ class Consistency(FewSteps):
     """x_t' = alpha_t' x0 + sigma_t' z with fresh z (LCM, LADD)."""
 
     def _trailing(self, steps: int, student: Any) -> list[float]:
-        """On Stable Diffusion's schedule LCM's: of four levels those at floor(4 i / n); three are 1, .75, .5."""
+        """On Stable Diffusion's schedule LCM's: of four levels those at floor(4 i / n); three are
+        1, .75, .5.
+        """
         if getattr(student, "prediction", "flow") == "flow":
             return super()._trailing(steps, student)
         if steps > ORIGINAL:
@@ -210,7 +235,8 @@ class Consistency(FewSteps):
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         """Flow: Euler's, with fresh noise.
 
-        eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take theirs.
+        eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take
+        theirs.
         """
         if student.prediction == "flow":
             return flow_scheduler(of_unet=_of_unet(student), stochastic=True)
@@ -221,8 +247,8 @@ class Consistency(FewSteps):
 
 
 class Euler(FewSteps):
-    """x_t' = alpha_t' x0 + sigma_t' eps with the eps that goes with x0: no noise but the first, so for flows alone
-    diffusers' plain scheduler and a `generator` make the same pictures.
+    """x_t' = alpha_t' x0 + sigma_t' eps with the eps that goes with x0: no noise but the first, so
+    for flows alone diffusers' plain scheduler and a `generator` make the same pictures.
     """
 
     def _next(
@@ -256,10 +282,13 @@ def flow_scheduler(*, of_unet: bool, stochastic: bool) -> Any:
 
 
 class EulerAncestral(FewSteps):
-    """Euler's step to a lower noise, and fresh noise up to the next level: the sampler of SD-Turbo and SDXL-Turbo.
+    """Euler's step to a lower noise, and fresh noise up to the next level: the sampler of SD-Turbo
+    and SDXL-Turbo.
 
-    With rho = sigma / alpha and z = x / alpha:  up^2 = rho'^2 (rho^2 - rho'^2) / rho^2,  down^2 = rho'^2 - up^2,
-    z' = x0 + (z - x0) down / rho + up n. It begins at rho(1) n, which must be finite: not for flows.
+    With rho = sigma / alpha and z = x / alpha:
+    up^2 = rho'^2 (rho^2 - rho'^2) / rho^2,  down^2 = rho'^2 - up^2,
+    z' = x0 + (z - x0) down / rho + up n. It begins at rho(1) n, which must be finite: not for
+    flows.
     """
 
     finite = True
@@ -281,7 +310,8 @@ class EulerAncestral(FewSteps):
         super().check(network)
         if shift := getattr(network, "shift", None):
             raise ValueError(
-                f"student.shift={shift}: diffusers' Euler sampler knows none; use sampler=consistency"
+                f"student.shift={shift}: diffusers' Euler sampler knows none; use"
+                " sampler=consistency"
             )
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
@@ -298,7 +328,9 @@ def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
 
 
 def sampler_of(pipeline: Any) -> FewSteps:
-    """The sampler that an exported pipeline's scheduler stands for, at the levels that its index says."""
+    """The sampler that an exported pipeline's scheduler stands for, at the levels that its index
+    says.
+    """
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
     kind = EulerAncestral if ancestral else Consistency
     said = getattr(pipeline, "sampler", None) or {}
@@ -308,7 +340,9 @@ def sampler_of(pipeline: Any) -> FewSteps:
 
 
 def distilled(pipeline: Any) -> bool:
-    """Whether a pipeline is one of few steps: by its scheduler, as ours and others have it, or by its index."""
+    """Whether a pipeline is one of few steps: by its scheduler, as ours and others have it, or by
+    its index.
+    """
     config = pipeline.scheduler.config
     few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)

@@ -29,10 +29,11 @@ def guided(
     image: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from pure noise.
+    """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from
+    pure noise.
 
-    With the latents `image` [B, *shape] the last of the steps, `steps_left` by `strength`, from those noised so far.
-    Raises ValueError for what is not finite.
+    With the latents `image` [B, *shape] the last of the steps, `steps_left` by `strength`, from
+    those noised so far. Raises ValueError for what is not finite.
     """
     how = {"shape": shape, "steps": steps, "guidance": guidance}
     for x_t in guided_steps(teacher, cond, generators, **how, image=image, strength=strength):
@@ -79,7 +80,10 @@ def guided_steps(
 
 @cache
 def _warn_of_twice(guidance: float, told: float) -> None:
-    what = "%g guides a teacher that was told %g already (teacher.guidance), in two passes a step; guidance=1 is one"
+    what = (
+        "%g guides a teacher that was told %g already (teacher.guidance), in two passes a step;"
+        " guidance=1 is one"
+    )
     log.warning(f"guidance={what}", guidance, told)
 
 
@@ -88,10 +92,12 @@ def _scheduler(
 ) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
     config = teacher.pipeline.scheduler.config
     if teacher.network.prediction == "flow":
-        # The shift has another name where the pipeline comes with a solver for both kinds of process (Sana).
+        # The shift has another name where the pipeline comes with a solver for both kinds of
+        # process (Sana).
         shift = config.get("shift", config.get("flow_shift", 1.0))
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
-        # The default grid ends with a wasted step at sigma = 1/1000; this one is 1, 1 - 1/n, ..., 1/n (then shifted).
+        # The default grid ends with a wasted step at sigma = 1/1000; this one is 1, 1 - 1/n, ...,
+        # 1/n (then shifted).
         mu = _shift_of(scheduler.config, shape[1] * shape[2] // teacher.patch**2)
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu)
         return scheduler
@@ -102,7 +108,9 @@ def _scheduler(
 
 
 def _shift_of(config: Any, tokens: int) -> float | None:
-    """The logarithm of the shift for a picture of so many tokens, where the scheduler has it grow with them (FLUX)."""
+    """The logarithm of the shift for a picture of so many tokens, where the scheduler has it grow
+    with them (FLUX).
+    """
     if not config.use_dynamic_shifting:
         return None
     share = (tokens - config.base_image_seq_len) / (

@@ -1,8 +1,10 @@
-"""Files and folders that are there only when whole: written beside, under a name of their writer's own, and renamed.
+"""Files and folders that are there only when whole: written beside, under a name of their writer's
+own, and renamed.
 
     metrics.csv.3fa2-4711-09ab12cd.part     <name>.<machine>-<process>-<random>.part
 
-Two writers never share such a name. What a killed one leaves is known by it, and the next writer takes it away.
+Two writers never share such a name. What a killed one leaves is known by it, and the next writer
+takes it away.
 """
 
 import os
@@ -27,13 +29,17 @@ OLD = 24 * 3600.0  # ours: seconds after which another machine's part is nobody'
 
 
 def aside(path: Path) -> Path:
-    """Where this process writes what becomes `path`: beside it, under a name that nobody else has."""
+    """Where this process writes what becomes `path`: beside it, under a name that nobody else
+    has.
+    """
     name = os.fsencode(path.name)[:LONGEST].decode("utf-8", "ignore")
     return path.with_name(f"{name}.{host_mark()}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes, of several machines too, may write the same one."""
+    """A small file, there only when whole; several processes, of several machines too, may write
+    the same one.
+    """
     part = aside(path)
     try:
         part.write_bytes(content)
@@ -49,7 +55,8 @@ def put_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when the block ends: in a folder of its own, which goes with all in it.
+    """Where to write what becomes `path` when the block ends: in a folder of its own, which goes
+    with all in it.
 
     For libraries that write beside the file first, under names of their own, as safetensors does.
     """
@@ -65,7 +72,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` when the block ends, and goes if it fails."""
+    """A new folder to write into, which takes the place of `folder` when the block ends, and goes
+    if it fails.
+    """
     part = aside(folder)
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -92,7 +101,9 @@ def put_in_place(part: Path, folder: Path) -> Path:
 
 
 def _readable_as_usual(folder: Path) -> None:
-    """Give all files below the permissions of any new file: safetensors gives its own to their owner alone."""
+    """Give all files below the permissions of any new file: safetensors gives its own to their
+    owner alone.
+    """
     probe = aside(folder / "new")
     probe.touch()
     usual = stat.S_IMODE(probe.stat().st_mode)
@@ -112,7 +123,9 @@ def remove(path: Path) -> None:
 
 
 def duplicate(path: Path, to: Path) -> None:
-    """Give a file or folder a second name, which replaces what has it; without using room where files can be linked."""
+    """Give a file or folder a second name, which replaces what has it; without using room where
+    files can be linked.
+    """
     part = aside(to)
     if path.is_dir():
         shutil.copytree(path, part, copy_function=_link)
@@ -132,7 +145,8 @@ def _link(path: str | Path, to: str | Path) -> None:
 
 
 def sweep(folder: Path, *, deep: bool = False, of: str | None = None) -> int:
-    """Remove what killed writers have left in a folder, and count it; `deep`: below it too; `of`: of this name alone.
+    """Remove what killed writers have left in a folder, and count it; `deep`: below it too; `of`:
+    of this name alone.
 
     A part whose process runs stays, and so does what does not fit the pattern: it is not ours.
     """

@@ -1,8 +1,9 @@
-"""Files that a stranger may have written, read within bounds: these are known before anything is parsed.
+"""Files that a stranger may have written, read within bounds: these are known before anything is
+parsed.
 
-    json_of(file), mapping_of(file)    JSON
-    yaml_of(file)                      the text of a YAML file, for OmegaConf.load or yaml.safe_load
-    check_archive(file)                an archive of torch's or NumPy's, before either of them reads it
+    json_of(file), mapping_of(file)  JSON
+    yaml_of(file)                    the text of a YAML file, for OmegaConf.load or yaml.safe_load
+    check_archive(file)              an archive of torch's or NumPy's, before they read it
 
 Nothing here imports a library that takes long.
 """
@@ -32,7 +33,10 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def text_of(file: Path, most: int = TEXT, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The text of a file of at most this many bytes. Raises ValueError, naming it, for any other, and OSError."""
+    """The text of a file of at most this many bytes.
+
+    Raises ValueError, naming it, for any other, and OSError.
+    """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{file}: is no plain file; give one")
@@ -63,12 +67,18 @@ def in_bytes(size: int) -> str:
 
 
 def json_of(file: Path, most: int = TEXT) -> Any:
-    """What a file of JSON holds. Raises ValueError, naming it, where it cannot be read, and OSError."""
+    """What a file of JSON holds.
+
+    Raises ValueError, naming it, where it cannot be read, and OSError.
+    """
     return parsed(text_of(file, most), str(file))
 
 
 def parsed(text: str, where: str) -> Any:
-    """What a text of JSON holds. Raises ValueError, beginning with `where`, where it cannot be read."""
+    """What a text of JSON holds.
+
+    Raises ValueError, beginning with `where`, where it cannot be read.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -91,8 +101,8 @@ def parsed_mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def number_of(found: Mapping[str, Any], key: str, where: str) -> float | None:
-    """The number of this key, NaN and infinity among them; None where there is none. ValueError, after `where`, for
-    anything else."""
+    """The number of this key, NaN and infinity among them; None where there is none. ValueError,
+    after `where`, for anything else."""
     value = found.get(key)
     if value is None:
         return None
@@ -115,10 +125,11 @@ class Named(io.StringIO):
 
 
 def yaml_of(file: Path) -> Named:
-    """The text of a YAML file that stays small when it is read: OmegaConf and PyYAML have no bounds of their own.
+    """The text of a YAML file that stays small when it is read: OmegaConf and PyYAML have no bounds
+    of their own.
 
-    Raises OSError, and ValueError, naming the file, for one that is damaged, too large or nested too deeply, or whose
-    aliases make it so.
+    Raises OSError, and ValueError, naming the file, for one that is damaged, too large or nested
+    too deeply, or whose aliases make it so.
     """
     text = text_of(file, YAML)
     try:
@@ -132,7 +143,9 @@ def yaml_of(file: Path) -> Named:
 
 
 def check_yaml(text: str, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for YAML of too many values or too deep; aliases count in full."""
+    """Raise ValueError, beginning with `where`, for YAML of too many values or too deep; aliases
+    count in full.
+    """
     sizes: dict[str, int] = {}  # of what an anchor names
     depths: dict[str, int] = {}
     open_ones: list[
@@ -172,10 +185,11 @@ def _too_much(where: str) -> ValueError:
 
 
 def check_archive(file: Path, most: float = math.inf) -> None:
-    """Raise ValueError for a zip archive, as torch and NumPy write them, that would be larger than it is.
+    """Raise ValueError for a zip archive, as torch and NumPy write them, that would be larger than
+    it is.
 
-    Both store what they write as it is: what is compressed may be of any size. `most` is of bytes of all that is in it.
-    What is no such archive is for others to refuse.
+    Both store what they write as it is: what is compressed may be of any size. `most` is of bytes
+    of all that is in it. What is no such archive is for others to refuse.
     """
     if not zipfile.is_zipfile(file):
         return

@@ -1,4 +1,5 @@
-"""Checkpoint files: written whole or not at all, read without pickle, put together from the parts of processes.
+"""Checkpoint files: written whole or not at all, read without pickle, put together from the parts
+of processes.
 
 checkpoints/step_000250.ckpt     a file, or a folder with one part per process (FSDP2 on request)
 checkpoints/best.ckpt            the best by a logged value, if one was named
@@ -28,7 +29,10 @@ MAPPED = os.name == "posix"
 
 
 def write(state: Any, path: Path) -> None:
-    """Write beside, flush to disk, rename: a file of the final name is always complete. Raises OSError in words."""
+    """Write beside, flush to disk, rename: a file of the final name is always complete.
+
+    Raises OSError in words.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = aside(path)
     try:
@@ -50,7 +54,10 @@ def write(state: Any, path: Path) -> None:
 
 
 def _flush_renames(folder: Path) -> None:
-    """Have the disk know the names in this folder, where a system lets folders be opened. Windows does not."""
+    """Have the disk know the names in this folder, where a system lets folders be opened.
+
+    Windows does not.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -64,7 +71,10 @@ def _flush_renames(folder: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, file or folder, whole. Raises ValueError if it is cut short or none of ours."""
+    """The checkpoint at `path`, file or folder, whole.
+
+    Raises ValueError if it is cut short or none of ours.
+    """
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     for file in files:
         check_archive(file)
@@ -88,7 +98,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_fits(state: Mapping[str, Any], module: nn.Module, where: str) -> None:
-    """Raise ValueError unless names and shapes in `state` are those of the module, naming some that differ.
+    """Raise ValueError unless names and shapes in `state` are those of the module, naming some that
+    differ.
 
     `where` begins the sentence.
     """
@@ -105,9 +116,11 @@ def check_fits(state: Mapping[str, Any], module: nn.Module, where: str) -> None:
 
 
 def check_fields(kept: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError, naming the file at `path`, for a checkpoint whose fields are not what a run has kept there.
+    """Raise ValueError, naming the file at `path`, for a checkpoint whose fields are not what a run
+    has kept there.
 
-    And for weights that are no numbers, by a few of every tensor. What is missing is for who takes it up.
+    And for weights that are no numbers, by a few of every tensor. What is missing is for who takes
+    it up.
     """
     own, about = kept["distill"], kept.get("about", {})
     said = about if isinstance(about, Mapping) else {}
@@ -147,7 +160,8 @@ def _is_nan(x: Tensor) -> bool:
 
 
 def newest(path: Path) -> Path:
-    """The checkpoint to go on from: `path` itself, or the newest of a run folder; a bad one is named and passed over.
+    """The checkpoint to go on from: `path` itself, or the newest of a run folder; a bad one is
+    named and passed over.
 
     Raises FileNotFoundError if there is none, ValueError if none can be used.
     """

@@ -1,4 +1,7 @@
-"""Which files of a run are its checkpoints and pictures, by their names. Nothing here imports torch."""
+"""Which files of a run are its checkpoints and pictures, by their names.
+
+Nothing here imports torch.
+"""
 
 import os
 import re
@@ -6,7 +9,8 @@ from pathlib import Path
 
 
 def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
-    """Step -> file, of those that a run names after its steps, `step_000250` and the suffix, in their order.
+    """Step -> file, of those that a run names after its steps, `step_000250` and the suffix, in
+    their order.
 
     A file of any other name is not the run's: somebody has put it there, and it stays.
     """
@@ -17,7 +21,8 @@ def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def checkpoints_at(path: Path, key: str = "resume") -> list[Path]:
-    """The checkpoints to go on from, newest first: `path` itself and those before it, or all of a run folder.
+    """The checkpoints to go on from, newest first: `path` itself and those before it, or all of a
+    run folder.
 
     Raises FileNotFoundError, naming `key`, if there is none.
     """

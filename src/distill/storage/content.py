@@ -1,7 +1,8 @@
-"""Whether files that lie elsewhere now are those of before: by names, sizes and a few bytes of each, or by their path.
+"""Whether files that lie elsewhere now are those of before: by names, sizes and a few bytes of
+each, or by their path.
 
-Weights of gigabytes are not read through. Two fine-tunes of one model have the same names, sizes and
-headers, so bytes from all over a file count as well. Nothing here imports torch.
+Weights of gigabytes are not read through. Two fine-tunes of one model have the same names, sizes
+and headers, so bytes from all over a file count as well. Nothing here imports torch.
 """
 
 import hashlib
@@ -24,7 +25,9 @@ def same(one: object, other: object) -> bool:
 
 
 def alike(one: object, other: object) -> bool:
-    """Whether two values may mean one place: one is absolute, and ends as the other was typed elsewhere."""
+    """Whether two values may mean one place: one is absolute, and ends as the other was typed
+    elsewhere.
+    """
     if same(one, other):
         return True
     if not isinstance(one, str) or not isinstance(other, str):
@@ -35,7 +38,9 @@ def alike(one: object, other: object) -> bool:
 
 
 def mark(path: str | Path) -> str | None:
-    """Sixteen hex digits of the file, or of the model's files in the folder; None where there is neither."""
+    """Sixteen hex digits of the file, or of the model's files in the folder; None where there is
+    neither.
+    """
     place = Path(path)
     digest = hashlib.sha256()
     try:
@@ -66,7 +71,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _looked_at(file: Path) -> bytes:
-    """Size and pieces of the file: its beginning, where a header is, its end, and evenly between."""
+    """Size and pieces of the file: its beginning, where a header is, its end, and evenly
+    between.
+    """
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         size = opened.seek(0, os.SEEK_END)

@@ -1,7 +1,8 @@
-"""Settings in a model's folder by which transformers or diffusers would ask the hub for something else.
+"""Settings in a model's folder by which transformers or diffusers would ask the hub for something
+else.
 
-A folder is data: that adapters are of another model, or that its attention is somebody's kernel, is refused by key
-before a library reads it. Nothing here imports a library that takes long.
+A folder is data: that adapters are of another model, or that its attention is somebody's kernel, is
+refused by key before a library reads it. Nothing here imports a library that takes long.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,9 @@ READ = ("config.json", "adapter_config.json", "tokenizer_config.json", "preproce
 
 
 def check_elsewhere(said: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError for settings by which a library would fetch another model, or code, from the hub."""
+    """Raise ValueError for settings by which a library would fetch another model, or code, from the
+    hub.
+    """
     for key, value in said.items():
         if key == BASE_OF_ADAPTERS and value is not None:
             what = "names another model, which would be read in place of this one"
@@ -33,7 +36,9 @@ def check_elsewhere(said: Mapping[str, Any], file: Path) -> None:
 
 
 def check_folder(path: str | Path, where: str) -> None:
-    """The same, beginning with `where`, of what a library reads in this folder; nothing for a hub id."""
+    """The same, beginning with `where`, of what a library reads in this folder; nothing for a hub
+    id.
+    """
     for file in (Path(path) / name for name in READ):
         if not file.is_file():
             continue

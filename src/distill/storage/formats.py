@@ -1,7 +1,8 @@
-"""Which files are pictures that are read, and what to do with those that are not. Nothing here imports torch.
+"""Which files are pictures that are read, and what to do with those that are not. Nothing here
+imports torch.
 
-What a file holds decides, not its suffix: only the formats named here are tried. Pillow knows more, among them some
-that start other programs (EPS).
+What a file holds decides, not its suffix: only the formats named here are tried. Pillow knows more,
+among them some that start other programs (EPS).
 """
 
 import importlib
@@ -15,7 +16,8 @@ from PIL import Image, features
 
 from distill.storage import headers
 
-# Suffix -> Pillow's format. Of several pictures in one sample of a shard the first by this order is read.
+# Suffix -> Pillow's format. Of several pictures in one sample of a shard the first by this order is
+# read.
 FORMAT_OF = {
     "jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "avif": "AVIF", "jxl": "JXL",
     "heic": "HEIF", "heif": "HEIF", "tif": "TIFF", "tiff": "TIFF", "bmp": "BMP", "gif": "GIF",
@@ -40,7 +42,9 @@ SYSTEM = ("__MACOSX", "@eaDir")
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the system's and not the user's: ._x.jpg, .cache, @eaDir."""
+    """Whether a file or folder of this name is the system's and not the user's: ._x.jpg, .cache,
+    @eaDir.
+    """
     return name.startswith(".") or name in SYSTEM
 
 
@@ -74,10 +78,12 @@ def tried(suffix: str) -> tuple[str, ...]:
 
 
 def opened(file: Path | IO[bytes], suffix: str) -> Image.Image:
-    """The picture in a file that may be read again, by its header: only formats that are read here, and within bounds.
+    """The picture in a file that may be read again, by its header: only formats that are read here,
+    and within bounds.
 
-    Raises ValueError for one of too many pixels, and whatever Pillow does for what is none. Most formats, AVIF and HEIF
-    among them, are decoded later, when pixels are asked for; of the others the size is looked at before.
+    Raises ValueError for one of too many pixels, and whatever Pillow does for what is none. Most
+    formats, AVIF and HEIF among them, are decoded later, when pixels are asked for; of the others
+    the size is looked at before.
     """
     if isinstance(file, Path):
         with file.open("rb") as first:
@@ -95,7 +101,8 @@ def _too_large(size: tuple[int, int], most: int) -> ValueError:
 
 
 def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
-    """Raise ValueError for a picture, of which its header alone is read, that would take gigabytes when it is decoded.
+    """Raise ValueError for a picture, of which its header alone is read, that would take gigabytes
+    when it is decoded.
 
     A JPEG is spared that can be decoded smaller, see `reduced`.
     """
@@ -105,7 +112,8 @@ def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
 
 
 def reduced(picture: Image.Image) -> Image.Image:
-    """The picture, of which its header alone is read: a JPEG of more than MOST_PIXELS is decoded at half, or less.
+    """The picture, of which its header alone is read: a JPEG of more than MOST_PIXELS is decoded at
+    half, or less.
 
     Raises ValueError for any other of so many.
     """
@@ -118,7 +126,9 @@ def reduced(picture: Image.Image) -> Image.Image:
 
 
 def _scale(picture: Image.Image, most: int) -> int | None:
-    """By how much a JPEG has to be decoded smaller; None for what cannot be, as one that is kept whole in between."""
+    """By how much a JPEG has to be decoded smaller; None for what cannot be, as one that is kept
+    whole in between.
+    """
     width, height = picture.size
     if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
         return None

@@ -1,7 +1,9 @@
-"""How large a picture is, from its first bytes, of formats that take memory for all of it as soon as they are opened.
+"""How large a picture is, from its first bytes, of formats that take memory for all of it as soon
+as they are opened.
 
-The plugin by which Pillow reads JPEG XL decodes it at once, and for WebP Pillow makes room for two whole canvases. So
-their size has to be known before Pillow sees the file: by ISO/IEC 18181-1 (SizeHeader) and -2 (boxes), and RFC 9649.
+The plugin by which Pillow reads JPEG XL decodes it at once, and for WebP Pillow makes room for two
+whole canvases. So their size has to be known before Pillow sees the file: by ISO/IEC 18181-1
+(SizeHeader) and -2 (boxes), and RFC 9649.
 """
 
 from typing import IO
@@ -15,7 +17,8 @@ BOXES = 1000  # ours: that are looked through
 
 
 def size_of(file: IO[bytes]) -> tuple[int, int] | None:
-    """Width and height in pixels; None of what is neither JPEG XL nor WebP. The place in the file stays.
+    """Width and height in pixels; None of what is neither JPEG XL nor WebP. The place in the file
+    stays.
 
     Raises ValueError for one that does not say it.
     """
@@ -33,7 +36,9 @@ def size_of(file: IO[bytes]) -> tuple[int, int] | None:
 
 
 def _of_webp(start: bytes) -> tuple[int, int] | None:
-    """By its first chunk: of the whole canvas, lossless, or lossy; None of another, which Pillow refuses."""
+    """By its first chunk: of the whole canvas, lossless, or lossy; None of another, which Pillow
+    refuses.
+    """
     kind, data = start[12:16], start[20:]
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[4:7], "little"), 1 + int.from_bytes(data[7:10], "little")

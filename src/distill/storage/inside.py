@@ -1,8 +1,9 @@
-"""Names in a folder that are written: where somebody else has made it, none may lead out of it or hang.
+"""Names in a folder that are written: where somebody else has made it, none may lead out of it or
+hang.
 
-A link at such a name has what it points to written over, or a whole folder beside the run written into and
-swept. A pipe waits for ever. The folder itself may be a link, say to a larger disk, and links at names
-that nothing writes are left alone. Nothing here imports a library that takes long.
+A link at such a name has what it points to written over, or a whole folder beside the run written
+into and swept. A pipe waits for ever. The folder itself may be a link, say to a larger disk, and
+links at names that nothing writes are left alone. Nothing here imports a library that takes long.
 """
 
 import os
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TRUST_RUN = "DISTILL_TRUST_RUN"
-# Files that are opened as they lie. All others are written aside and renamed, which replaces a link.
+# Files that are opened as they lie. All others are written aside and renamed, which replaces a
+# link.
 FILES = re.compile(
     r"run\.log|metrics\.csv|alarms\.jsonl|hparams\.yaml|study\.db(-\w+)?|config\.yaml|run\.json"
     r"|evaluation\.json|events\.out\.tfevents\..*"
@@ -30,9 +32,11 @@ def is_own(file: Path) -> bool:
 
 
 def check_names(folder: Path, key: str) -> None:
-    """Raise ValueError, beginning with `key`, if a name that is written in this folder leads out of it.
+    """Raise ValueError, beginning with `key`, if a name that is written in this folder leads out of
+    it.
 
-    So too for what is neither a file nor a folder. Links of one's own folder, by `is_own`, may be there.
+    So too for what is neither a file nor a folder. Links of one's own folder, by `is_own`, may be
+    there.
     """
     own = is_own(folder)
     for path in _written(folder):
@@ -47,7 +51,9 @@ def check_names(folder: Path, key: str) -> None:
 
 
 def check_plain(path: Path, what: str) -> None:
-    """Raise ValueError, beginning with `what`, for a path at which there is something, and no file of its own."""
+    """Raise ValueError, beginning with `what`, for a path at which there is something, and no file
+    of its own.
+    """
     try:
         mode = path.lstat().st_mode
     except OSError:  # nothing is there
@@ -58,7 +64,10 @@ def check_plain(path: Path, what: str) -> None:
 
 
 def opened(path: Path, what: str, flags: int = 0) -> int:
-    """A file opened to be read and written, and never what a link points to. Raises ValueError as `check_plain`."""
+    """A file opened to be read and written, and never what a link points to.
+
+    Raises ValueError as `check_plain`.
+    """
     check_plain(path, what)
     return os.open(path, os.O_RDWR | NOFOLLOW | flags, 0o644)
 

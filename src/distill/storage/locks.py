@@ -3,12 +3,13 @@
     <folder>/.distill.lock      of a folder; it is there while somebody writes
     .<name>.distill.lock        of a file, or of a folder that appears only when whole: beside it
 
-The system's own lock on that file decides: it ends with the process that holds it, however that ends. What the file
-says is for words: machine, process, when that began, since when, which command. Where a file system has no locks, its
-words decide: a process of this machine that has ended holds nothing. Another machine's lock is never taken, for nobody
-here can know whether its process runs.
+The system's own lock on that file decides: it ends with the process that holds it, however that
+ends. What the file says is for words: machine, process, when that began, since when, which command.
+Where a file system has no locks, its words decide: a process of this machine that has ended holds
+nothing. Another machine's lock is never taken, for nobody here can know whether its process runs.
 
-Processes that a launcher starts are given its lock. Of several that torchrun or SLURM start the first one takes it.
+Processes that a launcher starts are given its lock. Of several that torchrun or SLURM start the
+first one takes it.
 """
 
 import json
@@ -69,11 +70,13 @@ _given: list[int] = []  # those of its launcher
 
 @contextmanager
 def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
-    """Be the only process that writes into a folder, which is made if need be, and goes again if it stays empty.
+    """Be the only process that writes into a folder, which is made if need be, and goes again if it
+    stays empty.
 
-    What killed writers have left in it goes, with `deep` below it too. A process that holds the lock, and any but the
-    first of several, passes at once. Raises BlockingIOError, which begins with `key`, if another one holds it, and
-    ValueError for a folder in which what is written would land elsewhere.
+    What killed writers have left in it goes, with `deep` below it too. A process that holds the
+    lock, and any but the first of several, passes at once. Raises BlockingIOError, which begins
+    with `key`, if another one holds it, and ValueError for a folder in which what is written would
+    land elsewhere.
     """
     if rank() != 0:
         yield
@@ -93,7 +96,9 @@ def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
 
 @contextmanager
 def one_writer_of(path: Path, key: str) -> Iterator[None]:
-    """As `one_writer`, for a file or folder that is there only when whole: nobody else makes it at the same time."""
+    """As `one_writer`, for a file or folder that is there only when whole: nobody else makes it at
+    the same time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(_beside(path), f"{key}={path}"):
         sweep(path.parent, of=path.name)
@@ -109,7 +114,9 @@ def held(folder: Path) -> Holder | None:
 
 
 def check_free(folder: Path, key: str) -> None:
-    """Raise BlockingIOError, which begins with `key`, if another process writes there: said before anything is read."""
+    """Raise BlockingIOError, which begins with `key`, if another process writes there: said before
+    anything is read.
+    """
     if rank() != 0:
         return
     check_names(folder, key)
@@ -131,7 +138,9 @@ def check_free(folder: Path, key: str) -> None:
 
 
 def pass_on(environment: MutableMapping[str, str]) -> dict[str, Any]:
-    """Options of `Popen` with which what is started shares the locks of this process, and so outlives none of them."""
+    """Options of `Popen` with which what is started shares the locks of this process, and so
+    outlives none of them.
+    """
     if sys.platform == "win32" or not _mine:
         return {}
     environment[PASSED_ON] = ",".join(map(str, _mine.values()))
@@ -139,7 +148,9 @@ def pass_on(environment: MutableMapping[str, str]) -> dict[str, Any]:
 
 
 def adopt() -> None:
-    """In a process that a launcher has started: keep its locks as long as this one lives, and hand them to nobody."""
+    """In a process that a launcher has started: keep its locks as long as this one lives, and hand
+    them to nobody.
+    """
     for number in os.environ.pop(PASSED_ON, "").split(","):
         with suppress(OSError, ValueError):
             os.set_inheritable(int(number), False)
@@ -197,7 +208,9 @@ def _taken(path: Path, what: str) -> int:
 
 
 def _by_words(file: int, path: Path, me: Holder, what: str) -> int:
-    """Where there are no locks: say who writes, and look whether another one has said so in the same moment."""
+    """Where there are no locks: say who writes, and look whether another one has said so in the
+    same moment.
+    """
     os.close(file)
     put(path, _words(me))
     time.sleep(0.2)
@@ -266,7 +279,9 @@ def _refusal(what: str, who: Holder, path: Path) -> str:
 
 
 def _is_still(file: int, path: Path) -> bool:
-    """Whether the opened file is the one of this name: whoever held it has removed it in the end."""
+    """Whether the opened file is the one of this name: whoever held it has removed it in the
+    end.
+    """
     with suppress(OSError):
         return os.path.samestat(os.fstat(file), os.stat(path))
     return False

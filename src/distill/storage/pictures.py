@@ -15,8 +15,9 @@ from distill.storage.aside import put
 def upright(picture: Image.Image) -> Image.Image:
     """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
-    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see `formats.reduced`), and for numbers
-    whose white is not known: floats, and integers of more than 16 bits.
+    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see
+    `formats.reduced`), and for numbers whose white is not known: floats, and integers of more than
+    16 bits.
     """
     picture = ImageOps.exif_transpose(formats.reduced(picture))
     if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
@@ -37,6 +38,8 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def put_grid(pictures: Tensor, path: Path, nrow: int) -> None:
-    """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when whole."""
+    """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when
+    whole.
+    """
     save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
     put(path, content.getvalue())

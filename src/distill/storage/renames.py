@@ -1,4 +1,6 @@
-"""Names that configurations of earlier versions have, and what they are called now: saved runs go on, and compare."""
+"""Names that configurations of earlier versions have, and what they are called now: saved runs go
+on, and compare.
+"""
 
 from collections.abc import Mapping
 from typing import Any

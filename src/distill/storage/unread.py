@@ -1,11 +1,14 @@
-"""Nothing of a file of weights is made up or passed over: what `from_pretrained` reports is refused by name."""
+"""Nothing of a file of weights is made up or passed over: what `from_pretrained` reports is refused
+by name.
+"""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Of larger models, whose other half a text encoder or a network of pictures is: nothing here reads it.
+# Of larger models, whose other half a text encoder or a network of pictures is: nothing here reads
+# it.
 OTHER_HALF = re.compile(
     r"(^|\.)(vision_model|visual_projection|text_projection|logit_scale|lm_head|position_ids"
     r"|pooler|classifier)(\.|$)"
@@ -37,9 +40,11 @@ def refuse_unread(
 
 
 def refuse_broken(network: Any, where: str) -> None:
-    """Raise ValueError for a network with a number that is not finite, naming its tensors; `where` begins the sentence.
+    """Raise ValueError for a network with a number that is not finite, naming its tensors; `where`
+    begins the sentence.
 
-    A frozen network that holds one makes every loss NaN, hours later or at once. Buffers may hold -inf, as masks do.
+    A frozen network that holds one makes every loss NaN, hours later or at once. Buffers may hold
+    -inf, as masks do.
     """
     broken = [name for name, x in network.named_parameters() if not _finite(x, infinite=False)]
     broken += [name for name, x in network.named_buffers() if not _finite(x, infinite=True)]
@@ -51,7 +56,10 @@ def refuse_broken(network: Any, where: str) -> None:
 
 
 def _finite(x: Any, infinite: bool) -> bool:
-    """Whether a tensor has no NaN, and no infinite number unless these may be. One that has no values yet has none."""
+    """Whether a tensor has no NaN, and no infinite number unless these may be.
+
+    One that has no values yet has none.
+    """
     if x.is_meta or not x.is_floating_point() or not x.numel() or x.dtype.itemsize == 1:
         return True
     ends = [float(end) for end in x.detach().aminmax()]  # NaN if any of it is; nothing is copied

@@ -28,7 +28,8 @@ from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 
 OURS = "distill.teachers.schedulers"
-FITTING = (  # settings in which a student of another size is as its teacher: what it reads and what it predicts
+# settings in which a student of another size is as its teacher: what it reads and what it predicts
+FITTING = (
     *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
     *(
         "pooled_projection_dim",
@@ -49,9 +50,10 @@ def full(
 ) -> Network:
     """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
 
-    `init` is teacher, random for weights as the network's class draws them, or a run or pipeline folder to begin from,
-    whose network may have another size. `shift` is NitroFusion's timestep shift, of 1,000, None that of `init`. With
-    `checkpointing` its blocks compute activations again in the backward pass. Raises ValueError for what cannot be.
+    `init` is teacher, random for weights as the network's class draws them, or a run or pipeline
+    folder to begin from, whose network may have another size. `shift` is NitroFusion's timestep
+    shift, of 1,000, None that of `init`. With `checkpointing` its blocks compute activations again
+    in the backward pass. Raises ValueError for what cannot be.
     """
     if init not in ("teacher", "random"):
         model, own = _read(teacher, init)
@@ -72,14 +74,19 @@ def shifted(student: Network, shift: int | None) -> Network:
     """The student, under NitroFusion's timestep shift if one is given."""
     if shift is not None:
         if student.prediction == "flow" or not 0 < shift <= 1000:
-            what = "must lie in [1, 1000], and is for networks that predict eps or v on Stable Diffusion's schedule"
+            what = (
+                "must lie in [1, 1000], and is for networks that predict eps or v on Stable"
+                " Diffusion's schedule"
+            )
             raise ValueError(f"student.shift={shift}: {what}")
         student.shift = shift
     return student
 
 
 def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
-    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions; its timestep shift."""
+    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions; its
+    timestep shift.
+    """
     model, part = teacher.network.model, denoiser_in(init, "student.init", OR_ELSE)
     folder = part.parent
     file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
@@ -117,11 +124,13 @@ def save_pipeline(
     scheduler: Any,
     sampler: Any = None,
 ) -> Path:
-    """Write `folder` as a diffusers pipeline: the student's network, this scheduler, the teacher's other parts.
+    """Write `folder` as a diffusers pipeline: the student's network, this scheduler, the teacher's
+    other parts.
 
-    Text encoders, tokenizers and autoencoder are copied as files, those that the index names in one precision: saving
-    them again renames weights (transformers 5). Those of a single file have no files of their own, and are saved.
-    In the index stands what the teacher was told besides, and the `sampler`, a `FewSteps`, with levels of its own.
+    Text encoders, tokenizers and autoencoder are copied as files, those that the index names in one
+    precision: saving them again renames weights (transformers 5). Those of a single file have no
+    files of their own, and are saved. In the index stands what the teacher was told besides, and
+    the `sampler`, a `FewSteps`, with levels of its own.
     """
     with whole_folder(folder) as partial:
         _write_pipeline(student, teacher, partial, scheduler, sampler)
@@ -166,14 +175,18 @@ def _write_pipeline(
 
 
 def _without_place(config: Path) -> None:
-    """Leave out where diffusers has read the teacher from: a path of this machine is nobody else's."""
+    """Leave out where diffusers has read the teacher from: a path of this machine is nobody
+    else's.
+    """
     said = mapping_of(config)
     said.pop("_name_or_path", None)
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, Any]:
-    """Copy the parts that the index of the teacher's folder names, `but` some; what the copy's index says."""
+    """Copy the parts that the index of the teacher's folder names, `but` some; what the copy's
+    index says.
+    """
     index = index_of(str(teacher.folder))
     target.mkdir(parents=True)
     for name, pair in index.items():
@@ -201,7 +214,8 @@ def states(student: nn.Module, base: nn.Module) -> tuple[dict[str, Tensor], dict
     ours, theirs = student.state_dict(), base.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         raise ValueError(
-            "base: its network is not of the student's shape; give base=<what the student was made from>"
+            "base: its network is not of the student's shape; give base=<what the student was made"
+            " from>"
         )
     return ours, theirs
 

@@ -1,9 +1,11 @@
-"""A LoRA student: adapters on the teacher's own weights, so that student, teacher and feature network are one network.
+"""A LoRA student: adapters on the teacher's own weights, so that student, teacher and feature
+network are one network.
 
     y = W x + (alpha / rank) B A x      in a pass of the student; y = W x in any other
 
-The adapters are off but within a student's pass, and a block that is computed again in the backward pass has them as it
-had them at first. A student is its adapters: only they are its parameters, in its average and in its checkpoint.
+The adapters are off but within a student's pass, and a block that is computed again in the backward
+pass has them as it had them at first. A student is its adapters: only they are its parameters, in
+its average and in its checkpoint.
 """
 
 import copy
@@ -35,12 +37,14 @@ def lora(
     shift: int | None = None,
     checkpointing: bool = False,
 ) -> Network:
-    """The teacher's network with float32 adapters of its own, which begins as the teacher; one to a teacher.
+    """The teacher's network with float32 adapters of its own, which begins as the teacher; one to a
+    teacher.
 
-    `rank` is that of each change of a weight, which `alpha / rank` scales (None: by 1). `targets` are ends of names of
-    linear and convolutional layers (None: those of the architecture). `init` is kaiming or gaussian. With
-    `checkpointing` blocks of the network, in all of its roles, compute their activations again in the backward pass.
-    `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError for what cannot be.
+    `rank` is that of each change of a weight, which `alpha / rank` scales (None: by 1). `targets`
+    are ends of names of linear and convolutional layers (None: those of the architecture). `init`
+    is kaiming or gaussian. With `checkpointing` blocks of the network, in all of its roles, compute
+    their activations again in the backward pass. `shift` is NitroFusion's timestep shift, of 1,000.
+    Raises ValueError for what cannot be.
     """
     if not isinstance(rank, int) or rank < 1 or init not in INITS:
         raise ValueError(
@@ -94,7 +98,8 @@ class Switch:
     def _set(self, on: bool) -> None:
         self._is_on = on
         for layer in self._layers:
-            # Peft's own way, enable_adapters, also freezes them; nn.Module's way of setting takes 50 times as long.
+            # Peft's own way, enable_adapters, also freezes them; nn.Module's way of setting takes
+            # 50 times as long.
             vars(layer)["_disable_adapters"] = not on
 
 
@@ -121,13 +126,16 @@ def merged(student: Network) -> nn.Module:
     model = copy.deepcopy(student.model).float()
     model.fuse_lora(safe_fusing=True)
     model.unload_lora()
-    model.disable_gradient_checkpointing()  # which would go on by the states of the student's own passes
+    # which would go on by the states of the student's own passes
+    model.disable_gradient_checkpointing()
     return model
 
 
 @torch.no_grad()
 def factors(student: Network) -> dict[str, Tensor]:
-    """The adapters as `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, scaled so that alpha is the rank."""
+    """The adapters as `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, scaled so that alpha is
+    the rank.
+    """
     found = {}
     for name, layer in layers(student.model).items():
         a, b = (

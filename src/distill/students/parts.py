@@ -1,7 +1,9 @@
-"""Copying a pipeline's parts: what its model_index.json names, in one precision, and nothing else that lies there.
+"""Copying a pipeline's parts: what its model_index.json names, in one precision, and nothing else
+that lies there.
 
-Folders of real models hold the same weights several times over: a root single file, ONNX, OpenVINO, Flax, both
-precisions. Beside them may lie what is nobody else's business. So nothing is taken but what diffusers reads.
+Folders of real models hold the same weights several times over: a root single file, ONNX, OpenVINO,
+Flax, both precisions. Beside them may lie what is nobody else's business. So nothing is taken but
+what diffusers reads.
 """
 
 import json
@@ -25,9 +27,11 @@ TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")  # they go with the weights
 
 
 def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
-    """Write the part of a pipeline in folder `source` as `target`, its weights under their plain names.
+    """Write the part of a pipeline in folder `source` as `target`, its weights under their plain
+    names.
 
-    `variant` is of the weights that are wanted; where there are none of it, those without, and then any.
+    `variant` is of the weights that are wanted; where there are none of it, those without, and then
+    any.
     """
     target.mkdir(parents=True)
     for name, file in _files(source, variant):
@@ -35,9 +39,11 @@ def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
 
 
 def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
-    """Write the pipeline of folder `source` as `target`: what its index names, in `dtype` (None: as it is).
+    """Write the pipeline of folder `source` as `target`: what its index names, in `dtype` (None: as
+    it is).
 
-    `target` is the writer's own, and begun anew. Raises ValueError for values that a dtype cannot hold.
+    `target` is the writer's own, and begun anew. Raises ValueError for values that a dtype cannot
+    hold.
     """
     remove(target)
     index = index_of(str(source), "run")
@@ -97,7 +103,9 @@ def _files(folder: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
 
 
 def weights_of(folder: Path, variant: str | None = None) -> list[tuple[str, Path]]:
-    """Name in a copy -> file, of one set of weights in this folder: shards with the index that names them."""
+    """Name in a copy -> file, of one set of weights in this folder: shards with the index that
+    names them.
+    """
     wanted = dict.fromkeys([variant, None, *VARIANTS, *_variants(folder)])
     for kind in KINDS:
         for each in wanted:
@@ -122,9 +130,11 @@ def _variants(folder: Path) -> list[str]:
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether a file is of this folder, and no link out of it but into the store of the hub's cache.
+    """Whether a file is of this folder, and no link out of it but into the store of the hub's
+    cache.
 
-    A link of a stranger's may point to anything; what is read as weights or configuration is followed all the same.
+    A link of a stranger's may point to anything; what is read as weights or configuration is
+    followed all the same.
     """
     place = file.resolve()
     kept = [parent for parent in folder.absolute().parents if parent.name == "snapshots"]

@@ -8,9 +8,11 @@ SHORT = 512  # tokens of which all scores are held at once
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt d + bias) v, for q, k, v [B, heads, L, d] and a bias that broadcasts to [B, heads, L, L].
+    """softmax(q k^T / sqrt d + bias) v, for q, k, v [B, heads, L, d] and a bias that broadcasts to
+    [B, heads, L, L].
 
-    On a CPU the fused kernel of torch 2.13 takes five times as long backwards in bfloat16 as plain products do.
+    On a CPU the fused kernel of torch 2.13 takes five times as long backwards in bfloat16 as plain
+    products do.
     """
     if v.device.type != "cpu" or v.dtype != torch.bfloat16 or v.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -19,7 +21,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Attention:
-    """Attention processor for a UNet's transformer blocks: `attend` in the place of torch's fused kernel."""
+    """Attention processor for a UNet's transformer blocks: `attend` in the place of torch's fused
+    kernel.
+    """
 
     def __call__(
         self,

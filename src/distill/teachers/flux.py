@@ -1,4 +1,6 @@
-"""FLUX.1: an MMDiT on the rectified flow, v = eps - x0, network time t, on latents packed two by two into tokens."""
+"""FLUX.1: an MMDiT on the rectified flow, v = eps - x0, network time t, on latents packed two by
+two into tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from distill.teachers.transformer import Transformer
 class Packed(Transformer):
     """Taps `block0`, ... behind the joint blocks, then `single0`, ... behind those on one sequence.
 
-    Guidance is an input of a guidance-distilled model (dev), and one value here, for teacher and student alike; a model
-    without that input (schnell) is not told of it.
+    Guidance is an input of a guidance-distilled model (dev), and one value here, for teacher and
+    student alike; a model without that input (schnell) is not told of it.
     """
 
     rounds_up = True
@@ -77,7 +79,8 @@ class Flux(PipelineTeacher):
     """A `FluxPipeline` (FLUX.1 dev or schnell; folder or hub id).
 
     Args:
-        guidance: what a guidance-distilled model is told; give it the exported student too, as `guidance_scale`.
+        guidance: what a guidance-distilled model is told; give it the exported student too, as
+            `guidance_scale`.
         size: pixels a side of the pictures to make; the files name none.
         length: tokens of the T5; schnell was trained with 256.
     """

@@ -21,14 +21,17 @@ from distill.core.types import Cond
 
 
 class _LastTapReached(Exception):
-    """Thrown through the network's forward, which needs nothing past the last tap; it holds the maps."""
+    """Thrown through the network's forward, which needs nothing past the last tap; it holds the
+    maps.
+    """
 
 
 def ends_at_last_tap(model: nn.Module) -> None:
-    """Have the model's forward return the maps, where it stops after the last tap, instead of throwing.
+    """Have the model's forward return the maps, where it stops after the last tap, instead of
+    throwing.
 
-    So hooks that something else has put around it run then too. FSDP2's let go of weights, and gather them again when a
-    gradient comes to what was returned: an exception would pass them by.
+    So hooks that something else has put around it run then too. FSDP2's let go of weights, and
+    gather them again when a gradient comes to what was returned: an exception would pass them by.
     """
     forward = model.forward
 
@@ -45,9 +48,13 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 class Network(nn.Module):
-    """A denoiser. Concrete networks say how to call the diffusers model and where it can be tapped."""
+    """A denoiser.
 
-    # Layers that a LoRA adapts unless told otherwise, by the ends of their names: here what all attention has.
+    Concrete networks say how to call the diffusers model and where it can be tapped.
+    """
+
+    # Layers that a LoRA adapts unless told otherwise, by the ends of their names: here what all
+    # attention has.
     targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     # Whether its image-to-image pipeline rounds the number of steps up: see `limits.steps_left`.
     rounds_up = False
@@ -84,7 +91,9 @@ class Network(nn.Module):
 
     @abstractmethod
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
-        """Tap name -> module and the number of channels of its map, in the order in which they run."""
+        """Tap name -> module and the number of channels of its map, in the order in which they
+        run.
+        """
 
     @property
     @abstractmethod
@@ -101,15 +110,19 @@ class Network(nn.Module):
         return self.process.to_x0(self._run(x_t, t, cond), x_t, t, self.prediction)
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The prediction, with what goes in cast to the precision of the weights, which may be half."""
+        """The prediction, with what goes in cast to the precision of the weights, which may be
+        half.
+        """
         dtype = next(self.model.parameters()).dtype
         with self.within():
             return self.predict(x_t.to(dtype), t, cond.to(dtype))
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
-        """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches x_t.
+        """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches
+        x_t.
 
-        Hooks live for this call alone, so nested and concurrent uses are safe. Raises ValueError for unknown taps.
+        Hooks live for this call alone, so nested and concurrent uses are safe. Raises ValueError
+        for unknown taps.
         """
         known, seen = self.tappable(), {}
         if unknown := [name for name in taps if name not in known]:
@@ -140,13 +153,17 @@ class Network(nn.Module):
         return [seen[name] for name in taps]
 
     def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
-        """`cond` for a patch at `corner` (row, column) of latents `whole` (H, W): most networks ask no place."""
+        """`cond` for a patch at `corner` (row, column) of latents `whole` (H, W): most networks ask
+        no place.
+        """
         return cond
 
     def recompute(self) -> None:
-        """From now on keep no activations inside the model's blocks; a backward pass computes them again.
+        """From now on keep no activations inside the model's blocks; a backward pass computes them
+        again.
 
-        It does so under what held at first, which by then may be something else: the adapters of a LoRA on or off.
+        It does so under what held at first, which by then may be something else: the adapters of a
+        LoRA on or off.
         """
         self.model.enable_gradient_checkpointing(self._recomputed)
 
@@ -162,10 +179,14 @@ class Network(nn.Module):
         return checkpoint(run, *inputs, use_reentrant=False)
 
     def twin(self) -> Network:
-        """A trainable copy in float32 that shares nothing with this one: the student of the same size."""
+        """A trainable copy in float32 that shares nothing with this one: the student of the same
+        size.
+        """
         return copy.deepcopy(self).float().requires_grad_(True).train()
 
 
 def is_block(tap: str) -> bool:
-    """Whether this tap stands behind a whole block, and not at a part of one (`down0.1`) or before them all (`in`)."""
+    """Whether this tap stands behind a whole block, and not at a part of one (`down0.1`) or before
+    them all (`in`).
+    """
     return "." not in tap and tap != "in"

@@ -1,4 +1,6 @@
-"""A frozen diffusers pipeline as a teacher; its families say how the denoiser is called and captions are encoded."""
+"""A frozen diffusers pipeline as a teacher; its families say how the denoiser is called and
+captions are encoded.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,12 @@ import inspect
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from distill.core.limits import AT_ONCE, at_once
@@ -22,17 +21,15 @@ from distill.core.process import Prediction, Process
 from distill.core.tensors import fingerprint
 from distill.core.types import Cond
 from distill.machine.faults import silent
-from distill.storage.bounded import mapping_of
-from distill.teachers.loading.autoencoder import Autoencoder
+from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
     check_parts,
     check_without,
-    home_of,
     read_pipeline,
+    read_quietly,
     told_of,
 )
-from distill.teachers.loading.settings import cell_of
 from distill.teachers.loading.single import read_single
 from distill.teachers.loading.weights import put_on
 from distill.teachers.network import Network, is_block
@@ -43,21 +40,24 @@ log = logging.getLogger(__name__)
 
 
 class PipelineTeacher(nn.Module):
-    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions -> Cond.
+    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents,
+    captions -> Cond.
 
-    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block by block. `weights`
-    is a file to put on the pipeline's denoiser, as few-step teachers come (DMD2, Hyper-SD): see `teachers/weights.py`.
-    `vae` is a folder or hub id of an autoencoder in the pipeline's place, which its students keep.
-    Where `path` is a single file, `config` is the pipeline that says what is in it: see `teachers/single.py`.
-    `deferred`, text_encoder and vae, are read when they are first needed, and `release` lets them go again; what a run
-    on cached embeddings wants, which sets `null`, the embedded empty caption.
+    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block
+    by block. `weights` is a file to put on the pipeline's denoiser, as few-step teachers come
+    (DMD2, Hyper-SD): see `teachers/weights.py`. `vae` is a folder or hub id of an autoencoder in
+    the pipeline's place, which its students keep. Where `path` is a single file, `config` is the
+    pipeline that says what is in it: see `teachers/single.py`. `deferred`, text_encoder and vae,
+    are read when they are first needed, and `release` lets them go again; what a run on cached
+    embeddings wants, which sets `null`, the embedded empty caption.
 
-    It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it. Its attributes:
-    `folder`, the local files, also of a pipeline of the hub, None for a single file's; `without`, parts that were left
-    out; `channels`, of the map at every tap; `blocks` and `encoder`, the taps behind whole blocks and those of the half
-    that reads; `latent_shape`, (C, H, W) at the size it was trained for; `patch`, latents a side that make one token, 1
-    where there are no tokens; `unit`, of which a picture's sides must be multiples: pixels a side per latent, times
-    `patch`.
+    It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it.
+    Its attributes: `folder`, the local files, also of a pipeline of the hub, None for a single
+    file's; `without`, parts that were left out; `channels`, of the map at every tap; `blocks` and
+    `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H,
+    W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there
+    are no tokens; `unit`, of which a picture's sides must be multiples: pixels a side per latent,
+    times `patch`.
     """
 
     kind: type  # the pipeline's class
@@ -69,7 +69,9 @@ class PipelineTeacher(nn.Module):
     )
 
     def __init_subclass__(cls) -> None:
-        """A family with options of its own shows the shared ones too: a configuration is checked against them all."""
+        """A family with options of its own shows the shared ones too: a configuration is checked
+        against them all.
+        """
         shared, own = (
             inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls)
         )
@@ -117,7 +119,7 @@ class PipelineTeacher(nn.Module):
         if own:
             own.put_on(pipeline, later="vae" in deferred)
         elif pipeline.vae is None:  # deferred, and the pipeline guessed
-            pipeline.vae_scale_factor = _scale_factor(self.folder)
+            pipeline.vae_scale_factor = scale_of(self.folder)
         if weights:
             put_on(pipeline, weights)
         if pipeline.vae:
@@ -160,7 +162,9 @@ class PipelineTeacher(nn.Module):
         return {}
 
     def call(self) -> dict[str, Any]:
-        """Arguments for which diffusers' pipeline makes the pictures that this makes, besides prompt and steps."""
+        """Arguments for which diffusers' pipeline makes the pictures that this makes, besides
+        prompt and steps.
+        """
         return {"guidance_scale": 0.0}
 
     def sides(self) -> dict[str, int]:
@@ -174,7 +178,8 @@ class PipelineTeacher(nn.Module):
         return config.in_channels, config.sample_size, config.sample_size
 
     def shape_of(self, size: Any, key: str = "size") -> tuple[int, int, int]:
-        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: at the size it was trained for.
+        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: at the size it
+        was trained for.
 
         Raises ValueError, with the setting's `key`, for sides that it cannot make.
         """
@@ -203,12 +208,16 @@ class PipelineTeacher(nn.Module):
         return self.vae.encode(pixels).latent_dist.mode()
 
     def _upcast(self, vae: nn.Module) -> None:
-        """Keep an autoencoder in float32 that says it overflows in float16, as its pipeline does."""
+        """Keep an autoencoder in float32 that says it overflows in float16, as its pipeline
+        does.
+        """
         if self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast:
             vae.float()
 
     def _spread(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and spread of the autoencoder's own latents, to go with x [B, C, H, W]; 0 and 1 where it names none."""
+        """Mean and spread of the autoencoder's own latents, to go with x [B, C, H, W]; 0 and 1
+        where it names none.
+        """
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if not mean or not std:  # a pipeline wants both
@@ -217,7 +226,9 @@ class PipelineTeacher(nn.Module):
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _reader(self) -> tuple[Any, int]:
-        """The tokenizer that reads most of a caption, and how many tokens, its marks included, are not cut off."""
+        """The tokenizer that reads most of a caption, and how many tokens, its marks included, are
+        not cut off.
+        """
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     def _bring(self, kind: str) -> None:
@@ -243,7 +254,8 @@ class PipelineTeacher(nn.Module):
         self._encoders.to(device)
 
     def marks(self, model: Any, *, scheduled: bool) -> list[Any]:
-        """All that makes the pictures of `model`, itself or a student, with its encoders, but noise and steps.
+        """All that makes the pictures of `model`, itself or a student, with its encoders, but noise
+        and steps.
 
         `scheduled` by its own scheduler; a student's sampler has its levels.
         """
@@ -255,7 +267,8 @@ class PipelineTeacher(nn.Module):
             network.prediction,
         ]
         own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
-        if scheduled:  # what begins with _ is diffusers' own, its list of keys that the file lacks in any order
+        # what begins with _ is diffusers' own, its list of keys that the file lacks in any order
+        if scheduled:
             own += sorted(
                 (k, str(v))
                 for k, v in self.pipeline.scheduler.config.items()
@@ -295,7 +308,9 @@ class PipelineTeacher(nn.Module):
         return self.network.of_patch(cond, whole, corner)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), a few at a time."""
+        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), a few at
+        a time.
+        """
         parts = pixels.to(self.vae.dtype).split(at_once(*pixels.shape[-2:]))
         latents = torch.cat([self._latents(part) for part in parts]).to(pixels.dtype)
         mean, std = self._spread(latents)
@@ -303,30 +318,37 @@ class PipelineTeacher(nn.Module):
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
-        """As `decode`, of any number of latents and any size, for looking at: no gradient, memory of a few pictures.
+        """As `decode`, of any number of latents and any size, for looking at: no gradient, memory
+        of a few pictures.
 
-        As many at a time as `limits.at_once` says. Pictures of more pixels than that are decoded in tiles that
-        overlap, as diffusers' `enable_tiling` has it, where the autoencoder knows how.
+        As many at a time as `limits.at_once` says. Pictures of more pixels than that are decoded in
+        tiles that overlap, as diffusers' `enable_tiling` has it, where the autoencoder knows how.
         """
         height, width = self.sides_of(latents.shape)
-        with _tiled(self.vae, height * width > AT_ONCE):
+        with tiled(self.vae, height * width > AT_ONCE):
             return torch.cat([self.decode(part) for part in latents.split(at_once(height, width))])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient flows)."""
+        """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient
+        flows).
+        """
         mean, std = self._spread(latents)
         raw = latents * std / self.vae.config.scaling_factor + mean
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
 
     def save_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
-        """Have the autoencoder work picture by picture, and in tiles of large ones, as diffusers does it."""
+        """Have the autoencoder work picture by picture, and in tiles of large ones, as diffusers
+        does it.
+        """
         if slicing:
             self.vae.enable_slicing()
         if tiling:
             self.vae.enable_tiling()
 
     def embed_negative(self, caption: str) -> Cond:
-        """What guidance leads away from, of batch size 1, in float32: as its pipeline reads a negative prompt."""
+        """What guidance leads away from, of batch size 1, in float32: as its pipeline reads a
+        negative prompt.
+        """
         with silent():
             self._bring("text_encoder")
             return self._negative(caption).to(torch.float32)
@@ -335,7 +357,10 @@ class PipelineTeacher(nn.Module):
         return self._encode([caption])
 
     def embed(self, captions: Sequence[str]) -> Cond:
-        """Captions -> conditioning in float32 that knows its unconditional version. Warns once of one too long."""
+        """Captions -> conditioning in float32 that knows its unconditional version.
+
+        Warns once of one too long.
+        """
         with silent():  # the pipelines say at every call what they cut
             if self.null is None:
                 self._bring("text_encoder")
@@ -351,7 +376,8 @@ class PipelineTeacher(nn.Module):
             cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
             log.warning(
-                "a caption is longer than this teacher reads, and ends before %r; others are not named",
+                "a caption is longer than this teacher reads, and ends before %r; others are not"
+                " named",
                 cut,
             )
         return cond
@@ -367,28 +393,3 @@ class PipelineTeacher(nn.Module):
                 last = int(ids[-1] == tokenizer.eos_token_id)  # kept, behind what is left
                 return tokenizer.decode(ids[most - last : len(ids) - last])
         return None
-
-
-@contextmanager
-def _tiled(vae: Any, wanted: bool) -> Iterator[None]:
-    """Within, an autoencoder decodes in tiles if that is wanted, and it can; one that does so already goes on."""
-    if not wanted or not hasattr(vae, "enable_tiling") or vae.use_tiling:
-        yield
-        return
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.disable_tiling()
-
-
-def _scale_factor(folder: Path | None) -> int:
-    """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
-    file = Path(home_of(folder, "vae"), "vae", "config.json") if folder else None
-    return cell_of(mapping_of(file) if file else {}, f"teacher.path={folder}")
-
-
-def read_quietly() -> None:
-    """Silence the loading bars of diffusers and transformers: a dozen for one small pipeline."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

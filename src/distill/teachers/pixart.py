@@ -1,4 +1,6 @@
-"""PixArt-Sigma: a transformer on a process like Stable Diffusion's, predicting eps, step index 0..999, told by a T5."""
+"""PixArt-Sigma: a transformer on a process like Stable Diffusion's, predicting eps, step index
+0..999, told by a T5.
+"""
 
 from typing import Any
 
@@ -15,7 +17,9 @@ TOKENS = 300  # that the pipeline passes
 
 
 class PixArt(Transformer):
-    """Its output has twice the channels of a latent; the second half is the variance, which few steps do without."""
+    """Its output has twice the channels of a latent; the second half is the variance, which few
+    steps do without.
+    """
 
     @property
     def caption_width(self) -> int:
@@ -30,10 +34,11 @@ class PixArt(Transformer):
 
 
 class PixArtSigma(PipelineTeacher):
-    """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise level alone.
+    """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the
+    noise level alone.
 
-    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed. `zero_terminal_snr` is as
-    SD's, for a fine-tune that predicts v.
+    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed.
+    `zero_terminal_snr` is as SD's, for a fine-tune that predicts v.
     """
 
     kind = PixArtSigmaPipeline
@@ -44,7 +49,8 @@ class PixArtSigma(PipelineTeacher):
             end_in_noise(self)
 
     def call(self) -> dict[str, Any]:
-        # Clean captions are what the pipeline tries to have by itself; binning would draw another size, and resize.
+        # Clean captions are what the pipeline tries to have by itself; binning would draw another
+        # size, and resize.
         return {**super().call(), **self.sides(), "use_resolution_binning": False}
 
     def _network(self) -> PixArt:

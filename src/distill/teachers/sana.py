@@ -1,4 +1,5 @@
-"""Sana: a transformer with linear attention on the rectified flow, v = eps - x0, network time 1000 t, told by a Gemma.
+"""Sana: a transformer with linear attention on the rectified flow, v = eps - x0, network time 1000
+t, told by a Gemma.
 
 Its autoencoder (DC-AE) makes one latent of 32x32 pixels, and that is one token.
 """
@@ -32,10 +33,11 @@ class LinearDiT(Transformer):
 
 
 class Sana(PipelineTeacher):
-    """A `SanaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise level alone.
+    """A `SanaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise
+    level alone.
 
-    With `instruction` the text encoder reads each caption behind the pipeline's instruction to enrich it; the empty
-    caption stands without, as the pipeline has it.
+    With `instruction` the text encoder reads each caption behind the pipeline's instruction to
+    enrich it; the empty caption stands without, as the pipeline has it.
     """
 
     kind = SanaPipeline

@@ -1,11 +1,12 @@
-"""Schedulers that diffusers does not have; FlowScheduler is for UNets that predict a flow, ShiftedLCMScheduler is
-NitroFusion's timestep shift: `pipe.scheduler = ShiftedLCMScheduler.from_config(...)`.
+"""Schedulers that diffusers does not have; FlowScheduler is for UNets that predict a flow,
+ShiftedLCMScheduler is NitroFusion's timestep shift: `pipe.scheduler =
+ShiftedLCMScheduler.from_config(...)`.
 
-    x0 = (x - sigma_tau' eps(x, tau')) / alpha_tau',   tau' = floor(tau shift / 1000)
-    x  = alpha_later x0 + sigma_later z                                           later: the next tau, not shifted
+    x0 = (x - sigma_tau' eps(x, tau')) / alpha_tau',  tau' = floor(tau shift / 1000)
+    x  = alpha_later x0 + sigma_later z    later: the next tau, not shifted
 
-tau are LCM's: 999, 749, 499, 249 for four steps. Pure noise is then divided by an alpha of .82 (shift 250) and not of
-.07, so that an error of eps is not made fifteen times as large.
+tau are LCM's: 999, 749, 499, 249 for four steps. Pure noise is then divided by an alpha of .82
+(shift 250) and not of .07, so that an error of eps is not made fifteen times as large.
 """
 
 from typing import Any
@@ -22,7 +23,9 @@ from torch import Tensor
 
 
 class FlowScheduler(FlowMatchEulerDiscreteScheduler):
-    """With what the pipelines of Stable Diffusion ask of a scheduler besides; steps at 1, 1 - 1/n, ..., 1/n."""
+    """With what the pipelines of Stable Diffusion ask of a scheduler besides; steps at 1, 1 - 1/n,
+    ..., 1/n.
+    """
 
     init_noise_sigma = 1.0
 
@@ -36,7 +39,10 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 class ShiftedLCMScheduler(LCMScheduler):
-    """For epsilon and v networks. Its `timesteps` are the shifted ones, which are what a pipeline tells the network."""
+    """For epsilon and v networks.
+
+    Its `timesteps` are the shifted ones, which are what a pipeline tells the network.
+    """
 
     @register_to_config
     def __init__(
@@ -57,7 +63,8 @@ class ShiftedLCMScheduler(LCMScheduler):
             "original_inference_steps": original_inference_steps,
             "prediction_type": prediction_type,
         }
-        # Past its decorator, which would put LCM's other settings among ours and then warn of them when read again.
+        # Past its decorator, which would put LCM's other settings among ours and then warn of them
+        # when read again.
         LCMScheduler.__init__.__wrapped__(self, num_train_timesteps, **betas, **own)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v, step index 0..999.
+"""Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v,
+step index 0..999.
 
 Fine-tunes that predict a flow are on the rectified flow's process, and are told 1000 t.
 """
@@ -32,15 +33,18 @@ def trained_on(scheduler: Any) -> tuple[Process, Prediction]:
 
 
 def step_of(process: Process, t: Tensor) -> Tensor:
-    """What a network of 1,000 training steps is told of t [B]: the step's number, of a flow 1000 t."""
+    """What a network of 1,000 training steps is told of t [B]: the step's number, of a flow 1000
+    t.
+    """
     return process.index(t) if isinstance(process, VariancePreserving) else 1000 * t
 
 
 class UNet(Network):
-    """Taps `down0`, `down1`, ..., `mid` where there is one, `up0`, ...: the map each block hands to the next.
+    """Taps `down0`, `down1`, ..., `mid` where there is one, `up0`, ...: the map each block hands to
+    the next.
 
-    Besides, `in` is the first convolution's, and `down0.0`, `down0.1`, ... are the maps that this block hands to the
-    decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
+    Besides, `in` is the first convolution's, and `down0.0`, `down0.1`, ... are the maps that this
+    block hands to the decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
     """
 
     targets = (  # attention, feed-forward layers and convolutions, as LCM-LoRA and DMD2 have it
@@ -100,7 +104,8 @@ class UNet(Network):
 
 
 def end_in_noise(teacher: PipelineTeacher) -> None:
-    """Give a teacher on Stable Diffusion's process the schedule that ends in noise alone (arXiv 2305.08891, Alg. 1).
+    """Give a teacher on Stable Diffusion's process the schedule that ends in noise alone (arXiv
+    2305.08891, Alg. 1).
 
     What is exported of it has that schedule too. Raises ValueError for one that predicts eps.
     """
@@ -111,10 +116,12 @@ def end_in_noise(teacher: PipelineTeacher) -> None:
 
 
 class SD(PipelineTeacher):
-    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another than it, theirs.
+    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another
+    than it, theirs.
 
-    With `clip_skip` captions are what stands so many layers before that which is read by default, as diffusers counts.
-    `zero_terminal_snr` stretches its schedule so that it ends in noise alone: see `end_in_noise`.
+    With `clip_skip` captions are what stands so many layers before that which is read by default,
+    as diffusers counts. `zero_terminal_snr` stretches its schedule so that it ends in noise alone:
+    see `end_in_noise`.
     """
 
     kind, unused = StableDiffusionPipeline, ("safety_checker", "feature_extractor", "image_encoder")
@@ -170,14 +177,18 @@ class SD(PipelineTeacher):
         )
 
     def _skipped(self, ids: Tensor) -> Tensor:
-        """Tokens [B, L, D] of an earlier layer, as the pipeline has it, which transformers 5.6 keeps from doing so."""
+        """Tokens [B, L, D] of an earlier layer, as the pipeline has it, which transformers 5.6
+        keeps from doing so.
+        """
         encoder = self.pipeline.text_encoder
         hidden = encoder(ids, output_hidden_states=True).hidden_states[-(self.clip_skip + 1)]
         return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
 
 
 def _check_skip(skip: int | None, layers: int) -> None:
-    """Raise ValueError for more layers than a text encoder has to leave out; its pipelines would take any."""
+    """Raise ValueError for more layers than a text encoder has to leave out; its pipelines would
+    take any.
+    """
     if skip is not None and not (type(skip) is int and skip > 0 and (not layers or skip < layers)):
         what = f"must be null, or from 1 to {layers - 1}" if layers else "must be null or 1 or more"
         raise ValueError(f"teacher.clip_skip={skip}: {what} for this teacher")

@@ -20,7 +20,9 @@ SILENT_TOKENS = (
 
 
 class MMDiT(Transformer):
-    """SD3.5 medium's first blocks attend a second time, among image tokens alone: a part of their output as any."""
+    """SD3.5 medium's first blocks attend a second time, among image tokens alone: a part of their
+    output as any.
+    """
 
     targets = (  # both streams' attention and feed-forward layers
         *(
@@ -62,9 +64,11 @@ class MMDiT(Transformer):
 
 
 class SD3(PipelineTeacher):
-    """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder, hub id or single file), with or without its third text encoder.
+    """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder, hub id or single file), with or without its
+    third text encoder.
 
-    To leave that out, `without=["text_encoder_3", "tokenizer_3"]`; one that is silent is left out by itself.
+    To leave that out, `without=["text_encoder_3", "tokenizer_3"]`; one that is silent is left out
+    by itself.
     """
 
     kind = StableDiffusion3Pipeline
@@ -79,7 +83,9 @@ class SD3(PipelineTeacher):
         return self.pipeline.tokenizer_3, SILENT_TOKENS
 
     def _silent(self) -> bool:
-        """Whether the third text encoder is absent; one whose tokens are all zeros, as without it, is left out."""
+        """Whether the third text encoder is absent; one whose tokens are all zeros, as without it,
+        is left out.
+        """
         t5 = self.pipeline.text_encoder_3
         if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
             self.pipeline.text_encoder_3 = None

@@ -15,10 +15,12 @@ from distill.teachers.sd import SD, UNet, step_of
 
 
 class UNetXL(UNet):
-    """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline does by default.
+    """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline
+    does by default.
 
-    Of a patch it is told the size of the whole and where the patch lies, as of a crop in its training: `of_patch` puts
-    them into the cond's `extra`, pixels [B, 4]: height and width of the whole, row and column of the corner.
+    Of a patch it is told the size of the whole and where the patch lies, as of a crop in its
+    training: `of_patch` puts them into the cond's `extra`, pixels [B, 4]: height and width of the
+    whole, row and column of the corner.
     """
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction, cell: int):
@@ -43,7 +45,10 @@ class UNetXL(UNet):
 
 
 class SDXL(SD):
-    """A `StableDiffusionXLPipeline` (folder or hub id). Its autoencoder overflows in float16, and stays in float32."""
+    """A `StableDiffusionXLPipeline` (folder or hub id).
+
+    Its autoencoder overflows in float16, and stays in float32.
+    """
 
     upcasts = True
     kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")

@@ -1,7 +1,9 @@
-"""Joint attention over tokens that stand for several: in a softmax n equal keys weigh like one with log n added.
+"""Joint attention over tokens that stand for several: in a softmax n equal keys weigh like one with
+log n added.
 
-`StableDiffusion3Pipeline` hands the transformer 256 third-encoder tokens. Where that encoder is absent (or silent) they
-are 256 equal zeros; carrying one of them with weight 256 gives the same output, to rounding, at a quarter of the cost.
+`StableDiffusion3Pipeline` hands the transformer 256 third-encoder tokens. Where that encoder is
+absent (or silent) they are 256 equal zeros; carrying one of them with weight 256 gives the same
+output, to rounding, at a quarter of the cost.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ from distill.teachers.attention import attend
 
 
 class FoldedJointAttention:
-    """Attention processor for SD3's joint blocks, with an additive bias on the keys [1 or B, 1, 1, keys] (or None)."""
+    """Attention processor for SD3's joint blocks, with an additive bias on the keys [1 or B, 1, 1,
+    keys] (or None).
+    """
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None

@@ -1,4 +1,6 @@
-"""What the transformers among the networks share: taps behind their blocks, and tokens put back on the 2-D grid."""
+"""What the transformers among the networks share: taps behind their blocks, and tokens put back on
+the 2-D grid.
+"""
 
 from typing import Any
 
@@ -10,7 +12,8 @@ from distill.teachers.network import Network
 class Transformer(Network):
     """Taps `block0`, `block1`, ...: the image tokens after each block, back on the grid.
 
-    A block may return these alone or behind the text's; token k stands at row k // W, column k % W of the grid.
+    A block may return these alone or behind the text's; token k stands at row k // W, column k % W
+    of the grid.
     """
 
     @property
@@ -36,6 +39,8 @@ class Transformer(Network):
         return self.grid(tokens, x_t)
 
     def grid(self, tokens: Tensor, x_t: Tensor) -> Tensor:
-        """Tokens [B, L, D] -> map [B, D, H / patch, W / patch], contiguous, for latents x_t [B, C, H, W]."""
+        """Tokens [B, L, D] -> map [B, D, H / patch, W / patch], contiguous, for latents x_t [B, C,
+        H, W].
+        """
         height, width = (side // self.patch for side in x_t.shape[-2:])
         return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width).contiguous()

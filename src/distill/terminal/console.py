@@ -1,12 +1,12 @@
 """Where the words of a command go: to its terminal, above the bars, and to the log of its run.
 
-    with recorded():                     # around a command: from here on nothing printed is lost
-        keep(folder / "run.log", ...)    # once there is a folder: what was said so far, and all that follows
-        say("run folder: ...")           # for people, above any bar
-        note("training: step 3 of 9")    # the same, but on a terminal it stands in the log alone: a bar shows it
+    with recorded():                   # around a command: from here on nothing printed is lost
+        keep(folder / "run.log", ...)  # of what was said so far, and all that follows
+        say("run folder: ...")         # for people, above any bar
+        note("training: step 3 of 9")  # on a terminal in the log alone: a bar shows it
 
-Warnings, logging and `print` go the same way. Of several processes only the first one prints and logs; another one
-logs the exception that ends it, and may still warn on stderr.
+Warnings, logging and `print` go the same way. Of several processes only the first one prints and
+logs; another one logs the exception that ends it, and may still warn on stderr.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Log:
             self.write("\n".join(early))
 
     def write(self, text: str, *, whoever: bool = False) -> None:
-        """Add lines. A log that cannot be written ends no run. `whoever`: of other processes too."""
+        """Add lines. A log that cannot be written ends no run.
+
+        `whoever`: of other processes too.
+        """
         if rank() != 0 and not whoever:
             return
         if self.path is None:
@@ -67,7 +70,9 @@ class Log:
 
 
 class Stream:
-    """Stands for stdout or stderr: whole lines pass above the bars and into the log; all else is the stream's own."""
+    """Stands for stdout or stderr: whole lines pass above the bars and into the log; all else is
+    the stream's own.
+    """
 
     def __init__(self, stream: TextIO, log: Log):
         self.stream, self._log = stream, log
@@ -127,7 +132,9 @@ def leave(stream: TextIO) -> None:
 
 
 def open_all() -> None:
-    """Have the standard streams that are closed lead nowhere: else the next file that is opened takes their place."""
+    """Have the standard streams that are closed lead nowhere: else the next file that is opened
+    takes their place.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
@@ -289,7 +296,9 @@ def failed(error: BaseException) -> None:
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Have all that is printed inside pass the bars and reach the log; of several processes, that of the first."""
+    """Have all that is printed inside pass the bars and reach the log; of several processes, that
+    of the first.
+    """
     global _log
     before, _log = _log, Log()
     made = logging.getLogRecordFactory()
@@ -339,7 +348,9 @@ def _replaced(log: Log) -> Iterator[None]:
 
 
 def _thread_failed(of: threading.ExceptHookArgs) -> None:
-    """A library's own thread has failed: the log has the traceback; who waits for the thread fails, and says so."""
+    """A library's own thread has failed: the log has the traceback; who waits for the thread fails,
+    and says so.
+    """
     error = of.exc_value
     if error is not None and not isinstance(error, SystemExit):
         failed(error)

@@ -1,4 +1,5 @@
-"""What long work says of itself: a bar on a terminal; elsewhere a line when it starts, every 30 s, and when it ends.
+"""What long work says of itself: a bar on a terminal; elsewhere a line when it starts, every 30 s,
+and when it ends.
 
     with stage("loading the teacher"):
         ...
@@ -10,8 +11,9 @@
     training: step 120 of 1200, 35.2 images/s, 0:04:10 left, g/adv 0.71
     training: still at step 120 of 1200, for 0:01:10
 
-A thread keeps the time, so a single step may last for hours and something is said all the same. Work may be nested: the
-innermost speaks, and a terminal shows all. The lines go into the log of the run, whether there is a terminal or not.
+A thread keeps the time, so a single step may last for hours and something is said all the same.
+Work may be nested: the innermost speaks, and a terminal shows all. The lines go into the log of the
+run, whether there is a terminal or not.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ Item = TypeVar("Item")
 class Bar:
     """Counted work `what`, of `total` units; None: nobody knows how much.
 
-    `rate` names what is made, where its speed is to be said: "images". It is counted by `update(images=...)`, or is the
-    unit itself.
+    `rate` names what is made, where its speed is to be said: "images". It is counted by
+    `update(images=...)`, or is the unit itself.
     """
 
     def __init__(
@@ -90,7 +92,10 @@ class Bar:
         said: str | Callable[[], str] | None = None,
         place: str | None = None,
     ) -> None:
-        """Say that so many units are done. `place` stands for "step 3 of 9" where that says too little."""
+        """Say that so many units are done.
+
+        `place` stands for "step 3 of 9" where that says too little.
+        """
         first = not self._updates or self.done == self._start[1] != done
         self.done, self._images, self._place = done, images, place
         if said is not None:
@@ -216,7 +221,9 @@ _watch = Watch()
 
 
 class Beat:
-    """A small file that says where this process is, for whoever finds it dead: {"what", "unit", "done"}."""
+    """A small file that says where this process is, for whoever finds it dead: {"what", "unit",
+    "done"}.
+    """
 
     WIDTH = 1024  # bytes: always as many, so that none of a longer one stay behind
 
@@ -227,7 +234,9 @@ class Beat:
         self._file = path.open("wb", buffering=0)
 
     def write(self, bar: Bar) -> None:
-        """Written in place and not flushed to disk: it costs microseconds, and outlives the process."""
+        """Written in place and not flushed to disk: it costs microseconds, and outlives the
+        process.
+        """
         if self._file is None:
             return
         counted = {} if bar.total is None else {"unit": bar.unit, "done": bar.done}
@@ -246,7 +255,9 @@ def beat_into(path: Path) -> None:
 
 
 def where(path: Path) -> str:
-    """What `beat_into` has left in this file, as the end of a sentence; nothing if it left nothing."""
+    """What `beat_into` has left in this file, as the end of a sentence; nothing if it left
+    nothing.
+    """
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -277,7 +288,9 @@ def track(
     unit: str = "step",
     rate: str | None = None,
 ) -> Iterator[Item]:
-    """The items, of which there are `total` or as many as they say themselves, each counted when it is done with."""
+    """The items, of which there are `total` or as many as they say themselves, each counted when it
+    is done with.
+    """
     with Bar(what, len(items) if total is None else total, unit=unit, rate=rate) as bar:  # type: ignore[arg-type]
         for item in items:
             yield item

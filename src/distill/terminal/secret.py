@@ -2,10 +2,11 @@
 
     token  password  passphrase  secret  credential  auth  api_key  accessKey  authorization ...
 
-A command tells what it was given, whole values (`note`) and words of its command line (`note_word`);
-from then on its log and its errors have *** in the value's place, as every file has that it writes.
-A word of the command that names a variable of the environment, `${oc.env:NAME}`, says no value and
-stays. Where a value ends is known of what was noted; in other text a pattern has to guess.
+A command tells what it was given, whole values (`note`) and words of its command line
+(`note_word`); from then on its log and its errors have *** in the value's place, as every file has
+that it writes. A word of the command that names a variable of the environment, `${oc.env:NAME}`,
+says no value and stays. Where a value ends is known of what was noted; in other text a pattern has
+to guess.
 """
 
 import html

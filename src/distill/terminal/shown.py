@@ -1,7 +1,9 @@
-"""How a value is shown: what comes from a file stands as text in a terminal, on a page and in markdown.
+"""How a value is shown: what comes from a file stands as text in a terminal, on a page and in
+markdown.
 
-Names in shards, captions, folders, runs and their results may hold line breaks, escape codes of terminals, marks that
-turn the direction of writing, and HTML. Whoever shows one passes it through here, and nobody escapes by himself.
+Names in shards, captions, folders, runs and their results may hold line breaks, escape codes of
+terminals, marks that turn the direction of writing, and HTML. Whoever shows one passes it through
+here, and nobody escapes by himself.
 
     shown(value)          one line for a terminal or a log
     in_html(value)        the same for a page, between tags and in quoted attributes
@@ -16,21 +18,26 @@ import re
 from typing import Any
 
 MOST = 2000  # ours: characters of a value in one line
-# Controls of terminals and of lines, halves of surrogate pairs, and marks of the direction of writing:
-# with the last a name reads as another. Joiners of letters (U+200D) stay, which scripts and emoji need.
+# Controls of terminals and of lines, halves of surrogate pairs, and marks of the direction of
+# writing: with the last a name reads as another. Joiners of letters (U+200D) stay, which scripts
+# and emoji need.
 ACTING = "\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_LINE = re.compile(f"[{ACTING}]")
 _IN_LINES = re.compile(f"(?![\n\t])[{ACTING}]")
-# What printed text may have besides: ends of lines, tabs, and the colours that logging and libraries give theirs.
+# What printed text may have besides: ends of lines, tabs, and the colours that logging and
+# libraries give theirs.
 _PRINTED = re.compile(f"\x1b\\[[0-9;]*m|\x1b\\[A|[\n\r\t]|([{ACTING}])")
 _MARKDOWN = re.compile(r"[\\`|*<]|\](?=[(\[:])")
-# What a formula begins with, in the wide forms of East Asian fonts too; tabs and ends of lines are escaped.
+# What a formula begins with, in the wide forms of East Asian fonts too; tabs and ends of lines are
+# escaped.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def shown(value: Any, most: int = MOST) -> str:
-    """A value as one line of plain text: what would act is an escape (`\\x1b`), and what is too long is cut."""
+    """A value as one line of plain text: what would act is an escape (`\\x1b`), and what is too
+    long is cut.
+    """
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return _IN_LINE.sub(_escape, text)
@@ -42,7 +49,9 @@ def in_lines(value: str) -> str:
 
 
 def printed(text: str) -> str:
-    """What is printed by anybody: lines, tabs, colours and a line's rewriting pass, nothing else that acts."""
+    """What is printed by anybody: lines, tabs, colours and a line's rewriting pass, nothing else
+    that acts.
+    """
     return _PRINTED.sub(lambda match: _escape(match) if match[1] else match[0], text)
 
 
@@ -62,7 +71,8 @@ def in_markdown(value: Any) -> str:
 
 
 def in_csv(value: Any) -> Any:
-    """A value for a cell of a CSV: a number or None itself, also one in words; any other text as text.
+    """A value for a cell of a CSV: a number or None itself, also one in words; any other text as
+    text.
 
     A spreadsheet calculates what begins like a formula. As OWASP advises a ' stands before that.
     """

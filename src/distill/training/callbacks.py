@@ -1,4 +1,6 @@
-"""What happens beside training: student steps are counted, health numbers, alarms, pictures on the way."""
+"""What happens beside training: student steps are counted, health numbers, alarms, pictures on the
+way.
+"""
 
 import json
 import logging
@@ -58,7 +60,9 @@ class Progress(L.Callback):
 
 
 class Health(L.Callback):
-    """Logs images per second, and |change| / |weight| of the student, which should stay near 1e-3 (Karpathy's rule)."""
+    """Logs images per second, and |change| / |weight| of the student, which should stay near 1e-3
+    (Karpathy's rule).
+    """
 
     def __init__(self, every: int = 10):
         self.every = every
@@ -74,7 +78,9 @@ class Health(L.Callback):
             self._before = [p.detach().clone() for p in self._some(pl_module)]
 
     def _some(self, pl_module: Distillation) -> list[Tensor]:
-        """At most 256 of the student's tensors, and MOST numbers, evenly chosen: they are copied."""
+        """At most 256 of the student's tensors, and MOST numbers, evenly chosen: they are
+        copied.
+        """
         every = list(pl_module.student.parameters())
         some = every[:: len(every) // 257 + 1]
         while len(some) > 1 and sum(p.numel() for p in some) > MOST:
@@ -94,7 +100,8 @@ class Health(L.Callback):
         if self._last:
             values["images_per_second"] = (now[1] - self._last[1]) / (now[0] - self._last[0])
         self._before, self._last = [], now
-        # Straight to the loggers: through `self.log` this callback's last values would be repeated on every later row.
+        # Straight to the loggers: through `self.log` this callback's last values would be repeated
+        # on every later row.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=pl_module.step)
 
@@ -102,7 +109,8 @@ class Health(L.Callback):
 class Alarms(L.Callback):
     """Says in words when the discriminator has become useless, by the mean over `window` steps.
 
-    Each alarm is a warning, and a line {step, alarm} of `alarms.jsonl` in the run folder, which the report shows.
+    Each alarm is a warning, and a line {step, alarm} of `alarms.jsonl` in the run folder, which the
+    report shows.
     """
 
     def __init__(self, window: int = 50):
@@ -117,7 +125,9 @@ class Alarms(L.Callback):
         self._seen, self._last = list(state["seen"]), state["last"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        """Keep the alarms up to the checkpoint that is gone on from; the file is there even if none is raised."""
+        """Keep the alarms up to the checkpoint that is gone on from; the file is there even if none
+        is raised.
+        """
         self.path = Path(trainer.default_root_dir) / ALARMS
         if trainer.is_global_zero:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
@@ -150,7 +160,8 @@ def _until(line: bytes, step: int) -> bool:
 
 
 def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | None:
-    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps; None if nothing is.
+    """What is wrong with a discriminator of this accuracy and these mean logits, and what helps;
+    None if nothing is.
 
     `r1`: whether its method has a gradient penalty to be raised.
     """
@@ -158,23 +169,34 @@ def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | N
         more = ", or raise method.r1_weight" if r1 else ""
         return f"the discriminator's logits run away: lower optimizer.discriminator.lr{more}"
     if accuracy > 0.98:
-        return "the discriminator is saturated (right nearly always): lower its rate, or let it look at noisier samples"
+        return (
+            "the discriminator is saturated (right nearly always): lower its rate, or let it look"
+            " at noisier samples"
+        )
     if abs(real - fake) < 0.02:
-        return "the discriminator is not learning (real and fake score alike): raise its rate or optimizer.head_start"
+        return (
+            "the discriminator is not learning (real and fake score alike): raise its rate or"
+            " optimizer.head_start"
+        )
     if accuracy < 0.4:
-        return "the discriminator has collapsed (wrong more often than right): raise optimizer.discriminator.lr"
+        return (
+            "the discriminator has collapsed (wrong more often than right): raise"
+            " optimizer.discriminator.lr"
+        )
     return None
 
 
 class Samples(L.Callback):
     """One-step pictures of the averaged student for fixed prompts, every `every` steps.
 
-    A few are drawn at a time, as `limits.at_once` says for their size, in the run's own precision. Where the data hold
-    embeddings, their captions need no text encoder. Those that are not finite are not written: before the first step
-    ValueError says so, for then it is the teacher's weights or their dtype, and later a warning.
+    A few are drawn at a time, as `limits.at_once` says for their size, in the run's own precision.
+    Where the data hold embeddings, their captions need no text encoder. Those that are not finite
+    are not written: before the first step ValueError says so, for then it is the teacher's weights
+    or their dtype, and later a warning.
 
     Args:
-        prompts: a list, or a text file with one a line; None: captions of the data, from evenly spaced places.
+        prompts: a list, or a text file with one a line; None: captions of the data, from evenly
+            spaced places.
         count: how many of these; None: 16, and fewer of pictures above 512x512, but 4 at least.
     """
 
@@ -218,9 +240,12 @@ class Samples(L.Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
-        """Write the pictures, if this process is the one that does; what is wrong with them, if anything is."""
+        """Write the pictures, if this process is the one that does; what is wrong with them, if
+        anything is.
+        """
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
-        # Where networks are cut up all processes must run them, hence all ask the first one whether to.
+        # Where networks are cut up all processes must run them, hence all ask the first one whether
+        # to.
         if trainer.strategy.broadcast(path.exists()) or not (
             pl_module.sharded or trainer.is_global_zero
         ):
@@ -256,5 +281,7 @@ class Samples(L.Callback):
 
 
 def pictures_shown(height: int, width: int) -> int:
-    """How many pictures of so many pixels show how a run goes, if nobody says: 16 up to 512x512, 4 of 1024x1024."""
+    """How many pictures of so many pixels show how a run goes, if nobody says: 16 up to 512x512, 4
+    of 1024x1024.
+    """
     return max(4, at_once(height, width, 4) * 4)

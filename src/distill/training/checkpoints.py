@@ -1,4 +1,6 @@
-"""When checkpoints are written: every so many steps, at the end, and when a signal asks the run to stop."""
+"""When checkpoints are written: every so many steps, at the end, and when a signal asks the run to
+stop.
+"""
 
 import difflib
 import logging
@@ -41,7 +43,10 @@ class AtomicIO(TorchCheckpointIO):
 
 @contextmanager
 def taken_up(path: Path | None) -> Iterator[None]:
-    """Have what goes wrong as Lightning takes up this checkpoint name it: ValueError. None: there is none."""
+    """Have what goes wrong as Lightning takes up this checkpoint name it: ValueError.
+
+    None: there is none.
+    """
     try:
         yield
     except (OSError, signals.Stopped):
@@ -62,8 +67,8 @@ def taken_up(path: Path | None) -> Iterator[None]:
 class Checkpoints(L.Callback):
     """Saves every `every` student steps, at the end, and when asked to stop by a signal.
 
-    The newest `keep` stay (0: all), for good one every `archive` steps (0: none), and as best.ckpt the one where the
-    logged value `best` was best, which `best_is` min or max says.
+    The newest `keep` stay (0: all), for good one every `archive` steps (0: none), and as best.ckpt
+    the one where the logged value `best` was best, which `best_is` min or max says.
     """
 
     def __init__(
@@ -76,7 +81,8 @@ class Checkpoints(L.Callback):
     ):
         if every < 1 or keep < 0 or best_is not in ("min", "max"):
             raise ValueError(
-                f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min or max"
+                f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min"
+                " or max"
             )
         self.every, self.keep, self.archive, self.best, self.best_is = (
             every,
@@ -103,7 +109,8 @@ class Checkpoints(L.Callback):
         self._best = state["best"]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        # Lightning's own handlers stop in the middle of things, and speak to other processes from inside a signal.
+        # Lightning's own handlers stop in the middle of things, and speak to other processes from
+        # inside a signal.
         trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_save_checkpoint(
@@ -123,9 +130,11 @@ class Checkpoints(L.Callback):
         self._handlers = handled_by(self._heard)
 
     def _set_aside(self, step: int) -> None:
-        """Move what a run that goes on from an earlier step had made after it, lest it go on from there one day.
+        """Move what a run that goes on from an earlier step had made after it, lest it go on from
+        there one day.
 
-        Pictures alone, which a kill leaves between them and their checkpoint, are removed: they are drawn again.
+        Pictures alone, which a kill leaves between them and their checkpoint, are removed: they are
+        drawn again.
         """
         kept = steps_in(self.folder, ".ckpt"), steps_in(self.folder.parent / "samples", ".png")
         checkpoints, pictures = ([found[at] for at in found if at > step] for found in kept)

@@ -1,4 +1,6 @@
-"""`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what it finds)."""
+"""`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what
+it finds).
+"""
 
 import csv
 import errno
@@ -19,9 +21,10 @@ MOST = 2**24  # ours: characters of the line that names the columns
 class CsvLog(Logger):
     """Rows {step, name: value}, each appended at once and in one write, so that a kill loses none.
 
-    A new column goes behind the others, and the file is put in place anew with a longer header. Rows before it stay as
-    they are, and shorter: csv and pandas read what they lack as missing. A last line without its end is being written,
-    or was torn by a power cut; going on from a checkpoint drops it.
+    A new column goes behind the others, and the file is put in place anew with a longer header.
+    Rows before it stay as they are, and shorter: csv and pandas read what they lack as missing. A
+    last line without its end is being written, or was torn by a power cut; going on from a
+    checkpoint drops it.
     """
 
     name, version = "csv", ""
@@ -51,7 +54,9 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def go_on(self, step: int, iteration: int) -> None:
-        """Drop what the stopped run logged after the checkpoint that it goes on from: it is done again."""
+        """Drop what the stopped run logged after the checkpoint that it goes on from: it is done
+        again.
+        """
 
         def early(cells: list[str]) -> bool:
             row = dict(zip(self._columns, cells, strict=False))
@@ -75,7 +80,9 @@ class CsvLog(Logger):
         self._rewrite()
 
     def _rewrite(self, wanted: Callable[[list[str]], bool] | None = None) -> None:
-        """Put the file in place anew: the header, and of its whole lines those whose cells are `wanted`; None: all."""
+        """Put the file in place anew: the header, and of its whole lines those whose cells are
+        `wanted`; None: all.
+        """
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
         kept = [line for line in lines[1:] if line.endswith(b"\n")]
         if wanted:

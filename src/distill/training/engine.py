@@ -1,4 +1,6 @@
-"""How any method is trained: optimisers, their rates over the steps, and what counts as one update."""
+"""How any method is trained: optimisers, their rates over the steps, and what counts as one
+update.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +15,10 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How any method is trained. Rates rise over `warmup_steps`, then stay or follow half a cosine to `final_rate`."""
+    """How any method is trained.
+
+    Rates rise over `warmup_steps`, then stay or follow half a cosine to `final_rate`.
+    """
 
     student: OptimizerFactory
     discriminator: OptimizerFactory
@@ -36,7 +41,9 @@ class Engine:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
 
     def rate(self, step: int, steps: int, updates: int) -> float:
-        """Share of the peak rate at student step `step` of `steps`, of a player after `updates` of its own."""
+        """Share of the peak rate at student step `step` of `steps`, of a player after `updates` of
+        its own.
+        """
         rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return rise

@@ -1,7 +1,9 @@
-"""Several processes on one machine, each working on the configuration that the first one has resolved.
+"""Several processes on one machine, each working on the configuration that the first one has
+resolved.
 
-Lightning would start the command line again in every process, which under Hydra makes each compose, and sweep, anew.
-torchrun and SLURM start the processes themselves; then this module has nothing to do.
+Lightning would start the command line again in every process, which under Hydra makes each compose,
+and sweep, anew. torchrun and SLURM start the processes themselves; then this module has nothing to
+do.
 
 <folder>/processes/0.log     what a process said last, and what its libraries write past Python
 <folder>/processes/0.beat    where it is
@@ -42,7 +44,10 @@ KILLED = [-getattr(signal, name, 0) for name in ("SIGKILL", "SIGSEGV", "SIGBUS")
 
 
 def needed(processes: int, nodes: int) -> bool:
-    """Whether this process must start the others. Raises ValueError for several nodes without a launcher."""
+    """Whether this process must start the others.
+
+    Raises ValueError for several nodes without a launcher.
+    """
     if (
         processes == 1 or "LOCAL_RANK" in os.environ or world() > 1
     ):  # SLURM's one task, a shell say, starts nothing
@@ -57,7 +62,8 @@ def needed(processes: int, nodes: int) -> bool:
 def launch(
     folder: Path, processes: int, command: str = "run", *, secrets: Mapping[str, Any] | None = None
 ) -> int:
-    """Run the worker of a command `processes` times on its folder; returns the exit code of the first that fails, or 0.
+    """Run the worker of a command `processes` times on its folder; returns the exit code of the
+    first that fails, or 0.
 
     `secrets` are values that the configuration in the folder is without: the environment has them.
 

@@ -1,8 +1,8 @@
 """The loggers of a run: made by the configuration, and on resume the very ones that the run had.
 
-A row that was logged after the checkpoint is logged again by a run that goes on. `metrics.csv` drops it first
-(`CsvLog.go_on`), and TensorBoard is told from which step on to forget. W&B, MLflow and Comet take back nothing: their
-run goes on, and has such a row twice, at the same step.
+A row that was logged after the checkpoint is logged again by a run that goes on. `metrics.csv`
+drops it first (`CsvLog.go_on`), and TensorBoard is told from which step on to forget. W&B, MLflow
+and Comet take back nothing: their run goes on, and has such a row twice, at the same step.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def made(
 ) -> dict[str, Any]:
     """Each logger by its key in the configuration, writing into `folder`.
 
-    `known` are the names of the trackers' own runs that a checkpoint kept, and `step` is that of the checkpoint; None
-    for a new run. Raises ValueError, naming the key, where one cannot be made.
+    `known` are the names of the trackers' own runs that a checkpoint kept, and `step` is that of
+    the checkpoint; None for a new run. Raises ValueError, naming the key, where one cannot be made.
     """
     nodes = (cfg.get("logger") or {}).items()
     return {str(k): _made(str(k), node, folder, known or {}, step) for k, node in nodes if node}
@@ -59,7 +59,9 @@ def _made(
 
 
 def names(loggers: Mapping[str, Any]) -> dict[str, str | int]:
-    """What a checkpoint keeps: key -> the tracker's own name for its run, of those that can go on with one."""
+    """What a checkpoint keeps: key -> the tracker's own name for its run, of those that can go on
+    with one.
+    """
     found = {}
     for key, logger in loggers.items():
         version = logger.version if type(logger).__name__ in CONTINUED else None

@@ -1,12 +1,13 @@
 """The loop of two players: phases, accumulation, clipping, counters. Every method is trained by it.
 
-One iteration: all that is random is drawn -> student's sample and its features, with graph -> discriminator phase on
-the detached features -> student phase on the same ones -> average -> refresh of the heads. A *step* is one update of
-the student; `max_steps`, schedules, averages and logs count steps. The optional head start trains the discriminator
-alone for some iterations before step 0.
+One iteration: all that is random is drawn -> student's sample and its features, with
+graph -> discriminator phase on the detached features -> student phase on the same
+ones -> average -> refresh of the heads. A *step* is one update of the student; `max_steps`,
+schedules, averages and logs count steps. The optional head start trains the discriminator alone for
+some iterations before step 0.
 
-With accumulation the student's sample is made again in either phase and for every update of the discriminator. It is
-the same each time, since its random numbers are drawn beforehand.
+With accumulation the student's sample is made again in either phase and for every update of the
+discriminator. It is the same each time, since its random numbers are drawn beforehand.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ class TwoPlayerLoop:
         )
 
     def embed(self, method: Any, batch: Mapping[str, Any]) -> Batch:
-        """A loader's batch as the method sees it; where the teacher makes the samples, as the next micro-batch."""
+        """A loader's batch as the method sees it; where the teacher makes the samples, as the next
+        micro-batch.
+        """
         place = self._place(method, len(self._pending))
         key = (self.seed, self.iteration, place, randomness.REAL)
         return cast(Batch, method.embed(batch, randomness.generator(*key, device=method.device)))
 
-    # -- an iteration --------------------------------------------------------------------------------------------------
+    # -- an iteration ------------------------------------------------------------------------------
 
     def training_step(self, method: Any, batch: Mapping[str, Any]) -> None:
         """Take a batch; once there are `accumulate` of them, update the players."""
@@ -100,7 +103,9 @@ class TwoPlayerLoop:
             self._give_up(method)
 
     def _update_players(self, method: Any, micros: list[Micro], leading: bool) -> list[bool]:
-        """Whether each update took place, the student's last; in the head start there is none of it."""
+        """Whether each update took place, the student's last; in the head start there is none of
+        it.
+        """
         samples: list[Any] = []
         if self.engine.accumulate == 1:  # of several batches one sample at a time is what fits
             with torch.set_grad_enabled(not leading):
@@ -147,7 +152,9 @@ class TwoPlayerLoop:
         return updated
 
     def _refresh(self, method: Any) -> None:
-        """Have the heads begin anew where they do so; the moments of such parameters go with them."""
+        """Have the heads begin anew where they do so; the moments of such parameters go with
+        them.
+        """
         if not method.has_discriminator:
             return
         fresh = randomness.common(self.seed, self.iteration, method.device, "refresh")
@@ -171,7 +178,9 @@ class TwoPlayerLoop:
     def clip_and_step(
         self, method: Any, player: str, module: nn.Module, optimizer: Any, limit: float
     ) -> bool:
-        """Average over processes, clip, step; nothing happens, in any process, if the gradient is not finite."""
+        """Average over processes, clip, step; nothing happens, in any process, if the gradient is
+        not finite.
+        """
         parameters = [p for p in module.parameters() if p.requires_grad]
         if average := getattr(method.trainer.strategy, "average_gradients", None):
             average(parameters)
@@ -202,7 +211,7 @@ class TwoPlayerLoop:
         what = f"{count} iterations in a row had a gradient that is not finite"
         raise FloatingPointError(f"{what}, up to step {self.step}; {advice}")
 
-    # -- logging -------------------------------------------------------------------------------------------------------
+    # -- logging -----------------------------------------------------------------------------------
 
     def _log_iteration(self, method: Any) -> None:
         counts = ("step", "iteration", "images_seen", "skipped")
@@ -224,7 +233,7 @@ class TwoPlayerLoop:
             values = method.trainer.strategy.reduce(values, reduce_op="mean")
         return dict(zip(self.logged, values.tolist(), strict=True))
 
-    # -- optimisers ----------------------------------------------------------------------------------------------------
+    # -- optimisers --------------------------------------------------------------------------------
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
         """The student's, and that of the heads where there are any."""
@@ -246,8 +255,9 @@ class TwoPlayerLoop:
     def players(self, method: Any) -> list[Any]:
         """The optimisers, the student's first; only that one advances `global_step`.
 
-        Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop re-assigns these two
-        hooks each batch, so they are replaced each time. Delete this when the issue is closed.
+        Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop
+        re-assigns these two hooks each batch, so they are replaced each time. Delete this when the
+        issue is closed.
         """
         found, profiler = method.optimizers(), method.trainer.profiler
         players: list[Any] = found if method.has_discriminator else [found]
@@ -261,7 +271,7 @@ class TwoPlayerLoop:
         world = method.trainer.world_size if method._trainer else 1
         return micro * world + cast(int, method.global_rank)
 
-    # -- what is kept --------------------------------------------------------------------------------------------------
+    # -- what is kept ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         counts = ("iteration", "images_seen", "skipped")

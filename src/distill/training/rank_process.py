@@ -1,4 +1,5 @@
-"""`python -m distill.training.rank_process <folder> <command>`: one of the processes of `distill.training.launch`.
+"""`python -m distill.training.rank_process <folder> <command>`: one of the processes of
+`distill.training.launch`.
 
 It says nothing of its own end: it notes why, and the launcher says the first such note of all.
 """

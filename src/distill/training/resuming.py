@@ -1,7 +1,8 @@
-"""Going on: whether a checkpoint, the models and the data are those of the run that goes on by them.
+"""Going on: whether a checkpoint, the models and the data are those of the run that goes on by
+them.
 
-A run keeps in its run.json, and in every checkpoint, what it was made of: its configuration, and a mark of each model
-that was read from this machine. Nothing here imports torch.
+A run keeps in its run.json, and in every checkpoint, what it was made of: its configuration, and a
+mark of each model that was read from this machine. Nothing here imports torch.
 """
 
 import logging
@@ -48,7 +49,9 @@ def _mark(value: str) -> str | None:
 
 
 def check_folder(cfg: DictConfig) -> None:
-    """Raise ValueError for a `run_dir` beside `resume` that is another folder: a run goes on where it is."""
+    """Raise ValueError for a `run_dir` beside `resume` that is another folder: a run goes on where
+    it is.
+    """
     folder = folder_of(cfg.resume)
     typed = any(word.lstrip("+").startswith("run_dir=") for word in overrides())
     if not typed or not cfg.run_dir or restarted():
@@ -60,10 +63,11 @@ def check_folder(cfg: DictConfig) -> None:
 
 
 def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume") -> None:
-    """Raise ValueError if the checkpoint at `path` says that another run made it, naming what differs.
+    """Raise ValueError if the checkpoint at `path` says that another run made it, naming what
+    differs.
 
-    `about` is what it says of itself; one that says nothing is held to the names and shapes of its tensors alone. A
-    model at another path is the same one if its mark is.
+    `about` is what it says of itself; one that says nothing is held to the names and shapes of its
+    tensors alone. A model at another path is the same one if its mark is.
     """
     config = about.get("config") if isinstance(about, Mapping) else None
     if not config or not isinstance(config, Mapping):
@@ -84,7 +88,8 @@ def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume
     said = [f"{name}={kept.get(name)}, here {own.get(name)}" for name in different[:SHOWN]]
     more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
     raise ValueError(
-        f"{key}={path}: another run made this checkpoint ({'; '.join(said)}{more}); name one of this run's own"
+        f"{key}={path}: another run made this checkpoint ({'; '.join(said)}{more}); name one of"
+        " this run's own"
     )
 
 
@@ -94,7 +99,8 @@ def _fixed_values(config: Any) -> dict[str, Any]:
 
 
 def check_moved(before: DictConfig, now: DictConfig, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError for a model that is named anew, `data.path` aside, and is not the one that the run had.
+    """Raise ValueError for a model that is named anew, `data.path` aside, and is not the one that
+    the run had.
 
     `facts` are those of run.json. One that has changed at its old place is said.
     """
@@ -124,7 +130,9 @@ def _say_changed(key: str, value: Any, known: str | None) -> None:
 
 
 def data_mark(dataset: Any) -> dict[str, Any]:
-    """How many samples the data of a run have, and a hash of what they are; of what is drawn the number alone."""
+    """How many samples the data of a run have, and a hash of what they are; of what is drawn the
+    number alone.
+    """
     shards = getattr(dataset, "shards", None)
     digest = shards.digest() if hasattr(shards, "digest") else None
     made = getattr(dataset, "made", {}).get("sha256")
@@ -134,7 +142,9 @@ def data_mark(dataset: Any) -> dict[str, Any]:
 def check_data(
     before: DictConfig, now: DictConfig, facts: Mapping[str, Any], mark: Mapping[str, Any]
 ) -> None:
-    """Say that the data have changed since the run began; raise ValueError if they were named anew and are others."""
+    """Say that the data have changed since the run began; raise ValueError if they were named anew
+    and are others.
+    """
     known = facts.get("content", {}).get("data")
     if not known or known == mark:
         return

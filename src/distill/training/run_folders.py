@@ -1,4 +1,5 @@
-"""Run folders in which nothing has happened yet: what a command that failed before its first step leaves behind.
+"""Run folders in which nothing has happened yet: what a command that failed before its first step
+leaves behind.
 
 Nothing here imports torch.
 """
@@ -31,7 +32,9 @@ LOGGERS = ("lightning_logs", "wandb", "mlruns", "mlflow.db")  # what Lightning's
 
 
 def check_ours(folder: Path, key: str, *names: str) -> None:
-    """Raise FileExistsError, which begins with `key`, if such a file is there that no command of ours made."""
+    """Raise FileExistsError, which begins with `key`, if such a file is there that no command of
+    ours made.
+    """
     for name in names:
         path = folder / name
         if not path.exists():
@@ -46,7 +49,9 @@ def check_ours(folder: Path, key: str, *names: str) -> None:
 
 
 def untouched(folder: Path) -> bool:
-    """Whether a run was begun here, and came to no step: there is nothing to go on from, and nothing to look at."""
+    """Whether a run was begun here, and came to no step: there is nothing to go on from, and
+    nothing to look at.
+    """
     try:
         facts = mapping_of(folder / "run.json")
     except (OSError, ValueError):
@@ -66,7 +71,8 @@ def untouched(folder: Path) -> bool:
 
 
 def foreign(folder: Path) -> list[str]:
-    """The names in a folder, in their order, that no run which came to no step has made; hidden ones do not count.
+    """The names in a folder, in their order, that no run which came to no step has made; hidden
+    ones do not count.
 
     All of them, `run.log` aside if a run of ours wrote it, where no such run was begun.
     """
@@ -85,7 +91,9 @@ def _is_log(file: Path) -> bool:
 
 
 def cleared(folder: Path) -> None:
-    """Remove what such a run has left, lest the next one take it for its own; what else is there stays."""
+    """Remove what such a run has left, lest the next one take it for its own; what else is there
+    stays.
+    """
     ours = [folder / "samples" / name for name in (FIRST, "captions.txt")]
     ours += [*folder.glob("events.out.tfevents.*"), folder / "hparams.yaml"]
     ours += [folder / name for name in ("alarms.jsonl", *reversed(BEGUN))]
@@ -97,7 +105,8 @@ def cleared(folder: Path) -> None:
 
 
 def undone(folder: Path, before: Collection[str], *, crashed: bool) -> None:
-    """As `cleared`, with all else that this command has made: not what was there `before`, nor what others put there.
+    """As `cleared`, with all else that this command has made: not what was there `before`, nor what
+    others put there.
 
     Of a crash the log and notes stay. The folder itself is for `kept_if_filled`.
     """

@@ -54,7 +54,8 @@ class RunRecord:
         """`precision`: its name, and why it was chosen.
 
         `train_seconds`: those up to the checkpoint that is gone on from. A part that was killed has
-        not told its own; a checkpoint of before these were kept says None. `anew`: whatever began here before.
+        not told its own; a checkpoint of before these were kept says None. `anew`: whatever began
+        here before.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if self.facts and not anew:

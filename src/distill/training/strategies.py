@@ -1,7 +1,9 @@
-"""How processes share the work: `DataParallel` copies everything, `FullyShardedDataParallel` (FSDP2) cuts it up.
+"""How processes share the work: `DataParallel` copies everything, `FullyShardedDataParallel`
+(FSDP2) cuts it up.
 
-With W processes a step is the one that a single process makes with `optimizer.accumulate` W times as large: the stream
-hands out the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
+With W processes a step is the one that a single process makes with `optimizer.accumulate` W times
+as large: the stream hands out the same samples, and noise is drawn for (iteration,
+rank * accumulate + micro-batch).
 """
 
 import sys
@@ -30,9 +32,9 @@ BUCKET = (
 class DataParallel(DDPStrategy):
     """Copies in every process, and gradients averaged once a step.
 
-    There is no DDP wrapper: two players take turns, a pool of heads is used in parts, and a wrapper would either refuse
-    parameters without gradient or look for them at every step. Where one process has used a parameter and another has
-    not, its gradient there counts as zero.
+    There is no DDP wrapper: two players take turns, a pool of heads is used in parts, and a wrapper
+    would either refuse parameters without gradient or look for them at every step. Where one
+    process has used a parameter and another has not, its gradient there counts as zero.
     """
 
     def __init__(self, *, process_group_backend: str | None = None):
@@ -49,7 +51,9 @@ class DataParallel(DDPStrategy):
 
 
 def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
-    """Replace each gradient by its mean over the processes; what none of them has used goes on having none."""
+    """Replace each gradient by its mean over the processes; what none of them has used goes on
+    having none.
+    """
     if world == 1 or not parameters:
         return
     used = torch.tensor(
@@ -71,7 +75,9 @@ def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in their order, in lists of one dtype and at most BUCKET numbers each (or one tensor)."""
+    """Gradients in their order, in lists of one dtype and at most BUCKET numbers each (or one
+    tensor).
+    """
     bucket: list[Tensor] = []
     for gradient in gradients:
         size = gradient.numel() + sum(g.numel() for g in bucket)
@@ -83,11 +89,12 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class FullyShardedDataParallel(ModelParallelStrategy):
-    """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block when they run.
+    """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block
+    when they run.
 
-    Heads under R1 stay whole: a gradient of a gradient reads weights that FSDP2 has let go of by then.
-    With sharded_checkpoints every process writes its own part, into a folder, instead of all into one file;
-    reduce_dtype is that of the gradient's sum over processes.
+    Heads under R1 stay whole: a gradient of a gradient reads weights that FSDP2 has let go of by
+    then. With sharded_checkpoints every process writes its own part, into a folder, instead of all
+    into one file; reduce_dtype is that of the gradient's sum over processes.
     """
 
     def __init__(
@@ -113,8 +120,11 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
-        """Cut `module` in place, but for the parameters `whole`: its blocks one by one, then what is left of it."""
-        # Resharded after every forward: otherwise what an average reads and writes would not be what runs.
+        """Cut `module` in place, but for the parameters `whole`: its blocks one by one, then what
+        is left of it.
+        """
+        # Resharded after every forward: otherwise what an average reads and writes would not be
+        # what runs.
         options = {
             "mesh": self.device_mesh["data_parallel"],
             "mp_policy": self._policy,
@@ -128,7 +138,8 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         """Of what is whole; FSDP2 has averaged those of its parts."""
         _average([p for p in parameters if not isinstance(p, DTensor)], self.world_size)
 
-    # -- checkpoints: whole ones are the very files that one process writes, so that any number may go on from them ----
+    # Checkpoints: whole ones are the very files that one process writes, so that any number may go
+    # on from them.
 
     lightning_restore_optimizer = True
 

@@ -1,6 +1,9 @@
-"""An autoencoder of one's own in a pipeline's place, as fine-tunes name one beside their weights (`teacher.vae`)."""
+"""An autoencoder of one's own in a pipeline's place, as fine-tunes name one beside their weights
+(`teacher.vae`).
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from torch import nn
 
 from distill.storage.bounded import mapping_of
 from distill.teachers.loading.locate import autoencoder_in
-from distill.teachers.loading.reading import dtype_of, fetched, whole
+from distill.teachers.loading.reading import dtype_of, fetched, home_of, whole
 from distill.teachers.loading.settings import cell_of
 
 KEY = "teacher.vae"
@@ -24,10 +27,11 @@ PATTERNS = [
 
 
 class Autoencoder:
-    """The autoencoder at `path`, a folder or hub id of one or of a pipeline with one, for a pipeline of class `kind`.
+    """The autoencoder at `path`, a folder or hub id of one or of a pipeline with one, for a
+    pipeline of class `kind`.
 
-    Its attributes: `home`, the folder with its files; `config`; `scale`, pixels a side per latent. Raises
-    FileNotFoundError where there is none, and ValueError for one of another class.
+    Its attributes: `home`, the folder with its files; `config`; `scale`, pixels a side per latent.
+    Raises FileNotFoundError where there is none, and ValueError for one of another class.
     """
 
     def __init__(self, path: str, kind: type, *, dtype: str, use_safetensors: bool):
@@ -60,7 +64,30 @@ class Autoencoder:
             pipeline.register_modules(vae=self.read())
 
     def check(self, channels: int) -> None:
-        """Raise ValueError unless its latents have so many channels, those that the denoiser reads."""
+        """Raise ValueError unless its latents have so many channels, those that the denoiser
+        reads.
+        """
         if (own := self.config.get("latent_channels")) != channels:
             what = f"its latents have {own} channels and this teacher's have {channels}"
             raise ValueError(f"{KEY}={self.path}: {what}; give one made for it")
+
+
+@contextmanager
+def tiled(vae: Any, wanted: bool) -> Iterator[None]:
+    """Within, an autoencoder decodes in tiles if that is wanted, and it can; one that does so
+    already goes on.
+    """
+    if not wanted or not hasattr(vae, "enable_tiling") or vae.use_tiling:
+        yield
+        return
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
+
+
+def scale_of(folder: Path | None) -> int:
+    """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
+    file = Path(home_of(folder, "vae"), "vae", "config.json") if folder else None
+    return cell_of(mapping_of(file) if file else {}, f"teacher.path={folder}")

@@ -1,4 +1,5 @@
-"""What a single file holds, by the names and shapes of its tensors: all of it is used, or known to mean nothing.
+"""What a single file holds, by the names and shapes of its tensors: all of it is used, or known to
+mean nothing.
 
 A file may say in a tensor what no configuration does: that it predicts v, that its noise goes on to
 infinity, that its weights are to be multiplied by something.
@@ -55,7 +56,9 @@ def held_in(file: Path) -> dict[str, list[int]]:
 
 
 def places_of(part: str, network: Any) -> tuple[str, ...]:
-    """What the names of the tensors of this part begin with; a T5 has one place, whichever encoder it is."""
+    """What the names of the tensors of this part begin with; a T5 has one place, whichever encoder
+    it is.
+    """
     return PLACES["text_encoder_3" if network.__name__.startswith("T5") else part]
 
 
@@ -66,7 +69,8 @@ def places_in(classes: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def check_held(held: Held, classes: Mapping[str, Any], without: Sequence[str], where: str) -> None:
-    """Raise ValueError, beginning with `where`, for tensors that a pipeline with parts of these classes leaves over.
+    """Raise ValueError, beginning with `where`, for tensors that a pipeline with parts of these
+    classes leaves over.
 
     What belongs to the parts `without` is left out on purpose.
     """
@@ -96,7 +100,9 @@ def check_held(held: Held, classes: Mapping[str, Any], without: Sequence[str], w
 
 
 def check_schedule(file: Path, held: Held, scheduler: Any, where: str, config: str | None) -> None:
-    """Raise ValueError where the file says another prediction or other noise than the scheduler of `config`."""
+    """Raise ValueError where the file says another prediction or other noise than the scheduler of
+    `config`.
+    """
     said = scheduler.config.get("prediction_type")
     if "v_pred" in held and said != "v_prediction":
         what = f"says that it predicts v, and teacher.config={config} says {said}"
@@ -117,7 +123,9 @@ def check_schedule(file: Path, held: Held, scheduler: Any, where: str, config: s
 
 
 def check_counts(held: Held, pipeline: Any, where: str, config: str | None) -> None:
-    """Raise ValueError if the file has more numbers of the denoiser or the autoencoder than the pipeline has."""
+    """Raise ValueError if the file has more numbers of the denoiser or the autoencoder than the
+    pipeline has.
+    """
     every = tuple(place for places in PLACES.values() for place in places)
     named = any(name.startswith(DENOISER) for name in held)
     rest = {n: x for n, x in held.items() if n not in MARKS and not SPENT.search(n)}

@@ -1,4 +1,7 @@
-"""Where a pipeline or its weights lie: a folder, one file, or the hub. Nothing here imports torch or asks the hub."""
+"""Where a pipeline or its weights lie: a folder, one file, or the hub.
+
+Nothing here imports torch or asks the hub.
+"""
 
 import difflib
 import os
@@ -56,9 +59,11 @@ def is_repository(name: str) -> bool:
 
 
 def is_local(path: str) -> bool:
-    """Whether this can only be meant for a path: by its look, or since a folder here has the name of its first part.
+    """Whether this can only be meant for a path: by its look, or since a folder here has the name
+    of its first part.
 
-    Of that the hub is never asked: who mistypes a path does not want a stranger's repository of this name.
+    Of that the hub is never asked: who mistypes a path does not want a stranger's repository of
+    this name.
     """
     first = re.split(r"[\\/]", path, maxsplit=1)[0]
     looks = path.startswith((".", "/", "~")) or "\\" in path or re.match("[A-Za-z]:", path)
@@ -72,7 +77,9 @@ def is_hub_id(path: str) -> bool:
 
 
 def near(path: str) -> str:
-    """` (did you mean ...?)` for the most alike of what is there, where a path leads nowhere; or nothing."""
+    """` (did you mean ...?)` for the most alike of what is there, where a path leads nowhere; or
+    nothing.
+    """
     place, missing = Path(path), ""
     while not place.exists() and place != place.parent:
         place, missing = place.parent, place.name
@@ -122,7 +129,10 @@ def check_pipeline(path: str, key: str = "teacher.path") -> None:
 
 
 def autoencoder_in(folder: Path, path: str) -> Path:
-    """Where the autoencoder lies in a folder of one, or of a pipeline with one. `path` is what was given."""
+    """Where the autoencoder lies in a folder of one, or of a pipeline with one.
+
+    `path` is what was given.
+    """
     for place in (folder, folder / "vae"):
         if (place / "config.json").is_file():
             return place
@@ -141,9 +151,11 @@ def check_autoencoder(path: str) -> None:
 
 
 def index_of(path: str, key: str = "teacher.path") -> dict:
-    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is none.
+    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is
+    none.
 
-    And ValueError for a part that is not written as one: its name becomes that of a folder, which must lie inside.
+    And ValueError for a part that is not written as one: its name becomes that of a folder, which
+    must lie inside.
     """
     file = Path(path) / INDEX
     if not file.is_file():
@@ -162,7 +174,10 @@ def index_of(path: str, key: str = "teacher.path") -> dict:
 
 
 def shards_in(index: Path) -> list[str]:
-    """The files of weights that an index of shards names, sorted. Raises ValueError for one that is not beside it."""
+    """The files of weights that an index of shards names, sorted.
+
+    Raises ValueError for one that is not beside it.
+    """
     named = mapping_of(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise ValueError(f"{index}: names no weights; fetch it anew")
@@ -175,7 +190,9 @@ def shards_in(index: Path) -> list[str]:
 
 
 def check_part(folder: Path, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for files of a part that no model has: without bounds, or of others."""
+    """Raise ValueError, beginning with `where`, for files of a part that no model has: without
+    bounds, or of others.
+    """
     try:
         _check_files(folder)
     except ValueError as error:
@@ -249,7 +266,10 @@ def denoiser_part(folder: Path) -> str:
 
 
 def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:
-    """The denoiser in a run or pipeline folder. Raises ValueError, naming `key`, if there is none."""
+    """The denoiser in a run or pipeline folder.
+
+    Raises ValueError, naming `key`, if there is none.
+    """
     folder = pipeline_folder(Path(path))
     part = folder / denoiser_part(folder)
     if not (part / "config.json").is_file():
@@ -259,7 +279,8 @@ def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:
 
 
 def check_model(folder: str, path: str, key: str = "run") -> None:
-    """Raise ValueError or FileNotFoundError for a folder without a pipeline that we read, unless it may be a hub id.
+    """Raise ValueError or FileNotFoundError for a folder without a pipeline that we read, unless it
+    may be a hub id.
 
     `path` is what `key` was given, and an error names.
     """
@@ -279,7 +300,10 @@ def no_model(path: str, key: str = "run") -> FileNotFoundError:
 
 
 def family_of(kind: str, path: str, key: str = "run") -> str:
-    """What reads a pipeline of this class. Raises ValueError, naming `key`, for one that we do not know."""
+    """What reads a pipeline of this class.
+
+    Raises ValueError, naming `key`, for one that we do not know.
+    """
     if kind not in FAMILIES:
         raise ValueError(f"{key}={path} holds a {kind}; known are {', '.join(FAMILIES)}")
     return FAMILIES[kind]

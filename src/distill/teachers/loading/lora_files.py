@@ -1,4 +1,5 @@
-"""A LoRA file added to a denoiser's weights: W + (alpha / rank) B A, for every layer by its own alpha and rank.
+"""A LoRA file added to a denoiser's weights: W + (alpha / rank) B A, for every layer by its own
+alpha and rank.
 
 diffusers translates the names that programs give to layers; it loses alphas of kohya's that differ
 by layer, and passes over what it does not know. So alphas are multiplied into B before, and a file
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 
 
 def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Path) -> None:
-    """Add what `state` holds for `model`, the denoiser of `pipeline`; its text encoders stay as they are.
+    """Add what `state` holds for `model`, the denoiser of `pipeline`; its text encoders stay as
+    they are.
 
     `file` is where the state was read, in or beside which peft's settings are. Raises ValueError,
     naming `path`, for a file that would not be used whole, or is of another network.
@@ -66,7 +68,9 @@ def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Pat
 
 
 def settings_of(file: Path) -> dict[str, Any]:
-    """What peft was told of the layers in a safetensors file, where diffusers has written it there."""
+    """What peft was told of the layers in a safetensors file, where diffusers has written it
+    there.
+    """
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, "pt") as opened:
@@ -87,7 +91,8 @@ def layers_of(state: State, path: str) -> dict[str, tuple[str, str]]:
     if unread := sorted(other + [name for names in halves for name in names.values()]):
         what = f"{len(unread)} of its tensors are no part of a plain LoRA, {unread[0]} for one"
         raise ValueError(
-            f"teacher.weights={path}: {what}; give one without LoHa's, LoKr's or kohya's DoRA's terms"
+            f"teacher.weights={path}: {what}; give one without LoHa's, LoKr's or kohya's DoRA's"
+            " terms"
         )
     return {layer: (names[True], names[False]) for layer, names in sides.items()}
 

@@ -1,7 +1,9 @@
-"""Names that programs give to the layers of a LoRA, brought to those that diffusers' own functions read.
+"""Names that programs give to the layers of a LoRA, brought to those that diffusers' own functions
+read.
 
-A prefix is changed, and nothing else: what a layer is called behind it must be its name in the denoiser
-or in the makers' code, of which diffusers has the translation. Anything else is left as it is.
+A prefix is changed, and nothing else: what a layer is called behind it must be its name in the
+denoiser or in the makers' code, of which diffusers has the translation. Anything else is left as it
+is.
 """
 
 import re
@@ -33,12 +35,16 @@ READ += ("use_dora",)
 
 
 def renamed(state: State, model: nn.Module, part: str, path: str) -> State:
-    """The same tensors under names that diffusers reads as layers of `model`, its pipeline's `part`.
+    """The same tensors under names that diffusers reads as layers of `model`, its pipeline's
+    `part`.
 
     Raises ValueError, naming `path`, for names that nothing here and in diffusers translates.
     """
     if sd3 := [name for name in state if SD3.match(name)]:
-        what = f"names layers as SD3's makers do ({shown(sd3[0], 80)}), which diffusers reads of no LoRA"
+        what = (
+            f"names layers as SD3's makers do ({shown(sd3[0], 80)}), which diffusers reads of no"
+            " LoRA"
+        )
         how = "convert it to diffusers' names (transformer.transformer_blocks...), or merge it"
         raise ValueError(f"teacher.weights={path}: {what}; {how} into a checkpoint")
     state = _of_one_adapter(state, path)
@@ -67,7 +73,9 @@ def _layer(name: str) -> str:
 
 
 def _of_one_adapter(state: State, path: str) -> State:
-    """Without the name that peft gives an adapter in a model's own state: `lora_A.default.weight`."""
+    """Without the name that peft gives an adapter in a model's own state:
+    `lora_A.default.weight`.
+    """
     found = {match[2] for name in state if (match := _adapter(name))}
     if len(found) > 1:
         what = f"holds {len(found)} adapters ({', '.join(sorted(found))})"
@@ -97,7 +105,8 @@ def is_pefts(state: State) -> bool:
 def settings_beside(file: Path, path: str) -> dict[str, Any]:
     """Ranks and alphas of a file of peft's, from the configuration beside it.
 
-    Raises ValueError, naming `path`, where there is none, for then nobody knows them, and for one that is no LoRA's.
+    Raises ValueError, naming `path`, where there is none, for then nobody knows them, and for one
+    that is no LoRA's.
     """
     beside = file.parent / SETTINGS
     if not beside.is_file():

@@ -55,11 +55,13 @@ def read_pipeline(
     deferred: Sequence[str] = (),
     **version: str | None,
 ) -> Any:
-    """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`; `version` is of the hub.
+    """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`;
+    `version` is of the hub.
 
-    Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps them to what reads
-    them. Each network is read by itself: a pipeline would only warn of tensors that are not there, and take random
-    ones. Raises FileNotFoundError and ValueError that say what is wrong in it.
+    Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps
+    them to what reads them. Each network is read by itself: a pipeline would only warn of tensors
+    that are not there, and take random ones. Raises FileNotFoundError and ValueError that say what
+    is wrong in it.
     """
     precision = dtype_of(dtype)
     parts: dict[str, Any] = dict.fromkeys(without)
@@ -99,7 +101,8 @@ def read_pipeline(
 
 
 def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]) -> None:
-    """Raise FileNotFoundError for a part that the index names and that is not there, ValueError for a quantised one.
+    """Raise FileNotFoundError for a part that the index names and that is not there, ValueError for
+    a quantised one.
 
     Before any is read. A tokenizer that is not there transformers would make up. Networks whose
     names begin with one of `deferred` may come later.
@@ -119,12 +122,15 @@ def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequ
 
 
 def configurations(path: str) -> Callable[[str], Any]:
-    """The configurations in a pipeline folder or in those that have the parts which it lacks, by the parts' names."""
+    """The configurations in a pipeline folder or in those that have the parts which it lacks, by
+    the parts' names.
+    """
     return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
 def lineage(folder: Path) -> list[Path]:
-    """A pipeline folder, and those that have the parts which it lacks: its base, the base of that, and so on.
+    """A pipeline folder, and those that have the parts which it lacks: its base, the base of that,
+    and so on.
 
     A base is named by its folder alone, and lies beside: no index can point to another place.
     """
@@ -147,7 +153,9 @@ def lineage(folder: Path) -> list[Path]:
 
 
 def home_of(folder: Path, part: str) -> str:
-    """The folder that holds this part of a pipeline: itself, or the first of its bases that does."""
+    """The folder that holds this part of a pipeline: itself, or the first of its bases that
+    does.
+    """
     return str(next((home for home in lineage(folder) if (home / part).is_dir()), folder))
 
 
@@ -157,7 +165,10 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def class_of(path: str) -> str:
-    """The class of the pipeline in a folder or under a hub id. Raises FileNotFoundError, ValueError if it has none."""
+    """The class of the pipeline in a folder or under a hub id.
+
+    Raises FileNotFoundError, ValueError if it has none.
+    """
     file = Path(path) / INDEX
     if not file.is_file() and not Path(path).exists() and is_hub_id(path):
         try:
@@ -172,7 +183,8 @@ def class_of(path: str) -> str:
 
 
 def told_of(path: str) -> dict[str, Any]:
-    """What the index of a student in a folder or under a hub id says of it: `options`, and `sampler` if it has one.
+    """What the index of a student in a folder or under a hub id says of it: `options`, and
+    `sampler` if it has one.
 
     A stranger may have written it: only numbers, a name and a list of numbers are taken from it.
     """
@@ -202,7 +214,9 @@ def _numbers(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
-    """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error names."""
+    """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error
+    names.
+    """
     if not is_hub_id(path):
         raise no_folder(path, key)
     try:
@@ -214,9 +228,11 @@ def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> s
 def pipeline_classes(
     path: str, expected: str, without: Sequence[str], key: str = "teacher.path"
 ) -> dict[str, Any]:
-    """Part -> class, NoneType for an empty one, but for those `without`, in the index of an `expected` pipeline.
+    """Part -> class, NoneType for an empty one, but for those `without`, in the index of an
+    `expected` pipeline.
 
-    Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what an error names.
+    Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what
+    an error names.
     """
     index, classes = index_of(path, key), {}
     check_kind(index.get("_class_name"), expected, path, key)
@@ -274,8 +290,9 @@ def whole(
 def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
     """The variant to read of this folder of a network, None for its plain weights.
 
-    A family's configuration asks for what its model has on the hub: where a folder has plain weights
-    alone these are read. Raises ValueError, beginning with `key`, where nobody chose among several.
+    A family's configuration asks for what its model has on the hub: where a folder has plain
+    weights alone these are read. Raises ValueError, beginning with `key`, where nobody chose among
+    several.
     """
     if asked is None:
         return only_variant(folder, key)
@@ -285,7 +302,8 @@ def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
 
 
 def only_variant(folder: Path, key: str) -> str | None:
-    """The variant of which alone there are weights in this folder of a network; None where there are plain ones.
+    """The variant of which alone there are weights in this folder of a network; None where there
+    are plain ones.
 
     Raises ValueError, beginning with `key`, where there are several.
     """
@@ -302,7 +320,9 @@ def only_variant(folder: Path, key: str) -> str | None:
 
 
 def check_without(kind: type, without: Sequence[str]) -> None:
-    """Raise ValueError for a part `without` that no pipeline of this class has, and for a word alone."""
+    """Raise ValueError for a part `without` that no pipeline of this class has, and for a word
+    alone.
+    """
     parts, _ = kind._get_signature_keys(kind)  # type: ignore[attr-defined]
     if isinstance(without, str):
         what = f"must be a list of {', '.join(sorted(parts))}"
@@ -319,14 +339,19 @@ def check_parts(path: str, parts: Mapping[str, Any]) -> None:
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
             continue
         if len(tokenizer) > (known := encoder.get_input_embeddings().num_embeddings):
-            what = f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} words and {name}/ knows {known}"
+            what = (
+                f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} words and"
+                f" {name}/ knows {known}"
+            )
             raise ValueError(
                 f"teacher.path={path}: {what}; they are not of one model: fetch both anew"
             )
 
 
 def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetched") -> ValueError:
-    """What kept a setting from being fetched, in words: diffusers hides the hub's own error behind one of its own."""
+    """What kept a setting from being fetched, in words: diffusers hides the hub's own error behind
+    one of its own.
+    """
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -335,3 +360,9 @@ def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetch
     )
     why = next(meanings, first_line(error))
     return ValueError(f"{setting}: {what} ({why}); check the name, the network and its licence")
+
+
+def read_quietly() -> None:
+    """Silence the loading bars of diffusers and transformers: a dozen for one small pipeline."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

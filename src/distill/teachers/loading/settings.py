@@ -1,4 +1,5 @@
-"""What a pipeline's configuration files say that changes the arithmetic: what no adapter heeds is refused by name.
+"""What a pipeline's configuration files say that changes the arithmetic: what no adapter heeds is
+refused by name.
 
 Nothing here imports torch: it is known before any weight is read.
 """
@@ -44,7 +45,8 @@ SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_typ
 
 
 def check_settings(kind: str, config_of: Callable[[str], Config], where: str) -> None:
-    """Raise ValueError, beginning with `where`, for a pipeline of class `kind` that would be read as another one.
+    """Raise ValueError, beginning with `where`, for a pipeline of class `kind` that would be read
+    as another one.
 
     `config_of` gives the configuration of its part of this name, nothing for one that is not there.
     """
@@ -87,7 +89,9 @@ def lacking(kind: str, part: str) -> str:
 
 
 def _check_length(length: Any, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for a number of tokens that captions cannot be padded to."""
+    """Raise ValueError, beginning with `where`, for a number of tokens that captions cannot be
+    padded to.
+    """
     if length is not None and not (type(length) is int and 1 < length <= MOST_TOKENS):
         what = f"has model_max_length={shown(length, 60)}"
         raise ValueError(f"{where} {what}, which must be 2 to {MOST_TOKENS:,}; fetch it anew")
@@ -106,7 +110,9 @@ def in_folder(folder: Path) -> Callable[[str], Config]:
 
 
 def cell_of(vae: Config, where: str) -> int:
-    """Pixels a side per latent of an autoencoder of this configuration; ValueError, after `where`, if it is none."""
+    """Pixels a side per latent of an autoencoder of this configuration; ValueError, after `where`,
+    if it is none.
+    """
     widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
     if not isinstance(widths, list) or not 0 < len(widths) < MOST_LEVELS:
         what = "does not say block_out_channels, a width for each of its levels"
@@ -115,7 +121,8 @@ def cell_of(vae: Config, where: str) -> int:
 
 
 def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | None:
-    """Of what number of pixels the sides of pictures must be multiples; None where the files do not say it.
+    """Of what number of pixels the sides of pictures must be multiples; None where the files do not
+    say it.
 
     Pixels a side per latent, times the latents a side that make one token.
     """
@@ -129,7 +136,8 @@ def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | 
 def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
     """What a network predicts whose scheduler has this configuration: eps, v, x0 or flow.
 
-    With `flow` it must be that. Raises ValueError, beginning with `where`, for what is none of them.
+    With `flow` it must be that. Raises ValueError, beginning with `where`, for what is none of
+    them.
     """
     name = str(scheduler.get("_class_name", ""))
     said = str(scheduler.get("prediction_type", "epsilon"))

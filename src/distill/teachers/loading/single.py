@@ -1,4 +1,5 @@
-"""Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call a checkpoint.
+"""Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call
+a checkpoint.
 
 diffusers takes from the file what it knows and is silent of the rest; `check_held` is not.
 """
@@ -48,9 +49,9 @@ def read_single(
 ) -> Any:
     """The pipeline of class `kind` in the file at `path`, but for the parts `without`.
 
-    `config`, a pipeline folder or hub id, has what the file does not: shapes, tokenizers, scheduler, and whichever of
-    the text encoders and autoencoder the file leaves out. Raises FileNotFoundError and ValueError that say what is
-    wrong.
+    `config`, a pipeline folder or hub id, has what the file does not: shapes, tokenizers,
+    scheduler, and whichever of the text encoders and autoencoder the file leaves out. Raises
+    FileNotFoundError and ValueError that say what is wrong.
     """
     precision, file = dtype_of(dtype), local_file(path, "teacher.path")
     if not issubclass(kind, FromSingleFileMixin):
@@ -95,7 +96,9 @@ def read_single(
 
 
 def _tie(pipeline: Any) -> None:
-    """Tie what a text encoder has twice and a file may have once; raise ValueError if a tensor has no value after."""
+    """Tie what a text encoder has twice and a file may have once; raise ValueError if a tensor has
+    no value after.
+    """
     for part in pipeline.components.values():
         if isinstance(part, PreTrainedModel):
             part.tie_weights()
@@ -106,7 +109,9 @@ def _tie(pipeline: Any) -> None:
 
 
 def _left_out(held: Collection[str], classes: dict[str, Any]) -> list[str]:
-    """The text encoders and autoencoder of the pipeline that a file with these tensors has nothing of."""
+    """The text encoders and autoencoder of the pipeline that a file with these tensors has nothing
+    of.
+    """
     if not held:
         return []
     wanted = places_in(classes)
@@ -114,10 +119,13 @@ def _left_out(held: Collection[str], classes: dict[str, Any]) -> list[str]:
 
 
 def _config(config: str | None, path: str, patterns: list[str]) -> str:
-    """The folder of the pipeline that says what is in the file; of one on the hub the files of these `patterns`."""
+    """The folder of the pipeline that says what is in the file; of one on the hub the files of
+    these `patterns`.
+    """
     if config is None:
         raise ValueError(
-            f"teacher.config=null: {path} is a single file; give the pipeline folder or id of its kind"
+            f"teacher.config=null: {path} is a single file; give the pipeline folder or id of its"
+            " kind"
         )
     here = Path(config).is_dir()
     return (

@@ -1,4 +1,6 @@
-"""How large a pipeline is: its parameters, from headers of its files alone, and what its decoder takes."""
+"""How large a pipeline is: its parameters, from headers of its files alone, and what its decoder
+takes.
+"""
 
 import json
 import math
@@ -21,7 +23,9 @@ VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
 def parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder, from their headers alone; of variants, the first."""
+    """Numbers in the safetensors files of a folder, from their headers alone; of variants, the
+    first.
+    """
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if not any(v in file.name for v in VARIANTS)]
     return sum(map(_numbers, plain or files))
@@ -49,7 +53,9 @@ def of_pipeline(path: Path) -> dict[str, int]:
 
 
 def pixels_of(path: Path, denoiser: str) -> int | None:
-    """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do not say it."""
+    """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do
+    not say it.
+    """
     side = config_of(path, denoiser).get("sample_size")
     return side * cell_of(path) if isinstance(side, int) else None
 
@@ -65,9 +71,11 @@ def config_of(path: Path, part: str) -> dict[str, Any]:
 
 
 def decoding(path: Path, side: int, dtype: str) -> int:
-    """Bytes that the decoder of a pipeline folder takes for pictures of `side` x `side`, beside its weights.
+    """Bytes that the decoder of a pipeline folder takes for pictures of `side` x `side`, beside its
+    weights.
 
-    As many at a time as `limits.at_once` says, and above that size in tiles, as `PipelineTeacher.pictures` has it.
+    As many at a time as `limits.at_once` says, and above that size in tiles, as
+    `PipelineTeacher.pictures` has it.
     """
     config = config_of(path, "vae")
     name = str(config.get("_class_name"))

@@ -1,4 +1,6 @@
-"""Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of two checkpoints."""
+"""Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of
+two checkpoints.
+"""
 
 import json
 from collections.abc import Iterator
@@ -22,9 +24,10 @@ from distill.teachers.loading.reading import not_fetched
 
 
 def put_on(pipeline: Any, path: str) -> None:
-    """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights under diffusers' names
-    (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export to=delta` wrote, which is added. Of a LoRA only
-    layers of the denoiser are used: a student's text encoders are copies of the teacher's files.
+    """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights
+    under diffusers' names (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export
+    to=delta` wrote, which is added. Of a LoRA only layers of the denoiser are used: a student's
+    text encoders are copies of the teacher's files.
 
     Raises FileNotFoundError, or ValueError for weights of another network.
     """
@@ -54,7 +57,9 @@ def _put(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> No
 
 
 def local_file(path: str, key: str) -> Path:
-    """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is what an error names."""
+    """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is
+    what an error names.
+    """
     file = Path(path)
     if not file.is_file() and in_repository(path):
         owner, name, inside = path.split("/", 2)
@@ -69,7 +74,8 @@ def local_file(path: str, key: str) -> Path:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said about them.
+    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said
+    about them.
 
     Raises ValueError for a damaged one.
     """
@@ -91,7 +97,9 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def readable(where: str) -> Iterator[None]:
-    """Within, what a damaged file raises, which is nearly anything, is a ValueError that begins with `where`."""
+    """Within, what a damaged file raises, which is nearly anything, is a ValueError that begins
+    with `where`.
+    """
     try:
         yield
     except Exception as error:
@@ -101,7 +109,9 @@ def readable(where: str) -> Iterator[None]:
 
 
 def about_weights(file: Path) -> dict[str, Any]:
-    """What a safetensors file of ours says about itself, without its tensors; nothing for any other."""
+    """What a safetensors file of ours says about itself, without its tensors; nothing for any
+    other.
+    """
     with safe_open(file, "pt") as opened:
         return parsed_mapping(
             (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
@@ -116,10 +126,11 @@ def write_weights(
     about: dict | None = None,
     words: dict[str, str] | None = None,
 ) -> Path:
-    """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become (None: they stay).
+    """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become
+    (None: they stay).
 
-    `about` is what it says to us, `words` what it says to others in their own. Raises ValueError for a dtype that there
-    is not, and for values that it cannot hold.
+    `about` is what it says to us, `words` what it says to others in their own. Raises ValueError
+    for a dtype that there is not, and for values that it cannot hold.
     """
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):

@@ -1,7 +1,9 @@
-"""Judging generated `shapes`: do they show what the prompt says, and are they as real, varied and sharp as renders?
+"""Judging generated `shapes`: do they show what the prompt says, and are they as real, varied and
+sharp as renders?
 
-The reader answers what it sees. An answer counts only where the prompt says something: what a caption leaves free
-cannot be wrong. The distances compare with renders of the same prompts, so that they measure pictures, not prompts.
+The reader answers what it sees. An answer counts only where the prompt says something: what a
+caption leaves free cannot be wrong. The distances compare with renders of the same prompts, so that
+they measure pictures, not prompts.
 """
 
 from __future__ import annotations
@@ -23,19 +25,26 @@ MODEL = Path(__file__).parent / "models" / "reader"
 ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]  # Rec. 709
 PATTERNS = ("striped", "dotted")
-SEEDS = 9_000_000  # training seeds stay below: no judging prompt and no reference scene was ever trained on
+# training seeds stay below: no judging prompt and no reference scene was ever trained on
+SEEDS = 9_000_000
 
 
 def judging_prompts(n: int, *, seed: int, held_out: bool = False) -> list[Prompt]:
-    """n prompts apart from training's draws; with `held_out`, each names a pair that training never shows."""
+    """n prompts apart from training's draws; with `held_out`, each names a pair that training never
+    shows.
+    """
     return [
         draw_prompt(np.random.default_rng([SEEDS + seed, i]), held_out=held_out) for i in range(n)
     ]
 
 
 def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
-    """One scene per prompt, drawn anew: pixels [N, 3, 64, 64] in [-1, 1]. A prompt given twice gives two scenes."""
-    # The 2 keeps scenes apart from prompts: numpy pads short seeds with zeros, so [s, i] is [s, i, 0].
+    """One scene per prompt, drawn anew: pixels [N, 3, 64, 64] in [-1, 1].
+
+    A prompt given twice gives two scenes.
+    """
+    # The 2 keeps scenes apart from prompts: numpy pads short seeds with zeros, so [s, i] is [s, i,
+    # 0].
     scenes = [
         draw_scene(np.random.default_rng([SEEDS + seed, i, 2]), prompt)
         for i, prompt in enumerate(prompts)
@@ -45,7 +54,9 @@ def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
 
 @dataclass
 class Judge:
-    """Scores pictures [N, 3, 64, 64] against their prompts, on the CPU, each picture as a PNG file would hold it."""
+    """Scores pictures [N, 3, 64, 64] against their prompts, on the CPU, each picture as a PNG file
+    would hold it.
+    """
 
     reader: Reader
 
@@ -55,7 +66,9 @@ class Judge:
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch: int = 256) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels [N, 3, 64, 64] in [-1, 1] -> features [N, 96] and the likeliest answer's index [N] per question."""
+        """Pixels [N, 3, 64, 64] in [-1, 1] -> features [N, 96] and the likeliest answer's index [N]
+        per question.
+        """
         features = torch.cat([self.reader.features(part) for part in as_saved(pixels).split(batch)])
         return features, {
             question: logits.argmax(1) for question, logits in self.reader.answer(features).items()
@@ -63,9 +76,11 @@ class Judge:
 
     @staticmethod
     def accuracy(answers: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
-        """Shares in [0, 1] of right answers to what was said, by attribute; nan where no prompt says any.
+        """Shares in [0, 1] of right answers to what was said, by attribute; nan where no prompt
+        says any.
 
-        `prompt_accuracy` is the share of pictures with everything right: the count and all that their prompt says.
+        `prompt_accuracy` is the share of pictures with everything right: the count and all that
+        their prompt says.
         """
         truth = targets(prompts)
         said = {question: truth[question] >= 0 for question in CHOICES}
@@ -80,10 +95,13 @@ class Judge:
     def __call__(
         self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0
     ) -> dict[str, float]:
-        """All scores but diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least four."""
+        """All scores but diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least
+        four.
+        """
         if len(pixels) != len(prompts):
             raise ValueError(
-                f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)} pictures"
+                f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)}"
+                " pictures"
             )
         features, answers = self.read(pixels)
         reference = fresh_renders(prompts, seed=reference_seed)
@@ -97,7 +115,9 @@ class Judge:
         }
 
     def diversity(self, groups: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> float:
-        """Spread of groups [G, n, 3, 64, 64] over that of renders: 1 is as varied as the data, 0 is one picture."""
+        """Spread of groups [G, n, 3, 64, 64] over that of renders: 1 is as varied as the data, 0 is
+        one picture.
+        """
         n = groups.shape[1]
         renders = fresh_renders(
             [prompt for prompt in prompts for _ in range(n)], seed=reference_seed
@@ -112,13 +132,15 @@ def as_saved(pixels: Tensor) -> Tensor:
     pixels = pixels.detach().float().cpu()
     if broken := int((~pixels.isfinite().flatten(1).all(dim=1)).sum()):
         raise ValueError(
-            f"{broken} of {len(pixels)} pictures hold pixels that are not finite; has training diverged?"
+            f"{broken} of {len(pixels)} pictures hold pixels that are not finite; has training"
+            " diverged?"
         )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def stripe_sharpness(pixels: Tensor, reference: Tensor, prompts: list[Prompt]) -> float:
-    """Mean |Laplacian| of luminance over the pictures whose prompt says striped or dotted, relative to `reference`.
+    """Mean |Laplacian| of luminance over the pictures whose prompt says striped or dotted, relative
+    to `reference`.
 
     1 is as sharp as the data, less is blur, more is noise; nan if no prompt says a pattern.
     """

@@ -1,6 +1,8 @@
-"""The judge of `shapes`: recovers from a picture what a caption can say about it. Never used for training a generator.
+"""The judge of `shapes`: recovers from a picture what a caption can say about it. Never used for
+training a generator.
 
-Things are read in order along the arrangement's axis (left to right, or top to bottom), as prompts list them.
+Things are read in order along the arrangement's axis (left to right, or top to bottom), as prompts
+list them.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def _normed(fan_in: int, fan_out: int, stride: int = 1) -> tuple[nn.Module, ...]
 
 
 class Reader(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> one row of logits per question; `features` [B, 96] feed the distances."""
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> one row of logits per question; `features` [B, 96] feed
+    the distances.
+    """
 
     FEATURES = 96
 
@@ -111,7 +115,9 @@ class Reader(nn.Module):
 
 
 def targets(prompts: Sequence[Prompt | Scene]) -> dict[str, Tensor]:
-    """What each prompt says, or scene shows, as indices [B] per question; -1 where it says nothing."""
+    """What each prompt says, or scene shows, as indices [B] per question; -1 where it says
+    nothing.
+    """
     found = {question: torch.full((len(prompts),), -1) for question in CHOICES}
     for row, prompt in enumerate(prompts):
         said = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}

@@ -1,4 +1,6 @@
-"""Anti-aliased drawing of scenes by signed distance: coverage = clip(1/2 - distance, 0, 1), distance in pixels."""
+"""Anti-aliased drawing of scenes by signed distance: coverage = clip(1/2 - distance, 0, 1),
+distance in pixels.
+"""
 
 from collections.abc import Sequence
 
@@ -64,7 +66,9 @@ def _triangle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    """Five points: fold into one tenth of the turn, then the distance to the line from tip to notch."""
+    """Five points: fold into one tenth of the turn, then the distance to the line from tip to
+    notch.
+    """
     half = np.pi / 5
     turn = np.abs((np.arctan2(v, u) + half) % (2 * half) - half)
     rho = np.hypot(u, v)

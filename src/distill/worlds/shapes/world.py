@@ -1,9 +1,11 @@
-"""The world of `shapes`: what a scene is, how it is described, which combinations are kept for testing.
+"""The world of `shapes`: what a scene is, how it is described, which combinations are kept for
+testing.
 
-A scene has one to three objects on a plain background. Each object has a kind, a colour, a fill and a size; two objects
-stand left/right or above/below each other; three stand in a row or a column. A caption states kind and colour of every
-object, the arrangement, and some of the other attributes. What it leaves out, and position, rotation, exact size, shade
-and stripe phase always, is free: many different pictures are right for one caption.
+A scene has one to three objects on a plain background. Each object has a kind, a colour, a fill and
+a size; two objects stand left/right or above/below each other; three stand in a row or a column. A
+caption states kind and colour of every object, the arrangement, and some of the other attributes.
+What it leaves out, and position, rotation, exact size, shade and stripe phase always, is free: many
+different pictures are right for one caption.
 
 Everything is drawn from a seed, so that scene `i` of a seed is the same on every machine.
 """
@@ -50,9 +52,7 @@ RADIUS = {
     2: {"small": (8.3, 9.8), "large": (12.0, 13.8)},
 }
 RADIUS_OF_THREE = (8.2, 9.3)  # three objects have one size, which captions do not mention
-TILT = (
-    np.pi / 9
-)  # radians either way, for objects and for their patterns: a free turn is too hard for 6 M parameters
+TILT = np.pi / 9  # radians either way, of objects and patterns: more is too hard for 6 M parameters
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption fixes: things in order along `axis` (left to right, or top to bottom), and the background."""
+    """What a caption fixes: things in order along `axis` (left to right, or top to bottom), and the
+    background.
+    """
 
     things: tuple[Thing, ...]
     axis: str | None
@@ -77,7 +79,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with every attribute decided. Lengths in pixels, angles in radians, `shade` added to sRGB in [0, 1]."""
+    """A thing with every attribute decided.
+
+    Lengths in pixels, angles in radians, `shade` added to sRGB in [0, 1].
+    """
 
     kind: str
     colour: str
@@ -165,12 +170,15 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
 def _layout(
     rng: np.random.Generator, radii: list[float], axis: str | None
 ) -> list[tuple[float, float]]:
-    """Centres (x, y) in pixels: inside the frame, apart from each other, clearly ordered along `axis`."""
+    """Centres (x, y) in pixels: inside the frame, apart from each other, clearly ordered along
+    `axis`.
+    """
     gaps = [a + b + 2.0 for a, b in zip(radii, radii[1:], strict=False)]
     slack = SIDE - 2.0 - radii[0] - radii[-1] - sum(gaps)
     shares = np.sort(rng.uniform(0, slack, len(radii)))
     along = 1.0 + radii[0] + np.concatenate([[0.0], np.cumsum(gaps)]) + shares
-    # The cross offset stays below half the distance along the axis, so that order is never in doubt.
+    # The cross offset stays below half the distance along the axis, so that order is never in
+    # doubt.
     middle = rng.uniform(1 + max(radii), SIDE - 1 - max(radii))
     reach = 0.25 * (min(gaps) if gaps else 0.0)
     across = np.clip(

@@ -1,4 +1,7 @@
-"""What a pretraining may be asked for: stages, and data that they can use. Nothing here imports torch."""
+"""What a pretraining may be asked for: stages, and data that they can use.
+
+Nothing here imports torch.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +37,10 @@ def trains(asked: Mapping[str, Any], stage: str) -> bool:
 
 
 def teaching_stage(asked: Mapping[str, Any], stage: str) -> tuple[str, ...]:
-    """The stage of the same folder that teaches this one, if any. A pipeline folder teaches too, and is no stage."""
+    """The stage of the same folder that teaches this one, if any.
+
+    A pipeline folder teaches too, and is no stage.
+    """
     taught_by = asked["networks"].get(stage, {}).get("taught_by")
     return (taught_by,) if taught_by in ORDER else ()
 

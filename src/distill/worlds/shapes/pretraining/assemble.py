@@ -28,7 +28,9 @@ SCHEDULE = {  # Stable Diffusion's
 
 
 def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A third encoder that says nothing: diffusers wants one in the folder; its last norm scales by zero."""
+    """A third encoder that says nothing: diffusers wants one in the folder; its last norm scales by
+    zero.
+    """
     config = transformers.T5Config(
         vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1
     )
@@ -77,7 +79,8 @@ def save_sd(
 
 
 def save_beside(student: Path, base: Path, name: str) -> Path:
-    """A student's denoiser in half precision and its scheduler, beside `base`, which has all its other parts.
+    """A student's denoiser in half precision and its scheduler, beside `base`, which has all its
+    other parts.
 
     Raises ValueError if those are not the same files as the student's own.
     """
@@ -109,7 +112,9 @@ def half_of(clip: CLIPModel, kind: type, half: str) -> Any:
 
 
 def save_half(whole: Any, folder: Path) -> None:
-    """fp16 files of a pipeline or a model, which load as fp32 and name no path of the machine that trained it."""
+    """fp16 files of a pipeline or a model, which load as fp32 and name no path of the machine that
+    trained it.
+    """
     parts = [
         part
         for part in getattr(whole, "components", {"": whole}).values()

@@ -1,4 +1,6 @@
-"""The two tiny teachers: an SD3-type MMDiT on the rectified flow, and an SD-type UNet that predicts noise."""
+"""The two tiny teachers: an SD3-type MMDiT on the rectified flow, and an SD-type UNet that predicts
+noise.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,7 +37,8 @@ from distill.worlds.shapes.pretraining.work import PER_SHARD, Work
 from distill.worlds.shapes.world import draw_prompt
 
 DROP = 0.1  # share of captions emptied, for classifier-free guidance
-# SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time instead of 8 %.
+# SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time
+# instead of 8 %.
 TIME_MEAN, TIME_SPREAD = 0.5, 1.2
 Loss = Callable[
     [Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor
@@ -46,7 +49,8 @@ Loss = Callable[
 class Captions:
     """Encodings of distinct captions, in half precision: `tokens` [N, L, D] and `pooled` [N, P].
 
-    Row 0 is the empty caption; `rows` [samples] says which of the others is sample i's, counted without the empty one.
+    Row 0 is the empty caption; `rows` [samples] says which of the others is sample i's, counted
+    without the empty one.
     """
 
     tokens: Tensor
@@ -64,7 +68,9 @@ class Captions:
 def encode_captions(
     clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], *, layer: int
 ) -> Captions:
-    """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled output of each."""
+    """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled
+    output of each.
+    """
     number = {caption: i for i, caption in enumerate(sorted(set(captions)))}
     tokens, pooled = [], []
     batches = tokenize(tokenizer, ["", *number]).split(256)
@@ -84,7 +90,8 @@ def encode_captions(
 def build_mmdit(
     latent_side: int, text_width: int, *, layers: int = 5, heads: int = 3, head_dim: int = 48
 ) -> SD3Transformer2DModel:
-    """`layers` joint blocks of width `heads * head_dim`. Text [L, 2D]: one encoder in both CLIP places.
+    """`layers` joint blocks of width `heads * head_dim`. Text [L, 2D]: one encoder in both CLIP
+    places.
 
     5 blocks of 3 heads are 3.7 M parameters, 3 of 3 are 2.2 M.
     """
@@ -133,12 +140,14 @@ def flow(
     compiled: bool = False,
     **shape: int,
 ) -> tuple[nn.Module, Loss]:
-    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~ N(0.5, 1.2).
+    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u),
+    u ~ N(0.5, 1.2).
 
-    With `taught_by`, a pipeline folder, the target is the velocity that its MMDiT gives for the same x_t and caption.
-    The expectation is the same where that model is right, and its noise is gone: a small network learns sooner.
-    `cut`: it begins with blocks of that MMDiT, evenly chosen, instead of random weights.
-    `compiled`: torch.compile of the blocks, which takes a minute once and a C++ compiler, then saves a third.
+    With `taught_by`, a pipeline folder, the target is the velocity that its MMDiT gives for the
+    same x_t and caption. The expectation is the same where that model is right, and its noise is
+    gone: a small network learns sooner. `cut`: it begins with blocks of that MMDiT, evenly chosen,
+    instead of random weights. `compiled`: torch.compile of the blocks, which takes a minute once
+    and a C++ compiler, then saves a third.
     """
     net = build_mmdit(side, width, **shape)
     counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(
@@ -175,7 +184,8 @@ def flow(
 
 
 def begin_with_blocks(net: SD3Transformer2DModel, whole: SD3Transformer2DModel) -> None:
-    """Give `net` the weights of `whole`, which has more blocks of the same width: of these some, evenly chosen.
+    """Give `net` the weights of `whole`, which has more blocks of the same width: of these some,
+    evenly chosen.
 
     The last block is always among them: the text's half ends there.
     """
@@ -190,9 +200,11 @@ def begin_with_blocks(net: SD3Transformer2DModel, whole: SD3Transformer2DModel) 
 
 
 def _velocity(net: nn.Module, counts: Tensor, image_tokens: int) -> Callable[..., Tensor]:
-    """What `net` says of x_t [B, C, S, S], t [B], tokens [B, L, D] and pooled [B, P]: v, in float32.
+    """What `net` says of x_t [B, C, S, S], t [B], tokens [B, L, D] and pooled [B, P]: v, in
+    float32.
 
-    One text encoder stands in both CLIP places; the silent third one is a token that counts for all of its.
+    One text encoder stands in both CLIP places; the silent third one is a token that counts for all
+    of its.
     """
     folded = fold(net)
 
@@ -206,10 +218,12 @@ def _velocity(net: nn.Module, counts: Tensor, image_tokens: int) -> Callable[...
 
 
 def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
-    """A UNet, and E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod, 20).
+    """A UNet, and E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod,
+    20).
 
-    1 / alphas_cumprod is the loss on v (Salimans & Ho 2022): at high noise, where a picture's content is decided, an
-    error of eps is a large error of x0, and SD's w = 1 teaches a small network next to nothing there.
+    1 / alphas_cumprod is the loss on v (Salimans & Ho 2022): at high noise, where a picture's
+    content is decided, an error of eps is a large error of x0, and SD's w = 1 teaches a small
+    network next to nothing there.
     """
     net = build_unet(side, width)
     alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
@@ -261,7 +275,9 @@ def train(work: Work, stage: str) -> dict[str, Any]:
 
 
 def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
-    """Share of pictures that show all their prompt says, at each guidance and at one step; noted as they come."""
+    """Share of pictures that show all their prompt says, at each guidance and at one step; noted as
+    they come.
+    """
     asked, reader = work.asked["scoring"], work.judge
     n, guidances = asked["prompts"], [(asked["steps"], guidance) for guidance in asked["guidance"]]
     for steps, guidance in [*guidances, (1, work.asked["shards"]["guidance"])]:
@@ -284,9 +300,11 @@ def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
 
 
 def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
-    """Latents that `mmdit` makes, of new captions of `shapes` or of the user's over again; seed = caption's number.
+    """Latents that `mmdit` makes, of new captions of `shapes` or of the user's over again;
+    seed = caption's number.
 
-    WebDataset shards; what is there already stays. Larger batches fall out of a CPU's caches and take twice as long.
+    WebDataset shards; what is there already stays. Larger batches fall out of a CPU's caches and
+    take twice as long.
     """
     asked, seed, folder = work.asked["shards"], work.data["seed"], work.models / "latents"
     if work.of_shapes:

@@ -1,7 +1,8 @@
-"""The training loop of every pretraining stage: one objective, seeded batches, a bar, a curve, resumable.
+"""The training loop of every pretraining stage: one objective, seeded batches, a bar, a curve,
+resumable.
 
-Batch and noise of step k are a function of (seed, k) alone, so a stage killed at any moment and started again goes on
-as if nothing had happened.
+Batch and noise of step k are a function of (seed, k) alone, so a stage killed at any moment and
+started again goes on as if nothing had happened.
 """
 
 import csv
@@ -26,9 +27,11 @@ Objective = Callable[[int, Tensor, torch.Generator], dict[str, Tensor]]
 
 @dataclass(kw_only=True)
 class Fit:
-    """How stage `name` trains: how long and how fast. Rates are peaks; the last `decay` share of the steps falls to 0.
+    """How stage `name` trains: how long and how fast. Rates are peaks; the last `decay` share of
+    the steps falls to 0.
 
-    Writes `<out>/<name>.csv` (the curve) and `<out>/<name>.pt` (for resuming; also the mark of a finished stage).
+    Writes `<out>/<name>.csv` (the curve) and `<out>/<name>.pt` (for resuming; also the mark of a
+    finished stage).
     """
 
     name: str
@@ -48,10 +51,11 @@ class Fit:
     seconds: float = field(default=0.0, init=False)  # of training so far, by all commands together
 
     def __call__(self, net: nn.Module, objective: Objective, samples: int) -> nn.Module:
-        """Train `net` in place by `objective(step, index, generator) -> named losses`; freeze and return it.
+        """Train `net` in place by `objective(step, index, generator) -> named losses`; freeze and
+        return it.
 
-        `index` [batch_size] is drawn from range(samples). The net is on DEVICE meanwhile and on the CPU afterwards;
-        random numbers are drawn on the CPU, alike everywhere.
+        `index` [batch_size] is drawn from range(samples). The net is on DEVICE meanwhile and on the
+        CPU afterwards; random numbers are drawn on the CPU, alike everywhere.
         """
         players = self._optimizers(net.to(DEVICE))
         average = Ema(net, self.ema)
@@ -136,7 +140,9 @@ class Fit:
         return players
 
     def _resume(self, net: nn.Module, players: list[torch.optim.Optimizer], average: Ema) -> int:
-        """Take over what was saved, and cut from the curve what a killed stage wrote later; returns the next step."""
+        """Take over what was saved, and cut from the curve what a killed stage wrote later; returns
+        the next step.
+        """
         start = 0
         if self._file("pt").exists():
             state = torch.load(self._file("pt"), map_location=DEVICE, weights_only=True)

@@ -1,4 +1,6 @@
-"""Autoencoder and text encoder of an earlier pipeline, in the place of the stages that would train them."""
+"""Autoencoder and text encoder of an earlier pipeline, in the place of the stages that would train
+them.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ def take_vae(work: Work, source: Path) -> dict[str, Any]:
 
 
 def take_text(work: Work, source: Path) -> dict[str, Any]:
-    """Leave tokenizer and text encoder where `clip` would. Its picture half is random: a pipeline has none."""
+    """Leave tokenizer and text encoder where `clip` would.
+
+    Its picture half is random: a pipeline has none.
+    """
     encoder = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder")
     config = encoder.config.to_dict()
     vision = {

@@ -1,4 +1,6 @@
-"""Trains the judge of `shapes` on renders whose every attribute is known, and on the autoencoder's copies of them."""
+"""Trains the judge of `shapes` on renders whose every attribute is known, and on the autoencoder's
+copies of them.
+"""
 
 from typing import Any
 
@@ -18,8 +20,9 @@ JUDGING_SEED = 5  # apart from the seeds that students are judged with
 
 
 def train(work: Work) -> dict[str, Any]:
-    """Learns from scenes of the data, every third step from their copies, and fresh scenes, every fifth with a pair
-    that the data never show. Scores: shares of right answers about new renders, and about copies of those.
+    """Learns from scenes of the data, every third step from their copies, and fresh scenes, every
+    fifth with a pair that the data never show. Scores: shares of right answers about new renders,
+    and about copies of those.
     """
     asked, seed, vae, fit = (
         work.asked["reader_scenes"],

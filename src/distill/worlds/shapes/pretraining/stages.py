@@ -1,9 +1,10 @@
-"""The stages of pretraining in their order; each leaves its result in a file, so that any may be the last of a command.
+"""The stages of pretraining in their order; each leaves its result in a file, so that any may be
+the last of a command.
 
-<out>/data, captions.json     what is learnt from (data only for `shapes`)
-<out>/train                   curves, states to go on from, the parts in full precision
-<out>/models                  what to keep: pipelines, reader, feature networks, latents, all in half precision
-<out>/pretraining.json        settings, seconds and scores, as they come
+<out>/data, captions.json  what is learnt from (data only for `shapes`)
+<out>/train                curves, states to go on from, the parts in full precision
+<out>/models               what to keep: pipelines, reader, networks, latents, in half precision
+<out>/pretraining.json     settings, seconds and scores, as they come
 """
 
 import json
@@ -21,7 +22,7 @@ from distill.data.write import write_images
 from distill.machine.hardware import hardware, precision
 from distill.storage.aside import put, put_text
 from distill.storage.checkpoint_files import write
-from distill.teachers.pipeline import read_quietly
+from distill.teachers.loading.reading import read_quietly
 from distill.terminal.console import note
 from distill.terminal.progress import Bar, track
 from distill.worlds.shapes.pretraining import diffusion, parts, reader, text, vae, vit
@@ -36,13 +37,17 @@ FOLDERS = {
     "unet": "`StableDiffusionPipeline`: a UNet that predicts noise",
     "latents": "WebDataset shards of latents made by `mmdit`, with their captions",
     "vit": "`Dinov2Model` trained on masked pictures; reads pixels in [-1, 1]",
-    "clip_vision": "`CLIPVisionModelWithProjection` of the text encoders' CLIP; reads pixels in [-1, 1]",
+    "clip_vision": (
+        "`CLIPVisionModelWithProjection` of the text encoders' CLIP; reads pixels in [-1, 1]"
+    ),
     "reader": "the judge of `shapes`",
 }
 
 
 def _data(work: Work) -> dict[str, Any]:
-    """For `shapes`, scene i of the seed as sample i of shards: picture, caption, and what the caption fixes."""
+    """For `shapes`, scene i of the seed as sample i of shards: picture, caption, and what the
+    caption fixes.
+    """
 
     def samples() -> Iterator[tuple[str, np.ndarray, str, dict]]:
         numbers = range(work.data["count"])
@@ -148,7 +153,9 @@ def _run(work: Work, name: str, command: str) -> None:
 
 
 def write_card(work: Work) -> None:
-    """`models/README.md`: where the models come from, what they are worth; beside it the curves of their training."""
+    """`models/README.md`: where the models come from, what they are worth; beside it the curves of
+    their training.
+    """
     known, models = work.known(), work.models
     (models / "curves").mkdir(parents=True, exist_ok=True)
     for curve in (work.train / f"{name}.csv" for name in STAGES):
@@ -165,11 +172,17 @@ def write_card(work: Work) -> None:
             rows.append(f"| {name} | {stage['seconds']:,.0f} | {_said(scores)} |")
     paragraphs = [
         "# Tiny text-to-image models",
-        "All weights are in half precision; all open with diffusers and transformers, the reader with `distill`.",
+        (
+            "All weights are in half precision; all open with diffusers and transformers, the"
+            " reader with `distill`."
+        ),
         "\n".join(f"- `{k}`: {what}" for k, what in FOLDERS.items() if (models / k).exists()),
         "```\n" + "\n".join(known["commands"]) + "\n```",
-        f"Seed {work.asked['seed']}, {hardware()}. Seconds are of training, without judging; of the whole stage where "
-        "nothing is trained. Prompt accuracy: share of pictures that show all their prompt says, judged by the reader.",
+        (
+            f"Seed {work.asked['seed']}, {hardware()}. Seconds are of training, without judging; of"
+            " the whole stage where nothing is trained. Prompt accuracy: share of pictures that"
+            " show all their prompt says, judged by the reader."
+        ),
         "| stage | seconds | scores |\n|---|---|---|\n" + "\n".join(rows),
         "`curves/` holds the losses, one line every 20 steps.",
     ]

@@ -18,7 +18,9 @@ WIDTH = 128
 
 
 def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048) -> CLIPTokenizer:
-    """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of words."""
+    """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of
+    words.
+    """
     blank = CLIPTokenizer()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -52,8 +54,9 @@ def build(tokenizer: CLIPTokenizer, side: int) -> CLIPModel:
     }
     vision = {**shape, "image_size": side, "patch_size": side // 8}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    # A diffusion model reads words, and an MMDiT their order too, from these hidden states alone. From CLIP's usual
-    # 0.02 the residual stream soon drowns both: teachers learnt backgrounds and colours but no kind and no order.
+    # A diffusion model reads words, and an MMDiT their order too, from these hidden states alone.
+    # From CLIP's usual 0.02 the residual stream soon drowns both: teachers learnt backgrounds and
+    # colours but no kind and no order.
     embeddings = clip.text_model.embeddings
     torch.nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
     torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
@@ -68,8 +71,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 def _tokenized(work: Work) -> tuple[CLIPTokenizer, Tensor]:
     """The tokenizer, kept from now on, and the captions' ids [N, L].
 
-    The library gives equally frequent pairs their numbers as it happens to meet them, so that a text encoder that goes
-    on after a kill must not get another one.
+    The library gives equally frequent pairs their numbers as it happens to meet them, so that a
+    text encoder that goes on after a kill must not get another one.
     """
     kept = work.train / "tokenizer"
     if kept.is_dir():

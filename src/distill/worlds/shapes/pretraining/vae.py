@@ -28,7 +28,10 @@ def build(side: int) -> AutoencoderKL:
 
 
 def train(work: Work) -> dict[str, Any]:
-    """L1 + 2 L2 + KL; latents then get mean 0 and deviation 1. PSNR, 10 log10(range^2 / MSE) in dB, on the last 1 %."""
+    """L1 + 2 L2 + KL; latents then get mean 0 and deviation 1.
+
+    PSNR, 10 log10(range^2 / MSE) in dB, on the last 1 %.
+    """
     pictures, fit = work.pictures, work.fit("vae")
     torch.manual_seed(fit.seed)
     vae = build(pictures.shape[-1])
@@ -53,10 +56,11 @@ def train(work: Work) -> dict[str, Any]:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1 by rewriting the two 1x1 convolutions around the latents.
+    """Give every latent channel mean 0 and deviation 1 by rewriting the two 1x1 convolutions around
+    the latents.
 
-    Pictures in and out stay the same. Diffusers' single `scaling_factor` cannot do it: channels differ threefold, and a
-    diffusion model would see the weak ones only under little noise.
+    Pictures in and out stay the same. Diffusers' single `scaling_factor` cannot do it: channels
+    differ threefold, and a diffusion model would see the weak ones only under little noise.
     """
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     enter, leave = vae.quant_conv, vae.post_quant_conv
@@ -74,5 +78,7 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, which need no scaling here."""
+    """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, which need no
+    scaling here.
+    """
     return torch.cat([vae.encode(pixels(part)).latent_dist.mode() for part in pictures.split(128)])

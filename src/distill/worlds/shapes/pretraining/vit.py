@@ -1,10 +1,12 @@
-"""A small ViT of DINOv2's make, trained without labels on masked pictures (SimMIM, Xie et al. 2022).
+"""A small ViT of DINOv2's make, trained without labels on masked pictures (SimMIM, Xie et al.
+2022).
 
     patches = mean |pixels guessed from the patch token - pixels|, over hidden patches
-    whole = mean |a sixteenth of the pixels guessed from the class token - those of the whole picture|
+    whole = mean |a sixteenth of the pixels guessed from the class token - those of the whole
+        picture|
 
-DINO's own loss of crops was tried first: in the time there is it learns to tell pictures by their colours, or nothing
-where colours are exchanged.
+DINO's own loss of crops was tried first: in the time there is it learns to tell pictures by their
+colours, or nothing where colours are exchanged.
 """
 
 import itertools
@@ -31,7 +33,8 @@ class Masked(nn.Module):
         super().__init__()
         shape = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
         self.patch = side // PATCHES
-        # Eager: torch's fused attention is slow backwards in half precision on a CPU, and a picture has 64 patches.
+        # Eager: torch's fused attention is slow backwards in half precision on a CPU, and a picture
+        # has 64 patches.
         shape |= {"image_size": side, "patch_size": self.patch}
         self.vit = Dinov2Model(Dinov2Config(**shape, attn_implementation="eager"))
         nn.init.normal_(self.vit.embeddings.mask_token, std=0.02)
@@ -53,7 +56,10 @@ class Masked(nn.Module):
 
 
 def train(work: Work) -> dict[str, Any]:
-    """Leaves the ViT, whose class and patch tokens are the features. Scores: of scenes of one thing."""
+    """Leaves the ViT, whose class and patch tokens are the features.
+
+    Scores: of scenes of one thing.
+    """
     pictures, fit = work.pictures, work.fit("vit")
     side, n = pictures.shape[-1], work.asked["scoring"]["prompts"]
     torch.manual_seed(fit.seed)
@@ -91,7 +97,9 @@ def describe(vit: Dinov2Model, pictures: Tensor) -> Tensor:
 
 
 def probe_accuracy(x: Tensor, labels: Tensor, known: int) -> float:
-    """Share of x [N, D] after the first `known` whose label [N] a ridge regression on those finds."""
+    """Share of x [N, D] after the first `known` whose label [N] a ridge regression on those
+    finds.
+    """
     x, wanted = x.double() - x[:known].double().mean(0), F.one_hot(labels).double()
     x = torch.cat([x / x[:known].std(), torch.ones_like(x[:, :1])], dim=1)
     ridge = torch.eye(x.shape[1], dtype=x.dtype)

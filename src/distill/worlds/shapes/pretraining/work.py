@@ -1,4 +1,6 @@
-"""The folder that a pretraining works in: what it learns from, and what earlier stages have left there."""
+"""The folder that a pretraining works in: what it learns from, and what earlier stages have left
+there.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,9 @@ class Work:
         self.of_shapes = self.data["path"] is None
 
     def fit(self, stage: str) -> Fit:
-        """How a stage trains: in the precision that it was begun in, should it go on on another machine."""
+        """How a stage trains: in the precision that it was begun in, should it go on on another
+        machine.
+        """
         kept = self.stage(stage).get("precision", self.asked["precision"])
         how = {"seed": self.asked["seed"], "precision": kept, **self.asked[stage]}
         return Fit(name=stage, out=self.train, **how)
@@ -59,17 +63,19 @@ class Work:
         return Judge.load(own if own.exists() else MODEL)
 
     def read(self) -> tuple[Tensor, list[str]]:
-        """uint8 pictures [N, 3, S, S] and their captions; a bad sample is replaced by the next, and named in the log.
+        """uint8 pictures [N, 3, S, S] and their captions; a bad sample is replaced by the next, and
+        named in the log.
 
-        Scenes of `shapes` come in their order. Others are shuffled by the seed: the last ones are held out for scores,
-        and files may lie sorted by what they show.
+        Scenes of `shapes` come in their order. Others are shuffled by the seed: the last ones are
+        held out for scores, and files may lie sorted by what they show.
         """
         path, size = self.data["path"], self.data["size"]
         share = max_empty_share(self.asked["stages"])
         dataset = ImageShards(path or str(self.out / "data"), size=size, max_empty_share=share)
         if len(dataset) < MIN_PICTURES:
             raise ValueError(
-                f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are needed"
+                f"data.path={path} holds {len(dataset)} pictures; at least {MIN_PICTURES} are"
+                " needed"
             )
         order = torch.arange(len(dataset))
         if not self.of_shapes:
@@ -85,7 +91,9 @@ class Work:
         return pictures, captions
 
     def known(self) -> dict[str, Any]:
-        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether it is finished."""
+        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether
+        it is finished.
+        """
         path = self.out / "pretraining.json"
         return (
             json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +113,9 @@ class Work:
         put(self.out / "pretraining.json", json.dumps(known, indent=2).encode() + b"\n")
 
     def begin(self, stage: str, decided_by: Sequence[str], command: str) -> None:
-        """Write down the settings that decide what a stage makes; refuse to go on with one begun with others."""
+        """Write down the settings that decide what a stage makes; refuse to go on with one begun
+        with others.
+        """
         settings: dict[str, Any] = {}
         for name in ("seed", "data", *decided_by):
             node: Any = self.asked
@@ -123,12 +133,17 @@ class Work:
             if not alike(v, before.get(k))
         ]
         if changed and not self._came_to_nothing(stage):
-            what = f"begun with other settings, now {', '.join(changed)}; choose another out, or take them back"
+            what = (
+                f"begun with other settings, now {', '.join(changed)}; choose another out, or take"
+                " them back"
+            )
             raise ValueError(f"out={self.out}: its stage {stage} was {what}")
         self.note(stage, command, settings=settings)
 
     def _came_to_nothing(self, stage: str) -> bool:
-        """Whether a stage was begun and made nothing that goes on with: its settings may still be mended."""
+        """Whether a stage was begun and made nothing that goes on with: its settings may still be
+        mended.
+        """
         own = {"data": ["data", "captions.json"], "latents": ["latents.pt"]}.get(stage, [])
         left = [
             path
