@@ -15,7 +15,7 @@ from distill.config.location import CONF_DIR
 def composed(overrides: Sequence[str]) -> Any:
     """The configuration of a run, without a head start: every step is a whole one."""
     with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-        cfg = compose("config", overrides=[*overrides, "optimizer.head_start=0"])
+        cfg = compose("config", overrides=[*overrides, "loop.head_start=0"])
     settle_precision(cfg)
     return cfg
 

@@ -38,9 +38,9 @@ class Player:
 
 
 def players(method: Any) -> tuple[Player, Player]:
-    engine = method.loop.engine
-    student = Player(method.student, engine.student(method.student.parameters()))
-    return student, Player(method.heads, engine.discriminator(method.heads.parameters()))
+    make = method.loop.factories
+    student = Player(method.student, make.student(method.student.parameters()))
+    return student, Player(method.heads, make.discriminator(method.heads.parameters()))
 
 
 def iteration(
@@ -80,7 +80,7 @@ def main() -> None:
         cfg = composed(
             [
                 "method=nitrofusion",
-                "method.opening=0",
+                "method.warm_start=0",
                 *sys.argv[1:],
                 f"discriminator.heads.size={size}",
             ]

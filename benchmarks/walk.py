@@ -2,7 +2,7 @@
 size.
 
     python benchmarks/walk.py sdxl lora 1024 20
-    python benchmarks/walk.py sd3 full 1024 12 optimizer.accumulate=1
+    python benchmarks/walk.py sd3 full 1024 12 loop.accumulate=1
 
 Arguments: a family (sd3, sdxl), the student (lora, full), pixels a side, steps, overrides of
 `distill.run`. `--small` before them shrinks every width. The weights are random, so the pictures

@@ -38,14 +38,14 @@ EYES = [
     "discriminator.condition.text=null",
     "discriminator.condition.image=null",
 ]
-LEAD = ["optimizer.head_start=1"]
+HEAD_START = ["loop.head_start=1"]
 # Method and discriminator -> family of the tiny teacher, and what else the command says.
 TRAININGS: dict[tuple[str, str], tuple[str, list[str]]] = {
-    ("ladd", "teacher_features"): ("mmdit", LEAD),
-    ("ladd", "pool"): ("unet", LEAD),
-    ("add", "dino"): ("unet", [*LEAD, *EYES]),
-    ("nitrofusion", "pool"): ("unet", [*LEAD, "method.opening=1"]),
-    ("nitrofusion", "teacher_features"): ("mmdit", LEAD),
+    ("ladd", "teacher_features"): ("mmdit", HEAD_START),
+    ("ladd", "pool"): ("unet", HEAD_START),
+    ("add", "dino"): ("unet", [*HEAD_START, *EYES]),
+    ("nitrofusion", "pool"): ("unet", [*HEAD_START, "method.warm_start=1"]),
+    ("nitrofusion", "teacher_features"): ("mmdit", HEAD_START),
     ("regression", "none"): ("mmdit", []),
     ("consistency", "none"): ("unet", []),
 }

@@ -78,7 +78,7 @@ def go_on(work: Path) -> list[str] | None:
 
 TRAIN = [
     *("debug=smoke", "teacher.path=given/teacher", "data.path=given/shards", "data.num_workers=0"),
-    *("trainer.max_steps=4", "callbacks.checkpoint.every=1", "optimizer.head_start=2"),
+    *("trainer.max_steps=4", "callbacks.checkpoint.every=1", "loop.head_start=2"),
 ]
 JUDGE = ["metrics.prompts=4", "metrics.student_steps=[1]", "metrics.teacher_steps=[1]"]
 MAKE = ["teacher.path=given/teacher", "out=work/made", "per_shard=3"]

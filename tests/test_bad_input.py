@@ -108,15 +108,16 @@ def png(width, height) -> bytes:
         ("data.buckets=[[64,64]", "data.buckets=[[64,64]: cannot be read as key=value"),
         ("na me=a", "na me=a: cannot be read as key=value"),
         (
-            "+optimizer.shedule=cosine",
-            "shedule: distill.training.engine.Engine takes no such key (did you mean schedule?)",
+            "+loop.shedule=cosine",
+            "shedule: distill.training.loop_settings.LoopSettings takes no such key (did you mean"
+            " schedule?)",
         ),
         ("+student.rank=4", "rank: distill.students.full takes no such key"),
         ("data=latents", "data.path: not given; add data.path=... to the command"),
         ("data.batch_size=0", "data.batch_size=0: must be a whole number, 1 or more"),
         ("data.batch_size=2.5", "data.batch_size=2.5: must be a whole number"),
         ("data.batch_size=many", "data.batch_size=many: must be a whole number"),
-        ("optimizer.accumulate=-1", "optimizer.accumulate=-1: must be a whole number, 1 or more"),
+        ("loop.accumulate=-1", "loop.accumulate=-1: must be a whole number, 1 or more"),
         ("trainer.max_steps=0", "trainer.max_steps=0: must be a whole number, 1 or more"),
         ("trainer.devices=none", "trainer.devices=none: must be a number of devices"),
         ("trainer.devices=0", "trainer.devices=0: must be a number of devices"),
@@ -222,8 +223,8 @@ def test_a_discriminator_that_does_not_fit_the_method(
 
 
 def test_a_head_start_of_no_discriminator(refused, no_weights):
-    said = refused("run", "method=regression", "optimizer.head_start=5")
-    assert said == "optimizer.head_start=5: there is no discriminator to lead; make it 0"
+    said = refused("run", "method=regression", "loop.head_start=5")
+    assert said == "loop.head_start=5: there is no discriminator to lead; make it 0"
 
 
 def test_scaled_gradients_are_refused(refused, no_weights):
@@ -859,7 +860,7 @@ def test_numbers_that_are_not_finite(refused, monkeypatch):
     )
     bad = lambda self: sum(p.sum() for p in self.heads.parameters()) * float("nan")  # noqa: E731
     monkeypatch.setattr("distill.methods.ladd.LADD.bad", bad, raising=False)
-    said = refused("run", "optimizer.stop_after_bad=1", "callbacks.samples.every=1000")
+    said = refused("run", "loop.stop_after_bad=1", "callbacks.samples.every=1000")
     assert "had a gradient that is not finite" in said
 
 

@@ -104,10 +104,10 @@ def test_what_to_do_about_a_diverged_run_can_be_done(
 ):
     diverging = [
         "optimizer.student.lr=1e30",
-        "optimizer.clip_student=1e30",
-        "optimizer.stop_after_bad=2",
+        "loop.clip_student=1e30",
+        "loop.stop_after_bad=2",
     ]
-    few = ["trainer.max_steps=50", f"trainer.precision={precision}", "optimizer.warmup_steps=0"]
+    few = ["trainer.max_steps=50", f"trainer.precision={precision}", "loop.warmup_steps=0"]
     given = words(pipelines("mmdit"), shards, *diverging, *few)
     code, _, err = command("run", *given, "callbacks.checkpoint.every=100")
     assert code == 1

@@ -191,7 +191,7 @@ def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     ]
     eyes = [f"discriminator.features.path={tiny.vit()}"] if method == "add" else []
     eyes += (
-        ["method.opening=0"] if method == "nitrofusion" else []
+        ["method.warm_start=0"] if method == "nitrofusion" else []
     )  # which learns from pairs, and pictures are none
     quiet = ["~metrics", "~callbacks.samples", "data.num_workers=0", "data.max_bad_share=0.5"]
     run = [

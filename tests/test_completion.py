@@ -27,8 +27,8 @@ START = {
 # What is typed before the tab key, and what the line is then.
 TYPED = [
     ("distill syn", "distill synthesize "),
-    ("distill run optimizer.sched", "distill run optimizer.schedule="),
-    ("distill run optimizer.schedule=cos", "distill run optimizer.schedule=cosine "),
+    ("distill run loop.sched", "distill run loop.schedule="),
+    ("distill run loop.schedule=cos", "distill run loop.schedule=cosine "),
     ("distill run method=lad", "distill run method=ladd "),
     ("distill sample run=runs/fir", "distill sample run=runs/first/"),
     ("distill recipes copy nitrosd_v", "distill recipes copy nitrosd_vibrant "),
@@ -161,7 +161,7 @@ def test_options_of_ones_own_folder_are_completed(place):
 def test_the_tab_key_waits_for_nothing_heavy(place):
     code = (
         "import sys; from distill.commandline.words import following; "
-        "assert following(['distill', 'run', 'optimizer.schedule=c']); "
+        "assert following(['distill', 'run', 'loop.schedule=c']); "
         "assert following(['distill', 'run', 'tra']); "
         "assert not {'torch', 'lightning', 'diffusers'} & set(sys.modules)"
     )

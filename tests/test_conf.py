@@ -117,6 +117,8 @@ def composed_with(choice: str) -> dict[str, Any]:
     if group == "experiment":
         return composed(f"experiment={option}")
     override = f"{group}={option}"
+    if option == "paper":
+        return composed(override)
     if group == "heads":  # chosen by the discriminator and the teacher, whose names it bears
         chosen = next(d for d in ("teacher_features", "pool", "dino") if option.startswith(d))
         return composed(f"discriminator={chosen}", f"teacher={option.removeprefix(f'{chosen}_')}")
@@ -333,7 +335,7 @@ def test_the_comparison_runs_every_seed_once_and_goes_on(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("name", "contestant"), comparison().CONTESTANTS.items())
 def test_a_contestant_composes_with_the_ends_of_its_search(name, contestant):
     config = composed(*contestant.arguments(300))
-    assert config["trainer"]["max_steps"] + config["optimizer"]["head_start"] == 300
+    assert config["trainer"]["max_steps"] + config["loop"]["head_start"] == 300
     assert config["data"]["batch_size"] == 16
     for key, _, values in map(parsed, contestant.space):
         for value in values:

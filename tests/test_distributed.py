@@ -177,10 +177,10 @@ OPTIONS = {
         },
         "discriminator_updates": 2,
     },
-    "nitrofusion_opening": {
+    "nitrofusion_warm_start": {
         "method": "nitrofusion",
         "options": {
-            "opening": 2,
+            "warm_start": 2,
             "distill_weight": 1.0,
             "real": {"levels": [1.0, 0.5]},
             "loss": "non_saturating",

@@ -124,7 +124,7 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     watched.fit(method, tiny.Stream(toy, 4).loader())
     assert [r.message for r in caplog.records if "not learning" in r.message] == [
         "step 3: the discriminator is not learning (real and fake score alike): raise its rate or"
-        " optimizer.head_start"
+        " loop.head_start"
     ]
     (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["step"] == 3

@@ -28,9 +28,9 @@ CASES = {  # name -> how to make it, its options
         tiny.nitrofusion,
         {"shared": False, "loss": "relativistic", "mixed": True, "refine": [0, 0], "keep": 0.0},
     ),
-    "nitrofusion_opening": (
+    "nitrofusion_warm_start": (
         tiny.nitrofusion,
-        {"shared": False, "opening": 2, "real": TeacherSamples(levels=[1.0, 0.5]), **EVERY},
+        {"shared": False, "warm_start": 2, "real": TeacherSamples(levels=[1.0, 0.5]), **EVERY},
     ),
     "regression": (tiny.regression, {}),
     "consistency": (tiny.consistency, {}),

@@ -20,7 +20,7 @@ from distill.storage import checkpoint_files
 from distill.training.callbacks import Health
 from distill.training.checkpoints import Checkpoints
 from distill.training.csv_logger import CsvLog
-from distill.training.engine import Engine
+from distill.training.loop_settings import LoopSettings, Optimizers
 
 toy = tiny.Toy()
 METHODS = [pytest.param(make, id=name) for name, make in tiny.METHODS.items()]
@@ -101,7 +101,8 @@ def test_what_is_logged_is_that_of_the_last_update(tmp_path):
         still = {
             name: lambda p: torch.optim.SGD(p, lr=0.0) for name in ("student", "discriminator")
         }
-        method.loop.engine = Engine(**still, **options)
+        method.loop.factories = Optimizers(**still)
+        method.loop.settings = LoopSettings(**options)
         fitted(method, tmp_path, 1)
         return method.loop.numbers["d/adv"]
 
@@ -193,7 +194,8 @@ def test_clipping_is_by_the_norm_of_all_gradients(player, tmp_path):
             name: lambda p, rate=rate: torch.optim.SGD(p, lr=rate) for name, rate in rates.items()
         }
         options = {"clip_student": 1e9, "clip_discriminator": 1e9} | clip
-        method.loop.engine = Engine(**sgd, **options)
+        method.loop.factories = Optimizers(**sgd)
+        method.loop.settings = LoopSettings(**options)
         module = method.student if player == "student" else method.heads
         before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
         fitted(method, tmp_path, 1)
@@ -225,7 +227,7 @@ def test_clipping_is_by_the_norm_of_all_gradients(player, tmp_path):
     ],
 )
 def test_rate_in_closed_form(options, step, expected):
-    assert tiny.engine(**options).rate(step, 100, step) == pytest.approx(expected, abs=1e-9)
+    assert LoopSettings(**options).rate(step, 100, step) == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_discriminator_warms_up_in_its_head_start(tmp_path):
@@ -281,7 +283,7 @@ def test_rate_reaches_both_optimisers(tmp_path):
 
     method.loop.clip_and_step = spy
     fitted(method, tmp_path, 4)
-    shares = [method.loop.engine.rate(step, 4, step) for step in range(4)]
+    shares = [method.loop.settings.rate(step, 4, step) for step in range(4)]
     assert [rate for player, rate in rates if player == "g"] == pytest.approx(
         [1e-3 * share for share in shares]
     )
@@ -293,14 +295,14 @@ def test_rate_reaches_both_optimisers(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "linear"}, "optimizer.schedule=linear"),
-        ({"accumulate": 0}, "optimizer.accumulate=0"),
-        ({"discriminator_updates": 0}, "optimizer.discriminator_updates=0"),
+        ({"schedule": "linear"}, "loop.schedule=linear"),
+        ({"accumulate": 0}, "loop.accumulate=0"),
+        ({"discriminator_updates": 0}, "loop.discriminator_updates=0"),
     ],
 )
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        tiny.engine(**options)
+        LoopSettings(**options)
 
 
 # -- checkpoints and resume ------------------------------------------------------------------------

@@ -22,8 +22,8 @@ CONF = Path(__file__).parents[1] / "conf" / "experiment"
 # Experiment -> the family of its teacher, its data, and what a tiny world needs besides.
 EYES = ["discriminator.features.size=64", "discriminator.condition.text=teacher"]
 IMAGES = ["data.size=64", "discriminator.condition.image=features"]
-LESS = ["optimizer.accumulate=2", "data.batch_size=2", "data.num_workers=0"]
-OPENED = ["method.opening=1"]  # of the two steps the first
+LESS = ["loop.accumulate=2", "data.batch_size=2", "data.num_workers=0"]
+OPENED = ["method.warm_start=1"]  # of the two steps the first
 EXPERIMENTS = {
     "add_m_sd15": ("unet", "pictures", [*EYES, *IMAGES]),
     "add_m_sd21": ("unet", "pictures", [*EYES, *IMAGES]),

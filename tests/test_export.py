@@ -58,8 +58,8 @@ def run_of(pipelines, shards, tmp_path_factory):
             options = [f"student={student}", *(["student.rank=4"] if student == "lora" else [])]
             options += [
                 "optimizer.student.lr=0.01",
-                "optimizer.warmup_steps=0",
-                "optimizer.ema_decay=0",
+                "loop.warmup_steps=0",
+                "loop.ema_decay=0",
                 "~metrics",
             ]
             options += ["teacher.dtype=float32"] if family == "sdxl" else []

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 STEPS, HEAD_START = 12, 3
-COMMAND = f"trainer.max_steps={STEPS} optimizer.head_start={HEAD_START}"
+COMMAND = f"trainer.max_steps={STEPS} loop.head_start={HEAD_START}"
 SILENCE = 30  # seconds that may pass without a line
 BUSY = 15  # seconds more on a machine that does other things too
 

@@ -54,11 +54,11 @@ def test_a_page_knows_groups_and_follows_what_is_chosen(command):
     assert "    add                     ADD, arXiv 2311.17042\n" in out
     assert "method=ladd: LADD, arXiv 2403.12015" in out
     assert "method.r1_every" not in out
-    other = command("run", "method=add", "seed=7", "optimizer.warmup_steps=3", "-h")[1]
+    other = command("run", "method=add", "seed=7", "loop.warmup_steps=3", "-h")[1]
     assert "  * add                     ADD, arXiv 2311.17042\n" in other
     assert "  method.r1_every=4 " in other
     assert "  seed=7 " in other
-    assert "  optimizer.warmup_steps=3 " in other
+    assert "  loop.warmup_steps=3 " in other
     assert "discriminator=dino: ADD: heads on a frozen DINOv2" in other
 
 
@@ -174,28 +174,73 @@ def test_a_copy_composes_to_what_its_original_does(name, tmp_path):
 
 
 def test_a_copy_is_found_edited_and_never_overwritten(command, tmp_path):
+    code, out, _ = command("recipes", "copy", "ladd_long_shapes", "as=mine")
+    assert code == 0
+    assert "python -m distill.run --config-dir conf experiment=mine" in out
+    file = tmp_path / "conf" / "experiment" / "mine.yaml"
+    before = file.read_text(encoding="utf-8")
+    assert "name: mine\n" in before
+    assert "#     python -m distill.run --config-dir conf experiment=mine\n" in before
+    edited = before.replace("head_start: 100", "head_start: 7")
+    file.write_text(edited, encoding="utf-8")
+    tree = shown("--config-dir", "conf", "experiment=mine")
+    assert (tree["name"], tree["loop"]["head_start"]) == ("mine", 7)
+    code, _, err = command("recipes", "copy", "ladd_long_shapes", "as=mine")
+    assert code == 1
+    assert err.startswith("distill: conf/experiment/mine.yaml: ")
+    assert file.read_text(encoding="utf-8") == edited
+    page = command("run", "--config-dir", "conf", "experiment=mine", "--help")[1]
+    assert "  * mine " in page
+    assert "  loop.head_start=7 " in page
+
+
+def test_a_copied_recipe_is_chosen_by_name(command, tmp_path):
     code, out, _ = command("recipes", "copy", "add_shapes", "as=my_add")
     assert code == 0
-    assert "python -m distill.run --config-dir conf experiment=my_add" in out
-    file = tmp_path / "conf" / "experiment" / "my_add.yaml"
-    assert "name: my_add\n" in file.read_text(encoding="utf-8")
-    assert "#     python -m distill.run --config-dir conf experiment=my_add\n" in file.read_text(
-        encoding="utf-8"
-    )
-    file.write_text(
-        file.read_text(encoding="utf-8").replace("head_start: 50", "head_start: 7"),
-        encoding="utf-8",
-    )
-    tree = shown("--config-dir", "conf", "experiment=my_add")
-    assert (tree["name"], tree["optimizer"]["head_start"]) == ("my_add", 7)
-    before = file.read_text(encoding="utf-8")
-    code, _, err = command("recipes", "copy", "add_shapes", "as=my_add")
+    said = "python -m distill.run --config-dir conf method=add recipe=my_add"
+    assert said in out
+    file = tmp_path / "conf" / "recipe" / "my_add.yaml"
+    text = file.read_text(encoding="utf-8")
+    words = said.split()[3:]
+    assert shown(*words) == shown("method=add")
+    file.write_text(text.replace("head_start: 50", "head_start: 7"), encoding="utf-8")
+    assert shown(*words)["loop"]["head_start"] == 7
+
+
+# -- the recipe ------------------------------------------------------------------------------------
+
+
+def test_a_recipe_of_ones_own_method_is_found_by_its_name(tmp_path):
+    """As <method>_shapes in a folder of the user's; without it the method has the paper's."""
+    folder = tmp_path / "conf"
+    (folder / "method").mkdir(parents=True)
+    text = "defaults: [ladd]\n"
+    (folder / "method" / "mine.yaml").write_text(text, encoding="utf-8")
+    words = ["--config-dir", str(folder), "method=mine"]
+    assert shown(*words)["method"]["loss"] == "hinge"
+    (folder / "recipe").mkdir()
+    text = "# @package _global_\nmethod:\n  loss: relativistic\n"
+    (folder / "recipe" / "mine_shapes.yaml").write_text(text, encoding="utf-8")
+    assert shown(*words)["method"]["loss"] == "relativistic"
+    assert shown(*words, "recipe=paper")["method"]["loss"] == "hinge"
+
+
+def test_the_papers_values_are_a_choice(command):
+    """With recipe=paper and heads=paper a teacher changes nothing but itself."""
+    words = ["method=ladd", "recipe=paper", "heads=paper"]
+    ours, theirs = shown(*words, "teacher=shapes"), shown(*words, "teacher=sd3")
+    different = {key for key in ours if ours[key] != theirs[key]}
+    assert different == {"teacher"}
+    code, _, err = command("run", "recipe=lad_shapes", "--cfg", "job")
     assert code == 1
-    assert err.startswith("distill: conf/experiment/my_add.yaml: ")
-    assert file.read_text(encoding="utf-8") == before
-    page = command("run", "--config-dir", "conf", "experiment=my_add", "--help")[1]
-    assert "  * my_add " in page
-    assert "  optimizer.head_start=7 " in page
+    assert "recipe=lad_shapes: no such option (did you mean ladd_shapes?)" in err
+
+
+def test_a_key_that_was_renamed_is_named(command):
+    for word, now in {"optimizer.head_start=3": "loop.head_start", "method.keep=1": ""}.items():
+        code, _, err = command("run", "method=nitrofusion", word)
+        assert code == 1
+        assert f"is now called {now or 'method.one_step_prob'}; write that" in err
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def arguments(pipelines, shards, folder, workers=0, method="ladd"):
         f"data.num_workers={workers}",
         f"trainer.max_steps={STEPS}",
         "callbacks.checkpoint.every=1",
-        *(["optimizer.head_start=2"] if method != "consistency" else []),
+        *(["loop.head_start=2"] if method != "consistency" else []),
         "callbacks.samples.every=100",
         f"run_dir={folder}",
         "~metrics",
@@ -203,7 +203,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
     damage, command, pipelines, shards, tmp_path, caplog
 ):
     folder = tmp_path / "run"
-    assert command("run", *arguments(pipelines, shards, folder), "optimizer.head_start=0")[0] == 0
+    assert command("run", *arguments(pipelines, shards, folder), "loop.head_start=0")[0] == 0
     expected = end_of(folder)
     newest = folder / "checkpoints" / f"step_{STEPS:06d}.ckpt"
     whole = newest.read_bytes()
@@ -226,8 +226,8 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
         ("data.batch_size=3", "samples a step=3 (was 4"),
         ("seed=5", "seed=5 (was 0)"),
         (
-            "experiment=add_shapes",
-            "experiment=add_shapes (many keys at once, for new runs alone; name the keys)",
+            "experiment=ladd_long_shapes",
+            "experiment=ladd_long_shapes (many keys at once, for new runs alone; name the keys)",
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_second_run_in_a_job_of_slurm_is_refused(job):
     assert "slurm" not in first + second
 
 
-@pytest.mark.parametrize("arguments", [[], ["run_dir=mine", "experiment=add_shapes"]])
+@pytest.mark.parametrize("arguments", [[], ["run_dir=mine", "experiment=ladd_long_shapes"]])
 def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
     folder = "mine" if arguments else "runs/slurm_7_ladd_shapes"
     assert job(*arguments, RESTART_COUNT="0")[2] == [(folder, None)]
@@ -314,7 +314,7 @@ def test_the_first_trial_has_what_the_run_has_anyway():
         "optimizer.student.lr": ("log(1e-4,1e-3)", 3e-4),
         "discriminator.features.taps": ("choice(encoder,blocks)", "blocks"),
         "discriminator.heads.spectral": ("choice(true,false)", "false"),
-        "optimizer.discriminator_updates": ("int(1,3)", 2),
+        "loop.discriminator_updates": ("int(1,3)", 2),
         "student.init": ("choice(random)", None),  # not among them
         "method.distill_weight": ("log(100,200)", None),
     }

@@ -16,8 +16,8 @@ MLFLOW = [
 ]
 MONITOR = "+callbacks.mine._target_=lightning.pytorch.callbacks.LearningRateMonitor"
 FAILING = [  # a mistake in words, and what is said
-    (["+trainer.accumulate_grad_batches=2"], "use optimizer.accumulate="),
-    (["+trainer.gradient_clip_val=1.0"], "use optimizer.clip_student="),
+    (["+trainer.accumulate_grad_batches=2"], "use loop.accumulate="),
+    (["+trainer.gradient_clip_val=1.0"], "use loop.clip_student="),
     (["+trainer.max_epochs=3"], "use trainer.max_steps="),
     (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: is not supported"),
     (["+trainer.profiler=nope"], "`profiler`"),
@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_before_its_first_step_is_begun_anew(words, comman
 
 def test_a_run_that_made_steps_is_not_written_over(words, command, tmp_path):
     folder = tmp_path / "run"
-    few = ["trainer.accelerator=cpu", "data.batch_size=2", "optimizer.head_start=0"]
+    few = ["trainer.accelerator=cpu", "data.batch_size=2", "loop.head_start=0"]
     bare = ["~metrics", "~callbacks", "~logger"]
     assert command("run", *words[1:-1], *few, *bare)[0] == 0
     before = (folder / "config.yaml").read_bytes()

@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-import distill.methods.nitrofusion
 import tiny
 from distill.core import randomness
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
@@ -252,7 +251,7 @@ def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher)
     assert all(m.requires_grad for m in fake.maps)
 
 
-def test_phases_of_the_engine_do_not_leak(teacher, tmp_path, shards):
+def test_phases_of_the_loop_do_not_leak(teacher, tmp_path, shards):
     """After the student's update the heads hold the very gradients, and weights, that their own
     update left.
     """
@@ -513,14 +512,12 @@ def paired(batch):
     )
 
 
-def test_the_opening_comes_first_and_the_heads_join_at_its_end(
-    teachers, tmp_path, shards, monkeypatch
-):
+def test_the_warm_start_comes_first_and_the_heads_join_at_its_end(teachers, tmp_path, shards):
     """One-step-capable weights from pairs: |x0_hat - x0|^2 alone, then both players, then
     adversarial alone.
     """
-    monkeypatch.setattr(distill.methods.nitrofusion, "LEAD", 2)
-    method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 4, "refine": [0]}, rate=1e-4)
+    options = {"warm_start": 4, "heads_lead": 2, "refine": [0]}
+    method = tiny.nitrofusion(teachers("mmdit"), options=options, rate=1e-4)
     seen = []
     update = method.loop.update_student
 
@@ -552,7 +549,9 @@ def test_the_opening_comes_first_and_the_heads_join_at_its_end(
 
 
 def test_what_only_some_iterations_have_is_logged_of_them_alone(teachers, tmp_path, shards):
-    method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 2, "refine": [0]}, rate=1e-4)
+    method = tiny.nitrofusion(
+        teachers("mmdit"), options={"warm_start": 2, "refine": [0]}, rate=1e-4
+    )
     trainer = tiny.trainer(tmp_path, 4)
     trainer.loggers, trainer.log_every_n_steps = [table := CsvLog(str(tmp_path))], 1
     trainer.fit(method, source.latents(str(shards), batch_size=2, seeded=True).loader(seed=0))
@@ -563,11 +562,11 @@ def test_what_only_some_iterations_have_is_logged_of_them_alone(teachers, tmp_pa
     assert [bool(row["g/adv"]) for row in rows] == [False, False, True, True]
 
 
-def test_the_opening_can_hear_the_teacher_too(teachers):
+def test_the_warm_start_can_hear_the_teacher_too(teachers):
     """2 alpha(t) |x0_hat - x_psi|^2 besides the pairs, with the guided estimate written out."""
     teacher, low = teachers("mmdit"), ScoreDistillation(guidance=3.0, low=0.4, high=0.6)
     method = tiny.nitrofusion(
-        teacher, options={"opening": 200, "distill": low, "distill_weight": 2.0}
+        teacher, options={"warm_start": 200, "distill": low, "distill_weight": 2.0}
     )
     batch = paired(tiny.simple_batch(method))
     draws, fake = tiny.drawn(method, batch)

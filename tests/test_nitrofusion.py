@@ -79,7 +79,7 @@ def test_prompts_alone_need_a_teacher_that_samples(command, pipelines, tmp_path)
 
 
 def test_regression_on_pairs_needs_pairs(teachers):
-    method = tiny.nitrofusion(teachers("mmdit"), options={"opening": 200})
+    method = tiny.nitrofusion(teachers("mmdit"), options={"warm_start": 200})
     batch = replace(tiny.simple_batch(method, 2), noise=None)
     with pytest.raises(ValueError, match="method.pairs_weight needs the noise"):
         method.student_loss(batch, *tiny.drawn(method, batch))

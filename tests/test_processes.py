@@ -202,7 +202,7 @@ def sweep(pipelines, shards) -> list[str]:
 
 def test_a_job_that_fails_does_not_end_the_sweep(command, pipelines, shards, tmp_path):
     """One with an option that does not exist, one that diverges, and one that is well."""
-    words = [*sweep(pipelines, shards), "optimizer.student.lr=1e-4", "optimizer.stop_after_bad=1"]
+    words = [*sweep(pipelines, shards), "optimizer.student.lr=1e-4", "loop.stop_after_bad=1"]
     code, _, said = command("run", *words, "method.loss=typo,hinge", "seed=0,1")
     assert code == 1
     lines = said.splitlines()

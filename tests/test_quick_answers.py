@@ -68,7 +68,7 @@ WRONG = [
     ("run", "method.misaligned=1 data.batch_size=1", "data.batch_size=1: method.misaligned=1 giv"),
     (
         "run",
-        "experiment=nitrofusion_shift_shapes method.opening=0",
+        "experiment=nitrofusion_shift_shapes method.warm_start=0",
         "student.shift=250: the studen",
     ),
     (
@@ -135,7 +135,7 @@ WRONG = [
         "callbacks.e.monitor=nope: Lightning's callbacks see none of what a run logs; leave it out",
     ),
     # words and names of keys
-    ("run", "optimizer.schedule=cosin", "optimizer.schedule=cosin: must be constant or cosine"),
+    ("run", "loop.schedule=cosin", "loop.schedule=cosin: must be constant or cosine"),
     (
         "run",
         "method.loss=hing",
@@ -147,7 +147,7 @@ WRONG = [
     ("run", "+trainer.strategy=fsdp", "use trainer=fsdp2"),
     ("run", "optimizer.student._target_=os.system", "os.system is refused"),
     ("run", "method=ladd discriminator=dino", "choose another discriminator="),
-    ("run", "method=regression optimizer.head_start=5", "there is no discriminator to lead"),
+    ("run", "method=regression loop.head_start=5", "there is no discriminator to lead"),
     (
         "run",
         "student.init=zero",

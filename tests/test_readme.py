@@ -49,9 +49,9 @@ SMALL = {
     "metrics=coco5k": ["metrics.prompts=8"],
     "student=lora": ["teacher.path={sdxl}", "teacher.dtype=float32", "student.rank=4"],
 }
-RUN = ["debug=smoke", "data.batch_size=2", "data.num_workers=0", "optimizer.accumulate=2"]
+RUN = ["debug=smoke", "data.batch_size=2", "data.num_workers=0", "loop.accumulate=2"]
 # As in test_export: two steps that can be seen.
-RUN += ["optimizer.student.lr=0.01", "optimizer.warmup_steps=0", "optimizer.ema_decay=0"]
+RUN += ["optimizer.student.lr=0.01", "loop.warmup_steps=0", "loop.ema_decay=0"]
 CALLBACKS = set(OmegaConf.load(ROOT / "conf" / "callbacks" / "default.yaml"))
 
 

@@ -66,7 +66,7 @@ def kept_of(folder, step=STEPS):
 
 
 def test_another_method_s_checkpoint_is_refused_by_name(run, project, command):
-    other = ["models/teacher", "data", "runs/other", "optimizer.head_start=0"]
+    other = ["models/teacher", "data", "runs/other", "loop.head_start=0"]
     assert command("run", *arguments(*other, method="consistency"))[0] == 0
     foreign = project / "runs" / "other" / "checkpoints" / "step_000009.ckpt"
     shutil.copy(run / "checkpoints" / "step_000002.ckpt", foreign)

@@ -78,7 +78,7 @@ def scalars(folder, name="iteration"):
 
 def test_a_stop_in_the_head_start_loses_and_doubles_no_row(words, command, at, tmp_path):
     at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    lead = ["optimizer.head_start=5", "callbacks.checkpoint.every=2"]
+    lead = ["loop.head_start=5", "callbacks.checkpoint.every=2"]
     assert command("run", *words, *lead)[0] == 128 + signal.SIGTERM
     assert iterations(tmp_path / "run") == [1, 2, 3]
     assert command("run", "resume=run")[0] == 0

@@ -105,7 +105,7 @@ def terms_of(folder):
 def test_what_a_run_can_be_without_may_be_left_out(command, pipelines, shards, tmp_path):
     left_out = ["~logger", "~callbacks", "~metrics"]
     few = ["trainer.max_steps=1", "trainer.accelerator=cpu", "data.batch_size=2"]
-    given = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "optimizer.head_start=0"]
+    given = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "loop.head_start=0"]
     assert command("run", "run_dir=run", *left_out, *few, *given)[0] == 0
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"config.yaml", "run.json", "run.log", "report.html", "student"}
@@ -200,7 +200,7 @@ def test_sample_writes_the_pipeline_s_pixels_and_its_settings(family, smoke, com
 def test_a_run_goes_on_where_it_stopped(family, smoke, command, pipelines, shards, tmp_path):
     """Two steps, then `resume` to four: the checkpoint of four steps at a stretch, bit by bit."""
     # the cosine is one of all steps, which here change on the way
-    constant = "optimizer.schedule=constant"
+    constant = "loop.schedule=constant"
     plain = smoke_arguments(
         family, pipelines, shards, tmp_path / "whole", constant, "trainer.max_steps=4"
     )
@@ -309,8 +309,8 @@ def mistakes(pipelines, shards, tmp_path):
         ),
         "an unknown schedule": (
             "run",
-            [*run, teacher, "optimizer.schedule=linear"],
-            "optimizer.schedule=linear",
+            [*run, teacher, "loop.schedule=linear"],
+            "loop.schedule=linear",
         ),
         "an unknown loss": (
             "run",

@@ -52,7 +52,7 @@ REVIEWED = {
     "discriminator.condition.*": {"distill.discriminators": HEADS},
     "data": {"distill.data.source": "drawn images latents prompts"},
     "data.reader": {"distill.worlds.shapes.scenes": "Scenes"},
-    "optimizer": {"distill.training.engine": "Engine"},
+    "optimizer": {"distill.training.loop_settings": "Engine"},
     "optimizer.student": {"torch.optim": OPTIMIZERS},
     "optimizer.discriminator": {"torch.optim": OPTIMIZERS},
     "sampler": {"distill.sampling": "Consistency Euler EulerAncestral FewSteps"},

@@ -28,7 +28,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 def arguments(pipelines, shards, folder, steps):
     options = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", steps]
     options += ["data.num_workers=0", "callbacks.checkpoint.every=1", "~metrics"]
-    return [*options, "optimizer.head_start=0", f"run_dir={folder}"]
+    return [*options, "loop.head_start=0", f"run_dir={folder}"]
 
 
 def other(text: str, *arguments: object) -> subprocess.Popen:

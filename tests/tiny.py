@@ -37,8 +37,8 @@ from distill.methods.consistency import Consistency
 from distill.methods.ladd import LADD
 from distill.methods.nitrofusion import NitroFusion
 from distill.methods.regression import Regression
-from distill.training.engine import Engine
 from distill.training.loop import TwoPlayerLoop
+from distill.training.loop_settings import LoopSettings, Optimizers
 from distill.worlds.shapes.world import sample
 
 SIDE, LENGTH = 64, 32  # pixels of a picture, tokens of a caption
@@ -265,15 +265,17 @@ def adam(lr: float, eps: float = 1e-8) -> Any:
     )
 
 
-def engine(
+def loop(
     *,
+    seed: int = 0,
     rate: float = 1e-3,
     eps: float = 1e-8,
     critic_rate: float = 2e-3,
     critic_eps: float = 1e-8,
-    **options: Any,
-) -> Engine:
-    return Engine(student=adam(rate, eps), discriminator=adam(critic_rate, critic_eps), **options)
+    **settings: Any,
+) -> TwoPlayerLoop:
+    optimizers = Optimizers(student=adam(rate, eps), discriminator=adam(critic_rate, critic_eps))
+    return TwoPlayerLoop(optimizers, LoopSettings(**settings), seed=seed)
 
 
 def parts(
@@ -299,7 +301,7 @@ def parts(
         "student": student,
         "features": features,
         "heads": heads,
-        "loop": TwoPlayerLoop(engine(**options), seed=seed),
+        "loop": loop(seed=seed, **options),
     }
 
 
@@ -309,10 +311,10 @@ def assembled(kind: type[Distillation], given: dict[str, Any], **options: Any) -
     return kind(Players(**given), loop=loop, **options)
 
 
-def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> LADD:
+def ladd(teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any) -> LADD:
     return assembled(
         LADD,
-        parts(teacher, **engine_options),
+        parts(teacher, **loop_settings),
         levels=Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1]),
         renoise=LogitNormal(-0.5, 1.0),
         **(options or {}),
@@ -363,8 +365,8 @@ def eyes(**options: Any) -> ImageFeatures:
     return ImageFeatures(str(vit()), size=SIDE, mean=[0.5] * 3, std=[0.5] * 3, **options)
 
 
-def add(teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any) -> ADD:
-    given = parts(teacher, **engine_options)
+def add(teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any) -> ADD:
+    given = parts(teacher, **loop_settings)
     given["features"] = features = ToyImages(teacher) if isinstance(teacher, Toy) else eyes()
     text = None if isinstance(teacher, Toy) else "teacher"
     given["condition"] = condition = Projection(teacher, features, text=text)
@@ -381,12 +383,12 @@ def nitrofusion(
     *,
     options: dict[str, Any] | None = None,
     pool: dict[str, Any] | None = None,
-    **engine_options: Any,
+    **loop_settings: Any,
 ) -> NitroFusion:
     # A head drawn for the first time moves by the signs of its gradient, those that are rounding
     # errors among them: with this eps these do not count, and runs that differ in rounding alone
     # stay together.
-    given = parts(teacher, **{"critic_eps": 1e-3} | engine_options)
+    given = parts(teacher, **{"critic_eps": 1e-3} | loop_settings)
     given["features"] = features = TeacherFeatures(teacher, taps="encoder", tasks=TASKS)
     torch.manual_seed(given["loop"].seed)
     levels = [0.01, 0.25, 0.5, 0.75]
@@ -397,19 +399,19 @@ def nitrofusion(
 
 
 def regression(
-    teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any
+    teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any
 ) -> Regression:
     """On pairs that the teacher makes as it goes: no noise is known of the data here."""
-    given = alone(parts(teacher, **engine_options))
+    given = alone(parts(teacher, **loop_settings))
     levels = Discrete([1.0, 0.75, 0.5, 0.25], [0.7, 0.1, 0.1, 0.1])
     pairs = TeacherSamples(levels=[1.0, 0.75, 0.5, 0.25], fresh=False)
     return assembled(Regression, given, **{"levels": levels, "real": pairs} | (options or {}))
 
 
 def consistency(
-    teacher: Any, *, options: dict[str, Any] | None = None, **engine_options: Any
+    teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any
 ) -> Consistency:
-    given = alone(parts(teacher, **engine_options))
+    given = alone(parts(teacher, **loop_settings))
     return assembled(Consistency, given, **{"steps": 4, "guidance": 2.0} | (options or {}))
 
 

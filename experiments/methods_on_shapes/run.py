@@ -52,13 +52,13 @@ class Contestant:
         """Of a run that sees this many batches; the head start sees its share of them."""
         steps = iterations - self.head_start
         opening = (
-            [f"method.opening={int(OPENING * steps)}"]
+            [f"method.warm_start={int(OPENING * steps)}"]
             if "method=nitrofusion" in self.chosen
             else []
         )
         return [
             *self.chosen,
-            f"optimizer.head_start={self.head_start}",
+            f"loop.head_start={self.head_start}",
             f"trainer.max_steps={steps}",
             *opening,
         ]
@@ -83,7 +83,7 @@ CONTESTANTS = {
         (RATE, CRITIC, "method.distill_weight=log(1,16)"),
     ),
     "regression": Contestant(
-        ("method=regression",), (RATE, "optimizer.ema_decay=choice(0.99,0.995,0.998)")
+        ("method=regression",), (RATE, "loop.ema_decay=choice(0.99,0.995,0.998)")
     ),
     "consistency": Contestant(
         ("method=consistency",),
@@ -166,11 +166,11 @@ def pace(name: str, asked: argparse.Namespace) -> float:
         for iterations in (10, 30):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             steps = [
-                "optimizer.head_start=0",
+                "loop.head_start=0",
                 f"trainer.max_steps={iterations}",
                 f"run_dir={asked.out / 'pace'}",
             ]
-            opening = ["method.opening=0"] if "method=nitrofusion" in contestant.chosen else []
+            opening = ["method.warm_start=0"] if "method=nitrofusion" in contestant.chosen else []
             shutil.rmtree(asked.out / "pace", ignore_errors=True)  # of a command that was killed
             call(
                 "distill.run",

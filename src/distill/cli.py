@@ -22,7 +22,7 @@ COMMANDS = {
     "search": "look for good values of any keys",
     "demo": "open a page where pictures change as one types",
     "doctor": "say whether this machine can run a configuration",
-    "recipes": "list the shipped experiments, and copy one to edit it",
+    "recipes": "list the shipped experiments and recipes, and copy one to edit it",
     "completion": "have the shell complete commands, keys and values",
 }
 NO_CONFIG = ("recipes", "completion")  # commands that Hydra composes nothing for

@@ -20,7 +20,17 @@ from distill.terminal.progress import importing, stage
 
 # What is made of a run again: all but what trains, logs and draws.
 READ = (
-    *("seed", "method", "teacher", "student", "discriminator", "data", "optimizer", "sampler"),
+    *(
+        "seed",
+        "method",
+        "teacher",
+        "student",
+        "discriminator",
+        "data",
+        "optimizer",
+        "loop",
+        "sampler",
+    ),
     *("metrics", "trainer.accelerator"),
 )
 

@@ -1,12 +1,11 @@
-"""List the shipped experiments, or copy one to edit it. A copy of one that rests on conf/recipe has
-its values too.
+"""List the shipped experiments and recipes, or copy one to edit it.
 
     distill recipes
     distill recipes copy sdxl_turbo
     distill recipes copy add_shapes as=my_add to=conf
-    python -m distill.run --config-dir conf experiment=my_add
+    python -m distill.run --config-dir conf method=add recipe=my_add
 
-to=conf       the folder that --config-dir is given; the copy goes to its experiment/
+to=conf       the folder that --config-dir is given; the copy goes to its experiment/ or recipe/
 as=NAME_mine  the name of the copy
 """
 
@@ -14,7 +13,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distill.commandline import comments
@@ -24,39 +23,49 @@ from distill.config.location import CONF_DIR
 from distill.storage.aside import put_text
 from distill.terminal.console import readers_may_leave
 
-SHIPPED = Path(CONF_DIR) / "experiment"
+GROUPS = ("experiment", "recipe")
 COLUMN = 30  # characters before what is said of an experiment
 
 
-def names() -> list[str]:
-    """Every shipped experiment, those of a folder as `folder/name`."""
-    files = SHIPPED.rglob("*.yaml")
-    return sorted(file.relative_to(SHIPPED).with_suffix("").as_posix() for file in files)
+def names(group: str = "experiment") -> list[str]:
+    """Every shipped option of this group, those of a folder as `folder/name`."""
+    shipped = Path(CONF_DIR) / group
+    files = shipped.rglob("*.yaml")
+    return sorted(file.relative_to(shipped).with_suffix("").as_posix() for file in files)
+
+
+def groups() -> dict[str, str]:
+    """Name -> group, of every experiment and recipe."""
+    return {name: group for group in GROUPS for name in names(group)}
 
 
 def listing() -> str:
-    """A line for each experiment: the first sentence of its header."""
+    """A line for each experiment and recipe: the first sentence of its header."""
+    lines = []
+    for group in GROUPS:
+        lines += [f"python -m distill.run {group}=<name>", *_lines(group), ""]
+    return "\n".join([*lines, "distill recipes copy NAME puts one into ./conf to edit"])
+
+
+def _lines(group: str) -> Iterator[str]:
     width = max(60, shutil.get_terminal_size((100, 24)).columns)
-    lines = ["python -m distill.run experiment=<name>"]
-    folder = ""
-    for name in sorted(names(), key=lambda name: ("/" in name, name)):
-        lines += [""] if not lines[1:] or name.rpartition("/")[0] != folder else []
+    before = None
+    for name in sorted(names(group), key=lambda name: ("/" in name, name)):
         folder = name.rpartition("/")[0]
-        said = textwrap.shorten(
-            comments.summary(SHIPPED / f"{name}.yaml"), width, placeholder=" ..."
-        )
-        lines.append(f"  {name:{COLUMN}}  {said}")
-    return "\n".join(
-        [*lines, "", "distill recipes copy NAME puts one into conf/experiment to edit"]
-    )
+        if folder != before:
+            yield ""
+        before = folder
+        header = comments.summary(Path(CONF_DIR) / group / f"{name}.yaml")
+        yield f"  {name:{COLUMN}}  {textwrap.shorten(header, width, placeholder=' ...')}"
 
 
 def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
-    """Write a copy of an experiment into `to`/experiment; returns the file.
+    """Write a copy of an experiment into `to`/experiment, or of a recipe into `to`/recipe; returns
+    the file.
 
-    Raises ValueError for an experiment that there is not, and where something is already.
+    Raises ValueError for a name that there is not, and where something is already.
     """
-    known = names()
+    known = groups()
     if name not in known:
         near = nearest(name, known)
         raise ValueError(f"copy {name}: no such recipe{near}; `distill recipes` lists all")
@@ -65,30 +74,23 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
         raise ValueError(f"as={new}: a shipped recipe has this name; choose another")
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*", new):
         raise ValueError(f"as={new}: must be letters, digits, _ and -, with / for a folder")
-    file = Path(to).expanduser() / "experiment" / f"{new}.yaml"
+    file = Path(to).expanduser() / known[name] / f"{new}.yaml"
     if file.exists():
         raise ValueError(f"{file}: is there already, and stays; name the copy with as=")
     file.parent.mkdir(parents=True, exist_ok=True)
-    put_text(file, _text(name, new, to))
+    put_text(file, _text(known[name], name, new, to))
     return file
 
 
-def _text(name: str, new: str, to: str) -> str:
-    """The experiment under its new name, with the values of the recipe that its method has in its
-    world.
-    """
-    text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
-    text = text.replace(f"experiment={name}", f"--config-dir {to} experiment={new}")
+def _text(group: str, name: str, new: str, to: str) -> str:
+    """The file under its new name."""
+    text = (Path(CONF_DIR) / group / f"{name}.yaml").read_text(encoding="utf-8")
+    text = text.replace(f"{group}={name}", f"--config-dir {to} {group}={new}")
     text = re.sub(r"(?m)^name: .*$", f"name: {new.replace('/', '_')}", text)
     # What another file of the same folder gives is named with the folder: the copy may lie
     # elsewhere.
     folder = f"/experiment/{name}".rpartition("/")[0]
-    text = re.sub(r"(?m)^  - (?!_self_)(\w+)$", lambda m: f"  - {folder}/{m[1]}@_global_", text)
-    recipe = Path(CONF_DIR) / "recipe" / f"{name}.yaml"
-    if not recipe.is_file():
-        return text
-    values = recipe.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
-    return f"{text}\n{values}"
+    return re.sub(r"(?m)^  - (?!_self_)(\w+)$", lambda m: f"  - {folder}/{m[1]}@_global_", text)
 
 
 def main() -> int:
@@ -112,8 +114,16 @@ def answer(words: Sequence[str]) -> str:
         raise ValueError(f"{' '.join(words)}: use `distill recipes copy NAME [to=conf] [as=NAME]`")
     to = given.get("to") or "conf"
     file = copy(plain[1], to, given.get("as"))
-    new = file.relative_to(Path(to).expanduser() / "experiment").with_suffix("").as_posix()
-    return f"wrote {file}\npython -m distill.run --config-dir {to} experiment={new}"
+    group = groups()[plain[1]]
+    new = file.relative_to(Path(to).expanduser() / group).with_suffix("").as_posix()
+    return f"wrote {file}\npython -m distill.run --config-dir {to} {_chosen(group, plain[1], new)}"
+
+
+def _chosen(group: str, name: str, new: str) -> str:
+    """How a run chooses the copy; a recipe goes with the method that its name starts with."""
+    method = name.partition("_")[0]
+    with_method = group == "recipe" and method in names("method")
+    return f"{f'method={method} ' if with_method else ''}{group}={new}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from distill.config import compose, paths
 from distill.config.defaults import settled
 from distill.config.errors import command
+from distill.config.recipe_note import recipe_note
 from distill.config.typed import as_said
 from distill.machine import faults
 from distill.storage.checkpoint_names import checkpoints_at
@@ -113,6 +114,9 @@ def _written(
         put(folder / "config.yaml", compose.written(cfg))
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
+        note = None if cfg.resume else recipe_note(cfg)
+        if note:
+            print(note)
         said = {"name": precision.name, "reason": precision.reason}
         RunRecord(folder).begun(command, compose.name_of(cfg), typed, said, **went_on)
     code = 1
@@ -191,7 +195,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     kept = read(checkpoint) if checkpoint else None
     trainer = build.trainer(cfg, folder, models, kept)
-    start = kept["distill"]["iteration"] * method.loop.engine.accumulate if kept else 0
+    start = kept["distill"]["iteration"] * method.loop.settings.accumulate if kept else 0
     del kept  # Lightning reads it by itself
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start

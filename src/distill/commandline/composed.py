@@ -18,8 +18,8 @@ from hydra.errors import SearchPathException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-import distill.config.compose  # noqa: F401  # its resolver `world` stands in a defaults list
 from distill.commandline.comments import Comments, read, summary
+from distill.config.compose import options_of
 from distill.config.location import CONF_DIR
 
 
@@ -82,7 +82,8 @@ class Composed:
     @cached_property
     def tree(self) -> dict[str, Any]:
         """Plain containers, interpolations as they are written, without what is Hydra's."""
-        cfg = self.loader.load_configuration(self.name, self.single, RunMode.RUN)
+        with options_of(self.loader):
+            cfg = self.loader.load_configuration(self.name, self.single, RunMode.RUN)
         tree: Any = OmegaConf.to_container(cfg, resolve=False)
         return {key: value for key, value in tree.items() if key != "hydra"}
 
@@ -91,7 +92,8 @@ class Composed:
         """The files in the order in which they are merged: of a key the last one that has it
         decides.
         """
-        found = self.loader.compute_defaults_list(self.name, self.single, RunMode.RUN)
+        with options_of(self.loader):
+            found = self.loader.compute_defaults_list(self.name, self.single, RunMode.RUN)
         return [
             Part(file, (default.package or "").replace("_global_", ""), default.config_path)
             for default in found.defaults

@@ -79,13 +79,13 @@ def _plain(command: str, before: list[str], word: str) -> list[str]:
     """Of commands without a configuration."""
     if command == "completion":
         return _like(word, SHELLS)
-    from distill.recipes import names
+    from distill.recipes import groups
 
     if not before:
         return _like(word, ["copy"])
     if word.startswith("to="):
         return [f"to={path}" for path in paths(word.removeprefix("to=")) if path.endswith("/")]
-    return _like(word, names() if before == ["copy"] else ["to=", "as="])
+    return _like(word, sorted(groups()) if before == ["copy"] else ["to=", "as="])
 
 
 class _Config:

@@ -27,6 +27,7 @@ from distill.terminal.secret import hidden
 from distill.training import loggers as trackers
 from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
+from distill.training.loop_settings import Optimizers
 from distill.training.run_metadata import versions
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 NUMBERS = (
     "distill.core.times.",
     "distill.core.score_distillation.",
-    "distill.training.engine.",
+    "distill.training.loop_settings.",
     "distill.sampling.",
 )
 # Warnings that say nothing new about a run of ours.
@@ -82,7 +83,7 @@ def check_numbers(cfg: DictConfig) -> None:
     naming the key.
     """
     own = {f"method.{key}": node for key, node in cfg.method.items()}
-    for key, node in {"optimizer": cfg.optimizer, "sampler": cfg.sampler, **own}.items():
+    for key, node in {"loop": cfg.loop, "sampler": cfg.sampler, **own}.items():
         if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(NUMBERS):
             continue
         try:
@@ -141,7 +142,11 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     with stage("building the discriminator"):
         discriminator = _discriminator(cfg.discriminator, teacher)
     players = Players(teacher=teacher, student=student, **discriminator)
-    loop = TwoPlayerLoop(make(cfg.optimizer, "optimizer"), seed=cfg.seed)
+    optimizers = Optimizers(
+        student=make(cfg.optimizer.student, "optimizer.student"),
+        discriminator=make(cfg.optimizer.discriminator, "optimizer.discriminator"),
+    )
+    loop = TwoPlayerLoop(optimizers, make(cfg.loop, "loop"), seed=cfg.seed)
     return source, make(cfg.method, "method")(players, loop=loop)
 
 

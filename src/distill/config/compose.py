@@ -14,10 +14,13 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -35,10 +38,33 @@ from distill.training import run_folders as folders
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # a path `shapes:name` means the model or shards of this name inside the package
 SHIPPED = "shapes:"
-# In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
-OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
+PAPER = "paper"  # the option of `recipe` and `heads` that sets nothing
+_loader: ContextVar[ConfigLoader | None] = ContextVar("loader", default=None)
+
+
+def for_world(group: str, name: str, teacher: str) -> str:
+    """In a defaults list: the option of `recipe` or `heads` for a method or discriminator of this
+    name: `<name>_shapes` with a teacher of `shapes` (`shapes`, `shapes_unet`), or `paper` where
+    there is none.
+    """
+    option = f"{name}_{teacher.partition('_')[0]}"
+    loader = _loader.get() or GlobalHydra.instance().config_loader()
+    return option if option in loader.get_group_options(group) else PAPER
+
+
+@contextlib.contextmanager
+def options_of(loader: ConfigLoader) -> Iterator[None]:
+    """Within, `for_world` finds options by this loader, and not by that of the running command."""
+    token = _loader.set(loader)
+    try:
+        yield
+    finally:
+        _loader.reset(token)
+
+
+OmegaConf.register_new_resolver("for_world", for_world, replace=True)
 # Once a run has begun.
-FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")
+FIXED = ("method", "teacher", "student", "discriminator", "seed", "loop.head_start")
 
 
 def make(node: DictConfig, key: str) -> Any:

@@ -65,7 +65,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
         if key.startswith(FIXED) and not paths.is_path(key)
     ]
     batches = [
-        c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)
+        c.data.batch_size * c.loop.get("accumulate", 1) * processes(c) for c in (before, now)
     ]
     if batches[0] != batches[1]:
         different.append(

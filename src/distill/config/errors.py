@@ -35,6 +35,7 @@ from distill.config.compose import dotted, nearest
 from distill.config.location import CONF_DIR
 from distill.machine import faults, signals
 from distill.machine.ranks import rank
+from distill.storage import renames
 from distill.terminal import console, secret
 from distill.terminal.shown import shown
 
@@ -279,6 +280,8 @@ def _of_keys(error: BaseException, cause: OmegaConfBaseException) -> str:
     """What OmegaConf finds wrong with a key or an interpolation, with what to type instead."""
     said, key = str(cause).splitlines()[0], str(cause.full_key or "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        if key in renames.KEYS:
+            return f"{key}: is now called {renames.KEYS[key]}; write that"
         near = nearest(key, [known for known in _keys(cause) if known != key])
         if isinstance(error, HydraException):
             return f"{key}: no such key{near}; --cfg job prints all"

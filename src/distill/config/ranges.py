@@ -10,11 +10,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 # Whole numbers, and the least that each may be: of a run, and of its judging.
 LARGEST = {"seed": 2**32 - 1}  # NumPy's
 COUNTS = dict.fromkeys(
-    ("seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.head_start"), 0
+    ("seed", "data.num_workers", "loop.warmup_steps", "loop.head_start"), 0
 ) | dict.fromkeys(
     (
-        "data.batch_size", "data.size", "optimizer.accumulate", "optimizer.discriminator_updates",
-        "optimizer.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
+        "data.batch_size", "data.size", "loop.accumulate", "loop.discriminator_updates",
+        "loop.stop_after_bad", "trainer.max_steps", "trainer.num_nodes",
         "trainer.log_every_n_steps", "callbacks.samples.every", "callbacks.samples.count",
         "callbacks.checkpoint.every",
     ),
@@ -43,9 +43,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "method.distill_weight": (0, None),
     "method.guidance": (0, None),
     "method.huber": (0, None),
-    "method.keep": SHARE,
+    "method.one_step_prob": SHARE,
     "method.misaligned": (0, None),
-    "method.opening": (0, None),
+    "method.heads_lead": (0, None),
+    "method.warm_start": (0, None),
     "method.pairs_weight": (0, None),
     "method.r1_every": (1, None),
     "method.r1_weight": (0, None),
@@ -53,12 +54,12 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "method.renoise.s": (0, None),
     "method.steps": (1, None),
     "metrics.guidance": (0, None),
-    "optimizer.clip_discriminator": (0, None),
-    "optimizer.clip_student": (0, None),
+    "loop.clip_discriminator": (0, None),
+    "loop.clip_student": (0, None),
     "optimizer.discriminator.lr": (0, None),
     "optimizer.discriminator.weight_decay": (0, None),
-    "optimizer.ema_decay": SHARE,
-    "optimizer.final_rate": SHARE,
+    "loop.ema_decay": SHARE,
+    "loop.final_rate": SHARE,
     "optimizer.student.lr": (0, None),
     "optimizer.student.weight_decay": (0, None),
     "student.alpha": (0, None),
@@ -72,8 +73,18 @@ LEVELS = (
 FALLING = ("sampler.levels",)
 NAMED = ("discriminator.features.taps", "discriminator.features.tasks")  # each of them once
 OF_COLOURS = ("discriminator.features.mean", "discriminator.features.std")
-INFINITE = ("optimizer.clip_student", "optimizer.clip_discriminator")  # that cut nothing
-OURS = ("method", "optimizer", "discriminator", "sampler", "student", "teacher", "data", "metrics")
+INFINITE = ("loop.clip_student", "loop.clip_discriminator")  # that cut nothing
+OURS = (
+    "method",
+    "optimizer",
+    "loop",
+    "discriminator",
+    "sampler",
+    "student",
+    "teacher",
+    "data",
+    "metrics",
+)
 
 
 def check_ranges(cfg: DictConfig) -> None:

@@ -16,11 +16,11 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 # instead.
 SET = "is set by the run itself; leave it out"
 NOT_LIGHTNINGS = {
-    "accumulate_grad_batches": "Lightning's is for one player; use optimizer.accumulate=",
+    "accumulate_grad_batches": "Lightning's is for one player; use loop.accumulate=",
     "gradient_clip_val": (
-        "Lightning's is for one player; use optimizer.clip_student= and clip_discriminator="
+        "Lightning's is for one player; use loop.clip_student= and clip_discriminator="
     ),
-    "gradient_clip_algorithm": "Lightning's is for one player; use optimizer.clip_student=",
+    "gradient_clip_algorithm": "Lightning's is for one player; use loop.clip_student=",
     "max_epochs": "a run is counted in steps; use trainer.max_steps=",
     **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), SET),
 }

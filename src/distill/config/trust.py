@@ -85,7 +85,7 @@ SHIPPED = {
     "discriminator.condition.*": NETWORK,
     "data": Holds(names=_named("distill.data.source", "images latents prompts drawn")),
     "data.reader": Holds(names=("distill.worlds.shapes.scenes.Scenes",)),
-    "optimizer": Holds(names=("distill.training.engine.Engine",)),
+    "loop": Holds(names=("distill.training.loop_settings.LoopSettings",)),
     "optimizer.student": OPTIMIZER,
     "optimizer.discriminator": OPTIMIZER,
     "sampler": Holds(inside=("distill.sampling",), base="distill.sampling.FewSteps"),

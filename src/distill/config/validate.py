@@ -27,8 +27,9 @@ from distill.teachers.loading.settings import UNITS, check_settings, in_folder, 
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
-NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
+NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
+OPTIMIZED = ("student", "discriminator")  # what has an optimiser
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
 # Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its
 # adapters.
@@ -72,15 +73,19 @@ def check_groups(cfg: DictConfig) -> None:
     for group in NEEDED:
         if not has_target(cfg.get(group)):  # a recipe may have left other keys of it
             raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
-    for group in ("discriminator", "callbacks", "logger", "metrics"):
+    for group in ("discriminator", "optimizer", "callbacks", "logger", "metrics"):
         if not isinstance(node := cfg.get(group), DictConfig | None):
             raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
-    for key, node in cfg.discriminator.items():
-        if key not in PLAYERS:
-            near = nearest(str(key), PLAYERS)
-            raise ValueError(f"discriminator.{key}: nothing reads this key{near}; leave it out")
-        if not isinstance(node, DictConfig | None):
-            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
+    for group, known in {"discriminator": PLAYERS, "optimizer": OPTIMIZED}.items():
+        for key, node in (cfg.get(group) or {}).items():
+            if key not in known:
+                near = nearest(str(key), known)
+                raise ValueError(f"{group}.{key}: nothing reads this key{near}; leave it out")
+            if not isinstance(node, DictConfig | None):
+                raise ValueError(f"{group}.{key}={node}: must be a node with a _target_")
+    for key in OPTIMIZED:
+        if not has_target(OmegaConf.select(cfg, f"optimizer.{key}")):
+            raise ValueError(f"optimizer.{key}: a run cannot be without; choose optimizer=...")
     for group in ("callbacks", "logger"):
         for name, node in (cfg.get(group) or {}).items():
             if node is not None and not has_target(node):
@@ -111,10 +116,8 @@ def check_sides(cfg: DictConfig) -> None:
     if wanted and given and wanted != given:
         what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
         raise ValueError(f"{what}; choose another discriminator=")
-    if alone and (lead := cfg.optimizer.get("head_start")):
-        raise ValueError(
-            f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0"
-        )
+    if alone and (lead := cfg.loop.get("head_start")):
+        raise ValueError(f"loop.head_start={lead}: there is no discriminator to lead; make it 0")
 
 
 def check_targets(cfg: DictConfig) -> None:
@@ -136,21 +139,19 @@ def check_start(cfg: DictConfig) -> None:
     """That a student begins where its method can go on from.
 
     Under a timestep shift the teacher's weights take noise for an almost clean picture, and answer
-    with the noise: what teaches them one step is an opening, or regression; a discriminator alone
+    with the noise: what teaches them one step is a warm start, or regression; a discriminator alone
     does not.
     """
     shift, own = cfg.student.get("shift"), _scheduler_of(str(cfg.teacher.path))
     if shift in (None, own.get("shifted_timestep")) or cfg.student.get("init") not in TEACHERS_OWN:
         return
-    if OmegaConf.select(cfg, "discriminator.features") is None or cfg.method.get("opening"):
+    if OmegaConf.select(cfg, "discriminator.features") is None or cfg.method.get("warm_start"):
         return
     what = (
         f"student.shift={shift}: the student begins as its teacher, which was not trained under it"
     )
-    if "opening" in cfg.method:
-        how = (
-            "give it method.opening=<steps>, or student.init=<a run of method=regression under it>"
-        )
+    if "warm_start" in cfg.method:
+        how = "give it method.warm_start=<steps>, or student.init=<a regression run under it>"
         raise ValueError(f"{what} and answers with noise; {how}")
     log.warning("%s: its first answers are noise; begin from a run of method=regression", what)
 

@@ -12,9 +12,9 @@
 The losses as printed cannot be meant: the discriminator's holds no fake, and the student's would
 lower its own logits. Hinge is ours, with non-saturating and relativistic as options.
 
-The student is to begin from weights that can do one step. Where there are none, the first `opening`
-steps make them, by |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL, or by ADD's
-Eq. 4, as DMD2 itself learns from the teacher's score. The heads learn in the last LEAD of these.
+The student is to start from weights that can do one step. Where there are none, the first
+`warm_start` steps make them: by |x0_hat - x0|^2 on the pairs, as DMD2 prepares its one-step SDXL,
+or by ADD's Eq. 4, as DMD2 itself learns from the teacher's score.
 
 Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n
 steps. Steps before it are its own, without gradient, and each begins where a sampler's does; the
@@ -37,13 +37,11 @@ from distill.core.times import Refinement
 from distill.core.types import Batch, Critic, Losses, Maker, Players, Terms, Times
 from distill.methods.base import Distillation, Phase
 
-LEAD = 100
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
     """x_T; levels of the student's steps, of which the last learns, and the noise between; t* [B]
-    and the noise there; what the opening's distillation and the feature network draw from; the
+    and the noise there; what the warm start's distillation and the feature network draw from; the
     critic; whether the heads and the adversarial term are at work. Noise is [B, C, H, W]."""
 
     x_T: Tensor
@@ -55,7 +53,7 @@ class Draws:
     distill: ScoreDraws | None
     critic: Critic
     features: FromStream
-    opening: bool
+    warm_start: bool
     heads_learn: bool
 
 
@@ -74,10 +72,10 @@ class NitroFusion(Distillation):
         renoise: t*; mixed: whether every sample has one of its own, or the whole batch one.
         levels: for each number of steps n = 1, 2, ... the t of its steps.
         refine: the student step from which on n steps are trained, for n = 1, 2, ...
-        keep: odds of one step once there are others; else n, and which of its steps, evenly.
+        one_step_prob: odds of one step once there are others; else n and its step, evenly.
         shared: whether real and fake are noised to t* by one noise.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
-        opening: student steps before the adversarial ones.
+        warm_start: student steps before the adversarial ones; in the last heads_lead heads learn.
         pairs_weight, distill, distill_weight: what makes them; a weight of 0 leaves one out.
     """
 
@@ -91,11 +89,12 @@ class NitroFusion(Distillation):
         mixed: bool = False,
         levels: Sequence[Sequence[float]] = ((1.0,),),
         refine: Sequence[int] = (0,),
-        keep: float = 0.5,
+        one_step_prob: float = 0.5,
         shared: bool = True,
         loss: losses.Game = "hinge",
         over_heads: losses.OverHeads = "mean",
-        opening: int = 0,
+        warm_start: int = 0,
+        heads_lead: int = 100,
         pairs_weight: float = 1.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
@@ -104,8 +103,9 @@ class NitroFusion(Distillation):
     ):
         super().__init__(players, real=real, loop=loop)
         self.renoise, self.mixed, self.shared = renoise, mixed, shared
-        self.refinement = Refinement(levels, refine, keep)
-        self.adversarial, self.opening = losses.adversarial(loss, over_heads), opening
+        self.refinement = Refinement(levels, refine, one_step_prob)
+        self.adversarial = losses.adversarial(loss, over_heads)
+        self.warm_start, self.heads_lead = warm_start, heads_lead
         self.pairs_weight, self.distill_weight = pairs_weight, distill_weight
         self.distill = distill or ScoreDistillation()
 
@@ -116,8 +116,8 @@ class NitroFusion(Distillation):
         between = [noise_like(batch.x0, g) for _ in done]
         noise = noise_like(batch.x0, g)
         t = self.renoise.sample(n if self.mixed else 1, streams.step, streams.common("t*"))
-        opening = streams.step < self.opening
-        asked = self.distill_weight and opening
+        warm_start = streams.step < self.warm_start
+        asked = self.distill_weight and warm_start
         return Draws(
             x_T=x_T,
             steps=[*done, now],
@@ -128,8 +128,8 @@ class NitroFusion(Distillation):
             distill=self.distill.draw(batch.x0, streams.student) if asked else None,
             critic=self.heads.draw(streams.common("heads")),  # D_t* ~ P_t*
             features=streams.features,
-            opening=opening,
-            heads_learn=streams.step >= self.opening - LEAD,
+            warm_start=warm_start,
+            heads_learn=streams.step >= self.warm_start - self.heads_lead,
         )
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
@@ -158,8 +158,8 @@ class NitroFusion(Distillation):
         return Losses(terms, losses.critic_stats(real, fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
-        if draws.opening:
-            return Losses(self._opening(batch, draws, sample.x0_hat))
+        if draws.warm_start:
+            return Losses(self._warm_start_terms(batch, draws, sample.x0_hat))
         real = draws.critic(sample.real, draws.t, batch.cond) if self.adversarial.paired else None
         fake = draws.critic(sample.maps, draws.t, batch.cond)
         return Losses({"adv": self.adversarial.student(fake, real)})  # L_adv^G
@@ -167,7 +167,7 @@ class NitroFusion(Distillation):
     def _maps(self, x0: Tensor, noise: Tensor, batch: Batch, draws: Draws) -> list[Tensor]:
         return self.critic_features(x0, draws.t, noise, batch, draws.features())[0]
 
-    def _opening(self, batch: Batch, draws: Draws, x0_hat: Tensor) -> Terms:
+    def _warm_start_terms(self, batch: Batch, draws: Draws, x0_hat: Tensor) -> Terms:
         terms = {}
         if self.pairs_weight:
             if batch.noise is None:

@@ -9,7 +9,6 @@ from typing import Any
 MOVED = {
     "distill.times": "distill.core.times",
     "distill.distillation": "distill.core.score_distillation",
-    "distill.engine": "distill.training.engine",
     "distill.callbacks": "distill.training.callbacks",
     "distill.checkpoint": "distill.training.checkpoints",
     "distill.csvlog": "distill.training.csv_logger",
@@ -19,15 +18,50 @@ MOVED = {
     "distill.metrics.scores": "distill.evaluation.scores",
     "distill.shapes.scenes": "distill.worlds.shapes.scenes",
 }
+# Dotted keys of a run's configuration.
+KEYS = {
+    "method.opening": "method.warm_start",
+    "method.keep": "method.one_step_prob",
+    **{
+        f"optimizer.{name}": f"loop.{name}"
+        for name in (
+            "warmup_steps", "schedule", "final_rate", "clip_student", "clip_discriminator",
+            "discriminator_updates", "head_start", "accumulate", "ema_decay", "stop_after_bad",
+        )
+    },
+}  # fmt: skip
+LOOP = "distill.training.loop_settings.LoopSettings"  # what a loop is that had no node of its own
 
 
 def renamed(tree: Any) -> Any:
-    """The same tree of a configuration with today's name at every `_target_`."""
+    """The same tree of a configuration under today's names: keys, and every `_target_`."""
+    if isinstance(tree, Mapping) and isinstance(tree.get("optimizer"), Mapping):
+        tree = _with_loop(tree)
+    if isinstance(tree, Mapping) and isinstance(tree.get("method"), Mapping):
+        tree = {**tree, "method": _with_keys("method", tree["method"])}
+    return _with_targets(tree)
+
+
+def _with_loop(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `optimizer` held besides optimisers lies in `loop` now."""
+    before = tree["optimizer"]
+    moved = {k: v for k, v in before.items() if f"optimizer.{k}" in KEYS}
+    if not moved:
+        return tree
+    rest = {k: v for k, v in before.items() if k not in moved and k != "_target_"}
+    return {**tree, "optimizer": rest, "loop": {"_target_": LOOP, **moved}}
+
+
+def _with_keys(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    return {KEYS.get(f"{group}.{k}", f"{group}.{k}").partition(".")[2]: v for k, v in node.items()}
+
+
+def _with_targets(tree: Any) -> Any:
     if isinstance(tree, Mapping):
-        return {k: _name(v) if k == "_target_" else renamed(v) for k, v in tree.items()}
-    return [renamed(value) for value in tree] if isinstance(tree, list) else tree
+        return {k: _moved(v) if k == "_target_" else _with_targets(v) for k, v in tree.items()}
+    return [_with_targets(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _name(target: Any) -> Any:
+def _moved(target: Any) -> Any:
     module, _, name = str(target).rpartition(".")
     return f"{MOVED[module]}.{name}" if module in MOVED else target

@@ -43,7 +43,7 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         values, iteration = pl_module.loop.numbers, pl_module.loop.iteration
         losses = " ".join(f"{k} {values[k]:.2f}" for k in SAID if k in values)
-        lead, place = pl_module.loop.engine.head_start, None
+        lead, place = pl_module.loop.settings.head_start, None
         if iteration <= lead:
             place = f"head start, iteration {iteration} of {lead}"
         images = pl_module.loop.images_seen
@@ -72,7 +72,7 @@ class Health(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         if (
             pl_module.step % self.every == 0
-            and pl_module.loop.iteration >= pl_module.loop.engine.head_start
+            and pl_module.loop.iteration >= pl_module.loop.settings.head_start
             and not self._before
         ):
             self._before = [p.detach().clone() for p in self._some(pl_module)]
@@ -176,7 +176,7 @@ def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | N
     if abs(real - fake) < 0.02:
         return (
             "the discriminator is not learning (real and fake score alike): raise its rate or"
-            " optimizer.head_start"
+            " loop.head_start"
         )
     if accuracy < 0.4:
         return (

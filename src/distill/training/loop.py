@@ -26,7 +26,7 @@ from distill.core.ema import Ema
 from distill.core.limits import after_divergence
 from distill.core.randomness import Streams
 from distill.core.types import Batch, Losses
-from distill.training.engine import Engine
+from distill.training.loop_settings import LoopSettings, Optimizers
 
 Micro = tuple[Batch, Any]  # a micro-batch, and what its method has drawn for it
 log = logging.getLogger("distill.training")
@@ -36,12 +36,15 @@ class TwoPlayerLoop:
     """Trains the student of a method against its discriminator, where it has one.
 
     Args:
-        engine: optimisers, rates and counts of updates.
+        optimizers: what makes them.
+        settings: rates, counts of updates, clipping and the average.
         seed: of all that is random in training.
     """
 
-    def __init__(self, engine: Engine, *, seed: int = 0) -> None:
-        self.engine, self.seed = engine, seed
+    def __init__(
+        self, optimizers: Optimizers, settings: LoopSettings | None = None, *, seed: int = 0
+    ) -> None:
+        self.factories, self.settings, self.seed = optimizers, settings or LoopSettings(), seed
         self.iteration, self.images_seen = 0, 0
         self.skipped = 0  # student updates that were left out
         self.updated = False  # whether the last iteration moved the student
@@ -55,11 +58,11 @@ class TwoPlayerLoop:
     @property
     def step(self) -> int:
         """Student updates so far."""
-        return max(0, self.iteration - self.engine.head_start - self.skipped)
+        return max(0, self.iteration - self.settings.head_start - self.skipped)
 
     def average(self, student: nn.Module) -> None:
         """Begin the average anew, of the weights as they are."""
-        self.ema = Ema(student, decay=self.engine.ema_decay)
+        self.ema = Ema(student, decay=self.settings.ema_decay)
 
     def streams(self, method: Any, micro: int = 0) -> Streams:
         """What the random numbers of this iteration's micro-batch are drawn from."""
@@ -68,7 +71,7 @@ class TwoPlayerLoop:
             iteration=self.iteration,
             step=self.step,
             place=self._place(method, micro),
-            updates=self.engine.discriminator_updates,
+            updates=self.settings.discriminator_updates,
             device=method.device,
         )
 
@@ -86,11 +89,11 @@ class TwoPlayerLoop:
         """Take a batch; once there are `accumulate` of them, update the players."""
         self._pending.append(self.embed(method, batch))
         self.updated = False
-        if len(self._pending) < self.engine.accumulate:
+        if len(self._pending) < self.settings.accumulate:
             return
         batches, self._pending = self._pending, []
         self.logged = {}
-        leading = self.iteration < self.engine.head_start
+        leading = self.iteration < self.settings.head_start
         micros = [(b, method.draw(b, self.streams(method, i))) for i, b in enumerate(batches)]
         moved = self._update_players(method, micros, leading)
         self.updated = not leading and moved[-1]
@@ -99,7 +102,7 @@ class TwoPlayerLoop:
         self._bad_in_a_row = 0 if all(moved) else self._bad_in_a_row + 1
         self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
         self._log_iteration(method)
-        if self._bad_in_a_row >= self.engine.stop_after_bad:
+        if self._bad_in_a_row >= self.settings.stop_after_bad:
             self._give_up(method)
 
     def _update_players(self, method: Any, micros: list[Micro], leading: bool) -> list[bool]:
@@ -107,12 +110,12 @@ class TwoPlayerLoop:
         it.
         """
         samples: list[Any] = []
-        if self.engine.accumulate == 1:  # of several batches one sample at a time is what fits
+        if self.settings.accumulate == 1:  # of several batches one sample at a time is what fits
             with torch.set_grad_enabled(not leading):
                 phase = "discriminator" if leading else "both"
                 samples = [method.student_sample(*micros[0], phase)]
         student, *critics = self.players(method)
-        turns = range(self.engine.discriminator_updates if critics else 0)
+        turns = range(self.settings.discriminator_updates if critics else 0)
         moved = [
             self.update_discriminator(method, micros, samples, critics[0], turn) for turn in turns
         ]
@@ -131,7 +134,7 @@ class TwoPlayerLoop:
                 fresh = None if samples else method.student_sample(batch, draws, "discriminator")
             sample = samples[0] if samples else fresh
             self.backward(method, "d", method.discriminator_loss(batch, draws, sample, turn))
-        limit = self.engine.clip_discriminator
+        limit = self.settings.clip_discriminator
         return self.clip_and_step(method, "d", method.heads, optimizer, limit)
 
     def update_student(
@@ -143,7 +146,7 @@ class TwoPlayerLoop:
         for batch, draws in micros:
             sample = samples[0] if samples else method.student_sample(batch, draws, "student")
             self.backward(method, "g", method.student_loss(batch, draws, sample))
-        limit = self.engine.clip_student
+        limit = self.settings.clip_student
         updated = self.clip_and_step(method, "g", method.student, optimizer, limit)
         method.heads.requires_grad_(True)
         if updated:
@@ -162,7 +165,7 @@ class TwoPlayerLoop:
             self.players(method)[1].optimizer.state.pop(parameter, None)
 
     def backward(self, method: Any, player: str, losses: Losses) -> None:
-        share = self.engine.accumulate
+        share = self.settings.accumulate
         for name, value in losses.metrics.items():
             self.logged[name] = self.logged.get(name, 0.0) + value.detach() / share
         if not losses.terms:
@@ -187,7 +190,7 @@ class TwoPlayerLoop:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         own = self.iteration if player == "d" else self.step
-        rate = self.engine.rate(self.step, method.trainer.max_steps, own)
+        rate = self.settings.rate(self.step, method.trainer.max_steps, own)
         self.logged[f"{player}/grad_norm"] = norm
         self.logged[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * rate
         if not math.isfinite(norm):
@@ -237,9 +240,9 @@ class TwoPlayerLoop:
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
         """The student's, and that of the heads where there are any."""
-        players = [self.engine.student(method.student.parameters())]
+        players = [self.factories.student(method.student.parameters())]
         if method.has_discriminator:
-            players.append(self.engine.discriminator(method.heads.parameters()))
+            players.append(self.factories.discriminator(method.heads.parameters()))
         for optimizer in players:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]

@@ -1,7 +1,7 @@
 """How processes share the work: `DataParallel` copies everything, `FullyShardedDataParallel`
 (FSDP2) cuts it up.
 
-With W processes a step is the one that a single process makes with `optimizer.accumulate` W times
+With W processes a step is the one that a single process makes with `loop.accumulate` W times
 as large: the stream hands out the same samples, and noise is drawn for (iteration,
 rank * accumulate + micro-batch).
 """

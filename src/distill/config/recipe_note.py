@@ -1,0 +1,60 @@
+"""What the recipe of a run sets beyond the paper's values, said when the run starts. Nothing here
+imports torch.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from distill.config.compose import PAPER, dotted
+
+GROUPS = ("recipe", "heads")
+WIDTH = 100
+
+
+def recipe_note(cfg: DictConfig) -> str | None:
+    """A paragraph for each option of `recipe` and `heads` in force but `paper`: its name, and the
+    keys that it sets; those that an experiment or the command line changed again are left out.
+    """
+    if not HydraConfig.initialized():
+        return None
+    chosen = HydraConfig.get().runtime.choices
+    notes = [_note(cfg, group, str(chosen.get(group))) for group in GROUPS]
+    return "\n".join(note for note in notes if note) or None
+
+
+def _note(cfg: DictConfig, group: str, option: str) -> str | None:
+    if option in (PAPER, "None"):
+        return None
+    values = [f"{key}={_shown(value)}" for key, value in _values(cfg, group, option)]
+    if not values:
+        return None
+    said = f"{group}={option} sets beyond the paper ({group}={PAPER} does not): "
+    return textwrap.fill(
+        said + ", ".join(values),
+        WIDTH,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _values(cfg: DictConfig, group: str, option: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of what the option's file says and the run has."""
+    for source in HydraConfig.get().runtime.config_sources:
+        file = Path(source.path) / group / f"{option}.yaml"
+        if source.schema != "file" or not file.is_file():
+            continue
+        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        for key, value in dotted(tree or {}).items():
+            if not isinstance(value, dict) and OmegaConf.select(cfg, key) == value:
+                yield key, value
+        return
+
+
+def _shown(value: Any) -> str:
+    return str(value).replace(" ", "")
