@@ -4,12 +4,10 @@
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
     python -m distill.sample run=runs/... prompts='["a red star","a blue ring"]'
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
-    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 steps=28 negative="a
-        drawing"
+    python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 negative="a drawing"
 
 A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is
-drawn too. A prompt is taken as it is typed, [a, b] and ${5} included; a list of prompts is
-prompts=[...].
+made too. A prompt is taken as it is typed, [a, b] and ${5} included. Several are prompts=[...].
 """
 
 from __future__ import annotations

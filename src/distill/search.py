@@ -2,10 +2,9 @@
 folder of its own; the study is a database beside them, so that the same command goes on where it
 stopped. The first trial has the run's own values, where the ranges hold them.
 
-    python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' 'run=["method=ladd"]'
-        trials=20
-    python -m distill.search 'space=["method.loss=choice(hinge,relativistic)"]' metric=frechet
-        direction=minimize
+    python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' trials=20
+    python -m distill.search 'space=["loop.ema_decay=uniform(0.9,1)"]' 'run=["method=add"]'
+    python -m distill.search 'space=["seed=choice(0,1)"]' metric=frechet direction=minimize
 """
 
 import csv

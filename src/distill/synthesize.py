@@ -3,8 +3,7 @@ first again after the last) and of the seed `seed` + i, which is its key: so `da
 gives the noise that it was made from. Killed and started again, the command goes on.
 
     python -m distill.synthesize teacher=sd3 prompts=prompts.txt out=synthetic guidance=4.5
-    python -m distill.synthesize teacher=sdxl prompts=prompts.txt out=synthetic count=100000
-        devices=8
+    python -m distill.synthesize teacher=sdxl prompts=prompts.txt out=synthetic devices=8
 """
 
 from collections.abc import Iterator
