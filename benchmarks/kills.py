@@ -4,7 +4,7 @@
     python benchmarks/kills.py trials=20 commands=run,synthesize out=kills
 
 Each trial is a line of `<out>/trials.jsonl`; the same command goes on where it was stopped. In the
-end a table is printed, and with docs=true put into docs/guarantees.md. What is killed and compared:
+end a table is printed, and with docs=true put into docs/understand/guarantees.md. What is killed and compared:
 tests/kills.py.
 """
 
@@ -64,7 +64,7 @@ def machine() -> str:
 
 
 def into_docs(text: str) -> None:
-    page = ROOT / "docs" / "guarantees.md"
+    page = ROOT / "docs" / "understand" / "guarantees.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")

@@ -59,7 +59,7 @@ def at_home(app: object, page: str, source: list[str]) -> None:
     source[0] = source[0].replace("](../../experiments/", "](/experiments/")
     # a test is named, and not linked: it is no page
     source[0] = re.sub(
-        r"\[([^\]]*)\]\(\.\./tests/(\w+)\.py(?: \"\w+\")?\)", r"\1 (`\2`)", source[0]
+        r"\[([^\]]*)\]\((?:\.\./)+tests/(\w+)\.py(?: \"\w+\")?\)", r"\1 (`\2`)", source[0]
     )
 
 
