@@ -3,9 +3,9 @@
     python benchmarks/kills.py trials=100 seed=0
     python benchmarks/kills.py trials=20 commands=run,synthesize out=kills
 
-Each trial is a line of `<out>/trials.jsonl`; the same command goes on where it was stopped. In the
-end a table is printed, and with docs=true put into docs/understand/guarantees.md. What is killed and compared:
-tests/kills.py.
+Each trial is a line of `<out>/trials.jsonl`; the same command resumes where it was stopped. At
+the end a table is printed; with docs=true it is also written into docs/understand/guarantees.md.
+tests/kills.py says what is killed and compared.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # Lightning documents its own hooks
 autodoc_default_options = {"members": True, "show-inheritance": True}
-nitpicky = False  # annotations name classes of torch and diffusers, which have their own documentation
+nitpicky = False  # annotations name classes of torch and diffusers, documented elsewhere
 
 generated.write(HERE / "look_up")
 generated.copy_studies(HERE / "experiments")

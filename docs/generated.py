@@ -57,6 +57,7 @@ def at_home(app: object, page: str, source: list[str]) -> None:
     documentation it lies inside.
     """
     source[0] = re.sub(r"\]\((?:\.\./)+experiments/", "](/experiments/", source[0])
+    source[0] = re.sub(r"\]\((?:\.\./)+docs/", "](/", source[0])
     # tests are no pages, so they are named and not linked
     source[0] = re.sub(
         r"\[([^\]]*)\]\((?:\.\./)+tests/(\w+)\.py(?: \"\w+\")?\)", r"\1 (`\2`)", source[0]
@@ -108,8 +109,8 @@ def help_page(command: str) -> str:
 def configuration() -> Iterator[str]:
     yield "# Configuration\n"
     yield (
-        "This page lists every key of every group, with its default and its comment. It is made from"
-        " the files below `conf/`.\n"
+        "This page lists every key of every group, with its default and its comment. It is made"
+        " from the files below `conf/`.\n"
     )
     for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
         yield f"## {folder.name}\n"
