@@ -3,9 +3,9 @@
     python benchmarks/kills.py trials=100 seed=0
     python benchmarks/kills.py trials=20 commands=run,synthesize out=kills
 
-Each trial is a line of `<out>/trials.jsonl`; the same command goes on where it was stopped. In the
-end a table is printed, and with docs=true put into docs/guarantees.md. What is killed and compared:
-tests/kills.py.
+Each trial is a line of `<out>/trials.jsonl`; the same command resumes where it was stopped. At
+the end a table is printed; with docs=true it is also written into docs/understand/guarantees.md.
+tests/kills.py says what is killed and compared.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def machine() -> str:
 
 
 def into_docs(text: str) -> None:
-    page = ROOT / "docs" / "guarantees.md"
+    page = ROOT / "docs" / "understand" / "guarantees.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The documentation, by Sphinx: `make docs` builds it into docs/_build/html, warnings are errors.
+"""Configuration of Sphinx. `make docs` builds the pages into docs/_build/html; warnings are errors.
 
-Pages under look_up/ that repeat what the code says, help pages, configuration keys and the API, are
-written anew at every build from the code itself; git ignores them.
+Help pages, configuration keys and the API are written from the code at every build, below look_up/.
+Git ignores them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ html_theme = "furo"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autodoc_inherit_docstrings = False  # Lightning explains its hooks itself
+autodoc_inherit_docstrings = False  # Lightning documents its own hooks
 autodoc_default_options = {"members": True, "show-inheritance": True}
-nitpicky = False  # annotations name classes of torch and diffusers, whose pages are elsewhere
+nitpicky = False  # annotations name classes of torch and diffusers, documented elsewhere
 
 generated.write(HERE / "look_up")
 generated.copy_studies(HERE / "experiments")

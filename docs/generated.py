@@ -1,6 +1,6 @@
-"""Pages of the documentation that repeat the code: commands, configuration keys, API.
+"""Write the pages that repeat the code: commands, configuration keys, API.
 
-Written at every build.
+They are written anew at every build of the documentation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write(folder: Path) -> None:
 
 
 def copy_studies(folder: Path) -> None:
-    """The pages of experiments/ with their pictures, so that the documentation can link them."""
+    """Copy the pages and pictures of experiments/, so that the documentation can link them."""
     for file in sorted((ROOT / "experiments").rglob("*")):
         if file.suffix in (".md", ".png", ".svg", ".csv"):
             to = folder / file.relative_to(ROOT / "experiments")
@@ -53,18 +53,19 @@ def copy_studies(folder: Path) -> None:
 
 
 def at_home(app: object, page: str, source: list[str]) -> None:
-    """Links that are right in the repository, made right in the documentation: experiments/ lies
-    inside it there.
+    """Correct the links of a page. In the repository experiments/ lies beside docs/; in the built
+    documentation it lies inside.
     """
-    source[0] = source[0].replace("](../../experiments/", "](/experiments/")
-    # a test is named, and not linked: it is no page
+    source[0] = re.sub(r"\]\((?:\.\./)+experiments/", "](/experiments/", source[0])
+    source[0] = re.sub(r"\]\((?:\.\./)+docs/", "](/", source[0])
+    # tests are no pages, so they are named and not linked
     source[0] = re.sub(
-        r"\[([^\]]*)\]\(\.\./tests/(\w+)\.py(?: \"\w+\")?\)", r"\1 (`\2`)", source[0]
+        r"\[([^\]]*)\]\((?:\.\./)+tests/(\w+)\.py(?: \"\w+\")?\)", r"\1 (`\2`)", source[0]
     )
 
 
 def put(file: Path, text: str) -> None:
-    """Only what has changed: Sphinx reads a page again if its file is newer."""
+    """Write only what has changed: Sphinx reads a page again if its file is newer."""
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         file.write_text(text, encoding="utf-8")
 
@@ -77,8 +78,8 @@ def commands() -> Iterator[str]:
 
     yield "# Commands\n"
     yield (
-        "`distill COMMAND` and `python -m distill.COMMAND` are the same. Each prints its page with"
-        " `--help`.\n"
+        "This page holds the help page of every command. `distill COMMAND` and"
+        " `python -m distill.COMMAND` are the same command, and `--help` prints its page.\n"
     )
     for name in cli.COMMANDS:
         if name not in cli.NO_CONFIG:
@@ -108,7 +109,8 @@ def help_page(command: str) -> str:
 def configuration() -> Iterator[str]:
     yield "# Configuration\n"
     yield (
-        "Every key of every group with its default and its comment, from the files below `conf/`.\n"
+        "This page lists every key of every group, with its default and its comment. It is made"
+        " from the files below `conf/`.\n"
     )
     for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
         yield f"## {folder.name}\n"
@@ -128,7 +130,7 @@ def api_page(room: str, title: str) -> Iterator[str]:
 
 
 def modules(folder: Path) -> Iterator[str]:
-    """Dotted names of the modules that define something public."""
+    """Dotted names of the modules that define a public class or function."""
     for file in sorted(folder.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         defined = (n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef))
@@ -146,8 +148,8 @@ SECTION = re.compile(r"^[A-Z][a-z]+:$")  # napoleon's: Args, Raises, Returns
 def as_rst(
     app: object, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """A docstring of ours as reStructuredText: `code`, stars and bars are text, indented passages
-    stay as they are.
+    """Turn a docstring into reStructuredText: `code` becomes a literal, stars and bars are escaped,
+    indented passages become literal blocks.
     """
     found: list[str] = []
     kept = inside = False  # in an indented passage; below a section of napoleon's
@@ -177,5 +179,5 @@ def escaped(line: str) -> str:
 
 
 def marks(text: str) -> str:
-    """What reStructuredText would take for emphasis, a reference or a substitution."""
+    """Escape what reStructuredText would read as emphasis, a reference or a substitution."""
     return re.sub(r"([*|\\]|(?<=\w)_(?=\W|$))", r"\\\1", text)

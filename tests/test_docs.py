@@ -37,9 +37,12 @@ GENERATED = (
 PAGES = [
     p for p in PAGES if not p.as_posix().removeprefix(f"{DOCS.as_posix()}/").startswith(GENERATED)
 ]
+# Other pages of the repository, whose links must lead somewhere too.
+OTHERS = [*sorted(ROOT.glob("[CS]*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
 FENCE = re.compile(r"```(?:sh|bash|text)?\n(.*?)```", re.DOTALL)
 COMMAND = re.compile(r"(?:^|-m )distill[. ](\w+)(.*)", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -84,7 +87,24 @@ def test_a_command_of_a_page_composes(page, line):
         )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def anchors(page: Path) -> set[str]:
+    """The names by which links reach the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *OTHERS], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_the_links_to_a_heading_find_it(page):
+    for target, name in ANCHOR.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert name in anchors(page.parent / target if target else page), f"{target}#{name}"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *OTHERS], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_the_links_of_a_page_lead_somewhere(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if (

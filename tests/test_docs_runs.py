@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting_runs.md"
+PAGE = Path(__file__).parents[1] / "docs" / "look_up" / "troubleshooting_runs.md"
 LINK = re.compile(r'\[[^\]]+\]\(([^ )]+) "(test_\w+)"\) \|$')
 
 

@@ -127,7 +127,7 @@ def test_an_experiment_says_what_it_takes(name):
     )
     assert f"python -m distill.run experiment={name} " in head
     assert "ot run here" in head
-    assert "The paper's" in whole
+    assert "From the paper" in whole
     assert "Ours" in whole
     assert "Hardware" in whole
     assert all(len(line) <= 120 for line in head.splitlines())

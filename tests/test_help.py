@@ -43,13 +43,13 @@ def test_a_page_has_every_key_with_its_default(name, flag, command):
 
 def test_a_page_says_what_stands_beside_a_key(command):
     out = plain(command("sample", "--help")[1])
-    assert 'prompts=null several: a list, ["one","two"], or a text file with one a line' in out
+    assert 'prompts=null several: a list ["one","two"], or a text file with one a line' in out
     assert "run= (must be given) a run folder, a diffusers pipeline folder, or a hub id" in out
 
 
 def test_a_page_knows_groups_and_follows_what_is_chosen(command):
     out = command("run", "--help")[1]
-    assert "method: how the student learns; brings its discriminator" in out
+    assert "method: how the student learns; it also chooses the discriminator" in out
     assert "  * ladd                    LADD, arXiv 2403.12015\n" in out
     assert "    add                     ADD, arXiv 2311.17042\n" in out
     assert "method=ladd: LADD, arXiv 2403.12015" in out
@@ -64,7 +64,7 @@ def test_a_page_knows_groups_and_follows_what_is_chosen(command):
 
 def test_a_page_says_which_file_has_changed_a_value_and_why(command):
     out = plain(command("run", "teacher=shapes", "--help")[1])
-    said = "before step 0 [recipe/ladd_shapes: iterations; the heads are right four"
+    said = "only the discriminator learns [recipe/ladd_shapes: iterations; then the heads are right"
     assert said in out
     assert "[" not in plain(command("sample", "--help")[1]).partition("steps=1")[2][:20]
 
@@ -237,7 +237,7 @@ def test_the_papers_values_are_a_choice(command):
 
 
 def test_a_key_that_was_renamed_is_named(command):
-    for word, now in {"optimizer.head_start=3": "loop.head_start", "method.keep=1": ""}.items():
+    for word, now in {"loop.head_start=3": "loop.head_start", "method.one_step_prob=1": ""}.items():
         code, _, err = command("run", "method=nitrofusion", word)
         assert code == 1
         assert f"is now called {now or 'method.one_step_prob'}; write that" in err

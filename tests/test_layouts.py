@@ -27,7 +27,7 @@ from distill.evaluation.references import in_folder
 from distill.storage import formats
 from distill.storage.pictures import upright
 
-DOC = Path(__file__).parents[1] / "docs" / "troubleshooting_data.md"
+DOC = Path(__file__).parents[1] / "docs" / "look_up" / "troubleshooting_data.md"
 
 
 def picture(kind: str = "PNG", side: int = 8, colour=(200, 100, 50), mode: str = "RGB", **how):

@@ -163,7 +163,7 @@ def test_the_table_of_the_pages_is_what_the_benchmark_counts(name):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == f"{full:.1f} GiB"
     assert cells[3:] == [f"{encoders:.1f} GiB", f"{vae:.1f} + {decoding:.1f} GiB"]
-    page = (ROOT / "docs" / "troubleshooting_memory.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "look_up" / "troubleshooting_memory.md").read_text(encoding="utf-8")
     if name == "SD 1.5":
         return
     place = ["SDXL", "SD3 medium", "FLUX"].index(name) + 1

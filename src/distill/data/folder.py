@@ -28,7 +28,7 @@ KOHYA = re.compile(r"([1-9]\d{0,2})_([^/]+)/[^/]+")  # neither 01_ nor 2024_
 DEEPER = re.compile(rf"(.+)/{KOHYA.pattern}")
 TABLES = ("parquet", "arrow")
 PACKED = ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst", "zip", "7z", "rar")
-HOW = "docs/troubleshooting_data.md"
+HOW = "docs/look_up/troubleshooting_data.md"
 MOST_CAPTION = 4 * 2**20  # ours: bytes of a caption's file, or of a line of records
 
 
