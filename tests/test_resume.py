@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from distill.config import compose, paths
 from distill.storage import content
+from distill.storage.renames import renamed
 from distill.training import resuming
 from distill.training.run_metadata import RunRecord
 
@@ -382,3 +383,21 @@ def test_old_manifests_name_a_teacher_as_it_was_typed():
     assert not content.alike("sd", "/home/me/other-sd")
     assert content.alike(None, None)
     assert not content.alike(None, "/home/me/vae")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("distill.methods.consistency.Consistency", "consistency.ConsistencyDistillation"),
+        ("distill.sampling.Consistency", "distill.sampling.Consistency"),
+        ("distill.times.Discrete", "distill.core.times.Discrete"),
+        ("torch.optim.AdamW", "torch.optim.AdamW"),
+    ],
+)
+def test_a_class_is_found_under_its_name_of_earlier_versions(old, new):
+    from hydra.utils import get_class
+
+    found = renamed({"method": {"_target_": old}, "list": [{"_target_": old}]})
+    assert found["method"]["_target_"].endswith(new)
+    assert found["list"] == [found["method"]]
+    assert get_class(found["method"]["_target_"]).__name__ == new.rpartition(".")[2]

@@ -30,7 +30,7 @@ OPTIMIZERS = (
 REVIEWED = {
     "method": {
         "distill.methods": (
-            "add.ADD base.Distillation consistency.Consistency ladd.LADD "
+            "add.ADD base.Distillation consistency.ConsistencyDistillation ladd.LADD "
             "nitrofusion.NitroFusion regression.Regression"
         )
     },

@@ -45,7 +45,7 @@ class Pool(nn.Module):
         norm_input: bring every map to unit scale first; residual streams grow with depth.
     """
 
-    whole = True  # never cut up: a head that is not drawn would be gathered all the same
+    unsharded = True  # FSDP2 would gather every head, also those that are not drawn
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ from distill.teachers.loading.locate import TOLD, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
-PAPERS |= {"Consistency": "2310.04378", "Regression": "2101.02388"}
+PAPERS |= {"ConsistencyDistillation": "2310.04378", "Regression": "2101.02388"}
+PAPERS |= {"Consistency": "2310.04378"}  # its name in runs of earlier versions
 HEAD = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---")  # the metadata of a card
 GUIDANCE = {"guidance_scale": "0.0"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")

@@ -5,7 +5,7 @@ on, and compare.
 from collections.abc import Mapping
 from typing import Any
 
-# The classes that a configuration could name, by their modules before every module had a room.
+# Modules of classes that a configuration could name, before every module had a room.
 MOVED = {
     "distill.times": "distill.core.times",
     "distill.distillation": "distill.core.score_distillation",
@@ -19,6 +19,10 @@ MOVED = {
     "distill.metrics.scores": "distill.evaluation.scores",
     "distill.shapes.scenes": "distill.worlds.shapes.scenes",
 }
+# Classes whose own name changed, under their modules of today.
+CLASSES = {
+    "distill.methods.consistency": {"Consistency": "ConsistencyDistillation"},
+}
 
 
 def renamed(tree: Any) -> Any:
@@ -30,4 +34,6 @@ def renamed(tree: Any) -> Any:
 
 def _name(target: Any) -> Any:
     module, _, name = str(target).rpartition(".")
-    return f"{MOVED[module]}.{name}" if module in MOVED else target
+    new_module = MOVED.get(module, module)
+    new_name = CLASSES.get(new_module, {}).get(name, name)
+    return target if (new_module, new_name) == (module, name) else f"{new_module}.{new_name}"

@@ -67,7 +67,7 @@ class TwoPlayerLoop:
             seed=self.seed,
             iteration=self.iteration,
             step=self.step,
-            place=self._place(method, micro),
+            position=self._position(method, micro),
             updates=self.engine.discriminator_updates,
             device=method.device,
         )
@@ -76,8 +76,8 @@ class TwoPlayerLoop:
         """A loader's batch as the method sees it; where the teacher makes the samples, as the next
         micro-batch.
         """
-        place = self._place(method, len(self._pending))
-        key = (self.seed, self.iteration, place, randomness.REAL)
+        place = self._position(method, len(self._pending))
+        key = (self.seed, self.iteration, place, randomness.TEACHER_SAMPLES)
         return cast(Batch, method.embed(batch, randomness.generator(*key, device=method.device)))
 
     # -- an iteration ------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class TwoPlayerLoop:
             discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
         return players
 
-    def _place(self, method: Any, micro: int) -> int:
+    def _position(self, method: Any, micro: int) -> int:
         """Of a micro-batch among those of all ranks, as the data are dealt out."""
         world = method.trainer.world_size if method._trainer else 1
         return micro * world + cast(int, method.global_rank)

@@ -119,16 +119,16 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         )  # Lightning's own "auto" gives all the same data
         super().setup_environment()
 
-    def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
-        """Cut `module` in place, but for the parameters `whole`: its blocks one by one, then what
-        is left of it.
+    def shard(self, module: nn.Module, unsharded: Iterable[nn.Parameter] = ()) -> None:
+        """Shard `module` in place: its blocks one by one, then the rest. The parameters `unsharded`
+        stay as they are.
         """
         # Resharded after every forward: otherwise what an average reads and writes would not be
         # what runs.
         options = {
             "mesh": self.device_mesh["data_parallel"],
             "mp_policy": self._policy,
-            "ignored_params": set(whole),
+            "ignored_params": set(unsharded),
         }
         for part in (*_blocks(module), module):
             fully_shard(part, reshard_after_forward=True, **options)
