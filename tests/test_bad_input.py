@@ -237,7 +237,7 @@ def test_scaled_gradients_are_refused(refused, no_weights):
 def test_a_sampler_that_the_teacher_cannot_follow(refused):
     said = refused("run", "sampler=ancestral")
     assert said.startswith(
-        "sampler=EulerAncestral needs a process that keeps a little of the data to its end"
+        "sampler=EulerAncestral needs a process that keeps a little of the data at t = 1"
     )
 
 
@@ -895,7 +895,7 @@ def test_a_name_that_was_never_logged_is_said_at_the_first_checkpoint(
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"taps": []}, "one block at least"), ({"taps": [0, 0]}, "each of them once")]
+    [({"taps": []}, "at least one block"), ({"taps": [0, 0]}, "each only once")]
     + [({"size": 3}, "the network's patches have ")],
 )
 def test_eyes_that_would_see_nothing_are_refused(options, said):

@@ -214,7 +214,7 @@ def test_flux_is_said_to_be_guided_twice(teachers, caplog):
         with suppress(TypeError):  # a dev that is told nothing has layers for it all the same
             guided(teacher, teacher.embed(["x"]), seeded([0]), guidance=guidance, **how)
     assert caplog.messages[0].startswith(
-        "guidance=4 guides a teacher that was told 3.5 already (teacher.guidance)"
+        "guidance=4 guides a teacher that is conditioned on guidance 3.5 (teacher.guidance)"
     )
 
 

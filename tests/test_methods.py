@@ -88,7 +88,7 @@ def at_work(method) -> dict[str, torch.nn.Parameter]:
     if not isinstance(method.heads, Pool):
         return named
     level = float(tiny.drawn(method, tiny.simple_batch(method))[0].t[0])
-    chosen = tiny.critic(method).chosen
+    chosen = tiny.critic(method).head_of
     return {
         f"heads.{i}": named[f"heads.{i}"]
         for i in sorted(i for (k, _), i in chosen.items() if LEVELS[k] == level)
