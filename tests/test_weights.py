@@ -254,7 +254,7 @@ def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, s
     small, folder = of_another_size(family, teacher, tmp_path / "small")
     method = tiny.ladd(teacher)
     method.student = student = students.full(teacher, init=str(folder))
-    method.loop.average(student)
+    method.loop.start_ema(student)
     count, whole = (sum(p.numel() for p in m.parameters()) for m in (student, teacher.network))
     assert count < 0.8 * whole
     assert tiny.same(tiny.weights(student), tiny.weights(small))

@@ -54,7 +54,7 @@ class Distillation(L.LightningModule):
         self.loop = loop
         self.sharded = False
         if loop is not None:
-            loop.average(self.student)
+            loop.start_ema(self.student)
 
     def register_frozen(self, **frozen: Any) -> None:
         """Set frozen parts as attributes. Lightning does not register, save, broadcast or train
@@ -164,7 +164,7 @@ class Distillation(L.LightningModule):
         networks += [self.heads] if self.has_discriminator and not unsharded_heads else []
         for network in networks:
             shard(network, unsharded=self.student.parameters() if is_lora else ())
-        self.loop.average(self.student)
+        self.loop.start_ema(self.student)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return self.loop.optimizers(self)  # type: ignore[no-any-return]

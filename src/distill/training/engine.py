@@ -1,6 +1,4 @@
-"""How any method is trained: optimisers, their rates over the steps, and what counts as one
-update.
-"""
+"""Training settings of every method: optimisers, learning rates and numbers of updates."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,9 +13,9 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How any method is trained.
+    """Training settings of every method.
 
-    Rates rise over `warmup_steps`, then stay or follow half a cosine to `final_rate`.
+    Learning rates rise over `warmup_steps`, then stay or follow half a cosine down to `final_rate`.
     """
 
     student: OptimizerFactory
@@ -31,7 +29,7 @@ class Engine:
     head_start: int = 0
     accumulate: int = 1
     ema_decay: float = 0.999
-    stop_after_bad: int = 20  # iterations in a row whose gradient is not finite
+    stop_after_bad: int = 20  # iterations in a row with a gradient that is not finite
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
@@ -41,8 +39,8 @@ class Engine:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
 
     def rate(self, step: int, steps: int, updates: int) -> float:
-        """Share of the peak rate at student step `step` of `steps`, of a player after `updates` of
-        its own.
+        """Share of the peak learning rate at student step `step` of `steps`, for a player after
+        `updates` updates.
         """
         rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
