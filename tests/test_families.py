@@ -327,7 +327,7 @@ def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, folders):
         expected = exact.x0(x_t, t, exact.embed(PROMPTS))
     assert {x.dtype for x in (cond.tokens, x0, pixels, *maps)} == {torch.float32}
     assert (x0 - expected).norm() < 0.1 * expected.norm()
-    assert {p.dtype for p in half.network.twin().parameters()} == {torch.float32}
+    assert {p.dtype for p in half.network.trainable_copy().parameters()} == {torch.float32}
 
 
 @each

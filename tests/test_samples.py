@@ -27,7 +27,7 @@ def drawn(folder, teacher, shards, **options):
 
 def expected(teacher, captions):
     """The grid of the student as it begins, one step each, seeds 0, 1, ..."""
-    network = teacher.network.twin()
+    network = teacher.network.trainable_copy()
     how = {"shape": teacher.latent_shape, "steps": 1}
     x0 = Consistency()(network, teacher.embed(captions), seeded(range(len(captions))), **how)
     with torch.no_grad():

@@ -423,7 +423,7 @@ def test_noise_is_drawn_as_a_pipeline_draws_it():
 
 
 def test_a_timestep_shift_is_not_lost_under_ancestral_steps(teachers):
-    student = teachers("unet").network.twin()
+    student = teachers("unet").network.trainable_copy()
     student.shift = 250
     with pytest.raises(ValueError, match=r"student\.shift=250: .*use sampler=consistency"):
         EulerAncestral().check(student)

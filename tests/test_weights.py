@@ -223,7 +223,7 @@ def test_a_student_that_begins_from_one_under_a_timestep_shift_has_it_too(teache
     with torch.no_grad():
         assert torch.equal(second.x0(x_t, t, cond), first.x0(x_t, t, cond))
         assert not torch.allclose(
-            first.x0(x_t, t, cond), SD(str(folder)).network.around(first.model).x0(x_t, t, cond)
+            first.x0(x_t, t, cond), SD(str(folder)).network.with_model(first.model).x0(x_t, t, cond)
         )
     assert (second.shift, students.full(teacher, init=str(folder), shift=500).shift) == (250, 500)
     assert students.full(teacher, init=str(made(teacher, tmp_path / "other"))).shift is None
@@ -241,7 +241,7 @@ def of_another_size(family, teacher, folder):
     config = {**model.config, **smaller}
     if family == "unet":  # two stages of what are three
         config |= {k: config[k][:2] for k in ("down_block_types", "up_block_types")}
-    small = teacher.network.around(tiny.shake(type(model).from_config(config), 6))
+    small = teacher.network.with_model(tiny.shake(type(model).from_config(config), 6))
     return small, students.save_pipeline(
         small, teacher, folder, Consistency().scheduler(small, teacher)
     )

@@ -293,7 +293,9 @@ def parts(
 
         student = adapted(teacher, **lora)
     else:
-        student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
+        student = (
+            ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.trainable_copy()
+        )
     return {
         "teacher": teacher,
         "student": student,

@@ -33,7 +33,7 @@ from distill.machine.hardware import precision
 from distill.storage.aside import put
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
-from distill.teachers.loading.locate import telling
+from distill.teachers.loading.locate import embedding_options
 from distill.terminal.progress import Bar, track
 from distill.terminal.shown import shown
 from distill.training import launch
@@ -193,7 +193,7 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
 def of_teacher(cfg: DictConfig) -> dict[str, Any]:
     """What a manifest says of the teacher."""
     own = {"vae": cfg.teacher.vae} if cfg.teacher.get("vae") else {}
-    told = telling(cfg.teacher)
+    told = embedding_options(cfg.teacher)
     without = list(cfg.teacher.get("without") or [])
     return {"teacher": cfg.teacher.path, "without": without, "told": told, **own}
 

@@ -129,7 +129,7 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         """Average the gradients of unsharded parameters; FSDP2 has averaged those of shards."""
         _average_over_ranks([p for p in parameters if not isinstance(p, DTensor)], self.world_size)
 
-    # Full checkpoints are the files that one process writes, so any number of ranks can resume them.
+    # Full checkpoints equal those of one process, so any number of ranks can resume them.
 
     lightning_restore_optimizer = True
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from distill.storage.bounded import mapping_of
 from distill.teachers.loading.locate import autoencoder_in
-from distill.teachers.loading.reading import dtype_of, fetched, home_of, whole
+from distill.teachers.loading.reading import download, dtype_of, home_of, whole
 from distill.teachers.loading.settings import cell_of
 
 KEY = "teacher.vae"
@@ -37,7 +37,7 @@ class Autoencoder:
     def __init__(self, path: str, kind: type, *, dtype: str, use_safetensors: bool):
         folder = Path(path)
         if not folder.exists():
-            folder = Path(fetched(KEY, path, snapshot_download, allow_patterns=PATTERNS))
+            folder = Path(download(KEY, path, snapshot_download, allow_patterns=PATTERNS))
         self.path, self.home = path, autoencoder_in(folder, path)
         self.config = mapping_of(self.home / "config.json")
         expected = CLASSES.get(kind.__name__, "AutoencoderKL")

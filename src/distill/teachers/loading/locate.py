@@ -15,7 +15,7 @@ from distill.storage.elsewhere import check_elsewhere
 from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
-TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
+STUDENT_INFO = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
 PART = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
 WEIGHTS = (".safetensors", ".bin")  # of shards
@@ -45,12 +45,12 @@ FAMILIES = {  # class of a pipeline -> what reads it
 ROUNDING_UP = {"FluxPipeline", "StableDiffusion3Pipeline"}
 
 # Options of a teacher on which it hangs what its captions are embedded to.
-TELLING = ("clip_skip", "instruction", "length")
+EMBEDDING_OPTIONS = ("clip_skip", "instruction", "length")
 
 
-def telling(teacher: Mapping[str, Any]) -> dict[str, Any]:
+def embedding_options(teacher: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options of a teacher that are given, from its configuration."""
-    return {key: teacher[key] for key in TELLING if teacher.get(key) is not None}
+    return {key: teacher[key] for key in EMBEDDING_OPTIONS if teacher.get(key) is not None}
 
 
 def is_repository(name: str) -> bool:

@@ -22,7 +22,7 @@ from distill.storage.unread import refuse_broken, refuse_unread
 from distill.teachers.loading.locate import (
     INDEX,
     PICKLED,
-    TOLD,
+    STUDENT_INFO,
     check_kind,
     check_part,
     index_of,
@@ -68,7 +68,7 @@ def read_pipeline(
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
-        path = fetched(
+        path = download(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
     classes = pipeline_classes(path, kind.__name__, without)
@@ -182,7 +182,7 @@ def class_of(path: str) -> str:
     return str(mapping_of(file).get("_class_name"))
 
 
-def told_of(path: str) -> dict[str, Any]:
+def student_info(path: str) -> dict[str, Any]:
     """What the index of a student in a folder or under a hub id says of it: `options`, and
     `sampler` if it has one.
 
@@ -191,7 +191,7 @@ def told_of(path: str) -> dict[str, Any]:
     file = Path(path) / INDEX
     if not file.is_file() and is_hub_id(path):  # fetched by `class_of`
         file = Path(hf_hub_download(path, file.name))
-    said = mapping_of(file).get(TOLD) if file.is_file() else None
+    said = mapping_of(file).get(STUDENT_INFO) if file.is_file() else None
     said = said if isinstance(said, dict) else {}
     options, sampler = said.get("options"), said.get("sampler")
     options = options if isinstance(options, dict) else {}
@@ -213,7 +213,7 @@ def _numbers(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
+def download(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
     """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error
     names.
     """

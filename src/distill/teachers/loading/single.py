@@ -25,8 +25,8 @@ from distill.teachers.loading.held import (
 from distill.teachers.loading.locate import PICKLED
 from distill.teachers.loading.reading import (
     configurations,
+    download,
     dtype_of,
-    fetched,
     pipeline_classes,
     whole,
 )
@@ -131,5 +131,5 @@ def _config(config: str | None, path: str, patterns: list[str]) -> str:
     return (
         config
         if here
-        else fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)
+        else download("teacher.config", config, snapshot_download, allow_patterns=patterns)
     )

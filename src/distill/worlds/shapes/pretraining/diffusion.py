@@ -26,7 +26,7 @@ from distill.teachers.attention import Attention
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
-from distill.teachers.silent_token_attention import fold, weights
+from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights
 from distill.terminal.progress import Bar, track
 from distill.worlds.shapes.judge import judging_prompts
 from distill.worlds.shapes.pretraining.asked import teaching_stage
@@ -206,11 +206,11 @@ def _velocity(net: nn.Module, counts: Tensor, image_tokens: int) -> Callable[...
     One text encoder stands in both CLIP places; the silent third one is a token that counts for all
     of its.
     """
-    folded = fold(net)
+    folded = set_silent_token_attention(net)
 
     def velocity(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
         text = F.pad(tokens.repeat(1, 1, 2), (0, 0, 0, 1))
-        with weights(folded, counts, image_tokens):
+        with token_weights(folded, counts, image_tokens):
             v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
         return v.float()
 
