@@ -527,7 +527,7 @@ def test_a_tokenizer_of_another_model(refused, copied):
     grow(folder / "tokenizer_2" / "tokenizer.json")
     said = refused("run", f"teacher.path={folder}")
     assert re.fullmatch(
-        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*:"
+        rf"teacher.path={folder}: tokenizer_2/ has \d+ tokens and text_encoder_2/ has embeddings for \d+; .*:"
         r" fetch both anew",
         said,
     )
