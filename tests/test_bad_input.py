@@ -527,7 +527,8 @@ def test_a_tokenizer_of_another_model(refused, copied):
     grow(folder / "tokenizer_2" / "tokenizer.json")
     said = refused("run", f"teacher.path={folder}")
     assert re.fullmatch(
-        rf"teacher.path={folder}: tokenizer_2/ has \d+ tokens and text_encoder_2/ has embeddings for \d+; .*:"
+        rf"teacher.path={folder}: tokenizer_2/ has \d+ tokens and text_encoder_2/ has"
+        r" embeddings for \d+; .*:"
         r" fetch both anew",
         said,
     )
