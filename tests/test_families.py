@@ -385,8 +385,8 @@ def test_the_first_block_of_sd35_attends_twice(teachers):
     network = teachers("sd35").network
     blocks = network.model.transformer_blocks
     assert [getattr(b, "attn2", None) is not None for b in blocks] == [True, False, False]
-    assert {type(b.attn.processor).__name__ for b in blocks} == {"FoldedJointAttention"}
-    assert type(blocks[0].attn2.processor).__name__ == "FoldedJointAttention"
+    assert {type(b.attn.processor).__name__ for b in blocks} == {"SilentTokenAttention"}
+    assert type(blocks[0].attn2.processor).__name__ == "SilentTokenAttention"
 
 
 def test_a_student_of_pixart_under_a_timestep_shift_is_read_under_it(teachers, tmp_path):

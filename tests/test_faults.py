@@ -339,7 +339,7 @@ def test_a_tracker_that_fails_in_mid_run_ends_no_run(caplog):
     for step in range(4, 20):
         tracker.log_metrics({"a": 1.0}, step=step)
         tracker.save()
-    assert (tracker.rows, tracker.asked) == (2, 3 + guarded.TRIES)
+    assert (tracker.rows, tracker.asked) == (2, 3 + guarded.MAX_FAILURES)
     lines = [record.getMessage() for record in caplog.records]
     said = "Tracker cannot log (RuntimeError: connection to tracker.example lost)"
     assert lines == [

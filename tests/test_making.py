@@ -247,7 +247,7 @@ def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
 def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(
-            "distill.data.shard_job.Making.finish", lambda *_, **__: None
+            "distill.data.shard_job.ShardJob.finish", lambda *_, **__: None
         )  # killed just before
         assert command(name, *asked[name], "out=made")[0] == 0
     if name == "cache":

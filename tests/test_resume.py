@@ -183,7 +183,7 @@ def test_damaged_facts_are_as_if_they_had_not_been_kept(damaged, tmp_path):
     record.start("command", "x")
     record.record_inputs({"teacher.path": "1"}, {"samples": 24}, {})
     assert record.facts["content"]["models"] == {"teacher.path": "1"}
-    assert record.trained_for() < 60
+    assert record.train_seconds() < 60
 
 
 def test_a_run_of_damaged_facts_goes_on(run, command):

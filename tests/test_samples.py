@@ -86,8 +86,8 @@ def test_pictures_that_are_not_finite_later_are_not_written(teacher, shards, tmp
     """The run goes on: its weights may be whole, and one picture beyond what a dtype holds."""
 
     class Overflowing(Samples):
-        def _latents(self, trainer, pl_module, places):
-            x0 = super()._latents(trainer, pl_module, places)
+        def _generate(self, trainer, pl_module, indices):
+            x0 = super()._generate(trainer, pl_module, indices)
             return x0 * (float("inf") if pl_module.step else 1)
 
     loader = latents(str(shards), batch_size=2).loader(seed=0)

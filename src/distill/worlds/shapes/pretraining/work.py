@@ -132,8 +132,8 @@ class Work:
         ]
         if changed and not self._has_no_result(stage):
             what = (
-                f"started with other settings, now {', '.join(changed)}; choose another out, or undo"
-                " that"
+                f"started with other settings, now {', '.join(changed)}; choose another out, or"
+                " undo that"
             )
             raise ValueError(f"out={self.out}: its stage {stage} was {what}")
         self.note(stage, command, settings=settings)
