@@ -28,17 +28,18 @@ def check_shard_job(cfg: DictConfig) -> None:
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder holds shards of other settings, naming these."""
-    begun = (folder / BEGUN).is_file()
+    settings_file = folder / BEGUN
+    is_ours = settings_file.is_file()
     others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
-    if not (shards_in(folder) if begun else others):
+    if not (shards_in(folder) if is_ours else others):
         return
-    if not begun:
+    if not is_ours:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    begun = trust.data(folder / BEGUN)
-    trust.check_targets(begun)  # also keys that are not compared
-    before = OmegaConf.create(begun)
+    settings = trust.data(settings_file)
+    trust.check_targets(settings)  # also keys that are not compared
+    before = OmegaConf.create(settings)
     said = {
         key: text
         for key, text in changes(before, cfg).items()

@@ -56,13 +56,13 @@ class ShardJob:
     inputs: str
 
     def __post_init__(self) -> None:
-        begun = self.folder / INPUTS
-        if shards_in(self.folder) and begun.read_text(encoding="utf-8") != self.inputs:
+        file = self.folder / INPUTS
+        if shards_in(self.folder) and file.read_text(encoding="utf-8") != self.inputs:
             raise ValueError(
                 f"out={self.folder}: prompts or data have changed since its start; choose"
                 " another out="
             )
-        put(begun, self.inputs.encode())
+        put(file, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:06d}.tar"
@@ -183,9 +183,9 @@ def _run_job(
 
 def _settle_precision(cfg: DictConfig, folder: Path) -> None:
     """Replace `precision=auto`: by that of the started job, else by the best of this machine."""
-    begun = folder / BEGUN
-    if cfg.precision == "auto" and begun.is_file():
-        cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
+    settings = folder / BEGUN
+    if cfg.precision == "auto" and settings.is_file():
+        cfg.precision = trust.data(settings, "precision").get("precision", "32-true")
     chosen = precision(cfg.precision)
     cfg.precision = chosen.name
     if compose.rank() == 0:
@@ -195,9 +195,9 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
 def of_teacher(cfg: DictConfig) -> dict[str, Any]:
     """The teacher's entry in a manifest."""
     own = {"vae": cfg.teacher.vae} if cfg.teacher.get("vae") else {}
-    told = embedding_options(cfg.teacher)
+    options = embedding_options(cfg.teacher)
     without = list(cfg.teacher.get("without") or [])
-    return {"teacher": cfg.teacher.path, "without": without, "told": told, **own}
+    return {"teacher": cfg.teacher.path, "without": without, "told": options, **own}
 
 
 def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
