@@ -287,7 +287,7 @@ def test_kohya_s_names_of_sd3_are_refused_for_what_they_are(name, folders, tmp_p
         f"{name}.lora_up.weight": torch.ones(48, 2),
     }
     text = said(folders, state, tmp_path, "mmdit")
-    assert f"names layers as SD3's makers do ({name}" in text
+    assert f"names layers as in SD3's own code ({name}" in text
     assert "convert it to diffusers' names (transformer.transformer_blocks...), or merge it" in text
 
 

@@ -238,7 +238,7 @@ def test_scaled_gradients_are_refused(refused, no_weights):
 def test_a_sampler_that_the_teacher_cannot_follow(refused):
     said = refused("run", "sampler=ancestral")
     assert said.startswith(
-        "sampler=EulerAncestral needs a process that keeps a little of the data to its end"
+        "sampler=EulerAncestral needs a process that keeps a little of the data at t = 1"
     )
 
 
@@ -528,7 +528,8 @@ def test_a_tokenizer_of_another_model(refused, copied):
     grow(folder / "tokenizer_2" / "tokenizer.json")
     said = refused("run", f"teacher.path={folder}")
     assert re.fullmatch(
-        rf"teacher.path={folder}: tokenizer_2/ has \d+ words and text_encoder_2/ knows \d+; .*:"
+        rf"teacher.path={folder}: tokenizer_2/ has \d+ tokens and text_encoder_2/ has"
+        r" embeddings for \d+; .*:"
         r" fetch both anew",
         said,
     )
@@ -896,7 +897,7 @@ def test_a_name_that_was_never_logged_is_said_at_the_first_checkpoint(
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"taps": []}, "one block at least"), ({"taps": [0, 0]}, "each of them once")]
+    [({"taps": []}, "at least one block"), ({"taps": [0, 0]}, "each only once")]
     + [({"size": 3}, "the network's patches have ")],
 )
 def test_eyes_that_would_see_nothing_are_refused(options, said):

@@ -111,7 +111,7 @@ def test_what_to_do_about_a_diverged_run_can_be_done(
     given = words(pipelines("mmdit"), shards, *diverging, *few)
     code, _, err = command("run", *given, "callbacks.checkpoint.every=100")
     assert code == 1
-    assert "it has no checkpoint yet: begin anew with a lower optimizer.student.lr" in last(err)
+    assert "it has no checkpoint yet: start anew with a lower optimizer.student.lr" in last(err)
     assert ("trainer.precision=32-true" in last(err)) == (precision != "32-true")
     assert not (tmp_path / "run" / "checkpoints").exists()
 

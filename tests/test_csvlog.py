@@ -62,16 +62,16 @@ def test_going_on_drops_what_is_done_again_and_what_is_torn(tmp_path):
     with (tmp_path / "metrics.csv").open("ab") as file:
         file.write(b"\0\0\0\0\n2,0.")
     again = CsvLog(str(tmp_path))
-    again.go_on(step=4, iteration=7)
+    again.resume_at(step=4, iteration=7)
     assert [row["step"] for row in rows_of(tmp_path)] == ["0", "0", "0", "1", "2", "3", "4", "4"]
     again.log_metrics({"iteration": 8, "g/adv": 0.5}, 5)
     assert rows_of(tmp_path)[-1] == {"step": "5", "iteration": "8", "g/adv": "0.5"}
-    again.go_on(step=0, iteration=2)  # stopped in the middle of the head start
+    again.resume_at(step=0, iteration=2)  # stopped in the middle of the head start
     assert [row["iteration"] for row in rows_of(tmp_path)] == ["1", "2"]
 
 
 def test_going_on_from_nothing_makes_no_file(tmp_path):
-    CsvLog(str(tmp_path)).go_on(step=0, iteration=0)
+    CsvLog(str(tmp_path)).resume_at(step=0, iteration=0)
     assert not list(tmp_path.iterdir())
 
 

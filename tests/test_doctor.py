@@ -103,7 +103,7 @@ def test_the_default_settings_are_counted(command, pipelines, tmp_path):
         ((0.99, 1.5, -1.6), "saturated"),
         ((0.5, 0.01, 0.0), "not learning"),
         ((0.3, -0.5, 0.5), "collapsed"),
-        ((0.9, 30.0, -3.0), "run away"),
+        ((0.9, 30.0, -3.0), "diverge"),
     ],
 )
 def test_alarms(health, said):
@@ -123,7 +123,7 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     watched = tiny.trainer(tmp_path, 9, Alarms(window=3))
     watched.fit(method, tiny.Stream(toy, 4).loader())
     assert [r.message for r in caplog.records if "not learning" in r.message] == [
-        "step 3: the discriminator is not learning (real and fake score alike): raise its rate or"
+        "step 3: the discriminator is not learning (equal real and fake logits): raise its rate or"
         " loop.head_start"
     ]
     (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines())

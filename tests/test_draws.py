@@ -126,12 +126,12 @@ def test_each_update_of_the_discriminator_reads_unshared_real_samples_anew():
     ladd = tiny.ladd(toy, discriminator_updates=2)
     batch = tiny.simple_batch(ladd, 4)
     draws, _ = tiny.drawn(ladd, batch)
-    looks = [draws.renoising, *draws.of_real]
+    looks = [draws.renoising, *draws.real_renoising]
     assert len(looks) == 3
     assert not any(torch.equal(looks[i].noise, looks[i - 1].noise) for i in range(3))
     shared = tiny.ladd(toy, options={"shared": True}, discriminator_updates=2)
     draws, _ = tiny.drawn(shared, batch)
-    assert draws.of_real == (draws.renoising, draws.renoising)
+    assert draws.real_renoising == (draws.renoising, draws.renoising)
     nitro = tiny.nitrofusion(toy, options={"shared": False}, discriminator_updates=2)
     draws, _ = tiny.drawn(nitro, batch)
     assert not torch.equal(draws.noise, draws.real_noise)
@@ -143,6 +143,10 @@ def test_features_change_real_and_fake_pictures_alike_whenever_they_are_asked(te
     batch = tiny.simple_batch(method, 2)
     draws, fake = tiny.drawn(method, batch)
     again = method.student_sample(batch, draws, "student")
-    assert all(torch.equal(a, b) for a, b in zip(fake.maps, again.maps, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(fake.real, again.real, strict=True))
-    assert draws.augment[0] != draws.augment[1]
+    assert all(
+        torch.equal(a, b) for a, b in zip(fake.fake_features, again.fake_features, strict=True)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(fake.real_features, again.real_features, strict=True)
+    )
+    assert draws.augment_seeds[0] != draws.augment_seeds[1]

@@ -40,7 +40,7 @@ def student(pipelines, tmp_path_factory):
     from distill.sampling import Consistency
 
     folder, teacher = tmp_path_factory.mktemp("student") / "fast", SD3(str(pipelines("mmdit")))
-    network = tiny.shake(teacher.network.twin(), 8, std=0.02)
+    network = tiny.shake(teacher.network.trainable_copy(), 8, std=0.02)
     return save_pipeline(network, teacher, folder, Consistency().scheduler(network, teacher))
 
 
@@ -246,23 +246,23 @@ def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp
 def test_a_teachers_pictures_are_its_schedulers_too(pipelines, tmp_path):
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
     before, again = (SD3(str(folder)) for _ in range(2))
-    assert before.marks(before, scheduled=True) == again.marks(again, scheduled=True)
+    assert before.provenance(before, scheduled=True) == again.provenance(again, scheduled=True)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(
         json.dumps({"shift": 9.0, "_class_name": "FlowMatchEulerDiscreteScheduler"}),
         encoding="utf-8",
     )  # short, as SD3's
     shifted = SD3(str(folder))
-    assert shifted.marks(shifted, scheduled=True) != before.marks(before, scheduled=True)
-    assert shifted.marks(before.network, scheduled=False) == before.marks(
+    assert shifted.provenance(shifted, scheduled=True) != before.provenance(before, scheduled=True)
+    assert shifted.provenance(before.network, scheduled=False) == before.provenance(
         before.network, scheduled=False
     )
     # and in no process otherwise: diffusers lists what the file lacks in the order of a set
-    found = shifted.marks(shifted, scheduled=True)
+    found = shifted.provenance(shifted, scheduled=True)
     shifted.pipeline.scheduler._internal_dict = FrozenDict(
         {**shifted.pipeline.scheduler.config, "_use_default_values": ["base_shift", "max_shift"]}
     )
-    assert shifted.marks(shifted, scheduled=True) == found
+    assert shifted.provenance(shifted, scheduled=True) == found
 
 
 def test_a_model_that_was_not_distilled_is_guided(judged, command, pipelines, places):

@@ -214,7 +214,7 @@ def test_words_that_mean_nothing_are_refused(teachers):
         ValueError, match="condition.image=dino: must be features, null or a network"
     ):
         Projection(teachers("mmdit"), tiny.eyes(), image="dino")
-    with pytest.raises(ValueError, match="pools nothing; use null"):
+    with pytest.raises(ValueError, match="no pooled embedding; use null"):
         Projection(NoPool(), tiny.eyes(), text="teacher")
 
 

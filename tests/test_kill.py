@@ -184,7 +184,7 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
             "run", f"resume={folder}/checkpoints/step_000002.ckpt", "trainer.max_steps=3"
         )
         assert code == 0
-        assert "going on from step 2: " in out
+        assert "resuming from step 2: " in out
         assert checkpoint_files.newest(folder).name == "step_000003.ckpt"
         assert not (folder / "samples" / "step_000004.png").exists()
         time.sleep(1)
@@ -195,7 +195,7 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
     assert [p.name for p in sorted(second.iterdir())] == ["step_000003.ckpt", "step_000003.png"]
     assert {name: (first / name.split("/")[1]).read_bytes() for name in was} == was
     out = command("run", f"resume={folder}", "trainer.max_steps=4")[1]
-    assert "going on from step" not in out
+    assert "resuming from step" not in out
 
 
 @pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])

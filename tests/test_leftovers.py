@@ -22,7 +22,7 @@ FAILING = [  # a mistake in words, and what is said
     (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: is not supported"),
     (["+trainer.profiler=nope"], "`profiler`"),
     (["~logger", MONITOR], "no logger"),
-    ([*MLFLOW], "logger.mine: cannot be made (Requirement 'mlflow"),
+    ([*MLFLOW], "logger.mine: cannot be built (Requirement 'mlflow"),
     (["+callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint"], "ModelCheckpoint"),
     (["callbacks.samples.prompts=nowhere.txt"], "callbacks.samples.prompts=nowhere.txt"),
     (["metrics=prompts", "metrics.path=nowhere.txt"], "metrics.path=nowhere.txt"),
@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_has_one_folder(words, command, tmp_path):
     assert command("run", *words, "~metrics")[0] == 0
     code, _, err = command("run", "resume=run", "run_dir=other", "trainer.max_steps=2")
     assert code == 1
-    assert "run_dir=other: resume=run goes on in its own folder; leave run_dir= out" in last(err)
+    assert "run_dir=other: resume=run continues in its own folder; leave run_dir= out" in last(err)
     assert not (tmp_path / "other").exists()
     assert command("run", *words, "~metrics", "resume=run", "trainer.max_steps=2")[0] == 0
 

@@ -87,7 +87,7 @@ def test_gradients_are_those_of_two_networks(checkpointing, fresh, teacher):
     """
     base = fresh()
     student = tiny.shake(lora(base, rank=4, checkpointing=checkpointing), 3)
-    apart = teacher.network.around(merged(student)).requires_grad_(True)
+    apart = teacher.network.with_model(merged(student)).requires_grad_(True)
     x_t, t, cond = inputs(teacher)
 
     def backward(denoiser, of):
@@ -132,7 +132,7 @@ def test_blocks_are_computed_again_as_they_were(fresh):
         return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
     right = gradient()
-    student.holds.clear()
+    student.context_savers.clear()
     try:
         wrong = gradient()
     except torch.utils.checkpoint.CheckpointError:  # other tensors were saved than the first time

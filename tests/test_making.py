@@ -113,7 +113,7 @@ def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(
         assert len(list((tmp_path / "parts").glob("*.tar"))) >= left
         with pytest.raises(
             ValueError,
-            match="its making was not finished; give the command that makes it once more",
+            match="its shard job is not finished; give the command of the job once more",
         ):
             LatentShards(str(tmp_path / "parts"))
     assert command(name, *asked[name], "out=parts")[0] == 0
@@ -195,7 +195,7 @@ def test_other_settings_are_refused_and_mistakes_leave_nothing(name, command, as
     code, _, err = command(name, *asked[name], "out=made", "embeddings=false")
     assert code == 1
     assert (
-        "out=made was begun with other settings: embeddings=False (was True); choose another out="
+        "out=made was started with other settings: embeddings=False (was True); choose another out="
         in err
     )
     assert (
@@ -247,7 +247,7 @@ def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
 def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(
-            "distill.data.shard_job.Making.finish", lambda *_, **__: None
+            "distill.data.shard_job.ShardJob.finish", lambda *_, **__: None
         )  # killed just before
         assert command(name, *asked[name], "out=made")[0] == 0
     if name == "cache":
@@ -257,7 +257,7 @@ def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch,
     code, _, err = command(name, *asked[name], "out=made")
     assert (
         code,
-        "prompts or data have changed since it was begun; choose another out=" in err,
+        "prompts or data have changed since its start; choose another out=" in err,
     ) == (1, True)
     assert (
         "prompts=gone.txt: cannot be read"
@@ -445,11 +445,11 @@ def test_pictures_on_the_way_read_what_they_need_and_let_it_go(
     read.clear()
     gone, release = [], PipelineTeacher.release
 
-    def watched(self):
+    def with_progress(self):
         release(self)
         gone.append(all(getattr(self.pipeline, name) is None for name in self.pipeline.deferred))
 
-    monkeypatch.setattr(PipelineTeacher, "release", watched)
+    monkeypatch.setattr(PipelineTeacher, "release", with_progress)
     data = [
         "data=synthetic",
         f"data.path={tmp_path / 'made'}",

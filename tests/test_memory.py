@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import families
 import tiny
 from distill.config import models
-from distill.core.limits import AT_ONCE, EACH, at_once, drawn_at_once
+from distill.core.limits import AT_ONCE, BYTES_AT_ONCE, at_once, drawn_at_once
 from distill.machine import hardware
 from distill.machine.memory import peak
 from distill.teachers.loading import sizes
@@ -141,8 +141,13 @@ def test_rows_of_the_rule():
     assert [at_once(s, s) for s in (64, 256, 512, 768, 1024, 2048)] == [256, 16, 4, 1, 1, 1]
     assert at_once(832, 1216) == 1
     assert [drawn_at_once(s, s, 8) for s in (64, 512, 1024, 2048)] == [8, 8, 4, 4]
-    assert [drawn_at_once(1024, 1024, 16, room=n * EACH) for n in (0, 1, 2.5, 100)] == [1, 1, 2, 4]
-    assert drawn_at_once(512, 512, 16, room=EACH) == 4
+    assert [drawn_at_once(1024, 1024, 16, room=n * BYTES_AT_ONCE) for n in (0, 1, 2.5, 100)] == [
+        1,
+        1,
+        2,
+        4,
+    ]
+    assert drawn_at_once(512, 512, 16, room=BYTES_AT_ONCE) == 4
     assert AT_ONCE == 1024 * 1024
 
 

@@ -87,7 +87,7 @@ def at_work(method) -> dict[str, torch.nn.Parameter]:
     if not isinstance(method.heads, Pool):
         return named
     level = float(tiny.drawn(method, tiny.simple_batch(method))[0].t[0])
-    chosen = tiny.critic(method).chosen
+    chosen = tiny.critic(method).head_of
     return {
         f"heads.{i}": named[f"heads.{i}"]
         for i in sorted(i for (k, _), i in chosen.items() if LEVELS[k] == level)
@@ -159,7 +159,7 @@ def of_r1(method, batch, draws, fake, cast: bool) -> tuple[torch.Tensor, list[to
 
 @pytest.mark.parametrize("name", ["ladd", "add"])
 def test_r1_is_float32_where_the_rest_is_bfloat16(name, teachers):
-    """On the maps that autocast leaves, its value and its gradient are those in float32."""
+    """On the features that autocast leaves, its value and its gradient are those in float32."""
     options = {"r1_weight": 1.0} | ({"shared": True} if name == "ladd" else {})
     method = tiny.METHODS[name](teachers("mmdit"), options=options)
     method.manual_backward = torch.Tensor.backward
@@ -168,9 +168,12 @@ def test_r1_is_float32_where_the_rest_is_bfloat16(name, teachers):
     batch = tiny.simple_batch(method)
     with torch.autocast("cpu", torch.bfloat16):
         draws, fake = tiny.drawn(method, batch)
-    assert torch.bfloat16 in {m.dtype for m in fake.real} or name == "add"
+    assert torch.bfloat16 in {m.dtype for m in fake.real_features} or name == "add"
     term, gradients = of_r1(method, batch, draws, fake, cast=True)
-    exact = replace(fake, **{k: [m.float() for m in getattr(fake, k)] for k in ("real", "maps")})
+    exact = replace(
+        fake,
+        **{k: [m.float() for m in getattr(fake, k)] for k in ("real_features", "fake_features")},
+    )
     expected, gradients_of_it = of_r1(method, batch, draws, exact, cast=False)
     assert len(gradients) > 10
     torch.testing.assert_close(term, expected, rtol=1e-6, atol=0)
@@ -245,10 +248,10 @@ def test_adversarial_gradient_of_the_student_passes_through_the_teacher(teacher)
     method = tiny.ladd(teacher)
     batch = tiny.simple_batch(method)
     draws, fake = tiny.drawn(method, batch)
-    cut = replace(fake, maps=[m.detach() for m in fake.maps])
+    cut = replace(fake, fake_features=[m.detach() for m in fake.fake_features])
     method.heads.requires_grad_(False)
     assert not method.student_loss(batch, draws, cut).terms["adv"].requires_grad
-    assert all(m.requires_grad for m in fake.maps)
+    assert all(m.requires_grad for m in fake.fake_features)
 
 
 def test_phases_of_the_loop_do_not_leak(teacher, tmp_path, shards):
@@ -378,9 +381,9 @@ def test_of_captions_alone_the_teacher_makes_the_samples(teacher):
     method = tiny.nitrofusion(teacher)
     with pytest.raises(ValueError, match=r"captions alone: set method\.real"):
         method.loop.embed(method, {"caption": tiny.CAPTIONS[:2]})
-    method.real = TeacherSamples(levels=[1, 0.75, 0.5, 0.25])  # 1, as one types it
+    method.teacher_samples = TeacherSamples(levels=[1, 0.75, 0.5, 0.25])  # 1, as one types it
     batch = method.loop.embed(method, {"caption": tiny.CAPTIONS[:2]})
-    generator = randomness.generator(0, 0, 0, randomness.REAL)
+    generator = randomness.generator(0, 0, 0, randomness.TEACHER_SAMPLES)
     shape = (2, *teacher.latent_shape)
     x = noise = torch.randn(shape, generator=generator)
     assert torch.equal(batch.noise, noise)
@@ -447,7 +450,7 @@ class Pictures(torch.nn.Module):
 def shown(method, batch):
     """The real picture and the student's as the heads look at them, and what c_img is of."""
     pictures, condition = Pictures(), method.condition
-    method.hold(features=pictures)
+    method.register_frozen(features=pictures)
     condition.image = pictures
     draws, _ = tiny.drawn(method, batch)
     real, fake = pictures.shown

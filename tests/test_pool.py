@@ -45,11 +45,11 @@ def at(level: float, n: int = 6) -> torch.Tensor:
 def test_heads_are_dealt_out_evenly_to_maps_and_levels():
     pool = make()
     assert len(pool.heads) == 100
-    assert sorted(Counter(len(members) for members in pool.members.values()).items()) == [
+    assert sorted(Counter(len(members) for members in pool.heads_of.values()).items()) == [
         (6, 12),
         (7, 4),
     ]
-    every = [i for members in pool.members.values() for i in members]
+    every = [i for members in pool.heads_of.values() for i in members]
     assert sorted(every) == list(range(100))  # each head belongs to one place
     assert len(make(size=1).heads) == 16  # no fewer than there are places
 
@@ -57,15 +57,15 @@ def test_heads_are_dealt_out_evenly_to_maps_and_levels():
 def test_draws_are_even_and_a_function_of_the_generator():
     pool, seen = make(), Counter()
     for seed in range(2000):
-        seen.update(pool.draw(generator(seed)).chosen.values())
-    for place, members in pool.members.items():
+        seen.update(pool.draw(generator(seed)).head_of.values())
+    for place, members in pool.heads_of.items():
         shares = torch.tensor([seen[i] for i in members]) / 2000
         assert sum(seen[i] for i in members) == 2000, place  # one head a draw
         assert (
             shares - 1 / len(members)
         ).abs().max() < 0.045  # five standard errors of a share of 1/6
-    assert pool.draw(generator(7)).chosen == pool.draw(generator(7)).chosen
-    assert pool.draw(generator(7)).chosen != pool.draw(generator(8)).chosen
+    assert pool.draw(generator(7)).head_of == pool.draw(generator(7)).head_of
+    assert pool.draw(generator(7)).head_of != pool.draw(generator(8)).head_of
 
 
 def one_by_one(pool: Pool, head: int, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_stacked_heads_say_what_each_says_alone(level):
     found = critic(inputs, at(level), told).by_head()
     place = LEVELS.index(level)
     for name, x, logits in zip(CHANNELS, inputs, found, strict=True):
-        expected = one_by_one(pool, critic.chosen[place, name], x)
+        expected = one_by_one(pool, critic.head_of[place, name], x)
         expected = expected.mean(1, keepdim=True) if name.startswith("global") else expected
         torch.testing.assert_close(logits, expected)
     assert [part.shape[1] for part in found] == [
@@ -146,7 +146,7 @@ def test_only_what_is_drawn_has_a_gradient():
     critic = pool.draw(generator())
     critic(maps(), at(0.5), told).values.sum().backward()
     used = {i for i, p in enumerate(pool.heads) if p.grad is not None}
-    assert used == {critic.chosen[LEVELS.index(0.5), name] for name in CHANNELS}
+    assert used == {critic.head_of[LEVELS.index(0.5), name] for name in CHANNELS}
     assert all(pool.heads[i].grad.any() for i in used)
 
 
@@ -191,7 +191,7 @@ class Watched:
             before, moments = self.state(optimizer)
             result = update(owner, micros, samples, optimizer, turn)
             after, later = self.state(optimizer)
-            drawn = set(tiny.critic(method).chosen.values())
+            drawn = set(tiny.critic(method).head_of.values())
             changed = {i for i in before if not torch.equal(before[i], after[i])}
             moved = {i for i in later if i not in moments or not torch.equal(moments[i], later[i])}
             self.log.append((drawn, changed, moved, set(moments)))
@@ -237,12 +237,12 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
 
 def test_draws_differ_between_iterations_and_not_between_players(teachers):
     method = tiny.nitrofusion(teachers("mmdit"))
-    first = tiny.critic(method).chosen
-    assert tiny.critic(method).chosen == first
+    first = tiny.critic(method).head_of
+    assert tiny.critic(method).head_of == first
     draws, _ = tiny.drawn(method, tiny.simple_batch(method, 3))
     assert float(draws.t[0]) in [pytest.approx(level) for level in LEVELS]
     method.loop.iteration = 1
-    assert tiny.critic(method).chosen != first
+    assert tiny.critic(method).head_of != first
 
 
 # -- what they look at -----------------------------------------------------------------------------
@@ -272,9 +272,9 @@ def test_tasks_see_the_whole_the_patch_and_the_patch_untold(teacher):
 def test_patches_move_and_real_and_fake_share_them(teachers):
     features = TeacherFeatures(teachers("mmdit"), taps="encoder", tasks=TASKS)
     x = torch.arange(256.0).view(1, 1, 16, 16)
-    corners = {float(features._cut(x, generator(seed))[0][0, 0, 0, 0]) for seed in range(200)}
+    corners = {float(features._patch(x, generator(seed))[0][0, 0, 0, 0]) for seed in range(200)}
     assert len(corners) == 25  # 5 x 5 places of 4 x 4 cells in 8 x 8
-    (one, place), (again, same) = (features._cut(x, generator(3)) for _ in range(2))
+    (one, place), (again, same) = (features._patch(x, generator(3)) for _ in range(2))
     assert place == same
     assert torch.equal(one, again)
     assert float(one[0, 0, 0, 0]) == 16 * place[0] + place[1]
@@ -292,7 +292,7 @@ def test_sdxl_is_told_where_in_the_whole_a_patch_lies(teachers):
     )
     features(batch.x0, torch.ones(2), batch.cond, generator(5))
     of.remove()
-    _, corner = features._cut(batch.x0, generator(5))
+    _, corner = features._patch(batch.x0, generator(5))
     whole, patches = seen
     assert any(corner)
     assert whole.tolist() == [[64, 64, 0, 0, 64, 64]] * 2

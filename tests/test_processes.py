@@ -74,7 +74,7 @@ def started(monkeypatch, capfd, tmp_path):
 def test_a_killed_process_is_one_sentence_with_step_and_way_on(started, tmp_path):
     run, notes = tmp_path, tmp_path / "processes"
     code, said = started(KILLED)
-    killed, more = "process 1 was killed by signal 9", f"(what each process said is in {notes})"
+    killed, more = "process 1 was killed by signal 9", f"(the output of each process is in {notes})"
     anew = f"remove {run}, which has no checkpoint yet, and give the command again"
     assert (code, said) == (137, f"distill: {killed} at step 1,234; {anew} {more}\n")
     (run / "checkpoints").mkdir()
@@ -166,7 +166,7 @@ def test_a_killed_rank_ends_the_run_in_one_sentence(pipelines, shards, tmp_path)
     pattern = (
         rf"distill: process 1 was killed by signal 9 at step \d+; go on with: python -m"
         rf" distill\.run "
-        rf"resume={folder} \(what each process said is in {folder}/processes\)\n"
+        rf"resume={folder} \(the output of each process is in {folder}/processes\)\n"
     )
     assert re.fullmatch(pattern, said), said
     assert "Traceback" in (folder / "processes" / "0.log").read_text(encoding="utf-8")

@@ -438,7 +438,7 @@ def test_the_words_of_a_signature_are_those_that_the_class_knows():
     kinds = words("distill.core.score_distillation.ScoreDistillation", "kind")
     assert tuple(kinds) == distillation.KINDS
     for method in ("ladd.LADD", "add.ADD", "nitrofusion.NitroFusion"):
-        assert words(f"distill.methods.{method}", "loss") == [game.name for game in losses.GAMES]
+        assert words(f"distill.methods.{method}", "loss") == [loss.name for loss in losses.LOSSES]
         assert words(f"distill.methods.{method}", "over_heads") == ["mean", "sum"]
     assert words("distill.students.lora.lora", "init") == list(lora.INITS)
     assert list(STAGES) == list(ORDER)

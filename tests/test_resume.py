@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import tiny
 from distill.config import compose, paths
 from distill.storage import content
+from distill.storage.renames import renamed
 from distill.training import resuming
-from distill.training.run_metadata import RunRecord
+from distill.training.run_metadata import RunMetadata
 
 STEPS = 2
 
@@ -118,13 +119,13 @@ DAMAGED = [  # where in a checkpoint, what stands there, and what is said
     (("optimizer_states",), 3, "says optimizer_states=3"),
     (("pytorch-lightning_version",), 3, "says pytorch-lightning_version=3"),
     (("pytorch-lightning_version",), None, "Invalid version"),
-    (("state_dict",), None, "its state cannot be taken up"),
-    (("distill",), {"iteration": 2}, "its state cannot be taken up"),
+    (("state_dict",), None, "its state cannot be loaded"),
+    (("distill",), {"iteration": 2}, "its state cannot be loaded"),
     (("state_dict", "student.model.proj_out.weight"), "x", "its student.model.proj_out.weight is"),
     (("pytorch-lightning_version",), "x", "Invalid version"),
-    (("loops",), {"fit_loop": {"epoch_loop.batch_progress": 5}}, "its state cannot be taken up"),
-    (("callbacks",), {"Checkpoints": 5}, "its state cannot be taken up"),
-    (("optimizer_states",), [{}, {}], "its state cannot be taken up"),
+    (("loops",), {"fit_loop": {"epoch_loop.batch_progress": 5}}, "its state cannot be loaded"),
+    (("callbacks",), {"Checkpoints": 5}, "its state cannot be loaded"),
+    (("optimizer_states",), [{}, {}], "its state cannot be loaded"),
     (("distill", "ema"), {}, "the saved average does not fit"),
 ]
 
@@ -175,14 +176,14 @@ FACTS = [
 @pytest.mark.parametrize("damaged", FACTS)
 def test_damaged_facts_are_as_if_they_had_not_been_kept(damaged, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"name": "x", **damaged}), encoding="utf-8")
-    record = RunRecord(tmp_path)
+    record = RunMetadata(tmp_path)
     before, now = (OmegaConf.create({"data": {"path": name}}) for name in ("a", "b"))
     resuming.check_moved(before, now, record.facts)
     resuming.check_data(before, now, record.facts, {"samples": 24, "digest": None})
-    record.begun("command", "x")
-    record.made_of({"teacher.path": "1"}, {"samples": 24}, {})
+    record.start("command", "x")
+    record.record_inputs({"teacher.path": "1"}, {"samples": 24}, {})
     assert record.facts["content"]["models"] == {"teacher.path": "1"}
-    assert record.trained_for() < 60
+    assert record.train_seconds() < 60
 
 
 def test_a_run_of_damaged_facts_goes_on(run, command):
@@ -269,11 +270,11 @@ def test_another_model_or_other_data_are_refused_and_change_nothing(run, project
     before = (run / "config.yaml").read_bytes()
     code, _, err = command("run", f"resume={run}", "trainer.max_steps=3", f"teacher.path={model}")
     assert code == 1
-    assert f"teacher.path={model}: is not what the run was made with" in last(err)
+    assert f"teacher.path={model}: is not the model of this run" in last(err)
     fewer = tiny.write_shards(project / "fewer", count=20)
     code, _, err = command("run", f"resume={run}", "trainer.max_steps=3", f"data.path={fewer}")
     assert code == 1
-    assert f"data.path={fewer}: holds 20 samples, and the run began with 24" in last(err)
+    assert f"data.path={fewer}: holds 20 samples, and the run started with 24" in last(err)
     assert (run / "config.yaml").read_bytes() == before
 
 
@@ -282,7 +283,9 @@ def test_data_that_changed_are_said(run, project, command, caplog):
     tiny.write_shards(project / "data", count=20)
     code, out, err = command("run", f"resume={run}", "trainer.max_steps=3")
     assert code == 0
-    said = "holds 20 samples, and the run began with 24: it does not go on bit for bit"
+    said = (
+        "holds 20 samples, and the run started with 24: the resumed run will not be bit-identical"
+    )
     assert said in out + err + caplog.text
 
 
@@ -382,3 +385,21 @@ def test_old_manifests_name_a_teacher_as_it_was_typed():
     assert not content.alike("sd", "/home/me/other-sd")
     assert content.alike(None, None)
     assert not content.alike(None, "/home/me/vae")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("distill.methods.consistency.Consistency", "consistency.ConsistencyDistillation"),
+        ("distill.sampling.Consistency", "distill.sampling.Consistency"),
+        ("distill.times.Discrete", "distill.core.times.Discrete"),
+        ("torch.optim.AdamW", "torch.optim.AdamW"),
+    ],
+)
+def test_a_class_is_found_under_its_name_of_earlier_versions(old, new):
+    from hydra.utils import get_class
+
+    found = renamed({"method": {"_target_": old}, "list": [{"_target_": old}]})
+    assert found["method"]["_target_"].endswith(new)
+    assert found["list"] == [found["method"]]
+    assert get_class(found["method"]["_target_"]).__name__ == new.rpartition(".")[2]

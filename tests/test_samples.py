@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 import tiny
 from distill.data.source import latents
 from distill.sampling import Consistency, seeded, to_bytes
-from distill.training.callbacks import Health, Samples, pictures_shown
+from distill.training.callbacks import Health, Samples, default_count
 
 
 def drawn(folder, teacher, shards, **options):
@@ -27,7 +27,7 @@ def drawn(folder, teacher, shards, **options):
 
 def expected(teacher, captions):
     """The grid of the student as it begins, one step each, seeds 0, 1, ..."""
-    network = teacher.network.twin()
+    network = teacher.network.trainable_copy()
     how = {"shape": teacher.latent_shape, "steps": 1}
     x0 = Consistency()(network, teacher.embed(captions), seeded(range(len(captions))), **how)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_they_are_of_captions_all_over_the_data(teacher, shards, tmp_path):
 
 def test_large_pictures_are_fewer():
     sizes = [(64, 64), (512, 512), (512, 768), (832, 1216), (1024, 1024), (2048, 2048)]
-    assert [pictures_shown(*size) for size in sizes] == [16, 16, 8, 4, 4, 4]
+    assert [default_count(*size) for size in sizes] == [16, 16, 8, 4, 4, 4]
 
 
 def test_health_keeps_no_large_copy_of_a_large_student():
@@ -68,9 +68,9 @@ def test_health_keeps_no_large_copy_of_a_large_student():
             self.student = torch.nn.Sequential(*layers)
 
     small, large = Stub(8), Stub(4096)
-    chosen = Health()._some(small)
+    chosen = Health()._chosen_parameters(small)
     assert [id(p) for p in chosen] == [id(p) for p in list(small.student.parameters())[::2]]
-    kept = Health()._some(large)
+    kept = Health()._chosen_parameters(large)
     assert 0 < sum(p.numel() for p in kept) <= 2**26
     assert len(kept) == 3
 
@@ -86,8 +86,8 @@ def test_pictures_that_are_not_finite_later_are_not_written(teacher, shards, tmp
     """The run goes on: its weights may be whole, and one picture beyond what a dtype holds."""
 
     class Overflowing(Samples):
-        def _latents(self, trainer, pl_module, places):
-            x0 = super()._latents(trainer, pl_module, places)
+        def _generate(self, trainer, pl_module, indices):
+            x0 = super()._generate(trainer, pl_module, indices)
             return x0 * (float("inf") if pl_module.step else 1)
 
     loader = latents(str(shards), batch_size=2).loader(seed=0)

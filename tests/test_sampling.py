@@ -187,7 +187,7 @@ def test_a_plain_generator_is_enough_for_euler_steps(steps, teachers, exported, 
     model = student_of(str(folder))
     assert of_run(str(folder), model) == sampler
     assert distilled(model.pipeline)
-    with pytest.raises(ValueError, match="sampler=euler: is for teachers of flows"):
+    with pytest.raises(ValueError, match="sampler=euler: is for teachers that predict a flow"):
         sampler.check(teachers("unet").network)
 
 
@@ -423,7 +423,7 @@ def test_noise_is_drawn_as_a_pipeline_draws_it():
 
 
 def test_a_timestep_shift_is_not_lost_under_ancestral_steps(teachers):
-    student = teachers("unet").network.twin()
+    student = teachers("unet").network.trainable_copy()
     student.shift = 250
     with pytest.raises(ValueError, match=r"student\.shift=250: .*use sampler=consistency"):
         EulerAncestral().check(student)
@@ -532,7 +532,7 @@ def test_trained_levels_are_taken_from_the_front():
     flow = SimpleNamespace(prediction="flow", rounds_up=True)
     assert Consistency().grid(4, 0.3, flow) == [0.5, 0.25]
     assert Consistency().grid(2, 0.3, flow) == [0.5]
-    with pytest.raises(ValueError, match="steps=5: this sampler knows 4 levels"):
+    with pytest.raises(ValueError, match="steps=5: this sampler has 4 levels"):
         sampler.grid(5)
     for wrong in ([0.5, 0.9], [1.2, 0.5], [1.0, 0.0]):
         with pytest.raises(ValueError, match="must fall from at most 1"):

@@ -208,7 +208,7 @@ def test_a_unet_that_projects_its_captions_says_how_wide_they_are(teachers):
     width = net.caption_width
     assert width == teachers("unet").embed(["x"]).tokens.shape[-1]
     config = dict(net.model.config) | {"encoder_hid_dim": 7, "encoder_hid_dim_type": "text_proj"}
-    projecting = net.around(type(net.model).from_config(config))
+    projecting = net.with_model(type(net.model).from_config(config))
     assert projecting.caption_width == 7
     tokens = torch.zeros(1, 3, 7)
     x_t, t = torch.zeros(1, *teachers("unet").latent_shape), torch.ones(1)

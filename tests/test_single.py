@@ -191,8 +191,12 @@ def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
 @pytest.mark.parametrize(
     ("layout", "more", "what"),
     [
-        ("sdxl", "edm_vpred.sigma_max", "is a model in the form of EDM (edm_vpred.sigma_max)"),
-        ("sdxl", "edm_mean", "is a model in the form of EDM (edm_mean)"),
+        (
+            "sdxl",
+            "edm_vpred.sigma_max",
+            "is a model with EDM preconditioning (edm_vpred.sigma_max)",
+        ),
+        ("sdxl", "edm_mean", "is a model with EDM preconditioning (edm_mean)"),
         ("sdxl", "model.diffusion_model.out.2.scale_weight", "holds model.diffusion_model.out.2.s"),
         ("sd3", "model.diffusion_model.scaled_fp8", "holds model.diffusion_model.scaled_fp8, of"),
         ("sd15", "first_stage_model.decoder.conv_in.weight_scale", "holds first_stage_model.deco"),
@@ -207,7 +211,7 @@ def test_a_tensor_that_would_be_passed_over_is_named(layout, more, what, written
     save_file(load_file(file) | {more: torch.ones(1)}, path := tmp_path / "more.safetensors")
     said = said_of(MAKE[layout], path, config=str(config))
     assert said.startswith(f"teacher.path={path} {what}")
-    assert "no teacher here reads" in said or "nothing would be made" in said
+    assert "no teacher supports" in said or "would not be used" in said
     if "scale" in more:
         assert said.endswith("; scaled fp8 is not read: give weights in bfloat16 or float16")
 
@@ -252,7 +256,7 @@ def test_zero_terminal_snr_is_heeded(written, tmp_path):
     marks = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
     save_file(load_file(file) | marks, path := tmp_path / "v.safetensors")
     said = said_of(SDXL, path, config=str(own))
-    assert "says that its noise ends in zero signal, and teacher.config=" in said
+    assert "has zero terminal SNR, and teacher.config=" in said
     assert said.endswith("rescale_betas_zero_snr=true")
 
 
@@ -317,7 +321,7 @@ def test_a_t5_has_one_place_whichever_encoder_it_is():
     assert "text_encoders.clip_l." in found["text_encoder"]
     name = "text_encoders.t5xxl.transformer.shared.weight"
     check_held({name: [2, 2]}, {"text_encoder": clip, "text_encoder_2": t5}, (), "x")
-    with pytest.raises(ValueError, match=rf"^x holds {name}, of which nothing would be made"):
+    with pytest.raises(ValueError, match=rf"^x holds {name}, which would not be used"):
         check_held({name: [2, 2]}, {"text_encoder": clip, "text_encoder_2": clip}, (), "x")
     check_held({name: [2, 2]}, {"text_encoder": clip}, ("text_encoder_3",), "x")
 

@@ -30,7 +30,7 @@ from distill.config.compose import dotted, looked_at, shipped
 from distill.config.continued import going_on
 from distill.config.errors import said_plainly
 from distill.config.location import CONF_DIR
-from distill.data import begun_job as beginning
+from distill.data import begun_job
 from distill.report import write_report
 
 CANARY = "canary-of-the-environment-4711"
@@ -256,13 +256,13 @@ def test_shards_that_were_begun_say_nothing_either(place, listener):
     for key in dotted(base):
         for kind in KINDS:
             begun = replaced(base, key, hostile(kind, key, listener.port))
-            (folder / "making.yaml").write_text(json.dumps(begun), encoding="utf-8")
-            free = key.startswith(beginning.FREE) and kind == "address"
+            (folder / "shard_job.yaml").write_text(json.dumps(begun), encoding="utf-8")
+            free = key.startswith(begun_job.FREE) and kind == "address"
             with nullcontext() if free else pytest.raises(ValueError, match="making|settings|_tar"):
-                beginning.refuse_another(cfg, folder)
+                begun_job.refuse_another(cfg, folder)
             if "resolver" in kind:
                 with pytest.raises(ValueError, match="holds an interpolation") as error:
-                    beginning.refuse_another(cfg, folder)
+                    begun_job.refuse_another(cfg, folder)
                 said += str(error.value)
     nothing_happened(place, listener, said)
 

@@ -240,7 +240,7 @@ def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, pipelines)
     assert (x0 - expected).norm() < 0.1 * expected.norm()
     sum(m.square().mean() for m in maps).backward()
     assert x_t.grad.abs().max() > 0
-    assert {p.dtype for p in half.network.twin().parameters()} == {torch.float32}
+    assert {p.dtype for p in half.network.trainable_copy().parameters()} == {torch.float32}
 
 
 def test_a_checkpointed_decoder_has_the_same_gradient(teachers, pipelines):
@@ -371,7 +371,7 @@ def test_frozen_whatever_is_called_on_it(teacher):
 
 
 def test_twin_is_trainable_whole(teacher, family):
-    twin = teacher.network.twin()
+    twin = teacher.network.trainable_copy()
     assert all(p.requires_grad for p in twin.parameters())
     assert all(m.training for m in twin.modules())
     ours = {p.data_ptr() for p in teacher.parameters()}
@@ -379,8 +379,10 @@ def test_twin_is_trainable_whole(teacher, family):
     if (
         family == "mmdit"
     ):  # the processor holds state, and is the one that the copy's own blocks use
-        assert twin._folded is not teacher.network._folded
-        assert all(block.attn.processor is twin._folded for block in twin.model.transformer_blocks)
+        assert twin._silent_tokens is not teacher.network._silent_tokens
+        assert all(
+            block.attn.processor is twin._silent_tokens for block in twin.model.transformer_blocks
+        )
 
 
 # -- captions --------------------------------------------------------------------------------------

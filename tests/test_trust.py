@@ -30,7 +30,7 @@ OPTIMIZERS = (
 REVIEWED = {
     "method": {
         "distill.methods": (
-            "add.ADD base.Distillation consistency.Consistency ladd.LADD "
+            "add.ADD base.Distillation consistency.ConsistencyDistillation ladd.LADD "
             "nitrofusion.NitroFusion regression.Regression"
         )
     },
@@ -52,7 +52,7 @@ REVIEWED = {
     "discriminator.condition.*": {"distill.discriminators": HEADS},
     "data": {"distill.data.source": "drawn images latents prompts"},
     "data.reader": {"distill.worlds.shapes.scenes": "Scenes"},
-    "optimizer": {"distill.training.loop_settings": "Engine"},
+    "loop": {"distill.training.loop_settings": "LoopSettings"},
     "optimizer.student": {"torch.optim": OPTIMIZERS},
     "optimizer.discriminator": {"torch.optim": OPTIMIZERS},
     "sampler": {"distill.sampling": "Consistency Euler EulerAncestral FewSteps"},

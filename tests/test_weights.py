@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
             SD(str(pipelines("unet")), without=without)
     with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export"):
         students.apply_delta(SD(str(pipelines("unet"))), tmp_path / "x.safetensors", tmp_path / "y")
-    with pytest.raises(ValueError, match="base: .*not of the student's shape"):
+    with pytest.raises(ValueError, match="base: .*has another shape than the student's"):
         students.save_delta(teachers("mmdit"), teachers("unet"), tmp_path / "z")
 
 
@@ -223,7 +223,7 @@ def test_a_student_that_begins_from_one_under_a_timestep_shift_has_it_too(teache
     with torch.no_grad():
         assert torch.equal(second.x0(x_t, t, cond), first.x0(x_t, t, cond))
         assert not torch.allclose(
-            first.x0(x_t, t, cond), SD(str(folder)).network.around(first.model).x0(x_t, t, cond)
+            first.x0(x_t, t, cond), SD(str(folder)).network.with_model(first.model).x0(x_t, t, cond)
         )
     assert (second.shift, students.full(teacher, init=str(folder), shift=500).shift) == (250, 500)
     assert students.full(teacher, init=str(made(teacher, tmp_path / "other"))).shift is None
@@ -241,7 +241,7 @@ def of_another_size(family, teacher, folder):
     config = {**model.config, **smaller}
     if family == "unet":  # two stages of what are three
         config |= {k: config[k][:2] for k in ("down_block_types", "up_block_types")}
-    small = teacher.network.around(tiny.shake(type(model).from_config(config), 6))
+    small = teacher.network.with_model(tiny.shake(type(model).from_config(config), 6))
     return small, students.save_pipeline(
         small, teacher, folder, Consistency().scheduler(small, teacher)
     )
@@ -254,7 +254,7 @@ def test_a_student_may_have_another_size(teacher, family, pipelines, tmp_path, s
     small, folder = of_another_size(family, teacher, tmp_path / "small")
     method = tiny.ladd(teacher)
     method.student = student = students.full(teacher, init=str(folder))
-    method.loop.average(student)
+    method.loop.start_ema(student)
     count, whole = (sum(p.numel() for p in m.parameters()) for m in (student, teacher.network))
     assert count < 0.8 * whole
     assert tiny.same(tiny.weights(student), tiny.weights(small))
@@ -407,7 +407,7 @@ def test_parts_that_were_not_fetched_are_not_named(pipelines, tmp_path):
 def test_a_student_of_another_family_is_refused(teachers, pipelines):
     with pytest.raises(
         ValueError,
-        match=r"student\.init=.*: its \w+ is .* begin from a pipeline of the teacher's family",
+        match=r"student\.init=.*: its \w+ is .* start from a pipeline of the teacher's family",
     ):
         students.full(teachers("sdxl"), init=str(pipelines("unet")))
 

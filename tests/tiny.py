@@ -33,7 +33,7 @@ from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.discriminators.teacher_features import TASKS, TeacherFeatures
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
-from distill.methods.consistency import Consistency
+from distill.methods.consistency import ConsistencyDistillation
 from distill.methods.ladd import LADD
 from distill.methods.nitrofusion import NitroFusion
 from distill.methods.regression import Regression
@@ -295,7 +295,9 @@ def parts(
 
         student = adapted(teacher, **lora)
     else:
-        student = ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.twin()
+        student = (
+            ToyStudent(teacher) if isinstance(teacher, Toy) else teacher.network.trainable_copy()
+        )
     return {
         "teacher": teacher,
         "student": student,
@@ -410,9 +412,11 @@ def regression(
 
 def consistency(
     teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any
-) -> Consistency:
+) -> ConsistencyDistillation:
     given = alone(parts(teacher, **loop_settings))
-    return assembled(Consistency, given, **{"steps": 4, "guidance": 2.0} | (options or {}))
+    return assembled(
+        ConsistencyDistillation, given, **{"steps": 4, "guidance": 2.0} | (options or {})
+    )
 
 
 def alone(given: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from distill.config import validate
 from distill.config.errors import command
-from distill.data import begun_job as beginning
+from distill.data import begun_job
 from distill.machine.faults import AGAIN
 from distill.terminal.progress import importing, stage
 
@@ -27,7 +27,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     from distill.config.build import make
     from distill.config.fitting import refuse_misfit
     from distill.config.models import teacher_of
-    from distill.data import shard_job as making
+    from distill.data import shard_job
     from distill.data.write import PICTURES, cached
     from distill.machine import hardware
 
@@ -37,9 +37,11 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     refuse_misfit(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
     teacher.only_encode(device)
-    job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
+    job = shard_job.ShardJob(
+        folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest()
+    )
     if cfg.embeddings:
-        making.put_null(teacher, folder, dtype)
+        shard_job.put_null(teacher, folder, dtype)
     plan = {shard: source.batches(numbers) for shard, numbers in job.missing().items()}
     stream = source.once([batch for batches in plan.values() for batch in batches])
 
@@ -56,17 +58,17 @@ def encode(cfg: DictConfig, folder: Path) -> int:
                 with torch.no_grad():
                     latents = teacher.encode(pixels).float().cpu().numpy()
                     told = (
-                        making.embedded(teacher.embed(captions))
+                        shard_job.embedded(teacher.embed(captions))
                         if cfg.embeddings
                         else [{}] * len(good)
                     )
                 for (i, _), *rest in zip(good, latents, captions, told, strict=True):
-                    making.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
+                    shard_job.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
                     yield cached(f"{i:09d}", *rest)
 
     job.make(samples)
     cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets
-    about = {"what": PICTURES, **making.of_teacher(cfg), "data": cfg.data.path}
+    about = {"what": PICTURES, **shard_job.of_teacher(cfg), "data": cfg.data.path}
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
     job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
@@ -78,7 +80,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.data.get("_target_") != SOURCE:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     validate.check_data(cfg.data)
-    beginning.check_making(cfg)
+    begun_job.check_shard_job(cfg)
     validate.check_fit(cfg.data, cfg.teacher)
 
 
@@ -86,9 +88,9 @@ def check(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):
-        from distill.data.shard_job import begin
+        from distill.data.shard_job import start
 
-    return begin(cfg, "cache", encode)
+    return start(cfg, "cache", encode)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def _single_file(cfg: DictConfig, run: Path, out: Path) -> Path:
 
 def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill.exporting.card import write_card
-    from distill.students.parts import copy_pipeline, sampled_by
+    from distill.students.parts import copy_pipeline, set_sampler
 
     student = pipeline_folder(run)
     if out == student and not (cfg.scheduler or cfg.dtype):
@@ -227,7 +227,7 @@ def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
 
             of_unet = denoiser_part(student) == "unet"
             scheduler = flow_scheduler(of_unet=of_unet, stochastic=cfg.scheduler == "consistency")
-            sampled_by(partial, cfg.scheduler.capitalize(), scheduler)
+            set_sampler(partial, cfg.scheduler.capitalize(), scheduler)
         write_card(partial, run, _teacher_of(run))
     return out
 

@@ -100,7 +100,7 @@ def _written(
     """
     from distill.storage.aside import put
     from distill.training import launch
-    from distill.training.run_metadata import RunRecord
+    from distill.training.run_metadata import RunMetadata
 
     if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
         folders.cleared(folder)  # of a command that came to no step, in the same folder
@@ -118,7 +118,7 @@ def _written(
         if note:
             print(note)
         said = {"name": precision.name, "reason": precision.reason}
-        RunRecord(folder).begun(command, compose.name_of(cfg), typed, said, **went_on)
+        RunMetadata(folder).start(command, compose.name_of(cfg), typed, said, **went_on)
     code = 1
     try:
         if processes:
@@ -140,11 +140,11 @@ def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
     """
     from distill.storage.checkpoint_files import newest, read
     from distill.training import resuming
-    from distill.training.run_metadata import RunRecord
+    from distill.training.run_metadata import RunMetadata
 
     checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
     about = read(checkpoint).get("about", {})
-    resuming.check_moved(before, cfg, RunRecord(compose.folder_of(cfg.resume)).facts)
+    resuming.check_moved(before, cfg, RunMetadata(compose.folder_of(cfg.resume)).facts)
     resuming.check_checkpoint(about, cfg, checkpoint)
     return about
 
@@ -154,12 +154,12 @@ def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
     others.
     """
     from distill.training import resuming
-    from distill.training.run_metadata import RunRecord
+    from distill.training.run_metadata import RunMetadata
 
-    facts = RunRecord(compose.folder_of(cfg.resume)).facts
+    facts = RunMetadata(compose.folder_of(cfg.resume)).facts
     if facts.get("content"):
         source, _ = parts or (compose.make(cfg.data, "data"), None)
-        resuming.check_data(before, cfg, facts, resuming.data_mark(source.dataset))
+        resuming.check_data(before, cfg, facts, resuming.data_fingerprint(source.dataset))
 
 
 def said_of(precision: Any, cfg: DictConfig) -> str:
@@ -182,15 +182,15 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         from distill.config import build
         from distill.storage.checkpoint_files import newest, read
         from distill.training import resuming
-        from distill.training.checkpoints import taken_up
-        from distill.training.run_metadata import RunRecord
+        from distill.training.checkpoints import naming_checkpoint
+        from distill.training.run_metadata import RunMetadata
 
     console.keep(folder / LOG)
     source, method = parts or build.parts(cfg)
-    models = resuming.marks(cfg)
+    models = resuming.model_fingerprints(cfg)
     if compose.rank() == 0:
-        RunRecord(folder).made_of(
-            models, resuming.data_mark(source.dataset), resuming.texts_of(cfg)
+        RunMetadata(folder).record_inputs(
+            models, resuming.data_fingerprint(source.dataset), resuming.text_fingerprints(cfg)
         )
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     kept = read(checkpoint) if checkpoint else None
@@ -201,15 +201,15 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
     try:
-        with taken_up(checkpoint):
+        with naming_checkpoint(checkpoint):
             trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
         if compose.rank() == 0 and method.loop.iteration:
-            RunRecord(folder).came_to(method.loop.iteration)
+            RunMetadata(folder).record_iterations(method.loop.iteration)
         raise
     student = build.averaged(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
-        RunRecord(folder).trained(method)
+        RunMetadata(folder).record_training(method)
     if code := build.stopped(trainer, method, folder):
         return code
     if trainer.is_global_zero:
@@ -251,9 +251,9 @@ def report(folder: Path, teacher: Path) -> None:
     """Say that the run is finished, in its record, the student's card and the report."""
     from distill.exporting.card import write_card
     from distill.report import write_report
-    from distill.training.run_metadata import RunRecord
+    from distill.training.run_metadata import RunMetadata
 
-    RunRecord(folder).finished()
+    RunMetadata(folder).finish()
     write_card(folder / "student", folder, teacher)
     with stage("writing the report"):
         written = write_report(folder)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from distill.config import validate
 from distill.config.errors import command
-from distill.data import begun_job as beginning
+from distill.data import begun_job
 from distill.data.lines import Lines
 from distill.machine.faults import AGAIN
 from distill.machine.hardware import check_precision
@@ -25,7 +25,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     import torch
 
     from distill.config.models import teacher_of
-    from distill.data import shard_job as making
+    from distill.data import shard_job
     from distill.data.write import cached
     from distill.machine import hardware
     from distill.sampling import seeded
@@ -34,9 +34,9 @@ def draw(cfg: DictConfig, folder: Path) -> int:
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())
     shape, dtype = teacher.shape_of(cfg.size), cfg.teacher.get("dtype") or "float32"
-    job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
+    job = shard_job.ShardJob(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
-        making.put_null(teacher, folder, dtype)
+        shard_job.put_null(teacher, folder, dtype)
 
     def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for start in numbers[:: cfg.batch_size]:
@@ -50,17 +50,17 @@ def draw(cfg: DictConfig, folder: Path) -> int:
                 with hardware.autocast(cfg.precision, teacher.device.type):
                     latents = guided(teacher, cond, seeded(seeds), **how)
                 latents = latents.float().cpu().numpy()
-            told = making.embedded(cond) if cfg.embeddings else [{}] * len(part)
+            told = shard_job.embedded(cond) if cfg.embeddings else [{}] * len(part)
             for seed, *rest in zip(seeds, latents, captions, told, strict=True):
                 name = f"seed {seed}, {rest[1]!r}"
-                making.checked(name, rest[0], rest[2], dtype, cfg.precision)
+                shard_job.checked(name, rest[0], rest[2], dtype, cfg.precision)
                 yield cached(f"{seed:09d}", *rest)
 
     job.make(samples)
     size = [side * teacher.unit // teacher.patch for side in shape[:0:-1]]
     about = {
         "what": "samples of a teacher",
-        **making.of_teacher(cfg),
+        **shard_job.of_teacher(cfg),
         "size": size,
         "buckets": None,
     }
@@ -75,16 +75,16 @@ def check(cfg: DictConfig) -> None:
     validate.check_size(cfg.size)
     check_precision(cfg.precision)
     Lines(cfg.prompts, "prompts")
-    beginning.check_making(cfg)
+    begun_job.check_shard_job(cfg)
 
 
 @command("synthesize", way_on=AGAIN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):
-        from distill.data.shard_job import begin
+        from distill.data.shard_job import start
 
-    return begin(cfg, "synthesize", draw)
+    return start(cfg, "synthesize", draw)
 
 
 if __name__ == "__main__":

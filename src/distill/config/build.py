@@ -222,7 +222,7 @@ def trainer(
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.folder = folder / "checkpoints"
-            callback.tracked = partial(trackers.names, loggers)
+            callback.logger_runs = partial(trackers.names, loggers)
             callback.about = {
                 "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),

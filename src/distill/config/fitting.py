@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from distill.core import limits
 from distill.storage import content
-from distill.teachers.loading.locate import telling
+from distill.teachers.loading.locate import embedding_options
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    told = telling(cfg.teacher)
+    told = embedding_options(cfg.teacher)
     if null and made.get("told", told) != told:
         what = f"teacher options {made['told'] or 'none'}, and this run has {told or 'none'}"
         raise ValueError(

@@ -15,7 +15,7 @@ from distill import sampling
 from distill.config.compose import config_of, make, shipped
 from distill.machine import hardware
 from distill.teachers.loading.locate import family_of, pipeline_folder
-from distill.teachers.loading.reading import class_of, fetched, lineage, told_of
+from distill.teachers.loading.reading import class_of, download, lineage, student_info
 from distill.teachers.loading.sizes import of_pipeline
 from distill.terminal.console import note
 
@@ -49,7 +49,7 @@ def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
     if dtype != "auto":
         return dtype
     if kind is not None and not Path(path).exists():
-        path = fetched("run", path, kind.download, use_safetensors=True)
+        path = download("run", path, kind.download, use_safetensors=True)
     needed = 4 * sum(of_pipeline(Path(path)).values())
     there = hardware.memory(hardware.device().type)
     if needed <= there / 2:
@@ -84,7 +84,7 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     adapter = get_object(family)
     dtype = fitting_dtype(dtype, path, adapter.kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
-    chosen = told_of(path)["options"]
+    chosen = student_info(path)["options"]
     own = [f"teacher.{key}" for key in adapter.own]
     if own and (config := config_of(run, *own)):
         chosen |= config.teacher  # what a family lets one choose is as in the run

@@ -231,7 +231,7 @@ def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
 
 
 def _home(module: str, node: ast.expr | None) -> str:
-    """The module in which a name of an annotation stands: of `losses.Game` that which `losses` is
+    """The module in which a name of an annotation stands: for `losses.LossName`, what `losses` is
     here.
     """
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):

@@ -1,5 +1,5 @@
-"""How far apart two sets of feature vectors are, and how varied one set is. N, M samples, G groups,
-D features.
+"""Distances between two sets of feature vectors, and the diversity of one set. N, M samples, G
+groups, D features.
 
     frechet    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))              Heusel 2017
     precision  share of fakes inside the real manifold                           Kynkaanniemi 2019
@@ -9,8 +9,8 @@ D features.
     mmd        E k(a, a') + E k(b, b') - 2 E k(a, b),  k = exp(-|a - b|^2 / 2 s^2)  Jayasumana 2024
     diversity  E |f_i - f_j| over pairs of samples of one prompt
 
-The manifold of a set is the union of balls around its members, each reaching the member's k-th
-nearest neighbour.
+The manifold of a set is the union of balls around its samples. A ball's radius is the distance to
+the sample's k-th nearest neighbour.
 """
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance between the Gaussians fitted to a [N, D] and b [M, D]; fewer samples
-    than D are fine.
+    """Squared Frechet distance between Gaussians fitted to a [N, D] and b [M, D].
+
+    N and M may be smaller than D. Raises ValueError for fewer than two samples or values not
+    finite.
     """
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
@@ -48,10 +50,10 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Fidelity and coverage of fake [M, D] by the balls of real [N, D]: density may pass 1,
-    coverage is in [0, 1].
+    """Fidelity and coverage of fake [M, D] by the balls of real [N, D].
 
-    Unlike precision and recall, an outlier whose ball is huge counts for no more than any other.
+    Density may exceed 1; coverage is in [0, 1]. Unlike precision and recall, both are robust to
+    outliers with a large ball.
     """
     if len(real) <= k:
         raise ValueError(
@@ -62,12 +64,12 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
 
 
 def mmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
-    """Squared maximum mean discrepancy of a [N, D] and b [M, D] under a Gaussian kernel, pairs of
-    one with itself too.
+    """Squared maximum mean discrepancy of a [N, D] and b [M, D] under a Gaussian kernel.
 
-    CMMD is 1,000 times that of CLIP embeddings of length 1 under a bandwidth of 10.
+    The biased estimate: pairs of a sample with itself count. CMMD is 1,000 times this, of CLIP
+    embeddings of length 1, with a bandwidth of 10.
     """
-    a, b = a.double(), b.double()  # the kernel is all but 1 everywhere
+    a, b = a.double(), b.double()  # the kernel is close to 1 everywhere
     aa, bb, ab = (
         torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2)).mean()
         for x, y in ((a, a), (b, b), (a, b))
@@ -75,22 +77,18 @@ def mmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
     return float(aa + bb - 2 * ab)
 
 
-def _radii(members: Tensor, k: int) -> Tensor:
-    """Distance of each member to its k-th nearest neighbour; the nearest of all is the member
-    itself.
-    """
-    return _distances(members, members).kthvalue(k + 1, dim=1).values
+def _radii(samples: Tensor, k: int) -> Tensor:
+    """Distance of each sample to its k-th nearest neighbour, itself not counted."""
+    return _distances(samples, samples).kthvalue(k + 1, dim=1).values
 
 
-def _share_inside(points: Tensor, members: Tensor, k: int) -> float:
-    """Share of `points` that lie in the manifold of `members`."""
-    return (_distances(points, members) <= _radii(members, k)).any(dim=1).double().mean().item()
+def _share_inside(points: Tensor, samples: Tensor, k: int) -> float:
+    """Share of `points` that lie in the manifold of `samples`."""
+    return (_distances(points, samples) <= _radii(samples, k)).any(dim=1).double().mean().item()
 
 
 def diversity(groups: Tensor) -> float:
-    """Mean Euclidean distance between two of the n samples of a group, over all pairs of groups [G,
-    n, D].
-    """
+    """Mean Euclidean distance between two of the n samples of a group, over groups [G, n, D]."""
     n = groups.shape[1]
     if n < 2:
         raise ValueError(
@@ -101,5 +99,5 @@ def diversity(groups: Tensor) -> float:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean [..., n, m] between a [..., n, D] and b [..., m, D]."""
-    # The faster |a|^2 + |b|^2 - 2ab would leave a point at some distance from its own copy.
+    # The faster |a|^2 + |b|^2 - 2ab gives a point a distance above 0 to its own copy.
     return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,48 +1,45 @@
-"""What numbers may be and files must hold: for those who use them, and for commands that refuse a
-mistake at once.
+"""Limits of numbers and files, checked where they are used and by commands before a run starts.
 
-Nothing here imports a library that takes long.
+Nothing here imports a slow library.
 """
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-LOCAL_BATCH = 8  # samples, the most that share statistics in the heads of ADD
+LOCAL_BATCH = 8  # samples, at most, that share batch norm statistics in the heads of ADD
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-AT_ONCE = 1024 * 1024  # ours: pixels through an autoencoder together; in bfloat16 1.5 to 2.2 GiB
-EACH = (
-    4 * 2**30
-)  # ours: bytes for a picture of AT_ONCE pixels, of any family and dtype: more than counted
+AT_ONCE = 1024 * 1024  # ours: pixels of one autoencoder batch; in bfloat16 1.5 to 2.2 GiB
+# ours: bytes for one picture of AT_ONCE pixels; an upper bound over families and dtypes
+BYTES_AT_ONCE = 4 * 2**30
 
 
 def at_once(height: int, width: int, most: int | None = None) -> int:
-    """How many pictures of so many pixels go through an autoencoder or a network together.
+    """Number of pictures of this size that pass through an autoencoder or a network in one batch.
 
-    As many as make AT_ONCE pixels: 1 of 1024x1024, 4 of 512x512, 16 of 256x256; not above `most`,
-    and one at least.
+    As many as have AT_ONCE pixels together: 1 of 1024x1024, 4 of 512x512, 16 of 256x256. At most
+    `most`, and at least one.
     """
-    many = max(1, AT_ONCE // (height * width))
-    return many if most is None else min(many, most)
+    count = max(1, AT_ONCE // (height * width))
+    return count if most is None else min(count, most)
 
 
 def drawn_at_once(height: int, width: int, most: int, room: float | None = None) -> int:
-    """How many pictures of so many pixels a model draws together where nobody says.
+    """Default batch size for generating pictures of this size.
 
-    As many as make four times AT_ONCE pixels: 4 of 1024x1024, 16 of 512x512. Not above `most`, nor
-    above what fits in `room` bytes at EACH for AT_ONCE pixels; one at least.
+    As many as have four times AT_ONCE pixels: 4 of 1024x1024, 16 of 512x512. At most `most`, at
+    most what fits in `room` bytes at BYTES_AT_ONCE for AT_ONCE pixels, and at least one.
     """
-    many = min(most, at_once(height, width, most) * 4)
+    count = min(most, at_once(height, width, most) * 4)
     if room is None:
-        return max(1, many)
-    return max(1, min(many, int(room / (EACH * height * width / AT_ONCE))))
+        return max(1, count)
+    return max(1, min(count, int(room / (BYTES_AT_ONCE * height * width / AT_ONCE))))
 
 
 def check_dtype(name: str | None, key: str, *more: str) -> None:
-    """Raise ValueError, naming `key`, for what weights cannot be kept in; None is left to whom it
-    concerns.
+    """Raise ValueError, naming `key`, for a dtype in which weights cannot be kept. None passes.
 
-    `more` are other words that the key may have.
+    `more` are other values that the key accepts.
     """
     if name is not None and name not in (*DTYPES, *more):
         words = ", ".join([*more, "float32", "bfloat16", "float16"])
@@ -50,35 +47,32 @@ def check_dtype(name: str | None, key: str, *more: str) -> None:
 
 
 def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> str:
-    """How a run goes on whose gradients stay not finite: from a checkpoint where it has one, and by
-    what is not so yet.
+    """Advice for a run whose gradients stay not finite: where to resume, and which setting to
+    change.
 
-    `learning` are the keys of the rates, `precision` is the run's.
+    `learning` are the keys of the learning rates, `precision` is that of the run.
     """
-    ways = [f"a lower {' and '.join(learning)}"]
-    ways += [] if precision == "32-true" else ["trainer.precision=32-true"]
-    how = " or ".join(ways)
+    changes = [f"a lower {' and '.join(learning)}"]
+    changes += [] if precision == "32-true" else ["trainer.precision=32-true"]
+    how = " or ".join(changes)
     if any((folder / "checkpoints").glob("step_*.ckpt")):
-        return f"go on from before that by resume={folder}, or one of its checkpoints, with {how}"
-    return f"it has no checkpoint yet: begin anew with {how}"
+        return f"resume an earlier state by resume={folder}, or one of its checkpoints, with {how}"
+    return f"it has no checkpoint yet: start anew with {how}"
 
 
 def steps_left(steps: int, strength: float, rounds_up: bool = False) -> int:
-    """How many of `steps` are made of an image that is noised to `strength`, in (0, 1], as
-    diffusers counts them.
+    """Number of `steps` that remain for an image noised to `strength`, in (0, 1], as in diffusers.
 
-    Its pipelines of Stable Diffusion and SDXL make int(steps * strength); those of SD3 and FLUX
-    leave int(steps - steps * strength) out, which `rounds_up` what is made.
+    The pipelines of Stable Diffusion and SDXL take int(steps * strength). Those of SD3 and FLUX
+    skip int(steps - steps * strength), which rounds the rest up: `rounds_up`.
     """
     return steps - int(steps - steps * strength) if rounds_up else int(steps * strength)
 
 
 def check_strength(steps: int, strength: float, rounds_up: bool = False) -> None:
-    """Raise ValueError unless an image noised to this strength leaves at least one of the steps to
-    be made.
+    """Raise ValueError unless an image noised to this strength leaves at least one step.
 
-    And unless something is left of the image in one step, which SD3's pipeline would make of noise
-    alone.
+    Also for one step with a strength below 1: SD3's pipeline would start from pure noise.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: must be above 0 and at most 1")
@@ -89,9 +83,7 @@ def check_strength(steps: int, strength: float, rounds_up: bool = False) -> None
 
 
 def check_zero_snr(prediction: str | None) -> None:
-    """Raise ValueError for a network whose prediction says nothing of the data where none are
-    left.
-    """
+    """Raise ValueError for a network whose prediction does not determine x0 at pure noise."""
     if prediction in ("eps", "epsilon"):
         what = "this network predicts eps, which says nothing of x0 where no data are left"
         raise ValueError(
@@ -106,7 +98,7 @@ def check_zero_snr(prediction: str | None) -> None:
 
 
 def check_local_batch(size: int, key: str) -> None:
-    """Raise ValueError, naming `key`, for a batch that StyleGAN-T's local batch norm cannot part
+    """Raise ValueError, naming `key`, for a batch that StyleGAN-T's local batch norm cannot split
     into equal groups.
     """
     groups = math.ceil(size / LOCAL_BATCH)
@@ -123,7 +115,7 @@ def check_samples(
     buckets: Sequence[Sequence[int]] | None,
     max_empty_share: float = 1.0,
 ) -> None:
-    """Raise ValueError for options of data that no data set could have."""
+    """Raise ValueError for data options that no data set could satisfy."""
     if limit is not None and limit < 1:
         raise ValueError(f"data.limit={limit}: must be at least 1")
     for key, share in (("max_bad_share", max_bad_share), ("max_empty_share", max_empty_share)):
@@ -135,8 +127,8 @@ def check_samples(
 
 
 def check_multiples(size: int | None, buckets: Sequence[Sequence[int]] | None, unit: int) -> None:
-    """Raise ValueError for sides of pictures or latents that are not multiples of what the teacher
-    makes a token of.
+    """Raise ValueError for sides of pictures or latents that are not multiples of the teacher's
+    token size.
     """
     for bucket in buckets or ():
         if any(side % unit for side in bucket):

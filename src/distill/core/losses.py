@@ -1,14 +1,12 @@
-"""Losses of both players, as functions of logits [B, K] for real and fake samples, and the
-penalties on the critic.
+"""Adversarial losses of both players, as functions of real and fake logits [B, K], and R1.
 
     hinge           D: E relu(1 - real) + E relu(1 + fake)       student: -E fake
     non_saturating  D: E softplus(-real) + E softplus(fake)      student:  E softplus(-fake)
-    relativistic    D: E softplus(-(real - fake)), one by one   student:  E softplus(-(fake - real))
+    relativistic    D: E softplus(fake - real), pairwise         student:  E softplus(real - fake)
 
-E is the mean over a head's logits, so that a head of a large map counts no more than one of the
-whole, and then the sum or the mean over heads. The papers of ADD and NitroFusion sum, which makes
-the adversarial term grow with the number of heads against every other; with the mean it does not.
-Everything is reduced in float32 at least, whatever autocast made of the logits.
+E is the mean over a head's logits, so heads of large and small maps have equal weight. Over heads
+it is the sum or the mean. ADD and NitroFusion sum; the adversarial term then grows with the number
+of heads. With the mean it does not. All reductions are in float32 or above, also under autocast.
 """
 
 import math
@@ -23,53 +21,54 @@ from torch import Tensor
 from distill.core.process import precise
 from distill.core.types import Cond, Critic, Logits
 
-Answer = Logits | Tensor  # of a critic: logits [B, K]; a plain tensor is that of one head
+Answer = Logits | Tensor  # logits [B, K] of a critic; a plain tensor is one head
 OverHeads = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """One game, by its margin losses: what the discriminator minimises of wrong margins, and the
-    student of its own.
+    """A pair of losses, given by a function of margins for each player.
+
+    `discriminator_margin` penalises a logit on the wrong side; `student_margin` is the student's.
     """
 
     name: str
-    wrong: Callable[[Tensor], Tensor]
-    own: Callable[[Tensor], Tensor]
+    discriminator_margin: Callable[[Tensor], Tensor]
+    student_margin: Callable[[Tensor], Tensor]
     paired: bool = False
-    """Whether real and fake are compared sample by sample, as RpGAN does (arXiv 2501.05441)."""
+    """Whether real and fake logits are compared in pairs, as in RpGAN (arXiv 2501.05441)."""
     over_heads: OverHeads = "mean"
 
     def discriminator(self, real: Answer, fake: Answer) -> Tensor:
-        """(real [B, K], fake [B, K]) -> scalar; paired logits must have one shape."""
+        """(real [B, K], fake [B, K]) -> scalar; a paired loss needs equal shapes."""
         if self.paired:
             return self.fake_term(real, fake)
         real = Logits.of(real)
-        own = self._reduced(self.wrong(-precise(real.values)), real)
-        return own + self.fake_term(real, fake)
+        real_term = self._reduced(self.discriminator_margin(-precise(real.values)), real)
+        return real_term + self.fake_term(real, fake)
 
     def fake_term(self, real: Answer, fake: Answer) -> Tensor:
-        """The discriminator's term of fakes alone, which a paired game holds against the real
+        """The discriminator's term of the fake logits; a paired loss compares them with the real
         ones.
         """
         real, fake = Logits.of(real), Logits.of(fake)
         logits = precise(fake.values)
         if not self.paired:
-            return self._reduced(self.wrong(logits), fake)
+            return self._reduced(self.discriminator_margin(logits), fake)
         if real.values.shape != fake.values.shape:
             shapes = f"real {list(real.values.shape)}, fake {list(fake.values.shape)}"
             raise ValueError(f"{self.name} loss compares pairs, got {shapes}")
-        return self._reduced(self.wrong(logits - precise(real.values)), fake)
+        return self._reduced(self.discriminator_margin(logits - precise(real.values)), fake)
 
     def student(self, fake: Answer, real: Answer | None = None) -> Tensor:
-        """(fake [B, K], real [B, K], which a paired game needs) -> scalar."""
+        """(fake [B, K], real [B, K], needed by a paired loss) -> scalar."""
         if not self.paired:
             fake = Logits.of(fake)
-            return self._reduced(self.own(-precise(fake.values)), fake)
+            return self._reduced(self.student_margin(-precise(fake.values)), fake)
         if real is None:
             what = "needs the real logits of the same critic; pass real="
             raise ValueError(f"the {self.name} student loss {what}")
-        return self.discriminator(fake, real)  # the same with the players exchanged
+        return self.discriminator(fake, real)  # the same loss with real and fake exchanged
 
     def _reduced(self, losses: Tensor, logits: Logits) -> Tensor:
         return by_head(logits._replace(values=losses), self.over_heads)
@@ -81,34 +80,37 @@ def by_head(losses: Logits, over_heads: OverHeads = "mean") -> Tensor:
     return parts.sum() if over_heads == "sum" else parts.mean()
 
 
-Game = Literal["hinge", "non_saturating", "relativistic"]
-GAMES = (
-    AdversarialLoss("hinge", wrong=lambda x: F.relu(1 + x), own=lambda x: x),
-    AdversarialLoss("non_saturating", wrong=F.softplus, own=F.softplus),
-    AdversarialLoss("relativistic", wrong=F.softplus, own=F.softplus, paired=True),
+LossName = Literal["hinge", "non_saturating", "relativistic"]
+LOSSES = (
+    AdversarialLoss(
+        "hinge", discriminator_margin=lambda x: F.relu(1 + x), student_margin=lambda x: x
+    ),
+    AdversarialLoss("non_saturating", discriminator_margin=F.softplus, student_margin=F.softplus),
+    AdversarialLoss(
+        "relativistic", discriminator_margin=F.softplus, student_margin=F.softplus, paired=True
+    ),
 )
 
 
 def adversarial(name: str, over_heads: OverHeads = "mean") -> AdversarialLoss:
-    """The game of this name: hinge, non_saturating or relativistic; its losses a mean over heads,
-    or their sum.
+    """The loss of this name: hinge, non_saturating or relativistic, with the mean or sum over
+    heads.
     """
     if over_heads not in ("mean", "sum"):
         raise ValueError(f"method.over_heads={over_heads}: must be mean or sum")
-    for game in GAMES:
-        if game.name == name:
-            return replace(game, over_heads=over_heads)
-    raise ValueError(
-        f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}"
-    )
+    for loss in LOSSES:
+        if loss.name == name:
+            return replace(loss, over_heads=over_heads)
+    names = ", ".join(loss.name for loss in LOSSES)
+    raise ValueError(f"unknown adversarial loss {name!r}; choose one of {names}")
 
 
 def real_logits(
     critic: Critic, maps: Sequence[Tensor], t: Tensor, cond: Cond, *, for_r1: bool
 ) -> tuple[Answer, Sequence[Tensor]]:
-    """Real maps -> their logits [B, K], and the inputs that `r1` wants.
+    """Real features -> their logits [B, K], and the inputs for `r1`.
 
-    For R1 the heads run in float32 at least, whatever autocast says, on inputs that require grad.
+    For R1 the heads run in float32 or above, also under autocast, on inputs that require grad.
     """
     if not for_r1:
         return critic(list(maps), t, cond), maps
@@ -118,14 +120,14 @@ def real_logits(
 
 
 def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
-    """R1 on head inputs: sum over maps of E_batch || d(sum of logits) / d(map) ||^2, the form of
-    ADD (gamma = 1e-5).
+    """R1 on the heads' inputs, as in ADD (gamma = 1e-5): sum over maps of E_batch ||d(sum of
+    logits) / d(map)||^2.
 
-    logits [B, K] of real samples; inputs, the maps [B, C_k, ...] they were computed from, detached
-    from the extractor and then made to require grad, so that the penalty trains the heads alone and
-    its second derivative never enters the frozen network. Both come from `real_logits`, outside
-    bfloat16 autocast, and so is the derivative here: squared gradients are small and double
-    backward loses digits. A map that no drawn head reads adds nothing.
+    logits [B, K] of real samples; inputs, the feature maps [B, C_k, ...] they were computed from.
+    Both come from `real_logits`: the maps are detached from the feature network and require grad.
+    The penalty therefore trains the heads alone, and no second derivative enters the frozen
+    network. All is computed outside bfloat16 autocast, because squared gradients are small and
+    double backward loses digits. A map that no drawn head reads adds nothing.
     """
     if not inputs or not all(x.requires_grad for x in inputs):
         raise ValueError(
@@ -137,16 +139,14 @@ def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
     norms = [precise(g).square().flatten(1).sum(1).mean() for g in gradients if g is not None]
     if not norms:
         raise ValueError(
-            "the logits do not depend on these inputs; R1 needs the very maps the heads were called"
-            " with"
+            "the logits do not depend on these inputs; R1 needs the maps with which the heads were"
+            " called"
         )
     return torch.stack(norms).sum()
 
 
 def weighted_mse(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B], 1 unless
-    given.
-    """
+    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B]; None is 1."""
     weight = torch.ones(len(x), device=x.device) if weight is None else weight
     if x.shape != target.shape or weight.shape != x.shape[:1]:
         raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
@@ -154,31 +154,34 @@ def weighted_mse(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
 
 
 def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
-    """E_batch sqrt(|x - target|^2 + h^2) - h with h = scale sqrt(n), for x, target [B, ...] of n
-    numbers a sample.
+    """E_batch sqrt(|x - target|^2 + h^2) - h, h = scale sqrt(n), for x, target [B, ...] with n
+    values per sample.
 
-    As arXiv 2310.14189 has it, sums and not means: for large differences it is their norm.
+    As in arXiv 2310.14189, |.|^2 is a sum and not a mean: for large differences the loss is their
+    norm.
     """
     h = scale * math.sqrt(x[0].numel())
-    away = (precise(x) - precise(target)).square().flatten(1).sum(1)
-    return ((away + h**2).sqrt() - h).mean()
+    squared = (precise(x) - precise(target)).square().flatten(1).sum(1)
+    return ((squared + h**2).sqrt() - h).mean()
 
 
 def critic_stats(real: Answer, fake: Answer) -> dict[str, Tensor]:
-    """Health of the discriminator from its logits [B, K]: their means, in all and per head, and how
-    often it is right.
+    """Statistics of the discriminator from its logits [B, K]: mean logits, in all and per head, and
+    accuracy.
 
-    It is right about a pair whose real one has the higher logit, a tie counting half: that says the
-    same of every loss, while a relativistic one leaves it open where zero lies. The keys are those
-    of the log.
+    Accuracy is the share of pairs with the higher real logit; a tie counts half. This holds for
+    every loss, also for a relativistic one, whose logits have no fixed zero. The keys are those of
+    the log.
     """
     real, fake = Logits.of(real), Logits.of(fake)
-    above, below = precise(real.values), precise(fake.values)
-    right = (above > below).float().mean() + (above == below).float().mean() / 2
-    found = {"d/real": above.mean(), "d/fake": below.mean(), "d/accuracy": right}
+    real_values, fake_values = precise(real.values), precise(fake.values)
+    ties = (real_values == fake_values).float().mean()
+    accuracy = (real_values > fake_values).float().mean() + ties / 2
+    stats = {"d/real": real_values.mean(), "d/fake": fake_values.mean(), "d/accuracy": accuracy}
     if len(real.sizes) == 1:
-        return found
-    heads = (real._replace(values=above).by_head(), fake._replace(values=below).by_head())
-    for k, (a, b) in enumerate(zip(*heads, strict=True)):
-        found |= {f"d/real_head{k}": a.mean(), f"d/fake_head{k}": b.mean()}
-    return found
+        return stats
+    real_heads = real._replace(values=real_values).by_head()
+    fake_heads = fake._replace(values=fake_values).by_head()
+    for k, (of_real, of_fake) in enumerate(zip(real_heads, fake_heads, strict=True)):
+        stats |= {f"d/real_head{k}": of_real.mean(), f"d/fake_head{k}": of_fake.mean()}
+    return stats

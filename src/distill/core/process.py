@@ -1,17 +1,16 @@
-"""Noise processes, x_t = alpha(t) * x0 + sigma(t) * eps, and the one solve that turns any
-prediction into x0.
+"""Noise processes x_t = alpha(t) * x0 + sigma(t) * eps, and the conversion of any prediction to x0.
 
-Time `t` is a float tensor [B] in [0, 1]; 0 is data, 1 is noise. What is no such tensor raises
-ValueError. Whatever a network predicts is linear in x0 and eps, pred = a * x0 + b * eps, with
+Time `t` is a float tensor [B] in [0, 1]; 0 is data, 1 is noise. Anything else raises ValueError.
+Every prediction is linear in x0 and eps, pred = a * x0 + b * eps, with
 
     eps: (a, b) = (0, 1)    x0: (1, 0)    v: (-sigma, alpha)    flow: (-1, 1), that is eps - x0
 
-so that with the equation of x_t there are two equations in two unknowns, and
+With the equation of x_t these are two equations in two unknowns, solved by
 
     x0 = (b * x_t - sigma * pred) / (b * alpha - a * sigma).
 
-Arithmetic is done in float32 at least, because in bfloat16 the differences above lose most digits;
-results come back in the dtype of x.
+Arithmetic is in float32 or above, because in bfloat16 these differences lose most digits. Results
+have the dtype of x.
 """
 
 from abc import ABC, abstractmethod
@@ -25,22 +24,22 @@ Prediction = Literal["eps", "v", "x0", "flow"]
 
 
 class Process(ABC):
-    """A way from data to noise. Subclasses say alpha(t) and sigma(t); all else follows."""
+    """Abstract: a path from data to noise. Subclasses define alpha(t) and sigma(t)."""
 
     ends_in_noise: bool
     """Whether alpha(1) = 0, so that x_1 is pure noise."""
 
     @abstractmethod
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma [B] at checked t [B]."""
+        """alpha and sigma [B] at valid t [B]."""
 
     @abstractmethod
     def from_flow_time(self, tau: Tensor) -> Tensor:
-        """The t [B] with the noise-to-data ratio of the unshifted flow at tau [B]:
-        sigma/alpha = tau/(1 - tau).
+        """The t [B] at which sigma/alpha = tau/(1 - tau), the noise-to-data ratio of the unshifted
+        flow.
 
-        Ratios beyond what the process reaches clamp to t = 1. It carries levels stated for SD3 over
-        to any teacher.
+        It converts noise levels stated for SD3 to any teacher. Ratios above those of the process
+        give t = 1.
         """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -57,17 +56,16 @@ class Process(ABC):
         return (alpha * x0 + sigma * eps).to(x0.dtype)
 
     def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """What a network predicted at x_t [B, ...] -> the x0 [B, ...] it implies.
+        """The x0 [B, ...] that a network's prediction at x_t [B, ...] implies.
 
-        Refuses eps where alpha(t) = 0.
+        Raises ValueError for eps where alpha(t) = 0.
         """
         alpha, sigma = self._columns(t, x_t)
         a, b = _coefficients(prediction, alpha, sigma)
-        if prediction == "x0":  # already solved, and the quotient below would be 0 / 0 at sigma = 0
+        if prediction == "x0":  # the quotient below would be 0 / 0 at sigma = 0
             return pred.to(x_t.dtype)
-        # Looking at values makes a GPU wait, so do it only for the pair that can fail: v and flow
-        # divide by alpha^2 + sigma^2 and alpha + sigma, and the usual eps networks never reach
-        # alpha = 0.
+        # Reading values synchronises a GPU, so check only where the division can fail. v and flow
+        # divide by alpha^2 + sigma^2 and alpha + sigma; most eps processes never reach alpha = 0.
         if prediction == "eps" and self.ends_in_noise and bool((alpha == 0).any()):
             what = (
                 "an eps prediction says nothing about x0 where alpha(t) = 0, which is so at t = 1"
@@ -80,9 +78,9 @@ class Process(ABC):
         return ((b * x_t - sigma * pred) / (b * alpha - a * sigma)).to(x_t.dtype)
 
     def from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """The inverse of `to_x0`: what to predict at x_t [B, ...] so as to mean x0.
+        """Inverse of `to_x0`: the prediction at x_t [B, ...] that implies x0.
 
-        Refuses sigma(t) = 0.
+        Raises ValueError where sigma(t) = 0.
         """
         alpha, sigma = self._columns(t, x_t)
         a, b = _coefficients(prediction, alpha, sigma)
@@ -90,14 +88,13 @@ class Process(ABC):
             return x0.to(x_t.dtype)
         if bool((sigma == 0).any()):
             raise ValueError(
-                f"x_t holds no noise where sigma(t) = 0, so that {prediction} cannot be told; use"
-                " t > 0"
+                f"x_t holds no noise where sigma(t) = 0, and {prediction} is undefined; use t > 0"
             )
         return ((b * x_t - (b * alpha - a * sigma) * x0) / sigma).to(x_t.dtype)
 
     def _columns(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha(t) and sigma(t), shaped [B, 1, ...] to multiply x [B, ...], in float32 or in x's
-        float64.
+        """alpha(t) and sigma(t), broadcastable to x [B, ...], in float32, or float64 for a float64
+        x.
         """
         if t.ndim != 1 or len(t) != len(x):
             raise ValueError(
@@ -113,8 +110,8 @@ class Process(ABC):
 class RectifiedFlow(Process):
     """A straight path, alpha = 1 - sigma, with sigma = shift * t / (1 + (shift - 1) * t).
 
-    A shift above 1 (SD3: 3) spends more of t at high noise, as larger images need; see arXiv
-    2403.03206, section 5.3.2.
+    A shift above 1 (SD3: 3) gives high noise more of t, for larger images; see arXiv 2403.03206,
+    section 5.3.2.
     """
 
     ends_in_noise = True
@@ -125,9 +122,7 @@ class RectifiedFlow(Process):
         self.shift = float(shift)
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        total = (
-            1 - t
-        ) + self.shift * t  # so written, both ends of the path are exact for every shift
+        total = (1 - t) + self.shift * t  # exact at t = 0 and t = 1 for every shift
         return (1 - t) / total, self.shift * t / total
 
     def from_flow_time(self, tau: Tensor) -> Tensor:
@@ -136,12 +131,12 @@ class RectifiedFlow(Process):
 
 
 class VariancePreserving(Process):
-    """The discrete-step process of Stable Diffusion, made continuous: alpha^2 + sigma^2 = 1.
+    """The discrete process of Stable Diffusion, made continuous: alpha^2 + sigma^2 = 1.
 
-    alphas_cumprod [T] is the training table (a diffusers scheduler has it under this name).
-    t = (index + 1) / T names training step `index` exactly, t = 0 is clean, and in between
-    alpha = sqrt(alphas_cumprod) is interpolated linearly. With zero_terminal_snr the table is first
-    stretched so that the last step is pure noise (arXiv 2305.08891, Alg. 1).
+    alphas_cumprod [T] is the training table, under its name in diffusers. t = (index + 1) / T is
+    exactly training step `index`, and t = 0 is clean. In between alpha = sqrt(alphas_cumprod) is
+    interpolated linearly. With zero_terminal_snr the table is rescaled so that the last step is
+    pure noise (arXiv 2305.08891, Alg. 1).
     """
 
     def __init__(
@@ -163,33 +158,30 @@ class VariancePreserving(Process):
             alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         self.steps = len(alpha)
         self.ends_in_noise = bool(alpha[-1] == 0)
-        self._alpha = torch.cat(
-            [torch.ones(1, dtype=torch.float64), alpha]
-        )  # [T + 1], entry k belongs to t = k / T
-        self._moved: dict[torch.device, Tensor] = {}
+        clean = torch.ones(1, dtype=torch.float64)
+        self._alpha = torch.cat([clean, alpha])  # [T + 1]; entry k is alpha at t = k / T
+        self._on_device: dict[torch.device, Tensor] = {}
 
     def from_flow_time(self, tau: Tensor) -> Tensor:
         tau = _checked(tau)
-        # alpha falls with t; negated it rises, as searchsorted wants. alpha = (1 - tau) / |(1 -
-        # tau, tau)|.
+        # searchsorted needs a rising table, so alpha is negated. The wanted alpha is
+        # (1 - tau) / |(1 - tau, tau)|.
         rising = -self._table(tau.device)
-        sought = -((1 - tau) / torch.hypot(1 - tau, tau)).to(rising.dtype)
-        high = torch.searchsorted(rising, sought.contiguous()).clamp(1, self.steps)
-        share = ((sought - rising[high - 1]) / (rising[high] - rising[high - 1])).clamp(0, 1)
-        return ((high - 1 + share) / self.steps).to(tau.dtype)
+        target = -((1 - tau) / torch.hypot(1 - tau, tau)).to(rising.dtype)
+        high = torch.searchsorted(rising, target.contiguous()).clamp(1, self.steps)
+        fraction = ((target - rising[high - 1]) / (rising[high] - rising[high - 1])).clamp(0, 1)
+        return ((high - 1 + fraction) / self.steps).to(tau.dtype)
 
     def index(self, t: Tensor) -> Tensor:
-        """The training step nearest to t [B] -> long [B] in [0, T - 1]; what is below t = 1/T
-        belongs to step 0.
-        """
+        """The training step nearest to t [B] -> long [B] in [0, T - 1]; t < 1/T gives 0."""
         return (_checked(t) * self.steps - 1).round().long().clamp(0, self.steps - 1)
 
     def time(self, index: Tensor) -> Tensor:
-        """The t, float32, that names training step index, long [B] in [0, T - 1]."""
+        """t, float32, of training step index, long [B] in [0, T - 1]."""
         return (index + 1).to(torch.float32) / self.steps
 
     def shifted(self, t: Tensor, shift: int) -> Tensor:
-        """NitroFusion's t' [B]: training step floor(index * shift / T) in the place of that of t
+        """NitroFusion's shifted time [B]: training step floor(index * shift / T) replaces that of t
         [B].
         """
         return self.time(self.index(t) * shift // self.steps)
@@ -199,7 +191,7 @@ class VariancePreserving(Process):
         table = self._table(t.device)
         position = t.to(table.dtype) * self.steps
         nearest = position.round()
-        # A float32 t cannot say k / T exactly; within its resolution it means the step itself.
+        # float32 cannot represent k / T exactly; a t within its resolution is that step.
         on_step = (position - nearest).abs() <= self.steps * torch.finfo(torch.float32).eps
         position = torch.where(on_step, nearest, position).clamp(0, self.steps)
         low = position.long().clamp(max=self.steps - 1)
@@ -207,27 +199,25 @@ class VariancePreserving(Process):
         return alpha, (1 - alpha.square()).sqrt()
 
     def _table(self, device: torch.device) -> Tensor:
-        if device not in self._moved:  # Apple's GPUs have no float64
-            self._moved[device] = self._alpha.to(
+        if device not in self._on_device:  # Apple's GPUs have no float64
+            self._on_device[device] = self._alpha.to(
                 device, torch.float32 if device.type == "mps" else torch.float64
             )
-        return self._moved[device]
+        return self._on_device[device]
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape, dtype and device of x."""
+    """Standard normal noise of the shape, dtype and device of x."""
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def seed_of(generator: torch.Generator) -> int:
-    """A seed for `generator_like`: it stands in a record for numbers that are drawn where they are
-    used.
-    """
+    """A seed for `generator_like`. A record holds it in place of numbers that are drawn later."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def generator_like(x: Tensor, seed: int) -> torch.Generator:
-    """A generator on the device of x that begins at this seed."""
+    """A generator on the device of x with this seed."""
     return torch.Generator(x.device).manual_seed(seed)
 
 
@@ -237,39 +227,38 @@ def level_like(x: Tensor, t: float) -> Tensor:
 
 
 Corner = Sequence[float]
-"""The upper left of a square, as shares in [0, 1) of where it may be: rows, columns."""
+"""Upper left corner of a crop (row, column), each a fraction in [0, 1) of the valid range."""
 
 
 def square(x: Tensor, side: int | None, corner: Corner | None, cell: int = 1) -> Tensor:
-    """A square of side `cell * side` of x [B, C, H, W], or what there is of it; all of x if either
-    is None.
+    """A square crop of side `cell * side` of x [B, C, H, W], smaller where x is; x if side or
+    corner is None.
 
-    Its upper left lies at a multiple of `cell`. A picture with `cell` pixels a side for each latent
-    is cut as its latents are.
+    Its upper left is a multiple of `cell`, so an image with `cell` pixels per latent and its
+    latents give the same crop.
     """
     if side is None or corner is None:
         return x
-    for dim, share in zip((2, 3), corner, strict=True):
+    for dim, fraction in zip((2, 3), corner, strict=True):
         cells = x.shape[dim] // cell
         size = min(side, cells)
-        x = x.narrow(dim, cell * int(share * (cells - size + 1)), cell * size)
+        x = x.narrow(dim, cell * int(fraction * (cells - size + 1)), cell * size)
     return x
 
 
 def precise(x: Tensor) -> Tensor:
-    """x in float32, or in its own float64."""
+    """x in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _checked(t: Tensor) -> Tensor:
-    """t itself, in float32 at least, or an error for what is not a time in [0, 1]."""
+    """t in float32 or above. Raises ValueError for a tensor that is no time in [0, 1]."""
     if not t.is_floating_point():
         raise ValueError(
             f"t must be float in [0, 1], got {t.dtype}; VariancePreserving.time converts step"
             " indices"
         )
-    # On a GPU reading the values would stall every call; there the samplers of times.py answer for
-    # the range.
+    # Reading the values would synchronise a GPU in every call; there times.py ensures the range.
     if t.device.type == "cpu" and len(t) and not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"t must lie in [0, 1], got values from {t.min():.4g} to {t.max():.4g}")
     return precise(t)

@@ -1,9 +1,8 @@
-"""Where the random numbers of an iteration come from: generators seeded by what they are for, and
-by nothing else.
+"""Random number generators of an iteration, each seeded by its purpose.
 
-A generator is a function of (seed, iteration, place, stream). A run that is resumed therefore draws
-what the uninterrupted one would have drawn, and W processes draw what one process draws with W
-times as many micro-batches.
+A generator is a function of (seed, iteration, position, stream). A resumed run therefore draws what
+the uninterrupted run draws. W processes draw what one process draws with W times as many
+micro-batches.
 """
 
 from __future__ import annotations
@@ -16,24 +15,23 @@ from functools import partial
 import torch
 
 FromStream = Callable[[], torch.Generator]
-"""Each call gives the same generator from its beginning."""
-# Streams of a micro-batch. Those from COMMON down are the same on every rank and for all of them.
+"""Each call returns a new generator with the same seed."""
+# Streams of a micro-batch. Streams from COMMON down are the same on every rank.
 COMMON = -3
-SAMPLE = -2  # of the student's sample
-REAL = -1  # of samples that the teacher makes on the way
-STUDENT = 0  # of the student's own terms
-DISCRIMINATOR = 1  # of the discriminator's first update; the next ones follow
+SAMPLE = -2  # the student's sample
+TEACHER_SAMPLES = -1  # samples that the teacher generates during training
+STUDENT = 0  # terms of the student alone
+DISCRIMINATOR = 1  # the discriminator's first update; later ones follow
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Streams:
-    """What the random numbers of one micro-batch in one iteration are drawn from, a generator for
-    each purpose.
+    """Generators for one micro-batch in one iteration, one per purpose.
 
-    sample: the student's sample and how the discriminator reads it; discriminator: one for each of
-    its updates, in turn; student: the terms that the student alone has; common: purpose -> a
-    generator that is the same on every rank and whenever it is asked for by this name. step and
-    iteration are counted from 0; only the latter counts the head start.
+    sample: the student's sample and its renoising. discriminator: one for each discriminator
+    update. student: terms of the student alone. common: purpose -> a generator that is the same on
+    every rank and at every call. step and iteration count from 0; only iteration counts the head
+    start.
     """
 
     step: int
@@ -45,7 +43,7 @@ class Streams:
 
     @property
     def features(self) -> FromStream:
-        """What patches and augmentations of the feature network are drawn from."""
+        """Generator for patches and augmentations of the feature network."""
         return partial(self.common, "features")
 
 
@@ -54,35 +52,36 @@ def streams(
     seed: int = 0,
     iteration: int = 0,
     step: int = 0,
-    place: int = 0,
+    position: int = 0,
     updates: int = 1,
     device: torch.device | str = "cpu",
 ) -> Streams:
-    """Those of the micro-batch at `place`, which is micro * world + rank, for so many updates of
-    the discriminator.
+    """Generators of the micro-batch at `position`, which is micro * world + rank.
+
+    `updates` is the number of discriminator updates in an iteration.
     """
-    own = partial(generator, seed, iteration, place, device=device)
+    stream = partial(generator, seed, iteration, position, device=device)
     return Streams(
         step=step,
         iteration=iteration,
-        sample=own(SAMPLE),
-        discriminator=tuple(own(DISCRIMINATOR + turn) for turn in range(updates)),
-        student=own(STUDENT),
+        sample=stream(SAMPLE),
+        discriminator=tuple(stream(DISCRIMINATOR + update) for update in range(updates)),
+        student=stream(STUDENT),
         common=partial(common, seed, iteration, device),
     )
 
 
 def common(seed: int, iteration: int, device: torch.device | str, purpose: str) -> torch.Generator:
-    """The same on every rank, for every micro-batch and whenever it is asked for by this name."""
+    """A generator that is the same on every rank, for every micro-batch and at every call."""
     return generator(seed, iteration, 0, COMMON - zlib.crc32(purpose.encode()), device=device)
 
 
 def generator(
-    seed: int, iteration: int, place: int, stream: int, *, device: torch.device | str = "cpu"
+    seed: int, iteration: int, position: int, stream: int, *, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A counter-based stream: splitmix-style mixing of the key into 63 bits."""
+    """A counter-based stream: the four numbers are mixed into a 63-bit seed, as in splitmix."""
     mixed = 0
-    for part in (seed, iteration, place, stream + 2):
+    for part in (seed, iteration, position, stream + 2):
         mixed = mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB
         mixed %= 2**63
         mixed ^= mixed >> 29

@@ -1,5 +1,5 @@
-"""Score distillation, ADD's Eq. 4: the student's sample, noised again, should be what the teacher
-makes of it.
+"""Score distillation, ADD's Eq. 4: the teacher's estimate of the renoised student sample is its
+target.
 
 L = E_t,eps  c(t) |x_hat - x_psi|^2
 x_t = alpha_t x_hat + sigma_t eps,  x_psi = teacher at stop_gradient(x_t)
@@ -9,13 +9,13 @@ sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2; the gradient is
               w(t) (eps_psi - eps)
 nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)  (Katzir 2023)
               delta_C = s (eps_text - eps_empty)
-              delta_D = eps_empty, less eps_negative above t = 0.2
-              without a caption of bad pictures the empty one stands for it
+              delta_D = eps_empty, minus eps_negative above t = 0.2
+              without a negative caption eps_negative = eps_empty
 
-NFSD's target is ours. Katzir et al. give a gradient, w(t) (delta_D + delta_C), and ADD does not say
-how it becomes the target of a squared error; here it is the x_psi whose difference from x_hat is
-that gradient as a step of x0. Nothing of it is small where x_hat is good, as the other targets'
-differences are: on latents its loss is about 43 times that of `exponential` at one lambda.
+NFSD's target is ours. Katzir et al. give a gradient, w(t) (delta_D + delta_C); ADD does not say how
+it becomes the target of a squared error. Here x_psi is x_hat minus this gradient as a step in x0.
+Unlike the other targets it does not approach x_hat for a good sample: on latents its loss is about
+43 times that of `exponential` at one lambda.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,12 @@ from distill.core.process import level_like, noise_like
 from distill.core.types import Cond, Denoiser
 
 KINDS = ("exponential", "sds", "nfsd")
-SMALL = (
-    0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
-)
+LOW_NOISE = 0.2  # below this t NFSD takes eps_empty for denoising alone: delta_D = eps_empty
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreDraws:
-    """t [B], guidance [B, 1, 1, 1] and noise [B, C, H, W] at which the teacher is asked."""
+    """Time t [B], guidance scale [B, 1, 1, 1] and noise [B, C, H, W] of the teacher's estimate."""
 
     t: Tensor
     scale: Tensor
@@ -46,13 +44,14 @@ class ScoreDraws:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDistillation:
-    """Draws t and noise, and says what the teacher makes of a sample.
+    """Draws t and noise, and computes the teacher's target for a student sample.
 
     Args:
         kind: exponential, sds or nfsd.
-        guidance: the teacher's, one value or a range to draw from for every sample; nfsd's s.
-        steps: of the teacher, DDIM from t down.
-        low, high: range of t; at its ends the weights of sds and nfsd grow without bound.
+        guidance: guidance scale of the teacher: a value, or a range drawn from per sample; s in
+            nfsd.
+        steps: DDIM steps of the teacher from t to 0.
+        low, high: range of t. The weights of sds and nfsd diverge towards 0 and 1.
     """
 
     kind: Literal["exponential", "sds", "nfsd"] = "exponential"
@@ -68,7 +67,7 @@ class ScoreDistillation:
             raise ValueError(f"method.distill.steps={self.steps}: at least 1, and 1 for nfsd")
         ends = [self.guidance] * 2 if isinstance(self.guidance, int | float) else self.guidance
         if len(ends) != 2 or not ends[0] <= ends[1]:
-            what = "must be a number, or least and largest of a range"
+            what = "must be a number, or the lowest and highest of a range"
             raise ValueError(f"method.distill.guidance={list(ends)}: {what}")
         if not 0 < self.low < self.high < 1:
             raise ValueError(
@@ -76,15 +75,12 @@ class ScoreDistillation:
             )
 
     def draw(self, x: Tensor, generator: torch.Generator) -> ScoreDraws:
-        """For samples of the shape of x [B, C, H, W]."""
+        """Random numbers for samples of the shape of x [B, C, H, W]."""
         t, u = torch.rand(2, len(x), generator=generator, device=x.device)
         t = self.low + (self.high - self.low) * t
-        least, most = (
-            (self.guidance, self.guidance)
-            if isinstance(self.guidance, int | float)
-            else self.guidance
-        )
-        scale = (least + (most - least) * u).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        one = isinstance(self.guidance, int | float)
+        lowest, highest = (self.guidance, self.guidance) if one else self.guidance
+        scale = (lowest + (highest - lowest) * u).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         return ScoreDraws(t, scale, noise_like(x, generator))
 
     @torch.no_grad()
@@ -98,7 +94,7 @@ class ScoreDistillation:
     ) -> tuple[Tensor, Tensor]:
         """x_hat [B, C, H, W] -> x_psi [B, C, H, W] and c [B]; neither has a gradient.
 
-        `negative`, of B, is nfsd's.
+        `negative` is the conditioning [B] on nfsd's negative caption.
         """
         t, scale = draws.t, draws.scale
         alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
@@ -110,20 +106,21 @@ class ScoreDistillation:
 
 
 def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Tensor:
-    """Classifier-free guidance of the estimate, by one scale or [B, 1, 1, 1]; it is that of eps,
-    both being linear.
+    """The x0 prediction under classifier-free guidance, with one scale or [B, 1, 1, 1].
+
+    It is equivalent to guidance of eps, because x0 is linear in eps.
     """
     if bool((scale == 1).all()):
         return teacher.x0(x_t, t, cond)
-    both = Cond.cat([cond, cond.unconditional()])  # one pass of 2 B costs less than two of B
-    told, empty = teacher.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return empty + scale * (told - empty)
+    both = Cond.cat([cond, cond.unconditional()])  # one pass of 2 B is cheaper than two of B
+    conditional, empty = teacher.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return empty + scale * (conditional - empty)
 
 
 def _denoised(
     teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, steps: int
 ) -> Tensor:
-    """DDIM from t to 0 in equal steps."""
+    """x0 by DDIM from t to 0 in equal steps."""
     x0 = guided_x0(teacher, x_t, t, cond, scale)
     for left in range(steps - 1, 0, -1):
         eps = teacher.process.from_x0(x0, x_t, t, "eps")
@@ -142,31 +139,30 @@ def _noise_free(
     negative: Cond | None,
     scale: Tensor,
 ) -> Tensor:
-    """sigma / alpha times a difference of eps is the opposite difference of estimates; eps alone
-    needs the estimate.
+    """x_psi of nfsd.
+
+    sigma / alpha times a difference of eps is minus the difference of the x0 predictions. eps alone
+    needs the conversion.
     """
-    process, conds = (
-        teacher.process,
-        [cond, cond.unconditional(), *([negative] if negative is not None else [])],
-    )
+    process = teacher.process
+    conds = [cond, cond.unconditional(), *([negative] if negative is not None else [])]
+    n = len(conds)
     ratio = (process.sigma(t) / process.alpha(t)).view(-1, *[1] * (x_hat.ndim - 1)).to(x_hat.dtype)
-    x0 = teacher.x0(torch.cat([x_t] * len(conds)), t.repeat(len(conds)), Cond.cat(conds)).chunk(
-        len(conds)
-    )
-    told, empty, *bad = (process.from_x0(guess, x_t, t, "eps") for guess in x0)
-    domain = empty - torch.where((t < SMALL).view(ratio.shape), 0.0, bad[0] if bad else empty)
-    return x_hat - ratio * (domain + scale * (told - empty))
+    estimates = teacher.x0(torch.cat([x_t] * n), t.repeat(n), Cond.cat(conds)).chunk(n)
+    eps_text, eps_empty, *eps_negative = (process.from_x0(x0, x_t, t, "eps") for x0 in estimates)
+    subtracted = eps_negative[0] if eps_negative else eps_empty
+    delta_d = eps_empty - torch.where((t < LOW_NOISE).view(ratio.shape), 0.0, subtracted)
+    return x_hat - ratio * (delta_d + scale * (eps_text - eps_empty))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSamples:
-    """What a teacher makes of noise in a few steps: the real samples where data are captions alone.
+    """Few-step samples of the teacher: the real samples where data are captions alone.
 
     Args:
-        levels: t of its steps, falling from 1.
-        guidance: classifier-free; 1 for a teacher that was distilled itself.
-        fresh: noise anew between steps, as few-step models want it; otherwise DDIM (on a flow:
-            Euler).
+        levels: noise levels t of its steps, falling from 1.
+        guidance: classifier-free guidance scale; 1 for a teacher that was distilled itself.
+        fresh: new noise between steps, for few-step models; False: DDIM (Euler on a flow).
     """
 
     levels: Sequence[float] = (1.0, 0.75, 0.5, 0.25)

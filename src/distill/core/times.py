@@ -1,8 +1,8 @@
-"""Where on the noise axis to train: distributions of t in (0, 1], with 0 = data and 1 = noise.
+"""Distributions of the noise level t in (0, 1] for training; 0 = data, 1 = noise.
 
 `sample(n, step, generator)` returns n levels, float32 [n], on the generator's device (the CPU
-without one). `step` is the student step; only a warm-up depends on it. Level 0 is never drawn:
-nothing is left to denoise there.
+without one). `step` is the student step, used by a warm-up alone. t = 0 is never drawn: there is
+nothing to denoise.
 """
 
 import itertools
@@ -16,7 +16,7 @@ Numbers = Sequence[float]
 
 
 class Discrete:
-    """Chosen levels with given odds, and other odds during the first `warmup_steps` student steps.
+    """Levels with given odds, and other odds during the first `warmup_steps` student steps.
 
     LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5,
     .5).
@@ -54,7 +54,8 @@ class Discrete:
 
 
 class LogitNormal:
-    """t = sigmoid(m + s * u) with u ~ N(0, 1): m moves the weight towards noise, s spreads it.
+    """t = sigmoid(m + s * u) with u ~ N(0, 1): a larger m gives more noise, a larger s a wider
+    spread.
 
     m = s = 1 is LADD's choice for the discriminator (percentiles 5/50/95: .34/.73/.93).
     """
@@ -81,18 +82,15 @@ class Uniform:
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
         u = torch.rand(n, generator=generator, device=_device(generator), dtype=torch.float32)
-        return (
-            self.high - (self.high - self.low) * u
-        )  # u < 1: this end is open, so that low = 0 never gives t = 0
+        return self.high - (self.high - self.low) * u  # u < 1, so t > low
 
 
 class Refinement:
-    """The steps that a student is trained as: one, and from the student step refine[n - 1] on the
-    last of up to n.
+    """Number of student steps that are trained: one, and from student step refine[n - 1] up to n.
 
-    levels: for each number of steps n = 1, 2, ... the t of its steps, from 1 down. refine: rises
-    from 0. one_step: the odds of one step once there are more; otherwise n, and which of its steps,
-    are drawn evenly. Raises ValueError.
+    levels: for each number of steps n = 1, 2, ... the noise levels of its steps, falling from 1.
+    refine: rises from 0. one_step: probability of training one step; otherwise n, and which of its
+    steps is trained, are uniform. Raises ValueError.
     """
 
     def __init__(
@@ -109,9 +107,7 @@ class Refinement:
         self.levels, self.refine, self.one_step = levels, refine, one_step
 
     def draw(self, step: int, generator: Generator) -> tuple[list[float], float]:
-        """Levels of the steps that the student has behind it, and of the one that it learns
-        from.
-        """
+        """Levels of the student's earlier steps, and of the step that is trained."""
         u = torch.rand(3, generator=generator, device=generator.device).tolist()
         most = sum(step >= start for start in self.refine)
         n = 1 if u[0] < self.one_step else 1 + int(u[1] * most)
@@ -121,6 +117,7 @@ class Refinement:
 
 
 def _normalised(name: str, odds: Numbers, count: int) -> list[float]:
+    """Odds that sum to 1. Raises ValueError unless there are `count` finite ones, not negative."""
     weights = [float(weight) for weight in odds]
     if len(weights) != count:
         raise ValueError(

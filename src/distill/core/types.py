@@ -1,13 +1,11 @@
-"""The nouns of adversarial distillation: what teacher, student, discriminator and data are to a
-method.
+"""Types of adversarial distillation: what teacher, student, discriminator and data are to a method.
 
 Legend of shapes, used throughout the package: `B` batch, `C` channels, `H W` latent grid, `L` text
 tokens, `D` and `P` widths of token and pooled embeddings, `E` extra numbers, `K` logits per sample.
-`x0` is a clean (scaled) latent, `x_t` a noised one, and `t` a float tensor [B] in [0, 1] with
-0 = data and 1 = noise, never a step index.
+`x0` is a clean (scaled) latent, `x_t` a noised one, and `t` a float tensor [B] in [0, 1] with 0 =
+data and 1 = noise, never a step index.
 
-Methods are written against the protocols below, so that any object with these few members can stand
-in for a network.
+Methods use the protocols below. Any object with these few members can replace a network.
 """
 
 from __future__ import annotations
@@ -21,29 +19,23 @@ from torch import Tensor
 
 from distill.core.process import Process
 
-EMBEDDED = (
-    "tokens",
-    "pooled",
-    "mask",
-    "extra",
-)  # the tensors of a Cond, under which names they are cached
+EMBEDDED = ("tokens", "pooled", "mask", "extra")  # tensors of a Cond, and their names in a cache
 Terms = dict[str, Tensor]
-"""Already weighted scalar losses under the paper's names; the objective is their sum."""
+"""Scalar losses under the paper's names, weights applied; the objective is their sum."""
 Decoder = Callable[[Tensor], Tensor]
-"""Of latents [B, C, H, W] pixels [B, 3, h, w], in -1 to 1."""
-Maker = Callable[..., Tensor]
-"""Of a teacher, noise [B, C, H, W], a Cond and a generator the samples that the teacher makes."""
+"""Latents [B, C, H, W] -> pixels [B, 3, h, w] in [-1, 1]."""
+TeacherSampler = Callable[..., Tensor]
+"""(teacher, noise [B, C, H, W], Cond, generator) -> samples [B, C, H, W] of the teacher."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """What a network is told about each sample: embedded captions, and with them the embedded empty
-    caption.
+    """Conditioning of each sample: embedded captions, and the embedded empty caption.
 
-    tokens [B, L, D]; pooled [B, P]; mask [B, L], for how many tokens each one counts (0 hides it);
-    extra [B, E], other numbers a network wants (SDXL's time ids); null, the same record of batch
-    size 1 for the empty caption, which travels along unchanged. Raises ValueError where batch sizes
-    differ.
+    tokens [B, L, D]; pooled [B, P]; mask [B, L], the weight of each token in attention (0 hides
+    it); extra [B, E], other numbers (SDXL's time ids); null, the same record of batch size 1 for
+    the empty caption, which every operation passes on unchanged. Raises ValueError for unequal
+    batch sizes.
     """
 
     tokens: Tensor
@@ -65,26 +57,26 @@ class Cond:
         return len(self.tokens)
 
     def to(self, *args: Any, **kwargs: Any) -> Cond:
-        """As `nn.Module.to`: everything moves, only floating tensors change dtype (a mask stays a
+        """As `nn.Module.to`: all tensors move, only floating ones change dtype (a mask stays a
         mask).
         """
 
-        def moved(x: Tensor) -> Tensor:
+        def move(x: Tensor) -> Tensor:
             if x.is_floating_point():
                 return x.to(*args, **kwargs)
-            # Whatever form the arguments have, an empty probe tells the device they name.
+            # An empty tensor finds the device that the arguments name, in any of their forms.
             return x.to(torch.empty(0, device=x.device).to(*args, **kwargs).device)
 
         return replace(
-            self._map(moved), null=None if self.null is None else self.null.to(*args, **kwargs)
+            self._map(move), null=None if self.null is None else self.null.to(*args, **kwargs)
         )
 
     def index(self, i: slice | Tensor) -> Cond:
-        """The samples picked by a slice, a long tensor of positions or a bool tensor [B]."""
+        """The samples at a slice, a long tensor of positions or a bool tensor [B]."""
         return self._map(lambda x: x[i.to(x.device) if isinstance(i, Tensor) else i])
 
     def unconditional(self) -> Cond:
-        """The empty caption for every sample of this record, without copying."""
+        """The empty caption for every sample, without a copy."""
         if self.null is None:
             raise ValueError(
                 "this Cond has no null record; build it with null=, the embedding of the empty"
@@ -96,24 +88,25 @@ class Cond:
     def cat(conds: Sequence[Cond]) -> Cond:
         """All samples in order.
 
-        The null is the first one found: records from one text encoder share it.
+        The null is the first one found; records of one text encoder share it.
         """
         if not conds:
             raise ValueError("cannot concatenate an empty list of Cond")
         parts = [cond.tensors() for cond in conds]
         for name in set().union(*parts):
-            if (having := sum(name in part for part in parts)) < len(parts):
+            count = sum(name in part for part in parts)
+            if count < len(parts):
                 raise ValueError(
-                    f"cannot concatenate: {having} of {len(parts)} Conds have {name!r}, all or none"
+                    f"cannot concatenate: {count} of {len(parts)} Conds have {name!r}, all or none"
                     " must"
                 )
-        joined: dict[str, Any] = {
+        concatenated: dict[str, Any] = {
             name: torch.cat([part[name] for part in parts]) for name in parts[0]
         }
-        return Cond(**joined, null=next((c.null for c in conds if c.null is not None), None))
+        return Cond(**concatenated, null=next((c.null for c in conds if c.null is not None), None))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that there are, without the null's."""
+        """The tensors that are present, by name, without those of the null."""
         found = {name: getattr(self, name) for name in EMBEDDED}
         return {name: x for name, x in found.items() if x is not None}
 
@@ -124,10 +117,10 @@ class Cond:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Training data: x0 [B, C, H, W] scaled latents, B captions, and these embedded.
+    """Training data: x0 [B, C, H, W] scaled latents, B captions, and their conditioning.
 
-    noise [B, C, H, W] is what a teacher made x0 from, where that is known; pixels [B, 3, H', W'] in
-    [-1, 1] are the pictures that x0 encodes, where the data hold pictures.
+    noise [B, C, H, W] is the noise from which a teacher generated x0, where known. pixels [B, 3,
+    H', W'] in [-1, 1] are the images that x0 encodes, where the data hold images.
     """
 
     x0: Tensor
@@ -149,26 +142,26 @@ class Batch:
 
 
 class Logits(NamedTuple):
-    """What a critic answers: the logits of all its heads side by side, values [B, K], and how many
-    each head has.
+    """Logits of a critic: those of all heads concatenated, values [B, K], and the number K_k of
+    each head.
     """
 
     values: Tensor
     sizes: Sequence[int]
 
     def by_head(self) -> Sequence[Tensor]:
-        """Those of each head, [B, K_k]."""
+        """The logits of each head, [B, K_k]."""
         return torch.split(self.values, list(self.sizes), dim=1)
 
     @staticmethod
     def of(answer: Logits | Tensor) -> Logits:
-        """A plain tensor [B, K] is the answer of one head."""
+        """A plain tensor [B, K] counts as one head."""
         return Logits(answer, (answer.shape[1],)) if isinstance(answer, Tensor) else answer
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """What a player minimises: the sum of `terms`, already weighted scalars.
+    """The objective of a player is the sum of `terms`, scalars with their weights applied.
 
     `metrics` are logged beside them.
     """
@@ -178,15 +171,13 @@ class Losses:
 
 
 class Denoiser(Protocol):
-    """Teacher or student, as a method sees it: it returns the clean estimate, whatever its network
-    predicts.
-    """
+    """Teacher or student, as a method sees it. It returns an x0 prediction for any network."""
 
     @property
     def process(self) -> Process: ...
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B, C, H, W], t [B] -> estimate of x0 [B, C, H, W]."""
+        """x_t [B, C, H, W], t [B] -> x0 prediction [B, C, H, W]."""
 
 
 class Teacher(Denoiser, Protocol):
@@ -194,23 +185,23 @@ class Teacher(Denoiser, Protocol):
 
     @property
     def channels(self) -> Mapping[str, int]:
-        """Channels of the feature map at every tap this network offers."""
+        """Channels of the feature map at every tap of the network."""
 
     @property
     def blocks(self) -> Sequence[str]:
-        """The taps behind whole blocks."""
+        """The taps after whole blocks."""
 
     @property
     def encoder(self) -> Sequence[str]:
-        """The taps of the half of the network that reads."""
+        """The taps of the encoder half of the network."""
 
     @property
     def latent_shape(self) -> Sequence[int]:
-        """(C, H, W) of a sample of the size that it was trained for."""
+        """(C, H, W) of a sample at the size on which it was trained."""
 
     @property
     def patch(self) -> int:
-        """Latents a side that make one token; 1 where there are none."""
+        """Side of a token in latents; 1 for networks without tokens."""
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """x_t [B, C, H, W], t [B] -> one map [B, channels[tap], h, w] per tap; differentiable in
@@ -221,56 +212,55 @@ class Teacher(Denoiser, Protocol):
         """pixels [B, 3, H', W'] in [-1, 1] -> scaled latents [B, C, H, W]."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """scaled latents [B, C, H, W] -> pixels [B, 3, H', W'], in [-1, 1] up to overshoot;
-        differentiable.
-        """
+        """latents [B, C, H, W] -> pixels [B, 3, H', W'], about in [-1, 1]; differentiable."""
 
     def embed(self, captions: Sequence[str]) -> Cond:
-        """B captions -> their Cond, null included."""
+        """B captions -> their conditioning, with the null."""
 
-    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
-        """The same captions for a patch whose upper left is at `corner` (row, column) of latents
-        `whole` (H, W).
+    def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
+        """The conditioning for a patch with its upper left at `corner` (row, column) of `full`
+        latents (H, W).
         """
 
 
 class Features(Protocol):
-    """The frozen half of a discriminator: images or latents -> maps.
+    """The frozen feature network of a discriminator: images or latents -> feature maps.
 
-    Extractors of images ignore t and cond.
+    Networks on images ignore t and cond.
     """
 
     @property
     def channels(self) -> Mapping[str, int]:
-        """Channels of each map, in the order in which the maps are returned."""
+        """Channels of each map, in the order of the maps."""
 
     def __call__(
         self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
     ) -> list[Tensor]:
         """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x.
 
-        `generator` is for augmentations, if any.
+        `generator` draws augmentations.
         """
 
 
 class Critic(Protocol):
-    """The heads of an iteration: maps -> logits."""
+    """The discriminator heads of an iteration: feature maps -> logits."""
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Logits | Tensor:
-        """maps [B, C_k, ...], t [B] -> logits [B, K]; a plain tensor where there is one head."""
+        """maps [B, C_k, ...], t [B] -> logits [B, K]; a plain tensor for one head."""
 
 
 class Heads(Protocol):
-    """The trainable half of a discriminator."""
+    """The trainable heads of a discriminator."""
 
     def draw(self, generator: torch.Generator) -> Critic:
-        """The critic of an iteration: these heads, or a random subset; `generator` is the same on
+        """The critic of an iteration: all heads, or a random subset. `generator` is the same on
         every rank.
         """
 
     def refresh(self, generator: torch.Generator) -> Sequence[torch.nn.Parameter]:
-        """Called after each student step; returns the parameters that were made anew, whose moments
-        are cleared.
+        """Called after each student step. Returns the parameters that were initialised anew.
+
+        Their optimiser state is then cleared.
         """
 
 
@@ -278,16 +268,16 @@ class Times(Protocol):
     """A distribution of noise levels."""
 
     def sample(self, n: int, step: int, generator: torch.Generator | None = None) -> Tensor:
-        """n levels t [n], float32 in (0, 1], as drawn at this student step."""
+        """n levels t [n], float32 in (0, 1], at this student step."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Players:
-    """Who takes part in a distillation.
+    """The networks of a distillation.
 
-    teacher: frozen. student: what is trained. features and heads: the discriminator, its frozen and
-    its trainable half, both None where a method has none. condition: what the heads are conditioned
-    on, where that is not the teacher's own embedding.
+    teacher: frozen. student: trained. features and heads: the discriminator's frozen feature
+    network and trainable heads; None for methods without one. condition: computes the conditioning
+    of the heads; None: the teacher's embedding.
     """
 
     teacher: Teacher

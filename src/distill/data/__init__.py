@@ -1,3 +1,3 @@
-"""Data: captioned images and cached latents in tar shards, streamed in one deterministic, resumable
-order.
+"""Data: captioned images and cached latents in tar shards, in one deterministic,
+resumable order.
 """

@@ -1,4 +1,4 @@
-"""Samples that cannot be used, and files of samples that are too large to be read."""
+"""Samples that cannot be used, and limits of their files."""
 
 from distill.data.folder import CAPTIONS, MOST_CAPTION
 from distill.storage.bounded import MIB, in_bytes
@@ -11,7 +11,7 @@ MOST_FILES = 1000  # of a sample
 
 
 class BadSample(ValueError):
-    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` says why, both as one
+    """A raw sample that cannot be used: `name` is `<shard>:<key>`, `reason` the cause, each one
     line of text.
     """
 
@@ -22,7 +22,7 @@ class BadSample(ValueError):
 
 
 class Unread(bytes):
-    """Stands for a file of a sample that is too large to be read; `reason` says why."""
+    """Stands for a file of a sample that is too large to be read, with the `reason`."""
 
     reason: str
 
@@ -34,5 +34,5 @@ class Unread(bytes):
 
 
 def most_of(extension: str) -> int:
-    """Bytes that a file of this extension may have."""
+    """Maximum bytes of a file with this extension."""
     return MOST_CAPTION if extension.rpartition(".")[2] in CAPTIONS else MOST_BYTES

@@ -1,6 +1,4 @@
-"""What is checked before shards are made: the folder, and whether it was begun with these
-settings.
-"""
+"""Checks before a shard job: its folder, and whether it was started with the same settings."""
 
 from pathlib import Path
 
@@ -14,12 +12,12 @@ from distill.storage import content
 from distill.storage.formats import hidden
 from distill.storage.locks import check_free
 
-# What may be different when a command that writes shards goes on.
+# Keys that may change when a shard job is resumed.
 FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
 
 
-def check_making(cfg: DictConfig) -> None:
-    """What the commands that write shards have in common."""
+def check_shard_job(cfg: DictConfig) -> None:
+    """Checks that all commands that write shards share."""
     counts = {"devices": 1, "per_shard": 1, "seed": 0, "steps": 1, "batch_size": 1, "count": 1}
     check_counts(cfg, counts)
     check_keys(cfg)
@@ -29,20 +27,19 @@ def check_making(cfg: DictConfig) -> None:
 
 
 def refuse_another(cfg: DictConfig, folder: Path) -> None:
-    """Raise ValueError if the folder holds shards of something else, naming the settings that
-    differ.
-    """
-    begun = (folder / BEGUN).is_file()
+    """Raise ValueError if the folder holds shards of other settings, naming these."""
+    settings_file = folder / BEGUN
+    is_ours = settings_file.is_file()
     others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
-    if not (shards_in(folder) if begun else others):
+    if not (shards_in(folder) if is_ours else others):
         return
-    if not begun:
+    if not is_ours:
         raise ValueError(
             f"out={folder} holds shards that were not made by this command; choose another out="
         )
-    begun = trust.data(folder / BEGUN)
-    trust.check_targets(begun)  # those that are not compared
-    before = OmegaConf.create(begun)
+    settings = trust.data(settings_file)
+    trust.check_targets(settings)  # also keys that are not compared
+    before = OmegaConf.create(settings)
     said = {
         key: text
         for key, text in changes(before, cfg).items()
@@ -50,10 +47,10 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
             paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
         )
     }
-    if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in
+    if cfg.get("precision") == "auto":  # a resumed job keeps its precision
         said.pop("precision", None)
     if different := [text for key, text in said.items() if not key.startswith(FREE)]:
         raise ValueError(
-            f"out={folder} was begun with other settings: {'; '.join(different)}; choose another"
+            f"out={folder} was started with other settings: {'; '.join(different)}; choose another"
             " out="
         )

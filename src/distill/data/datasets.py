@@ -1,11 +1,11 @@
-"""Latents and images by index, past samples that are bad.
+"""Latents and images by index, with replacement of bad samples.
 
-A sample that does not decode is replaced by one far away, since bad ones lie together in folders;
-by which is fixed, so that the order stays a function of (seed, step, rank). It is counted and its
-name and reason are kept. If too many are bad, the run stops and says so.
+A sample that does not decode is replaced by a distant one, because bad samples are often adjacent.
+The replacement is fixed, so the order stays a function of (seed, step, rank). Bad samples are
+counted, with names and reasons. If there are too many, the run stops.
 
-With buckets every sample belongs to the one of its shape, and what replaces it comes from the same:
-batches stack.
+With buckets every sample belongs to the bucket of its shape. Its replacement comes from the same
+bucket, so that batches can be stacked.
 """
 
 from __future__ import annotations
@@ -34,23 +34,20 @@ from distill.data.write import NULL, PICTURES
 from distill.machine.memory import handed_over
 
 log = logging.getLogger(__name__)
-MIN_TRIED = 20  # before that, one bad sample would be a large share
-MAX_IN_A_ROW = 50  # samples tried for one place in a batch
+MIN_TRIED = 20  # with fewer, one bad sample would be a large share
+MAX_IN_A_ROW = 50  # samples tried for one item
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
-Found = tuple[
-    dict | None, Skipped
-]  # the item for a place in a batch, or None; what was passed over on the way
+Found = tuple[dict | None, Skipped]  # an item or None, and the bad samples before it
 Size = tuple[int, int]  # width, height
 
 
 class Samples(Dataset, ABC):
-    """Items {"caption": str, "key": str} and what `tensors` adds, of shards, a folder of images or
-    a list of prompts.
+    """Items {"caption": str, "key": str} and those of `tensors`, from shards, a folder of images or
+    prompts.
 
-    `bad` maps the names of the samples that could not be used to the reasons; `groups` maps each
-    bucket that has any to its samples, for which the first bytes of every sample are read once.
-    Raises ValueError if `limit`, the number of samples to use, is under 1, for malformed `buckets`,
-    and whatever `Shards` raises.
+    `bad` maps names of unusable samples to reasons. `groups` maps each bucket that has any to its
+    samples; for it the first bytes of every sample are read once. Raises ValueError if `limit`, the
+    number of samples to use, is below 1, for malformed `buckets`, and whatever `Shards` raises.
     """
 
     max_empty_share = 1.0
@@ -65,20 +62,17 @@ class Samples(Dataset, ABC):
         caption_key: str = "caption",
     ):
         check_samples(limit, max_bad_share, buckets)
-        self.shards, self.max_bad_share, self.caption_key = (
-            self.open(path),
-            max_bad_share,
-            caption_key,
-        )
+        self.shards = self.open(path)
+        self.max_bad_share, self.caption_key = max_bad_share, caption_key
         self.length = min(limit or len(self.shards), len(self.shards))
         self.buckets: list[Size] = [(w, h) for w, h in buckets or ()]
         self.bucket_of, self.groups = self._sorted()
         self.bad: dict[str, str] = {}
-        self.tried = self.failed = 0  # draws, hence a bad sample counts again whenever it is met
-        self.told = self.empty = 0  # the same of captions
+        self.tried = self.failed = 0  # draws: a bad sample counts each time
+        self.captioned = self.empty = 0  # captions of draws
 
     def open(self, path: str) -> Shards | Lines:
-        """What reads raw samples by index."""
+        """The reader of raw samples by index."""
         return Shards(path)
 
     def caption(self, sample: dict) -> str:
@@ -87,15 +81,15 @@ class Samples(Dataset, ABC):
 
     @abstractmethod
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
-        """What a raw sample of this bucket holds besides its caption; raises BadSample."""
+        """The tensors of a raw sample of this bucket; raises BadSample."""
 
     def size_of(self, sample: dict) -> Size:
-        """Width and height of a raw sample of which the first bytes are there; raises BadSample."""
+        """Width and height of a raw sample from its first bytes; raises BadSample."""
         raise decode.BadSample(sample, "it has no size")
 
     def measure(self, i: int) -> Size | None:
-        """Width and height of sample i, from its first bytes if these are enough; None if it is
-        bad.
+        """Width and height of sample i, from its first bytes if these suffice; None if it
+        is bad.
         """
         for at_most in (decode.HEAD, -1):
             with suppress(decode.BadSample):
@@ -103,8 +97,8 @@ class Samples(Dataset, ABC):
         return None
 
     def _sorted(self) -> tuple[list[int], dict[int, list[int]]]:
-        """The bucket of every sample, and the samples of every bucket; a bad one goes to the first,
-        to be found so.
+        """The bucket of every sample, and the samples of every bucket. A bad sample goes to the
+        first bucket.
         """
         if not self.buckets:
             return [], {}
@@ -127,14 +121,11 @@ class Samples(Dataset, ABC):
         return item
 
     def __getitems__(self, indices: list[int]) -> list[Found]:
-        """What a loader's worker asks for; its copy of the data set counts nothing."""
+        """Items for a loader's worker; its copy of the data set counts nothing."""
         return [self.find(i) for i in indices]
 
     def find(self, i: int, most: int = MAX_IN_A_ROW) -> Found:
-        """Item i, or the first good one of its bucket that stands in for it; None after `most`.
-
-        And those skipped.
-        """
+        """Item i or its replacement, None after `most` tries; and the bad samples on the way."""
         bucket = self.buckets[self.bucket_of[i]] if self.groups else None
         peers = self.groups[self.bucket_of[i]] if self.groups else range(self.length)
         start = bisect.bisect_left(peers, i)
@@ -154,10 +145,9 @@ class Samples(Dataset, ABC):
         return None, skipped
 
     def some(self, count: int) -> list[dict]:
-        """At most `count` items from evenly spaced places, each of another caption; the same ones
-        whenever asked for.
+        """Up to `count` items with different captions, evenly spaced; always the same ones.
 
-        One of an empty caption is among them only where there are no others.
+        An empty caption is included only where there are no others.
         """
         several = min(count, self.length)
         found: dict[str, dict] = {}
@@ -165,12 +155,12 @@ class Samples(Dataset, ABC):
             item, _ = self.find(i * self.length // several)
             if item is not None:
                 found.setdefault(item["caption"], item)
-        told = [item for caption, item in found.items() if caption]
-        return told or list(found.values())
+        captioned = [item for caption, item in found.items() if caption]
+        return captioned or list(found.values())
 
     def account(self, good: int, skipped: Skipped, *, needed: bool = True) -> None:
-        """Count samples; ValueError if the bad are too many, or if there is nothing `good` where
-        that is `needed`.
+        """Count samples. Raises ValueError for too many bad ones, or for none `good` where one is
+        `needed`.
         """
         for name, reason in skipped:
             if name not in self.bad:
@@ -193,38 +183,34 @@ class Samples(Dataset, ABC):
         )
 
     def _most(self, share: float, tried: int, drawn: bool) -> float:
-        """How many may be so. What is drawn at random may have a few too many: four standard
-        deviations.
-
-        What is read once is counted whole.
-        """
+        """The permitted number of bad ones. For random draws four standard deviations are added."""
         if not drawn:
             return share * len(self)
         return share * tried + 4 * math.sqrt(share * (1 - share) * tried)
 
     def account_captions(self, captions: Sequence[str], *, drawn: bool = True) -> None:
-        """Count captions of good samples; ValueError if more than `max_empty_share` of them say
-        nothing.
+        """Count captions of good samples. Raises ValueError if more than `max_empty_share` are
+        empty.
         """
-        self.told += len(captions)
+        self.captioned += len(captions)
         self.empty += sum(not caption for caption in captions)
-        most = self._most(self.max_empty_share, self.told, drawn)
-        if self.empty > most and (self.told >= MIN_TRIED or not drawn):
+        most = self._most(self.max_empty_share, self.captioned, drawn)
+        if self.empty > most and (self.captioned >= MIN_TRIED or not drawn):
             raise ValueError(
-                f"{self.empty} of {self.told} captions are empty, more than "
+                f"{self.empty} of {self.captioned} captions are empty, more than "
                 f"data.max_empty_share={self.max_empty_share:g}: write them, or raise the share"
             )
 
 
 @cache
 def _stride(n: int) -> int:
-    """Steps of this length pass through all of n places, the next one far from the last."""
+    """A step length that passes through all of n positions, with the next one far from the last."""
     return next(k for k in itertools.count(int(0.618 * n) + 1) if math.gcd(k, n) == 1)
 
 
 def nearest(buckets: Sequence[Size], size: Size) -> int:
-    """The bucket that cuts least off a picture of this size; of several of one shape, that of the
-    nearest area.
+    """The bucket that crops least of a picture of this size; of equal shapes that of the nearest
+    area.
     """
 
     def distance(k: int) -> tuple[float, float]:
@@ -237,14 +223,12 @@ def nearest(buckets: Sequence[Size], size: Size) -> int:
 
 
 class LatentShards(Samples):
-    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`; ValueError if
-    there is none.
+    """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`.
 
-    With `seeded` each comes with the `noise` [C, h, w] that it was made from: its key is the seed.
-    Beside shards that `distill.cache` or `distill.synthesize` made there are `null`, the embedded
-    empty caption, with which each sample comes with its own `tokens`, `pooled` and `mask` in half
-    precision, and what they say of themselves, `made`: the buckets, [w, h] in latents, and the
-    teacher.
+    Raises ValueError if there is none. With `seeded` each item has the `noise` [C, h, w] from which
+    its teacher generated it: the key is the seed. Shards of `distill.cache` or `distill.synthesize`
+    also have `null`, the embedded empty caption; each item then has `tokens`, `pooled` and `mask`
+    in half precision. `made` is their manifest: the buckets, [w, h] in latents, and the teacher.
     """
 
     shape = None
@@ -311,11 +295,11 @@ class LatentShards(Samples):
 
 class ImageShards(Samples):
     """Images `pixels` in [-1, 1], [3, size, size] or those of `buckets`; ValueError if `size` is
-    under 1.
+    below 1.
 
-    With `repeats` folders in kohya's layout are read as kohya does. ValueError if none of the
-    samples is a picture, or more than `max_empty_share` of them have no caption; 1 takes samples
-    without any.
+    With `repeats` folders in kohya's layout are repeated as in kohya's scripts. Raises ValueError
+    if no sample is an image, or if more than `max_empty_share` have no caption; 1 accepts any
+    number.
     """
 
     def __init__(
@@ -339,7 +323,7 @@ class ImageShards(Samples):
         index = self.shards.index
         check_images(path, index)
         said = check_captions(path, index, self.caption_key, max_empty_share)
-        # In shards, and under another key, one without a caption is a bad sample, unless asked for.
+        # In shards, and with another key, a sample without a caption is bad, unless permitted.
         taken = max_empty_share == 1 or (self.shards.of_folder and self.caption_key == "caption")
         if said and taken:
             log.warning("%s", said)
@@ -361,7 +345,7 @@ class ImageShards(Samples):
 
 
 class Prompts(Samples):
-    """Captions alone, a line each of a text file; the teacher makes the samples."""
+    """Captions alone, one per line of a text file; the teacher generates the samples."""
 
     def open(self, path: str) -> Lines:
         return Lines(path)
@@ -371,8 +355,8 @@ class Prompts(Samples):
 
 
 def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
-    """What was found for each place -> batch (tensors [B, ...], the rest in lists), its size (0 if
-    one is empty).
+    """Items -> (batch of tensors [B, ...] and lists, its size, bad samples); size 0 if an item is
+    missing.
     """
     items, skipped = [item for item, _ in found], [pair for _, pairs in found for pair in pairs]
     if None in items:

@@ -1,8 +1,7 @@
-"""From a raw sample's bytes to values: pixels in [-1, 1], captions, latents, embeddings. The rest
-is a `BadSample`.
+"""Raw bytes of a sample -> pixels in [-1, 1], captions, latents, embeddings; otherwise `BadSample`.
 
-A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__url__`. The bytes come
-from anywhere, so nothing here unpickles, and only the image formats named in `formats` are tried.
+A raw sample is what `shards` reads: {extension: bytes} with `__key__` and `__url__`. The bytes are
+not trusted: nothing here unpickles, and only the image formats of `formats` are tried.
 """
 
 import io
@@ -25,26 +24,24 @@ from distill.storage import formats
 from distill.storage.pictures import upright
 
 LATENTS = ("latent.npy", "latents.npy", "npy")
-HEAD = 2**16  # bytes in which a file says what size it has, nearly always
-IN_MEMORY = re.compile(r"\s*<_io\.BytesIO object at 0x\w+>")  # how Pillow names what has no file
+HEAD = 2**16  # bytes that nearly always include the size
+IN_MEMORY = re.compile(r"\s*<_io\.BytesIO object at 0x\w+>")  # Pillow's name for a file in memory
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
 def image(sample: dict, width: int, height: int | None = None) -> Tensor:
-    """The largest central part of the sample's image with the shape of width x height (None: a
-    square), resized to it: [3, height, width], RGB in [-1, 1].
+    """The largest central crop of the image with the shape of width x height, resized: [3, height,
+    width].
 
-    EXIF rotation is applied, transparency laid on white; of several frames the first is taken.
-    Raises BadSample if there is none, it does not decode, or the part is under half as wide:
-    enlarged that much, it would teach blur.
+    RGB in [-1, 1]; height None is a square. EXIF rotation is applied, transparency composited on
+    white, and the first frame taken. Raises BadSample if there is no image, it does not decode, or
+    the crop is less than half as wide: enlarged that much, it would teach blur.
     """
     extension, height = _image(sample), height or width
     data = io.BytesIO(_bytes(sample, extension))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # harmless oddities, told anew for every image; bombs are errors
+            warnings.simplefilter("ignore")  # harmless; decompression bombs are errors
             picture = upright(formats.opened(data, extension))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
@@ -54,12 +51,8 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
         wanted = f"{width} a side" if width == height else f"{width} x {height}"
         raise BadSample(sample, f"its image is {has[0]} x {has[1]}, under half of {wanted}")
     left, top = (has[0] - across) / 2, (has[1] - down) / 2
-    box = (
-        left,
-        top,
-        left + across,
-        top + down,
-    )  # cropped while resampling: a strip of 1 x 100,000 stays harmless
+    # Cropped while resampling: a strip of 1 x 100,000 needs no memory.
+    box = (left, top, left + across, top + down)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return (
         torch.from_numpy(np.array(picture))
@@ -72,9 +65,9 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
 
 
 def image_size(sample: dict) -> tuple[int, int]:
-    """Width and height in pixels as shown, from the image's first bytes.
+    """Width and height in pixels as displayed, from the image's first bytes.
 
-    Raises BadSample if these do not say it.
+    Raises BadSample if these do not suffice.
     """
     extension = _image(sample)
     data = io.BytesIO(_bytes(sample, extension))
@@ -83,20 +76,21 @@ def image_size(sample: dict) -> tuple[int, int]:
             warnings.simplefilter("ignore")
             picture = formats.opened(data, extension)
             formats.check_pixels(picture)
-            # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would
-            # be read whole.
-            asked = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
-            turned = asked and picture.getexif().get(0x0112) in SIDEWAYS
+            # Pillow's size of a TIFF is as displayed. A PNG with EXIF after its pixels would be
+            # read in full.
+            check_exif = picture.format != "TIFF" and (
+                picture.format != "PNG" or "exif" in picture.info
+            )
+            turned = check_exif and picture.getexif().get(0x0112) in SIDEWAYS
     except Exception as error:
         raise _undecodable(sample, extension, error) from None
     return picture.size[::-1] if turned else picture.size
 
 
 def caption(sample: dict, key: str = "caption") -> str:
-    """The sample's caption: its `.txt`, else its `.caption`, else `caption` or `text` of its
-    `.json`.
+    """The caption: `.txt`, else `.caption`, else `caption` or `text` of the `.json`.
 
-    Any other `key` is of the `.json` alone. Raises BadSample if there is none.
+    Any other `key` is one of the `.json`. Raises BadSample if there is none.
     """
     plain = key == "caption"
     ends = CAPTIONS if plain else ("json",)
@@ -109,7 +103,7 @@ def caption(sample: dict, key: str = "caption") -> str:
             found = record if isinstance(record, dict) else {}
             keys = (key, "text") if plain else (key,)
             texts = [found[name] for name in keys if name in found]
-            empty = bool(texts) and all(x in ("", None) for x in texts)  # null: there is none
+            empty = bool(texts) and all(x in ("", None) for x in texts)  # null means no caption
             text = "" if empty else next((x for x in texts if x), None)
         str(text).encode()  # JSON can smuggle in half a surrogate pair, on which tokenizers fail
     except UnicodeError:
@@ -121,15 +115,15 @@ def caption(sample: dict, key: str = "caption") -> str:
         has = ", ".join(name for name, value in found.items() if value and isinstance(value, str))
         also = f", only {has[:80]}: see data.caption_key" if has else ""
         raise BadSample(sample, f"its .{extension} has no text under {where}{also}")
-    if "\0" in text:  # UTF-16 without its mark passes for UTF-8
+    if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8
         raise BadSample(sample, f"its .{extension} is not UTF-8, or holds characters of number 0")
     return text.strip()
 
 
 def latent(sample: dict) -> Tensor:
-    """The sample's latents, float32 [C, h, w], from its `.latent.npy`.
+    """The latents, float32 [C, h, w], from `.latent.npy`.
 
-    Raises BadSample unless finite floats in 3-D.
+    Raises BadSample unless they are finite floats in 3-D.
     """
     extension = _pick(sample, LATENTS, "latents")
     array = _array(sample, extension)
@@ -145,9 +139,9 @@ def latent(sample: dict) -> Tensor:
 
 
 def latent_size(sample: dict) -> tuple[int, int]:
-    """Width and height of the sample's latents, from the first bytes.
+    """Width and height of the latents, from the first bytes.
 
-    Raises BadSample if these do not say it.
+    Raises BadSample if these do not suffice.
     """
     extension = _pick(sample, LATENTS, "latents")
     file = io.BytesIO(_bytes(sample, extension))
@@ -162,11 +156,11 @@ def latent_size(sample: dict) -> tuple[int, int]:
 
 
 def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sample's embedded caption, a `.npy` a tensor: those in `like`, of these shapes but for
-    the first dimension.
+    """The embedded caption, one `.npy` per tensor in `like`, of the same shapes without the first
+    dimension.
 
-    In half precision, as it is kept. Raises BadSample if one is not there, of another shape, or not
-    finite.
+    In half precision, as stored. Raises BadSample for a missing tensor, another shape, or values
+    that are not finite.
     """
     found = {}
     for name in (name for name in EMBEDDED if name in like):
@@ -188,9 +182,7 @@ def _array(sample: dict, extension: str) -> np.ndarray:
     data = io.BytesIO(_bytes(sample, extension))
     try:
         return np.lib.format.read_array(data, allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # a damaged header raises nearly anything, and one that claims any size MemoryError
+    except Exception as error:  # a damaged header may raise anything, MemoryError too
         raise _undecodable(sample, extension, error) from None
 
 
@@ -203,7 +195,7 @@ def _bytes(sample: dict, extension: str) -> bytes:
 
 
 def _image(sample: dict) -> str:
-    """The extension of the sample's picture."""
+    """The extension of the sample's image."""
     ends = formats.suffixes()
     extension = next((end for end in ends if end in sample), None)
     if extension:

@@ -1,4 +1,4 @@
-"""Pictures that are drawn as they are asked for, instead of read."""
+"""Pictures that are rendered on access, not read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distill.data.datasets import Samples, Size
 
 
 class Reader(Protocol):
-    """What raw samples come from: pictures with captions, by number."""
+    """Source of raw samples: pictures with captions, by number."""
 
     def __len__(self) -> int: ...
 
     def digest(self) -> str:
-        """Of all that decides what is read."""
+        """Hash of all that determines the samples."""
 
     def read(self, i: int, at_most: int = -1) -> dict[str, Any]:
         """Sample i: `txt`, its caption; `array`, its picture, uint8 [H, W, 3]; `__key__` and
@@ -26,11 +26,11 @@ class Reader(Protocol):
 
 
 class Drawn(Samples):
-    """Pictures `pixels` in [-1, 1], [3, H, W], that a reader draws, enlarged to `size` or to what a
-    teacher wants.
+    """Pictures `pixels` in [-1, 1], [3, H, W], rendered by a reader and enlarged to `size` or the
+    teacher's size.
 
-    With `seeded` each comes with `noise` of its own, in the shape of its latents, once `fit` has
-    told that: methods of pairs run on it, though no teacher made the one of the other.
+    With `seeded` each has its own `noise` in the shape of its latents, once `fit` has set that.
+    Methods on pairs can then run, though no teacher generated the picture from the noise.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Drawn(Samples):
         return self.reader
 
     def fit(self, teacher: Any) -> None:
-        """Take the size of this teacher's pictures, unless there is one; ValueError for one that it
-        cannot read.
+        """Use the size of this teacher's pictures, unless one is set; ValueError for an invalid
+        size.
         """
         self.noise_shape = teacher.shape_of(self.size, "data.size")
         self.sides = teacher.sides_of(self.noise_shape)

@@ -1,9 +1,8 @@
-"""Captioned pictures in a plain folder, as the usual tools lay them out. Nothing here imports
-torch.
+"""Captioned pictures in a plain folder, in the layouts of common tools. Nothing here imports torch.
 
-x.txt, x.png.txt, x.caption, x.json  beside the picture x.png; of several the first in this order
+x.txt, x.png.txt, x.caption, x.json  beside the picture x.png; the first in this order is read
 metadata.jsonl, metadata.csv         a record for each picture, by its file_name (Hugging Face)
-10_words/x.png                       each picture ten times, "words" where it has no caption (kohya)
+10_words/x.png                       each picture ten times, caption "words" without another (kohya)
 """
 
 import csv
@@ -34,18 +33,18 @@ MOST_CAPTION = 4 * 2**20  # ours: bytes of a caption's file, or of a line of rec
 
 @dataclass
 class Pictures:
-    """The samples of a folder, and what of it may not be what its owner thinks, a sentence each."""
+    """The samples of a folder, and sentences on what its owner may not expect."""
 
     index: Index
     said: list[str] = field(default_factory=list)
 
 
 def pictures(found: Below, *, repeats: bool = True) -> Pictures:
-    """The pictures among files, sorted by name, each with where its caption lies.
+    """The pictures among files, sorted by name, each with the place of its caption.
 
-    With `repeats` those of folders in kohya's layout come as often as the folder's name says: all
-    of them once, then those that are left again, and so on. Raises ValueError for records that
-    cannot be read.
+    With `repeats` pictures in kohya's layout come as often as the folder's name says: all of them
+    once, then those with repeats left, and so on. Raises ValueError for records that cannot be
+    read.
     """
     names = [name for name in found.files if suffix(name) in formats.suffixes()]
     beside, several = _beside(found.files)
@@ -82,13 +81,13 @@ def pictures(found: Below, *, repeats: bool = True) -> Pictures:
 
 
 def suffix(name: str) -> str:
-    """The lower-case suffix of a file's name, without its dot; empty if there is none."""
+    """The lower-case suffix of a file name, without its dot; "" if there is none."""
     return posixpath.splitext(name)[1][1:].lower()
 
 
 def caption_of(extensions: Iterable[str], ends: tuple[str, ...] = CAPTIONS) -> str | None:
-    """Which of a sample's extensions holds its caption, the best of `ends`: png.txt before txt;
-    None if none does.
+    """The extension of a sample with its caption, the first of `ends`: png.txt before txt; else
+    None.
     """
     for end in ends:
         own = [e for e in extensions if e == end or _of_picture(e, end)]
@@ -98,13 +97,13 @@ def caption_of(extensions: Iterable[str], ends: tuple[str, ...] = CAPTIONS) -> s
 
 
 def _of_picture(extension: str, end: str) -> bool:
-    """Whether it is a picture's whole suffix with `end` after it: png.txt."""
+    """Whether an extension is a picture's suffix followed by `end`: png.txt."""
     before, _, last = extension.rpartition(".")
     return last == end and before in formats.FORMAT_OF
 
 
 def uncaptioned(index: Index, ends: tuple[str, ...] = CAPTIONS) -> list[str]:
-    """The samples that have none of these, or an empty one."""
+    """The samples without such a file, or with an empty one."""
     bare = []
     for key, places in index:
         end = caption_of(places, ends)
@@ -115,19 +114,19 @@ def uncaptioned(index: Index, ends: tuple[str, ...] = CAPTIONS) -> list[str]:
 
 
 def holds(files: list[str]) -> str:
-    """What files there are, by suffix, most first: "900 .heic, 3 .parquet"; "nothing" if none."""
+    """Counts of files by suffix, most first: "900 .heic, 3 .parquet"; "nothing" if none."""
     ends = Counter(f".{packed(name) or suffix(name)}" for name in files)
     counted = [f"{n} {end}" for end, n in sorted(ends.items(), key=lambda x: (-x[1], x[0]))]
     return ", ".join(counted[:6]) or "nothing"
 
 
 def packed(name: str) -> str | None:
-    """The suffix of an archive that has to be unpacked first, or None."""
+    """The suffix of an archive that must be unpacked first, or None."""
     return next((end for end in PACKED if name.lower().endswith(f".{end}")), None)
 
 
 def remedy(files: list[str]) -> str:
-    """What to do with files none of which is read, empty if nothing is known."""
+    """What to do with files of which none can be read; "" if unknown."""
     ends = {suffix(name) for name in files}
     if ends & set(TABLES):
         return f"tables are not read: write their pictures into a folder first, as {HOW} shows"
@@ -142,8 +141,8 @@ def remedy(files: list[str]) -> str:
 
 
 def _beside(files: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Name without the caption's suffix -> {suffix: file}; and files passed over, whose names
-    differ in case alone.
+    """Name without the caption's suffix -> {suffix: file}; and ignored files, whose names differ in
+    case alone.
     """
     beside: dict[str, dict[str, str]] = {}
     twice = []
@@ -157,7 +156,7 @@ def _beside(files: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
 
 
 def _own(beside: dict[str, dict[str, str]], name: str) -> dict[str, str]:
-    """The captions of a picture by suffix: x.png.txt is x.png's alone, x.txt that of every x."""
+    """The captions of a picture by suffix: x.png.txt is of x.png alone, x.txt of every x."""
     return {**beside.get(posixpath.splitext(name)[0], {}), **beside.get(name, {})}
 
 
@@ -185,7 +184,7 @@ def _about_captions(
 
 
 def _records(found: Below, names: set[str]) -> tuple[dict[str, list[Places]], list[str]]:
-    """Picture -> its records, of which each is a sample; and what is to be said of others."""
+    """Picture -> its records, each of which is a sample; and a sentence on other records."""
     records: dict[str, list[Places]] = {}
     lost: list[str] = []
     files = [name for name in found.files if posixpath.basename(name) in RECORDS]
@@ -210,7 +209,7 @@ def _records(found: Below, names: set[str]) -> tuple[dict[str, list[Places]], li
 
 
 def _of_jsonl(path: str) -> Iterator[tuple[str, Place]]:
-    """Of each line the name of the picture, and where the line lies."""
+    """For each line the picture's name, and the place of the line."""
     offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(_lines(file, path), 1):
@@ -227,7 +226,7 @@ def _of_jsonl(path: str) -> Iterator[tuple[str, Place]]:
 
 
 def _of_csv(path: str) -> Iterator[tuple[str, Place]]:
-    """Of each row the name of the picture, and the row as JSON."""
+    """For each row the picture's name, and the row as JSON."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(_lines(file, path)):
@@ -238,7 +237,7 @@ def _of_csv(path: str) -> Iterator[tuple[str, Place]]:
 
 
 def _lines(file: IO[AnyStr], path: str) -> Iterator[AnyStr]:
-    """The lines of a file of records; ValueError for one that is too long to be a record."""
+    """The lines of a file of records; ValueError for one that is too long."""
     while line := file.readline(MOST_CAPTION + 1):
         if len(line) > MOST_CAPTION:
             raise ValueError(f"{path}: has a line of more than 4 MiB; repair it")
@@ -257,7 +256,7 @@ def _file_name(record: dict, where: str) -> str:
 
 
 def _kohya(names: list[str]) -> dict[str, int]:
-    """How often each picture is to come, if all lie in folders as 10_words; else nothing."""
+    """Repeats of each picture, if all are in folders such as 10_words; else {}."""
     found = {name: KOHYA.fullmatch(name) for name in names}
     if not all(found.values()):
         return {}
@@ -283,7 +282,7 @@ def _about_kohya(names: list[str], worded: int) -> str:
 
 
 def _unread(found: Below) -> list[str]:
-    """Of pictures that are not read, of links, and of shards among pictures."""
+    """Sentences on pictures that are not read, on links, and on shards among pictures."""
     said = []
     if other := [name for name in found.files if formats.unread(suffix(name))]:
         advice = formats.advice({suffix(name) for name in other})
@@ -300,7 +299,7 @@ def _unread(found: Below) -> list[str]:
 
 
 def _many(names: list[str], what: str) -> str:
-    """As: 3 links, a/x.png for one, and 1 link, a/x.png."""
+    """For example: 3 links, a/x.png for one,; or 1 link, a/x.png,."""
     return (
         f"1 {what}, {names[0]},"
         if len(names) == 1
@@ -309,7 +308,7 @@ def _many(names: list[str], what: str) -> str:
 
 
 def of(found: Below, *, repeats: bool = True) -> Pictures:
-    """As `pictures`. Raises FileNotFoundError if there is none, saying what there is."""
+    """As `pictures`. Raises FileNotFoundError if there is none, with what there is."""
     made = pictures(found, repeats=repeats)
     if not made.index:
         raise nothing_in(found.root, found.files)
@@ -317,7 +316,7 @@ def of(found: Below, *, repeats: bool = True) -> Pictures:
 
 
 def nothing_in(root: str, files: list[str]) -> FileNotFoundError:
-    """The error for a folder that has nothing to be read."""
+    """The error for a folder without readable files."""
     what = f"The folder {root!r} has neither .tar shards nor images ({formats.listed()})"
     if not files:
         return FileNotFoundError(f"{what}: check data.path")

@@ -8,8 +8,7 @@ from distill.storage.bounded import LINES, text_of
 
 
 class Lines:
-    """The lines of a text file that are not blank, as raw samples; of a list its texts, as they
-    are.
+    """The lines of a text file that are not blank, or the texts of a list, as raw samples.
 
     Raises ValueError, naming `key`, if there are none.
     """

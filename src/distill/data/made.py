@@ -1,6 +1,4 @@
-"""What lies beside shards of `cache` and `synthesize`: how they were made, and the empty
-caption.
-"""
+"""Files beside the shards of `cache` and `synthesize`: their manifest, and the empty caption."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ from distill.storage import content
 from distill.storage.bounded import MIB, check_archive, mapping_of
 from distill.terminal.shown import shown
 
-# What shards of several folders must have been made with alike: one null caption is used, and one
-# set of buckets.
-ALIKE = ("teacher", "without", "embeddings", "what", "buckets", "size")
-# What a run heeds of a manifest: its kind, and of a list that of what is in it.
-SAID: dict[str, tuple[type, ...]] = {
+# Settings that must be equal for shards of several folders: one null caption and one set of
+# buckets are used.
+SHARED = ("teacher", "without", "embeddings", "what", "buckets", "size")
+# Keys of a manifest that a run uses: the type, and the types of a list's items.
+TYPES: dict[str, tuple[type, ...]] = {
     "teacher": (str,), "vae": (str,), "what": (str,), "told": (dict,), "without": (list, str),
     "buckets": (list, list),
 }  # fmt: skip
@@ -29,23 +27,22 @@ MOST_NULL = 256 * MIB  # ours; the longest caption of SD3's three encoders takes
 
 
 def made_of(path: str) -> tuple[Path, dict[str, Any]]:
-    """A folder that the shards lie in, and what its manifest says, empty if there is none.
+    """A folder with the shards, and its manifest, {} if there is none.
 
-    Raises ValueError if their making was not finished, or they lie in several folders that were
-    made in other ways.
+    Raises ValueError if the shard job is not finished, or for folders of different jobs.
     """
     about: dict[Path, dict[str, Any]] = {}
     for folder in sorted({Path(shard).parent for shard in expand(path)}):
         finished = (folder / MANIFEST).is_file()
         if (folder / BEGUN).is_file() and not finished:
             raise ValueError(
-                f"data.path={path}: its making was not finished; give the command that makes it"
+                f"data.path={path}: its shard job is not finished; give the command of the job"
                 " once more"
             )
         about[folder] = _manifest(folder / MANIFEST, path) if finished else {}
     first, *others = about
     for other in others:
-        pairs = {key: (about[first].get(key), about[other].get(key)) for key in ALIKE}
+        pairs = {key: (about[first].get(key), about[other].get(key)) for key in SHARED}
         differs = [key for key, pair in pairs.items() if not content.alike(*pair)]
         if differs:
             raise ValueError(
@@ -56,9 +53,9 @@ def made_of(path: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _manifest(file: Path, path: str) -> dict[str, Any]:
-    """What a manifest says; ValueError for one that cannot be of ours."""
+    """The manifest; ValueError for one that is not ours."""
     found = mapping_of(file)
-    for key, kinds in SAID.items():
+    for key, kinds in TYPES.items():
         if not _is_of(found.get(key), *kinds):
             what = f"its {file.name} says {key}={shown(found[key], 80)}"
             raise ValueError(f"data.path={path}: {what}; make it anew")
@@ -66,18 +63,18 @@ def _manifest(file: Path, path: str) -> dict[str, Any]:
 
 
 def _is_of(value: Any, kind: type, *inner: type) -> bool:
-    """Whether a value is None, or of a kind, and what is in a list of the `inner` ones."""
+    """Whether a value is None or of this type, and the items of a list of the `inner` types."""
     if value is None or not isinstance(value, kind):
         return value is None
     return not inner or all(isinstance(each, inner) for each in value)
 
 
 def null_of(file: Path, path: str) -> dict[str, Tensor]:
-    """The embedded empty caption; ValueError for what cannot be one."""
+    """The embedded empty caption; ValueError for a file that is none."""
     try:
         check_archive(file, MOST_NULL)
-        with np.load(file, allow_pickle=False) as kept:
-            found = {name: torch.from_numpy(kept[name]) for name in kept.files}
+        with np.load(file, allow_pickle=False) as archive:
+            found = {name: torch.from_numpy(archive[name]) for name in archive.files}
         if set(found) - set(EMBEDDED) or "tokens" not in found:
             raise ValueError(f"it holds {', '.join(found) or 'nothing'}")
         if any(x.dtype != torch.float16 or not x.isfinite().all() for x in found.values()):

@@ -1,16 +1,16 @@
-"""A folder of shards that a command makes: by any number of processes, killed and started again at
-any moment.
+"""A shard job: a command writes a folder of shards with any number of ranks, and can be killed and
+resumed.
 
-<out>/making.yaml         what is made; the same command goes on, another one is refused
-<out>/inputs.sha256       a hash of the prompts or of the data's names: both must stay
+<out>/making.yaml         the job's settings; the same command resumes it, another is refused
+<out>/inputs.sha256       a hash of the prompts or of the data's names, which may not change
 <out>/null.npz            the embedded empty caption
 <out>/latents-000000.tar  samples 0 to per_shard - 1, and so on
-<out>/manifest.json       what has been made, written last
+<out>/manifest.json       what was made, written last
 
-Shard k holds samples k * per_shard to (k + 1) * per_shard - 1 (but for bad ones), and no batch
-reaches over its end. So whoever makes it, and whenever, gives it the same bytes; and since it
-appears only when it is whole, what is there is done. Processes need not talk: each makes every
-world-th shard, and whoever finds all of them there writes the manifest.
+Shard k holds samples k * per_shard to (k + 1) * per_shard - 1, without bad ones, and no batch
+crosses its end. So every rank and every restart writes the same bytes. A shard appears when it is
+complete, so existing shards are finished. Ranks do not communicate: each writes every world-th
+shard, and the one that finds all of them writes the manifest.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from distill.machine.hardware import precision
 from distill.storage.aside import put
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
-from distill.teachers.loading.locate import telling
+from distill.teachers.loading.locate import embedding_options
 from distill.terminal.progress import Bar, track
 from distill.terminal.shown import shown
 from distill.training import launch
@@ -43,11 +43,11 @@ INPUTS = "inputs.sha256"
 
 
 @dataclass(frozen=True)
-class Making:
+class ShardJob:
     """The samples of `count` numbers in shards of `per_shard`, in `folder`; `inputs` is a hash of
-    what they come from.
+    their sources.
 
-    Raises ValueError if the folder was begun with other inputs.
+    Raises ValueError if the folder was started with other inputs.
     """
 
     folder: Path
@@ -56,13 +56,13 @@ class Making:
     inputs: str
 
     def __post_init__(self) -> None:
-        begun = self.folder / INPUTS
-        if shards_in(self.folder) and begun.read_text(encoding="utf-8") != self.inputs:
+        file = self.folder / INPUTS
+        if shards_in(self.folder) and file.read_text(encoding="utf-8") != self.inputs:
             raise ValueError(
-                f"out={self.folder}: prompts or data have changed since it was begun; choose"
+                f"out={self.folder}: prompts or data have changed since its start; choose"
                 " another out="
             )
-        put(begun, self.inputs.encode())
+        put(file, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:06d}.tar"
@@ -72,30 +72,34 @@ class Making:
         return range(-(-self.count // self.per_shard))
 
     def missing(self) -> dict[int, range]:
-        """The shards that are this process's to make and not there, with their numbers."""
-        mine = [
+        """The missing shards of this rank, with the numbers of their samples."""
+        own_shards = [
             shard
             for shard in self.shards[compose.rank() :: compose.world()]
             if not self.path(shard).exists()
         ]
         return {
-            k: range(k * self.per_shard, min(self.count, (k + 1) * self.per_shard)) for k in mine
+            k: range(k * self.per_shard, min(self.count, (k + 1) * self.per_shard))
+            for k in own_shards
         }
 
     def make(self, samples: Callable[[int, range], Iterator[tuple[str, dict[str, bytes]]]]) -> None:
-        """Write every missing shard k as `samples(k, numbers)`, under a bar over the numbers."""
+        """Write every missing shard k from `samples(k, numbers)`, with a progress bar over the
+        numbers.
+        """
         missing = self.missing()
-        share = f" by process 1 of {compose.world()}" if compose.world() > 1 else ""
+        by_rank = f" by process 1 of {compose.world()}" if compose.world() > 1 else ""
         total, done = sum(map(len, missing.values())), 0
-        with Bar(f"making samples{share}", total, unit="sample", rate="samples") as bar:
+        with Bar(f"making samples{by_rank}", total, unit="sample", rate="samples") as bar:
             for shard, numbers in missing.items():
-                write_shard(self.path(shard), watched(samples(shard, numbers), bar.advance))
+                write_shard(self.path(shard), with_progress(samples(shard, numbers), bar.advance))
                 done += len(numbers)
-                bar.update(done)  # bad ones among them
+                bar.update(done)  # bad ones included
 
     def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
-        """Write the manifest if every shard is there; ValueError if they lack more than this share
-        of the samples.
+        """Write the manifest if every shard exists.
+
+        Raises ValueError if more than this share of the samples is bad.
         """
         paths = [self.path(shard) for shard in self.shards]
         if not all(path.exists() for path in paths):
@@ -103,7 +107,7 @@ class Making:
         counted = track(paths, "counting samples", unit="shard")
         samples, digest = sum(len(index_tar(str(path))) for path in counted), hashlib.sha256()
         if not samples:
-            for path in paths:  # so that nothing stays behind
+            for path in paths:  # leave no shards behind
                 path.unlink(missing_ok=True)
             raise ValueError(
                 f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check`"
@@ -126,16 +130,16 @@ class Making:
         put(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
 
 
-def watched(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
+def with_progress(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
     for sample in samples:
         yield sample
         advance()
 
 
-def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
-    """Note what is to be made, then work, here or in `devices` processes; returns the exit code.
+def start(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]) -> int:
+    """Write the settings of a job, then run it, here or in `devices` ranks; returns the exit code.
 
-    `beginning.check_making` has been called before: it refuses a folder with other shards.
+    `begun_job.check_shard_job` must have been called before: it refuses a folder with other shards.
     """
     cfg = paths.absolute(cfg)
     folder, done, several = Path(cfg.out), Path(cfg.out) / MANIFEST, launch.needed(cfg.devices, 1)
@@ -145,9 +149,9 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
         if isinstance(node, DictConfig):
             compose.allowed(node, str(key))
     with one_writer(folder, "out"), faults.goes_on(lambda: launch.way_on(folder, command)):
-        code = _made(cfg, folder, command, None if several else work)
+        code = _run_job(cfg, folder, command, None if several else work)
     if compose.world() == 1 and not done.is_file():
-        with suppress(OSError):  # there are shards in it, or what is not ours
+        with suppress(OSError):  # not empty
             folder.rmdir()
     if done.is_file():
         made = mapping_of(done)
@@ -156,11 +160,11 @@ def begin(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
     return code
 
 
-def _made(
+def _run_job(
     cfg: DictConfig, folder: Path, command: str, work: Callable[[DictConfig, Path], int] | None
 ) -> int:
-    """Note what is to be made, and work, in the processes of a launcher without `work`; returns the
-    exit code.
+    """Write the settings and do the work, with a launcher where `work` is None; returns the exit
+    code.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not shards_in(folder):
@@ -172,18 +176,16 @@ def _made(
             return work(cfg, folder)
         return launch.launch(folder, cfg.devices, command, secrets=compose.secrets(cfg))
     finally:
-        if compose.world() == 1 and not shards_in(folder):  # of a mistake nothing stays behind
+        if compose.world() == 1 and not shards_in(folder):  # after a mistake, leave nothing behind
             for name in (BEGUN, INPUTS, NULL):
                 (folder / name).unlink(missing_ok=True)
 
 
 def _settle_precision(cfg: DictConfig, folder: Path) -> None:
-    """Replace `precision=auto`: by what a folder was begun in, else by what is best on this
-    machine.
-    """
-    begun = folder / BEGUN
-    if cfg.precision == "auto" and begun.is_file():
-        cfg.precision = trust.data(begun, "precision").get("precision", "32-true")
+    """Replace `precision=auto`: by that of the started job, else by the best of this machine."""
+    settings = folder / BEGUN
+    if cfg.precision == "auto" and settings.is_file():
+        cfg.precision = trust.data(settings, "precision").get("precision", "32-true")
     chosen = precision(cfg.precision)
     cfg.precision = chosen.name
     if compose.rank() == 0:
@@ -191,11 +193,11 @@ def _settle_precision(cfg: DictConfig, folder: Path) -> None:
 
 
 def of_teacher(cfg: DictConfig) -> dict[str, Any]:
-    """What a manifest says of the teacher."""
+    """The teacher's entry in a manifest."""
     own = {"vae": cfg.teacher.vae} if cfg.teacher.get("vae") else {}
-    told = telling(cfg.teacher)
+    options = embedding_options(cfg.teacher)
     without = list(cfg.teacher.get("without") or [])
-    return {"teacher": cfg.teacher.path, "without": without, "told": told, **own}
+    return {"teacher": cfg.teacher.path, "without": without, "told": options, **own}
 
 
 def embedded(cond: Any) -> list[dict[str, np.ndarray]]:
@@ -211,10 +213,9 @@ def checked(
     dtype: str,
     precision: str | None = None,
 ) -> None:
-    """Raise ValueError, naming the sample, for latents or embeddings that cannot be kept in
-    float16.
+    """Raise ValueError, naming the sample, for latents or embeddings that float16 cannot represent.
 
-    `dtype` and `precision` are what they were computed in.
+    `dtype` and `precision` are those of their computation.
     """
     _finite(name, "latents", latent, dtype, precision)
     for part, x in embedded.items():
@@ -237,9 +238,7 @@ def _finite(name: str, what: str, x: np.ndarray, dtype: str, precision: str | No
 
 
 def put_null(teacher: Any, folder: Path, dtype: str = "float32") -> None:
-    """The embedded empty caption, in half precision as those of the samples; ValueError as
-    `checked`.
-    """
+    """Write the embedded empty caption in half precision; raises ValueError as `checked`."""
     tensors = {name: x.float().cpu().numpy() for name, x in teacher.embed([""]).tensors().items()}
     checked("the empty caption", np.zeros(1), tensors, dtype)
     np.savez(file := io.BytesIO(), **{k: x.astype(np.float16) for k, x in tensors.items()})

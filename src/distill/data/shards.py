@@ -1,10 +1,10 @@
 """Random access to samples in uncompressed tar shards (WebDataset layout) or in a plain folder of
 images.
 
-A sample is the set of files that share a path up to the first dot of the file name: `a/7.png`,
-`a/7.txt` -> key `a/7`, extensions `png`, `txt`. Tar headers are read once, giving every file's
-place in its shard; samples are then read by position. Nothing is ever extracted, so a hostile name
-can at most become an odd key. Folders: see `folder`.
+A sample is the set of files with one path up to the first dot of the file name: `a/7.png`,
+`a/7.txt` -> key `a/7`, extensions `png`, `txt`. Tar headers are read once, for the position of
+every file; samples are then read by position. Nothing is extracted, so a hostile name is at most an
+odd key. Folders: see `folder`.
 """
 
 import glob
@@ -30,7 +30,7 @@ from distill.terminal.shown import shown
 log = logging.getLogger(__name__)
 MAX_EMPTY = 0.5  # ours: the share of pictures without a caption above which a set is refused
 DOTTED = "a key ends at the first dot of a file's name: write names with no other dot"
-# The first bytes of files that are taken for shards, and what to do.
+# First bytes of files that are mistaken for shards, and the remedy.
 MAGIC = {
     b"\x1f\x8b": "is compressed by gzip, and samples are read by position: gunzip it first",
     b"BZh": "is compressed by bzip2, and samples are read by position: bunzip2 it first",
@@ -42,22 +42,21 @@ MAGIC = {
     b"\x89PNG": "is a picture: give the folder that it is in",
     b"\xff\xd8\xff": "is a picture: give the folder that it is in",
 }
-BEGUN = "making.yaml"  # lies beside the shards that `distill.cache` or `distill.synthesize` makes
+BEGUN = "making.yaml"  # settings of a shard job, beside its shards
 MADE = re.compile(r"latents-\d{6}\.tar")
-# Suffixes of files that may be taken for the data themselves.
+# Suffixes of files that are mistaken for data.
 RECORDED = (*CAPTIONS, "jsonl", "csv")
-_NAME = re.compile(
-    r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
-)  # WebDataset's: key, then all after the first dot
+# WebDataset's rule: the key, then everything after the first dot.
+_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
 
 
 class Shards:
     """Samples by index: of tar shards in sorted order, in tar order within each, or of a folder of
-    images without any.
+    images.
 
-    `of_folder` says that it is one of images; `said` is what of them may not be what their owner
-    thinks, a sentence each, of which the log is told. Raises ValueError and FileNotFoundError as
-    `expand`, `index_tar` and `folder.of` do, or if there is no sample.
+    `of_folder`: whether it is a folder of images. `said`: sentences on what the owner may not
+    expect, which are also logged. Raises ValueError and FileNotFoundError as `expand`, `index_tar`
+    and `folder.of`, or if there is no sample.
     """
 
     def __init__(self, path: str, *, repeats: bool = True):
@@ -82,21 +81,19 @@ class Shards:
 
     @property
     def index(self) -> Index:
-        """Key and places of the files of every sample."""
+        """Key and file positions of every sample."""
         return [(key, places) for key, _, places in self._index]
 
     def __len__(self) -> int:
         return len(self._index)
 
     def name(self, i: int) -> str:
-        """What sample i is called where something is said of it: shard or folder, and key."""
+        """Name of sample i in messages: shard or folder, and key."""
         key, url, _ = self._index[i]
         return shown(f"{url}:{key}")
 
     def digest(self) -> str:
-        """A hash of the keys of all samples, and of the extensions, places and sizes of their
-        files.
-        """
+        """Hash of all keys, and of the extensions, positions and sizes of the files."""
         found = hashlib.sha256()
         for key, _, places in self._index:
             where = [
@@ -109,9 +106,9 @@ class Shards:
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
 
-        With `at_most` only so many bytes of each file. A file that is too large is `Unread`. No
-        file stays open, so any process may read. Raises BadSample for one of too many files, and
-        ValueError if the shard has become shorter.
+        With `at_most` only that many bytes of each file. A file that is too large is `Unread`. No
+        file stays open, so any process may read. Raises BadSample for too many files, and
+        ValueError if the shard has shrunk.
         """
         key, url, places = self._index[i]
         sample: dict[str, str | bytes] = {}
@@ -138,22 +135,22 @@ class Shards:
                 raise ValueError(
                     f"The file {path!r} has shrunk since it was opened (sample {key!r})."
                 )
-        return sample | names  # last: no file may pose as these
+        return sample | names  # last: no file may replace these
 
 
 def check_pictures(
     path: str, *, repeats: bool = True, caption_key: str = "caption", max_empty_share: float = 1.0
 ) -> None:
-    """Raise, as `Shards` does, where no shard and no picture is, and as `check_captions` for a
-    folder of pictures.
+    """Raise as `Shards` for a path without shards and pictures, and as `check_captions` for a
+    folder.
 
-    No shard and no picture is read for it, so that it is known before anything that takes long.
+    It opens no shard and no picture, so that commands can call it first.
     """
     if found := folder_of_pictures(os.path.expanduser(path)):
         made = folders.of(found, repeats=repeats)
         try:
             check_captions(path, made.index, caption_key, max_empty_share)
-        except ValueError:  # for which one of these may be the reason
+        except ValueError:  # these sentences may name the reason
             tell(path, made.said)
             raise
     else:
@@ -161,15 +158,13 @@ def check_pictures(
 
 
 def tell(path: str, said: list[str]) -> None:
-    """Log what of the data at `path` may not be what their owner thinks."""
+    """Log sentences on the data at `path` that the owner may not expect."""
     for sentence in said:
         log.warning("%s: %s", path, sentence)
 
 
 def check_captions(path: str, index: Index, key: str, most: float) -> str | None:
-    """Raise ValueError if more than this share of the samples have no caption; a sentence if some
-    have none.
-    """
+    """Raise ValueError if more than this share of samples lack a caption; a sentence if some do."""
     bare = uncaptioned(index, CAPTIONS if key == "caption" else ("json",))
     if not bare:
         return None
@@ -185,7 +180,7 @@ def check_captions(path: str, index: Index, key: str, most: float) -> str | None
 
 
 def check_images(path: str, index: Index) -> None:
-    """Raise ValueError if none of the samples is a picture."""
+    """Raise ValueError if no sample has an image."""
     ends = set(formats.suffixes())
     if any(ends & places.keys() for _, places in index):
         return
@@ -201,8 +196,8 @@ def check_images(path: str, index: Index) -> None:
 
 
 def folder_of_pictures(folder: str) -> Below | None:
-    """The files of a folder that is read as pictures: with some, and no shard at its top; or with
-    neither at all.
+    """The files of a folder that is read as pictures: with pictures and no shard at its top, or
+    with neither.
     """
     if not os.path.isdir(folder) or _shards_in(folder):
         return None
@@ -212,7 +207,7 @@ def folder_of_pictures(folder: str) -> Below | None:
 
 
 def _shards_in(folder: str) -> list[str]:
-    """The shards at the top of a folder, sorted, .TAR among them."""
+    """The shards at the top of a folder, sorted, .TAR included."""
     names = sorted(name for name in os.listdir(folder) if not hidden(name))
     return [
         os.path.join(folder, name)
@@ -224,32 +219,26 @@ def _shards_in(folder: str) -> list[str]:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The shards in a folder that a command of ours makes, by their numbers: files of other names
-    are not its own.
-    """
+    """The shards of a shard job in a folder, in order; files with other names are not its own."""
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(folder / name for name in names if MADE.fullmatch(name))
 
 
 def copied(path: str) -> bool:
-    """Whether this shard lies in a folder that a command of ours makes, under a name that it does
-    not give: a copy.
-    """
+    """Whether this shard is in the folder of a shard job but has not one of its names: a copy."""
     folder, name = os.path.split(path)
     return not MADE.fullmatch(name) and os.path.isfile(os.path.join(folder, BEGUN))
 
 
 def _shards_below(folder: str) -> list[str]:
-    """The shards at the top of a folder, or if there is none, those of all folders in it."""
+    """The shards at the top of a folder, or if there is none, those in all of its folders."""
     found = below(folder)
     deep = [found.path(name) for name in found.files if folders.suffix(name) == "tar"]
     return _shards_in(folder) or [path for path in deep if not copied(path)]
 
 
 def beside_shards(folder: str) -> list[str]:
-    """What lies in a folder of shards and is not read, a sentence each; nothing if it is no
-    folder.
-    """
+    """Sentences on files in a folder of shards that are not read; [] for other paths."""
     if not os.path.isdir(folder):
         return []
     files = below(folder).files
@@ -281,9 +270,7 @@ ADVICE = {
 
 
 def _about_keys(index: Index) -> list[str]:
-    """What WebDataset's way of naming makes of samples, where their owner may have meant something
-    else.
-    """
+    """Sentences on names that WebDataset's rule may split in another way than the owner expects."""
     ends = formats.suffixes()
     dotted = [
         (key, end)
@@ -310,12 +297,12 @@ def _about_keys(index: Index) -> list[str]:
 def expand(path: str) -> list[str]:
     """The shards that `path` names, sorted and without repeats.
 
-    `path` is a folder of `*.tar`, at its top or else below it, one file, a brace pattern
-    (`shards-{000000..000003}.tar`), a glob, or both mixed. Raises ValueError for a malformed
-    pattern or a URL, FileNotFoundError when a named shard is missing or none matches.
+    `path` is a folder of `*.tar`, at its top or else below it; one file; a brace pattern
+    (`shards-{000000..000003}.tar`); a glob; or both mixed. Raises ValueError for a malformed
+    pattern or a URL, FileNotFoundError if a named shard is missing or none matches.
     """
     path = os.path.expanduser(path)
-    if os.altsep:  # Windows: braces and globs take a backslash for something else
+    if os.altsep:  # Windows: a backslash has another meaning in braces and globs
         path = path.replace(os.sep, "/")
     if not path or path.startswith("pipe:") or "://" in path:
         raise ValueError(
@@ -339,7 +326,7 @@ def expand(path: str) -> list[str]:
             if os.path.isfile(name)
             else [m for m in glob.glob(name, recursive=True) if os.path.isfile(m)]
         )
-        if not matches and not glob.has_magic(name):  # a missing shard is a mistake, not fewer data
+        if not matches and not glob.has_magic(name):  # a missing shard is an error
             raise FileNotFoundError(
                 f"There is no shard {name!r}, named by data.path={path!r}: check it."
             )
@@ -361,11 +348,10 @@ def _no_shards_in(path: str) -> FileNotFoundError:
 
 
 def index_tar(path: str) -> dict[str, Places]:
-    """Where the files of each sample lie, by its key, from the headers alone.
+    """Positions of the files of each sample, by key, from the headers alone.
 
-    Links, devices, folders and sparse files are passed over, as are hidden files and folders and
-    names without extension. Raises ValueError if the file is no plain tar, ends early, or holds the
-    same file twice.
+    Links, devices, folders, sparse files, hidden files and folders, and names without extension are
+    ignored. Raises ValueError if the file is no plain tar, is cut short, or holds a file twice.
     """
     index: dict[str, Places] = {}
     with open(path, "rb") as file:
@@ -376,7 +362,7 @@ def index_tar(path: str) -> dict[str, Places]:
                     continue
                 key, extension = match[1], match[2].lower()
                 if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
-                    continue  # thumbnails of a system, and what macOS adds
+                    continue  # thumbnails, and macOS's own files
                 if extension in index.setdefault(key, {}):
                     raise ValueError(
                         f"The shard {path!r} holds {key}.{extension} twice: each needs its own key."
@@ -384,7 +370,7 @@ def index_tar(path: str) -> dict[str, Places]:
                 index[key][extension] = path, member.offset_data, member.size
         except tarfile.TarError as error:
             file.seek(0)
-            start = file.read(8)  # only now: the first member of a tar may be called BZhang
+            start = file.read(8)  # only now: a tar may start with a file named BZhang
             for mark, said in MAGIC.items():
                 if start.startswith(mark):
                     raise ValueError(f"The shard {path!r} {said}.") from None

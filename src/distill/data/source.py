@@ -1,15 +1,14 @@
-"""What a run reads: a data set, and the one order in which its batches come.
+"""The data of a run: a data set, and the order of its batches.
 
-The order is endless and a pure function of (seed, step, rank). Sample positions count through all
-steps: position p = step * global_batch + i lies in epoch p // N, and every epoch is a permutation
-of its own, seeded by (seed, epoch). To resume, nothing is needed but the step; nothing depends on
-the number of workers; and W processes with batch B read together what one process with batch W * B
-reads.
+The order is endless and a function of (seed, step, rank) alone. Sample positions count through all
+steps: position p = step * global_batch + i is in epoch p // N, and every epoch is a permutation
+seeded by (seed, epoch). Resuming needs the step alone, and the number of workers does not matter. W
+processes with batch B together read what one process with batch W * B reads.
 
-With buckets all of this holds, and the global batch of a step is of one bucket: each bucket is such
-an order of its own, of which round e takes floor((e + 1) n / G) - floor(e n / G) global batches, n
-being its samples and G the global batch; the batches of a round come in an order seeded by (seed,
-round). So the share of a bucket is that of its samples.
+With buckets the same holds, and the global batch of a step is of one bucket. Each bucket has such
+an order. Round e takes floor((e + 1) n / G) - floor(e n / G) global batches of it, where n is the
+number of its samples and G the global batch. The batches of a round are in an order seeded by
+(seed, round). So the share of a bucket is that of its samples.
 """
 
 import bisect
@@ -39,12 +38,11 @@ from distill.machine.signals import in_loader
 
 @dataclass(frozen=True)
 class Order:
-    """For each step from `start` on, the `batch_size` indices below `length` that are this rank's
-    part of the batch.
+    """For each step from `start` on, this rank's `batch_size` indices below `length`.
 
-    It shares out the data among `world` ranks itself: no DistributedSampler may be put on top.
-    Raises ValueError for numbers out of their ranges: `length` and `batch_size` from 1, `start`
-    from 0, `rank` in [0, world).
+    It divides the data among `world` ranks itself; no DistributedSampler may be added. Raises
+    ValueError unless `length` and `batch_size` are at least 1, `start` at least 0, `rank` in [0,
+    world).
     """
 
     length: int
@@ -76,7 +74,7 @@ class Order:
 class BucketOrder:
     """As `Order`, for `groups`: bucket -> its indices, none empty.
 
-    A step is of one bucket, the same on all ranks.
+    All ranks have the same bucket in a step.
     """
 
     groups: Mapping[int, Sequence[int]]
@@ -87,48 +85,46 @@ class BucketOrder:
     start: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = self.batch_size * self.world
+        global_batch = self.batch_size * self.world
         sizes = {bucket: len(group) for bucket, group in self.groups.items()}
         shuffled = {bucket: Shuffled(n, f"{self.seed}/{bucket}") for bucket, n in sizes.items()}
 
         def before(epoch: int) -> int:
-            return sum(epoch * n // whole for n in sizes.values())
+            return sum(epoch * n // global_batch for n in sizes.values())
 
-        last = (self.start + len(sizes) + 1) * whole // sum(sizes.values()) + 2
+        last = (self.start + len(sizes) + 1) * global_batch // sum(sizes.values()) + 2
         for epoch in itertools.count(bisect.bisect_right(range(last), self.start, key=before) - 1):
             rounds = {
-                bucket: range(epoch * n // whole, (epoch + 1) * n // whole)
+                bucket: range(epoch * n // global_batch, (epoch + 1) * n // global_batch)
                 for bucket, n in sizes.items()
             }
-            numbers, kinds = (
-                {k: iter(r) for k, r in rounds.items()},
-                [k for k, r in rounds.items() for _ in r],
-            )
-            shuffle = permutation(len(kinds), f"{self.seed}/round", epoch).tolist()
-            for step, bucket in enumerate((kinds[i] for i in shuffle), before(epoch)):
+            numbers = {k: iter(r) for k, r in rounds.items()}
+            buckets = [k for k, r in rounds.items() for _ in r]
+            shuffle = permutation(len(buckets), f"{self.seed}/round", epoch).tolist()
+            for step, bucket in enumerate((buckets[i] for i in shuffle), before(epoch)):
                 first = (next(numbers[bucket]) * self.world + self.rank) * self.batch_size
                 if step >= self.start:
-                    places = range(first, first + self.batch_size)
-                    yield [self.groups[bucket][shuffled[bucket][place]] for place in places]
+                    positions = range(first, first + self.batch_size)
+                    yield [self.groups[bucket][shuffled[bucket][p]] for p in positions]
 
 
 class Shuffled:
-    """An endless sequence of the indices below `length`, each of them once an epoch."""
+    """An endless sequence of the indices below `length`, each once per epoch."""
 
     def __init__(self, length: int, seed: int | str):
         self.length, self.seed = length, seed
         self._epoch, self._permuted = -1, torch.empty(0)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.length)
+        epoch, offset = divmod(position, self.length)
         if epoch != self._epoch:
             self._epoch, self._permuted = epoch, permutation(self.length, self.seed, epoch)
-        return int(self._permuted[place])
+        return int(self._permuted[offset])
 
 
 def permutation(length: int, seed: int | str, epoch: int) -> Tensor:
-    """The order of one epoch, int64 [length]; hashed, so that epochs of neighbouring seeds have
-    nothing in common.
+    """The order of one epoch, int64 [length]. The seed is hashed, so that neighbouring seeds are
+    independent.
     """
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
     return torch.randperm(
@@ -137,13 +133,13 @@ def permutation(length: int, seed: int | str, epoch: int) -> Tensor:
 
 
 class Loader(DataLoader):
-    """Endless batches; its workers hand over what they had to skip, which the data set counts in
-    the main process.
+    """Endless batches. Workers return the bad samples, which the data set counts in the main
+    process.
     """
 
     dataset: Samples
 
-    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator is all anyone uses
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator suffices
         for batch, good, skipped in super().__iter__():
             self.dataset.account(good, skipped)
             self.dataset.account_captions(batch["caption"])
@@ -159,36 +155,31 @@ class Source:
     num_workers: int = 0
 
     def loader(self, *, seed: int, rank: int = 0, world: int = 1, start: int = 0) -> Loader:
-        """The endless stream of batches from batch number `start` on; tensors [B, ...], everything
-        else in lists.
+        """The endless stream of batches from batch `start` on; tensors [B, ...], everything else in
+        lists.
         """
-        place, groups = (seed, self.batch_size, rank, world, start), self.dataset.groups
+        order, groups = (seed, self.batch_size, rank, world, start), self.dataset.groups
         return Loader(
             self.dataset,
             batch_sampler=(
-                BucketOrder(groups, *place) if groups else Order(len(self.dataset), *place)
+                BucketOrder(groups, *order) if groups else Order(len(self.dataset), *order)
             ),
             collate_fn=collate,
             num_workers=self.workers,
             worker_init_fn=in_loader,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # A DataLoader draws its workers' seed from the global generator, which would disturb
-            # exact resume.
+            # A DataLoader draws its workers' seed from the global generator, against exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
 
     @property
     def workers(self) -> int:
-        """Processes that read: no more than there are cores, above which torch warns that they slow
-        each other down.
-        """
+        """Number of reading processes: at most one per core, above which torch warns."""
         return min(self.num_workers, cores())
 
     def once(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Found]]:
-        """For each batch of indices what is found at each of them: a bad sample is not replaced,
-        and not counted.
-        """
+        """For each batch of indices the items; bad samples are neither replaced nor counted."""
         data = DataLoader(
             Once(self.dataset),
             batch_sampler=batches,
@@ -214,7 +205,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Once(Dataset):
-    """What is found at an index, and nowhere else."""
+    """The item at an index, without replacement."""
 
     samples: Samples
 
@@ -232,7 +223,7 @@ def latents(
     seeded: bool = False,
     buckets: Sequence[Sequence[int]] | None = None,
 ) -> Source:
-    """Cached latents with captions, embedded perhaps: a folder or pattern of WebDataset shards."""
+    """Cached latents with captions, embedded or not: a folder or pattern of WebDataset shards."""
     data = LatentShards(
         path, limit=limit, max_bad_share=max_bad_share, seeded=seeded, buckets=buckets
     )
@@ -242,7 +233,7 @@ def latents(
 def prompts(
     path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None
 ) -> Source:
-    """Captions alone: a text file with one a line."""
+    """Captions alone: a text file with one per line."""
     return Source(Prompts(path, limit=limit), batch_size, num_workers)
 
 
@@ -259,8 +250,8 @@ def images(
     max_empty_share: float = MAX_EMPTY,
     repeats: bool = True,
 ) -> Source:
-    """Pictures with captions: WebDataset shards, or a folder in one of the layouts of `folder`."""
-    how = {
+    """Images with captions: WebDataset shards, or a folder in one of the layouts of `folder`."""
+    options = {
         "max_empty_share": max_empty_share,
         "repeats": repeats,
         "limit": limit,
@@ -268,7 +259,7 @@ def images(
         "buckets": buckets,
         "caption_key": caption_key,
     }
-    return Source(ImageShards(path, size=size, **how), batch_size, num_workers)
+    return Source(ImageShards(path, size=size, **options), batch_size, num_workers)
 
 
 def drawn(
@@ -280,8 +271,6 @@ def drawn(
     limit: int | None = None,
     seeded: bool = False,
 ) -> Source:
-    """Pictures with captions that `reader` draws, as large as the teacher's own where no size is
-    given.
-    """
+    """Pictures with captions that `reader` renders, by default at the teacher's size."""
     data = Drawn(reader, size=size, seeded=seeded, limit=limit)
     return Source(data, batch_size, num_workers)

@@ -1,29 +1,24 @@
-"""The headers of a tar that anybody may have written: what they declare is doubted before memory is
-taken for it.
-"""
+"""Headers of a tar that is not trusted: declared sizes are checked before memory is allocated."""
 
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-MOST_HEADER = 2**20  # ours: bytes of all headers before a member, names and attributes included
-# Ours: a longer run of digits is no number. Older versions of Python look for one in a way that
-# takes the square of it.
+MOST_HEADER = 2**20  # ours: bytes of the headers before a member, with names and attributes
+# Ours: longer runs of digits are refused. Older versions of Python parse them in quadratic time.
 _DIGITS = re.compile(rb"\d{256}")
 
 
 class Headers:
-    """A file as `tarfile` reads headers: never more at once than a header may have, wherever it
-    points.
-    """
+    """A file for `tarfile`, which bounds the bytes of the headers before a member."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._left = MOST_HEADER
 
     def renew(self) -> None:
-        """Before each member."""
+        """Reset the bound, before each member."""
         self._left = MOST_HEADER
 
     def read(self, size: int) -> bytes:
@@ -43,25 +38,25 @@ class Headers:
 
 
 def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, in order; `offset_data` is where the bytes of one begin.
+    """The members of a tar, in order; `offset_data` is the position of a member's bytes.
 
-    Raises TarError for headers that cannot be right, and for a tar that ends before its end mark.
+    Raises TarError for invalid headers, and for a tar without an end mark.
     """
     headers, end = Headers(file), -1
     # backslashreplace: a name must always be printable, whatever bytes it has
-    how: dict[str, Any] = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
-    tar = _guarded(lambda: tarfile.open(fileobj=headers, **how), end)  # noqa: SIM115
+    options: dict[str, Any] = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
+    tar = _guarded(lambda: tarfile.open(fileobj=headers, **options), end)  # noqa: SIM115
     while True:
         headers.renew()
         member = _guarded(tar.next, end)
         if member is None:
             break
-        if member.size < 0 or tar.offset <= end:  # it would be read for ever
+        if member.size < 0 or tar.offset <= end:  # reading would not end
             raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
-        tar.members = []  # it keeps every one: gigabytes for a large set
+        tar.members = []  # it keeps all: gigabytes for a large set
         end = tar.offset
         yield member
-    # tarfile stops without a word at a damaged header or a cut between two members: ask for the end
+    # tarfile stops without an error at a damaged header or a cut between members: check the end
     # mark.
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -69,14 +64,14 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _guarded(read: Callable[[], Any], end: int) -> Any:
-    """What `read` gives; TarError for all that it raises.
+    """The result of `read`; any exception becomes a TarError.
 
-    `end` is the byte up to which all was right.
+    `end` is the byte up to which the tar was valid.
     """
     try:
         return read()
     except tarfile.TarError:
         raise
-    except Exception as error:  # of numbers without bounds, of chains of headers: nearly anything
+    except Exception as error:  # unbounded numbers or chains of headers may raise anything
         what = f"a header after byte {max(end, 0)} that cannot be read"
         raise tarfile.ReadError(f"{what} ({type(error).__name__})") from None

@@ -1,4 +1,6 @@
-"""The files below a folder: links followed, none twice, in an order of their names alone."""
+"""The files below a folder, with links followed and none twice, in an order given by
+their names.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -8,10 +10,10 @@ from distill.storage.formats import hidden
 
 @dataclass
 class Below:
-    """Paths from `root`, with "/" on all systems, sorted; hidden files and folders are left out.
+    """Paths from `root`, with "/" on all systems, sorted; without hidden files and folders.
 
-    `files` can be read; `broken` are links that lead nowhere; `again` are links to folders that are
-    in here anyway.
+    `files` can be read; `broken` are dangling links; `again` are links to folders that are included
+    anyway.
     """
 
     root: str
@@ -24,9 +26,9 @@ class Below:
 
 
 def below(root: str) -> Below:
-    """All files below a folder, links followed last: so each folder is met under its own name.
+    """All files below a folder. Links are followed last, so each folder has its own name.
 
-    Raises ValueError, naming the folder, where one may not be read.
+    Raises ValueError, naming the folder, if one cannot be read.
     """
     found, seen = Below(root), set[str]()
     links = _visit(found, "", seen)
@@ -42,7 +44,9 @@ def below(root: str) -> Below:
 
 
 def _visit(found: Below, start: str, seen: set[str]) -> list[str]:
-    """Add the files below `start` but not behind links; returns the links to folders, sorted."""
+    """Add the files below `start`, without those behind links; returns the links to folders,
+    sorted.
+    """
     links, waiting = [], [start]
     while waiting:
         folder = waiting.pop()

@@ -1,5 +1,5 @@
-"""Writing shards, to be read by `shards`: equal samples give equal bytes, and a shard appears only
-when complete.
+"""Writing shards for `shards`: equal samples give equal bytes, and a shard appears when
+complete.
 """
 
 import io
@@ -17,16 +17,15 @@ from PIL import Image
 from distill.storage.aside import aside
 
 log = logging.getLogger(__name__)
-# Who wrote it, and when, must not change the bytes.
+# User and time of writing must not change the bytes.
 HEADER = {"user": "distill", "group": "distill", "mtime": 0, "encoder": False}
 JSON = {"sort_keys": True, "ensure_ascii": False}
-# What `distill.cache` and `distill.synthesize` leave beside their shards: with them, and last.
+# Files of a shard job beside its shards; the manifest is written last.
 NULL, MANIFEST = "null.npz", "manifest.json"
-PICTURES = "encoded pictures"  # what the first of them says that it made
-PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number stands in the file's name
-KEY = re.compile(
-    r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+"
-)  # any other would be read back as another key, or not at all
+PICTURES = "encoded pictures"  # `what` in the manifest of distill.cache
+PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number is in the file name
+# Other keys would be read back as another key, or not at all.
+KEY = re.compile(r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+")
 
 
 def write_latents(
@@ -36,7 +35,7 @@ def write_latents(
     shards' paths.
 
     `pattern` is like `out/shards-%06d.tar`. Raises ValueError for a bad pattern or key, no samples,
-    or latents that are not 3-D or not finite in fp16; the shard under way is then removed, complete
+    or latents that are not 3-D or not finite in fp16. The current shard is then removed; complete
     ones stay.
     """
     files = (
@@ -51,7 +50,7 @@ def write_images(
     """Write (key, uint8 [H, W, 3], caption, record) as `.png`, `.txt` and `.json`; returns the
     shards' paths.
 
-    Raises ValueError as `write_latents` does, and for arrays that are not uint8 RGB.
+    Raises ValueError as `write_latents`, and for arrays that are not uint8 RGB.
     """
     files = (
         (
@@ -70,10 +69,9 @@ def write_images(
 def cached(
     key: str, latent: np.ndarray, caption: str, embedded: Mapping[str, np.ndarray]
 ) -> tuple[str, dict]:
-    """A sample of cached latents [C, h, w] and of what the caption is embedded in, as `write_shard`
-    takes it, in fp16.
+    """A sample for `write_shard`: latents [C, h, w] and the embedded caption, in fp16.
 
-    Raises ValueError for what is not finite in fp16.
+    Raises ValueError for values that are not finite in fp16.
     """
     return key, {
         "latent.npy": _npy(key, latent),
@@ -83,7 +81,7 @@ def cached(
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """One shard of (key, {extension: bytes}), there only once it is whole and on the disk.
+    """Write one shard of (key, {extension: bytes}); it appears when it is complete and on the disk.
 
     Raises ValueError for a bad key; nothing is left then.
     """
@@ -142,7 +140,7 @@ def _write(
         )
     os.makedirs(os.path.dirname(pattern) or ".", exist_ok=True)
     written: list[str] = []
-    while (first := next(samples, None)) is not None:  # asked for before a file is made
+    while (first := next(samples, None)) is not None:  # before a file is created
         path = pattern % len(written)
         write_shard(path, itertools.chain([first], itertools.islice(samples, per_shard - 1)))
         written.append(path)

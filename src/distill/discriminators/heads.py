@@ -1,9 +1,9 @@
-"""Convolutional discriminator heads, one per tap, projected on noise level and pooled text.
+"""Convolutional discriminator heads, one per tap, with projection on noise level and pooled text.
 
 after StyleGAN-T, in 2-D:   h = block_1x1(norm(map))
                             h = (block_kxk(h) + h) / sqrt 2
                             out = conv(h)
-projection discriminator:   logit at each place = <out, c> / sqrt P
+projection discriminator:   logit at each position = <out, c> / sqrt P
                             c = linear([embedding of t, pooled text])
 """
 
@@ -21,7 +21,7 @@ TIME_FEATURES = 64
 
 
 class AllHeads(nn.Module):
-    """Heads that all answer in every iteration, and stay."""
+    """Heads that are all used in every iteration and never initialised anew."""
 
     def draw(self, generator: torch.Generator) -> Self:
         return self
@@ -30,13 +30,13 @@ class AllHeads(nn.Module):
         return ()
 
 
-def side_by_side(parts: Sequence[Tensor]) -> Logits:
-    """Logits [B, K_k] of each head -> all of them, [B, K]."""
+def concatenated(parts: Sequence[Tensor]) -> Logits:
+    """Logits [B, K_k] of each head -> those of all heads, [B, K]."""
     return Logits(torch.cat(list(parts), dim=1), tuple(part.shape[1] for part in parts))
 
 
 class ConvHead(nn.Module):
-    """One map [B, C, h, w] and condition [B, E] -> logits [B, h w]."""
+    """One feature map [B, C, h, w] and conditioning [B, E] -> logits [B, h w]."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class ConvHead(nn.Module):
         norm_input: bool,
     ):
         super().__init__()
-        limit = spectral_norm if spectral else lambda module: module
+        normalise = spectral_norm if spectral else lambda module: module
         self.norm = nn.GroupNorm(1, channels) if norm_input else nn.Identity()
         self.enter = nn.Sequential(
-            limit(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2)
+            normalise(nn.Conv2d(channels, width, 1)), _norm(width), nn.LeakyReLU(0.2)
         )
-        mix = limit(nn.Conv2d(width, width, kernel, padding=kernel // 2))
+        mix = normalise(nn.Conv2d(width, width, kernel, padding=kernel // 2))
         self.mix = nn.Sequential(mix, _norm(width), nn.LeakyReLU(0.2))
-        self.out = limit(nn.Conv2d(width, projection, 1))
+        self.out = normalise(nn.Conv2d(width, projection, 1))
         self.condition = nn.Linear(condition, projection)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -69,16 +69,16 @@ class ConvHead(nn.Module):
 
 
 class ConvHeads(AllHeads):
-    """Independent heads, one per tap. All logits side by side: maps -> [B, K], K = sum of h_k w_k.
+    """Independent heads, one per tap: maps -> logits [B, K], K = sum of h_k w_k.
 
     Args:
-        channels: width of each tapped map.
-        pooled: width P of the pooled text embedding; 0 where the teacher has none.
-        width: hidden channels; None keeps the map's own.
-        kernel: size of the residual convolution.
-        projection: width of the inner product with the condition.
-        spectral: spectral norm on every convolution (StyleGAN-T has it).
-        norm_input: bring every tapped map to unit scale first; residual streams grow with depth.
+        channels: channels of each tapped map.
+        pooled: width P of the pooled text embedding; 0 for teachers without one.
+        width: hidden channels; None keeps those of the map.
+        kernel: kernel size of the residual convolution.
+        projection: width of the inner product with the conditioning.
+        spectral: spectral norm on every convolution, as in StyleGAN-T.
+        norm_input: normalise every map first; residual streams grow with depth.
     """
 
     def __init__(
@@ -97,38 +97,34 @@ class ConvHeads(AllHeads):
             what = f"kernel={kernel} must be odd, projection={projection} and width={width} above 0"
             raise ValueError(f"discriminator.heads: {what}")
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
-        how = {
+        options = {
             "kernel": kernel,
             "projection": projection,
             "spectral": spectral,
             "norm_input": norm_input,
         }
         heads = {
-            k: ConvHead(c, TIME_FEATURES + pooled, width=c if width is None else width, **how)
+            k: ConvHead(c, TIME_FEATURES + pooled, width=c if width is None else width, **options)
             for k, c in channels.items()
         }
         self.heads = nn.ModuleDict({name.replace(".", "_"): head for name, head in heads.items()})
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
-        parts = [self.embed_time(_waves(t))]
+        parts = [self.embed_time(_time_features(t))]
         if cond.pooled is not None:
             parts.append(cond.pooled)
         condition = torch.cat(parts, dim=1)
-        pairs = zip(self.heads.values(), maps, strict=True)
-        return side_by_side([head(x, condition) for head, x in pairs])
+        heads_and_maps = zip(self.heads.values(), maps, strict=True)
+        return concatenated([head(x, condition) for head, x in heads_and_maps])
 
 
-def _waves(t: Tensor) -> Tensor:
-    """t [B] in [0, 1] -> sines and cosines [B, 64] with periods from 2 down to 1/64, a scale a
-    half-octave.
-    """
+def _time_features(t: Tensor) -> Tensor:
+    """t [B] in [0, 1] -> sines and cosines [B, 64], with periods from 2 down to 1/64."""
     rates = 2.0 ** torch.linspace(0, 6, TIME_FEATURES // 2, device=t.device) * math.pi
     angles = t.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    """Statistics per sample, so that logits of one sample do not depend on its neighbours in the
-    batch.
-    """
+    """Group norm: statistics per sample, so logits do not depend on the rest of the batch."""
     return nn.GroupNorm(math.gcd(8, width), width)

@@ -1,7 +1,7 @@
-"""ADD's eyes: a frozen image network that looks at pixels, tapped at five depths.
+"""ADD's feature network: a frozen vision transformer on pixels, tapped at five depths.
 
 map_k = (patch tokens + class token) after the patch embedding and after blocks 2, 5, 8, 11 of 12
-(StyleGAN-T's readout)
+(the readout of StyleGAN-T)
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from distill.storage.unread import refuse_broken, refuse_unread
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEPTHS = (3 / 12, 6 / 12, 9 / 12, 12 / 12)  # blocks 2, 5, 8, 11 of twelve, as shares of the depth
-UNASKED = r"(^|\.)pooler\."  # DINO's files have none, and nobody looks at it
+UNUSED = r"(^|\.)pooler\."  # DINO's files have none, and it is never run
 
 
 class ImageFeatures(nn.Module):
-    """Maps of a ViT (DINOv2, DINO, CLIP); gradient reaches the pixels, never the network's weights.
+    """Feature maps of a ViT (DINOv2, DINO, CLIP). Gradient flows to the pixels; the weights are
+    frozen.
 
     Args:
         path: folder or hub id of a transformers model.
-        size: side in pixels at which the network looks; 518 is DINOv2's own, 224 costs a fifth.
+        size: side in pixels of the network's input; 518 is DINOv2's own, 224 costs a fifth.
         taps: blocks after which to tap, counted from 0; -1 is the patch embedding. None: as above,
             scaled to the depth.
-        mean, std: of the pixels in [0, 1], subtracted and divided by.
-        crop: probability, per batch, of looking at a random square of side `size` of a larger
-            picture.
-        augment: StyleGAN-T's colour, translation and cutout on every picture.
+        mean, std: normalisation of pixels in [0, 1].
+        crop: probability, per batch, of a random square crop of side `size` of a larger image.
+        augment: StyleGAN-T's colour, translation and cutout on every image.
     """
 
     space = "pixels"
@@ -58,35 +58,35 @@ class ImageFeatures(nn.Module):
             model, report = AutoModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, ImportError) as error:  # of another kind, not fetched, damaged
+        except (OSError, ValueError, ImportError) as error:  # not downloaded, damaged, no ViT
             advice = "give a folder of a transformers ViT, or check the hub id and the network"
             raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
-        refuse_unread(report, where, type(model).__name__, spare=UNASKED)
+        refuse_unread(report, where, type(model).__name__, spare=UNUSED)
         refuse_broken(model, where)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         depth = self.model.config.num_hidden_layers
         self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)
         if not self.taps or len(set(self.taps)) < len(self.taps):
-            what = "must be one block at least, and each of them once"
+            what = "must name at least one block, and each only once"
             raise ValueError(f"discriminator.features.taps={self.taps}: {what}")
         if any(not -1 <= k < depth for k in self.taps):
             raise ValueError(
                 f"discriminator.features.taps={self.taps}: this network has blocks 0 to {depth - 1}"
             )
-        least = getattr(self.model.config, "patch_size", 1)
-        if size < least:
-            what = f"the network's patches have {least} pixels a side; use that at least"
+        smallest = getattr(self.model.config, "patch_size", 1)
+        if size < smallest:
+            what = f"the network's patches have {smallest} pixels a side; use at least {smallest}"
             raise ValueError(f"discriminator.features.size={size}: {what}")
         self.size, self.crop, self.augment = size, crop, augment
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> ImageFeatures:
-        return self  # frozen: dropout and the like stay off
+        return self  # frozen: stays in eval mode
 
     @property
     def width(self) -> int:
-        """Of the class token."""
+        """Width of the class token."""
         return self.model.config.hidden_size
 
     @property
@@ -96,9 +96,7 @@ class ImageFeatures(nn.Module):
     def __call__(
         self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
     ) -> list[Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are not looked
-        at.
-        """
+        """Pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, N], one per tap; t and cond are ignored."""
         hidden = self._run(self.prepare(x, generator), output_hidden_states=True).hidden_states
         tokens = [hidden[k + 1] for k in self.taps]  # entry 0 is the embedding
         return [(h[:, 1:] + h[:, :1]).transpose(1, 2) for h in tokens]
@@ -109,7 +107,7 @@ class ImageFeatures(nn.Module):
             return self._run(self.prepare(x)).last_hidden_state[:, 0]
 
     def prepare(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented if asked for, resized and normalised; differentiable."""
+        """Network input: augmented where configured, resized and normalised; differentiable."""
         if generator is not None and self.augment:
             x = diff_augment(x, generator)
         x = (x + 1) / 2
@@ -135,24 +133,22 @@ class ImageFeatures(nn.Module):
 
 
 def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """DiffAugment's colour, translation (1/8) and cutout (1/5) on pixels [B, 3, H, W] in [-1, 1];
-    differentiable.
+    """DiffAugment's colour, translation (1/8) and cutout (1/5) on pixels [B, 3, H, W] in [-1, 1].
+
+    Differentiable.
     """
     n, _, height, width = x.shape
-    draw = (
-        torch.rand(7, n, generator=generator, device=generator.device)
-        .to(x.device)
-        .view(7, n, 1, 1, 1)
-    )
-    x = x + draw[0] - 0.5
+    u = torch.rand(7, n, generator=generator, device=generator.device)
+    u = u.to(x.device).view(7, n, 1, 1, 1)
+    x = x + u[0] - 0.5
     grey = x.mean(1, keepdim=True)
-    x = (x - grey) * (2 * draw[1]) + grey
-    middle = x.mean((1, 2, 3), keepdim=True)
-    x = (x - middle) * (draw[2] + 0.5) + middle
+    x = (x - grey) * (2 * u[1]) + grey
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (u[2] + 0.5) + mean
     rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    sides = zip(draw[3:5], (height, width), strict=True)
+    sides = zip(u[3:5], (height, width), strict=True)
     shift_y, shift_x = (((2 * d.view(n, 1) - 1) * side / 8).round().long() for d, side in sides)
-    y, z = rows + shift_y, columns + shift_x  # [B, H], [B, W]: where each pixel comes from
+    y, z = rows + shift_y, columns + shift_x  # [B, H], [B, W]: source of each pixel
     inside = ((y >= 0) & (y < height))[:, None, :, None] & ((z >= 0) & (z < width))[
         :, None, None, :
     ]
@@ -161,7 +157,7 @@ def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:
         batch, y.clamp(0, height - 1)[:, :, None], z.clamp(0, width - 1)[:, None]
     ]
     x = moved.permute(0, 3, 1, 2) * inside
-    top, left = (draw[5].view(n, 1) * height, draw[6].view(n, 1) * width)
-    hole_y = (rows - top).abs() < height / 10
-    hole_x = (columns - left).abs() < width / 10
-    return x * ~(hole_y[:, None, :, None] & hole_x[:, None, None, :])
+    top, left = (u[5].view(n, 1) * height, u[6].view(n, 1) * width)
+    cut_y = (rows - top).abs() < height / 10
+    cut_x = (columns - left).abs() < width / 10
+    return x * ~(cut_y[:, None, :, None] & cut_x[:, None, None, :])

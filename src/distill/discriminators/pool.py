@@ -1,15 +1,14 @@
-"""NitroFusion's dynamic pool: many small heads, each for one map and one noise level, few of them
-used at a time.
+"""NitroFusion's dynamic pool: many small heads, each for one feature map and one noise level.
 
-    each iteration:  one head per map and level is drawn from the pool and alone learns
-    each step:       every head is replaced by a fresh one with probability `refresh`
+    each iteration:  one head per map and level is drawn from the pool; only these learn
+    each step:       every head is initialised anew with probability `refresh`
 
     head:  norm(map) -> [conv 4x4, stride 2 -> group norm -> SiLU] x layers
-           -> one number at each place
+           -> one logit at each position
 
-A head is one flat parameter, so that what is not drawn has no gradient, which leaves its weights
-and its optimiser's state alone. Drawn heads of maps of one shape are stacked and evaluated
-together, as groups of one convolution.
+A head is one flat parameter. A head that is not drawn has no gradient, so its weights and its
+optimiser state do not change. Drawn heads of maps of one shape are stacked and evaluated together,
+as groups of one convolution.
 """
 
 from __future__ import annotations
@@ -25,27 +24,25 @@ from torch import Generator, Tensor, nn
 
 from distill.core.types import Cond, Logits
 
-# In a group: the last maps may have one place, and over two numbers a norm says hardly more than a
-# sign.
+# Channels per group: the last maps may have one position, and norming two values leaves two signs.
 NORM_CHANNELS = 16
 
 
 class Pool(nn.Module):
     """
     Args:
-        channels: width of each map.
-        pooled: taken and not used: these heads are told nothing, but see maps of a network that
-            was.
-        size: heads in all, dealt out evenly to the maps and levels. At least one each, so 1 is a
-            pool without choice.
-        levels: t* of the partitions; a sample goes to the nearest.
-        refresh: share of the heads that is replaced after each step.
-        single: heads of maps whose name begins with one of these say one number for all places.
+        channels: channels of each map.
+        pooled: accepted and ignored; these heads are not conditioned, the feature network is.
+        size: number of heads, distributed evenly over maps and levels, at least one each.
+        levels: t* of the partitions; a sample belongs to the nearest.
+        refresh: share of the heads that is initialised anew after each step.
+        single: heads of maps whose name starts with one of these give one logit, the mean over
+            positions.
         width, layers: channels and number of the 4x4 convolutions.
-        norm_input: bring every map to unit scale first; residual streams grow with depth.
+        norm_input: normalise every map first; residual streams grow with depth.
     """
 
-    whole = True  # never cut up: a head that is not drawn would be gathered all the same
+    unsharded = True  # FSDP2 would gather every head, also those that are not drawn
 
     def __init__(
         self,
@@ -67,65 +64,59 @@ class Pool(nn.Module):
         if width % NORM_CHANNELS or min(width, layers, size) < 1:
             what = f"width={width} must be a multiple of {NORM_CHANNELS}; layers, size above 0"
             raise ValueError(f"discriminator.heads: {what}")
-        self.refresh_rate, self.width, self.layers, self.norm_input = (
-            refresh,
-            width,
-            layers,
-            norm_input,
-        )
+        self.refresh_rate, self.norm_input = refresh, norm_input
+        self.width, self.layers = width, layers
         self.channels, self.levels = dict(channels), [float(level) for level in levels]
         self.single = {name for name in channels if name.startswith(tuple(single))}
-        places = [(level, name) for level in range(len(levels)) for name in channels]
-        self.owners = [
-            places[i % len(places)][1] for i in range(max(size, len(places)))
-        ]  # the map of each head
-        self.members = {
-            place: range(i, len(self.owners), len(places)) for i, place in enumerate(places)
+        partitions = [(level, name) for level in range(len(levels)) for name in channels]
+        count = max(size, len(partitions))
+        self.map_of_head = [partitions[i % len(partitions)][1] for i in range(count)]
+        self.heads_of = {
+            partition: range(i, count, len(partitions)) for i, partition in enumerate(partitions)
         }
-        self.heads = nn.ParameterList(self._fresh(name, None) for name in self.owners)
+        self.heads = nn.ParameterList(self._initial(name, None) for name in self.map_of_head)
 
     def draw(self, generator: Generator) -> Drawn:
-        """The critic of an iteration: a head per map and level."""
-        luck = torch.rand(len(self.members), generator=generator, device=generator.device).tolist()
-        pairs = zip(luck, self.members.items(), strict=True)
-        return Drawn(self, {place: heads[int(u * len(heads))] for u, (place, heads) in pairs})
+        """The critic of an iteration: one head per map and level."""
+        u = torch.rand(len(self.heads_of), generator=generator, device=generator.device).tolist()
+        pairs = zip(u, self.heads_of.items(), strict=True)
+        return Drawn(self, {part: heads[int(x * len(heads))] for x, (part, heads) in pairs})
 
     @torch.no_grad()
     def refresh(self, generator: Generator) -> list[nn.Parameter]:
-        """Replace heads by fresh ones, each with probability `refresh`; returns their
-        parameters.
+        """Initialise each head anew with probability `refresh`; returns the parameters of those
+        heads.
         """
-        luck = torch.rand(len(self.heads), generator=generator, device=generator.device)
-        gone = (luck < self.refresh_rate).nonzero().flatten().tolist()
-        for i in gone:
-            self.heads[i].copy_(self._fresh(self.owners[i], generator))
-        return [self.heads[i] for i in gone]
+        u = torch.rand(len(self.heads), generator=generator, device=generator.device)
+        refreshed = (u < self.refresh_rate).nonzero().flatten().tolist()
+        for i in refreshed:
+            self.heads[i].copy_(self._initial(self.map_of_head[i], generator))
+        return [self.heads[i] for i in refreshed]
 
-    def judge(self, heads: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
-        """A head for each map [B, C_k, h_k, w_k] -> logits [B, places] of each; maps of one shape
-        go together.
+    def logits_of(self, heads: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
+        """One head for each map [B, C_k, h_k, w_k] -> the logits [B, positions] of each.
+
+        Maps of one shape are evaluated together.
         """
         names = list(self.channels)
         logits: dict[int, Tensor] = {}
 
-        def kind(k: int) -> tuple[Any, ...]:
+        def shape_of(k: int) -> tuple[Any, ...]:
             return (*maps[k].shape[1:], names[k] in self.single)
 
-        for _, alike in groupby(sorted(range(len(maps)), key=kind), key=kind):
-            group = list(alike)
+        for _, indices in groupby(sorted(range(len(maps)), key=shape_of), key=shape_of):
+            group = list(indices)
             stacked = torch.stack([self.heads[heads[k]] for k in group])
-            answers = self._evaluate(
-                stacked, torch.stack([maps[k] for k in group], dim=1)
-            )  # [B, G, h, w]
-            answers = (
-                answers.mean((2, 3), keepdim=True) if names[group[0]] in self.single else answers
-            )
-            logits |= dict(zip(group, answers.flatten(2).unbind(1), strict=True))
+            x = torch.stack([maps[k] for k in group], dim=1)
+            grids = self._evaluate(stacked, x)  # [B, G, h, w]
+            if names[group[0]] in self.single:
+                grids = grids.mean((2, 3), keepdim=True)
+            logits |= dict(zip(group, grids.flatten(2).unbind(1), strict=True))
         return [logits[k] for k in range(len(maps))]
 
     def _evaluate(self, stacked: Tensor, x: Tensor) -> Tensor:
-        """Parameters [G, P] of heads of one shape, a map for each x [B, G, C, h, w] -> logits [B,
-        G, h', w'].
+        """Parameters [G, P] of heads of one shape, their maps x [B, G, C, h, w] -> logits [B, G,
+        h', w'].
         """
         batch, count, channels = x.shape[:3]
         x = x.flatten(1, 2)
@@ -135,7 +126,7 @@ class Pool(nn.Module):
         )
         for _ in range(self.layers):
             kernel, gain, shift = next(parts), next(parts), next(parts)
-            # A kernel of 4 does not fit into one place and its padding.
+            # A map of one position with its padding is smaller than the kernel of 4.
             x = F.pad(x, (0, max(0, 2 - x.shape[-1]), 0, max(0, 2 - x.shape[-2])))
             kernel = kernel.reshape(count * self.width, -1, 4, 4)
             x = F.conv2d(x, kernel, stride=2, padding=1, groups=count)
@@ -149,8 +140,8 @@ class Pool(nn.Module):
         return x.view(batch, count, *x.shape[-2:])
 
     def _shapes(self, channels: int) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Of a head's parameters, in the order in which they lie in the flat one, and how each
-        begins.
+        """Shapes of a head's parameters in the order of the flat one, and how each is
+        initialised.
         """
         for layer in range(self.layers):
             yield (self.width, self.width if layer else channels, 4, 4), "weight"
@@ -159,8 +150,10 @@ class Pool(nn.Module):
         yield (1, self.width), "weight"
         yield (1,), "zero"
 
-    def _fresh(self, name: str, generator: Generator | None) -> Tensor:
-        """Flat parameters as torch's own layers begin: weights uniform within 1 / sqrt(inputs)."""
+    def _initial(self, name: str, generator: Generator | None) -> Tensor:
+        """Flat parameters, initialised as torch's layers: weights uniform within 1 /
+        sqrt(inputs).
+        """
         device = None if generator is None else generator.device
         parts = []
         for shape, how in self._shapes(self.channels[name]):
@@ -175,23 +168,23 @@ class Pool(nn.Module):
 
 
 class Drawn:
-    """A head per map and level, as drawn for one iteration: maps -> logits [B, K], K = sum of
-    places over maps.
+    """The heads of one iteration, one per map and level: maps -> logits [B, K].
+
+    K is the number of positions over all maps.
     """
 
-    def __init__(self, pool: Pool, chosen: Mapping[tuple[int, str], int]):
-        self.pool, self.chosen = pool, chosen
+    def __init__(self, pool: Pool, head_of: Mapping[tuple[int, str], int]):
+        self.pool, self.head_of = pool, head_of
 
     def __call__(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
         nearest = (t[:, None] - t.new_tensor(self.pool.levels)).abs().argmin(dim=1)
         rows, parts = [], []
         for level in nearest.unique().tolist():
             rows.append((nearest == level).nonzero().flatten())
-            heads = [self.chosen[level, name] for name in self.pool.channels]
+            heads = [self.head_of[level, name] for name in self.pool.channels]
+            all_rows = len(rows[-1]) == len(t)
             parts.append(
-                self.pool.judge(
-                    heads, [m[rows[-1]] for m in maps] if len(t) > len(rows[-1]) else maps
-                )
+                self.pool.logits_of(heads, maps if all_rows else [m[rows[-1]] for m in maps])
             )
         values = torch.cat([torch.cat(part, dim=1) for part in parts])[torch.cat(rows).argsort()]
         return Logits(values, tuple(part.shape[1] for part in parts[0]))

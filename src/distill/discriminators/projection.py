@@ -1,9 +1,8 @@
-"""What ADD's heads are told of a sample: an embedding of its caption, and one of the real image the
-student began from.
+"""Conditioning of ADD's heads: an embedding of the caption, and one of the real image.
 
 c_text = text encoder(caption), of length 1 as in StyleGAN-T
-c_img = class token of the real image, zero where the
-student saw noise alone: it cannot be held to an image of which it was shown nothing.
+c_img = class token of the real image; zero where the student's input is pure noise, because its
+        sample cannot depend on that image
 """
 
 from __future__ import annotations
@@ -23,21 +22,19 @@ from distill.storage.unread import refuse_broken
 
 
 class OpenClipText(nn.Module):
-    """Captions -> embeddings [B, width], frozen.
+    """Captions -> embeddings [B, width]; frozen.
 
     Args:
-        name, pretrained: as open_clip names them, or a local file of weights for `pretrained`.
+        name, pretrained: names of open_clip, or a local file of weights for `pretrained`.
     """
 
     def __init__(self, name: str = "ViT-g-14", pretrained: str = "laion2b_s34b_b88k"):
         super().__init__()
         model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
-        model.visual = None  # half of it, and never used
+        model.visual = None  # the image encoder is not used
         refuse_broken(model, f"discriminator.condition.text: {name}, {pretrained},")
-        self.model, self.tokenizer = (
-            model.eval().requires_grad_(False),
-            open_clip.get_tokenizer(name),
-        )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(name)
         self.width = self(["a"]).shape[1]
 
     def train(self, mode: bool = True) -> OpenClipText:
@@ -50,14 +47,14 @@ class OpenClipText(nn.Module):
 
 
 class Projection(nn.Module):
-    """Turns a batch and its real images into the `Cond` that ADD's heads project on.
+    """Computes the conditioning of ADD's heads from a batch and its real images.
 
     Args:
         teacher, features: those of the run.
-        text: "teacher" takes the teacher's pooled embedding, another network embeds captions; None
-            tells nothing.
-        image: "features" takes the class token of the features' own network, or another network;
-            None tells nothing.
+        text: "teacher" takes the teacher's pooled embedding; or a network that embeds captions;
+            None: no text.
+        image: "features" takes the class token of the feature network; or another network; None: no
+            image.
         normalize_text: divide c_text by its length.
     """
 
@@ -71,30 +68,30 @@ class Projection(nn.Module):
         normalize_text: bool = True,
     ):
         super().__init__()
-        for name, value, word in (("text", text, "teacher"), ("image", image, "features")):
-            if isinstance(value, str) and value != word:
+        for name, value, known in (("text", text, "teacher"), ("image", image, "features")):
+            if isinstance(value, str) and value != known:
                 raise ValueError(
-                    f"discriminator.condition.{name}={value}: must be {word}, null or a network"
+                    f"discriminator.condition.{name}={value}: must be {known}, null or a network"
                 )
         self.normalize_text = normalize_text
         self.text, self.image = text, features if image == "features" else image
         pooled = teacher.embed([""]).pooled if text == "teacher" else None
         if text == "teacher" and pooled is None:
             raise ValueError(
-                "discriminator.condition.text=teacher: this teacher's encoder pools nothing; use"
+                "discriminator.condition.text=teacher: this teacher has no pooled embedding; use"
                 " null"
             )
         self.pooled_width = pooled.shape[1] if pooled is not None else getattr(text, "width", 0)
         self.image_width = getattr(self.image, "width", 0)
 
-    def forward(self, batch: Batch, real: Tensor, pure: Tensor) -> Cond:
-        """Real images [B, 3, H, W]; where the student saw noise alone, bool [B] -> pooled c_text,
+    def forward(self, batch: Batch, real: Tensor, pure_noise: Tensor) -> Cond:
+        """Real images [B, 3, H, W]; `pure_noise`, bool [B], the student's input -> pooled c_text,
         extra c_img.
         """
-        pooled = (
-            batch.cond.pooled if self.text == "teacher" else self.text and self.text(batch.captions)
-        )
+        pooled = batch.cond.pooled
+        if self.text != "teacher":
+            pooled = self.text and self.text(batch.captions)
         if pooled is not None and self.normalize_text:
             pooled = F.normalize(pooled, dim=-1)
-        extra = self.image and self.image.describe(real) * ~pure[:, None]
+        extra = self.image and self.image.describe(real) * ~pure_noise[:, None]
         return replace(batch.cond, pooled=pooled, extra=extra, null=None)

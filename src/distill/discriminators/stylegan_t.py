@@ -1,13 +1,13 @@
-"""StyleGAN-T's discriminator heads (Sauer et al. 2023), as ADD uses them: one per tap of an image
+"""StyleGAN-T's discriminator heads (Sauer et al. 2023), as used in ADD: one per tap of a vision
 network.
 
     h = block_1(tokens);  h = (block_9(h) + h) / sqrt 2;  out = conv_1(h)
     block_k: convolution, local norm, leaky ReLU
     logit of each token = <out, c> / sqrt 64,   c = linear([text, image])
-    projection; without c, out is the logit
+    without conditioning, out is the logit
 
-Convolutions run along the tokens, circular, with spectral norm. Heads compute in float32 whatever
-autocast says: R1 squares small gradients.
+Convolutions run along the tokens, circular, with spectral norm. Heads compute in float32, also
+under autocast, because R1 squares small gradients.
 """
 
 import math
@@ -20,42 +20,37 @@ from torch.nn.utils.parametrizations import spectral_norm
 from distill.core.limits import LOCAL_BATCH, check_local_batch
 from distill.core.process import precise
 from distill.core.types import Cond, Logits
-from distill.discriminators.heads import AllHeads, side_by_side
+from distill.discriminators.heads import AllHeads, concatenated
 
 PROJECTION = 64
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of at most LOCAL_BATCH samples, in training as in evaluation: no
-    running statistics.
+    """Batch norm over groups of at most LOCAL_BATCH samples, without running statistics.
 
-    x [B, C, N] -> [B, C, N]; mean and biased variance over the members and tokens of a group, per
-    channel. Raises ValueError unless B divides into ceil(B / LOCAL_BATCH) equal groups. Logits so
-    depend on the neighbours in a batch.
+    x [B, C, N] -> [B, C, N]; mean and biased variance over the samples and tokens of a group, per
+    channel, in training and in evaluation. Raises ValueError unless B splits into ceil(B /
+    LOCAL_BATCH) equal groups. A sample's logits depend on its group.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = (
-            nn.Parameter(torch.ones(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         check_local_batch(len(x), "data.batch_size")
         groups = math.ceil(len(x) / LOCAL_BATCH)
         parts = x.unflatten(0, (groups, -1))
-        mean, variance = (
-            parts.mean((1, 3), keepdim=True),
-            parts.var((1, 3), unbiased=False, keepdim=True),
-        )
+        mean = parts.mean((1, 3), keepdim=True)
+        variance = parts.var((1, 3), unbiased=False, keepdim=True)
         x = ((parts - mean) * (variance + self.eps).rsqrt()).flatten(0, 1)
         return x * self.weight[:, None] + self.bias[:, None]
 
 
 class EqualisedLinear(nn.Linear):
-    """Weights drawn from N(0, 1) and scaled by 1 / sqrt(inputs) when used, so that all learn at one
+    """Weights from N(0, 1), scaled by 1 / sqrt(inputs) in the forward pass: an equalised learning
     rate.
     """
 
@@ -69,7 +64,7 @@ class EqualisedLinear(nn.Linear):
 
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
-    # StyleGAN-T's convolution has a bias, which the norm behind it takes away again.
+    # StyleGAN-T's convolution has a bias, which the norm after it removes.
     convolution = nn.Conv1d(
         channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False
     )
@@ -77,7 +72,7 @@ def _block(channels: int, kernel: int) -> nn.Sequential:
 
 
 class TokenHead(nn.Module):
-    """Tokens [B, C, N] and condition [B, E] (E may be 0) -> logits [B, N]."""
+    """Tokens [B, C, N] and conditioning [B, E] (E may be 0) -> logits [B, N]."""
 
     def __init__(self, channels: int, condition: int):
         super().__init__()
@@ -94,10 +89,10 @@ class TokenHead(nn.Module):
 
 
 class StyleGANTHeads(AllHeads):
-    """All heads side by side: maps [B, C_k, N] -> logits [B, K], K = sum of tokens over taps.
+    """All heads: maps [B, C_k, N] -> logits [B, K], K = sum of tokens over taps.
 
     Args:
-        channels: width of each tapped map.
+        channels: channels of each tapped map.
         pooled: width of the text embedding c_text, `Cond.pooled`; 0 for none.
         image: width of the image embedding c_img, `Cond.extra`; 0 for none.
     """
@@ -111,13 +106,8 @@ class StyleGANTHeads(AllHeads):
 
     def forward(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
         with torch.autocast(maps[0].device.type, enabled=False):
-            wanted = [
-                part
-                for part, width in ((cond.pooled, self.pooled), (cond.extra, self.image))
-                if width
-            ]
-            condition = (
-                torch.cat([precise(part) for part in wanted], dim=1) if wanted else t[:, None]
-            )
+            parts = [cond.pooled] if self.pooled else []
+            parts += [cond.extra] if self.image else []
+            condition = torch.cat([precise(p) for p in parts], dim=1) if parts else t[:, None]
             pairs = zip(self.heads.values(), maps, strict=True)
-            return side_by_side([head(precise(x), condition) for head, x in pairs])
+            return concatenated([head(precise(x), condition) for head, x in pairs])

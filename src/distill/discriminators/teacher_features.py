@@ -1,11 +1,11 @@
-"""The frozen teacher itself as a discriminator's eyes, looking at a re-noised latent.
+"""The frozen teacher as the feature network of a discriminator, on renoised latents.
 
-LADD looks at the whole, after every block. NitroFusion looks at it with the half of the network
-that reads, for three tasks: `global`, the whole under its caption; `local`, a square patch under
-the caption, whether parts are drawn well; `local_null`, the same patch under the empty caption,
-lest each part try to be the whole. The paper gives neither the size of a patch nor how it is cut.
-Here it goes through the teacher as a small latent: these networks take any size, and one that is
-conditioned on sizes (SDXL) is given the patch's place in the whole.
+LADD reads the full latent, after every block. NitroFusion reads the encoder half of the network,
+for three tasks. `global` is the full latent with its caption. `local` is a square patch with the
+caption. `local_null` is the same patch with the empty caption, so that a patch need not show all of
+the caption. The paper gives neither the size of a patch nor how it is cut. Here a patch passes
+through the teacher as a small latent: these networks take any size. A teacher that is conditioned
+on sizes (SDXL) gets the position of the patch in the image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ from torch import Generator, Tensor
 
 from distill.core.types import Cond, Teacher
 
-WHOLE, PATCH, UNTOLD = TASKS = ("global", "local", "local_null")
+GLOBAL, LOCAL, LOCAL_NULL = TASKS = ("global", "local", "local_null")
 
 
 class TeacherFeatures:
-    """Maps of the frozen teacher; gradient reaches the latents, never the teacher's weights.
+    """Feature maps of the frozen teacher. Gradient flows to the latents; the weights are frozen.
 
     Args:
         teacher: any teacher of ours.
-        taps: `blocks`, after each of them; `encoder`, the half that reads; or names as the teacher
-            gives them (`block0`, ... for an MMDiT; `down0`, ..., `mid`, `up0`, ... for a UNet). It
-            stops after the last tap.
-        tasks: some of global, local and local_null: maps are then named `<task>.<tap>`. None: the
-            whole, named `<tap>`.
-        patch: side of a patch, as a share of the latents'.
+        taps: `blocks`, after each block; `encoder`, the encoder half; or names of the teacher's
+            taps (`block0`, ... of an MMDiT; `down0`, ..., `mid`, `up0`, ... of a UNet). The pass
+            ends at the last tap.
+        tasks: some of global, local and local_null; maps are then named `<task>.<tap>`. None: the
+            full latent, maps named `<tap>`.
+        patch: side of a patch, as a share of the latent's.
     """
 
     space = "latents"
@@ -44,7 +44,9 @@ class TeacherFeatures:
         named = {"blocks": teacher.blocks, "encoder": teacher.encoder}
         self.taps = list(named.get(taps, [taps]) if isinstance(taps, str) else taps)
         if len(set(self.taps)) < len(self.taps):
-            raise ValueError(f"discriminator.features.taps={taps}: names one twice; leave that out")
+            raise ValueError(
+                f"discriminator.features.taps={taps}: names one tap twice; name each once"
+            )
         if not self.taps or set(self.taps) - set(teacher.channels):
             known = ", ".join(teacher.channels)
             raise ValueError(
@@ -53,10 +55,8 @@ class TeacherFeatures:
         if tasks is not None and (not tasks or set(tasks) - set(TASKS)) or not 0 < patch <= 1:
             what = f"tasks={tasks} must be some of {', '.join(TASKS)}, and patch={patch} in (0, 1]"
             raise ValueError(f"discriminator.features: {what}")
-        self.named, self.tasks = (
-            tasks is not None,
-            [task for task in TASKS if task in (tasks or [WHOLE])],
-        )
+        self.named = tasks is not None
+        self.tasks = [task for task in TASKS if task in (tasks or [GLOBAL])]
         self._teacher, self.patch = teacher, patch
 
     @property
@@ -71,32 +71,35 @@ class TeacherFeatures:
     def __call__(
         self, x: Tensor, t: Tensor, cond: Cond, generator: Generator | None = None
     ) -> list[Tensor]:
-        """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k]; `generator` places the
-        patch.
+        """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k].
+
+        `generator` draws the position of the patch.
         """
-        maps = self._teacher.features(x, t, cond, self.taps) if WHOLE in self.tasks else []
+        maps = self._teacher.features(x, t, cond, self.taps) if GLOBAL in self.tasks else []
         conds = [
-            cond.unconditional() if task == UNTOLD else cond for task in self.tasks if task != WHOLE
+            cond.unconditional() if task == LOCAL_NULL else cond
+            for task in self.tasks
+            if task != GLOBAL
         ]
-        if count := len(conds):  # one pass for both
-            small, corner = self._cut(x, generator)
-            told = self._teacher.of_patch(Cond.cat(conds), x.shape[-2:], corner)
-            small = small.repeat(count, 1, 1, 1)
-            found = self._teacher.features(small, t.repeat(count), told, self.taps)
+        count = len(conds)
+        if count:  # one pass for both local tasks
+            patch, corner = self._patch(x, generator)
+            patch_cond = self._teacher.of_patch(Cond.cat(conds), x.shape[-2:], corner)
+            patches = patch.repeat(count, 1, 1, 1)
+            found = self._teacher.features(patches, t.repeat(count), patch_cond, self.taps)
             parts = [m.chunk(count) for m in found]
             maps = maps + [m[i] for i in range(count) for m in parts]
         return maps
 
-    def _cut(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, list[int]]:
-        """A patch [B, C, h, w] of whole tokens, at one place for the batch, and its row and
+    def _patch(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, list[int]]:
+        """A patch [B, C, h, w] of whole tokens, at one position for the batch, and its row and
         column.
         """
         corner = []
         cell = self._teacher.patch
-        luck = torch.rand(
-            2, generator=generator, device=generator.device if generator else None
-        ).tolist()
-        for dim, u in zip((2, 3), luck, strict=True):
+        device = generator.device if generator else None
+        uniform = torch.rand(2, generator=generator, device=device).tolist()
+        for dim, u in zip((2, 3), uniform, strict=True):
             cells = x.shape[dim] // cell
             size = max(1, round(self.patch * cells))
             corner.append(cell * int(u * (cells - size + 1)))

@@ -227,7 +227,7 @@ class Prompted:
                     self.seed,
                     shape,
                     how,
-                    teacher.marks(model, scheduled=who == "teacher"),
+                    teacher.provenance(model, scheduled=who == "teacher"),
                     many,
                     drawing_precision(self, teacher),
                 ]

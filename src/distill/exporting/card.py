@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from distill.storage.aside import put, put_text
 from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
-from distill.teachers.loading.locate import TOLD, is_hub_id
+from distill.teachers.loading.locate import STUDENT_INFO, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
-PAPERS |= {"Consistency": "2310.04378", "Regression": "2101.02388"}
+PAPERS |= {"ConsistencyDistillation": "2310.04378", "Regression": "2101.02388"}
+PAPERS |= {"Consistency": "2310.04378"}  # its name in runs of earlier versions
 HEAD = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---")  # the metadata of a card
 GUIDANCE = {"guidance_scale": "0.0"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
@@ -69,7 +70,7 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     text += [f"Teacher: {name or 'unknown'}; {binding} the student.\n"]
     # Folders from before this stood in the index: what a guidance-distilled teacher was told.
     guidance = float(number_of(taught, "guidance", "config.yaml") or 0.0)
-    told = index.get(TOLD) or {"call": {"guidance_scale": guidance}}
+    told = index.get(STUDENT_INFO) or {"call": {"guidance_scale": guidance}}
     told = told if isinstance(told, dict) else {}
     text += [_usage(folder, index, told), _measured(judged)]
     named = str(judged.get("picture", "comparison.png"))

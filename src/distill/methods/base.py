@@ -1,4 +1,4 @@
-"""`Distillation`: what every method is to Lightning, and the words in which methods say their
+"""`Distillation`: the LightningModule that every method extends, and the interface of a method's
 objectives.
 """
 
@@ -12,119 +12,125 @@ from torch import Tensor, nn
 
 from distill.core.ema import Ema
 from distill.core.randomness import Streams
-from distill.core.types import EMBEDDED, Batch, Cond, Losses, Maker, Players
+from distill.core.types import EMBEDDED, Batch, Cond, Losses, Players, TeacherSampler
 from distill.storage.checkpoint_files import check_fits
 
 Phase = Literal["discriminator", "student", "both"]
-"""Whose losses a sample is made for: what only the other player asks of it may be left out."""
+"""Whose losses read a sample. What only the other player needs may be left out."""
 
 
 class Distillation(L.LightningModule):
-    """Abstract: a teacher teaches a student, most often against a discriminator. Methods give the
-    objectives.
+    """Abstract base of the methods: a teacher teaches a student, most often against a
+    discriminator.
 
-    `draw`, `student_sample` and the two losses need no Trainer: a batch and `randomness.streams()`
+    `draw`, `student_sample` and the two losses need no Trainer. A batch and `randomness.streams()`
     are enough.
 
     Args:
         players: teacher, student and discriminator.
-        real: has the teacher make the real samples, from captions alone.
-        loop: `loop.TwoPlayerLoop`, which trains the players; None where nothing is to be trained.
+        real: generates the real samples by the teacher, from captions alone; None: the data hold
+            them.
+        loop: `loop.TwoPlayerLoop`, which trains the players; None where nothing is trained.
     """
 
-    second_order = False  # whether a loss holds a gradient of the heads: then they cannot be cut up
+    second_order = False  # whether a loss differentiates the heads twice: FSDP2 cannot shard those
 
-    def __init__(self, players: Players, *, real: Maker | None = None, loop: Any = None):
+    def __init__(self, players: Players, *, real: TeacherSampler | None = None, loop: Any = None):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
         self.has_discriminator = players.heads is not None
-        # Denoiser, respectively Heads, and nn.Module at once: Python has no type for both
+        # Both a Denoiser (or Heads) and an nn.Module: Python has no type for an intersection.
         self.student: Any = players.student
         self.heads: Any = players.heads if players.heads is not None else nn.Identity()
-        self._held: tuple[Any, ...] = ()
+        self._frozen_parts: tuple[Any, ...] = ()
         self.teacher: Any
         self.features: Any
         self.condition: Any
-        self.hold(teacher=players.teacher, features=players.features, condition=players.condition)
-        self.real, self.loop = real, loop
+        self.register_frozen(
+            teacher=players.teacher, features=players.features, condition=players.condition
+        )
+        self.teacher_samples = real
+        self.loop = loop
         self.sharded = False
         if loop is not None:
-            loop.average(self.student)
+            loop.start_ema(self.student)
 
-    def hold(self, **frozen: Any) -> None:
-        """Keep frozen parts as attributes that Lightning does not register, save, broadcast or
-        train.
+    def register_frozen(self, **frozen: Any) -> None:
+        """Set frozen parts as attributes. Lightning does not register, save, broadcast or train
+        them.
         """
         for name, part in frozen.items():
             object.__setattr__(self, name, part)
-        self._held = (*self._held, *frozen.values())
+        self._frozen_parts = (*self._frozen_parts, *frozen.values())
 
-    # -- what a method says ------------------------------------------------------------------------
+    # -- what a method defines ---------------------------------------------------------------------
 
     @abstractmethod
     def draw(self, batch: Batch, streams: Streams) -> Any:
-        """All that is random for this batch in this iteration: a frozen record, which the three
-        below read.
+        """All random numbers of this iteration for this batch: a frozen record.
+
+        The three functions below read it.
         """
 
     @abstractmethod
     def student_sample(self, batch: Batch, draws: Any, phase: Phase = "both") -> Any:
-        """The student's sample on this batch, and what the losses need of it, with graph: a frozen
+        """The student's sample on this batch with its graph, and what both losses read: a frozen
         record.
         """
 
-    def discriminator_loss(self, batch: Batch, draws: Any, sample: Any, turn: int = 0) -> Losses:
-        """Terms of the discriminator in its `turn`-th update of the iteration; must not reach the
-        student.
+    def discriminator_loss(self, batch: Batch, draws: Any, sample: Any, update: int = 0) -> Losses:
+        """Loss terms of the discriminator in its `update`-th update of the iteration.
 
-        None of them: it does not learn now.
+        No gradient may reach the student. Without terms the discriminator is not trained in this
+        iteration.
         """
         return Losses({})
 
     @abstractmethod
     def student_loss(self, batch: Batch, draws: Any, sample: Any) -> Losses:
-        """Terms of the student, through the frozen networks."""
+        """Loss terms of the student; the gradient flows through the frozen networks."""
 
     # -- what methods use --------------------------------------------------------------------------
 
     def critic_features(
         self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch, generator: torch.Generator
     ) -> tuple[list[Tensor], Cond]:
-        """Maps of samples x0 [B, C, H, W] renoised to t [B], and what the heads are conditioned on.
+        """Features of x0 [B, C, H, W] renoised to t [B], and the conditioning of the heads.
 
-        `generator` is for patches and augmentations, if any.
+        `generator` draws the feature network's patches and augmentations.
         """
         x_t = self.teacher.process.diffuse(x0, noise, t)
         return self.features(x_t, t, batch.cond, generator), batch.cond
 
     def student_input(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, and noise alone at t = 1, where some schedules keep a little of the data."""
+        """x_t; at t = 1 pure noise, where some schedules would keep a little of the data."""
         x_t = self.student.process.diffuse(x0, noise, t)
         return torch.where((t == 1).view(-1, 1, 1, 1), noise, x_t)
 
     @torch.no_grad()
     def embed(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
-        """A loader's batch as the methods see it; with `real` the teacher makes the samples,
-        whatever the data hold.
+        """A batch of the loader, with embedded captions and latents.
+
+        With `real` the teacher generates x0, even where the data hold samples.
         """
         noise, pixels = batch.get("noise"), None
         cached = {name: batch[name].float() for name in EMBEDDED if name in batch}
         captions = tuple(batch["caption"])
         embed = self.teacher.embed
         cond = Cond(**cached, null=embed([""]).null) if cached else embed(batch["caption"])
-        if self.real is not None:
+        if self.teacher_samples is not None:
             shape = (len(cond), *self.teacher.latent_shape)
             noise = torch.randn(shape, generator=generator, device=self.device)
-            x0 = self.real(self.teacher, noise, cond, generator)
+            x0 = self.teacher_samples(self.teacher, noise, cond, generator)
         elif "x0" in batch:
             x0 = batch["x0"]
         elif "pixels" in batch:
             pixels = batch["pixels"]
             x0 = self.teacher.encode(pixels)
         else:
-            what = "set method.real, which has the teacher make the samples"
-            raise ValueError(f"these data are captions alone: {what}")
+            advice = "set method.real, with which the teacher generates the samples"
+            raise ValueError(f"these data are captions alone: {advice}")
         return Batch(x0=x0, captions=captions, cond=cond, noise=noise, pixels=pixels)
 
     # -- Lightning's hooks: the loop trains --------------------------------------------------------
@@ -136,29 +142,29 @@ class Distillation(L.LightningModule):
 
     @property
     def ema(self) -> Ema:
-        """The average of the student."""
+        """The EMA of the student."""
         return self.loop.ema  # type: ignore[no-any-return]
 
     def setup(self, stage: str) -> None:
-        for part in self._held:
+        for part in self._frozen_parts:
             if isinstance(part, nn.Module):
                 part.to(self.device)
 
     def configure_model(self) -> None:
-        """Where the strategy cuts networks up, have it do so; the average is then of the parts."""
+        """Shard the networks where the strategy does so; the EMA is then of the shards."""
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is None or self.sharded:
             return
         self.sharded = True
-        teacher = self.teacher.network.model  # only pipelines are cut up
-        shared = self.student.model is teacher  # a LoRA, whose adapters are small and stay whole
-        whole_heads = self.second_order or getattr(self.heads, "whole", False)
-        cut = [teacher]
-        cut += [] if shared else [self.student.model]
-        cut += [self.heads] if self.has_discriminator and not whole_heads else []
-        for network in cut:
-            shard(network, whole=self.student.parameters() if shared else ())
-        self.loop.average(self.student)
+        teacher = self.teacher.network.model  # only pipelines are sharded
+        is_lora = self.student.model is teacher  # its adapters are small and stay unsharded
+        unsharded_heads = self.second_order or getattr(self.heads, "unsharded", False)
+        networks = [teacher]
+        networks += [] if is_lora else [self.student.model]
+        networks += [self.heads] if self.has_discriminator and not unsharded_heads else []
+        for network in networks:
+            shard(network, unsharded=self.student.parameters() if is_lora else ())
+        self.loop.start_ema(self.student)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return self.loop.optimizers(self)  # type: ignore[no-any-return]
@@ -174,8 +180,9 @@ class Distillation(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_fits(checkpoint["state_dict"], self, "the checkpoint")
-        players = 1 + self.has_discriminator
-        if len(checkpoint["optimizer_states"]) != players:
-            what = f"has {len(checkpoint['optimizer_states'])} optimizers and this method {players}"
+        expected = 1 + self.has_discriminator
+        found = len(checkpoint["optimizer_states"])
+        if found != expected:
+            what = f"has {found} optimizers and this method {expected}"
             raise ValueError(f"the checkpoint {what}: it is of another one")
         self.loop.load_state_dict(checkpoint["distill"])

@@ -1,17 +1,17 @@
-"""Consistency distillation (Song et al. 2023, arXiv 2303.01469) as latent consistency models have
-it (Luo et al. 2023, arXiv 2310.04378): a baseline, without a discriminator.
+"""Consistency distillation (Song et al. 2023, arXiv 2303.01469) in latents, as in latent
+consistency models (Luo et al. 2023, arXiv 2310.04378): a baseline without a discriminator.
 
     for x0, c in data:
         t ~ {1/N, 2/N, ..., 1},  s = t - 1/N;  x_t = alpha_t x0 + sigma_t eps
         x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))  # guided; eps' its noise
-        x_s = alpha_s x0' + sigma_s eps'                                # DDIM; on a flow Euler
+        x_s = alpha_s x0' + sigma_s eps'                             # DDIM; Euler on a flow
         student:  d(f(x_t, t, c), stop_gradient f(x_s, s, c)),  f(x, 0, c) = x
-        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h               # squares, or pseudo-Huber
+        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h            # squared error or pseudo-Huber
 
-f is the student's estimate of x0: for any prediction a skip and a scaled network with f(x, 0) = x,
-as the boundary has it. Its target is the student itself and no average of it, as Song & Dhariwal
-(2023, arXiv 2310.14189) train; the second d, with h = .00054 sqrt(dimensions), is theirs too. LCM
-draws w and tells the student of it; ours is one value.
+f is the student's x0 prediction. It has the skip connection of the papers for any prediction type,
+so f(x, 0) = x. The target is the student itself and not its EMA, as in Song & Dhariwal (2023, arXiv
+2310.14189); pseudo-Huber with h = .00054 sqrt(dimensions) is theirs too. LCM draws w and conditions
+the student on it; ours is one value.
 """
 
 from __future__ import annotations
@@ -26,35 +26,33 @@ from distill.core.losses import pseudo_huber, weighted_mse
 from distill.core.process import noise_like
 from distill.core.randomness import Streams
 from distill.core.score_distillation import guided_x0
-from distill.core.types import Batch, Losses, Maker, Players
+from distill.core.types import Batch, Losses, Players, TeacherSampler
 from distill.methods.base import Distillation, Phase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """Where the student stands, t [B], and a step further on, s [B]; the noise [B, C, H, W] of
-    x_t.
-    """
+    """All random numbers of one iteration."""
 
-    t: Tensor
-    s: Tensor
-    noise: Tensor
+    t: Tensor  # noise level of the student's input [B]
+    s: Tensor  # one teacher step below t [B]
+    noise: Tensor  # of x_t [B, C, H, W]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StudentSample:
-    """The student's estimate at t, and what it is to be, both [B, C, H, W]."""
+    """The student's x0 prediction at t and its target, both [B, C, H, W]."""
 
     x0_hat: Tensor
     target: Tensor
 
 
-class Consistency(Distillation):
+class ConsistencyDistillation(Distillation):
     """
     Args:
-        steps: N, into which the path from noise to data is cut.
-        guidance: w, of the teacher.
-        huber: h, as a multiple of sqrt(dimensions); None takes squares.
+        steps: N, number of teacher steps from noise to data.
+        guidance: w, guidance scale of the teacher.
+        huber: h, as a multiple of sqrt(dimensions); None takes the squared error.
     """
 
     space = "nothing"  # it has no discriminator
@@ -66,7 +64,7 @@ class Consistency(Distillation):
         steps: int = 50,
         guidance: float = 4.0,
         huber: float | None = None,
-        real: Maker | None = None,
+        real: TeacherSampler | None = None,
         loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)
@@ -76,8 +74,9 @@ class Consistency(Distillation):
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         n, g = len(batch), streams.sample
-        place = torch.randint(1, self.steps + 1, (n,), generator=g, device=batch.x0.device)
-        t, s = place / self.steps, (place - 1) / self.steps
+        index = torch.randint(1, self.steps + 1, (n,), generator=g, device=batch.x0.device)
+        t = index / self.steps
+        s = (index - 1) / self.steps
         return Draws(t=t, s=s, noise=noise_like(batch.x0, g))
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
@@ -92,8 +91,8 @@ class Consistency(Distillation):
 
     @torch.no_grad()
     def _target(self, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
-        """The student's estimate one step of the teacher further on; behind the last step the
-        teacher's own.
+        """The student's x0 prediction after one teacher step; at s = 0 the teacher's own
+        prediction.
         """
         process = self.teacher.process
         x0 = guided_x0(self.teacher, x_t, t, batch.cond, self.guidance)

@@ -1,18 +1,16 @@
 """LADD: Latent Adversarial Diffusion Distillation (Sauer et al. 2024, arXiv 2403.12015).
 
-    for x0, c in teacher-made latents:  # real data only with the distillation term
+    for x0, c in latents that the teacher generated:  # real data only with the distillation term
         t ~ levels {1, .75, .5, .25};  x_t = alpha_t x0 + sigma_t eps      # pure noise at t = 1
         x0_hat = student(x_t, t, c)
-        t_hat = sigmoid(m + s u), u ~ N(0, 1)  # where the discriminator reads
-        fake = maps of the frozen teacher at (diffuse(x0_hat, eps', t_hat), t_hat, c), after every
-            block
-        real = the same of x0, with t_hat and noise of its own, or shared with the fake
+        t_hat = sigmoid(m + s u), u ~ N(0, 1)                # noise level of the discriminator
+        fake = F(diffuse(x0_hat, eps', t_hat), t_hat, c)     # F: frozen teacher, after every block
+        real = F(diffuse(x0, eps', t_hat), t_hat, c)         # its own t_hat and eps', or shared
         discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]  # ADD's Eq. 3
         student:        -heads(fake) [+ distillation]  # ADD's Eq. 2 [and 4]; through the teacher
 
-The paper prints no formula for its losses; hinge, and R1 as an option, follow its statement that
-the discriminator is that of StyleGAN-T and ADD. The numbers are those of ADD's equations (arXiv
-2311.17042).
+The paper prints no formula for its losses. It says that the discriminator follows StyleGAN-T and
+ADD; hence the hinge loss and the optional R1. Equation numbers are those of ADD (arXiv 2311.17042).
 """
 
 from dataclasses import dataclass, replace
@@ -25,59 +23,55 @@ from distill.core import losses
 from distill.core.process import noise_like
 from distill.core.randomness import FromStream, Streams
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
-from distill.core.types import Batch, Critic, Losses, Maker, Players, Times
+from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Phase
 
 
 @dataclass(frozen=True, eq=False)
 class Renoising:
-    """Where the discriminator reads a sample: t_hat [B] and noise [B, C, H, W]."""
+    """Noise level and noise at which the discriminator sees a sample."""
 
-    t: Tensor
-    noise: Tensor
+    t: Tensor  # t_hat [B]
+    noise: Tensor  # eps' [B, C, H, W]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """Level t [B] and noise [B, C, H, W] of the student's input; where its sample is read and, for
-    each update of the discriminator, the real one; what the distillation term draws; the critic;
-    what the feature network draws from."""
+    """All random numbers of one iteration."""
 
-    t: Tensor
-    noise: Tensor
-    renoising: Renoising
-    of_real: tuple[Renoising, ...]
-    distill: ScoreDraws | None
+    t: Tensor  # the student's noise level [B]
+    noise: Tensor  # of the student's input [B, C, H, W]
+    renoising: Renoising  # of the student's sample
+    real_renoising: tuple[Renoising, ...]  # of the real sample, one for each discriminator update
+    distill: ScoreDraws | None  # of the distillation term
     critic: Critic
-    features: FromStream
+    features: FromStream  # generator for the feature network
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StudentSample:
-    """x0_hat [B, C, H, W] and its maps; the real sample's under the same renoising, where a loss
-    asks for them.
-    """
+    """The student's sample, and the features that the losses read."""
 
-    x0_hat: Tensor
-    maps: list[Tensor]
-    real: list[Tensor] | None
+    x0_hat: Tensor  # [B, C, H, W]
+    fake_features: list[Tensor]
+    real_features: list[Tensor] | None  # under the same renoising; None where no loss reads them
 
 
 class LADD(Distillation):
     """
     Args:
-        levels: student's noise levels, with their odds.
-        renoise: levels t_hat at which the discriminator reads, on the scale of the rectified flow.
-        shared: whether a real sample is renoised by the t_hat and the noise of its fake.
+        levels: noise levels t of the student's input, with their odds.
+        renoise: noise levels t_hat of the discriminator, on the time scale of the rectified flow.
+        shared: whether real and fake share t_hat and eps'.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
-        misaligned: weight of real samples under the next one's caption as further fakes, as
-            SANA-Sprint has them.
+        misaligned: weight of an extra fake term: real samples with the next sample's caption, as in
+            SANA-Sprint.
         r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
-        distill: the teacher's estimate of x0_hat, ADD's Eq. 4.
+        distill: how the teacher's target is computed, ADD's Eq. 4.
         distill_weight: lambda of that term, for real data; 0 leaves it out.
     """
 
-    space = "latents"  # of what its feature network takes
+    space = "latents"  # input of the feature network
 
     def __init__(
         self,
@@ -86,13 +80,13 @@ class LADD(Distillation):
         levels: Times,
         renoise: Times,
         shared: bool = False,
-        loss: losses.Game = "hinge",
+        loss: losses.LossName = "hinge",
         over_heads: losses.OverHeads = "mean",
         misaligned: float = 0.0,
         r1_weight: float = 0.0,
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
-        real: Maker | None = None,
+        real: TeacherSampler | None = None,
         loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)
@@ -106,14 +100,16 @@ class LADD(Distillation):
         t = self.levels.sample(len(batch), streams.step, streams.sample)
         noise = noise_like(batch.x0, streams.sample)
         renoising = self._renoising(batch, streams.step, streams.sample)
-        of_real = [renoising for _ in streams.discriminator]
+        real_renoising = [renoising for _ in streams.discriminator]
         if not self.shared:
-            of_real = [self._renoising(batch, streams.step, g) for g in streams.discriminator]
+            real_renoising = [
+                self._renoising(batch, streams.step, g) for g in streams.discriminator
+            ]
         return Draws(
             t=t,
             noise=noise,
             renoising=renoising,
-            of_real=tuple(of_real),
+            real_renoising=tuple(real_renoising),
             distill=self.distill.draw(batch.x0, streams.student) if self.distill_weight else None,
             critic=self.heads.draw(streams.common("heads")),
             features=streams.features,
@@ -122,57 +118,61 @@ class LADD(Distillation):
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = self.student_input(batch.x0, draws.noise, draws.t)  # alpha_t x0 + sigma_t eps
         x0_hat = self.student.x0(x_t, draws.t, batch.cond)
-        maps = self._maps(x0_hat, draws.renoising, batch, draws)  # F_k(x0_hat noised to t_hat)
-        student_asks = self.adversarial.paired and phase != "discriminator"
-        discriminator_asks = self.shared and phase != "student"
+        fake = self._features(x0_hat, draws.renoising, batch, draws)  # F_k(x0_hat noised to t_hat)
+        student_reads = self.adversarial.paired and phase != "discriminator"
+        discriminator_reads = self.shared and phase != "student"
         real = None
-        if student_asks or discriminator_asks:
-            real = self._real_maps(batch, draws.renoising, draws)
-        return StudentSample(x0_hat=x0_hat, maps=maps, real=real)
+        if student_reads or discriminator_reads:
+            real = self._real_features(batch, draws.renoising, draws)
+        return StudentSample(x0_hat=x0_hat, fake_features=fake, real_features=real)
 
     def discriminator_loss(
-        self, batch: Batch, draws: Draws, sample: StudentSample, turn: int = 0
+        self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        critic, at = draws.critic, draws.of_real[turn]
-        maps = sample.real if self.shared and sample.real else self._real_maps(batch, at, draws)
-        for_r1 = self.r1_weight > 0
-        real, inputs = losses.real_logits(critic, maps, at.t, batch.cond, for_r1=for_r1)
-        fake = critic([m.detach() for m in sample.maps], draws.renoising.t, batch.cond)
-        terms = {"adv": self.adversarial.discriminator(real, fake)}  # ADD's Eq. 3
-        if for_r1:
-            terms["r1"] = self.r1_weight * losses.r1(real, inputs)  # ADD's Eq. 3: gamma R1
+        critic, cond, at = draws.critic, batch.cond, draws.real_renoising[update]
+        with_r1 = self.r1_weight > 0
+        real = sample.real_features if self.shared else None
+        real = real or self._real_features(batch, at, draws)
+        real_logits, inputs = losses.real_logits(critic, real, at.t, cond, for_r1=with_r1)
+        fake_logits = critic([f.detach() for f in sample.fake_features], draws.renoising.t, cond)
+        terms = {"adv": self.adversarial.discriminator(real_logits, fake_logits)}  # ADD's Eq. 3
+        if with_r1:
+            terms["r1"] = self.r1_weight * losses.r1(real_logits, inputs)  # ADD's Eq. 3: gamma R1
         if self.misaligned:
-            terms["misaligned"] = self.misaligned * self._misaligned(batch, at, draws, real)
-        return Losses(terms, losses.critic_stats(real, fake))
+            term = self._misaligned_term(batch, at, draws, real_logits)
+            terms["misaligned"] = self.misaligned * term
+        return Losses(terms, losses.critic_stats(real_logits, fake_logits))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
-        critic, t_hat, real = draws.critic, draws.renoising.t, None
-        if self.adversarial.paired and sample.real is not None:
-            real = critic(sample.real, t_hat, batch.cond)
-        fake = critic(sample.maps, t_hat, batch.cond)
-        terms = {"adv": self.adversarial.student(fake, real)}  # ADD's Eq. 2
+        critic, t_hat, real_logits = draws.critic, draws.renoising.t, None
+        if self.adversarial.paired and sample.real_features is not None:
+            real_logits = critic(sample.real_features, t_hat, batch.cond)
+        fake_logits = critic(sample.fake_features, t_hat, batch.cond)
+        terms = {"adv": self.adversarial.student(fake_logits, real_logits)}  # ADD's Eq. 2
         if draws.distill:  # ADD's Eq. 4, in latents
             x_hat = sample.x0_hat.detach()
             target, c = self.distill(self.teacher, x_hat, batch.cond, draws.distill)
-            distance = losses.weighted_mse(sample.x0_hat, target, c)
-            terms["distill"] = self.distill_weight * distance
+            terms["distill"] = self.distill_weight * losses.weighted_mse(sample.x0_hat, target, c)
         return Losses(terms)
 
-    def _misaligned(self, batch: Batch, at: Renoising, draws: Draws, real: losses.Answer) -> Tensor:
-        """The discriminator's loss on real samples, as fakes, under the caption of the next one."""
+    def _misaligned_term(
+        self, batch: Batch, at: Renoising, draws: Draws, real_logits: losses.Answer
+    ) -> Tensor:
+        """The discriminator's fake term of real samples with the next sample's caption."""
         if len(batch) < 2:
             what = "there is no other caption; raise data.batch_size"
             raise ValueError(f"method.misaligned={self.misaligned}: {what}")
-        wrong = replace(batch, cond=batch.cond.index(torch.arange(len(batch)).roll(1)))
-        logits = draws.critic(self._real_maps(wrong, at, draws), at.t, wrong.cond)
-        return self.adversarial.fake_term(real, logits)
+        next_cond = batch.cond.index(torch.arange(len(batch)).roll(1))
+        misaligned = replace(batch, cond=next_cond)
+        logits = draws.critic(self._real_features(misaligned, at, draws), at.t, next_cond)
+        return self.adversarial.fake_term(real_logits, logits)
 
-    def _maps(self, x0: Tensor, at: Renoising, batch: Batch, draws: Draws) -> list[Tensor]:
+    def _features(self, x0: Tensor, at: Renoising, batch: Batch, draws: Draws) -> list[Tensor]:
         return self.critic_features(x0, at.t, at.noise, batch, draws.features())[0]
 
     @torch.no_grad()
-    def _real_maps(self, batch: Batch, at: Renoising, draws: Draws) -> list[Tensor]:
-        return self._maps(batch.x0, at, batch, draws)
+    def _real_features(self, batch: Batch, at: Renoising, draws: Draws) -> list[Tensor]:
+        return self._features(batch.x0, at, batch, draws)
 
     def _renoising(self, batch: Batch, step: int, generator: torch.Generator) -> Renoising:
         t_hat = self.renoise.sample(len(batch), step, generator)  # sigmoid(m + s u)

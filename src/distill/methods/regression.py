@@ -1,15 +1,15 @@
-"""Regression on the teacher's samples (Luhman & Luhman 2021, arXiv 2101.02388): a baseline, without
+"""Regression on the teacher's samples (Luhman & Luhman 2021, arXiv 2101.02388): a baseline without
 a discriminator.
 
     for x_T ~ N(0, I), c in the teacher's pairs:
-        x0 = teacher's sample from x_T, in its own many steps
+        x0 = teacher's sample from x_T, in many steps
         t ~ levels
-        x_t = x_T where t = 1                   # a pair: to draw what the teacher drew
-              alpha_t x0 + sigma_t eps elsewhere  # fresh noise, as a sampler has it
+        x_t = x_T where t = 1                     # the pair (x_T, x0) of the paper
+              alpha_t x0 + sigma_t eps elsewhere  # fresh noise, as in a sampler
         student:  |student(x_t, t, c) - x0|^2
 
-The mean over x0 is what this learns where x_t leaves it open, so at t < 1 it trains as diffusion
-itself does, on guided samples. The paper has one step; the levels below 1 are ours.
+Where x_t does not determine x0 the student learns the mean. At t < 1 this is therefore ordinary
+diffusion training on guided samples. The paper trains one step; the levels below 1 are ours.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 from distill.core.losses import weighted_mse
 from distill.core.process import noise_like
 from distill.core.randomness import Streams
-from distill.core.types import Batch, Losses, Maker, Players, Times
+from distill.core.types import Batch, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Phase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """The student's level t [B], and the noise [B, C, H, W] of its input."""
+    """All random numbers of one iteration."""
 
-    t: Tensor
-    noise: Tensor
+    t: Tensor  # noise level of the student's input [B]
+    noise: Tensor  # of the student's input [B, C, H, W]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StudentSample:
-    """The student's sample [B, C, H, W]."""
+    """The student's x0 prediction [B, C, H, W]."""
 
     x0_hat: Tensor
 
@@ -45,13 +45,18 @@ class StudentSample:
 class Regression(Distillation):
     """
     Args:
-        levels: student's noise levels, with their odds.
+        levels: noise levels t of the student's input, with their odds.
     """
 
     space = "nothing"  # it has no discriminator
 
     def __init__(
-        self, players: Players, *, levels: Times, real: Maker | None = None, loop: Any = None
+        self,
+        players: Players,
+        *,
+        levels: Times,
+        real: TeacherSampler | None = None,
+        loop: Any = None,
     ):
         super().__init__(players, real=real, loop=loop)
         self.levels = levels

@@ -1,9 +1,9 @@
-"""Samplers: few steps with a student, many guided steps with a teacher. Latents in, latents out; no
+"""Samplers: few steps of a student, many guided steps of a teacher. Latents in and out; no
 gradient.
 
 students:        consistency (LADD), Euler-ancestral (ADD) or Euler steps, t = 1, 1 - 1/n, ..., 1/n
 guided teacher:  x0 = x0(empty) + s (x0(caption) - x0(empty))
-                 stepped by Euler (flow) or DDIM (eps, v)
+                 with steps of Euler (flow) or DDIM (eps, v)
 """
 
 import itertools
@@ -32,49 +32,48 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
 
 log = logging.getLogger(__name__)
-# What Stable Diffusion's pipelines want to read in a scheduler's file, or warn; these schedulers do
-# not use it.
-OFFSET = 1
-ORIGINAL = 4  # LCM's original_inference_steps: what 1 to 4 steps are chosen from
+# steps_offset: Stable Diffusion's pipelines warn without it; these schedulers do not use it.
+STEPS_OFFSET = 1
+ORIGINAL_STEPS = 4  # LCM's original_inference_steps, from which 1 to 4 steps are chosen
 
 
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator per picture, on the CPU, so that a seed means the same picture in any batch and
-    on any device.
+    """One generator per picture, on the CPU: a seed gives the same picture in any batch and on any
+    device.
     """
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1], some of them beyond -> uint8 on the CPU, rounded as diffusers does: a cast
-    would cut off.
+    """Pixels in [-1, 1], with overshoot -> uint8 on the CPU, rounded as in diffusers and not
+    truncated.
 
-    Raises ValueError for pixels that are no numbers, which would be a black picture.
+    Raises ValueError for values that are not finite; they would give a black picture.
     """
     check_finite(pixels, "pictures")
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raise ValueError, naming `what`, unless all of x [B, ...] are finite numbers."""
+    """Raise ValueError, naming `what`, unless all values of x [B, ...] are finite."""
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum())
     if bad:
         raise ValueError(
             f"{what}: {bad} of {len(x)} hold values that are not finite: the weights are damaged,"
-            " or overflow in their dtype; give them anew, or in bfloat16 or float32"
+            " or overflow in their dtype; replace them, or use bfloat16 or float32"
         )
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its
-    starting latents.
+    """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its first
+    latents.
     """
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
 
 
 def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise [B, *shape] of a later step, as the scheduler of a pipeline draws it: in the layout of
-    its latents.
+    """Noise [B, *shape] of a later step, drawn in the layout of the latents, as a pipeline's
+    scheduler does.
     """
     network = getattr(student, "network", student)
     unpacked = getattr(network, "unpacked", None)
@@ -84,35 +83,35 @@ def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Ge
 
 
 def rounds_up(student: Any) -> bool:
-    """Whether the pipeline of this student, or teacher, rounds the steps of an image up: see
+    """Whether the pipeline of this student or teacher rounds up the steps for an image: see
     `steps_left`.
     """
     return getattr(getattr(student, "network", student), "rounds_up", False)
 
 
 def in_precision(
-    make: Callable[..., Tensor],
+    sampler: Callable[..., Tensor],
     cond: Cond,
     generators: Sequence[torch.Generator],
     *,
     precision: str,
-    **how: Any,
+    **options: Any,
 ) -> Tensor:
-    """The latents of a sampler, its denoiser's passes made in this precision."""
+    """The latents of a sampler, with the denoiser's passes in this precision."""
     with autocast(precision, cond.tokens.device.type):
-        return make(cond, generators, **how)
+        return sampler(cond, generators, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewSteps(ABC):
-    """A sampler of students: estimate x0, go to the next level, without guidance.
+    """A sampler of students without guidance: predict x0, renoise to the next level.
 
-    levels: the first n of them are the n steps; None: 1, 1 - 1/n, ..., 1/n, as diffusers' trailing
+    levels: the first n of them are the n steps; None: 1, 1 - 1/n, ..., 1/n, diffusers' trailing
     spacing.
     """
 
     levels: Sequence[float] | None = None
-    finite: ClassVar[bool] = False
+    needs_finite_rho: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.levels is None:
@@ -124,14 +123,16 @@ class FewSteps(ABC):
             )
 
     def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
-        """The levels of `steps` steps; of them the last `steps_left`, as diffusers has it for
-        images.
+        """The noise levels of `steps` steps; for an image the last `steps_left` of them, as in
+        diffusers.
         """
         check_strength(steps, strength, rounds_up(student))
         if self.levels is not None and steps > len(self.levels):
-            raise ValueError(f"steps={steps}: this sampler knows {len(self.levels)} levels")
-        every = self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
-        return every[steps - steps_left(steps, strength, rounds_up(student)) :]
+            raise ValueError(f"steps={steps}: this sampler has {len(self.levels)} levels")
+        levels = (
+            self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
+        )
+        return levels[steps - steps_left(steps, strength, rounds_up(student)) :]
 
     def _trailing(self, steps: int, student: Any) -> list[float]:
         return [1 - i / steps for i in range(steps)]
@@ -148,11 +149,11 @@ class FewSteps(ABC):
         image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Tensor:
-        """Latents [B, *shape]; from noise, or from the latents `image` [B, *shape] noised to the
-        first level left.
+        """Latents [B, *shape], from noise, or from the latents `image` [B, *shape] noised to the
+        first level.
         """
-        how = {"shape": shape, "steps": steps, "image": image, "strength": strength}
-        for x0 in self.estimates(student, cond, generators, **how):
+        options = {"shape": shape, "steps": steps, "image": image, "strength": strength}
+        for x0 in self.estimates(student, cond, generators, **options):
             last = x0
         return last
 
@@ -168,14 +169,12 @@ class FewSteps(ABC):
         image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
-        """The same step by step: x0 [B, *shape] as each step estimates it, the last of which is the
-        result.
-        """
+        """The x0 prediction [B, *shape] of each step; the last one is the result."""
         grid = self.grid(steps, 1.0 if image is None else strength, student)
         device = cond.tokens.device
         x_t = draw_noise(shape, generators).to(device)
         if image is not None:
-            warn_of_noise(steps, strength, grid[0])
+            warn_if_image_is_lost(steps, strength, grid[0])
             x_t = student.process.diffuse(image, x_t, level_like(x_t, grid[0]))
         elif grid[0] == 1:
             x_t = self._first(student, x_t)
@@ -188,21 +187,23 @@ class FewSteps(ABC):
                 x_t = self._next(student, x_t, x0, t, level_like(x_t, later), noise)
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
-        """What stands for x_1."""
+        """x at t = 1, from unit noise."""
         return noise
 
     @abstractmethod
     def _next(
         self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
     ) -> Tensor:
-        """x at the level `later`."""
+        """x at the noise level `later`."""
 
     def check(self, network: Any) -> None:
-        """Raise ValueError for a network that cannot be sampled so."""
-        if self.finite and (network.prediction == "flow" or network.process.ends_in_noise):
+        """Raise ValueError for a network that this sampler cannot sample."""
+        if self.needs_finite_rho and (
+            network.prediction == "flow" or network.process.ends_in_noise
+        ):
             what = (
-                "a little of the data to its end, as Stable Diffusion's does, and this teacher's"
-                " ends in pure noise"
+                "a little of the data at t = 1, as Stable Diffusion's does; this teacher's ends in"
+                " pure noise"
             )
             raise ValueError(
                 f"sampler={type(self).__name__} needs a process that keeps {what}; use"
@@ -211,21 +212,23 @@ class FewSteps(ABC):
 
     @abstractmethod
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
-        """The diffusers scheduler that does the same."""
+        """The equivalent diffusers scheduler."""
 
 
 class Consistency(FewSteps):
-    """x_t' = alpha_t' x0 + sigma_t' z with fresh z (LCM, LADD)."""
+    """x_t' = alpha_t' x0 + sigma_t' z with fresh noise z, as in LCM and LADD."""
 
     def _trailing(self, steps: int, student: Any) -> list[float]:
-        """On Stable Diffusion's schedule LCM's: of four levels those at floor(4 i / n); three are
+        """On Stable Diffusion's schedule LCM's levels: of four those at floor(4 i / n); for three
         1, .75, .5.
         """
         if getattr(student, "prediction", "flow") == "flow":
             return super()._trailing(steps, student)
-        if steps > ORIGINAL:
-            raise ValueError(f"steps={steps}: this student's scheduler has at most {ORIGINAL}")
-        return [1 - (ORIGINAL * i // steps) / ORIGINAL for i in range(steps)]
+        if steps > ORIGINAL_STEPS:
+            raise ValueError(
+                f"steps={steps}: this student's scheduler has at most {ORIGINAL_STEPS}"
+            )
+        return [1 - (ORIGINAL_STEPS * i // steps) / ORIGINAL_STEPS for i in range(steps)]
 
     def _next(
         self, student: Denoiser, x_t: Tensor, x0: Tensor, t: Tensor, later: Tensor, noise: Tensor
@@ -233,22 +236,23 @@ class Consistency(FewSteps):
         return student.process.diffuse(x0, noise, later)
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
-        """Flow: Euler's, with fresh noise.
+        """For a flow Euler's scheduler with fresh noise; for eps and v LCM's.
 
-        eps and v: four original steps, 999, 749, 499 and 249, of which 1, 2, 3 and 4 steps take
-        theirs.
+        LCM's has four original steps, 999, 749, 499 and 249, from which 1, 2, 3 or 4 steps are
+        chosen.
         """
         if student.prediction == "flow":
             return flow_scheduler(of_unet=_of_unet(student), stochastic=True)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
-        own = {"original_inference_steps": ORIGINAL, "clip_sample": False}
-        return LCMScheduler(**_schedule_of(teacher), **own, steps_offset=OFFSET)
+        settings = {"original_inference_steps": ORIGINAL_STEPS, "clip_sample": False}
+        return LCMScheduler(**_schedule_of(teacher), **settings, steps_offset=STEPS_OFFSET)
 
 
 class Euler(FewSteps):
-    """x_t' = alpha_t' x0 + sigma_t' eps with the eps that goes with x0: no noise but the first, so
-    for flows alone diffusers' plain scheduler and a `generator` make the same pictures.
+    """x_t' = alpha_t' x0 + sigma_t' eps with the eps that x0 implies. No noise after the first.
+
+    For flows only. Diffusers' plain scheduler with a `generator` gives the same pictures.
     """
 
     def _next(
@@ -260,7 +264,7 @@ class Euler(FewSteps):
 
     def check(self, network: Any) -> None:
         if network.prediction != "flow":
-            what = "is for teachers of flows, and this one predicts " + network.prediction
+            what = "is for teachers that predict a flow; this one predicts " + network.prediction
             raise ValueError(f"sampler=euler: {what}; use sampler=consistency")
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
@@ -273,25 +277,25 @@ def _of_unet(student: Network) -> bool:
 
 
 def flow_scheduler(*, of_unet: bool, stochastic: bool) -> Any:
-    """Of students of flows: no shift, for the levels were trained as they are.
+    """Scheduler of flow students, without a shift: they are trained at these levels.
 
-    `of_unet`: the pipelines of UNets ask of a scheduler what diffusers' own of flows has not.
+    `of_unet`: pipelines of UNets call methods that diffusers' own flow scheduler does not have.
     """
     kind = FlowScheduler if of_unet else FlowMatchEulerDiscreteScheduler
     return kind(shift=1.0, stochastic_sampling=stochastic)
 
 
 class EulerAncestral(FewSteps):
-    """Euler's step to a lower noise, and fresh noise up to the next level: the sampler of SD-Turbo
-    and SDXL-Turbo.
+    """Euler's step to a lower noise level, then fresh noise: the sampler of SD-Turbo and
+    SDXL-Turbo.
 
     With rho = sigma / alpha and z = x / alpha:
     up^2 = rho'^2 (rho^2 - rho'^2) / rho^2,  down^2 = rho'^2 - up^2,
-    z' = x0 + (z - x0) down / rho + up n. It begins at rho(1) n, which must be finite: not for
-    flows.
+    z' = x0 + (z - x0) down / rho + up n.
+    It starts at rho(1) n, and rho(1) must be finite: not for flows.
     """
 
-    finite = True
+    needs_finite_rho = True
 
     def _first(self, student: Denoiser, noise: Tensor) -> Tensor:
         return student.process.diffuse(torch.zeros_like(noise), noise, level_like(noise, 1))
@@ -308,16 +312,17 @@ class EulerAncestral(FewSteps):
 
     def check(self, network: Any) -> None:
         super().check(network)
-        if shift := getattr(network, "shift", None):
+        shift = getattr(network, "shift", None)
+        if shift:
             raise ValueError(
-                f"student.shift={shift}: diffusers' Euler sampler knows none; use"
+                f"student.shift={shift}: diffusers' Euler sampler has no shift; use"
                 " sampler=consistency"
             )
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         self.check(student)
-        own = {"timestep_spacing": "trailing", "steps_offset": OFFSET}
-        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), **own)
+        settings = {"timestep_spacing": "trailing", "steps_offset": STEPS_OFFSET}
+        return EulerAncestralDiscreteScheduler(**_schedule_of(teacher), **settings)
 
 
 def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
@@ -328,21 +333,17 @@ def _schedule_of(teacher: PipelineTeacher) -> dict[str, Any]:
 
 
 def sampler_of(pipeline: Any) -> FewSteps:
-    """The sampler that an exported pipeline's scheduler stands for, at the levels that its index
-    says.
-    """
+    """The sampler of an exported pipeline, from its scheduler and the levels in its index."""
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
     kind = EulerAncestral if ancestral else Consistency
-    said = getattr(pipeline, "sampler", None) or {}
-    if said.get("name") == Euler.__name__:
+    saved = getattr(pipeline, "sampler", None) or {}
+    if saved.get("name") == Euler.__name__:
         kind = Euler
-    return kind(levels=said.get("levels"))
+    return kind(levels=saved.get("levels"))
 
 
 def distilled(pipeline: Any) -> bool:
-    """Whether a pipeline is one of few steps: by its scheduler, as ours and others have it, or by
-    its index.
-    """
+    """Whether a pipeline is of few steps, by its scheduler or by its index."""
     config = pipeline.scheduler.config
     few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
@@ -351,7 +352,7 @@ def distilled(pipeline: Any) -> bool:
 
 
 @cache
-def warn_of_noise(steps: int, strength: float, first: float) -> None:
+def warn_if_image_is_lost(steps: int, strength: float, first: float) -> None:
     if first == 1 and strength < 1:
-        what = "begins at pure noise, as diffusers' pipeline does, and nothing of the image is left"
-        log.warning("strength=%g steps=%d: %s; use more steps or less", strength, steps, what)
+        what = "starts at pure noise, as in diffusers' pipeline, and ignores the image"
+        log.warning("strength=%g steps=%d: %s; use more or fewer steps", strength, steps, what)

@@ -1,4 +1,4 @@
-"""A teacher's many guided steps, by its own diffusers scheduler."""
+"""Guided sampling with a teacher, by its own diffusers scheduler."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,14 +29,14 @@ def guided(
     image: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Latents [B, *shape] from the teacher by its own diffusers scheduler, in trailing steps from
+    """Latents [B, *shape] of the teacher by its own diffusers scheduler, in trailing steps from
     pure noise.
 
-    With the latents `image` [B, *shape] the last of the steps, `steps_left` by `strength`, from
-    those noised so far. Raises ValueError for what is not finite.
+    With `image`, latents [B, *shape], the last `steps_left` steps for `strength`, from the noised
+    image. Raises ValueError for results that are not finite.
     """
-    how = {"shape": shape, "steps": steps, "guidance": guidance}
-    for x_t in guided_steps(teacher, cond, generators, **how, image=image, strength=strength):
+    options = {"shape": shape, "steps": steps, "guidance": guidance}
+    for x_t in guided_steps(teacher, cond, generators, **options, image=image, strength=strength):
         last = x_t
     check_finite(last, "latents")
     return last
@@ -54,9 +54,9 @@ def guided_steps(
     image: Tensor | None = None,
     strength: float = 1.0,
 ) -> Iterator[Tensor]:
-    """`guided` step by step: x_t [B, *shape] after each step, the last of which is the result."""
+    """x_t [B, *shape] after each step of `guided`; the last one is the result."""
     if guidance != 1 and teacher.network.model.config.get("guidance_embeds"):
-        _warn_of_twice(guidance, teacher.guidance)
+        _warn_of_two_guidances(guidance, teacher.guidance)
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
     timesteps = scheduler.timesteps
@@ -79,12 +79,12 @@ def guided_steps(
 
 
 @cache
-def _warn_of_twice(guidance: float, told: float) -> None:
+def _warn_of_two_guidances(guidance: float, embedded: float) -> None:
     what = (
-        "%g guides a teacher that was told %g already (teacher.guidance), in two passes a step;"
-        " guidance=1 is one"
+        "%g guides a teacher that is conditioned on guidance %g (teacher.guidance), with two passes"
+        " a step; guidance=1 takes one"
     )
-    log.warning(f"guidance={what}", guidance, told)
+    log.warning(f"guidance={what}", guidance, embedded)
 
 
 def _scheduler(
@@ -92,12 +92,11 @@ def _scheduler(
 ) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
     config = teacher.pipeline.scheduler.config
     if teacher.network.prediction == "flow":
-        # The shift has another name where the pipeline comes with a solver for both kinds of
-        # process (Sana).
+        # Sana's solver, for both kinds of process, names the shift flow_shift.
         shift = config.get("shift", config.get("flow_shift", 1.0))
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
-        # The default grid ends with a wasted step at sigma = 1/1000; this one is 1, 1 - 1/n, ...,
-        # 1/n (then shifted).
+        # The default levels end with a wasted step at sigma = 1/1000. These are 1, 1 - 1/n, ...,
+        # 1/n, then shifted.
         mu = _shift_of(scheduler.config, shape[1] * shape[2] // teacher.patch**2)
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu)
         return scheduler
@@ -108,8 +107,8 @@ def _scheduler(
 
 
 def _shift_of(config: Any, tokens: int) -> float | None:
-    """The logarithm of the shift for a picture of so many tokens, where the scheduler has it grow
-    with them (FLUX).
+    """The logarithm of the shift for a picture of so many tokens, for schedulers with a dynamic one
+    (FLUX).
     """
     if not config.use_dynamic_shifting:
         return None
@@ -120,7 +119,7 @@ def _shift_of(config: Any, tokens: int) -> float | None:
 
 
 def _time(teacher: PipelineTeacher, timestep: Tensor) -> Tensor:
-    """A scheduler's timestep as our t [1]."""
+    """A scheduler's timestep as t [1] in [0, 1]."""
     if teacher.network.prediction == "flow":
         return timestep.float().reshape(1) / 1000
     return teacher.process.time(timestep.reshape(1))

@@ -5,7 +5,7 @@ on, and compare.
 from collections.abc import Mapping
 from typing import Any
 
-# The classes that a configuration could name, by their modules before every module had a room.
+# Modules of classes that a configuration could name, before every module had a room.
 MOVED = {
     "distill.times": "distill.core.times",
     "distill.distillation": "distill.core.score_distillation",
@@ -31,6 +31,10 @@ KEYS = {
     },
 }  # fmt: skip
 LOOP = "distill.training.loop_settings.LoopSettings"  # what a loop is that had no node of its own
+# Classes whose own name changed, under their modules of today.
+CLASSES = {
+    "distill.methods.consistency": {"Consistency": "ConsistencyDistillation"},
+}
 
 
 def renamed(tree: Any) -> Any:
@@ -64,4 +68,6 @@ def _with_targets(tree: Any) -> Any:
 
 def _moved(target: Any) -> Any:
     module, _, name = str(target).rpartition(".")
-    return f"{MOVED[module]}.{name}" if module in MOVED else target
+    new_module = MOVED.get(module, module)
+    new_name = CLASSES.get(new_module, {}).get(name, name)
+    return target if (new_module, new_name) == (module, name) else f"{new_module}.{new_name}"

@@ -1,4 +1,4 @@
-"""Students: made from a teacher, and left behind as ordinary diffusers pipelines."""
+"""Students: built from a teacher, and saved as ordinary diffusers pipelines."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.loading.locate import (
     INDEX,
-    TOLD,
+    STUDENT_INFO,
     check_part,
     denoiser_in,
     denoiser_part,
@@ -28,7 +28,7 @@ from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 
 OURS = "distill.teachers.schedulers"
-# settings in which a student of another size is as its teacher: what it reads and what it predicts
+# Settings that a student of another size shares with its teacher: its inputs and its prediction.
 FITTING = (
     *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
     *(
@@ -38,7 +38,7 @@ FITTING = (
         "prediction_type",
     ),
 )
-OR_ELSE = "must be teacher, random, or"  # what student.init may be besides a folder
+OR_ELSE = "must be teacher, random, or"  # values of student.init other than a folder
 
 
 def full(
@@ -48,30 +48,30 @@ def full(
     shift: int | None = None,
     checkpointing: bool = False,
 ) -> Network:
-    """A network of the teacher's kind with weights of its own, all trainable: the papers' student.
+    """A network of the teacher's kind with its own weights, all trainable: the papers' student.
 
-    `init` is teacher, random for weights as the network's class draws them, or a run or pipeline
-    folder to begin from, whose network may have another size. `shift` is NitroFusion's timestep
-    shift, of 1,000, None that of `init`. With `checkpointing` its blocks compute activations again
-    in the backward pass. Raises ValueError for what cannot be.
+    `init` is teacher; random, for weights as the network's class initialises them; or a run or
+    pipeline folder to start from, whose network may have another size. `shift` is NitroFusion's
+    timestep shift, of 1,000; None takes that of `init`. With `checkpointing` the backward pass
+    computes the activations of blocks again. Raises ValueError for options that do not fit.
     """
     if init not in ("teacher", "random"):
         model, own = _read(teacher, init)
-        student = teacher.network.around(model).float().requires_grad_(True).train()
+        student = teacher.network.with_model(model).float().requires_grad_(True).train()
         shift = own if shift is None else shift
     else:
-        student = teacher.network.twin()
+        student = teacher.network.trainable_copy()
     if init == "random":
         student.model.load_state_dict(
             type(student.model).from_config(student.model.config).state_dict()
         )
     if checkpointing:
-        student.recompute()
+        student.enable_checkpointing()
     return shifted(student, shift)
 
 
 def shifted(student: Network, shift: int | None) -> Network:
-    """The student, under NitroFusion's timestep shift if one is given."""
+    """The student with NitroFusion's timestep shift, if one is given."""
     if shift is not None:
         if student.prediction == "flow" or not 0 < shift <= 1000:
             what = (
@@ -84,23 +84,24 @@ def shifted(student: Network, shift: int | None) -> Network:
 
 
 def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
-    """The denoiser in a run or pipeline folder, if it reads the teacher's latents and captions; its
-    timestep shift.
+    """The denoiser in a run or pipeline folder, and its timestep shift.
+
+    Raises ValueError unless it takes the teacher's latents and captions.
     """
     model, part = teacher.network.model, denoiser_in(init, "student.init", OR_ELSE)
     folder = part.parent
-    file = folder / "scheduler" / "scheduler_config.json"  # it says what the network predicts
-    said = mapping_of(file) if file.is_file() else {}
+    file = folder / "scheduler" / "scheduler_config.json"  # holds the prediction type
+    settings = mapping_of(file) if file.is_file() else {}
     config, own = dict(type(model).load_config(part)), dict(model.config)
-    if said:
+    if settings:
         names = {prediction: name for name, prediction in KINDS.items()}
-        config["prediction_type"] = names[prediction_of(said, f"student.init={init}")]
+        config["prediction_type"] = names[prediction_of(settings, f"student.init={init}")]
         own["prediction_type"] = names[teacher.network.prediction]
     for key in FITTING:
         if (theirs := config.get(key, own.get(key))) != own.get(key):
             what = f"its {key} is {theirs} and the teacher's is {own.get(key)}"
             raise ValueError(
-                f"student.init={init}: {what}; begin from a pipeline of the teacher's family"
+                f"student.init={init}: {what}; start from a pipeline of the teacher's family"
             )
     check_part(part, f"student.init={init}")
     refuse_quantised(config, f"student.init={init}: its {part.name}/")
@@ -111,10 +112,10 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
         raise ValueError(
             f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew"
         ) from None
-    # diffusers would go on with random ones for those that it lacks
+    # diffusers would initialise missing tensors at random
     refuse_unread(report, f"student.init={init}: {part.name}/", type(model).__name__)
     refuse_broken(found, f"student.init={init}: {part.name}/")
-    return found, said.get("shifted_timestep")
+    return found, settings.get("shifted_timestep")
 
 
 def save_pipeline(
@@ -128,9 +129,9 @@ def save_pipeline(
     other parts.
 
     Text encoders, tokenizers and autoencoder are copied as files, those that the index names in one
-    precision: saving them again renames weights (transformers 5). Those of a single file have no
-    files of their own, and are saved. In the index stands what the teacher was told besides, and
-    the `sampler`, a `FewSteps`, with levels of its own.
+    precision: saving them again would rename weights (transformers 5). Those of a single file have
+    no files of their own, and are saved. The index also holds the teacher's options, and the name
+    and levels of the `sampler`, a `FewSteps`.
     """
     with whole_folder(folder) as partial:
         _write_pipeline(student, teacher, partial, scheduler, sampler)
@@ -153,45 +154,43 @@ def _write_pipeline(
         copy_part(home, partial / name)
     model = student.model
     if student.adapters is not None:
-        from distill.students.lora import merged  # peft, which takes its time, for those alone
+        from distill.students.lora import merged  # peft is slow to import
 
         model = merged(student)
     if part == "unet":
-        # The size that diffusers draws unless told; a transformer's positions may hang on it.
+        # The default size of diffusers' pictures; a transformer's positions may depend on it.
         model.register_to_config(sample_size=teacher.latent_shape[-1])
     model.save_pretrained(partial / part)
-    _without_place(partial / part / "config.json")
+    _remove_local_path(partial / part / "config.json")
     scheduler.save_pretrained(partial / "scheduler")
     there = {name: pair for name, pair in index.items() if isinstance(pair, list)}
     absent = [name for name in there if not (partial / name).is_dir()]
-    index |= {name: [None, None] for name in absent}  # left out, or never fetched of the hub's
+    index |= {name: [None, None] for name in absent}  # left out, or not downloaded from the hub
     library = OURS if type(scheduler).__module__ == OURS else "diffusers"
     index["scheduler"] = [library, type(scheduler).__name__]
-    index[TOLD] = {"options": teacher.told(), "call": teacher.call()}
+    index[STUDENT_INFO] = {"options": teacher.family_options(), "call": teacher.call_options()}
     if sampler is not None:
         levels = list(sampler.levels) if sampler.levels else None
-        index[TOLD]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
+        index[STUDENT_INFO]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _without_place(config: Path) -> None:
-    """Leave out where diffusers has read the teacher from: a path of this machine is nobody
-    else's.
-    """
-    said = mapping_of(config)
-    said.pop("_name_or_path", None)
-    config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _remove_local_path(config: Path) -> None:
+    """Remove the path from which diffusers loaded the teacher: it is of this machine alone."""
+    settings = mapping_of(config)
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, Any]:
-    """Copy the parts that the index of the teacher's folder names, `but` some; what the copy's
-    index says.
+def _copied(teacher: PipelineTeacher, target: Path, excluded: set[str]) -> dict[str, Any]:
+    """Copy the parts that the index of the teacher's folder names, except `but`; returns the copy's
+    index.
     """
     index = index_of(str(teacher.folder))
     target.mkdir(parents=True)
     for name, pair in index.items():
         home = Path(home_of(teacher.folder, name), name)
-        if isinstance(pair, list) and pair[0] and name not in but and home.is_dir():
+        if isinstance(pair, list) and pair[0] and name not in excluded and home.is_dir():
             copy_part(home, target / name, teacher.variant)
     for folder in reversed(lineage(teacher.folder)):
         copy_terms(folder, target)
@@ -200,7 +199,7 @@ def _copied(teacher: PipelineTeacher, target: Path, but: set[str]) -> dict[str, 
 
 
 def save_delta(student: PipelineTeacher, base: PipelineTeacher, file: Path) -> Path:
-    """Student minus base, in half precision, with the student's scheduler beside it."""
+    """Write student minus base in half precision, with the student's scheduler in the metadata."""
     ours, theirs = states(student.network.model, base.network.model)
     scheduler = student.pipeline.scheduler
     about = {"delta": type(scheduler).__name__, "scheduler": dict(scheduler.config)}
@@ -214,14 +213,14 @@ def states(student: nn.Module, base: nn.Module) -> tuple[dict[str, Tensor], dict
     ours, theirs = student.state_dict(), base.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         raise ValueError(
-            "base: its network is not of the student's shape; give base=<what the student was made"
-            " from>"
+            "base: its network has another shape than the student's; give base=<the teacher of the"
+            " student>"
         )
     return ours, theirs
 
 
 def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
-    """A pipeline folder of `base` plus the delta, with the delta's scheduler."""
+    """Write a pipeline folder of `base` plus the delta, with the delta's scheduler."""
     with readable(f"delta={file}"):
         about = about_weights(file)
     if "delta" not in about:

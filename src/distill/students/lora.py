@@ -1,11 +1,11 @@
-"""A LoRA student: adapters on the teacher's own weights, so that student, teacher and feature
-network are one network.
+"""A LoRA student: adapters on the teacher's own weights. Student, teacher and feature network are
+one network.
 
     y = W x + (alpha / rank) B A x      in a pass of the student; y = W x in any other
 
-The adapters are off but within a student's pass, and a block that is computed again in the backward
-pass has them as it had them at first. A student is its adapters: only they are its parameters, in
-its average and in its checkpoint.
+The adapters are on only within a student's pass. A block that gradient checkpointing computes again
+has them as in the forward pass. Only the adapters are the student's parameters, in its EMA and in
+its checkpoint.
 """
 
 import copy
@@ -24,7 +24,7 @@ from distill.students import shifted
 from distill.teachers.network import Context, Network
 from distill.teachers.pipeline import PipelineTeacher
 
-INITS = {"kaiming": True, "gaussian": "gaussian"}  # of A, as peft calls them; B begins at 0
+INITS = {"kaiming": True, "gaussian": "gaussian"}  # of A, peft's names; B starts at 0
 
 
 def lora(
@@ -37,14 +37,14 @@ def lora(
     shift: int | None = None,
     checkpointing: bool = False,
 ) -> Network:
-    """The teacher's network with float32 adapters of its own, which begins as the teacher; one to a
-    teacher.
+    """The teacher's network with its own float32 adapters, equal to the teacher at the start; one
+    per teacher.
 
-    `rank` is that of each change of a weight, which `alpha / rank` scales (None: by 1). `targets`
-    are ends of names of linear and convolutional layers (None: those of the architecture). `init`
-    is kaiming or gaussian. With `checkpointing` blocks of the network, in all of its roles, compute
-    their activations again in the backward pass. `shift` is NitroFusion's timestep shift, of 1,000.
-    Raises ValueError for what cannot be.
+    `rank` is that of each weight update, scaled by `alpha / rank` (None: by 1). `targets` are ends
+    of names of linear and convolutional layers (None: those of the architecture). `init` is kaiming
+    or gaussian. With `checkpointing` the backward pass computes the activations of blocks again, in
+    every role of the network. `shift` is NitroFusion's timestep shift, of 1,000. Raises ValueError
+    for options that do not fit.
     """
     if not isinstance(rank, int) or rank < 1 or init not in INITS:
         raise ValueError(
@@ -62,18 +62,21 @@ def lora(
             f"student.targets={names}: {what}; name linear or convolutional layers"
         ) from None
     student, switch = copy.copy(network), Switch(network.model)
-    # The model is the teacher's: were it registered here, its weights would count as the student's.
+    # Not registered here, because its weights are the teacher's and not the student's parameters.
     student._modules = {}
     object.__setattr__(student, "model", network.model)
     student.adapters = _tree(layers(network.model)).float().requires_grad_(True)
-    student.within, student.holds = switch.on, [*network.holds, switch.hold]
+    student.pass_context, student.context_savers = (
+        switch.on,
+        [*network.context_savers, switch.save_context],
+    )
     if checkpointing:
-        student.recompute()
+        student.enable_checkpointing()
     return shifted(student, shift)
 
 
 class Switch:
-    """Of the adapters of a model: off, but within `on`."""
+    """Turns the adapters of a model on within `on`; otherwise they are off."""
 
     def __init__(self, model: nn.Module):
         self._layers = list(layers(model).values())
@@ -82,8 +85,8 @@ class Switch:
     def on(self) -> Any:
         return self.at(True)
 
-    def hold(self) -> Context:
-        """What brings the present state back."""
+    def save_context(self) -> Context:
+        """A function that returns a context with the present state."""
         return partial(self.at, self._is_on)
 
     @contextmanager
@@ -98,8 +101,7 @@ class Switch:
     def _set(self, on: bool) -> None:
         self._is_on = on
         for layer in self._layers:
-            # Peft's own way, enable_adapters, also freezes them; nn.Module's way of setting takes
-            # 50 times as long.
+            # Peft's enable_adapters would also freeze them; nn.Module's setattr is 50 times slower.
             vars(layer)["_disable_adapters"] = not on
 
 
@@ -109,7 +111,7 @@ def layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _tree(adapted: dict[str, LoraLayer]) -> nn.Module:
-    """The adapters alone, under the names that they have in the model."""
+    """The adapters alone, under their names in the model."""
     root = nn.Module()
     for path, layer in adapted.items():
         node = root
@@ -122,19 +124,19 @@ def _tree(adapted: dict[str, LoraLayer]) -> nn.Module:
 
 
 def merged(student: Network) -> nn.Module:
-    """A model of the student's own with the adapters added to its weights, in float32."""
+    """A copy of the student's model with the adapters added to its weights, in float32."""
     model = copy.deepcopy(student.model).float()
     model.fuse_lora(safe_fusing=True)
     model.unload_lora()
-    # which would go on by the states of the student's own passes
+    # checkpointing would restore states of the student's passes
     model.disable_gradient_checkpointing()
     return model
 
 
 @torch.no_grad()
 def factors(student: Network) -> dict[str, Tensor]:
-    """The adapters as `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, scaled so that alpha is
-    the rank.
+    """The adapters as `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, scaled so that alpha =
+    rank.
     """
     found = {}
     for name, layer in layers(student.model).items():

@@ -1,18 +1,18 @@
-"""Attention in the form that is fastest where it runs."""
+"""Attention with the fastest kernel for each device."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 512  # tokens of which all scores are held at once
+SHORT = 512  # tokens up to which all scores are kept in memory
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt d + bias) v, for q, k, v [B, heads, L, d] and a bias that broadcasts to
-    [B, heads, L, L].
+    """softmax(q k^T / sqrt d + bias) v, for q, k, v [B, heads, L, d]; bias broadcasts to [B, heads,
+    L, L].
 
-    On a CPU the fused kernel of torch 2.13 takes five times as long backwards in bfloat16 as plain
-    products do.
+    On a CPU the fused kernel of torch 2.13 has a backward pass five times as slow in bfloat16 as
+    plain matrix products.
     """
     if v.device.type != "cpu" or v.dtype != torch.bfloat16 or v.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -21,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Attention:
-    """Attention processor for a UNet's transformer blocks: `attend` in the place of torch's fused
+    """Attention processor for a UNet's transformer blocks, with `attend` in place of torch's
     kernel.
     """
 

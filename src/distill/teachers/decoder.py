@@ -1,5 +1,5 @@
-"""A small decoder in the autoencoder's place, where gradient through the large one costs too much
-(TAESD).
+"""A small decoder (TAESD) in place of the autoencoder's, where gradient through the large one costs
+too much.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from distill.storage.unread import refuse_broken, refuse_unread
 
 
 class TinyDecoder(nn.Module):
-    """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in about [-1, 1]; frozen, gradient flows
-    to the latents.
+    """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S], about in [-1, 1]; frozen, differentiable
+    in the latents.
 
-    `path` is a folder or hub id of an `AutoencoderTiny` made for the same latents:
-    madebyollin/taesd for SD, madebyollin/taesdxl for SDXL, madebyollin/taesd3 for SD3.
+    `path` is a folder or hub id of an `AutoencoderTiny` for the same latents: madebyollin/taesd for
+    SD, madebyollin/taesdxl for SDXL, madebyollin/taesd3 for SD3.
     """
 
     def __init__(self, path: str, *, dtype: str = "float32"):

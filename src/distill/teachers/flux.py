@@ -1,5 +1,5 @@
-"""FLUX.1: an MMDiT on the rectified flow, v = eps - x0, network time t, on latents packed two by
-two into tokens.
+"""FLUX.1: an MMDiT on the rectified flow, v = eps - x0, network time t. Its tokens are
+2x2 latents.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from distill.teachers.transformer import Transformer
 
 
 class Packed(Transformer):
-    """Taps `block0`, ... behind the joint blocks, then `single0`, ... behind those on one sequence.
+    """Taps `block0`, ... after the joint blocks, then `single0`, ... after the single-stream
+    blocks.
 
-    Guidance is an input of a guidance-distilled model (dev), and one value here, for teacher and
-    student alike; a model without that input (schnell) is not told of it.
+    A guidance-distilled model (dev) is conditioned on guidance: one value here, for teacher and
+    student. A model without that input (schnell) ignores it.
     """
 
     rounds_up = True
@@ -31,20 +32,22 @@ class Packed(Transformer):
         super().__init__(model, RectifiedFlow(), "flow")
         self.guidance = guidance
 
-    def around(self, model: nn.Module) -> Packed:
+    def with_model(self, model: nn.Module) -> Packed:
         return Packed(model, self.guidance)
 
     @property
     def patch(self) -> int:
-        return 2  # the model's own patch_size is that of what is packed already
+        return 2  # the model's patch_size refers to packed tokens
 
     def packed_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Tokens and channels of latents of `shape`, (C, H, W), as the pipeline holds them."""
+        """Number and channels of the tokens for latents of `shape`, (C, H, W), as in the
+        pipeline.
+        """
         channels, height, width = shape
         return height * width // self.patch**2, channels * self.patch**2
 
     def unpacked(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
-        """Tokens [B, N, C'] of the pipeline as latents [B, *shape], with shape (C, H, W)."""
+        """Tokens [B, N, C'] of the pipeline -> latents [B, *shape], with shape (C, H, W)."""
         rows = tokens.transpose(1, 2).unflatten(2, [side // self.patch for side in shape[1:]])
         return F.pixel_shuffle(rows, self.patch)
 
@@ -60,14 +63,14 @@ class Packed(Transformer):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         packed = F.pixel_unshuffle(x_t, self.patch)
         rows, columns = (torch.arange(side, device=x_t.device) for side in packed.shape[-2:])
-        places = torch.cartesian_prod(rows, columns).float()
+        positions = torch.cartesian_prod(rows, columns).float()
         tokens = self.model(
             packed.flatten(2).transpose(1, 2),
             timestep=t,
             encoder_hidden_states=cond.tokens,
             pooled_projections=cond.pooled,
-            img_ids=F.pad(places, (1, 0)),
-            txt_ids=places.new_zeros(cond.tokens.shape[1], 3),
+            img_ids=F.pad(positions, (1, 0)),
+            txt_ids=positions.new_zeros(cond.tokens.shape[1], 3),
             guidance=torch.full_like(t, self.guidance)
             if self.model.config.guidance_embeds
             else None,
@@ -79,9 +82,9 @@ class Flux(PipelineTeacher):
     """A `FluxPipeline` (FLUX.1 dev or schnell; folder or hub id).
 
     Args:
-        guidance: what a guidance-distilled model is told; give it the exported student too, as
+        guidance: conditioning of a guidance-distilled model; pass it to the exported student as
             `guidance_scale`.
-        size: pixels a side of the pictures to make; the files name none.
+        size: side of the pictures in pixels; the files name none.
         length: tokens of the T5; schnell was trained with 256.
     """
 
@@ -103,12 +106,12 @@ class Flux(PipelineTeacher):
                 f"teacher.size={size}: must be a multiple of {self.unit} for this teacher"
             )
 
-    def told(self) -> dict[str, Any]:
+    def family_options(self) -> dict[str, Any]:
         return {"guidance": self.guidance, "size": self.size, "length": self.length}
 
-    def call(self) -> dict[str, Any]:
-        told = {"guidance_scale": self.guidance, "max_sequence_length": self.length}
-        return {**told, **self.sides()}
+    def call_options(self) -> dict[str, Any]:
+        options = {"guidance_scale": self.guidance, "max_sequence_length": self.length}
+        return {**options, **self.sides()}
 
     def _network(self) -> Packed:
         return Packed(self.pipeline.transformer, self.guidance)
@@ -117,7 +120,7 @@ class Flux(PipelineTeacher):
         side = self.size // self.pipeline.vae_scale_factor
         return self.pipeline.transformer.config.in_channels // self.network.patch**2, side, side
 
-    def _reader(self) -> tuple[Any, int]:
+    def _longest_tokenizer(self) -> tuple[Any, int]:
         return self.pipeline.tokenizer_2, self.length
 
     def _encode(self, captions: list[str]) -> Cond:

@@ -1,4 +1,4 @@
-"""A diffusers network together with the process it was trained on: what teacher and student share.
+"""A diffusers network with the noise process that it was trained on, for teachers and students.
 
 x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 data, 1 noise
 """
@@ -21,17 +21,17 @@ from distill.core.types import Cond
 
 
 class _LastTapReached(Exception):
-    """Thrown through the network's forward, which needs nothing past the last tap; it holds the
+    """Raised in the network's forward after the last tap, to skip the rest; it holds the feature
     maps.
     """
 
 
 def ends_at_last_tap(model: nn.Module) -> None:
-    """Have the model's forward return the maps, where it stops after the last tap, instead of
-    throwing.
+    """Make the model's forward return the maps where it ends after the last tap, instead of
+    raising.
 
-    So hooks that something else has put around it run then too. FSDP2's let go of weights, and
-    gather them again when a gradient comes to what was returned: an exception would pass them by.
+    Other hooks on the forward then run too. Those of FSDP2 free weights, and gather them again when
+    gradient arrives; an exception would skip them.
     """
     forward = model.forward
 
@@ -50,11 +50,10 @@ Context = Callable[[], AbstractContextManager[Any]]
 class Network(nn.Module):
     """A denoiser.
 
-    Concrete networks say how to call the diffusers model and where it can be tapped.
+    Subclasses define how the diffusers model is called and where it can be tapped.
     """
 
-    # Layers that a LoRA adapts unless told otherwise, by the ends of their names: here what all
-    # attention has.
+    # Default layers of a LoRA, by the ends of their names: here those of every attention.
     targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     # Whether its image-to-image pipeline rounds the number of steps up: see `limits.steps_left`.
     rounds_up = False
@@ -62,28 +61,25 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
-        self.shift: int | None = (
-            None  # NitroFusion's: what the last of 1,000 training steps is taken for
-        )
-        self.adapters: nn.Module | None = None  # of a LoRA student: all that it owns
-        self.within: Context = nullcontext  # around every pass
-        self.holds: list[
-            Callable[[], Context]
-        ] = []  # each keeps what a pass depends on besides its inputs
+        self.shift: int | None = None  # NitroFusion's timestep shift, of 1,000 training steps
+        self.adapters: nn.Module | None = None  # a LoRA student's own parameters
+        self.pass_context: Context = nullcontext  # around every pass
+        # Each returns a context that restores a state on which a pass depends.
+        self.context_savers: list[Callable[[], Context]] = []
 
-    def around(self, model: Any) -> Network:
-        """A network of this kind, with this process and prediction, around another model."""
+    def with_model(self, model: Any) -> Network:
+        """The same kind of network, with this process and prediction, on another model."""
         return type(self)(model, self.process, self.prediction)
 
     @property
     def patch(self) -> int:
-        """Latents a side that make one token; 1 where there are none."""
+        """Side of a token in latents; 1 for networks without tokens."""
         return 1
 
     @property
     @abstractmethod
     def caption_width(self) -> int | None:
-        """Of a token of a caption, as `predict` takes it; None where there is no one width."""
+        """Width of a caption token in `predict`; None where blocks differ."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -91,58 +87,57 @@ class Network(nn.Module):
 
     @abstractmethod
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
-        """Tap name -> module and the number of channels of its map, in the order in which they
-        run.
-        """
+        """Tap name -> module and channels of its map, in the order of execution."""
 
     @property
     @abstractmethod
     def encoder(self) -> list[str]:
-        """Taps of the half that reads, for discriminators that look at no more of it."""
+        """Taps of the encoder half, for discriminators that read no more."""
 
     @abstractmethod
     def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
-        """What the module behind this tap returned -> map [B, C', H', W'], contiguous."""
+        """Output of the module at this tap -> map [B, C', H', W'], contiguous."""
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Clean estimate [B, C, H, W] from x_t [B, C, H, W] at t [B], in the precision of x_t."""
+        """x0 prediction [B, C, H, W] from x_t [B, C, H, W] at t [B], in the dtype of x_t."""
         t = self.process.shifted(t, self.shift) if self.shift else t
         return self.process.to_x0(self._run(x_t, t, cond), x_t, t, self.prediction)
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The prediction, with what goes in cast to the precision of the weights, which may be
-        half.
-        """
+        """The model's prediction, with inputs cast to the dtype of the weights."""
         dtype = next(self.model.parameters()).dtype
-        with self.within():
+        with self.pass_context():
             return self.predict(x_t.to(dtype), t, cond.to(dtype))
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
-        """Maps [B, C', H', W'] at `taps`; the network stops after the last one. Gradient reaches
-        x_t.
+        """Maps [B, C', H', W'] at `taps`, differentiable in x_t; the pass ends after the last tap.
 
-        Hooks live for this call alone, so nested and concurrent uses are safe. Raises ValueError
+        Hooks exist for this call alone, so nested and concurrent calls are safe. Raises ValueError
         for unknown taps.
         """
-        known, seen = self.tappable(), {}
+        known, maps = self.tappable(), {}
         if unknown := [name for name in taps if name not in known]:
             raise ValueError(
                 f"no such taps: {', '.join(unknown)}; this network has {', '.join(known)}"
             )
 
-        def keep(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
+        def read_map(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
             found = self.to_map(name, output, x_t)
-            seen[name] = (
+            maps[name] = (
                 found if torch.is_autocast_enabled(x_t.device.type) else found.to(x_t.dtype)
             )
             stop()
 
         def stop(*_: object) -> None:
-            if len(seen) == len(set(taps)):
-                raise _LastTapReached(*seen.values())
+            if len(maps) == len(set(taps)):
+                raise _LastTapReached(*maps.values())
 
-        handles = [known[name][0].register_forward_hook(partial(keep, name)) for name in set(taps)]
-        handles.append(self.model.register_forward_hook(stop))  # behind those of `ends_at_last_tap`
+        handles = [
+            known[name][0].register_forward_hook(partial(read_map, name)) for name in set(taps)
+        ]
+        handles.append(
+            self.model.register_forward_hook(stop)
+        )  # after the hooks of `ends_at_last_tap`
         try:
             self._run(x_t, t, cond)
         except _LastTapReached:
@@ -150,43 +145,42 @@ class Network(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return [seen[name] for name in taps]
+        return [maps[name] for name in taps]
 
-    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
-        """`cond` for a patch at `corner` (row, column) of latents `whole` (H, W): most networks ask
-        no place.
+    def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
+        """`cond` for a patch at `corner` (row, column) of `full` latents (H, W). Most networks
+        ignore the position.
         """
         return cond
 
-    def recompute(self) -> None:
-        """From now on keep no activations inside the model's blocks; a backward pass computes them
-        again.
+    def enable_checkpointing(self) -> None:
+        """Gradient checkpointing: the backward pass computes the activations of blocks again.
 
-        It does so under what held at first, which by then may be something else: the adapters of a
-        LoRA on or off.
+        It restores the contexts of the forward pass, which may have changed since: a LoRA's
+        adapters on or off.
         """
-        self.model.enable_gradient_checkpointing(self._recomputed)
+        self.model.enable_gradient_checkpointing(self._checkpointed)
 
-    def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        held = [hold() for hold in self.holds]
+    def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        contexts = [save() for save in self.context_savers]
 
         def run(*inputs: Any) -> Any:
             with ExitStack() as stack:
-                for context in held:
+                for context in contexts:
                     stack.enter_context(context())
                 return block(*inputs)
 
         return checkpoint(run, *inputs, use_reentrant=False)
 
-    def twin(self) -> Network:
-        """A trainable copy in float32 that shares nothing with this one: the student of the same
+    def trainable_copy(self) -> Network:
+        """A trainable float32 copy that shares nothing with this network: a student of the same
         size.
         """
         return copy.deepcopy(self).float().requires_grad_(True).train()
 
 
 def is_block(tap: str) -> bool:
-    """Whether this tap stands behind a whole block, and not at a part of one (`down0.1`) or before
-    them all (`in`).
+    """Whether this tap is after a whole block; not inside one (`down0.1`) and not before all
+    (`in`).
     """
     return "." not in tap and tap != "in"

@@ -1,4 +1,4 @@
-"""A frozen diffusers pipeline as a teacher; its families say how the denoiser is called and
+"""A frozen diffusers pipeline as a teacher. Its families define how the denoiser is called and
 captions are encoded.
 """
 
@@ -28,49 +28,46 @@ from distill.teachers.loading.reading import (
     check_without,
     read_pipeline,
     read_quietly,
-    told_of,
+    student_info,
 )
 from distill.teachers.loading.single import read_single
 from distill.teachers.loading.weights import put_on
 from distill.teachers.network import Network, is_block
 from distill.terminal.progress import stage
 
-ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin with that encode
+ENCODERS = ("vae", "text_encoder")  # prefixes of a pipeline's parts that encode
 log = logging.getLogger(__name__)
 
 
 class PipelineTeacher(nn.Module):
-    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents,
-    captions -> Cond.
+    """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions ->
+    Cond.
 
-    With `checkpointing` a gradient through `decode` computes the decoder's activations again, block
-    by block. `weights` is a file to put on the pipeline's denoiser, as few-step teachers come
-    (DMD2, Hyper-SD): see `teachers/weights.py`. `vae` is a folder or hub id of an autoencoder in
-    the pipeline's place, which its students keep. Where `path` is a single file, `config` is the
-    pipeline that says what is in it: see `teachers/single.py`. `deferred`, text_encoder and vae,
-    are read when they are first needed, and `release` lets them go again; what a run on cached
-    embeddings wants, which sets `null`, the embedded empty caption.
+    checkpointing: gradient through `decode` computes the decoder's activations again, block by
+    block. weights: a file to load into the denoiser, as few-step teachers come (DMD2, Hyper-SD);
+    see `teachers/loading/weights.py`. vae: a folder or hub id of an autoencoder that replaces the
+    pipeline's, also in its students. config: for a `path` that is a single file, the pipeline that
+    describes it; see `teachers/loading/single.py`. deferred: text_encoder or vae; such parts are
+    loaded when first needed, and `release` removes them again. A run on cached embeddings uses
+    this, and sets `null`, the embedded empty caption.
 
-    It stays in evaluation mode and takes no gradient for its own weights, whatever is called on it.
-    Its attributes: `folder`, the local files, also of a pipeline of the hub, None for a single
-    file's; `without`, parts that were left out; `channels`, of the map at every tap; `blocks` and
-    `encoder`, the taps behind whole blocks and those of the half that reads; `latent_shape`, (C, H,
-    W) at the size it was trained for; `patch`, latents a side that make one token, 1 where there
-    are no tokens; `unit`, of which a picture's sides must be multiples: pixels a side per latent,
-    times `patch`.
+    The teacher stays in eval mode and its weights take no gradient, whatever is called on it.
+    Attributes: `folder`, the local files, also of a hub pipeline; None for a single file.
+    `without`, parts that were left out. `channels`, of the map at every tap. `blocks` and
+    `encoder`, the taps after whole blocks and those of the encoder half. `latent_shape`, (C, H, W)
+    at the size of its training. `patch`, side of a token in latents, 1 without tokens. `unit`, of
+    which a picture's sides must be multiples: pixels per latent times `patch`.
     """
 
     kind: type  # the pipeline's class
-    unused: tuple[str, ...] = ()  # parts of it that are not read
-    _said = False  # that a caption was too long
-    own: tuple[str, ...] = ()  # options that this family alone has
-    upcasts = (
-        False  # whether its pipeline decodes in float32 where a half autoencoder would overflow
-    )
+    unused: tuple[str, ...] = ()  # parts that are not loaded
+    _warned = False  # of a caption that is too long
+    own: tuple[str, ...] = ()  # options of this family alone
+    upcasts = False  # whether its pipeline decodes in float32 where float16 would overflow
 
     def __init_subclass__(cls) -> None:
-        """A family with options of its own shows the shared ones too: a configuration is checked
-        against them all.
+        """Add the shared options to the signature of a family with its own, for checking
+        configurations.
         """
         shared, own = (
             inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls)
@@ -115,10 +112,10 @@ class PipelineTeacher(nn.Module):
         check_parts(path, pipeline.components)
         self.pipeline = pipeline
         self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
-        pipeline.sampler = told_of(str(self.folder))["sampler"] if self.folder else {}
+        pipeline.sampler = student_info(str(self.folder))["sampler"] if self.folder else {}
         if own:
             own.put_on(pipeline, later="vae" in deferred)
-        elif pipeline.vae is None:  # deferred, and the pipeline guessed
+        elif pipeline.vae is None:  # deferred: diffusers assumed a scale
             pipeline.vae_scale_factor = scale_of(self.folder)
         if weights:
             put_on(pipeline, weights)
@@ -129,7 +126,7 @@ class PipelineTeacher(nn.Module):
         self.network, self.without = self._network(), tuple(without)
         self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
-        self._encoders, self._brought = nn.ModuleList(self._coders()), set[str]()
+        self._encoders, self._loaded_parts = nn.ModuleList(self._encoding_parts()), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
         self.blocks, self.encoder = (
             [tap for tap in self.channels if is_block(tap)],
@@ -147,41 +144,41 @@ class PipelineTeacher(nn.Module):
 
     @abstractmethod
     def _network(self) -> Network:
-        """The denoiser of `pipeline`, just read."""
+        """The denoiser of the loaded `pipeline`."""
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...
 
     @property
     def part(self) -> str:
-        """Which part of its pipeline is the denoiser."""
+        """Name of the pipeline's part that is the denoiser."""
         return "transformer" if getattr(self.pipeline, "transformer", None) else "unet"
 
-    def told(self) -> dict[str, Any]:
-        """The family's own options that the files do not tell: a student's folder keeps them."""
+    def family_options(self) -> dict[str, Any]:
+        """Options of the family that its files do not state; a student's folder saves them."""
         return {}
 
-    def call(self) -> dict[str, Any]:
-        """Arguments for which diffusers' pipeline makes the pictures that this makes, besides
-        prompt and steps.
+    def call_options(self) -> dict[str, Any]:
+        """Arguments for diffusers' pipeline, other than prompt and steps, that give the same
+        pictures.
         """
         return {"guidance_scale": 0.0}
 
     def sides(self) -> dict[str, int]:
-        """Height and width in pixels of the pictures that it makes unless told."""
+        """Default height and width of its pictures in pixels."""
         height, width = (side * self.unit // self.patch for side in self.latent_shape[1:])
         return {"height": height, "width": width}
 
     def _shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents at the size it was trained for."""
+        """(C, H, W) of the latents at the size of its training."""
         config = self.network.model.config
         return config.in_channels, config.sample_size, config.sample_size
 
     def shape_of(self, size: Any, key: str = "size") -> tuple[int, int, int]:
-        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: at the size it
-        was trained for.
+        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: the size of its
+        training.
 
-        Raises ValueError, with the setting's `key`, for sides that it cannot make.
+        Raises ValueError, with the setting's `key`, for sides that it cannot generate.
         """
         if size is None:
             return self.latent_shape
@@ -199,67 +196,67 @@ class PipelineTeacher(nn.Module):
         return self.latent_shape[0], height, width
 
     def sides_of(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Height and width in pixels of a picture whose latents have this shape, [..., H, W]."""
+        """Height and width in pixels of a picture with latents of this shape, [..., H, W]."""
         height, width = (side * self.unit // self.patch for side in shape[-2:])
         return height, width
 
     def _latents(self, pixels: Tensor) -> Tensor:
-        """The autoencoder's own latents: the mean of its posterior."""
+        """Unscaled latents: the mean of the autoencoder's posterior."""
         return self.vae.encode(pixels).latent_dist.mode()
 
     def _upcast(self, vae: nn.Module) -> None:
-        """Keep an autoencoder in float32 that says it overflows in float16, as its pipeline
-        does.
+        """Keep an autoencoder in float32 whose config says that it overflows in float16, as its
+        pipeline does.
         """
         if self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast:
             vae.float()
 
-    def _spread(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and spread of the autoencoder's own latents, to go with x [B, C, H, W]; 0 and 1
-        where it names none.
+    def _latent_statistics(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and standard deviation of the unscaled latents, to go with x [B, C, H, W].
+
+        0 and 1 where the autoencoder names none.
         """
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
-        if not mean or not std:  # a pipeline wants both
+        if not mean or not std:  # a pipeline needs both
             return config.get("shift_factor") or 0.0, 1.0
         mean, std = (torch.tensor(y, dtype=x.dtype, device=x.device) for y in (mean, std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
-    def _reader(self) -> tuple[Any, int]:
-        """The tokenizer that reads most of a caption, and how many tokens, its marks included, are
-        not cut off.
+    def _longest_tokenizer(self) -> tuple[Any, int]:
+        """The tokenizer that reads most of a caption, and its maximum length with special
+        tokens.
         """
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
-    def _bring(self, kind: str) -> None:
-        """Read the parts of this kind that were deferred and are not there."""
+    def _load_deferred(self, kind: str) -> None:
+        """Load the deferred parts of this kind that are not loaded yet."""
         for name, read in self.pipeline.deferred.items():
-            if name.startswith(kind) and name not in self._brought:
-                self._brought.add(name)
-                with stage(f"loading the teacher's {name}, which the cached data do without"):
+            if name.startswith(kind) and name not in self._loaded_parts:
+                self._loaded_parts.add(name)
+                with stage(f"loading the teacher's {name}, which cached data do not need"):
                     part = read().eval().requires_grad_(False).to(self.device)
                 if name == "vae":
                     self._upcast(part)
                 setattr(self.pipeline, name, part)
 
     def release(self) -> None:
-        """Let the deferred parts go that were read since."""
-        for name in self._brought:
+        """Remove the deferred parts that were loaded since."""
+        for name in self._loaded_parts:
             setattr(self.pipeline, name, None)
-        self._brought.clear()
+        self._loaded_parts.clear()
 
     def only_encode(self, device: torch.device) -> None:
-        """Move to the device without the denoiser, whose weights are let go."""
+        """Move to the device without the denoiser, whose weights are freed."""
         self.network.model.to("meta")
         self._encoders.to(device)
 
-    def marks(self, model: Any, *, scheduled: bool) -> list[Any]:
-        """All that makes the pictures of `model`, itself or a student, with its encoders, but noise
-        and steps.
+    def provenance(self, model: Any, *, scheduled: bool) -> list[Any]:
+        """All that determines the pictures of `model`, itself or a student, except noise and steps.
 
-        `scheduled` by its own scheduler; a student's sampler has its levels.
+        `scheduled`: sampled by its own scheduler; a student's sampler has its own levels.
         """
-        self._bring("text_encoder")
+        self._load_deferred("text_encoder")
         network = getattr(model, "network", model)
         own = [
             getattr(network, "shift", None),
@@ -267,23 +264,23 @@ class PipelineTeacher(nn.Module):
             network.prediction,
         ]
         own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
-        # what begins with _ is diffusers' own, its list of keys that the file lacks in any order
+        # keys with _ are diffusers' own; their lists have no fixed order
         if scheduled:
             own += sorted(
                 (k, str(v))
                 for k, v in self.pipeline.scheduler.config.items()
                 if not k.startswith("_")
             )
-        return [*own, *map(fingerprint, [network, self.vae, *self._coders()])]
+        return [*own, *map(fingerprint, [network, self.vae, *self._encoding_parts()])]
 
-    def _coders(self) -> list[nn.Module]:
-        """The autoencoder and text encoders that are here."""
+    def _encoding_parts(self) -> list[nn.Module]:
+        """The loaded autoencoder and text encoders."""
         parts = self.pipeline.components.items()
         return [part for name, part in parts if part is not None and name.startswith(ENCODERS)]
 
     @property
     def vae(self) -> Any:
-        self._bring("vae")
+        self._load_deferred("vae")
         return self.pipeline.vae
 
     @property
@@ -291,7 +288,7 @@ class PipelineTeacher(nn.Module):
         return self.network.process
 
     @property
-    def prediction(self) -> Prediction:  # a sampler asks a student of either kind
+    def prediction(self) -> Prediction:  # for samplers: networks and teachers have it
         return self.network.prediction
 
     @property
@@ -304,41 +301,41 @@ class PipelineTeacher(nn.Module):
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         return self.network.features(x_t, t, cond, taps)
 
-    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
-        return self.network.of_patch(cond, whole, corner)
+    def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
+        return self.network.of_patch(cond, full, corner)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), a few at
-        a time.
+        """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), in small
+        batches.
         """
         parts = pixels.to(self.vae.dtype).split(at_once(*pixels.shape[-2:]))
         latents = torch.cat([self._latents(part) for part in parts]).to(pixels.dtype)
-        mean, std = self._spread(latents)
+        mean, std = self._latent_statistics(latents)
         return (latents - mean) * self.vae.config.scaling_factor / std
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
-        """As `decode`, of any number of latents and any size, for looking at: no gradient, memory
-        of a few pictures.
+        """As `decode`, for any number and size of latents, without gradient, with the memory of a
+        few pictures.
 
-        As many at a time as `limits.at_once` says. Pictures of more pixels than that are decoded in
-        tiles that overlap, as diffusers' `enable_tiling` has it, where the autoencoder knows how.
+        Batches are those of `limits.at_once`. Larger pictures are decoded in overlapping tiles, as
+        with diffusers' `enable_tiling`, where the autoencoder supports it.
         """
         height, width = self.sides_of(latents.shape)
         with tiled(self.vae, height * width > AT_ONCE):
             return torch.cat([self.decode(part) for part in latents.split(at_once(height, width))])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1] (not clamped; gradient
-        flows).
+        """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1], not clamped;
+        differentiable.
         """
-        mean, std = self._spread(latents)
+        mean, std = self._latent_statistics(latents)
         raw = latents * std / self.vae.config.scaling_factor + mean
         return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
 
     def save_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
-        """Have the autoencoder work picture by picture, and in tiles of large ones, as diffusers
-        does it.
+        """Have the autoencoder work picture by picture, and in tiles for large ones, as in
+        diffusers.
         """
         if slicing:
             self.vae.enable_slicing()
@@ -346,33 +343,31 @@ class PipelineTeacher(nn.Module):
             self.vae.enable_tiling()
 
     def embed_negative(self, caption: str) -> Cond:
-        """What guidance leads away from, of batch size 1, in float32: as its pipeline reads a
-        negative prompt.
-        """
+        """Embedded negative prompt, of batch size 1, in float32, as its pipeline embeds it."""
         with silent():
-            self._bring("text_encoder")
+            self._load_deferred("text_encoder")
             return self._negative(caption).to(torch.float32)
 
     def _negative(self, caption: str) -> Cond:
         return self._encode([caption])
 
     def embed(self, captions: Sequence[str]) -> Cond:
-        """Captions -> conditioning in float32 that knows its unconditional version.
+        """Captions -> conditioning in float32, with its unconditional version.
 
-        Warns once of one too long.
+        Warns once of a caption that is too long.
         """
-        with silent():  # the pipelines say at every call what they cut
+        with silent():  # pipelines warn of truncation at every call
             if self.null is None:
-                self._bring("text_encoder")
+                self._load_deferred("text_encoder")
                 self.null = self._encode([""]).to(torch.float32)
             self.null = self.null.to(self.device)
-            if self.pipeline.deferred and not any(captions):  # known without an encoder
+            if self.pipeline.deferred and not any(captions):  # needs no encoder
                 return replace(
                     self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null
                 )
-            self._bring("text_encoder")
-            if cut := None if self._said else self.unread(captions):
-                self._said = True
+            self._load_deferred("text_encoder")
+            if cut := None if self._warned else self.unread(captions):
+                self._warned = True
             cond = replace(self._encode(list(captions)).to(torch.float32), null=self.null)
         if cut:
             log.warning(
@@ -383,13 +378,13 @@ class PipelineTeacher(nn.Module):
         return cond
 
     def unread(self, captions: Sequence[str]) -> str | None:
-        """What the teacher does not read of the first caption that is too long for it."""
-        tokenizer, most = self._reader()
+        """The end of the first caption that is too long for the teacher, which it does not read."""
+        tokenizer, most = self._longest_tokenizer()
         for caption in captions:
-            if len(caption.encode()) + 2 <= most:  # a token is a byte at least
+            if len(caption.encode()) + 2 <= most:  # a token has at least one byte
                 continue
             ids = tokenizer(caption).input_ids
             if len(ids) > most:
-                last = int(ids[-1] == tokenizer.eos_token_id)  # kept, behind what is left
+                last = int(ids[-1] == tokenizer.eos_token_id)  # kept after truncation
                 return tokenizer.decode(ids[most - last : len(ids) - last])
         return None

@@ -1,5 +1,5 @@
 """PixArt-Sigma: a transformer on a process like Stable Diffusion's, predicting eps, step index
-0..999, told by a T5.
+0..999, conditioned on a T5.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.sd import end_in_noise, step_of, trained_on
 from distill.teachers.transformer import Transformer
 
-TOKENS = 300  # that the pipeline passes
+TOKENS = 300  # length of captions in the pipeline
 
 
 class PixArt(Transformer):
-    """Its output has twice the channels of a latent; the second half is the variance, which few
-    steps do without.
+    """Its output has twice the channels of a latent. The second half, the variance, is not used in
+    few steps.
     """
 
     @property
@@ -26,19 +26,19 @@ class PixArt(Transformer):
         return self.model.config.caption_channels
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
-        size = {"resolution": None, "aspect_ratio": None}  # Sigma is told of neither
+        conditioning = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
+        size = {"resolution": None, "aspect_ratio": None}  # Sigma is conditioned on neither
         step = step_of(self.process, t)
-        output = self.model(x_t, timestep=step, added_cond_kwargs=size, **told).sample
+        output = self.model(x_t, timestep=step, added_cond_kwargs=size, **conditioning).sample
         return output[:, : x_t.shape[1]]
 
 
 class PixArtSigma(PipelineTeacher):
-    """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the
-    noise level alone.
+    """A `PixArtSigmaPipeline` (folder or hub id). Without a pooled embedding, heads are conditioned
+    on the noise level alone.
 
-    Captions are cleaned as its pipeline does, where beautifulsoup4 and ftfy are installed.
-    `zero_terminal_snr` is as SD's, for a fine-tune that predicts v.
+    Captions are cleaned as in the pipeline, where beautifulsoup4 and ftfy are installed.
+    `zero_terminal_snr` is as for SD, for a fine-tune that predicts v.
     """
 
     kind = PixArtSigmaPipeline
@@ -48,15 +48,14 @@ class PixArtSigma(PipelineTeacher):
         if zero_terminal_snr:
             end_in_noise(self)
 
-    def call(self) -> dict[str, Any]:
-        # Clean captions are what the pipeline tries to have by itself; binning would draw another
-        # size, and resize.
-        return {**super().call(), **self.sides(), "use_resolution_binning": False}
+    def call_options(self) -> dict[str, Any]:
+        # The pipeline cleans captions by default. Binning would generate another size and resize.
+        return {**super().call_options(), **self.sides(), "use_resolution_binning": False}
 
     def _network(self) -> PixArt:
         return PixArt(self.pipeline.transformer, *trained_on(self.pipeline.scheduler))
 
-    def _reader(self) -> tuple[Any, int]:
+    def _longest_tokenizer(self) -> tuple[Any, int]:
         return self.pipeline.tokenizer, TOKENS
 
     def _encode(self, captions: list[str]) -> Cond:

@@ -1,7 +1,7 @@
 """Sana: a transformer with linear attention on the rectified flow, v = eps - x0, network time 1000
-t, told by a Gemma.
+t, conditioned on a Gemma.
 
-Its autoencoder (DC-AE) makes one latent of 32x32 pixels, and that is one token.
+Its autoencoder (DC-AE) encodes 32x32 pixels as one latent, which is one token.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
 
-TOKENS = 300  # that the pipeline passes
+TOKENS = 300  # length of captions in the pipeline
 INSTRUCTION = (
     inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 )
@@ -28,16 +28,18 @@ class LinearDiT(Transformer):
         return self.model.config.caption_channels
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        told = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
-        return self.model(x_t, timestep=1000 * t * self.model.config.timestep_scale, **told).sample
+        conditioning = {"encoder_hidden_states": cond.tokens, "encoder_attention_mask": cond.mask}
+        return self.model(
+            x_t, timestep=1000 * t * self.model.config.timestep_scale, **conditioning
+        ).sample
 
 
 class Sana(PipelineTeacher):
-    """A `SanaPipeline` (folder or hub id). It has no pooled embedding: heads are told of the noise
-    level alone.
+    """A `SanaPipeline` (folder or hub id). Without a pooled embedding, heads are conditioned on the
+    noise level alone.
 
-    With `instruction` the text encoder reads each caption behind the pipeline's instruction to
-    enrich it; the empty caption stands without, as the pipeline has it.
+    With `instruction` the text encoder reads the pipeline's instruction before each caption, but
+    not before the empty one, as in the pipeline.
     """
 
     kind = SanaPipeline
@@ -46,13 +48,13 @@ class Sana(PipelineTeacher):
         self.instruction = INSTRUCTION if instruction else None
         super().__init__(path, **options)
 
-    def told(self) -> dict[str, Any]:
+    def family_options(self) -> dict[str, Any]:
         return {"instruction": self.instruction is not None}
 
-    def call(self) -> dict[str, Any]:
+    def call_options(self) -> dict[str, Any]:
         without = {} if self.instruction else {"complex_human_instruction": None}
-        binned = {"use_resolution_binning": False}  # it would draw another size, and resize
-        return {**super().call(), **self.sides(), **binned, **without}
+        binned = {"use_resolution_binning": False}  # it would generate another size and resize
+        return {**super().call_options(), **self.sides(), **binned, **without}
 
     def _network(self) -> LinearDiT:
         return LinearDiT(self.pipeline.transformer, RectifiedFlow(), "flow")
@@ -60,24 +62,23 @@ class Sana(PipelineTeacher):
     def _latents(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels).latent
 
-    def _reader(self) -> tuple[Any, int]:
-        return self.pipeline.tokenizer, TOKENS - bool(
-            self.instruction
-        )  # one more is lost behind the instruction
+    def _longest_tokenizer(self) -> tuple[Any, int]:
+        # After an instruction one token less of the caption remains.
+        return self.pipeline.tokenizer, TOKENS - bool(self.instruction)
 
     def _encode(self, captions: list[str]) -> Cond:
-        told = self._read(captions, self.instruction)
+        cond = self._read(captions, self.instruction)
         if self.instruction is None or "" not in captions:
-            return told
+            return cond
         empty = self._read([""], None)
-        kept = torch.tensor([caption != "" for caption in captions], device=told.tokens.device)[
+        has_text = torch.tensor([caption != "" for caption in captions], device=cond.tokens.device)[
             :, None
         ]
-        tokens = torch.where(kept[..., None], told.tokens, empty.tokens)
-        return Cond(tokens=tokens, mask=torch.where(kept, told.mask, empty.mask))
+        tokens = torch.where(has_text[..., None], cond.tokens, empty.tokens)
+        return Cond(tokens=tokens, mask=torch.where(has_text, cond.mask, empty.mask))
 
     def _negative(self, caption: str) -> Cond:
-        return self._read([caption], None)  # no instruction is put before it
+        return self._read([caption], None)  # without the instruction
 
     def _read(self, captions: list[str], instruction: list[str] | None) -> Cond:
         options = {

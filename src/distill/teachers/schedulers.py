@@ -1,12 +1,13 @@
-"""Schedulers that diffusers does not have; FlowScheduler is for UNets that predict a flow,
-ShiftedLCMScheduler is NitroFusion's timestep shift: `pipe.scheduler =
-ShiftedLCMScheduler.from_config(...)`.
+"""Schedulers that diffusers does not have: FlowScheduler, for UNets that predict a flow, and
+ShiftedLCMScheduler, NitroFusion's timestep shift.
+
+    pipe.scheduler = ShiftedLCMScheduler.from_config(...)
 
     x0 = (x - sigma_tau' eps(x, tau')) / alpha_tau',  tau' = floor(tau shift / 1000)
     x  = alpha_later x0 + sigma_later z    later: the next tau, not shifted
 
-tau are LCM's: 999, 749, 499, 249 for four steps. Pure noise is then divided by an alpha of .82
-(shift 250) and not of .07, so that an error of eps is not made fifteen times as large.
+tau are LCM's: 999, 749, 499, 249 for four steps. At pure noise x is then divided by an alpha of .82
+(shift 250) and not of .07, so an error of eps is not amplified fifteen times.
 """
 
 from typing import Any
@@ -23,9 +24,7 @@ from torch import Tensor
 
 
 class FlowScheduler(FlowMatchEulerDiscreteScheduler):
-    """With what the pipelines of Stable Diffusion ask of a scheduler besides; steps at 1, 1 - 1/n,
-    ..., 1/n.
-    """
+    """Adds what Stable Diffusion's pipelines call on a scheduler; steps at 1, 1 - 1/n, ..., 1/n."""
 
     init_noise_sigma = 1.0
 
@@ -39,9 +38,9 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 class ShiftedLCMScheduler(LCMScheduler):
-    """For epsilon and v networks.
+    """For eps and v networks.
 
-    Its `timesteps` are the shifted ones, which are what a pipeline tells the network.
+    Its `timesteps` are the shifted ones, which a pipeline passes to the network.
     """
 
     @register_to_config
@@ -63,8 +62,7 @@ class ShiftedLCMScheduler(LCMScheduler):
             "original_inference_steps": original_inference_steps,
             "prediction_type": prediction_type,
         }
-        # Past its decorator, which would put LCM's other settings among ours and then warn of them
-        # when read again.
+        # Without its decorator, which would add LCM's other settings and warn of them on loading.
         LCMScheduler.__init__.__wrapped__(self, num_train_timesteps, **betas, **own)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -101,14 +99,14 @@ class ShiftedLCMScheduler(LCMScheduler):
         return LCMSchedulerOutput(prev_sample=x, denoised=x0) if return_dict else (x, x0)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """To the levels that these shifted timesteps stand for."""
-        places = [
+        """Noise samples to the unshifted levels of these shifted timesteps."""
+        indices = [
             (self.timesteps == step).nonzero()[0, 0] for step in timesteps.to(self.timesteps.device)
         ]
         return super().add_noise(
-            original_samples, noise, self.unshifted[torch.stack(places)].long()
+            original_samples, noise, self.unshifted[torch.stack(indices)].long()
         )
 
     def _levels(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.alphas_cumprod[int(step)]
-        return kept.sqrt(), (1 - kept).sqrt()
+        alpha_squared = self.alphas_cumprod[int(step)]
+        return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()

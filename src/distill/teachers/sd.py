@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: a UNet on the variance-preserving process, predicting eps or v,
 step index 0..999.
 
-Fine-tunes that predict a flow are on the rectified flow's process, and are told 1000 t.
+Fine-tunes that predict a flow use the rectified flow, with network time 1000 t.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from distill.teachers.pipeline import PipelineTeacher
 
 
 def trained_on(scheduler: Any) -> tuple[Process, Prediction]:
-    """The process that a pipeline's scheduler stands for, and what its network predicts."""
+    """The noise process and the prediction type of a pipeline's scheduler."""
     name = type(scheduler).__name__
     prediction = prediction_of({**scheduler.config, "_class_name": name}, "teacher")
     if prediction == "flow":
@@ -33,21 +33,18 @@ def trained_on(scheduler: Any) -> tuple[Process, Prediction]:
 
 
 def step_of(process: Process, t: Tensor) -> Tensor:
-    """What a network of 1,000 training steps is told of t [B]: the step's number, of a flow 1000
-    t.
-    """
+    """The network time for t [B]: the index of a training step, or 1000 t for a flow."""
     return process.index(t) if isinstance(process, VariancePreserving) else 1000 * t
 
 
 class UNet(Network):
-    """Taps `down0`, `down1`, ..., `mid` where there is one, `up0`, ...: the map each block hands to
-    the next.
+    """Taps `down0`, `down1`, ..., `mid` where there is one, `up0`, ...: the output of each block.
 
-    Besides, `in` is the first convolution's, and `down0.0`, `down0.1`, ... are the maps that this
-    block hands to the decoder: with `mid` the ten levels that NitroFusion reads of SDXL.
+    `in` is the output of the first convolution. `down0.0`, `down0.1`, ... are the skip connections
+    of a block; with `mid` they are the ten levels that NitroFusion reads of SDXL.
     """
 
-    targets = (  # attention, feed-forward layers and convolutions, as LCM-LoRA and DMD2 have it
+    targets = (  # attention, feed-forward layers and convolutions, as in LCM-LoRA and DMD2
         *(
             "to_q",
             "to_k",
@@ -88,7 +85,7 @@ class UNet(Network):
             f"up{i}": pair
             for i, pair in enumerate(zip(model.up_blocks, reversed(widths), strict=True))
         }
-        # Small ones are made by leaving the middle out (BK-SDM, Segmind-Vega).
+        # Some small UNets have no middle block (BK-SDM, Segmind-Vega).
         middle = {"mid": (model.mid_block, widths[-1])} if model.mid_block is not None else {}
         return {**taps, **middle, **up}
 
@@ -98,16 +95,16 @@ class UNet(Network):
 
     def to_map(self, name: str, output: Any, x_t: Tensor) -> Tensor:
         block, _, part = name.partition(".")
-        if part:  # a down block returns (what goes down, what goes across)
+        if part:  # a down block returns (its output, its skip connections)
             return output[1][int(part)].contiguous()
         return (output[0] if isinstance(output, tuple) else output).contiguous()
 
 
 def end_in_noise(teacher: PipelineTeacher) -> None:
-    """Give a teacher on Stable Diffusion's process the schedule that ends in noise alone (arXiv
+    """Give a teacher on Stable Diffusion's process a schedule with zero terminal SNR (arXiv
     2305.08891, Alg. 1).
 
-    What is exported of it has that schedule too. Raises ValueError for one that predicts eps.
+    Exported students have that schedule too. Raises ValueError for a teacher that predicts eps.
     """
     check_zero_snr(teacher.prediction)
     scheduler = teacher.pipeline.scheduler
@@ -116,12 +113,11 @@ def end_in_noise(teacher: PipelineTeacher) -> None:
 
 
 class SD(PipelineTeacher):
-    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id); `size`, if the data have another
-    than it, theirs.
+    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id). `size`: side of the data's
+    pictures, where it is not the pipeline's own.
 
-    With `clip_skip` captions are what stands so many layers before that which is read by default,
-    as diffusers counts. `zero_terminal_snr` stretches its schedule so that it ends in noise alone:
-    see `end_in_noise`.
+    With `clip_skip` captions are embedded that many layers earlier than by default, as diffusers
+    counts. `zero_terminal_snr`: see `end_in_noise`.
     """
 
     kind, unused = StableDiffusionPipeline, ("safety_checker", "feature_extractor", "image_encoder")
@@ -142,14 +138,14 @@ class SD(PipelineTeacher):
             end_in_noise(self)
         self.latent_shape = self.shape_of(size, "teacher.size")
 
-    def told(self) -> dict[str, Any]:
+    def family_options(self) -> dict[str, Any]:
         return {"clip_skip": self.clip_skip} if self.clip_skip else {}
 
-    def call(self) -> dict[str, Any]:
-        return {**super().call(), **self.told()}
+    def call_options(self) -> dict[str, Any]:
+        return {**super().call_options(), **self.family_options()}
 
     def _layers(self) -> int:
-        """Layers of the shallowest of its text encoders; 0 where they are not here yet."""
+        """Layers of the smallest loaded text encoder; 0 where none is loaded."""
         names = ("text_encoder", "text_encoder_2")
         parts = [getattr(self.pipeline, name, None) for name in names]
         return min((part.config.num_hidden_layers for part in parts if part is not None), default=0)
@@ -166,8 +162,8 @@ class SD(PipelineTeacher):
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         if self.clip_skip is None:
-            alone = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-            tokens, _ = self.pipeline.encode_prompt(captions, self.device, **alone)
+            options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+            tokens, _ = self.pipeline.encode_prompt(captions, self.device, **options)
         else:
             tokens = self._skipped(ids.to(self.device))
         # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
@@ -177,8 +173,8 @@ class SD(PipelineTeacher):
         )
 
     def _skipped(self, ids: Tensor) -> Tensor:
-        """Tokens [B, L, D] of an earlier layer, as the pipeline has it, which transformers 5.6
-        keeps from doing so.
+        """Tokens [B, L, D] of an earlier layer, as in the pipeline, which fails with transformers
+        5.6.
         """
         encoder = self.pipeline.text_encoder
         hidden = encoder(ids, output_hidden_states=True).hidden_states[-(self.clip_skip + 1)]
@@ -186,8 +182,8 @@ class SD(PipelineTeacher):
 
 
 def _check_skip(skip: int | None, layers: int) -> None:
-    """Raise ValueError for more layers than a text encoder has to leave out; its pipelines would
-    take any.
+    """Raise ValueError for more layers than a text encoder has. Its pipelines would accept any
+    number.
     """
     if skip is not None and not (type(skip) is int and skip > 0 and (not layers or skip < layers)):
         what = f"must be null, or from 1 to {layers - 1}" if layers else "must be null or 1 or more"

@@ -11,18 +11,15 @@ from torch import Tensor
 from distill.core.process import RectifiedFlow
 from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
-from distill.teachers.silent_token_attention import fold, weights
+from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights
 from distill.teachers.transformer import Transformer
 
-SILENT_TOKENS = (
-    256  # what the pipeline passes for an absent third encoder (its default max_sequence_length)
-)
+# Tokens that the pipeline passes for an absent third encoder (its default max_sequence_length).
+SILENT_TOKENS = 256
 
 
 class MMDiT(Transformer):
-    """SD3.5 medium's first blocks attend a second time, among image tokens alone: a part of their
-    output as any.
-    """
+    """The first blocks of SD3.5 medium have a second attention, among image tokens alone."""
 
     targets = (  # both streams' attention and feed-forward layers
         *(
@@ -42,10 +39,10 @@ class MMDiT(Transformer):
 
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
-        self._folded = fold(model)
-        self.holds.append(self._folded.hold)
+        self._silent_tokens = set_silent_token_attention(model)
+        self.context_savers.append(self._silent_tokens.save_context)
 
-    def around(self, model: Any) -> MMDiT:
+    def with_model(self, model: Any) -> MMDiT:
         return MMDiT(model)
 
     @property
@@ -59,7 +56,7 @@ class MMDiT(Transformer):
             "pooled_projections": cond.pooled,
             "timestep": 1000 * t,
         }
-        with weights(self._folded, cond.mask, image_tokens):
+        with token_weights(self._silent_tokens, cond.mask, image_tokens):
             return self.model(x_t, **inputs).sample
 
 
@@ -67,8 +64,7 @@ class SD3(PipelineTeacher):
     """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder, hub id or single file), with or without its
     third text encoder.
 
-    To leave that out, `without=["text_encoder_3", "tokenizer_3"]`; one that is silent is left out
-    by itself.
+    `without=["text_encoder_3", "tokenizer_3"]` leaves that out. A silent one is left out by itself.
     """
 
     kind = StableDiffusion3Pipeline
@@ -77,14 +73,14 @@ class SD3(PipelineTeacher):
         self._silent()
         return MMDiT(self.pipeline.transformer)
 
-    def _reader(self) -> tuple[Any, int]:
-        if self.pipeline.text_encoder_3 is None:  # then nobody reads past CLIP's 77
-            return super()._reader()
+    def _longest_tokenizer(self) -> tuple[Any, int]:
+        if self.pipeline.text_encoder_3 is None:  # then no encoder reads more than CLIP's 77 tokens
+            return super()._longest_tokenizer()
         return self.pipeline.tokenizer_3, SILENT_TOKENS
 
     def _silent(self) -> bool:
-        """Whether the third text encoder is absent; one whose tokens are all zeros, as without it,
-        is left out.
+        """Whether the third text encoder is absent. One whose tokens are all zeros is removed: it
+        is equivalent.
         """
         t5 = self.pipeline.text_encoder_3
         if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
@@ -93,14 +89,14 @@ class SD3(PipelineTeacher):
 
     def _encode(self, captions: list[str]) -> Cond:
         silent = self._silent()
-        how = {
+        options = {
             "do_classifier_free_guidance": False,
             "max_sequence_length": 1 if silent else SILENT_TOKENS,
         }
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            *[captions] * 3, device=self.device, **how
+            *[captions] * 3, device=self.device, **options
         )
         counts = torch.ones(tokens.shape[:2], device=tokens.device)
-        if silent:  # one zero token stands for all of them
+        if silent:  # one zero token replaces all of them
             counts[:, -1] = SILENT_TOKENS
         return Cond(tokens=tokens, pooled=pooled, mask=counts)

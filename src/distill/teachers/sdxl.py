@@ -1,4 +1,6 @@
-"""Stable Diffusion XL: SD's UNet, told besides of a pooled caption and of the picture's size."""
+"""Stable Diffusion XL: SD's UNet, also conditioned on a pooled caption and on the
+picture's size.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +17,34 @@ from distill.teachers.sd import SD, UNet, step_of
 
 
 class UNetXL(UNet):
-    """Taps as SD's. It is told of a picture of the latents' own size, not cropped, as its pipeline
-    does by default.
+    """Taps as in SD. It is conditioned on a picture of the latents' size, not cropped, as by
+    default in its pipeline.
 
-    Of a patch it is told the size of the whole and where the patch lies, as of a crop in its
-    training: `of_patch` puts them into the cond's `extra`, pixels [B, 4]: height and width of the
-    whole, row and column of the corner.
+    For a patch it is conditioned on the size of the full picture and on the position of the patch,
+    as for crops in its training. `of_patch` writes these into the cond's `extra`, pixels [B, 4]:
+    height and width of the full picture, row and column of the corner.
     """
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction, cell: int):
         super().__init__(model, process, prediction)
-        self.cell = cell  # pixels a side per latent
+        self.cell = cell  # side of a latent in pixels
 
-    def around(self, model: nn.Module) -> UNetXL:
+    def with_model(self, model: nn.Module) -> UNetXL:
         return UNetXL(model, self.process, self.prediction, self.cell)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = (side * self.cell for side in x_t.shape[-2:])
         size = x_t.new_tensor([height, width]).expand(len(x_t), -1)
-        placed = torch.cat([size, torch.zeros_like(size)], 1) if cond.extra is None else cond.extra
-        added = {"text_embeds": cond.pooled, "time_ids": torch.cat([placed, size], 1)}
-        told = {"encoder_hidden_states": cond.tokens, "added_cond_kwargs": added}
-        return self.model(x_t, step_of(self.process, t), **told).sample
+        placement = (
+            torch.cat([size, torch.zeros_like(size)], 1) if cond.extra is None else cond.extra
+        )
+        added = {"text_embeds": cond.pooled, "time_ids": torch.cat([placement, size], 1)}
+        conditioning = {"encoder_hidden_states": cond.tokens, "added_cond_kwargs": added}
+        return self.model(x_t, step_of(self.process, t), **conditioning).sample
 
-    def of_patch(self, cond: Cond, whole: Sequence[int], corner: Sequence[int]) -> Cond:
-        placed = torch.tensor([*whole, *corner], device=cond.tokens.device) * self.cell
-        extra = placed.to(cond.tokens.dtype).expand(len(cond), -1)
+    def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
+        placement = torch.tensor([*full, *corner], device=cond.tokens.device) * self.cell
+        extra = placement.to(cond.tokens.dtype).expand(len(cond), -1)
         return replace(cond, extra=extra)
 
 
@@ -57,12 +61,10 @@ class SDXL(SD):
         return UNetXL(self.pipeline.unet, process, prediction, self.pipeline.vae_scale_factor)
 
     def _encode(self, captions: list[str]) -> Cond:
-        alone = {"device": self.device, "do_classifier_free_guidance": False}
-        alone["clip_skip"] = self.clip_skip
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **alone)
-        if (
-            self.pipeline.config.force_zeros_for_empty_prompt
-        ):  # the pipeline's own empty caption is all zeros
-            kept = torch.tensor([caption != "" for caption in captions], device=tokens.device)
-            tokens, pooled = tokens * kept[:, None, None], pooled * kept[:, None]
+        options = {"device": self.device, "do_classifier_free_guidance": False}
+        options["clip_skip"] = self.clip_skip
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **options)
+        if self.pipeline.config.force_zeros_for_empty_prompt:  # the empty caption is all zeros
+            has_text = torch.tensor([caption != "" for caption in captions], device=tokens.device)
+            tokens, pooled = tokens * has_text[:, None, None], pooled * has_text[:, None]
         return Cond(tokens=tokens, pooled=pooled)

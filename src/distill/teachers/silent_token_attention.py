@@ -1,9 +1,9 @@
-"""Joint attention over tokens that stand for several: in a softmax n equal keys weigh like one with
-log n added.
+"""Joint attention in which one token has the weight of several equal ones.
 
-`StableDiffusion3Pipeline` hands the transformer 256 third-encoder tokens. Where that encoder is
-absent (or silent) they are 256 equal zeros; carrying one of them with weight 256 gives the same
-output, to rounding, at a quarter of the cost.
+In a softmax n equal keys weigh as one key with log n added. `StableDiffusion3Pipeline` passes 256
+tokens of the third encoder to the transformer. Where that encoder is absent or silent they are 256
+equal zeros. One of them with weight 256 gives the same output, to rounding, at a quarter of the
+cost.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from distill.teachers.attention import attend
 
 
-class FoldedJointAttention:
-    """Attention processor for SD3's joint blocks, with an additive bias on the keys [1 or B, 1, 1,
-    keys] (or None).
+class SilentTokenAttention:
+    """Attention processor for SD3's joint blocks, with an additive bias on the keys.
+
+    The bias is [1 or B, 1, 1, keys] or None.
     """
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None
 
-    def hold(self) -> Callable[[], AbstractContextManager[None]]:
-        """What brings the present bias back."""
+    def save_context(self) -> Callable[[], AbstractContextManager[None]]:
+        """A function that returns a context with the present bias."""
         return partial(self.biased, self.bias)
 
     @contextmanager
@@ -58,29 +59,32 @@ class FoldedJointAttention:
         q, k, v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         bias = None if self.bias is None else self.bias.to(q.dtype)
         mixed = attend(q, k, v, bias).transpose(1, 2).flatten(2)
-        of_image, of_text = mixed.tensor_split([hidden_states.shape[1]], dim=1)
-        of_image = attn.to_out[1](attn.to_out[0](of_image))
+        image, text = mixed.tensor_split([hidden_states.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image))
         if encoder_hidden_states is None:  # SD3.5's second attention: image tokens alone
-            return of_image
-        return of_image, of_text if attn.context_pre_only else attn.to_add_out(of_text)
+            return image
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def fold(transformer: nn.Module) -> FoldedJointAttention:
-    """Give every joint block of `transformer` one shared folded processor, and return it."""
-    processor = FoldedJointAttention()
+def set_silent_token_attention(transformer: nn.Module) -> SilentTokenAttention:
+    """Give all joint blocks of `transformer` one shared processor, and return it."""
+    processor = SilentTokenAttention()
     for block in transformer.transformer_blocks:
         block.attn.set_processor(processor)
         if getattr(block, "attn2", None) is not None:
-            block.attn2.set_processor(FoldedJointAttention())
+            block.attn2.set_processor(SilentTokenAttention())
     return processor
 
 
-def weights(
-    processor: FoldedJointAttention, counts: Tensor | None, image_tokens: int
+def token_weights(
+    processor: SilentTokenAttention, counts: Tensor | None, image_tokens: int
 ) -> AbstractContextManager[None]:
-    """Within: text token i stands for counts[:, i] tokens (0 hides it). `counts` [B, L] or None."""
+    """Within this context text token i has the weight of counts[:, i] tokens (0 hides it).
+
+    `counts` is [B, L] or None.
+    """
     bias = None
     if counts is not None and not bool((counts == 1).all()):
-        of_image = counts.new_zeros(len(counts), image_tokens, dtype=torch.float32)
-        bias = torch.cat([of_image, counts.float().log()], dim=1)[:, None, None]
+        no_bias = counts.new_zeros(len(counts), image_tokens, dtype=torch.float32)
+        bias = torch.cat([no_bias, counts.float().log()], dim=1)[:, None, None]
     return processor.biased(bias)

@@ -1,6 +1,4 @@
-"""What the transformers among the networks share: taps behind their blocks, and tokens put back on
-the 2-D grid.
-"""
+"""Shared code of the transformers: taps after their blocks, and tokens arranged on the 2-D grid."""
 
 from typing import Any
 
@@ -10,10 +8,10 @@ from distill.teachers.network import Network
 
 
 class Transformer(Network):
-    """Taps `block0`, `block1`, ...: the image tokens after each block, back on the grid.
+    """Taps `block0`, `block1`, ...: the image tokens after each block, on the grid.
 
-    A block may return these alone or behind the text's; token k stands at row k // W, column k % W
-    of the grid.
+    A block returns image tokens alone, or after the text tokens. Token k is at row k // W, column k
+    % W.
     """
 
     @property
@@ -21,7 +19,7 @@ class Transformer(Network):
         return self.model.config.patch_size
 
     def layers(self) -> dict[str, nn.Module]:
-        """Tap name -> block, in the order in which they run."""
+        """Tap name -> block, in the order of execution."""
         return {f"block{i}": block for i, block in enumerate(self.model.transformer_blocks)}
 
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
@@ -30,7 +28,7 @@ class Transformer(Network):
 
     @property
     def encoder(self) -> list[str]:
-        """The first half of the blocks: no part of a transformer is an encoder by name."""
+        """The first half of the blocks: transformers have no part that is named an encoder."""
         names = list(self.layers())
         return names[: (len(names) + 1) // 2]
 

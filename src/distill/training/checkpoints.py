@@ -1,5 +1,5 @@
-"""When checkpoints are written: every so many steps, at the end, and when a signal asks the run to
-stop.
+"""When checkpoints are written: every so many steps, at the end, and when a signal stops
+the run.
 """
 
 import difflib
@@ -23,14 +23,14 @@ from distill.storage.aside import duplicate, remove, sweep
 from distill.storage.checkpoint_files import read, write
 from distill.storage.checkpoint_names import steps_in
 from distill.terminal import console
-from distill.training.run_metadata import RunRecord
+from distill.training.run_metadata import RunMetadata
 
 log = logging.getLogger(__name__)
-CONNECTOR = "checkpoint_connector"  # Lightning's module that takes up a checkpoint
+CONNECTOR = "checkpoint_connector"  # Lightning's module that loads a checkpoint
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Lightning's reading and writing, by ours."""
+    """Lightning's checkpoint reading and writing, by our functions."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -42,10 +42,10 @@ class AtomicIO(TorchCheckpointIO):
 
 
 @contextmanager
-def taken_up(path: Path | None) -> Iterator[None]:
-    """Have what goes wrong as Lightning takes up this checkpoint name it: ValueError.
+def naming_checkpoint(path: Path | None) -> Iterator[None]:
+    """Errors of Lightning while it loads this checkpoint become a ValueError that names it.
 
-    None: there is none.
+    None: no checkpoint is loaded.
     """
     try:
         yield
@@ -58,17 +58,17 @@ def taken_up(path: Path | None) -> Iterator[None]:
         said = " ".join(str(error).split()).removeprefix("the checkpoint ")
         if str(path) in said:
             raise
-        if not isinstance(error, ValueError):  # a damaged state, which nobody foresees
+        if not isinstance(error, ValueError):  # a damaged state
             console.failed(error)
-            said = f"its state cannot be taken up ({type(error).__name__}: {said[:200]})"
+            said = f"its state cannot be loaded ({type(error).__name__}: {said[:200]})"
         raise ValueError(f"resume={path}: {said}; name another checkpoint of this run") from None
 
 
 class Checkpoints(L.Callback):
-    """Saves every `every` student steps, at the end, and when asked to stop by a signal.
+    """Saves every `every` student steps, at the end, and when a signal stops the run.
 
-    The newest `keep` stay (0: all), for good one every `archive` steps (0: none), and as best.ckpt
-    the one where the logged value `best` was best, which `best_is` min or max says.
+    The newest `keep` checkpoints stay (0: all), and one every `archive` steps (0: none). best.ckpt
+    is the one with the best logged value `best`: its minimum or maximum, by `best_is`.
     """
 
     def __init__(
@@ -81,25 +81,16 @@ class Checkpoints(L.Callback):
     ):
         if every < 1 or keep < 0 or best_is not in ("min", "max"):
             raise ValueError(
-                f"callbacks.checkpoint: every={every} and keep={keep} count up, best_is is min"
+                f"callbacks.checkpoint: every={every} and keep={keep} must be positive, best_is min"
                 " or max"
             )
-        self.every, self.keep, self.archive, self.best, self.best_is = (
-            every,
-            keep,
-            archive,
-            best,
-            best_is,
-        )
+        self.every, self.keep, self.archive = every, keep, archive
+        self.best, self.best_is = best, best_is
         self.folder, self.about = Path("checkpoints"), {}
-        self.tracked: Callable[[], dict[str, Any]] = (
-            dict  # what loggers call their own runs, by key
-        )
+        self.logger_runs: Callable[[], dict[str, Any]] = dict  # ids of the loggers' runs, by key
         self.stopped_by: signal.Signals | None = None
         self._best: float | None = None
-        self._known = (
-            best is None
-        )  # whether the value was ever logged, or it was said that it was not
+        self._best_checked = best is None  # whether `best` was logged, or its absence reported
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,32 +100,31 @@ class Checkpoints(L.Callback):
         self._best = state["best"]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        # Lightning's own handlers stop in the middle of things, and speak to other processes from
-        # inside a signal.
+        # Lightning's own handlers stop at any point and communicate inside a signal handler.
         trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        seconds = RunRecord(self.folder.parent).trained_for()
-        more = {"train_seconds": seconds, "loggers": self.tracked()}
+        seconds = RunMetadata(self.folder.parent).train_seconds()
+        more = {"train_seconds": seconds, "loggers": self.logger_runs()}
         checkpoint["about"] = {**self.about, **more}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             sweep(self.folder)
-            self._set_aside(pl_module.step)
+            self._move_later_files(pl_module.step)
         for logger in trainer.loggers:
-            if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
-                logger.go_on(pl_module.step, pl_module.loop.iteration)
-        self._handlers = handled_by(self._heard)
+            if hasattr(logger, "resume_at"):  # rows after the checkpoint are logged again
+                logger.resume_at(pl_module.step, pl_module.loop.iteration)
+        self._handlers = handled_by(self._on_signal)
 
-    def _set_aside(self, step: int) -> None:
-        """Move what a run that goes on from an earlier step had made after it, lest it go on from
-        there one day.
+    def _move_later_files(self, step: int) -> None:
+        """Move checkpoints and pictures of later steps away when a run resumes from an earlier
+        step.
 
-        Pictures alone, which a kill leaves between them and their checkpoint, are removed: they are
-        drawn again.
+        A later resume must not find them. Pictures without a checkpoint, left by a kill, are
+        removed: they are generated again.
         """
         kept = steps_in(self.folder, ".ckpt"), steps_in(self.folder.parent / "samples", ".png")
         checkpoints, pictures = ([found[at] for at in found if at > step] for found in kept)
@@ -148,7 +138,7 @@ class Checkpoints(L.Callback):
             aside.mkdir(parents=True, exist_ok=True)
             path.replace(aside / path.name)
         what = f"{len(later)} checkpoints and pictures of later steps are now in {aside}"
-        print(f"going on from step {step}: {what}")
+        print(f"resuming from step {step}: {what}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         while self._handlers:
@@ -159,15 +149,17 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.on_train_end(trainer, pl_module)
 
-    def _heard(self, number: int, _frame: Any) -> None:
-        remember(number)  # asked twice it ends now, and without a checkpoint
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        remember(number)  # a second signal ends the run at once, without a checkpoint
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        self._known = self._known or self.best in trainer.callback_metrics | pl_module.loop.numbers
-        if trainer.world_size > 1:  # one process was told: all must save, and together
-            told = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
-            number = trainer.strategy.reduce(told, reduce_op="max")
+        self._best_checked = (
+            self._best_checked or self.best in trainer.callback_metrics | pl_module.loop.numbers
+        )
+        if trainer.world_size > 1:  # one rank got the signal; all must save together
+            own = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
+            number = trainer.strategy.reduce(own, reduce_op="max")
             self.stopped_by = signal.Signals(int(number)) if number else None
         trainer.should_stop |= self.stopped_by is not None
         due = pl_module.loop.updated and (
@@ -179,16 +171,16 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.numbers
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
-        for logger in trainer.loggers:  # first: what lies before the checkpoint is not logged again
+        for logger in trainer.loggers:  # first: rows before the checkpoint are not logged again
             logger.save()
         trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
-        if not self._known and step:
-            self._known = True
+        if not self._best_checked and step:
+            self._best_checked = True
             close = difflib.get_close_matches(str(self.best), list(known), n=1)
             near = f" (did you mean {close[0]}?)" if close else ""
-            what = "nothing of this name was logged so far, and there is no best.ckpt"
+            what = "no value of this name was logged so far, and there is no best.ckpt"
             log.warning("callbacks.checkpoint.best=%s: %s%s", self.best, what, near)
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
         if value is not None and (self._best is None or sign * value < sign * self._best):

@@ -1,5 +1,6 @@
-"""`metrics.csv`: one table over the whole run, kept on resume (Lightning's CSVLogger deletes what
-it finds).
+"""`metrics.csv`: one table over the whole run, continued on resume.
+
+Lightning's CSVLogger deletes an existing file.
 """
 
 import csv
@@ -15,16 +16,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from distill.storage.aside import put
 
-MOST = 2**24  # ours: characters of the line that names the columns
+MAX_HEADER = 2**24  # ours: characters of the line of column names
 
 
 class CsvLog(Logger):
-    """Rows {step, name: value}, each appended at once and in one write, so that a kill loses none.
+    """Rows {step, name: value}. Each row is written at once with one call, so a kill loses none.
 
-    A new column goes behind the others, and the file is put in place anew with a longer header.
-    Rows before it stay as they are, and shorter: csv and pandas read what they lack as missing. A
-    last line without its end is being written, or was torn by a power cut; going on from a
-    checkpoint drops it.
+    A new column is appended to the header, and the file is replaced. Earlier rows stay as they are,
+    with fewer cells; csv and pandas read the rest as missing. An incomplete last line is being
+    written, or was cut by a power failure. Resuming drops it.
     """
 
     name, version = "csv", ""
@@ -35,39 +35,38 @@ class CsvLog(Logger):
         self._columns: list[str] = []
         if self._path.is_file():
             with self._path.open(newline="", encoding="utf-8", errors="replace") as file:
-                first = file.readline(MOST)  # a quote left open would go on to the end
+                first = file.readline(MAX_HEADER)  # an open quote would read to the end of the file
             try:
                 self._columns = next(csv.reader([first]), [])
             except csv.Error as error:
-                what = f"its first line names no columns ({error}); repair it, or move it away"
+                what = f"its first line is no header ({error}); repair it, or move it away"
                 raise ValueError(f"{self._path}: {what}") from None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {**metrics, "step": step or 0}
-        if new := sorted(row.keys() - {"step", *self._columns}):
+        new = sorted(row.keys() - {"step", *self._columns})
+        if new:
             self._widen(new)
         self._append(_line([row.get(name, "") for name in self._columns]))
 
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        """Nothing: config.yaml has it all."""
+        """Does nothing: config.yaml holds them."""
 
     @rank_zero_only
-    def go_on(self, step: int, iteration: int) -> None:
-        """Drop what the stopped run logged after the checkpoint that it goes on from: it is done
-        again.
-        """
+    def resume_at(self, step: int, iteration: int) -> None:
+        """Drop rows after the resumed checkpoint: they are logged again."""
 
-        def early(cells: list[str]) -> bool:
+        def is_before(cells: list[str]) -> bool:
             row = dict(zip(self._columns, cells, strict=False))
             return int(row["step"]) <= step and float(row.get("iteration") or 0) <= iteration
 
         if self._columns:
-            self._rewrite(early)
+            self._rewrite(is_before)
 
     @rank_zero_only
     def save(self) -> None:
-        """Have the rows outlive a power cut too, as a checkpoint does."""
+        """Flush rows to the disk, so that they survive a power failure, as a checkpoint does."""
         if self._path.is_file():
             with self._path.open("ab") as file:
                 os.fsync(file.fileno())
@@ -80,8 +79,8 @@ class CsvLog(Logger):
         self._rewrite()
 
     def _rewrite(self, wanted: Callable[[list[str]], bool] | None = None) -> None:
-        """Put the file in place anew: the header, and of its whole lines those whose cells are
-        `wanted`; None: all.
+        """Replace the file by the header and the complete lines whose cells are `wanted`; None:
+        all.
         """
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
         kept = [line for line in lines[1:] if line.endswith(b"\n")]
@@ -107,4 +106,4 @@ def _is_row(line: bytes, wanted: Callable[[list[str]], bool]) -> bool:
     try:
         return wanted(next(csv.reader([line.decode()])))
     except (ValueError, KeyError, StopIteration, csv.Error):
-        return False  # zeros, say, of blocks that a power cut has kept from the disk
+        return False  # for example zeros after a power failure

@@ -1,8 +1,8 @@
-"""Loggers beside `metrics.csv`, TensorBoard or a tracker: what fails in mid-run ends no run.
+"""Loggers other than `metrics.csv`: their failures during a run do not end it.
 
-    guarded.spared(logger)   # once it has logged a row, its failures are warnings
+    guarded_loggers.guarded(logger)   # after its first row its failures are warnings
 
-One that cannot log the first row is set up wrongly, and ends the run before any time is lost.
+A logger that cannot log its first row is set up wrongly, and ends the run at once.
 """
 
 from __future__ import annotations
@@ -18,44 +18,42 @@ from distill.machine.faults import first_line
 
 log = logging.getLogger(__name__)
 CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
-TRIES = (
-    3  # ours: failures in a row after which it is asked no more, since each may wait for a network
-)
+MAX_FAILURES = 3  # ours: in a row; then it is no longer called, since each may wait for a network
 
 
-class _Spared:
-    """The calls of one logger, and how often it has failed."""
+class _Guard:
+    """The calls of one logger, and how often they failed."""
 
     def __init__(self, logger: Logger):
         self.name = type(logger).__name__
-        self.works = False  # it has logged a row
+        self.has_logged = False
         self.failed = 0  # times in a row
 
     def call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if self.failed >= TRIES:
+        if self.failed >= MAX_FAILURES:
             return None
         try:
             result = method(*args, **options)
         except Exception as error:  # a tracker may raise anything
-            self._tell(error)
+            self._report(error)
             return None
-        if method.__name__ == "log_metrics":  # others may have nothing to do
-            self.failed, self.works = 0, True
+        if method.__name__ == "log_metrics":  # other calls may do nothing
+            self.failed, self.has_logged = 0, True
         return result
 
-    def _tell(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         said = f"{self.name} cannot log ({type(error).__name__}: {first_line(error, 200)})"
-        if not self.works:
+        if not self.has_logged:
             raise OSError(f"{said}; repair it, or leave it out as ~logger.<its name>") from error
         self.failed += 1
-        if self.failed in (1, TRIES):
-            more = "it is asked no more" if self.failed == TRIES else "the run goes on"
+        if self.failed in (1, MAX_FAILURES):
+            more = "it is no longer called" if self.failed == MAX_FAILURES else "the run continues"
             log.warning("%s; %s, and metrics.csv has every row", said, more)
 
 
-def spared(logger: Logger) -> Logger:
-    """The same logger, whose failures in mid-run are warnings."""
-    guard = _Spared(logger)
+def guarded(logger: Logger) -> Logger:
+    """The same logger, whose failures after the first row are warnings."""
+    guard = _Guard(logger)
     for name in CALLS:
         method = getattr(logger, name)
         setattr(logger, name, functools.wraps(method)(functools.partial(guard.call, method)))

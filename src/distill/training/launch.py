@@ -1,15 +1,13 @@
-"""Several processes on one machine, each working on the configuration that the first one has
-resolved.
+"""Several processes on one machine, all with the configuration that the first one resolved.
 
-Lightning would start the command line again in every process, which under Hydra makes each compose,
-and sweep, anew. torchrun and SLURM start the processes themselves; then this module has nothing to
-do.
+Lightning would run the command line again in every process, so Hydra would compose, and sweep,
+again. torchrun and SLURM start the processes themselves; then this module does nothing.
 
-<folder>/processes/0.log     what a process said last, and what its libraries write past Python
-<folder>/processes/0.beat    where it is
+<folder>/processes/0.log     last output of a rank's process, and what its libraries print
+<folder>/processes/0.beat    its current step
 <folder>/processes/0.end     why it ended
 
-All of it goes when the processes have done their work.
+All of these are removed when the processes have finished.
 """
 
 import json
@@ -39,8 +37,8 @@ from distill.terminal.secret import SECRETS
 from distill.terminal.shown import shown
 from distill.training.run_folders import PROCESSES
 
-GRACE = 20.0  # seconds for the other workers to stop by themselves once one has failed
-KILLED = [-getattr(signal, name, 0) for name in ("SIGKILL", "SIGSEGV", "SIGBUS")]  # by someone else
+GRACE = 20.0  # seconds for the other ranks to stop by themselves after one has failed
+KILLED = [-getattr(signal, name, 0) for name in ("SIGKILL", "SIGSEGV", "SIGBUS")]  # from outside
 
 
 def needed(processes: int, nodes: int) -> bool:
@@ -48,9 +46,8 @@ def needed(processes: int, nodes: int) -> bool:
 
     Raises ValueError for several nodes without a launcher.
     """
-    if (
-        processes == 1 or "LOCAL_RANK" in os.environ or world() > 1
-    ):  # SLURM's one task, a shell say, starts nothing
+    launched = "LOCAL_RANK" in os.environ or world() > 1  # a single task of SLURM is not launched
+    if processes == 1 or launched:
         return False
     if nodes > 1:
         raise ValueError(
@@ -62,34 +59,35 @@ def needed(processes: int, nodes: int) -> bool:
 def launch(
     folder: Path, processes: int, command: str = "run", *, secrets: Mapping[str, Any] | None = None
 ) -> int:
-    """Run the worker of a command `processes` times on its folder; returns the exit code of the
-    first that fails, or 0.
+    """Run a command in `processes` rank processes; returns the exit code of the first that fails,
+    or 0.
 
-    `secrets` are values that the configuration in the folder is without: the environment has them.
+    `secrets` are values that the configuration in the folder omits; the environment holds them.
 
-    Signals are handed on, so that the workers can save; when one worker dies, the others are
-    ended, and why it died is said in one sentence. The workers end when this process does. Raises
-    `Stopped` where a signal came before there was anything to save.
+    Signals are forwarded, so that the ranks can save. When one rank dies, the others are ended, and
+    the reason is printed in one sentence. The ranks end when this process does. Raises `Stopped`
+    for a signal before there was anything to save.
     """
     say(f"starting {processes} processes")
     notes = folder / PROCESSES
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
-    workers = _Workers(folder, processes, command, secrets or {})
-    before = signals.handled_by(workers.told)
+    ranks = _RankProcesses(folder, processes, command, secrets or {})
+    before = signals.handled_by(ranks.forward_signal)
     try:
-        workers.wait()
+        ranks.wait()
     finally:
-        workers.kill()
+        ranks.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if not (code := workers.code()):
+    code = ranks.code()
+    if not code:
         shutil.rmtree(notes, ignore_errors=True)
     return code
 
 
 def way_on(folder: Path, command: str = "run") -> str:
-    """How to go on with what a command has made in its folder so far, as what one is told to do."""
+    """How to continue what a command has made in its folder so far, as an instruction."""
     if command in ("cache", "synthesize"):
         count = len(shards_in(folder))
         return f"{AGAIN} (whole: {count} shard{'s' * (count > 1)})" if count else ANEW
@@ -101,8 +99,8 @@ def way_on(folder: Path, command: str = "run") -> str:
     return f"remove {folder}, which has no checkpoint yet, and give the command again"
 
 
-class _Workers:
-    """The processes of a command, in the order of their ranks, and how they ended."""
+class _RankProcesses:
+    """The rank processes of a command, in rank order, and how they ended."""
 
     def __init__(self, folder: Path, processes: int, command: str, secrets: Mapping[str, Any]):
         self.folder, self.command, self.notes = folder, command, folder / PROCESSES
@@ -114,15 +112,14 @@ class _Workers:
         }
         threads = str(max(1, cores() // processes))
         environment = {"OMP_NUM_THREADS": threads, **signals.for_child(), **shared}
-        environment.pop(
-            "SLURM_NTASKS", None
-        )  # by which Lightning would take SLURM's one task for all of them
+        # With SLURM_NTASKS=1 Lightning would assume a single process.
+        environment.pop("SLURM_NTASKS", None)
         shared_locks = pass_on(environment)
         environment |= {SECRETS: json.dumps(dict(secrets))} if secrets else {}
-        worker = [sys.executable, "-m", "distill.training.rank_process", str(folder), command]
+        arguments = [sys.executable, "-m", "distill.training.rank_process", str(folder), command]
         self._all = [
             subprocess.Popen(
-                worker,
+                arguments,
                 env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
                 stdout=subprocess.DEVNULL if rank else None,
                 **signals.apart(),
@@ -130,86 +127,90 @@ class _Workers:
             )
             for rank in range(processes)
         ]
-        self._failed: list[int] = []  # ranks, in the order in which they were seen to fail
+        self._failed: list[int] = []  # ranks in the order of their failures
 
-    def told(self, number: int, _frame: Any) -> None:
-        """Hand a signal on; a second Ctrl-C ends all at once."""
+    def forward_signal(self, number: int, _frame: Any) -> None:
+        """Forward a signal; a second Ctrl-C kills all ranks."""
         twice = signals.twice(number)
-        for worker in self._all:
+        for process in self._all:
             if twice:
-                worker.kill()
-            signals.hand_on(number, worker)
+                process.kill()
+            signals.hand_on(number, process)
         signals.remember(number)
 
     def wait(self) -> None:
-        """Until all have ended; once one has failed, the others get GRACE seconds."""
+        """Wait until all have ended; after a failure the others get GRACE seconds."""
         deadline = math.inf
-        while any(worker.poll() is None for worker in self._all):
-            self._look()
+        while any(process.poll() is None for process in self._all):
+            self._poll()
             if self._failed and deadline == math.inf:
                 deadline = time.monotonic() + GRACE
             if time.monotonic() > deadline:
                 return
             time.sleep(0.2)
-        self._look()
+        self._poll()
 
     def kill(self) -> None:
-        for worker in self._all:
-            worker.kill()
-            worker.wait()
+        for process in self._all:
+            process.kill()
+            process.wait()
 
-    def _look(self) -> None:
-        """Note who has failed by now; who is ended by `kill` has not."""
-        for rank, worker in enumerate(self._all):
-            if worker.poll() and rank not in self._failed:
+    def _poll(self) -> None:
+        """Note the ranks that have failed by now. Those that `kill` ends do not count."""
+        for rank, process in enumerate(self._all):
+            if process.poll() and rank not in self._failed:
                 self._failed.append(rank)
 
     def code(self) -> int:
-        """The exit code of the one that failed first, whose reason is said; 0 if none did."""
+        """The exit code of the rank that failed first, whose reason is printed; 0 if none did."""
         if not self._failed:
             return 0
-        first = self._first()
-        code, end = self._all[first].returncode, self._end(first)
+        first = self._first_failed()
+        code, end = self._all[first].returncode, self._note_of(first)
         if "stopped" in end and (number := signals.asked()):
-            self._forget()
+            self._remove_notes()
             raise signals.Stopped(number)
         if code < 0:
             name = f"process {first} was killed by signal {-code}"
             at = where(self.notes / f"{first}.beat")
-            self._say(f"{name} {at}".strip(), bug=True)
+            self._print_reason(f"{name} {at}".strip(), bug=True)
             return 128 - code
         if end or not signals.asked():
             said = end.get("sentence", f"process {first} ended with exit code {code}")
-            self._say(said, bug=end.get("bug", True))
-        else:  # asked to, and with all saved
-            self._forget()
+            self._print_reason(said, bug=end.get("bug", True))
+        else:  # stopped by a signal, everything saved
+            self._remove_notes()
         return code
 
-    def _first(self) -> int:
-        """The rank that failed for a reason of its own: those that lost it may have ended first."""
-        ends = {rank: self._end(rank) for rank in self._failed}
+    def _first_failed(self) -> int:
+        """The rank that failed first by itself. Ranks that lost the connection to it may have ended
+        before it.
+        """
+        ends = {rank: self._note_of(rank) for rank in self._failed}
         killed = [r for r in ends if self._all[r].returncode in KILLED]
         own = [rank for rank, end in ends.items() if end and not end.get("lost")]
         noted = sorted(own or [r for r in ends if ends[r]], key=lambda rank: ends[rank]["at"])
         died = [rank for rank in ends if self._all[rank].returncode < 0]
         return (killed or (noted if own else died) or noted or self._failed)[0]
 
-    def _end(self, rank: int) -> dict[str, Any]:
-        """What a process noted of its end: `at`, and `stopped` or `sentence`, `bug`, `lost`."""
+    def _note_of(self, rank: int) -> dict[str, Any]:
+        """What a rank noted at its end: `at`, and `stopped` or `sentence`, `bug`, `lost`."""
         with suppress(OSError, ValueError):
             return json.loads((self.notes / f"{rank}.end").read_text(encoding="utf-8"))
         return {}
 
-    def _say(self, sentence: str, *, bug: bool) -> None:
-        """A mistake is said in its own words; of anything else the tracebacks stay."""
+    def _print_reason(self, sentence: str, *, bug: bool) -> None:
+        """Print why a rank ended. A user's mistake removes the notes; for a bug the tracebacks
+        stay.
+        """
         if bug:
             way = way_on(self.folder, self.command)
-            sentence = f"{sentence}; {way} (what each process said is in {self.notes})"
+            sentence = f"{sentence}; {way} (the output of each process is in {self.notes})"
         else:
-            self._forget()
+            self._remove_notes()
         print(f"distill: {shown(sentence)}", file=sys.stderr)
 
-    def _forget(self) -> None:
+    def _remove_notes(self) -> None:
         shutil.rmtree(self.notes, ignore_errors=True)
 
 

@@ -1,8 +1,8 @@
-"""The loggers of a run: made by the configuration, and on resume the very ones that the run had.
+"""The loggers of a run, from the configuration; a resumed run continues those that it had.
 
-A row that was logged after the checkpoint is logged again by a run that goes on. `metrics.csv`
-drops it first (`CsvLog.go_on`), and TensorBoard is told from which step on to forget. W&B, MLflow
-and Comet take back nothing: their run goes on, and has such a row twice, at the same step.
+A resumed run logs the rows after its checkpoint again. `metrics.csv` drops them first
+(`CsvLog.resume_at`), and TensorBoard is given the step from which to drop. W&B, MLflow and Comet
+cannot drop rows: they hold such rows twice, with the same step.
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from omegaconf import DictConfig
 
 from distill.config.compose import make
 from distill.training.csv_logger import CsvLog
-from distill.training.guarded_loggers import spared
+from distill.training.guarded_loggers import guarded
 
-# Class -> its argument that names a run of the tracker, which its `version` gives.
+# Class -> its argument for the id of a tracker's run, which its `version` returns.
 CONTINUED = {
     "CometLogger": "experiment_key",
     "MLFlowLogger": "run_id",
     "TensorBoardLogger": "version",
     "WandbLogger": "id",
 }
-FORGETTING = "TensorBoardLogger"
+PURGING = "TensorBoardLogger"
 
 
 def made(
@@ -30,8 +30,9 @@ def made(
 ) -> dict[str, Any]:
     """Each logger by its key in the configuration, writing into `folder`.
 
-    `known` are the names of the trackers' own runs that a checkpoint kept, and `step` is that of
-    the checkpoint; None for a new run. Raises ValueError, naming the key, where one cannot be made.
+    `known` are the ids of the trackers' runs from a checkpoint, and `step` is that of the
+    checkpoint; None for a new run. Raises ValueError, naming the key, for a logger that cannot be
+    built.
     """
     nodes = (cfg.get("logger") or {}).items()
     return {str(k): _made(str(k), node, folder, known or {}, step) for k, node in nodes if node}
@@ -45,23 +46,21 @@ def _made(
     argument = CONTINUED.get(kind)
     if argument and node.get(argument) is None and isinstance(known.get(name), str | int):
         more[argument] = known[name]
-    if kind == FORGETTING and step is not None:
+    if kind == PURGING and step is not None:
         more["purge_step"] = step + 1
     build = make(node, key)
     try:
         logger = build(save_dir=str(folder), **more)
-    except Exception as error:  # of a tracker nearly anything
+    except Exception as error:  # a tracker may raise anything
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        what = f"cannot be made ({said}); mend that, or leave it out by ~{key}"
+        what = f"cannot be built ({said}); repair it, or leave it out by ~{key}"
         raise ValueError(f"{key}: {what}") from None
-    # metrics.csv is the record of the run
-    return logger if isinstance(logger, CsvLog) else spared(logger)
+    # Failures of metrics.csv end the run: its rows are the results.
+    return logger if isinstance(logger, CsvLog) else guarded(logger)
 
 
 def names(loggers: Mapping[str, Any]) -> dict[str, str | int]:
-    """What a checkpoint keeps: key -> the tracker's own name for its run, of those that can go on
-    with one.
-    """
+    """Ids of the trackers' runs for a checkpoint, by key, of loggers that can continue one."""
     found = {}
     for key, logger in loggers.items():
         version = logger.version if type(logger).__name__ in CONTINUED else None

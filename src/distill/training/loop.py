@@ -1,13 +1,12 @@
-"""The loop of two players: phases, accumulation, clipping, counters. Every method is trained by it.
+"""The training loop of two players: phases, accumulation, clipping, counters. All methods use it.
 
-One iteration: all that is random is drawn -> student's sample and its features, with
-graph -> discriminator phase on the detached features -> student phase on the same
-ones -> average -> refresh of the heads. A *step* is one update of the student; `max_steps`,
-schedules, averages and logs count steps. The optional head start trains the discriminator alone for
-some iterations before step 0.
+One iteration: draw all random numbers -> the student's sample and its features, with graph ->
+discriminator phase on the detached features -> student phase on the same features -> EMA -> refresh
+of the heads. A *step* is one update of the student; `max_steps`, schedules, EMA and logs count
+steps. The optional head start trains the discriminator alone for some iterations before step 0.
 
-With accumulation the student's sample is made again in either phase and for every update of the
-discriminator. It is the same each time, since its random numbers are drawn beforehand.
+With accumulation the student's sample is computed again in each phase and for every discriminator
+update. It is the same each time, because its random numbers are drawn beforehand.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from distill.core.randomness import Streams
 from distill.core.types import Batch, Losses
 from distill.training.loop_settings import LoopSettings, Optimizers
 
-Micro = tuple[Batch, Any]  # a micro-batch, and what its method has drawn for it
+MicroBatch = tuple[Batch, Any]  # a batch, and the random numbers that its method drew for it
 log = logging.getLogger("distill.training")
 
 
 class TwoPlayerLoop:
-    """Trains the student of a method against its discriminator, where it has one.
+    """Trains the student of a method, against its discriminator where it has one.
 
     Args:
-        optimizers: what makes them.
-        settings: rates, counts of updates, clipping and the average.
-        seed: of all that is random in training.
+        optimizers: make the optimisers.
+        settings: schedule of the learning rates, numbers of updates, clipping, EMA.
+        seed: of all random numbers in training.
     """
 
     def __init__(
@@ -46,12 +45,12 @@ class TwoPlayerLoop:
     ) -> None:
         self.factories, self.settings, self.seed = optimizers, settings or LoopSettings(), seed
         self.iteration, self.images_seen = 0, 0
-        self.skipped = 0  # student updates that were left out
-        self.updated = False  # whether the last iteration moved the student
-        self.numbers: dict[str, float] = {}  # what the last iteration logged
+        self.skipped = 0  # student updates skipped for a gradient that is not finite
+        self.updated = False  # whether the last iteration updated the student
+        self.numbers: dict[str, float] = {}  # logged values of the last iteration
         self.ema: Ema  # of the student
-        self.logged: dict[str, Tensor | float] = {}  # of the iteration under way
-        self._bad_in_a_row = 0  # iterations with an update left out
+        self.logged: dict[str, Tensor | float] = {}  # values of the current iteration
+        self._bad_in_a_row = 0  # iterations with a skipped update
         self._pending: list[Batch] = []
         self._peaks: list[list[float]] = []
 
@@ -60,90 +59,100 @@ class TwoPlayerLoop:
         """Student updates so far."""
         return max(0, self.iteration - self.settings.head_start - self.skipped)
 
-    def average(self, student: nn.Module) -> None:
-        """Begin the average anew, of the weights as they are."""
+    def start_ema(self, student: nn.Module) -> None:
+        """Start a new EMA from the present weights."""
         self.ema = Ema(student, decay=self.settings.ema_decay)
 
     def streams(self, method: Any, micro: int = 0) -> Streams:
-        """What the random numbers of this iteration's micro-batch are drawn from."""
+        """Generators for this iteration's micro-batch."""
         return randomness.streams(
             seed=self.seed,
             iteration=self.iteration,
             step=self.step,
-            place=self._place(method, micro),
+            position=self._position(method, micro),
             updates=self.settings.discriminator_updates,
             device=method.device,
         )
 
     def embed(self, method: Any, batch: Mapping[str, Any]) -> Batch:
-        """A loader's batch as the method sees it; where the teacher makes the samples, as the next
-        micro-batch.
+        """A loader's batch with embeddings and latents; the teacher's samples use the next
+        micro-batch's generator.
         """
-        place = self._place(method, len(self._pending))
-        key = (self.seed, self.iteration, place, randomness.REAL)
+        place = self._position(method, len(self._pending))
+        key = (self.seed, self.iteration, place, randomness.TEACHER_SAMPLES)
         return cast(Batch, method.embed(batch, randomness.generator(*key, device=method.device)))
 
     # -- an iteration ------------------------------------------------------------------------------
 
     def training_step(self, method: Any, batch: Mapping[str, Any]) -> None:
-        """Take a batch; once there are `accumulate` of them, update the players."""
+        """Take a batch; after `accumulate` batches, update the players."""
         self._pending.append(self.embed(method, batch))
         self.updated = False
         if len(self._pending) < self.settings.accumulate:
             return
         batches, self._pending = self._pending, []
         self.logged = {}
-        leading = self.iteration < self.settings.head_start
-        micros = [(b, method.draw(b, self.streams(method, i))) for i, b in enumerate(batches)]
-        moved = self._update_players(method, micros, leading)
-        self.updated = not leading and moved[-1]
+        in_head_start = self.iteration < self.settings.head_start
+        micro_batches = [
+            (b, method.draw(b, self.streams(method, i))) for i, b in enumerate(batches)
+        ]
+        applied = self._update_players(method, micro_batches, in_head_start)
+        self.updated = not in_head_start and applied[-1]
         self.iteration += 1
-        self.skipped += not leading and not self.updated
-        self._bad_in_a_row = 0 if all(moved) else self._bad_in_a_row + 1
+        self.skipped += not in_head_start and not self.updated
+        self._bad_in_a_row = 0 if all(applied) else self._bad_in_a_row + 1
         self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
         self._log_iteration(method)
         if self._bad_in_a_row >= self.settings.stop_after_bad:
-            self._give_up(method)
+            self._stop_diverged(method)
 
-    def _update_players(self, method: Any, micros: list[Micro], leading: bool) -> list[bool]:
-        """Whether each update took place, the student's last; in the head start there is none of
-        it.
+    def _update_players(
+        self, method: Any, micro_batches: list[MicroBatch], in_head_start: bool
+    ) -> list[bool]:
+        """Whether each update was applied, the student's last; in the head start it is
+        not updated.
         """
         samples: list[Any] = []
-        if self.settings.accumulate == 1:  # of several batches one sample at a time is what fits
-            with torch.set_grad_enabled(not leading):
-                phase = "discriminator" if leading else "both"
-                samples = [method.student_sample(*micros[0], phase)]
+        if self.settings.accumulate == 1:  # with several, memory holds one sample at a time
+            with torch.set_grad_enabled(not in_head_start):
+                phase = "discriminator" if in_head_start else "both"
+                samples = [method.student_sample(*micro_batches[0], phase)]
         student, *critics = self.players(method)
-        turns = range(self.settings.discriminator_updates if critics else 0)
-        moved = [
-            self.update_discriminator(method, micros, samples, critics[0], turn) for turn in turns
+        updates = range(self.settings.discriminator_updates if critics else 0)
+        applied = [
+            self.update_discriminator(method, micro_batches, samples, critics[0], update)
+            for update in updates
         ]
-        if not leading:
-            moved.append(self.update_student(method, micros, samples, student))
-        return moved
+        if not in_head_start:
+            applied.append(self.update_student(method, micro_batches, samples, student))
+        return applied
 
     def update_discriminator(
-        self, method: Any, micros: list[Micro], samples: list[Any], optimizer: Any, turn: int
+        self,
+        method: Any,
+        micro_batches: list[MicroBatch],
+        samples: list[Any],
+        optimizer: Any,
+        update: int,
     ) -> bool:
-        self.logged = {}  # of several updates, the last one's numbers
+        self.logged = {}  # of several updates the last one is logged
         method.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
-        for batch, draws in micros:
+        for batch, draws in micro_batches:
             with torch.no_grad():
-                fresh = None if samples else method.student_sample(batch, draws, "discriminator")
-            sample = samples[0] if samples else fresh
-            self.backward(method, "d", method.discriminator_loss(batch, draws, sample, turn))
+                again = None if samples else method.student_sample(batch, draws, "discriminator")
+            sample = samples[0] if samples else again
+            self.backward(method, "d", method.discriminator_loss(batch, draws, sample, update))
         limit = self.settings.clip_discriminator
         return self.clip_and_step(method, "d", method.heads, optimizer, limit)
 
     def update_student(
-        self, method: Any, micros: list[Micro], samples: list[Any], optimizer: Any
+        self, method: Any, micro_batches: list[MicroBatch], samples: list[Any], optimizer: Any
     ) -> bool:
-        # weight gradients of the heads would be computed and thrown away
+        # skips weight gradients of the heads, which are not needed
         method.heads.requires_grad_(False)
         optimizer.zero_grad(set_to_none=True)
-        for batch, draws in micros:
+        for batch, draws in micro_batches:
             sample = samples[0] if samples else method.student_sample(batch, draws, "student")
             self.backward(method, "g", method.student_loss(batch, draws, sample))
         limit = self.settings.clip_student
@@ -155,48 +164,49 @@ class TwoPlayerLoop:
         return updated
 
     def _refresh(self, method: Any) -> None:
-        """Have the heads begin anew where they do so; the moments of such parameters go with
-        them.
+        """Initialise heads anew where the discriminator does so, and clear their
+        optimiser state.
         """
         if not method.has_discriminator:
             return
-        fresh = randomness.common(self.seed, self.iteration, method.device, "refresh")
-        for parameter in method.heads.refresh(fresh):
+        generator = randomness.common(self.seed, self.iteration, method.device, "refresh")
+        for parameter in method.heads.refresh(generator):
             self.players(method)[1].optimizer.state.pop(parameter, None)
 
     def backward(self, method: Any, player: str, losses: Losses) -> None:
-        share = self.settings.accumulate
+        count = self.settings.accumulate
         for name, value in losses.metrics.items():
-            self.logged[name] = self.logged.get(name, 0.0) + value.detach() / share
+            self.logged[name] = self.logged.get(name, 0.0) + value.detach() / count
         if not losses.terms:
             return
-        total = torch.stack(list(losses.terms.values())).sum() / share
-        # what ran in float32 goes back in it
+        total = torch.stack(list(losses.terms.values())).sum() / count
+        # float32 operations stay in float32 in the backward pass
         with torch.autocast(method.device.type, enabled=False):
             method.manual_backward(total)
         for name, value in losses.terms.items():
             key = f"{player}/{name}"
-            self.logged[key] = self.logged.get(key, 0.0) + value.detach() / share
+            self.logged[key] = self.logged.get(key, 0.0) + value.detach() / count
 
     def clip_and_step(
         self, method: Any, player: str, module: nn.Module, optimizer: Any, limit: float
     ) -> bool:
-        """Average over processes, clip, step; nothing happens, in any process, if the gradient is
-        not finite.
+        """Average gradients over ranks, clip, step. If the gradient is not finite, no rank is
+        updated.
         """
         parameters = [p for p in module.parameters() if p.requires_grad]
-        if average := getattr(method.trainer.strategy, "average_gradients", None):
-            average(parameters)
+        average_gradients = getattr(method.trainer.strategy, "average_gradients", None)
+        if average_gradients:
+            average_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        own = self.iteration if player == "d" else self.step
-        rate = self.settings.rate(self.step, method.trainer.max_steps, own)
+        updates = self.iteration if player == "d" else self.step
+        rate = self.settings.rate(self.step, method.trainer.max_steps, updates)
         self.logged[f"{player}/grad_norm"] = norm
         self.logged[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * rate
         if not math.isfinite(norm):
             terms = {k: float(v) for k, v in self.logged.items() if k.startswith(f"{player}/")}
-            if method.global_rank == 0:  # alike in all processes
-                what = "step %d: a gradient is not finite and its update is left out: %s"
+            if method.global_rank == 0:  # the same on all ranks
+                what = "step %d: a gradient is not finite, the update is skipped: %s"
                 log.warning(what, self.step, terms)
             return False
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -205,7 +215,7 @@ class TwoPlayerLoop:
         optimizer.step()
         return True
 
-    def _give_up(self, method: Any) -> None:
+    def _stop_diverged(self, method: Any) -> None:
         count, trainer = self._bad_in_a_row, method.trainer
         players = ["student", "discriminator"] if method.has_discriminator else ["student"]
         rates = [f"optimizer.{player}.lr" for player in players]
@@ -219,17 +229,17 @@ class TwoPlayerLoop:
     def _log_iteration(self, method: Any) -> None:
         counts = ("step", "iteration", "images_seen", "skipped")
         self.logged |= {name: getattr(self, name) for name in counts}
-        self.numbers = self._numbers(method)
+        self.numbers = self._reduced_log(method)
         every = max(1, method.trainer.log_every_n_steps)
-        if self.iteration % every and self.iteration != 1:  # at once something, if steps are slow
+        if self.iteration % every and self.iteration != 1:  # the first row comes at once
             return
         for logger in method.loggers:
-            # log_dict would say again and again what only some iterations have
+            # log_dict would repeat values that only some iterations have
             values = {k: v for k, v in self.numbers.items() if k != "step"}
             logger.log_metrics(values, step=self.step)
 
-    def _numbers(self, method: Any) -> dict[str, float]:
-        """What was logged, as floats, averaged over processes; one transfer for all of it."""
+    def _reduced_log(self, method: Any) -> dict[str, float]:
+        """The logged values as floats, averaged over ranks, with one transfer for all."""
         kind = {"dtype": torch.float32, "device": method.device}
         values = torch.stack([torch.as_tensor(v, **kind) for v in self.logged.values()])
         if method.trainer.world_size > 1:
@@ -239,7 +249,7 @@ class TwoPlayerLoop:
     # -- optimisers --------------------------------------------------------------------------------
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
-        """The student's, and that of the heads where there are any."""
+        """The student's optimiser, and that of the heads where there are any."""
         players = [self.factories.student(method.student.parameters())]
         if method.has_discriminator:
             players.append(self.factories.discriminator(method.heads.parameters()))
@@ -250,7 +260,7 @@ class TwoPlayerLoop:
         return players
 
     def on_train_start(self, method: Any) -> None:
-        """A checkpoint brings its own peak rates, but the configuration has the last word."""
+        """Restore the configured peak learning rates, which a loaded checkpoint replaces."""
         for optimizer, peaks in zip(self.players(method), self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["initial_lr"] = peak
@@ -258,7 +268,7 @@ class TwoPlayerLoop:
     def players(self, method: Any) -> list[Any]:
         """The optimisers, the student's first; only that one advances `global_step`.
 
-        Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958); its loop
+        Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958). Its loop
         re-assigns these two hooks each batch, so they are replaced each time. Delete this when the
         issue is closed.
         """
@@ -269,12 +279,12 @@ class TwoPlayerLoop:
             discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
         return players
 
-    def _place(self, method: Any, micro: int) -> int:
-        """Of a micro-batch among those of all ranks, as the data are dealt out."""
+    def _position(self, method: Any, micro: int) -> int:
+        """Position of a micro-batch among those of all ranks, in the order of the data."""
         world = method.trainer.world_size if method._trainer else 1
         return micro * world + cast(int, method.global_rank)
 
-    # -- what is kept ------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         counts = ("iteration", "images_seen", "skipped")

@@ -1,7 +1,8 @@
-"""`python -m distill.training.rank_process <folder> <command>`: one of the processes of
+"""`python -m distill.training.rank_process <folder> <command>`: one rank of
 `distill.training.launch`.
 
-It says nothing of its own end: it notes why, and the launcher says the first such note of all.
+It does not print why it ended. It writes a note, and the launcher prints the first note of all
+ranks.
 """
 
 import importlib
@@ -26,7 +27,7 @@ from distill.terminal import console, progress
 from distill.terminal.secret import SECRETS, masked, note
 from distill.training.launch import PROCESSES, way_on
 
-# Command -> the function of its module, and where in the folder its configuration is.
+# Command -> the function in its module, and the file of its configuration in the folder.
 TASKS = {
     "run": ("train", "config.yaml"),
     "cache": ("encode", "making.yaml"),
@@ -36,9 +37,9 @@ TASKS = {
 
 
 def configuration(file: Path) -> DictConfig:
-    """What the command has written, with the values that it keeps out of files.
+    """The configuration that the command wrote, with the secrets that files omit.
 
-    It has been checked as what was typed, by the process that wrote it a moment ago.
+    The process that wrote it a moment ago has validated it.
     """
     cfg = OmegaConf.load(yaml_of(file))
     secrets = json.loads(os.environ.pop(SECRETS, "{}"))
@@ -49,9 +50,9 @@ def configuration(file: Path) -> DictConfig:
 
 
 def work(folder: Path, command: str) -> int:
-    """This process's part of the command; returns the exit code, or that of a mistake."""
+    """Run this rank's part of the command; returns its exit code."""
     notes = folder / PROCESSES
-    _apart(notes / f"{rank()}.log")
+    _redirect_libraries(notes / f"{rank()}.log")
     progress.beat_into(notes / f"{rank()}.beat")
     name, config = TASKS[command]
     try:
@@ -59,34 +60,34 @@ def work(folder: Path, command: str) -> int:
             task = getattr(importlib.import_module(f"distill.{command}"), name)
             return task(configuration(folder / config), folder)
     except signals.Stopped as stop:
-        _note(notes, stopped=int(stop.number))
+        _write_note(notes, stopped=int(stop.number))
         return 128 + stop.number
     except Exception as error:
         said, bug = errors.sentence(error), not errors.is_mistake(error)
         if bug:
             said = f"process {rank()}: {type(error).__name__}: {said}"
-        _note(notes, sentence=masked(said), bug=bug, lost=faults.lost(error))
+        _write_note(notes, sentence=masked(said), bug=bug, lost=faults.lost(error))
         traceback.print_exc(file=sys.__stderr__)
         if errors.all_asked_for():
             traceback.print_exc()
         return 1
 
 
-def _note(notes: Path, **end: Any) -> None:
+def _write_note(notes: Path, **end: Any) -> None:
     put(notes / f"{rank()}.end", json.dumps({"at": time.time(), **end}).encode())
 
 
-def _apart(log: Path) -> None:
-    """Have what libraries write past Python, when another process dies say, go into a file.
+def _redirect_libraries(log: Path) -> None:
+    """Write what libraries print outside Python into a file, for example when another rank dies.
 
-    What Python writes goes where it went.
+    Output of Python still goes to the terminal.
     """
     screen, file = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 2)
     os.close(file)
     binary = os.fdopen(screen, "wb")
-    how = {"errors": "backslashreplace", "line_buffering": True}
-    sys.stderr = io.TextIOWrapper(binary, encoding=sys.stderr.encoding, **how)
+    options = {"errors": "backslashreplace", "line_buffering": True}
+    sys.stderr = io.TextIOWrapper(binary, encoding=sys.stderr.encoding, **options)
 
 
 if __name__ == "__main__":

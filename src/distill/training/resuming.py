@@ -1,8 +1,7 @@
-"""Going on: whether a checkpoint, the models and the data are those of the run that goes on by
-them.
+"""Checks of a resumed run: its checkpoint, models and data must be those that it started with.
 
-A run keeps in its run.json, and in every checkpoint, what it was made of: its configuration, and a
-mark of each model that was read from this machine. Nothing here imports torch.
+A run keeps its configuration and a fingerprint of each local model in run.json and in every
+checkpoint. Nothing here imports torch.
 """
 
 import logging
@@ -18,56 +17,53 @@ from distill.storage import content
 from distill.storage.renames import renamed
 from distill.teachers.loading.locate import pipeline_folder
 
-SHOWN = 3  # differences that one sentence names
-ANEW = "begin anew, perhaps from its student by student.init=<run folder>"
+SHOWN = 3  # differences named in an error
+ANEW = "start a new run, perhaps from this student by student.init=<run folder>"
 
 log = logging.getLogger(__name__)
 
 
 def fixed(key: str) -> bool:
-    """Whether a run keeps the value of this dotted key for good."""
+    """Whether this dotted key keeps its value when a run is resumed."""
     return any(key == begins or key.startswith(f"{begins}.") for begins in FIXED)
 
 
-def marks(cfg: DictConfig) -> dict[str, str]:
-    """Dotted key -> mark, of every model of the run that lies on this machine."""
+def model_fingerprints(cfg: DictConfig) -> dict[str, str]:
+    """Dotted key -> fingerprint, of every local model of the run."""
     found = {}
     for key, value in paths.read_ones(cfg).items():
-        mark = _mark(value) if fixed(key) else None
-        if mark is not None:
-            found[key] = mark
+        fingerprint = _fingerprint(value) if fixed(key) else None
+        if fingerprint is not None:
+            found[key] = fingerprint
     return found
 
 
-def texts_of(cfg: DictConfig) -> dict[str, str]:
-    """Dotted key -> mark, of every text that the run shows; see `texts`."""
+def text_fingerprints(cfg: DictConfig) -> dict[str, str]:
+    """Dotted key -> fingerprint, of every text that the run shows; see `texts`."""
     return texts.marks(dotted(OmegaConf.to_container(cfg, resolve=True)))
 
 
-def _mark(value: str) -> str | None:
+def _fingerprint(value: str) -> str | None:
     return content.mark(pipeline_folder(Path(shipped(value))))
 
 
 def check_folder(cfg: DictConfig) -> None:
-    """Raise ValueError for a `run_dir` beside `resume` that is another folder: a run goes on where
-    it is.
-    """
+    """Raise ValueError for a `run_dir` beside `resume` that is another folder."""
     folder = folder_of(cfg.resume)
     typed = any(word.lstrip("+").startswith("run_dir=") for word in overrides())
     if not typed or not cfg.run_dir or restarted():
         return
     if Path(cfg.run_dir).resolve() != folder.resolve():
-        what = f"resume={cfg.resume} goes on in its own folder"
+        what = f"resume={cfg.resume} continues in its own folder"
         way = "leave run_dir= out, or copy the run there and resume the copy"
         raise ValueError(f"run_dir={cfg.run_dir}: {what}; {way}")
 
 
 def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume") -> None:
-    """Raise ValueError if the checkpoint at `path` says that another run made it, naming what
-    differs.
+    """Raise ValueError, naming what differs, if another run made the checkpoint at `path`.
 
-    `about` is what it says of itself; one that says nothing is held to the names and shapes of its
-    tensors alone. A model at another path is the same one if its mark is.
+    `about` is the checkpoint's description of itself. Without one only names and shapes of tensors
+    are checked, elsewhere. A model at another path counts as the same if its fingerprint is equal.
     """
     config = about.get("config") if isinstance(about, Mapping) else None
     if not config or not isinstance(config, Mapping):
@@ -76,14 +72,14 @@ def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume
     own = _fixed_values(OmegaConf.to_container(now, resolve=True))
     found = [name for name in {**kept, **own} if kept.get(name) != own.get(name)]
     different = [name for name in found if not paths.is_path(name)]
-    had, here = about.get("content"), marks(now)
+    had, here = about.get("content"), model_fingerprints(now)
     for name in filter(paths.is_path, found):
         known = had.get(name) if isinstance(had, Mapping) else None
         if known is not None and name in here and known != here[name]:
             different.append(name)
     if not different:
         return
-    # What it was made by comes first, then the numbers of it.
+    # Classes first, then their arguments.
     different.sort(key=lambda name: not name.endswith("_target_"))
     said = [f"{name}={kept.get(name)}, here {own.get(name)}" for name in different[:SHOWN]]
     more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
@@ -99,10 +95,9 @@ def _fixed_values(config: Any) -> dict[str, Any]:
 
 
 def check_moved(before: DictConfig, now: DictConfig, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError for a model that is named anew, `data.path` aside, and is not the one that
-    the run had.
+    """Raise ValueError for a model at a new path, `data.path` aside, that is not the run's own.
 
-    `facts` are those of run.json. One that has changed at its old place is said.
+    `facts` are those of run.json. A model that has changed at its old path gives a warning.
     """
     known = facts.get("content", {}).get("models", {})
     old, new = (dotted(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
@@ -111,28 +106,28 @@ def check_moved(before: DictConfig, now: DictConfig, facts: Mapping[str, Any]) -
         if content.same(was, value):
             _say_changed(key, value, known.get(key))
             continue
-        had = known.get(key) or (_mark(was) if isinstance(was, str) else None)
-        mark = _mark(value) if isinstance(value, str) else None
-        if mark is None or (had is not None and mark != had):
-            what = f"is not what the run was made with, {key}={was}"
-            raise ValueError(f"{key}={value}: {what}; take that back, or {ANEW}")
+        had = known.get(key) or (_fingerprint(was) if isinstance(was, str) else None)
+        fingerprint = _fingerprint(value) if isinstance(value, str) else None
+        if fingerprint is None or (had is not None and fingerprint != had):
+            what = f"is not the model of this run, {key}={was}"
+            raise ValueError(f"{key}={value}: {what}; give that one, or {ANEW}")
         if had is None:
-            log.warning("%s=%s: taken for %s, of which no mark was kept", key, value, was)
+            log.warning(
+                "%s=%s: assumed to be %s, of which no fingerprint is known", key, value, was
+            )
 
 
 def _say_changed(key: str, value: Any, known: str | None) -> None:
     if known is None or not isinstance(value, str):
         return
-    mark = _mark(value)
-    if mark is not None and mark != known:
-        what = "its files have changed since the run began: it does not go on bit for bit"
+    fingerprint = _fingerprint(value)
+    if fingerprint is not None and fingerprint != known:
+        what = "its files have changed since the start: the resumed run will not be bit-identical"
         log.warning("%s=%s: %s", key, value, what)
 
 
-def data_mark(dataset: Any) -> dict[str, Any]:
-    """How many samples the data of a run have, and a hash of what they are; of what is drawn the
-    number alone.
-    """
+def data_fingerprint(dataset: Any) -> dict[str, Any]:
+    """Number of samples of the data, and a hash of them. Generated data have the number alone."""
     shards = getattr(dataset, "shards", None)
     digest = shards.digest() if hasattr(shards, "digest") else None
     made = getattr(dataset, "made", {}).get("sha256")
@@ -140,19 +135,20 @@ def data_mark(dataset: Any) -> dict[str, Any]:
 
 
 def check_data(
-    before: DictConfig, now: DictConfig, facts: Mapping[str, Any], mark: Mapping[str, Any]
+    before: DictConfig, now: DictConfig, facts: Mapping[str, Any], fingerprint: Mapping[str, Any]
 ) -> None:
-    """Say that the data have changed since the run began; raise ValueError if they were named anew
-    and are others.
+    """Compare the data with those at the start. Raises ValueError for other data at a new path.
+
+    Other data at the same path give a warning.
     """
     known = facts.get("content", {}).get("data")
-    if not known or known == mark:
+    if not known or known == fingerprint:
         return
     was, path = before.data.get("path"), now.data.get("path")
-    counts = f"{mark['samples']} samples, and the run began with {known['samples']}"
-    if known["samples"] == mark["samples"]:
-        counts = "other samples than the run began with"
+    counts = f"{fingerprint['samples']} samples, and the run started with {known['samples']}"
+    if known["samples"] == fingerprint["samples"]:
+        counts = "other samples than the run started with"
     if not content.same(was, path):
         what = f"holds {counts}, data.path={was}"
         raise ValueError(f"data.path={path}: {what}; name those, or {ANEW}")
-    log.warning("data.path=%s: holds %s: it does not go on bit for bit", path, counts)
+    log.warning("data.path=%s: holds %s: the resumed run will not be bit-identical", path, counts)

@@ -1,5 +1,4 @@
-"""Run folders in which nothing has happened yet: what a command that failed before its first step
-leaves behind.
+"""Folders of runs that failed before their first step, and files that no command of ours wrote.
 
 Nothing here imports torch.
 """
@@ -12,28 +11,30 @@ from pathlib import Path
 from distill.storage.aside import PART, remove
 from distill.storage.bounded import mapping_of
 
-BEGUN = ("config.yaml", "run.json")  # what is written first
+STARTED = ("config.yaml", "run.json")  # files that are written first
 PAGE = " · distill</title>".encode()
-# Files of plain names that commands write anew -> what stands at the beginning of theirs.
-MARKS = {
-    "grid.png": b"Xtrun\0",  # a text of a PNG: by which model it was drawn
+# Files of common names that commands overwrite -> bytes near the start of ours.
+SIGNATURES = {
+    "grid.png": b"Xtrun\0",  # PNG text with the model that generated it
     "compare.md": b"|  | steps | runs |",
     "compare.csv": b"group,run,seed,",
     "compare.html": PAGE,
     "evaluation.json": b'"protocol"',
     "report.html": PAGE,
 }
-HEAD = 2**16  # ours: bytes that are looked at
-FIRST = "step_000000.png"  # drawn before the first step
+HEAD = 2**16  # ours: bytes that are searched
+FIRST = "step_000000.png"  # written before the first step
 LOG, PROCESSES = "run.log", "processes"
-HEADING = re.compile(rb"== \d{4}-\d\d-\d\d [\d:+-]+ python -m distill\.run\b")  # of our log
+HEADING = re.compile(
+    rb"== \d{4}-\d\d-\d\d [\d:+-]+ python -m distill\.run\b"
+)  # first line of our log
 NOTES = re.compile(r"\d+\.(log|beat|end)")
-LOGGERS = ("lightning_logs", "wandb", "mlruns", "mlflow.db")  # what Lightning's loggers make
+LOGGERS = ("lightning_logs", "wandb", "mlruns", "mlflow.db")  # files of Lightning's loggers
 
 
 def check_ours(folder: Path, key: str, *names: str) -> None:
-    """Raise FileExistsError, which begins with `key`, if such a file is there that no command of
-    ours made.
+    """Raise FileExistsError, starting with `key`, for a file of such a name that no command of ours
+    wrote.
     """
     for name in names:
         path = folder / name
@@ -43,15 +44,13 @@ def check_ours(folder: Path, key: str, *names: str) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 head = file.read(HEAD)
-        if MARKS[name] not in head:
-            what = f"holds a {name} that was not made by this command, and would be lost"
+        if SIGNATURES[name] not in head:
+            what = f"holds a {name} that this command did not write and would overwrite"
             raise FileExistsError(f"{key}={folder}: {what}; name another {key}=")
 
 
 def untouched(folder: Path) -> bool:
-    """Whether a run was begun here, and came to no step: there is nothing to go on from, and
-    nothing to look at.
-    """
+    """Whether a run was started here but made no step: nothing to resume and nothing to show."""
     try:
         facts = mapping_of(folder / "run.json")
     except (OSError, ValueError):
@@ -64,17 +63,16 @@ def untouched(folder: Path) -> bool:
         any((folder / "checkpoints").glob("*"))
         or (folder / "student").exists()
         or (folder / "evaluation.json").exists()
-        or (folder / "metrics.csv").exists()  # which gets its first row at the first iteration
+        or (folder / "metrics.csv").exists()  # has its first row after the first iteration
         or (alarms.is_file() and alarms.stat().st_size)
         or set(pictures) - {FIRST}
     )
 
 
 def foreign(folder: Path) -> list[str]:
-    """The names in a folder, in their order, that no run which came to no step has made; hidden
-    ones do not count.
+    """Sorted names in a folder that are not from a run without steps. Hidden files do not count.
 
-    All of them, `run.log` aside if a run of ours wrote it, where no such run was begun.
+    If no such run was started here, all names except `run.log`, if a run of ours wrote it.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if not name.startswith(".") and not PART.fullmatch(name)}
@@ -91,39 +89,40 @@ def _is_log(file: Path) -> bool:
 
 
 def cleared(folder: Path) -> None:
-    """Remove what such a run has left, lest the next one take it for its own; what else is there
-    stays.
+    """Remove the files of a run without steps, so that the next run does not take them for its own.
+
+    Other files stay.
     """
     ours = [folder / "samples" / name for name in (FIRST, "captions.txt")]
     ours += [*folder.glob("events.out.tfevents.*"), folder / "hparams.yaml"]
-    ours += [folder / name for name in ("alarms.jsonl", *reversed(BEGUN))]
+    ours += [folder / name for name in ("alarms.jsonl", *reversed(STARTED))]
     for path in ours:
-        _removed(path)
+        _remove(path)
     for name in ("samples", "checkpoints"):
-        with suppress(OSError):  # there is something of another's in it
+        with suppress(OSError):  # not empty: other files are in it
             (folder / name).rmdir()
 
 
 def undone(folder: Path, before: Collection[str], *, crashed: bool) -> None:
-    """As `cleared`, with all else that this command has made: not what was there `before`, nor what
-    others put there.
+    """As `cleared`, and remove all else that this command made, but nothing that was there
+    `before`.
 
-    Of a crash the log and notes stay. The folder itself is for `kept_if_filled`.
+    After a crash the log and the notes stay. The folder itself is removed by `kept_if_filled`.
     """
     cleared(folder)
     for name in {*LOGGERS, *([] if crashed else [LOG])} - set(before):
-        _removed(folder / name)
+        _remove(folder / name)
     if not crashed:
         for path in (folder / PROCESSES).glob("*"):
             if NOTES.fullmatch(path.name):
-                _removed(path)
+                _remove(path)
     with suppress(OSError):
         (folder / PROCESSES).rmdir()
 
 
 @contextmanager
 def kept_if_filled(folder: Path) -> Iterator[None]:
-    """Remove the folder after what is inside, its lock too, if nothing is in it."""
+    """Afterwards remove the folder if it is empty, its lock included."""
     try:
         yield
     finally:
@@ -131,6 +130,6 @@ def kept_if_filled(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _removed(path: Path) -> None:
+def _remove(path: Path) -> None:
     with suppress(OSError):
         remove(path)

@@ -1,4 +1,4 @@
-"""`run.json`: how a run was made, so that its numbers can be trusted later."""
+"""`run.json`: how a run was made, so that its results can be trusted later."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ PACKAGES = (
 )
 
 
-class RunRecord:
-    """Facts of a run: written when it begins or goes on, after training and at its end."""
+class RunMetadata:
+    """Facts of a run, written when it starts or resumes, after training and at its end."""
 
     def __init__(self, folder: Path):
         self._path = folder / "run.json"
@@ -39,10 +39,10 @@ class RunRecord:
         if self._path.is_file():
             try:
                 self.facts = _sound(mapping_of(self._path))
-            except ValueError:  # damaged: its facts are lost, the run is not
-                log.warning("%s cannot be read, and is begun anew", self._path)
+            except ValueError:  # a damaged file must not stop the run
+                log.warning("%s cannot be read, and is started anew", self._path)
 
-    def begun(
+    def start(
         self,
         command: str,
         name: str,
@@ -51,11 +51,11 @@ class RunRecord:
         train_seconds: float | None = None,
         anew: bool = False,
     ) -> None:
-        """`precision`: its name, and why it was chosen.
+        """Write the facts of the start of a run, or of its resumption.
 
-        `train_seconds`: those up to the checkpoint that is gone on from. A part that was killed has
-        not told its own; a checkpoint of before these were kept says None. `anew`: whatever began
-        here before.
+        precision: its name, and why it was chosen. train_seconds: seconds of training up to the
+        checkpoint that is resumed; None for a checkpoint that does not know them. anew: ignore
+        facts of an earlier run in this folder.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if self.facts and not anew:
@@ -71,34 +71,37 @@ class RunRecord:
             self.facts["overrides"] = list(overrides)
         machine = {"commit": _commit(), "hardware": hardware(), "versions": versions()}
         machine |= {"cpu": cpu(), "precision": dict(precision or {})}
-        folder = str(self._path.parent.resolve())  # for `paths.located`, should it be moved
+        folder = str(self._path.parent.resolve())  # for `paths.located`, if the run is moved
         self._write(status="stopped", began=time.time(), folder=folder, **machine)
 
-    def made_of(
+    def record_inputs(
         self, models: Mapping[str, str], data: Mapping[str, Any], texts: Mapping[str, str]
     ) -> None:
-        """Keep marks of what the run was made of, as it was when it began; see `resuming`.
+        """Write fingerprints of the run's models and data, as they were at its start; see
+        `resuming`.
 
-        And of the `texts` that it shows now.
+        Also those of the `texts` that it shows now.
         """
         known = self.facts.get("content", {})
-        models = {**models, **known.get("models", {})}  # what is there is sound
+        models = {**models, **known.get("models", {})}  # fingerprints of the start take precedence
         content = {"models": models, "data": known.get("data") or dict(data)}
         self._write(content={**content, "texts": dict(texts)})
 
-    def came_to(self, iterations: int) -> None:
-        """How far a run came that an error ended."""
+    def record_iterations(self, iterations: int) -> None:
+        """Write how many iterations a run made that ended with an error."""
         self._write(iterations=iterations)
 
-    def trained_for(self) -> float | None:
-        """Seconds of training until now, over all parts of the run; None of what has no record."""
+    def train_seconds(self) -> float | None:
+        """Seconds of training until now, summed over resumptions; None for a run without
+        metadata.
+        """
         if "began" not in self.facts:
             return None
         return round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
 
-    def trained(self, method: Any) -> None:
-        """The seconds of a run that was resumed add up over its parts."""
-        seconds = self.trained_for()
+    def record_training(self, method: Any) -> None:
+        """Write step counts, and the seconds of training, summed over resumptions."""
+        seconds = self.train_seconds()
         names = {"method": type(method).__name__, "teacher": type(method.teacher).__name__}
         counts = {
             "steps": method.step,
@@ -110,7 +113,7 @@ class RunRecord:
             counts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self._write(train_seconds=seconds, trained=time.time(), **names, **counts)
 
-    def finished(self) -> None:
+    def finish(self) -> None:
         seconds = self.facts["train_seconds"] + time.time() - self.facts["trained"]
         self._write(status="finished", wall_seconds=round(seconds, 1))
 
@@ -120,7 +123,7 @@ class RunRecord:
 
 
 def _sound(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that are of their kind. A damaged one is lost, as if it had not been kept."""
+    """The facts that have the expected type. Others are dropped."""
     numbers = ("train_seconds", "began", "trained", "wall_seconds")
     kept = {k: v for k, v in facts.items() if k not in numbers or is_number(v)}
     if not isinstance(kept.get("resumed", []), list):
@@ -131,7 +134,7 @@ def _sound(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sound_content(content: Any) -> dict[str, Any]:
-    """Of the marks of a run's models, texts and data those that could have been kept."""
+    """The fingerprints of models, texts and data that have the expected type."""
     if not isinstance(content, dict):
         return {}
     kept: dict[str, Any] = {}
@@ -164,7 +167,7 @@ def _commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide results."""
+    """Versions of Python and of the packages that influence results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

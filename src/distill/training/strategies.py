@@ -1,9 +1,8 @@
-"""How processes share the work: `DataParallel` copies everything, `FullyShardedDataParallel`
-(FSDP2) cuts it up.
+"""How ranks share the work: `DataParallel` replicates everything, `FullyShardedDataParallel`
+(FSDP2) shards it.
 
-With W processes a step is the one that a single process makes with `loop.accumulate` W times
-as large: the stream hands out the same samples, and noise is drawn for (iteration,
-rank * accumulate + micro-batch).
+A step with W ranks equals a step of one process with W times the `loop.accumulate`. The data
+stream gives the same samples, and noise is drawn for (iteration, rank * accumulate + micro-batch).
 """
 
 import sys
@@ -24,21 +23,19 @@ from distill.storage.aside import aside, put_in_place
 from distill.storage.checkpoint_files import read, write
 from distill.teachers.network import ends_at_last_tap
 
-BUCKET = (
-    32 * 1024 * 1024
-)  # numbers reduced at once: large enough to be fast, small beside the model
+BUCKET = 32 * 1024 * 1024  # values of one reduction: enough to be fast, small beside the model
 
 
 class DataParallel(DDPStrategy):
-    """Copies in every process, and gradients averaged once a step.
+    """Replicas on every rank, with gradients averaged once a step.
 
-    There is no DDP wrapper: two players take turns, a pool of heads is used in parts, and a wrapper
-    would either refuse parameters without gradient or look for them at every step. Where one
-    process has used a parameter and another has not, its gradient there counts as zero.
+    There is no DDP wrapper. Two players take turns, and a pool of heads is used in part; a wrapper
+    would refuse parameters without gradient, or search for them at every step. A parameter that one
+    rank used and another did not has a zero gradient on the latter.
     """
 
     def __init__(self, *, process_group_backend: str | None = None):
-        if sys.platform == "win32":  # which has no NCCL; gloo sums on GPUs as well
+        if sys.platform == "win32":  # Windows has no NCCL; gloo sums on GPUs too
             process_group_backend = process_group_backend or "gloo"
         super().__init__(process_group_backend=process_group_backend)
 
@@ -47,13 +44,11 @@ class DataParallel(DDPStrategy):
             dist.broadcast(tensor.data, src=0)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        _average(parameters, self.world_size)
+        _average_over_ranks(parameters, self.world_size)
 
 
-def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
-    """Replace each gradient by its mean over the processes; what none of them has used goes on
-    having none.
-    """
+def _average_over_ranks(parameters: Sequence[nn.Parameter], world: int) -> None:
+    """Replace each gradient by its mean over ranks. Parameters that no rank used keep none."""
     if world == 1 or not parameters:
         return
     used = torch.tensor(
@@ -70,14 +65,12 @@ def _average(parameters: Sequence[nn.Parameter], world: int) -> None:
         flat = torch.cat([g.flatten() for g in bucket])
         dist.all_reduce(flat)
         flat /= world
-        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in their order, in lists of one dtype and at most BUCKET numbers each (or one
-    tensor).
-    """
+    """Gradients in order, in lists of one dtype with at most BUCKET values each (or one tensor)."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         size = gradient.numel() + sum(g.numel() for g in bucket)
@@ -89,12 +82,12 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class FullyShardedDataParallel(ModelParallelStrategy):
-    """Student, teacher and heads cut along their first dimension (FSDP2), gathered block by block
-    when they run.
+    """Student, teacher and heads sharded along their first dimension (FSDP2), gathered block by
+    block.
 
-    Heads under R1 stay whole: a gradient of a gradient reads weights that FSDP2 has let go of by
-    then. With sharded_checkpoints every process writes its own part, into a folder, instead of all
-    into one file; reduce_dtype is that of the gradient's sum over processes.
+    Heads under R1 stay unsharded: a second derivative reads weights that FSDP2 has freed by then.
+    With sharded_checkpoints every rank writes its shards into a folder, instead of one full file.
+    reduce_dtype is the dtype of the gradient's sum over ranks.
     """
 
     def __init__(
@@ -114,32 +107,29 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         self._policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = (
-            self.num_processes * self.num_nodes
-        )  # Lightning's own "auto" gives all the same data
+        # Lightning's own "auto" would give all ranks the same data.
+        self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
-    def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
-        """Cut `module` in place, but for the parameters `whole`: its blocks one by one, then what
-        is left of it.
+    def shard(self, module: nn.Module, unsharded: Iterable[nn.Parameter] = ()) -> None:
+        """Shard `module` in place: its blocks one by one, then the rest. The parameters `unsharded`
+        stay as they are.
         """
-        # Resharded after every forward: otherwise what an average reads and writes would not be
-        # what runs.
+        # Resharded after every forward: otherwise the EMA's parameters would not be those that run.
         options = {
             "mesh": self.device_mesh["data_parallel"],
             "mp_policy": self._policy,
-            "ignored_params": set(whole),
+            "ignored_params": set(unsharded),
         }
-        for part in (*_blocks(module), module):
-            fully_shard(part, reshard_after_forward=True, **options)
+        for block in (*_blocks(module), module):
+            fully_shard(block, reshard_after_forward=True, **options)
         ends_at_last_tap(module)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Of what is whole; FSDP2 has averaged those of its parts."""
-        _average([p for p in parameters if not isinstance(p, DTensor)], self.world_size)
+        """Average the gradients of unsharded parameters; FSDP2 has averaged those of shards."""
+        _average_over_ranks([p for p in parameters if not isinstance(p, DTensor)], self.world_size)
 
-    # Checkpoints: whole ones are the very files that one process writes, so that any number may go
-    # on from them.
+    # Full checkpoints equal those of one process, so any number of ranks can resume them.
 
     lightning_restore_optimizer = True
 
@@ -154,14 +144,14 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._sharded_checkpoints:
-            part = Path(self.broadcast(str(aside(path))))  # the first process's: all write into it
+            shard_folder = Path(self.broadcast(str(aside(path))))  # of rank 0, for all ranks
             write(
                 local_shards(checkpoint),
-                part / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt",
+                shard_folder / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt",
             )
             self.barrier()
             if self.is_global_zero:
-                put_in_place(part, path)
+                put_in_place(shard_folder, path)
         else:
             state = gather(checkpoint, keep=self.is_global_zero)
             if self.is_global_zero:
@@ -192,6 +182,6 @@ class FullyShardedDataParallel(ModelParallelStrategy):
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Members of the outermost lists of modules: a transformer's blocks, a UNet's stages."""
+    """Items of the outermost module lists: a transformer's blocks, a UNet's stages."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _blocks(child)

@@ -1,5 +1,5 @@
-"""An autoencoder of one's own in a pipeline's place, as fine-tunes name one beside their weights
-(`teacher.vae`).
+"""A user's own autoencoder in place of the pipeline's (`teacher.vae`), as fine-tunes
+recommend one.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,14 @@ from torch import nn
 
 from distill.storage.bounded import mapping_of
 from distill.teachers.loading.locate import autoencoder_in
-from distill.teachers.loading.reading import dtype_of, fetched, home_of, whole
+from distill.teachers.loading.reading import download, dtype_of, home_of, read_network
 from distill.teachers.loading.settings import cell_of
 
 KEY = "teacher.vae"
-CLASSES = {"SanaPipeline": "AutoencoderDC"}  # of a pipeline; of any other AutoencoderKL
-# Of a repository what diffusers reads, and not the same weights in other layouts.
+CLASSES = {
+    "SanaPipeline": "AutoencoderDC"
+}  # class of a pipeline -> of its autoencoder; else AutoencoderKL
+# Files of a repository that diffusers reads, without copies of the weights in other formats.
 PATTERNS = [
     f"{place}{name}"
     for place in ("", "vae/")
@@ -27,17 +29,17 @@ PATTERNS = [
 
 
 class Autoencoder:
-    """The autoencoder at `path`, a folder or hub id of one or of a pipeline with one, for a
-    pipeline of class `kind`.
+    """The autoencoder at `path` for a pipeline of class `kind`.
 
-    Its attributes: `home`, the folder with its files; `config`; `scale`, pixels a side per latent.
-    Raises FileNotFoundError where there is none, and ValueError for one of another class.
+    `path` is a folder or hub id of an autoencoder, or of a pipeline with one. Attributes: `home`,
+    the folder of its files; `config`; `scale`, side of a latent in pixels. Raises FileNotFoundError
+    if there is none, and ValueError for one of another class.
     """
 
     def __init__(self, path: str, kind: type, *, dtype: str, use_safetensors: bool):
         folder = Path(path)
         if not folder.exists():
-            folder = Path(fetched(KEY, path, snapshot_download, allow_patterns=PATTERNS))
+            folder = Path(download(KEY, path, snapshot_download, allow_patterns=PATTERNS))
         self.path, self.home = path, autoencoder_in(folder, path)
         self.config = mapping_of(self.home / "config.json")
         expected = CLASSES.get(kind.__name__, "AutoencoderKL")
@@ -49,13 +51,13 @@ class Autoencoder:
         self.scale = cell_of(self.config, f"{KEY}={path}")
 
     def read(self) -> nn.Module:
-        """The network, with every one of its tensors from the files."""
+        """The network, with all tensors from the files."""
         kind = getattr(diffusers, self.config["_class_name"])
         place = self.home.absolute()
-        return whole(kind, str(place.parent), place.name, key=KEY, **self._read)
+        return read_network(kind, str(place.parent), place.name, key=KEY, **self._read)
 
     def put_on(self, pipeline: Any, *, later: bool) -> None:
-        """Make it the pipeline's: at once, or once its parts that were deferred are asked for."""
+        """Make it the pipeline's own, at once, or `later`, when its deferred parts are loaded."""
         pipeline.vae_scale_factor = self.scale
         if later:
             reads: dict[str, Callable[[], nn.Module]] = pipeline.deferred
@@ -64,8 +66,8 @@ class Autoencoder:
             pipeline.register_modules(vae=self.read())
 
     def check(self, channels: int) -> None:
-        """Raise ValueError unless its latents have so many channels, those that the denoiser
-        reads.
+        """Raise ValueError unless its latents have this number of channels, the
+        denoiser's input.
         """
         if (own := self.config.get("latent_channels")) != channels:
             what = f"its latents have {own} channels and this teacher's have {channels}"
@@ -74,9 +76,7 @@ class Autoencoder:
 
 @contextmanager
 def tiled(vae: Any, wanted: bool) -> Iterator[None]:
-    """Within, an autoencoder decodes in tiles if that is wanted, and it can; one that does so
-    already goes on.
-    """
+    """Within this context an autoencoder decodes in tiles, if `wanted` and supported."""
     if not wanted or not hasattr(vae, "enable_tiling") or vae.use_tiling:
         yield
         return
@@ -88,6 +88,6 @@ def tiled(vae: Any, wanted: bool) -> Iterator[None]:
 
 
 def scale_of(folder: Path | None) -> int:
-    """Pixels a side per latent, from the configuration of an autoencoder that is not read."""
+    """Side of a latent in pixels, from the configuration of an autoencoder that is not loaded."""
     file = Path(home_of(folder, "vae"), "vae", "config.json") if folder else None
     return cell_of(mapping_of(file) if file else {}, f"teacher.path={folder}")

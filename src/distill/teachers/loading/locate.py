@@ -1,6 +1,6 @@
-"""Where a pipeline or its weights lie: a folder, one file, or the hub.
+"""Where a pipeline or its weights are: a folder, one file, or the hub.
 
-Nothing here imports torch or asks the hub.
+Nothing here imports torch or contacts the hub.
 """
 
 import difflib
@@ -15,24 +15,24 @@ from distill.storage.elsewhere import check_elsewhere
 from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
-TOLD = "_distill"  # in a student's: what it is told besides, which diffusers leaves alone
+STUDENT_INFO = "_distill"  # a student's entry in the index; diffusers ignores it
 PART = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # which C:/models is not
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # C:/models does not match
 WEIGHTS = (".safetensors", ".bin")  # of shards
-MOST_WORDS = 256 * MIB  # ours: bytes of a tokenizer's file; that of Sana has 33 MiB
-MOST_LAYERS = 1000  # ours; FLUX has 57 blocks
-MOST_TOKENS = 2**31  # of a vocabulary: ids are kept as integers of at least 32 bits
-MOST_SIDE = 16_384  # ours: latents, or pixels, a side
+MAX_TOKENIZER_BYTES = 256 * MIB  # ours: of a tokenizer's file; Sana's has 33 MiB
+MAX_LAYERS = 1000  # ours; FLUX has 57 blocks
+MAX_VOCABULARY = 2**31  # ids are integers of at least 32 bits
+MAX_SIDE = 16_384  # ours: latents, or pixels, a side
 LAYERS = re.compile(r"(^|_)(num_|n_)?(hidden_)?(layers|blocks)(_|$)")
-# A path of such an end is of a file here. No name of a repository ends so.
+# A path with such an end is a local file. No repository name ends so.
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yaml", ".yml", ".txt", ".csv")
 FILES += (".tar", ".zip", ".gz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".webp", ".part")
-# What this program and its users call folders: nobody's name on the hub that anybody means.
+# Usual names of local folders, which are not owners on the hub.
 FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints", "data")
-MOST_NAMES = 1000  # of a folder, among which one of nearly this name is looked for
+MAX_NAMES = 1000  # of a folder, searched for a similar name
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
-FAMILIES = {  # class of a pipeline -> what reads it
+SINGLE = (".safetensors", *PICKLED)  # ends of a pipeline in one file
+FAMILIES = {  # class of a pipeline -> teacher class
     "FluxPipeline": "distill.teachers.flux.Flux",
     "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
     "SanaPipeline": "distill.teachers.sana.Sana",
@@ -41,29 +41,29 @@ FAMILIES = {  # class of a pipeline -> what reads it
     "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
 }
 
-# Those whose image-to-image pipelines make more steps of a picture: see `limits.steps_left`.
+# Pipelines whose image-to-image steps are rounded up: see `limits.steps_left`.
 ROUNDING_UP = {"FluxPipeline", "StableDiffusion3Pipeline"}
 
-# Options of a teacher on which it hangs what its captions are embedded to.
-TELLING = ("clip_skip", "instruction", "length")
+# Options of a teacher that change its caption embeddings.
+EMBEDDING_OPTIONS = ("clip_skip", "instruction", "length")
 
 
-def telling(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options of a teacher that are given, from its configuration."""
-    return {key: teacher[key] for key in TELLING if teacher.get(key) is not None}
+def embedding_options(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a teacher's configuration that change its caption embeddings."""
+    return {key: teacher[key] for key in EMBEDDING_OPTIONS if teacher.get(key) is not None}
 
 
 def is_repository(name: str) -> bool:
-    """Whether this is written as `owner/repository`, which a path may be as well."""
+    """Whether this has the form `owner/repository`, which a path may have too."""
     return HUB_ID.fullmatch(name) is not None
 
 
 def is_local(path: str) -> bool:
-    """Whether this can only be meant for a path: by its look, or since a folder here has the name
-    of its first part.
+    """Whether this must be a path: by its form, or because a local folder has the name of its first
+    part.
 
-    Of that the hub is never asked: who mistypes a path does not want a stranger's repository of
-    this name.
+    The hub is not contacted for such a name, so a mistyped path does not load another user's
+    repository.
     """
     first = re.split(r"[\\/]", path, maxsplit=1)[0]
     looks = path.startswith((".", "/", "~")) or "\\" in path or re.match("[A-Za-z]:", path)
@@ -72,13 +72,13 @@ def is_local(path: str) -> bool:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `owner/repository` is what this looks like, and not a path."""
+    """Whether this has the form `owner/repository` and is not a path."""
     return is_repository(path) and not is_local(path)
 
 
 def near(path: str) -> str:
-    """` (did you mean ...?)` for the most alike of what is there, where a path leads nowhere; or
-    nothing.
+    """` (did you mean ...?)` with the most similar existing name for a path that does not exist; or
+    "".
     """
     place, missing = Path(path), ""
     while not place.exists() and place != place.parent:
@@ -87,31 +87,33 @@ def near(path: str) -> str:
         names = sorted(os.listdir(place)) if missing and place.is_dir() else []
     except OSError:
         return ""
-    close = difflib.get_close_matches(missing, names[:MOST_NAMES], n=1)
+    close = difflib.get_close_matches(missing, names[:MAX_NAMES], n=1)
     return f" (did you mean {shown(place / close[0])}?)" if close else ""
 
 
 def in_repository(path: str) -> bool:
-    """Whether `owner/repository/file` is what this looks like."""
+    """Whether this has the form `owner/repository/file`."""
     owner, name, inside = [*path.split("/", 2), "", ""][:3]
     return bool(inside) and is_hub_id(f"{owner}/{name}")
 
 
 def no_file(path: str, key: str) -> FileNotFoundError:
-    """What is said of a file that is not there; `key` is what was given."""
+    """The error for a file that does not exist; `key` is the setting."""
     return FileNotFoundError(
         f"{key}={path}: no such file{near(path)}; give one, or owner/repository/file of the hub"
     )
 
 
 def check_weights(path: str, key: str = "teacher.weights") -> None:
-    """Raise FileNotFoundError for a file that is neither here nor can be one of the hub."""
+    """Raise FileNotFoundError for a file that does not exist and has not the form of one on the
+    hub.
+    """
     if not Path(path).is_file() and not in_repository(path):
         raise no_file(path, key)
 
 
 def no_folder(path: str, key: str) -> FileNotFoundError:
-    """What is said of a folder that is not there and no hub id; `key` is what was given."""
+    """The error for a folder that does not exist and is no hub id; `key` is the setting."""
     what = (
         "a folder of diffusers' layout" if key == "teacher.vae" else "a diffusers pipeline folder"
     )
@@ -119,7 +121,9 @@ def no_folder(path: str, key: str) -> FileNotFoundError:
 
 
 def check_pipeline(path: str, key: str = "teacher.path") -> None:
-    """Raise FileNotFoundError for a pipeline that is neither here nor can be one of the hub."""
+    """Raise FileNotFoundError for a pipeline that does not exist and has not the form of
+    a hub id.
+    """
     if Path(path).suffix in SINGLE:
         check_weights(path, key)
     elif Path(path).exists():
@@ -129,21 +133,20 @@ def check_pipeline(path: str, key: str = "teacher.path") -> None:
 
 
 def autoencoder_in(folder: Path, path: str) -> Path:
-    """Where the autoencoder lies in a folder of one, or of a pipeline with one.
-
-    `path` is what was given.
+    """The autoencoder in a folder of one, or of a pipeline with one; `path` is the value of the
+    setting.
     """
     for place in (folder, folder / "vae"):
         if (place / "config.json").is_file():
             return place
-    what = (
-        "no autoencoder of diffusers lies here (a folder with config.json, or one with vae/ in it)"
-    )
+    what = "no diffusers autoencoder is here (a folder with config.json, or one with vae/ in it)"
     raise FileNotFoundError(f"teacher.vae={path}: {what}; give one, or a hub id")
 
 
 def check_autoencoder(path: str) -> None:
-    """Raise FileNotFoundError for an autoencoder that is neither here nor can be one of the hub."""
+    """Raise FileNotFoundError for an autoencoder that does not exist and has not the form of a hub
+    id.
+    """
     if Path(path).exists():
         autoencoder_in(Path(path), path)
     elif not is_hub_id(path):
@@ -151,11 +154,9 @@ def check_autoencoder(path: str) -> None:
 
 
 def index_of(path: str, key: str = "teacher.path") -> dict:
-    """What a pipeline folder says that it holds. Raises FileNotFoundError, naming `key`, if it is
-    none.
+    """The index of a pipeline folder. Raises FileNotFoundError, naming `key`, if it has none.
 
-    And ValueError for a part that is not written as one: its name becomes that of a folder, which
-    must lie inside.
+    Raises ValueError for a malformed part: its name becomes that of a folder, which must be inside.
     """
     file = Path(path) / INDEX
     if not file.is_file():
@@ -169,14 +170,14 @@ def index_of(path: str, key: str = "teacher.path") -> dict:
         said = len(pair) > 2 or (pair and all(isinstance(word, str | None) for word in pair))
         if not PART.fullmatch(name) or not said:
             what = f"its {INDEX} names a part {shown(name, 60)} as {shown(pair, 60)}"
-            raise ValueError(f"{key}={path}: {what}, which is none of diffusers'; fetch it anew")
+            raise ValueError(f"{key}={path}: {what}, which diffusers does not write; fetch it anew")
     return index
 
 
 def shards_in(index: Path) -> list[str]:
-    """The files of weights that an index of shards names, sorted.
+    """The weight files that an index of shards names, sorted.
 
-    Raises ValueError for one that is not beside it.
+    Raises ValueError for a file that is not in the same folder.
     """
     named = mapping_of(index).get("weight_map")
     if not isinstance(named, dict) or not named:
@@ -190,8 +191,8 @@ def shards_in(index: Path) -> list[str]:
 
 
 def check_part(folder: Path, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for files of a part that no model has: without
-    bounds, or of others.
+    """Raise ValueError, starting with `where`, for files of a part with unbounded values or foreign
+    links.
     """
     try:
         _check_files(folder)
@@ -209,22 +210,22 @@ def _check_files(folder: Path) -> None:
             _check_layers(said, file)
             if file.name == "config.json":
                 _check_numbers(said, file)
-        elif file.stat().st_size > MOST_WORDS:
-            raise too_large(file, file.stat().st_size, MOST_WORDS)
+        elif file.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise too_large(file, file.stat().st_size, MAX_TOKENIZER_BYTES)
 
 
 def _check_numbers(said: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError for numbers of a network that are none, or that no tensor has room for."""
+    """Raise ValueError for numbers of a network that are invalid or too large for any tensor."""
     for key, value in said.items():
         each = value if isinstance(value, list) else [value]
         if value is None or not each:
             continue
         if key.endswith("_token_id"):
-            fits = all(type(x) is int and -1 <= x < MOST_TOKENS for x in each)
-            expected = f"a whole number below {MOST_TOKENS}"
+            fits = all(type(x) is int and -1 <= x < MAX_VOCABULARY for x in each)
+            expected = f"a whole number below {MAX_VOCABULARY}"
         elif key == "sample_size":
-            fits = all(is_number(x) and 0 < x <= MOST_SIDE for x in each)
-            expected = f"a side, {MOST_SIDE} at most"
+            fits = all(is_number(x) and 0 < x <= MAX_SIDE for x in each)
+            expected = f"a side, {MAX_SIDE} at most"
         elif key in ("scaling_factor", "shift_factor"):
             fits = is_number(value) and (value != 0 or key == "shift_factor")
             expected = "a number" if key == "shift_factor" else "a number other than 0"
@@ -239,29 +240,29 @@ def _check_numbers(said: Mapping[str, Any], file: Path) -> None:
 
 
 def _check_layers(said: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError for a network of so many layers that to build it would not end."""
+    """Raise ValueError for a network with too many layers to be built."""
     for key, value in said.items():
         each = value if isinstance(value, list) else [value]
-        many = [x for x in each if isinstance(x, int) and x > MOST_LAYERS]
+        many = [x for x in each if isinstance(x, int) and x > MAX_LAYERS]
         if many and LAYERS.search(key):
-            what = f"{key}={shown(many[0], 40)}, and at most {MOST_LAYERS} are built"
+            what = f"{key}={shown(many[0], 40)}, and at most {MAX_LAYERS} are built"
             raise ValueError(f"{file}: {what}; fetch it anew")
 
 
 def check_kind(found: str | None, expected: str, path: str, key: str = "teacher.path") -> None:
-    """Raise ValueError, naming `key`, for a pipeline of another class than the teacher reads."""
+    """Raise ValueError, naming `key`, for a pipeline of another class than the teacher's."""
     if found != expected:
         what = f"holds a {found}, but this teacher reads a {expected}"
         raise ValueError(f"{key}={path} {what}; choose another teacher=")
 
 
 def pipeline_folder(run: Path) -> Path:
-    """The student of a run folder; any other folder itself."""
+    """The student's folder of a run folder; any other folder is returned."""
     return run / "student" if (run / "student").is_dir() else run
 
 
 def denoiser_part(folder: Path) -> str:
-    """Which part of the pipeline in this folder denoises."""
+    """Name of the part of the pipeline in this folder that is the denoiser."""
     return "transformer" if (folder / "transformer").is_dir() else "unet"
 
 
@@ -279,10 +280,10 @@ def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:
 
 
 def check_model(folder: str, path: str, key: str = "run") -> None:
-    """Raise ValueError or FileNotFoundError for a folder without a pipeline that we read, unless it
-    may be a hub id.
+    """Raise ValueError or FileNotFoundError for a folder without a supported pipeline that is no
+    hub id.
 
-    `path` is what `key` was given, and an error names.
+    `path` is the value of `key`, for errors.
     """
     file = Path(folder) / INDEX
     if file.is_file():
@@ -292,7 +293,7 @@ def check_model(folder: str, path: str, key: str = "run") -> None:
 
 
 def no_model(path: str, key: str = "run") -> FileNotFoundError:
-    """What is said of a place without a pipeline; `key` is what was given."""
+    """The error for a place without a pipeline; `key` is the setting."""
     return FileNotFoundError(
         f"{key}={path}: neither a finished run (with a student/) nor a diffusers pipeline folder"
         f"{near(path)}"
@@ -300,9 +301,9 @@ def no_model(path: str, key: str = "run") -> FileNotFoundError:
 
 
 def family_of(kind: str, path: str, key: str = "run") -> str:
-    """What reads a pipeline of this class.
+    """The teacher class for a pipeline of this class.
 
-    Raises ValueError, naming `key`, for one that we do not know.
+    Raises ValueError, naming `key`, for an unknown one.
     """
     if kind not in FAMILIES:
         raise ValueError(f"{key}={path} holds a {kind}; known are {', '.join(FAMILIES)}")

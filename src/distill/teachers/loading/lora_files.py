@@ -1,9 +1,9 @@
-"""A LoRA file added to a denoiser's weights: W + (alpha / rank) B A, for every layer by its own
-alpha and rank.
+"""Adding a LoRA file to a denoiser's weights: W + (alpha / rank) B A, with each layer's alpha and
+rank.
 
-diffusers translates the names that programs give to layers; it loses alphas of kohya's that differ
-by layer, and passes over what it does not know. So alphas are multiplied into B before, and a file
-of which something would not be used is refused.
+diffusers translates the layer names of other programs. It loses kohya's alphas where they differ by
+layer, and ignores what it does not know. So alphas are multiplied into B first, and a file that
+would not be used in full is refused.
 """
 
 import logging
@@ -22,20 +22,20 @@ from distill.teachers.loading.lora_names import is_pefts, renamed, settings_besi
 
 State = dict[str, Tensor]
 
-TEXT = ("text_encoder", "lora_te")  # what the names of layers of text encoders begin with
+TEXT = ("text_encoder", "lora_te")  # prefixes of layers of text encoders
 SIDE = re.compile(r"(.+?)[._]lora\d?[._](?:linear_layer[._])?(A|B|down|up)\.weight")
-BESIDE = ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")  # peft's own
+EXTRA = ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")  # of peft
 FIRST = ("A", "down")
-PEFT = "lora_adapter_metadata"  # where diffusers keeps peft's settings: ranks and alphas of layers
+PEFT = "lora_adapter_metadata"  # diffusers' key of peft's settings: ranks and alphas
 log = logging.getLogger(__name__)
 
 
 def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Path) -> None:
-    """Add what `state` holds for `model`, the denoiser of `pipeline`; its text encoders stay as
-    they are.
+    """Add the LoRA in `state` to `model`, the denoiser of `pipeline`; text encoders are not
+    changed.
 
-    `file` is where the state was read, in or beside which peft's settings are. Raises ValueError,
-    naming `path`, for a file that would not be used whole, or is of another network.
+    `file` is the source of the state; peft's settings are in it or beside it. Raises ValueError,
+    naming `path`, for a file that would not be used in full, or that is for another network.
     """
     if not hasattr(pipeline, "lora_state_dict"):
         what = f"is a LoRA, and diffusers puts none on a {type(pipeline).__name__}"
@@ -54,7 +54,7 @@ def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Pat
     if not layers:
         _refuse_layers(model, [], 0, path)
     if not kept:
-        own = folded(own, layers, path)
+        own = with_alphas_applied(own, layers, path)
     found = _translated(pipeline, model, part, own, layers, path)
     _refuse_misfit(model, found, path)
     try:
@@ -68,8 +68,8 @@ def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Pat
 
 
 def settings_of(file: Path) -> dict[str, Any]:
-    """What peft was told of the layers in a safetensors file, where diffusers has written it
-    there.
+    """peft's settings of the layers, from the metadata that diffusers writes into a safetensors
+    file.
     """
     if file.suffix != ".safetensors":
         return {}
@@ -78,13 +78,15 @@ def settings_of(file: Path) -> dict[str, Any]:
 
 
 def layers_of(state: State, path: str) -> dict[str, tuple[str, str]]:
-    """Layer -> the names of its A and B. Raises ValueError for a name that is no part of a LoRA."""
+    """Layer -> names of its A and B. Raises ValueError for a tensor that is no part of a plain
+    LoRA.
+    """
     sides: dict[str, dict[bool, str]] = {}
     beside = []
     for name in state:
         if match := SIDE.fullmatch(name):
             sides.setdefault(match[1], {})[match[2] in FIRST] = name
-        elif not name.endswith(BESIDE):
+        elif not name.endswith(EXTRA):
             beside.append(name)
     halves = [names for names in sides.values() if len(names) < 2]
     other = [name for name in beside if name.removesuffix(".alpha") not in sides]
@@ -97,8 +99,10 @@ def layers_of(state: State, path: str) -> dict[str, tuple[str, str]]:
     return {layer: (names[True], names[False]) for layer, names in sides.items()}
 
 
-def folded(state: State, layers: dict[str, tuple[str, str]], path: str) -> State:
-    """The same without alphas: each multiplied into its B, so that all layers have a scale of 1."""
+def with_alphas_applied(state: State, layers: dict[str, tuple[str, str]], path: str) -> State:
+    """The same LoRA without alphas: each is multiplied into its B, so that all layers have a scale
+    of 1.
+    """
     found = {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
     for layer, (a, b) in layers.items():
         alpha = state.get(f"{layer}.alpha")
@@ -107,7 +111,7 @@ def folded(state: State, layers: dict[str, tuple[str, str]], path: str) -> State
         if alpha.numel() != 1 or not torch.isfinite(alpha.float()).all():
             raise ValueError(f"teacher.weights={path}: {layer}.alpha is not a number")
         scale = float(alpha) / len(state[a])
-        if scale != 1:  # a half would lose the small ones
+        if scale != 1:  # float16 would lose small values
             found[b] = state[b].float() * scale
     return found
 
@@ -116,10 +120,10 @@ def folded(state: State, layers: dict[str, tuple[str, str]], path: str) -> State
 def _translated(
     pipeline: Any, model: nn.Module, part: str, state: State, layers: dict, path: str
 ) -> State:
-    """The tensors under the names of the denoiser's own layers and of peft."""
-    marks = {a: torch.tensor(float(i)) for i, (a, _) in enumerate(layers.values())}
-    # A's of which each holds nothing but its number: what comes out tells which have been dropped.
-    probes = {name: marks.get(name, torch.ones(())).expand(x.shape) for name, x in state.items()}
+    """The tensors under the denoiser's own layer names, in peft's form."""
+    # Each A of the probe is filled with its layer's number: the output shows which were dropped.
+    numbers = {a: torch.tensor(float(i)) for i, (a, _) in enumerate(layers.values())}
+    probes = {name: numbers.get(name, torch.ones(())).expand(x.shape) for name, x in state.items()}
     options = {"unet_config": model.config} if part == "unet" else {}
     found = {}
     try:
@@ -131,7 +135,7 @@ def _translated(
             if named and not any("lora_A" in name for name in named):
                 named = convert_unet_state_dict_to_peft(named)
             found[key] = named
-    except Exception as error:  # of names that it does not know: nearly anything
+    except Exception as error:  # unknown names may raise anything
         raise ValueError(
             f"teacher.weights={path}: diffusers cannot read its names ({first_line(error)})"
         ) from None
@@ -142,7 +146,7 @@ def _translated(
 
 
 def _refuse_misfit(model: nn.Module, state: State, path: str) -> None:
-    """Raise ValueError for a layer that the model does not have, or has of other widths."""
+    """Raise ValueError for a layer that the model lacks, or has with other widths."""
     firsts = [name for name in state if name.endswith(".lora_A.weight")]
     stems = [name.removesuffix(".lora_A.weight") for name in firsts]
     modules = dict(model.named_modules())
@@ -159,10 +163,10 @@ def _refuse_misfit(model: nn.Module, state: State, path: str) -> None:
             )
 
 
-def _refuse_layers(model: nn.Module, names: list[str], whole: int, path: str) -> None:
+def _refuse_layers(model: nn.Module, names: list[str], total: int, path: str) -> None:
     kind = type(model).__name__
-    if len(names) < whole:
-        what = f"{len(names)} of its {whole} layers are none of this {kind}, {names[0]} for one"
+    if len(names) < total:
+        what = f"{len(names)} of its {total} layers are none of this {kind}, {names[0]} for one"
         raise ValueError(f"teacher.weights={path}: {what}; choose the teacher that it was made for")
     example = f", {names[0]} for one" if names else ""
     what = f"none of its layers is one of this {kind}{example}"

@@ -1,9 +1,7 @@
-"""Names that programs give to the layers of a LoRA, brought to those that diffusers' own functions
-read.
+"""Layer names of LoRA files from other programs, converted to names that diffusers reads.
 
-A prefix is changed, and nothing else: what a layer is called behind it must be its name in the
-denoiser or in the makers' code, of which diffusers has the translation. Anything else is left as it
-is.
+Only a prefix is changed. The rest must be the layer's name in the denoiser, or in its authors'
+code, which diffusers translates. Other names are left unchanged.
 """
 
 import re
@@ -18,32 +16,33 @@ from distill.terminal.shown import shown
 
 State = dict[str, Tensor]
 
-PEFT = "base_model.model."  # what peft puts before every name
+PEFT = "base_model.model."  # peft's prefix
 PREFIXES = (PEFT, "diffusion_model.", "model.diffusion_model.", "lora_unet_", "lora_transformer_")
-END = re.compile(r"[._](lora|alpha$|dora_scale$)")  # where the name of a layer ends
-NAMED = re.compile(r"(lora_(?:A|B|magnitude_vector))\.(\w+)(\.weight|\.bias)?")  # by an adapter
-# Layers in the makers' code which diffusers translates where they are written as kohya's.
+END = re.compile(r"[._](lora|alpha$|dora_scale$)")  # end of a layer name
+NAMED = re.compile(
+    r"(lora_(?:A|B|magnitude_vector))\.(\w+)(\.weight|\.bias)?"
+)  # with the name of an adapter
+# Layer names of the authors' code, which diffusers translates in kohya's form.
 MAKERS = re.compile(r"(input_blocks|middle_block|output_blocks|double_blocks|single_blocks)\.")
 SD3 = re.compile(r"(lora_unet_|(model\.)?diffusion_model\.)?joint_blocks[._]")
 KOHYA = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
 DIFFUSERS = {theirs: ours for ours, theirs in KOHYA.items()}
 DIFFUSERS |= {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
-SETTINGS = "adapter_config.json"  # where peft keeps the alphas of its files
-# What of it changes a layer's weights, and what others ask for that is no plain LoRA.
+SETTINGS = "adapter_config.json"  # peft writes the alphas there
+# Its keys that change a layer's weights, or that a plain LoRA does not have.
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 READ += ("use_dora",)
 
 
 def renamed(state: State, model: nn.Module, part: str, path: str) -> State:
-    """The same tensors under names that diffusers reads as layers of `model`, its pipeline's
-    `part`.
+    """The tensors under names that diffusers reads as layers of `model`, its pipeline's `part`.
 
-    Raises ValueError, naming `path`, for names that nothing here and in diffusers translates.
+    Raises ValueError, naming `path`, for names that neither this module nor diffusers translates.
     """
     if sd3 := [name for name in state if SD3.match(name)]:
         what = (
-            f"names layers as SD3's makers do ({shown(sd3[0], 80)}), which diffusers reads of no"
-            " LoRA"
+            f"names layers as in SD3's own code ({shown(sd3[0], 80)}), which diffusers does not"
+            " read in a LoRA"
         )
         how = "convert it to diffusers' names (transformer.transformer_blocks...), or merge it"
         raise ValueError(f"teacher.weights={path}: {what}; {how} into a checkpoint")
@@ -54,7 +53,7 @@ def renamed(state: State, model: nn.Module, part: str, path: str) -> State:
 
 
 def _name(name: str, part: str, layers: set[str], flat: Mapping[str, str]) -> str:
-    """One name as diffusers has it, itself where that is not plain."""
+    """The name for diffusers; unchanged where it is unknown."""
     bare = name
     for prefix in PREFIXES:
         bare = bare.removeprefix(prefix)
@@ -62,7 +61,7 @@ def _name(name: str, part: str, layers: set[str], flat: Mapping[str, str]) -> st
     found, end = layer if layer in layers else flat.get(layer), bare[len(layer) :]
     if found:
         return f"{part}.{found}{DIFFUSERS.get(end, end)}"
-    if MAKERS.match(layer) and not name.startswith(PEFT):  # those diffusers reads as they are
+    if MAKERS.match(layer) and not name.startswith(PEFT):  # diffusers reads these
         return f"lora_unet_{layer.replace('.', '_')}{KOHYA.get(end, end)}"
     return name
 
@@ -73,9 +72,7 @@ def _layer(name: str) -> str:
 
 
 def _of_one_adapter(state: State, path: str) -> State:
-    """Without the name that peft gives an adapter in a model's own state:
-    `lora_A.default.weight`.
-    """
+    """Remove the adapter's name that peft writes in a model's state: `lora_A.default.weight`."""
     found = {match[2] for name in state if (match := _adapter(name))}
     if len(found) > 1:
         what = f"holds {len(found)} adapters ({', '.join(sorted(found))})"
@@ -94,19 +91,19 @@ def _without_adapter(name: str) -> str:
 
 
 def is_pefts(state: State) -> bool:
-    """Whether peft wrote these itself, which keeps ranks and alphas in a file beside them.
+    """Whether peft wrote the file, with ranks and alphas in a configuration beside it.
 
-    Those of FLUX under its makers' names have none, and are read so by diffusers.
+    FLUX files with its authors' names have none, and diffusers reads them without.
     """
     own = [name for name in state if not MAKERS.match(name.removeprefix(PEFT))]
     return any(name.startswith(PEFT) or _adapter(name) for name in own)
 
 
 def settings_beside(file: Path, path: str) -> dict[str, Any]:
-    """Ranks and alphas of a file of peft's, from the configuration beside it.
+    """Ranks and alphas of a file of peft, from the configuration beside it.
 
-    Raises ValueError, naming `path`, where there is none, for then nobody knows them, and for one
-    that is no LoRA's.
+    Raises ValueError, naming `path`, where it is missing, since the alphas are then unknown, and
+    for a configuration that is not of a LoRA.
     """
     beside = file.parent / SETTINGS
     if not beside.is_file():

@@ -1,4 +1,4 @@
-"""Reading a diffusers pipeline so that nothing in it is made up, and nothing in it can run."""
+"""Loading a diffusers pipeline: no tensor is made up, and no code in it runs."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from distill.storage.unread import refuse_broken, refuse_unread
 from distill.teachers.loading.locate import (
     INDEX,
     PICKLED,
-    TOLD,
+    STUDENT_INFO,
     check_kind,
     check_part,
     index_of,
@@ -32,16 +32,16 @@ from distill.teachers.loading.locate import (
 )
 from distill.teachers.loading.settings import check_settings, in_folder, lacking, refuse_quantised
 
-OURS = "distill.teachers.schedulers"  # of which a pipeline may hold these
+OURS = "distill.teachers.schedulers"  # module of these schedulers
 SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
-HUB = {  # an error of the hub's, the more particular first -> what it means
+HUB = {  # an error of the hub, specific ones first -> its meaning
     GatedRepoError: "it is gated: accept its licence on its page, then log in with `hf auth login`",
     RepositoryNotFoundError: "there is no such repository, or it is private",
     RevisionNotFoundError: "it has no such revision",
 }
-VARIANT = re.compile(r"^[^.]+\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")  # of a file's name
+VARIANT = re.compile(r"^[^.]+\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")  # of a file name
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts which it lacks
+BASE = "_base"  # key in a pipeline's index: a sibling folder with the parts that it lacks
 
 
 @silent()
@@ -55,57 +55,56 @@ def read_pipeline(
     deferred: Sequence[str] = (),
     **version: str | None,
 ) -> Any:
-    """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`;
-    `version` is of the hub.
+    """The pipeline of class `kind` at `path`, a folder or hub id, without the parts `without`.
 
-    Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps
-    them to what reads them. Each network is read by itself: a pipeline would only warn of tensors
-    that are not there, and take random ones. Raises FileNotFoundError and ValueError that say what
-    is wrong in it.
+    `version` is revision and variant on the hub. Networks whose names start with one of `deferred`
+    are not loaded: the pipeline's attribute `deferred` maps them to functions that load them. Each
+    network is loaded by itself, because a pipeline would only warn of missing tensors and
+    initialise them at random. Raises FileNotFoundError and ValueError that say what is wrong.
     """
     precision = dtype_of(dtype)
     parts: dict[str, Any] = dict.fromkeys(without)
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
-        path = fetched(
+        path = download(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
     classes = pipeline_classes(path, kind.__name__, without)
     check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
-    check_there(path, classes, kind.__name__, deferred)
+    check_parts_exist(path, classes, kind.__name__, deferred)
     for folder in lineage(Path(path)):
         check_folder(folder, f"teacher.path={path}")
     for name, network in classes.items():
         home = home_of(Path(path), name)
         check_part(Path(home, name), f"teacher.path={path}")
         if network is NoneType:
-            parts[name] = (
-                None  # a pipeline asks for some of those by name, as for SD3's third text encoder
-            )
+            parts[name] = None  # some pipelines need the name, as of SD3's third text encoder
         elif isinstance(network, type) and issubclass(network, nn.Module):
-            read = partial(whole, network, home, name, dtype=precision, **files)
+            read = partial(read_network, network, home, name, dtype=precision, **files)
             if name.startswith(tuple(deferred)):
                 parts[name], later[name] = None, read
             else:
                 parts[name] = read()
-        elif home != str(path):  # a tokenizer: diffusers would look for it in `path`
+        elif home != str(path):  # a tokenizer, which diffusers would search in `path`
             parts[name] = network.from_pretrained(home, subfolder=name)
     try:
         pipeline = kind.from_pretrained(path, use_safetensors=use_safetensors or None, **parts)
-    except Exception as error:  # of schedulers and tokenizers, which are read here: nearly anything
+    except Exception as error:  # schedulers and tokenizers may raise anything
         what = f"does not load as a {kind.__name__} ({first_line(error)})"
         raise ValueError(f"teacher.path={path} {what}; fetch it anew") from None
     pipeline.deferred = later
     return pipeline
 
 
-def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]) -> None:
-    """Raise FileNotFoundError for a part that the index names and that is not there, ValueError for
-    a quantised one.
+def check_parts_exist(
+    path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]
+) -> None:
+    """Raise FileNotFoundError for a missing part that the index names, ValueError for a quantised
+    one.
 
-    Before any is read. A tokenizer that is not there transformers would make up. Networks whose
-    names begin with one of `deferred` may come later.
+    No part is loaded for it. Transformers would make up a missing tokenizer. Networks whose names
+    start with one of `deferred` may be missing.
     """
     for name, found in classes.items():
         place = Path(home_of(Path(path), name), name)
@@ -122,17 +121,14 @@ def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequ
 
 
 def configurations(path: str) -> Callable[[str], Any]:
-    """The configurations in a pipeline folder or in those that have the parts which it lacks, by
-    the parts' names.
-    """
+    """Part -> configuration, from a pipeline folder or from its bases."""
     return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
 def lineage(folder: Path) -> list[Path]:
-    """A pipeline folder, and those that have the parts which it lacks: its base, the base of that,
-    and so on.
+    """A pipeline folder and its bases: the folders that hold the parts which it lacks.
 
-    A base is named by its folder alone, and lies beside: no index can point to another place.
+    A base is named by its folder name alone and is a sibling, so an index cannot point elsewhere.
     """
     folders = [folder]
     while (folders[-1] / "model_index.json").is_file():
@@ -153,9 +149,7 @@ def lineage(folder: Path) -> list[Path]:
 
 
 def home_of(folder: Path, part: str) -> str:
-    """The folder that holds this part of a pipeline: itself, or the first of its bases that
-    does.
-    """
+    """The folder with this part of a pipeline: itself, or the first of its bases that has it."""
     return str(next((home for home in lineage(folder) if (home / part).is_dir()), folder))
 
 
@@ -165,9 +159,9 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def class_of(path: str) -> str:
-    """The class of the pipeline in a folder or under a hub id.
+    """The class of the pipeline in a folder or of a hub id.
 
-    Raises FileNotFoundError, ValueError if it has none.
+    Raises FileNotFoundError, or ValueError if it has none.
     """
     file = Path(path) / INDEX
     if not file.is_file() and not Path(path).exists() and is_hub_id(path):
@@ -182,16 +176,17 @@ def class_of(path: str) -> str:
     return str(mapping_of(file).get("_class_name"))
 
 
-def told_of(path: str) -> dict[str, Any]:
-    """What the index of a student in a folder or under a hub id says of it: `options`, and
-    `sampler` if it has one.
+def student_info(path: str) -> dict[str, Any]:
+    """A student's entry in its index, in a folder or of a hub id: `options`, and `sampler` if it
+    has one.
 
-    A stranger may have written it: only numbers, a name and a list of numbers are taken from it.
+    The index may be from someone else: only numbers, a name and a list of numbers are taken from
+    it.
     """
     file = Path(path) / INDEX
     if not file.is_file() and is_hub_id(path):  # fetched by `class_of`
         file = Path(hf_hub_download(path, file.name))
-    said = mapping_of(file).get(TOLD) if file.is_file() else None
+    said = mapping_of(file).get(STUDENT_INFO) if file.is_file() else None
     said = said if isinstance(said, dict) else {}
     options, sampler = said.get("options"), said.get("sampler")
     options = options if isinstance(options, dict) else {}
@@ -205,7 +200,7 @@ def told_of(path: str) -> dict[str, Any]:
 
 
 def _numbers(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that are true, false or a number above 0, which every option is that a folder keeps."""
+    """The options that are booleans or positive numbers; all saved options are."""
     return {
         key: value
         for key, value in options.items()
@@ -213,9 +208,9 @@ def _numbers(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
-    """The folder that the hub's pipeline is in, once `fetch` has brought it; `key` is what an error
-    names.
+def download(key: str, path: str, fetch: Callable[..., str], **options: Any) -> str:
+    """The local folder of a hub pipeline, after `fetch` downloaded it; `key` is the setting, for
+    errors.
     """
     if not is_hub_id(path):
         raise no_folder(path, key)
@@ -228,11 +223,10 @@ def fetched(key: str, path: str, fetch: Callable[..., str], **options: Any) -> s
 def pipeline_classes(
     path: str, expected: str, without: Sequence[str], key: str = "teacher.path"
 ) -> dict[str, Any]:
-    """Part -> class, NoneType for an empty one, but for those `without`, in the index of an
-    `expected` pipeline.
+    """Part -> class from the index of an `expected` pipeline; NoneType for an empty part.
 
-    Refuses another pipeline, and code of any library but diffusers and transformers. `key` is what
-    an error names.
+    Parts in `without` are left out. Raises ValueError for another pipeline, and for code of
+    libraries other than diffusers and transformers. `key` is the setting, for errors.
     """
     index, classes = index_of(path, key), {}
     check_kind(index.get("_class_name"), expected, path, key)
@@ -254,10 +248,10 @@ def pipeline_classes(
 
 
 @silent()
-def whole(
+def read_network(
     network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any
 ) -> nn.Module:
-    """The network with every one of its tensors from the files. `key` is what an error names."""
+    """The network, with all tensors from the files. `key` is the setting, for errors."""
     folder = Path(path) / part
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -271,10 +265,8 @@ def whole(
         what = f"only pickled weights ({pickled[0]}), which can run code when read"
         advice = "use safetensors, or if you trust their maker add teacher.use_safetensors=false"
         raise ValueError(f"{key}={path}: {part}/ has {what}; {advice}")
-    if issubclass(
-        network, transformers.PreTrainedModel
-    ):  # it names tensors of another shape only if it may go on
-        options["ignore_mismatched_sizes"] = True
+    if issubclass(network, transformers.PreTrainedModel):
+        options["ignore_mismatched_sizes"] = True  # else it does not name tensors of other shapes
     try:
         model, report = network.from_pretrained(
             path, subfolder=part, output_loading_info=True, **options
@@ -288,11 +280,10 @@ def whole(
 
 
 def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
-    """The variant to read of this folder of a network, None for its plain weights.
+    """The variant of this network's weights to load; None for plain weights.
 
-    A family's configuration asks for what its model has on the hub: where a folder has plain
-    weights alone these are read. Raises ValueError, beginning with `key`, where nobody chose among
-    several.
+    A family's configuration names the variant on the hub. A folder with plain weights alone is
+    loaded with these. Raises ValueError, starting with `key`, if several variants are possible.
     """
     if asked is None:
         return only_variant(folder, key)
@@ -302,10 +293,9 @@ def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
 
 
 def only_variant(folder: Path, key: str) -> str | None:
-    """The variant of which alone there are weights in this folder of a network; None where there
-    are plain ones.
+    """The only variant of this network's weights; None where there are plain ones.
 
-    Raises ValueError, beginning with `key`, where there are several.
+    Raises ValueError, starting with `key`, if there are several.
     """
     files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     names = [file.name for file in files]
@@ -320,8 +310,8 @@ def only_variant(folder: Path, key: str) -> str | None:
 
 
 def check_without(kind: type, without: Sequence[str]) -> None:
-    """Raise ValueError for a part `without` that no pipeline of this class has, and for a word
-    alone.
+    """Raise ValueError for a part in `without` that pipelines of this class lack, and for
+    a string.
     """
     parts, _ = kind._get_signature_keys(kind)  # type: ignore[attr-defined]
     if isinstance(without, str):
@@ -333,15 +323,15 @@ def check_without(kind: type, without: Sequence[str]) -> None:
 
 
 def check_parts(path: str, parts: Mapping[str, Any]) -> None:
-    """Raise ValueError for a tokenizer with words that its text encoder has no embedding of."""
+    """Raise ValueError for a tokenizer with more tokens than its text encoder has embeddings."""
     for name, encoder in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
             continue
         if len(tokenizer) > (known := encoder.get_input_embeddings().num_embeddings):
             what = (
-                f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} words and"
-                f" {name}/ knows {known}"
+                f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} tokens and"
+                f" {name}/ has embeddings for {known}"
             )
             raise ValueError(
                 f"teacher.path={path}: {what}; they are not of one model: fetch both anew"
@@ -349,9 +339,7 @@ def check_parts(path: str, parts: Mapping[str, Any]) -> None:
 
 
 def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetched") -> ValueError:
-    """What kept a setting from being fetched, in words: diffusers hides the hub's own error behind
-    one of its own.
-    """
+    """The error for a failed download, with its cause: diffusers hides the hub's own error."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -363,6 +351,6 @@ def not_fetched(setting: str, error: BaseException, what: str = "cannot be fetch
 
 
 def read_quietly() -> None:
-    """Silence the loading bars of diffusers and transformers: a dozen for one small pipeline."""
+    """Disable the loading bars of diffusers and transformers."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""What a pipeline's configuration files say that changes the arithmetic: what no adapter heeds is
-refused by name.
+"""Settings in a pipeline's configuration files that change the computation.
 
-Nothing here imports torch: it is known before any weight is read.
+Those that no adapter supports are refused by name. Nothing here imports torch: the check is made
+before weights are loaded.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,9 +13,9 @@ from distill.terminal.shown import shown
 
 Config = Mapping[str, Any]
 
-MOST_LEVELS = 16  # ours: of an autoencoder, each half as wide as the one before
+MOST_LEVELS = 16  # ours: of an autoencoder, each at half the resolution
 MOST_TOKENS = 4096  # ours: of a caption; CLIP reads 77
-# Kind -> tokenizers whose own length is the one that captions are padded to: those of CLIP.
+# Kind -> tokenizers to whose own length captions are padded: those of CLIP.
 LENGTHS = {
     "FluxPipeline": ("tokenizer",),
     "StableDiffusion3Pipeline": ("tokenizer", "tokenizer_2"),
@@ -24,8 +24,8 @@ LENGTHS = {
 }
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
-PACKED = {"FluxPipeline": 4}  # latents of one channel that its denoiser reads as so many
-UNITS = {  # kind -> what `unit_of` is for its model on the hub
+PACKED = {"FluxPipeline": 4}  # channels of its denoiser per latent channel
+UNITS = {  # kind -> `unit_of` its model on the hub
     "FluxPipeline": 16,
     "PixArtSigmaPipeline": 16,
     "SanaPipeline": 32,
@@ -34,21 +34,21 @@ UNITS = {  # kind -> what `unit_of` is for its model on the hub
     "StableDiffusionXLPipeline": 8,
 }
 STANDARDISED = ("StableDiffusionXLPipeline",)  # which reads latents_mean and latents_std
-TOLD = {  # setting of a UNet -> what it is told of besides, which nothing here tells it
-    "time_cond_proj_dim": "its guidance, as a latent consistency model",
+CONDITIONED_ON = {  # setting of a UNet -> its additional conditioning, not supported here
+    "time_cond_proj_dim": "guidance, as a latent consistency model",
     "class_embed_type": "classes",
     "num_class_embeds": "classes",
 }
 NETWORKS = ("unet", "transformer", "vae")
-SPARE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}  # a family does without
+SPARE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}  # optional parts of a kind
 SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_type; of others none
 
 
 def check_settings(kind: str, config_of: Callable[[str], Config], where: str) -> None:
-    """Raise ValueError, beginning with `where`, for a pipeline of class `kind` that would be read
-    as another one.
+    """Raise ValueError, starting with `where`, for settings that a pipeline of class `kind` would
+    ignore.
 
-    `config_of` gives the configuration of its part of this name, nothing for one that is not there.
+    `config_of` returns the configuration of the part of this name, {} for a missing part.
     """
     parts = {name: config_of(name) for name in (*NETWORKS, "scheduler")}
     for name in NETWORKS:
@@ -65,9 +65,9 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
 
 
 def refuse_quantised(config: Config, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for a network whose weights are kept quantised.
+    """Raise ValueError, starting with `where`, for a network with quantised weights.
 
-    Its tensors are codes and scales that another library unpacks, so they are not the weights.
+    Its tensors are codes and scales that another library unpacks.
     """
     said = config.get("quantization_config")
     if not said:
@@ -81,7 +81,7 @@ def refuse_quantised(config: Config, where: str) -> None:
 
 
 def lacking(kind: str, part: str) -> str:
-    """What to do about a part that is not there, of a pipeline of class `kind`."""
+    """The remedy for a missing part of a pipeline of class `kind`."""
     spare = SPARE.get(kind, ())
     if part not in spare:
         return "fetch it anew"
@@ -89,16 +89,14 @@ def lacking(kind: str, part: str) -> str:
 
 
 def _check_length(length: Any, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for a number of tokens that captions cannot be
-    padded to.
-    """
+    """Raise ValueError, starting with `where`, for a caption length that cannot be padded to."""
     if length is not None and not (type(length) is int and 1 < length <= MOST_TOKENS):
         what = f"has model_max_length={shown(length, 60)}"
         raise ValueError(f"{where} {what}, which must be 2 to {MOST_TOKENS:,}; fetch it anew")
 
 
 def in_folder(folder: Path) -> Callable[[str], Config]:
-    """The configurations in a pipeline folder, by the names of its parts."""
+    """Part -> configuration in a pipeline folder."""
 
     def config_of(part: str) -> Config:
         kind = part.partition("_")[0]
@@ -110,8 +108,9 @@ def in_folder(folder: Path) -> Callable[[str], Config]:
 
 
 def cell_of(vae: Config, where: str) -> int:
-    """Pixels a side per latent of an autoencoder of this configuration; ValueError, after `where`,
-    if it is none.
+    """Side of a latent in pixels for an autoencoder of this configuration.
+
+    Raises ValueError, starting with `where`, if it is none.
     """
     widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
     if not isinstance(widths, list) or not 0 < len(widths) < MOST_LEVELS:
@@ -121,10 +120,10 @@ def cell_of(vae: Config, where: str) -> int:
 
 
 def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | None:
-    """Of what number of pixels the sides of pictures must be multiples; None where the files do not
-    say it.
+    """The number of which a picture's sides must be multiples, in pixels; None where the files lack
+    it.
 
-    Pixels a side per latent, times the latents a side that make one token.
+    Pixels per latent times latents per token.
     """
     vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
     patch = 2 if kind in PACKED else net.get("patch_size") or 1
@@ -134,10 +133,9 @@ def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | 
 
 
 def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
-    """What a network predicts whose scheduler has this configuration: eps, v, x0 or flow.
+    """The prediction type of a network with this scheduler configuration: eps, v, x0 or flow.
 
-    With `flow` it must be that. Raises ValueError, beginning with `where`, for what is none of
-    them.
+    With `flow` it must be flow. Raises ValueError, starting with `where`, for any other.
     """
     name = str(scheduler.get("_class_name", ""))
     said = str(scheduler.get("prediction_type", "epsilon"))
@@ -165,17 +163,19 @@ def _check_denoiser(kind: str, parts: Mapping[str, Config], where: str) -> None:
         expected = latents * PACKED.get(kind, 1)
         what = f"its {name}/ reads {read} channels and a text-to-image model's reads {expected}"
         raise ValueError(
-            f"{where}: {what}: one for inpainting or editing, which no teacher here reads; "
+            f"{where}: {what}: one for inpainting or editing, which no teacher supports; "
             "give the text-to-image model"
         )
     if name != "unet" or not net:
         return
-    if told := next((key for key in TOLD if net.get(key)), None):
-        what = f"its unet/ has {told}={net[told]}: it is told of {TOLD[told]}"
-        raise ValueError(f"{where}: {what}, which no teacher here tells it; give another model")
+    setting = next((key for key in CONDITIONED_ON if net.get(key)), None)
+    if setting:
+        cause = f"it is conditioned on {CONDITIONED_ON[setting]}"
+        what = f"its unet/ has {setting}={net[setting]}: {cause}"
+        raise ValueError(f"{where}: {what}, which no teacher supports; give another model")
     if (hidden := net.get("encoder_hid_dim_type")) not in (None, "text_proj"):
-        what = f"its unet/ has encoder_hid_dim_type={hidden}: it is told of pictures"
-        raise ValueError(f"{where}: {what}, which no teacher here tells it; give another model")
+        what = f"its unet/ has encoder_hid_dim_type={hidden}: it is conditioned on images"
+        raise ValueError(f"{where}: {what}, which no teacher supports; give another model")
     if (found := net.get("addition_embed_type")) != SIZES.get(kind):
         what = f"its unet/ has addition_embed_type={found}, and a {kind}'s has {SIZES.get(kind)}"
         raise ValueError(f"{where}: {what}; choose another teacher=")

@@ -1,7 +1,7 @@
-"""Reading a whole pipeline from one file in the layout of its makers: what ComfyUI and Civitai call
-a checkpoint.
+"""Loading a pipeline from one file in its authors' layout, a checkpoint in ComfyUI's and Civitai's
+terms.
 
-diffusers takes from the file what it knows and is silent of the rest; `check_held` is not.
+diffusers ignores what it does not know in the file; `check_held` does not.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,16 +25,16 @@ from distill.teachers.loading.held import (
 from distill.teachers.loading.locate import PICKLED
 from distill.teachers.loading.reading import (
     configurations,
+    download,
     dtype_of,
-    fetched,
     pipeline_classes,
-    whole,
+    read_network,
 )
 from distill.teachers.loading.settings import check_settings
 from distill.teachers.loading.weights import local_file
 
-META = "meta tensor"  # a tensor that is not there stays without a value, on torch's device `meta`
-WORDS = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
+META = "meta tensor"  # part of the error for a missing tensor, which stays on the meta device
+CONFIG_FILES = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
 
 
 @silent()
@@ -47,11 +47,11 @@ def read_single(
     use_safetensors: bool,
     without: Sequence[str] = (),
 ) -> Any:
-    """The pipeline of class `kind` in the file at `path`, but for the parts `without`.
+    """The pipeline of class `kind` in the file at `path`, without the parts `without`.
 
-    `config`, a pipeline folder or hub id, has what the file does not: shapes, tokenizers,
-    scheduler, and whichever of the text encoders and autoencoder the file leaves out. Raises
-    FileNotFoundError and ValueError that say what is wrong.
+    `config`, a pipeline folder or hub id, has what the file lacks: shapes, tokenizers, scheduler,
+    and missing text encoders or autoencoder. Raises FileNotFoundError and ValueError that say what
+    is wrong.
     """
     precision, file = dtype_of(dtype), local_file(path, "teacher.path")
     if not issubclass(kind, FromSingleFileMixin):
@@ -61,7 +61,7 @@ def read_single(
     if use_safetensors and file.suffix in PICKLED:
         advice = "use safetensors, or if you trust its maker add teacher.use_safetensors=false"
         raise ValueError(f"teacher.path={path} is pickled, which can run code when read; {advice}")
-    folder, parts = _config(config, path, WORDS), dict.fromkeys(without)
+    folder, parts = _config(config, path, CONFIG_FILES), dict.fromkeys(without)
     classes = pipeline_classes(folder, kind.__name__, without, "teacher.config")
     check_settings(kind.__name__, configurations(folder), f"teacher.config={config}")
     try:
@@ -75,7 +75,7 @@ def read_single(
                 "variant": None,
                 "dtype": precision,
             }
-            parts[name] = whole(classes[name], there, name, key=key, **options)
+            parts[name] = read_network(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
         check_schedule(file, held, pipeline.scheduler, f"teacher.path={path}", config)
         check_counts(held, pipeline, f"teacher.path={path}", config)
@@ -85,7 +85,7 @@ def read_single(
                 refuse_broken(part, f"teacher.path={path}: its {name}")
         pipeline.deferred = {}
         return pipeline
-    except Exception as error:  # what is not there, or of another shape, raises nearly anything
+    except Exception as error:  # missing tensors, or other shapes, may raise anything
         if str(error).startswith("teacher."):
             raise
         what = "it lacks tensors of it" if META in str(error) else first_line(error)
@@ -96,8 +96,8 @@ def read_single(
 
 
 def _tie(pipeline: Any) -> None:
-    """Tie what a text encoder has twice and a file may have once; raise ValueError if a tensor has
-    no value after.
+    """Tie weights that a text encoder has twice and the file once. Raises ValueError if a tensor
+    has no value.
     """
     for part in pipeline.components.values():
         if isinstance(part, PreTrainedModel):
@@ -109,9 +109,7 @@ def _tie(pipeline: Any) -> None:
 
 
 def _left_out(held: Collection[str], classes: dict[str, Any]) -> list[str]:
-    """The text encoders and autoencoder of the pipeline that a file with these tensors has nothing
-    of.
-    """
+    """The text encoders and autoencoder of the pipeline that a file with these tensors lacks."""
     if not held:
         return []
     wanted = places_in(classes)
@@ -119,8 +117,8 @@ def _left_out(held: Collection[str], classes: dict[str, Any]) -> list[str]:
 
 
 def _config(config: str | None, path: str, patterns: list[str]) -> str:
-    """The folder of the pipeline that says what is in the file; of one on the hub the files of
-    these `patterns`.
+    """The local folder of the pipeline that describes the file; from the hub, files of these
+    `patterns`.
     """
     if config is None:
         raise ValueError(
@@ -131,5 +129,5 @@ def _config(config: str | None, path: str, patterns: list[str]) -> str:
     return (
         config
         if here
-        else fetched("teacher.config", config, snapshot_download, allow_patterns=patterns)
+        else download("teacher.config", config, snapshot_download, allow_patterns=patterns)
     )

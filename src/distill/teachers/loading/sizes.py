@@ -1,6 +1,4 @@
-"""How large a pipeline is: its parameters, from headers of its files alone, and what its decoder
-takes.
-"""
+"""Size of a pipeline, from its files' headers, and memory of its decoder."""
 
 import json
 import math
@@ -23,8 +21,8 @@ VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
 def parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder, from their headers alone; of variants, the
-    first.
+    """Number of values in the safetensors files of a folder, from their headers; variants do not
+    count.
     """
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if not any(v in file.name for v in VARIANTS)]
@@ -32,7 +30,7 @@ def parameters(folder: Path) -> int:
 
 
 def _numbers(file: Path) -> int:
-    """0 of a damaged file: what is wrong with it is said when it is read."""
+    """0 for a damaged file; loading it gives the error."""
     there = file.stat().st_size
     try:
         with file.open("rb") as opened:
@@ -46,22 +44,20 @@ def _numbers(file: Path) -> int:
 
 
 def of_pipeline(path: Path) -> dict[str, int]:
-    """Part -> its parameters, of a pipeline folder, parts that its base has included."""
+    """Part -> number of parameters, of a pipeline folder and its bases."""
     parts = [name for name, pair in index_of(str(path)).items() if isinstance(pair, list)]
     found = {name: parameters(Path(home_of(path, name), name)) for name in parts}
     return {name: count for name, count in found.items() if count}
 
 
 def pixels_of(path: Path, denoiser: str) -> int | None:
-    """Pixels a side of the pictures that a pipeline folder was trained for; None where its files do
-    not say it.
-    """
+    """Side in pixels of the pictures of a pipeline's training; None where its files lack it."""
     side = config_of(path, denoiser).get("sample_size")
     return side * cell_of(path) if isinstance(side, int) else None
 
 
 def cell_of(path: Path) -> int:
-    """Pixels a side per latent."""
+    """Side of a latent in pixels."""
     return settings.cell_of(config_of(path, "vae"), str(path))
 
 
@@ -71,11 +67,10 @@ def config_of(path: Path, part: str) -> dict[str, Any]:
 
 
 def decoding(path: Path, side: int, dtype: str) -> int:
-    """Bytes that the decoder of a pipeline folder takes for pictures of `side` x `side`, beside its
-    weights.
+    """Bytes that the decoder of a pipeline folder needs for pictures of `side` x `side`, without
+    its weights.
 
-    As many at a time as `limits.at_once` says, and above that size in tiles, as
-    `PipelineTeacher.pictures` has it.
+    In batches of `limits.at_once`, and in tiles above that size, as in `PipelineTeacher.pictures`.
     """
     config = config_of(path, "vae")
     name = str(config.get("_class_name"))

@@ -1,5 +1,5 @@
-"""Weights put on a pipeline's denoiser after it is read: whole ones, a LoRA, or the difference of
-two checkpoints.
+"""Weights that are loaded into a pipeline's denoiser: full ones, a LoRA, or the difference of two
+checkpoints.
 """
 
 import json
@@ -24,10 +24,11 @@ from distill.teachers.loading.reading import not_fetched
 
 
 def put_on(pipeline: Any, path: str) -> None:
-    """Of a local file, or `owner/repository/file` on the hub: a UNet's or transformer's weights
-    under diffusers' names (DMD2), a LoRA, which is fused (Hyper-SD), or what `distill.export
-    to=delta` wrote, which is added. Of a LoRA only layers of the denoiser are used: a student's
-    text encoders are copies of the teacher's files.
+    """Load a local file, or `owner/repository/file` of the hub, into the pipeline's denoiser.
+
+    It holds a UNet's or transformer's weights with diffusers' names (DMD2); a LoRA, which is fused
+    (Hyper-SD); or a delta of `distill.export to=delta`, which is added. Of a LoRA only layers of
+    the denoiser are used, because a student's text encoders are copies of the teacher's files.
 
     Raises FileNotFoundError, or ValueError for weights of another network.
     """
@@ -38,12 +39,12 @@ def put_on(pipeline: Any, path: str) -> None:
     if any("lora" in name for name in state):
         add_lora(pipeline, model, state, path, file)
     else:
-        _put(model, state, path, add="delta" in about)
+        _load_state(model, state, path, add="delta" in about)
     refuse_broken(model, f"teacher.weights={path}: with it the {type(model).__name__}")
 
 
-def _put(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
-    """Take the state's tensors for the model's own, or `add` them to these."""
+def _load_state(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
+    """Load the tensors of the state into the model, or `add` them."""
     own = model.state_dict()
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
     if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
@@ -57,8 +58,8 @@ def _put(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> No
 
 
 def local_file(path: str, key: str) -> Path:
-    """The file of this path, or of `owner/repository/file` on the hub once it is here; `key` is
-    what an error names.
+    """The local file at this path, or of `owner/repository/file` after its download; `key` is the
+    setting.
     """
     file = Path(path)
     if not file.is_file() and in_repository(path):
@@ -74,10 +75,9 @@ def local_file(path: str, key: str) -> Path:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors or torch file, there perhaps under `state_dict`, and what is said
-    about them.
+    """Tensors of a safetensors or torch file, also under `state_dict`, and our metadata.
 
-    Raises ValueError for a damaged one.
+    Raises ValueError for a damaged file.
     """
     try:
         if file.suffix != ".safetensors":
@@ -97,9 +97,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def readable(where: str) -> Iterator[None]:
-    """Within, what a damaged file raises, which is nearly anything, is a ValueError that begins
-    with `where`.
-    """
+    """Within this context errors of a damaged file become a ValueError that starts with `where`."""
     try:
         yield
     except Exception as error:
@@ -109,9 +107,7 @@ def readable(where: str) -> Iterator[None]:
 
 
 def about_weights(file: Path) -> dict[str, Any]:
-    """What a safetensors file of ours says about itself, without its tensors; nothing for any
-    other.
-    """
+    """Our metadata in a safetensors file, without its tensors; {} for a file of others."""
     with safe_open(file, "pt") as opened:
         return parsed_mapping(
             (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
@@ -126,11 +122,11 @@ def write_weights(
     about: dict | None = None,
     words: dict[str, str] | None = None,
 ) -> Path:
-    """Write a safetensors file, whole or not at all; `dtype` is torch's name of what floats become
-    (None: they stay).
+    """Write a safetensors file atomically, its floats as `dtype`, a name of torch (None:
+    unchanged).
 
-    `about` is what it says to us, `words` what it says to others in their own. Raises ValueError
-    for a dtype that there is not, and for values that it cannot hold.
+    `about` is our metadata, `words` metadata for other programs. Raises ValueError for an unknown
+    dtype, and for values that it cannot represent.
     """
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):

@@ -1,4 +1,4 @@
-"""From a caption back to what it fixes: the inverse of how `world` describes a scene."""
+"""Parser of captions: the inverse of how `world` describes a scene."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BACKGROUND = re.compile(rf"(.*) on (?:a {_one_of(BACKGROUNDS)} background|{_one_
 
 
 def parse(caption: str) -> Prompt | None:
-    """What a caption of the world says; None of a text that the world would never write.
+    """The prompt that a caption states; None for a text that the world would not generate.
 
-    Capitals, spaces and a full stop do not matter, and `an` counts as `a`.
+    Capitals, spaces and a full stop are ignored, and `an` equals `a`.
     """
     text = " ".join(caption.lower().split()).rstrip(" .")
     background = None
@@ -45,14 +45,14 @@ def parse(caption: str) -> Prompt | None:
 
 
 def _arrangements(text: str) -> list[tuple[list[str], str | None]]:
-    """Every way to read the text as names along an axis: itself, or by a phrasing of several."""
-    ways: list[tuple[list[str], str | None]] = [([text], None)]
+    """All readings of the text as names along an axis: one name, or a phrasing of several."""
+    readings: list[tuple[list[str], str | None]] = [([text], None)]
     for (count, axis), phrasings in PHRASINGS.items():
         for phrasing in phrasings:
             names = [f"(?P<name{i}>.+?)" for i in range(count)]
             if found := re.fullmatch(phrasing.format(*names), text):
-                ways.append(([found[f"name{i}"] for i in range(count)], axis))
-    return ways
+                readings.append(([found[f"name{i}"] for i in range(count)], axis))
+    return readings
 
 
 def _thing(name: str) -> Thing | None:

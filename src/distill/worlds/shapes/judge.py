@@ -1,9 +1,8 @@
-"""Judging generated `shapes`: do they show what the prompt says, and are they as real, varied and
-sharp as renders?
+"""Evaluation of generated `shapes`: agreement with the prompt, and distance to renders.
 
-The reader answers what it sees. An answer counts only where the prompt says something: what a
-caption leaves free cannot be wrong. The distances compare with renders of the same prompts, so that
-they measure pictures, not prompts.
+The reader classifies each picture. An answer counts only where the prompt states that attribute;
+the others are free. The distances compare with renders of the same prompts, so that they measure
+pictures and not prompts.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ MODEL = Path(__file__).parent / "models" / "reader"
 ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]  # Rec. 709
 PATTERNS = ("striped", "dotted")
-# training seeds stay below: no judging prompt and no reference scene was ever trained on
+# Training seeds are below: prompts and scenes of evaluation are not in the training data.
 SEEDS = 9_000_000
 
 
 def judging_prompts(n: int, *, seed: int, held_out: bool = False) -> list[Prompt]:
-    """n prompts apart from training's draws; with `held_out`, each names a pair that training never
+    """n prompts that training does not draw; with `held_out`, each has a pair that training never
     shows.
     """
     return [
@@ -39,12 +38,11 @@ def judging_prompts(n: int, *, seed: int, held_out: bool = False) -> list[Prompt
 
 
 def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
-    """One scene per prompt, drawn anew: pixels [N, 3, 64, 64] in [-1, 1].
+    """One new scene per prompt: pixels [N, 3, 64, 64] in [-1, 1].
 
-    A prompt given twice gives two scenes.
+    A repeated prompt gets another scene.
     """
-    # The 2 keeps scenes apart from prompts: numpy pads short seeds with zeros, so [s, i] is [s, i,
-    # 0].
+    # The 2 separates scenes from prompts: numpy pads short seeds with zeros, [s, i] to [s, i, 0].
     scenes = [
         draw_scene(np.random.default_rng([SEEDS + seed, i, 2]), prompt)
         for i, prompt in enumerate(prompts)
@@ -54,8 +52,8 @@ def fresh_renders(prompts: list[Prompt], *, seed: int) -> Tensor:
 
 @dataclass
 class Judge:
-    """Scores pictures [N, 3, 64, 64] against their prompts, on the CPU, each picture as a PNG file
-    would hold it.
+    """Evaluates pictures [N, 3, 64, 64] against their prompts, on the CPU, rounded as in a PNG
+    file.
     """
 
     reader: Reader
@@ -66,8 +64,8 @@ class Judge:
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch: int = 256) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels [N, 3, 64, 64] in [-1, 1] -> features [N, 96] and the likeliest answer's index [N]
-        per question.
+        """Pixels [N, 3, 64, 64] in [-1, 1] -> features [N, 96], and per question the most likely
+        answer [N].
         """
         features = torch.cat([self.reader.features(part) for part in as_saved(pixels).split(batch)])
         return features, {
@@ -76,26 +74,27 @@ class Judge:
 
     @staticmethod
     def accuracy(answers: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
-        """Shares in [0, 1] of right answers to what was said, by attribute; nan where no prompt
-        says any.
+        """Accuracy in [0, 1] by attribute, where prompts state it; nan where none does.
 
-        `prompt_accuracy` is the share of pictures with everything right: the count and all that
-        their prompt says.
+        `prompt_accuracy` is the share of pictures with the right count and everything that the
+        prompt states.
         """
         truth = targets(prompts)
-        said = {question: truth[question] >= 0 for question in CHOICES}
+        stated = {question: truth[question] >= 0 for question in CHOICES}
         right = {question: answers[question] == truth[question] for question in CHOICES}
-        whole = torch.stack([right[question] | ~said[question] for question in CHOICES]).all(dim=0)
-        scores = {"prompt_accuracy": whole.double().mean().item()}
+        all_right = torch.stack([right[question] | ~stated[question] for question in CHOICES]).all(
+            dim=0
+        )
+        scores = {"prompt_accuracy": all_right.double().mean().item()}
         for name in ATTRIBUTES:
-            hits = [right[q][said[q]] for q in CHOICES if q.rstrip("012") == name]
+            hits = [right[q][stated[q]] for q in CHOICES if q.rstrip("012") == name]
             scores[name] = torch.cat(hits).double().mean().item()
         return scores
 
     def __call__(
         self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0
     ) -> dict[str, float]:
-        """All scores but diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least
+        """All scores except diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least
         four.
         """
         if len(pixels) != len(prompts):
@@ -105,17 +104,17 @@ class Judge:
             )
         features, answers = self.read(pixels)
         reference = fresh_renders(prompts, seed=reference_seed)
-        real, _ = self.read(reference)
-        precision, recall = distances.precision_recall(real, features)
+        real_features, _ = self.read(reference)
+        precision, recall = distances.precision_recall(real_features, features)
         return self.accuracy(answers, prompts) | {
-            "frechet": distances.frechet(features, real),
+            "frechet": distances.frechet(features, real_features),
             "precision": precision,
             "recall": recall,
             "stripe_sharpness": stripe_sharpness(pixels, reference, prompts),
         }
 
     def diversity(self, groups: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> float:
-        """Spread of groups [G, n, 3, 64, 64] over that of renders: 1 is as varied as the data, 0 is
+        """Diversity of groups [G, n, 3, 64, 64] relative to renders: 1 is that of the data, 0 is
         one picture.
         """
         n = groups.shape[1]
@@ -123,8 +122,8 @@ class Judge:
             [prompt for prompt in prompts for _ in range(n)], seed=reference_seed
         )
         both = (self.read(x)[0].unflatten(0, (-1, n)) for x in (groups.flatten(0, 1), renders))
-        fake, real = map(distances.diversity, both)
-        return fake / real
+        of_fakes, of_renders = map(distances.diversity, both)
+        return of_fakes / of_renders
 
 
 def as_saved(pixels: Tensor) -> Tensor:
@@ -139,10 +138,10 @@ def as_saved(pixels: Tensor) -> Tensor:
 
 
 def stripe_sharpness(pixels: Tensor, reference: Tensor, prompts: list[Prompt]) -> float:
-    """Mean |Laplacian| of luminance over the pictures whose prompt says striped or dotted, relative
-    to `reference`.
+    """Mean |Laplacian| of luminance relative to `reference`, over pictures with striped or dotted
+    prompts.
 
-    1 is as sharp as the data, less is blur, more is noise; nan if no prompt says a pattern.
+    1 is that of the data, less is blur, more is noise; nan if no prompt states a pattern.
     """
     patterned = torch.tensor(
         [any(thing.fill in PATTERNS for thing in prompt.things) for prompt in prompts]

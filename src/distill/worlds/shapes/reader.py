@@ -1,5 +1,4 @@
-"""The judge of `shapes`: recovers from a picture what a caption can say about it. Never used for
-training a generator.
+"""The reader of `shapes`: a classifier of what a caption can state. No generator is trained on it.
 
 Things are read in order along the arrangement's axis (left to right, or top to bottom), as prompts
 list them.
@@ -32,19 +31,19 @@ OF_THINGS = {
     "colour": tuple(COLOURS),
     "fill": FILLS,
     "size": SIZES,
-}  # asked once per slot
-CHOICES = {
+}  # questions for each slot
+CHOICES = {  # question -> possible answers
     "count": (1, 2, 3),
     "axis": AXES,
     "background": tuple(BACKGROUNDS),
-}  # question -> possible answers
+}
 CHOICES |= {
     f"{name}{slot}": options for slot in range(SLOTS) for name, options in OF_THINGS.items()
 }
 
 
 class Residual(nn.Module):
-    """x + conv(conv(x)), each after a norm and an activation; the side stays."""
+    """x + conv(conv(x)), each after a norm and an activation, at one resolution."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -63,7 +62,7 @@ def _normed(fan_in: int, fan_out: int, stride: int = 1) -> tuple[nn.Module, ...]
 
 
 class Reader(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> one row of logits per question; `features` [B, 96] feed
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits per question. `features` [B, 96] are those of
     the distances.
     """
 
@@ -76,10 +75,8 @@ class Reader(nn.Module):
             Residual(32),
             Residual(32),
         ]
-        for fan_in, fan_out in (
-            (32, 64),
-            (64, 128),
-        ):  # 32 -> 16 -> 8 pixels a side: what is where must not blur
+        # 32 -> 16 -> 8 pixels a side: positions must stay distinct.
+        for fan_in, fan_out in ((32, 64), (64, 128)):
             stages += [*_normed(fan_in, fan_out, stride=2), Residual(fan_out), Residual(fan_out)]
         stages += [nn.GroupNorm(8, 128), nn.SiLU(), nn.Conv2d(128, 48, 1), nn.Flatten()]
         self.trunk = nn.Sequential(*stages, nn.Linear(48 * 64, 256), nn.SiLU())
@@ -115,15 +112,15 @@ class Reader(nn.Module):
 
 
 def targets(prompts: Sequence[Prompt | Scene]) -> dict[str, Tensor]:
-    """What each prompt says, or scene shows, as indices [B] per question; -1 where it says
-    nothing.
+    """Per question the index [B] that each prompt states, or scene shows; -1 where it is not
+    stated.
     """
     found = {question: torch.full((len(prompts),), -1) for question in CHOICES}
     for row, prompt in enumerate(prompts):
-        said = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}
+        stated = {"count": len(prompt.things), "axis": prompt.axis, "background": prompt.background}
         for slot, thing in enumerate(prompt.things):
-            said |= {f"{name}{slot}": getattr(thing, name) for name in OF_THINGS}
-        for question, answer in said.items():
+            stated |= {f"{name}{slot}": getattr(thing, name) for name in OF_THINGS}
+        for question, answer in stated.items():
             if answer is not None:
                 found[question][row] = CHOICES[question].index(answer)
     return found

@@ -1,5 +1,5 @@
-"""Anti-aliased drawing of scenes by signed distance: coverage = clip(1/2 - distance, 0, 1),
-distance in pixels.
+"""Anti-aliased rendering of scenes from signed distances: coverage = clip(1/2 - distance, 0, 1), in
+pixels.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _shaded(colour: tuple[int, ...], shade: tuple[float, ...]) -> np.ndarray:
 
 
 def _paint(canvas: np.ndarray, thing: Placed) -> None:
-    """Blend one object over the canvas, inside its bounding box only."""
+    """Blend one object over the canvas, inside its bounding box."""
     reach = thing.radius * 1.25 + 2
     x0, x1 = (int(np.clip(v, 0, SIDE)) for v in (thing.x - reach, thing.x + reach + 1))
     y0, y1 = (int(np.clip(v, 0, SIDE)) for v in (thing.y - reach, thing.y + reach + 1))
@@ -45,7 +45,7 @@ def _rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.
 
 
 def _pattern(thing: Placed, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Share of dark in each pixel, in [0, 1]."""
+    """Darkness of each pixel, in [0, 1]."""
     if thing.fill == "solid":
         return np.zeros_like(x)
     u, v = (
@@ -58,7 +58,7 @@ def _pattern(thing: Placed, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _triangle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    """Equilateral, of circumradius 1.2 r, hence of inradius half of that."""
+    """Equilateral, with circumradius 1.2 r and half of that as inradius."""
     return (
         np.maximum.reduce([np.cos(a) * u + np.sin(a) * v for a in np.pi * np.array([1, 3, 5]) / 3])
         - 1.2 * r / 2
@@ -66,8 +66,8 @@ def _triangle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    """Five points: fold into one tenth of the turn, then the distance to the line from tip to
-    notch.
+    """Five points: fold into a tenth of the turn, then the distance to the line from tip
+    to notch.
     """
     half = np.pi / 5
     turn = np.abs((np.arctan2(v, u) + half) % (2 * half) - half)

@@ -1,4 +1,4 @@
-"""Scenes of `shapes` as raw samples: pictures with captions, by number."""
+"""Scenes of `shapes` as raw samples: rendered pictures with captions, by number."""
 
 import hashlib
 from typing import Any
@@ -8,10 +8,10 @@ from distill.worlds.shapes.world import sample
 
 
 class Scenes:
-    """Scene i of a seed is the same on every machine; each is drawn when it is read.
+    """Scene i of a seed is the same on every machine; it is rendered on access.
 
     Args:
-        count: how many there are.
+        count: number of scenes.
         seed: of the scenes.
     """
 

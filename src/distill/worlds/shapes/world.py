@@ -1,13 +1,12 @@
-"""The world of `shapes`: what a scene is, how it is described, which combinations are kept for
-testing.
+"""The world of `shapes`: scenes, their captions, and the combinations that are held out.
 
 A scene has one to three objects on a plain background. Each object has a kind, a colour, a fill and
-a size; two objects stand left/right or above/below each other; three stand in a row or a column. A
+a size. Two objects are left/right or above/below each other; three are in a row or a column. A
 caption states kind and colour of every object, the arrangement, and some of the other attributes.
-What it leaves out, and position, rotation, exact size, shade and stripe phase always, is free: many
-different pictures are right for one caption.
+The rest is free, as are position, rotation, exact size, shade and stripe phase: many pictures fit
+one caption.
 
-Everything is drawn from a seed, so that scene `i` of a seed is the same on every machine.
+Everything is drawn from a seed, so scene `i` of a seed is the same on every machine.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ PHRASINGS = {  # of several things, named in order along the axis
 }
 AXES = ("horizontal", "vertical")
 
-# One pair per kind never occurs in training: the test of composition.
+# One pair per kind is not in the training data, to test composition.
 HELD_OUT = {
     ("star", "blue"),
     ("circle", "yellow"),
@@ -52,12 +51,12 @@ RADIUS = {
     2: {"small": (8.3, 9.8), "large": (12.0, 13.8)},
 }
 RADIUS_OF_THREE = (8.2, 9.3)  # three objects have one size, which captions do not mention
-TILT = np.pi / 9  # radians either way, of objects and patterns: more is too hard for 6 M parameters
+TILT = np.pi / 9  # radians either way, of objects and patterns; more is too hard for 6 M parameters
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object as a caption may describe it; `None` means 'not said', hence free."""
+    """An object as a caption describes it; `None` means not stated, hence free."""
 
     kind: str
     colour: str
@@ -67,7 +66,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption fixes: things in order along `axis` (left to right, or top to bottom), and the
+    """What a caption states: things in order along `axis` (left to right, or top to bottom), and
     background.
     """
 
@@ -79,9 +78,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with every attribute decided.
+    """A thing with all attributes.
 
-    Lengths in pixels, angles in radians, `shade` added to sRGB in [0, 1].
+    Lengths in pixels, angles in radians; `shade` is added to sRGB in [0, 1].
     """
 
     kind: str
@@ -114,22 +113,24 @@ def draw_prompt(rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
         pairs += [pair] if pair not in HELD_OUT else []
     if held_out:
         pairs[int(rng.integers(count))] = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
-    say_fill = 0.7 if count < 3 else 0.35
+    fill_probability = 0.7 if count < 3 else 0.35
 
-    def perhaps(odds: float, words: Iterable[str]) -> str | None:
-        return str(rng.choice(list(words))) if rng.random() < odds else None
+    def maybe(probability: float, words: Iterable[str]) -> str | None:
+        return str(rng.choice(list(words))) if rng.random() < probability else None
 
-    free = ((perhaps(say_fill, FILLS), perhaps(0.6, SIZES) if count < 3 else None) for _ in pairs)
+    free = (
+        (maybe(fill_probability, FILLS), maybe(0.6, SIZES) if count < 3 else None) for _ in pairs
+    )
     things = tuple(Thing(*pair, *said) for pair, said in zip(pairs, free, strict=True))
     axis = str(rng.choice(AXES)) if count > 1 else None
-    background = perhaps(0.7, BACKGROUNDS)
+    background = maybe(0.7, BACKGROUNDS)
     return Prompt(things, axis, background, _caption(rng, things, axis, background))
 
 
 def _caption(
     rng: np.random.Generator, things: tuple[Thing, ...], axis: str | None, background: str | None
 ) -> str:
-    """One of several phrasings that all say exactly what the arguments fix."""
+    """A caption that states exactly the arguments, in one of several phrasings."""
     names = [" ".join(["a", *filter(None, (t.size, t.fill, t.colour, t.kind))]) for t in things]
     text = names[0]
     if axis:
@@ -140,26 +141,26 @@ def _caption(
 
 
 def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
-    """One of the many scenes that fit the prompt."""
+    """A random scene that fits the prompt."""
     count = len(prompt.things)
     sizes = [t.size or str(rng.choice(SIZES)) for t in prompt.things]
     spans = [RADIUS[count][s] if count < 3 else RADIUS_OF_THREE for s in sizes]
     radii = [float(rng.uniform(*span)) for span in spans]
-    places = _layout(rng, radii, prompt.axis)
+    centres = _layout(rng, radii, prompt.axis)
     things = tuple(
         Placed(
             t.kind,
             t.colour,
             t.fill or str(rng.choice(FILLS)),
             size,
-            *place,
+            *centre,
             radius,
             angle=float(rng.uniform(-TILT, TILT)),
             pattern_angle=float(rng.uniform(-TILT, TILT)),
             phase=(float(rng.uniform(0, 8)), float(rng.uniform(0, 8))),
             shade=tuple(float(v) for v in rng.uniform(-0.05, 0.05, 3)),
         )
-        for t, size, radius, place in zip(prompt.things, sizes, radii, places, strict=True)
+        for t, size, radius, centre in zip(prompt.things, sizes, radii, centres, strict=True)
     )
     background = prompt.background or str(rng.choice(list(BACKGROUNDS)))
     return Scene(
@@ -170,15 +171,12 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
 def _layout(
     rng: np.random.Generator, radii: list[float], axis: str | None
 ) -> list[tuple[float, float]]:
-    """Centres (x, y) in pixels: inside the frame, apart from each other, clearly ordered along
-    `axis`.
-    """
+    """Centres (x, y) in pixels: inside the frame, separate, and clearly ordered along `axis`."""
     gaps = [a + b + 2.0 for a, b in zip(radii, radii[1:], strict=False)]
     slack = SIDE - 2.0 - radii[0] - radii[-1] - sum(gaps)
     shares = np.sort(rng.uniform(0, slack, len(radii)))
     along = 1.0 + radii[0] + np.concatenate([[0.0], np.cumsum(gaps)]) + shares
-    # The cross offset stays below half the distance along the axis, so that order is never in
-    # doubt.
+    # The offset across is below half the distance along the axis, so the order is clear.
     middle = rng.uniform(1 + max(radii), SIDE - 1 - max(radii))
     reach = 0.25 * (min(gaps) if gaps else 0.0)
     across = np.clip(

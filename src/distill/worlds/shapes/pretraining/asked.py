@@ -1,4 +1,4 @@
-"""What a pretraining may be asked for: stages, and data that they can use.
+"""Settings of a pretraining: its stages, and data that they can use.
 
 Nothing here imports torch.
 """
@@ -10,15 +10,15 @@ from distill.config.compose import nearest
 from distill.data.shards import MAX_EMPTY
 from distill.worlds.shapes.world import SIDE
 
-ORDER = (  # in which the stages run
+ORDER = (  # of execution
     "data", "clip", "vae", "latents", "reader", "vit", "mmdit", "mmdit_small", "unet", "shards",
 )  # fmt: skip
-MIN_PICTURES = 256  # CLIP holds 200 back
-OF_CAPTIONS = {"clip", "mmdit", "mmdit_small", "unet", "shards"}  # stages that learn from them
+MIN_PICTURES = 256  # CLIP holds 200 out
+OF_CAPTIONS = {"clip", "mmdit", "mmdit_small", "unet", "shards"}  # stages that train on captions
 
 
 def check_data(path: str | None, size: int, count: int) -> None:
-    """Refuse data that no stage could use; `path` None means scenes of `shapes`."""
+    """Raise ValueError for data that no stage could use; `path` None means scenes of `shapes`."""
     if not 32 <= size <= 128 or size % 8:
         raise ValueError(
             f"data.size={size}: pictures may have 32 to 128 pixels a side, in multiples of 8"
@@ -32,26 +32,26 @@ def check_data(path: str | None, size: int, count: int) -> None:
 
 
 def trains(asked: Mapping[str, Any], stage: str) -> bool:
-    """Whether a stage trains a network: it has a rate then."""
+    """Whether a stage trains a network; it then has a learning rate."""
     return "lr" in (asked.get(stage) or {})
 
 
 def teaching_stage(asked: Mapping[str, Any], stage: str) -> tuple[str, ...]:
-    """The stage of the same folder that teaches this one, if any.
+    """The stage in the same folder whose model teaches this one, if any.
 
-    A pipeline folder teaches too, and is no stage.
+    A pipeline folder may teach too, but is no stage.
     """
     taught_by = asked["networks"].get(stage, {}).get("taught_by")
     return (taught_by,) if taught_by in ORDER else ()
 
 
 def max_empty_share(stages: Sequence[str] | str | None) -> float:
-    """The share of pictures without a caption that the stages asked for can do with."""
+    """The share of pictures without a caption that the chosen stages accept."""
     return MAX_EMPTY if OF_CAPTIONS & set(chosen(stages)) else 1.0
 
 
 def chosen(stages: Sequence[str] | str | None) -> list[str]:
-    """The stages asked for, or all, in the order in which they run."""
+    """The chosen stages, or all, in the order of execution."""
     stages = [stages] if isinstance(stages, str) else stages
     for name in stages or ():
         if name not in ORDER:

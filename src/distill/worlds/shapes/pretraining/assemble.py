@@ -28,8 +28,9 @@ SCHEDULE = {  # Stable Diffusion's
 
 
 def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A third encoder that says nothing: diffusers wants one in the folder; its last norm scales by
-    zero.
+    """A third text encoder whose output is zero: diffusers needs one in the folder.
+
+    Its last norm scales by zero.
     """
     config = transformers.T5Config(
         vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1
@@ -43,7 +44,7 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
 def save_sd3(
     net: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path
 ) -> None:
-    """`StableDiffusion3Pipeline` layout; the one text encoder stands in both CLIP places."""
+    """`StableDiffusion3Pipeline` layout; the one text encoder serves as both CLIPs."""
     t5, t5_tokenizer = silent_t5(net.config.joint_attention_dim)
     texts = {
         "tokenizer": tokenizer,
@@ -79,10 +80,10 @@ def save_sd(
 
 
 def save_beside(student: Path, base: Path, name: str) -> Path:
-    """A student's denoiser in half precision and its scheduler, beside `base`, which has all its
+    """Save a student's denoiser in half precision and its scheduler beside `base`, which has all
     other parts.
 
-    Raises ValueError if those are not the same files as the student's own.
+    Raises ValueError unless those are the same files as the student's.
     """
     part, folder = denoiser_part(student), base.parent / name
     for file in student.rglob("*"):
@@ -91,18 +92,18 @@ def save_beside(student: Path, base: Path, name: str) -> Path:
             continue
         shared = Path(home_of(base, own.parts[0])) / own
         if not shared.is_file() or shared.read_bytes() != file.read_bytes():
-            raise ValueError(f"{base}: its {own} is not the one that {student} has")
+            raise ValueError(f"{base}: its {own} differs from that of {student}")
     index = json.loads((student / "model_index.json").read_text(encoding="utf-8"))
     network = getattr(diffusers, index[part][1]).from_pretrained(student / part)
     save_half(network, folder / part)
     shutil.copytree(student / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     text = json.dumps(index | {BASE: base.name}, indent=2) + "\n"
-    put(folder / "model_index.json", text.encode())  # last: without it the folder is no pipeline
+    put(folder / "model_index.json", text.encode())  # last: it makes the folder a pipeline
     return folder
 
 
 def half_of(clip: CLIPModel, kind: type, half: str) -> Any:
-    """An encoder of this kind with the weights of one half, `text` or `vision`, of `clip`."""
+    """An encoder of this class with the weights of one half, `text` or `vision`, of `clip`."""
     source, encoder = clip.state_dict(), kind(getattr(clip.config, f"{half}_config"))
     named = {
         name: name if name in source else f"{half}_model.{name}" for name in encoder.state_dict()
@@ -111,21 +112,18 @@ def half_of(clip: CLIPModel, kind: type, half: str) -> Any:
     return encoder
 
 
-def save_half(whole: Any, folder: Path) -> None:
-    """fp16 files of a pipeline or a model, which load as fp32 and name no path of the machine that
-    trained it.
-    """
+def save_half(model: Any, folder: Path) -> None:
+    """Save fp16 files of a pipeline or model, which load as fp32 and contain no local path."""
     parts = [
         part
-        for part in getattr(whole, "components", {"": whole}).values()
+        for part in getattr(model, "components", {"": model}).values()
         if isinstance(part, nn.Module)
     ]
     for part in parts:
-        nn.Module.to(
-            part, torch.float16
-        )  # diffusers' own `to` warns about layers to keep, of which there are none
+        # diffusers' own `to` would warn of layers to keep in float32; there are none
+        nn.Module.to(part, torch.float16)
     with whole_folder(folder) as target:
-        whole.save_pretrained(target)
+        model.save_pretrained(target)
         for config in target.rglob("config.json"):
             facts = {
                 k: v
@@ -133,7 +131,7 @@ def save_half(whole: Any, folder: Path) -> None:
                 if k != "_name_or_path"
             }
             if "dtype" in facts:
-                facts["dtype"] = "float32"  # transformers takes it over that of the weights
+                facts["dtype"] = "float32"  # transformers prefers it to the dtype of the weights
             config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for part in parts:
         nn.Module.to(part, torch.float32)

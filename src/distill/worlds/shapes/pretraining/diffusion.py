@@ -1,5 +1,5 @@
-"""The two tiny teachers: an SD3-type MMDiT on the rectified flow, and an SD-type UNet that predicts
-noise.
+"""The tiny teachers: an SD3-type MMDiT on the rectified flow, and an SD-type UNet that predicts
+eps.
 """
 
 import shutil
@@ -26,7 +26,7 @@ from distill.teachers.attention import Attention
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
-from distill.teachers.silent_token_attention import fold, weights
+from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights
 from distill.terminal.progress import Bar, track
 from distill.worlds.shapes.judge import judging_prompts
 from distill.worlds.shapes.pretraining.asked import teaching_stage
@@ -37,19 +37,17 @@ from distill.worlds.shapes.pretraining.work import PER_SHARD, Work
 from distill.worlds.shapes.world import draw_prompt
 
 DROP = 0.1  # share of captions emptied, for classifier-free guidance
-# SD3 has (0, 1). What a picture shows is decided at t > 0.8, which these draw 23 % of the time
-# instead of 8 %.
+# SD3 has (0, 1). Content is decided at t > 0.8, which has 23 % of these draws instead of 8 %.
 TIME_MEAN, TIME_SPREAD = 0.5, 1.2
-Loss = Callable[
-    [Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor
-]  # of x0, eps, tokens, pooled
+# (x0, eps, tokens, pooled, generator) -> loss
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Encodings of distinct captions, in half precision: `tokens` [N, L, D] and `pooled` [N, P].
+    """Embeddings of distinct captions, in half precision: `tokens` [N, L, D] and `pooled` [N, P].
 
-    Row 0 is the empty caption; `rows` [samples] says which of the others is sample i's, counted
+    Row 0 is the empty caption. `rows` [samples] is the index of each sample's caption, counted
     without the empty one.
     """
 
@@ -58,7 +56,9 @@ class Captions:
     rows: Tensor
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens and pooled of samples `index`, or the empty caption's with probability DROP."""
+        """Tokens and pooled of samples `index`, replaced by the empty caption's with probability
+        DROP.
+        """
         dropped = torch.rand(len(index), generator=generator) < DROP
         rows = torch.where(dropped, 0, self.rows[index] + 1)
         return self.tokens[rows].float().to(DEVICE), self.pooled[rows].float().to(DEVICE)
@@ -68,8 +68,8 @@ class Captions:
 def encode_captions(
     clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], *, layer: int
 ) -> Captions:
-    """Hidden states of `layer` (-1: the last, after the final norm; -2: as SD3 uses) and pooled
-    output of each.
+    """Hidden states of `layer` (-1: the last, after the final norm; -2: as in SD3) and pooled
+    outputs.
     """
     number = {caption: i for i, caption in enumerate(sorted(set(captions)))}
     tokens, pooled = [], []
@@ -90,10 +90,10 @@ def encode_captions(
 def build_mmdit(
     latent_side: int, text_width: int, *, layers: int = 5, heads: int = 3, head_dim: int = 48
 ) -> SD3Transformer2DModel:
-    """`layers` joint blocks of width `heads * head_dim`. Text [L, 2D]: one encoder in both CLIP
-    places.
+    """`layers` joint blocks of width `heads * head_dim`. Text [L, 2D]: one encoder serves as both
+    CLIPs.
 
-    5 blocks of 3 heads are 3.7 M parameters, 3 of 3 are 2.2 M.
+    5 blocks of 3 heads have 3.7 M parameters, 3 of 3 have 2.2 M.
     """
     image = {"sample_size": latent_side, "pos_embed_max_size": latent_side // 2, "patch_size": 2}
     blocks = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
@@ -102,15 +102,9 @@ def build_mmdit(
     net = SD3Transformer2DModel(
         in_channels=4, out_channels=4, qk_norm="rms_norm", **image, **blocks, **text
     )
-    for (
-        name,
-        parameter,
-    ) in net.named_parameters():  # every block starts as the identity, the network as zero
-        if (
-            ".norm1.linear." in name
-            or ".norm1_context.linear." in name
-            or name.startswith("proj_out.")
-        ):
+    zero = (".norm1.linear.", ".norm1_context.linear.")
+    for name, parameter in net.named_parameters():  # blocks start as the identity, the output as 0
+        if any(part in name for part in zero) or name.startswith("proj_out."):
             nn.init.zeros_(parameter)
     return net
 
@@ -140,14 +134,14 @@ def flow(
     compiled: bool = False,
     **shape: int,
 ) -> tuple[nn.Module, Loss]:
-    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u),
-    u ~ N(0.5, 1.2).
+    """An MMDiT, and E |v(x_t, t) - (eps - x0)|^2 with x_t = (1 - t) x0 + t eps, t = sigmoid(u), u ~
+    N(0.5, 1.2).
 
-    With `taught_by`, a pipeline folder, the target is the velocity that its MMDiT gives for the
-    same x_t and caption. The expectation is the same where that model is right, and its noise is
-    gone: a small network learns sooner. `cut`: it begins with blocks of that MMDiT, evenly chosen,
-    instead of random weights. `compiled`: torch.compile of the blocks, which takes a minute once
-    and a C++ compiler, then saves a third.
+    With `taught_by`, a pipeline folder, the target is the velocity of its MMDiT at the same x_t and
+    caption. If that model is exact the expectation is the same, with less variance: a small network
+    learns faster. `cut`: start from evenly chosen blocks of that MMDiT, not from random weights.
+    `compiled`: torch.compile the blocks, which takes a minute once and needs a C++ compiler, then
+    saves a third.
     """
     net = build_mmdit(side, width, **shape)
     counts = torch.cat([torch.ones(1, length), torch.full((1, 1), float(SILENT_TOKENS))], dim=1).to(
@@ -162,7 +156,7 @@ def flow(
         )
         networks.append(frozen)
         if cut:
-            begin_with_blocks(net, frozen)
+            start_from_blocks(net, frozen)
     if compiled:
         for network in networks:
             for block in network.transformer_blocks:
@@ -183,34 +177,35 @@ def flow(
     return net, loss
 
 
-def begin_with_blocks(net: SD3Transformer2DModel, whole: SD3Transformer2DModel) -> None:
-    """Give `net` the weights of `whole`, which has more blocks of the same width: of these some,
-    evenly chosen.
+def start_from_blocks(net: SD3Transformer2DModel, source: SD3Transformer2DModel) -> None:
+    """Initialise `net` from evenly chosen blocks of `source`, which has more blocks of the same
+    width.
 
-    The last block is always among them: the text's half ends there.
+    The last block is always included, because it has no text output.
     """
     blocks = len(net.transformer_blocks)
-    chosen = np.linspace(0, len(whole.transformer_blocks) - 1, blocks).round().astype(int).tolist()
-    source = whole.state_dict()
-    taken = {k: v for k, v in source.items() if not k.startswith("transformer_blocks.")}
-    for place, number in enumerate(chosen):
-        for name, value in whole.transformer_blocks[number].state_dict().items():
-            taken[f"transformer_blocks.{place}.{name}"] = value
+    chosen = np.linspace(0, len(source.transformer_blocks) - 1, blocks).round().astype(int).tolist()
+    taken = {
+        k: v for k, v in source.state_dict().items() if not k.startswith("transformer_blocks.")
+    }
+    for position, number in enumerate(chosen):
+        for name, value in source.transformer_blocks[number].state_dict().items():
+            taken[f"transformer_blocks.{position}.{name}"] = value
     net.load_state_dict(taken)
 
 
 def _velocity(net: nn.Module, counts: Tensor, image_tokens: int) -> Callable[..., Tensor]:
-    """What `net` says of x_t [B, C, S, S], t [B], tokens [B, L, D] and pooled [B, P]: v, in
+    """A function (x_t [B, C, S, S], t [B], tokens [B, L, D], pooled [B, P]) -> v of `net`, in
     float32.
 
-    One text encoder stands in both CLIP places; the silent third one is a token that counts for all
-    of its.
+    One text encoder serves as both CLIPs. One token with a weight replaces those of the silent
+    third.
     """
-    folded = fold(net)
+    processor = set_silent_token_attention(net)
 
     def velocity(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
         text = F.pad(tokens.repeat(1, 1, 2), (0, 0, 0, 1))
-        with weights(folded, counts, image_tokens):
+        with token_weights(processor, counts, image_tokens):
             v = net(x_t, text, pooled_projections=pooled.repeat(1, 2), timestep=1000 * t).sample
         return v.float()
 
@@ -221,9 +216,9 @@ def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
     """A UNet, and E w |eps_hat - eps|^2 on SD's schedule, t uniform, w = min(1 / alphas_cumprod,
     20).
 
-    1 / alphas_cumprod is the loss on v (Salimans & Ho 2022): at high noise, where a picture's
-    content is decided, an error of eps is a large error of x0, and SD's w = 1 teaches a small
-    network next to nothing there.
+    1 / alphas_cumprod is the loss on v (Salimans & Ho 2022). At high noise, where the content is
+    decided, an error of eps is a large error of x0; with SD's w = 1 a small network hardly learns
+    there.
     """
     net = build_unet(side, width)
     alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(DEVICE)
@@ -241,7 +236,7 @@ def noise(side: int, length: int, width: int) -> tuple[nn.Module, Loss]:
     return net, loss
 
 
-TEACHERS = {  # stage -> layer of the text encoder that it reads, how it is built, saved and opened
+TEACHERS = {  # stage -> text encoder layer, functions to build and save, teacher class
     "mmdit": (-2, flow, save_sd3, SD3),
     "mmdit_small": (-2, flow, save_sd3, SD3),
     "unet": (-1, noise, save_sd, SD),
@@ -275,18 +270,14 @@ def train(work: Work, stage: str) -> dict[str, Any]:
 
 
 def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
-    """Share of pictures that show all their prompt says, at each guidance and at one step; noted as
-    they come.
-    """
+    """Record prompt accuracy at each guidance and at one step; each value is written at once."""
     asked, reader = work.asked["scoring"], work.judge
     n, guidances = asked["prompts"], [(asked["steps"], guidance) for guidance in asked["guidance"]]
     for steps, guidance in [*guidances, (1, work.asked["shards"]["guidance"])]:
-        name, known = (
-            f"{steps} steps, guidance {guidance:g}",
-            work.stage(stage).get("prompt_accuracy", {}),
-        )
+        name = f"{steps} steps, guidance {guidance:g}"
+        known = work.stage(stage).get("prompt_accuracy", {})
         if name not in known:
-            maker = partial(
+            sampler = partial(
                 guided, teacher, shape=teacher.latent_shape, steps=steps, guidance=guidance
             )
             shares = {}
@@ -294,17 +285,17 @@ def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
                 prompts = judging_prompts(n, seed=0, held_out=sort == "held_out")
                 what = f"{stage}: judging {name}, {sort.replace('_', ' ')} prompts"
                 with Bar(what, n, unit="image", rate="images") as bar:
-                    answers = reader.read(pictures(teacher, maker, prompts, range(n), bar))[1]
+                    answers = reader.read(pictures(teacher, sampler, prompts, range(n), bar))[1]
                 shares[sort] = round(reader.accuracy(answers, prompts)["prompt_accuracy"], 4)
             work.note(stage, prompt_accuracy=known | {name: shares})
 
 
 def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
-    """Latents that `mmdit` makes, of new captions of `shapes` or of the user's over again;
-    seed = caption's number.
+    """Write latents of `mmdit` for new captions of `shapes`, or for the user's in turn; the seed is
+    the index.
 
-    WebDataset shards; what is there already stays. Larger batches fall out of a CPU's caches and
-    take twice as long.
+    WebDataset shards; existing ones stay. Larger batches exceed a CPU's caches and take twice as
+    long.
     """
     asked, seed, folder = work.asked["shards"], work.data["seed"], work.models / "latents"
     if work.of_shapes:
@@ -320,11 +311,10 @@ def write_own(work: Work, batch: int = 32) -> dict[str, Any]:
         for start in track(numbers[::batch], what, unit="batch"):
             seeds = range(start, min(start + batch, numbers.stop))
             with autocast(work.asked["precision"], teacher.device.type):
-                cond, how = (
-                    teacher.embed([captions[i] for i in seeds]),
-                    {k: asked[k] for k in ("steps", "guidance")},
-                )
-                latents = guided(teacher, cond, seeded(seeds), shape=teacher.latent_shape, **how)
+                cond = teacher.embed([captions[i] for i in seeds])
+                options = {k: asked[k] for k in ("steps", "guidance")}
+                options["shape"] = teacher.latent_shape
+                latents = guided(teacher, cond, seeded(seeds), **options)
             for i, latent in zip(seeds, latents, strict=True):
                 yield f"{i:06d}", latent.half().cpu().numpy(), captions[i]
 

@@ -1,8 +1,7 @@
-"""The training loop of every pretraining stage: one objective, seeded batches, a bar, a curve,
-resumable.
+"""The training loop of all pretraining stages: one objective, seeded batches, a curve, resumable.
 
-Batch and noise of step k are a function of (seed, k) alone, so a stage killed at any moment and
-started again goes on as if nothing had happened.
+Batch and noise of step k are a function of (seed, k) alone, so a stage that is killed and resumed
+gives the same result.
 """
 
 import csv
@@ -27,11 +26,10 @@ Objective = Callable[[int, Tensor, torch.Generator], dict[str, Tensor]]
 
 @dataclass(kw_only=True)
 class Fit:
-    """How stage `name` trains: how long and how fast. Rates are peaks; the last `decay` share of
-    the steps falls to 0.
+    """Training settings of stage `name`. Learning rates are peaks; over the last `decay` share of
+    steps they fall to 0.
 
-    Writes `<out>/<name>.csv` (the curve) and `<out>/<name>.pt` (for resuming; also the mark of a
-    finished stage).
+    Writes `<out>/<name>.csv` (the curve) and `<out>/<name>.pt` (for resuming).
     """
 
     name: str
@@ -40,26 +38,26 @@ class Fit:
     steps: int
     batch_size: int
     lr: float
-    muon_lr: float = 0.0  # > 0: hidden matrices learn by Muon, the rest by AdamW
+    muon_lr: float = 0.0  # > 0: Muon for hidden matrices, AdamW for the rest
     weight_decay: float = 0.01
     warmup: int = 100  # steps
     decay: float = 0.3
-    ema: float = 0.0  # > 0: averaged weights are what the stage leaves behind
+    ema: float = 0.0  # > 0: the result has the averaged weights
     clip: float = 1.0
     precision: str = "32-true"  # or bf16-mixed
     save_every: int = 200
-    seconds: float = field(default=0.0, init=False)  # of training so far, by all commands together
+    seconds: float = field(default=0.0, init=False)  # of training so far, over resumptions
 
     def __call__(self, net: nn.Module, objective: Objective, samples: int) -> nn.Module:
         """Train `net` in place by `objective(step, index, generator) -> named losses`; freeze and
         return it.
 
-        `index` [batch_size] is drawn from range(samples). The net is on DEVICE meanwhile and on the
-        CPU afterwards; random numbers are drawn on the CPU, alike everywhere.
+        `index` [batch_size] is drawn from range(samples). The net is on DEVICE during training and
+        on the CPU afterwards. Random numbers are drawn on the CPU, the same on every machine.
         """
-        players = self._optimizers(net.to(DEVICE))
+        optimizers = self._optimizers(net.to(DEVICE))
         average = Ema(net, self.ema)
-        start = self._resume(net, players, average)
+        start = self._resume(net, optimizers, average)
         began = time.monotonic() - self.seconds
         counted = {"rate": "images", "done": start, "images": start * self.batch_size}
         with (
@@ -69,7 +67,7 @@ class Fit:
             curve, said = csv.writer(file), ""
             for step in range(start, self.steps):
                 last = step == self.steps - 1
-                terms = self._step(step, net, objective, samples, players)
+                terms = self._step(step, net, objective, samples, optimizers)
                 if self.ema:
                     average.update(step)
                 self.seconds = time.monotonic() - began
@@ -82,17 +80,17 @@ class Fit:
                     said = " ".join(f"{k} {v:.4f}" for k, v in values.items())
                 bar.update(step + 1, images=(step + 1) * self.batch_size, said=said)
                 if (step + 1) % self.save_every == 0 or last:
-                    self._save(step, net, players, average)
+                    self._save(step, net, optimizers, average)
         if self.ema:
             net.load_state_dict(average.state_dict(), strict=False)
         return net.cpu().eval().requires_grad_(False)
 
     def _save(
-        self, step: int, net: nn.Module, players: list[torch.optim.Optimizer], average: Ema
+        self, step: int, net: nn.Module, optimizers: list[torch.optim.Optimizer], average: Ema
     ) -> None:
         state = {
             "net": net.state_dict(),
-            "players": [player.state_dict() for player in players],
+            "players": [player.state_dict() for player in optimizers],
             "step": step + 1,
             "seconds": self.seconds,
             "average": average.state_dict(),
@@ -100,13 +98,13 @@ class Fit:
         checkpoint_files.write(state, self._file("pt"))
 
     def rate(self, step: int) -> float:
-        """Share of the peak rate at `step`: linear up, flat, cosine down."""
+        """Share of the peak learning rate at `step`: linear rise, constant, cosine fall."""
         start = self.steps * (1 - self.decay)
         down = max(0.0, (step - start) / max(1.0, self.steps - start))
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * down))
 
     def _step(
-        self, step: int, net: nn.Module, objective: Objective, samples: int, players: list
+        self, step: int, net: nn.Module, objective: Objective, samples: int, optimizers: list
     ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         index = torch.randint(samples, (self.batch_size,), generator=generator)
@@ -115,41 +113,39 @@ class Fit:
         net.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(net.parameters(), self.clip)
-        for optimizer in players:
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.rate(step)
             optimizer.step()
         return terms
 
     def _optimizers(self, net: nn.Module) -> list[torch.optim.Optimizer]:
-        """AdamW for all, or Muon for the matrices inside blocks and AdamW for the rest."""
+        """AdamW for all parameters, or Muon for matrices inside blocks and AdamW for the rest."""
         rest, hidden = [], []
         for name, p in net.named_parameters():
             if p.requires_grad:
                 matrix = self.muon_lr and p.ndim == 2 and "blocks" in name and "norm" not in name
                 (hidden if matrix else rest).append(p)
         groups = [{"params": rest, "lr": self.lr, "initial_lr": self.lr}]
-        players = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=self.weight_decay)]
+        optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=self.weight_decay)]
         if hidden:
             groups = [{"params": hidden, "lr": self.muon_lr, "initial_lr": self.muon_lr}]
-            players.append(
+            optimizers.append(
                 torch.optim.Muon(
                     groups, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
                 )
             )
-        return players
+        return optimizers
 
-    def _resume(self, net: nn.Module, players: list[torch.optim.Optimizer], average: Ema) -> int:
-        """Take over what was saved, and cut from the curve what a killed stage wrote later; returns
-        the next step.
-        """
+    def _resume(self, net: nn.Module, optimizers: list[torch.optim.Optimizer], average: Ema) -> int:
+        """Load the saved state, and drop later rows of the curve; returns the next step."""
         start = 0
         if self._file("pt").exists():
             state = torch.load(self._file("pt"), map_location=DEVICE, weights_only=True)
             start, self.seconds = state["step"], state["seconds"]
             net.load_state_dict(state["net"])
             average.load_state_dict(state["average"])
-            for optimizer, saved in zip(players, state["players"], strict=True):
+            for optimizer, saved in zip(optimizers, state["players"], strict=True):
                 optimizer.load_state_dict(saved)
         self.out.mkdir(parents=True, exist_ok=True)
         if (curve := self._file("csv")).exists():

@@ -1,6 +1,4 @@
-"""Autoencoder and text encoder of an earlier pipeline, in the place of the stages that would train
-them.
-"""
+"""Autoencoder and text encoder of an earlier pipeline, instead of stages that train them."""
 
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,21 @@ from distill.worlds.shapes.pretraining.work import Work
 
 
 def folder(work: Work) -> Path | None:
-    """The pipeline folder of `parts`, None where nothing is to be taken."""
+    """The pipeline folder of `parts`; None where nothing is copied."""
     return None if work.asked["parts"] is None else Path(shipped(work.asked["parts"]))
 
 
 def take_vae(work: Work, source: Path) -> dict[str, Any]:
-    """Leave the autoencoder where `vae` would, in float32."""
+    """Copy the autoencoder, in float32, to the result of stage `vae`."""
     with whole_folder(work.train / "vae") as part:
         AutoencoderKL.from_pretrained(source, subfolder="vae").save_pretrained(part)
     return {"taken_from": work.asked["parts"]}
 
 
 def take_text(work: Work, source: Path) -> dict[str, Any]:
-    """Leave tokenizer and text encoder where `clip` would.
+    """Copy tokenizer and text encoder to the result of stage `clip`.
 
-    Its picture half is random: a pipeline has none.
+    Its image half is random: a pipeline has none.
     """
     encoder = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder")
     config = encoder.config.to_dict()

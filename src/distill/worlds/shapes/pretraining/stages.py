@@ -1,10 +1,10 @@
-"""The stages of pretraining in their order; each leaves its result in a file, so that any may be
-the last of a command.
+"""The stages of pretraining in order; each writes its result to files, so a command can end after
+any.
 
-<out>/data, captions.json  what is learnt from (data only for `shapes`)
-<out>/train                curves, states to go on from, the parts in full precision
-<out>/models               what to keep: pipelines, reader, networks, latents, in half precision
-<out>/pretraining.json     settings, seconds and scores, as they come
+<out>/data, captions.json  training data (data only for `shapes`)
+<out>/train                curves, states for resuming, the parts in full precision
+<out>/models               results: pipelines, reader, networks, latents, in half precision
+<out>/pretraining.json     settings, seconds and scores
 """
 
 import json
@@ -45,8 +45,8 @@ FOLDERS = {
 
 
 def _data(work: Work) -> dict[str, Any]:
-    """For `shapes`, scene i of the seed as sample i of shards: picture, caption, and what the
-    caption fixes.
+    """For `shapes` write shards with scene i of the seed as sample i: picture, caption, and stated
+    attributes.
     """
 
     def samples() -> Iterator[tuple[str, np.ndarray, str, dict]]:
@@ -82,12 +82,11 @@ def _vae(work: Work) -> dict[str, Any]:
 class Stage(NamedTuple):
     make: Callable[[Work], dict[str, Any]]  # returns scores, and the seconds if it trains
     needs: tuple[str, ...]  # the stages whose results it reads
-    decided_by: tuple[
-        str, ...
-    ] = ()  # the nodes of the configuration that decide what it makes, beside seed and data
+    # Nodes of the configuration on which its result depends, beside seed and data.
+    decided_by: tuple[str, ...] = ()
 
 
-STAGES = {  # in the order in which they run: that of asked.ORDER
+STAGES = {  # in the order of asked.ORDER
     "data": Stage(_data, ()),
     "clip": Stage(_clip, ("data",), ("text_length", "clip", "parts")),
     "vae": Stage(_vae, ("data",), ("vae", "parts")),
@@ -112,7 +111,7 @@ STAGES = {  # in the order in which they run: that of asked.ORDER
 
 
 def run(asked: Mapping[str, Any], command: str) -> Path:
-    """Every stage asked for that is not finished yet; returns the folder of the models."""
+    """Run every chosen stage that is not finished; returns the folder of the models."""
     read_quietly()
     check_data(asked["data"]["path"], asked["data"]["size"], asked["data"]["count"])
     best = precision(asked["precision"])
@@ -132,14 +131,14 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
 
 
 def _run(work: Work, name: str, command: str) -> None:
-    """One stage, unless it is finished. Raises ValueError if those are not that it needs."""
+    """Run one stage, unless it is finished. Raises ValueError if a stage that it needs is not."""
     finished = [each for each, about in work.known()["stages"].items() if about.get("finished")]
     needed = (*STAGES[name].needs, *teaching_stage(work.asked, name))
     if missing := [each for each in needed if each not in finished]:
         raise ValueError(
             f"stages: {name} needs {', '.join(missing)} first, which out={work.out} does not have"
         )
-    work.begin(name, STAGES[name].decided_by, command)
+    work.start(name, STAGES[name].decided_by, command)
     if name in finished:
         print(f"{name}: done before")
         return
@@ -153,8 +152,8 @@ def _run(work: Work, name: str, command: str) -> None:
 
 
 def write_card(work: Work) -> None:
-    """`models/README.md`: where the models come from, what they are worth; beside it the curves of
-    their training.
+    """Write `models/README.md`, with origin and scores of the models, and their training curves
+    beside it.
     """
     known, models = work.known(), work.models
     (models / "curves").mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ def write_card(work: Work) -> None:
                 for k, v in stage.items()
                 if k not in ("settings", "seconds", "finished", "precision")
             }
-            rows.append(f"| {name} | {stage['seconds']:,.0f} | {_said(scores)} |")
+            rows.append(f"| {name} | {stage['seconds']:,.0f} | {_in_words(scores)} |")
     paragraphs = [
         "# Tiny text-to-image models",
         (
@@ -189,9 +188,9 @@ def write_card(work: Work) -> None:
     put_text(models / "README.md", "\n\n".join(paragraphs) + "\n")
 
 
-def _said(value: Any) -> str:
-    """Scores in a line; a dictionary by its entries."""
+def _in_words(value: Any) -> str:
+    """Scores in one line."""
     if isinstance(value, dict):
         apart = "; " if any(isinstance(v, dict) for v in value.values()) else ", "
-        return apart.join(f"{k} {_said(v)}" for k, v in value.items()).replace("_", " ")
+        return apart.join(f"{k} {_in_words(v)}" for k, v in value.items()).replace("_", " ")
     return f"{value:.3f}" if isinstance(value, float) else str(value)

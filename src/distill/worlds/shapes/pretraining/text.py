@@ -1,4 +1,4 @@
-"""Tokenizer and CLIP-type text/image encoders, trained on the captions and pictures at hand."""
+"""Tokenizer and CLIP-type text/image encoders, trained on the captions and pictures."""
 
 import json
 from typing import Any
@@ -18,9 +18,7 @@ WIDTH = 128
 
 
 def train_tokenizer(captions: list[str], *, length: int, vocab_size: int = 2048) -> CLIPTokenizer:
-    """Byte-pair encoding in CLIP's own layout: 256 bytes, the same at a word's end, then merges of
-    words.
-    """
+    """Byte-pair encoding in CLIP's layout: 256 bytes, the same at a word's end, then merges."""
     blank = CLIPTokenizer()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -54,9 +52,9 @@ def build(tokenizer: CLIPTokenizer, side: int) -> CLIPModel:
     }
     vision = {**shape, "image_size": side, "patch_size": side // 8}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    # A diffusion model reads words, and an MMDiT their order too, from these hidden states alone.
-    # From CLIP's usual 0.02 the residual stream soon drowns both: teachers learnt backgrounds and
-    # colours but no kind and no order.
+    # A diffusion model gets words, and an MMDiT also their order, from these hidden states alone.
+    # With CLIP's usual 0.02 the residual stream hides both: teachers learnt backgrounds and colours
+    # but neither kind nor order.
     embeddings = clip.text_model.embeddings
     torch.nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
     torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
@@ -69,10 +67,10 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def _tokenized(work: Work) -> tuple[CLIPTokenizer, Tensor]:
-    """The tokenizer, kept from now on, and the captions' ids [N, L].
+    """The tokenizer, which is saved, and the captions' ids [N, L].
 
-    The library gives equally frequent pairs their numbers as it happens to meet them, so that a
-    text encoder that goes on after a kill must not get another one.
+    The library numbers equally frequent pairs in arbitrary order, so a resumed text encoder must
+    get the same tokenizer.
     """
     kept = work.train / "tokenizer"
     if kept.is_dir():

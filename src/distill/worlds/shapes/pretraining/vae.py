@@ -28,9 +28,9 @@ def build(side: int) -> AutoencoderKL:
 
 
 def train(work: Work) -> dict[str, Any]:
-    """L1 + 2 L2 + KL; latents then get mean 0 and deviation 1.
+    """Train with L1 + 2 L2 + KL; then standardise the latents.
 
-    PSNR, 10 log10(range^2 / MSE) in dB, on the last 1 %.
+    Score: PSNR, 10 log10(range^2 / MSE) in dB, on the last 1 %.
     """
     pictures, fit = work.pictures, work.fit("vae")
     torch.manual_seed(fit.seed)
@@ -56,19 +56,17 @@ def train(work: Work) -> dict[str, Any]:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1 by rewriting the two 1x1 convolutions around
+    """Give every latent channel mean 0 and deviation 1, by rewriting the 1x1 convolutions around
     the latents.
 
-    Pictures in and out stay the same. Diffusers' single `scaling_factor` cannot do it: channels
-    differ threefold, and a diffusion model would see the weak ones only under little noise.
+    The reconstruction is unchanged. Diffusers' single `scaling_factor` cannot do this: channels
+    differ threefold, and a diffusion model would see the weak ones only at low noise.
     """
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     enter, leave = vae.quant_conv, vae.post_quant_conv
     leave.bias += (leave.weight[:, :, 0, 0] * mean).sum(1)
     leave.weight *= deviation[None, :, None, None]
-    both = torch.cat(
-        [deviation, torch.ones_like(deviation)]
-    )  # moments are means, then log variances
+    both = torch.cat([deviation, torch.ones_like(deviation)])  # moments: means, log variances
     enter.weight /= both[:, None, None, None]
     enter.bias.copy_(
         torch.cat([(enter.bias[:4] - mean) / deviation, enter.bias[4:] - 2 * deviation.log()])
@@ -78,7 +76,7 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, which need no
-    scaling here.
+    """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, already
+    standardised.
     """
     return torch.cat([vae.encode(pixels(part)).latent_dist.mode() for part in pictures.split(128)])

@@ -1,6 +1,4 @@
-"""The folder that a pretraining works in: what it learns from, and what earlier stages have left
-there.
-"""
+"""The folder of a pretraining: its data, and the results of earlier stages."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,12 +31,12 @@ class Work:
         self.of_shapes = self.data["path"] is None
 
     def fit(self, stage: str) -> Fit:
-        """How a stage trains: in the precision that it was begun in, should it go on on another
+        """Training settings of a stage; a resumed stage keeps its precision, also on another
         machine.
         """
         kept = self.stage(stage).get("precision", self.asked["precision"])
-        how = {"seed": self.asked["seed"], "precision": kept, **self.asked[stage]}
-        return Fit(name=stage, out=self.train, **how)
+        options = {"seed": self.asked["seed"], "precision": kept, **self.asked[stage]}
+        return Fit(name=stage, out=self.train, **options)
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -58,16 +56,16 @@ class Work:
 
     @property
     def judge(self) -> Judge:
-        """The reader trained here, or else the one that is shipped."""
+        """Evaluation with the reader trained here, or else the shipped one."""
         own = self.models / "reader"
         return Judge.load(own if own.exists() else MODEL)
 
     def read(self) -> tuple[Tensor, list[str]]:
-        """uint8 pictures [N, 3, S, S] and their captions; a bad sample is replaced by the next, and
-        named in the log.
+        """uint8 pictures [N, 3, S, S] and their captions. A bad sample is replaced, and named in
+        the log.
 
-        Scenes of `shapes` come in their order. Others are shuffled by the seed: the last ones are
-        held out for scores, and files may lie sorted by what they show.
+        Scenes of `shapes` are in order. Other pictures are shuffled by the seed: the last ones are
+        held out for scores, and files may be sorted by content.
         """
         path, size = self.data["path"], self.data["size"]
         share = max_empty_share(self.asked["stages"])
@@ -91,8 +89,8 @@ class Work:
         return pictures, captions
 
     def known(self) -> dict[str, Any]:
-        """`pretraining.json`: the commands, and by stage its settings, seconds, scores and whether
-        it is finished.
+        """`pretraining.json`: the commands, and per stage its settings, seconds, scores and
+        `finished`.
         """
         path = self.out / "pretraining.json"
         return (
@@ -105,16 +103,16 @@ class Work:
         return self.known()["stages"].get(name, {})
 
     def note(self, stage: str, *commands: str, **values: Any) -> None:
-        """Add to what is known of a stage, and to the commands."""
+        """Add values to a stage, and commands."""
         known = self.known()
         known["commands"] = list(dict.fromkeys([*known["commands"], *commands]))
         known["stages"].setdefault(stage, {}).update(values)
         self.out.mkdir(parents=True, exist_ok=True)
         put(self.out / "pretraining.json", json.dumps(known, indent=2).encode() + b"\n")
 
-    def begin(self, stage: str, decided_by: Sequence[str], command: str) -> None:
-        """Write down the settings that decide what a stage makes; refuse to go on with one begun
-        with others.
+    def start(self, stage: str, decided_by: Sequence[str], command: str) -> None:
+        """Write the settings on which a stage depends; raise ValueError if it was started with
+        others.
         """
         settings: dict[str, Any] = {}
         for name in ("seed", "data", *decided_by):
@@ -132,18 +130,16 @@ class Work:
             for k, v in settings.items()
             if not alike(v, before.get(k))
         ]
-        if changed and not self._came_to_nothing(stage):
+        if changed and not self._has_no_result(stage):
             what = (
-                f"begun with other settings, now {', '.join(changed)}; choose another out, or take"
-                " them back"
+                f"started with other settings, now {', '.join(changed)}; choose another out, or"
+                " undo that"
             )
             raise ValueError(f"out={self.out}: its stage {stage} was {what}")
         self.note(stage, command, settings=settings)
 
-    def _came_to_nothing(self, stage: str) -> bool:
-        """Whether a stage was begun and made nothing that goes on with: its settings may still be
-        mended.
-        """
+    def _has_no_result(self, stage: str) -> bool:
+        """Whether a stage was started without a result, so that its settings may change."""
         own = {"data": ["data", "captions.json"], "latents": ["latents.pt"]}.get(stage, [])
         left = [
             path
@@ -154,11 +150,11 @@ class Work:
 
 
 def pixels(pictures: Tensor) -> Tensor:
-    """uint8 pictures -> the same in [-1, 1]."""
+    """uint8 pictures -> float in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
-def draw(scenes: list[Scene]) -> Tensor:
+def render_all(scenes: list[Scene]) -> Tensor:
     """Scenes -> uint8 pictures [N, 3, 64, 64]."""
     pictures = torch.empty(len(scenes), 3, SIDE, SIDE, dtype=torch.uint8)
     drawn = track(scenes, "drawing scenes", unit="image", rate="images")
