@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import eyes
 import tiny
-from distill.commandline import texts
+from distill.commandline import quoting as texts
 from distill.core.types import Losses
 from distill.data.write import write_latents
 from distill.discriminators.images import ImageFeatures
@@ -159,22 +159,22 @@ def test_a_wrong_argument_is_named_before_weights_are_read(
 )
 def test_values_that_hydra_does_not_read_are_texts(word, value, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    found = OverridesParser.create().parse_override(texts.readable(word, "config"))
+    found = OverridesParser.create().parse_override(texts.for_hydra(word, "config"))
     assert found.value() == value
     assert type(found.value()) in (type(value), QuotedString)
 
 
 def test_a_sweep_stays_one():
     for word in ("name=a,b", "name=ü,b"):  # of the second Hydra says that it cannot be read
-        assert texts.readable(word, "config", sweep=True) == word
-    assert texts.readable("name=ü", "config", sweep=True) == "name='ü'"
-    assert texts.readable("seed=1,2", "config") == "seed=1,2"  # Hydra says what to do
+        assert texts.for_hydra(word, "config", sweep=True) == word
+    assert texts.for_hydra("name=ü", "config", sweep=True) == "name='ü'"
+    assert texts.for_hydra("seed=1,2", "config") == "seed=1,2"  # Hydra says what to do
 
 
 def test_a_text_reaches_the_command_as_it_was_typed(command, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "distill.run.begin", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir))
+        "distill.run.start", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir))
     )
     assert (
         command("run", "name=ü (it's)", "data=latents", "data.path=~/фото", "run_dir=007")[0] == 0
@@ -651,7 +651,7 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
     if (
         workers == 0
     ):  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
-        assert checkpoint_files.newest(tmp_path / "run").is_file()
+        assert checkpoint_files.newest_checkpoint(tmp_path / "run").is_file()
 
 
 # -- judging ---------------------------------------------------------------------------------------
@@ -828,7 +828,9 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
     assert command("run", f"resume={folder}", "~metrics")[0] == 0
     assert (
-        checkpoint_files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"]
+        checkpoint_files.read_checkpoint(folder / "checkpoints" / "step_000002.ckpt")["distill"][
+            "iteration"
+        ]
         == 2
     )
     # and once more full, now where the configuration is written: the finished run's own stays
@@ -848,7 +850,7 @@ def test_a_damaged_configuration_of_a_run(refused, tmp_path):
     (tmp_path / "config.yaml").write_text("method: [unclosed", encoding="utf-8")
     (tmp_path / "checkpoints").mkdir()
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    checkpoint_files.write(state, tmp_path / "checkpoints" / "step_000001.ckpt")
+    checkpoint_files.write_checkpoint(state, tmp_path / "checkpoints" / "step_000001.ckpt")
     assert "config.yaml" in refused("run", f"resume={tmp_path}")
 
 

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from distill import recipes
 from distill.cli import COMMANDS, NO_CONFIG, config_of
 from distill.commandline.composed import Composed
-from distill.commandline.keys import check_known, check_own
-from distill.commandline.texts import own
+from distill.commandline.keys import check_known, check_own_keys
+from distill.commandline.quoting import own_keys
 from distill.config import validate
 from distill.config.compose import dotted
 
@@ -71,7 +71,7 @@ def refusal(tree: dict[str, Any], config: str = "config") -> str | None:
     cfg = OmegaConf.create(tree)
     try:
         check_known(cfg, config)
-        check_own(cfg, config)
+        check_own_keys(cfg, config)
         if config == "config":
             validate.check_run(cfg)
     except (ValueError, OSError) as error:
@@ -139,7 +139,7 @@ CONFIGS = sorted({config_of(name) for name in COMMANDS if name not in NO_CONFIG}
 def test_the_own_keys_of_every_command(config):
     tree = Composed(config).tree
     assert refusal(tree, config) is None
-    for key, value in dotted(own(config)).items():
+    for key, value in dotted(own_keys(config)).items():
         _, last = inside(tree, key)
         said = refusal(changed(tree, f"{key}x", 1), config)
         assert (

@@ -136,10 +136,10 @@ def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_none_before_it(d
     fill(disk, 8192)
     folder = disk / "run" / "checkpoints"
     with pytest.raises(OSError, match=rf"there is none before it: make room, remove {disk}/run "):
-        checkpoint_files.write({"x": torch.zeros(200_000)}, folder / "step_000001.ckpt")
+        checkpoint_files.write_checkpoint({"x": torch.zeros(200_000)}, folder / "step_000001.ckpt")
     (folder / "step_000001.ckpt").touch()
     with pytest.raises(OSError, match="those before it are untouched: make room, then resume"):
-        checkpoint_files.write({"x": torch.zeros(200_000)}, folder / "step_000002.ckpt")
+        checkpoint_files.write_checkpoint({"x": torch.zeros(200_000)}, folder / "step_000002.ckpt")
 
 
 def test_the_way_on_is_something_to_do(tmp_path):

@@ -185,7 +185,7 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
         )
         assert code == 0
         assert "going on from step 2: " in out
-        assert checkpoint_files.newest(folder).name == "step_000003.ckpt"
+        assert checkpoint_files.newest_checkpoint(folder).name == "step_000003.ckpt"
         assert not (folder / "samples" / "step_000004.png").exists()
         time.sleep(1)
     first, second = sorted((folder / "checkpoints" / "abandoned").iterdir())
@@ -311,7 +311,7 @@ def gone_on(command, monkeypatch, tmp_path):
     """
     seen = []
     monkeypatch.setattr("distill.config.build.check", seen.append)
-    monkeypatch.setattr("distill.config.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.config.build.build_training", lambda _: None)
     monkeypatch.setattr("distill.run.train", lambda *_: 0)
     monkeypatch.setattr("distill.config.compose.processes", lambda _: 1)
 
@@ -320,7 +320,9 @@ def gone_on(command, monkeypatch, tmp_path):
         own = [*began, "trainer.max_steps=5000", "metrics.prompts=50", "callbacks.samples.every=70"]
         assert command("run", "run_dir=run", *own)[0] == 0
         state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-        checkpoint_files.write(state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt")
+        checkpoint_files.write_checkpoint(
+            state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt"
+        )
         assert command("run", "resume=run", *given)[0] == 0
         return seen
 

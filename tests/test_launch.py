@@ -155,7 +155,7 @@ def job(command, monkeypatch, tmp_path):
     """A command in a job of SLURM, without any training -> (exit code, stderr, step from which it
     goes on).
     """
-    monkeypatch.setattr("distill.config.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.config.build.build_training", lambda _: None)
     monkeypatch.setattr("distill.config.build.check", lambda _: None)
     began = []
 
@@ -204,7 +204,7 @@ def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
         (folder, None)
     ]  # ended before its first checkpoint: anew
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    checkpoint_files.write(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
+    checkpoint_files.write_checkpoint(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
     assert job(*arguments, RESTART_COUNT="2")[2] == [(folder, folder)]
     assert job(*arguments, RESTART_COUNT="0")[0] == 1
 
@@ -318,7 +318,7 @@ def test_the_first_trial_has_what_the_run_has_anyway():
         "student.init": ("choice(random)", None),  # not among them
         "method.distill_weight": ("log(100,200)", None),
     }
-    found = search._as_it_is(
+    found = search._first_parameters(
         ["experiment=ladd_long_shapes"], [f"{key}={text}" for key, (text, _) in keys.items()]
     )
     assert found == {key: value for key, (_, value) in keys.items() if value is not None}
@@ -369,7 +369,7 @@ def trials(command, monkeypatch, tmp_path):
         return SimpleNamespace(returncode=0, stderr=b"")
 
     monkeypatch.setattr("distill.search.subprocess.run", run)
-    monkeypatch.setattr("distill.search._as_it_is", lambda *_: {"a.b": 0.25})
+    monkeypatch.setattr("distill.search._first_parameters", lambda *_: {"a.b": 0.25})
 
     def call(metric, count):
         words = [

@@ -81,7 +81,7 @@ def test_a_killed_process_is_one_sentence_with_step_and_way_on(started, tmp_path
     (run / "checkpoints" / "step_001000.ckpt").touch()
     way = f"go on with: python -m distill.run resume={run}"
     assert started(KILLED)[1] == f"distill: {killed} at step 1,234; {way} {more}\n"
-    assert f"{faults.ANEW} {more}" in started(KILLED, command="cache")[1]
+    assert f"{faults.RESTART} {more}" in started(KILLED, command="cache")[1]
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_losing_another_process_is_no_traceback(error, lost, monkeypatch):
     """Under torchrun and SLURM every process speaks for itself."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert faults.lost(error) is lost
+    assert faults.is_peer_failure(error) is lost
     if lost:
         assert errors.is_mistake(error)
         assert errors.sentence(error).startswith("another process has ended (")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not faults.lost(error)
+    assert not faults.is_peer_failure(error)
 
 
 # -- two real ones ---------------------------------------------------------------------------------

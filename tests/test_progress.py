@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from distill.terminal import console, progress
-from distill.terminal.console import keep, recorded, say
+from distill.terminal.console import log_to, record_output, say
 from distill.terminal.progress import Bar, stage, track
 
 LOG = "run.log"
@@ -133,7 +133,7 @@ def test_the_innermost_speaks_and_leaves_with_what_is_around_it(clock, capsys):
 
     with pytest.raises(ValueError, match="broken"):
         work()
-    assert progress._watch._bars == []
+    assert progress._reporter._bars == []
     said = lines(capsys)
     inner.__exit__(None, None, None)
     assert lines(capsys) == []
@@ -153,8 +153,8 @@ def test_only_the_first_process_speaks(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
 
     def work():
-        with recorded():
-            keep(tmp_path / LOG)
+        with record_output():
+            log_to(tmp_path / LOG)
             print("printed")
             say("said")
             with Bar("training", 3) as bar:
@@ -180,10 +180,10 @@ def test_the_log_has_what_was_printed_before_there_was_a_folder_and_all_that_fol
     logger = logging.getLogger("distill.test")
     logger.addHandler(handler)
     try:
-        with recorded():
+        with record_output():
             with stage("loading the teacher"):
                 pass
-            keep(tmp_path / LOG, "python -m distill.run")
+            log_to(tmp_path / LOG, "python -m distill.run")
             print("run folder: somewhere")
             logger.warning("an alarm")
             print("\r 10 %", end="", file=sys.stderr)  # a library's own bar
@@ -203,8 +203,8 @@ def test_the_log_has_what_was_printed_before_there_was_a_folder_and_all_that_fol
 
 def test_the_log_is_gone_on_with_and_has_the_exception_that_ends_a_run(tmp_path):
     def work():
-        with recorded():
-            keep(tmp_path / LOG, "python -m distill.run")
+        with record_output():
+            log_to(tmp_path / LOG, "python -m distill.run")
             raise RuntimeError("broken")
 
     for _ in range(2):
@@ -216,8 +216,8 @@ def test_the_log_is_gone_on_with_and_has_the_exception_that_ends_a_run(tmp_path)
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
-    with recorded():
-        keep(tmp_path / "nowhere" / LOG)
+    with record_output():
+        log_to(tmp_path / "nowhere" / LOG)
         print("said")
 
 

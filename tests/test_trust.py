@@ -111,7 +111,7 @@ def modules(name: str) -> Iterator[tuple[str, Path]]:
         yield found.removesuffix(".__init__"), file
 
 
-def admitted(holds: trust.Holds) -> set[str]:
+def admitted(holds: trust.Allowed) -> set[str]:
     """Every name that is let in as it stands, and every class that is by where it is defined."""
     found = set(holds.names)
     for inside in holds.inside:

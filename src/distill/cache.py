@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from distill.config import validate
 from distill.config.errors import command
 from distill.data import begun_job as beginning
-from distill.machine.faults import AGAIN
+from distill.machine.faults import RERUN
 from distill.terminal.progress import importing, stage
 
 SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
@@ -25,7 +25,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     import torch
 
     from distill.config.build import make
-    from distill.config.fitting import refuse_misfit
+    from distill.config.fitting import check_data_fits
     from distill.config.models import teacher_of
     from distill.data import shard_job as making
     from distill.data.write import PICTURES, cached
@@ -34,7 +34,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     with stage("opening the data"):
         source = make(cfg.data, "data")
     teacher = teacher_of(cfg)
-    refuse_misfit(cfg, source.dataset, teacher)
+    check_data_fits(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
     teacher.only_encode(device)
     job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
@@ -82,7 +82,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_fit(cfg.data, cfg.teacher)
 
 
-@command("cache", way_on=AGAIN)
+@command("cache", way_on=RERUN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

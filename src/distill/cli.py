@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from distill.terminal.console import readers_may_leave
+from distill.terminal.console import tolerate_closed_pipes
 
 COMMANDS = {
     "run": "distil a teacher into a student",
@@ -49,11 +49,11 @@ def main() -> int:
         signal.signal(
             signal.SIGINT, signal.SIG_DFL
         )  # without a traceback, until the command listens
-    with readers_may_leave():
-        return _called(sys.argv[1] if len(sys.argv) > 1 else "--help")
+    with tolerate_closed_pipes():
+        return _dispatch(sys.argv[1] if len(sys.argv) > 1 else "--help")
 
 
-def _called(command: str) -> int:
+def _dispatch(command: str) -> int:
     if command in ("-h", "--help"):
         print(f"{USAGE}\n{MORE}")
         return 0

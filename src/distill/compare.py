@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from yaml import YAMLError
 
 from distill.config.errors import command, sentence
-from distill.storage.aside import put_text
+from distill.storage.atomic import write_text_atomic
 from distill.storage.locks import one_writer
 from distill.terminal.shown import shown
 from distill.training.run_folders import check_ours
@@ -27,7 +27,14 @@ def main(cfg: DictConfig) -> None:
     The exit code is 0 as long as one run can be shown.
     """
     from distill.report.comparison import page
-    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
+    from distill.report.runs import (
+        as_csv,
+        as_markdown,
+        grouped,
+        lines_of,
+        read_comparable,
+        read_run,
+    )
 
     check_ours(Path(cfg.out), "out", "compare.md", "compare.csv", "compare.html")
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
@@ -44,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             damaged[folder] = shown(sentence(error))
     if not judged and damaged:
         raise ValueError(f"runs={', '.join(map(str, patterns))}: {next(iter(damaged.values()))}")
-    runs = read_alike(judged)
+    runs = read_comparable(judged)
     if not runs:
         what = "no runs"
         if folders:
@@ -58,9 +65,9 @@ def main(cfg: DictConfig) -> None:
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     table = as_markdown(lines_of(groups))
     with one_writer(out, "out"):
-        put_text(out / "compare.md", table)
-        put_text(out / "compare.csv", as_csv(groups))
-        put_text(out / "compare.html", page(groups))
+        write_text_atomic(out / "compare.md", table)
+        write_text_atomic(out / "compare.csv", as_csv(groups))
+        write_text_atomic(out / "compare.html", page(groups))
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
 

@@ -10,15 +10,15 @@ for `distill run` and for `python -m distill.run` alike.
 import sys
 from pathlib import Path
 
-from distill.commandline.words import SHELLS, following, for_bash
-from distill.terminal.console import open_all
+from distill.commandline.completions import SHELLS, completions, for_bash
+from distill.terminal.console import open_standard_streams
 
 NONE_OF_OURS = 3  # the exit code by which a script lets the shell complete by itself
 
 
 def main() -> int:
     """The command `distill completion`; returns the exit code."""
-    open_all()
+    open_standard_streams()
     words = sys.argv[1:]
     if not words or not {"-h", "--help"}.isdisjoint(words[:1]):
         print(__doc__.rstrip())
@@ -26,10 +26,10 @@ def main() -> int:
     if words[0] == "--line":  # bash asks: a line up to the cursor, and what breaks words
         return answer(for_bash(words[1], words[2]))
     if words[0] == "--words":  # zsh and fish ask: the words up to the cursor
-        return answer(following(words[1:]))
-    from distill.config.errors import said_plainly
+        return answer(completions(words[1:]))
+    from distill.config.errors import print_mistakes
 
-    with said_plainly():
+    with print_mistakes():
         print(script(words[0]), end="")
     return 0
 

@@ -31,9 +31,9 @@ def serve(cfg: DictConfig) -> None:
     port = _port(cfg.port)
     address = f"http://{HOST}:{port}"
     print(f"loading {cfg.run}; the page will be at {address}", flush=True)
-    from distill.demonstration.drawing import Studio
+    from distill.demonstration.generation import Models
 
-    studio = Studio.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
+    studio = Models.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
     studio.warm_up()
     from distill.demonstration.page import Page
     from distill.demonstration.worker import Worker
@@ -41,7 +41,7 @@ def serve(cfg: DictConfig) -> None:
     worker = Worker()
     page = Page(studio, worker, cfg)
     page.launch(HOST, port, open_browser=cfg.open)
-    ended = _ended()
+    ended = _end_event()
     print(f"the page is at {address}; Ctrl-C ends it", flush=True)
     while not ended.wait(1):  # in short waits, since Windows heeds no Ctrl-C in a long one
         pass
@@ -50,15 +50,15 @@ def serve(cfg: DictConfig) -> None:
     print(f"\n{worker.requests} requests, {worker.dropped} of them dropped for newer ones")
 
 
-def _ended() -> threading.Event:
+def _end_event() -> threading.Event:
     """What a signal sets from now on: whoever reads the address can end the page in order."""
     ended = threading.Event()
 
     def heard(number: int, _frame: Any) -> None:
-        signals.remember(number)  # a second Ctrl-C does not wait for the picture under way
+        signals.mark_handled(number)  # a second Ctrl-C does not wait for the picture under way
         ended.set()
 
-    signals.handled_by(heard)
+    signals.set_handlers(heard)
     return ended
 
 

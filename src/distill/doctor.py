@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import validate
 from distill.config.compose import check_counts, processes, shipped
-from distill.config.defaults import settled_to_look
+from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command
 from distill.data.shards import expand
 from distill.machine import faults
@@ -132,10 +132,10 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
             "sizes are counted only there",
         )
         return
-    yield from need(cfg, path)
+    yield from memory_lines(cfg, path)
 
 
-def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
+def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
     """What the teacher at this folder, the student and pictures on the way take, and whether it is
     there.
     """
@@ -181,7 +181,7 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
 
 
-def left_behind(cfg: DictConfig) -> Iterator[Line]:
+def leftovers(cfg: DictConfig) -> Iterator[Line]:
     """Shared memory for the loader's workers, run folders that are written or were left, and
     processes left over.
     """
@@ -189,7 +189,7 @@ def left_behind(cfg: DictConfig) -> Iterator[Line]:
     folders = {path.parent for path in Path("runs").glob(f"*/{locks.NAME}")}
     folders |= {Path(cfg[key]) for key in ("run_dir", "resume") if cfg.get(key)}
     for folder in sorted(folders):
-        if who := locks.held(folder):
+        if who := locks.holder_of(folder):
             remedy = f"if it has ended, remove {folder / locks.NAME}" if not who.here else WAIT
             yield "warn", f"{folder} is written by {who}", remedy
         elif (folder / locks.NAME).exists():
@@ -253,13 +253,13 @@ def _starting(counts: dict[str, int], begins: str) -> int:
     return sum(count for name, count in counts.items() if name.startswith(begins))
 
 
-@command("config", prepare=settled_to_look)
+@command("config", prepare=with_placeholder_data)
 def main(cfg: DictConfig) -> int:
     validate.check_groups(cfg)
     validate.check_players(cfg.discriminator)
     validate.check_keys(cfg)
     check_counts(cfg, validate.COUNTS)
-    lines = [*machine(), *left_behind(cfg), *fit(cfg)]
+    lines = [*machine(), *leftovers(cfg), *fit(cfg)]
     for level, what, remedy in lines:
         print(shown(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}"))
     return int(any(level == "fail" for level, *_ in lines))

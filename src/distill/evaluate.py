@@ -22,24 +22,26 @@ from distill.config.compose import (
     config_of,
     file_name,
     is_run,
-    looked_at,
     rank,
+    read_unchecked,
     secrets,
-    world,
-    written,
+    to_yaml,
+    world_size,
 )
 from distill.config.errors import command
 from distill.core.limits import check_dtype
-from distill.evaluation.references import in_folder
-from distill.machine.faults import AGAIN
+from distill.evaluation.references import pictures_in
+from distill.machine.faults import RERUN
 from distill.storage.locks import check_free, one_writer
 from distill.terminal.progress import importing
 from distill.training.run_folders import check_ours
 
-ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
+COMMAND_FILE = (
+    "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
+)
 
 
-def judge(cfg: DictConfig) -> int:
+def evaluate(cfg: DictConfig) -> int:
     """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
     check(cfg)
     with importing("torch"):
@@ -63,7 +65,7 @@ def judge(cfg: DictConfig) -> int:
         # what cannot be read is said before hours of drawing, and before anything is written
         protocol.load()
     with one_writer(out, "out" if cfg.out else "run", deep=True):
-        return _written(cfg, out, protocol, parts, several)
+        return _write_evaluation(cfg, out, protocol, parts, several)
 
 
 def _out(cfg: DictConfig) -> Path:
@@ -72,18 +74,18 @@ def _out(cfg: DictConfig) -> Path:
     return Path(cfg.out or (cfg.run if is_run(Path(cfg.run)) else Path("evaluations") / name))
 
 
-def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
+def _write_evaluation(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
     """Draw, judge and report into `out`; returns the exit code."""
     from distill.exporting.card import write_card
     from distill.machine import hardware
     from distill.report import write_report
     from distill.report.evaluation import in_terminal
-    from distill.storage.aside import put
+    from distill.storage.atomic import write_atomic
     from distill.training import launch
 
     run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
-    (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-    put(out / ASKED, written(paths.absolute(cfg)))
+    (out / COMMAND_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / COMMAND_FILE, to_yaml(paths.absolute(cfg)))
     try:
         if several and (code := launch.launch(out, cfg.devices, "evaluate", secrets=secrets(cfg))):
             return code
@@ -93,7 +95,7 @@ def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: boo
         else:
             rows = protocol.judge_folder(run, out, hardware.device())
     finally:
-        _leave_nothing(out)
+        _remove_empty(out)
     print(in_terminal(rows))
     if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
@@ -106,7 +108,7 @@ def check(cfg: DictConfig) -> None:
     check_counts(cfg, {"devices": 1})
     check_dtype(cfg.dtype, "dtype", "auto")
     _steps(cfg)
-    if world() > 1:
+    if world_size() > 1:
         raise ValueError(
             "devices: judging starts its processes itself; use devices=8 or the like, without"
             " torchrun"
@@ -114,7 +116,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_metrics(cfg.metrics)
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
-        looked_at(cfg.run, "discriminator.features")
+        read_unchecked(cfg.run, "discriminator.features")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
     else:
@@ -124,14 +126,14 @@ def check(cfg: DictConfig) -> None:
     check_free(_out(cfg), "out" if cfg.out else "run")
 
 
-def _leave_nothing(out: Path) -> None:
+def _remove_empty(out: Path) -> None:
     """Remove what was made for a judging that came to nothing; what was drawn stays, and is gone on
     with.
     """
     drawn = any((out / "evaluation").glob("*/*")) or (out / "evaluation.json").exists()
     if drawn:
         return
-    (out / ASKED).unlink(missing_ok=True)
+    (out / COMMAND_FILE).unlink(missing_ok=True)
     for folder in [*(out / "evaluation").glob("*/"), out / "evaluation", out]:
         with suppress(OSError):  # what else is in it is not ours
             folder.rmdir()
@@ -140,7 +142,7 @@ def _leave_nothing(out: Path) -> None:
 def _pictures(run: Path) -> list[Path]:
     """Those of a folder of pictures; none of what holds a model."""
     model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
-    return [] if model else in_folder(run)
+    return [] if model else pictures_in(run)
 
 
 def _steps(cfg: DictConfig) -> list[int]:
@@ -151,10 +153,10 @@ def _steps(cfg: DictConfig) -> list[int]:
     return list(steps or [])
 
 
-def draw(cfg: DictConfig, folder: Path) -> int:
+def generate(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the pictures; returns the exit code."""
     protocol, student, teacher, sampler = _models(cfg, _protocol(cfg))
-    protocol.draw(student, teacher, folder, sampler, rank=rank(), world=world())
+    protocol.draw(student, teacher, folder, sampler, rank=rank(), world_size=world_size())
     return 0
 
 
@@ -162,7 +164,7 @@ def _protocol(cfg: DictConfig) -> Any:
     """How it is judged; refused where that cannot be, or would flatter the run."""
     from distill.config import build
 
-    protocol = build.protocol(cfg.metrics, looked_at(cfg.run, "discriminator.features"))
+    protocol = build.protocol(cfg.metrics, read_unchecked(cfg.run, "discriminator.features"))
     return replace(protocol, student_steps=steps) if (steps := _steps(cfg)) else protocol
 
 
@@ -195,7 +197,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     )
 
 
-_main = command("evaluate", way_on=AGAIN)(judge)
+_main = command("evaluate", way_on=RERUN)(evaluate)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from distill.config import validate
 from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.config.errors import command
 from distill.core.limits import check_dtype
-from distill.storage.aside import whole_folder
+from distill.storage.atomic import atomic_folder
 from distill.storage.locks import check_free, one_writer, one_writer_of
 from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
 from distill.terminal.progress import stage
@@ -200,7 +200,7 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
         part=denoiser_part(folder),
         naming=cfg.naming or NAMINGS[0],
         dtype=cfg.dtype,
-        about=low_rank.about(folder),
+        metadata=low_rank.lora_metadata(folder),
     )
 
 
@@ -220,7 +220,7 @@ def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
     if out == student and not (cfg.scheduler or cfg.dtype):
         write_card(student, run, _teacher_of(run))
         return student
-    with whole_folder(_new(str(out))) as partial:
+    with atomic_folder(_new(str(out))) as partial:
         copy_pipeline(student, partial, cfg.dtype)
         if cfg.scheduler is not None:
             from distill.sampling import flow_scheduler

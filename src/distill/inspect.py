@@ -14,8 +14,8 @@ from distill.config.errors import command
 from distill.config.validate import LOCAL_HEADS
 from distill.core.limits import check_local_batch
 from distill.storage.checkpoint_names import checkpoints_at
-from distill.storage.inside import check_names
 from distill.storage.locks import check_free, one_writer
+from distill.storage.safe_paths import check_written_paths
 from distill.terminal.progress import importing, stage
 
 # What is made of a run again: all but what trains, logs and draws.
@@ -42,7 +42,7 @@ def check(cfg: DictConfig) -> DictConfig:
         check_local_batch(cfg.samples, "samples")
     checkpoints_at(folder, "run")
     if not cfg.out:
-        check_names(folder, "run")
+        check_written_paths(folder, "run")
     check_free(_out(cfg), "out")
     return made
 
@@ -59,21 +59,21 @@ def examine(cfg: DictConfig) -> None:
 
         from distill.config import build
         from distill.machine.hardware import device
-        from distill.report.inspection import look, write
-        from distill.storage.checkpoint_files import check_fits, newest, read
+        from distill.report.inspection import inspect_heads, write_inspection
+        from distill.storage.checkpoint_files import check_fits, newest_checkpoint, read_checkpoint
         from distill.training.resuming import check_checkpoint
 
     folder = Path(cfg.run)
-    kept = newest(folder)
+    kept = newest_checkpoint(folder)
     if kept.is_dir():
         raise ValueError(
             f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole"
             " ones"
         )
-    state = read(kept)
+    state = read_checkpoint(kept)
     check_checkpoint(state.get("about"), made, kept, "run")
     made.data.batch_size = cfg.samples
-    source, method = build.parts(made)
+    source, method = build.build_training(made)
     check_fits(state["state_dict"], method, f"run={cfg.run}: {kept.name}")
     method.load_state_dict(state["state_dict"])
     method.to(device(OmegaConf.select(made, "trainer.accelerator", default="auto")))
@@ -81,10 +81,10 @@ def examine(cfg: DictConfig) -> None:
     batch = method.loop.embed(method, method.transfer_batch_to_device(loaded, method.device, 0))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
     with stage("looking with the discriminator"):
-        seen = look(method, batch, list(cfg.levels), generator)
+        seen = inspect_heads(method, batch, list(cfg.levels), generator)
     out = _out(cfg)
     with one_writer(out, "out"):
-        print(f"wrote {write(seen, out, folder.name)}")
+        print(f"wrote {write_inspection(seen, out, folder.name)}")
 
 
 main = command("inspect")(examine)

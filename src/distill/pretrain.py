@@ -16,7 +16,7 @@ from distill.config import paths, validate
 from distill.config.compose import check_counts, shipped
 from distill.config.errors import command
 from distill.data.shards import check_pictures
-from distill.machine.faults import AGAIN
+from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
 from distill.storage.locks import check_free, one_writer
 from distill.teachers.loading.locate import check_pipeline
@@ -64,7 +64,7 @@ def check(cfg: DictConfig) -> None:
     check_free(Path(cfg.out), "out")
 
 
-@command("pretrain", way_on=AGAIN)
+@command("pretrain", way_on=RERUN)
 def main(cfg: DictConfig) -> None:
     pretrain(cfg)
 

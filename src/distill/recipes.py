@@ -19,10 +19,10 @@ from pathlib import Path
 
 from distill.commandline import comments
 from distill.config.compose import nearest
-from distill.config.errors import said_plainly
+from distill.config.errors import print_mistakes
 from distill.config.location import CONF_DIR
-from distill.storage.aside import put_text
-from distill.terminal.console import readers_may_leave
+from distill.storage.atomic import write_text_atomic
+from distill.terminal.console import tolerate_closed_pipes
 
 SHIPPED = Path(CONF_DIR) / "experiment"
 COLUMN = 30  # characters before what is said of an experiment
@@ -69,7 +69,7 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
     if file.exists():
         raise ValueError(f"{file}: is there already, and stays; name the copy with as=")
     file.parent.mkdir(parents=True, exist_ok=True)
-    put_text(file, _text(name, new, to))
+    write_text_atomic(file, _text(name, new, to))
     return file
 
 
@@ -97,7 +97,7 @@ def main() -> int:
     if not {"-h", "--help"}.isdisjoint(words):
         print(__doc__.rstrip())
         return 0
-    with readers_may_leave(), said_plainly():
+    with tolerate_closed_pipes(), print_mistakes():
         print(answer(words))
     return 0
 

@@ -17,20 +17,20 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.config import compose, paths
-from distill.config.defaults import settled
+from distill.config.defaults import with_defaults
 from distill.config.errors import command
-from distill.config.typed import as_said
+from distill.config.typed import masked_override
 from distill.machine import faults
 from distill.storage.checkpoint_names import checkpoints_at
 from distill.storage.locks import check_free, one_writer
 from distill.terminal import console
 from distill.terminal.progress import importing, stage
-from distill.terminal.secret import told
+from distill.terminal.secret import redacted
 from distill.training import run_folders as folders
 from distill.training.run_folders import LOG
 
 
-def begin(cfg: DictConfig) -> int:
+def start(cfg: DictConfig) -> int:
     """Make or find the run folder and train, here or in as many processes as are asked for; returns
     the exit code.
     """
@@ -40,10 +40,10 @@ def begin(cfg: DictConfig) -> int:
     cfg.resume = paths.escaped(cfg.resume or compose.requeued(cfg))
     before = None
     if cfg.resume:
-        before = compose.looked_at(compose.folder_of(cfg.resume))
+        before = compose.read_unchecked(compose.folder_of(cfg.resume))
         checkpoints_at(Path(cfg.resume))
         resuming.check_folder(cfg)
-        cfg = continued.going_on(cfg)
+        cfg = continued.resumed_config(cfg)
     validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
     if not cfg.resume:
         if cfg.run_dir:
@@ -63,28 +63,28 @@ def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
     with importing("torch"):
         from distill.config import build
 
-    about = the_same_run(cfg, before) if before else {}
+    about = check_same_run(cfg, before) if before else {}
     build.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
     # Nothing is written before all parts are there: a mistake in the configuration leaves no empty
     # run behind.
-    parts = None if several else build.parts(cfg)
+    parts = None if several else build.build_training(cfg)
     if before:
-        the_same_data(cfg, before, parts)
+        check_same_data(cfg, before, parts)
     cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
     folder = compose.run_folder(cfg)
     went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
     with (
         folders.kept_if_filled(folder),
         one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
-        faults.goes_on(lambda: launch.way_on(folder)),
+        faults.hint_on_failure(lambda: launch.way_on(folder)),
     ):
-        return _written(cfg, folder, precision, parts, processes if several else 0, went_on)
+        return _start_or_launch(cfg, folder, precision, parts, processes if several else 0, went_on)
 
 
-def _written(
+def _start_or_launch(
     cfg: DictConfig,
     folder: Path,
     precision: Any,
@@ -97,7 +97,7 @@ def _written(
     `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there
     is none.
     """
-    from distill.storage.aside import put
+    from distill.storage.atomic import write_atomic
     from distill.training import launch
     from distill.training.run_metadata import RunRecord
 
@@ -105,12 +105,12 @@ def _written(
         folders.cleared(folder)  # of a command that came to no step, in the same folder
     there = {path.name for path in folder.iterdir()}
     fresh = not folders.foreign(folder)
-    command = " ".join(["python -m distill.run", *told(sys.argv[1:])])
-    typed = [as_said(word) for word in compose.overrides()]
-    console.keep(folder / LOG, command)
+    command = " ".join(["python -m distill.run", *redacted(sys.argv[1:])])
+    typed = [masked_override(word) for word in compose.overrides()]
+    console.log_to(folder / LOG, command)
     if compose.rank() == 0:
         # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", compose.written(cfg))
+        write_atomic(folder / "config.yaml", compose.to_yaml(cfg))
         print(f"run folder: {folder}")
         print(said_of(precision, cfg))
         said = {"name": precision.name, "reason": precision.reason}
@@ -129,23 +129,25 @@ def _written(
     return code
 
 
-def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
+def check_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
     """What the checkpoint to go on from says of itself.
 
     ValueError if it, or a model that moved, is of another run.
     """
-    from distill.storage.checkpoint_files import newest, read
+    from distill.storage.checkpoint_files import newest_checkpoint, read_checkpoint
     from distill.training import resuming
     from distill.training.run_metadata import RunRecord
 
-    checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
-    about = read(checkpoint).get("about", {})
+    checkpoint = newest_checkpoint(
+        Path(cfg.resume)
+    )  # a mistake in it is said before anything is read
+    about = read_checkpoint(checkpoint).get("about", {})
     resuming.check_moved(before, cfg, RunRecord(compose.folder_of(cfg.resume)).facts)
     resuming.check_checkpoint(about, cfg, checkpoint)
     return about
 
 
-def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
+def check_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
     """Say that the data of a run that goes on have changed; ValueError if they moved and are
     others.
     """
@@ -176,20 +178,20 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     """
     with importing("torch"):
         from distill.config import build
-        from distill.storage.checkpoint_files import newest, read
+        from distill.storage.checkpoint_files import newest_checkpoint, read_checkpoint
         from distill.training import resuming
         from distill.training.checkpoints import taken_up
         from distill.training.run_metadata import RunRecord
 
-    console.keep(folder / LOG)
-    source, method = parts or build.parts(cfg)
+    console.log_to(folder / LOG)
+    source, method = parts or build.build_training(cfg)
     models = resuming.marks(cfg)
     if compose.rank() == 0:
         RunRecord(folder).made_of(
             models, resuming.data_mark(source.dataset), resuming.texts_of(cfg)
         )
-    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    kept = read(checkpoint) if checkpoint else None
+    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
+    kept = read_checkpoint(checkpoint) if checkpoint else None
     trainer = build.trainer(cfg, folder, models, kept)
     start = kept["distill"]["iteration"] * method.loop.engine.accumulate if kept else 0
     del kept  # Lightning reads it by itself
@@ -203,10 +205,10 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         if compose.rank() == 0 and method.loop.iteration:
             RunRecord(folder).came_to(method.loop.iteration)
         raise
-    student = build.averaged(method, first=trainer.is_global_zero)
+    student = build.averaged_weights(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
         RunRecord(folder).trained(method)
-    if code := build.stopped(trainer, method, folder):
+    if code := build.stop_code(trainer, method, folder):
         return code
     if trainer.is_global_zero:
         finish(cfg, method, student, folder)
@@ -220,22 +222,22 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     from distill.students import save_pipeline
     from distill.teachers.loading.locate import denoiser_part
 
-    teacher, student = build.whole(cfg, method, average)
+    teacher, student = build.unsharded_models(cfg, method, average)
     sampler = compose.make(cfg.sampler, "sampler")
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
     print(f"student: {saved}")
     if student.adapters is not None:
-        from distill.exporting.low_rank import about, save_lora
+        from distill.exporting.low_rank import lora_metadata, save_lora
         from distill.students.lora import factors
 
-        said = {"part": denoiser_part(saved), "about": about(saved)}
+        said = {"part": denoiser_part(saved), "metadata": lora_metadata(saved)}
         print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
     try:
         if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
             rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
-            own_verdict(folder)
+            promote_evaluation(folder)
             print(in_terminal(rows))
     except Exception:  # what cannot be judged now is trained all the same
         report(folder, teacher.folder)
@@ -256,20 +258,20 @@ def report(folder: Path, teacher: Path) -> None:
     print(f"report: {written}")
 
 
-def own_verdict(folder: Path) -> None:
+def promote_evaluation(folder: Path) -> None:
     """Have what the run was judged by now stand first, whatever `evaluate` asks later."""
-    from distill.evaluation import results as verdicts
-    from distill.storage.aside import put
+    from distill.evaluation import results
+    from distill.storage.atomic import write_atomic
 
-    evaluation = verdicts.read(folder)
+    evaluation = results.read_evaluation(folder)
     if evaluation:  # a protocol of one's own may write none
-        owned = json.dumps(verdicts.owned(evaluation), indent=2)
-        put(folder / verdicts.FILE, owned.encode() + b"\n")
+        owned = json.dumps(results.promote_newest(evaluation), indent=2)
+        write_atomic(folder / results.FILE, owned.encode() + b"\n")
 
 
-@command("config", prepare=settled)
+@command("config", prepare=with_defaults)
 def main(cfg: DictConfig) -> int:
-    return begin(cfg)
+    return start(cfg)
 
 
 if __name__ == "__main__":

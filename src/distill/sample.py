@@ -32,9 +32,9 @@ from distill.config.errors import command
 from distill.core.limits import check_dtype, drawn_at_once
 from distill.data.lines import Lines
 from distill.machine.hardware import check_precision
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.locks import check_free, one_writer
-from distill.terminal.console import note, on_stderr
+from distill.terminal.console import note, print_to_stderr
 from distill.terminal.progress import Bar, importing
 from distill.training.run_folders import check_ours
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SHOWN = 64  # pictures in the grid, the first ones
 
 
-def draw(cfg: DictConfig) -> list[Path]:
+def generate(cfg: DictConfig) -> list[Path]:
     """Write a PNG for every prompt and seed, its settings in its own text fields; of several a
     grid. Their paths.
     """
@@ -56,25 +56,25 @@ def draw(cfg: DictConfig) -> list[Path]:
     model = models.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
-    make = _maker(cfg, model)
+    make = _picture_function(cfg, model)
     note(f"precision: {chosen.name} ({chosen.reason})")
     with one_writer(Path(cfg.out), "out"):  # which is made now that there is something to write
-        return _drawn(cfg, prompts, model, make)
+        return _generate_all(cfg, prompts, model, make)
 
 
-def _drawn(
+def _generate_all(
     cfg: DictConfig, prompts: list[str], model: Any, make: Callable[..., Tensor]
 ) -> list[Path]:
     """The pictures and the grid, written; their paths."""
     import torch
     from torchvision.utils import make_grid
 
-    from distill.machine.hardware import room_beside
+    from distill.machine.hardware import memory_left
 
     folder, paths, shown = Path(cfg.out), [], []
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     sides = model.sides_of(model.shape_of(cfg.size))
-    many = cfg.batch_size or drawn_at_once(*sides, most=8, room=room_beside(model))
+    many = cfg.batch_size or drawn_at_once(*sides, most=8, room=memory_left(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
     others += [cfg.negative] if cfg.negative else []
     with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
@@ -144,12 +144,12 @@ def _prompts(cfg: DictConfig) -> list[str]:
     return [cfg.prompt]
 
 
-def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
+def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
     """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
     import torch
 
     from distill.config.models import sampler_of
-    from distill.evaluation.features import fitted, opened
+    from distill.evaluation.features import open_rgb, to_model_input
     from distill.machine.hardware import autocast
     from distill.sampling import distilled, seeded, to_bytes
     from distill.sampling.guided import guided
@@ -165,7 +165,7 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
         )
     if cfg.image:
         height, width = model.sides_of(how["shape"])
-        image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
+        image = to_model_input(open_rgb(Path(cfg.image), "image="), width, height).to(model.device)
     model.save_memory(slicing=cfg.slicing, tiling=cfg.tiling)
     few = partial(sampler_of(cfg.run, model), model, **how)
 
@@ -200,14 +200,14 @@ def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -
         text = str(value).encode("utf-8", "backslashreplace")  # a path may hold any bytes
         settings.add_text(key, text.decode())
     to_pil_image(picture).save(content := io.BytesIO(), format="PNG", pnginfo=settings)
-    put(path, content.getvalue())
+    write_atomic(path, content.getvalue())
     print(path)
 
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    with on_stderr():  # stdout has the paths, for other programs
-        draw(cfg)
+    with print_to_stderr():  # stdout has the paths, for other programs
+        generate(cfg)
 
 
 if __name__ == "__main__":

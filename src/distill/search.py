@@ -29,10 +29,10 @@ from yaml import YAMLError
 from distill.config import validate
 from distill.config.compose import check_counts
 from distill.config.errors import command
-from distill.config.typed import as_said
-from distill.machine.faults import AGAIN
-from distill.machine.signals import apart, for_child
-from distill.storage.aside import put_text
+from distill.config.typed import masked_override
+from distill.machine.faults import RERUN
+from distill.machine.signals import child_environment, new_session
+from distill.storage.atomic import write_text_atomic
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
 from distill.terminal.console import note, say
@@ -99,7 +99,7 @@ def table(study: Any, file: Path) -> None:
     for trial in done:
         chosen = (trial.params.get(key) for key in keys)
         rows.writerow([trial.number, trial.value, *map(in_csv, chosen)])
-    put_text(file, text.getvalue())
+    write_text_atomic(file, text.getvalue())
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
@@ -119,7 +119,7 @@ def score(folder: Path, metric: str, steps: int) -> float:
     return float(logged[-1])
 
 
-def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
+def _first_parameters(run: list[str], space: list[str]) -> dict[str, Any]:
     """Parameters of the first trial: the run's own, where the ranges hold them."""
     with stage("composing the run"):
         shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
@@ -135,7 +135,7 @@ def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
     return first
 
 
-def again(study: Any, trial: Any) -> None:
+def retry(study: Any, trial: Any) -> None:
     """Have the same values tried once more: this trial came to nothing by no fault of theirs."""
     from optuna.trial import TrialState
 
@@ -156,7 +156,7 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    asked["run"] = [as_said(word) for word in asked["run"]]
+    asked["run"] = [masked_override(word) for word in asked["run"]]
     # As long as nothing was measured by them. Which way is up is the study's own, and not to be
     # changed.
     free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
@@ -181,7 +181,7 @@ def counted() -> list[Any]:
     return [TrialState.COMPLETE, TrialState.PRUNED]
 
 
-def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
+def _run_trial(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
     """One trial; a bar that shows how far it is, by the log of its run."""
     from optuna.trial import TrialState
 
@@ -194,8 +194,8 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
         [*RUN, *run],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=for_child(),
-        **apart(),
+        env=child_environment(),
+        **new_session(),
     )
     if ended.stderr:  # above the bar, which a trial knows nothing of
         print(ended.stderr.decode(errors="replace"), end="", file=sys.stderr)
@@ -207,7 +207,7 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
     try:
         value = score(folder, cfg.metric, cfg.steps)
     except ValueError:
-        again(study, trial)
+        retry(study, trial)
         raise
     study.tell(trial, *([value] if math.isfinite(value) else [None, TrialState.PRUNED]))
     table(study, out / "trials.csv")
@@ -223,7 +223,7 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-@command("search", way_on=AGAIN)
+@command("search", way_on=RERUN)
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to
     `trials.csv`.
@@ -231,7 +231,7 @@ def main(cfg: DictConfig) -> None:
     out, space = Path(cfg.out), _space(cfg)  # what is wrong with it shows before anything is made
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
-    with one_writer(out, "out", deep=True), _stored(out / "study.db"):
+    with one_writer(out, "out", deep=True), _storage_errors(out / "study.db"):
         _search(cfg, out, space)
 
 
@@ -246,7 +246,7 @@ def _space(cfg: DictConfig) -> list[str]:
 
 
 @contextmanager
-def _stored(study: Path) -> Iterator[None]:
+def _storage_errors(study: Path) -> Iterator[None]:
     """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries
     wrap it.
     """
@@ -270,19 +270,19 @@ def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
 
     begun = (out / "study.db").exists()
     # Before anything is made: a run that cannot be composed leaves nothing behind.
-    first = None if begun else _as_it_is(list(cfg.run), space)
+    first = None if begun else _first_parameters(list(cfg.run), space)
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.get_trials(states=[*counted(), TrialState.RUNNING, TrialState.WAITING]):
-        study.enqueue_trial(_as_it_is(list(cfg.run), space) if first is None else first)
+        study.enqueue_trial(_first_parameters(list(cfg.run), space) if first is None else first)
     for stale in study.get_trials(
         states=[TrialState.RUNNING]
     ):  # the command was killed in the middle
-        again(study, stale)
+        retry(study, stale)
     done = len(study.get_trials(states=counted()))
     with Bar("search", cfg.trials, unit="trial", done=min(done, cfg.trials)) as bar:
         while done < cfg.trials:
-            _try(study, cfg, out, bar)
+            _run_trial(study, cfg, out, bar)
             done = len(study.get_trials(states=counted()))
             bar.update(done)
     table(study, out / "trials.csv")  # a kill may have come between the last trial and its row

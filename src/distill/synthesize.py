@@ -16,12 +16,12 @@ from distill.config import validate
 from distill.config.errors import command
 from distill.data import begun_job as beginning
 from distill.data.lines import Lines
-from distill.machine.faults import AGAIN
+from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
 from distill.terminal.progress import importing
 
 
-def draw(cfg: DictConfig, folder: Path) -> int:
+def generate(cfg: DictConfig, folder: Path) -> int:
     """This process's part of the samples; returns the exit code."""
     import torch
 
@@ -79,13 +79,13 @@ def check(cfg: DictConfig) -> None:
     beginning.check_making(cfg)
 
 
-@command("synthesize", way_on=AGAIN)
+@command("synthesize", way_on=RERUN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):
         from distill.data.shard_job import begin
 
-    return begin(cfg, "synthesize", draw)
+    return begin(cfg, "synthesize", generate)
 
 
 if __name__ == "__main__":

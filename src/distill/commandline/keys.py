@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.commandline.texts import LISTS, groups, is_text, own
+from distill.commandline.quoting import LISTS, groups, is_text, own_keys
 from distill.config.compose import dotted, nearest
 
 NEEDED = "???"
@@ -22,7 +22,7 @@ def check_known(cfg: DictConfig, config: str) -> None:
 
     One that another key refers to by `${key}` is read.
     """
-    known = {*own(config), *groups(config)}
+    known = {*own_keys(config), *groups(config)}
     for key in [key for key in map(str, cfg) if key not in known]:
         reference = rf"\$\{{\s*{re.escape(key)}\b"
         if not re.search(reference, OmegaConf.to_yaml(cfg, resolve=False)):
@@ -30,14 +30,14 @@ def check_known(cfg: DictConfig, config: str) -> None:
             raise ValueError(f"{key}: nothing reads this key{near}; leave it out")
 
 
-def check_own(cfg: DictConfig, config: str) -> None:
+def check_own_keys(cfg: DictConfig, config: str) -> None:
     """Raise ValueError for what the keys of the command's own file cannot be; those of groups have
     classes to ask.
 
     null is only what has it for a default. Whole numbers have a range besides, which their command
     knows.
     """
-    for key, default in dotted(own(config)).items():
+    for key, default in dotted(own_keys(config)).items():
         value: Any = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(default, dict) or OmegaConf.is_missing(cfg, key):
             continue

@@ -64,7 +64,7 @@ def _sections(composed: Composed) -> Iterator[str]:
         if inner:
             lines += [] if key == first and lines is not own else _row(f"  {key}", remarks[key])
         else:
-            lines += _row(*_said(key, value, remarks.get(key, "")))
+            lines += _row(*_key_row(key, value, remarks.get(key, "")))
     if own:
         yield "\n".join(["Keys (key=value)", *own])
     for group, lines in others.items():
@@ -74,7 +74,7 @@ def _sections(composed: Composed) -> Iterator[str]:
         yield "\n".join([*textwrap.wrap(title, _width()), *lines])
 
 
-def _said(key: str, value: Any, remark: str) -> tuple[str, str]:
+def _key_row(key: str, value: Any, remark: str) -> tuple[str, str]:
     if value == MISSING:
         return f"  {key}=", f"(must be given) {remark}".rstrip()
     return f"  {key}={written(value)}", remark

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from hydra.core.hydra_config import HydraConfig
 
 from distill.config.compose import overrides
-from distill.config.typed import as_said
+from distill.config.typed import masked_override
 from distill.machine import signals
 from distill.terminal.secret import masked
 
@@ -52,10 +52,10 @@ class Sweep:
 
     def _goes_on(self) -> bool:
         here = self.asked and str(HydraConfig.get().launcher._target_).endswith(HERE)
-        return here and signals.asked() is None
+        return here and signals.received() is None
 
     def _note(self, said: str) -> None:
         # Hydra writes what is left out as `~group=null`.
         words = [self.typed.get(w, self.typed.get(w.removesuffix("=null"), w)) for w in overrides()]
-        typed = masked(" ".join(map(as_said, words)))
+        typed = masked(" ".join(map(masked_override, words)))
         self._failed.append(f"  {typed}: {' '.join(said.split())}")

@@ -15,15 +15,15 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config import signatures, validate
-from distill.config.compose import allowed, make, processes
-from distill.config.fitting import refuse_misfit, say_size
+from distill.config.compose import checked_node, make, processes
+from distill.config.fitting import check_data_fits, warn_size
 from distill.config.models import teacher_of
 from distill.core.tensors import gather
 from distill.core.types import Cond, Players
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
 from distill.terminal.progress import stage
-from distill.terminal.secret import hidden
+from distill.terminal.secret import masked_tree
 from distill.training import loggers as trackers
 from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
@@ -53,7 +53,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_run(cfg)
     for key, node in cfg.items():  # what is made; a run itself may be called by any text
         if isinstance(node, DictConfig):
-            allowed(node, str(key))
+            checked_node(node, str(key))
     accelerator = cfg.trainer.get("accelerator", "auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(accelerator, accelerator != "gpu" or any(there.values())):
@@ -69,7 +69,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     """Build the trainer once for nothing: what Lightning has against it is said while nothing is
     written.
     """
-    _hush()
+    _quiet_lightning()
     quiet = cfg.copy()
     if quiet.trainer.precision == "auto":
         quiet.trainer.precision = "32-true"  # settled later; any will do
@@ -112,12 +112,12 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
     return made
 
 
-def parts(cfg: DictConfig) -> tuple[Any, Any]:
+def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first, and silences Lightning's
     usual hints.
     """
     lightning.seed_everything(cfg.seed, verbose=False)
-    _hush()
+    _quiet_lightning()
     with stage("opening the data"):
         source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
@@ -128,8 +128,8 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     )
     if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
         source.dataset.fit(teacher)
-    refuse_misfit(cfg, source.dataset, teacher)
-    say_size(source.dataset, teacher)
+    check_data_fits(cfg, source.dataset, teacher)
+    warn_size(source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
     # others read data when they are made, as `check` has done
     if judge and hasattr(get_object(judge), "fits"):
@@ -145,7 +145,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     return source, make(cfg.method, "method")(players, loop=loop)
 
 
-def _hush() -> None:
+def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=EXPECTED)
@@ -219,7 +219,7 @@ def trainer(
             callback.folder = folder / "checkpoints"
             callback.tracked = partial(trackers.names, loggers)
             callback.about = {
-                "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
+                "config": masked_tree(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
                 "content": models,
             }
@@ -253,12 +253,12 @@ def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
     return [(f"{group}.{name}", node) for name, node in named if node]
 
 
-def averaged(method: Any, *, first: bool) -> dict[str, Any]:
+def averaged_weights(method: Any, *, first: bool) -> dict[str, Any]:
     """The averages of the student, whole, in the first process; all processes must call this."""
     return gather(method.ema.state_dict(), keep=first)
 
 
-def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
+def unsharded_models(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
     """Teacher and averaged student as one process can use them; made anew where the strategy has
     cut them up.
 
@@ -272,7 +272,7 @@ def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, A
     return teacher.to(device), student.to(device).eval()
 
 
-def stopped(trainer: Any, method: Any, folder: Path) -> int:
+def stop_code(trainer: Any, method: Any, folder: Path) -> int:
     """The exit code of a run that a signal has ended, said in words; 0 if none has."""
     by = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
     if by and trainer.is_global_zero:

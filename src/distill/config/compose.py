@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
 from distill.config.paths import escaped
-from distill.machine.ranks import rank, world
+from distill.machine.ranks import rank, world_size
 from distill.storage.checkpoint_names import steps_in
 from distill.teachers.loading.locate import near
 from distill.terminal import secret
@@ -38,7 +38,7 @@ SHIPPED = "shapes:"
 # In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
 OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
 # Once a run has begun.
-FIXED = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")
+FIXED_ON_RESUME = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")
 
 
 def make(node: DictConfig, key: str) -> Any:
@@ -47,7 +47,7 @@ def make(node: DictConfig, key: str) -> Any:
     Its containers are plain, and shipped paths absolute. Texts that hold `${` go past OmegaConf, to
     which they would be interpolations.
     """
-    tree = allowed(node, key)
+    tree = checked_node(node, key)
     if not (held := paths.verbatim(tree)):
         return instantiate(OmegaConf.create(tree), _convert_="all")
     rest = {name: value for name, value in tree.items() if name not in held}
@@ -55,7 +55,7 @@ def make(node: DictConfig, key: str) -> Any:
     return functools.partial(build, **held) if tree.get("_partial_") else build(**held)
 
 
-def allowed(node: DictConfig, key: str = "") -> Any:
+def checked_node(node: DictConfig, key: str = "") -> Any:
     """The node as plain containers, every value resolved. Raises ValueError for what no
     configuration may hold.
 
@@ -63,10 +63,10 @@ def allowed(node: DictConfig, key: str = "") -> Any:
     nearest that it does), and text that would become an interpolation when it is read again, behind
     the check's back.
     """
-    return _allowed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), key)
+    return _checked_value(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), key)
 
 
-def _allowed(value: Any, path: str) -> Any:
+def _checked_value(value: Any, path: str) -> Any:
     if isinstance(value, str):
         if "${" not in value:
             return shipped(value)
@@ -75,7 +75,7 @@ def _allowed(value: Any, path: str) -> Any:
         file = "rename it, or give a link to it" if paths.is_path(path) else "write it otherwise"
         raise ValueError(f"{path}={value}: must not hold ${{, an interpolation's; {file}")
     if isinstance(value, list):
-        return [_allowed(inner, f"{path}.{i}") for i, inner in enumerate(value)]
+        return [_checked_value(inner, f"{path}.{i}") for i, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if "_target_" in value:
@@ -86,7 +86,9 @@ def _allowed(value: Any, path: str) -> Any:
             raise ValueError(
                 f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out"
             )
-    return {key: _allowed(inner, f"{path}.{key}" if path else key) for key, inner in value.items()}
+    return {
+        key: _checked_value(inner, f"{path}.{key}" if path else key) for key, inner in value.items()
+    }
 
 
 def _target(name: str, path: str) -> Any:
@@ -98,7 +100,7 @@ def _target(name: str, path: str) -> Any:
         raise ValueError(
             f"{path}._target_: {name}: there is nothing of this name; check how it is written"
         ) from None
-    trust.check_made(found, name, path)
+    trust.check_object(found, name, path)
     return found
 
 
@@ -166,7 +168,7 @@ def run_folder(cfg: DictConfig) -> Path:
     """
     if cfg.resume:
         return folder_of(cfg.resume)
-    if (folder := _own_folder(cfg)) is None and "RANK" in os.environ:
+    if (folder := _shared_folder(cfg)) is None and "RANK" in os.environ:
         raise ValueError(
             "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write"
             " there"
@@ -174,7 +176,7 @@ def run_folder(cfg: DictConfig) -> Path:
     if folder is None:
         name = file_name(name_of(cfg))
         return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
-    refuse_taken(cfg)
+    check_run_dir_free(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -184,12 +186,12 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def refuse_taken(cfg: DictConfig) -> None:
+def check_run_dir_free(cfg: DictConfig) -> None:
     """Raise FileExistsError if the folder that a new run is to have holds a run already, or files
     of anybody's.
     """
-    folder = None if cfg.resume else _own_folder(cfg)
-    if folder is None or rank() != 0 or restarted():
+    folder = None if cfg.resume else _shared_folder(cfg)
+    if folder is None or rank() != 0 or is_restarted():
         return
     others = folders.foreign(folder)
     if not others:
@@ -205,13 +207,13 @@ def refuse_taken(cfg: DictConfig) -> None:
     raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
 
 
-def _own_folder(cfg: DictConfig) -> Path | None:
+def _shared_folder(cfg: DictConfig) -> Path | None:
     """The one that every process of the command knows, and the job when it is started again, if
     there is such.
     """
     if cfg.run_dir or "SLURM_PROCID" not in os.environ:
         return Path(cfg.run_dir) if cfg.run_dir else None
-    if world() == 1 and os.environ.get("SLURM_JOB_NAME") in (
+    if world_size() == 1 and os.environ.get("SLURM_JOB_NAME") in (
         "bash",
         "interactive",
     ):  # a shell, for many runs
@@ -221,7 +223,7 @@ def _own_folder(cfg: DictConfig) -> Path | None:
     return Path("runs") / (stem if sweep is None else f"{stem}_{sweep}")
 
 
-def restarted() -> bool:
+def is_restarted() -> bool:
     """Whether SLURM runs this job again, after a preemption or because the run asked for it."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
@@ -230,7 +232,7 @@ def requeued(cfg: DictConfig) -> str | None:
     """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has
     a checkpoint.
     """
-    folder = _own_folder(cfg) if restarted() else None
+    folder = _shared_folder(cfg) if is_restarted() else None
     found = (
         folder and (folder / "config.yaml").exists() and steps_in(folder / "checkpoints", ".ckpt")
     )
@@ -270,8 +272,8 @@ def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
     if not is_run(run):
         return None
     file = Path(run) / "config.yaml"
-    found = paths.located(trust.read(file, key, *keys), Path(run))
-    texts.check_places(found, file)
+    found = paths.relocated(trust.read(file, key, *keys), Path(run))
+    texts.check_shown_paths(found, file)
     return found
 
 
@@ -280,27 +282,27 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def looked_at(run: str | Path, *keys: str) -> DictConfig | None:
+def read_unchecked(run: str | Path, *keys: str) -> DictConfig | None:
     """As `config_of`, all keys unless given, to compare and print alone: its targets are not
     checked.
     """
     if not is_run(run):
         return None
     said = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
-    return paths.located(said, Path(run))
+    return paths.relocated(said, Path(run))
 
 
 def secrets(cfg: DictConfig) -> dict[str, Any]:
     """Dotted key -> value, of what `written` leaves out."""
-    return secret.found(OmegaConf.to_container(cfg, resolve=True))
+    return secret.secrets_in(OmegaConf.to_container(cfg, resolve=True))
 
 
-def written(cfg: DictConfig) -> bytes:
+def to_yaml(cfg: DictConfig) -> bytes:
     """The configuration as a file has it: every value resolved, and *** for what is secret.
 
     A text that holds `${` is a text there too, and refers to nothing.
     """
-    tree = secret.hidden(OmegaConf.to_container(cfg, resolve=True))
+    tree = secret.masked_tree(OmegaConf.to_container(cfg, resolve=True))
     return OmegaConf.to_yaml(OmegaConf.create(escaped(tree))).encode()
 
 
@@ -309,12 +311,12 @@ def overrides() -> list[str]:
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else OmegaConf.create([])
     raw: Any = OmegaConf.to_container(task, resolve=False)
     both = zip(raw, task, strict=True)
-    return [secret.restored(word) if secret.TYPED in word else said for word, said in both]
+    return [secret.resolved(word) if secret.TYPED in word else said for word, said in both]
 
 
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
     """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
-    trees = (secret.hidden(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    trees = (secret.masked_tree(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
     both = (dotted(tree) for tree in trees)
     old, new = (
         {key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.config.trust import TRUST_RUN, is_own, plain, walk
+from distill.config.trust import TRUST_RUN, is_trusted_run, plain, walk
 
 FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
 CALLS = {"_target_", "()", "class"}  # by the last two logging makes handlers and formatters
@@ -29,14 +29,14 @@ def check(words: Sequence[str]) -> None:
     """Raise ValueError, naming file and key, where a folder of options has Hydra call something."""
     for folder in folders(words):
         for file in sorted(folder.rglob("*.yaml")):
-            if not is_own(file) and (key := called(file, folder)):
+            if not is_trusted_run(file) and (key := called_by_hydra(file, folder)):
                 ways = f"type it, or if you trust these files set {TRUST_RUN}={folder}"
                 raise ValueError(
                     f"{file}: {key}: a file may not say what Hydra itself calls; {ways}"
                 )
 
 
-def called(file: Path, folder: Path) -> str | None:
+def called_by_hydra(file: Path, folder: Path) -> str | None:
     """The first key by which this file has Hydra itself call something; None if there is none."""
     text = file.read_text(encoding="utf-8")
     below = file.relative_to(folder).parts[0] == "hydra"

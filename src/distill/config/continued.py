@@ -11,20 +11,20 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from distill.config import paths, texts, trust, typed
 from distill.config.compose import (
-    FIXED,
+    FIXED_ON_RESUME,
     changes,
     folder_of,
-    looked_at,
+    is_restarted,
     overrides,
     processes,
+    read_unchecked,
     requeued,
-    restarted,
 )
 from distill.config.paths import escaped
 from distill.storage.bounded import mapping_of
 
 
-def going_on(cfg: DictConfig) -> DictConfig:
+def resumed_config(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that is resumed, with what the command line changes in it.
 
     Raises ValueError if that would be another model or another order of the data, naming the keys.
@@ -32,7 +32,7 @@ def going_on(cfg: DictConfig) -> DictConfig:
     """
     file = folder_of(cfg.resume) / "config.yaml"
     said = trust.data(file)
-    before = looked_at(file.parent)
+    before = read_unchecked(file.parent)
     assert before is not None
     now = before.copy()
     OmegaConf.set_struct(now, False)
@@ -41,14 +41,16 @@ def going_on(cfg: DictConfig) -> DictConfig:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
-            chosen = None if value == MISSING else _chosen(key, value, had)
+            chosen = None if value == MISSING else _option_value(key, value, had)
             own_word = chosen is None or chosen is value
             chosen = escaped(chosen) if isinstance(chosen, str) else chosen
             OmegaConf.update(now, key, chosen, merge=False)
             if own_word:
                 replaced.add(key)
         elif not (
-            override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
+            override.startswith("~")
+            or is_restarted()
+            or _was_given_at_start(override, folder_of(cfg.resume))
         ):
             # experiment= and the like
             several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
@@ -57,12 +59,12 @@ def going_on(cfg: DictConfig) -> DictConfig:
     own = again is not None and Path(again) == Path(cfg.resume)
     trust.check_file(said, file, replaced, own=own)
     if not own:
-        texts.check_places(now, file, replaced)
+        texts.check_shown_paths(now, file, replaced)
     now.resume = escaped(cfg.resume)
     different = several + [
         said
         for key, said in changes(before, now).items()
-        if key.startswith(FIXED) and not paths.is_path(key)
+        if key.startswith(FIXED_ON_RESUME) and not paths.is_path(key)
     ]
     batches = [
         c.data.batch_size * c.optimizer.get("accumulate", 1) * processes(c) for c in (before, now)
@@ -80,15 +82,15 @@ def going_on(cfg: DictConfig) -> DictConfig:
     return now
 
 
-def _began_with(override: str, folder: Path) -> bool:
+def _was_given_at_start(override: str, folder: Path) -> bool:
     """Whether the run began with this option, so that its whole command may be given again."""
     with contextlib.suppress(OSError, ValueError):  # damaged, or none
         began = mapping_of(folder / "run.json").get("overrides")
-        return typed.as_said(override) in (began if isinstance(began, list) else ())
+        return typed.masked_override(override) in (began if isinstance(began, list) else ())
     return False
 
 
-def _chosen(key: str, value: Any, had: Any) -> Any:
+def _option_value(key: str, value: Any, had: Any) -> Any:
     """What an override means for a run that had `had`: of an option of the same class what its own
     file says alone.
     """

@@ -26,10 +26,10 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill.commandline.keys import check_known, check_own
-from distill.commandline.private import referring
+from distill.commandline.keys import check_known, check_own_keys
+from distill.commandline.quoting import GROUPS, as_typed, check_flags, flags_last, for_hydra
+from distill.commandline.secret_arguments import with_variables
 from distill.commandline.sweep import Sweep
-from distill.commandline.texts import GROUPS, as_typed, check_flags, flags_last, readable
 from distill.config import config_folders, typed
 from distill.config.compose import dotted, nearest
 from distill.config.location import CONF_DIR
@@ -72,32 +72,32 @@ def command(
 
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
-                with sweep.job(), _full_errors(asked), console.recorded(), said_plainly():
-                    typed.note_all(cfg)
+                with sweep.job(), _full_errors(asked), console.record_output(), print_mistakes():
+                    typed.register_config_secrets(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
                             f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
                         )
                     check_known(cfg, name)
-                    check_own(cfg, name)
-                    with faults.goes_on(lambda: way_on):
+                    check_own_keys(cfg, name)
+                    with faults.hint_on_failure(lambda: way_on):
                         code = task(cfg)
                         signals.check()
-                    if code or signals.asked():  # no other job of a sweep begins after a signal
+                    if code or signals.received():  # no other job of a sweep begins after a signal
                         raise SystemExit(code)
 
             signals.end_with_parent()
-            console.open_all()
-            print_any_letter()
-            with _alone(), stoppable(), console.readers_may_leave():
-                typed.note(sys.argv[1:])
-                with said_plainly():
-                    sys.argv[1:] = _words(name, sweep)
-                    if text := _said_of_itself(task, name):
+            console.open_standard_streams()
+            escape_unprintable()
+            with _isolated(), stoppable(), console.tolerate_closed_pipes():
+                typed.register_secrets(sys.argv[1:])
+                with print_mistakes():
+                    sys.argv[1:] = _checked_arguments(name, sweep)
+                    if text := _help_text(task, name):
                         print(text)
                         return
-                with said_plainly(), _full_errors("1"):
+                with print_mistakes(), _full_errors("1"):
                     hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
                 sweep.end()
 
@@ -107,29 +107,29 @@ def command(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _isolated() -> Iterator[None]:
     """Have nothing of this command be left for another one in the same process."""
-    with secret.forgotten():
+    with secret.scoped():
         try:
             yield
         finally:
             HydraConfig.instance().cfg = None
 
 
-def _words(name: str, sweep: Sweep) -> list[str]:
+def _checked_arguments(name: str, sweep: Sweep) -> list[str]:
     """The command line as Hydra is to have it: checked, flags last, texts quoted, no secret."""
     words = [as_typed(word) for word in sys.argv[1:]]
     config_folders.check(words)
     words = flags_last(words)
     check_flags(words)
-    read = [readable(word, name, sweep=sweep.asked) for word in words]
-    typed.note(read)
-    given = referring(read)
+    read = [for_hydra(word, name, sweep=sweep.asked) for word in words]
+    typed.register_secrets(read)
+    given = with_variables(read)
     sweep.typed = dict(zip(given, words, strict=True))
     return given
 
 
-def print_any_letter() -> None:
+def escape_unprintable() -> None:
     """Have the terminal show what it has no letter for as an escape, instead of ending the
     command.
     """
@@ -138,7 +138,7 @@ def print_any_letter() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | None:
+def _help_text(task: Callable[[DictConfig], Any], config: str) -> str | None:
     """The help page of the command whose module the function stands in, or what completes it, where
     one asks.
     """
@@ -170,10 +170,10 @@ def stoppable() -> Iterator[None]:
     SLURM requeues.
     """
     try:
-        with signals.heard():
+        with signals.stop_on_signal():
             yield
     except signals.Stopped as stop:
-        way = getattr(stop, faults.WAY_ON, "")
+        way = getattr(stop, faults.HINT, "")
         if rank() == 0:
             print(f"distill: {stop}{f'; {way}' if way else ''}", file=sys.stderr)
         again = stop.number == signals.REQUEUE and signals.requeue()
@@ -181,7 +181,7 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def said_plainly() -> Iterator[None]:
+def print_mistakes() -> Iterator[None]:
     """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug
     with its traceback.
     """
@@ -191,9 +191,9 @@ def said_plainly() -> Iterator[None]:
         raise  # `readers_may_leave`
     except Exception as error:
         signals.check(error)
-        if all_asked_for() or not is_mistake(error):
+        if wants_traceback() or not is_mistake(error):
             raise
-        console.failed(error)
+        console.log_failure(error)
         said = shown(secret.masked(sentence(error)))
         print(f"distill: {said}", file=sys.stderr)
         end = SystemExit(1)
@@ -201,7 +201,7 @@ def said_plainly() -> Iterator[None]:
         raise end from None
 
 
-def all_asked_for() -> bool:
+def wants_traceback() -> bool:
     """Whether the user wants tracebacks."""
     return os.environ.get(FULL) == "1"
 
@@ -210,7 +210,7 @@ def is_mistake(error: BaseException) -> bool:
     """Whether this is the doing of a user, a file or the machine, so that a sentence says all there
     is to say.
     """
-    cause = _root(error)
+    cause = _root_cause(error)
     # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
     known = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
     return known or faults.sentence(error, cause) is not None
@@ -218,7 +218,7 @@ def is_mistake(error: BaseException) -> bool:
 
 def sentence(error: BaseException) -> str:
     """What is wrong, where, and what to do, on one line."""
-    cause = _root(error)
+    cause = _root_cause(error)
     if said := faults.sentence(error, cause):
         return said
     if isinstance(cause, MissingConfigException) and cause.options is not None:
@@ -233,7 +233,7 @@ def sentence(error: BaseException) -> str:
             f"{cause.override}: {what} key=value; put quotes around a value with spaces or commas"
         )
     if isinstance(cause, OmegaConfBaseException):
-        return " ".join(_of_keys(error, cause).split())
+        return " ".join(_key_sentence(error, cause).split())
     if isinstance(cause, UnicodeEncodeError) and isinstance(cause.object, str):
         remedy = "set PYTHONUTF8=1 in the environment, and give it as UTF-8"
         return f"{cause.object}: cannot be written in {cause.encoding}; {remedy}"
@@ -245,11 +245,11 @@ def sentence(error: BaseException) -> str:
     ):  # a worker of the loader: the sentence comes last, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
     elif isinstance(cause, HydraException):
-        text = _of_words(text)
+        text = _hydra_sentence(text)
     return " ".join(text.split())
 
 
-def _of_words(text: str) -> str:
+def _hydra_sentence(text: str) -> str:
     """What Hydra finds wrong with a word of the command line, with what to type instead."""
     several = text.startswith(("Ambiguous value", "Sweep parameters"))
     found = re.search(r"'(.*)'" if several else r"'(.*?)'", text)
@@ -275,7 +275,7 @@ def _of_words(text: str) -> str:
     return text.rstrip(". ") + (nearest(unquoted[1], GROUPS) if unquoted else "")
 
 
-def _of_keys(error: BaseException, cause: OmegaConfBaseException) -> str:
+def _key_sentence(error: BaseException, cause: OmegaConfBaseException) -> str:
     """What OmegaConf finds wrong with a key or an interpolation, with what to type instead."""
     said, key = str(cause).splitlines()[0], str(cause.full_key or "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
@@ -308,7 +308,7 @@ def _keys(error: OmegaConfBaseException) -> list[str]:
     return [*GROUPS, *dotted(tree)]
 
 
-def _root(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """What went wrong first: Hydra wraps an exception of a constructor in one of its own."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -7,13 +7,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.core import limits
-from distill.storage import content
+from distill.storage import fingerprints as content
 from distill.teachers.loading.locate import telling
 
 log = logging.getLogger(__name__)
 
 
-def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
     """Raise ValueError for latents, embeddings or pictures that this teacher cannot read."""
     size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
     if channels and channels != teacher.latent_shape[0]:
@@ -49,12 +49,12 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    if made and not content.alike(made.get("vae"), cfg.teacher.get("vae")):
+    if made and not content.maybe_same_path(made.get("vae"), cfg.teacher.get("vae")):
         what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
         raise ValueError(
             f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
-    if not content.alike(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
+    if not content.maybe_same_path(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
         what = "right if both have one autoencoder and one text encoder"
         log.warning(
             "data.path=%s was made with %s, not with this run's teacher: %s",
@@ -65,7 +65,7 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
 
 
-def say_size(data: Any, teacher: Any) -> None:
+def warn_size(data: Any, teacher: Any) -> None:
     """Warn where the data have other sides than the teacher, at whose pictures of a student are
     drawn and exported.
     """

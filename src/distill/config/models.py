@@ -40,7 +40,7 @@ def teacher_of(cfg: DictConfig, deferred: Sequence[str] = ()) -> Any:
     return make(OmegaConf.create({**cfg.teacher, **more}), "teacher")
 
 
-def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
+def resolve_dtype(dtype: str, path: str, kind: Any = None) -> str:
     """`dtype` itself; for auto float32, and bfloat16 where the weights at `path` would take over
     half of the memory.
 
@@ -61,12 +61,12 @@ def fitting_dtype(dtype: str, path: str, kind: Any = None) -> str:
     return "bfloat16"
 
 
-def teacher_behind(run: str, dtype: str = "float32") -> Any | None:
+def teacher_of_student(run: str, dtype: str = "float32") -> Any | None:
     """The teacher that a run folder names, or that a shipped student leaves its parts to; None
     where none is named.
     """
     if config := config_of(run, "teacher"):
-        dtype = fitting_dtype(dtype, str(pipeline_folder(Path(run))))
+        dtype = resolve_dtype(dtype, str(pipeline_folder(Path(run))))
         return make(OmegaConf.create({**config.teacher, "dtype": dtype}), "teacher")
     _, *bases = lineage(pipeline_folder(Path(shipped(run))))
     return student_of(str(bases[0]), dtype) if bases else None
@@ -82,7 +82,7 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     path = str(folder) if folder.exists() else run
     family = family_of(class_of(path), run)
     adapter = get_object(family)
-    dtype = fitting_dtype(dtype, path, adapter.kind)
+    dtype = resolve_dtype(dtype, path, adapter.kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
     chosen = told_of(path)["options"]
     own = [f"teacher.{key}" for key in adapter.own]

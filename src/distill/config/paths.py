@@ -41,24 +41,24 @@ def absolute(cfg: DictConfig) -> DictConfig:
     return made
 
 
-def located(cfg: DictConfig, folder: Path) -> DictConfig:
+def relocated(cfg: DictConfig, folder: Path) -> DictConfig:
     """The configuration of the run in `folder`, with paths that are gone where they moved along
     with it.
 
     A run that was moved or copied together with what it reads finds that at the same place relative
     to itself; anything else stays, and is missed by who wants it.
     """
-    began = _began_in(folder)
+    began = _recorded_folder(folder)
     here = folder.resolve()
     if began is None or began == here:
         return cfg
     for node, key, name in list(_places(cfg)):
         value = str(node[key])
-        if name in WRITTEN or not os.path.isabs(value) or _there(value, name):
+        if name in WRITTEN or not os.path.isabs(value) or _exists(value, name):
             continue
         with suppress(ValueError):  # of another drive
             moved = os.path.normpath(here / os.path.relpath(value, began))
-            if _there(moved, name):
+            if _exists(moved, name):
                 node[key] = escaped(moved)
     return cfg
 
@@ -88,20 +88,20 @@ def verbatim(tree: Any) -> dict[str, Any]:
     return {name: value for name, value in items if refers(value)}
 
 
-def read_ones(cfg: DictConfig) -> dict[str, str]:
+def input_paths(cfg: DictConfig) -> dict[str, str]:
     """Dotted key -> value, for every path that is read and lies on this machine."""
     found: dict[str, str] = {}
 
     def note(node: Any, key: Any, name: str) -> None:
         value = str(node[key])
-        if name in READ and not value.startswith(SHIPPED) and _there(value, name):
+        if name in READ and not value.startswith(SHIPPED) and _exists(value, name):
             found[str(node._get_full_key(key))] = value
 
     _walk(cfg, note)
     return found
 
 
-def _began_in(folder: Path) -> Path | None:
+def _recorded_folder(folder: Path) -> Path | None:
     """Where the run lay when it last went on, as its run.json says."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return Path(mapping_of(folder / "run.json")["folder"])
@@ -138,10 +138,10 @@ def _absolute(node: Any, name: str, value: str) -> str:
         return value
     if name == "path" and place.startswith("~"):
         place = os.path.expanduser(place)
-    return f"{prefix}{os.path.abspath(place)}" if _there(place, name) else value
+    return f"{prefix}{os.path.abspath(place)}" if _exists(place, name) else value
 
 
-def _there(value: str, name: str) -> bool:
+def _exists(value: str, name: str) -> bool:
     """Whether something lies at this path, or where a pattern of shards begins."""
     place = value.removeprefix(IN_FOLDER)
     try:

@@ -20,7 +20,7 @@ COUNTS = dict.fromkeys(
     ),
     1,
 )  # fmt: skip
-JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
+METRICS_COUNTS = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 SHARE = (0, 1)
 # Key -> least and largest value; None leaves a side open.
 RANGES: dict[str, tuple[float | None, float | None]] = {

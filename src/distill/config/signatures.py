@@ -26,7 +26,7 @@ WORDS = {
     "node": "a node with a _target_",
     "None": "null",
 }
-MANY = {  # the same of the items of a list
+PLURALS = {  # the same of the items of a list
     "int": "whole numbers",
     "float": "numbers",
     "str": "texts",
@@ -35,9 +35,9 @@ MANY = {  # the same of the items of a list
 LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
 DICTS = {"dict", "Mapping", "Dict"}
 # Library's class -> where the keys go that its own signature does not name.
-HANDED_ON = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
+FORWARDED_TO = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
 # Node -> keys that the program gives what is built from it: another value would be passed over.
-GIVEN = {
+GIVEN_BY_PROGRAM = {
     "method": {"players", "loop"},
     "teacher": {"deferred"},
     "student": {"teacher"},
@@ -81,7 +81,9 @@ def signature(target: str) -> Signature | None:
     module, node = found
     if isinstance(node, ast.ClassDef):
         taken = _of_class(module, node)
-        more = signature(HANDED_ON[node.name]) if taken.open and node.name in HANDED_ON else None
+        more = (
+            signature(FORWARDED_TO[node.name]) if taken.open and node.name in FORWARDED_TO else None
+        )
         return replace(taken, keys={**more.keys, **taken.keys}, open=more.open) if more else taken
     return _of_function(module, node) if isinstance(node, ast.FunctionDef) else None
 
@@ -113,7 +115,7 @@ def lineage(target: str) -> list[str]:
     return [f"{module}.{node.name}" for module, node in _lineage(*found, ending=frozenset())]
 
 
-def wanted(taken: Signature, key: str, value: Any) -> str | None:
+def expected(taken: Signature, key: str, value: Any) -> str | None:
     """What the value of a key must be, in words; None if it fits, or if that cannot be said."""
     annotation = taken.keys.get(key)
     if annotation is None:
@@ -121,26 +123,26 @@ def wanted(taken: Signature, key: str, value: Any) -> str | None:
     choices = list(_choices(taken.homes.get(key, taken.module), annotation))
     if any(_fits(choice, value) for choice in choices):
         return None
-    words = [_worded(choice) for choice in choices if choice[0] != "None"]
+    words = [_in_words(choice) for choice in choices if choice[0] != "None"]
     return " or ".join(dict.fromkeys([*words, *(["null"] if ("None",) in choices else [])]))
 
 
-def _worded(choice: tuple[Any, ...]) -> str:
+def _in_words(choice: tuple[Any, ...]) -> str:
     """A kind in words; of a list, what it is a list of."""
     if choice[0] == "literal":
         return str(choice[1])
     inner = choice[1] if choice[0] == "list" else []
-    kinds = [MANY[c[0]] for c in inner if c[0] in MANY]
+    kinds = [PLURALS[c[0]] for c in inner if c[0] in PLURALS]
     if not kinds or len(kinds) < len(inner):
         return WORDS[choice[0]]
-    deeper = [_worded(c).removeprefix("a list") for c in inner if c[0] == "list"]
+    deeper = [_in_words(c).removeprefix("a list") for c in inner if c[0] == "list"]
     example = ", as [[1, 2], [3, 4]]" if deeper == [" of whole numbers"] else ""
     return f"a list of {' or '.join(kinds)}{''.join(deeper)}{example}"
 
 
-def given(path: str) -> set[str]:
+def given_by_program(path: str) -> set[str]:
     """What the program itself gives to the node whose keys begin so."""
-    return GIVEN.get("logger" if path.startswith("logger.") else path.rstrip("."), set())
+    return GIVEN_BY_PROGRAM.get("logger" if path.startswith("logger.") else path.rstrip("."), set())
 
 
 def of_nodes(taken: Signature, key: str) -> bool:
@@ -278,7 +280,7 @@ def _of_class(module: str, node: ast.ClassDef) -> Signature:
     homes: dict[str, str] = {}
     needed = None
     for where, each in _lineage(module, node):
-        taken = _own(where, each)
+        taken = _own_signature(where, each)
         if taken is None:
             continue
         needed = taken.needed if needed is None else needed  # what a base needs, the class may give
@@ -305,7 +307,7 @@ def _known(module: str, node: ast.ClassDef) -> bool:
     return True
 
 
-def _own(module: str, node: ast.ClassDef) -> Signature | None:
+def _own_signature(module: str, node: ast.ClassDef) -> Signature | None:
     """What the body of a class itself says; None if it leaves that to its bases."""
     for line in node.body:
         if isinstance(line, ast.FunctionDef) and line.name == "__init__":

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import trust
 from distill.storage.bounded import LINES, mapping_of
-from distill.storage.inside import TRUST_RUN, is_own
+from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
 
 # Keys at which a plain file is read as lines of text.
 SHOWN = re.compile(r"callbacks\.[^.]+\.prompts|metrics\.(?:path|prompts)")
@@ -28,7 +28,7 @@ SYSTEM = ("/proc", "/sys", "/dev")
 ORDINARY = "/dev/shm"
 
 
-def check_places(cfg: DictConfig, file: Path, but: Container[str] = ()) -> None:
+def check_shown_paths(cfg: DictConfig, file: Path, but: Container[str] = ()) -> None:
     """Raise ValueError, naming file and key, for a path in a stranger's file that gives away what
     it leads to.
 
@@ -36,23 +36,23 @@ def check_places(cfg: DictConfig, file: Path, but: Container[str] = ()) -> None:
     shown, unless `is_known`. `cfg` has the paths as they are read, moved or not. The keys in `but`
     are not looked at.
     """
-    if is_own(file):
+    if is_trusted_run(file):
         return
     tree = trust.without(OmegaConf.to_container(cfg, resolve=True), but)
     values = dict(trust.walk(tree, ""))
     way = f"if you trust this run, set {TRUST_RUN}={file.parent}"
     for key, value in values.items():
         words = trust.TEXTS.fullmatch(key) or not isinstance(value, str)
-        if not words and of_system(value):
+        if not words and is_system_path(value):
             what = "is no file, but what the system says of processes and devices"
             raise ValueError(f"{file}: {key}={value}: {what}; {way}")
-    for key, value in named(values):
+    for key, value in shown_texts(values):
         if not is_known(key, value, file.parent):
             what = "is a text that would be shown, and not known for the run's own"
             raise ValueError(f"{file}: {key}={value}: {what}; type {key}=... yourself, or {way}")
 
 
-def named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def shown_texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Dotted key and path of each text file that a configuration of these dotted keys has read and
     shown.
     """
@@ -62,9 +62,9 @@ def named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def marks(values: Mapping[str, Any]) -> dict[str, str]:
+def text_hashes(values: Mapping[str, Any]) -> dict[str, str]:
     """Dotted key -> SHA-256 of its text, to be kept."""
-    found = {key: _mark(Path(value)) for key, value in named(values)}
+    found = {key: _sha256(Path(value)) for key, value in shown_texts(values)}
     return {key: mark for key, mark in found.items() if mark is not None}
 
 
@@ -77,11 +77,11 @@ def is_known(key: str, path: str, folder: Path) -> bool:
         return True
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = mapping_of(folder / "run.json")["content"]["texts"][key]
-        return isinstance(kept, str) and kept == _mark(file)
+        return isinstance(kept, str) and kept == _sha256(file)
     return False
 
 
-def of_system(path: str) -> bool:
+def is_system_path(path: str) -> bool:
     """Whether this is a place that the system makes up, of processes and devices."""
     places = [os.path.abspath(path)]
     with suppress(OSError, ValueError):  # a text too long for a name, or with a zero in it
@@ -99,7 +99,7 @@ def _is_file(path: str) -> bool:
     return False
 
 
-def _mark(file: Path) -> str | None:
+def _sha256(file: Path) -> str | None:
     with suppress(OSError):
         if file.stat().st_size <= LINES:
             with file.open("rb") as opened:

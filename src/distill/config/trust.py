@@ -26,15 +26,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
-from distill.storage.inside import TRUST_RUN, is_own
 from distill.storage.renames import renamed
+from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
 from distill.terminal import secret
 
 TRUST = "DISTILL_TRUST"
 
 
 @dataclass(frozen=True)
-class Holds:
+class Allowed:
     """What a `_target_` may name: `names`, and classes of modules that descend from `base`."""
 
     names: tuple[str, ...] = ()
@@ -63,47 +63,47 @@ def _named(module: str, names: str) -> tuple[str, ...]:
 
 
 LIGHTNING = "lightning.pytorch"
-NETWORK = Holds(inside=("distill.discriminators",))
-OPTIMIZER = Holds(inside=("torch.optim",), base="torch.optim.optimizer.Optimizer")
+NETWORK = Allowed(inside=("distill.discriminators",))
+OPTIMIZER = Allowed(inside=("torch.optim",), base="torch.optim.optimizer.Optimizer")
 # Key, `*` for any one name -> what it may hold, wherever the configuration came from.
 SHIPPED = {
-    "method": Holds(inside=("distill.methods",), base="distill.methods.base.Distillation"),
-    "method.*": Holds(
+    "method": Allowed(inside=("distill.methods",), base="distill.methods.base.Distillation"),
+    "method.*": Allowed(
         inside=(
             "distill.core.times",
             "distill.core.score_distillation",
             "distill.teachers.decoder",
         ),
     ),
-    "teacher": Holds(
+    "teacher": Allowed(
         inside=("distill.teachers",), base="distill.teachers.pipeline.PipelineTeacher"
     ),
-    "student": Holds(names=("distill.students.full", "distill.students.lora.lora")),
+    "student": Allowed(names=("distill.students.full", "distill.students.lora.lora")),
     "discriminator.features": NETWORK,
     "discriminator.heads": NETWORK,
     "discriminator.condition": NETWORK,
     "discriminator.condition.*": NETWORK,
-    "data": Holds(names=_named("distill.data.source", "images latents prompts drawn")),
-    "data.reader": Holds(names=("distill.worlds.shapes.scenes.Scenes",)),
-    "optimizer": Holds(names=("distill.training.engine.Engine",)),
+    "data": Allowed(names=_named("distill.data.source", "images latents prompts drawn")),
+    "data.reader": Allowed(names=("distill.worlds.shapes.scenes.Scenes",)),
+    "optimizer": Allowed(names=("distill.training.engine.Engine",)),
     "optimizer.student": OPTIMIZER,
     "optimizer.discriminator": OPTIMIZER,
-    "sampler": Holds(inside=("distill.sampling",), base="distill.sampling.FewSteps"),
-    "metrics": Holds(
+    "sampler": Allowed(inside=("distill.sampling",), base="distill.sampling.FewSteps"),
+    "metrics": Allowed(
         names=("distill.evaluation.shapes.Shapes", "distill.evaluation.prompted.Prompted"),
     ),
-    "metrics.networks.*": Holds(
+    "metrics.networks.*": Allowed(
         inside=("distill.evaluation.networks",), base="distill.evaluation.networks.Describer"
     ),
-    "metrics.scores.*": Holds(
+    "metrics.scores.*": Allowed(
         inside=("distill.evaluation.scores",), base="distill.evaluation.scores.Score"
     ),
-    "trainer": Holds(names=("lightning.Trainer", f"{LIGHTNING}.Trainer")),
-    "trainer.strategy": Holds(
+    "trainer": Allowed(names=("lightning.Trainer", f"{LIGHTNING}.Trainer")),
+    "trainer.strategy": Allowed(
         names=_named("distill.training.strategies", "DataParallel FullyShardedDataParallel")
     ),
     # Those of Lightning's that open no file of a name that they are given.
-    "callbacks.*": Holds(
+    "callbacks.*": Allowed(
         names=(
             *_named("distill.training.callbacks", "Progress Health Alarms Samples"),
             *_named("distill.training.checkpoints", "Checkpoints"),
@@ -112,7 +112,7 @@ SHIPPED = {
         )
     ),
     # Those of Lightning's that write into the run's own folder and send nothing.
-    "logger.*": Holds(
+    "logger.*": Allowed(
         names=(
             *_named("distill.training.csv_logger", "CsvLog"),
             *_named(f"{LIGHTNING}.loggers", "CSVLogger TensorBoardLogger"),
@@ -121,14 +121,16 @@ SHIPPED = {
 }
 # Key -> what the command line may name besides: it does what its user wants, and with any server.
 TYPED = {
-    "callbacks.*": Holds(
+    "callbacks.*": Allowed(
         inside=(f"{LIGHTNING}.callbacks",), base=f"{LIGHTNING}.callbacks.callback.Callback"
     ),
-    "logger.*": Holds(inside=(f"{LIGHTNING}.loggers",), base=f"{LIGHTNING}.loggers.logger.Logger"),
-    "trainer.strategy": Holds(
+    "logger.*": Allowed(
+        inside=(f"{LIGHTNING}.loggers",), base=f"{LIGHTNING}.loggers.logger.Logger"
+    ),
+    "trainer.strategy": Allowed(
         inside=(f"{LIGHTNING}.strategies",), base=f"{LIGHTNING}.strategies.strategy.Strategy"
     ),
-    "trainer.profiler": Holds(
+    "trainer.profiler": Allowed(
         inside=(f"{LIGHTNING}.profilers",), base=f"{LIGHTNING}.profilers.profiler.Profiler"
     ),
 }
@@ -169,7 +171,7 @@ class Loader(QUICK):  # type: ignore[misc, valid-type]
 # -- targets ---------------------------------------------------------------------------------------
 
 
-def rules(key: str, *, stranger: bool = False) -> list[Holds]:
+def rules(key: str, *, stranger: bool = False) -> list[Allowed]:
     """What a key may hold, in a stranger's file or on one's own command line; [] for no class."""
     tables = (SHIPPED,) if stranger else (SHIPPED, TYPED)
     return [holds for table in tables for pattern, holds in table.items() if _matches(pattern, key)]
@@ -199,7 +201,7 @@ def check_target(name: str, key: str, *, stranger: bool = False) -> None:
     raise ValueError(f"{key}._target_: {name} is refused: {may}{own}")
 
 
-def check_made(found: Any, name: str, key: str) -> None:
+def check_object(found: Any, name: str, key: str) -> None:
     """As `check_target`, of the object itself that was found under the name."""
     held = rules(key)
     if name in (named for holds in held for named in holds.names):
@@ -264,7 +266,7 @@ def data(file: Path, *keys: str) -> dict[str, Any]:
     No resolver runs, and nothing may be made of it before `check_file`. Raises ValueError, naming
     file and key, for an interpolation, an alias and whatever else is not data.
     """
-    tree = _picked(plain(file), keys)
+    tree = _select(plain(file), keys)
     for path, value in walk(tree, ""):
         if said := _not_data(path, value):
             raise ValueError(f"{file}: {path}{said}")
@@ -282,13 +284,13 @@ def check_file(
     """
     tree = without(tree, but)
     for path, value in walk(tree, ""):
-        if secret.is_hidden(value):
+        if secret.is_masked(value):
             what = (
                 "was left out of the file, being nobody else's; give it on the command line again"
             )
             raise ValueError(f"{file}: {path}={value}: {what}")
-    if not own and not is_own(file):
-        _check_stranger(tree, file)
+    if not own and not is_trusted_run(file):
+        _check_untrusted(tree, file)
 
 
 def plain(file: Path) -> dict[str, Any]:
@@ -316,7 +318,7 @@ def plain(file: Path) -> dict[str, Any]:
     return renamed(tree)
 
 
-def _picked(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _select(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """The tree, or of it these dotted keys alone, as far as it has them."""
     if not keys:
         return tree
@@ -363,7 +365,7 @@ def _not_data(key: str, value: Any) -> str | None:
     return f": a {type(value).__name__} is no value of a configuration"
 
 
-def _check_stranger(tree: dict[str, Any], file: Path) -> None:
+def _check_untrusted(tree: dict[str, Any], file: Path) -> None:
     """Raise ValueError for what one may type and a stranger's file may not say."""
     way = f"if you trust this run, set {TRUST_RUN}={file.parent}"
     try:
@@ -371,11 +373,11 @@ def _check_stranger(tree: dict[str, Any], file: Path) -> None:
     except ValueError as error:
         raise ValueError(f"{file}: {error}; {way}") from None
     for key, value in walk(tree, ""):
-        if said := _beyond(key, value):
+        if said := _refusal(key, value):
             raise ValueError(f"{file}: {key}={value}: {said}; {way}")
 
 
-def _beyond(key: str, value: Any) -> str | None:
+def _refusal(key: str, value: Any) -> str | None:
     """Why a stranger's file may not say this; None where it may."""
     special = key.rpartition(".")[2]
     if key in GROUPS and value is not None and not isinstance(value, Mapping):

@@ -24,54 +24,54 @@ from distill.terminal import secret
 NAMED = re.compile(r"([\'\"]?)\$\{(oc\.env:)?[\w.]+\}\1")
 
 
-def note(words: Sequence[str]) -> None:
+def register_secrets(words: Sequence[str]) -> None:
     """Have the secrets in these words left out of what this process says, and the words shown
     without them.
     """
     for word in words:
-        shown, values = _looked_at(word)
-        secret.note({str(i): value for i, value in enumerate(values)})
-        secret.note_word(word, shown)
+        shown, values = _redact(word)
+        secret.register({str(i): value for i, value in enumerate(values)})
+        secret.register_argument(word, shown)
 
 
-def note_all(cfg: DictConfig) -> None:
+def register_config_secrets(cfg: DictConfig) -> None:
     """Have the secrets of a configuration left out of what this process says."""
-    asked = secret.found(OmegaConf.to_container(cfg, resolve=False))
-    secret.note({key: OmegaConf.select(cfg, key) for key in asked})
+    asked = secret.secrets_in(OmegaConf.to_container(cfg, resolve=False))
+    secret.register({key: OmegaConf.select(cfg, key) for key in asked})
     with suppress(OmegaConfBaseException):  # what cannot be resolved is said by who wants it
-        secret.note(secret.found(OmegaConf.to_container(cfg, resolve=True)))
+        secret.register(secret.secrets_in(OmegaConf.to_container(cfg, resolve=True)))
 
 
-def as_said(word: str) -> str:
+def masked_override(word: str) -> str:
     """The word with *** in place of its secrets."""
-    return _looked_at(word)[0]
+    return _redact(word)[0]
 
 
-def _looked_at(word: str) -> tuple[str, list[Any]]:
+def _redact(word: str) -> tuple[str, list[Any]]:
     """The word as it may be shown, and the values of its secrets."""
-    word = secret.restored(word)
+    word = secret.resolved(word)
     begins, sign, raw = word.partition("=")
     key = begins.lstrip("+~")
     if not sign or NAMED.fullmatch(raw):
         return word, []
-    override = parsed(word)
+    override = parse_override(word)
     if secret.is_secret(key):
         value = _value(override) if override else None
         bare = raw.strip("'\"[]{} ")
-        return f"{begins}={secret.HIDDEN}", [raw, bare, *_leaves(value)]
-    found = list(secret.in_words([word]).values())
+        return f"{begins}={secret.MASK}", [raw, bare, *_leaves(value)]
+    found = list(secret.secrets_in_arguments([word]).values())
     value = _value(override) if override else raw
-    hidden, values = _without(value, key)
+    hidden, values = _without_secrets(value, key)
     if not values:
         return secret.masked(word), found
     if isinstance(value, str):
         return secret.masked(word.replace(value, hidden)), [*values, *found]
     sweeps = override is None or isinstance(override._value, Sweep)
-    text = secret.HIDDEN if sweeps else Override._get_value_element_as_str(hidden)
+    text = secret.MASK if sweeps else Override._get_value_element_as_str(hidden)
     return f"{begins}={text}", [*values, *found]
 
 
-def parsed(word: str) -> Override | None:
+def parse_override(word: str) -> Override | None:
     """The word as Hydra reads it; None where it does not."""
     try:
         return OverridesParser.create().parse_override(word)
@@ -87,22 +87,22 @@ def _value(override: Override) -> Any:
     return None if isinstance(given, Sweep) else override.value()
 
 
-def _without(value: Any, key: str) -> tuple[Any, list[Any]]:
+def _without_secrets(value: Any, key: str) -> tuple[Any, list[Any]]:
     """The value without its secrets, and those; a text in a list may be a word itself, as in
     `search run=`.
     """
     if isinstance(value, Mapping):
-        pairs = {name: _without(inner, f"{key}.{name}") for name, inner in value.items()}
+        pairs = {name: _without_secrets(inner, f"{key}.{name}") for name, inner in value.items()}
         kept = {name: shown for name, (shown, _) in pairs.items()}
         return kept, [each for _, found in pairs.values() for each in found]
     if isinstance(value, list):
-        several = [_without(inner, f"{key}.{i}") for i, inner in enumerate(value)]
+        several = [_without_secrets(inner, f"{key}.{i}") for i, inner in enumerate(value)]
         return [shown for shown, _ in several], [each for _, found in several for each in found]
-    hidden = secret.hidden(value, key)
+    hidden = secret.masked_tree(value, key)
     if hidden != value:
         return hidden, [value]
     if isinstance(value, str) and "=" in value and not value.startswith("-"):
-        return _looked_at(value)
+        return _redact(value)
     return value, []
 
 

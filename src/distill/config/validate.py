@@ -12,8 +12,15 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import signatures, trust
-from distill.config.compose import check_counts, nearest, refuse_taken, shipped
-from distill.config.ranges import COUNTS, JUDGING, LARGEST, check_lists, check_most, check_ranges
+from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.ranges import (
+    COUNTS,
+    LARGEST,
+    METRICS_COUNTS,
+    check_lists,
+    check_most,
+    check_ranges,
+)
 from distill.config.trainer_keys import check_trainer, has_target
 from distill.config.watched import check_samples_prompts, check_watched
 from distill.core import limits
@@ -42,7 +49,7 @@ def check_run(cfg: DictConfig) -> None:
     """All of a run's configuration."""
     check_targets(cfg)  # first: a stranger's file gets no advice
     check_groups(cfg)
-    check_sides(cfg)
+    check_space(cfg)
     check_players(cfg.discriminator)
     check_counts(cfg, COUNTS)
     check_most(cfg, LARGEST)
@@ -62,7 +69,7 @@ def check_run(cfg: DictConfig) -> None:
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
-    refuse_taken(cfg)
+    check_run_dir_free(cfg)
 
 
 def check_groups(cfg: DictConfig) -> None:
@@ -101,7 +108,7 @@ def check_players(discriminator: DictConfig) -> None:
         raise ValueError(f"discriminator.heads=null: {what}")
 
 
-def check_sides(cfg: DictConfig) -> None:
+def check_space(cfg: DictConfig) -> None:
     """That the method reads what the discriminator looks at: pixels, latents, or nothing."""
     alone = OmegaConf.select(cfg, "discriminator.features") is None
     target = str(OmegaConf.select(cfg, "method._target_"))
@@ -181,7 +188,9 @@ def _keys(value: Any, path: str) -> None:
         name = str(value["_target_"])
         check_taken(value, name, path)
         taken = signatures.signature(name)
-        if taken and (missing := sorted(taken.needed - signatures.given(path) - set(value))):
+        if taken and (
+            missing := sorted(taken.needed - signatures.given_by_program(path) - set(value))
+        ):
             raise ValueError(f"{path}{missing[0]}: not given; {name} needs it")
     for key, inner in value.items():
         _keys(inner, f"{path}{key}.")
@@ -193,7 +202,7 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
     """
     if (taken := signatures.signature(name)) is None:
         return
-    given = signatures.given(path)
+    given = signatures.given_by_program(path)
     for key, value in node.items():
         if key.startswith("_"):
             continue
@@ -202,7 +211,7 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
         if key not in taken.keys and not taken.open:
             near = nearest(key, taken.keys)
             raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
-        if what := signatures.wanted(taken, key, value):
+        if what := signatures.expected(taken, key, value):
             raise ValueError(f"{path}{key}={value}: must be {what}")
         for name_of, inner in value.items() if signatures.of_nodes(taken, key) else ():
             if not isinstance(inner, dict) or "_target_" not in inner:
@@ -283,7 +292,7 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
 def check_metrics(metrics: DictConfig) -> None:
     """Numbers of the protocol, and that its captions and pictures are there."""
     node = OmegaConf.create({"metrics": metrics})
-    least = {f"metrics.{key}": least for key, least in JUDGING.items()}
+    least = {f"metrics.{key}": least for key, least in METRICS_COUNTS.items()}
     for key in ("size", "student_steps", "teacher_steps"):  # lists of numbers, or one
         if isinstance(metrics.get(key), ListConfig):
             least.pop(f"metrics.{key}", None)

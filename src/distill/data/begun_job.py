@@ -10,8 +10,8 @@ from distill.config import paths, trust
 from distill.config.compose import changes, check_counts
 from distill.config.validate import check_keys, check_teacher
 from distill.data.shards import BEGUN, shards_in
-from distill.storage import content
-from distill.storage.formats import hidden
+from distill.storage import fingerprints as content
+from distill.storage.formats import is_hidden
 from distill.storage.locks import check_free
 
 # What may be different when a command that writes shards goes on.
@@ -33,7 +33,7 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
     differ.
     """
     begun = (folder / BEGUN).is_file()
-    others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
+    others = [path for path in folder.glob("*.tar") if not is_hidden(path.name)]
     if not (shards_in(folder) if begun else others):
         return
     if not begun:
@@ -47,7 +47,8 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         key: text
         for key, text in changes(before, cfg).items()
         if not (
-            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
+            paths.is_path(key)
+            and content.same_path(*(OmegaConf.select(c, key) for c in (before, cfg)))
         )
     }
     if cfg.get("precision") == "auto":  # which goes on in the one that it was begun in

@@ -22,7 +22,7 @@ from distill.data.folder import CAPTIONS, caption_of
 from distill.data.shards import DOTTED
 from distill.machine.faults import first_line
 from distill.storage import formats
-from distill.storage.pictures import upright
+from distill.storage.pictures import to_rgb
 
 LATENTS = ("latent.npy", "latents.npy", "npy")
 HEAD = 2**16  # bytes in which a file says what size it has, nearly always
@@ -45,7 +45,7 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
             warnings.simplefilter(
                 "ignore"
             )  # harmless oddities, told anew for every image; bombs are errors
-            picture = upright(formats.opened(data, extension))
+            picture = to_rgb(formats.open_picture(data, extension))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
     has = picture.size
@@ -81,7 +81,7 @@ def image_size(sample: dict) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = formats.opened(data, extension)
+            picture = formats.open_picture(data, extension)
             formats.check_pixels(picture)
             # Of a TIFF Pillow says the size as shown; a PNG that does not begin with its EXIF would
             # be read whole.
@@ -212,9 +212,9 @@ def _image(sample: dict) -> str:
     hint = ""
     if any("." in end and end.rpartition(".")[2] in ends for end in sample):
         hint = f"; {DOTTED}"
-    elif other := [end for end in sample if formats.unread(end)]:
+    elif other := [end for end in sample if formats.is_unreadable(end)]:
         hint = f"; {formats.advice(other)}"
-    raise BadSample(sample, f"it has no image ({formats.listed()}), only {there}{hint}")
+    raise BadSample(sample, f"it has no image ({formats.suffix_list()}), only {there}{hint}")
 
 
 def _pick(sample: dict, extensions: tuple[str, ...], what: str) -> str:

@@ -8,7 +8,7 @@ import io
 from PIL import Image
 from torch import Tensor
 
-from distill.demonstration.drawing import Drawing, Request, Word
+from distill.demonstration.generation import Answer, Generation, Request
 from distill.terminal.shown import in_html
 
 SMALL = 256  # pixels a side, under which pictures are shown with their pixels as squares
@@ -73,7 +73,7 @@ def title(who: str, steps: int) -> str:
     return f"{who}, {steps} step" + ("s" if steps > 1 else "")
 
 
-def column(who: str, steps: int, drawing: Drawing, request: Request, *, reads: bool) -> str:
+def column(who: str, steps: int, drawing: Generation, request: Request, *, reads: bool) -> str:
     """A column as it was drawn; `reads` if there is a reader for pictures of this kind."""
     one = " one" if len(drawing.pictures) == 1 else ""
     images = "".join(
@@ -81,7 +81,7 @@ def column(who: str, steps: int, drawing: Drawing, request: Request, *, reads: b
         for i, pixels in enumerate(drawing.pictures)
     )
     time = f'<span class="time">{milliseconds(drawing.seconds)}</span>'
-    words = reading(drawing.words) if reads else ""
+    words = answer_list(drawing.words) if reads else ""
     return (
         f'<figure><figcaption><span class="who">{title(who, steps)}</span>{time}</figcaption>'
         f'<div class="pictures{one}">{images}</div>{words}</figure>'
@@ -109,14 +109,14 @@ def picture(pixels: Tensor, alternative: str) -> str:
     return f'<img{small} alt="{in_html(alternative)}" src="data:image/png;base64,{data}">'
 
 
-def reading(words: list[Word] | None) -> str:
+def answer_list(words: list[Answer] | None) -> str:
     """The reader's verdict on each word of the prompt."""
     if words is None:
         return '<p class="note">not read: the text is no caption of shapes</p>'
-    return f'<ul class="words">{"".join(map(_word, words))}</ul>'
+    return f'<ul class="words">{"".join(map(_answer_item, words))}</ul>'
 
 
-def _word(word: Word) -> str:
+def _answer_item(word: Answer) -> str:
     """`red ✓`, of a wrong picture `red ✗ green`, of several pictures `red 3/4`."""
     right = word.right == len(word.seen)
     said, seen = spoken(word.question, word.said), spoken(word.question, word.seen[0])

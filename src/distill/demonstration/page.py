@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from distill.demonstration import html
-from distill.demonstration.drawing import Drawing, Request, Studio
+from distill.demonstration.generation import Generation, Models, Request
 from distill.demonstration.worker import Dropped, Worker
 from distill.machine.faults import first_line
 
@@ -42,7 +42,7 @@ CAPTIONS = (
 class Page:
     """`launch` makes it reachable and returns; `draw` is what every change on it calls."""
 
-    def __init__(self, studio: Studio, worker: Worker, cfg: DictConfig):
+    def __init__(self, studio: Models, worker: Worker, cfg: DictConfig):
         self.studio, self.worker, self.cfg = studio, worker, cfg
         given = OmegaConf.to_container(cfg).get("steps")
         self.begin = sorted({given} if isinstance(given, int) else set(given))
@@ -182,7 +182,7 @@ class Page:
             if isinstance(drawn, Dropped):
                 yield [gr.skip()] * (len(self.columns) + 1)  # gradio sends the last update again
                 return
-            if isinstance(drawn, Drawing):
+            if isinstance(drawn, Generation):
                 shown = html.column(who, steps, drawn, request, reads=self.studio.judge is not None)
                 problem = problem or too_long(drawn.unread)
             else:
@@ -191,7 +191,7 @@ class Page:
             # All that is known: of several updates in quick succession the browser shows the last.
             yield self._updates(columns, problem)
 
-    def _begun(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
+    def _marked_old(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
         """Which columns there are, and that what is in them is old."""
         wanted = {(who, key) for who, key, _ in asked}
         return {

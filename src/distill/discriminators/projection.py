@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.core.types import Batch, Cond
 from distill.discriminators.images import ImageFeatures
-from distill.storage.unread import refuse_broken
+from distill.storage.loaded_weights import check_finite
 
 
 class OpenClipText(nn.Module):
@@ -33,7 +33,7 @@ class OpenClipText(nn.Module):
         super().__init__()
         model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
         model.visual = None  # half of it, and never used
-        refuse_broken(model, f"discriminator.condition.text: {name}, {pretrained},")
+        check_finite(model, f"discriminator.condition.text: {name}, {pretrained},")
         self.model, self.tokenizer = (
             model.eval().requires_grad_(False),
             open_clip.get_tokenizer(name),

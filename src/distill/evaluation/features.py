@@ -21,11 +21,11 @@ from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill.evaluation.networks import Describer
 from distill.machine.hardware import cores
-from distill.machine.memory import handed_over
-from distill.machine.signals import in_loader
+from distill.machine.memory import to_shared_memory
+from distill.machine.signals import init_loader_worker
 from distill.storage import formats
-from distill.storage.aside import put
-from distill.storage.pictures import upright
+from distill.storage.atomic import write_atomic
+from distill.storage.pictures import to_rgb
 from distill.terminal.progress import Bar
 
 
@@ -53,8 +53,8 @@ def features(
             paths,
             batch_size,
             num_workers=workers,
-            collate_fn=partial(_prepared, network, square),
-            worker_init_fn=in_loader,
+            collate_fn=partial(_prepare_batch, network, square),
+            worker_init_fn=init_loader_worker,
         )
         network.model.to(device)
         counted = {"unit": "image", "rate": "images"}
@@ -70,33 +70,33 @@ def features(
         network.model.to("cpu")
         cache.mkdir(parents=True, exist_ok=True)
         np.save(content := BytesIO(), found.numpy())
-        put(file, content.getvalue())
+        write_atomic(file, content.getvalue())
     return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
-def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
-    pictures = [opened(path) for path in paths]
+def _prepare_batch(network: Describer, square: bool, paths: list[Path]) -> Tensor:
+    pictures = [open_rgb(path) for path in paths]
     # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427
     # do
     if square:
         pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
-    return handed_over(torch.stack([network.prepare(picture) for picture in pictures]))
+    return to_shared_memory(torch.stack([network.prepare(picture) for picture in pictures]))
 
 
-def opened(path: Path, key: str = "") -> Image.Image:
+def open_rgb(path: Path, key: str = "") -> Image.Image:
     """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
     try:
         # Only formats that are trained on: what is called .png may be EPS, which starts another
         # program.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
-            with formats.opened(path, path.suffix.lower()) as picture:
-                return upright(picture)
+            with formats.open_picture(path, path.suffix.lower()) as picture:
+                return to_rgb(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
 
 
-def fitted(picture: Image.Image, width: int, height: int) -> Tensor:
+def to_model_input(picture: Image.Image, width: int, height: int) -> Tensor:
     """As an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
     return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from distill.core.tensors import fingerprint
-from distill.machine.faults import first_line, silent
+from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import check_archive
-from distill.storage.elsewhere import check_folder
-from distill.storage.unread import refuse_broken, refuse_unread
+from distill.storage.hub_settings import check_folder
+from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.terminal.progress import stage
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -66,11 +66,11 @@ class Describer(ABC):
         try:
             with (
                 stage(f"loading {self.name}"),
-                silent(),
+                quiet_logging(),
                 redirect_stderr(StringIO()),
             ):  # open_clip tells every step of it; loading bars
                 self.model = self._read().eval().requires_grad_(False)
-            refuse_broken(self.model, self.name)
+            check_finite(self.model, self.name)
         except Exception as error:  # damaged files, hubs and networks raise nearly anything
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):
@@ -110,17 +110,17 @@ class Describer(ABC):
         """Prepared pictures [B, 3, S, S] -> features [B, D]."""
 
 
-def clean(picture: Image.Image, size: int) -> Tensor:
+def clean_resize(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 255]."""
     pixels = pil_to_tensor(picture)[None].float()
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)[0]
 
 
-def _whole(kind: Any, path: str) -> nn.Module:
+def _load_complete(kind: Any, path: str) -> nn.Module:
     """A transformers model with every one of its tensors from the files, in float32."""
     check_folder(path, f"metrics: {path}")
     model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    refuse_unread(report, path, type(model).__name__)
+    check_all_loaded(report, path, type(model).__name__)
     return model
 
 
@@ -144,7 +144,7 @@ class Inception(Describer):
         )
 
     def prepare(self, picture: Image.Image) -> Tensor:
-        return (clean(picture, 299) - 128) / 128
+        return (clean_resize(picture, 299) - 128) / 128
 
     def images(self, batch: Tensor) -> Tensor:
         for name in LAYERS:  # its own forward takes bytes, and resizes them without a filter
@@ -162,10 +162,10 @@ class Dinov2(Describer):
     def _read(self) -> nn.Module:
         from transformers import AutoModel
 
-        return _whole(AutoModel, self.path)
+        return _load_complete(AutoModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
-        return normalize(clean(picture, self.size) / 255, *IMAGENET)
+        return normalize(clean_resize(picture, self.size) / 255, *IMAGENET)
 
     def images(self, batch: Tensor) -> Tensor:
         return self.model(batch).last_hidden_state[:, 0]
@@ -252,11 +252,11 @@ class Clip(TwoTowers):
         check_folder(self.processor, f"metrics: {self.processor}")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
         self.eyes = AutoImageProcessor.from_pretrained(self.processor)
-        return _whole(CLIPModel, self.path)
+        return _load_complete(CLIPModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
         if self.whole:
-            pixels = clean(picture, self.eyes.crop_size["height"]) / 255
+            pixels = clean_resize(picture, self.eyes.crop_size["height"]) / 255
             return normalize(pixels, self.eyes.image_mean, self.eyes.image_std)
         return self.eyes(picture, return_tensors="pt").pixel_values[0]
 

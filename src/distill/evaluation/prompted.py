@@ -30,19 +30,25 @@ from distill.core.limits import drawn_at_once
 from distill.core.types import Denoiser
 from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
-from distill.evaluation.features import cache_folder, features, opened
+from distill.evaluation.features import cache_folder, features, open_rgb
 from distill.evaluation.networks import Clip, Describer, Dinov2
-from distill.evaluation.references import check_measures, check_variety, coco, in_folder
+from distill.evaluation.references import check_measures, check_variety, coco, pictures_in
 from distill.evaluation.scores import Score
-from distill.evaluation.shapes import SHOWN, drawing_precision, judged, lineup, write_verdict
-from distill.machine.hardware import room_beside
+from distill.evaluation.shapes import (
+    SHOWN,
+    evaluated_samplers,
+    generation_precision,
+    model_fingerprint,
+    write_result,
+)
+from distill.machine.hardware import memory_left
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.bounded import text_of
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar, stage
 
-MANY = 16  # ours: pictures at a time, where they are small
+DEFAULT_BATCH_SIZE = 16  # ours: pictures at a time, where they are small
 TIMED = re.compile(r"(\d+\.\d+(?:e-\d+)?) (\d+)")  # a batch: its seconds, how many pictures
 TILE = 256  # pixels a side in the comparison
 Row = tuple[
@@ -97,7 +103,7 @@ class Prompted:
         else:
             self.captions = Lines(self.path, "metrics.path").lines[: self.prompts]
         if self.reference:
-            self.real = in_folder(Path(self.reference))
+            self.real = pictures_in(Path(self.reference))
         if not self.real and (needing := self._needing("reference")):
             what = (
                 "holds no pictures"
@@ -155,7 +161,7 @@ class Prompted:
             rows.append({"who": who, "steps": steps, **scores, **_seconds(place)})
             strips.append(_strip(paths[: len(self.captions)]))
         euler = "Euler" if teacher.prediction == "flow" else "DDIM"
-        how = {"seeds": f"{self.seed} + number", "precision": drawing_precision(self, teacher)}
+        how = {"seeds": f"{self.seed} + number", "precision": generation_precision(self, teacher)}
         if self.teacher_steps:
             how |= {
                 "teacher sampler": f"{euler}, trailing steps",
@@ -164,7 +170,7 @@ class Prompted:
         if self.student_steps:
             how |= {"student sampler": str(sampler), "student guidance": "none"}
         about = self._protocol(paths[0], self.captions, self.data) | how
-        write_verdict(folder, about, rows, strips, judged(folder, student or teacher))
+        write_result(folder, about, rows, strips, model_fingerprint(folder, student or teacher))
         return rows
 
     def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -172,7 +178,7 @@ class Prompted:
         into `out`.
         """
         self.load()
-        paths = in_folder(folder)
+        paths = pictures_in(folder)
         captions = self._told(paths) if self._needing("captions") else []
         with stage("scoring the pictures"):
             scores = self._scored(paths, out / "evaluation", captions, device)
@@ -181,7 +187,7 @@ class Prompted:
         about = self._protocol(paths[0], captions, "captions of the pictures")
         named = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
         these = hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        write_verdict(out, about | how, rows, [_strip(paths)], these)
+        write_result(out, about | how, rows, [_strip(paths)], these)
         return rows
 
     def _told(self, paths: list[Path]) -> list[str]:
@@ -212,14 +218,14 @@ class Prompted:
     def draw(
         self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path,
         sampler: FewSteps | None = None,
-        *, rank: int = 0, world: int = 1,
+        *, rank: int = 0, world_size: int = 1,
     ) -> list[Row]:  # fmt: skip
         """Make every picture that is not there, or every world-th batch of them; returns all
         rows.
         """
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
-        many = self.batch_size or _many(teacher, student, shape)
-        for who, n, make in lineup(self, student, teacher, sampler, shape):
+        many = self.batch_size or _default_batch_size(teacher, student, shape)
+        for who, n, make in evaluated_samplers(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
             marks = json.dumps(
                 [
@@ -229,7 +235,7 @@ class Prompted:
                     how,
                     teacher.marks(model, scheduled=who == "teacher"),
                     many,
-                    drawing_precision(self, teacher),
+                    generation_precision(self, teacher),
                 ]
             )
             place = (
@@ -238,20 +244,24 @@ class Prompted:
                 / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
             )
             rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
-            self._fill(rows[-1], teacher, many, rank, world)
+            self._fill(rows[-1], teacher, many, rank, world_size)
         return rows
 
     @torch.no_grad()
-    def _fill(self, row: Row, teacher: PipelineTeacher, many: int, rank: int, world: int) -> None:
+    def _fill(
+        self, row: Row, teacher: PipelineTeacher, many: int, rank: int, world_size: int
+    ) -> None:
         who, steps, paths, make = row
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         batches = [range(len(paths))[i : i + many] for i in range(0, len(paths), many)]
         missing = [
-            batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)
+            batch
+            for batch in batches[rank::world_size]
+            if not all(paths[i].exists() for i in batch)
         ]
         if not missing:
             return
-        share = f", process 1 of {world}" if world > 1 else ""
+        share = f", process 1 of {world_size}" if world_size > 1 else ""
         what = f"drawing by the {who} in {steps} step{'s' * (steps > 1)}{share}"
         with Bar(what, sum(map(len, missing)), unit="image", rate="images") as bar:
             for batch in missing:
@@ -265,7 +275,7 @@ class Prompted:
                     file.write(f"{time.monotonic() - began} {len(batch)}\n")
                 for i, picture in zip(batch, pixels, strict=True):
                     to_pil_image(picture).save(content := BytesIO(), format="PNG")
-                    put(paths[i], content.getvalue())
+                    write_atomic(paths[i], content.getvalue())
                 bar.advance(len(batch))
 
     def _scored(
@@ -278,7 +288,7 @@ class Prompted:
         how = {
             "device": device,
             "square": self.square,
-            "batch_size": self.batch_size or MANY,
+            "batch_size": self.batch_size or DEFAULT_BATCH_SIZE,
             "workers": self.workers,
         }
         for name in self.measures:
@@ -301,7 +311,7 @@ class Prompted:
     def _protocol(self, first: Path, captions: list[str], data: str) -> dict[str, Any]:
         digest, (width, height) = (
             hashlib.sha256("\n".join(captions).encode()).hexdigest(),
-            opened(first).size,
+            open_rgb(first).size,
         )
         about: dict[str, Any] = (
             {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)} if captions else {}
@@ -314,17 +324,19 @@ class Prompted:
         return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
 
 
-def _many(teacher: PipelineTeacher, student: Any, shape: Sequence[int]) -> int:
+def _default_batch_size(teacher: PipelineTeacher, student: Any, shape: Sequence[int]) -> int:
     """Pictures drawn at a time where nobody says: the same whenever a command is given again on a
     machine.
     """
     models = [teacher, *([student] if isinstance(student, nn.Module) else [])]
-    return drawn_at_once(*teacher.sides_of(shape), most=MANY, room=room_beside(*models))
+    return drawn_at_once(
+        *teacher.sides_of(shape), most=DEFAULT_BATCH_SIZE, room=memory_left(*models)
+    )
 
 
 def _strip(paths: list[Path]) -> Tensor:
     return torch.stack(
-        [to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]]
+        [to_tensor(ImageOps.fit(open_rgb(path), (TILE, TILE))) for path in paths[:SHOWN]]
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distill.storage.bounded import MIB, json_of
-from distill.storage.formats import hidden, suffixes
+from distill.storage.formats import is_hidden, suffixes
 
 SAMPLE = re.compile(
     r".*_\d+step_seed\d+_[0-9a-f]{4}\.png", re.DOTALL
@@ -16,13 +16,13 @@ SAMPLE = re.compile(
 MOST_CAPTIONS = 256 * MIB  # ours: bytes of COCO's captions; those of its training pictures have 88
 
 
-def in_folder(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
     """The pictures in a folder, by name, hidden ones left out; there may be no such folder.
 
     Beside pictures that `distill.sample` has named, grid.png is its sheet of them, and no picture.
     """
     pictures = (p for p in folder.glob("*") if p.suffix[1:].lower() in suffixes())
-    found = sorted(p for p in pictures if not hidden(p.name))
+    found = sorted(p for p in pictures if not is_hidden(p.name))
     sheet = any(SAMPLE.fullmatch(path.name) for path in found)
     return [path for path in found if not (sheet and path.name == "grid.png")]
 
@@ -69,7 +69,7 @@ def check_reference(folder: str | None) -> None:
     """Raise ValueError for a folder without pictures; None means those that come with the captions,
     if any.
     """
-    if folder is not None and not in_folder(Path(folder)):
+    if folder is not None and not pictures_in(Path(folder)):
         raise ValueError(f"metrics.reference={folder}: holds no pictures")
 
 

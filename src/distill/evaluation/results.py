@@ -20,27 +20,27 @@ from distill.storage.bounded import mapping_of
 
 FILE, PICTURE = "evaluation.json", "comparison.png"
 NAME = re.compile(r"comparison(_[0-9a-f]{8})?\.png")
-OF_ROWS = ("teacher", "student")  # how keys of a protocol begin that it has with rows of these
-Verdict = dict[str, Any]
+ROW_PREFIXES = ("teacher", "student")  # how keys of a protocol begin that it has with rows of these
+Result = dict[str, Any]
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_evaluation(folder: Path) -> dict[str, Any]:
     """What lies in the folder; nothing where there is no such file, or one that was torn."""
     with suppress(OSError, ValueError):
         return mapping_of(folder / FILE)
     return {}
 
 
-def verdicts(evaluation: Mapping[str, Any]) -> list[Verdict]:
+def results_in(evaluation: Mapping[str, Any]) -> list[Result]:
     """Each {protocol, rows, picture} of a file, the main one first."""
     beside = evaluation.get("beside")
     found = [evaluation, *(beside if isinstance(beside, list) else [])]
     return [
-        _one(verdict) for verdict in found if isinstance(verdict, Mapping) and "rows" in verdict
+        _result(verdict) for verdict in found if isinstance(verdict, Mapping) and "rows" in verdict
     ]
 
 
-def _one(verdict: Mapping[str, Any]) -> Verdict:
+def _result(verdict: Mapping[str, Any]) -> Result:
     name = str(verdict.get("picture", PICTURE))
     # Of a stranger's file: a path would show any picture of this machine.
     picture = name if NAME.fullmatch(name) else PICTURE
@@ -56,15 +56,15 @@ def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return bool(both or not one or not other) and all(one[key] == other[key] for key in both)
 
 
-def key_of(protocol: Mapping[str, Any]) -> str:
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """Eight hex digits of what pictures and references were, whoever was judged."""
-    kept = {k: v for k, v in protocol.items() if not k.startswith(OF_ROWS)}
+    kept = {k: v for k, v in protocol.items() if not k.startswith(ROW_PREFIXES)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def added(
-    before: Mapping[str, Any], new: Verdict, model: str | None
-) -> tuple[dict[str, Any], Verdict]:
+def add_result(
+    before: Mapping[str, Any], new: Result, model: str | None
+) -> tuple[dict[str, Any], Result]:
     """The file with a new verdict {protocol, rows} in it, and that verdict as it stands there, with
     its picture.
 
@@ -73,7 +73,7 @@ def added(
     """
     known = before.get("model")
     stale = known is not None and model is not None and known != model
-    found = [] if stale else verdicts(before)
+    found = [] if stale else results_in(before)
     own = bool(before.get("own")) and not stale
     place = next(
         (i for i, v in enumerate(found) if comparable(v["protocol"], new["protocol"])), None
@@ -82,13 +82,13 @@ def added(
         entry = _merged(found.pop(place), new)
         found.insert(place if own else 0, entry)
     else:
-        key = key_of(new["protocol"])
+        key = protocol_hash(new["protocol"])
         entry = {**new, "picture": PICTURE if not found else f"comparison_{key}.png"}
         found.insert(len(found) if own else 0, entry)
-    return _file(found, model, own, newest=found.index(entry)), entry
+    return _content(found, model, own, newest=found.index(entry)), entry
 
 
-def _merged(old: Verdict, new: Verdict) -> Verdict:
+def _merged(old: Result, new: Result) -> Result:
     """The rows of both in the order of the old ones, a new one for an old one of the same sampler
     and steps.
     """
@@ -101,13 +101,13 @@ def _merged(old: Verdict, new: Verdict) -> Verdict:
     return {"protocol": protocol, "rows": ordered, "picture": old["picture"]}
 
 
-def owned(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def promote_newest(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The file with the newest verdict for the run's own: it comes first, and stays there."""
-    found, newest = verdicts(evaluation), evaluation.get("newest", 0)
+    found, newest = results_in(evaluation), evaluation.get("newest", 0)
     found.insert(0, found.pop(newest if newest in range(len(found)) else 0))
-    return _file(found, evaluation.get("model"), own=True, newest=0)
+    return _content(found, evaluation.get("model"), own=True, newest=0)
 
 
-def _file(found: Sequence[Verdict], model: str | None, own: bool, newest: int) -> dict[str, Any]:
+def _content(found: Sequence[Result], model: str | None, own: bool, newest: int) -> dict[str, Any]:
     main, *beside = found
     return {**main, "model": model, "own": own, "newest": newest, "beside": list(beside)}

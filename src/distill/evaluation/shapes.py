@@ -18,12 +18,12 @@ from torchvision.utils import save_image
 
 from distill.core.tensors import fingerprint
 from distill.core.types import Denoiser
-from distill.evaluation import results as verdicts
+from distill.evaluation import results
 from distill.machine.hardware import precision
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
 from distill.sampling.guided import guided
-from distill.storage.aside import put
-from distill.storage.content import mark
+from distill.storage.atomic import write_atomic
+from distill.storage.fingerprints import path_fingerprint
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
 from distill.worlds.shapes.judge import Judge, judging_prompts
@@ -33,7 +33,7 @@ BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice
 SHOWN = 16  # pictures of each row in the comparison
 PADDING = 2  # pixels between the pictures of torchvision's grids
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
-ALWAYS = {
+FIXED_PROTOCOL = {
     "student guidance": "none",
     "feature network": "reader of shapes, 96 features",
     "reference": "fresh renders of the same prompts",
@@ -79,7 +79,9 @@ class Shapes:
         """
         self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
-        for who, n, make in lineup(self, student, teacher, sampler, teacher.latent_shape):
+        for who, n, make in evaluated_samplers(
+            self, student, teacher, sampler, teacher.latent_shape
+        ):
             count = self.prompts + min(VARIETY[0], self.prompts) * VARIETY[1]
             what = f"judging the {who} in {n} step{'s' * (n > 1)}"
             with Bar(what, count, unit="image", rate="images") as bar:
@@ -90,11 +92,11 @@ class Shapes:
             "prompts": self.prompts,
             "seed": self.seed,
             "teacher guidance": self.guidance,
-            "precision": drawing_precision(self, teacher),
-            **ALWAYS,
+            "precision": generation_precision(self, teacher),
+            **FIXED_PROTOCOL,
         }
         protocol |= {"student sampler": str(sampler or Consistency())}
-        write_verdict(folder, protocol, rows, strips, judged(folder, student))
+        write_result(folder, protocol, rows, strips, model_fingerprint(folder, student))
         return rows
 
     def _judge(
@@ -102,18 +104,18 @@ class Shapes:
     ) -> tuple[dict, Tensor]:
         prompts = judging_prompts(self.prompts, seed=self.seed)
         began = time.monotonic()
-        shown = pictures(teacher, make, prompts, range(len(prompts)), bar)
+        shown = generate_pictures(teacher, make, prompts, range(len(prompts)), bar)
         seconds = (time.monotonic() - began) / len(prompts)
         groups, each = VARIETY
         several = [prompt for prompt in prompts[:groups] for _ in range(each)]
         seeds = range(10_000, 10_000 + len(several))
-        varied = pictures(teacher, make, several, seeds, bar).unflatten(0, (-1, each))
+        varied = generate_pictures(teacher, make, several, seeds, bar).unflatten(0, (-1, each))
         scores = judge(shown, prompts, reference_seed=self.seed)
         scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
         return {**scores, "seconds_per_image": seconds}, shown
 
 
-def lineup(
+def evaluated_samplers(
     protocol: Any,
     student: Denoiser,
     teacher: PipelineTeacher,
@@ -123,7 +125,7 @@ def lineup(
     """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and
     generators.
     """
-    how = {"shape": shape, "precision": drawing_precision(protocol, teacher)}
+    how = {"shape": shape, "precision": generation_precision(protocol, teacher)}
     for n in protocol.teacher_steps:
         make = partial(guided, teacher, guidance=protocol.guidance, steps=n)
         yield "teacher", n, partial(in_precision, make, **how)
@@ -132,22 +134,22 @@ def lineup(
         yield "student", n, partial(in_precision, make, **how)
 
 
-def drawing_precision(protocol: Any, teacher: PipelineTeacher) -> str:
+def generation_precision(protocol: Any, teacher: PipelineTeacher) -> str:
     """The precision of the denoisers' passes: the protocol's, or the best where the teacher is."""
     accelerator = "cpu" if teacher.device.type == "cpu" else "auto"
     return precision(protocol.precision, accelerator, "metrics.precision").name
 
 
-def judged(folder: Path, model: Any) -> str | None:
+def model_fingerprint(folder: Path, model: Any) -> str | None:
     """A mark of what is judged: the student that lies in the folder, whatever it was read in, else
     the model's own.
     """
-    found = mark(folder / "student")
+    found = path_fingerprint(folder / "student")
     network = getattr(model, "network", model)
     return found or (fingerprint(network) if isinstance(network, nn.Module) else None)
 
 
-def write_verdict(
+def write_result(
     folder: Path,
     protocol: dict[str, Any],
     rows: list[dict[str, Any]],
@@ -160,25 +162,25 @@ def write_verdict(
     `model` is a mark of what was judged: verdicts by other protocols stay beside, but for those on
     another one.
     """
-    before = verdicts.read(folder)
-    after, entry = verdicts.added(before, {"protocol": protocol, "rows": rows}, model)
+    before = results.read_evaluation(folder)
+    after, entry = results.add_result(before, {"protocol": protocol, "rows": rows}, model)
     (folder / "samples").mkdir(exist_ok=True)
     place = folder / "samples" / entry["picture"]
     save_image(torch.cat(strips), content := BytesIO(), format="PNG", nrow=len(strips[0]))
     drawn = [(row["who"], row["steps"]) for row in rows]
     wanted = [(row["who"], row["steps"]) for row in entry["rows"]]
     if drawn != wanted:
-        old = next(v for v in verdicts.verdicts(before) if v["picture"] == entry["picture"])
+        old = next(v for v in results.results_in(before) if v["picture"] == entry["picture"])
         had = [(row["who"], row["steps"]) for row in old["rows"]]
-        content = _together(place, had, content, drawn, wanted)
+        content = _merge_strips(place, had, content, drawn, wanted)
     if content:
-        put(place, content.getvalue())
+        write_atomic(place, content.getvalue())
     else:  # strips of other rows would be taken for these
         place.unlink(missing_ok=True)
-    put(folder / verdicts.FILE, json.dumps(after, indent=2).encode() + b"\n")
+    write_atomic(folder / results.FILE, json.dumps(after, indent=2).encode() + b"\n")
 
 
-def _together(
+def _merge_strips(
     place: Path, had: list[Any], new: BytesIO, drawn: list[Any], wanted: list[Any]
 ) -> BytesIO | None:
     """The strips of the `wanted` rows, from the new picture or the old one at `place`; None if they
@@ -186,7 +188,10 @@ def _together(
     """
     try:
         with Image.open(place) as old, Image.open(new) as fresh:
-            bands = {**_bands(old.convert("RGB"), had), **_bands(fresh.convert("RGB"), drawn)}
+            bands = {
+                **_row_strips(old.convert("RGB"), had),
+                **_row_strips(fresh.convert("RGB"), drawn),
+            }
     except (OSError, SyntaxError):  # Pillow's, of a torn file
         return None
     if len({band.size for band in bands.values()}) != 1 or not bands.keys() >= set(wanted):
@@ -199,7 +204,7 @@ def _together(
     return content
 
 
-def _bands(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
+def _row_strips(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
     """The strip of every row of torchvision's grid, with the padding above it."""
     height = (grid.height - PADDING) // len(rows)
     boxes = [(0, i * height, grid.width, (i + 1) * height) for i in range(len(rows))]
@@ -207,7 +212,7 @@ def _bands(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
 
 
 @torch.no_grad()
-def pictures(
+def generate_pictures(
     teacher: PipelineTeacher,
     maker: Callable[..., Tensor],
     prompts: list[Prompt],

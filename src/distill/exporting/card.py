@@ -11,7 +11,7 @@ import diffusers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from distill.storage.aside import put, put_text
+from distill.storage.atomic import write_atomic, write_text_atomic
 from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
 from distill.teachers.loading.locate import TOLD, is_hub_id
 from distill.terminal.shown import in_markdown, shown
@@ -75,12 +75,12 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     named = str(judged.get("picture", "comparison.png"))
     picture = run / "samples" / Path(named).name  # not elsewhere, whatever a stranger's says
     if picture.is_file() and not picture.is_symlink():  # which may lead to what is not ours
-        put(folder / "comparison.png", picture.read_bytes())
+        write_atomic(folder / "comparison.png", picture.read_bytes())
         who = in_markdown(", ".join(f"{row['who']} at {row['steps']}" for row in _rows(judged)))
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
-    put_text(folder / "README.md", "\n".join(filter(None, text)))
+    write_text_atomic(folder / "README.md", "\n".join(filter(None, text)))
     return folder / "README.md"
 
 

@@ -36,7 +36,7 @@ def save_lora(
     part: str,
     naming: str = "diffusers",
     dtype: str | None = None,
-    about: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Write `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of a `unet` or `transformer` for
     other programs.
@@ -55,14 +55,14 @@ def save_lora(
             )
         state = convert_state_dict_to_kohya(state)  # with the rank for alpha
     rank = next((len(value) for name, value in factors.items() if ".lora_A." in name), 0)
-    said = dict(about or {})
+    said = dict(metadata or {})
     if naming == "kohya":
         said |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
         said |= {"ss_network_alpha": str(float(rank))}
     return write_weights(state, file, dtype=dtype, words=said)
 
 
-def about(folder: Path) -> dict[str, str]:
+def lora_metadata(folder: Path) -> dict[str, str]:
     """What a LoRA of the pipeline in this folder says that it is for: nothing where that is not
     known for sure.
     """

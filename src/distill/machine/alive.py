@@ -16,12 +16,12 @@ def host() -> str:
     return platform.node() or "localhost"
 
 
-def host_mark() -> str:
+def host_hash() -> str:
     """Four hex digits that stand for this machine in the name of a file."""
     return hashlib.sha256(host().encode()).hexdigest()[:4]
 
 
-def started(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """When the process began, in the system's own words; None where it does not say, or of no
     process.
 
@@ -45,7 +45,7 @@ def alive(pid: int, began: str | None = None) -> bool:
     """
     if pid <= 0 or not _runs(pid):
         return False
-    now = started(pid) if began is not None else None
+    now = start_time(pid) if began is not None else None
     return now is None or now == began
 
 

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill.machine.ranks import world
+from distill.machine.ranks import world_size
 
-WAY_ON = "way_on"  # attribute of an exception: how to go on with what was done so far
-AGAIN = "give the same command again, which goes on where it stopped"
-ANEW = "give the same command again, which begins anew: no shard is whole yet"
+HINT = "hint"  # attribute of an exception: how to go on with what was done so far
+RERUN = "give the same command again, which goes on where it stopped"
+RESTART = "give the same command again, which begins anew: no shard is whole yet"
 SHARED = Path("/dev/shm")  # through which the workers of a loader hand over what they have read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EROFS, errno.EIO)
@@ -43,38 +43,38 @@ PART = re.compile(r"(\.[0-9a-f]{4}-\d+-[0-9a-f]{8})?\.part(?=/|$)")  # of what i
 
 
 @contextmanager
-def goes_on(way: Callable[[], str]) -> Iterator[None]:
+def hint_on_failure(way: Callable[[], str]) -> Iterator[None]:
     """Have what ends the command inside know how to go on: `way` is asked then."""
     try:
         yield
     except BaseException as error:
-        if not hasattr(error, WAY_ON):
-            setattr(error, WAY_ON, way())
+        if not hasattr(error, HINT):
+            setattr(error, HINT, way())
         raise
 
 
 def sentence(error: BaseException, cause: BaseException) -> str | None:
     """What the machine has done, with file and way on; None for other errors. `cause`: its root."""
-    if isinstance(cause, (BrokenPipeError, ConnectionError)) and not world() > 1:
+    if isinstance(cause, (BrokenPipeError, ConnectionError)) and not world_size() > 1:
         return None
-    if (text := _lost(cause)) or (text := _shared(cause)):
+    if (text := _peer_failure(cause)) or (text := _shared_memory_full(cause)):
         return text
-    if not (why := reason(cause)):
+    if not (why := write_error(cause)):
         return None
     file = getattr(cause, "filename2", None) or getattr(cause, "filename", None) or _written(cause)
     where = f"{PART.sub('', str(file))}: " if file else ""
-    way = getattr(error, WAY_ON, None) or "give the command again"
+    way = getattr(error, HINT, None) or "give the command again"
     full = "read-only" not in why.lower()
     return f"{where}{why}; {'make room' if full else 'make it writable'}, then {way}"
 
 
-def lost(cause: BaseException) -> bool:
+def is_peer_failure(cause: BaseException) -> bool:
     """Whether this says no more than that another process of the command has died."""
-    return _lost(cause) is not None
+    return _peer_failure(cause) is not None
 
 
-def _lost(cause: BaseException) -> str | None:
-    if world() == 1 or not isinstance(cause, (RuntimeError, ConnectionError, TimeoutError)):
+def _peer_failure(cause: BaseException) -> str | None:
+    if world_size() == 1 or not isinstance(cause, (RuntimeError, ConnectionError, TimeoutError)):
         return None
     text = f"{type(cause).__name__} {cause}"
     found = PEERS.search(text)
@@ -83,7 +83,7 @@ def _lost(cause: BaseException) -> str | None:
     return None
 
 
-def _shared(cause: BaseException) -> str | None:
+def _shared_memory_full(cause: BaseException) -> str | None:
     if not isinstance(cause, RuntimeError) or not IN_SHARED.search(str(cause)):
         return None
     size = ""
@@ -93,7 +93,7 @@ def _shared(cause: BaseException) -> str | None:
     return f"{SHARED}{size} is too small for what the loader's workers hand over; {more}"
 
 
-def reason(cause: BaseException) -> str | None:
+def write_error(cause: BaseException) -> str | None:
     """Why a disk takes no more; None for an error of another kind."""
     if isinstance(cause, OSError) and cause.errno is not None:
         return os.strerror(cause.errno) if cause.errno in UNWRITABLE else None
@@ -145,7 +145,7 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def quiet_logging() -> Iterator[None]:
     """What libraries would warn of in several lines as they read, who calls makes one sentence."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)

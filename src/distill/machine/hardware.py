@@ -70,7 +70,7 @@ def memory(kind: str = "cpu") -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def room_beside(*models: Any) -> float:
+def memory_left(*models: Any) -> float:
     """Bytes that the weights of these modules leave on the device of the first, but for a tenth of
     it.
     """

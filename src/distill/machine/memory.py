@@ -75,7 +75,7 @@ class _FusedAttention(TorchFunctionMode):
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def handed_over(tree: Any) -> Any:
+def to_shared_memory(tree: Any) -> Any:
     """The same, with its tensors in shared memory if this is a worker of a DataLoader.
 
     That is how they go to the main process. The loader itself moves them in a thread, where a

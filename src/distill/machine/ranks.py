@@ -10,7 +10,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes a launcher has started, of which this is one; 1 without a launcher."""
     if "RANK" in os.environ:
         return int(os.environ.get("WORLD_SIZE", 1))

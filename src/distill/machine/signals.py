@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from distill.machine.faults import WAY_ON
+from distill.machine.faults import HINT
 
 REQUEUE = getattr(signal, "SIGUSR1", None)  # by which SLURM announces the end of a job
 HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that was closed
@@ -41,22 +41,22 @@ STOPPING = tuple(
 PARENT = "DISTILL_PARENT"  # in the environment of a process that is to end with this one
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # likewise, of one that torchrun has started
 DEATH = 1  # prctl's PR_SET_PDEATHSIG
-LAST = 60.0  # ours: seconds to save in, once the parent is gone
+SAVE_TIME = 60.0  # ours: seconds to save in, once the parent is gone
 PATIENCE = (
     5.0  # ours: seconds after which a second signal of any kind ends what has not heeded the first
 )
 
-REMIND = 0.05  # ours: seconds after which a signal that nobody has heeded is sent again
+RESEND = 0.05  # ours: seconds after which a signal that nobody has heeded is sent again
 # Packages in whose own frames a signal is not raised: they would be left half done.
-DELICATE = {"hydra", "omegaconf", "antlr4", "logging"}
+UNSAFE = {"hydra", "omegaconf", "antlr4", "logging"}
 
-_asked: signal.Signals | None = None  # what this command was asked to stop by
-_since = 0.0
-_due = False  # it is to end the work by `Stopped`, which has not arrived yet
-_raised: "weakref.ref[Stopped] | None" = None  # gone again where somebody has dropped it
-_reminds = False  # the signal that comes next was sent by `_reminder`
-_imports = 0  # how deep in imports the command began
-_ending = threading.Lock()  # held while a reminder is sent, and while the handlers go
+_received: signal.Signals | None = None  # what this command was asked to stop by
+_received_at = 0.0
+_pending = False  # it is to end the work by `Stopped`, which has not arrived yet
+_in_flight: "weakref.ref[Stopped] | None" = None  # gone again where somebody has dropped it
+_resending = False  # the signal that comes next was sent by `_reminder`
+_import_depth = 0  # how deep in imports the command began
+_handlers_lock = threading.Lock()  # held while a reminder is sent, and while the handlers go
 
 
 class Stopped(BaseException):
@@ -67,34 +67,34 @@ class Stopped(BaseException):
         self.number = signal.Signals(number)
 
 
-def asked() -> signal.Signals | None:
+def received() -> signal.Signals | None:
     """The signal that this command was asked to stop by, if any."""
-    return _asked
+    return _received
 
 
-def remember(number: int) -> None:
+def mark_handled(number: int) -> None:
     """Note that this signal has come, for who asks later; a second Ctrl-C ends the process.
 
     Who calls this has heeded the signal: nothing is raised any more.
     """
-    global _due
-    _due = False
+    global _pending
+    _pending = False
     _note(number)
 
 
-def twice(number: int) -> bool:
+def is_second_interrupt(number: int) -> bool:
     """Whether this signal is the second Ctrl-C, which wants the end at once."""
-    return not _reminds and _asked in INTERRUPTS and number in INTERRUPTS
+    return not _resending and _received in INTERRUPTS and number in INTERRUPTS
 
 
 def _note(number: int) -> None:
-    global _asked, _since, _reminds
-    late = _asked is not None and time.monotonic() - _since > PATIENCE
-    if twice(number) or (late and not _reminds):
+    global _received, _received_at, _resending
+    late = _received is not None and time.monotonic() - _received_at > PATIENCE
+    if is_second_interrupt(number) or (late and not _resending):
         end_now(number)
-    _reminds = False
-    if _asked is None:
-        _asked, _since = signal.Signals(number), time.monotonic()
+    _resending = False
+    if _received is None:
+        _received, _received_at = signal.Signals(number), time.monotonic()
 
 
 def check(error: BaseException | None = None) -> None:
@@ -102,10 +102,10 @@ def check(error: BaseException | None = None) -> None:
 
     What the signal has met in the middle of something may raise anything.
     """
-    if _due and _asked is not None:
+    if _pending and _received is not None:
         stop = _stopped()
-        if hasattr(error, WAY_ON):
-            setattr(stop, WAY_ON, getattr(error, WAY_ON))
+        if hasattr(error, HINT):
+            setattr(stop, HINT, getattr(error, HINT))
         raise stop from None
 
 
@@ -118,15 +118,20 @@ def end_now(number: int) -> None:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def stop_on_signal() -> Iterator[None]:
     """Have a signal raise `Stopped` inside; what handled it before does so again afterwards."""
-    global _asked, _due, _raised, _imports
+    global _received, _pending, _in_flight, _import_depth
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    _asked, _due, _raised, _imports = None, False, None, _importing(sys._getframe())
+    _received, _pending, _in_flight, _import_depth = (
+        None,
+        False,
+        None,
+        _count_imports(sys._getframe()),
+    )
     hook, sys.unraisablehook = sys.unraisablehook, _unraisable
-    before = handled_by(_stop)
+    before = set_handlers(_stop)
     try:
         yield
         check()
@@ -134,14 +139,14 @@ def heard() -> Iterator[None]:
         check(error)
         raise
     finally:
-        with _ending:
-            _due = False
+        with _handlers_lock:
+            _pending = False
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def handled_by(handler: Any) -> dict[int, Any]:
+def set_handlers(handler: Any) -> dict[int, Any]:
     """Set the handler of every stopping signal; returns those before. nohup's stays ignored."""
     numbers = [n for n in STOPPING if n != HANGUP or signal.getsignal(n) != signal.SIG_IGN]
     # None: set by something that is not Python, and cannot be put back.
@@ -150,33 +155,33 @@ def handled_by(handler: Any) -> dict[int, Any]:
 
 def _stopped() -> Stopped:
     """The exception by which the signal ends the work, on its way from now on."""
-    global _raised
-    stop = Stopped(_asked or signal.SIGTERM)
-    _raised = weakref.ref(stop)
+    global _in_flight
+    stop = Stopped(_received or signal.SIGTERM)
+    _in_flight = weakref.ref(stop)
     return stop
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    global _due
-    first, again = _asked is None, _reminds and _due
+    global _pending
+    first, again = _received is None, _resending and _pending
     _note(number)
     if first:
-        _due = True
-        start_new_thread(_reminder, (number,))
-    if (first or again) and not _delicate(frame):
+        _pending = True
+        start_new_thread(_resend, (number,))
+    if (first or again) and not _is_unsafe(frame):
         raise _stopped()
 
 
-def _reminder(number: int) -> None:
+def _resend(number: int) -> None:
     """Send the signal again as long as it is due and no `Stopped` is on its way."""
-    global _reminds
+    global _resending
     while True:
-        time.sleep(REMIND)
-        with _ending:
-            if not _due:
+        time.sleep(RESEND)
+        with _handlers_lock:
+            if not _pending:
                 return
-            if _raised is None or _raised() is None:
-                _reminds = True
+            if _in_flight is None or _in_flight() is None:
+                _resending = True
                 _send(number)
 
 
@@ -188,16 +193,16 @@ def _send(number: int) -> None:
         signal.raise_signal(number)
 
 
-def _delicate(frame: FrameType | None) -> bool:
+def _is_unsafe(frame: FrameType | None) -> bool:
     """Whether an exception in this frame would leave something half done, or be dropped."""
     if frame is None or frame.f_globals.get("__name__") == "contextlib":  # before its clean-up
         return True
-    if _importing(frame) > _imports:
+    if _count_imports(frame) > _import_depth:
         return True
     inner: FrameType | None = frame
     while inner is not None:
         name = str(inner.f_globals.get("__name__")).partition(".")[0]
-        if name in DELICATE or inner.f_code.co_name == "__del__":
+        if name in UNSAFE or inner.f_code.co_name == "__del__":
             return True
         if name not in sys.stdlib_module_names and name != "yaml":
             return False
@@ -205,7 +210,7 @@ def _delicate(frame: FrameType | None) -> bool:
     return False
 
 
-def _importing(frame: FrameType | None) -> int:
+def _count_imports(frame: FrameType | None) -> int:
     """How many frames of imports there are from this one outwards."""
     count = 0
     while frame is not None:
@@ -233,20 +238,20 @@ def requeue() -> bool:
 # -- several processes -----------------------------------------------------------------------------
 
 
-def apart() -> dict[str, Any]:
+def new_session() -> dict[str, Any]:
     """Options of `Popen`: a Ctrl-C reaches the launcher alone, which hands it on once."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}
 
 
-def hand_on(number: int, process: subprocess.Popen) -> None:
+def forward(number: int, process: subprocess.Popen) -> None:
     """Send a signal that this process has got to one that was started `apart`, if it still runs."""
     if process.poll() is None:
         process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
 
 
-def for_child() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The environment of a process that ends when this one does: it calls `end_with_parent`."""
     return {**os.environ, PARENT: str(os.getpid())}
 
@@ -268,7 +273,7 @@ def _watch(parent: int) -> None:
     while is_parent(parent):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAST)
+    time.sleep(SAVE_TIME)
     os._exit(128 + signal.SIGTERM)
 
 
@@ -288,7 +293,7 @@ def _die_with_parent(number: int) -> None:
             ctypes.CDLL(None).prctl(DEATH, int(number), 0, 0, 0)
 
 
-def in_loader(_worker: int) -> None:
+def init_loader_worker(_worker: int) -> None:
     """First thing in a worker of a DataLoader: it dies with its parent, who heeds signals."""
     for number in (signal.SIGINT, REQUEUE, HANGUP):  # SIGTERM is torch's: by it the parent ends it
         if number is not None:

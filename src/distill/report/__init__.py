@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation.results import PICTURE, verdicts
+from distill.evaluation.results import PICTURE, results_in
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
-from distill.report.page import figure, folded, html
-from distill.storage.aside import put_text
+from distill.report.page import collapsible, figure, html
+from distill.storage.atomic import write_text_atomic
 from distill.storage.bounded import mapping_of, number_of, text_of
 from distill.storage.checkpoint_names import steps_in
 from distill.terminal.shown import in_html
@@ -34,7 +34,7 @@ SHOWN = 12  # steps at which an alarm was raised
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path."""
     run, evaluation = _or_empty(run_dir / "run.json"), _or_empty(run_dir / "evaluation.json")
-    rows = _rows(run_dir / "evaluation.json")
+    rows = _rows_or_none(run_dir / "evaluation.json")
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
         " · ".join([name, *(str(run[key]) for key in ("method", "teacher") if key in run)]),
@@ -47,16 +47,16 @@ def write_report(run_dir: Path) -> Path:
             else STOPPED.format(in_html(run["status"]))
         ),
         pictures=_pictures(run_dir / "samples", rows, evaluation),
-        evaluation=_shown(
+        evaluation=_section(
             run_dir / "evaluation.json",
-            lambda path: _judged(mapping_of(path)),
+            lambda path: _evaluation_tables(mapping_of(path)),
         ),
-        training=_alarms(run_dir / "alarms.jsonl") + _shown(run_dir / "metrics.csv", charts),
-        facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
-        config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
+        training=_alarms(run_dir / "alarms.jsonl") + _section(run_dir / "metrics.csv", charts),
+        facts=_section(run_dir / "run.json", lambda path: _text_section(path, "Facts", "open")),
+        config=_section(run_dir / "config.yaml", lambda path: _text_section(path, "Configuration")),
     )
     path = run_dir / "report.html"
-    put_text(path, text)
+    write_text_atomic(path, text)
     return path
 
 
@@ -67,7 +67,7 @@ def _or_empty(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows_or_none(path: Path) -> list[Row]:
     """What was measured; nothing where the file is missing or cannot be right, which its own
     section will say.
     """
@@ -76,7 +76,7 @@ def _rows(path: Path) -> list[Row]:
     return []
 
 
-def _shown(path: Path, show: Callable[[Path], str]) -> str:
+def _section(path: Path, show: Callable[[Path], str]) -> str:
     """HTML of a file, or of the reason why there is none."""
     if not path.is_file():
         return f'<p class="none">This run has no {path.name}.</p>'
@@ -90,8 +90,8 @@ def _shown(path: Path, show: Callable[[Path], str]) -> str:
         return f'<p class="none">{in_html(f"{path.name} cannot be shown: {error}.")}</p>'
 
 
-def _text(path: Path, what: str, state: str = "") -> str:
-    return folded(what, text_of(path, errors="replace"), state)
+def _text_section(path: Path, what: str, state: str = "") -> str:
+    return collapsible(what, text_of(path, errors="replace"), state)
 
 
 def _alarms(path: Path) -> str:
@@ -108,10 +108,10 @@ def _alarms(path: Path) -> str:
             steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
     if not steps:
         return '<p class="soft">No health alarm was raised.</p>\n'
-    return "".join(ALARM.format(_some(when), in_html(what)) for what, when in steps.items())
+    return "".join(ALARM.format(_step_list(when), in_html(what)) for what, when in steps.items())
 
 
-def _some(steps: Sequence[str]) -> str:
+def _step_list(steps: Sequence[str]) -> str:
     """`step 50`, `steps 50, 100`; of many the first ones."""
     more = f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else ""
     return f"step{'s' * (len(steps) > 1)} {', '.join(steps[:SHOWN])}{more}"
@@ -129,9 +129,9 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
     return "Training time", time, f"{steps:,} steps, {images or 0:,} images"
 
 
-def _judged(evaluation: dict[str, Any]) -> str:
+def _evaluation_tables(evaluation: dict[str, Any]) -> str:
     """The table of the run's own protocol, and those of others by which it was judged besides."""
-    main, *beside = verdicts(evaluation) or [evaluation]
+    main, *beside = results_in(evaluation) or [evaluation]
     head = "<h3>Judged besides, by another protocol</h3>"
     return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in beside)])
 
@@ -142,17 +142,17 @@ def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> 
     """
     names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
-    main = next(iter(verdicts(evaluation)), {"picture": PICTURE})
-    comparison = _shown(folder / main["picture"], lambda path: figure(path, caption))
+    main = next(iter(results_in(evaluation)), {"picture": PICTURE})
+    comparison = _section(folder / main["picture"], lambda path: figure(path, caption))
     frames = list(steps_in(folder, ".png").items())
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
     strip = "\n".join(
-        _shown(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
+        _section(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
     )
-    captions = _shown(
+    captions = _section(
         folder / "captions.txt",
-        lambda path: _text(path, "The prompts of these grids, in reading order"),
+        lambda path: _text_section(path, "The prompts of these grids, in reading order"),
     )
     return (
         f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training'

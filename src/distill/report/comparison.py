@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from distill.report.curves import framed, read, smoothed
+from distill.report.curves import chart_figure, read, smoothed
 from distill.report.evaluation import MAIN, MEASURES
-from distill.report.page import folded, html, img, opened
-from distill.report.runs import SCORES, Line, Run, everyone, lines_of
+from distill.report.page import collapsible, html, img, open_png
+from distill.report.runs import SCORES, Line, Run, all_runs, lines_of
 from distill.terminal.shown import in_html, shown
 
 SHOWN = 8  # prompts in the grid of pictures
@@ -32,7 +32,7 @@ for (const head of document.querySelectorAll('table.sortable thead th')) head.on
 
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
-    lines, runs = lines_of(groups), everyone(groups)
+    lines, runs = lines_of(groups), all_runs(groups)
     best, said = _headline(lines)
     known = (run.facts.get("train_seconds") or 0 for run in runs)
     seconds = sum(x for x in known if isfinite(x))
@@ -100,7 +100,7 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
         if any(key in line.values for line in lines):
             label, _, words = MEASURES[key]
             title = label.replace("&nbsp;", " ")
-            yield framed(
+            yield chart_figure(
                 title,
                 "By number of steps; the teacher's where it took as few.",
                 _by_steps(lines, key),
@@ -114,13 +114,13 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
                 ("images_seen", "thousand pictures seen"),
             ):
                 draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
-                yield framed(f"{title} in one step", f"By {unit}.", draw)
+                yield chart_figure(f"{title} in one step", f"By {unit}.", draw)
     found = {group: [_accuracy(run) for run in runs] for group, runs in groups.items()}
     for why in (why for curves in found.values() for _, why in curves if why):
         yield f'<p class="none">A curve is left out: {in_html(why)}.</p>'
     health = {group: [c for c, _ in curves if c is not None] for group, curves in found.items()}
     if any(health.values()):
-        yield framed(
+        yield chart_figure(
             "Discriminator's accuracy",
             "Of each run; 0.5 is guessing.",
             lambda axes: _health(axes, health),
@@ -231,7 +231,7 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
 
 def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
     """The pictures of a `comparison.png` of so many rows, row by row."""
-    with opened(path) as grid:
+    with open_png(path) as grid:
         side, whole = (grid.height - PADDING) // rows, grid.convert("RGB")
     if side <= PADDING:
         return []
@@ -256,11 +256,11 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
             text += f"    {shown(f'{run.folder.name}: {said}')}\n"
     protocols = {
         shown("; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())))
-        for run in everyone(groups)
+        for run in all_runs(groups)
     }
     warn = (
         '<p class="warn">These runs were not all judged by one protocol.</p>'
         if len(protocols) > 1
         else ""
     )
-    return warn + folded("Runs and protocol", text + "\n".join(sorted(protocols)), "open")
+    return warn + collapsible("Runs and protocol", text + "\n".join(sorted(protocols)), "open")

@@ -52,19 +52,19 @@ NAMES = {"g": "student", "d": "discriminator"}
 MANY_HEADS = 6  # more of them than this are drawn as highest, median and lowest
 MOST_BYTES = 256 * 2**20  # ours: of a metrics.csv, a million rows
 POINTS = 600  # of a curve; a longer one is thinned to its means, which keeps the page small
-SOFT = "#7d8189"  # reads on white and on black, as do the curves' colours
+GREY = "#7d8189"  # reads on white and on black, as do the curves' colours
 STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 8.5, "text.color": SOFT, "savefig.transparent": True,
+    "svg.fonttype": "none", "font.size": 8.5, "text.color": GREY, "savefig.transparent": True,
     "legend.frameon": False,
     "axes.prop_cycle": (
         "cycler('color', ['3b7ddd', 'e0662e', '1fa37a', '9a5fd0', 'b8921a', 'd9518f'])"
     ),
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.edgecolor": SOFT,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": SOFT, "grid.alpha": 0.3,
+    "axes.edgecolor": GREY,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": GREY, "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "text.parse_math": False,  # a name with $ in it is no formula
-    "xtick.color": SOFT, "ytick.color": SOFT, "ytick.major.size": 0, "ytick.minor.size": 0,
+    "xtick.color": GREY, "ytick.color": GREY, "ytick.major.size": 0, "ytick.minor.size": 0,
 }  # fmt: skip
 
 
@@ -152,7 +152,11 @@ def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
         for name, curve in curves.items()
         if (match := re.fullmatch(chart.columns, name))
     ]
-    return framed(chart.title, chart.about, lambda axes: _draw(axes, chart, found)) if found else ""
+    return (
+        chart_figure(chart.title, chart.about, lambda axes: _draw(axes, chart, found))
+        if found
+        else ""
+    )
 
 
 def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -163,7 +167,7 @@ def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> N
         axes.plot(x, y, f"C{i}", linewidth=0.7, alpha=0.3)
         axes.plot(x, smooth, f"C{i}", marker="o" * (len(x) < 4), label=f"{label} {smooth[-1]:.4g}")
     if chart.guide is not None:
-        axes.axhline(chart.guide, color=SOFT, linewidth=0.8, linestyle="--")
+        axes.axhline(chart.guide, color=GREY, linewidth=0.8, linestyle="--")
     positive = any((curve[1] > 0).any() for _, curve in found)
     axes.set_yscale(
         chart.scale if positive else "linear"
@@ -176,7 +180,7 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
 
 
-def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
+def chart_figure(title: str, about: str, draw: Callable[[Any], None]) -> str:
     """What `draw` puts on the axes, as a picture inside the page with its words above."""
     from matplotlib import rc_context  # half a second that only a report should cost
     from matplotlib.figure import Figure

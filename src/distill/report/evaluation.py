@@ -81,8 +81,8 @@ def headline(rows: Sequence[Row]) -> str:
     few.
     """
     for key, (phrase, _) in MAIN.items():
-        if student := _said(rows, "student", key):
-            few, teacher = min(student), _said(rows, "teacher", key)
+        if student := _formatted(rows, "student", key):
+            few, teacher = min(student), _formatted(rows, "teacher", key)
             rivals = sorted({few, max(teacher, default=few)} & teacher.keys(), reverse=True)
             versus = " and ".join(f"{teacher[n]} in {_steps(n)}" for n in rivals)
             sentence = f"In {_steps(few)} the student {phrase.format(student[few])}"
@@ -96,7 +96,7 @@ def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
     for key in second if any(key in row.scores for row in rows for key in second) else first:
         what = MAIN[key][1]
         for who, pick in (("student", min), ("teacher", max)):
-            said = _said(rows, who, key)
+            said = _formatted(rows, who, key)
             value, below = (
                 (said[n := pick(said)], f"in {_steps(n)}") if said else ("–", "not measured")
             )
@@ -139,7 +139,7 @@ def _line(row: Row, rivals: Sequence[Row], columns: Sequence[str]) -> str:
     return f"<tr>{cells}</tr>"
 
 
-def _said(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
+def _formatted(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
     """Number of steps -> how a score reads."""
     return {
         r.steps: MEASURES[key][2].format(r.scores[key])

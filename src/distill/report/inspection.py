@@ -22,17 +22,17 @@ from distill.core.losses import critic_stats
 from distill.core.process import level_like, noise_like
 from distill.core.types import Batch, Logits
 from distill.report.page import figure, html
-from distill.storage.aside import put_text
-from distill.storage.pictures import put_grid
+from distill.storage.atomic import write_text_atomic
+from distill.storage.pictures import write_grid
 from distill.terminal.shown import in_csv, in_html
 
 SHOWN = 8  # pictures
-MANY = 10  # heads whose attention is drawn, evenly chosen
+MAX_ATTENTION_HEADS = 10  # heads whose attention is drawn, evenly chosen
 PAIRS = 5  # of heads that disagree most
 
 
 @dataclass(frozen=True)
-class Seen:
+class Inspection:
     """Logits [L, H, B] of L noise levels, H heads, B samples; `looks` [H', B', h, w] of the heads
     `drawn`.
     """
@@ -68,7 +68,9 @@ class Seen:
         return (both @ both.transpose(1, 2)).mean(0)
 
 
-def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator) -> Seen:
+def inspect_heads(
+    method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator
+) -> Inspection:
     """Have every head judge real samples and the student's, from pure noise in one step, at each
     level.
     """
@@ -81,17 +83,23 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
         )
         pictures = method.teacher.decode(x0_hat[:SHOWN])
         answers = [
-            [_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels
+            [_mean_logits(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)]
+            for t in levels
         ]
     real, fake = (torch.stack([pair[i] for pair in answers]) for i in (0, 1))
     count = real.shape[1]
-    drawn = [round(i * (count - 1) / max(1, min(MANY, count) - 1)) for i in range(min(MANY, count))]
+    drawn = [
+        round(i * (count - 1) / max(1, min(MAX_ATTENTION_HEADS, count) - 1))
+        for i in range(min(MAX_ATTENTION_HEADS, count))
+    ]
     names = list(method.features.channels)
     looks = _attention(method, critic, x0_hat, levels[len(levels) // 2], noise, batch, drawn)
-    return Seen(list(levels), names, real.cpu(), fake.cpu(), pictures.cpu(), drawn, looks.cpu())
+    return Inspection(
+        list(levels), names, real.cpu(), fake.cpu(), pictures.cpu(), drawn, looks.cpu()
+    )
 
 
-def _judge(
+def _mean_logits(
     method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch
 ) -> Tensor:
     """Mean logit of each head, [H, B]."""
@@ -115,7 +123,7 @@ def _attention(
     largest being 1.
     """
     x = x0.detach().requires_grad_()
-    logits = _judge(method, critic, x, level, noise, batch)
+    logits = _mean_logits(method, critic, x, level, noise, batch)
     maps = [
         torch.autograd.grad(logits[h].sum(), x, retain_graph=True)[0].abs().mean(1)[:SHOWN]
         for h in drawn
@@ -123,14 +131,14 @@ def _attention(
     return torch.stack([m / m.max().clamp_min(1e-12) for m in maps])
 
 
-def write(seen: Seen, folder: Path, name: str) -> Path:
+def write_inspection(seen: Inspection, folder: Path, name: str) -> Path:
     """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(seen.rows())
     table = csv.writer(text := io.StringIO(), lineterminator="\n")
     table.writerows(map(in_csv, cells) for cells in (rows[0], *(row.values() for row in rows)))
-    put_text(folder / "heads.csv", text.getvalue())
-    put_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
+    write_text_atomic(folder / "heads.csv", text.getvalue())
+    write_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(
@@ -154,11 +162,11 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
         training=_disagreement(seen),
     )
     path = folder / "inspect.html"
-    put_text(path, page)
+    write_text_atomic(path, page)
     return path
 
 
-def _sheet(seen: Seen) -> Tensor:
+def _sheet(seen: Inspection) -> Tensor:
     """The pictures, then a row for each drawn head: [R * B', 3, S, S] in [0, 1]."""
     size = seen.pictures.shape[-2:]
     heat = interpolate(seen.looks.flatten(0, 1)[:, None], size=size, mode="nearest").expand(
@@ -167,7 +175,7 @@ def _sheet(seen: Seen) -> Tensor:
     return torch.cat([(seen.pictures / 2 + 0.5).clamp(0, 1), heat])
 
 
-def _table(seen: Seen) -> str:
+def _table(seen: Inspection) -> str:
     """Share right by head and level, in shades."""
     heads = "".join(f'<th scope="col">t = {level:g}</th>' for level in seen.levels)
     found = {(row["head"], row["level"]): row for row in seen.rows()}
@@ -191,7 +199,7 @@ def _table(seen: Seen) -> str:
     )
 
 
-def _disagreement(seen: Seen) -> str:
+def _disagreement(seen: Inspection) -> str:
     """The pairs of heads that agree least."""
     agreement, count = seen.agreement(), len(seen.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]

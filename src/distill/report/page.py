@@ -37,13 +37,13 @@ def figure(path: Path, caption: str) -> str:
 
     Raises OSError, ValueError or SyntaxError, as Pillow does.
     """
-    with opened(path) as picture:
+    with open_png(path) as picture:
         picture.thumbnail((WIDEST, 100 * WIDEST))
         below = f"<figcaption>{in_html(caption)}</figcaption>"
         return f"<figure>{img(picture, caption)}{below}</figure>"
 
 
-def opened(path: Path) -> Image.Image:
+def open_png(path: Path) -> Image.Image:
     """A picture of a run, of which the header is read: a PNG, as we write them, for Pillow starts
     programs for others.
 
@@ -68,7 +68,7 @@ def data_uri(file: io.BytesIO, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def folded(what: str, text: str, state: str = "") -> str:
+def collapsible(what: str, text: str, state: str = "") -> str:
     """Plain text that opens at a click; `state` open: it is so from the start."""
     return (
         "<details"

@@ -9,14 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation.results import FILE, PICTURE, Verdict, comparable, verdicts
+from distill.evaluation.results import FILE, PICTURE, Result, comparable, results_in
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
 from distill.storage.bounded import mapping_of, number_of, yaml_of
 from distill.storage.renames import renamed
 from distill.terminal.shown import in_csv, in_markdown
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
-ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
+IGNORED_KEYS = {
+    "run_dir",
+    "resume",
+    "name",
+    "seed",
+    "hydra",
+    "logger",
+    "callbacks",
+    "metrics",
+    "debug",
+}
 COSTS = ("train_seconds", "images_seen")
 SCORES = [key for key in MEASURES if key != TIME]
 
@@ -50,33 +60,35 @@ def read_run(folder: Path) -> Run:
 
     Raises ValueError, YAMLError or OSError for a damaged one.
     """
-    return _by(folder, verdicts_of(folder)[0])
+    return _run_of(folder, results_of(folder)[0])
 
 
-def read_alike(folders: Sequence[Path]) -> list[Run]:
+def read_comparable(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders, which must have been judged: by one protocol if there is one that
     all have.
 
     A run's own protocol goes before those that it was judged by besides. Where none is shared each
     has its own.
     """
-    every = [verdicts_of(folder) for folder in folders]
+    every = [results_of(folder) for folder in folders]
     for wanted in every[0] if every else ():
-        found = [_like(verdicts, wanted) for verdicts in every]
+        found = [_comparable_result(results, wanted) for results in every]
         chosen = [verdict for verdict in found if verdict is not None]
         if len(chosen) == len(every):
-            return [_by(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)]
-    return [_by(folder, verdicts[0]) for folder, verdicts in zip(folders, every, strict=True)]
+            return [
+                _run_of(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)
+            ]
+    return [_run_of(folder, results[0]) for folder, results in zip(folders, every, strict=True)]
 
 
-def _like(verdicts: Sequence[Verdict], wanted: Verdict) -> Verdict | None:
-    alike = (v for v in verdicts if comparable(v["protocol"], wanted["protocol"]))
+def _comparable_result(results: Sequence[Result], wanted: Result) -> Result | None:
+    alike = (v for v in results if comparable(v["protocol"], wanted["protocol"]))
     return next(alike, None)
 
 
-def verdicts_of(folder: Path) -> list[Verdict]:
+def results_of(folder: Path) -> list[Result]:
     """What the run in this folder was judged to be, its own verdict first."""
-    found = verdicts({"rows": [], **mapping_of(folder / FILE)})
+    found = results_in({"rows": [], **mapping_of(folder / FILE)})
     for verdict in found:
         try:
             rows_of(verdict)
@@ -85,7 +97,7 @@ def verdicts_of(folder: Path) -> list[Verdict]:
     return found
 
 
-def _by(folder: Path, verdict: Verdict) -> Run:
+def _run_of(folder: Path, verdict: Result) -> Run:
     import yaml
 
     config = yaml.safe_load(yaml_of(folder / "config.yaml"))
@@ -136,7 +148,7 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
         yield path
         return
     for key in dict.fromkeys(key for node in maps for key in node):
-        if path or key not in ASIDE:
+        if path or key not in IGNORED_KEYS:
             yield from _differences(
                 f"{path}.{key}" if path else key, [node.get(key) for node in maps]
             )
@@ -157,12 +169,12 @@ def _settings(run: Run, keys: Sequence[str]) -> list[str]:
     """`key=value` of each dotted key, by its last part if no other ends alike."""
     ends = [key.rpartition(".")[2] for key in keys]
     return [
-        f"{k if ends.count(end) > 1 else end}={_said(run.config, k)}"
+        f"{k if ends.count(end) > 1 else end}={_value_text(run.config, k)}"
         for k, end in zip(keys, ends, strict=True)
     ]
 
 
-def _said(config: Mapping[str, Any], key: str) -> str:
+def _value_text(config: Mapping[str, Any], key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -195,7 +207,7 @@ class Line:
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
     """First the lines of each teacher, of all its runs together, then each group's."""
     students = (line for group, runs in groups.items() for line in _lines(group, "student", runs))
-    runs, teachers = everyone(groups), {}
+    runs, teachers = all_runs(groups), {}
     configs = [{key: run.config.get(key) for key in ("teacher", "judged")} for run in runs]
     keys = _keys("", configs, but="judged.student")
     for run in runs:
@@ -206,7 +218,7 @@ def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
     ]
 
 
-def everyone(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
+def all_runs(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
     return [run for runs in groups.values() for run in runs]
 
 

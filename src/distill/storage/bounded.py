@@ -41,24 +41,24 @@ def text_of(file: Path, most: int = TEXT, encoding: str = "utf-8", errors: str =
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{file}: is no plain file; give one")
     if found.st_size > most:
-        raise too_large(file, found.st_size, most)
+        raise too_large_error(file, found.st_size, most)
     with file.open("rb") as opened:
         data = opened.read(most + 1)  # no more, should it grow meanwhile
     if len(data) > most:
-        raise too_large(file, len(data), most)
+        raise too_large_error(file, len(data), most)
     try:
         return data.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 text (byte {error.start}); repair it") from None
 
 
-def too_large(file: Path | str, size: int, most: int) -> ValueError:
+def too_large_error(file: Path | str, size: int, most: int) -> ValueError:
     """What is said of a file of more bytes than its kind may have."""
-    what = f"has {in_bytes(size)}, and such a file may have {in_bytes(most)}"
+    what = f"has {format_bytes(size)}, and such a file may have {format_bytes(most)}"
     return ValueError(f"{file}: {what}; look at what it holds")
 
 
-def in_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """As a person says it: `300 bytes`, `1.4 GiB`."""
     for unit, name in ((2**30, "GiB"), (MIB, "MiB"), (2**10, "KiB")):
         if size >= unit:
@@ -71,10 +71,10 @@ def json_of(file: Path, most: int = TEXT) -> Any:
 
     Raises ValueError, naming it, where it cannot be read, and OSError.
     """
-    return parsed(text_of(file, most), str(file))
+    return parse_json(text_of(file, most), str(file))
 
 
-def parsed(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """What a text of JSON holds.
 
     Raises ValueError, beginning with `where`, where it cannot be read.
@@ -89,12 +89,12 @@ def parsed(text: str, where: str) -> Any:
 
 def mapping_of(file: Path, most: int = TEXT) -> dict[str, Any]:
     """The same of a JSON object. Raises ValueError, naming the file, for anything else."""
-    return parsed_mapping(text_of(file, most), str(file))
+    return parse_json_object(text_of(file, most), str(file))
 
 
-def parsed_mapping(text: str, where: str) -> dict[str, Any]:
+def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """The same as `parsed` of a JSON object, and ValueError for anything else."""
-    found = parsed(text, where)
+    found = parse_json(text, where)
     if not isinstance(found, dict):
         raise ValueError(f"{where}: is no JSON object; repair it or fetch it anew")
     return found
@@ -204,5 +204,5 @@ def check_archive(file: Path, most: float = math.inf) -> None:
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise ValueError(f"{file}: holds compressed parts, which may be of any size; save it anew")
     if declared > min(most, file.stat().st_size):
-        what = f"its parts declare {in_bytes(declared)}"
+        what = f"its parts declare {format_bytes(declared)}"
         raise ValueError(f"{file}: {what}, more than may be; save it anew")

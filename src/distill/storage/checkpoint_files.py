@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.core.tensors import unsharded
 from distill.machine import faults
 from distill.machine.faults import first_line
-from distill.storage.aside import aside
+from distill.storage.atomic import temporary_path
 from distill.storage.bounded import check_archive
 from distill.storage.checkpoint_names import checkpoints_at, steps_in
 from distill.terminal.shown import shown
@@ -28,13 +28,13 @@ log = logging.getLogger("distill.training.checkpoints")
 MAPPED = os.name == "posix"
 
 
-def write(state: Any, path: Path) -> None:
+def write_checkpoint(state: Any, path: Path) -> None:
     """Write beside, flush to disk, rename: a file of the final name is always complete.
 
     Raises OSError in words.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = aside(path)
+    part = temporary_path(path)
     try:
         with part.open("wb") as file:
             torch.save(state, file)
@@ -44,7 +44,7 @@ def write(state: Any, path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         part.unlink(missing_ok=True)
         said = isinstance(error, OSError) and error.strerror
-        reason = faults.reason(error) or said or first_line(error)
+        reason = faults.write_error(error) or said or first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"
         way = "those before it are untouched: make room, then resume"
         if not steps_in(path.parent, ".ckpt"):
@@ -70,7 +70,7 @@ def _flush_renames(folder: Path) -> None:
         os.close(opened)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, file or folder, whole.
 
     Raises ValueError if it is cut short or none of ours.
@@ -159,7 +159,7 @@ def _is_nan(x: Tensor) -> bool:
     return bool(x.flatten()[:: -(-x.numel() // 64)].float().isnan().any())
 
 
-def newest(path: Path) -> Path:
+def newest_checkpoint(path: Path) -> Path:
     """The checkpoint to go on from: `path` itself, or the newest of a run folder; a bad one is
     named and passed over.
 
@@ -169,7 +169,7 @@ def newest(path: Path) -> Path:
     problems: list[str] = []
     for candidate in found:
         try:
-            check_fields(read(candidate), candidate)
+            check_fields(read_checkpoint(candidate), candidate)
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -41,7 +41,7 @@ MOST_PIXELS = 2**26
 SYSTEM = ("__MACOSX", "@eaDir")
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is the system's and not the user's: ._x.jpg, .cache,
     @eaDir.
     """
@@ -49,7 +49,7 @@ def hidden(name: str) -> bool:
 
 
 @cache
-def known() -> frozenset[str]:
+def readable_formats() -> frozenset[str]:
     """The formats of `FORMAT_OF` that Pillow reads here, with the plugins that are installed."""
     for module, _ in PLUGINS.values():
         if importlib.util.find_spec(module):
@@ -68,16 +68,16 @@ def known() -> frozenset[str]:
 @cache
 def suffixes() -> tuple[str, ...]:
     """The lower-case suffixes of pictures that are read here, best first."""
-    return tuple(suffix for suffix, name in FORMAT_OF.items() if name in known())
+    return tuple(suffix for suffix, name in FORMAT_OF.items() if name in readable_formats())
 
 
-def tried(suffix: str) -> tuple[str, ...]:
+def formats_of(suffix: str) -> tuple[str, ...]:
     """The formats that a file of this suffix may be of."""
     own = FORMAT_OF.get(suffix.rpartition(".")[2])
-    return tuple(sorted(name for name in known() if name != UNMARKED or own == UNMARKED))
+    return tuple(sorted(name for name in readable_formats() if name != UNMARKED or own == UNMARKED))
 
 
-def opened(file: Path | IO[bytes], suffix: str) -> Image.Image:
+def open_picture(file: Path | IO[bytes], suffix: str) -> Image.Image:
     """The picture in a file that may be read again, by its header: only formats that are read here,
     and within bounds.
 
@@ -92,7 +92,7 @@ def opened(file: Path | IO[bytes], suffix: str) -> Image.Image:
         size = headers.size_of(file)
     if size is not None and size[0] * size[1] > MOST_PIXELS:
         raise _too_large(size, MOST_PIXELS)
-    return Image.open(file, formats=tried(suffix))
+    return Image.open(file, formats=formats_of(suffix))
 
 
 def _too_large(size: tuple[int, int], most: int) -> ValueError:
@@ -135,7 +135,7 @@ def _scale(picture: Image.Image, most: int) -> int | None:
     return next((k for k in (1, 2, 4, 8) if width * height <= most * k * k), None)
 
 
-def unread(suffix: str) -> bool:
+def is_unreadable(suffix: str) -> bool:
     """Whether files of this lower-case suffix are pictures or films that are not read here."""
     return suffix in OTHERS or (suffix in FORMAT_OF and suffix not in suffixes())
 
@@ -148,6 +148,6 @@ def advice(ends: Iterable[str]) -> str:
     return f"`pip install {' '.join(packages)}`, or {convert}" if packages else convert
 
 
-def listed() -> str:
+def suffix_list() -> str:
     """The suffixes that are read here, the most usual by name."""
     return ", ".join([*suffixes()[:6], "..."])

@@ -24,18 +24,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.machine.alive import alive, host, started
+from distill.machine.alive import alive, host, start_time
 from distill.machine.ranks import rank
-from distill.storage.aside import put, sweep
+from distill.storage.atomic import remove_leftovers, write_atomic
 from distill.storage.bounded import mapping_of
-from distill.storage.inside import check_names, check_plain, opened
+from distill.storage.safe_paths import check_regular_file, check_written_paths, open_regular_file
 from distill.terminal.console import note
-from distill.terminal.secret import told
+from distill.terminal.secret import redacted
 
 NAME = ".distill.lock"
-BRIEF = 1.0  # ours: seconds in which whoever only asks for a lock has let go of it
-ENDING = 15.0  # ours: seconds in which what a killed process had started ends: loaders look every 5
-PASSED_ON = "DISTILL_LOCKS"  # the open files of locks, in the environment of what a launcher starts
+SHORT_WAIT = 1.0  # ours: seconds in which whoever only asks for a lock has let go of it
+EXIT_WAIT = (
+    15.0  # ours: seconds in which what a killed process had started ends: loaders look every 5
+)
+SHARED_LOCKS = (
+    "DISTILL_LOCKS"  # the open files of locks, in the environment of what a launcher starts
+)
 LOCKED_BYTE = 2**30  # on Windows, where nobody may read a byte that is locked
 
 
@@ -64,8 +68,8 @@ class Holder:
         return not self.here or alive(self.pid, self.started)
 
 
-_mine: dict[Path, int] = {}  # the file of each lock that this process holds, opened
-_given: list[int] = []  # those of its launcher
+_held_locks: dict[Path, int] = {}  # the file of each lock that this process holds, opened
+_inherited: list[int] = []  # those of its launcher
 
 
 @contextmanager
@@ -81,12 +85,12 @@ def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    check_names(folder, key)
+    check_written_paths(folder, key)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder / NAME, f"{key}={folder}"):
-            sweep(folder, deep=deep)
+            remove_leftovers(folder, deep=deep)
             yield
     finally:
         if fresh:
@@ -100,15 +104,15 @@ def one_writer_of(path: Path, key: str) -> Iterator[None]:
     the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(_beside(path), f"{key}={path}"):
-        sweep(path.parent, of=path.name)
+    with _locked(_lock_beside(path), f"{key}={path}"):
+        remove_leftovers(path.parent, of=path.name)
         yield
 
 
-def held(folder: Path) -> Holder | None:
+def holder_of(folder: Path) -> Holder | None:
     """Who writes into this folder, or makes this file, now; None if nobody does."""
-    for path in (folder / NAME, _beside(folder)):
-        if who := _held(path):
+    for path in (folder / NAME, _lock_beside(folder)):
+        if who := _current_holder(path):
             return who
     return None
 
@@ -119,14 +123,14 @@ def check_free(folder: Path, key: str) -> None:
     """
     if rank() != 0:
         return
-    check_names(folder, key)
-    places = (folder / NAME, _beside(folder))
+    check_written_paths(folder, key)
+    places = (folder / NAME, _lock_beside(folder))
     for path in places:
-        check_plain(path, f"{key}={folder}")
+        check_regular_file(path, f"{key}={folder}")
     there = [path for path in places if path.exists()]
-    for path in (path for path in there if path.absolute() not in _mine):
-        deadline = time.monotonic() + BRIEF  # it may only have been asked for
-        while who := _held(path):
+    for path in (path for path in there if path.absolute() not in _held_locks):
+        deadline = time.monotonic() + SHORT_WAIT  # it may only have been asked for
+        while who := _current_holder(path):
             if time.monotonic() > deadline or not who.here:
                 if who.runs and not _same_job(who):
                     raise BlockingIOError(_refusal(f"{key}={folder}", who, path))
@@ -137,51 +141,51 @@ def check_free(folder: Path, key: str) -> None:
                 pass  # a killed command's: it goes, whatever becomes of this one
 
 
-def pass_on(environment: MutableMapping[str, str]) -> dict[str, Any]:
+def share_locks(environment: MutableMapping[str, str]) -> dict[str, Any]:
     """Options of `Popen` with which what is started shares the locks of this process, and so
     outlives none of them.
     """
-    if sys.platform == "win32" or not _mine:
+    if sys.platform == "win32" or not _held_locks:
         return {}
-    environment[PASSED_ON] = ",".join(map(str, _mine.values()))
-    return {"pass_fds": tuple(_mine.values())}
+    environment[SHARED_LOCKS] = ",".join(map(str, _held_locks.values()))
+    return {"pass_fds": tuple(_held_locks.values())}
 
 
 def adopt() -> None:
     """In a process that a launcher has started: keep its locks as long as this one lives, and hand
     them to nobody.
     """
-    for number in os.environ.pop(PASSED_ON, "").split(","):
+    for number in os.environ.pop(SHARED_LOCKS, "").split(","):
         with suppress(OSError, ValueError):
             os.set_inheritable(int(number), False)
-            _given.append(int(number))
+            _inherited.append(int(number))
 
 
-def _beside(path: Path) -> Path:
+def _lock_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}{NAME}")
 
 
 @contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
     path = path.absolute()
-    if path in _mine:
+    if path in _held_locks:
         yield
         return
-    _mine[path] = _taken(path, what)
+    _held_locks[path] = _acquire(path, what)
     try:
         yield
     finally:
-        if path in _mine:  # not so in a process that was forked off
-            _release(path, _mine.pop(path))
+        if path in _held_locks:  # not so in a process that was forked off
+            _release(path, _held_locks.pop(path))
 
 
-def _taken(path: Path, what: str) -> int:
+def _acquire(path: Path, what: str) -> int:
     """The file of the lock, opened and locked, with words of this process in it."""
     began = time.monotonic()
     while True:
-        file = opened(path, what, os.O_CREAT)
-        got, who = _try(file), _read(path)
-        ours = got and _is_still(file, path)
+        file = open_regular_file(path, what, os.O_CREAT)
+        got, who = _try_lock(file), _read(path)
+        ours = got and _is_same_file(file, path)
         if got is None:  # no locks here: the words decide
             ours = who is None or not who.runs
         foreign = who is not None and not who.here and not _same_job(who)
@@ -190,7 +194,7 @@ def _taken(path: Path, what: str) -> int:
         os.close(file)
         waiting = time.monotonic() - began
         ending = who is not None and (not who.runs or _same_job(who))
-        patience = ENDING if ending else BRIEF
+        patience = EXIT_WAIT if ending else SHORT_WAIT
         if who is not None and (foreign or waiting > patience):
             raise BlockingIOError(_refusal(what, who, path))
         if waiting > patience:
@@ -198,38 +202,40 @@ def _taken(path: Path, what: str) -> int:
         time.sleep(0.05)
     if who is not None:
         note(f"{what}: {who} has ended before its end; going on in its place")
-    me = _me()
+    me = _this_process()
     with suppress(OSError):  # a full disk: the lock holds without words
         if got is None:
-            return _by_words(file, path, me, what)
+            return _acquire_without_locks(file, path, me, what)
         os.ftruncate(file, 0)
-        os.pwrite(file, _words(me), 0) if hasattr(os, "pwrite") else os.write(file, _words(me))
+        os.pwrite(file, _serialized(me), 0) if hasattr(os, "pwrite") else os.write(
+            file, _serialized(me)
+        )
     return file
 
 
-def _by_words(file: int, path: Path, me: Holder, what: str) -> int:
+def _acquire_without_locks(file: int, path: Path, me: Holder, what: str) -> int:
     """Where there are no locks: say who writes, and look whether another one has said so in the
     same moment.
     """
     os.close(file)
-    put(path, _words(me))
+    write_atomic(path, _serialized(me))
     time.sleep(0.2)
     who = _read(path)
     if who != me and who is not None:
         raise BlockingIOError(_refusal(what, who, path))
-    return opened(path, what)
+    return open_regular_file(path, what)
 
 
-def _me() -> Holder:
+def _this_process() -> Holder:
     now = datetime.now(UTC).astimezone().isoformat(" ", "seconds")
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     begins = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
-    command = shlex.join([*begins, *told(sys.argv[1:])])
+    command = shlex.join([*begins, *redacted(sys.argv[1:])])
     pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
-    return Holder(host(), pid, started(pid), now, command[:300], job)
+    return Holder(host(), pid, start_time(pid), now, command[:300], job)
 
 
-def _words(who: Holder) -> bytes:
+def _serialized(who: Holder) -> bytes:
     return json.dumps(asdict(who)).encode() + b"\n"
 
 
@@ -243,16 +249,16 @@ def _read(path: Path) -> Holder | None:
     return None
 
 
-def _held(path: Path) -> Holder | None:
+def _current_holder(path: Path) -> Holder | None:
     """Who holds this lock, by asking for it; whoever takes it in this moment asks again."""
-    if path.absolute() in _mine:
+    if path.absolute() in _held_locks:
         return _read(path)
     try:
-        file = opened(path, str(path))
+        file = open_regular_file(path, str(path))
     except (OSError, ValueError):  # there is none, or what nobody has locked
         return None
     try:
-        got, who = _try(file, shared=True), _read(path)
+        got, who = _try_lock(file, shared=True), _read(path)
     finally:
         os.close(file)
     if got is False:
@@ -278,7 +284,7 @@ def _refusal(what: str, who: Holder, path: Path) -> str:
     return f"{what}: {who} writes there, and only one may; {way}"
 
 
-def _is_still(file: int, path: Path) -> bool:
+def _is_same_file(file: int, path: Path) -> bool:
     """Whether the opened file is the one of this name: whoever held it has removed it in the
     end.
     """
@@ -287,7 +293,7 @@ def _is_still(file: int, path: Path) -> bool:
     return False
 
 
-def _try(file: int, *, shared: bool = False) -> bool | None:
+def _try_lock(file: int, *, shared: bool = False) -> bool | None:
     """Lock an opened file: whether that went, and None where files cannot be locked."""
     try:
         if sys.platform == "win32":
@@ -319,11 +325,11 @@ def _release(path: Path, file: int) -> None:
 
 def _forked() -> None:
     """A worker of a loader holds nothing: it may outlive for a moment who started it."""
-    for file in (*_mine.values(), *_given):
+    for file in (*_held_locks.values(), *_inherited):
         with suppress(OSError):
             os.close(file)
-    _mine.clear()
-    _given.clear()
+    _held_locks.clear()
+    _inherited.clear()
 
 
 if hasattr(os, "register_at_fork"):

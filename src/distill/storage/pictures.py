@@ -9,10 +9,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from distill.storage import formats
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 
 
-def upright(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
     """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
     Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see
@@ -37,9 +37,9 @@ def upright(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def put_grid(pictures: Tensor, path: Path, nrow: int) -> None:
+def write_grid(pictures: Tensor, path: Path, nrow: int) -> None:
     """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when
     whole.
     """
     save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
-    put(path, content.getvalue())
+    write_atomic(path, content.getvalue())

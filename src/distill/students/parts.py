@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.storage.aside import put, remove
+from distill.storage.atomic import remove, write_atomic
 from distill.teachers.loading.locate import INDEX, TOLD, index_of, shards_in
 from distill.teachers.loading.reading import BASE, home_of, lineage
 from distill.teachers.loading.weights import read_weights, write_weights
@@ -56,7 +56,7 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
     index.pop(BASE, None)
     for folder in reversed(lineage(source)):
         copy_terms(folder, target)
-    put(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+    write_atomic(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
     return target
 
 
@@ -67,7 +67,7 @@ def sampled_by(folder: Path, name: str, scheduler: Any) -> None:
     index = index_of(str(folder))
     told = index.setdefault(TOLD, {})
     told["sampler"] = {**(told.get("sampler") or {}), "name": name}
-    put(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+    write_atomic(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
 def cast(folder: Path, dtype: str | None) -> None:

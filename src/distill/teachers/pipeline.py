@@ -20,7 +20,7 @@ from distill.core.limits import AT_ONCE, at_once
 from distill.core.process import Prediction, Process
 from distill.core.tensors import fingerprint
 from distill.core.types import Cond
-from distill.machine.faults import silent
+from distill.machine.faults import quiet_logging
 from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
@@ -349,7 +349,7 @@ class PipelineTeacher(nn.Module):
         """What guidance leads away from, of batch size 1, in float32: as its pipeline reads a
         negative prompt.
         """
-        with silent():
+        with quiet_logging():
             self._bring("text_encoder")
             return self._negative(caption).to(torch.float32)
 
@@ -361,7 +361,7 @@ class PipelineTeacher(nn.Module):
 
         Warns once of one too long.
         """
-        with silent():  # the pipelines say at every call what they cut
+        with quiet_logging():  # the pipelines say at every call what they cut
             if self.null is None:
                 self._bring("text_encoder")
                 self.null = self._encode([""]).to(torch.float32)

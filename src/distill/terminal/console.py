@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from distill.machine.ranks import rank
 from distill.machine.signals import Stopped
-from distill.terminal.secret import masked, unsaid
+from distill.terminal.secret import masked, without_registered
 from distill.terminal.shown import in_lines, printed, shown
 
 EARLY = 1000  # lines that are held back until there is a file for them
@@ -59,11 +59,11 @@ class Log:
         if self.path is None:
             self._early.append(text)
             return
-        content = (unsaid(text).rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
+        content = (without_registered(text).rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
         with suppress(OSError), self.path.open("ab", buffering=0) as file:
             file.write(content)
 
-    def failed(self, error: BaseException) -> None:
+    def log_failure(self, error: BaseException) -> None:
         """Add the traceback of what ends the command."""
         who = f"process {rank()}: " if rank() else ""
         self.write(who + masked("".join(traceback.format_exception(error))), whoever=True)
@@ -102,11 +102,11 @@ class Stream:
             if "\n" in text:
                 self.stream.flush()
         except BrokenPipeError:  # the reader has seen enough: the work goes on
-            leave(self.stream)
+            discard_output(self.stream)
         except OSError as error:  # the terminal is gone, or a disk is full
             if self._log.path is None:
                 raise OSError(error.errno, error.strerror, "what is printed") from None
-            leave(self.stream)
+            discard_output(self.stream)
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -125,13 +125,13 @@ class Stream:
         return getattr(self.stream, name)
 
 
-def leave(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """Have the stream write to nowhere from now on."""
     with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def open_all() -> None:
+def open_standard_streams() -> None:
     """Have the standard streams that are closed lead nowhere: else the next file that is opened
     takes their place.
     """
@@ -146,17 +146,17 @@ def open_all() -> None:
 
 
 @contextmanager
-def readers_may_leave() -> Iterator[None]:
+def tolerate_closed_pipes() -> Iterator[None]:
     """Around all of a command: `| head` is no fault, and what was not read is lost without a word.
 
     Nor is a stream that the command was started without (`>&-`), as services are.
     """
-    open_all()
+    open_standard_streams()
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        leave(sys.stdout)
+        discard_output(sys.stdout)
 
 
 class Screen:
@@ -208,7 +208,7 @@ class Screen:
         from rich.live import Live
 
         if not self.live:
-            out = Console(file=_bare(stream()), force_terminal=True, legacy_windows=False)
+            out = Console(file=_unwrapped(stream()), force_terminal=True, legacy_windows=False)
             self.live = Live(
                 console=out, get_renderable=self._table, transient=True,
                 redirect_stdout=False, redirect_stderr=False, refresh_per_second=4,
@@ -243,13 +243,13 @@ def stream() -> TextIO:
     return sys.stderr if _on_stderr else sys.stdout
 
 
-def terminal() -> bool:
+def is_terminal() -> bool:
     """Whether bars can be drawn there."""
     return stream().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager
-def on_stderr() -> Iterator[None]:
+def print_to_stderr() -> Iterator[None]:
     """For a command whose stdout is for other programs."""
     global _on_stderr
     before, _on_stderr = _on_stderr, True
@@ -274,28 +274,28 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """A line of progress: on a terminal, where a bar says it, for the log alone."""
-    if terminal():
+    if is_terminal():
         with _lock:
             _log.write(text)
     else:
         say(text)
 
 
-def keep(path: Path, heading: str = "") -> None:
+def log_to(path: Path, heading: str = "") -> None:
     """Have the log of this command in a file from now on, which what was said already begins."""
     with _lock:
         if _log.path != path:
             _log.open(path, heading)
 
 
-def failed(error: BaseException) -> None:
+def log_failure(error: BaseException) -> None:
     """Put the traceback of an exception that ends the command into the log."""
     with _lock:
-        _log.failed(error)
+        _log.log_failure(error)
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
+def record_output() -> Iterator[None]:
     """Have all that is printed inside pass the bars and reach the log; of several processes, that
     of the first.
     """
@@ -312,7 +312,7 @@ def recorded() -> Iterator[None]:
     except (SystemExit, Stopped):
         raise
     except BaseException as error:
-        failed(error)
+        log_failure(error)
         raise
     finally:
         _log = before
@@ -353,7 +353,7 @@ def _thread_failed(of: threading.ExceptHookArgs) -> None:
     """
     error = of.exc_value
     if error is not None and not isinstance(error, SystemExit):
-        failed(error)
+        log_failure(error)
         say(f"a thread has ended ({type(error).__name__}: {error})")
 
 
@@ -366,7 +366,7 @@ def _rebind(streams: dict[Any, Any]) -> None:
                 handler.setStream(streams[handler.stream])
 
 
-def _bare(found: Any) -> TextIO:
+def _unwrapped(found: Any) -> TextIO:
     while isinstance(found, Stream):
         found = found.stream
     return found

@@ -71,14 +71,14 @@ class Bar:
     # -- what the work calls -----------------------------------------------------------------------
 
     def __enter__(self) -> Bar:
-        _beat.write(self)
+        _heartbeat.write(self)
         if rank() == 0:
             console.note(self._beginning())
-            _watch.add(self)
+            _reporter.add(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if rank() == 0 and _watch.remove(self):
+        if rank() == 0 and _reporter.remove(self):
             console.say(self._ending(whole=kind is None))
 
     def advance(self, by: int = 1) -> None:
@@ -105,7 +105,7 @@ class Bar:
             self._marks.clear()
             self._marks.append((self._moved, done, self._made))
         self._updates += 1
-        _beat.write(self)
+        _heartbeat.write(self)
         if rank() == 0:
             console.screen.resume()
 
@@ -182,7 +182,7 @@ class Bar:
         return f"{_clock((self.total - self.done) * (now - then) / (self.done - done))} left"
 
 
-class Watch:
+class Reporter:
     """The work that is under way, outermost first, and the thread that lets the innermost speak."""
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ class Watch:
 
     def add(self, bar: Bar) -> None:
         self._bars.append(bar)
-        if console.terminal():
+        if console.is_terminal():
             console.screen.show(bar)
         if self._quit is None:
             self._quit = threading.Event()
@@ -217,10 +217,10 @@ class Watch:
                 bar.tick(time.monotonic())
 
 
-_watch = Watch()
+_reporter = Reporter()
 
 
-class Beat:
+class Heartbeat:
     """A small file that says where this process is, for whoever finds it dead: {"what", "unit",
     "done"}.
     """
@@ -246,15 +246,15 @@ class Beat:
             self._file.write(said.ljust(self.WIDTH))
 
 
-_beat = Beat()
+_heartbeat = Heartbeat()
 
 
-def beat_into(path: Path) -> None:
+def write_heartbeat(path: Path) -> None:
     """From now on note in this file where the work is."""
-    _beat.open(path)
+    _heartbeat.open(path)
 
 
-def where(path: Path) -> str:
+def last_heartbeat(path: Path) -> str:
     """What `beat_into` has left in this file, as the end of a sentence; nothing if it left
     nothing.
     """

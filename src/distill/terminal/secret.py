@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-HIDDEN = "***"
+MASK = "***"
 SECRETS = "DISTILL_SECRETS"  # the variable by which a command hands them to its processes
 _NAME = re.compile(
     r"(?:.*_)?(?:(?:api|access|secret|private|auth|account)_?key|(?:api|access|auth|refresh)?token"
@@ -41,8 +41,8 @@ _SIGNED = re.compile(r"(?:.*[-_])?(?:sig|signature)", re.IGNORECASE)
 TYPED = "DISTILL_TYPED_"  # begins variables that stand for what was typed: commandline/private.py
 _REFERENCE = re.compile(rf"'?\$\{{(?:oc\.decode:\$\{{)?oc\.env:({TYPED}\d+)\}}+'?")
 SHORTEST = 4  # letters of a value that is looked for in text: a shorter one is in every other word
-_known: set[str] = set()
-_said: dict[str, str] = {}  # a word of the command line -> how it is shown
+_registered: set[str] = set()
+_shown_as: dict[str, str] = {}  # a word of the command line -> how it is shown
 
 
 def is_secret(key: str) -> bool:
@@ -51,57 +51,57 @@ def is_secret(key: str) -> bool:
     return any(_NAME.fullmatch(_WORDS.sub("_", part).lower()) is not None for part in parts)
 
 
-def found(tree: Any, key: str = "") -> dict[str, Any]:
+def secrets_in(tree: Any, key: str = "") -> dict[str, Any]:
     """Dotted key -> value, of every secret in a plain tree; a URL with a password is one."""
     if isinstance(tree, Mapping):
         inner = [(f"{key}.{name}" if key else str(name), value) for name, value in tree.items()]
     elif isinstance(tree, list):
         inner = [(f"{key}.{i}", value) for i, value in enumerate(tree)]
     else:
-        return {key: tree} if _hidden(key, tree) != tree else {}
-    return {name: value for path, below in inner for name, value in found(below, path).items()}
+        return {key: tree} if _masked_value(key, tree) != tree else {}
+    return {name: value for path, below in inner for name, value in secrets_in(below, path).items()}
 
 
-def hidden(tree: Any, key: str = "") -> Any:
+def masked_tree(tree: Any, key: str = "") -> Any:
     """The same tree with *** in place of every secret."""
     if isinstance(tree, Mapping):
         return {
-            name: hidden(value, f"{key}.{name}" if key else str(name))
+            name: masked_tree(value, f"{key}.{name}" if key else str(name))
             for name, value in tree.items()
         }
     if isinstance(tree, list):
-        return [hidden(value, f"{key}.{i}") for i, value in enumerate(tree)]
-    return _hidden(key, tree)
+        return [masked_tree(value, f"{key}.{i}") for i, value in enumerate(tree)]
+    return _masked_value(key, tree)
 
 
-def is_hidden(value: Any) -> bool:
+def is_masked(value: Any) -> bool:
     """Whether this stands for a value that was not written, or holds one."""
     if not isinstance(value, str):
         return False
-    return value == HIDDEN or f"://{HIDDEN}@" in value or ("://" in value and f"={HIDDEN}" in value)
+    return value == MASK or f"://{MASK}@" in value or ("://" in value and f"={MASK}" in value)
 
 
-def _hidden(key: str, value: Any) -> Any:
+def _masked_value(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         return value
     if is_secret(key):
-        return HIDDEN
-    return _of_address(value) if isinstance(value, str) else value
+        return MASK
+    return _masked_url(value) if isinstance(value, str) else value
 
 
-def _of_address(text: str) -> str:
+def _masked_url(text: str) -> str:
     """Without the users, passwords and tokens of URLs."""
     if "://" not in text:
         return text
-    return _QUERY.sub(_of_query, _USER.sub(rf"\1{HIDDEN}@", text))
+    return _QUERY.sub(_masked_query, _USER.sub(rf"\1{MASK}@", text))
 
 
-def _of_query(match: re.Match[str]) -> str:
+def _masked_query(match: re.Match[str]) -> str:
     says = is_secret(match[2]) or _SIGNED.fullmatch(match[2])
-    return f"{match[1]}{match[2]}={HIDDEN}" if says else match[0]
+    return f"{match[1]}{match[2]}={MASK}" if says else match[0]
 
 
-def note(values: Mapping[str, Any]) -> None:
+def register(values: Mapping[str, Any]) -> None:
     """Have these values, as `found` gives them, left out of what this process says from here on.
 
     However they are quoted there: as in Python, JSON, YAML, HTML, a shell or a URL.
@@ -110,20 +110,20 @@ def note(values: Mapping[str, Any]) -> None:
     for text in [*texts, *(part for whole in texts for part in _parts(whole))]:
         quotes = (text.replace("'", other) for other in ("''", "\\'", "'\"'\"'"))
         coded = (json.dumps(text)[1:-1], repr(text)[1:-1], html.escape(text), quote(text, safe=""))
-        _known.update(form for form in (text, *quotes, *coded) if len(form) >= SHORTEST)
+        _registered.update(form for form in (text, *quotes, *coded) if len(form) >= SHORTEST)
 
 
 @contextmanager
-def forgotten() -> Iterator[None]:
+def scoped() -> Iterator[None]:
     """Within, what is noted is a command's own: another one in this process begins without it."""
-    known, said = set(_known), dict(_said)
+    known, said = set(_registered), dict(_shown_as)
     try:
         yield
     finally:
-        _known.clear()
-        _known.update(known)
-        _said.clear()
-        _said.update(said)
+        _registered.clear()
+        _registered.update(known)
+        _shown_as.clear()
+        _shown_as.update(said)
 
 
 def _parts(text: str) -> list[str]:
@@ -131,21 +131,21 @@ def _parts(text: str) -> list[str]:
     if "://" not in text:
         return []
     users = [match[0].removeprefix(match[1])[:-1] for match in _USER.finditer(text)]
-    asked = [match[3] for match in _QUERY.finditer(text) if _of_query(match) != match[0]]
+    asked = [match[3] for match in _QUERY.finditer(text) if _masked_query(match) != match[0]]
     return [*users, *(user.partition(":")[2] for user in users), *asked]
 
 
-def note_word(word: str, said: str) -> None:
+def register_argument(word: str, said: str) -> None:
     """Have a word of the command line shown as `said` wherever the command line is."""
-    _said[word] = said
+    _shown_as[word] = said
 
 
-def told(words: Sequence[str]) -> list[str]:
+def redacted(words: Sequence[str]) -> list[str]:
     """The words of a command line as they may be shown."""
-    return [_said[word] if word in _said else masked(word) for word in words]
+    return [_shown_as[word] if word in _shown_as else masked(word) for word in words]
 
 
-def in_words(words: Sequence[str]) -> dict[str, Any]:
+def secrets_in_arguments(words: Sequence[str]) -> dict[str, Any]:
     """What `key=value` words say of secrets, by their keys; no names of variables."""
     said = {}
     for word in words:
@@ -157,13 +157,15 @@ def in_words(words: Sequence[str]) -> dict[str, Any]:
 
 def masked(text: str) -> str:
     """The text without what keys that look so are given, passwords of URLs, and what was noted."""
-    text = _REFERENCE.sub(HIDDEN, text)
-    text = _of_address(unsaid(text))  # first what is known whole: a pattern may take a part of it
-    text = _ASSIGNED.sub(lambda m: f"{m[1]}{m[2]}{HIDDEN}" if _says_secret(m[1]) else m[0], text)
-    return unsaid(text)
+    text = _REFERENCE.sub(MASK, text)
+    text = _masked_url(
+        without_registered(text)
+    )  # first what is known whole: a pattern may take a part of it
+    text = _ASSIGNED.sub(lambda m: f"{m[1]}{m[2]}{MASK}" if _says_secret(m[1]) else m[0], text)
+    return without_registered(text)
 
 
-def restored(word: str) -> str:
+def resolved(word: str) -> str:
     """A word of the command as it was typed, with the values of the variables that stand in it."""
     return _REFERENCE.sub(lambda m: os.environ.get(m[1], m[0]), word)
 
@@ -173,8 +175,8 @@ def _says_secret(word: str) -> bool:
     return is_secret(word) and word != "key"
 
 
-def unsaid(text: str) -> str:
+def without_registered(text: str) -> str:
     """The text without the values that were noted."""
-    for value in sorted(_known, key=len, reverse=True):
-        text = text.replace(value, HIDDEN)
+    for value in sorted(_registered, key=len, reverse=True):
+        text = text.replace(value, MASK)
     return text

@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from distill.machine import signals
-from distill.machine.signals import handled_by, remember
+from distill.machine.signals import mark_handled, set_handlers
 from distill.methods.base import Distillation
-from distill.storage.aside import duplicate, remove, sweep
-from distill.storage.checkpoint_files import read, write
+from distill.storage.atomic import duplicate, remove, remove_leftovers
+from distill.storage.checkpoint_files import read_checkpoint, write_checkpoint
 from distill.storage.checkpoint_names import steps_in
 from distill.terminal import console
 from distill.training.run_metadata import RunRecord
@@ -35,10 +35,10 @@ class AtomicIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        write(checkpoint, Path(path))
+        write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        return read(Path(path))
+        return read_checkpoint(Path(path))
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def taken_up(path: Path | None) -> Iterator[None]:
         if str(path) in said:
             raise
         if not isinstance(error, ValueError):  # a damaged state, which nobody foresees
-            console.failed(error)
+            console.log_failure(error)
             said = f"its state cannot be taken up ({type(error).__name__}: {said[:200]})"
         raise ValueError(f"resume={path}: {said}; name another checkpoint of this run") from None
 
@@ -122,12 +122,12 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            sweep(self.folder)
+            remove_leftovers(self.folder)
             self._set_aside(pl_module.step)
         for logger in trainer.loggers:
             if hasattr(logger, "go_on"):  # what a stopped run logged later is done again
                 logger.go_on(pl_module.step, pl_module.loop.iteration)
-        self._handlers = handled_by(self._heard)
+        self._handlers = set_handlers(self._heard)
 
     def _set_aside(self, step: int) -> None:
         """Move what a run that goes on from an earlier step had made after it, lest it go on from
@@ -160,7 +160,7 @@ class Checkpoints(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _heard(self, number: int, _frame: Any) -> None:
-        remember(number)  # asked twice it ends now, and without a checkpoint
+        mark_handled(number)  # asked twice it ends now, and without a checkpoint
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:

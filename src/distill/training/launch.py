@@ -26,15 +26,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill.config.compose import world
+from distill.config.compose import world_size
 from distill.data.shards import shards_in
 from distill.machine import signals
-from distill.machine.faults import AGAIN, ANEW
+from distill.machine.faults import RERUN, RESTART
 from distill.machine.hardware import cores
 from distill.storage.checkpoint_names import checkpoints_at
-from distill.storage.locks import pass_on
+from distill.storage.locks import share_locks
 from distill.terminal.console import say
-from distill.terminal.progress import where
+from distill.terminal.progress import last_heartbeat
 from distill.terminal.secret import SECRETS
 from distill.terminal.shown import shown
 from distill.training.run_folders import PROCESSES
@@ -49,7 +49,7 @@ def needed(processes: int, nodes: int) -> bool:
     Raises ValueError for several nodes without a launcher.
     """
     if (
-        processes == 1 or "LOCAL_RANK" in os.environ or world() > 1
+        processes == 1 or "LOCAL_RANK" in os.environ or world_size() > 1
     ):  # SLURM's one task, a shell say, starts nothing
         return False
     if nodes > 1:
@@ -76,7 +76,7 @@ def launch(
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
     workers = _Workers(folder, processes, command, secrets or {})
-    before = signals.handled_by(workers.told)
+    before = signals.set_handlers(workers.told)
     try:
         workers.wait()
     finally:
@@ -92,9 +92,9 @@ def way_on(folder: Path, command: str = "run") -> str:
     """How to go on with what a command has made in its folder so far, as what one is told to do."""
     if command in ("cache", "synthesize"):
         count = len(shards_in(folder))
-        return f"{AGAIN} (whole: {count} shard{'s' * (count > 1)})" if count else ANEW
+        return f"{RERUN} (whole: {count} shard{'s' * (count > 1)})" if count else RESTART
     if command != "run":
-        return AGAIN
+        return RERUN
     with suppress(FileNotFoundError):
         checkpoints_at(folder)
         return f"go on with: python -m distill.run resume={folder}"
@@ -113,11 +113,11 @@ class _Workers:
             "NODE_RANK": "0",
         }
         threads = str(max(1, cores() // processes))
-        environment = {"OMP_NUM_THREADS": threads, **signals.for_child(), **shared}
+        environment = {"OMP_NUM_THREADS": threads, **signals.child_environment(), **shared}
         environment.pop(
             "SLURM_NTASKS", None
         )  # by which Lightning would take SLURM's one task for all of them
-        shared_locks = pass_on(environment)
+        shared_locks = share_locks(environment)
         environment |= {SECRETS: json.dumps(dict(secrets))} if secrets else {}
         worker = [sys.executable, "-m", "distill.training.rank_process", str(folder), command]
         self._all = [
@@ -125,7 +125,7 @@ class _Workers:
                 worker,
                 env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
                 stdout=subprocess.DEVNULL if rank else None,
-                **signals.apart(),
+                **signals.new_session(),
                 **shared_locks,
             )
             for rank in range(processes)
@@ -134,12 +134,12 @@ class _Workers:
 
     def told(self, number: int, _frame: Any) -> None:
         """Hand a signal on; a second Ctrl-C ends all at once."""
-        twice = signals.twice(number)
+        twice = signals.is_second_interrupt(number)
         for worker in self._all:
             if twice:
                 worker.kill()
-            signals.hand_on(number, worker)
-        signals.remember(number)
+            signals.forward(number, worker)
+        signals.mark_handled(number)
 
     def wait(self) -> None:
         """Until all have ended; once one has failed, the others get GRACE seconds."""
@@ -170,15 +170,15 @@ class _Workers:
             return 0
         first = self._first()
         code, end = self._all[first].returncode, self._end(first)
-        if "stopped" in end and (number := signals.asked()):
+        if "stopped" in end and (number := signals.received()):
             self._forget()
             raise signals.Stopped(number)
         if code < 0:
             name = f"process {first} was killed by signal {-code}"
-            at = where(self.notes / f"{first}.beat")
+            at = last_heartbeat(self.notes / f"{first}.beat")
             self._say(f"{name} {at}".strip(), bug=True)
             return 128 - code
-        if end or not signals.asked():
+        if end or not signals.received():
             said = end.get("sentence", f"process {first} ended with exit code {code}")
             self._say(said, bug=end.get("bug", True))
         else:  # asked to, and with all saved

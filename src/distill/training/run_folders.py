@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from distill.storage.aside import PART, remove
+from distill.storage.atomic import PART, remove
 from distill.storage.bounded import mapping_of
 
 BEGUN = ("config.yaml", "run.json")  # what is written first

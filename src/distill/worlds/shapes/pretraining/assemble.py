@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from distill.storage.aside import put, whole_folder
+from distill.storage.atomic import atomic_folder, write_atomic
 from distill.students import denoiser_part
 from distill.teachers.loading.reading import BASE, home_of
 
@@ -97,7 +97,9 @@ def save_beside(student: Path, base: Path, name: str) -> Path:
     save_half(network, folder / part)
     shutil.copytree(student / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     text = json.dumps(index | {BASE: base.name}, indent=2) + "\n"
-    put(folder / "model_index.json", text.encode())  # last: without it the folder is no pipeline
+    write_atomic(
+        folder / "model_index.json", text.encode()
+    )  # last: without it the folder is no pipeline
     return folder
 
 
@@ -124,7 +126,7 @@ def save_half(whole: Any, folder: Path) -> None:
         nn.Module.to(
             part, torch.float16
         )  # diffusers' own `to` warns about layers to keep, of which there are none
-    with whole_folder(folder) as target:
+    with atomic_folder(folder) as target:
         whole.save_pretrained(target)
         for config in target.rglob("config.json"):
             facts = {

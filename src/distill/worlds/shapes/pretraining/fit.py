@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.core.ema import Ema
 from distill.machine.hardware import autocast, device
 from distill.storage import checkpoint_files
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.terminal.progress import Bar
 
 DEVICE = device()
@@ -97,7 +97,7 @@ class Fit:
             "seconds": self.seconds,
             "average": average.state_dict(),
         }
-        checkpoint_files.write(state, self._file("pt"))
+        checkpoint_files.write_checkpoint(state, self._file("pt"))
 
     def rate(self, step: int) -> float:
         """Share of the peak rate at `step`: linear up, flat, cosine down."""
@@ -157,7 +157,7 @@ class Fit:
             early = [
                 x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)
             ]
-            put(curve, "".join(early).encode())
+            write_atomic(curve, "".join(early).encode())
         return start
 
     def _file(self, kind: str) -> Path:

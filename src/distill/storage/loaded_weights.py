@@ -19,7 +19,7 @@ SCALED = re.compile(
 ADVICE = "fetch it anew, or correct its config.json"
 
 
-def refuse_unread(
+def check_all_loaded(
     report: Mapping[str, Any], where: str, network: str, spare: str | None = None
 ) -> None:
     """Raise ValueError for tensors that a network lacks, has in another shape, or has no place for.
@@ -36,10 +36,10 @@ def refuse_unread(
         f"holds {{}}, for which its {network} has no place": left,
     }.items():
         if names:
-            raise ValueError(f"{where} {what.format(some_of(names))}; {advice(names)}")
+            raise ValueError(f"{where} {what.format(first_few(names))}; {advice(names)}")
 
 
-def refuse_broken(network: Any, where: str) -> None:
+def check_finite(network: Any, where: str) -> None:
     """Raise ValueError for a network with a number that is not finite, naming its tensors; `where`
     begins the sentence.
 
@@ -49,7 +49,7 @@ def refuse_broken(network: Any, where: str) -> None:
     broken = [name for name, x in network.named_parameters() if not _finite(x, infinite=False)]
     broken += [name for name, x in network.named_buffers() if not _finite(x, infinite=True)]
     if broken:
-        what = f"holds numbers that are not finite in {some_of(broken)}"
+        what = f"holds numbers that are not finite in {first_few(broken)}"
         half = any(x.dtype.itemsize == 2 for x in network.parameters())
         more = ", or read it in float32 if it was whole there" if half else ""
         raise ValueError(f"{where} {what}; fetch it anew{more}")
@@ -66,7 +66,7 @@ def _finite(x: Any, infinite: bool) -> bool:
     return not any(math.isnan(end) or (math.isinf(end) and not infinite) for end in ends)
 
 
-def some_of(names: list[str]) -> str:
+def first_few(names: list[str]) -> str:
     """The first three of these, and how many there are besides."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more

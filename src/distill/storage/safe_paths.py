@@ -25,32 +25,32 @@ FOLDERS = (*DEEP, "student", "vae", "clip", "tokenizer")
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 
 
-def is_own(file: Path) -> bool:
+def is_trusted_run(file: Path) -> bool:
     """Whether the user has said that the runs of a folder which this file lies in are their own."""
     folders = [word for word in os.environ.get(TRUST_RUN, "").split(os.pathsep) if word]
     return any(file.resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
-def check_names(folder: Path, key: str) -> None:
+def check_written_paths(folder: Path, key: str) -> None:
     """Raise ValueError, beginning with `key`, if a name that is written in this folder leads out of
     it.
 
     So too for what is neither a file nor a folder. Links of one's own folder, by `is_own`, may be
     there.
     """
-    own = is_own(folder)
+    own = is_trusted_run(folder)
     for path in _written(folder):
         if path.is_symlink():
-            if own or _stays(path, folder):
+            if own or _is_inside(path, folder):
                 continue
             what = "is a link out of the folder, and would be written through"
             way = f"put there what it points to, or set {TRUST_RUN}={folder} if the link is yours"
             raise ValueError(f"{key}={folder}: {path} {what}; {way}")
         if not path.is_dir():
-            check_plain(path, f"{key}={folder}")
+            check_regular_file(path, f"{key}={folder}")
 
 
-def check_plain(path: Path, what: str) -> None:
+def check_regular_file(path: Path, what: str) -> None:
     """Raise ValueError, beginning with `what`, for a path at which there is something, and no file
     of its own.
     """
@@ -63,12 +63,12 @@ def check_plain(path: Path, what: str) -> None:
         raise ValueError(f"{what}: {path} is {kind}, and is to be written; remove it")
 
 
-def opened(path: Path, what: str, flags: int = 0) -> int:
+def open_regular_file(path: Path, what: str, flags: int = 0) -> int:
     """A file opened to be read and written, and never what a link points to.
 
     Raises ValueError as `check_plain`.
     """
-    check_plain(path, what)
+    check_regular_file(path, what)
     return os.open(path, os.O_RDWR | NOFOLLOW | flags, 0o644)
 
 
@@ -89,7 +89,7 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _stays(path: Path, folder: Path) -> bool:
+def _is_inside(path: Path, folder: Path) -> bool:
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # links in a ring

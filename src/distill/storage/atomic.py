@@ -17,30 +17,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from distill.machine.alive import alive, host_mark
+from distill.machine.alive import alive, host_hash
 
 PART = re.compile(r".+\.(?P<machine>[0-9a-f]{4})-(?P<pid>\d+)-[0-9a-f]{8}\.part", re.DOTALL)
 # What versions before this one left.
-EARLIER = re.compile(
+OLD_PARTS = re.compile(
     r"((step_\d{6,}|best)\.ckpt|student\w*|[\w.]+\.safetensors|latents-\d{6}\.tar\.\d+)\.part"
 )
 LONGEST = 200  # ours: bytes of a name in that of its part; file systems take 255
-OLD = 24 * 3600.0  # ours: seconds after which another machine's part is nobody's any more
+MAX_AGE = 24 * 3600.0  # ours: seconds after which another machine's part is nobody's any more
 
 
-def aside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where this process writes what becomes `path`: beside it, under a name that nobody else
     has.
     """
     name = os.fsencode(path.name)[:LONGEST].decode("utf-8", "ignore")
-    return path.with_name(f"{name}.{host_mark()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+    return path.with_name(f"{name}.{host_hash()}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
-def put(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """A small file, there only when whole; several processes, of several machines too, may write
     the same one.
     """
-    part = aside(path)
+    part = temporary_path(path)
     try:
         part.write_bytes(content)
         part.replace(path)
@@ -48,48 +48,48 @@ def put(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)  # of a full disk
 
 
-def put_text(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
     """`put` of a text in UTF-8; what it has no bytes for stands there as an escape."""
-    put(path, text.encode("utf-8", "backslashreplace"))
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Where to write what becomes `path` when the block ends: in a folder of its own, which goes
     with all in it.
 
     For libraries that write beside the file first, under names of their own, as safetensors does.
     """
-    part = aside(path)
+    part = temporary_path(path)
     part.mkdir(parents=True)
     try:
         yield part / path.name
-        _readable_as_usual(part)
+        _set_default_permissions(part)
         (part / path.name).replace(path)
     finally:
         remove(part)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block ends, and goes
     if it fails.
     """
-    part = aside(folder)
+    part = temporary_path(folder)
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
-        put_in_place(part, folder)
+        replace_folder(part, folder)
     finally:
         remove(part)
 
 
-def put_in_place(part: Path, folder: Path) -> Path:
+def replace_folder(part: Path, folder: Path) -> Path:
     """Give a whole folder its name, which replaces what has it; returns the path."""
-    _readable_as_usual(part)
+    _set_default_permissions(part)
     if not folder.exists():
         return part.replace(folder)
-    before = aside(folder)
+    before = temporary_path(folder)
     folder.replace(before)  # two renames: for no more than a moment there is neither
     try:
         part.replace(folder)
@@ -100,11 +100,11 @@ def put_in_place(part: Path, folder: Path) -> Path:
     return folder
 
 
-def _readable_as_usual(folder: Path) -> None:
+def _set_default_permissions(folder: Path) -> None:
     """Give all files below the permissions of any new file: safetensors gives its own to their
     owner alone.
     """
-    probe = aside(folder / "new")
+    probe = temporary_path(folder / "new")
     probe.touch()
     usual = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
@@ -126,13 +126,13 @@ def duplicate(path: Path, to: Path) -> None:
     """Give a file or folder a second name, which replaces what has it; without using room where
     files can be linked.
     """
-    part = aside(to)
+    part = temporary_path(to)
     if path.is_dir():
         shutil.copytree(path, part, copy_function=_link)
     else:
         _link(path, part)
     if to.is_dir() or path.is_dir():
-        put_in_place(part, to)
+        replace_folder(part, to)
     else:
         part.replace(to)
 
@@ -144,7 +144,7 @@ def _link(path: str | Path, to: str | Path) -> None:
         shutil.copyfile(path, to)
 
 
-def sweep(folder: Path, *, deep: bool = False, of: str | None = None) -> int:
+def remove_leftovers(folder: Path, *, deep: bool = False, of: str | None = None) -> int:
     """Remove what killed writers have left in a folder, and count it; `deep`: below it too; `of`:
     of this name alone.
 
@@ -152,7 +152,7 @@ def sweep(folder: Path, *, deep: bool = False, of: str | None = None) -> int:
     """
     count = 0
     for path in list(_entries(folder, deep)):
-        if (of is None or path.name.startswith(f"{of}.")) and _left(path):
+        if (of is None or path.name.startswith(f"{of}.")) and _is_leftover(path):
             with suppress(OSError):  # another one has just done it, or may
                 remove(path)
                 count += 1
@@ -167,14 +167,14 @@ def _entries(folder: Path, deep: bool) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.endswith(".part")]
 
 
-def _left(path: Path) -> bool:
+def _is_leftover(path: Path) -> bool:
     """Whether this is a part that nobody writes any more."""
     found = PART.fullmatch(path.name)
     if not found:
-        return EARLIER.fullmatch(path.name) is not None
-    if found["machine"] == host_mark():
+        return OLD_PARTS.fullmatch(path.name) is not None
+    if found["machine"] == host_hash():
         return not alive(int(found["pid"]))
     try:
-        return time.time() - path.stat().st_mtime > OLD
+        return time.time() - path.stat().st_mtime > MAX_AGE
     except OSError:
         return False

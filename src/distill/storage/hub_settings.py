@@ -19,7 +19,7 @@ BUILT_IN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_att
 READ = ("config.json", "adapter_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
-def check_elsewhere(said: Mapping[str, Any], file: Path) -> None:
+def check_hub_settings(said: Mapping[str, Any], file: Path) -> None:
     """Raise ValueError for settings by which a library would fetch another model, or code, from the
     hub.
     """
@@ -32,7 +32,7 @@ def check_elsewhere(said: Mapping[str, Any], file: Path) -> None:
             raise ValueError(f"{file}: {key}={shown(value, 60)} {what}; take the key out")
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Mapping):
-                check_elsewhere(inner, file)
+                check_hub_settings(inner, file)
 
 
 def check_folder(path: str | Path, where: str) -> None:
@@ -43,7 +43,7 @@ def check_folder(path: str | Path, where: str) -> None:
         if not file.is_file():
             continue
         try:
-            check_elsewhere(mapping_of(file), file)
+            check_hub_settings(mapping_of(file), file)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 
-from distill.commandline.texts import GROUPS
-from distill.config.typed import parsed
+from distill.commandline.quoting import GROUPS
+from distill.config.typed import parse_override
 from distill.terminal import secret
 
 
-def referring(words: list[str]) -> list[str]:
+def with_variables(words: list[str]) -> list[str]:
     """The words with a variable in place of each secret, or text that holds one; the variables are
     set.
 
@@ -27,7 +27,7 @@ def referring(words: list[str]) -> list[str]:
 
 
 def _word(word: str, given: list[str]) -> str:
-    found = None if word.startswith("-") or "=" not in word else parsed(word)
+    found = None if word.startswith("-") or "=" not in word else parse_override(word)
     key = found.key_or_group if found else ""
     if found is None or not found.value_type or key in GROUPS:
         return word
@@ -50,7 +50,7 @@ def _without(value: Any, key: str, given: list[str]) -> Any:
     plain = value.text if isinstance(value, QuotedString) else value
     if isinstance(plain, str) and ("${" in plain or not _is_secret(plain, key)):
         return value
-    if not isinstance(plain, str) and secret.hidden(plain, key) == plain:
+    if not isinstance(plain, str) and secret.masked_tree(plain, key) == plain:
         return value
     variable = f"{secret.TYPED}{len(given)}"
     given.append(str(plain))
@@ -65,4 +65,4 @@ def _is_secret(text: str, key: str) -> bool:
     """Whether a text is one by its key, by a password of a URL, or by what it says: a word of
     another command.
     """
-    return secret.hidden(text, key) != text or bool(secret.in_words([text]))
+    return secret.masked_tree(text, key) != text or bool(secret.secrets_in_arguments([text]))

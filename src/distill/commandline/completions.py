@@ -25,7 +25,7 @@ SHELLS = ("bash", "zsh", "fish")
 ON = ("=", ".", "/", ",")  # ends of what is not finished: no space is put behind it
 
 
-def following(words: Sequence[str]) -> list[str] | None:
+def completions(words: Sequence[str]) -> list[str] | None:
     """All that may stand in the place of the last word; None if the words are no command of ours.
 
     Of `distill run ...` and of `python -m distill.run ...`, with every word up to the cursor.
@@ -39,7 +39,7 @@ def following(words: Sequence[str]) -> list[str] | None:
 
 def _of_distill(words: list[str]) -> list[str]:
     if len(words) < 2:
-        return _like(words[-1] if words else "", [*COMMANDS, "--help", "--version"])
+        return _starting_with(words[-1] if words else "", [*COMMANDS, "--help", "--version"])
     return _argument(words[0], words[1:-1], words[-1]) if words[0] in COMMANDS else []
 
 
@@ -49,7 +49,7 @@ def _of_python(words: list[str]) -> list[str] | None:
         return None
     module, *rest = words[words.index("-m") + 1 :]
     if not rest:
-        found = _like(module, ["distill", *(f"distill.{name}" for name in COMMANDS)])
+        found = _starting_with(module, ["distill", *(f"distill.{name}" for name in COMMANDS)])
         return found if module else None
     if module == "distill":
         return _of_distill(rest)
@@ -65,9 +65,9 @@ def _argument(command: str, before: list[str], word: str) -> list[str]:
     if last in ("--config-dir", "-cd"):
         return [path for path in paths(word) if path.endswith("/")]
     if FLAGS.get(last):
-        return _like(word, FLAGS[last])
+        return _starting_with(word, FLAGS[last])
     if word.startswith("-"):
-        return _like(word, FLAGS)
+        return _starting_with(word, FLAGS)
     mark = word[: len(word) - len(word.lstrip("+~"))]
     key, equals, value = word.removeprefix(mark).partition("=")
     config = _Config(command, before)
@@ -78,14 +78,14 @@ def _argument(command: str, before: list[str], word: str) -> list[str]:
 def _plain(command: str, before: list[str], word: str) -> list[str]:
     """Of commands without a configuration."""
     if command == "completion":
-        return _like(word, SHELLS)
+        return _starting_with(word, SHELLS)
     from distill.recipes import names
 
     if not before:
-        return _like(word, ["copy"])
+        return _starting_with(word, ["copy"])
     if word.startswith("to="):
         return [f"to={path}" for path in paths(word.removeprefix("to=")) if path.endswith("/")]
-    return _like(word, names() if before == ["copy"] else ["to=", "as="])
+    return _starting_with(word, names() if before == ["copy"] else ["to=", "as="])
 
 
 class _Config:
@@ -112,12 +112,12 @@ class _Config:
         """`key=value` for each value that begins so; of several with commas, the last one."""
         if (group := self.group(key)) is not None:
             head, comma, last = value.rpartition(",")
-            return [f"{key}={head}{comma}{option}" for option in _like(last, group)]
+            return [f"{key}={head}{comma}{option}" for option in _starting_with(last, group)]
         if key in PATHS or key.endswith(".path"):
             runs = _runs() if key in RUNS and not value else []
             words = ["teacher", "random"] if key == "student.init" else []
             return [f"{key}={found}" for found in dict.fromkeys([*words, *runs, *paths(value)])]
-        return [f"{key}={word}" for word in _like(value, self.words(key))]
+        return [f"{key}={word}" for word in _starting_with(value, self.words(key))]
 
     def group(self, key: str) -> list[str] | None:
         """The options of a group; None for a key that is none."""
@@ -172,7 +172,7 @@ def _until_dot(key: str, start: int) -> str:
     return key if end < 0 else key[: end + 1]
 
 
-def _like(start: str, known: Iterable[str]) -> list[str]:
+def _starting_with(start: str, known: Iterable[str]) -> list[str]:
     return [each for each in known if each.startswith(start)]
 
 
@@ -218,7 +218,7 @@ def for_bash(line: str, breaks: str) -> list[str] | None:
     finished.
     """
     words, quote = split(line)
-    found = following(words)
+    found = completions(words)
     if found is None:
         return None
     cut = 0 if quote else max(words[-1].rfind(mark) + 1 for mark in breaks if mark not in "'\"")

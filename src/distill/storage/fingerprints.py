@@ -15,7 +15,7 @@ PIECES, PIECE = 64, 4096  # ours: looked at in a file; how many bytes each has
 MOST = 10_000  # ours: files of a folder; more are no model
 
 
-def same(one: object, other: object) -> bool:
+def same_path(one: object, other: object) -> bool:
     """Whether two values of a path key mean one place, as seen from the working folder."""
     if one == other:
         return True
@@ -24,11 +24,11 @@ def same(one: object, other: object) -> bool:
     return os.path.abspath(one) == os.path.abspath(other) and os.path.exists(one)
 
 
-def alike(one: object, other: object) -> bool:
+def maybe_same_path(one: object, other: object) -> bool:
     """Whether two values may mean one place: one is absolute, and ends as the other was typed
     elsewhere.
     """
-    if same(one, other):
+    if same_path(one, other):
         return True
     if not isinstance(one, str) or not isinstance(other, str):
         return False
@@ -37,7 +37,7 @@ def alike(one: object, other: object) -> bool:
     return os.path.isabs(long) and not os.path.isabs(short) and long.endswith(f"/{short}")
 
 
-def mark(path: str | Path) -> str | None:
+def path_fingerprint(path: str | Path) -> str | None:
     """Sixteen hex digits of the file, or of the model's files in the folder; None where there is
     neither.
     """
@@ -45,13 +45,13 @@ def mark(path: str | Path) -> str | None:
     digest = hashlib.sha256()
     try:
         if place.is_file():
-            digest.update(_looked_at(place))
+            digest.update(_sample_digest(place))
             return digest.hexdigest()[:16]
         if not place.is_dir():
             return None
         for file in _files(place):
             digest.update(file.relative_to(place).as_posix().encode("utf-8", "surrogateescape"))
-            digest.update(_looked_at(file))
+            digest.update(_sample_digest(file))
     except OSError:  # what cannot be read is said by who wants it
         return None
     return digest.hexdigest()[:16]
@@ -70,7 +70,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)[:MOST]
 
 
-def _looked_at(file: Path) -> bytes:
+def _sample_digest(file: Path) -> bytes:
     """Size and pieces of the file: its beginning, where a header is, its end, and evenly
     between.
     """

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from distill.config import models
 from distill.core.limits import check_strength
-from distill.evaluation.features import fitted
+from distill.evaluation.features import to_model_input
 from distill.machine.hardware import device
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.sampling.guided import guided_steps
-from distill.storage.pictures import upright
+from distill.storage.pictures import to_rgb
 from distill.worlds.shapes.grammar import parse
 from distill.worlds.shapes.judge import Judge
 from distill.worlds.shapes.reader import CHOICES, SLOTS, targets
@@ -42,7 +42,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Word:
+class Answer:
     """An answer of the reader: what the prompt `said`, and what it has `seen` in each picture."""
 
     question: str
@@ -56,7 +56,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Generation:
     """Pictures, uint8 [N, 3, H, W], and how long they took in all.
 
     `words` is what the reader says, None where it cannot read; `unread` the end of a text that is
@@ -65,11 +65,11 @@ class Drawing:
 
     pictures: Tensor
     seconds: float
-    words: list[Word] | None
+    words: list[Answer] | None
     unread: str | None
 
 
-class Studio:
+class Models:
     """A student and the teacher it is shown beside, None for none.
 
     Its jobs are for one thread: see `worker.Worker`. `size` is of the pictures, pixels a side or
@@ -82,7 +82,7 @@ class Studio:
         self.judge = Judge.load() if sides == (SIDE, SIDE) else None
 
     @classmethod
-    def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Studio:
+    def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Models:
         """Raises ValueError for a run that was not distilled, or a size that it cannot draw."""
         student = models.student_of(run, dtype).to(device())
         if not distilled(student.pipeline):
@@ -90,7 +90,9 @@ class Studio:
                 f"run={run}: was not distilled to few steps; "
                 f"give a student, and this as teacher={run}"
             )
-        found = models.student_of(teacher, dtype) if teacher else models.teacher_behind(run, dtype)
+        found = (
+            models.student_of(teacher, dtype) if teacher else models.teacher_of_student(run, dtype)
+        )
         sampler = models.sampler_of(run, student)
         return cls(student, found and found.to(device()), sampler, size)
 
@@ -111,7 +113,7 @@ class Studio:
             known.append(steps)
         return known
 
-    def job(self, who: str, request: Request, steps: int) -> Generator[None, None, Drawing]:
+    def job(self, who: str, request: Request, steps: int) -> Generator[None, None, Generation]:
         """Draw by `student` or `teacher`, yielding between steps.
 
         Raises ValueError, in words for the page.
@@ -123,7 +125,7 @@ class Studio:
         prompt = self.judge and parse(request.prompt)
         if prompt:
             words = read(self.judge, pixels, prompt)
-        return Drawing(pixels, seconds, words, self.student.unread([request.prompt]))
+        return Generation(pixels, seconds, words, self.student.unread([request.prompt]))
 
     def _check_strength(self, who: str, strength: float, steps: int) -> None:
         model = self.student if who == "student" else self.teacher
@@ -141,7 +143,9 @@ class Studio:
         how: dict[str, Any] = {"shape": model.shape_of(self.size), "steps": steps}
         if request.image is not None:
             height, width = self._sides(model)
-            start = model.encode(fitted(upright(request.image), width, height).to(model.device))
+            start = model.encode(
+                to_model_input(to_rgb(request.image), width, height).to(model.device)
+            )
             how["image"] = start.expand(request.count, -1, -1, -1)
             how["strength"] = request.strength
         cond = model.embed([request.prompt] * request.count)
@@ -198,7 +202,7 @@ def timed(steps: Iterator[Any]) -> Generator[None, None, tuple[Any, float]]:
         yield
 
 
-def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Word]:
+def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Answer]:
     """The reader's answers of pictures, uint8 [N, 3, 64, 64], to all that the prompt settles."""
     _, answers = judge.read(pictures.float() / 127.5 - 1)
     settled = targets([prompt])
@@ -208,5 +212,5 @@ def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Word]:
         options = [str(option) for option in CHOICES[question]]
         if index >= 0:
             seen = tuple(options[i] for i in answers[question].tolist())
-            words.append(Word(question, options[index], seen))
+            words.append(Answer(question, options[index], seen))
     return words

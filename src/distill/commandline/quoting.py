@@ -21,7 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from distill.config.compose import nearest
 from distill.config.location import CONF_DIR
 from distill.config.paths import escaped
-from distill.config.typed import parsed
+from distill.config.typed import parse_override
 
 GROUPS = sorted(path.name for path in Path(CONF_DIR).iterdir() if path.is_dir())
 # Texts that mean what they say, `null`, `~` and `${5}` included: what is typed is what the model
@@ -56,7 +56,7 @@ OPTIONAL = {  # command -> groups that it can be without
 REFERENCE = re.compile(r"(\\*)\$\{\s*([\w.]*)\s*([:}.\[]?)")
 
 
-def readable(word: str, config: str, *, sweep: bool = False) -> str:
+def for_hydra(word: str, config: str, *, sweep: bool = False) -> str:
     """A word of the command whose configuration is `config`, as Hydra reads it rightly.
 
     Raises ValueError for a group that the command has not, or cannot be without.
@@ -158,7 +158,7 @@ def _text(key: str, value: str, config: str, *, sweep: bool) -> str:
         return word
     if name in LISTS and value.startswith("[") and value.endswith("]") and not _exists(value):
         return _list(key, value)
-    found = parsed(word)
+    found = parse_override(word)
     if sweep and (found.is_sweep_override() if found else "," in value):
         return word  # several values, of which Hydra makes as many jobs
     read = found.value() if found and not found.is_sweep_override() else None
@@ -179,7 +179,7 @@ def _as_path(value: str, config: str) -> str:
 
 def _list(key: str, value: str) -> str:
     """A list of texts. Raises ValueError for one that cannot be read."""
-    found = parsed(f"{key}={value}")
+    found = parse_override(f"{key}={value}")
     items = found.value() if found else None
     if key.lstrip("+") == "runs" and isinstance(items, list):
         return f"{key}={value}"  # of patterns: 2024 is one as well
@@ -194,10 +194,10 @@ def _other(key: str, value: str, *, sweep: bool) -> str:
     are not closed.
     """
     word = f"{key}={value}"
-    if parsed(word) or value.startswith(("[", "{")) or (sweep and "," in value):
+    if parse_override(word) or value.startswith(("[", "{")) or (sweep and "," in value):
         return word
     quoted = f"{key}={_quoted(os.path.expanduser(value))}"
-    return quoted if parsed(quoted) else word
+    return quoted if parse_override(quoted) else word
 
 
 def _quoted(text: str) -> str:
@@ -222,7 +222,7 @@ def _refers(name: str, mark: str, config: str) -> bool:
     """
     if mark == ":":
         return name in ("hydra", "now") or OmegaConf.has_resolver(name)
-    return name.partition(".")[0] in {*own(config), *groups(config)}
+    return name.partition(".")[0] in {*own_keys(config), *groups(config)}
 
 
 def _exists(path: str) -> bool:
@@ -240,16 +240,16 @@ def _group(word: str, config: str) -> str:
     key, equals, value = word.partition("=")
     name, has = key.lstrip("+~"), groups(config)
     command = "a run" if config == "config" else config
-    if name not in has and name not in own(config):
-        near = nearest(name, [*has, *own(config)])
+    if name not in has and name not in own_keys(config):
+        near = nearest(name, [*has, *own_keys(config)])
         raise ValueError(f"{word}: {command} has no such key{near}; --help lists all")
     if name not in has:
         if value.startswith("{"):
             return word
-        inner = next(iter(own(config)[name]))
+        inner = next(iter(own_keys(config)[name]))
         raise ValueError(f"{word}: has keys of its own; name one of them, as {name}.{inner}=...")
     there = options(name)
-    found = parsed(word) if equals and value not in there else None
+    found = parse_override(word) if equals and value not in there else None
     several = isinstance(found.value(), list) if found else False
     unnamed = found and isinstance(found.value(), int | float) and value.lower() not in NOTHING
     if unnamed or (several and name not in OPTIONAL.get(config, ())):
@@ -280,7 +280,7 @@ def _file(config: str) -> dict:
     return found
 
 
-def own(config: str) -> dict:
+def own_keys(config: str) -> dict:
     """The keys of the command's own file, with their defaults."""
     return {key: value for key, value in _file(config).items() if key not in ("defaults", "hydra")}
 
