@@ -739,7 +739,10 @@ def test_a_folder_of_pictures_that_cannot_be_judged(asked, refused, tmp_path):
     said = refused("evaluate", f"run={pictures}")
     assert said == f"run={pictures} is a folder of pictures; add metrics=coco5k or metrics=prompts"
     said = asked("devices=2", run=pictures)
-    assert said == "devices=2: only drawing for coco5k or prompts is shared out; leave it out"
+    assert (
+        said
+        == "devices=2: several processes need metrics=coco5k or prompts, and a model; leave it out"
+    )
     clip = f"local-dir:{eyes.write_open_clip(tmp_path / 'open_clip')}"
     words = [
         "metrics.measures=[clip_score]",
@@ -769,8 +772,8 @@ def test_distances_on_the_discriminators_own_features_are_refused(
     )
     metrics = ["metrics=coco5k", f"metrics.path={coco}", "metrics.prompts=8"]
     said = (
-        "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does,"
-        " which flatters it"
+        "metrics.measures: fd_dinov2, manifolds use features of DINO, as this run's discriminator"
+        " does, which favours the run"
     )
     shutil.copytree(pipelines("mmdit"), tmp_path / "old" / "student")
     config = {
@@ -784,10 +787,10 @@ def test_distances_on_the_discriminators_own_features_are_refused(
         "evaluate", f"run={tmp_path / 'old'}", *metrics, "metrics.measures=[cmmd,clip_score]"
     )
     assert said_of_clip.startswith(
-        "metrics.measures: cmmd look with CLIP, as this run's discriminator does"
+        "metrics.measures: cmmd use features of CLIP, as this run's discriminator does"
     )
     shutil.rmtree(tmp_path / "old" / "student")  # so that it is refused for that
-    assert "flatters" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
+    assert "favours" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
     whole = ["debug=smoke", "method=add", f"run_dir={tmp_path / 'run'}", *metrics, dino]
     assert command("run", *whole)[2].startswith(f"distill: {said}")
     assert not (tmp_path / "run").exists()

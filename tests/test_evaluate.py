@@ -297,7 +297,7 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     assert code == 1
     said = err.splitlines()[-1]
     assert said.startswith(
-        "distill: metrics: the judge of shapes reads pictures of 64 pixels a side, and this "
+        "distill: metrics: the reader of shapes needs pictures of 64 pixels a side, and this "
     )
     assert said.endswith("teacher's have 128; use metrics=coco5k or prompts, or ~metrics to train")
     assert not (tmp_path / "out").exists()

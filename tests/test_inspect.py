@@ -64,7 +64,7 @@ def test_attention_is_the_slope_of_a_head():
             step = torch.zeros_like(x0_hat)
             step[0, channel, row, column] = 1e-2
             slopes[row, column] += ((logit(x0_hat + step) - logit(x0_hat - step)) / 2e-2).abs()
-    found = seen.looks[0, 0]
+    found = seen.attention[0, 0]
     torch.testing.assert_close(found / found.max(), slopes / slopes.max(), rtol=0.05, atol=0.02)
 
 

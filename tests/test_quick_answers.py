@@ -320,7 +320,7 @@ WRONG = [
     ("evaluate", "run={here}/unet metrics=prompts metrics.path=nope", "metrics.path=nope: cannot"),
     ("compare", "runs=nope", "runs=nope: no runs"),
     ("inspect", "run=nope", "run=nope: not a run folder (it has no config.yaml)"),
-    ("inspect", "run={here}/made", "it was made without a discriminator"),
+    ("inspect", "run={here}/made", "was trained without a discriminator; name another run"),
     ("export", "run=nope", "run=nope: neither a finished run (with a student/) nor a diffusers"),
     ("export", "base=nope delta={here}/prompts.txt", "base=nope: neither a finished run"),
     ("export", "base={here}/unet delta=nope", "delta=nope: no such file"),

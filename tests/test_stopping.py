@@ -33,7 +33,11 @@ STAGES = {
         (kills.TRAIN, "opening the data", ""),
         (kills.TRAIN, "building the discriminator", ""),
         (kills.TRAIN, "saving the student", "; go on with: python -m distill.run resume=work/run"),
-        (kills.TRAIN, "judging the student", "; go on with: python -m distill.run resume=work/run"),
+        (
+            kills.TRAIN,
+            "evaluating the student",
+            "; go on with: python -m distill.run resume=work/run",
+        ),
         (kills.TRAIN, "writing the report", "; go on with: python -m distill.run resume=work/run"),
     ],
     "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", ANEW)],
@@ -42,7 +46,7 @@ STAGES = {
     "evaluate": [(JUDGE, "loading", GOES_ON)],
     "sample": [(kills.COMMANDS["sample"].words, "drawing", "")],
     "export": [(kills.COMMANDS["export to=diffusers"].words, "exporting", "")],
-    "inspect": [(kills.COMMANDS["inspect"].words, "looking with the discriminator", "")],
+    "inspect": [(kills.COMMANDS["inspect"].words, "inspecting the discriminator", "")],
     "compare": [(kills.COMMANDS["compare"].words, "", "")],
     "doctor": [(["teacher.path=given/teacher"], "ok", "")],
     "check": [(CHECK, stage, "") for stage in ("opening the data", "reading", "measuring")],
@@ -176,7 +180,7 @@ def test_slurms_signal_in_the_judging_has_the_job_run_again(world, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JOB_NAME", "distil")
     words = [*kills.TRAIN, "run_dir=work/run"]
-    code, said = told(world.folder, "run", words, "judging the student", signal.SIGUSR1)
+    code, said = told(world.folder, "run", words, "evaluating the student", signal.SIGUSR1)
     way = "go on with: python -m distill.run resume=work/run"
     assert (code, said) == (0, f"distill: stopped by SIGUSR1; {way}\n")
     assert (bin / "asked").read_text(encoding="utf-8") == "requeue 17\n"

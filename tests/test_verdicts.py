@@ -115,7 +115,7 @@ def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     assert beside["protocol"]["prompts"] == 8
     assert (run / "samples" / beside["picture"]).is_file()
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "Judged besides" in page
+    assert "By another protocol" in page
     assert "prompts: 8" in page
     assert "prompts: 16" in page
 
@@ -128,7 +128,7 @@ def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     assert command("compare", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}")[0] == 0
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert "prompts: 8" in page
-    assert "not all judged by one protocol" not in page
+    assert "evaluated by different protocols" not in page
 
 
 def test_more_steps_by_the_same_protocol_join_the_others(run, command):

@@ -82,7 +82,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_fit(cfg.data, cfg.teacher)
 
 
-@command("cache", way_on=RERUN)
+@command("cache", hint=RERUN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

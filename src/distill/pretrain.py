@@ -64,7 +64,7 @@ def check(cfg: DictConfig) -> None:
     check_free(Path(cfg.out), "out")
 
 
-@command("pretrain", way_on=RERUN)
+@command("pretrain", hint=RERUN)
 def main(cfg: DictConfig) -> None:
     pretrain(cfg)
 

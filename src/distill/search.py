@@ -104,8 +104,8 @@ def table(study: Any, file: Path) -> None:
 
 def score(folder: Path, metric: str, steps: int) -> float:
     """What a finished run is worth. Raises ValueError if it has no such number."""
-    verdict = folder / "evaluation.json"
-    for row in mapping_of(verdict)["rows"] if verdict.is_file() else ():
+    result = folder / "evaluation.json"
+    for row in mapping_of(result)["rows"] if result.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
     table = folder / "metrics.csv"
@@ -223,7 +223,7 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-@command("search", way_on=RERUN)
+@command("search", hint=RERUN)
 def main(cfg: DictConfig) -> None:
     """Trials until there are `trials` finished ones; prints each and the best, and writes all to
     `trials.csv`.

@@ -79,7 +79,7 @@ def check(cfg: DictConfig) -> None:
     beginning.check_making(cfg)
 
 
-@command("synthesize", way_on=RERUN)
+@command("synthesize", hint=RERUN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

@@ -52,7 +52,7 @@ FULL = "HYDRA_FULL_ERROR"
 
 
 def command(
-    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, way_on: str = ""
+    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, hint: str = ""
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is
     the exit code.
@@ -81,7 +81,7 @@ def command(
                         )
                     check_known(cfg, name)
                     check_own_keys(cfg, name)
-                    with faults.hint_on_failure(lambda: way_on):
+                    with faults.hint_on_failure(lambda: hint):
                         code = task(cfg)
                         signals.check()
                     if code or signals.received():  # no other job of a sweep begins after a signal

@@ -1,11 +1,10 @@
-"""The report of a run: one HTML file that holds everything it shows, made from the files in the
-run's folder.
+"""The report of a run: one self-contained HTML file, written from the files in the run's folder.
 
     run.json  config.yaml  metrics.csv  alarms.jsonl  evaluation.json  samples/*.png
     ->  report.html
 
-Each section reads its own file. One that is missing or torn costs that section, which then says so
-in a sentence, and nothing else: a report is wanted most after a run that went wrong.
+Each section reads its own file. A missing or damaged file replaces only that section by a sentence:
+a report is most useful after a run that failed.
 """
 
 import json
@@ -27,8 +26,8 @@ from distill.terminal.shown import in_html
 
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
 ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
-FRAMES = 8  # of the filmstrip
-SHOWN = 12  # steps at which an alarm was raised
+FRAMES = 8  # pictures of the student during training
+SHOWN = 12  # steps listed for an alarm
 
 
 def write_report(run_dir: Path) -> Path:
@@ -38,8 +37,7 @@ def write_report(run_dir: Path) -> Path:
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
         " · ".join([name, *(str(run[key]) for key in ("method", "teacher") if key in run)]),
-        headline(rows)
-        or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
+        headline(rows) or f"{name}: {'evaluated' if rows else 'trained, but not evaluated yet'}.",
         [*tiles(rows), _training_time(run)],
         status=(
             ""
@@ -61,32 +59,26 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _or_empty(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing if it is missing or torn, which its own section will say."""
+    """A JSON object; {} for a missing or damaged file, which its own section reports."""
     with suppress(OSError, ValueError):
         return mapping_of(path)
     return {}
 
 
 def _rows_or_none(path: Path) -> list[Row]:
-    """What was measured; nothing where the file is missing or cannot be right, which its own
-    section will say.
-    """
+    """The rows; [] for a missing or damaged file, which its own section reports."""
     with suppress(ValueError):
         return rows_of(_or_empty(path))
     return []
 
 
 def _section(path: Path, show: Callable[[Path], str]) -> str:
-    """HTML of a file, or of the reason why there is none."""
+    """HTML that `show` makes of a file, or a sentence why it cannot be shown."""
     if not path.is_file():
         return f'<p class="none">This run has no {path.name}.</p>'
     try:
         return show(path)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-    ) as error:  # the last is what Pillow raises for some broken PNG
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError of a broken PNG
         return f'<p class="none">{in_html(f"{path.name} cannot be shown: {error}.")}</p>'
 
 
@@ -95,14 +87,12 @@ def _text_section(path: Path, what: str, state: str = "") -> str:
 
 
 def _alarms(path: Path) -> str:
-    """What the health of the discriminator gave reason to say, and when; nothing of a run that was
-    not watched.
-    """
+    """The health alarms of the discriminator and their steps; "" if they were not watched."""
     if not path.is_file():
         return ""
-    steps: dict[str, list[str]] = {}  # of each alarm
+    steps: dict[str, list[str]] = {}  # alarm -> steps
     for line in text_of(path, errors="replace").splitlines():
-        # a line that was torn
+        # a kill may have cut a line short
         with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             alarm = json.loads(line)
             steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
@@ -112,7 +102,7 @@ def _alarms(path: Path) -> str:
 
 
 def _step_list(steps: Sequence[str]) -> str:
-    """`step 50`, `steps 50, 100`; of many the first ones."""
+    """`step 50` or `steps 50, 100`; of many only the first ones."""
     more = f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else ""
     return f"step{'s' * (len(steps) > 1)} {', '.join(steps[:SHOWN])}{more}"
 
@@ -122,7 +112,7 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
         keys = ("train_seconds", "steps", "images_seen")
         seconds, steps, images = (number_of(run, key, "run.json") for key in keys)
         time = str(timedelta(seconds=round(seconds or 0)))
-    except (ValueError, OverflowError):  # a NaN, or more than there is time for
+    except (ValueError, OverflowError):  # NaN, or more than a timedelta holds
         return "Training time", "–", "run.json is damaged"
     if steps is None:
         return "Training time", "–", "not recorded"
@@ -130,22 +120,20 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _evaluation_tables(evaluation: dict[str, Any]) -> str:
-    """The table of the run's own protocol, and those of others by which it was judged besides."""
-    main, *beside = results_in(evaluation) or [evaluation]
-    head = "<h3>Judged besides, by another protocol</h3>"
-    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in beside)])
+    """The table of the main result, then one for each other protocol."""
+    main, *others = results_in(evaluation) or [evaluation]
+    head = "<h3>By another protocol</h3>"
+    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in others)])
 
 
 def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
-    """Teacher against student in the rows of the evaluation, then the student as training went
-    on.
-    """
+    """Teacher and student in the rows of the evaluation, then the student during training."""
     names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
     main = next(iter(results_in(evaluation)), {"picture": PICTURE})
     comparison = _section(folder / main["picture"], lambda path: figure(path, caption))
     frames = list(steps_in(folder, ".png").items())
-    if len(frames) > FRAMES:  # the first, the last, and an even choice between
+    if len(frames) > FRAMES:  # the first, the last, and evenly spaced ones between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
     strip = "\n".join(
         _section(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
@@ -155,7 +143,7 @@ def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> 
         lambda path: _text_section(path, "The prompts of these grids, in reading order"),
     )
     return (
-        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training'
-        " went on</h3>\n<div"
+        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>During'
+        " training</h3>\n<div"
         f' class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
     )

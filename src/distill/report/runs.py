@@ -1,4 +1,4 @@
-"""Finished runs side by side: what they differ in, and their scores by group, over seeds."""
+"""Compare finished runs: the keys in which they differ, and scores of each group over seeds."""
 
 import csv
 import io
@@ -15,7 +15,8 @@ from distill.storage.bounded import mapping_of, number_of, yaml_of
 from distill.storage.renames import renamed
 from distill.terminal.shown import in_csv, in_markdown
 
-# A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
+# Keys that do not make two runs different settings: paths, logging, and evaluation. `name` and
+# `seed` are handled apart.
 IGNORED_KEYS = {
     "run_dir",
     "resume",
@@ -33,7 +34,7 @@ SCORES = [key for key in MEASURES if key != TIME]
 
 @dataclass(frozen=True)
 class Run:
-    """A judged run: its folder, what made it and what it is worth."""
+    """An evaluated run: its folder, configuration, metadata and rows of scores."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -43,7 +44,7 @@ class Run:
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """How it was judged, kept with the configuration since runs differ in it likewise."""
+        """The evaluation protocol. It is stored in `config`, since runs may differ in it too."""
         return self.config["judged"]
 
     @property
@@ -56,7 +57,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in this folder, which must have been judged; by its own protocol.
+    """The evaluated run in this folder, with its main result.
 
     Raises ValueError, YAMLError or OSError for a damaged one.
     """
@@ -64,20 +65,16 @@ def read_run(folder: Path) -> Run:
 
 
 def read_comparable(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, which must have been judged: by one protocol if there is one that
-    all have.
+    """The evaluated runs in these folders, with results by one protocol if all have one in common.
 
-    A run's own protocol goes before those that it was judged by besides. Where none is shared each
-    has its own.
+    Main results are preferred. Without a common protocol each run has its main result.
     """
     every = [results_of(folder) for folder in folders]
     for wanted in every[0] if every else ():
         found = [_comparable_result(results, wanted) for results in every]
-        chosen = [verdict for verdict in found if verdict is not None]
+        chosen = [result for result in found if result is not None]
         if len(chosen) == len(every):
-            return [
-                _run_of(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)
-            ]
+            return [_run_of(folder, result) for folder, result in zip(folders, chosen, strict=True)]
     return [_run_of(folder, results[0]) for folder, results in zip(folders, every, strict=True)]
 
 
@@ -87,17 +84,17 @@ def _comparable_result(results: Sequence[Result], wanted: Result) -> Result | No
 
 
 def results_of(folder: Path) -> list[Result]:
-    """What the run in this folder was judged to be, its own verdict first."""
+    """The results of the run in this folder, the main one first. Raises ValueError for damage."""
     found = results_in({"rows": [], **mapping_of(folder / FILE)})
-    for verdict in found:
+    for result in found:
         try:
-            rows_of(verdict)
+            rows_of(result)
         except ValueError as error:
             raise ValueError(f"{folder / FILE}: {error}") from None
     return found
 
 
-def _run_of(folder: Path, verdict: Result) -> Run:
+def _run_of(folder: Path, result: Result) -> Run:
     import yaml
 
     config = yaml.safe_load(yaml_of(folder / "config.yaml"))
@@ -106,12 +103,12 @@ def _run_of(folder: Path, verdict: Result) -> Run:
         raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
         number_of(facts, key, str(folder / "run.json"))
-    config = {**_plain(renamed(config)), "judged": verdict["protocol"]}
-    return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
+    config = {**_plain(renamed(config)), "judged": result["protocol"]}
+    return Run(folder, config, facts, rows_of(result), result["picture"])
 
 
 def _plain(value: Any) -> Any:
-    """YAML with keys that are texts, and dates and the like as texts: a stranger's may have any."""
+    """Values with texts as keys, and dates as texts: an untrusted YAML file may hold any type."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -120,27 +117,26 @@ def _plain(value: Any) -> Any:
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under what sets them apart from the others; or those of
-    one `name`.
+    """Group runs that differ only in their seed, or with `by_name` runs of one `name`.
 
-    A method brings a recipe along, so runs of different methods are told apart by its name, and
-    only runs of one method by their keys; likewise anything whose class differs, by the name of the
-    class.
+    The name of a group lists the keys in which it differs from other groups. A method also changes
+    its recipe, so runs of different methods are distinguished only by the method. Nodes of
+    different classes are distinguished only by the class.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rivals = [other.config for other in runs if other.method == run.method]
-        words = [run.method] if len(rivals) < len(runs) else []
-        words += _settings(run, _keys("", rivals))
+        parts = [run.method] if len(rivals) < len(runs) else []
+        parts += _settings(run, _keys("", rivals))
         if by_name:
             rivals = [other.config for other in runs if other.name == run.name]
-            words = [run.name, *_settings(run, _keys("judged", rivals))]
-        groups.setdefault(", ".join(words) or run.method, []).append(run)
+            parts = [run.name, *_settings(run, _keys("judged", rivals))]
+        groups.setdefault(", ".join(parts) or run.method, []).append(run)
     return groups
 
 
 def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
-    """Dotted keys in which the nodes are not all alike."""
+    """Dotted keys in which the nodes differ."""
     if all(node == nodes[0] for node in nodes):
         return
     maps = [node for node in nodes if isinstance(node, Mapping)]
@@ -154,19 +150,24 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
             )
 
 
-def _keys(path: str, nodes: Sequence[Mapping[str, Any]], but: str = "judged.teacher") -> list[str]:
-    """What the nodes differ in at this path, but not how others are judged (`but`), nor measures
-    that one lacks.
+def _keys(
+    path: str, nodes: Sequence[Mapping[str, Any]], ignored: str = "judged.teacher"
+) -> list[str]:
+    """Dotted keys at this path in which the nodes differ.
+
+    Protocol keys that start with `ignored` are left out, and so are measures that a node lacks.
     """
     found = _differences(path, [node[path] if path else node for node in nodes])
     known = set.intersection(*(set(node["judged"] or ()) for node in nodes))
     return sorted(
-        k for k in found if not k.startswith("judged") or (k[7:] in known and not k.startswith(but))
+        k
+        for k in found
+        if not k.startswith("judged") or (k[7:] in known and not k.startswith(ignored))
     )
 
 
 def _settings(run: Run, keys: Sequence[str]) -> list[str]:
-    """`key=value` of each dotted key, by its last part if no other ends alike."""
+    """`key=value` of each dotted key, shortened to its last part if that is unique."""
     ends = [key.rpartition(".")[2] for key in keys]
     return [
         f"{k if ends.count(end) > 1 else end}={_value_text(run.config, k)}"
@@ -185,9 +186,7 @@ def _value_text(config: Mapping[str, Any], key: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Scores of one sampler: of a group's students at a number of steps, or of the teacher; a value
-    for each run.
-    """
+    """Scores of a group's students, or of a teacher, at one number of steps: a value per run."""
 
     group: str
     who: str
@@ -197,23 +196,23 @@ class Line:
     def mean(self, key: str) -> float:
         return statistics.fmean(self.values[key])
 
-    def said(self, key: str, words: str) -> str:
-        """Mean and standard deviation, as `words` formats a number."""
+    def formatted(self, key: str, form: str) -> str:
+        """Mean and standard deviation; `form` formats a number."""
         found = self.values.get(key, [])
-        spread = f" ± {words.format(statistics.stdev(found))}" if len(found) > 1 else ""
-        return words.format(statistics.fmean(found)) + spread if found else "–"
+        spread = f" ± {form.format(statistics.stdev(found))}" if len(found) > 1 else ""
+        return form.format(statistics.fmean(found)) + spread if found else "–"
 
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
-    """First the lines of each teacher, of all its runs together, then each group's."""
+    """The lines of each teacher, over all runs with it, then those of each group."""
     students = (line for group, runs in groups.items() for line in _lines(group, "student", runs))
     runs, teachers = all_runs(groups), {}
     configs = [{key: run.config.get(key) for key in ("teacher", "judged")} for run in runs]
-    keys = _keys("", configs, but="judged.student")
+    keys = _keys("", configs, ignored="judged.student")
     for run in runs:
         teachers.setdefault(", ".join(["teacher", *_settings(run, keys)]), []).append(run)
     return [
-        *(line for name, its in teachers.items() for line in _lines(name, "teacher", its)),
+        *(line for name, group in teachers.items() for line in _lines(name, "teacher", group)),
         *students,
     ]
 
@@ -227,7 +226,7 @@ def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
         rows = [row for run in runs for row in run.rows if (row.who, row.steps) == (who, steps)]
         found = {key: [row.scores[key] for row in rows if key in row.scores] for key in MEASURES}
         scores = {key: values for key, values in found.items() if values}
-        if who == "teacher":  # judged again by every run, on the same prompts: no spread over seeds
+        if who == "teacher":  # evaluated by every run on the same prompts: no spread over seeds
             scores = {key: [statistics.fmean(values)] for key, values in scores.items()}
         yield Line(group, who, steps, scores)
 
@@ -252,13 +251,13 @@ def as_markdown(lines: Sequence[Line]) -> str:
     rows = [["", "steps", "runs", *heads], ["---"] * (len(columns) + 3)]
     for line in lines:
         count = max(map(len, line.values.values()), default=0)
-        said = [line.said(key, MEASURES[key][2]) for key in columns]
+        values = [line.formatted(key, MEASURES[key][2]) for key in columns]
         rows.append(
             [
                 in_markdown(line.group),
                 str(line.steps),
                 str(count) if line.who == "student" else "",
-                *said,
+                *values,
             ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
