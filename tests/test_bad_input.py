@@ -749,8 +749,9 @@ def test_a_folder_of_pictures_that_cannot_be_judged(asked, refused, tmp_path):
         f"metrics.networks.clip_g.path={clip}",
         f"out={tmp_path / 'out'}",
     ]
-    assert "clip_score needs a .txt beside every picture, or as names the numbers" in asked(
-        *words, run=pictures
+    assert (
+        "clip_score needs a .txt beside every picture, or pictures named by the numbers"
+        in asked(*words, run=pictures)
     )
     for i, path in enumerate(sorted(pictures.iterdir())):
         path.rename(pictures / f"{i:06d}.jpg")

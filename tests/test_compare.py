@@ -319,7 +319,7 @@ def test_a_cell_of_a_table_that_cannot_be_read_costs_its_row_alone(tmp_path):
     assert curves["a"].tolist() == [[2.0, 3.0, 4.0], [0.5, 0.7, 0.8]]
     assert strange == 1
     table.write_text(f"step,{'9' * 200000}\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="names of columns"):
+    with pytest.raises(ValueError, match="column names"):
         read(table)
     with pytest.raises(ValueError, match="names no columns"):
         CsvLog(str(tmp_path))
