@@ -56,8 +56,8 @@ WRONG = [
     ("pretrain", "clip.steps=x", "clip.steps=x: must be a whole number"),
     ("pretrain", "data.size=20", "data.size=20: pictures may have 32 to 128 pixels a side"),
     ("search", "space=[x]", "space: 'x' is not key=log(low,high)"),
-    ("search", "space=[]", "space=[]: names no key to look for a value of; give a list of them"),
-    ("search", "space=seed", "space=seed: names no key to look for a value of; give a list of"),
+    ("search", "space=[]", "space=[]: has no range to search; give a list of them"),
+    ("search", "space=seed", "space=seed: has no range to search; give a list of"),
     ("run", "method=add data.batch_size=9", "data.batch_size=9: the heads' local batch norm needs"),
     (
         "run",

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from distill.config import validate
 from distill.config.errors import command
-from distill.data import begun_job as beginning
+from distill.data import begun_job
 from distill.machine.faults import RERUN
 from distill.terminal.progress import importing, stage
 
@@ -21,13 +21,13 @@ SOURCE = "distill.data.source.images"  # the only kind of data that can be encod
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:
-    """This process's part of the samples; returns the exit code."""
+    """Encode this process's share of the samples; returns the exit code."""
     import torch
 
     from distill.config.build import make
     from distill.config.fitting import check_data_fits
     from distill.config.models import teacher_of
-    from distill.data import shard_job as making
+    from distill.data import shard_job
     from distill.data.write import PICTURES, cached
     from distill.machine import hardware
 
@@ -37,9 +37,11 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     check_data_fits(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
     teacher.only_encode(device)
-    job = making.Making(folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest())
+    job = shard_job.Making(
+        folder, len(source.dataset), cfg.per_shard, source.dataset.shards.digest()
+    )
     if cfg.embeddings:
-        making.put_null(teacher, folder, dtype)
+        shard_job.put_null(teacher, folder, dtype)
     plan = {shard: source.batches(numbers) for shard, numbers in job.missing().items()}
     stream = source.once([batch for batches in plan.values() for batch in batches])
 
@@ -55,18 +57,18 @@ def encode(cfg: DictConfig, folder: Path) -> int:
                 pixels = torch.stack([item["pixels"] for _, item in good]).to(device)
                 with torch.no_grad():
                     latents = teacher.encode(pixels).float().cpu().numpy()
-                    told = (
-                        making.embedded(teacher.embed(captions))
+                    embeddings = (
+                        shard_job.embedded(teacher.embed(captions))
                         if cfg.embeddings
                         else [{}] * len(good)
                     )
-                for (i, _), *rest in zip(good, latents, captions, told, strict=True):
-                    making.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
+                for (i, _), *rest in zip(good, latents, captions, embeddings, strict=True):
+                    shard_job.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
                     yield cached(f"{i:09d}", *rest)
 
     job.make(samples)
     cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets
-    about = {"what": PICTURES, **making.of_teacher(cfg), "data": cfg.data.path}
+    about = {"what": PICTURES, **shard_job.of_teacher(cfg), "data": cfg.data.path}
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
     job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
@@ -74,11 +76,11 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     if cfg.data.get("_target_") != SOURCE:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     validate.check_data(cfg.data)
-    beginning.check_making(cfg)
+    begun_job.check_making(cfg)
     validate.check_fit(cfg.data, cfg.teacher)
 
 

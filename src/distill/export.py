@@ -107,7 +107,7 @@ def _check_delta(cfg: DictConfig) -> None:
 
 
 def _check_kind(cfg: DictConfig) -> None:
-    """Check that a student of this class has this form, and that the base of a comparison exists."""
+    """Check that a student of this class has this form, and that its base is known if needed."""
     folder = pipeline_folder(Path(shipped(cfg.run)))
     if not folder.is_dir():
         what = f"is on the hub, and to={cfg.to} reads a folder"

@@ -31,7 +31,7 @@ from distill.worlds.shapes.pretraining.asked import (
 
 
 def pretrain(cfg: DictConfig) -> Path:
-    """All stages asked for; returns the folder of the models."""
+    """Train all chosen stages; returns the folder of the models."""
     check(cfg)
     with importing("torch"):
         from distill.worlds.shapes.pretraining.stages import run
@@ -44,7 +44,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     check_counts(
         cfg, {"seed": 0, "data.size": 1, "data.count": 1, "data.seed": 0, "text_length": 3}
     )

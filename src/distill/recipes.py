@@ -25,11 +25,11 @@ from distill.storage.atomic import write_text_atomic
 from distill.terminal.console import tolerate_closed_pipes
 
 SHIPPED = Path(CONF_DIR) / "experiment"
-COLUMN = 30  # characters before what is said of an experiment
+COLUMN = 30  # characters before the description of an experiment
 
 
 def names() -> list[str]:
-    """Every shipped experiment, those of a folder as `folder/name`."""
+    """The names of all shipped experiments; those in a folder are `folder/name`."""
     files = SHIPPED.rglob("*.yaml")
     return sorted(file.relative_to(SHIPPED).with_suffix("").as_posix() for file in files)
 
@@ -42,10 +42,9 @@ def listing() -> str:
     for name in sorted(names(), key=lambda name: ("/" in name, name)):
         lines += [""] if not lines[1:] or name.rpartition("/")[0] != folder else []
         folder = name.rpartition("/")[0]
-        said = textwrap.shorten(
-            comments.summary(SHIPPED / f"{name}.yaml"), width, placeholder=" ..."
-        )
-        lines.append(f"  {name:{COLUMN}}  {said}")
+        summary = comments.summary(SHIPPED / f"{name}.yaml")
+        summary = textwrap.shorten(summary, width, placeholder=" ...")
+        lines.append(f"  {name:{COLUMN}}  {summary}")
     return "\n".join(
         [*lines, "", "distill recipes copy NAME puts one into conf/experiment to edit"]
     )
@@ -54,7 +53,7 @@ def listing() -> str:
 def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
     """Write a copy of an experiment into `to`/experiment; returns the file.
 
-    Raises ValueError for an experiment that there is not, and where something is already.
+    Raises ValueError for an unknown experiment, and if the file exists already.
     """
     known = names()
     if name not in known:
@@ -67,21 +66,18 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
         raise ValueError(f"as={new}: must be letters, digits, _ and -, with / for a folder")
     file = Path(to).expanduser() / "experiment" / f"{new}.yaml"
     if file.exists():
-        raise ValueError(f"{file}: is there already, and stays; name the copy with as=")
+        raise ValueError(f"{file}: exists already; give the copy another name with as=")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(file, _text(name, new, to))
     return file
 
 
 def _text(name: str, new: str, to: str) -> str:
-    """The experiment under its new name, with the values of the recipe that its method has in its
-    world.
-    """
+    """The text of the experiment under its new name, with the values of its recipe."""
     text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     text = text.replace(f"experiment={name}", f"--config-dir {to} experiment={new}")
     text = re.sub(r"(?m)^name: .*$", f"name: {new.replace('/', '_')}", text)
-    # What another file of the same folder gives is named with the folder: the copy may lie
-    # elsewhere.
+    # Files of the same folder are named with the folder, since the copy may lie elsewhere.
     folder = f"/experiment/{name}".rpartition("/")[0]
     text = re.sub(r"(?m)^  - (?!_self_)(\w+)$", lambda m: f"  - {folder}/{m[1]}@_global_", text)
     recipe = Path(CONF_DIR) / "recipe" / f"{name}.yaml"
@@ -93,25 +89,26 @@ def _text(name: str, new: str, to: str) -> str:
 
 def main() -> int:
     """The command `distill recipes`; returns the exit code."""
-    words = sys.argv[1:]
-    if not {"-h", "--help"}.isdisjoint(words):
+    arguments = sys.argv[1:]
+    if not {"-h", "--help"}.isdisjoint(arguments):
         print(__doc__.rstrip())
         return 0
     with tolerate_closed_pipes(), print_mistakes():
-        print(answer(words))
+        print(answer(arguments))
     return 0
 
 
-def answer(words: Sequence[str]) -> str:
-    """What is printed to these words. Raises ValueError for others than the docstring has."""
-    if not words:
+def answer(arguments: Sequence[str]) -> str:
+    """The output for these arguments. Raises ValueError for unknown ones."""
+    if not arguments:
         return listing()
-    given = dict(word.partition("=")[::2] for word in words if "=" in word)
-    plain = [word for word in words if "=" not in word]
-    if len(plain) != 2 or plain[0] != "copy" or set(given) - {"to", "as"}:
-        raise ValueError(f"{' '.join(words)}: use `distill recipes copy NAME [to=conf] [as=NAME]`")
-    to = given.get("to") or "conf"
-    file = copy(plain[1], to, given.get("as"))
+    options = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
+    positional = [argument for argument in arguments if "=" not in argument]
+    if len(positional) != 2 or positional[0] != "copy" or set(options) - {"to", "as"}:
+        usage = "use `distill recipes copy NAME [to=conf] [as=NAME]`"
+        raise ValueError(f"{' '.join(arguments)}: {usage}")
+    to = options.get("to") or "conf"
+    file = copy(positional[1], to, options.get("as"))
     new = file.relative_to(Path(to).expanduser() / "experiment").with_suffix("").as_posix()
     return f"wrote {file}\npython -m distill.run --config-dir {to} experiment={new}"
 

@@ -41,7 +41,7 @@ from distill.terminal.shown import in_csv
 from distill.training.run_folders import LOG
 
 RUN = (sys.executable, "-m", "distill.run")
-UNSTORED = {  # what SQLite says, and the system
+SQLITE_ERRORS = {  # message of SQLite -> error number of the system
     "disk is full": errno.ENOSPC,
     "disk I/O error": errno.EIO,
     "readonly database": errno.EROFS,
@@ -53,21 +53,18 @@ def parsed(text: str) -> tuple[str, str, list[str]]:
     """Key, kind and values of a range. Raises ValueError for one that does not parse."""
     with suppress(YAMLError):
         if found := RANGE.fullmatch(text.replace(" ", "")):
-            values = OmegaConf.create(
-                f"[{found[3] or found[5]}]"
-            )  # as in a configuration: null, true, lists
-            return found[1], found[2] or found[4], [as_typed(value) for value in values]
+            # as in a configuration: null, true, lists
+            values = OmegaConf.create(f"[{found[3] or found[5]}]")
+            return found[1], found[2] or found[4], [as_override(value) for value in values]
     known = "key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)"
     raise ValueError(f"space: {text!r} is not {known}")
 
 
-def as_typed(value: Any) -> str:
-    """A value of a configuration as an override has it."""
-    return (
-        value
-        if isinstance(value, str)
-        else json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
-    )
+def as_override(value: Any) -> str:
+    """A value of a configuration as text for an override."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
 
 
 def suggest(trial: Any, space: list[str]) -> list[str]:
@@ -84,7 +81,7 @@ def suggest(trial: Any, space: list[str]) -> list[str]:
 
 
 def table(study: Any, file: Path) -> None:
-    """Every finished trial with its values as a row of `file`, best first."""
+    """Write every finished trial with its values as a row of `file`, best first."""
     from optuna.trial import TrialState
 
     largest = study.direction.name == "MAXIMIZE"
@@ -103,7 +100,7 @@ def table(study: Any, file: Path) -> None:
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
-    """What a finished run is worth. Raises ValueError if it has no such number."""
+    """The metric of a finished run. Raises ValueError if it has no such number."""
     result = folder / "evaluation.json"
     for row in mapping_of(result)["rows"] if result.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
@@ -115,7 +112,8 @@ def score(folder: Path, metric: str, steps: int) -> float:
     except csv.Error as error:
         raise ValueError(f"{table}: cannot be read as a table ({error})") from None
     if not logged:
-        raise ValueError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
+        what = f"{folder} has no such number in evaluation.json or metrics.csv"
+        raise ValueError(f"metric={metric}: {what}")
     return float(logged[-1])
 
 
@@ -129,14 +127,14 @@ def _first_parameters(run: list[str], space: list[str]) -> dict[str, Any]:
     for key, kind, values in map(parsed, space):
         value = OmegaConf.select(plain, key)
         if kind == "choice":
-            first |= {key: as_typed(value)} if as_typed(value) in values else {}
+            first |= {key: as_override(value)} if as_override(value) in values else {}
         elif value is not None and float(values[0]) <= float(value) <= float(values[1]):
             first[key] = value
     return first
 
 
 def retry(study: Any, trial: Any) -> None:
-    """Have the same values tried once more: this trial came to nothing by no fault of theirs."""
+    """Queue the same values again: this trial failed for another reason than its values."""
     from optuna.trial import TrialState
 
     study.tell(trial.number, state=TrialState.FAIL)
@@ -144,9 +142,9 @@ def retry(study: Any, trial: Any) -> None:
 
 
 def study_in(out: Path, cfg: DictConfig) -> Any:
-    """The study in this folder, a new one if there is none.
+    """The study in this folder, or a new one.
 
-    Raises ValueError for one that asks for something else.
+    Raises ValueError for a study with other settings.
     """
     import optuna
     from optuna.trial import TrialState
@@ -155,34 +153,33 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
-    asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    asked["run"] = [masked_override(word) for word in asked["run"]]
-    # As long as nothing was measured by them. Which way is up is the study's own, and not to be
-    # changed.
+    settings = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
+    settings["run"] = [masked_override(override) for override in settings["run"]]
+    # Settings may change until a trial was measured. The direction is fixed in the study.
     free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
-    known = study.user_attrs.get("asked", asked)
-    if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
+    known = study.user_attrs.get("asked", settings)
+    other = [key for key, value in known.items() if settings[key] != value and key not in free]
+    if other:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
         raise ValueError(f"out={out} {what}")
-    if any(known[key] != asked[key] for key in ("space", "run")):
+    if any(known[key] != settings[key] for key in ("space", "run")):
+        # Trials of the previous ranges are dropped.
         for waiting in study.get_trials(states=[TrialState.WAITING, TrialState.RUNNING]):
-            study.tell(
-                waiting.number, state=TrialState.FAIL
-            )  # of ranges that are no longer asked for
-    study.set_user_attr("asked", asked)
+            study.tell(waiting.number, state=TrialState.FAIL)
+    study.set_user_attr("asked", settings)
     study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     return study
 
 
 def counted() -> list[Any]:
-    """The states of trials that count: those without a finite value say that they are bad."""
+    """The states of trials that count. A trial without a finite value is pruned, and counts."""
     from optuna.trial import TrialState
 
     return [TrialState.COMPLETE, TrialState.PRUNED]
 
 
 def _run_trial(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
-    """One trial; a bar that shows how far it is, by the log of its run."""
+    """Run one trial in a process; the bar shows the last line of its log."""
     from optuna.trial import TrialState
 
     trial = study.ask()
@@ -197,7 +194,7 @@ def _run_trial(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
         env=child_environment(),
         **new_session(),
     )
-    if ended.stderr:  # above the bar, which a trial knows nothing of
+    if ended.stderr:  # print it above the bar
         print(ended.stderr.decode(errors="replace"), end="", file=sys.stderr)
     if ended.returncode:
         study.tell(trial, state=TrialState.FAIL)
@@ -215,7 +212,7 @@ def _run_trial(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """What a run said last, nothing before it has a log."""
+    """The last line of a log; "" if there is none yet."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").splitlines()
@@ -225,10 +222,8 @@ def _last_line(log: Path) -> str:
 
 @command("search", hint=RERUN)
 def main(cfg: DictConfig) -> None:
-    """Trials until there are `trials` finished ones; prints each and the best, and writes all to
-    `trials.csv`.
-    """
-    out, space = Path(cfg.out), _space(cfg)  # what is wrong with it shows before anything is made
+    """Run trials until `trials` are finished; print each and the best, and write `trials.csv`."""
+    out, space = Path(cfg.out), _space(cfg)  # checked before anything is written
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
     with one_writer(out, "out", deep=True), _storage_errors(out / "study.db"):
@@ -236,10 +231,10 @@ def main(cfg: DictConfig) -> None:
 
 
 def _space(cfg: DictConfig) -> list[str]:
-    """The ranges. Raises ValueError for one that does not parse, and where there is none."""
+    """The ranges. Raises ValueError if one does not parse, or there is none."""
     if not isinstance(cfg.space, ListConfig) or not cfg.space:
         how = """give a list of them, as 'space=["seed=int(0,9)"]'"""
-        raise ValueError(f"space={cfg.space}: names no key to look for a value of; {how}")
+        raise ValueError(f"space={cfg.space}: has no range to search; {how}")
     space = [str(text) for text in cfg.space]
     list(map(parsed, space))
     return space
@@ -247,9 +242,7 @@ def _space(cfg: DictConfig) -> list[str]:
 
 @contextmanager
 def _storage_errors(study: Path) -> Iterator[None]:
-    """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries
-    wrap it.
-    """
+    """Turn SQLite errors, which Optuna wraps, into OSError or ValueError that names the study."""
     try:
         yield
     except Exception as error:
@@ -258,26 +251,25 @@ def _storage_errors(study: Path) -> Iterator[None]:
             cause = getattr(cause, "orig", None) or cause.__cause__
         if cause is None:
             raise
-        said = str(cause)
-        if number := next((n for words, n in UNSTORED.items() if words in said), None):
+        message = str(cause)
+        number = next((n for text, n in SQLITE_ERRORS.items() if text in message), None)
+        if number:
             raise OSError(number, os.strerror(number), str(study)) from None
-        what = f"is no study that can be read ({said}); move it away, or choose another out="
+        what = f"is no study that can be read ({message}); move it away, or choose another out="
         raise ValueError(f"{study}: {what}") from None
 
 
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
     from optuna.trial import TrialState
 
-    begun = (out / "study.db").exists()
-    # Before anything is made: a run that cannot be composed leaves nothing behind.
-    first = None if begun else _first_parameters(list(cfg.run), space)
+    exists = (out / "study.db").exists()
+    # Composed before anything is written: a wrong run leaves no files behind.
+    first = None if exists else _first_parameters(list(cfg.run), space)
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.get_trials(states=[*counted(), TrialState.RUNNING, TrialState.WAITING]):
         study.enqueue_trial(_first_parameters(list(cfg.run), space) if first is None else first)
-    for stale in study.get_trials(
-        states=[TrialState.RUNNING]
-    ):  # the command was killed in the middle
+    for stale in study.get_trials(states=[TrialState.RUNNING]):  # of a command that was killed
         retry(study, stale)
     done = len(study.get_trials(states=counted()))
     with Bar("search", cfg.trials, unit="trial", done=min(done, cfg.trials)) as bar:
@@ -285,7 +277,7 @@ def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
             _run_trial(study, cfg, out, bar)
             done = len(study.get_trials(states=counted()))
             bar.update(done)
-    table(study, out / "trials.csv")  # a kill may have come between the last trial and its row
+    table(study, out / "trials.csv")  # again, since a kill may have come before the last row
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise ValueError(f"metric={cfg.metric}: none of the trials has a finite value of it")
     best = study.best_trial

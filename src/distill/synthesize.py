@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from distill.config import validate
 from distill.config.errors import command
-from distill.data import begun_job as beginning
+from distill.data import begun_job
 from distill.data.lines import Lines
 from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
@@ -22,11 +22,11 @@ from distill.terminal.progress import importing
 
 
 def generate(cfg: DictConfig, folder: Path) -> int:
-    """This process's part of the samples; returns the exit code."""
+    """Generate this process's share of the samples; returns the exit code."""
     import torch
 
     from distill.config.models import teacher_of
-    from distill.data import shard_job as making
+    from distill.data import shard_job
     from distill.data.write import cached
     from distill.machine import hardware
     from distill.sampling import seeded
@@ -35,33 +35,31 @@ def generate(cfg: DictConfig, folder: Path) -> int:
     lines = (prompts := Lines(cfg.prompts, "prompts")).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())
     shape, dtype = teacher.shape_of(cfg.size), cfg.teacher.get("dtype") or "float32"
-    job = making.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
+    job = shard_job.Making(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
-        making.put_null(teacher, folder, dtype)
+        shard_job.put_null(teacher, folder, dtype)
 
     def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         for start in numbers[:: cfg.batch_size]:
             part = range(start, min(start + cfg.batch_size, numbers.stop))
             captions, seeds = [lines[i % len(lines)] for i in part], [cfg.seed + i for i in part]
             with torch.no_grad():
-                cond, how = (
-                    teacher.embed(captions),
-                    {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance},
-                )
+                cond = teacher.embed(captions)
+                options = {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
                 with hardware.autocast(cfg.precision, teacher.device.type):
-                    latents = guided(teacher, cond, seeded(seeds), **how)
+                    latents = guided(teacher, cond, seeded(seeds), **options)
                 latents = latents.float().cpu().numpy()
-            told = making.embedded(cond) if cfg.embeddings else [{}] * len(part)
-            for seed, *rest in zip(seeds, latents, captions, told, strict=True):
+            embeddings = shard_job.embedded(cond) if cfg.embeddings else [{}] * len(part)
+            for seed, *rest in zip(seeds, latents, captions, embeddings, strict=True):
                 name = f"seed {seed}, {rest[1]!r}"
-                making.checked(name, rest[0], rest[2], dtype, cfg.precision)
+                shard_job.checked(name, rest[0], rest[2], dtype, cfg.precision)
                 yield cached(f"{seed:09d}", *rest)
 
     job.make(samples)
     size = [side * teacher.unit // teacher.patch for side in shape[:0:-1]]
     about = {
         "what": "samples of a teacher",
-        **making.of_teacher(cfg),
+        **shard_job.of_teacher(cfg),
         "size": size,
         "buckets": None,
     }
@@ -71,12 +69,12 @@ def generate(cfg: DictConfig, folder: Path) -> int:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     validate.check_number(cfg, "guidance")
     validate.check_size(cfg.size)
     check_precision(cfg.precision)
     Lines(cfg.prompts, "prompts")
-    beginning.check_making(cfg)
+    begun_job.check_making(cfg)
 
 
 @command("synthesize", hint=RERUN)

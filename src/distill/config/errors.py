@@ -142,9 +142,9 @@ def _help_text(task: Callable[[DictConfig], Any], config: str) -> str | None:
     """The help page of the command whose module the function stands in, or what completes it, where
     one asks.
     """
-    from distill.completion import asked, script
+    from distill.completion import requested_shell, script
 
-    if shell := asked(sys.argv):
+    if shell := requested_shell(sys.argv):
         return script(shell)
     if {"-h", "--help"}.isdisjoint(sys.argv):
         return None

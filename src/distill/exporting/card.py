@@ -218,9 +218,10 @@ def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str)
     if patched:
         notes.append(
             f"With 2 and more steps it adds noise between them, and `{kind}` gives its scheduler"
-            " no generator: without the line with `partial` each call, and each device, gives another "
-            "picture for the same `generator`. One step does not need it. Neither does a folder "
-            "that `distill.export scheduler=euler` writes, which adds no noise between steps."
+            " no generator: without the line with `partial` each call, and each device, gives"
+            " another picture for the same `generator`. One step does not need it. Neither does a"
+            " folder that `distill.export scheduler=euler` writes, which adds no noise between"
+            " steps."
         )
     if without:
         notes.append(f"It has no third text encoder, hence `{without[2:]}`.")
