@@ -217,13 +217,13 @@ def test_a_discriminator_that_does_not_fit_the_method(
     method, wanted, discriminator, given, refused, no_weights
 ):
     said = refused("run", f"method={method}", f"discriminator={discriminator}")
-    what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+    what = f"method needs a discriminator of {wanted}, and this one works on {given}"
     assert said == f"{what}; choose another discriminator="
 
 
 def test_a_head_start_of_no_discriminator(refused, no_weights):
     said = refused("run", "method=regression", "optimizer.head_start=5")
-    assert said == "optimizer.head_start=5: there is no discriminator to lead; make it 0"
+    assert said == "optimizer.head_start=5: there is no discriminator to train first; make it 0"
 
 
 def test_scaled_gradients_are_refused(refused, no_weights):

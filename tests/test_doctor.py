@@ -61,7 +61,7 @@ def test_a_healthy_machine_gets_no_fail(command, pipelines):
         (["trainer.accelerator=gpu"], "there is no such GPU here"),
         (
             ["+trainer.strategy=fsdp"],
-            "FSDP1 wraps the forward pass of one player; use trainer=fsdp2",
+            "FSDP1 wraps the forward pass of one model; use trainer=fsdp2",
         ),
         (["+trainer.strategy=ddp_find_unused_parameters_true"], "use trainer=ddp"),
     ],

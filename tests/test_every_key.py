@@ -165,11 +165,11 @@ def test_what_a_key_refers_to_is_read(here):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("method.players", 1, "method.players=1: the program gives that itself; leave it out"),
-        ("method.loop", 1, "method.loop=1: the program gives that itself; leave it out"),
-        ("student.teacher", 1, "student.teacher=1: the program gives that itself; leave it out"),
+        ("method.players", 1, "method.players=1: the program sets it itself; leave it out"),
+        ("method.loop", 1, "method.loop=1: the program sets it itself; leave it out"),
+        ("student.teacher", 1, "student.teacher=1: the program sets it itself; leave it out"),
         ("trainer.max_epochs", 3, "trainer.max_epochs=3: a run is counted in steps"),
-        ("logger.csv.save_dir", "x", "logger.csv.save_dir=x: the program gives that itself"),
+        ("logger.csv.save_dir", "x", "logger.csv.save_dir=x: the program sets it itself"),
         ("logger.tensorboard.flush", 1, "takes no such key (did you mean flush_secs?)"),
         ("optimizer.student.lr", float("nan"), "optimizer.student.lr=nan: must be 0 or more"),
         (

@@ -227,7 +227,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
         ("seed=5", "seed=5 (was 0)"),
         (
             "experiment=add_shapes",
-            "experiment=add_shapes (many keys at once, for new runs alone; name the keys)",
+            "experiment=add_shapes (sets many keys, only for new runs; name the keys)",
         ),
     ],
 )

@@ -185,7 +185,7 @@ def job(command, monkeypatch, tmp_path):
 def test_a_second_run_in_a_job_of_slurm_is_refused(job):
     folder = "runs/slurm_7_ladd_shapes"
     assert job() == (0, "", [(folder, None)])
-    what = "choose another run_dir= or remove it, for it has no checkpoint to go on from"
+    what = "choose another run_dir= or remove it, since it has no checkpoint to resume from"
     said = f"run_dir={folder} holds a run already; {what}"
     assert job()[:2] == (1, f"distill: {said}\n")
     assert job(PROCID="1", NTASKS="2")[0] == 0  # the first process has made it a moment ago
@@ -259,7 +259,7 @@ def test_torchrun_without_a_run_folder_is_refused(command, monkeypatch, pipeline
     monkeypatch.setenv("LOCAL_RANK", "0")
     code, _, err = command("run", *smoke(pipelines, shards, *TWO))
     assert code == 1
-    assert "distill: run_dir=null: torchrun starts every process by itself" in err
+    assert "distill: run_dir=null: processes of torchrun do not share a new folder" in err
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm", "ray"])

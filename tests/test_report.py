@@ -373,7 +373,7 @@ def test_a_missing_file_costs_its_own_section_only(run, missing):
 
 def test_an_empty_folder_has_a_report(tmp_path):
     text = read(tmp_path)[1].text
-    assert "not judged" in text
+    assert "not evaluated" in text
     assert "No samples were kept" in text
     assert "not measured" in text
 

@@ -221,7 +221,7 @@ def test_what_is_typed_is_used_and_written_nowhere(
     again = [f"resume={run}", "trainer.max_steps=3"]
     code, _, err = command("run", *again)
     assert code == 1
-    assert f"{run / 'config.yaml'}: logger.mine.api_key=***: was left out of the file" in err
+    assert f"{run / 'config.yaml'}: logger.mine.api_key=***: is a secret, which is not saved" in err
     monkeypatch.setenv("TOLD", "")
     code, out, err = command("run", *again, *(f"+{way}" for way in ways))
     assert code == 0, err

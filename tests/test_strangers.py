@@ -294,7 +294,7 @@ def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeyp
         (place / "run").mkdir()
         Path(path).symlink_to("/proc/self/environ")
     folder_of(reading(key, path), place / "run")
-    with pytest.raises(ValueError, match=rf"{key}={path}: is no file, but what the system says"):
+    with pytest.raises(ValueError, match=rf"{key}={path}: is a file of the system about processes"):
         resumed(place)
 
 
@@ -349,7 +349,9 @@ def test_a_place_that_is_typed_again_is_ones_own(place, monkeypatch):
     cfg = composed("config", *RUN, f"resume={folder}", "+data.path=here")
     assert resumed_config(cfg).data.path == "here"
     monkeypatch.setattr("distill.config.continued.overrides", lambda: ["seed=0"])
-    with pytest.raises(ValueError, match=r"data\.path=s3://bucket/shards: is no name on this"):
+    with pytest.raises(
+        ValueError, match=r"data\.path=s3://bucket/shards: is neither a path on this"
+    ):
         resumed_config(cfg)
 
 

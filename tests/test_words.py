@@ -211,9 +211,7 @@ def test_a_group_is_left_out_by_any_word_for_nothing(nothing):
     assert texts.for_hydra(f"teacher={nothing}", "evaluate") == "~teacher"
     needed = ["method", "teacher", "student", "data", "optimizer", "trainer", "sampler"]
     for group in needed:
-        with pytest.raises(
-            ValueError, match=f"^{group}={nothing}: a run cannot be without; choose"
-        ):
+        with pytest.raises(ValueError, match=f"^{group}={nothing}: a run needs it; choose"):
             texts.for_hydra(f"{group}={nothing}", "config")
 
 
@@ -221,7 +219,7 @@ def test_groups_of_other_commands():
     assert texts.for_hydra("+method=add", "config") == "method=add"
     assert texts.for_hydra("method=add,ladd", "config", sweep=True) == "method=add,ladd"
     for word, config, said in (
-        ("~metrics", "evaluate", "~metrics: evaluate cannot be without; choose one by metrics="),
+        ("~metrics", "evaluate", "~metrics: evaluate needs it; choose one by metrics="),
         ("data=null", "cache", "data=null: cache cannot be without"),
         ("teacher=sdxl", "sample", "teacher=sdxl: sample has no such key"),
         (

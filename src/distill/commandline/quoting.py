@@ -262,7 +262,7 @@ def _group(word: str, config: str) -> str:
         return f"{name}=none"
     if name in OPTIONAL.get(config, ()):
         return f"~{name}"
-    what = f"{command} cannot be without; choose one by {name}=..."
+    what = f"{command} needs it; choose one by {name}=..."
     raise ValueError(f"{word}: {what}, there is {', '.join(there)}")
 
 

@@ -1,7 +1,6 @@
-"""What is done with a configuration before anything is built: safe instantiation, paths, run
-folders, going on.
+"""Configurations before anything is built: safe instantiation, paths, run folders, resuming.
 
-Nothing here imports torch, so that commands can refuse a mistake at once.
+Nothing here imports torch, so that commands can report mistakes at once.
 """
 
 import contextlib
@@ -35,33 +34,33 @@ from distill.training import run_folders as folders
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # a path `shapes:name` means the model or shards of this name inside the package
 SHIPPED = "shapes:"
-# In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
+# In a defaults list: the world of a teacher, which is `shapes` for `shapes_unet`.
 OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
-# Once a run has begun.
+# Keys that a resumed run may not change.
 FIXED_ON_RESUME = ("method", "teacher", "student", "discriminator", "seed", "optimizer.head_start")
 
 
 def make(node: DictConfig, key: str) -> Any:
-    """The one way to instantiate: the node at a dotted key, of what `trust` lets that hold.
+    """Instantiate the node at a dotted key, if `trust` allows its classes. Nothing else calls
+    Hydra's `instantiate`.
 
-    Its containers are plain, and shipped paths absolute. Texts that hold `${` go past OmegaConf, to
-    which they would be interpolations.
+    Containers become plain, and shipped paths absolute. Texts with `${` bypass OmegaConf, which
+    would read them as interpolations.
     """
     tree = checked_node(node, key)
-    if not (held := paths.verbatim(tree)):
+    texts = paths.verbatim(tree)
+    if not texts:
         return instantiate(OmegaConf.create(tree), _convert_="all")
-    rest = {name: value for name, value in tree.items() if name not in held}
+    rest = {name: value for name, value in tree.items() if name not in texts}
     build = instantiate(OmegaConf.create({**rest, "_partial_": True}), _convert_="all")
-    return functools.partial(build, **held) if tree.get("_partial_") else build(**held)
+    return functools.partial(build, **texts) if tree.get("_partial_") else build(**texts)
 
 
 def checked_node(node: DictConfig, key: str = "") -> Any:
-    """The node as plain containers, every value resolved. Raises ValueError for what no
-    configuration may hold.
+    """The node as plain containers, with every value resolved.
 
-    That is: a target that its key may not hold, a key that its target does not take (with the
-    nearest that it does), and text that would become an interpolation when it is read again, behind
-    the check's back.
+    Raises ValueError for a `_target_` that is not allowed at its key, for a key that its target
+    does not take, and for text that would be an interpolation when it is read again.
     """
     return _checked_value(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), key)
 
@@ -92,11 +91,11 @@ def _checked_value(value: Any, path: str) -> Any:
 
 
 def _target(name: str, path: str) -> Any:
-    """The class or function of this name: what the key may hold, not whatever a module imports."""
+    """The class or function of this name, if it is allowed at the key."""
     trust.check_target(name, path)
     try:
         found = get_object(name)
-    except Exception:  # Hydra wraps whatever an import raises
+    except Exception:  # an import may raise anything
         raise ValueError(
             f"{path}._target_: {name}: there is nothing of this name; check how it is written"
         ) from None
@@ -105,9 +104,7 @@ def _target(name: str, path: str) -> Any:
 
 
 def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
-    """Raise ValueError unless the value of each key is a whole number, and not under the least that
-    is given here.
-    """
+    """Raise ValueError unless the value of each key is a whole number at or above its minimum."""
     for key, least in counts.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and (type(value) is not int or value < least):
@@ -117,14 +114,15 @@ def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)` for the most alike of the known names, or nothing."""
+    """` (did you mean ...?)` with the closest of the known names, or ""."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path
-    unchanged.
+    """`shapes:mmdit` -> the folder in the package, `~/x` -> below the home folder; else unchanged.
+
+    Raises FileNotFoundError for an unknown name after `shapes:`.
     """
     if path.startswith("~/"):
         return os.path.expanduser(path)
@@ -140,19 +138,18 @@ def shipped(path: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A text as part of a file's name: letters, digits, `.`, `-` and `_`, as every system takes
-    them.
+    """A text as part of a file name: letters, digits, `.`, `-` and `_`.
 
-    It has at most 180 bytes, of the 255 that are possible, and no letters that the locale lacks.
-    What these limits change is told apart by a hash of the text.
+    At most 180 bytes of the 255 that file systems allow, and only letters of the locale. A text
+    that these limits change gets a hash of it appended.
     """
     plain = re.sub(r"[^\w.-]+", "_", text).strip("._")
     encoding = sys.getfilesystemencoding()
     kept = plain.encode(encoding, "ignore")[:180].decode(encoding, "ignore")
     if kept == plain:
         return plain
-    mark = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:8]
-    return f"{kept}_{mark}".lstrip("_")
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return f"{kept}_{digest}".lstrip("_")
 
 
 def name_of(cfg: DictConfig) -> str:
@@ -163,15 +160,15 @@ def name_of(cfg: DictConfig) -> str:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """The folder of this run, made: `resume`, `run_dir`, SLURM's `runs/slurm_<job>_<name>` or a
-    fresh one by date.
+    """Create and return the run folder: that of `resume`, `run_dir`, `runs/slurm_<job>_<name>` in
+    a SLURM job, or else a new one named by date.
     """
     if cfg.resume:
         return folder_of(cfg.resume)
     if (folder := _shared_folder(cfg)) is None and "RANK" in os.environ:
         raise ValueError(
-            "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write"
-            " there"
+            "run_dir=null: processes of torchrun do not share a new folder; set run_dir, so that"
+            " all write there"
         )
     if folder is None:
         name = file_name(name_of(cfg))
@@ -187,9 +184,7 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def check_run_dir_free(cfg: DictConfig) -> None:
-    """Raise FileExistsError if the folder that a new run is to have holds a run already, or files
-    of anybody's.
-    """
+    """Raise FileExistsError if the folder of a new run holds a run or other files already."""
     folder = None if cfg.resume else _shared_folder(cfg)
     if folder is None or rank() != 0 or is_restarted():
         return
@@ -198,18 +193,21 @@ def check_run_dir_free(cfg: DictConfig) -> None:
         return
     if not (folder / "config.yaml").exists():
         what = (
-            f"is not empty (it has {shown(others[0], 60)}), and a run would write over what is"
-            " there"
+            f"is not empty (it has {shown(others[0], 60)}), and a run would overwrite what is there"
         )
         raise FileExistsError(f"run_dir={folder}: {what}; name another run_dir=, or empty it")
-    kept = any((folder / "checkpoints").glob("step_*.ckpt"))
-    how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
-    raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
+    has_checkpoint = any((folder / "checkpoints").glob("step_*.ckpt"))
+    hint = "remove it, since it has no checkpoint to resume from"
+    if has_checkpoint:
+        hint = f"resume={folder}"
+    raise FileExistsError(
+        f"run_dir={folder} holds a run already; choose another run_dir= or {hint}"
+    )
 
 
 def _shared_folder(cfg: DictConfig) -> Path | None:
-    """The one that every process of the command knows, and the job when it is started again, if
-    there is such.
+    """The folder that all processes of the command know, and a requeued SLURM job too; None if
+    there is none.
     """
     if cfg.run_dir or "SLURM_PROCID" not in os.environ:
         return Path(cfg.run_dir) if cfg.run_dir else None
@@ -224,14 +222,12 @@ def _shared_folder(cfg: DictConfig) -> Path | None:
 
 
 def is_restarted() -> bool:
-    """Whether SLURM runs this job again, after a preemption or because the run asked for it."""
+    """Whether SLURM has requeued this job, after a preemption or at the request of the run."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def requeued(cfg: DictConfig) -> str | None:
-    """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has
-    a checkpoint.
-    """
+    """The run folder from which a requeued SLURM job resumes; None without a checkpoint there."""
     folder = _shared_folder(cfg) if is_restarted() else None
     found = (
         folder and (folder / "config.yaml").exists() and steps_in(folder / "checkpoints", ".ckpt")
@@ -240,7 +236,7 @@ def requeued(cfg: DictConfig) -> str | None:
 
 
 def _fresh_folder(stem: str) -> Path:
-    """One that nobody has, with a number behind its name if another run began in this second."""
+    """Create a new folder; its name gets a number if another run has it already."""
     for i in itertools.count(1):
         folder = Path(stem if i == 1 else f"{stem}-{i}")
         with contextlib.suppress(FileExistsError):
@@ -250,14 +246,14 @@ def _fresh_folder(stem: str) -> Path:
 
 
 def folder_of(resume: str) -> Path:
-    """The run folder that `resume`, a run folder or one of its checkpoints, lies in."""
+    """The run folder of `resume`, which is a run folder or one of its checkpoints."""
     return run_at(
         str(Path(resume).parent.parent) if resume.endswith(".ckpt") else resume, key="resume"
     )
 
 
 def run_at(path: str, key: str = "run") -> Path:
-    """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
+    """The run folder at this path. Raises FileNotFoundError, naming `key`, for any other path."""
     if not (Path(path) / "config.yaml").is_file():
         what = f"not a run folder (it has no config.yaml){near(path)}"
         raise FileNotFoundError(f"{key}={path}: {what}")
@@ -265,9 +261,9 @@ def run_at(path: str, key: str = "run") -> Path:
 
 
 def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
-    """These keys of a run folder's configuration, by `trust.read`; None of what is no run.
+    """These keys of a run folder's configuration, read by `trust.read`; None without a run folder.
 
-    Its paths are found where they moved along with it.
+    Paths of files that were moved together with the run are corrected.
     """
     if not is_run(run):
         return None
@@ -283,39 +279,39 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_unchecked(run: str | Path, *keys: str) -> DictConfig | None:
-    """As `config_of`, all keys unless given, to compare and print alone: its targets are not
-    checked.
+    """As `config_of`, without checking its targets: only to compare and print. Without `keys` all
+    keys.
     """
     if not is_run(run):
         return None
-    said = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
-    return paths.relocated(said, Path(run))
+    content = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
+    return paths.relocated(content, Path(run))
 
 
 def secrets(cfg: DictConfig) -> dict[str, Any]:
-    """Dotted key -> value, of what `written` leaves out."""
+    """Dotted key -> value of every secret, which `to_yaml` leaves out."""
     return secret.secrets_in(OmegaConf.to_container(cfg, resolve=True))
 
 
 def to_yaml(cfg: DictConfig) -> bytes:
-    """The configuration as a file has it: every value resolved, and *** for what is secret.
+    """The configuration as YAML: every value resolved, and *** in place of secrets.
 
-    A text that holds `${` is a text there too, and refers to nothing.
+    `${` in a text is escaped, so that it stays text when the file is read.
     """
     tree = secret.masked_tree(OmegaConf.to_container(cfg, resolve=True))
     return OmegaConf.to_yaml(OmegaConf.create(escaped(tree))).encode()
 
 
 def overrides() -> list[str]:
-    """What the command line says, of one job where it is a sweep."""
+    """The overrides of the command line; in a sweep those of the current job."""
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else OmegaConf.create([])
     raw: Any = OmegaConf.to_container(task, resolve=False)
     both = zip(raw, task, strict=True)
-    return [secret.resolved(word) if secret.TYPED in word else said for word, said in both]
+    return [secret.resolved(text) if secret.TYPED in text else value for text, value in both]
 
 
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
-    """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
+    """Dotted key -> `key=value (was ...)` for every value that has changed."""
     trees = (secret.masked_tree(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
     both = (dotted(tree) for tree in trees)
     old, new = (
@@ -326,20 +322,19 @@ def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
 
 
 def processes(cfg: DictConfig) -> int:
-    """How many processes train, over all nodes."""
+    """The number of training processes on all nodes."""
     devices = cfg.trainer.get("devices", 1)
     if devices in ("auto", -1, "-1"):
         import torch
 
-        devices = (
-            1 if cfg.trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
-        )  # as Lightning
+        on_cpu = cfg.trainer.get("accelerator") == "cpu"
+        devices = 1 if on_cpu else max(1, torch.cuda.device_count())  # as Lightning does
     count = len(devices) if isinstance(devices, ListConfig) else int(devices)
     return count * cfg.trainer.get("num_nodes", 1)
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a tree with its value, those of inner nodes as well."""
+    """Every dotted key of a tree with its value; inner nodes have a key too."""
     found = {}
     for key, value in tree.items():
         found[f"{prefix}{key}"] = value

@@ -1,5 +1,6 @@
-"""A user's own mistake is said in one sentence, exit code 1, without a traceback;
-HYDRA_FULL_ERROR=1 shows it all.
+"""Mistakes of the user are printed as one sentence, with exit code 1 and without a traceback.
+
+HYDRA_FULL_ERROR=1 shows the traceback.
 """
 
 import functools
@@ -38,8 +39,7 @@ from distill.machine.ranks import rank
 from distill.terminal import console, secret
 from distill.terminal.shown import shown
 
-# What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of
-# ours.
+# Errors that a user, a disk or a file can cause. Others, such as AttributeError, are bugs.
 MISTAKES = (
     ValueError,
     OSError,
@@ -54,25 +54,28 @@ FULL = "HYDRA_FULL_ERROR"
 def command(
     name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, hint: str = ""
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is
-    the exit code.
+    """Decorator: turn a function of the configuration <name>.yaml into a command.
 
-    `prepare` gives the configuration what it leaves open, before it is asked what is missing.
-    `way_on` says how to go on with what was done, should it be stopped; the function may know
-    better, by `faults.goes_on`.
+    The function returns the exit code. `prepare` sets defaults before missing keys are checked.
+    `hint` says how to resume if the command is stopped; the function can set a better one with
+    `faults.hint_on_failure`.
 
-    Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it
-    raises. So the variable is set while Hydra composes, and what the user had there is put back
-    before the function is called.
+    Hydra prints errors itself, unless HYDRA_FULL_ERROR is set: then it raises. So the variable is
+    set while Hydra composes, and restored before the function is called.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
-            asked, sweep = os.environ.get(FULL, "0"), Sweep()
+            full_errors, sweep = os.environ.get(FULL, "0"), Sweep()
 
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
-                with sweep.job(), _full_errors(asked), console.record_output(), print_mistakes():
+                with (
+                    sweep.job(),
+                    _full_errors(full_errors),
+                    console.record_output(),
+                    print_mistakes(),
+                ):
                     typed.register_config_secrets(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -84,7 +87,7 @@ def command(
                     with faults.hint_on_failure(lambda: hint):
                         code = task(cfg)
                         signals.check()
-                    if code or signals.received():  # no other job of a sweep begins after a signal
+                    if code or signals.received():  # a signal also ends the sweep
                         raise SystemExit(code)
 
             signals.end_with_parent()
@@ -94,7 +97,7 @@ def command(
                 typed.register_secrets(sys.argv[1:])
                 with print_mistakes():
                     sys.argv[1:] = _checked_arguments(name, sweep)
-                    if text := _help_text(task, name):
+                    if text := _help_or_completion(task, name):
                         print(text)
                         return
                 with print_mistakes(), _full_errors("1"):
@@ -108,7 +111,7 @@ def command(
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Have nothing of this command be left for another one in the same process."""
+    """Reset global state afterwards, for another command in the same process."""
     with secret.scoped():
         try:
             yield
@@ -117,31 +120,27 @@ def _isolated() -> Iterator[None]:
 
 
 def _checked_arguments(name: str, sweep: Sweep) -> list[str]:
-    """The command line as Hydra is to have it: checked, flags last, texts quoted, no secret."""
-    words = [as_typed(word) for word in sys.argv[1:]]
-    config_folders.check(words)
-    words = flags_last(words)
-    check_flags(words)
-    read = [for_hydra(word, name, sweep=sweep.asked) for word in words]
-    typed.register_secrets(read)
-    given = with_variables(read)
-    sweep.typed = dict(zip(given, words, strict=True))
-    return given
+    """The command line for Hydra: checked, flags last, texts quoted, without secrets."""
+    arguments = [as_typed(argument) for argument in sys.argv[1:]]
+    config_folders.check(arguments)
+    arguments = flags_last(arguments)
+    check_flags(arguments)
+    quoted = [for_hydra(argument, name, sweep=sweep.asked) for argument in arguments]
+    typed.register_secrets(quoted)
+    without_secrets = with_variables(quoted)
+    sweep.typed = dict(zip(without_secrets, arguments, strict=True))
+    return without_secrets
 
 
 def escape_unprintable() -> None:
-    """Have the terminal show what it has no letter for as an escape, instead of ending the
-    command.
-    """
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _help_text(task: Callable[[DictConfig], Any], config: str) -> str | None:
-    """The help page of the command whose module the function stands in, or what completes it, where
-    one asks.
-    """
+def _help_or_completion(task: Callable[[DictConfig], Any], config: str) -> str | None:
+    """The help page or the completion script of the command, if its flags are given; else None."""
     from distill.completion import requested_shell, script
 
     if shell := requested_shell(sys.argv):
@@ -166,38 +165,37 @@ def _full_errors(value: str) -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Have a signal end what is inside in one sentence; exit code 128 plus its number, 0 where
-    SLURM requeues.
+    """Let a signal end the command with one sentence.
+
+    The exit code is 128 plus its number, or 0 if SLURM requeues the job.
     """
     try:
         with signals.stop_on_signal():
             yield
     except signals.Stopped as stop:
-        way = getattr(stop, faults.HINT, "")
+        hint = getattr(stop, faults.HINT, "")
         if rank() == 0:
-            print(f"distill: {stop}{f'; {way}' if way else ''}", file=sys.stderr)
-        again = stop.number == signals.REQUEUE and signals.requeue()
-        raise SystemExit(0 if again else 128 + stop.number) from None
+            print(f"distill: {stop}{f'; {hint}' if hint else ''}", file=sys.stderr)
+        requeued = stop.number == signals.REQUEUE and signals.requeue()
+        raise SystemExit(0 if requeued else 128 + stop.number) from None
 
 
 @contextmanager
 def print_mistakes() -> Iterator[None]:
-    """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug
-    with its traceback.
-    """
+    """Print a mistake of the user as `distill: <sentence>` on stderr; bugs keep their traceback."""
     try:
         yield
     except BrokenPipeError:
-        raise  # `readers_may_leave`
+        raise  # for `tolerate_closed_pipes`
     except Exception as error:
         signals.check(error)
         if wants_traceback() or not is_mistake(error):
             raise
         console.log_failure(error)
-        said = shown(secret.masked(sentence(error)))
-        print(f"distill: {said}", file=sys.stderr)
+        text = shown(secret.masked(sentence(error)))
+        print(f"distill: {text}", file=sys.stderr)
         end = SystemExit(1)
-        end.add_note(said)  # for who lists what has failed
+        end.add_note(text)  # `Sweep` lists it among the failed jobs
         raise end from None
 
 
@@ -207,20 +205,18 @@ def wants_traceback() -> bool:
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether this is the doing of a user, a file or the machine, so that a sentence says all there
-    is to say.
-    """
+    """Whether a user, a file or the machine caused this error, so that a sentence is enough."""
     cause = _root_cause(error)
-    # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
+    # Lightning's class for wrong settings, by its name: importing it takes seconds.
     known = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
     return known or faults.sentence(error, cause) is not None
 
 
 def sentence(error: BaseException) -> str:
-    """What is wrong, where, and what to do, on one line."""
+    """The error as one line: what is wrong, where, and what to do."""
     cause = _root_cause(error)
-    if said := faults.sentence(error, cause):
-        return said
+    if text := faults.sentence(error, cause):
+        return text
     if isinstance(cause, MissingConfigException) and cause.options is not None:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
         return (
@@ -240,9 +236,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
         return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}"
     text = str(cause)
-    if (
-        "Original Traceback" in text
-    ):  # a worker of the loader: the sentence comes last, after the exception's name
+    if "Original Traceback" in text:
+        # of a DataLoader worker: the message is the last line, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
     elif isinstance(cause, HydraException):
         text = _hydra_sentence(text)
@@ -250,56 +245,56 @@ def sentence(error: BaseException) -> str:
 
 
 def _hydra_sentence(text: str) -> str:
-    """What Hydra finds wrong with a word of the command line, with what to type instead."""
+    """An error of Hydra about an argument of the command line, with what to type instead."""
     several = text.startswith(("Ambiguous value", "Sweep parameters"))
     found = re.search(r"'(.*)'" if several else r"'(.*?)'", text)
-    named = found[1] if found else ""
+    quoted = found[1] if found else ""
     if several:
-        key, _, value = named.partition("=")
+        key, _, value = quoted.partition("=")
         return (
-            f"{named}: has a comma; write {key}=[{value}] for a list, or add -m to run once for"
+            f"{quoted}: has a comma; write {key}=[{value}] for a list, or add -m to run once for"
             " each value"
         )
     if text.startswith("Could not append to config. An item is already at"):
-        return f"+{named}: there is such a key already; leave the + out"
+        return f"+{quoted}: there is such a key already; leave the + out"
     if text.startswith("Cannot find primary config"):
-        return f"--config-name={named}: there is no such configuration; leave it out"
+        return f"--config-name={quoted}: there is no such configuration; leave it out"
     if text.startswith("Additional config directory"):
-        return f"--config-dir={named}: there is no such folder; give the one that has experiment/"
+        return f"--config-dir={quoted}: there is no such folder; give the one that has experiment/"
     if text.startswith("Could not override"):
-        return f"{named}: no such group{nearest(named, GROUPS)}; --help lists all"
+        return f"{quoted}: no such group{nearest(quoted, GROUPS)}; --help lists all"
     if text.startswith("Could not delete"):
-        named = named.removeprefix("defaults.")
-        return f"~{named}: there is no such key{nearest(named, GROUPS)}; leave it out"
+        key = quoted.removeprefix("defaults.")
+        return f"~{key}: there is no such key{nearest(key, GROUPS)}; leave it out"
     unquoted = re.search(r"'([\w./@]+)'", text)
     return text.rstrip(". ") + (nearest(unquoted[1], GROUPS) if unquoted else "")
 
 
 def _key_sentence(error: BaseException, cause: OmegaConfBaseException) -> str:
-    """What OmegaConf finds wrong with a key or an interpolation, with what to type instead."""
-    said, key = str(cause).splitlines()[0], str(cause.full_key or "")
+    """An error of OmegaConf about a key or an interpolation, with what to type instead."""
+    message, key = str(cause).splitlines()[0], str(cause.full_key or "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         near = nearest(key, [known for known in _keys(cause) if known != key])
         if isinstance(error, HydraException):
             return f"{key}: no such key{near}; --cfg job prints all"
         return f"{key}: not given; add {key}=..., or do not leave it out"
-    words = [word for word in sys.argv[1:] if "${" in word and secret.TYPED not in word]
-    word = next(iter(words), key)
+    typed_ones = [text for text in sys.argv[1:] if "${" in text and secret.TYPED not in text]
+    argument = next(iter(typed_ones), key)
     if isinstance(cause, InterpolationKeyError):
-        named = re.search(r"'(.*?)'", said)
-        name = named[1] if named else ""
+        quoted = re.search(r"'(.*?)'", message)
+        name = quoted[1] if quoted else ""
         what = f"there is no key {name}{nearest(name, _keys(cause))}"
-        return f"{word}: {what}; write \\${{{name}}} for the characters themselves"
+        return f"{argument}: {what}; write \\${{{name}}} for the characters themselves"
     if isinstance(cause, GrammarParseError | UnsupportedInterpolationType):
         what = "is read as a reference to another key, and is none"
-        return f"{word}: ${{ {what}; write \\${{ for the characters themselves"
+        return f"{argument}: ${{ {what}; write \\${{ for the characters themselves"
     if isinstance(cause, InterpolationResolutionError):
-        return f"{word}: {said}"
-    return f"{key}: {said}" if key and key not in said else said
+        return f"{argument}: {message}"
+    return f"{key}: {message}" if key and key not in message else message
 
 
 def _keys(error: OmegaConfBaseException) -> list[str]:
-    """Every dotted key that could have been meant: those of the configuration, and the groups."""
+    """All dotted keys of the configuration, and the groups: candidates for a misspelt key."""
     if error.parent_node is None:
         return GROUPS
     tree: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
@@ -309,7 +304,7 @@ def _keys(error: OmegaConfBaseException) -> list[str]:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """What went wrong first: Hydra wraps an exception of a constructor in one of its own."""
+    """The first exception of the chain: Hydra wraps exceptions of constructors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""Whether the data and the teacher of a run fit each other, said before anything is trained."""
+"""Check before training that the data of a run fit its teacher."""
 
 import inspect
 import logging
@@ -43,9 +43,9 @@ def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    told = telling(cfg.teacher)
-    if null and made.get("told", told) != told:
-        what = f"teacher options {made['told'] or 'none'}, and this run has {told or 'none'}"
+    options = telling(cfg.teacher)
+    if null and made.get("told", options) != options:
+        what = f"teacher options {made['told'] or 'none'}, and this run has {options or 'none'}"
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
@@ -55,7 +55,7 @@ def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
             f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
     if not content.maybe_same_path(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
-        what = "right if both have one autoencoder and one text encoder"
+        what = "right if both share the autoencoder and the text encoders"
         log.warning(
             "data.path=%s was made with %s, not with this run's teacher: %s",
             cfg.data.path,
@@ -66,8 +66,9 @@ def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
 
 
 def warn_size(data: Any, teacher: Any) -> None:
-    """Warn where the data have other sides than the teacher, at whose pictures of a student are
-    drawn and exported.
+    """Warn if the data have another size than the teacher.
+
+    Samples, the evaluation and the exported pipeline use the size of the teacher.
     """
     size, shape = getattr(data, "size", None), getattr(data, "shape", None)
     if size:
@@ -77,11 +78,12 @@ def warn_size(data: Any, teacher: Any) -> None:
         sizes = [teacher.sides_of(each) for each in latents]
     else:
         return
-    own = teacher.sides_of(teacher.latent_shape)
-    if own in sizes:
+    of_teacher = teacher.sides_of(teacher.latent_shape)
+    if of_teacher in sizes:
         return
     height, width = sizes[0]
     square = height == width and "size" in inspect.signature(type(teacher)).parameters
-    how = f"teacher.size={width} makes both the same" if square else "make data of that size"
-    what = f"the data are of {width} x {height} pixels and this teacher is of {own[1]} x {own[0]}"
-    log.warning("%s, at which samples, evaluation and the student's pipeline draw: %s", what, how)
+    hint = f"teacher.size={width} makes both the same" if square else "make data of that size"
+    size_of_teacher = f"{of_teacher[1]} x {of_teacher[0]}"
+    what = f"the data are of {width} x {height} pixels and this teacher is of {size_of_teacher}"
+    log.warning("%s, which samples, evaluation and the student's pipeline use: %s", what, hint)
