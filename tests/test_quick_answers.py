@@ -306,8 +306,8 @@ WRONG = [
     ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: cannot be read as lines"),
     ("run", "metrics=coco5k metrics.path={here}", "cannot read annotations/captions_val2017.json"),
     ("run", "discriminator.features.path=./no method=add", "features.path=./no: no such folder"),
-    ("sample", "run={here} prompt=???", "prompt=???: three question marks alone stand for a value"),
-    ("sample", "run={here} prompt='???'", "prompt='???': three question marks alone stand for a"),
+    ("sample", "run={here} prompt=???", "prompt=???: ??? stands for a missing value"),
+    ("sample", "run={here} prompt='???'", "prompt='???': ??? stands for a missing"),
     ("sample", "run={here}/unet prompt=x out={here}/mine", "holds a grid.png that was not made by"),
     (
         "compare",

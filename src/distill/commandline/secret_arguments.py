@@ -1,8 +1,8 @@
-"""Secrets of the command line as names of variables, since Hydra writes down what it is given.
+"""Replace secrets of the command line by environment variables, since Hydra saves its arguments.
 
-It keeps every word: in multirun.yaml of a sweep, and below .hydra/ where `hydra.output_subdir` asks
-for that. So it is given `${oc.env:DISTILL_TYPED_0}` in place of a value, which this process and
-those that it starts have in their environment.
+Hydra writes every argument to multirun.yaml of a sweep, and to .hydra/ with `hydra.output_subdir`.
+So it gets `${oc.env:DISTILL_TYPED_0}` in place of a secret. This process and its child processes
+have the value in their environment.
 """
 
 import os
@@ -15,54 +15,56 @@ from distill.config.typed import parse_override
 from distill.terminal import secret
 
 
-def with_variables(words: list[str]) -> list[str]:
-    """The words with a variable in place of each secret, or text that holds one; the variables are
-    set.
+def with_variables(arguments: list[str]) -> list[str]:
+    """The arguments with a variable in place of each secret or text that holds one; sets the
+    variables.
 
-    A value that has an interpolation in it already stays, and so does a word that Hydra cannot
-    read.
+    Values with an interpolation stay, and arguments that Hydra cannot parse.
     """
-    given: list[str] = []
-    return [_word(word, given) for word in words]
+    values: list[str] = []
+    return [_replaced(argument, values) for argument in arguments]
 
 
-def _word(word: str, given: list[str]) -> str:
-    found = None if word.startswith("-") or "=" not in word else parse_override(word)
+def _replaced(argument: str, values: list[str]) -> str:
+    """The argument without secrets, whose values are appended to `values`."""
+    is_override = "=" in argument and not argument.startswith("-")
+    found = parse_override(argument) if is_override else None
     key = found.key_or_group if found else ""
     if found is None or not found.value_type or key in GROUPS:
-        return word
-    before = len(given)
+        return argument
+    before = len(values)
     if isinstance(found._value, ChoiceSweep):
-        found._value.list = [_without(value, key, given) for value in found._value.list]
+        found._value.list = [_without(value, key, values) for value in found._value.list]
     else:
-        found._value = _without(found._value, key, given)
-    if len(given) == before:
-        return word
+        found._value = _without(found._value, key, values)
+    if len(values) == before:
+        return argument
     return f"{found.get_key_element()}={found.get_value_element_as_str()}"
 
 
-def _without(value: Any, key: str, given: list[str]) -> Any:
-    """The value at a dotted key, as Hydra has read it, without what is secret in it."""
+def _without(value: Any, key: str, values: list[str]) -> Any:
+    """The value at a dotted key, as Hydra has parsed it, with variables in place of secrets."""
     if isinstance(value, dict):
-        return {name: _without(inner, f"{key}.{name}", given) for name, inner in value.items()}
+        return {name: _without(inner, f"{key}.{name}", values) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_without(inner, f"{key}.{i}", given) for i, inner in enumerate(value)]
+        return [_without(inner, f"{key}.{i}", values) for i, inner in enumerate(value)]
     plain = value.text if isinstance(value, QuotedString) else value
     if isinstance(plain, str) and ("${" in plain or not _is_secret(plain, key)):
         return value
     if not isinstance(plain, str) and secret.masked_tree(plain, key) == plain:
         return value
-    variable = f"{secret.TYPED}{len(given)}"
-    given.append(str(plain))
+    variable = f"{secret.TYPED}{len(values)}"
+    values.append(str(plain))
     os.environ[variable] = str(plain)
-    named = f"${{oc.env:{variable}}}"
-    named = named if isinstance(plain, str) else f"${{oc.decode:{named}}}"
-    # In quotes, which a sweep keeps: Hydra would escape it for every job.
-    return QuotedString(text=named, quote=Quote.single)
+    reference = f"${{oc.env:{variable}}}"
+    if not isinstance(plain, str):
+        reference = f"${{oc.decode:{reference}}}"
+    # In quotes, which a sweep keeps: Hydra would escape an unquoted text for every job.
+    return QuotedString(text=reference, quote=Quote.single)
 
 
 def _is_secret(text: str, key: str) -> bool:
-    """Whether a text is one by its key, by a password of a URL, or by what it says: a word of
-    another command.
+    """Whether a text is a secret by its key, is a URL with a password, or is an override with a
+    secret.
     """
     return secret.masked_tree(text, key) != text or bool(secret.secrets_in_arguments([text]))
