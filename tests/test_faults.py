@@ -302,7 +302,7 @@ def test_what_is_printed_onto_a_full_disk_is_said():
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=300)
     assert ended.returncode == 1
     said = ended.stderr.decode().splitlines()[-1]
-    assert said == f"distill: what is printed: No space left on device; make room, then {AGAIN}"
+    assert said == f"distill: the output: No space left on device; make room, then {AGAIN}"
 
 
 # -- trackers --------------------------------------------------------------------------------------
