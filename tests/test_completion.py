@@ -160,9 +160,9 @@ def test_options_of_ones_own_folder_are_completed(place):
 
 def test_the_tab_key_waits_for_nothing_heavy(place):
     code = (
-        "import sys; from distill.commandline.completions import following; "
-        "assert following(['distill', 'run', 'optimizer.schedule=c']); "
-        "assert following(['distill', 'run', 'tra']); "
+        "import sys; from distill.commandline.completions import completions; "
+        "assert completions(['distill', 'run', 'optimizer.schedule=c']); "
+        "assert completions(['distill', 'run', 'tra']); "
         "assert not {'torch', 'lightning', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,10 +20,10 @@ from test_stopping import gone
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 RANK = "rank = int(os.environ['RANK'])\n"
 HEAD = (
-    "import json, os, sys, time\nfrom pathlib import Path\nfrom distill import progress\n"
+    "import json, os, sys, time\nfrom pathlib import Path\nfrom distill.terminal import progress\n"
     "notes = Path(sys.argv[1]) / 'processes'\n"
     + RANK
-    + "progress.beat_into(notes / f'{rank}.beat')\n"
+    + "progress.write_heartbeat(notes / f'{rank}.beat')\n"
     "def note(**end):\n"
     "    (notes / f'{rank}.end').write_text(json.dumps({'at': time.time(), **end}))\n"
 )

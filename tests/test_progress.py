@@ -226,12 +226,12 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
     """Nor does it a run, which has a log, when more than progress is printed:
     `distill.run | head`.
     """
-    keeps, prints = ("keep(Path('log'))", "print(7)") if kept else ("pass", "pass")
+    keeps, prints = ("log_to(Path('log'))", "print(7)") if kept else ("pass", "pass")
     script = (
         "from pathlib import Path\n"
-        "from distill.terminal.console import keep, recorded\n"
+        "from distill.terminal.console import log_to, record_output\n"
         "from distill.terminal.progress import track\n"
-        "with recorded():\n"
+        "with record_output():\n"
         f"    {keeps}\n"
         "    assert sum(track([1, 2], 'adding')) == 3\n"
         f"    {prints}\n"
@@ -254,14 +254,14 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
 SCRIPT = """
 import logging, sys, time, warnings
 from pathlib import Path
-from distill import progress
-from distill.terminal.console import keep, recorded
+from distill.terminal import progress
+from distill.terminal.console import log_to, record_output
 from distill.terminal.progress import Bar, stage
 progress.FIRST = 0.2
 handler = logging.StreamHandler(sys.stdout)
 logging.getLogger("distill.health").addHandler(handler)
-with recorded():
-    keep(Path("run.log"))
+with record_output():
+    log_to(Path("run.log"))
     with stage("loading the teacher"):
         time.sleep(0.6)
     with Bar("search", 2, unit="trial") as outer, Bar("training", 40, rate="images") as bar:
@@ -332,7 +332,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path):
 
 def test_a_library_s_own_bar_gets_the_place(tmp_path):
     script = SCRIPT.split("with recorded")[0] + (
-        "with recorded(), stage('loading'):\n"
+        "with record_output(), stage('loading'):\n"
         "    time.sleep(0.3)\n"
         "    for k in range(3):\n"
         "        print(f'\\rfetched {k} of 2', end='', file=sys.stderr, flush=True)\n"
@@ -349,10 +349,10 @@ def test_what_goes_to_a_file_is_not_drawn_on_the_terminal(tmp_path):
     """`sample > paths.txt`: the paths are for the file, the bar is on stderr."""
     script = (
         "import sys, time\n"
-        "from distill.terminal.console import on_stderr, recorded\n"
+        "from distill.terminal.console import print_to_stderr, record_output\n"
         "from distill.terminal.progress import track\n"
         "sys.stdout = open('paths.txt', 'w')\n"
-        "with recorded(), on_stderr():\n"
+        "with record_output(), print_to_stderr():\n"
         "    for k in track(range(4), 'drawing', unit='image'):\n"
         "        print(f'{k}.png')\n"
         "        time.sleep(0.1)\n"

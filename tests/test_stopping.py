@@ -221,8 +221,8 @@ READY = "print('ready', flush=True)"
 
 def waiting(work: str, before: str = "") -> tuple[subprocess.Popen, str]:
     """A process that listens as a command does, and whose work has said READY."""
-    code = f"import signal, sys, time\nfrom distill import signals\n{before}\ntry:\n"
-    code += "    with signals.heard():\n" + textwrap.indent(work, " " * 8)
+    code = f"import signal, sys, time\nfrom distill.machine import signals\n{before}\ntry:\n"
+    code += "    with signals.stop_on_signal():\n" + textwrap.indent(work, " " * 8)
     code += "\nexcept signals.Stopped as stop:\n    print(stop.number.name)\n    sys.exit(3)\n"
     pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     started = subprocess.Popen([sys.executable, "-c", code], **pipe)
@@ -248,23 +248,25 @@ def test_a_ctrl_c_while_a_command_is_imported_leaves_no_traceback():
 
 PARENT = """
 import os, subprocess, sys, time
-from distill import signals
+from distill.machine import signals
 child = '''
 import sys, time
-from distill import signals
+from distill.machine import signals
 {lacks}
-with signals.heard():
+with signals.stop_on_signal():
     signals.end_with_parent()
     print("ready", flush=True)
     time.sleep(600)
 '''
-started = subprocess.Popen([sys.executable, "-c", child], env={env}, **signals.apart())
+started = subprocess.Popen([sys.executable, "-c", child], env={env}, **signals.new_session())
 print(started.pid, flush=True)
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("env", ["signals.for_child()", "{**os.environ, signals.TORCHRUN: '7'}"])
+@pytest.mark.parametrize(
+    "env", ["signals.child_environment()", "{**os.environ, signals.TORCHRUN: '7'}"]
+)
 @pytest.mark.parametrize("lacks", ["", "signals._die_with_parent = lambda number: None"])
 def test_a_process_ends_with_the_one_that_has_started_it(env, lacks):
     """By the kernel, and where it has no such thing by a look every second; torchrun's too."""
@@ -281,7 +283,7 @@ def test_a_process_ends_with_the_one_that_has_started_it(env, lacks):
 def test_a_process_whose_parent_died_before_it_asked_ends_too(monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    code = "from distill import signals\nsignals.end_with_parent()\nimport time; time.sleep(600)"
+    code = "from distill.machine import signals\nsignals.end_with_parent()\nimport time; time.sleep(600)"
     environment = {**os.environ, signals.PARENT: str(ended.pid)}
     orphan = subprocess.Popen([sys.executable, "-c", code], env=environment)
     assert orphan.wait(timeout=60) == -signal.SIGTERM

@@ -58,11 +58,11 @@ HOLD = """
 LAUNCH = """
     import os, subprocess, sys, time
     from pathlib import Path
-    from distill.storage.locks import one_writer, pass_on
+    from distill.storage.locks import one_writer, share_locks
     with one_writer(Path(sys.argv[1]), "out"):
         environment = dict(os.environ)
         code = "from distill.storage.locks import adopt; adopt(); import time; time.sleep(3)"
-        subprocess.Popen([sys.executable, "-c", code], env=environment, **pass_on(environment))
+        subprocess.Popen([sys.executable, "-c", code], env=environment, **share_locks(environment))
         print("ready", flush=True)
         time.sleep(600)
 """
