@@ -230,7 +230,7 @@ def test_scaled_gradients_are_refused(refused, no_weights):
     said = refused("run", "trainer.precision=16-mixed")
     assert (
         said
-        == "trainer.precision=16-mixed: is not for two players; use auto, bf16-mixed or 32-true"
+        == "trainer.precision=16-mixed: does not work with two optimisers; use auto, bf16-mixed or 32-true"
     )
 
 
@@ -826,7 +826,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     folder = tmp_path / "run"
     assert said.startswith("cannot write the checkpoint ")
     assert (
-        "step_000002.ckpt (No space left on device); those before it are untouched: make room, then"
+        "step_000002.ckpt (No space left on device); earlier ones are unchanged: make room, then"
         " resume" in said
     )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]

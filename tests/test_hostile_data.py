@@ -577,5 +577,5 @@ def test_a_list_of_prompts_without_end_is_refused(tmp_path):
     sparse_file(tmp_path / "prompts.txt", 2**33, b"a star\n")
     with pytest.raises(ValueError, match=r"^data\.path=.*: cannot be read as lines .*8 GiB"):
         Lines(str(tmp_path / "prompts.txt"))
-    with pytest.raises(ValueError, match="is no plain file"):
+    with pytest.raises(ValueError, match="is no regular file"):
         Lines("/dev/zero")

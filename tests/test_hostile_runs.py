@@ -370,7 +370,11 @@ def test_a_terminal_and_a_log_get_text(capsys, tmp_path):
         ("x.safetensors.index.json", {"weight_map": {"a": "passwd"}}, "files of weights"),
         ("x.safetensors.index.json", {"weight_map": [1]}, "names no weights"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/x"}, "names another model"),
-        ("config.json", {"a": {"attn_implementation": "evil/x"}}, "is code that would be fetched"),
+        (
+            "config.json",
+            {"a": {"attn_implementation": "evil/x"}},
+            "is code that would be downloaded",
+        ),
         (
             "config.json",
             {"_attn_implementation": {"": "kernels-community/x"}},

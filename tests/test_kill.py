@@ -213,8 +213,8 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
         newest.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
     code, out, _ = command("run", f"resume={folder}")
     assert code == 0
-    assert f"{newest} is cut short or no checkpoint of distill" in out + caplog.text
-    assert "going on from step_000011.ckpt instead" in out + caplog.text
+    assert f"{newest} is incomplete or no checkpoint of distill" in out + caplog.text
+    assert "resuming from step_000011.ckpt instead" in out + caplog.text
     assert tiny.same(end_of(folder), expected)
 
 

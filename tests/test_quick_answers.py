@@ -295,7 +295,7 @@ WRONG = [
     ("run", "callbacks.samples.prompts=nope.txt", "samples.prompts=nope.txt: cannot be read as"),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
-    ("run", "resume={here}/made", "/made: holds no checkpoint to go on from"),
+    ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),
     ("run", "run_dir={here}/made", "/made holds a run already; choose another run_dir="),
     ("run", "teacher.path=./nope", "teacher.path=./nope: no such folder"),
     ("run", "teacher.path={here}", "not a diffusers pipeline folder (it has no model_index.json)"),

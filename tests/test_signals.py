@@ -28,7 +28,8 @@ def ended(tmp_path, work: str, **files: str) -> subprocess.CompletedProcess:
     """
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text), encoding="utf-8")
-    code = "import os, signal, sys, time\nfrom distill.machine import signals\nsys.path.insert(0, '.')\n"
+    code = "import os, signal, sys, time\nfrom distill.machine import signals\n"
+    code += "sys.path.insert(0, '.')\n"
     code += "try:\n    with signals.stop_on_signal():\n" + textwrap.indent(
         textwrap.dedent(work), " " * 8
     )

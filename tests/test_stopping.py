@@ -283,7 +283,8 @@ def test_a_process_ends_with_the_one_that_has_started_it(env, lacks):
 def test_a_process_whose_parent_died_before_it_asked_ends_too(monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    code = "from distill.machine import signals\nsignals.end_with_parent()\nimport time; time.sleep(600)"
+    code = "from distill.machine import signals\nsignals.end_with_parent()\n"
+    code += "import time; time.sleep(600)"
     environment = {**os.environ, signals.PARENT: str(ended.pid)}
     orphan = subprocess.Popen([sys.executable, "-c", code], env=environment)
     assert orphan.wait(timeout=60) == -signal.SIGTERM

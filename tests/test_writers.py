@@ -90,7 +90,7 @@ def test_a_second_writer_is_refused_in_words_and_a_killed_one_holds_nothing(kind
         assert holder_of(target).pid == os.getpid()
         said = capsys.readouterr().out
         assert f"process {first.pid} on {alive.host()} since 20" in said
-        assert "has ended before its end; going on in its place" in said
+        assert "was killed; taking its place" in said
     assert [p.name for p in tmp_path.rglob("*")] == ["made"] * (kind == "folder")  # no lock stays
 
 
@@ -479,7 +479,7 @@ def test_no_name_that_is_written_may_lead_out_of_the_folder(name, tmp_path, monk
         pass
     link.unlink()
     os.mkfifo(link)  # nobody's word makes that a file
-    with pytest.raises(ValueError, match="is no plain file"):
+    with pytest.raises(ValueError, match="is no regular file"):
         check_free(folder, "run")
 
 

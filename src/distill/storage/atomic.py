@@ -1,10 +1,9 @@
-"""Files and folders that are there only when whole: written beside, under a name of their writer's
-own, and renamed.
+"""Atomic files and folders: written under a temporary name beside the target, then renamed.
 
     metrics.csv.3fa2-4711-09ab12cd.part     <name>.<machine>-<process>-<random>.part
 
-Two writers never share such a name. What a killed one leaves is known by it, and the next writer
-takes it away.
+Every writer has its own temporary name. It identifies the leftovers of killed writers, which the
+next writer removes.
 """
 
 import os
@@ -20,45 +19,41 @@ from pathlib import Path
 from distill.machine.alive import alive, host_hash
 
 PART = re.compile(r".+\.(?P<machine>[0-9a-f]{4})-(?P<pid>\d+)-[0-9a-f]{8}\.part", re.DOTALL)
-# What versions before this one left.
+# Temporary names of earlier versions.
 OLD_PARTS = re.compile(
     r"((step_\d{6,}|best)\.ckpt|student\w*|[\w.]+\.safetensors|latents-\d{6}\.tar\.\d+)\.part"
 )
-LONGEST = 200  # ours: bytes of a name in that of its part; file systems take 255
-MAX_AGE = 24 * 3600.0  # ours: seconds after which another machine's part is nobody's any more
+LONGEST = 200  # ours: bytes of the target's name in a temporary name; file systems allow 255
+MAX_AGE = 24 * 3600.0  # ours: seconds after which a part of another machine is a leftover
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what becomes `path`: beside it, under a name that nobody else
-    has.
-    """
+    """A unique temporary path beside `path`, to write what becomes `path`."""
     name = os.fsencode(path.name)[:LONGEST].decode("utf-8", "ignore")
     return path.with_name(f"{name}.{host_hash()}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes, of several machines too, may write
-    the same one.
-    """
+    """Write a small file atomically; processes of several machines may write the same file."""
     part = temporary_path(path)
     try:
         part.write_bytes(content)
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)  # of a full disk
+        part.unlink(missing_ok=True)  # after an error, such as a full disk
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """`put` of a text in UTF-8; what it has no bytes for stands there as an escape."""
+    """Write a text in UTF-8 atomically; surrogates are escaped."""
     write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when the block ends: in a folder of its own, which goes
-    with all in it.
+    """A path to write to; the file becomes `path` when the block ends.
 
-    For libraries that write beside the file first, under names of their own, as safetensors does.
+    It lies in a temporary folder, which is removed. This is for libraries that write temporary
+    files beside their file, as safetensors does.
     """
     part = temporary_path(path)
     part.mkdir(parents=True)
@@ -72,8 +67,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` when the block ends, and goes
-    if it fails.
+    """A temporary folder to write into. It replaces `folder` when the block ends, and is removed if
+    that fails.
     """
     part = temporary_path(folder)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -85,12 +80,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(part: Path, folder: Path) -> Path:
-    """Give a whole folder its name, which replaces what has it; returns the path."""
+    """Rename the complete folder `part` to `folder`, which it replaces; returns the path."""
     _set_default_permissions(part)
     if not folder.exists():
         return part.replace(folder)
     before = temporary_path(folder)
-    folder.replace(before)  # two renames: for no more than a moment there is neither
+    folder.replace(before)  # two renames: there is no folder of this name for a moment
     try:
         part.replace(folder)
     except OSError:
@@ -101,9 +96,7 @@ def replace_folder(part: Path, folder: Path) -> Path:
 
 
 def _set_default_permissions(folder: Path) -> None:
-    """Give all files below the permissions of any new file: safetensors gives its own to their
-    owner alone.
-    """
+    """Give all files below default permissions: safetensors restricts them to the owner."""
     probe = temporary_path(folder / "new")
     probe.touch()
     usual = stat.S_IMODE(probe.stat().st_mode)
@@ -115,7 +108,7 @@ def _set_default_permissions(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, or nothing if neither is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -123,9 +116,7 @@ def remove(path: Path) -> None:
 
 
 def duplicate(path: Path, to: Path) -> None:
-    """Give a file or folder a second name, which replaces what has it; without using room where
-    files can be linked.
-    """
+    """Copy a file or folder to `to`, which it replaces; by hard links where the file system can."""
     part = temporary_path(to)
     if path.is_dir():
         shutil.copytree(path, part, copy_function=_link)
@@ -140,20 +131,20 @@ def duplicate(path: Path, to: Path) -> None:
 def _link(path: str | Path, to: str | Path) -> None:
     try:
         Path(to).hardlink_to(path)
-    except (OSError, NotImplementedError):  # exFAT, for one, has no links
+    except (OSError, NotImplementedError):  # for example exFAT has no links
         shutil.copyfile(path, to)
 
 
 def remove_leftovers(folder: Path, *, deep: bool = False, of: str | None = None) -> int:
-    """Remove what killed writers have left in a folder, and count it; `deep`: below it too; `of`:
-    of this name alone.
+    """Remove the temporary files of killed writers in a folder; returns their number.
 
-    A part whose process runs stays, and so does what does not fit the pattern: it is not ours.
+    `deep`: also in subfolders. `of`: only those of this target name. Files of a running process and
+    all other names stay.
     """
     count = 0
     for path in list(_entries(folder, deep)):
         if (of is None or path.name.startswith(f"{of}.")) and _is_leftover(path):
-            with suppress(OSError):  # another one has just done it, or may
+            with suppress(OSError):  # another process removes it at the same time
                 remove(path)
                 count += 1
     return count
@@ -168,7 +159,7 @@ def _entries(folder: Path, deep: bool) -> Iterator[Path]:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether this is a part that nobody writes any more."""
+    """Whether this is a temporary path whose writer has ended."""
     found = PART.fullmatch(path.name)
     if not found:
         return OLD_PARTS.fullmatch(path.name) is not None

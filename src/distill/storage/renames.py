@@ -1,11 +1,9 @@
-"""Names that configurations of earlier versions have, and what they are called now: saved runs go
-on, and compare.
-"""
+"""New names of classes in configurations of earlier versions, so that saved runs still work."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# The classes that a configuration could name, by their modules before every module had a room.
+# Former module -> current module, of classes that a configuration could name.
 MOVED = {
     "distill.times": "distill.core.times",
     "distill.distillation": "distill.core.score_distillation",
@@ -22,7 +20,7 @@ MOVED = {
 
 
 def renamed(tree: Any) -> Any:
-    """The same tree of a configuration with today's name at every `_target_`."""
+    """The tree of a configuration with current names at every `_target_`."""
     if isinstance(tree, Mapping):
         return {k: _name(v) if k == "_target_" else renamed(v) for k, v in tree.items()}
     return [renamed(value) for value in tree] if isinstance(tree, list) else tree
