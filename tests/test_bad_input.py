@@ -229,8 +229,8 @@ def test_a_head_start_of_no_discriminator(refused, no_weights):
 def test_scaled_gradients_are_refused(refused, no_weights):
     said = refused("run", "trainer.precision=16-mixed")
     assert (
-        said
-        == "trainer.precision=16-mixed: does not work with two optimisers; use auto, bf16-mixed or 32-true"
+        said == "trainer.precision=16-mixed: does not work with two optimisers;"
+        " use auto, bf16-mixed or 32-true"
     )
 
 

@@ -264,12 +264,12 @@ def test_a_pickle_bomb_as_checkpoint_is_named_and_the_one_before_used(disguised,
     else:
         bomb.write_bytes(pickle.dumps(Bomb(owned)))
     assert checkpoint_files.newest_checkpoint(tmp_path) == folder / "step_000001.ckpt"
-    assert f"{bomb} is cut short or no checkpoint of distill" in caplog.text
-    assert "going on from step_000001.ckpt instead" in caplog.text
+    assert f"{bomb} is incomplete or no checkpoint of distill" in caplog.text
+    assert "resuming from step_000001.ckpt instead" in caplog.text
     (folder / "step_000001.ckpt").unlink()
     with pytest.raises(
         ValueError,
-        match="no checkpoint can be used: .*step_000002.ckpt is cut short or no checkpoint",
+        match="no checkpoint can be used: .*step_000002.ckpt is incomplete or no checkpoint",
     ):
         checkpoint_files.newest_checkpoint(tmp_path)
     assert not owned.exists()

@@ -33,13 +33,13 @@ def serve(cfg: DictConfig) -> None:
     print(f"loading {cfg.run}; the page will be at {address}", flush=True)
     from distill.demonstration.generation import Models
 
-    studio = Models.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
-    studio.warm_up()
+    models = Models.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
+    models.warm_up()
     from distill.demonstration.page import Page
     from distill.demonstration.worker import Worker
 
     worker = Worker()
-    page = Page(studio, worker, cfg)
+    page = Page(models, worker, cfg)
     page.launch(HOST, port, open_browser=cfg.open)
     ended = _end_event()
     print(f"the page is at {address}; Ctrl-C ends it", flush=True)

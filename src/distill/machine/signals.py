@@ -1,15 +1,15 @@
-"""The signals by which a command is asked to stop, and what ends when something else does.
+"""Signals that stop a command, and processes that end with their parent.
 
-    with heard():              # around a command: the first signal raises Stopped where the work is
+    with stop_on_signal():     # around a command: the first signal raises Stopped in the work
         ...                    # a second Ctrl-C ends the process at once
 
-An exception out of nowhere is not safe everywhere: inside an import or OmegaConf's own work it
-leaves them half done, and C code and destructors drop it. There the signal is only noted, and it is
-sent again until `Stopped` has reached who waits for it.
+An exception is not safe everywhere: inside an import or OmegaConf it would leave an inconsistent
+state, and C code and destructors drop it. There the signal is only recorded, and sent again until
+`Stopped` has reached `stop_on_signal`.
 
-Training has a handler of its own: it saves first. Of several processes only the launcher is told by
-a terminal, and hands it on. A process that was started by another one of ours ends with it, by
-`end_with_parent`.
+Training has its own handler, which saves first. With several processes only the launcher gets the
+signal of a terminal, and forwards it. A process that another one of ours has started ends with it,
+by `end_with_parent`.
 """
 
 import ctypes
@@ -29,30 +29,27 @@ from typing import Any
 
 from distill.machine.faults import HINT
 
-REQUEUE = getattr(signal, "SIGUSR1", None)  # by which SLURM announces the end of a job
-HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that was closed
-BREAK = getattr(signal, "SIGBREAK", None)  # on Windows the one that can be sent to a process
+REQUEUE = getattr(signal, "SIGUSR1", None)  # SLURM announces the end of a job by it
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed
+BREAK = getattr(signal, "SIGBREAK", None)  # the one that can be sent to a process on Windows
 INTERRUPTS = tuple(number for number in (signal.SIGINT, BREAK) if number is not None)
 STOPPING = tuple(
     number
     for number in (signal.SIGTERM, signal.SIGINT, REQUEUE, HANGUP, BREAK)
     if number is not None
 )
-PARENT = "DISTILL_PARENT"  # in the environment of a process that is to end with this one
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # likewise, of one that torchrun has started
+PARENT = "DISTILL_PARENT"  # variable of a child process that must end with this one
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # variable of a process that torchrun has started
 DEATH = 1  # prctl's PR_SET_PDEATHSIG
-SAVE_TIME = 60.0  # ours: seconds to save in, once the parent is gone
-PATIENCE = (
-    5.0  # ours: seconds after which a second signal of any kind ends what has not heeded the first
-)
-
-RESEND = 0.05  # ours: seconds after which a signal that nobody has heeded is sent again
-# Packages in whose own frames a signal is not raised: they would be left half done.
+SAVE_TIME = 60.0  # ours: seconds to save in, after the parent has ended
+PATIENCE = 5.0  # ours: seconds after which a second signal of any kind ends the process at once
+RESEND = 0.05  # ours: seconds after which an unhandled signal is sent again
+# Packages in whose frames no exception is raised: they would be left in an inconsistent state.
 UNSAFE = {"hydra", "omegaconf", "antlr4", "logging"}
 
-_received: signal.Signals | None = None  # what this command was asked to stop by
-_received_at = 0.0
-_pending = False  # it is to end the work by `Stopped`, which has not arrived yet
+_received: signal.Signals | None = None  # the first stopping signal of this command
+_received_at = 0.0  # monotonic seconds
+_pending = False  # whether `Stopped` must still reach `stop_on_signal`
 _in_flight: "weakref.ref[Stopped] | None" = None  # gone again where somebody has dropped it
 _resending = False  # the signal that comes next was sent by `_reminder`
 _import_depth = 0  # how deep in imports the command began
@@ -60,7 +57,7 @@ _handlers_lock = threading.Lock()  # held while a reminder is sent, and while th
 
 
 class Stopped(BaseException):
-    """A signal has asked the command to stop. No `except Exception` takes it for a fault."""
+    """A signal asks the command to stop. It is no Exception, so `except Exception` ignores it."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -68,14 +65,14 @@ class Stopped(BaseException):
 
 
 def received() -> signal.Signals | None:
-    """The signal that this command was asked to stop by, if any."""
+    """The first stopping signal that this command has received, or None."""
     return _received
 
 
 def mark_handled(number: int) -> None:
-    """Note that this signal has come, for who asks later; a second Ctrl-C ends the process.
+    """Record a signal that the caller handles itself: nothing is raised for it.
 
-    Who calls this has heeded the signal: nothing is raised any more.
+    A second Ctrl-C ends the process.
     """
     global _pending
     _pending = False
@@ -83,7 +80,7 @@ def mark_handled(number: int) -> None:
 
 
 def is_second_interrupt(number: int) -> bool:
-    """Whether this signal is the second Ctrl-C, which wants the end at once."""
+    """Whether this signal is a second Ctrl-C, which ends the process at once."""
     return not _resending and _received in INTERRUPTS and number in INTERRUPTS
 
 
@@ -98,9 +95,9 @@ def _note(number: int) -> None:
 
 
 def check(error: BaseException | None = None) -> None:
-    """Raise `Stopped` if a signal has come and nobody has heeded it yet, in the place of `error`.
+    """Raise `Stopped` in place of `error` if an unhandled signal has been received.
 
-    What the signal has met in the middle of something may raise anything.
+    Interrupted code may raise any error.
     """
     if _pending and _received is not None:
         stop = _stopped()
@@ -110,7 +107,7 @@ def check(error: BaseException | None = None) -> None:
 
 
 def end_now(number: int) -> None:
-    """End this process, nothing saved and nothing said; the cursor, which bars hide, comes back."""
+    """End this process without saving or printing; shows the cursor, which bars hide."""
     with suppress(OSError, ValueError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h\n")
@@ -119,9 +116,9 @@ def end_now(number: int) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[None]:
-    """Have a signal raise `Stopped` inside; what handled it before does so again afterwards."""
+    """Let a signal raise `Stopped` inside; restores the previous handlers afterwards."""
     global _received, _pending, _in_flight, _import_depth
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
         return
     _received, _pending, _in_flight, _import_depth = (
@@ -147,14 +144,17 @@ def stop_on_signal() -> Iterator[None]:
 
 
 def set_handlers(handler: Any) -> dict[int, Any]:
-    """Set the handler of every stopping signal; returns those before. nohup's stays ignored."""
+    """Set the handler of every stopping signal; returns the previous ones.
+
+    A SIGHUP that nohup ignores stays ignored.
+    """
     numbers = [n for n in STOPPING if n != HANGUP or signal.getsignal(n) != signal.SIG_IGN]
-    # None: set by something that is not Python, and cannot be put back.
+    # None means a handler that was not set by Python, and cannot be restored.
     return {n: signal.signal(n, handler) or signal.SIG_DFL for n in numbers}
 
 
 def _stopped() -> Stopped:
-    """The exception by which the signal ends the work, on its way from now on."""
+    """The exception that ends the work; a weak reference shows whether it was dropped."""
     global _in_flight
     stop = Stopped(_received or signal.SIGTERM)
     _in_flight = weakref.ref(stop)
@@ -173,7 +173,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _resend(number: int) -> None:
-    """Send the signal again as long as it is due and no `Stopped` is on its way."""
+    """Send the signal again while it is pending and no `Stopped` is in flight."""
     global _resending
     while True:
         time.sleep(RESEND)
@@ -186,7 +186,7 @@ def _resend(number: int) -> None:
 
 
 def _send(number: int) -> None:
-    """To the main thread, which may be waiting for something."""
+    """Send a signal to the main thread, to interrupt a wait there."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
@@ -194,8 +194,8 @@ def _send(number: int) -> None:
 
 
 def _is_unsafe(frame: FrameType | None) -> bool:
-    """Whether an exception in this frame would leave something half done, or be dropped."""
-    if frame is None or frame.f_globals.get("__name__") == "contextlib":  # before its clean-up
+    """Whether an exception in this frame would be dropped, or leave an inconsistent state."""
+    if frame is None or frame.f_globals.get("__name__") == "contextlib":  # its clean-up comes later
         return True
     if _count_imports(frame) > _import_depth:
         return True
@@ -211,7 +211,7 @@ def _is_unsafe(frame: FrameType | None) -> bool:
 
 
 def _count_imports(frame: FrameType | None) -> int:
-    """How many frames of imports there are from this one outwards."""
+    """The number of import frames from this frame outwards."""
     count = 0
     while frame is not None:
         count += frame.f_code.co_filename.startswith("<frozen importlib")
@@ -220,17 +220,17 @@ def _count_imports(frame: FrameType | None) -> int:
 
 
 def _unraisable(found: Any) -> None:
-    """A `Stopped` that a destructor or C code has dropped comes again: nothing is said of it."""
+    """Ignore a `Stopped` that a destructor or C code has dropped: the signal is sent again."""
     if not isinstance(found.exc_value, Stopped):
         sys.__unraisablehook__(found)
 
 
 def requeue() -> bool:
-    """Ask SLURM to run this job again, by its first process; returns whether there is a job."""
+    """Requeue this SLURM job from its first process; returns whether there is a job."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
     if job and os.environ.get("SLURM_PROCID", "0") == "0":
-        with suppress(OSError):  # no scontrol here
+        with suppress(OSError):  # scontrol is not installed
             subprocess.run(["scontrol", "requeue", job], check=False)
     return bool(job)
 
@@ -239,29 +239,29 @@ def requeue() -> bool:
 
 
 def new_session() -> dict[str, Any]:
-    """Options of `Popen`: a Ctrl-C reaches the launcher alone, which hands it on once."""
+    """Options of `Popen` for a new session: Ctrl-C only reaches the launcher, which forwards it."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}
 
 
 def forward(number: int, process: subprocess.Popen) -> None:
-    """Send a signal that this process has got to one that was started `apart`, if it still runs."""
+    """Forward a signal to a process of a `new_session`, if it still runs."""
     if process.poll() is None:
         process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a process that ends when this one does: it calls `end_with_parent`."""
+    """The environment of a child that calls `end_with_parent` to end with this process."""
     return {**os.environ, PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """Have this process asked to stop (SIGTERM) when its launcher dies: ours, or torchrun.
+    """Send SIGTERM to this process when its launcher, ours or torchrun, has ended.
 
-    It has LAST seconds to save in. Linux sends the signal itself; elsewhere, and should the
-    launcher have died before that was asked for, a thread looks for it every second. Without a
-    launcher nothing happens.
+    The process then has SAVE_TIME seconds to save. Linux sends the signal itself. A thread also
+    checks every second, for other systems and for a launcher that has ended before this call.
+    Without a launcher nothing happens.
     """
     parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if TORCHRUN in os.environ else 0)
     if parent:
@@ -278,7 +278,7 @@ def _watch(parent: int) -> None:
 
 
 def is_parent(number: int) -> bool:
-    """Whether the process that has started this one is there, and has this id."""
+    """Whether the parent of this process still runs and has this id."""
     if sys.platform != "win32":  # an orphan gets another parent
         return os.getppid() == number
     import psutil
@@ -287,19 +287,19 @@ def is_parent(number: int) -> bool:
 
 
 def _die_with_parent(number: int) -> None:
-    """Have Linux send this signal to this process when its parent dies; elsewhere nothing."""
+    """Let Linux send this signal to this process when its parent dies; no effect elsewhere."""
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # a C library without it: there is the thread
+        with suppress(OSError, AttributeError):  # a C library without prctl: the thread remains
             ctypes.CDLL(None).prctl(DEATH, int(number), 0, 0, 0)
 
 
 def init_loader_worker(_worker: int) -> None:
-    """First thing in a worker of a DataLoader: it dies with its parent, who heeds signals."""
-    for number in (signal.SIGINT, REQUEUE, HANGUP):  # SIGTERM is torch's: by it the parent ends it
+    """The `worker_init_fn` of DataLoaders: a worker ends with its parent, which handles signals."""
+    for number in (signal.SIGINT, REQUEUE, HANGUP):  # not SIGTERM, by which torch ends workers
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if hasattr(signal, "SIGKILL"):
         _die_with_parent(signal.SIGKILL)
     if parent is not None and sys.platform != "win32" and os.getppid() != parent.pid:
-        os._exit(1)  # it died before that was asked for
+        os._exit(1)  # the parent ended before the call above
