@@ -85,7 +85,7 @@ def main() -> None:
                 f"discriminator.heads.size={size}",
             ]
         )
-        source, method = build.parts(cfg)
+        source, method = build.build_training(cfg)
         batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
         made.append((method, batch, *players(method)))
     cast = torch.autocast(

@@ -54,7 +54,7 @@ def convolution(dtype: torch.dtype) -> float:
 def step(precision: str) -> float:
     """Seconds of a step of the default run."""
     cfg = composed([f"trainer.precision={precision}"])
-    source, method = build.parts(cfg)
+    source, method = build.build_training(cfg)
     return step_time(cfg, method, source)
 
 

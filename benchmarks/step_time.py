@@ -41,7 +41,7 @@ def seconds(run: Callable[[], None]) -> float:
 def main() -> None:
     cfg = composed(sys.argv[1:])
     torch.manual_seed(cfg.seed)
-    source, method = build.parts(cfg)
+    source, method = build.build_training(cfg)
     teacher = method.teacher
     batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
     n, t = len(batch), torch.full((len(batch),), 0.5)

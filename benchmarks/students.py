@@ -37,7 +37,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def measure(overrides: list[str]) -> dict[str, int]:
     """Train, and say what was held."""
-    source, method = build.parts(cfg := composed(overrides))
+    source, method = build.build_training(cfg := composed(overrides))
     trainer = fit(cfg, method, source, STEPS)
     student = list(method.student.parameters())
     moments = trainer.strategy.optimizers[0].state.values()

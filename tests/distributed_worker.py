@@ -23,7 +23,7 @@ import tiny  # beside this script, hence on the path
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.tensors import gather
 from distill.data import source
-from distill.storage.checkpoint_files import read
+from distill.storage.checkpoint_files import read_checkpoint
 from distill.teachers.sd3 import SD3
 from distill.training.checkpoints import AtomicIO
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
@@ -134,7 +134,11 @@ def train(asked: dict, file: Path) -> None:
         callbacks=[losses, SaveAt(asked.get("save_at"), folder)],
     )
     resume = Path(asked["resume"]) if "resume" in asked else None
-    start = read(resume)["distill"]["iteration"] * asked.get("accumulate", 1) if resume else 0
+    start = (
+        read_checkpoint(resume)["distill"]["iteration"] * asked.get("accumulate", 1)
+        if resume
+        else 0
+    )
     loader = source.latents(asked["data"], batch_size=2).loader(
         seed=0, rank=rank, world=asked["processes"], start=start
     )

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import eyes
 import tiny
-from distill.commandline import texts
+from distill.commandline import quoting as texts
 from distill.core.types import Losses
 from distill.data.write import write_latents
 from distill.discriminators.images import ImageFeatures
@@ -160,22 +160,22 @@ def test_a_wrong_argument_is_named_before_weights_are_read(
 )
 def test_values_that_hydra_does_not_read_are_texts(word, value, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    found = OverridesParser.create().parse_override(texts.readable(word, "config"))
+    found = OverridesParser.create().parse_override(texts.for_hydra(word, "config"))
     assert found.value() == value
     assert type(found.value()) in (type(value), QuotedString)
 
 
 def test_a_sweep_stays_one():
     for word in ("name=a,b", "name=ü,b"):  # of the second Hydra says that it cannot be read
-        assert texts.readable(word, "config", sweep=True) == word
-    assert texts.readable("name=ü", "config", sweep=True) == "name='ü'"
-    assert texts.readable("seed=1,2", "config") == "seed=1,2"  # Hydra says what to do
+        assert texts.for_hydra(word, "config", sweep=True) == word
+    assert texts.for_hydra("name=ü", "config", sweep=True) == "name='ü'"
+    assert texts.for_hydra("seed=1,2", "config") == "seed=1,2"  # Hydra says what to do
 
 
 def test_a_text_reaches_the_command_as_it_was_typed(command, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "distill.run.begin", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir))
+        "distill.run.start", lambda cfg: seen.append((cfg.name, cfg.data.path, cfg.run_dir))
     )
     assert (
         command("run", "name=ü (it's)", "data=latents", "data.path=~/фото", "run_dir=007")[0] == 0
@@ -218,20 +218,20 @@ def test_a_discriminator_that_does_not_fit_the_method(
     method, wanted, discriminator, given, refused, no_weights
 ):
     said = refused("run", f"method={method}", f"discriminator={discriminator}")
-    what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+    what = f"method needs a discriminator of {wanted}, and this one works on {given}"
     assert said == f"{what}; choose another discriminator="
 
 
 def test_a_head_start_of_no_discriminator(refused, no_weights):
     said = refused("run", "method=regression", "loop.head_start=5")
-    assert said == "loop.head_start=5: there is no discriminator to lead; make it 0"
+    assert said == "loop.head_start=5: there is no discriminator to train first; make it 0"
 
 
 def test_scaled_gradients_are_refused(refused, no_weights):
     said = refused("run", "trainer.precision=16-mixed")
     assert (
-        said
-        == "trainer.precision=16-mixed: is not for two players; use auto, bf16-mixed or 32-true"
+        said == "trainer.precision=16-mixed: does not work with two optimisers;"
+        " use auto, bf16-mixed or 32-true"
     )
 
 
@@ -653,7 +653,7 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
     if (
         workers == 0
     ):  # the stream goes bad after MIN_TRIED samples: checkpoints of the steps before are whole
-        assert checkpoint_files.newest(tmp_path / "run").is_file()
+        assert checkpoint_files.newest_checkpoint(tmp_path / "run").is_file()
 
 
 # -- judging ---------------------------------------------------------------------------------------
@@ -741,15 +741,19 @@ def test_a_folder_of_pictures_that_cannot_be_judged(asked, refused, tmp_path):
     said = refused("evaluate", f"run={pictures}")
     assert said == f"run={pictures} is a folder of pictures; add metrics=coco5k or metrics=prompts"
     said = asked("devices=2", run=pictures)
-    assert said == "devices=2: only drawing for coco5k or prompts is shared out; leave it out"
+    assert (
+        said
+        == "devices=2: several processes need metrics=coco5k or prompts, and a model; leave it out"
+    )
     clip = f"local-dir:{eyes.write_open_clip(tmp_path / 'open_clip')}"
     words = [
         "metrics.measures=[clip_score]",
         f"metrics.networks.clip_g.path={clip}",
         f"out={tmp_path / 'out'}",
     ]
-    assert "clip_score needs a .txt beside every picture, or as names the numbers" in asked(
-        *words, run=pictures
+    assert (
+        "clip_score needs a .txt beside every picture, or pictures named by the numbers"
+        in asked(*words, run=pictures)
     )
     for i, path in enumerate(sorted(pictures.iterdir())):
         path.rename(pictures / f"{i:06d}.jpg")
@@ -771,8 +775,8 @@ def test_distances_on_the_discriminators_own_features_are_refused(
     )
     metrics = ["metrics=coco5k", f"metrics.path={coco}", "metrics.prompts=8"]
     said = (
-        "metrics.measures: fd_dinov2, manifolds look with DINO, as this run's discriminator does,"
-        " which flatters it"
+        "metrics.measures: fd_dinov2, manifolds use features of DINO, as this run's discriminator"
+        " does, which favours the run"
     )
     shutil.copytree(pipelines("mmdit"), tmp_path / "old" / "student")
     config = {
@@ -786,10 +790,10 @@ def test_distances_on_the_discriminators_own_features_are_refused(
         "evaluate", f"run={tmp_path / 'old'}", *metrics, "metrics.measures=[cmmd,clip_score]"
     )
     assert said_of_clip.startswith(
-        "metrics.measures: cmmd look with CLIP, as this run's discriminator does"
+        "metrics.measures: cmmd use features of CLIP, as this run's discriminator does"
     )
     shutil.rmtree(tmp_path / "old" / "student")  # so that it is refused for that
-    assert "flatters" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
+    assert "favours" not in refused("evaluate", f"run={tmp_path / 'old'}", *metrics, dino)
     whole = ["debug=smoke", "method=add", f"run_dir={tmp_path / 'run'}", *metrics, dino]
     assert command("run", *whole)[2].startswith(f"distill: {said}")
     assert not (tmp_path / "run").exists()
@@ -824,13 +828,15 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     folder = tmp_path / "run"
     assert said.startswith("cannot write the checkpoint ")
     assert (
-        "step_000002.ckpt (No space left on device); those before it are untouched: make room, then"
+        "step_000002.ckpt (No space left on device); earlier ones are unchanged: make room, then"
         " resume" in said
     )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001.ckpt"]
     assert command("run", f"resume={folder}", "~metrics")[0] == 0
     assert (
-        checkpoint_files.read(folder / "checkpoints" / "step_000002.ckpt")["distill"]["iteration"]
+        checkpoint_files.read_checkpoint(folder / "checkpoints" / "step_000002.ckpt")["distill"][
+            "iteration"
+        ]
         == 2
     )
     # and once more full, now where the configuration is written: the finished run's own stays
@@ -850,7 +856,7 @@ def test_a_damaged_configuration_of_a_run(refused, tmp_path):
     (tmp_path / "config.yaml").write_text("method: [unclosed", encoding="utf-8")
     (tmp_path / "checkpoints").mkdir()
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    checkpoint_files.write(state, tmp_path / "checkpoints" / "step_000001.ckpt")
+    checkpoint_files.write_checkpoint(state, tmp_path / "checkpoints" / "step_000001.ckpt")
     assert "config.yaml" in refused("run", f"resume={tmp_path}")
 
 

@@ -142,5 +142,5 @@ def test_a_run_without_a_discriminator_is_like_any_other(
     code, _, err = command("inspect", f"run={tmp_path / 'run'}")
     assert (code, err) == (
         1,
-        f"distill: run={tmp_path / 'run'}: it was made without a discriminator\n",
+        f"distill: run={tmp_path / 'run'}: was trained without a discriminator; name another run\n",
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from distill.storage.unread import refuse_broken
+from distill.storage.loaded_weights import check_finite
 from distill.training.callbacks import alarm
 
 
@@ -91,11 +91,11 @@ def test_masks_and_networks_without_values_are_no_fault():
     network.register_buffer("mask", torch.full((2, 2), -math.inf))
     network.register_buffer("count", torch.tensor(3))
     network.register_buffer("none", torch.zeros(0))
-    refuse_broken(network, "it")
-    refuse_broken(nn.Linear(2, 2, device="meta"), "it")
+    check_finite(network, "it")
+    check_finite(nn.Linear(2, 2, device="meta"), "it")
     network.mask[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"it holds numbers that are not finite in mask; fetch"):
-        refuse_broken(network, "it")
+        check_finite(network, "it")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

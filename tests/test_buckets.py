@@ -210,8 +210,8 @@ def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     ]
     assert command("run", *run)[0] == 0
     end = tmp_path / "run" / "checkpoints" / "step_000004.ckpt"
-    whole = checkpoint_files.read(end)["state_dict"]
+    whole = checkpoint_files.read_checkpoint(end)["state_dict"]
     whole = {name: x.clone() for name, x in whole.items()}
     end.unlink()
     assert command("run", "resume=run")[0] == 0
-    assert tiny.same(checkpoint_files.read(end)["state_dict"], whole)
+    assert tiny.same(checkpoint_files.read_checkpoint(end)["state_dict"], whole)

@@ -82,7 +82,7 @@ def test_seeds_of_one_setting_make_a_group(written):
     line = next(line for line in lines_of(groups) if (line.group, line.steps) == ("m=1.0", 1))
     values = [0.51, 0.61, 0.71]
     assert line.mean("prompt_accuracy") == pytest.approx(statistics.mean(values))
-    assert line.said("prompt_accuracy", "{:.4f}") == f"0.6100 ± {statistics.stdev(values):.4f}"
+    assert line.formatted("prompt_accuracy", "{:.4f}") == f"0.6100 ± {statistics.stdev(values):.4f}"
     teacher = [line for line in lines_of(groups) if line.who == "teacher"]
     assert [(line.steps, line.values["prompt_accuracy"]) for line in teacher] == [
         (28, [pytest.approx(0.9)])
@@ -192,7 +192,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(written, command, tmp
     out = tmp_path / "out"
     code, printed, err = command("compare", f"runs={tmp_path}/runs/*", f"out={out}")
     assert code == 0, err
-    assert "left out, not judged yet" in printed
+    assert "left out, not evaluated yet" in printed
     assert "unjudged" in printed
     html = (out / "compare.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)[^"]+"', html)  # nothing is fetched
@@ -319,7 +319,7 @@ def test_a_cell_of_a_table_that_cannot_be_read_costs_its_row_alone(tmp_path):
     assert curves["a"].tolist() == [[2.0, 3.0, 4.0], [0.5, 0.7, 0.8]]
     assert strange == 1
     table.write_text(f"step,{'9' * 200000}\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="names of columns"):
+    with pytest.raises(ValueError, match="column names"):
         read(table)
     with pytest.raises(ValueError, match="names no columns"):
         CsvLog(str(tmp_path))

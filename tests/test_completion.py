@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.commandline.words import following, for_bash, split
+from distill.commandline.completions import completions, for_bash, split
 
 BREAKS = " \t\n\"'><=;|&(:"  # what bash's COMP_WORDBREAKS is
 START = {
@@ -155,14 +155,14 @@ def test_options_of_ones_own_folder_are_completed(place):
         "# @package _global_\nseed: 3\n", encoding="utf-8"
     )
     line = ["distill", "run", "--config-dir", "conf", "experiment=mi"]
-    assert following(line) == ["experiment=mine"]
+    assert completions(line) == ["experiment=mine"]
 
 
 def test_the_tab_key_waits_for_nothing_heavy(place):
     code = (
-        "import sys; from distill.commandline.words import following; "
-        "assert following(['distill', 'run', 'loop.schedule=c']); "
-        "assert following(['distill', 'run', 'tra']); "
+        "import sys; from distill.commandline.completions import completions; "
+        "assert completions(['distill', 'run', 'loop.schedule=c']); "
+        "assert completions(['distill', 'run', 'tra']); "
         "assert not {'torch', 'lightning', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ import tiny
 from distill import students
 from distill.config import models
 from distill.demonstration import html
-from distill.demonstration.drawing import Request, Studio, Word, read, timed
+from distill.demonstration.generation import Answer, Models, Request, read, timed
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided
 from distill.worlds.shapes.grammar import parse
@@ -41,7 +41,7 @@ def run(teachers, pipelines, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studio(run):
-    return Studio.load(str(run), None, size=None, dtype="float32")
+    return Models.load(str(run), None, size=None, dtype="float32")
 
 
 def drawn(studio, who, request, steps):
@@ -108,7 +108,7 @@ def test_a_text_that_is_too_long_is_still_drawn_and_its_end_named(studio):
 def test_the_sampler_says_how_many_steps_there_are(studio):
     assert studio.student_steps(8) == list(range(1, 9))
     sampler = Consistency(levels=[1.0, 0.5])
-    assert Studio(studio.student, None, sampler).student_steps(8) == [1, 2]
+    assert Models(studio.student, None, sampler).student_steps(8) == [1, 2]
 
 
 def test_pauses_between_steps_do_not_count(monkeypatch):
@@ -124,11 +124,11 @@ def test_pauses_between_steps_do_not_count(monkeypatch):
 
 def test_a_folder_without_a_run_has_no_teacher_unless_one_is_given(run, pipelines):
     folder = str(run / "student")
-    assert Studio.load(folder, None, size=None, dtype="float32").teacher is None
-    given = Studio.load(folder, str(pipelines("mmdit")), size=None, dtype="float32")
+    assert Models.load(folder, None, size=None, dtype="float32").teacher is None
+    given = Models.load(folder, str(pipelines("mmdit")), size=None, dtype="float32")
     assert given.teacher is not None
     with pytest.raises(ValueError, match="was not distilled to few steps; give a student"):
-        Studio.load(str(pipelines("mmdit")), None, size=None, dtype="float32")
+        Models.load(str(pipelines("mmdit")), None, size=None, dtype="float32")
 
 
 def test_a_shipped_student_is_shown_beside_the_teacher_that_has_its_parts(run, pipelines, tmp_path):
@@ -136,7 +136,7 @@ def test_a_shipped_student_is_shown_beside_the_teacher_that_has_its_parts(run, p
 
     shutil.copytree(pipelines("mmdit"), tmp_path / "teacher")
     folder = save_beside(run / "student", tmp_path / "teacher", "student")
-    studio = Studio.load(str(folder), None, size=None, dtype="float32")
+    studio = Models.load(str(folder), None, size=None, dtype="float32")
     assert str(studio.teacher.folder) == str(tmp_path / "teacher")
 
 
@@ -152,22 +152,22 @@ def test_the_reader_is_asked_what_the_caption_says():
     assert all(word.right == 4 for word in words)
     other = parse("a large green star to the left of a small blue circle on black")
     wrong = [word for word in read(Judge.load(), pictures, other) if word.right < 4]
-    assert wrong == [Word("colour0", "green", ("red",) * 4)]
+    assert wrong == [Answer("colour0", "green", ("red",) * 4)]
 
 
 def test_a_verdict_is_shown_by_word():
     words = [
-        Word("colour0", "red", ("red",)),
-        Word("kind0", "star", ("cross",)),
-        Word("axis", "vertical", ("vertical", "horizontal")),
-        Word("count", "2", ("2",)),
+        Answer("colour0", "red", ("red",)),
+        Answer("kind0", "star", ("cross",)),
+        Answer("axis", "vertical", ("vertical", "horizontal")),
+        Answer("count", "2", ("2",)),
     ]
-    shown = html.reading(words)
+    shown = html.answer_list(words)
     assert '<li class="right" title="colour of object 1">red ✓</li>' in shown
     assert '<li class="wrong" title="kind of object 1">star ✗ cross</li>' in shown
     assert '<li class="wrong" title="axis">one above the other 1/2</li>' in shown
     assert "2 objects ✓" in shown
-    assert "not read" in html.reading(None)
+    assert "not read" in html.answer_list(None)
 
 
 def test_what_was_typed_cannot_become_markup(studio):

@@ -210,7 +210,7 @@ def test_one_begins_from_a_picture(tab, tmp_path):
     page.set_input_files("input[type=file]", tmp_path / "green.png")
     page.wait_for_selector("#student-1 .refused")
     settled(page, FIRST)
-    assert "strength 0.5 of 1 step leaves none to draw" in page.inner_text("#student-1")
+    assert "strength 0.5 of 1 step leaves no step" in page.inner_text("#student-1")
     after = [source(page, column) for column in ("student-2", "student-4", "teacher")]
     assert all(a != b for a, b in zip(before, after, strict=True))
 

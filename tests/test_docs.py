@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import tiny
 from distill import cli
-from distill.commandline.texts import as_typed, readable
+from distill.commandline.quoting import as_typed, for_hydra
 from distill.config.location import CONF_DIR
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_a_command_of_a_page_composes(page, line):
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         compose(
             config,
-            overrides=[readable(word, config) for word in typed if "=" in word or "~" in word],
+            overrides=[for_hydra(word, config) for word in typed if "=" in word or "~" in word],
         )
 
 

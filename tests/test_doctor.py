@@ -61,7 +61,7 @@ def test_a_healthy_machine_gets_no_fail(command, pipelines):
         (["trainer.accelerator=gpu"], "there is no such GPU here"),
         (
             ["+trainer.strategy=fsdp"],
-            "FSDP1 wraps the forward pass of one player; use trainer=fsdp2",
+            "FSDP1 wraps the forward pass of one model; use trainer=fsdp2",
         ),
         (["+trainer.strategy=ddp_find_unused_parameters_true"], "use trainer=ddp"),
     ],
@@ -91,7 +91,7 @@ def test_the_default_settings_are_counted(command, pipelines, tmp_path):
     assert code == 0
     (line,) = (x for x in out.splitlines() if "beside the denoisers" in x)
     assert re.search(r"text encoders .* GB, autoencoder .* GB, decoding pictures of 64x64 ", line)
-    assert "no data given: renders of shapes stand for them" in out
+    assert "no data given: renders of shapes are assumed" in out
     code, out, _ = command("doctor", *mine, "~callbacks.samples")
     assert "decoding" not in out
 
@@ -173,7 +173,7 @@ def test_a_folder_that_is_written_and_one_that_was_left(command, pipelines, tmp_
     with locks.one_writer(tmp_path / "runs" / "held", "run_dir"):
         _, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
     assert f"warn runs/held is written by process {os.getpid()} on" in out
-    assert "ok   runs/left was left by a command that was killed; the next one takes it" in out
+    assert "ok   runs/left was locked by a killed command; the next one can write there" in out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import tiny
-from distill.config.build import whole
+from distill.config.build import unsharded_models
 from distill.core import randomness
 from distill.data import source
 from distill.storage import checkpoint_files
@@ -445,7 +445,7 @@ def test_what_comes_after_training_is_where_the_teacher_is():
             self.weight = torch.nn.Parameter(torch.zeros(2))
 
     method = SimpleNamespace(teacher=Part(), student=Part(), sharded=False)
-    for part in whole(None, method, {}):
+    for part in unsharded_models(None, method, {}):
         assert part.weight.is_meta
 
 
@@ -458,7 +458,7 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     method = SimpleNamespace(step=3, loop=SimpleNamespace(updated=True, numbers={}))
     saved = {
         "loggers": [logger],
-        "save_checkpoint": lambda path: checkpoint_files.write({}, path),
+        "save_checkpoint": lambda path: checkpoint_files.write_checkpoint({}, path),
         "is_global_zero": True,
     }
     trainer = SimpleNamespace(

@@ -184,18 +184,18 @@ def test_scores_are_those_of_their_definition(judged, student, places, tmp_path)
 
 def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkeypatch, tmp_path):
     whole = judged(student, "steps=[1,2]", out="whole")
-    put, left = prompted.put, [7]
+    write, left = prompted.write_atomic, [7]
 
     def dying(path, content):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt  # what was being written is lost
-        put(path, content)
+        write(path, content)
 
-    monkeypatch.setattr(prompted, "put", dying)
+    monkeypatch.setattr(prompted, "write_atomic", dying)
     with pytest.raises(KeyboardInterrupt):
         judged(student, "steps=1,2", out="killed")
-    monkeypatch.setattr(prompted, "put", put)
+    monkeypatch.setattr(prompted, "write_atomic", write)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.png")}
     assert len(kept) == 7
     assert not (tmp_path / "killed" / "evaluation.json").exists()
@@ -290,12 +290,14 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     (large / "unet" / "config.json").write_text(
         json.dumps({**config, "sample_size": 32}), encoding="utf-8"
     )
-    monkeypatch.setattr("distill.evaluation.shapes.pictures", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(
+        "distill.evaluation.shapes.generate_pictures", lambda *_: pytest.fail("drawn")
+    )
     code, _, err = command("evaluate", f"run={large}", "steps=1", "out=out")
     assert code == 1
     said = err.splitlines()[-1]
     assert said.startswith(
-        "distill: metrics: the judge of shapes reads pictures of 64 pixels a side, and this "
+        "distill: metrics: the reader of shapes needs pictures of 64 pixels a side, and this "
     )
     assert said.endswith("teacher's have 128; use metrics=coco5k or prompts, or ~metrics to train")
     assert not (tmp_path / "out").exists()

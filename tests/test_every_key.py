@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from distill import recipes
 from distill.cli import COMMANDS, NO_CONFIG, config_of
 from distill.commandline.composed import Composed
-from distill.commandline.keys import check_known, check_own
-from distill.commandline.texts import own
+from distill.commandline.keys import check_known, check_own_keys
+from distill.commandline.quoting import own_keys
 from distill.config import validate
 from distill.config.compose import dotted
 
@@ -71,7 +71,7 @@ def refusal(tree: dict[str, Any], config: str = "config") -> str | None:
     cfg = OmegaConf.create(tree)
     try:
         check_known(cfg, config)
-        check_own(cfg, config)
+        check_own_keys(cfg, config)
         if config == "config":
             validate.check_run(cfg)
     except (ValueError, OSError) as error:
@@ -139,7 +139,7 @@ CONFIGS = sorted({config_of(name) for name in COMMANDS if name not in NO_CONFIG}
 def test_the_own_keys_of_every_command(config):
     tree = Composed(config).tree
     assert refusal(tree, config) is None
-    for key, value in dotted(own(config)).items():
+    for key, value in dotted(own_keys(config)).items():
         _, last = inside(tree, key)
         said = refusal(changed(tree, f"{key}x", 1), config)
         assert (
@@ -165,11 +165,11 @@ def test_what_a_key_refers_to_is_read(here):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("method.players", 1, "method.players=1: the program gives that itself; leave it out"),
-        ("method.loop", 1, "method.loop=1: the program gives that itself; leave it out"),
-        ("student.teacher", 1, "student.teacher=1: the program gives that itself; leave it out"),
+        ("method.players", 1, "method.players=1: the program sets it itself; leave it out"),
+        ("method.loop", 1, "method.loop=1: the program sets it itself; leave it out"),
+        ("student.teacher", 1, "student.teacher=1: the program sets it itself; leave it out"),
         ("trainer.max_epochs", 3, "trainer.max_epochs=3: a run is counted in steps"),
-        ("logger.csv.save_dir", "x", "logger.csv.save_dir=x: the program gives that itself"),
+        ("logger.csv.save_dir", "x", "logger.csv.save_dir=x: the program sets it itself"),
         ("logger.tensorboard.flush", 1, "takes no such key (did you mean flush_secs?)"),
         ("optimizer.student.lr", float("nan"), "optimizer.student.lr=nan: must be 0 or more"),
         (

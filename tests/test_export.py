@@ -196,7 +196,7 @@ def test_euler_steps_are_an_export_of_any_flow_student(run_of, command, tmp_path
     assert (np.asarray(Image.open(own)).astype(int) != np.asarray(Image.open(ours))).any()
     code, _, err = command("export", f"run={run_of('unet', 'full')}", *asked[1:3], "out=x")
     assert code == 1
-    assert err.startswith("distill: scheduler=euler: is for students of flows, and run=")
+    assert err.startswith("distill: scheduler=euler: is for students of flow models, and run=")
 
 
 # -- the card --------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_the_card_says_what_there_is_to_know(run_of, pipelines, tmp_path):
     for said in (
         "\nlicense: openrail++\n",
         "by LADD ([2403.12015](https://arxiv.org/abs/2403.12015)), trained for 2 steps on 8 images",
-        "Teacher: unet; its licence, openrail++, binds the student.",
+        "Teacher: unet; its licence, openrail++, also applies to the student.",
         "\nsteps = 4\n",
         "    num_inference_steps=steps,\n    guidance_scale=0.0,\n    generator=generator,\n",
         "| student | 1 | 500.500 |",
@@ -528,7 +528,7 @@ def test_a_unet_that_predicts_a_flow_is_no_single_file(run_of, command, tmp_path
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     code, _, err = command("export", f"run={folder}", "to=single_file", f"out={tmp_path / 'x'}")
     assert code == 1
-    assert err.startswith("distill: to=single_file: has no word for a UNet that predicts a flow")
+    assert err.startswith("distill: to=single_file: cannot mark a UNet that predicts a flow")
     assert not (tmp_path / "x").exists()
 
 

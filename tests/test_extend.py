@@ -47,7 +47,7 @@ def test_the_method_of_the_page_trains_and_is_checked(own, command, pipelines, s
     assert "real_tarket: mymethods.LeastSquares takes no such key" in said
     assert "did you mean real_target?" in said
     said = command("run", *words, "discriminator=dino", "run_dir=other")[2]
-    assert "method reads a discriminator of latents" in said
+    assert "method needs a discriminator of latents" in said
     assert not (tmp_path / "other").exists()
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import cards
 import families
 import tiny
-from distill.config.fitting import refuse_misfit, say_size
+from distill.config.fitting import check_data_fits, warn_size
 from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.exporting.card import write_card
@@ -337,10 +337,10 @@ def test_embeddings_of_its_own_are_not_refused(family, teachers):
     null = {"tokens": teacher.embed([""]).tokens}
     data = SimpleNamespace(null=null, buckets=[], made={"teacher": "x", "without": []})
     cfg = OmegaConf.create({"data": {"path": "cached"}, "teacher": {"path": "x"}})
-    refuse_misfit(cfg, data, teacher)
+    check_data_fits(cfg, data, teacher)
     null["tokens"] = null["tokens"][..., :-1]
     with pytest.raises(ValueError, match=r"its embeddings are \d+ wide and this teacher reads \d+"):
-        refuse_misfit(cfg, data, teacher)
+        check_data_fits(cfg, data, teacher)
 
 
 @each
@@ -499,10 +499,10 @@ def test_data_of_another_size_than_the_teacher_are_said(family, side, said, teac
     """
     teacher = teachers(family)
     data = SimpleNamespace(shape=(4, side, side), buckets=[])
-    say_size(data, teacher)
-    say_size(SimpleNamespace(size=side * 4, buckets=[]), teacher)
-    say_size(SimpleNamespace(shape=(4, 8, 8), buckets=[(8, 8), (16, 16)]), teacher)
-    say_size(SimpleNamespace(size=None, buckets=[]), teacher)
+    warn_size(data, teacher)
+    warn_size(SimpleNamespace(size=side * 4, buckets=[]), teacher)
+    warn_size(SimpleNamespace(shape=(4, 8, 8), buckets=[(8, 8), (16, 16)]), teacher)
+    warn_size(SimpleNamespace(size=None, buckets=[]), teacher)
     found = [record.getMessage() for record in caplog.records]
     assert len(found) == (2 if said else 0)
     assert all(re.match(said, text) for text in found)

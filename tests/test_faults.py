@@ -126,7 +126,7 @@ def test_a_run_on_a_full_disk_names_the_file_and_how_to_go_on(
     words = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "~metrics"]
     code, _, said = command("run", *words, "callbacks.checkpoint.every=1", f"run_dir={folder}")
     assert code == 1
-    assert "the disk takes no more" in said or "No space left on device" in said
+    assert "the disk cannot be written" in said or "No space left on device" in said
     assert "make room" in said
     assert str(disk) in said
     assert "Traceback" not in said
@@ -135,11 +135,11 @@ def test_a_run_on_a_full_disk_names_the_file_and_how_to_go_on(
 def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_none_before_it(disk):
     fill(disk, 8192)
     folder = disk / "run" / "checkpoints"
-    with pytest.raises(OSError, match=rf"there is none before it: make room, remove {disk}/run "):
-        checkpoint_files.write({"x": torch.zeros(200_000)}, folder / "step_000001.ckpt")
+    with pytest.raises(OSError, match=rf"there is no earlier one: make room, remove {disk}/run "):
+        checkpoint_files.write_checkpoint({"x": torch.zeros(200_000)}, folder / "step_000001.ckpt")
     (folder / "step_000001.ckpt").touch()
-    with pytest.raises(OSError, match="those before it are untouched: make room, then resume"):
-        checkpoint_files.write({"x": torch.zeros(200_000)}, folder / "step_000002.ckpt")
+    with pytest.raises(OSError, match="earlier ones are unchanged: make room, then resume"):
+        checkpoint_files.write_checkpoint({"x": torch.zeros(200_000)}, folder / "step_000002.ckpt")
 
 
 def test_the_way_on_is_something_to_do(tmp_path):
@@ -252,7 +252,9 @@ def test_a_full_shared_memory_is_said_and_does_not_hang(pipelines, tmp_path):
     os.waitpid(child, 0)
     if said == "not permitted":
         pytest.skip("no file system can be mounted here")
-    assert said.startswith("True: /dev/shm has 1 MB and is too small for what the loader's workers")
+    assert said.startswith(
+        "True: /dev/shm has 1 MB and is too small for the batches of DataLoader workers"
+    )
     assert "data.num_workers=0" in said
 
 
@@ -302,7 +304,7 @@ def test_what_is_printed_onto_a_full_disk_is_said():
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=300)
     assert ended.returncode == 1
     said = ended.stderr.decode().splitlines()[-1]
-    assert said == f"distill: what is printed: No space left on device; make room, then {AGAIN}"
+    assert said == f"distill: the output: No space left on device; make room, then {AGAIN}"
 
 
 # -- trackers --------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def test_what_it_says(run):
         "training: done in ",
         "saving the student",
         "student: ",
-        *(f"judging the teacher in {n} step" for n in (1, 4, 28)),
-        *(f"judging the student in {n} step" for n in (1, 2, 4)),
+        *(f"evaluating the teacher in {n} step" for n in (1, 4, 28)),
+        *(f"evaluating the student in {n} step" for n in (1, 2, 4)),
         "writing the report",
         "report: ",
     ]
@@ -97,11 +97,11 @@ def test_what_it_says(run):
     assert order == sorted(order), text
     patterns = [
         r"training: done in \S+, \S+ images/s, g/adv [\d.-]+ d/adv [\d.-]+ ",
-        r"judging the teacher in 28 steps: done in \S+, \S+ images/s$",
+        r"evaluating the teacher in 28 steps: done in \S+, \S+ images/s$",
     ]
     first, *_, last = (seconds for seconds, line in said if "teacher in 28 steps" in line)
     if last - first > 10:  # as everywhere but on a GPU
-        patterns.append(r"judging the teacher in 28 steps: image \d+ of 464, \S+ images/s, ")
+        patterns.append(r"evaluating the teacher in 28 steps: image \d+ of 464, \S+ images/s, ")
     for pattern in patterns:
         assert any(re.match(pattern, line) for line in text), (pattern, text)
     assert not any("\x1b" in line or "\r" in line for line in text)

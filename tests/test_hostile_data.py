@@ -20,7 +20,7 @@ from distill.data import bad, decode, folder
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.lines import Lines
 from distill.data.shards import Shards, index_tar
-from distill.evaluation.features import opened
+from distill.evaluation.features import open_rgb
 from distill.storage import formats, headers
 from hostile import END, EVIL, body, header, number, octal, pax, png
 from tiny import write_shards
@@ -212,7 +212,7 @@ def test_a_header_is_believed_before_anything_is_decoded(tmp_path):
 import sys
 from pathlib import Path
 from distill.data import decode
-from distill.metrics import pictures
+from distill.evaluation import features
 limit()
 for path in Path(sys.argv[1]).iterdir():
     sample = {path.suffix[1:]: path.read_bytes(), '__key__': '7', '__url__': 'a.tar'}
@@ -222,7 +222,7 @@ for path in Path(sys.argv[1]).iterdir():
         except decode.BadSample as error:
             print(error)
     try:
-        pictures.opened(path)
+        features.open_rgb(path)
     except ValueError as error:
         print(error)
 """
@@ -295,7 +295,7 @@ def test_a_large_jpeg_xl_is_refused_before_a_plugin_sees_it(tmp_path):
     (tmp_path / "x.jxl").write_bytes(BOXES + box(b"jxlc", BOMB))
     for file in (tmp_path / "x.jxl", io.BytesIO(BOMB)):
         with pytest.raises(ValueError, match=r"it has 12000 x 12000 pixels, and at most 67 mill"):
-            formats.opened(file, "png")
+            formats.open_picture(file, "png")
 
 
 @needs_proc
@@ -394,7 +394,7 @@ def test_a_picture_to_begin_from_or_to_judge_has_the_same_bound(tmp_path):
     with pytest.raises(
         ValueError, match=r"^image=.*bomb\.png: cannot be read as a picture \(it has"
     ):
-        opened(tmp_path / "bomb.png", "image=")
+        open_rgb(tmp_path / "bomb.png", "image=")
 
 
 @pytest.mark.parametrize(
@@ -577,5 +577,5 @@ def test_a_list_of_prompts_without_end_is_refused(tmp_path):
     sparse_file(tmp_path / "prompts.txt", 2**33, b"a star\n")
     with pytest.raises(ValueError, match=r"^data\.path=.*: cannot be read as lines .*8 GiB"):
         Lines(str(tmp_path / "prompts.txt"))
-    with pytest.raises(ValueError, match="is no plain file"):
+    with pytest.raises(ValueError, match="is no regular file"):
         Lines("/dev/zero")

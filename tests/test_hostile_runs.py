@@ -22,8 +22,7 @@ from omegaconf import OmegaConf
 from distill.config import paths
 from distill.demonstration import html as demo_html
 from distill.discriminators.images import ImageFeatures as Pictures
-from distill.evaluation import networks
-from distill.evaluation import results as verdicts
+from distill.evaluation import networks, results
 from distill.exporting.card import write_card
 from distill.report import write_report
 from distill.report.curves import charts
@@ -284,10 +283,10 @@ def test_a_page_shows_only_png_within_bounds(tmp_path):
 
 def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
     path = tmp_path / "step_000001.ckpt"
-    checkpoint_files.write(
+    checkpoint_files.write_checkpoint(
         {"distill": {"iteration": 1}, "about": {"config": {}}, "x": torch.zeros(4)}, path
     )
-    assert checkpoint_files.read(path)["distill"] == {"iteration": 1}
+    assert checkpoint_files.read_checkpoint(path)["distill"] == {"iteration": 1}
     with zipfile.ZipFile(path) as archive:
         parts = {part.filename: archive.read(part) for part in archive.infolist()}
     for compression, size in ((zipfile.ZIP_DEFLATED, 2**24), (zipfile.ZIP_STORED, 16)):
@@ -298,9 +297,9 @@ def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
             with pytest.raises(
                 ValueError, match="holds compressed parts, which may be of any size"
             ):
-                checkpoint_files.read(path)
+                checkpoint_files.read_checkpoint(path)
         else:
-            checkpoint_files.read(path)
+            checkpoint_files.read_checkpoint(path)
 
 
 # -- a student's card, the demo, the terminal ------------------------------------------------------
@@ -340,10 +339,10 @@ def test_the_demo_shows_words_as_text():
 def test_a_terminal_and_a_log_get_text(capsys, tmp_path):
     log = logging.getLogger("distill.hostile")
     log.propagate = False  # to handlers of other tests
-    with console.recorded():
+    with console.record_output():
         handler = logging.StreamHandler()
         log.addHandler(handler)
-        console.keep(tmp_path / "run.log", "x")
+        console.log_to(tmp_path / "run.log", "x")
         log.warning("skipped %s: %s", EVIL, ValueError(EVIL))
         log.removeHandler(handler)
         print(EVIL)
@@ -371,7 +370,11 @@ def test_a_terminal_and_a_log_get_text(capsys, tmp_path):
         ("x.safetensors.index.json", {"weight_map": {"a": "passwd"}}, "files of weights"),
         ("x.safetensors.index.json", {"weight_map": [1]}, "names no weights"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/x"}, "names another model"),
-        ("config.json", {"a": {"attn_implementation": "evil/x"}}, "is code that would be fetched"),
+        (
+            "config.json",
+            {"a": {"attn_implementation": "evil/x"}},
+            "is code that would be downloaded",
+        ),
         (
             "config.json",
             {"_attn_implementation": {"": "kernels-community/x"}},
@@ -487,7 +490,7 @@ def test_a_network_of_pictures_names_no_other_model(tmp_path):
     with pytest.raises(ValueError, match=where):
         Pictures(str(tmp_path))
     with pytest.raises(ValueError, match="metrics: .*names another model"):
-        networks._whole(None, str(tmp_path))
+        networks._load_complete(None, str(tmp_path))
 
 
 def test_adapters_above_the_parts_name_no_other_model(command, pipelines, tmp_path):
@@ -512,5 +515,5 @@ def test_deep_json_in_a_run_folder_counts_as_damaged(tmp_path):
     for name in ("run.json", "evaluation.json"):
         (folder / name).write_text("[" * 100_000, encoding="utf-8")
     assert not folders.untouched(folder)
-    assert verdicts.read(folder) == {}
-    assert paths.located(OmegaConf.create({"a": 1}), folder) == {"a": 1}
+    assert results.read_evaluation(folder) == {}
+    assert paths.relocated(OmegaConf.create({"a": 1}), folder) == {"a": 1}

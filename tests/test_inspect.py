@@ -13,7 +13,7 @@ import torch
 import tiny
 from distill.core.process import noise_like
 from distill.core.types import Batch
-from distill.report.inspection import Seen, look, write
+from distill.report.inspection import Inspection, inspect_heads, write_inspection
 
 LEVELS = [0.2, 0.5, 0.8]
 
@@ -25,7 +25,7 @@ def seen_by(name, teachers):
     x0 = torch.randn(6, *teacher.latent_shape)
     captions = tuple(f"thing {i}" for i in range(6))
     batch = Batch(x0=x0, captions=captions, cond=teacher.embed(captions))
-    return method, batch, look(method, batch, LEVELS, torch.Generator().manual_seed(5))
+    return method, batch, inspect_heads(method, batch, LEVELS, torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("name", ["ladd", "add", "nitrofusion"])
@@ -48,7 +48,7 @@ def test_attention_is_the_slope_of_a_head():
     teacher = tiny.Toy()
     method, cond = tiny.ladd(teacher), teacher.embed(["a"] * 6)
     batch = Batch(x0=torch.randn(6, *teacher.shape), captions=("a",) * 6, cond=cond)
-    seen = look(method, batch, LEVELS, torch.Generator().manual_seed(5))
+    seen = inspect_heads(method, batch, LEVELS, torch.Generator().manual_seed(5))
     noise, t = noise_like(batch.x0, torch.Generator().manual_seed(5)), torch.full((6,), LEVELS[1])
     critic = tiny.critic(method)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_attention_is_the_slope_of_a_head():
             step = torch.zeros_like(x0_hat)
             step[0, channel, row, column] = 1e-2
             slopes[row, column] += ((logit(x0_hat + step) - logit(x0_hat - step)) / 2e-2).abs()
-    found = seen.looks[0, 0]
+    found = seen.attention[0, 0]
     torch.testing.assert_close(found / found.max(), slopes / slopes.max(), rtol=0.05, atol=0.02)
 
 
@@ -72,7 +72,7 @@ def test_rows_and_agreement_by_hand(tmp_path):
     real = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]])
     fake = torch.tensor([[[0.0, 2.0, 4.0], [1.0, 0.0, 1.0]]])
     looks = torch.rand(2, 3, 4, 4)
-    seen = Seen([0.5], ["a", "b"], real, fake, torch.rand(3, 3, 8, 8), [0, 1], looks)
+    seen = Inspection([0.5], ["a", "b"], real, fake, torch.rand(3, 3, 8, 8), [0, 1], looks)
     rows = list(seen.rows())
     assert [row["right"] for row in rows] == [pytest.approx(0.5), pytest.approx(1 / 3, abs=1e-4)]
     assert [row["gap"] for row in rows] == [pytest.approx(0.0), pytest.approx(-1 / 3, abs=1e-4)]
@@ -80,7 +80,7 @@ def test_rows_and_agreement_by_hand(tmp_path):
     assert float(seen.agreement()[0, 1]) == pytest.approx(
         float(torch.corrcoef(torch.stack([a, b]))[0, 1]), abs=1e-6
     )
-    page = write(seen, tmp_path, "a run").read_text(encoding="utf-8")
+    page = write_inspection(seen, tmp_path, "a run").read_text(encoding="utf-8")
     assert "tell real from fake 42% of the time; the best, a at t = 0.5, 50%." in page
     assert len(list(csv.DictReader((tmp_path / "heads.csv").open(encoding="utf-8")))) == 2
 

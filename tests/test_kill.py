@@ -185,7 +185,7 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
         )
         assert code == 0
         assert "resuming from step 2: " in out
-        assert checkpoint_files.newest(folder).name == "step_000003.ckpt"
+        assert checkpoint_files.newest_checkpoint(folder).name == "step_000003.ckpt"
         assert not (folder / "samples" / "step_000004.png").exists()
         time.sleep(1)
     first, second = sorted((folder / "checkpoints" / "abandoned").iterdir())
@@ -213,8 +213,8 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
         newest.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
     code, out, _ = command("run", f"resume={folder}")
     assert code == 0
-    assert f"{newest} is cut short or no checkpoint of distill" in out + caplog.text
-    assert "going on from step_000011.ckpt instead" in out + caplog.text
+    assert f"{newest} is incomplete or no checkpoint of distill" in out + caplog.text
+    assert "resuming from step_000011.ckpt instead" in out + caplog.text
     assert tiny.same(end_of(folder), expected)
 
 
@@ -227,7 +227,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
         ("seed=5", "seed=5 (was 0)"),
         (
             "experiment=ladd_long_shapes",
-            "experiment=ladd_long_shapes (many keys at once, for new runs alone; name the keys)",
+            "experiment=ladd_long_shapes (sets many keys, only for new runs; name the keys)",
         ),
     ],
 )
@@ -311,7 +311,7 @@ def gone_on(command, monkeypatch, tmp_path):
     """
     seen = []
     monkeypatch.setattr("distill.config.build.check", seen.append)
-    monkeypatch.setattr("distill.config.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.config.build.build_training", lambda _: None)
     monkeypatch.setattr("distill.run.train", lambda *_: 0)
     monkeypatch.setattr("distill.config.compose.processes", lambda _: 1)
 
@@ -320,7 +320,9 @@ def gone_on(command, monkeypatch, tmp_path):
         own = [*began, "trainer.max_steps=5000", "metrics.prompts=50", "callbacks.samples.every=70"]
         assert command("run", "run_dir=run", *own)[0] == 0
         state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-        checkpoint_files.write(state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt")
+        checkpoint_files.write_checkpoint(
+            state, tmp_path / "run" / "checkpoints" / "step_000001.ckpt"
+        )
         assert command("run", "resume=run", *given)[0] == 0
         return seen
 

@@ -155,7 +155,7 @@ def job(command, monkeypatch, tmp_path):
     """A command in a job of SLURM, without any training -> (exit code, stderr, step from which it
     goes on).
     """
-    monkeypatch.setattr("distill.config.build.parts", lambda _: None)
+    monkeypatch.setattr("distill.config.build.build_training", lambda _: None)
     monkeypatch.setattr("distill.config.build.check", lambda _: None)
     began = []
 
@@ -185,7 +185,7 @@ def job(command, monkeypatch, tmp_path):
 def test_a_second_run_in_a_job_of_slurm_is_refused(job):
     folder = "runs/slurm_7_ladd_shapes"
     assert job() == (0, "", [(folder, None)])
-    what = "choose another run_dir= or remove it, for it has no checkpoint to go on from"
+    what = "choose another run_dir= or remove it, since it has no checkpoint to resume from"
     said = f"run_dir={folder} holds a run already; {what}"
     assert job()[:2] == (1, f"distill: {said}\n")
     assert job(PROCID="1", NTASKS="2")[0] == 0  # the first process has made it a moment ago
@@ -204,7 +204,7 @@ def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
         (folder, None)
     ]  # ended before its first checkpoint: anew
     state = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    checkpoint_files.write(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
+    checkpoint_files.write_checkpoint(state, tmp_path / folder / "checkpoints" / "step_000001.ckpt")
     assert job(*arguments, RESTART_COUNT="2")[2] == [(folder, folder)]
     assert job(*arguments, RESTART_COUNT="0")[0] == 1
 
@@ -259,7 +259,7 @@ def test_torchrun_without_a_run_folder_is_refused(command, monkeypatch, pipeline
     monkeypatch.setenv("LOCAL_RANK", "0")
     code, _, err = command("run", *smoke(pipelines, shards, *TWO))
     assert code == 1
-    assert "distill: run_dir=null: torchrun starts every process by itself" in err
+    assert "distill: run_dir=null: processes of torchrun do not share a new folder" in err
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm", "ray"])
@@ -318,7 +318,7 @@ def test_the_first_trial_has_what_the_run_has_anyway():
         "student.init": ("choice(random)", None),  # not among them
         "method.distill_weight": ("log(100,200)", None),
     }
-    found = search._as_it_is(
+    found = search._first_parameters(
         ["experiment=ladd_long_shapes"], [f"{key}={text}" for key, (text, _) in keys.items()]
     )
     assert found == {key: value for key, (_, value) in keys.items() if value is not None}
@@ -369,7 +369,7 @@ def trials(command, monkeypatch, tmp_path):
         return SimpleNamespace(returncode=0, stderr=b"")
 
     monkeypatch.setattr("distill.search.subprocess.run", run)
-    monkeypatch.setattr("distill.search._as_it_is", lambda *_: {"a.b": 0.25})
+    monkeypatch.setattr("distill.search._first_parameters", lambda *_: {"a.b": 0.25})
 
     def call(metric, count):
         words = [

@@ -23,9 +23,9 @@ from distill.data.datasets import ImageShards, LatentShards
 from distill.data.shards import Shards, check_pictures, expand
 from distill.data.source import Source
 from distill.data.write import write_latents
-from distill.evaluation.references import in_folder
+from distill.evaluation.references import pictures_in
 from distill.storage import formats
-from distill.storage.pictures import upright
+from distill.storage.pictures import to_rgb
 
 DOC = Path(__file__).parents[1] / "docs" / "look_up" / "troubleshooting_data.md"
 
@@ -380,14 +380,14 @@ def test_a_format_of_another_package(tmp_path, monkeypatch):
     lay(tmp_path / "plugins", {"pillow_jxl.py": "\n".join(x[8:] for x in code.split("\n"))})
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     try:
-        formats.known.cache_clear()
+        formats.readable_formats.cache_clear()
         formats.suffixes.cache_clear()
         data = ImageShards(path, size=8)
         assert [data[i]["key"] for i in range(len(data))] == ["a.jxl", "b.png"]
     finally:
         Image.OPEN.pop("JXL")
         Image.ID.remove("JXL")
-        formats.known.cache_clear()
+        formats.readable_formats.cache_clear()
         formats.suffixes.cache_clear()
 
 
@@ -423,7 +423,7 @@ def test_what_has_no_white_is_refused():
             decode.image({"__key__": "0", "__url__": "a", "tif": file.getvalue()}, 4)
     grey = Image.fromarray(np.full((4, 4), 32768, np.uint16))
     grey.save(file := io.BytesIO(), "TIFF")
-    assert upright(Image.open(file)).getpixel((0, 0)) == (128, 128, 128)
+    assert to_rgb(Image.open(file)).getpixel((0, 0)) == (128, 128, 128)
     red = picture("JPEG", colour=(0, 255, 255, 0), mode="CMYK")
     found = decode.image({"__key__": "0", "__url__": "a", "jpg": red}, 8)[:, 0, 0]
     assert torch.allclose(found, torch.tensor([1.0, -1.0, -1.0]), atol=0.05)
@@ -484,7 +484,7 @@ def test_what_systems_leave_is_no_data(tmp_path):
     shards = Shards(path)
     keys = [key for key, _ in shards.index]
     assert keys == ["./a", "./Thumbs"]
-    assert in_folder(tmp_path / "d") == [tmp_path / "d" / "a.png"]
+    assert pictures_in(tmp_path / "d") == [tmp_path / "d" / "a.png"]
 
 
 def test_shards_of_other_names_and_places(tmp_path, caplog):

@@ -181,4 +181,4 @@ def test_home_is_expanded_in_files_too(monkeypatch, tmp_path):
     node = OmegaConf.create(
         {"_target_": "distill.core.times.LogitNormal", "m": ["~/x", "~x", "a ~/x"]}
     )
-    assert compose.allowed(node, "method.renoise")["m"] == [str(tmp_path / "x"), "~x", "a ~/x"]
+    assert compose.checked_node(node, "method.renoise")["m"] == [str(tmp_path / "x"), "~x", "a ~/x"]

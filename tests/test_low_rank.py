@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from distill.exporting.low_rank import _nearest, about, difference, save_lora
+from distill.exporting.low_rank import _nearest, difference, lora_metadata, save_lora
 
 
 def spectrum(side: int, power: float) -> torch.Tensor:
@@ -69,14 +69,14 @@ def test_a_kohya_file_says_its_base_and_rank(pipelines, tmp_path):
     folder = pipelines("sdxl")
     for naming in ("kohya", "diffusers"):
         file = tmp_path / f"{naming}.safetensors"
-        save_lora(factors, file, part="unet", naming=naming, about=about(folder))
+        save_lora(factors, file, part="unet", naming=naming, metadata=lora_metadata(folder))
         assert said(file)["ss_base_model_version"] == "sdxl_base_v1-0"
         assert said(file)["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     words = said(tmp_path / "kohya.safetensors")
     assert (words["ss_network_dim"], words["ss_network_alpha"]) == ("4", "4.0")
     assert words["ss_network_module"] == "networks.lora"
-    assert about(pipelines("unet")) == {}  # of neither width of Stable Diffusion's
-    assert about(pipelines("mmdit")) == {}
+    assert lora_metadata(pipelines("unet")) == {}  # of neither width of Stable Diffusion's
+    assert lora_metadata(pipelines("mmdit")) == {}
 
 
 def test_a_dtype_that_cannot_hold_a_value_is_said_and_leaves_no_file(tmp_path):

@@ -191,7 +191,7 @@ def test_weights_are_kept_in_what_fits(pipelines, monkeypatch):
         monkeypatch.setattr(hardware, "memory", lambda *_, memory=memory: memory)
         model = models.student_of(folder, "auto")
         assert next(model.network.parameters()).dtype == dtype
-    assert models.fitting_dtype("float16", "nowhere") == "float16"
+    assert models.resolve_dtype("float16", "nowhere") == "float16"
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "sana"])

@@ -19,9 +19,9 @@ import eyes
 import tiny
 from distill.core import distances, tensors
 from distill.evaluation import networks, scores
-from distill.evaluation.features import features, opened
-from distill.evaluation.references import coco, in_folder
-from distill.storage.aside import put
+from distill.evaluation.features import features, open_rgb
+from distill.evaluation.references import coco, pictures_in
+from distill.storage.atomic import write_atomic
 
 CPU = torch.device("cpu")
 
@@ -175,7 +175,7 @@ def test_clean_resizing_is_pillows_on_floats(picture, size):
         )
         for c in range(3)
     ]
-    found = networks.clean(picture, size)
+    found = networks.clean_resize(picture, size)
     assert found.shape == (3, size, size)
     assert np.abs(found.numpy() - np.stack(expected).clip(0, 255)).max() < 1e-2  # of 255
 
@@ -204,7 +204,7 @@ def test_inception_is_that_of_torch_fidelity(tmp_path, monkeypatch):
 def test_dinov2_gives_its_normalised_class_token(places, picture):
     network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
     model = transformers.Dinov2Model.from_pretrained(places["dinov2"])
-    pixels = networks.clean(picture, 64) / 255
+    pixels = networks.clean_resize(picture, 64) / 255
     for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
         pixels[c] = (pixels[c] - mean) / std
     expected = model(pixels[None]).pooler_output
@@ -236,7 +236,7 @@ def test_clip_agrees_with_the_model_on_its_own_processor(places, picture):
 
 def test_cmmds_eyes_see_the_whole_picture(places, picture):
     network = loaded(networks.Clip(str(places["clip"]), whole=True))
-    pixels = networks.clean(picture, 32) / 255
+    pixels = networks.clean_resize(picture, 32) / 255
     mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     expected = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(network.prepare(picture), expected)
@@ -290,7 +290,7 @@ def test_fingerprints_tell_weights_apart():
 def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        put(tmp_path / "taken", b"x")  # no file takes the place of a folder
+        write_atomic(tmp_path / "taken", b"x")  # no file takes the place of a folder
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -301,7 +301,7 @@ def test_features_of_a_folder_in_any_batches_and_halves(places, tmp_path):
     """What is exact over processes: each picture's features are its own, whoever computes them."""
     network, paths = (
         loaded(networks.Dinov2(str(places["dinov2"]), size=64)),
-        in_folder(places["coco"] / "val2017"),
+        pictures_in(places["coco"] / "val2017"),
     )
     how = {"workers": 0, "device": CPU}
     whole = features(paths, network, tmp_path / "a", batch_size=8, **how)
@@ -342,14 +342,14 @@ def test_pictures_are_read_as_in_training(monkeypatch, tmp_path):
     Image.new("RGB", (8, 4)).save(
         tmp_path / "grid.png"
     )  # of distill.sample: no picture, but all of them
-    clear, grey, *others = map(opened, in_folder(tmp_path))
+    clear, grey, *others = map(open_rgb, pictures_in(tmp_path))
     sideways = others[-1]
     with monkeypatch.context() as patch:  # Pillow, of an EXIF block that is damaged
         patch.setattr(
             "distill.storage.pictures.ImageOps.exif_transpose", lambda _: struct.unpack("I", b"")
         )
         with pytest.raises(ValueError, match=r"sideways\.jpg: cannot be read as a picture"):
-            opened(tmp_path / "sideways.jpg")
+            open_rgb(tmp_path / "sideways.jpg")
     assert sideways.size == (4, 8)
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     assert grey.getpixel((0, 0)) == (117, 117, 117)
@@ -362,7 +362,7 @@ def test_the_centred_square_of_a_picture(places, tmp_path):
     Image.new("RGB", (30, 30), (0, 0, 255)).save(tmp_path / "blue.png")
     network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
     how = {"batch_size": 2, "workers": 0, "device": CPU}
-    paths = in_folder(tmp_path)
+    paths = pictures_in(tmp_path)
     blue, wide = features(paths, network, tmp_path / "cache", **how)
     torch.testing.assert_close(blue, wide)
     blue, wide = features(paths, network, tmp_path / "cache", **how, square=False)
@@ -378,9 +378,9 @@ def test_the_centred_square_is_made_of_the_pictures_own_pixels(places, tmp_path)
     network = loaded(networks.Dinov2(str(places["dinov2"]), size=64))
     seen = []
     network.prepare = lambda picture: (
-        seen.append(np.unique(picture).tolist()) or networks.clean(picture, 28)
+        seen.append(np.unique(picture).tolist()) or networks.clean_resize(picture, 28)
     )
-    features(in_folder(tmp_path), network, tmp_path / "cache", device=CPU)
+    features(pictures_in(tmp_path), network, tmp_path / "cache", device=CPU)
     assert seen == [[0, 255]]
 
 

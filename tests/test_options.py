@@ -18,7 +18,7 @@ import cards
 import families
 import tiny
 from distill import students
-from distill.config.fitting import refuse_misfit
+from distill.config.fitting import check_data_fits
 from distill.config.models import sampler_of, student_of
 from distill.data.shard_job import of_teacher
 from distill.exporting.card import write_card
@@ -124,9 +124,9 @@ def test_data_made_otherwise_is_refused(teachers):
         for mine, theirs in ((more, {}), ({}, more)):
             about = of_teacher(teacher(**theirs))
             data = type("Data", (), {"null": null, "buckets": [], "made": about})()
-            refuse_misfit(teacher(**theirs), data, teachers("unet"))
+            check_data_fits(teacher(**theirs), data, teachers("unet"))
             with pytest.raises(ValueError, match=r"were made with .* give both the same"):
-                refuse_misfit(teacher(**mine), data, teachers("unet"))
+                check_data_fits(teacher(**mine), data, teachers("unet"))
 
 
 # -- clip_skip -------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_negative_prompt_of_sana_stands_without_its_instruction(tmp_path):
 def test_a_negative_prompt_without_guidance_is_refused(command):
     code, _, err = command("sample", "run=shapes:mmdit", "prompt=x", "negative=y")
     assert code == 1
-    assert err.endswith("negative: is for what guidance leads away from; add guidance=\n")
+    assert err.endswith("negative: has no effect without guidance; add guidance=\n")
 
 
 def test_slicing_and_tiling_are_diffusers(pipelines):
@@ -277,7 +277,7 @@ def test_shards_of_before_are_taken_as_they_are(teachers):
     data = type(
         "Data", (), {"null": None, "buckets": [], "made": {"teacher": "x", "without": []}}
     )()
-    refuse_misfit(cfg, data, teachers("unet"))
+    check_data_fits(cfg, data, teachers("unet"))
 
 
 def test_no_file_but_the_index_tells_of_options(pipelines, tmp_path):

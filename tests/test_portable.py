@@ -21,11 +21,11 @@ from PIL import Image
 
 import eyes
 from distill import doctor
-from distill.commandline import texts
+from distill.commandline import quoting as texts
 from distill.config import compose
 from distill.data import source
 from distill.evaluation import networks
-from distill.storage import aside
+from distill.storage import atomic as aside
 from distill.teachers.loading.reading import is_hub_id
 from distill.teachers.loading.weights import local_file
 
@@ -265,7 +265,7 @@ def test_what_a_name_cannot_hold_is_told_apart(monkeypatch):
 
 @pytest.mark.parametrize("path", [r"C:\models\x", r"C:\my models\x(1)", r"\\server\share\x"])
 def test_a_windows_path_is_read_as_it_is_typed(path):
-    word = texts.readable(f"teacher.path={path}", "config")
+    word = texts.for_hydra(f"teacher.path={path}", "config")
     assert OverridesParser.create().parse_override(word).value() == path
 
 
@@ -280,5 +280,5 @@ def test_what_another_system_lacks_is_said(monkeypatch):
     assert doctor.system()[1].startswith(platform.system())
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     level, what, remedy = doctor.system()
-    assert (level, "tested on Linux alone" in what) == ("warn", True)
+    assert (level, "only tested on Linux" in what) == ("warn", True)
     assert "there is no make" in remedy

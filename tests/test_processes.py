@@ -20,10 +20,10 @@ from test_stopping import gone
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 RANK = "rank = int(os.environ['RANK'])\n"
 HEAD = (
-    "import json, os, sys, time\nfrom pathlib import Path\nfrom distill import progress\n"
+    "import json, os, sys, time\nfrom pathlib import Path\nfrom distill.terminal import progress\n"
     "notes = Path(sys.argv[1]) / 'processes'\n"
     + RANK
-    + "progress.beat_into(notes / f'{rank}.beat')\n"
+    + "progress.write_heartbeat(notes / f'{rank}.beat')\n"
     "def note(**end):\n"
     "    (notes / f'{rank}.end').write_text(json.dumps({'at': time.time(), **end}))\n"
 )
@@ -81,7 +81,7 @@ def test_a_killed_process_is_one_sentence_with_step_and_way_on(started, tmp_path
     (run / "checkpoints" / "step_001000.ckpt").touch()
     way = f"go on with: python -m distill.run resume={run}"
     assert started(KILLED)[1] == f"distill: {killed} at step 1,234; {way} {more}\n"
-    assert f"{faults.ANEW} {more}" in started(KILLED, command="cache")[1]
+    assert f"{faults.RESTART} {more}" in started(KILLED, command="cache")[1]
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_losing_another_process_is_no_traceback(error, lost, monkeypatch):
     """Under torchrun and SLURM every process speaks for itself."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert faults.lost(error) is lost
+    assert faults.is_peer_failure(error) is lost
     if lost:
         assert errors.is_mistake(error)
         assert errors.sentence(error).startswith("another process has ended (")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not faults.lost(error)
+    assert not faults.is_peer_failure(error)
 
 
 # -- two real ones ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from distill.terminal import console, progress
-from distill.terminal.console import keep, recorded, say
+from distill.terminal.console import log_to, record_output, say
 from distill.terminal.progress import Bar, stage, track
 
 LOG = "run.log"
@@ -133,7 +133,7 @@ def test_the_innermost_speaks_and_leaves_with_what_is_around_it(clock, capsys):
 
     with pytest.raises(ValueError, match="broken"):
         work()
-    assert progress._watch._bars == []
+    assert progress._reporter._bars == []
     said = lines(capsys)
     inner.__exit__(None, None, None)
     assert lines(capsys) == []
@@ -153,8 +153,8 @@ def test_only_the_first_process_speaks(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
 
     def work():
-        with recorded():
-            keep(tmp_path / LOG)
+        with record_output():
+            log_to(tmp_path / LOG)
             print("printed")
             say("said")
             with Bar("training", 3) as bar:
@@ -180,10 +180,10 @@ def test_the_log_has_what_was_printed_before_there_was_a_folder_and_all_that_fol
     logger = logging.getLogger("distill.test")
     logger.addHandler(handler)
     try:
-        with recorded():
+        with record_output():
             with stage("loading the teacher"):
                 pass
-            keep(tmp_path / LOG, "python -m distill.run")
+            log_to(tmp_path / LOG, "python -m distill.run")
             print("run folder: somewhere")
             logger.warning("an alarm")
             print("\r 10 %", end="", file=sys.stderr)  # a library's own bar
@@ -203,8 +203,8 @@ def test_the_log_has_what_was_printed_before_there_was_a_folder_and_all_that_fol
 
 def test_the_log_is_gone_on_with_and_has_the_exception_that_ends_a_run(tmp_path):
     def work():
-        with recorded():
-            keep(tmp_path / LOG, "python -m distill.run")
+        with record_output():
+            log_to(tmp_path / LOG, "python -m distill.run")
             raise RuntimeError("broken")
 
     for _ in range(2):
@@ -216,8 +216,8 @@ def test_the_log_is_gone_on_with_and_has_the_exception_that_ends_a_run(tmp_path)
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
-    with recorded():
-        keep(tmp_path / "nowhere" / LOG)
+    with record_output():
+        log_to(tmp_path / "nowhere" / LOG)
         print("said")
 
 
@@ -226,12 +226,12 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
     """Nor does it a run, which has a log, when more than progress is printed:
     `distill.run | head`.
     """
-    keeps, prints = ("keep(Path('log'))", "print(7)") if kept else ("pass", "pass")
+    keeps, prints = ("log_to(Path('log'))", "print(7)") if kept else ("pass", "pass")
     script = (
         "from pathlib import Path\n"
-        "from distill.terminal.console import keep, recorded\n"
+        "from distill.terminal.console import log_to, record_output\n"
         "from distill.terminal.progress import track\n"
-        "with recorded():\n"
+        "with record_output():\n"
         f"    {keeps}\n"
         "    assert sum(track([1, 2], 'adding')) == 3\n"
         f"    {prints}\n"
@@ -254,14 +254,14 @@ def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
 SCRIPT = """
 import logging, sys, time, warnings
 from pathlib import Path
-from distill import progress
-from distill.terminal.console import keep, recorded
+from distill.terminal import progress
+from distill.terminal.console import log_to, record_output
 from distill.terminal.progress import Bar, stage
 progress.FIRST = 0.2
 handler = logging.StreamHandler(sys.stdout)
 logging.getLogger("distill.health").addHandler(handler)
-with recorded():
-    keep(Path("run.log"))
+with record_output():
+    log_to(Path("run.log"))
     with stage("loading the teacher"):
         time.sleep(0.6)
     with Bar("search", 2, unit="trial") as outer, Bar("training", 40, rate="images") as bar:
@@ -332,7 +332,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path):
 
 def test_a_library_s_own_bar_gets_the_place(tmp_path):
     script = SCRIPT.split("with recorded")[0] + (
-        "with recorded(), stage('loading'):\n"
+        "with record_output(), stage('loading'):\n"
         "    time.sleep(0.3)\n"
         "    for k in range(3):\n"
         "        print(f'\\rfetched {k} of 2', end='', file=sys.stderr, flush=True)\n"
@@ -349,10 +349,10 @@ def test_what_goes_to_a_file_is_not_drawn_on_the_terminal(tmp_path):
     """`sample > paths.txt`: the paths are for the file, the bar is on stderr."""
     script = (
         "import sys, time\n"
-        "from distill.terminal.console import on_stderr, recorded\n"
+        "from distill.terminal.console import print_to_stderr, record_output\n"
         "from distill.terminal.progress import track\n"
         "sys.stdout = open('paths.txt', 'w')\n"
-        "with recorded(), on_stderr():\n"
+        "with record_output(), print_to_stderr():\n"
         "    for k in track(range(4), 'drawing', unit='image'):\n"
         "        print(f'{k}.png')\n"
         "        time.sleep(0.1)\n"

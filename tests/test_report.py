@@ -17,7 +17,7 @@ from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 
 from distill.report import write_report
-from distill.report.curves import framed
+from distill.report.curves import chart_figure
 
 HOSTILE = "<script>alert(1)</script>"
 CHARTS = [
@@ -312,7 +312,9 @@ def test_words_of_a_vertical_axis_lie_within_the_picture():
         (100, 2300),
         (1e-4, 3e-4),
     ):
-        page = framed("", "", lambda axes, y=(low, high): axes.plot([0, 1], y, label="a curve"))
+        page = chart_figure(
+            "", "", lambda axes, y=(low, high): axes.plot([0, 1], y, label="a curve")
+        )
         ends = re.findall(r'text-anchor: end[^>]*?x="([\d.]+)"[^>]*>([^<]*)<', drawings(page)[0])
         assert len(ends) > 2
         places += [
@@ -325,7 +327,9 @@ def test_words_of_a_vertical_axis_lie_within_the_picture():
 @pytest.mark.filterwarnings("error")  # matplotlib's, of axes that collapsed
 def test_a_legend_of_many_long_rows_leaves_room_for_the_curves():
     names = [f"optimizer.student.lr=0.{i:03d}, refresh=0.01" for i in range(20)]
-    page = framed("", "", lambda axes: [axes.plot([0, 1], [0, 1], label=name) for name in names])
+    page = chart_figure(
+        "", "", lambda axes: [axes.plot([0, 1], [0, 1], label=name) for name in names]
+    )
     assert all(name in drawings(page)[0] for name in names)
 
 
@@ -369,7 +373,7 @@ def test_a_missing_file_costs_its_own_section_only(run, missing):
 
 def test_an_empty_folder_has_a_report(tmp_path):
     text = read(tmp_path)[1].text
-    assert "not judged" in text
+    assert "not evaluated" in text
     assert "No samples were kept" in text
     assert "not measured" in text
 

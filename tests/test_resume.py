@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from distill.config import compose, paths
-from distill.storage import content
+from distill.storage import fingerprints as content
 from distill.storage.renames import renamed
 from distill.training import resuming
 from distill.training.run_metadata import RunMetadata
@@ -330,10 +330,10 @@ def test_a_mark_tells_fine_tunes_apart_and_not_copies(pipelines, tmp_path):
     model = shutil.copytree(pipelines("mmdit"), tmp_path / "one")
     copy = shutil.copytree(model, tmp_path / "two")
     (copy / "README.md").write_text("a card", encoding="utf-8")
-    assert content.mark(model) == content.mark(copy)
+    assert content.path_fingerprint(model) == content.path_fingerprint(copy)
     shaken(copy)
-    assert content.mark(model) != content.mark(copy)
-    assert content.mark(tmp_path / "nowhere") is None
+    assert content.path_fingerprint(model) != content.path_fingerprint(copy)
+    assert content.path_fingerprint(tmp_path / "nowhere") is None
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -380,11 +380,11 @@ def test_cached_latents_are_of_one_teacher_however_it_was_typed(
 
 
 def test_old_manifests_name_a_teacher_as_it_was_typed():
-    assert content.alike("models/sd", "/home/me/models/sd")
-    assert not content.alike("models/sd", "/home/me/models/other-sd")
-    assert not content.alike("sd", "/home/me/other-sd")
-    assert content.alike(None, None)
-    assert not content.alike(None, "/home/me/vae")
+    assert content.maybe_same_path("models/sd", "/home/me/models/sd")
+    assert not content.maybe_same_path("models/sd", "/home/me/models/other-sd")
+    assert not content.maybe_same_path("sd", "/home/me/other-sd")
+    assert content.maybe_same_path(None, None)
+    assert not content.maybe_same_path(None, "/home/me/vae")
 
 
 @pytest.mark.parametrize(

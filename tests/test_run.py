@@ -290,7 +290,7 @@ def mistakes(pipelines, shards, tmp_path):
         "resume without a checkpoint": (
             "run",
             [*run, teacher, f"resume={taken}"],
-            "holds no checkpoint",
+            "has no checkpoint",
         ),
         "a target that is not allowed": (
             "run",

@@ -15,7 +15,7 @@ from PIL import Image
 import tiny
 from distill import sample, students
 from distill.config.models import student_of
-from distill.evaluation.features import fitted, opened
+from distill.evaluation.features import open_rgb, to_model_input
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided
 
@@ -49,7 +49,7 @@ def test_prompts_of_a_file_in_batches_are_those_alone(
     """However many at a time; a grid has a row for each prompt."""
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
     run, embedded = f"run={exported(family)}", []
-    of = sample._maker
+    of = sample._picture_function
     monkeypatch.setattr(
         sample, "_maker", lambda *a: lambda p, s: embedded.append(len(p)) or of(*a)(p, s)
     )
@@ -133,7 +133,7 @@ def test_what_was_not_distilled_goes_on_from_a_picture_too(pipelines, command, t
     (path,) = (tmp_path / "out").iterdir()
     model = student_of(folder)
     with torch.no_grad():
-        image = model.encode(fitted(opened(start, "image="), 64, 64))
+        image = model.encode(to_model_input(open_rgb(start, "image="), 64, 64))
         cond, shape = model.embed(PROMPTS[:1]), model.latent_shape
         x0 = guided(model, cond, seeded([0]), shape=shape, image=image, **how)
         expected = to_bytes(model.decode(x0))[0].permute(1, 2, 0)
@@ -151,7 +151,7 @@ def test_a_picture_to_go_on_from_stands_upright(tmp_path):
     lying[:, :32] = 255
     (exif := Image.Exif())[0x0112] = 6
     Image.fromarray(lying).save(tmp_path / "phone.jpg", exif=exif)
-    found = fitted(opened(tmp_path / "phone.jpg"), 64, 64)[0].permute(1, 2, 0)
+    found = to_model_input(open_rgb(tmp_path / "phone.jpg"), 64, 64)[0].permute(1, 2, 0)
     expected = np.asarray(load_image(str(tmp_path / "phone.jpg")))
     assert abs((found.numpy() + 1) * 127.5 - expected).max() < 0.01
     assert found[:20].mean() > 0.9

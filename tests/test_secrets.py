@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from distill import search
-from distill.commandline import private
+from distill.commandline import secret_arguments as private
 from distill.config import typed
 from distill.config.compose import dotted
 from distill.config.location import CONF_DIR
@@ -44,7 +44,7 @@ def below(folder: Path) -> list[Path]:
 )
 def test_keys_that_look_so_are_secret(key):
     assert secret.is_secret(key)
-    assert secret.hidden({"a": {key: "x"}}) == {"a": {key: "***"}} or "." in key
+    assert secret.masked_tree({"a": {key: "x"}}) == {"a": {key: "***"}} or "." in key
 
 
 def test_no_key_of_ours_is_taken_for_one():
@@ -97,14 +97,16 @@ def test_a_text_is_said_without_them(text, without):
     ],
 )
 def test_the_parser_knows_where_a_value_ends(word, said, values, monkeypatch):
-    monkeypatch.setattr(secret, "_known", set())
-    monkeypatch.setattr(secret, "_said", {})
-    assert typed.as_said(word) == said
-    typed.note([word])
-    assert secret.told([word]) == [said]
+    monkeypatch.setattr(secret, "_registered", set())
+    monkeypatch.setattr(secret, "_shown_as", {})
+    assert typed.masked_override(word) == said
+    typed.register_secrets([word])
+    assert secret.redacted([word]) == [said]
     for value in values:
         quoted = [value, json.dumps(value), repr(value), value.replace("'", "''")]
-        assert secret.unsaid("|".join(quoted)).replace('"', "'").count("***") == len(quoted)
+        assert secret.without_registered("|".join(quoted)).replace('"', "'").count("***") == len(
+            quoted
+        )
 
 
 def test_a_tree_is_written_without_them_and_read_with_them(tmp_path, monkeypatch):
@@ -116,9 +118,9 @@ def test_a_tree_is_written_without_them_and_read_with_them(tmp_path, monkeypatch
     }
     without = {"a": {"token": "***", "n": 1, "uri": "http://***@h"}, "password": "***", "b": None}
     without["secret"] = "***"
-    assert secret.hidden(tree) == without
+    assert secret.masked_tree(tree) == without
     (tmp_path / "config.yaml").write_text(json.dumps(without), encoding="utf-8")
-    monkeypatch.setenv(secret.SECRETS, json.dumps(secret.found(tree)))
+    monkeypatch.setenv(secret.SECRETS, json.dumps(secret.secrets_in(tree)))
     assert worker.configuration(tmp_path / "config.yaml") == tree
     monkeypatch.setattr("os.environ", {})
     assert worker.configuration(tmp_path / "config.yaml") == without
@@ -181,7 +183,7 @@ def test_what_is_typed_is_not_written_by_hydra_either(
     ],
 )  # fmt: skip
 def test_a_secret_is_a_variable_to_hydra_and_means_the_same(word, values):
-    (said,) = private.referring([word])
+    (said,) = private.with_variables([word])
     typed = ("4711", "one", "two", "four", "five", "seven", VALUE, "[a]")
     assert not any(value in said for value in typed)
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
@@ -219,7 +221,7 @@ def test_what_is_typed_is_used_and_written_nowhere(
     again = [f"resume={run}", "trainer.max_steps=3"]
     code, _, err = command("run", *again)
     assert code == 1
-    assert f"{run / 'config.yaml'}: logger.mine.api_key=***: was left out of the file" in err
+    assert f"{run / 'config.yaml'}: logger.mine.api_key=***: is a secret, which is not saved" in err
     monkeypatch.setenv("TOLD", "")
     code, out, err = command("run", *again, *(f"+{way}" for way in ways))
     assert code == 0, err

@@ -33,7 +33,7 @@ HOSTILE = (
     "distill.training.run_metadata.subprocess.run",
     "distill.training.run_metadata.subprocess.Popen",
     "distill.training.run_metadata.Path",
-    "distill.storage.aside.remove",
+    "distill.storage.atomic.remove",
     "distill.config.models.student_of",
     "distill.config.compose.make",
     "distill.config.compose.instantiate",
@@ -176,7 +176,7 @@ def test_a_run_folder_from_a_stranger_runs_nothing(command, pipelines, tmp_path)
     (tmp_path / "evil.py").write_text(
         f"open({str(owned)!r}, 'w')\n", encoding="utf-8"
     )  # would be imported from the current folder
-    checkpoint_files.write(
+    checkpoint_files.write_checkpoint(
         {"distill": {"iteration": 1}, "about": {"config": {}}},
         run / "checkpoints" / "step_000001.ckpt",
     )
@@ -257,21 +257,21 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
 def test_a_pickle_bomb_as_checkpoint_is_named_and_the_one_before_used(disguised, tmp_path, caplog):
     folder, owned = tmp_path / "checkpoints", tmp_path / "owned"
     good = {"distill": {"iteration": 1}, "about": {"config": {}}}
-    checkpoint_files.write(good, folder / "step_000001.ckpt")
+    checkpoint_files.write_checkpoint(good, folder / "step_000001.ckpt")
     bomb = folder / "step_000002.ckpt"
     if disguised:  # inside a proper file of torch
         torch.save(good | {"state_dict": Bomb(owned)}, bomb)
     else:
         bomb.write_bytes(pickle.dumps(Bomb(owned)))
-    assert checkpoint_files.newest(tmp_path) == folder / "step_000001.ckpt"
-    assert f"{bomb} is cut short or no checkpoint of distill" in caplog.text
-    assert "going on from step_000001.ckpt instead" in caplog.text
+    assert checkpoint_files.newest_checkpoint(tmp_path) == folder / "step_000001.ckpt"
+    assert f"{bomb} is incomplete or no checkpoint of distill" in caplog.text
+    assert "resuming from step_000001.ckpt instead" in caplog.text
     (folder / "step_000001.ckpt").unlink()
     with pytest.raises(
         ValueError,
-        match="no checkpoint can be used: .*step_000002.ckpt is cut short or no checkpoint",
+        match="no checkpoint can be used: .*step_000002.ckpt is incomplete or no checkpoint",
     ):
-        checkpoint_files.newest(tmp_path)
+        checkpoint_files.newest_checkpoint(tmp_path)
     assert not owned.exists()
     assert bomb.exists()
 

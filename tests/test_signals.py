@@ -28,8 +28,11 @@ def ended(tmp_path, work: str, **files: str) -> subprocess.CompletedProcess:
     """
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text), encoding="utf-8")
-    code = "import os, signal, sys, time\nfrom distill import signals\nsys.path.insert(0, '.')\n"
-    code += "try:\n    with signals.heard():\n" + textwrap.indent(textwrap.dedent(work), " " * 8)
+    code = "import os, signal, sys, time\nfrom distill.machine import signals\n"
+    code += "sys.path.insert(0, '.')\n"
+    code += "try:\n    with signals.stop_on_signal():\n" + textwrap.indent(
+        textwrap.dedent(work), " " * 8
+    )
     code += (
         "\nexcept signals.Stopped as stop:\n    print(stop)\n    sys.exit(3)\nprint('all done')\n"
     )
@@ -96,10 +99,10 @@ def test_a_reminder_is_no_second_ctrl_c(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         pass
-    heard = lambda number, frame: signals.remember(number) or print("heeded", flush=True)
-    before = signals.handled_by(heard)
+    heard = lambda number, frame: signals.mark_handled(number) or print("heeded", flush=True)
+    before = signals.set_handlers(heard)
     time.sleep(0.3)
-    print(signals.asked().name, flush=True)
+    print(signals.received().name, flush=True)
     """
     done = ended(tmp_path, work)
     assert (done.returncode, done.stderr) == (0, "")

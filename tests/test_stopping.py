@@ -33,7 +33,11 @@ STAGES = {
         (kills.TRAIN, "opening the data", ""),
         (kills.TRAIN, "building the discriminator", ""),
         (kills.TRAIN, "saving the student", "; go on with: python -m distill.run resume=work/run"),
-        (kills.TRAIN, "judging the student", "; go on with: python -m distill.run resume=work/run"),
+        (
+            kills.TRAIN,
+            "evaluating the student",
+            "; go on with: python -m distill.run resume=work/run",
+        ),
         (kills.TRAIN, "writing the report", "; go on with: python -m distill.run resume=work/run"),
     ],
     "synthesize": [(kills.COMMANDS["synthesize"].words, "making samples", ANEW)],
@@ -42,7 +46,7 @@ STAGES = {
     "evaluate": [(JUDGE, "loading", GOES_ON)],
     "sample": [(kills.COMMANDS["sample"].words, "drawing", "")],
     "export": [(kills.COMMANDS["export to=diffusers"].words, "exporting", "")],
-    "inspect": [(kills.COMMANDS["inspect"].words, "looking with the discriminator", "")],
+    "inspect": [(kills.COMMANDS["inspect"].words, "inspecting the discriminator", "")],
     "compare": [(kills.COMMANDS["compare"].words, "", "")],
     "doctor": [(["teacher.path=given/teacher"], "ok", "")],
     "check": [(CHECK, stage, "") for stage in ("opening the data", "reading", "measuring")],
@@ -176,7 +180,7 @@ def test_slurms_signal_in_the_judging_has_the_job_run_again(world, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JOB_NAME", "distil")
     words = [*kills.TRAIN, "run_dir=work/run"]
-    code, said = told(world.folder, "run", words, "judging the student", signal.SIGUSR1)
+    code, said = told(world.folder, "run", words, "evaluating the student", signal.SIGUSR1)
     way = "go on with: python -m distill.run resume=work/run"
     assert (code, said) == (0, f"distill: stopped by SIGUSR1; {way}\n")
     assert (bin / "asked").read_text(encoding="utf-8") == "requeue 17\n"
@@ -217,8 +221,8 @@ READY = "print('ready', flush=True)"
 
 def waiting(work: str, before: str = "") -> tuple[subprocess.Popen, str]:
     """A process that listens as a command does, and whose work has said READY."""
-    code = f"import signal, sys, time\nfrom distill import signals\n{before}\ntry:\n"
-    code += "    with signals.heard():\n" + textwrap.indent(work, " " * 8)
+    code = f"import signal, sys, time\nfrom distill.machine import signals\n{before}\ntry:\n"
+    code += "    with signals.stop_on_signal():\n" + textwrap.indent(work, " " * 8)
     code += "\nexcept signals.Stopped as stop:\n    print(stop.number.name)\n    sys.exit(3)\n"
     pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     started = subprocess.Popen([sys.executable, "-c", code], **pipe)
@@ -244,23 +248,25 @@ def test_a_ctrl_c_while_a_command_is_imported_leaves_no_traceback():
 
 PARENT = """
 import os, subprocess, sys, time
-from distill import signals
+from distill.machine import signals
 child = '''
 import sys, time
-from distill import signals
+from distill.machine import signals
 {lacks}
-with signals.heard():
+with signals.stop_on_signal():
     signals.end_with_parent()
     print("ready", flush=True)
     time.sleep(600)
 '''
-started = subprocess.Popen([sys.executable, "-c", child], env={env}, **signals.apart())
+started = subprocess.Popen([sys.executable, "-c", child], env={env}, **signals.new_session())
 print(started.pid, flush=True)
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("env", ["signals.for_child()", "{**os.environ, signals.TORCHRUN: '7'}"])
+@pytest.mark.parametrize(
+    "env", ["signals.child_environment()", "{**os.environ, signals.TORCHRUN: '7'}"]
+)
 @pytest.mark.parametrize("lacks", ["", "signals._die_with_parent = lambda number: None"])
 def test_a_process_ends_with_the_one_that_has_started_it(env, lacks):
     """By the kernel, and where it has no such thing by a look every second; torchrun's too."""
@@ -277,7 +283,8 @@ def test_a_process_ends_with_the_one_that_has_started_it(env, lacks):
 def test_a_process_whose_parent_died_before_it_asked_ends_too(monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    code = "from distill import signals\nsignals.end_with_parent()\nimport time; time.sleep(600)"
+    code = "from distill.machine import signals\nsignals.end_with_parent()\n"
+    code += "import time; time.sleep(600)"
     environment = {**os.environ, signals.PARENT: str(ended.pid)}
     orphan = subprocess.Popen([sys.executable, "-c", code], env=environment)
     assert orphan.wait(timeout=60) == -signal.SIGTERM

@@ -26,9 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill import demo, evaluate, export, inspect, run, sample
 from distill.config import texts, trust
-from distill.config.compose import dotted, looked_at, shipped
-from distill.config.continued import going_on
-from distill.config.errors import said_plainly
+from distill.config.compose import dotted, read_unchecked, shipped
+from distill.config.continued import resumed_config
+from distill.config.errors import print_mistakes
 from distill.config.location import CONF_DIR
 from distill.data import begun_job
 from distill.report import write_report
@@ -132,9 +132,9 @@ def folder_of(config: dict[str, Any], place: Path, student: Path | None = None) 
 
 # Command -> what it does, the configuration that it composes, and its words but for the run.
 COMMANDS: dict[str, tuple[Callable[[DictConfig], Any], str, tuple[str, ...], str]] = {
-    "run": (run.begin, "config", (), "resume"),
-    "sample": (sample.draw, "sample", ("prompt=x",), "run"),
-    "evaluate": (evaluate.judge, "evaluate", ("metrics.prompts=4",), "run"),
+    "run": (run.start, "config", (), "resume"),
+    "sample": (sample.generate, "sample", ("prompt=x",), "run"),
+    "evaluate": (evaluate.evaluate, "evaluate", ("metrics.prompts=4",), "run"),
     "inspect": (inspect.examine, "inspect", (), "run"),
     "export": (export.export, "export", ("to=diffusers", "out=exported"), "run"),
     "export delta": (export.export, "export", ("to=delta", "out=delta.safetensors"), "run"),
@@ -172,7 +172,7 @@ def attacked(
     for number, key in enumerate(dotted(base)):
         value = hostile(kinds[number % len(kinds)], key, listener.port)
         folder_of(replaced(base, key, value), place / "run")
-        with pytest.raises(SystemExit) as ended, said_plainly():
+        with pytest.raises(SystemExit) as ended, print_mistakes():
             task(copy.deepcopy(cfg))
         said = "".join(capsys.readouterr())
         assert ended.value.code == 1, (key, said)
@@ -282,7 +282,7 @@ def reading(key: str, value: str) -> dict[str, Any]:
 
 
 def resumed(place: Path, *words: str) -> DictConfig:
-    return going_on(composed("config", *RUN, f"resume={place / 'run'}", *words))
+    return resumed_config(composed("config", *RUN, f"resume={place / 'run'}", *words))
 
 
 @pytest.mark.parametrize("key", READING)
@@ -294,7 +294,7 @@ def test_no_key_says_what_the_system_says_of_processes(key, path, place, monkeyp
         (place / "run").mkdir()
         Path(path).symlink_to("/proc/self/environ")
     folder_of(reading(key, path), place / "run")
-    with pytest.raises(ValueError, match=rf"{key}={path}: is no file, but what the system says"):
+    with pytest.raises(ValueError, match=rf"{key}={path}: is a file of the system about processes"):
         resumed(place)
 
 
@@ -318,8 +318,8 @@ def test_a_text_of_this_machine_is_shown_only_if_the_run_had_it(key, place, monk
         resumed(place)
     # the run's own: as its record says, in its folder, typed, or by the environment
     folder_of(reading(key, str(text)), run)
-    values = dotted(OmegaConf.to_container(looked_at(run), resolve=True))
-    facts = {"content": {"texts": texts.marks(values)}}
+    values = dotted(OmegaConf.to_container(read_unchecked(run), resolve=True))
+    facts = {"content": {"texts": texts.text_hashes(values)}}
     (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     assert OmegaConf.select(resumed(place), key) == str(text)
     text.write_text("another letter\n", encoding="utf-8")
@@ -347,10 +347,12 @@ def test_a_place_that_is_typed_again_is_ones_own(place, monkeypatch):
     base["data"] = {**base["data"], "path": "s3://bucket/shards"}
     folder = folder_of(base, place / "run")
     cfg = composed("config", *RUN, f"resume={folder}", "+data.path=here")
-    assert going_on(cfg).data.path == "here"
+    assert resumed_config(cfg).data.path == "here"
     monkeypatch.setattr("distill.config.continued.overrides", lambda: ["seed=0"])
-    with pytest.raises(ValueError, match=r"data\.path=s3://bucket/shards: is no name on this"):
-        going_on(cfg)
+    with pytest.raises(
+        ValueError, match=r"data\.path=s3://bucket/shards: is neither a path on this"
+    ):
+        resumed_config(cfg)
 
 
 def test_a_job_that_slurm_runs_again_finds_its_own_run(place, monkeypatch):
@@ -359,11 +361,11 @@ def test_a_job_that_slurm_runs_again_finds_its_own_run(place, monkeypatch):
     folder = folder_of(base, place / "runs" / "slurm_7_run")
     cfg = composed("config", *RUN, "resume=runs/slurm_7_run")
     with pytest.raises(ValueError, match=r"WandbLogger is refused.*DISTILL_TRUST_RUN=runs/slurm_7"):
-        going_on(cfg)
+        resumed_config(cfg)
     for name, value in {"PROCID": "0", "JOB_ID": "7", "RESTART_COUNT": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert going_on(cfg).logger.mine._target_.endswith("WandbLogger")
+    assert resumed_config(cfg).logger.mine._target_.endswith("WandbLogger")
     cfg.resume = str(folder_of(base, place / "runs" / "another"))
     with pytest.raises(ValueError, match="WandbLogger is refused"):
-        going_on(cfg)
+        resumed_config(cfg)
     assert folder.is_dir()

@@ -111,7 +111,7 @@ def modules(name: str) -> Iterator[tuple[str, Path]]:
         yield found.removesuffix(".__init__"), file
 
 
-def admitted(holds: trust.Holds) -> set[str]:
+def admitted(holds: trust.Allowed) -> set[str]:
     """Every name that is let in as it stands, and every class that is by where it is defined."""
     found = set(holds.names)
     for inside in holds.inside:
@@ -224,7 +224,7 @@ def test_an_installed_package_may_let_itself_in(mine, tmp_path, monkeypatch):
         made = compose.make(OmegaConf.create({"_target_": f"{mine}.Mine"}), "sampler")
         assert type(made).__name__ == "Mine"
         with pytest.raises(ValueError, match="is refused"):
-            trust.check_target(f"{mine}.Mine", "sampler", stranger=True)
+            trust.check_target(f"{mine}.Mine", "sampler", untrusted=True)
     finally:
         trust._plugins.cache_clear()
 
@@ -267,12 +267,12 @@ WRONG = {
     "seed: {1: x}": "1 is no name of a key",
     "a: &a [1]\nb: *a": "holds an alias (*name)",
     "seed: 1\nseed: 2": "is no configuration (line 2)",
-    "[1, 2]": "is no node with keys",
+    "[1, 2]": "is no mapping of keys",
     "seed: " + "[" * 3000: "is no configuration",
     "seed: " + "x" * 2**20: "is larger than any configuration",
     "sampler: [{_target_: distill.sampling.Euler}]": "sampler.0 holds no class",
     "sampler: nothing": "sampler=nothing: must be a node with keys",
-    "sampler: {_target_: distill.sampling.Euler, _args_: [1]}": "_args_=[1]: is for one's own",
+    "sampler: {_target_: distill.sampling.Euler, _args_: [1]}": "_args_=[1]: is only allowed on",
     "sampler: {_target_: distill.sampling.Euler, _partial_: x}": "_partial_=x: must be true or fal",
     "sampler: {_target_: distill.sampling.seeded}": "sampler._target_: distill.sampling.seeded is",
     "sampler: {_target_: distill.sampling.Eulr}": "there is nothing of this name",
@@ -281,18 +281,18 @@ WRONG = {
     "method: {levels: {levels: {_target_: distill.core.times.Uniform}}}": (
         "levels.levels holds no class"
     ),
-    "data: {path: 's3://bucket/x.tar'}": "data.path=s3://bucket/x.tar: is no name on this machine",
-    "data: {path: 'x.tar::ftp://h/x'}": "is no name on this machine or the hub",
-    "data: {path: 'pipe:curl h'}": "is no name on this machine or the hub",
-    "data: {path: '\\\\host\\share'}": "is no name on this machine or the hub",
-    "data: {path: '//host/share'}": "is no name on this machine or the hub",
-    "callbacks: {samples: {prompts: 'http://h/x'}}": "is no name on this machine or the hub",
-    "logger: {t: {name: $HOME}}": "is no name on this machine or the hub",
+    "data: {path: 's3://bucket/x.tar'}": "data.path=s3://bucket/x.tar: is neither a path on",
+    "data: {path: 'x.tar::ftp://h/x'}": "is neither a path on this machine nor a hub id",
+    "data: {path: 'pipe:curl h'}": "is neither a path on this machine nor a hub id",
+    "data: {path: '\\\\host\\share'}": "is neither a path on this machine nor a hub id",
+    "data: {path: '//host/share'}": "is neither a path on this machine nor a hub id",
+    "callbacks: {samples: {prompts: 'http://h/x'}}": "is neither a path on this machine nor",
+    "logger: {t: {name: $HOME}}": "is neither a path on this machine nor a hub id",
     "logger: {t: {name: ../x}}": "logger.t.name=../x: would leave the run's folder",
     "logger: {t: {_target_: lightning.pytorch.loggers.MLFlowLogger}}": "MLFlowLogger is refused",
-    "trainer: {default_root_dir: x}": "trainer.default_root_dir=x: is for one's own command line",
+    "trainer: {default_root_dir: x}": "trainer.default_root_dir=x: is only allowed on the",
     "trainer: {plugins: [{_target_: x.y}]}": "trainer.plugins.0 holds no class",
-    "logger: {w: {api_key: '***'}}": "logger.w.api_key=***: was left out of the file",
+    "logger: {w: {api_key: '***'}}": "logger.w.api_key=***: is a secret, which is not saved",
 }
 
 

@@ -10,9 +10,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from distill.evaluation.results import added, comparable, owned, verdicts
+from distill.evaluation.results import add_result, comparable, promote_newest, results_in
 from distill.report.evaluation import rows_of
-from distill.report.runs import read_alike
+from distill.report.runs import read_comparable
 
 OWN = {"prompts": 400, "seed": 0, "teacher guidance": 4.0}
 QUICK = {"prompts": 8, "seed": 0}
@@ -28,21 +28,23 @@ def verdict(protocol, **scores):
 
 
 def test_another_protocol_stands_beside_a_run_s_own():
-    file, _ = added({}, verdict(OWN, teacher_4=1.0, student_1=2.0), "a")
-    own = owned(file)
-    after, entry = added(own, verdict(QUICK, student_1=9.0), "a")
-    assert [v["protocol"] for v in verdicts(after)] == [OWN, QUICK]
+    file, _ = add_result({}, verdict(OWN, teacher_4=1.0, student_1=2.0), "a")
+    own = promote_newest(file)
+    after, entry = add_result(own, verdict(QUICK, student_1=9.0), "a")
+    assert [v["protocol"] for v in results_in(after)] == [OWN, QUICK]
     assert rows_of(after) == rows_of(own)
     assert entry["picture"] not in (own["picture"], "comparison.png")
-    again, _ = added(after, verdict(QUICK, student_2=8.0), "a")
-    assert [len(v["rows"]) for v in verdicts(again)] == [2, 2]
+    again, _ = add_result(after, verdict(QUICK, student_2=8.0), "a")
+    assert [len(v["rows"]) for v in results_in(again)] == [2, 2]
     assert again["protocol"] == OWN
 
 
 def test_the_same_protocol_takes_the_new_rows_and_keeps_the_others():
-    file, _ = added({}, verdict(OWN, teacher_4=1.0, student_1=2.0, student_2=3.0), "a")
+    file, _ = add_result({}, verdict(OWN, teacher_4=1.0, student_1=2.0, student_2=3.0), "a")
     fewer = {k: v for k, v in OWN.items() if not k.startswith("teacher")}
-    after, entry = added(owned(file), verdict({**fewer, "kid": "Inception"}, student_2=5.0), "a")
+    after, entry = add_result(
+        promote_newest(file), verdict({**fewer, "kid": "Inception"}, student_2=5.0), "a"
+    )
     found = {(row["who"], row["steps"]): row["frechet"] for row in after["rows"]}
     assert found == {("teacher", 4): 1.0, ("student", 1): 2.0, ("student", 2): 5.0}
     assert after["protocol"] == {**OWN, "kid": "Inception"}
@@ -50,28 +52,28 @@ def test_the_same_protocol_takes_the_new_rows_and_keeps_the_others():
 
 
 def test_verdicts_on_another_student_go():
-    file, _ = added({}, verdict(OWN, student_1=2.0), "a")
-    after, _ = added(owned(file), verdict(QUICK, student_1=1.0), "b")
-    assert [v["protocol"] for v in verdicts(after)] == [QUICK]
+    file, _ = add_result({}, verdict(OWN, student_1=2.0), "a")
+    after, _ = add_result(promote_newest(file), verdict(QUICK, student_1=1.0), "b")
+    assert [v["protocol"] for v in results_in(after)] == [QUICK]
     assert not after["own"]
 
 
 def test_of_what_is_no_run_the_newest_stands_first():
-    file, _ = added({}, verdict(QUICK, student_1=2.0), "a")
-    after, _ = added(file, verdict(OWN, student_1=1.0), "a")
-    assert [v["protocol"] for v in verdicts(after)] == [OWN, QUICK]
+    file, _ = add_result({}, verdict(QUICK, student_1=2.0), "a")
+    after, _ = add_result(file, verdict(OWN, student_1=1.0), "a")
+    assert [v["protocol"] for v in results_in(after)] == [OWN, QUICK]
 
 
 def test_a_run_that_judges_itself_anew_has_that_as_its_own():
-    file, _ = added({}, verdict(QUICK, student_1=2.0), "a")
-    after = owned(added(owned(file), verdict(OWN, student_1=1.0), "a")[0])
-    assert [v["protocol"] for v in verdicts(after)] == [OWN, QUICK]
+    file, _ = add_result({}, verdict(QUICK, student_1=2.0), "a")
+    after = promote_newest(add_result(promote_newest(file), verdict(OWN, student_1=1.0), "a")[0])
+    assert [v["protocol"] for v in results_in(after)] == [OWN, QUICK]
 
 
 def test_a_file_of_before_is_a_run_s_own_verdict_and_is_kept():
     old = verdict(OWN, student_1=2.0)
-    after, _ = added(old, verdict(QUICK, student_1=1.0), "a")
-    assert {v["protocol"]["prompts"] for v in verdicts(after)} == {8, 400}
+    after, _ = add_result(old, verdict(QUICK, student_1=1.0), "a")
+    assert {v["protocol"]["prompts"] for v in results_in(after)} == {8, 400}
 
 
 def test_what_can_be_compared():
@@ -81,7 +83,7 @@ def test_what_can_be_compared():
 
 
 def test_a_picture_elsewhere_is_not_shown():
-    (found,) = verdicts({"rows": [], "picture": "../../../secret.png"})
+    (found,) = results_in({"rows": [], "picture": "../../../secret.png"})
     assert found["picture"] == "comparison.png"
 
 
@@ -113,7 +115,7 @@ def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     assert beside["protocol"]["prompts"] == 8
     assert (run / "samples" / beside["picture"]).is_file()
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "Judged besides" in page
+    assert "By another protocol" in page
     assert "prompts: 8" in page
     assert "prompts: 16" in page
 
@@ -121,12 +123,12 @@ def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     other = shutil.copytree(run, tmp_path / "runs" / "other")
     alone = {k: after[k] for k in ("model", "newest")} | beside | {"own": True, "beside": []}
     (other / "evaluation.json").write_text(json.dumps(alone), encoding="utf-8")
-    runs = read_alike([run, other])
+    runs = read_comparable([run, other])
     assert [r.protocol["prompts"] for r in runs] == [8, 8]
     assert command("compare", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}")[0] == 0
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert "prompts: 8" in page
-    assert "not all judged by one protocol" not in page
+    assert "evaluated by different protocols" not in page
 
 
 def test_more_steps_by_the_same_protocol_join_the_others(run, command):

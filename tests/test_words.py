@@ -17,9 +17,9 @@ from PIL import Image
 
 import distill.demo
 import tiny
-from distill.commandline import texts
+from distill.commandline import quoting as texts
 from distill.config import compose
-from distill.config.compose import written
+from distill.config.compose import to_yaml
 from distill.data.lines import Lines
 from test_sample import EXACT, exported  # noqa: F401  # a fixture
 
@@ -37,7 +37,7 @@ PROMPTS = [
 
 def meant(word: str, config: str, **how: bool):
     """What a command finds under the key of this word: through Hydra's grammar, and OmegaConf's."""
-    override = OverridesParser.create().parse_override(texts.readable(word, config, **how))
+    override = OverridesParser.create().parse_override(texts.for_hydra(word, config, **how))
     value = override.value()
     cfg = OmegaConf.create({"key": None})
     cfg.key = value.text if isinstance(value, QuotedString) else value
@@ -77,7 +77,7 @@ def test_any_text_survives():
 def test_what_refers_to_something_in_a_path_still_does():
     for path in ("${oc.env:X}/a", "runs/${name}_${seed}", "${teacher.path}/b", "runs/${now:%Y}"):
         override = OverridesParser.create().parse_override(
-            texts.readable(f"run_dir={path}", "config")
+            texts.for_hydra(f"run_dir={path}", "config")
         )
         assert override.value() == path
     assert meant("run_dir=a${nothing}b", "config") == "a${nothing}b"
@@ -87,12 +87,12 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
     values = [*PROMPTS, "\\\\${a}", "a\\${b}\\${c"]
     cfg = OmegaConf.create({"a": 1, "b": "${a}"})
     cfg.texts = [texts.escaped(text) for text in values]
-    (tmp_path / "config.yaml").write_bytes(written(cfg))
+    (tmp_path / "config.yaml").write_bytes(to_yaml(cfg))
     again = OmegaConf.load(tmp_path / "config.yaml")
     assert list(again.texts) == values
     assert again.b == 1
     plain = OmegaConf.create({"a": {"b": [1, None, "x", "???"]}, "c": True})
-    assert written(plain).decode() == OmegaConf.to_yaml(plain, resolve=True)
+    assert to_yaml(plain).decode() == OmegaConf.to_yaml(plain, resolve=True)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
 )
 def test_a_list_that_cannot_be_read_is_named(word):
     with pytest.raises(ValueError, match=r"cannot be read as a list of texts; write \[\"one\""):
-        texts.readable(word, "sample")
+        texts.for_hydra(word, "sample")
 
 
 def test_several_prompts_are_a_list_or_a_file(tmp_path, monkeypatch):
@@ -206,22 +206,20 @@ def test_prompts_in_a_file_are_what_stands_there(command, pipelines, tmp_path):
 @pytest.mark.parametrize("nothing", ["null", "none", "", "false", "None"])
 def test_a_group_is_left_out_by_any_word_for_nothing(nothing):
     for group in texts.OPTIONAL["config"]:
-        assert texts.readable(f"{group}={nothing}", "config") == f"~{group}"
-    assert texts.readable(f"discriminator={nothing}", "config") == "discriminator=none"
-    assert texts.readable(f"teacher={nothing}", "evaluate") == "~teacher"
+        assert texts.for_hydra(f"{group}={nothing}", "config") == f"~{group}"
+    assert texts.for_hydra(f"discriminator={nothing}", "config") == "discriminator=none"
+    assert texts.for_hydra(f"teacher={nothing}", "evaluate") == "~teacher"
     needed = ["method", "teacher", "student", "data", "optimizer", "trainer", "sampler"]
     for group in needed:
-        with pytest.raises(
-            ValueError, match=f"^{group}={nothing}: a run cannot be without; choose"
-        ):
-            texts.readable(f"{group}={nothing}", "config")
+        with pytest.raises(ValueError, match=f"^{group}={nothing}: a run needs it; choose"):
+            texts.for_hydra(f"{group}={nothing}", "config")
 
 
 def test_groups_of_other_commands():
-    assert texts.readable("+method=add", "config") == "method=add"
-    assert texts.readable("method=add,ladd", "config", sweep=True) == "method=add,ladd"
+    assert texts.for_hydra("+method=add", "config") == "method=add"
+    assert texts.for_hydra("method=add,ladd", "config", sweep=True) == "method=add,ladd"
     for word, config, said in (
-        ("~metrics", "evaluate", "~metrics: evaluate cannot be without; choose one by metrics="),
+        ("~metrics", "evaluate", "~metrics: evaluate needs it; choose one by metrics="),
         ("data=null", "cache", "data=null: cache cannot be without"),
         ("teacher=sdxl", "sample", "teacher=sdxl: sample has no such key"),
         (
@@ -233,7 +231,7 @@ def test_groups_of_other_commands():
         ("=ladd", "config", "=ladd: has no key; write key=value"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
-            texts.readable(word, config)
+            texts.for_hydra(word, config)
 
 
 @pytest.mark.parametrize(

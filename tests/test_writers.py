@@ -16,9 +16,10 @@ import torch
 
 from distill.config import typed
 from distill.machine import alive
-from distill.storage import aside, locks
+from distill.storage import atomic as aside
+from distill.storage import locks
 from distill.storage.checkpoint_names import checkpoints_at, steps_in
-from distill.storage.locks import check_free, held, one_writer, one_writer_of
+from distill.storage.locks import check_free, holder_of, one_writer, one_writer_of
 from distill.teachers.loading import weights
 
 STRANGE = ("step_000002_good.ckpt", "step_000002 (copy).ckpt", "._step_000003.ckpt", ".DS_Store")
@@ -57,11 +58,11 @@ HOLD = """
 LAUNCH = """
     import os, subprocess, sys, time
     from pathlib import Path
-    from distill.storage.locks import one_writer, pass_on
+    from distill.storage.locks import one_writer, share_locks
     with one_writer(Path(sys.argv[1]), "out"):
         environment = dict(os.environ)
         code = "from distill.storage.locks import adopt; adopt(); import time; time.sleep(3)"
-        subprocess.Popen([sys.executable, "-c", code], env=environment, **pass_on(environment))
+        subprocess.Popen([sys.executable, "-c", code], env=environment, **share_locks(environment))
         print("ready", flush=True)
         time.sleep(600)
 """
@@ -73,7 +74,7 @@ def test_a_second_writer_is_refused_in_words_and_a_killed_one_holds_nothing(kind
     target, lock = tmp_path / "made", {"folder": one_writer, "file": one_writer_of}[kind]
     first = other(HOLD, target, kind)
     try:
-        who = held(target)
+        who = holder_of(target)
         assert (who.pid, who.host) == (first.pid, alive.host())
         words = rf"out={target}: process {first.pid} on {alive.host()} since 20.* writes there"
         with pytest.raises(BlockingIOError, match=words), lock(target, "out"):
@@ -83,13 +84,13 @@ def test_a_second_writer_is_refused_in_words_and_a_killed_one_holds_nothing(kind
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait(timeout=60)
-    assert held(target) is None
+    assert holder_of(target) is None
     check_free(target, "out")
     with lock(target, "out"):
-        assert held(target).pid == os.getpid()
+        assert holder_of(target).pid == os.getpid()
         said = capsys.readouterr().out
         assert f"process {first.pid} on {alive.host()} since 20" in said
-        assert "has ended before its end; going on in its place" in said
+        assert "was killed; taking its place" in said
     assert [p.name for p in tmp_path.rglob("*")] == ["made"] * (kind == "folder")  # no lock stays
 
 
@@ -98,7 +99,7 @@ def test_a_lock_lasts_as_long_as_what_its_holder_has_started(tmp_path):
     launcher = other(LAUNCH, tmp_path / "run")
     launcher.send_signal(signal.SIGKILL)
     launcher.wait(timeout=60)
-    assert held(tmp_path / "run") is not None  # the worker lives, and may be saving
+    assert holder_of(tmp_path / "run") is not None  # the worker lives, and may be saving
     began = time.monotonic()
     with one_writer(tmp_path / "run", "resume"):  # waits for it
         assert time.monotonic() - began > 0.5
@@ -114,7 +115,7 @@ def words(folder: Path, **more: object) -> Path:
 
 def test_a_lock_of_another_machine_is_refused_with_what_to_remove(tmp_path):
     folder = words(tmp_path / "run")
-    assert held(folder).host == "node7"
+    assert holder_of(folder).host == "node7"
     said = "process 4711 on node7 since 2026-01-31 12:00:00\\+00:00"
     for refused in (
         lambda: one_writer(folder, "resume").__enter__(),
@@ -142,8 +143,8 @@ def test_slurm_goes_on_with_a_job_on_another_machine(tmp_path, monkeypatch):
 def test_a_number_that_was_given_again_is_another_process(tmp_path):
     me = os.getpid()
     assert alive.alive(me)
-    assert alive.alive(me, alive.started(me))
-    if alive.started(me) is not None:
+    assert alive.alive(me, alive.start_time(me))
+    if alive.start_time(me) is not None:
         assert not alive.alive(me, "0")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(timeout=60)
@@ -153,20 +154,20 @@ def test_a_number_that_was_given_again_is_another_process(tmp_path):
 @pytest.fixture
 def no_locks(monkeypatch):
     """A file system whose files cannot be locked."""
-    monkeypatch.setattr(locks, "_try", lambda *_, **__: None)
+    monkeypatch.setattr(locks, "_try_lock", lambda *_, **__: None)
 
 
 @posix
 def test_where_files_cannot_be_locked_the_words_decide(no_locks, tmp_path):
     me, here = os.getpid(), alive.host()
-    folder = words(tmp_path / "run", host=here, pid=me, started=alive.started(me))
-    assert held(folder).pid == me
+    folder = words(tmp_path / "run", host=here, pid=me, started=alive.start_time(me))
+    assert holder_of(folder).pid == me
     with pytest.raises(BlockingIOError, match=f"process {me} on {here}"), one_writer(folder, "out"):
         pass
     words(folder, host=here, pid=me, started="0")  # the number was given again
-    assert held(folder) is None
+    assert holder_of(folder) is None
     with one_writer(folder, "out"):
-        assert held(folder).pid == me
+        assert holder_of(folder).pid == me
     assert not (folder / locks.NAME).exists()
 
 
@@ -198,7 +199,7 @@ def test_a_forked_process_holds_nothing(tmp_path):
 
 
 def part(name: str, pid: int, machine: str | None = None) -> str:
-    return f"{name}.{machine or alive.host_mark()}-{pid}-0123abcd.part"
+    return f"{name}.{machine or alive.host_hash()}-{pid}-0123abcd.part"
 
 
 def test_only_what_killed_writers_left_is_swept(tmp_path):
@@ -223,13 +224,13 @@ def test_only_what_killed_writers_left_is_swept(tmp_path):
     for name in (*left, *stay):
         (tmp_path / name).write_bytes(b"x")
     os.utime(tmp_path / part("run.json", 1, machine="0000"))
-    assert aside.sweep(tmp_path, deep=True) == 4
+    assert aside.remove_leftovers(tmp_path, deep=True) == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*stay, "samples"])
     assert list((tmp_path / "samples").iterdir()) == []
     old = tmp_path / part("run.json", 1, machine="0000")
     os.utime(old, (0, 0))
-    assert aside.sweep(tmp_path, of="config.yaml") == 0
-    assert aside.sweep(tmp_path, of="run.json") == 1
+    assert aside.remove_leftovers(tmp_path, of="config.yaml") == 0
+    assert aside.remove_leftovers(tmp_path, of="run.json") == 1
     assert not old.exists()
 
 
@@ -240,13 +241,13 @@ def fails_half_way(folder):
 
 def test_a_folder_takes_the_place_of_another_only_when_whole(tmp_path):
     folder = tmp_path / "student"
-    with aside.whole_folder(folder) as new:
+    with aside.atomic_folder(folder) as new:
         new.mkdir()
         (new / "a").write_bytes(b"1")
-    with pytest.raises(FileExistsError), aside.whole_folder(folder) as new:
+    with pytest.raises(FileExistsError), aside.atomic_folder(folder) as new:
         fails_half_way(new)
     assert [p.name for p in folder.iterdir()] == ["a"]
-    with aside.whole_folder(folder) as new:
+    with aside.atomic_folder(folder) as new:
         new.mkdir()
         (new / "b").write_bytes(b"2")
     assert [p.name for p in folder.iterdir()] == ["b"]
@@ -254,9 +255,9 @@ def test_a_folder_takes_the_place_of_another_only_when_whole(tmp_path):
 
 
 def test_two_writers_of_one_file_do_not_share_a_part_and_names_fit(tmp_path):
-    assert aside.aside(tmp_path / "a") != aside.aside(tmp_path / "a")
+    assert aside.temporary_path(tmp_path / "a") != aside.temporary_path(tmp_path / "a")
     long = tmp_path / ("\N{GRINNING FACE}" * 60 + ".png")  # 244 bytes of the 255 that there are
-    aside.put(long, b"x")
+    aside.write_atomic(long, b"x")
     assert [p.name for p in tmp_path.iterdir()] == [long.name]
 
 
@@ -364,14 +365,14 @@ def test_what_a_command_makes_counts_its_own_shards_alone(command, pipelines, tm
 
 
 def test_a_sheet_of_samples_is_no_picture_and_anyones_own_is(tmp_path):
-    from distill.evaluation.references import in_folder
+    from distill.evaluation.references import pictures_in
 
     for name in ("grid.png", "castle.png", ".hidden.png"):
         (tmp_path / name).touch()
-    assert [p.name for p in in_folder(tmp_path)] == ["castle.png", "grid.png"]
+    assert [p.name for p in pictures_in(tmp_path)] == ["castle.png", "grid.png"]
     (tmp_path / "a_star_1step_seed0_12ab.png").touch()
     names = ["a_star_1step_seed0_12ab.png", "castle.png"]
-    assert [p.name for p in in_folder(tmp_path)] == names
+    assert [p.name for p in pictures_in(tmp_path)] == names
 
 
 def test_a_line_of_times_that_a_kill_has_cut_is_left_out(tmp_path):
@@ -398,7 +399,7 @@ def test_a_lock_that_says_nothing_that_can_be_read_holds_nothing(said, tmp_path)
     (tmp_path / locks.NAME).write_text(said, encoding="utf-8")
     check_free(tmp_path, "out")
     with one_writer(tmp_path, "out"):
-        assert held(tmp_path) is not None
+        assert holder_of(tmp_path) is not None
 
 
 def test_a_library_may_write_beside_the_file(tmp_path, monkeypatch):
@@ -422,7 +423,7 @@ def test_a_library_may_write_beside_the_file(tmp_path, monkeypatch):
 def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path):
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
-    with aside.whole_folder(tmp_path / "student") as part:
+    with aside.atomic_folder(tmp_path / "student") as part:
         (part / "unet").mkdir(parents=True)
         weights.save_file({"a": torch.ones(2)}, part / "unet" / "a.safetensors")
     written = weights.write_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
@@ -451,7 +452,7 @@ def test_a_lock_that_is_no_file_is_refused_and_what_it_points_to_stays(kind, nam
     with pytest.raises(ValueError, match=rf"out={folder}: {lock} is "), writer(folder, "out"):
         pass
     assert victim.read_text(encoding="utf-8") == "mine"
-    assert held(folder) is None
+    assert holder_of(folder) is None
     assert time.monotonic() - began < 2
 
 
@@ -478,7 +479,7 @@ def test_no_name_that_is_written_may_lead_out_of_the_folder(name, tmp_path, monk
         pass
     link.unlink()
     os.mkfifo(link)  # nobody's word makes that a file
-    with pytest.raises(ValueError, match="is no plain file"):
+    with pytest.raises(ValueError, match="is no regular file"):
         check_free(folder, "run")
 
 
@@ -522,7 +523,7 @@ def test_a_lock_that_states_no_holder_is_answered_at_once(tmp_path):
 
 def test_a_lock_holds_no_secrets(tmp_path, monkeypatch):
     words = ["+logger.c.password=correct horse battery", "x.uri=http://me:4711@host/x"]
-    typed.note(words)
+    typed.register_secrets(words)
     monkeypatch.setattr(sys, "argv", ["distill.run", *words, "seed=1"])
     with one_writer(tmp_path, "out"):
         said = (tmp_path / locks.NAME).read_text(encoding="utf-8")

@@ -107,7 +107,7 @@ def main() -> None:
             *overrides,
         ]
         cfg = compose("config", overrides=keys)
-    source, method = build.parts(cfg)
+    source, method = build.build_training(cfg)
     data = LatentShards(shipped(cfg.data.path), seeded=True)
     seen, held_out = range(ASKED), range(len(data) - ASKED, len(data))
     trainer = build.trainer(cfg, Path(folder), {})

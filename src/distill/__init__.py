@@ -3,9 +3,8 @@
 import signal
 import sys
 
-# While a command is imported a Ctrl-C ends it without a traceback, as it ends any other program.
-# Its own handlers come with `distill.machine.signals`; a program that imports the package keeps its
-# own.
+# While `python -m distill...` imports, Ctrl-C ends it without a traceback. Its own handlers come
+# with `distill.machine.signals`. A program that imports the package keeps its handlers.
 _started = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
 if (
     _started

@@ -14,18 +14,18 @@ from omegaconf import DictConfig
 from distill.config import validate
 from distill.config.errors import command
 from distill.data import begun_job
-from distill.machine.faults import AGAIN
+from distill.machine.faults import RERUN
 from distill.terminal.progress import importing, stage
 
 SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:
-    """This process's part of the samples; returns the exit code."""
+    """Encode this process's share of the samples; returns the exit code."""
     import torch
 
     from distill.config.build import make
-    from distill.config.fitting import refuse_misfit
+    from distill.config.fitting import check_data_fits
     from distill.config.models import teacher_of
     from distill.data import shard_job
     from distill.data.write import PICTURES, cached
@@ -34,7 +34,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     with stage("opening the data"):
         source = make(cfg.data, "data")
     teacher = teacher_of(cfg)
-    refuse_misfit(cfg, source.dataset, teacher)
+    check_data_fits(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
     teacher.only_encode(device)
     job = shard_job.ShardJob(
@@ -57,12 +57,12 @@ def encode(cfg: DictConfig, folder: Path) -> int:
                 pixels = torch.stack([item["pixels"] for _, item in good]).to(device)
                 with torch.no_grad():
                     latents = teacher.encode(pixels).float().cpu().numpy()
-                    told = (
+                    embeddings = (
                         shard_job.embedded(teacher.embed(captions))
                         if cfg.embeddings
                         else [{}] * len(good)
                     )
-                for (i, _), *rest in zip(good, latents, captions, told, strict=True):
+                for (i, _), *rest in zip(good, latents, captions, embeddings, strict=True):
                     shard_job.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
                     yield cached(f"{i:09d}", *rest)
 
@@ -76,7 +76,7 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     if cfg.data.get("_target_") != SOURCE:
         raise ValueError("data: only pictures can be encoded; choose data=images")
     validate.check_data(cfg.data)
@@ -84,7 +84,7 @@ def check(cfg: DictConfig) -> None:
     validate.check_fit(cfg.data, cfg.teacher)
 
 
-@command("cache", way_on=AGAIN)
+@command("cache", hint=RERUN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):

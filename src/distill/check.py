@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> int:
 
 
 def too_empty(captions: list[str], data: Any) -> bool:
-    """Whether more captions are empty than may be, which is said."""
+    """Whether more captions are empty than data.max_empty_share allows; prints a line if so."""
     empty, share = captions.count(""), data.max_empty_share
     if empty <= share * len(captions):
         return False
@@ -60,9 +60,7 @@ def too_empty(captions: list[str], data: Any) -> bool:
 
 
 def print_captions(captions: list[str]) -> None:
-    """How long they are, how many are empty, and how many have lines, all of which are read as
-    one.
-    """
+    """Print the lengths of captions, and how many are empty or have several lines."""
     lengths = sorted(len(caption.split()) for caption in captions)
     empty, lines = captions.count(""), sum("\n" in caption for caption in captions)
     several = f"; {lines} have several lines, read as one caption" if lines else ""
@@ -71,8 +69,9 @@ def print_captions(captions: list[str]) -> None:
 
 
 def print_reasons(bad: list[tuple[str, str]]) -> None:
-    """How many samples each reason drops, and one of them: reasons that differ in their numbers
-    alone are one.
+    """Print how many samples each reason drops, with an example.
+
+    Reasons that differ only in numbers are counted together.
     """
     kinds: dict[str, list[tuple[str, str]]] = {}
     for name, reason in bad:
@@ -85,7 +84,7 @@ def print_reasons(bad: list[tuple[str, str]]) -> None:
 
 
 def print_sizes(sizes: list[tuple[int, int]]) -> None:
-    """The range of sides, and a histogram of width by height in steps of the fourth root of two."""
+    """Print the range of sides, and a histogram of width / height in steps of 2 ** 0.25."""
     for what, sides in zip(("width", "height"), zip(*sizes, strict=True), strict=True):
         print(f"{what}: {min(sides)} to {max(sides)}, median {median(sides):g}")
     print("\nwidth / height")

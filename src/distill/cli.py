@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from distill.terminal.console import readers_may_leave
+from distill.terminal.console import tolerate_closed_pipes
 
 COMMANDS = {
     "run": "distil a teacher into a student",
@@ -35,35 +35,30 @@ distill --version         says which version this is"""
 
 
 def config_of(command: str) -> str:
-    """The name of the configuration that a command composes: its own, but for the doctor, who looks
-    at a run's.
-    """
+    """The name of a command's configuration: the same name, but `config` for `run` and `doctor`."""
     return "config" if command in ("run", "doctor") else command
 
 
 def main() -> int:
-    """Run the named command as `__main__`, so that what it starts (workers, ranks) finds the same
-    module again.
-    """
+    """Run the named command as `__main__`, so that processes it starts find the same module."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # without a traceback, until the command listens
-    with readers_may_leave():
-        return _called(sys.argv[1] if len(sys.argv) > 1 else "--help")
+        # End without a traceback until the command sets its own handlers.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with tolerate_closed_pipes():
+        return _dispatch(sys.argv[1] if len(sys.argv) > 1 else "--help")
 
 
-def _called(command: str) -> int:
+def _dispatch(command: str) -> int:
     if command in ("-h", "--help"):
         print(f"{USAGE}\n{MORE}")
         return 0
     if command in ("-V", "--version"):
         print(f"distill {_version()}")
         return 0
-    if command in ("-sc", "--shell-completion"):  # as Hydra's own applications are asked
-        from distill.completion import asked
+    if command in ("-sc", "--shell-completion"):  # the flags of Hydra's own applications
+        from distill.completion import requested_shell
 
-        sys.argv[1:] = ["completion", *filter(None, [asked(sys.argv)])]
+        sys.argv[1:] = ["completion", *filter(None, [requested_shell(sys.argv)])]
         command = "completion"
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from yaml import YAMLError
 
 from distill.config.errors import command, sentence
-from distill.storage.aside import put_text
+from distill.storage.atomic import write_text_atomic
 from distill.storage.locks import one_writer
 from distill.terminal.shown import shown
 from distill.training.run_folders import check_ours
@@ -21,46 +21,54 @@ from distill.training.run_folders import check_ours
 
 @command("compare")
 def main(cfg: DictConfig) -> None:
-    """Write `compare.md`, `compare.csv` and `compare.html` into `out`; what cannot be read is named
-    and left out.
+    """Write `compare.md`, `compare.csv` and `compare.html` into `out`.
 
-    The exit code is 0 as long as one run can be shown.
+    Runs that cannot be read are named and left out. Raises ValueError or OSError if none is left.
     """
     from distill.report.comparison import page
-    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
+    from distill.report.runs import (
+        as_csv,
+        as_markdown,
+        grouped,
+        lines_of,
+        read_comparable,
+        read_run,
+    )
 
     check_ours(Path(cfg.out), "out", "compare.md", "compare.csv", "compare.html")
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
     places = (os.path.expanduser(str(pattern)) for pattern in patterns)
     found = [Path(path) for place in places for path in sorted(glob.glob(place))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
-    judged, damaged = [], {}
+    evaluated, damaged = [], {}
     for folder in dict.fromkeys(folders):
         try:
             if (folder / "evaluation.json").is_file():
                 read_run(folder)
-                judged.append(folder)
+                evaluated.append(folder)
         except (OSError, ValueError, YAMLError) as error:
             damaged[folder] = shown(sentence(error))
-    if not judged and damaged:
+    if not evaluated and damaged:
         raise ValueError(f"runs={', '.join(map(str, patterns))}: {next(iter(damaged.values()))}")
-    runs = read_alike(judged)
+    runs = read_comparable(evaluated)
     if not runs:
         what = "no runs"
         if folders:
-            what = f"{len(set(folders))} runs, none judged yet: python -m distill.evaluate run=..."
+            what = (
+                f"{len(set(folders))} runs, none evaluated yet: python -m distill.evaluate run=..."
+            )
         raise FileNotFoundError(f"runs={', '.join(map(str, patterns))}: {what}")
-    for folder in sorted(set(folders) - set(judged)):
+    for folder in sorted(set(folders) - set(evaluated)):
         if folder in damaged:
             print(f"left out, damaged: {damaged[folder]}")
         else:
-            print(f"left out, not judged yet: {shown(folder)}")
+            print(f"left out, not evaluated yet: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
     table = as_markdown(lines_of(groups))
     with one_writer(out, "out"):
-        put_text(out / "compare.md", table)
-        put_text(out / "compare.csv", as_csv(groups))
-        put_text(out / "compare.html", page(groups))
+        write_text_atomic(out / "compare.md", table)
+        write_text_atomic(out / "compare.csv", as_csv(groups))
+        write_text_atomic(out / "compare.html", page(groups))
     print(table)
     print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
 

@@ -10,47 +10,47 @@ for `distill run` and for `python -m distill.run` alike.
 import sys
 from pathlib import Path
 
-from distill.commandline.words import SHELLS, following, for_bash
-from distill.terminal.console import open_all
+from distill.commandline.completions import SHELLS, completions, for_bash
+from distill.terminal.console import open_standard_streams
 
-NONE_OF_OURS = 3  # the exit code by which a script lets the shell complete by itself
+NOT_OURS = 3  # the exit code after which the shell completes by itself
 
 
 def main() -> int:
     """The command `distill completion`; returns the exit code."""
-    open_all()
-    words = sys.argv[1:]
-    if not words or not {"-h", "--help"}.isdisjoint(words[:1]):
+    open_standard_streams()
+    arguments = sys.argv[1:]
+    if not arguments or not {"-h", "--help"}.isdisjoint(arguments[:1]):
         print(__doc__.rstrip())
         return 0
-    if words[0] == "--line":  # bash asks: a line up to the cursor, and what breaks words
-        return answer(for_bash(words[1], words[2]))
-    if words[0] == "--words":  # zsh and fish ask: the words up to the cursor
-        return answer(following(words[1:]))
-    from distill.config.errors import said_plainly
+    if arguments[0] == "--line":  # from bash: the line up to the cursor, and COMP_WORDBREAKS
+        return answer(for_bash(arguments[1], arguments[2]))
+    if arguments[0] == "--words":  # from zsh and fish: the words up to the cursor
+        return answer(completions(arguments[1:]))
+    from distill.config.errors import print_mistakes
 
-    with said_plainly():
-        print(script(words[0]), end="")
+    with print_mistakes():
+        print(script(arguments[0]), end="")
     return 0
 
 
 def answer(found: list[str] | None) -> int:
-    """Print each on a line."""
+    """Print one completion a line; returns the exit code."""
     print(*found or (), sep="\n", end="")
-    return NONE_OF_OURS if found is None else 0
+    return NOT_OURS if found is None else 0
 
 
 def script(shell: str) -> str:
-    """What the shell reads. Raises ValueError for one that we do not know."""
+    """The completion script of a shell. Raises ValueError for an unknown shell."""
     if shell not in SHELLS:
         raise ValueError(f"completion {shell}: use {', '.join(SHELLS)}")
     file = Path(__file__).parent / "commandline" / f"completion.{shell}"
     return file.read_text(encoding="utf-8")
 
 
-def asked(words: list[str]) -> str | None:
-    """The shell of Hydra's own way to ask, `-sc install=bash`; None if nobody asks."""
-    for flag, value in zip(words, words[1:], strict=False):
+def requested_shell(arguments: list[str]) -> str | None:
+    """The shell in Hydra's own flags, `-sc install=bash`; None without them."""
+    for flag, value in zip(arguments, arguments[1:], strict=False):
         if flag in ("-sc", "--shell-completion") and value.startswith("install="):
             return value.removeprefix("install=")
     return None

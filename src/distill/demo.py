@@ -21,7 +21,7 @@ from distill.config.compose import check_counts, config_of
 from distill.config.errors import command
 from distill.machine import signals
 
-HOST = "127.0.0.1"  # not the network: whoever reaches the page uses this machine
+HOST = "127.0.0.1"  # not the network: every visitor of the page uses this machine's models
 COUNTS = {"seed": 0, "count": 1, "teacher_steps": 1, "port": 0}
 
 
@@ -31,39 +31,39 @@ def serve(cfg: DictConfig) -> None:
     port = _port(cfg.port)
     address = f"http://{HOST}:{port}"
     print(f"loading {cfg.run}; the page will be at {address}", flush=True)
-    from distill.demonstration.drawing import Studio
+    from distill.demonstration.generation import Models
 
-    studio = Studio.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
-    studio.warm_up()
+    models = Models.load(cfg.run, cfg.teacher, size=cfg.size, dtype=cfg.dtype)
+    models.warm_up()
     from distill.demonstration.page import Page
     from distill.demonstration.worker import Worker
 
     worker = Worker()
-    page = Page(studio, worker, cfg)
+    page = Page(models, worker, cfg)
     page.launch(HOST, port, open_browser=cfg.open)
-    ended = _ended()
+    ended = _end_event()
     print(f"the page is at {address}; Ctrl-C ends it", flush=True)
-    while not ended.wait(1):  # in short waits, since Windows heeds no Ctrl-C in a long one
+    while not ended.wait(1):  # short waits: Windows handles Ctrl-C only between them
         pass
     page.close()
     worker.close()
     print(f"\n{worker.requests} requests, {worker.dropped} of them dropped for newer ones")
 
 
-def _ended() -> threading.Event:
-    """What a signal sets from now on: whoever reads the address can end the page in order."""
+def _end_event() -> threading.Event:
+    """An event that a signal sets from now on, to close the page."""
     ended = threading.Event()
 
-    def heard(number: int, _frame: Any) -> None:
-        signals.remember(number)  # a second Ctrl-C does not wait for the picture under way
+    def on_signal(number: int, _frame: Any) -> None:
+        signals.mark_handled(number)  # a second Ctrl-C does not wait for the current picture
         ended.set()
 
-    signals.handled_by(heard)
+    signals.set_handlers(on_signal)
     return ended
 
 
 def _check(cfg: DictConfig) -> None:
-    """Refuse what can be known to be wrong before anything heavy is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     if importlib.util.find_spec("gradio") is None:
         what = "the page needs gradio, which is not installed"
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
@@ -85,24 +85,24 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _port(wanted: int) -> int:
-    """This port, or for 0 any that is free. Raises ValueError if it cannot be had."""
-    with socket.socket() as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """This port, or a free one for 0. Raises ValueError if it cannot be used."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            door.bind((HOST, wanted))
+            probe.bind((HOST, wanted))
         except (OSError, OverflowError):
             raise ValueError(
                 f"port={wanted}: is in use or not allowed; choose another, or port=0 for any"
             ) from None
-        return door.getsockname()[1]
+        return probe.getsockname()[1]
 
 
 def _as_path(cfg: DictConfig) -> DictConfig:
-    """The teacher, which the command line hands over as a node, as a path: see
-    commandline/texts.py.
+    """Turn the teacher, which the command line gives as a node, into a path: see
+    commandline/quoting.py.
     """
     if isinstance(cfg.teacher, DictConfig):
-        plain: Any = OmegaConf.to_container(cfg)  # with what is escaped as it is
+        plain: Any = OmegaConf.to_container(cfg)  # keeps escaped text as it is
         cfg.teacher = plain["teacher"]["path"]
     return cfg
 

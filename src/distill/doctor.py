@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import validate
 from distill.config.compose import check_counts, processes, shipped
-from distill.config.defaults import settled_to_look
+from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command
 from distill.data.shards import expand
 from distill.machine import faults
@@ -30,12 +30,12 @@ RENDERS = "distill.data.source.drawn"
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
 Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
 WAIT = "wait for it, or choose another run_dir="
-WORKER = "distill.training.rank_process"  # in the command of a process that a launcher has started
-AHEAD = 2  # batches that each worker of a DataLoader reads ahead: torch's prefetch_factor
-SAMPLE = 2**18  # ours: numbers of a sample of which the size is not known, latents of 1024x1024
-UNTRIED = "one process should work; say so if it does not"
-UNTESTED = {  # what should work on a system, and what is known not to
-    "Darwin": "one process should work, on the CPU surely, on an Apple GPU perhaps; say so if not",
+RANK_PROCESS = "distill.training.rank_process"  # in the command of launched processes
+PREFETCH = 2  # batches that each DataLoader worker reads ahead: torch's prefetch_factor
+SAMPLE = 2**18  # ours: numbers per sample if its size is not known, as latents of 1024x1024
+UNTRIED = "one process should work; report it if it does not"
+UNTESTED = {  # what should work on a system, and what does not
+    "Darwin": "one process should work on the CPU, and may on an Apple GPU; report it if not",
     "Windows": (
         "one process should work, by `python -m distill.run`; there is no make, and no "
         "trainer=fsdp2"
@@ -44,21 +44,19 @@ UNTESTED = {  # what should work on a system, and what is known not to
 
 
 def system() -> Line:
-    """The system that this is, and what of distill was never tried on such a one."""
+    """The operating system, and what is not tested on it."""
     kind, processor = platform.system(), platform.machine()
     python = f"{platform.python_implementation()} {platform.python_version()}"
     what = f"{kind} {platform.release()} on {processor}, {python}"
     if kind in UNTESTED:
-        return "warn", f"{what}: distill is tested on Linux alone", UNTESTED[kind]
+        return "warn", f"{what}: distill is only tested on Linux", UNTESTED[kind]
     if kind != "Linux" or processor not in ("x86_64", "AMD64"):
-        return "warn", f"{what}: distill is tested on Linux with x86-64 alone", UNTRIED
+        return "warn", f"{what}: distill is only tested on Linux with x86-64", UNTRIED
     return "ok", what, ""
 
 
 def machine() -> Iterator[Line]:
-    """Versions, whether torch and torchvision belong together, accelerators, memory, disk and
-    caches.
-    """
+    """Versions, whether torchvision matches torch, accelerators, memory, disk and caches."""
     import torch
 
     from distill.machine.faults import first_line
@@ -111,9 +109,7 @@ def machine() -> Iterator[Line]:
 
 
 def fit(cfg: DictConfig) -> Iterator[Line]:
-    """Whether the options fit each other, and the memory that training needs at least, by
-    strategy.
-    """
+    """Whether the options fit together, and the least memory that training needs by strategy."""
     from distill.config.build import check
 
     try:
@@ -123,7 +119,7 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
         yield "fail", str(error), ""
         return
     if str(cfg.data.get("_target_")) == RENDERS:
-        yield "warn", "no data given: renders of shapes stand for them", "data=images data.path=..."
+        yield "warn", "no data given: renders of shapes are assumed", "data=images data.path=..."
     path = Path(shipped(str(cfg.teacher.path)))
     if not path.is_dir():
         yield (
@@ -132,13 +128,11 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
             "sizes are counted only there",
         )
         return
-    yield from need(cfg, path)
+    yield from memory_lines(cfg, path)
 
 
-def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
-    """What the teacher at this folder, the student and pictures on the way take, and whether it is
-    there.
-    """
+def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
+    """The memory of teacher, student and sample pictures, compared with that of the machine."""
     import torch
 
     from distill.machine import hardware
@@ -156,8 +150,8 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
         return
     dtype = cfg.teacher.get("dtype", "float32")
     width, count = getattr(torch, dtype).itemsize, processes(cfg)
-    # The student's weights, gradient, two moments and average in float32; a LoRA's are a few
-    # hundredths of that.
+    # The student's weights, gradient, two moments and average in float32; those of a LoRA are a few
+    # per cent of that.
     shared = network * (width + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5))
     encoders = {
         "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
@@ -166,8 +160,8 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
     side = pictures_side(cfg, path, part)
     if side:
         encoders[f"decoding pictures of {side}x{side}"] = sizes.decoding(path, side, dtype)
-    said = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in encoders.items())
-    yield "ok", f"beside the denoisers: {said}", ""
+    listed = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in encoders.items())
+    yield "ok", f"beside the denoisers: {listed}", ""
     room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
     for name, share in {
         "one process or trainer=ddp": 1,
@@ -181,36 +175,32 @@ def need(cfg: DictConfig, path: Path) -> Iterator[Line]:
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
 
 
-def left_behind(cfg: DictConfig) -> Iterator[Line]:
-    """Shared memory for the loader's workers, run folders that are written or were left, and
-    processes left over.
-    """
+def leftovers(cfg: DictConfig) -> Iterator[Line]:
+    """Shared memory for DataLoader workers, locked run folders, and orphaned processes."""
     yield from shared_memory(cfg)
     folders = {path.parent for path in Path("runs").glob(f"*/{locks.NAME}")}
     folders |= {Path(cfg[key]) for key in ("run_dir", "resume") if cfg.get(key)}
     for folder in sorted(folders):
-        if who := locks.held(folder):
-            remedy = f"if it has ended, remove {folder / locks.NAME}" if not who.here else WAIT
-            yield "warn", f"{folder} is written by {who}", remedy
+        if holder := locks.holder_of(folder):
+            remedy = f"if it has ended, remove {folder / locks.NAME}" if not holder.here else WAIT
+            yield "warn", f"{folder} is written by {holder}", remedy
         elif (folder / locks.NAME).exists():
-            yield "ok", f"{folder} was left by a command that was killed; the next one takes it", ""
+            yield "ok", f"{folder} was locked by a killed command; the next one can write there", ""
     orphans = orphaned()
     for pid in orphans:
-        yield "warn", f"process {pid} works on for a command that is gone", f"kill {pid}"
+        yield "warn", f"process {pid} still runs for a command that has ended", f"kill {pid}"
     if not orphans:
-        yield "ok", "no process works on for a command that is gone", ""
+        yield "ok", "no process still runs for a command that has ended", ""
 
 
 def shared_memory(cfg: DictConfig) -> Iterator[Line]:
-    """Whether what the loader's workers read ahead has room, where a system keeps that in a file
-    system.
-    """
+    """Whether the batches that DataLoader workers read ahead fit into shared memory."""
     workers = cfg.data.get("num_workers") or 0
     if not faults.SHARED.is_dir():
         return
     free = shutil.disk_usage(faults.SHARED).free
     numbers = 3 * cfg.data.size**2 if cfg.data.get("size") else SAMPLE
-    ahead = workers * AHEAD * cfg.data.get("batch_size", 1) * numbers * 4 * processes(cfg)
+    ahead = workers * PREFETCH * cfg.data.get("batch_size", 1) * numbers * 4 * processes(cfg)
     level = "ok" if ahead < free / 2 else "warn" if ahead < free else "fail"
     what = f"{faults.SHARED} has {free / 1e6:,.0f} MB free; {workers} loader workers a process"
     remedy = "data.num_workers=0, or more of it: docker run --shm-size=8g"
@@ -218,22 +208,24 @@ def shared_memory(cfg: DictConfig) -> Iterator[Line]:
 
 
 def orphaned() -> list[int]:
-    """Processes of commands of this user whose launcher is gone."""
+    """The ids of this user's rank processes whose launcher has ended."""
     import psutil
 
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if WORKER not in process.cmdline() or process.username() != psutil.Process().username():
+            if RANK_PROCESS not in process.cmdline():
+                continue
+            if process.username() != psutil.Process().username():
                 continue
             parent = process.parent()
-            if parent is None or not any("distill" in word for word in parent.cmdline()):
+            if parent is None or not any("distill" in argument for argument in parent.cmdline()):
                 found.append(process.pid)
     return sorted(found)
 
 
 def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
-    """Pixels a side of the pictures that a run draws on the way; None where it draws none."""
+    """Pixels a side of the sample pictures during training; None for a run without them."""
     from distill.teachers.loading import sizes
 
     if not OmegaConf.select(cfg, "callbacks.samples._target_"):
@@ -242,24 +234,24 @@ def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
 
 
 def embedded(cfg: DictConfig) -> bool:
-    """Whether the data hold what the captions embed as, so that no text encoder is read."""
+    """Whether the data hold embedded captions, so that no text encoder is read."""
     from distill.data.write import NULL
 
     path = cfg.data.get("path")
     return bool(path) and (Path(expand(shipped(str(path)))[0]).parent / NULL).is_file()
 
 
-def _starting(counts: dict[str, int], begins: str) -> int:
-    return sum(count for name, count in counts.items() if name.startswith(begins))
+def _starting(counts: dict[str, int], prefix: str) -> int:
+    return sum(count for name, count in counts.items() if name.startswith(prefix))
 
 
-@command("config", prepare=settled_to_look)
+@command("config", prepare=with_placeholder_data)
 def main(cfg: DictConfig) -> int:
     validate.check_groups(cfg)
     validate.check_players(cfg.discriminator)
     validate.check_keys(cfg)
     check_counts(cfg, validate.COUNTS)
-    lines = [*machine(), *left_behind(cfg), *fit(cfg)]
+    lines = [*machine(), *leftovers(cfg), *fit(cfg)]
     for level, what, remedy in lines:
         print(shown(f"{level:5}{what}{f'  ->  {remedy}' if remedy and level != 'ok' else ''}"))
     return int(any(level == "fail" for level, *_ in lines))

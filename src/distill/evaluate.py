@@ -22,78 +22,79 @@ from distill.config.compose import (
     config_of,
     file_name,
     is_run,
-    looked_at,
     rank,
+    read_unchecked,
     secrets,
-    world,
-    written,
+    to_yaml,
+    world_size,
 )
 from distill.config.errors import command
 from distill.core.limits import check_dtype
-from distill.evaluation.references import in_folder
-from distill.machine.faults import AGAIN
+from distill.evaluation.references import pictures_in
+from distill.machine.faults import RERUN
 from distill.storage.locks import check_free, one_writer
 from distill.terminal.progress import importing
 from distill.training.run_folders import check_ours
 
-ASKED = "evaluation/asked.yaml"  # the command: for its other processes, and for who asks later
+COMMAND_FILE = "evaluation/asked.yaml"  # read by the other processes of the command
 
 
-def judge(cfg: DictConfig) -> int:
-    """Write evaluation.json, a comparison and a report into `out`; returns the exit code."""
+def evaluate(cfg: DictConfig) -> int:
+    """Write `evaluation.json`, a comparison and a report into `out`; returns the exit code."""
     check(cfg)
     with importing("torch"):
         from distill.training import launch
 
     run, protocol, several = Path(cfg.run), _protocol(cfg), launch.needed(cfg.devices, 1)
     pictures = _pictures(run)
-    if several and (pictures or not hasattr(protocol, "draw")):
+    if several and (pictures or not hasattr(protocol, "generate")):
         raise ValueError(
-            f"devices={cfg.devices}: only drawing for coco5k or prompts is shared out; leave it out"
+            f"devices={cfg.devices}: several processes need metrics=coco5k or prompts, and a model;"
+            " leave it out"
         )
-    if pictures and not hasattr(protocol, "judge_folder"):
+    if pictures and not hasattr(protocol, "evaluate_folder"):
         raise ValueError(
             f"run={run} is a folder of pictures; add metrics=coco5k or metrics=prompts"
         )
     out = _out(cfg)
-    parts = (
-        None if pictures or several else _models(cfg, protocol)
-    )  # a mistake in them leaves nothing behind
+    # Built before anything is written: a mistake leaves no files behind.
+    models = None if pictures or several else _models(cfg, protocol)
     if hasattr(protocol, "load"):
-        # what cannot be read is said before hours of drawing, and before anything is written
+        # A network that cannot be read is reported before hours of generating.
         protocol.load()
     with one_writer(out, "out" if cfg.out else "run", deep=True):
-        return _written(cfg, out, protocol, parts, several)
+        return _write_evaluation(cfg, out, protocol, models, several)
 
 
 def _out(cfg: DictConfig) -> Path:
-    """The folder that is written into."""
-    name = file_name(cfg.run) or Path(cfg.run).resolve().name  # a/student and b/student are two
+    """The folder to write into."""
+    # The whole path, not its last part: a/student and b/student get different folders.
+    name = file_name(cfg.run) or Path(cfg.run).resolve().name
     return Path(cfg.out or (cfg.run if is_run(Path(cfg.run)) else Path("evaluations") / name))
 
 
-def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
-    """Draw, judge and report into `out`; returns the exit code."""
+def _write_evaluation(cfg: DictConfig, out: Path, protocol: Any, models: Any, several: bool) -> int:
+    """Generate, evaluate and report into `out`; returns the exit code."""
     from distill.exporting.card import write_card
     from distill.machine import hardware
     from distill.report import write_report
     from distill.report.evaluation import in_terminal
-    from distill.storage.aside import put
+    from distill.storage.atomic import write_atomic
     from distill.training import launch
 
     run, pictures = Path(cfg.run), _pictures(Path(cfg.run))
-    (out / ASKED).parent.mkdir(parents=True, exist_ok=True)
-    put(out / ASKED, written(paths.absolute(cfg)))
+    (out / COMMAND_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / COMMAND_FILE, to_yaml(paths.absolute(cfg)))
     try:
         if several and (code := launch.launch(out, cfg.devices, "evaluate", secrets=secrets(cfg))):
             return code
         if not pictures:
-            protocol, student, teacher, sampler = parts or _models(cfg, protocol)
+            protocol, student, teacher, sampler = models or _models(cfg, protocol)
             rows = protocol(student, teacher, out, sampler)
         else:
-            rows = protocol.judge_folder(run, out, hardware.device())
+            rows = protocol.evaluate_folder(run, out, hardware.device())
     finally:
-        _leave_nothing(out)
+        _remove_unused(out)
     print(in_terminal(rows))
     if out == run and (run / "student").is_dir():
         write_card(run / "student", run, teacher.folder)
@@ -102,19 +103,19 @@ def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: boo
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     check_counts(cfg, {"devices": 1})
     check_dtype(cfg.dtype, "dtype", "auto")
     _steps(cfg)
-    if world() > 1:
+    if world_size() > 1:
         raise ValueError(
-            "devices: judging starts its processes itself; use devices=8 or the like, without"
+            "devices: this command starts its own processes; use devices=8 or the like, without"
             " torchrun"
         )
     validate.check_metrics(cfg.metrics)
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
-        looked_at(cfg.run, "discriminator.features")
+        read_unchecked(cfg.run, "discriminator.features")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
     else:
@@ -124,51 +125,55 @@ def check(cfg: DictConfig) -> None:
     check_free(_out(cfg), "out" if cfg.out else "run")
 
 
-def _leave_nothing(out: Path) -> None:
-    """Remove what was made for a judging that came to nothing; what was drawn stays, and is gone on
-    with.
+def _remove_unused(out: Path) -> None:
+    """Remove the files of an evaluation that failed before its first picture.
+
+    Pictures stay: the same command resumes from them.
     """
-    drawn = any((out / "evaluation").glob("*/*")) or (out / "evaluation.json").exists()
-    if drawn:
+    has_pictures = any((out / "evaluation").glob("*/*"))
+    if has_pictures or (out / "evaluation.json").exists():
         return
-    (out / ASKED).unlink(missing_ok=True)
+    (out / COMMAND_FILE).unlink(missing_ok=True)
     for folder in [*(out / "evaluation").glob("*/"), out / "evaluation", out]:
-        with suppress(OSError):  # what else is in it is not ours
+        with suppress(OSError):  # it holds files of the user
             folder.rmdir()
 
 
 def _pictures(run: Path) -> list[Path]:
-    """Those of a folder of pictures; none of what holds a model."""
-    model = any((run / name).exists() for name in ("config.yaml", "student", "model_index.json"))
-    return [] if model else in_folder(run)
+    """The pictures of a folder of pictures; [] for a folder that holds a model."""
+    names = ("config.yaml", "student", "model_index.json")
+    has_model = any((run / name).exists() for name in names)
+    return [] if has_model else pictures_in(run)
 
 
 def _steps(cfg: DictConfig) -> list[int]:
-    """The student's, none if the protocol has them."""
+    """The student's numbers of steps; [] to use those of the protocol."""
     steps = [cfg.steps] if isinstance(cfg.steps, int) else cfg.steps
     if isinstance(steps, str) or any(type(n) is not int or n < 1 for n in steps or []):
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, 1,2,4 or the like")
     return list(steps or [])
 
 
-def draw(cfg: DictConfig, folder: Path) -> int:
-    """This process's part of the pictures; returns the exit code."""
+def generate(cfg: DictConfig, folder: Path) -> int:
+    """Generate this process's share of the pictures; returns the exit code."""
     protocol, student, teacher, sampler = _models(cfg, _protocol(cfg))
-    protocol.draw(student, teacher, folder, sampler, rank=rank(), world=world())
+    protocol.generate(student, teacher, folder, sampler, rank=rank(), world_size=world_size())
     return 0
 
 
 def _protocol(cfg: DictConfig) -> Any:
-    """How it is judged; refused where that cannot be, or would flatter the run."""
+    """The evaluation protocol. Raises ValueError for one that cannot work or favours the run."""
     from distill.config import build
 
-    protocol = build.protocol(cfg.metrics, looked_at(cfg.run, "discriminator.features"))
-    return replace(protocol, student_steps=steps) if (steps := _steps(cfg)) else protocol
+    protocol = build.protocol(cfg.metrics, read_unchecked(cfg.run, "discriminator.features"))
+    steps = _steps(cfg)
+    return replace(protocol, student_steps=steps) if steps else protocol
 
 
 def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
-    """The protocol for what there is; student, or None; teacher, or what stands in for it; the
-    student's sampler.
+    """(protocol, student or None, teacher, the student's sampler or None).
+
+    The protocol has only the rows that can be computed. Without a teacher the student stands in.
     """
     from distill.config import build, models
     from distill.machine import hardware
@@ -177,7 +182,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     model = models.student_of(cfg.run, cfg.dtype).to(hardware.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
-    if not is_run(cfg.run) and not distilled(model.pipeline):  # it is a teacher itself
+    if not is_run(cfg.run) and not distilled(model.pipeline):  # the model itself is a teacher
         steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
         if not steps:
             raise ValueError(
@@ -187,20 +192,17 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     node = cfg.get("teacher") or (config_of(cfg.run, "teacher") or {}).get("teacher")
     if not protocol.teacher_steps or not node:
         return replace(protocol, teacher_steps=[]), model, model, models.sampler_of(cfg.run, model)
-    return (
-        protocol,
-        model,
-        build.make(node, "teacher").to(hardware.device()),
-        models.sampler_of(cfg.run, model),
-    )
+    teacher = build.make(node, "teacher").to(hardware.device())
+    return protocol, model, teacher, models.sampler_of(cfg.run, model)
 
 
-_main = command("evaluate", way_on=AGAIN)(judge)
+_main = command("evaluate", hint=RERUN)(evaluate)
 
 
 def main() -> None:
-    # Hydra takes 1,2,4 for a sweep.
-    sys.argv[1:] = [re.sub(r"^steps=(\d+(,\d+)+)$", r"steps=[\1]", word) for word in sys.argv[1:]]
+    # Hydra would read 1,2,4 as a sweep.
+    pattern = re.compile(r"^steps=(\d+(,\d+)+)$")
+    sys.argv[1:] = [pattern.sub(r"steps=[\1]", argument) for argument in sys.argv[1:]]
     _main()
 
 

@@ -23,25 +23,25 @@ from distill.config import validate
 from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.config.errors import command
 from distill.core.limits import check_dtype
-from distill.storage.aside import whole_folder
+from distill.storage.atomic import atomic_folder
 from distill.storage.locks import check_free, one_writer, one_writer_of
 from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
 from distill.terminal.progress import stage
 
 
 def export(cfg: DictConfig) -> Path | str:
-    """Write and return the file or folder, or its address."""
+    """Write the file or folder; returns its path, or its address on the hub."""
     check(cfg)
     run, out = Path(shipped(cfg.run)) if cfg.run else None, _out(cfg)
-    # The card is written into the run's own student, which a run that goes on replaces in the end.
-    within = run is not None and out == pipeline_folder(run) and is_run(run)
-    lock = one_writer(run, "run", deep=True) if run and within else one_writer_of(out, "out")
+    # Only the card of the run's own student is written: lock the run, which also writes there.
+    in_run = run is not None and out == pipeline_folder(run) and is_run(run)
+    lock = one_writer(run, "run", deep=True) if run and in_run else one_writer_of(out, "out")
     with lock:
-        return FORMS[cfg.to](cfg, run, out) if run else _applied(cfg, out)
+        return FORMS[cfg.to](cfg, run, out) if run else _apply_delta(cfg, out)
 
 
-def _applied(cfg: DictConfig, out: Path) -> Path:
-    """A student of `base` and a delta."""
+def _apply_delta(cfg: DictConfig, out: Path) -> Path:
+    """Write the student that `base` and a delta give."""
     from distill.config import models
     from distill.students import apply_delta
 
@@ -49,27 +49,25 @@ def _applied(cfg: DictConfig, out: Path) -> Path:
 
 
 def _out(cfg: DictConfig) -> Path:
-    """The file or folder that is written: `out`, or one in the run folder that the settings
-    name.
-    """
+    """The file or folder to write: `out`, else a path in the run folder that names the settings."""
     if cfg.out is not None or cfg.run is None:
         return Path(cfg.out or f"{cfg.delta}.student")
     run = Path(shipped(cfg.run))
     if cfg.to == "lora":
-        kept = f"_rank{cfg.rank}" if cfg.rank is not None else ""
+        rank = f"_rank{cfg.rank}" if cfg.rank is not None else ""
         naming = cfg.naming if cfg.naming not in (None, NAMINGS[0]) else None
-        # The run's own are in float32, and stay.
-        words = "".join(f"_{word}" for word in (naming, cfg.dtype) if word)
-        return run / f"lora{kept}{words}.safetensors"
+        # The run's own adapters, lora.safetensors in float32, are not overwritten.
+        suffix = "".join(f"_{setting}" for setting in (naming, cfg.dtype) if setting)
+        return run / f"lora{rank}{suffix}.safetensors"
     if cfg.to in ("single_file", "delta"):
         return run / f"{'student' if cfg.to == 'single_file' else 'delta'}.safetensors"
     student = pipeline_folder(run)
-    suffix = "".join(f"_{word}" for word in (cfg.scheduler, cfg.dtype) if word)
+    suffix = "".join(f"_{setting}" for setting in (cfg.scheduler, cfg.dtype) if setting)
     return student.with_name(student.name + suffix)
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported or read."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported or read."""
     if cfg.run is not None and cfg.to in (None, *FORMS):
         validate.check_model(cfg.run)
         compared = cfg.base is None and (cfg.to == "delta" or cfg.rank is not None)
@@ -90,7 +88,7 @@ def check(cfg: DictConfig) -> None:
         return
     for key, forms in MEANT_FOR.items():
         if cfg[key] is not None and cfg.to not in forms:
-            what = f"says nothing of to={cfg.to}, but of to={' and to='.join(forms)}"
+            what = f"has no effect on to={cfg.to}, only on to={' and to='.join(forms)}"
             raise ValueError(f"{key}={cfg[key]}: {what}; leave it out")
     _check_kind(cfg)
     check_free(_out(cfg), "out")
@@ -102,17 +100,17 @@ def _check_delta(cfg: DictConfig) -> None:
     if not Path(cfg.delta).is_file():
         raise FileNotFoundError(f"delta={cfg.delta}: no such file; give one that to=delta wrote")
     if cfg.base is None:
-        raise ValueError("base: not given; add base=<the pipeline folder that delta is put on>")
+        raise ValueError("base: not given; add base=<the pipeline folder that delta is added to>")
     for key in ("to", "repo", *MEANT_FOR):
         if key != "base" and cfg[key] is not None:
-            raise ValueError(f"{key}={cfg[key]}: says nothing of delta=; leave it out")
+            raise ValueError(f"{key}={cfg[key]}: has no effect on delta=; leave it out")
 
 
 def _check_kind(cfg: DictConfig) -> None:
-    """That a student of this kind has this form, and that there is what it is compared to."""
+    """Check that a student of this class has this form, and that its base is known if needed."""
     folder = pipeline_folder(Path(shipped(cfg.run)))
     if not folder.is_dir():
-        what = f"is of the hub, and to={cfg.to} reads a folder"
+        what = f"is on the hub, and to={cfg.to} reads a folder"
         raise ValueError(f"run={cfg.run}: {what}; fetch it by `hf download {cfg.run} --local-dir`")
     kind = str(index_of(str(folder), "run")["_class_name"])
     if cfg.to == "single_file" and kind not in SINGLE_FILES:
@@ -120,23 +118,23 @@ def _check_kind(cfg: DictConfig) -> None:
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
     scheduler = (index_of(str(folder), "run").get("scheduler") or ["", ""])[1]
     if cfg.to == "single_file" and kind in UNETS and scheduler == FLOW_OF_UNETS:
-        what = "has no word for a UNet that predicts a flow, which others would read as eps"
+        what = "cannot mark a UNet that predicts a flow; other programs would read it as eps"
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
     if cfg.naming == "kohya" and kind not in UNETS:
-        what = "is for UNets; of a transformer ComfyUI and diffusers read naming=diffusers"
+        what = "is for UNets; for a transformer use naming=diffusers, which ComfyUI reads"
         raise ValueError(f"naming=kohya: {what}")
     if cfg.scheduler is not None and kind not in FLOWS:
-        what = f"is for students of flows, and run={cfg.run} holds a {kind}"
+        what = f"is for students of flow models, and run={cfg.run} holds a {kind}"
         raise ValueError(f"scheduler={cfg.scheduler}: {what}; leave it out")
     if cfg.base is not None and cfg.to == "lora" and cfg.rank is None:
         raise ValueError(
-            f"base={cfg.base}: the run's own adapters need none; add rank= or leave it"
+            f"base={cfg.base}: is not needed for the run's own adapters; add rank= or leave it out"
         )
-    own = Path(cfg.run) / "lora.safetensors"
-    if cfg.to == "lora" and cfg.rank is None and not own.is_file():
+    adapters = Path(cfg.run) / "lora.safetensors"
+    if cfg.to == "lora" and cfg.rank is None and not adapters.is_file():
         raise ValueError(
-            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of what is"
-            " kept"
+            f"rank=null: run={cfg.run} has no adapters (student=lora); give the rank of an"
+            " approximation"
         )
     compared = cfg.to == "delta" or cfg.rank is not None
     if compared and cfg.base is None and not (Path(cfg.run) / "config.yaml").is_file():
@@ -145,27 +143,27 @@ def _check_kind(cfg: DictConfig) -> None:
 
 
 def _check_out(cfg: DictConfig) -> None:
-    """That what is written goes where nothing of someone's is, and to the hub only by name."""
+    """Check that nothing is overwritten, and that to=hub has a repository."""
     if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_repository(cfg.repo)):
-        raise ValueError(f"repo={cfg.repo}: to=hub, and it alone, takes repo=<owner>/<name>")
+        raise ValueError(f"repo={cfg.repo}: only to=hub takes repo=<owner>/<name>, and needs it")
     if cfg.out is None:
         return
     if cfg.to in ("diffusers", "hub"):
         if Path(cfg.out) != pipeline_folder(Path(cfg.run)):
             _new(cfg.out)
     elif Path(cfg.out).is_dir():
-        raise ValueError(f"out={cfg.out}: is a folder, and to={cfg.to} writes a file; name one")
+        raise ValueError(f"out={cfg.out}: is a folder, and to={cfg.to} writes a file; name a file")
 
 
 def _new(out: str) -> Path:
-    """Where a folder goes. Raises FileExistsError if something is there: it may be anyone's."""
+    """The path of a new folder. Raises FileExistsError if something is there already."""
     if Path(out).exists():
         raise FileExistsError(f"out={out}: is there already; remove it or name another")
     return Path(out)
 
 
 def _base(cfg: DictConfig) -> Any:
-    """What the student was made from: `base`, or the teacher that the run names."""
+    """The model that the student started from: `base`, or the teacher of the run."""
     from distill.config import build, models
 
     if cfg.base is not None:
@@ -190,8 +188,8 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
         student, base = models.student_of(cfg.run), _base(cfg)
         factors, share = low_rank.difference(student.network.model, base.network.model, cfg.rank)
         print(
-            f"rank {cfg.rank} keeps {100 * share:.1f} % of the square of what the student has"
-            " learnt"
+            f"rank {cfg.rank} keeps {100 * share:.1f} % of the squared difference between student"
+            " and base"
         )
     folder = pipeline_folder(run)
     return low_rank.save_lora(
@@ -200,7 +198,7 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
         part=denoiser_part(folder),
         naming=cfg.naming or NAMINGS[0],
         dtype=cfg.dtype,
-        about=low_rank.about(folder),
+        metadata=low_rank.lora_metadata(folder),
     )
 
 
@@ -220,7 +218,7 @@ def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
     if out == student and not (cfg.scheduler or cfg.dtype):
         write_card(student, run, _teacher_of(run))
         return student
-    with whole_folder(_new(str(out))) as partial:
+    with atomic_folder(_new(str(out))) as partial:
         copy_pipeline(student, partial, cfg.dtype)
         if cfg.scheduler is not None:
             from distill.sampling import flow_scheduler
@@ -233,16 +231,13 @@ def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
 
 
 def _teacher_of(run: Path) -> Path | None:
-    """The folder of the run's teacher, which may say on which terms it is used."""
+    """The folder of the run's teacher, which may name its licence."""
     config = config_of(run, "teacher.path")
     return Path(shipped(config.teacher.path)) if config else None
 
 
 def _hub(cfg: DictConfig, run: Path, out: Path) -> str:
-    """Write the folder, and push it.
-
-    It stays, so that a push that fails can be made again by hand.
-    """
+    """Write the folder, and push it. The folder stays: a failed push can be repeated by hand."""
     from distill.exporting.hub import push
 
     return push(_diffusers(cfg, run, out), cfg.repo)
@@ -255,8 +250,8 @@ FORMS = {
     "delta": _delta,
     "hub": _hub,
 }
-NAMINGS = ("diffusers", "kohya")  # the first unless told
-# Option -> the forms that it says something of; a mistake in it would not be seen in any other.
+NAMINGS = ("diffusers", "kohya")  # the first is the default
+# Option -> the forms that use it. With other forms it is refused, since it would have no effect.
 MEANT_FOR = {
     "rank": ("lora",),
     "naming": ("lora",),
@@ -267,7 +262,7 @@ MEANT_FOR = {
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 FLOW_OF_UNETS = "FlowScheduler"  # ours, of students of UNets that predict a flow
 FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline")
-# Sana is none of them: ComfyUI has no network of its kind.
+# Without Sana, since ComfyUI does not have its network.
 SINGLE_FILES = (*UNETS, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline")
 
 

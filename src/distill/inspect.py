@@ -14,11 +14,11 @@ from distill.config.errors import command
 from distill.config.validate import LOCAL_HEADS
 from distill.core.limits import check_local_batch
 from distill.storage.checkpoint_names import checkpoints_at
-from distill.storage.inside import check_names
 from distill.storage.locks import check_free, one_writer
+from distill.storage.safe_paths import check_written_paths
 from distill.terminal.progress import importing, stage
 
-# What is made of a run again: all but what trains, logs and draws.
+# The keys of a run that are built again: all but training, logging and sample pictures.
 READ = (
     *(
         "seed",
@@ -36,25 +36,23 @@ READ = (
 
 
 def check(cfg: DictConfig) -> DictConfig:
-    """The run's configuration; refuses what cannot be before anything that takes time is
-    imported.
-    """
+    """The run's configuration. Raises ValueError or OSError before anything slow is imported."""
     check_counts(cfg, {"samples": 2, "seed": 0})
     folder = run_at(cfg.run)
     levels = list(cfg.levels) if isinstance(cfg.levels, ListConfig) else [cfg.levels]
     numbers = all(isinstance(level, int | float) for level in levels)
     if not numbers or not all(0 < level <= 1 for level in levels):
         raise ValueError(f"levels={levels}: must lie in (0, 1]")
-    made = config_of(folder, *READ)
-    if OmegaConf.select(made, "discriminator.features") is None:
-        raise ValueError(f"run={cfg.run}: it was made without a discriminator")
-    if OmegaConf.select(made, "discriminator.heads._target_") == LOCAL_HEADS:
+    run_cfg = config_of(folder, *READ)
+    if OmegaConf.select(run_cfg, "discriminator.features") is None:
+        raise ValueError(f"run={cfg.run}: was trained without a discriminator; name another run")
+    if OmegaConf.select(run_cfg, "discriminator.heads._target_") == LOCAL_HEADS:
         check_local_batch(cfg.samples, "samples")
     checkpoints_at(folder, "run")
     if not cfg.out:
-        check_names(folder, "run")
+        check_written_paths(folder, "run")
     check_free(_out(cfg), "out")
-    return made
+    return run_cfg
 
 
 def _out(cfg: DictConfig) -> Path:
@@ -62,39 +60,38 @@ def _out(cfg: DictConfig) -> Path:
 
 
 def examine(cfg: DictConfig) -> None:
-    """Judge real samples and the student's with the heads of the run's newest checkpoint."""
-    made = check(cfg)
+    """Score real samples and the student's with the heads of the run's newest checkpoint."""
+    run_cfg = check(cfg)
     with importing("torch"):
         import torch
 
         from distill.config import build
         from distill.machine.hardware import device
-        from distill.report.inspection import look, write
-        from distill.storage.checkpoint_files import check_fits, newest, read
+        from distill.report.inspection import inspect_heads, write_inspection
+        from distill.storage.checkpoint_files import check_fits, newest_checkpoint, read_checkpoint
         from distill.training.resuming import check_checkpoint
 
     folder = Path(cfg.run)
-    kept = newest(folder)
-    if kept.is_dir():
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint.is_dir():
         raise ValueError(
-            f"run={cfg.run}: its checkpoints are cut up among processes, and inspect reads whole"
-            " ones"
+            f"run={cfg.run}: its checkpoints are sharded, and inspect reads unsharded ones"
         )
-    state = read(kept)
-    check_checkpoint(state.get("about"), made, kept, "run")
-    made.data.batch_size = cfg.samples
-    source, method = build.parts(made)
-    check_fits(state["state_dict"], method, f"run={cfg.run}: {kept.name}")
+    state = read_checkpoint(checkpoint)
+    check_checkpoint(state.get("about"), run_cfg, checkpoint, "run")
+    run_cfg.data.batch_size = cfg.samples
+    source, method = build.build_training(run_cfg)
+    check_fits(state["state_dict"], method, f"run={cfg.run}: {checkpoint.name}")
     method.load_state_dict(state["state_dict"])
-    method.to(device(OmegaConf.select(made, "trainer.accelerator", default="auto")))
+    method.to(device(OmegaConf.select(run_cfg, "trainer.accelerator", default="auto")))
     loaded = next(iter(source.loader(seed=cfg.seed)))
     batch = method.loop.embed(method, method.transfer_batch_to_device(loaded, method.device, 0))
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
-    with stage("looking with the discriminator"):
-        seen = look(method, batch, list(cfg.levels), generator)
+    with stage("inspecting the discriminator"):
+        inspection = inspect_heads(method, batch, list(cfg.levels), generator)
     out = _out(cfg)
     with one_writer(out, "out"):
-        print(f"wrote {write(seen, out, folder.name)}")
+        print(f"wrote {write_inspection(inspection, out, folder.name)}")
 
 
 main = command("inspect")(examine)

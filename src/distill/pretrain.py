@@ -16,7 +16,7 @@ from distill.config import paths, validate
 from distill.config.compose import check_counts, shipped
 from distill.config.errors import command
 from distill.data.shards import check_pictures
-from distill.machine.faults import AGAIN
+from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
 from distill.storage.locks import check_free, one_writer
 from distill.teachers.loading.locate import check_pipeline
@@ -31,7 +31,7 @@ from distill.worlds.shapes.pretraining.asked import (
 
 
 def pretrain(cfg: DictConfig) -> Path:
-    """All stages asked for; returns the folder of the models."""
+    """Train all chosen stages; returns the folder of the models."""
     check(cfg)
     with importing("torch"):
         from distill.worlds.shapes.pretraining.stages import run
@@ -44,7 +44,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     check_counts(
         cfg, {"seed": 0, "data.size": 1, "data.count": 1, "data.seed": 0, "text_length": 3}
     )
@@ -64,7 +64,7 @@ def check(cfg: DictConfig) -> None:
     check_free(Path(cfg.out), "out")
 
 
-@command("pretrain", way_on=AGAIN)
+@command("pretrain", hint=RERUN)
 def main(cfg: DictConfig) -> None:
     pretrain(cfg)
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from distill.commandline import comments
 from distill.config.compose import nearest
-from distill.config.errors import said_plainly
+from distill.config.errors import print_mistakes
 from distill.config.location import CONF_DIR
-from distill.storage.aside import put_text
-from distill.terminal.console import readers_may_leave
+from distill.storage.atomic import write_text_atomic
+from distill.terminal.console import tolerate_closed_pipes
 
 GROUPS = ("experiment", "recipe")
-COLUMN = 30  # characters before what is said of an experiment
+COLUMN = 30  # characters before the description of an experiment
 
 
 def names(group: str = "experiment") -> list[str]:
@@ -76,9 +76,9 @@ def copy(name: str, to: str = "conf", new: str | None = None) -> Path:
         raise ValueError(f"as={new}: must be letters, digits, _ and -, with / for a folder")
     file = Path(to).expanduser() / known[name] / f"{new}.yaml"
     if file.exists():
-        raise ValueError(f"{file}: is there already, and stays; name the copy with as=")
+        raise ValueError(f"{file}: exists already; give the copy another name with as=")
     file.parent.mkdir(parents=True, exist_ok=True)
-    put_text(file, _text(known[name], name, new, to))
+    write_text_atomic(file, _text(known[name], name, new, to))
     return file
 
 
@@ -87,36 +87,37 @@ def _text(group: str, name: str, new: str, to: str) -> str:
     text = (Path(CONF_DIR) / group / f"{name}.yaml").read_text(encoding="utf-8")
     text = text.replace(f"{group}={name}", f"--config-dir {to} {group}={new}")
     text = re.sub(r"(?m)^name: .*$", f"name: {new.replace('/', '_')}", text)
-    # What another file of the same folder gives is named with the folder: the copy may lie
-    # elsewhere.
+    # Files of the same folder are named with the folder, since the copy may lie elsewhere.
     folder = f"/experiment/{name}".rpartition("/")[0]
     return re.sub(r"(?m)^  - (?!_self_)(\w+)$", lambda m: f"  - {folder}/{m[1]}@_global_", text)
 
 
 def main() -> int:
     """The command `distill recipes`; returns the exit code."""
-    words = sys.argv[1:]
-    if not {"-h", "--help"}.isdisjoint(words):
+    arguments = sys.argv[1:]
+    if not {"-h", "--help"}.isdisjoint(arguments):
         print(__doc__.rstrip())
         return 0
-    with readers_may_leave(), said_plainly():
-        print(answer(words))
+    with tolerate_closed_pipes(), print_mistakes():
+        print(answer(arguments))
     return 0
 
 
-def answer(words: Sequence[str]) -> str:
-    """What is printed to these words. Raises ValueError for others than the docstring has."""
-    if not words:
+def answer(arguments: Sequence[str]) -> str:
+    """The output for these arguments. Raises ValueError for unknown ones."""
+    if not arguments:
         return listing()
-    given = dict(word.partition("=")[::2] for word in words if "=" in word)
-    plain = [word for word in words if "=" not in word]
-    if len(plain) != 2 or plain[0] != "copy" or set(given) - {"to", "as"}:
-        raise ValueError(f"{' '.join(words)}: use `distill recipes copy NAME [to=conf] [as=NAME]`")
-    to = given.get("to") or "conf"
-    file = copy(plain[1], to, given.get("as"))
-    group = groups()[plain[1]]
+    options = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
+    positional = [argument for argument in arguments if "=" not in argument]
+    if len(positional) != 2 or positional[0] != "copy" or set(options) - {"to", "as"}:
+        usage = "use `distill recipes copy NAME [to=conf] [as=NAME]`"
+        raise ValueError(f"{' '.join(arguments)}: {usage}")
+    to = options.get("to") or "conf"
+    file = copy(positional[1], to, options.get("as"))
+    name = positional[1]
+    group = groups()[name]
     new = file.relative_to(Path(to).expanduser() / group).with_suffix("").as_posix()
-    return f"wrote {file}\npython -m distill.run --config-dir {to} {_chosen(group, plain[1], new)}"
+    return f"wrote {file}\npython -m distill.run --config-dir {to} {_chosen(group, name, new)}"
 
 
 def _chosen(group: str, name: str, new: str) -> str:

@@ -17,108 +17,106 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.config import compose, paths
-from distill.config.defaults import settled
+from distill.config.defaults import with_defaults
 from distill.config.errors import command
 from distill.config.recipe_note import recipe_note
-from distill.config.typed import as_said
+from distill.config.typed import masked_override
 from distill.machine import faults
 from distill.storage.checkpoint_names import checkpoints_at
 from distill.storage.locks import check_free, one_writer
 from distill.terminal import console
 from distill.terminal.progress import importing, stage
-from distill.terminal.secret import told
+from distill.terminal.secret import redacted
 from distill.training import run_folders as folders
 from distill.training.run_folders import LOG
 
 
-def begin(cfg: DictConfig) -> int:
-    """Make or find the run folder and train, here or in as many processes as are asked for; returns
-    the exit code.
-    """
+def start(cfg: DictConfig) -> int:
+    """Start or resume a run, in this process or in several; returns the exit code."""
     from distill.config import continued, validate
     from distill.training import resuming
 
     cfg.resume = paths.escaped(cfg.resume or compose.requeued(cfg))
     before = None
     if cfg.resume:
-        before = compose.looked_at(compose.folder_of(cfg.resume))
+        before = compose.read_unchecked(compose.folder_of(cfg.resume))
         checkpoints_at(Path(cfg.resume))
         resuming.check_folder(cfg)
-        cfg = continued.going_on(cfg)
-    validate.check_run(cfg)  # all that needs neither torch nor Lightning: these take seconds
+        cfg = continued.resumed_config(cfg)
+    validate.check_run(cfg)  # before torch and Lightning are imported, which takes seconds
     if not cfg.resume:
         if cfg.run_dir:
             check_free(Path(cfg.run_dir), "run_dir")
-        return _checked(cfg, None)
+        return _build_and_start(cfg, None)
     with one_writer(compose.folder_of(cfg.resume), "resume", deep=True):
-        return _checked(cfg, before)
+        return _build_and_start(cfg, before)
 
 
-def _checked(cfg: DictConfig, before: DictConfig | None) -> int:
-    """Build all parts, then write and train; returns the exit code.
+def _build_and_start(cfg: DictConfig, before: DictConfig | None) -> int:
+    """Build data and method, then create the run folder and train; returns the exit code.
 
-    `before`: what a run that goes on was.
+    `before` is the previous configuration of a resumed run.
     """
     from distill.training import launch
 
     with importing("torch"):
         from distill.config import build
 
-    about = the_same_run(cfg, before) if before else {}
+    about = check_same_run(cfg, before) if before else {}
     build.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
-    # Nothing is written before all parts are there: a mistake in the configuration leaves no empty
-    # run behind.
-    parts = None if several else build.parts(cfg)
+    # Built before anything is written: a mistake in the configuration leaves no empty run behind.
+    parts = None if several else build.build_training(cfg)
     if before:
-        the_same_data(cfg, before, parts)
-    cfg = paths.absolute(cfg)  # so that what is kept of it is found from every working folder
+        check_same_data(cfg, before, parts)
+    cfg = paths.absolute(cfg)  # the saved configuration must work from every working folder
     folder = compose.run_folder(cfg)
-    went_on = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
+    progress = {"train_seconds": about.get("train_seconds"), "anew": not cfg.resume}
     with (
         folders.kept_if_filled(folder),
         one_writer(folder, "resume" if cfg.resume else "run_dir", deep=True),
-        faults.goes_on(lambda: launch.way_on(folder)),
+        faults.hint_on_failure(lambda: launch.way_on(folder)),
     ):
-        return _written(cfg, folder, precision, parts, processes if several else 0, went_on)
+        launched = processes if several else 0
+        return _train_or_launch(cfg, folder, precision, parts, launched, progress)
 
 
-def _written(
+def _train_or_launch(
     cfg: DictConfig,
     folder: Path,
     precision: Any,
     parts: Any,
     processes: int,
-    went_on: dict[str, Any],
+    progress: dict[str, Any],
 ) -> int:
-    """Note what is done, and train, here or in so many `processes`; returns the exit code.
+    """Write config.yaml and run.json, and train; returns the exit code.
 
-    `went_on`: the seconds of training behind the checkpoint that is gone on from, and whether there
-    is none.
+    Trains in this process if `processes` is 0, else launches so many. `progress` has the seconds of
+    training before the checkpoint, and whether the run is new.
     """
-    from distill.storage.aside import put
+    from distill.storage.atomic import write_atomic
     from distill.training import launch
     from distill.training.run_metadata import RunMetadata
 
     if compose.rank() == 0 and not cfg.resume and folders.untouched(folder):
-        folders.cleared(folder)  # of a command that came to no step, in the same folder
-    there = {path.name for path in folder.iterdir()}
+        folders.cleared(folder)  # an earlier command failed here before its first step
+    names_before = {path.name for path in folder.iterdir()}
     fresh = not folders.foreign(folder)
-    command = " ".join(["python -m distill.run", *told(sys.argv[1:])])
-    typed = [as_said(word) for word in compose.overrides()]
-    console.keep(folder / LOG, command)
+    command = " ".join(["python -m distill.run", *redacted(sys.argv[1:])])
+    overrides = [masked_override(override) for override in compose.overrides()]
+    console.log_to(folder / LOG, command)
     if compose.rank() == 0:
-        # Only when complete: a full disk must not cost an earlier run its own.
-        put(folder / "config.yaml", compose.written(cfg))
+        # Atomic: a full disk must not damage the file of an earlier run.
+        write_atomic(folder / "config.yaml", compose.to_yaml(cfg))
         print(f"run folder: {folder}")
-        print(said_of(precision, cfg))
+        print(precision_sentence(precision, cfg))
         note = None if cfg.resume else recipe_note(cfg)
         if note:
             print(note)
-        said = {"name": precision.name, "reason": precision.reason}
-        RunMetadata(folder).start(command, compose.name_of(cfg), typed, said, **went_on)
+        chosen = {"name": precision.name, "reason": precision.reason}
+        RunMetadata(folder).start(command, compose.name_of(cfg), overrides, chosen, **progress)
     code = 1
     try:
         if processes:
@@ -126,32 +124,32 @@ def _written(
         else:
             code = train(cfg, folder, parts)
     finally:
-        # Of what came to no step nothing stays, so that the mended command can be given with the
-        # same run_dir.
+        # A run that fails before its first step is removed: the corrected command can use the same
+        # run_dir.
         if code and fresh and compose.rank() == 0 and folders.untouched(folder):
-            folders.undone(folder, there, crashed=(folder / launch.PROCESSES).exists())
+            folders.undone(folder, names_before, crashed=(folder / launch.PROCESSES).exists())
     return code
 
 
-def the_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
-    """What the checkpoint to go on from says of itself.
+def check_same_run(cfg: DictConfig, before: DictConfig) -> dict[str, Any]:
+    """The metadata of the checkpoint to resume from.
 
-    ValueError if it, or a model that moved, is of another run.
+    Raises ValueError if the checkpoint, or a model at a changed path, belongs to another run.
     """
-    from distill.storage.checkpoint_files import newest, read
+    from distill.storage.checkpoint_files import newest_checkpoint, read_checkpoint
     from distill.training import resuming
     from distill.training.run_metadata import RunMetadata
 
-    checkpoint = newest(Path(cfg.resume))  # a mistake in it is said before anything is read
-    about = read(checkpoint).get("about", {})
+    checkpoint = newest_checkpoint(Path(cfg.resume))  # checked before models and data are read
+    about = read_checkpoint(checkpoint).get("about", {})
     resuming.check_moved(before, cfg, RunMetadata(compose.folder_of(cfg.resume)).facts)
     resuming.check_checkpoint(about, cfg, checkpoint)
     return about
 
 
-def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
-    """Say that the data of a run that goes on have changed; ValueError if they moved and are
-    others.
+def check_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
+    """Warn if the data of a resumed run have changed. Raises ValueError if a changed path holds
+    other data.
     """
     from distill.training import resuming
     from distill.training.run_metadata import RunMetadata
@@ -162,41 +160,41 @@ def the_same_data(cfg: DictConfig, before: DictConfig, parts: Any) -> None:
         resuming.check_data(before, cfg, facts, resuming.data_fingerprint(source.dataset))
 
 
-def said_of(precision: Any, cfg: DictConfig) -> str:
-    """The precision of a run in words; where it goes on, what this machine would have chosen."""
+def precision_sentence(precision: Any, cfg: DictConfig) -> str:
+    """The precision of a run; for a resumed run also a faster one on this machine."""
     from distill.machine.hardware import best_precision
 
-    here = best_precision(cfg.trainer.get("accelerator", "auto"))
-    if not cfg.resume or here.name == precision.name:
+    best = best_precision(cfg.trainer.get("accelerator", "auto"))
+    if not cfg.resume or best.name == precision.name:
         return f"precision: {precision.name} ({precision.reason})"
-    said = f"precision: {precision.name}, as the run began; {here.name} is faster here"
-    return f"{said} ({here.reason}): trainer.precision={here.name} changes it"
+    what = f"precision: {precision.name}, as the run began; {best.name} is faster here"
+    return f"{what} ({best.reason}): trainer.precision={best.name} changes it"
 
 
 def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
-    """Fit in this process, one of several perhaps; the first of them finishes the run.
+    """Train in this process, which may be one of several; returns the exit code.
 
-    Returns the exit code.
+    The process of rank 0 saves the student, evaluates it and writes the report.
     """
     with importing("torch"):
         from distill.config import build
-        from distill.storage.checkpoint_files import newest, read
+        from distill.storage.checkpoint_files import newest_checkpoint, read_checkpoint
         from distill.training import resuming
         from distill.training.checkpoints import naming_checkpoint
         from distill.training.run_metadata import RunMetadata
 
-    console.keep(folder / LOG)
-    source, method = parts or build.parts(cfg)
+    console.log_to(folder / LOG)
+    source, method = parts or build.build_training(cfg)
     models = resuming.model_fingerprints(cfg)
     if compose.rank() == 0:
         RunMetadata(folder).record_inputs(
             models, resuming.data_fingerprint(source.dataset), resuming.text_fingerprints(cfg)
         )
-    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    kept = read(checkpoint) if checkpoint else None
-    trainer = build.trainer(cfg, folder, models, kept)
-    start = kept["distill"]["iteration"] * method.loop.settings.accumulate if kept else 0
-    del kept  # Lightning reads it by itself
+    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
+    state = read_checkpoint(checkpoint) if checkpoint else None
+    trainer = build.trainer(cfg, folder, models, state)
+    start = state["distill"]["iteration"] * method.loop.settings.accumulate if state else 0
+    del state  # Lightning reads the checkpoint itself
     loader = source.loader(
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
@@ -207,10 +205,10 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         if compose.rank() == 0 and method.loop.iteration:
             RunMetadata(folder).record_iterations(method.loop.iteration)
         raise
-    student = build.averaged(method, first=trainer.is_global_zero)
+    student = build.averaged_weights(method, first=trainer.is_global_zero)
     if trainer.is_global_zero:
         RunMetadata(folder).record_training(method)
-    if code := build.stopped(trainer, method, folder):
+    if code := build.stop_code(trainer, method, folder):
         return code
     if trainer.is_global_zero:
         finish(cfg, method, student, folder)
@@ -218,37 +216,37 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 
 
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
-    """Leave behind the averaged student, what it is worth, and the report."""
+    """Save the averaged student, evaluate it, and write the report."""
     from distill.config import build
     from distill.report.evaluation import in_terminal
     from distill.students import save_pipeline
     from distill.teachers.loading.locate import denoiser_part
 
-    teacher, student = build.whole(cfg, method, average)
+    teacher, student = build.unsharded_models(cfg, method, average)
     sampler = compose.make(cfg.sampler, "sampler")
     scheduler = sampler.scheduler(student, teacher)
     with stage("saving the student"):
         saved = save_pipeline(student, teacher, folder / "student", scheduler, sampler)
     print(f"student: {saved}")
     if student.adapters is not None:
-        from distill.exporting.low_rank import about, save_lora
+        from distill.exporting.low_rank import lora_metadata, save_lora
         from distill.students.lora import factors
 
-        said = {"part": denoiser_part(saved), "about": about(saved)}
-        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **said)}")
+        options = {"part": denoiser_part(saved), "metadata": lora_metadata(saved)}
+        print(f"adapters: {save_lora(factors(student), folder / 'lora.safetensors', **options)}")
     try:
-        if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` leaves the judging out
+        if "_target_" in (cfg.get("metrics") or {}):  # `~metrics` skips the evaluation
             rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
-            own_verdict(folder)
+            promote_evaluation(folder)
             print(in_terminal(rows))
-    except Exception:  # what cannot be judged now is trained all the same
+    except Exception:  # the run is trained even if its evaluation fails
         report(folder, teacher.folder)
         raise
     report(folder, teacher.folder)
 
 
 def report(folder: Path, teacher: Path) -> None:
-    """Say that the run is finished, in its record, the student's card and the report."""
+    """Mark the run as finished in run.json, and write the student's model card and the report."""
     from distill.exporting.card import write_card
     from distill.report import write_report
     from distill.training.run_metadata import RunMetadata
@@ -260,20 +258,22 @@ def report(folder: Path, teacher: Path) -> None:
     print(f"report: {written}")
 
 
-def own_verdict(folder: Path) -> None:
-    """Have what the run was judged by now stand first, whatever `evaluate` asks later."""
-    from distill.evaluation import results as verdicts
-    from distill.storage.aside import put
+def promote_evaluation(folder: Path) -> None:
+    """Make the evaluation of this run the main result of evaluation.json; later ones do not
+    replace it.
+    """
+    from distill.evaluation import results
+    from distill.storage.atomic import write_atomic
 
-    evaluation = verdicts.read(folder)
-    if evaluation:  # a protocol of one's own may write none
-        owned = json.dumps(verdicts.owned(evaluation), indent=2)
-        put(folder / verdicts.FILE, owned.encode() + b"\n")
+    evaluation = results.read_evaluation(folder)
+    if evaluation:  # a user's own protocol may write no file
+        promoted = json.dumps(results.promote_newest(evaluation), indent=2)
+        write_atomic(folder / results.FILE, promoted.encode() + b"\n")
 
 
-@command("config", prepare=settled)
+@command("config", prepare=with_defaults)
 def main(cfg: DictConfig) -> int:
-    return begin(cfg)
+    return start(cfg)
 
 
 if __name__ == "__main__":

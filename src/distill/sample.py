@@ -30,21 +30,23 @@ from distill.config.errors import command
 from distill.core.limits import check_dtype, drawn_at_once
 from distill.data.lines import Lines
 from distill.machine.hardware import check_precision
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.locks import check_free, one_writer
-from distill.terminal.console import note, on_stderr
+from distill.terminal.console import note, print_to_stderr
 from distill.terminal.progress import Bar, importing
 from distill.training.run_folders import check_ours
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHOWN = 64  # pictures in the grid, the first ones
+SHOWN = 64  # pictures in the grid
 
 
-def draw(cfg: DictConfig) -> list[Path]:
-    """Write a PNG for every prompt and seed, its settings in its own text fields; of several a
-    grid. Their paths.
+def generate(cfg: DictConfig) -> list[Path]:
+    """Write a PNG for every prompt and seed, with its settings as text fields, and a grid of
+    several.
+
+    Returns the paths.
     """
     prompts = check(cfg)
     with importing("torch"):
@@ -54,37 +56,37 @@ def draw(cfg: DictConfig) -> list[Path]:
     model = models.student_of(cfg.run, cfg.dtype).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
-    make = _maker(cfg, model)
+    make = _picture_function(cfg, model)
     note(f"precision: {chosen.name} ({chosen.reason})")
-    with one_writer(Path(cfg.out), "out"):  # which is made now that there is something to write
-        return _drawn(cfg, prompts, model, make)
+    with one_writer(Path(cfg.out), "out"):  # creates the folder, after everything was checked
+        return _generate_all(cfg, prompts, model, make)
 
 
-def _drawn(
+def _generate_all(
     cfg: DictConfig, prompts: list[str], model: Any, make: Callable[..., Tensor]
 ) -> list[Path]:
-    """The pictures and the grid, written; their paths."""
+    """Write the pictures and the grid; returns their paths."""
     import torch
     from torchvision.utils import make_grid
 
-    from distill.machine.hardware import room_beside
+    from distill.machine.hardware import memory_left
 
     folder, paths, shown = Path(cfg.out), [], []
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
     sides = model.sides_of(model.shape_of(cfg.size))
-    many = cfg.batch_size or drawn_at_once(*sides, most=8, room=room_beside(model))
+    batch_size = cfg.batch_size or drawn_at_once(*sides, most=8, room=memory_left(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
     others += [cfg.negative] if cfg.negative else []
-    with Bar("drawing", len(jobs), unit="image", rate="images") as bar:
-        for start in range(0, len(jobs), many):
-            batch = jobs[start : start + many]
+    with Bar("generating", len(jobs), unit="image", rate="images") as bar:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
             pictures = make([prompt for _, prompt, _ in batch], [seed for *_, seed in batch])
             for (i, prompt, seed), picture in zip(batch, pictures, strict=True):
                 stem = file_name(re.sub(r"\W+", "_", prompt)[:60])
-                number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may begin alike
-                # The pictures of two models may lie side by side.
-                mark = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[:4]
-                paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{mark}.png")
+                number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may start the same way
+                # A hash of the settings: pictures of two models may go into one folder.
+                digest = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[:4]
+                paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{digest}.png")
                 _write(
                     picture,
                     paths[-1],
@@ -106,12 +108,12 @@ def _drawn(
 
 
 def check(cfg: DictConfig) -> list[str]:
-    """The prompts; refuses what cannot be before anything that takes time is imported."""
+    """The prompts. Raises ValueError or OSError for wrong settings, before slow imports."""
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     validate.check_number(cfg, "guidance", "strength")
     validate.check_size(cfg.size)
     if cfg.negative is not None and cfg.guidance is None:
-        raise ValueError("negative: is for what guidance leads away from; add guidance=")
+        raise ValueError("negative: has no effect without guidance; add guidance=")
     check_dtype(cfg.dtype, "dtype", "auto")
     check_precision(cfg.precision)
     prompts = _prompts(cfg)
@@ -129,9 +131,9 @@ def check(cfg: DictConfig) -> list[str]:
 
 def _prompts(cfg: DictConfig) -> list[str]:
     if (cfg.prompt is None) == (cfg.prompts is None):
-        said = "not given" if cfg.prompt is None else "given, and prompts too"
+        what = "not given" if cfg.prompt is None else "given, and prompts too"
         raise ValueError(
-            f"prompt: {said}; add prompt=... to the command, or prompts=<file with one a line>"
+            f"prompt: {what}; add prompt=... to the command, or prompts=<file with one a line>"
         )
     if cfg.prompts is not None:
         return Lines(cfg.prompts, key="prompts").lines
@@ -142,30 +144,30 @@ def _prompts(cfg: DictConfig) -> list[str]:
     return [cfg.prompt]
 
 
-def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
-    """What makes pictures, uint8 [B, 3, height, width], of B prompts and seeds."""
+def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
+    """A function from B prompts and seeds to pictures, uint8 [B, 3, height, width]."""
     import torch
 
     from distill.config.models import sampler_of
-    from distill.evaluation.features import fitted, opened
+    from distill.evaluation.features import open_rgb, to_model_input
     from distill.machine.hardware import autocast
     from distill.sampling import distilled, seeded, to_bytes
     from distill.sampling.guided import guided
 
-    how, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
+    options, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     if cfg.guidance is None and not distilled(model.pipeline):
         raise ValueError(
             f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like"
         )
     if cfg.guidance is not None and distilled(model.pipeline):
         raise ValueError(
-            f"guidance={cfg.guidance}: run={cfg.run} was distilled to need none; leave it out"
+            f"guidance={cfg.guidance}: run={cfg.run} was distilled to work without; leave it out"
         )
     if cfg.image:
-        height, width = model.sides_of(how["shape"])
-        image = fitted(opened(Path(cfg.image), "image="), width, height).to(model.device)
+        height, width = model.sides_of(options["shape"])
+        image = to_model_input(open_rgb(Path(cfg.image), "image="), width, height).to(model.device)
     model.save_memory(slicing=cfg.slicing, tiling=cfg.tiling)
-    few = partial(sampler_of(cfg.run, model), model, **how)
+    few_steps = partial(sampler_of(cfg.run, model), model, **options)
 
     @torch.no_grad()
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
@@ -173,39 +175,40 @@ def _maker(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tens
         if cfg.negative is not None:
             cond = replace(cond, null=model.embed_negative(cfg.negative))
         start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
-        begin = {} if start is None else {"image": start, "strength": cfg.strength}
+        img2img = {} if start is None else {"image": start, "strength": cfg.strength}
         with autocast(cfg.precision, model.device.type):
             if cfg.guidance is not None:
-                x0 = guided(model, cond, seeded(seeds), guidance=cfg.guidance, **how, **begin)
+                settings = {**options, **img2img, "guidance": cfg.guidance}
+                x0 = guided(model, cond, seeded(seeds), **settings)
             else:
-                x0 = few(cond, seeded(seeds), **begin)
+                x0 = few_steps(cond, seeded(seeds), **img2img)
         return to_bytes(model.pictures(x0))
 
     return make
 
 
-def _write(picture: Tensor, path: Path, said: dict[str, Any], cfg: DictConfig) -> None:
-    """A picture, uint8 [3, H, W], with what it was made by; of the optional settings those that
-    were given.
-    """
+def _write(picture: Tensor, path: Path, fields: dict[str, Any], cfg: DictConfig) -> None:
+    """Write a picture, uint8 [3, H, W], with `fields` and the optional settings that were given."""
     from PIL.PngImagePlugin import PngInfo
     from torchvision.transforms.functional import to_pil_image
 
-    settings_of = ("precision", "guidance", "negative", "size", "image")
-    more = {key: cfg[key] for key in settings_of if cfg[key] is not None}
+    optional = ("precision", "guidance", "negative", "size", "image")
+    fields = fields | {key: cfg[key] for key in optional if cfg[key] is not None}
+    if cfg.image:
+        fields["strength"] = cfg.strength
     settings = PngInfo()
-    for key, value in (said | more | ({"strength": cfg.strength} if cfg.image else {})).items():
+    for key, value in fields.items():
         text = str(value).encode("utf-8", "backslashreplace")  # a path may hold any bytes
         settings.add_text(key, text.decode())
     to_pil_image(picture).save(content := io.BytesIO(), format="PNG", pnginfo=settings)
-    put(path, content.getvalue())
+    write_atomic(path, content.getvalue())
     print(path)
 
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    with on_stderr():  # stdout has the paths, for other programs
-        draw(cfg)
+    with print_to_stderr():  # stdout only gets the paths, for other programs
+        generate(cfg)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from yaml import YAMLError
 from distill.config import validate
 from distill.config.compose import check_counts
 from distill.config.errors import command
-from distill.config.typed import as_said
-from distill.machine.faults import AGAIN
-from distill.machine.signals import apart, for_child
-from distill.storage.aside import put_text
+from distill.config.typed import masked_override
+from distill.machine.faults import RERUN
+from distill.machine.signals import child_environment, new_session
+from distill.storage.atomic import write_text_atomic
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
 from distill.terminal.console import note, say
@@ -40,7 +40,7 @@ from distill.terminal.shown import in_csv
 from distill.training.run_folders import LOG
 
 RUN = (sys.executable, "-m", "distill.run")
-UNSTORED = {  # what SQLite says, and the system
+SQLITE_ERRORS = {  # message of SQLite -> error number of the system
     "disk is full": errno.ENOSPC,
     "disk I/O error": errno.EIO,
     "readonly database": errno.EROFS,
@@ -52,21 +52,18 @@ def parsed(text: str) -> tuple[str, str, list[str]]:
     """Key, kind and values of a range. Raises ValueError for one that does not parse."""
     with suppress(YAMLError):
         if found := RANGE.fullmatch(text.replace(" ", "")):
-            values = OmegaConf.create(
-                f"[{found[3] or found[5]}]"
-            )  # as in a configuration: null, true, lists
-            return found[1], found[2] or found[4], [as_typed(value) for value in values]
+            # as in a configuration: null, true, lists
+            values = OmegaConf.create(f"[{found[3] or found[5]}]")
+            return found[1], found[2] or found[4], [as_override(value) for value in values]
     known = "key=log(low,high), =uniform(low,high), =int(low,high) or =choice(a,b)"
     raise ValueError(f"space: {text!r} is not {known}")
 
 
-def as_typed(value: Any) -> str:
-    """A value of a configuration as an override has it."""
-    return (
-        value
-        if isinstance(value, str)
-        else json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
-    )
+def as_override(value: Any) -> str:
+    """A value of a configuration as text for an override."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=OmegaConf.to_container, separators=(",", ":"))
 
 
 def suggest(trial: Any, space: list[str]) -> list[str]:
@@ -83,7 +80,7 @@ def suggest(trial: Any, space: list[str]) -> list[str]:
 
 
 def table(study: Any, file: Path) -> None:
-    """Every finished trial with its values as a row of `file`, best first."""
+    """Write every finished trial with its values as a row of `file`, best first."""
     from optuna.trial import TrialState
 
     largest = study.direction.name == "MAXIMIZE"
@@ -98,13 +95,13 @@ def table(study: Any, file: Path) -> None:
     for trial in done:
         chosen = (trial.params.get(key) for key in keys)
         rows.writerow([trial.number, trial.value, *map(in_csv, chosen)])
-    put_text(file, text.getvalue())
+    write_text_atomic(file, text.getvalue())
 
 
 def score(folder: Path, metric: str, steps: int) -> float:
-    """What a finished run is worth. Raises ValueError if it has no such number."""
-    verdict = folder / "evaluation.json"
-    for row in mapping_of(verdict)["rows"] if verdict.is_file() else ():
+    """The metric of a finished run. Raises ValueError if it has no such number."""
+    result = folder / "evaluation.json"
+    for row in mapping_of(result)["rows"] if result.is_file() else ():
         if row["who"] == "student" and row["steps"] == steps and metric in row:
             return float(row[metric])
     table = folder / "metrics.csv"
@@ -114,11 +111,12 @@ def score(folder: Path, metric: str, steps: int) -> float:
     except csv.Error as error:
         raise ValueError(f"{table}: cannot be read as a table ({error})") from None
     if not logged:
-        raise ValueError(f"metric={metric}: {folder} has no such number, neither judged nor logged")
+        what = f"{folder} has no such number in evaluation.json or metrics.csv"
+        raise ValueError(f"metric={metric}: {what}")
     return float(logged[-1])
 
 
-def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
+def _first_parameters(run: list[str], space: list[str]) -> dict[str, Any]:
     """Parameters of the first trial: the run's own, where the ranges hold them."""
     with stage("composing the run"):
         shown = subprocess.run([*RUN, *run, "--cfg", "job", "--resolve"], stdout=subprocess.PIPE)
@@ -128,14 +126,14 @@ def _as_it_is(run: list[str], space: list[str]) -> dict[str, Any]:
     for key, kind, values in map(parsed, space):
         value = OmegaConf.select(plain, key)
         if kind == "choice":
-            first |= {key: as_typed(value)} if as_typed(value) in values else {}
+            first |= {key: as_override(value)} if as_override(value) in values else {}
         elif value is not None and float(values[0]) <= float(value) <= float(values[1]):
             first[key] = value
     return first
 
 
-def again(study: Any, trial: Any) -> None:
-    """Have the same values tried once more: this trial came to nothing by no fault of theirs."""
+def retry(study: Any, trial: Any) -> None:
+    """Queue the same values again: this trial failed for another reason than its values."""
     from optuna.trial import TrialState
 
     study.tell(trial.number, state=TrialState.FAIL)
@@ -143,9 +141,9 @@ def again(study: Any, trial: Any) -> None:
 
 
 def study_in(out: Path, cfg: DictConfig) -> Any:
-    """The study in this folder, a new one if there is none.
+    """The study in this folder, or a new one.
 
-    Raises ValueError for one that asks for something else.
+    Raises ValueError for a study with other settings.
     """
     import optuna
     from optuna.trial import TrialState
@@ -154,34 +152,33 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
     study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
-    asked = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
-    asked["run"] = [as_said(word) for word in asked["run"]]
-    # As long as nothing was measured by them. Which way is up is the study's own, and not to be
-    # changed.
+    settings = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
+    settings["run"] = [masked_override(override) for override in settings["run"]]
+    # Settings may change until a trial was measured. The direction is fixed in the study.
     free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
-    known = study.user_attrs.get("asked", asked)
-    if other := [key for key, value in known.items() if asked[key] != value and key not in free]:
+    known = study.user_attrs.get("asked", settings)
+    other = [key for key, value in known.items() if settings[key] != value and key not in free]
+    if other:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
         raise ValueError(f"out={out} {what}")
-    if any(known[key] != asked[key] for key in ("space", "run")):
+    if any(known[key] != settings[key] for key in ("space", "run")):
+        # Trials of the previous ranges are dropped.
         for waiting in study.get_trials(states=[TrialState.WAITING, TrialState.RUNNING]):
-            study.tell(
-                waiting.number, state=TrialState.FAIL
-            )  # of ranges that are no longer asked for
-    study.set_user_attr("asked", asked)
+            study.tell(waiting.number, state=TrialState.FAIL)
+    study.set_user_attr("asked", settings)
     study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     return study
 
 
 def counted() -> list[Any]:
-    """The states of trials that count: those without a finite value say that they are bad."""
+    """The states of trials that count. A trial without a finite value is pruned, and counts."""
     from optuna.trial import TrialState
 
     return [TrialState.COMPLETE, TrialState.PRUNED]
 
 
-def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
-    """One trial; a bar that shows how far it is, by the log of its run."""
+def _run_trial(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
+    """Run one trial in a process; the bar shows the last line of its log."""
     from optuna.trial import TrialState
 
     trial = study.ask()
@@ -193,10 +190,10 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
         [*RUN, *run],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=for_child(),
-        **apart(),
+        env=child_environment(),
+        **new_session(),
     )
-    if ended.stderr:  # above the bar, which a trial knows nothing of
+    if ended.stderr:  # print it above the bar
         print(ended.stderr.decode(errors="replace"), end="", file=sys.stderr)
     if ended.returncode:
         study.tell(trial, state=TrialState.FAIL)
@@ -206,7 +203,7 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
     try:
         value = score(folder, cfg.metric, cfg.steps)
     except ValueError:
-        again(study, trial)
+        retry(study, trial)
         raise
     study.tell(trial, *([value] if math.isfinite(value) else [None, TrialState.PRUNED]))
     table(study, out / "trials.csv")
@@ -214,7 +211,7 @@ def _try(study: Any, cfg: DictConfig, out: Path, bar: Bar) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """What a run said last, nothing before it has a log."""
+    """The last line of a log; "" if there is none yet."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").splitlines()
@@ -222,33 +219,29 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-@command("search", way_on=AGAIN)
+@command("search", hint=RERUN)
 def main(cfg: DictConfig) -> None:
-    """Trials until there are `trials` finished ones; prints each and the best, and writes all to
-    `trials.csv`.
-    """
-    out, space = Path(cfg.out), _space(cfg)  # what is wrong with it shows before anything is made
+    """Run trials until `trials` are finished; print each and the best, and write `trials.csv`."""
+    out, space = Path(cfg.out), _space(cfg)  # checked before anything is written
     check_counts(cfg, {"steps": 1, "trials": 1, "seed": 0})
     validate.check_word(cfg, "direction", "maximize", "minimize")
-    with one_writer(out, "out", deep=True), _stored(out / "study.db"):
+    with one_writer(out, "out", deep=True), _storage_errors(out / "study.db"):
         _search(cfg, out, space)
 
 
 def _space(cfg: DictConfig) -> list[str]:
-    """The ranges. Raises ValueError for one that does not parse, and where there is none."""
+    """The ranges. Raises ValueError if one does not parse, or there is none."""
     if not isinstance(cfg.space, ListConfig) or not cfg.space:
         how = """give a list of them, as 'space=["seed=int(0,9)"]'"""
-        raise ValueError(f"space={cfg.space}: names no key to look for a value of; {how}")
+        raise ValueError(f"space={cfg.space}: has no range to search; {how}")
     space = [str(text) for text in cfg.space]
     list(map(parsed, space))
     return space
 
 
 @contextmanager
-def _stored(study: Path) -> Iterator[None]:
-    """Have what SQLite finds wrong with the study said as of any other file: Optuna's libraries
-    wrap it.
-    """
+def _storage_errors(study: Path) -> Iterator[None]:
+    """Turn SQLite errors, which Optuna wraps, into OSError or ValueError that names the study."""
     try:
         yield
     except Exception as error:
@@ -257,34 +250,33 @@ def _stored(study: Path) -> Iterator[None]:
             cause = getattr(cause, "orig", None) or cause.__cause__
         if cause is None:
             raise
-        said = str(cause)
-        if number := next((n for words, n in UNSTORED.items() if words in said), None):
+        message = str(cause)
+        number = next((n for text, n in SQLITE_ERRORS.items() if text in message), None)
+        if number:
             raise OSError(number, os.strerror(number), str(study)) from None
-        what = f"is no study that can be read ({said}); move it away, or choose another out="
+        what = f"is no study that can be read ({message}); move it away, or choose another out="
         raise ValueError(f"{study}: {what}") from None
 
 
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:
     from optuna.trial import TrialState
 
-    begun = (out / "study.db").exists()
-    # Before anything is made: a run that cannot be composed leaves nothing behind.
-    first = None if begun else _as_it_is(list(cfg.run), space)
+    exists = (out / "study.db").exists()
+    # Composed before anything is written: a wrong run leaves no files behind.
+    first = None if exists else _first_parameters(list(cfg.run), space)
     out.mkdir(parents=True, exist_ok=True)
     study = study_in(out, cfg)
     if not study.get_trials(states=[*counted(), TrialState.RUNNING, TrialState.WAITING]):
-        study.enqueue_trial(_as_it_is(list(cfg.run), space) if first is None else first)
-    for stale in study.get_trials(
-        states=[TrialState.RUNNING]
-    ):  # the command was killed in the middle
-        again(study, stale)
+        study.enqueue_trial(_first_parameters(list(cfg.run), space) if first is None else first)
+    for stale in study.get_trials(states=[TrialState.RUNNING]):  # of a command that was killed
+        retry(study, stale)
     done = len(study.get_trials(states=counted()))
     with Bar("search", cfg.trials, unit="trial", done=min(done, cfg.trials)) as bar:
         while done < cfg.trials:
-            _try(study, cfg, out, bar)
+            _run_trial(study, cfg, out, bar)
             done = len(study.get_trials(states=counted()))
             bar.update(done)
-    table(study, out / "trials.csv")  # a kill may have come between the last trial and its row
+    table(study, out / "trials.csv")  # again, since a kill may have come before the last row
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise ValueError(f"metric={cfg.metric}: none of the trials has a finite value of it")
     best = study.best_trial

@@ -15,13 +15,13 @@ from distill.config import validate
 from distill.config.errors import command
 from distill.data import begun_job
 from distill.data.lines import Lines
-from distill.machine.faults import AGAIN
+from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
 from distill.terminal.progress import importing
 
 
-def draw(cfg: DictConfig, folder: Path) -> int:
-    """This process's part of the samples; returns the exit code."""
+def generate(cfg: DictConfig, folder: Path) -> int:
+    """Generate this process's share of the samples; returns the exit code."""
     import torch
 
     from distill.config.models import teacher_of
@@ -43,15 +43,13 @@ def draw(cfg: DictConfig, folder: Path) -> int:
             part = range(start, min(start + cfg.batch_size, numbers.stop))
             captions, seeds = [lines[i % len(lines)] for i in part], [cfg.seed + i for i in part]
             with torch.no_grad():
-                cond, how = (
-                    teacher.embed(captions),
-                    {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance},
-                )
+                cond = teacher.embed(captions)
+                options = {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
                 with hardware.autocast(cfg.precision, teacher.device.type):
-                    latents = guided(teacher, cond, seeded(seeds), **how)
+                    latents = guided(teacher, cond, seeded(seeds), **options)
                 latents = latents.float().cpu().numpy()
-            told = shard_job.embedded(cond) if cfg.embeddings else [{}] * len(part)
-            for seed, *rest in zip(seeds, latents, captions, told, strict=True):
+            embeddings = shard_job.embedded(cond) if cfg.embeddings else [{}] * len(part)
+            for seed, *rest in zip(seeds, latents, captions, embeddings, strict=True):
                 name = f"seed {seed}, {rest[1]!r}"
                 shard_job.checked(name, rest[0], rest[2], dtype, cfg.precision)
                 yield cached(f"{seed:09d}", *rest)
@@ -70,7 +68,7 @@ def draw(cfg: DictConfig, folder: Path) -> int:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be, before anything that takes time is imported."""
+    """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     validate.check_number(cfg, "guidance")
     validate.check_size(cfg.size)
     check_precision(cfg.precision)
@@ -78,13 +76,13 @@ def check(cfg: DictConfig) -> None:
     begun_job.check_shard_job(cfg)
 
 
-@command("synthesize", way_on=AGAIN)
+@command("synthesize", hint=RERUN)
 def main(cfg: DictConfig) -> int:
     check(cfg)
     with importing("torch"):
         from distill.data.shard_job import start
 
-    return start(cfg, "synthesize", draw)
+    return start(cfg, "synthesize", generate)
 
 
 if __name__ == "__main__":

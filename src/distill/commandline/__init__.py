@@ -1,3 +1,1 @@
-"""What the command line says of itself: help pages, recipes and completion, all read from the
-configuration's files.
-"""
+"""Help pages, completion and quoting of the command line, read from the configuration files."""

@@ -1,6 +1,4 @@
-"""The comments of a YAML file: its header, and for each key what stands beside it or right above
-it.
-"""
+"""The comments of a YAML file: its header, and the comment beside or above each key."""
 
 from __future__ import annotations
 
@@ -45,12 +43,12 @@ def read(file: Path) -> Comments:
 
 @cache
 def summary(file: Path) -> str:
-    """The first sentence of a file's header: its keys are not read, which takes longer."""
+    """The first sentence of a file's header. Its keys are not read, which would take longer."""
     return Comments(_header(file.read_text(encoding="utf-8"))).summary
 
 
 def _header(text: str) -> list[str]:
-    """The comment at the top of a file, without its marks and without Hydra's `@package`."""
+    """The lines of the comment at the top of a file, without `#` and without `@package`."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -61,27 +59,27 @@ def _header(text: str) -> list[str]:
 
 
 def _keys(text: str) -> dict[str, str]:
-    beside, alone = _remarks(text)
+    beside, own_line = _remarks(text)
     top = len(text.splitlines()) - len(text[_top(text) :].splitlines())
     found: dict[str, str] = {}
-    taken: set[int] = set()  # of several keys on a line the first has the line's comment
+    taken: set[int] = set()  # the comment of a line with several keys is the first one's
     for key, first, last in _places(yaml.compose(text, Loader=LOADER), ""):
         if first in taken:
             continue
         taken.add(first)
         above = []
         line = first - 1
-        while line >= top and line in alone:
-            above.insert(0, alone[line])
+        while line >= top and line in own_line:
+            above.insert(0, own_line[line])
             line -= 1
-        said = " ".join([*above, *([beside[last]] if last in beside else [])])
-        if said:
-            found[key] = said
+        comment = " ".join([*above, *([beside[last]] if last in beside else [])])
+        if comment:
+            found[key] = comment
     return found
 
 
 def _top(text: str) -> int:
-    """Where the header ends."""
+    """The position where the header ends."""
     place = 0
     for line in text.splitlines(keepends=True):
         if not line.startswith("#"):
@@ -91,9 +89,7 @@ def _top(text: str) -> int:
 
 
 def _remarks(text: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Line -> comment: of those behind something, and of those that have their line to
-    themselves.
-    """
+    """Line -> comment: of comments after a key, and of comments on a line of their own."""
     ends: dict[int, int] = {}  # line -> column behind the last token on it
     for token in yaml.scan(text, Loader=LOADER):
         start, end = token.start_mark, token.end_mark
@@ -103,19 +99,17 @@ def _remarks(text: str) -> tuple[dict[int, str], dict[int, str]]:
             ends[line] = -1  # inside a text of several lines, where `#` is a character
         ends[end.line] = max(ends.get(end.line, 0), end.column)
     beside: dict[int, str] = {}
-    alone: dict[int, str] = {}
+    own_line: dict[int, str] = {}
     for number, line in enumerate(text.splitlines()):
         end = ends.get(number, 0)
         rest = line[end:].lstrip() if end >= 0 else ""
         if rest.startswith("#"):
-            (beside if number in ends else alone)[number] = rest.lstrip("# ").rstrip()
-    return beside, alone
+            (beside if number in ends else own_line)[number] = rest.lstrip("# ").rstrip()
+    return beside, own_line
 
 
 def _places(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int, int]]:
-    """Dotted key, the line where it stands, and the line where its value ends: its own for a block
-    below it.
-    """
+    """(dotted key, its line, the line where its value ends); for a block value its own line."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _places(item, path)

@@ -1,4 +1,4 @@
-"""A command's configuration as Hydra composes it, with the files that it is made of.
+"""A command's configuration as Hydra composes it, with its files.
 
 Imports Hydra, and no torch.
 """
@@ -25,9 +25,7 @@ from distill.config.location import CONF_DIR
 
 @dataclass(frozen=True)
 class Part:
-    """A file of the configuration: where it lies, the package that its keys belong to, and the
-    option that chose it.
-    """
+    """A file of the configuration: its path, the package of its keys, and the chosen option."""
 
     file: Path
     package: str
@@ -48,10 +46,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Composed:
-    """The configuration `name` under these overrides; `folder` is what `--config-dir` adds to ours.
+    """The configuration `name` with these overrides; `folder` is that of `--config-dir`.
 
-    Raises Hydra's own exceptions for what cannot be composed. A sweep counts as its key's own
-    value.
+    Raises exceptions of Hydra if it cannot be composed. Sweeps are left out.
     """
 
     name: str
@@ -60,7 +57,7 @@ class Composed:
 
     @cached_property
     def folders(self) -> list[Path]:
-        """Where files are looked for, first the user's own."""
+        """The folders of configuration files, the user's first."""
         return [*([Path(self.folder).absolute()] if self.folder else []), Path(CONF_DIR)]
 
     @cached_property
@@ -75,13 +72,13 @@ class Composed:
 
     @cached_property
     def single(self) -> list[str]:
-        """The overrides without those that are sweeps."""
+        """The overrides without sweeps."""
         parsed = OverridesParser.create(self.loader).parse_overrides(list(self.overrides))
         return [one.input_line for one in parsed if not one.is_sweep_override()]
 
     @cached_property
     def tree(self) -> dict[str, Any]:
-        """Plain containers, interpolations as they are written, without what is Hydra's."""
+        """Plain containers with unresolved interpolations, without the key `hydra`."""
         with options_of(self.loader):
             cfg = self.loader.load_configuration(self.name, self.single, RunMode.RUN)
         tree: Any = OmegaConf.to_container(cfg, resolve=False)
@@ -89,9 +86,7 @@ class Composed:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The files in the order in which they are merged: of a key the last one that has it
-        decides.
-        """
+        """The files in the order of merging: the last file with a key decides its value."""
         with options_of(self.loader):
             found = self.loader.compute_defaults_list(self.name, self.single, RunMode.RUN)
         return [
@@ -113,9 +108,7 @@ class Composed:
 
     @cached_property
     def groups(self) -> list[str]:
-        """The groups of the command's defaults list, those included that something else may
-        choose.
-        """
+        """The groups of the command's defaults list, and those that another option chose."""
         listed = self.parts_of_root()
         return list(dict.fromkeys([*listed, *self.chosen]))
 
@@ -131,9 +124,7 @@ class Composed:
         ]
 
     def options(self, group: str) -> dict[str, str]:
-        """Every option of a group, those in folders below it too, with the first sentence of its
-        header.
-        """
+        """Option -> first sentence of its header, for a group and its subfolders."""
         found: dict[str, str] = {}
         for folder in reversed(self.folders):
             for file in sorted((folder / group).rglob("*.yaml")):

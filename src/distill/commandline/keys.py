@@ -1,15 +1,15 @@
-"""Values of a command's own keys, held against the kind of their defaults."""
+"""Check the keys of a command, and that their values have the type of their defaults."""
 
 import re
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.commandline.texts import LISTS, groups, is_text, own
+from distill.commandline.quoting import LISTS, groups, is_text, own_keys
 from distill.config.compose import dotted, nearest
 
 NEEDED = "???"
-KINDS: dict[type, tuple[Any, str]] = {  # of a default -> what a value must be, and in words
+KINDS: dict[type, tuple[Any, str]] = {  # type of a default -> allowed types, and their name
     bool: (bool, "true or false"),
     float: ((int, float), "a number"),
     str: (str, "a text"),
@@ -17,12 +17,11 @@ KINDS: dict[type, tuple[Any, str]] = {  # of a default -> what a value must be, 
 
 
 def check_known(cfg: DictConfig, config: str) -> None:
-    """Raise ValueError for a key at the top that nothing reads, though no file and no `+key=` was
-    kept from adding it.
+    """Raise ValueError for a top-level key that nothing reads, which a file or `+key=` has added.
 
-    One that another key refers to by `${key}` is read.
+    A key in a reference `${key}` is read.
     """
-    known = {*own(config), *groups(config)}
+    known = {*own_keys(config), *groups(config)}
     for key in [key for key in map(str, cfg) if key not in known]:
         reference = rf"\$\{{\s*{re.escape(key)}\b"
         if not re.search(reference, OmegaConf.to_yaml(cfg, resolve=False)):
@@ -30,14 +29,13 @@ def check_known(cfg: DictConfig, config: str) -> None:
             raise ValueError(f"{key}: nothing reads this key{near}; leave it out")
 
 
-def check_own(cfg: DictConfig, config: str) -> None:
-    """Raise ValueError for what the keys of the command's own file cannot be; those of groups have
-    classes to ask.
+def check_own_keys(cfg: DictConfig, config: str) -> None:
+    """Raise ValueError for a wrong value of a key in the command's own file.
 
-    null is only what has it for a default. Whole numbers have a range besides, which their command
-    knows.
+    Keys of groups are checked against their classes. null is only allowed if it is the default. The
+    command checks the range of whole numbers.
     """
-    for key, default in dotted(own(config)).items():
+    for key, default in dotted(own_keys(config)).items():
         value: Any = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(default, dict) or OmegaConf.is_missing(cfg, key):
             continue
@@ -50,7 +48,7 @@ def check_own(cfg: DictConfig, config: str) -> None:
             raise ValueError(f"{key}: not given; add {key}=... to the command")
         if value is None:
             raise ValueError(f"{key}=null: needs a value; leave it out for {default}")
-        kind, words = KINDS.get(type(default), (object, ""))
+        kind, name = KINDS.get(type(default), (object, ""))
         wrong = not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))
-        if wrong and default != NEEDED and words:
-            raise ValueError(f"{key}={value}: must be {words}")
+        if wrong and default != NEEDED and name:
+            raise ValueError(f"{key}={value}: must be {name}")

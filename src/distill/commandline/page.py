@@ -1,6 +1,4 @@
-"""The help page of a command: its docstring, its groups, and every key with its default and its
-comment.
-"""
+"""The help page of a command: docstring, groups, and every key with default and comment."""
 
 from __future__ import annotations
 
@@ -22,9 +20,9 @@ KEYS, OPTIONS = 36, 26  # columns, at most, before a comment
 MISSING = "???"
 
 
-def page(command: str, doc: str, config: str, words: Sequence[str]) -> str:
-    """What `python -m distill.<command> --help` and the other words on its command line print."""
-    args = get_args_parser().parse_args(list(words))
+def page(command: str, doc: str, config: str, arguments: Sequence[str]) -> str:
+    """The output of `python -m distill.<command> --help` with the other arguments."""
+    args = get_args_parser().parse_args(list(arguments))
     composed = Composed(config, tuple(args.overrides), args.config_dir)
     usage = "[group=option ...] [key=value ...]" if composed.groups else "[key=value ...]"
     parts = [
@@ -38,12 +36,12 @@ def page(command: str, doc: str, config: str, words: Sequence[str]) -> str:
 
 
 def _groups(composed: Composed) -> str:
-    """Each group with its options; a star marks the one that is chosen."""
+    """Each group with its options; a star marks the chosen one."""
     root = composed.parts[0].comments
     lines = ["Groups (group=option; * is chosen now)"]
     for group in composed.groups:
-        said = root.keys.get(f"defaults.{group}")
-        lines += ["", f"  {group}{f': {said}' if said else ''}"]
+        comment = root.keys.get(f"defaults.{group}")
+        lines += ["", f"  {group}{f': {comment}' if comment else ''}"]
         for option, summary in composed.options(group).items():
             star = "*" if composed.chosen.get(group) == option else " "
             lines += _row(f"  {star} {option}", summary, OPTIONS)
@@ -64,7 +62,7 @@ def _sections(composed: Composed) -> Iterator[str]:
         if inner:
             lines += [] if key == first and lines is not own else _row(f"  {key}", remarks[key])
         else:
-            lines += _row(*_said(key, value, remarks.get(key, "")))
+            lines += _row(*_key_row(key, value, remarks.get(key, "")))
     if own:
         yield "\n".join(["Keys (key=value)", *own])
     for group, lines in others.items():
@@ -74,28 +72,28 @@ def _sections(composed: Composed) -> Iterator[str]:
         yield "\n".join([*textwrap.wrap(title, _width()), *lines])
 
 
-def _said(key: str, value: Any, remark: str) -> tuple[str, str]:
+def _key_row(key: str, value: Any, remark: str) -> tuple[str, str]:
     if value == MISSING:
         return f"  {key}=", f"(must be given) {remark}".rstrip()
     return f"  {key}={written(value)}", remark
 
 
 def _remarks(parts: Sequence[Part]) -> dict[str, str]:
-    """Dotted key -> what its own file says of it, and which other file has changed its value, and
-    why.
+    """Dotted key -> the comment in its file, and the file that has changed its value, with the
+    comment there.
     """
     found: dict[str, list[tuple[Part, str, Any]]] = {}
     for part in parts:
         tree: Any = OmegaConf.to_container(OmegaConf.load(part.file), resolve=False)
         keys = {k: v for k, v in tree.items() if k not in ("defaults", "hydra")} if tree else {}
         for key, value in dotted(keys).items():
-            said = part.comments.keys.get(key, "")
-            found.setdefault(part.dotted(key), []).append((part, said, value))
+            comment = part.comments.keys.get(key, "")
+            found.setdefault(part.dotted(key), []).append((part, comment, value))
     return {key: text for key, entries in found.items() if (text := _remark(entries))}
 
 
 def _remark(entries: list[tuple[Part, str, Any]]) -> str:
-    meaning = next((said for _, said, _ in entries if said), "")
+    meaning = next((comment for _, comment, _ in entries if comment), "")
     (_, _, before), (part, reason, value) = entries[0], entries[-1]
     if isinstance(value, dict) or value == before:
         return meaning
@@ -104,7 +102,7 @@ def _remark(entries: list[tuple[Part, str, Any]]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as one types it."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -115,19 +113,17 @@ def written(value: Any) -> str:
 
 
 def _flags() -> str:
-    """Those of Hydra's that one needs, in its words."""
+    """The useful flags of Hydra, with their help texts."""
     lines = ["Flags"]
     for action in get_args_parser()._actions:
         if set(FLAGS) & set(action.option_strings):
-            said = " ".join((action.help or "").split())
-            lines += _row(f"  {', '.join(action.option_strings)}", said, OPTIONS)
+            text = " ".join((action.help or "").split())
+            lines += _row(f"  {', '.join(action.option_strings)}", text, OPTIONS)
     return "\n".join(lines)
 
 
 def _row(left: str, right: str, column: int = KEYS) -> list[str]:
-    """Left and right in columns; the right one wrapped, and below the left where that is too
-    long.
-    """
+    """Two columns; the right one is wrapped, and starts below the left one if that is too long."""
     if not right:
         return [left]
     rest = textwrap.wrap(right, max(30, _width() - column - 2), break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""The jobs of `-m`: one that fails is noted, the next begins, and the end lists what failed."""
+"""The jobs of `-m`: a job that fails does not stop the sweep; the end lists the failed ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from hydra.core.hydra_config import HydraConfig
 
 from distill.config.compose import overrides
-from distill.config.typed import as_said
+from distill.config.typed import masked_override
 from distill.machine import signals
 from distill.terminal.secret import masked
 
-HERE = "BasicLauncher"  # the launcher that runs the jobs in this process; others see to theirs
+HERE = "BasicLauncher"  # the launcher that runs jobs in this process; others handle failures
 
 
 class Sweep:
@@ -22,40 +22,40 @@ class Sweep:
 
     def __init__(self) -> None:
         self.asked = not {"-m", "--multirun"}.isdisjoint(sys.argv)
-        self.typed: dict[str, str] = {}  # word as Hydra reads it -> as it was typed
+        self.typed: dict[str, str] = {}  # argument for Hydra -> argument as it was typed
         self._jobs = 0
         self._failed: list[str] = []
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Keep what ends the job inside from ending the sweep. A signal ends both."""
+        """Record an error of the job inside, and let the sweep continue. A signal ends both."""
         self._jobs += 1
         try:
             yield
         except SystemExit as end:
-            if not self._goes_on() or not end.code:
+            if not self._continues() or not end.code:
                 raise
-            said = getattr(end, "__notes__", None) or [f"exit code {end.code}"]
-            self._note(said[0])
+            notes = getattr(end, "__notes__", None) or [f"exit code {end.code}"]
+            self._record(notes[0])
         except Exception as error:
-            if not self._goes_on():
+            if not self._continues():
                 raise
             traceback.print_exc()
-            self._note(f"{type(error).__name__}: {error}")
+            self._record(f"{type(error).__name__}: {error}")
 
     def end(self) -> None:
-        """Say which jobs failed; raises SystemExit if any did."""
+        """Print the failed jobs; raises SystemExit if there are any."""
         if self._failed:
             print(f"distill: {len(self._failed)} of {self._jobs} jobs failed", file=sys.stderr)
             print("\n".join(self._failed), file=sys.stderr)
             raise SystemExit(1)
 
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         here = self.asked and str(HydraConfig.get().launcher._target_).endswith(HERE)
-        return here and signals.asked() is None
+        return here and signals.received() is None
 
-    def _note(self, said: str) -> None:
-        # Hydra writes what is left out as `~group=null`.
-        words = [self.typed.get(w, self.typed.get(w.removesuffix("=null"), w)) for w in overrides()]
-        typed = masked(" ".join(map(as_said, words)))
-        self._failed.append(f"  {typed}: {' '.join(said.split())}")
+    def _record(self, message: str) -> None:
+        # Hydra writes `~group` as `~group=null`.
+        typed = [self.typed.get(x, self.typed.get(x.removesuffix("=null"), x)) for x in overrides()]
+        arguments = masked(" ".join(map(masked_override, typed)))
+        self._failed.append(f"  {arguments}: {' '.join(message.split())}")

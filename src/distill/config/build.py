@@ -1,5 +1,6 @@
-"""From a configuration to objects, in the order of the sentence: a teacher teaches a student
-against a discriminator by a method, on data."""
+"""Build the objects of a run from its configuration: data, teacher, student, discriminator, method
+and trainer.
+"""
 
 import logging
 import warnings
@@ -15,15 +16,15 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config import signatures, validate
-from distill.config.compose import allowed, make, processes
-from distill.config.fitting import refuse_misfit, say_size
+from distill.config.compose import checked_node, make, processes
+from distill.config.fitting import check_data_fits, warn_size
 from distill.config.models import teacher_of
 from distill.core.tensors import gather
 from distill.core.types import Cond, Players
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
 from distill.terminal.progress import stage
-from distill.terminal.secret import hidden
+from distill.terminal.secret import masked_tree
 from distill.training import loggers as trackers
 from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
@@ -32,14 +33,14 @@ from distill.training.run_metadata import versions
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
 
 log = logging.getLogger(__name__)
-# Classes that are made of numbers alone.
+# Modules of classes that are built only from numbers.
 NUMBERS = (
     "distill.core.times.",
     "distill.core.score_distillation.",
     "distill.training.loop_settings.",
     "distill.sampling.",
 )
-# Warnings that say nothing new about a run of ours.
+# Warnings that are expected in every run.
 EXPECTED = (
     ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec,"
     " LeafSpec)"
@@ -47,17 +48,14 @@ EXPECTED = (
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot work before any weight is loaded.
-
-    Raises ValueError that says what would.
-    """
+    """Raise ValueError for a configuration that cannot work, before weights are read."""
     validate.check_run(cfg)
-    for key, node in cfg.items():  # what is made; a run itself may be called by any text
+    for key, node in cfg.items():  # nodes only: `name` and other texts may hold anything
         if isinstance(node, DictConfig):
-            allowed(node, str(key))
+            checked_node(node, str(key))
     accelerator = cfg.trainer.get("accelerator", "auto")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(accelerator, accelerator != "gpu" or any(there.values())):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(accelerator, accelerator != "gpu" or any(available.values())):
         what = "there is no such GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
     check_numbers(cfg)
@@ -67,23 +65,21 @@ def check(cfg: DictConfig) -> None:
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    """Build the trainer once for nothing: what Lightning has against it is said while nothing is
-    written.
-    """
-    _hush()
-    quiet = cfg.copy()
-    if quiet.trainer.precision == "auto":
-        quiet.trainer.precision = "32-true"  # settled later; any will do
-    OmegaConf.update(quiet, "logger", None, force_add=True)  # some connect as soon as they are made
-    trainer(quiet, Path("nowhere"), {})
+    """Build a trainer and drop it: Lightning's errors come before anything is written."""
+    _quiet_lightning()
+    copy = cfg.copy()
+    if copy.trainer.precision == "auto":
+        copy.trainer.precision = "32-true"  # chosen later; any value serves here
+    OmegaConf.update(copy, "logger", None, force_add=True)  # some connect when they are built
+    trainer(copy, Path("nowhere"), {})
 
 
 def check_numbers(cfg: DictConfig) -> None:
-    """Make what needs no network, so that it says now what is wrong with its numbers: ValueError,
-    naming the key.
+    """Build the objects that need no network. Raises ValueError, naming the key, for a number that
+    their classes refuse.
     """
-    own = {f"method.{key}": node for key, node in cfg.method.items()}
-    for key, node in {"loop": cfg.loop, "sampler": cfg.sampler, **own}.items():
+    of_method = {f"method.{key}": node for key, node in cfg.method.items()}
+    for key, node in {"loop": cfg.loop, "sampler": cfg.sampler, **of_method}.items():
         if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(NUMBERS):
             continue
         try:
@@ -92,48 +88,46 @@ def check_numbers(cfg: DictConfig) -> None:
             cause = error.__cause__
             if not isinstance(cause, ValueError):
                 raise
-            said = str(cause)
-            named = said.startswith(tuple(f"{group}." for group in cfg))
-            raise ValueError(said if named else f"{key}: {said}") from None
+            message = str(cause)
+            names_key = message.startswith(tuple(f"{group}." for group in cfg))
+            raise ValueError(message if names_key else f"{key}: {message}") from None
 
 
 def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
-    """How the run of this configuration is judged.
+    """The evaluation protocol, for the run of this configuration.
 
-    Raises ValueError where that cannot be, or would not be fair.
+    Raises ValueError for one that cannot work, or would favour the run.
     """
     validate.check_metrics(metrics)
-    made = make(metrics, "metrics")
-    if run and hasattr(made, "check"):
-        eyes = (
-            str(OmegaConf.select(run, f"discriminator.features.{key}"))
-            for key in ("_target_", "path")
-        )
-        made.check(*eyes)
-    return made
+    found = make(metrics, "metrics")
+    if run and hasattr(found, "check"):
+        features = "discriminator.features"
+        target, path = (OmegaConf.select(run, f"{features}.{key}") for key in ("_target_", "path"))
+        found.check(str(target), str(path))
+    return found
 
 
-def parts(cfg: DictConfig) -> tuple[Any, Any]:
-    """The data and the method of a run; seeds the global generators first, and silences Lightning's
-    usual hints.
+def build_training(cfg: DictConfig) -> tuple[Any, Any]:
+    """The data and the method of a run. Seeds the global generators first, and silences hints of
+    Lightning.
     """
     lightning.seed_everything(cfg.seed, verbose=False)
-    _hush()
+    _quiet_lightning()
     with stage("opening the data"):
-        source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
+        source = make(cfg.data, "data")  # first: its errors come quickly
     null = getattr(source.dataset, "null", None)
     space = signatures.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
     )
-    if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
+    if hasattr(source.dataset, "fit"):  # data that take the size of the teacher
         source.dataset.fit(teacher)
-    refuse_misfit(cfg, source.dataset, teacher)
-    say_size(source.dataset, teacher)
-    judge = OmegaConf.select(cfg, "metrics._target_")
-    # others read data when they are made, as `check` has done
-    if judge and hasattr(get_object(judge), "fits"):
+    check_data_fits(cfg, source.dataset, teacher)
+    warn_size(source.dataset, teacher)
+    metrics = OmegaConf.select(cfg, "metrics._target_")
+    # Only protocols with `fits`: others read data when they are built, which `check` has done.
+    if metrics and hasattr(get_object(metrics), "fits"):
         make(cfg.metrics, "metrics").fits(teacher)
     if null:
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
@@ -150,22 +144,22 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     return source, make(cfg.method, "method")(players, loop=loop)
 
 
-def _hush() -> None:
+def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=EXPECTED)
 
 
 def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
-    """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's
-    embedding does not.
+    """Frozen features, trainable heads, and a conditioning of the heads if it is not the teacher's
+    embedding.
 
-    Nothing of it where the features are null.
+    {} if the features are null.
     """
     if cfg.get("features") is None:
         return {}
     features = make(cfg.features, "discriminator.features")
-    if isinstance(features, partial):  # those that are made from the teacher
+    if isinstance(features, partial):  # features that are built from the teacher
         features = features(teacher=teacher)
     if cfg.get("condition") is None:
         pooled = teacher.embed([""]).pooled
@@ -181,8 +175,8 @@ def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
 
 
 def _heads(node: DictConfig, **widths: Any) -> Any:
-    """Raises ValueError for heads that say by `split` which logits are whose, as they once did: all
-    would be one's.
+    """The heads. Raises ValueError for heads with the former attribute `split`, which is no longer
+    read.
     """
     heads = make(node, "discriminator.heads")(**widths)
     if hasattr(heads, "split"):
@@ -194,9 +188,7 @@ def _heads(node: DictConfig, **widths: Any) -> Any:
 
 
 def settle_precision(cfg: DictConfig) -> Precision:
-    """Replace `trainer.precision=auto` by what is best on this machine; returns what the run has,
-    and why.
-    """
+    """Replace `trainer.precision=auto` by the best of this machine; returns it with the reason."""
     accelerator = cfg.trainer.get("accelerator", "auto")
     chosen = precision(cfg.trainer.precision, accelerator, key="trainer.precision")
     cfg.trainer.precision = chosen.name
@@ -207,16 +199,17 @@ def trainer(
     cfg: DictConfig,
     folder: Path,
     models: Mapping[str, str],
-    kept: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> Any:
     """The Lightning trainer, with loggers and checkpoints inside the run folder.
 
-    `models` are the marks of those that it reads (`resuming.marks`). `kept` is the checkpoint that
-    the run goes on from: its loggers go on with it.
+    `models` are fingerprints of the models that the run reads (`resuming.marks`). `checkpoint` is
+    the one to resume from: its loggers are continued.
     """
-    step, known = (
-        (kept.get("global_step"), kept.get("about", {}).get("loggers")) if kept else (None, {})
-    )
+    step, known = None, {}
+    if checkpoint:
+        step = checkpoint.get("global_step")
+        known = checkpoint.get("about", {}).get("loggers")
     loggers = trackers.made(cfg, folder, known, step)
     callbacks = [make(node, key) for key, node in nodes_of(cfg, "callbacks")]
     for callback in callbacks:
@@ -224,11 +217,11 @@ def trainer(
             callback.folder = folder / "checkpoints"
             callback.logger_runs = partial(trackers.names, loggers)
             callback.about = {
-                "config": hidden(OmegaConf.to_container(cfg, resolve=True)),
+                "config": masked_tree(OmegaConf.to_container(cfg, resolve=True)),
                 "versions": versions(),
                 "content": models,
             }
-    # A checkpoint holds all that was logged up to it: whoever else logs at its step does so before.
+    # Checkpoints come last: a checkpoint includes what other callbacks log at its step.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
@@ -236,38 +229,36 @@ def trainer(
     strategy = build.keywords.pop("strategy", None) or (
         DataParallel() if processes(cfg) > 1 else "auto"
     )
+    sharded = isinstance(strategy, FullyShardedDataParallel)  # which writes its own files
     return build(
         strategy=strategy,
-        plugins=(
-            [] if isinstance(strategy, FullyShardedDataParallel) else [AtomicIO()]
-        ),  # that one has its own files
+        plugins=[] if sharded else [AtomicIO()],
         callbacks=callbacks,
         logger=list(loggers.values()),
         default_root_dir=str(folder),
         max_epochs=-1,
-        enable_checkpointing=False,  # ours are atomic and count student steps
-        enable_progress_bar=False,  # ours counts student steps
+        enable_checkpointing=False,  # our callback writes atomically and counts student steps
+        enable_progress_bar=False,  # our callback counts student steps
         enable_model_summary=False,
-        use_distributed_sampler=False,  # the stream shares out samples by itself
+        use_distributed_sampler=False,  # our loader shards the samples
     )
 
 
 def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
-    """Dotted key and node of every callback or logger that a run has."""
+    """Dotted key and node of every callback or logger of a run."""
     named = (cfg.get(group) or {}).items()
     return [(f"{group}.{name}", node) for name, node in named if node]
 
 
-def averaged(method: Any, *, first: bool) -> dict[str, Any]:
-    """The averages of the student, whole, in the first process; all processes must call this."""
+def averaged_weights(method: Any, *, first: bool) -> dict[str, Any]:
+    """The unsharded EMA weights of the student, in process 0; all processes must call it."""
     return gather(method.ema.state_dict(), keep=first)
 
 
-def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
-    """Teacher and averaged student as one process can use them; made anew where the strategy has
-    cut them up.
+def unsharded_models(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, Any]:
+    """Teacher and averaged student for use in one process; rebuilt if the strategy sharded them.
 
-    Both where the teacher is: Lightning takes what it has trained back to the CPU.
+    Both are on the teacher's device: Lightning moves the trained modules back to the CPU.
     """
     teacher, student, device = method.teacher, method.student, method.teacher.device
     if method.sharded:
@@ -277,14 +268,14 @@ def whole(cfg: DictConfig, method: Any, average: dict[str, Any]) -> tuple[Any, A
     return teacher.to(device), student.to(device).eval()
 
 
-def stopped(trainer: Any, method: Any, folder: Path) -> int:
-    """The exit code of a run that a signal has ended, said in words; 0 if none has."""
-    by = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
-    if by and trainer.is_global_zero:
+def stop_code(trainer: Any, method: Any, folder: Path) -> int:
+    """The exit code if a signal stopped the run, which is then printed; 0 otherwise."""
+    number = next((c.stopped_by for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
+    if number and trainer.is_global_zero:
         print(
-            f"stopped by {by.name} at step {method.step}; go on with: python -m distill.run"
+            f"stopped by {number.name} at step {method.step}; go on with: python -m distill.run"
             f" resume={folder}"
         )
-        if by == REQUEUE:
+        if number == REQUEUE:
             requeue()
-    return 128 + by if by and by != REQUEUE else 0
+    return 128 + number if number and number != REQUEUE else 0

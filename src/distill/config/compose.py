@@ -1,7 +1,6 @@
-"""What is done with a configuration before anything is built: safe instantiation, paths, run
-folders, going on.
+"""Configurations before anything is built: safe instantiation, paths, run folders, resuming.
 
-Nothing here imports torch, so that commands can refuse a mistake at once.
+Nothing here imports torch, so that commands can report mistakes at once.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
 from distill.config.paths import escaped
-from distill.machine.ranks import rank, world
+from distill.machine.ranks import rank, world_size
 from distill.storage.checkpoint_names import steps_in
 from distill.teachers.loading.locate import near
 from distill.terminal import secret
@@ -63,36 +62,36 @@ def options_of(loader: ConfigLoader) -> Iterator[None]:
 
 
 OmegaConf.register_new_resolver("for_world", for_world, replace=True)
-# Once a run has begun.
-FIXED = ("method", "teacher", "student", "discriminator", "seed", "loop.head_start")
+# Keys that a resumed run may not change.
+FIXED_ON_RESUME = ("method", "teacher", "student", "discriminator", "seed", "loop.head_start")
 
 
 def make(node: DictConfig, key: str) -> Any:
-    """The one way to instantiate: the node at a dotted key, of what `trust` lets that hold.
+    """Instantiate the node at a dotted key, if `trust` allows its classes. Nothing else calls
+    Hydra's `instantiate`.
 
-    Its containers are plain, and shipped paths absolute. Texts that hold `${` go past OmegaConf, to
-    which they would be interpolations.
+    Containers become plain, and shipped paths absolute. Texts with `${` bypass OmegaConf, which
+    would read them as interpolations.
     """
-    tree = allowed(node, key)
-    if not (held := paths.verbatim(tree)):
+    tree = checked_node(node, key)
+    texts = paths.verbatim(tree)
+    if not texts:
         return instantiate(OmegaConf.create(tree), _convert_="all")
-    rest = {name: value for name, value in tree.items() if name not in held}
+    rest = {name: value for name, value in tree.items() if name not in texts}
     build = instantiate(OmegaConf.create({**rest, "_partial_": True}), _convert_="all")
-    return functools.partial(build, **held) if tree.get("_partial_") else build(**held)
+    return functools.partial(build, **texts) if tree.get("_partial_") else build(**texts)
 
 
-def allowed(node: DictConfig, key: str = "") -> Any:
-    """The node as plain containers, every value resolved. Raises ValueError for what no
-    configuration may hold.
+def checked_node(node: DictConfig, key: str = "") -> Any:
+    """The node as plain containers, with every value resolved.
 
-    That is: a target that its key may not hold, a key that its target does not take (with the
-    nearest that it does), and text that would become an interpolation when it is read again, behind
-    the check's back.
+    Raises ValueError for a `_target_` that is not allowed at its key, for a key that its target
+    does not take, and for text that would be an interpolation when it is read again.
     """
-    return _allowed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), key)
+    return _checked_value(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), key)
 
 
-def _allowed(value: Any, path: str) -> Any:
+def _checked_value(value: Any, path: str) -> Any:
     if isinstance(value, str):
         if "${" not in value:
             return shipped(value)
@@ -101,7 +100,7 @@ def _allowed(value: Any, path: str) -> Any:
         file = "rename it, or give a link to it" if paths.is_path(path) else "write it otherwise"
         raise ValueError(f"{path}={value}: must not hold ${{, an interpolation's; {file}")
     if isinstance(value, list):
-        return [_allowed(inner, f"{path}.{i}") for i, inner in enumerate(value)]
+        return [_checked_value(inner, f"{path}.{i}") for i, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if "_target_" in value:
@@ -112,26 +111,26 @@ def _allowed(value: Any, path: str) -> Any:
             raise ValueError(
                 f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out"
             )
-    return {key: _allowed(inner, f"{path}.{key}" if path else key) for key, inner in value.items()}
+    return {
+        key: _checked_value(inner, f"{path}.{key}" if path else key) for key, inner in value.items()
+    }
 
 
 def _target(name: str, path: str) -> Any:
-    """The class or function of this name: what the key may hold, not whatever a module imports."""
+    """The class or function of this name, if it is allowed at the key."""
     trust.check_target(name, path)
     try:
         found = get_object(name)
-    except Exception:  # Hydra wraps whatever an import raises
+    except Exception:  # an import may raise anything
         raise ValueError(
             f"{path}._target_: {name}: there is nothing of this name; check how it is written"
         ) from None
-    trust.check_made(found, name, path)
+    trust.check_object(found, name, path)
     return found
 
 
 def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
-    """Raise ValueError unless the value of each key is a whole number, and not under the least that
-    is given here.
-    """
+    """Raise ValueError unless the value of each key is a whole number at or above its minimum."""
     for key, least in counts.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and (type(value) is not int or value < least):
@@ -141,14 +140,15 @@ def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)` for the most alike of the known names, or nothing."""
+    """` (did you mean ...?)` with the closest of the known names, or ""."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def shipped(path: str) -> str:
-    """`shapes:mmdit` -> the folder in the package, `~/x` -> that of the user; any other path
-    unchanged.
+    """`shapes:mmdit` -> the folder in the package, `~/x` -> below the home folder; else unchanged.
+
+    Raises FileNotFoundError for an unknown name after `shapes:`.
     """
     if path.startswith("~/"):
         return os.path.expanduser(path)
@@ -164,19 +164,18 @@ def shipped(path: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A text as part of a file's name: letters, digits, `.`, `-` and `_`, as every system takes
-    them.
+    """A text as part of a file name: letters, digits, `.`, `-` and `_`.
 
-    It has at most 180 bytes, of the 255 that are possible, and no letters that the locale lacks.
-    What these limits change is told apart by a hash of the text.
+    At most 180 bytes of the 255 that file systems allow, and only letters of the locale. A text
+    that these limits change gets a hash of it appended.
     """
     plain = re.sub(r"[^\w.-]+", "_", text).strip("._")
     encoding = sys.getfilesystemencoding()
     kept = plain.encode(encoding, "ignore")[:180].decode(encoding, "ignore")
     if kept == plain:
         return plain
-    mark = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:8]
-    return f"{kept}_{mark}".lstrip("_")
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return f"{kept}_{digest}".lstrip("_")
 
 
 def name_of(cfg: DictConfig) -> str:
@@ -187,20 +186,20 @@ def name_of(cfg: DictConfig) -> str:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """The folder of this run, made: `resume`, `run_dir`, SLURM's `runs/slurm_<job>_<name>` or a
-    fresh one by date.
+    """Create and return the run folder: that of `resume`, `run_dir`, `runs/slurm_<job>_<name>` in
+    a SLURM job, or else a new one named by date.
     """
     if cfg.resume:
         return folder_of(cfg.resume)
-    if (folder := _own_folder(cfg)) is None and "RANK" in os.environ:
+    if (folder := _shared_folder(cfg)) is None and "RANK" in os.environ:
         raise ValueError(
-            "run_dir=null: torchrun starts every process by itself; set run_dir, so that all write"
-            " there"
+            "run_dir=null: processes of torchrun do not share a new folder; set run_dir, so that"
+            " all write there"
         )
     if folder is None:
         name = file_name(name_of(cfg))
         return _fresh_folder(f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
-    refuse_taken(cfg)
+    check_run_dir_free(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -210,34 +209,35 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def refuse_taken(cfg: DictConfig) -> None:
-    """Raise FileExistsError if the folder that a new run is to have holds a run already, or files
-    of anybody's.
-    """
-    folder = None if cfg.resume else _own_folder(cfg)
-    if folder is None or rank() != 0 or restarted():
+def check_run_dir_free(cfg: DictConfig) -> None:
+    """Raise FileExistsError if the folder of a new run holds a run or other files already."""
+    folder = None if cfg.resume else _shared_folder(cfg)
+    if folder is None or rank() != 0 or is_restarted():
         return
     others = folders.foreign(folder)
     if not others:
         return
     if not (folder / "config.yaml").exists():
         what = (
-            f"is not empty (it has {shown(others[0], 60)}), and a run would write over what is"
-            " there"
+            f"is not empty (it has {shown(others[0], 60)}), and a run would overwrite what is there"
         )
         raise FileExistsError(f"run_dir={folder}: {what}; name another run_dir=, or empty it")
-    kept = any((folder / "checkpoints").glob("step_*.ckpt"))
-    how = f"resume={folder}" if kept else "remove it, for it has no checkpoint to go on from"
-    raise FileExistsError(f"run_dir={folder} holds a run already; choose another run_dir= or {how}")
+    has_checkpoint = any((folder / "checkpoints").glob("step_*.ckpt"))
+    hint = "remove it, since it has no checkpoint to resume from"
+    if has_checkpoint:
+        hint = f"resume={folder}"
+    raise FileExistsError(
+        f"run_dir={folder} holds a run already; choose another run_dir= or {hint}"
+    )
 
 
-def _own_folder(cfg: DictConfig) -> Path | None:
-    """The one that every process of the command knows, and the job when it is started again, if
-    there is such.
+def _shared_folder(cfg: DictConfig) -> Path | None:
+    """The folder that all processes of the command know, and a requeued SLURM job too; None if
+    there is none.
     """
     if cfg.run_dir or "SLURM_PROCID" not in os.environ:
         return Path(cfg.run_dir) if cfg.run_dir else None
-    if world() == 1 and os.environ.get("SLURM_JOB_NAME") in (
+    if world_size() == 1 and os.environ.get("SLURM_JOB_NAME") in (
         "bash",
         "interactive",
     ):  # a shell, for many runs
@@ -247,16 +247,14 @@ def _own_folder(cfg: DictConfig) -> Path | None:
     return Path("runs") / (stem if sweep is None else f"{stem}_{sweep}")
 
 
-def restarted() -> bool:
-    """Whether SLURM runs this job again, after a preemption or because the run asked for it."""
+def is_restarted() -> bool:
+    """Whether SLURM has requeued this job, after a preemption or at the request of the run."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def requeued(cfg: DictConfig) -> str | None:
-    """The run that a job which SLURM runs again goes on with: the one in its own folder, if it has
-    a checkpoint.
-    """
-    folder = _own_folder(cfg) if restarted() else None
+    """The run folder from which a requeued SLURM job resumes; None without a checkpoint there."""
+    folder = _shared_folder(cfg) if is_restarted() else None
     found = (
         folder and (folder / "config.yaml").exists() and steps_in(folder / "checkpoints", ".ckpt")
     )
@@ -264,7 +262,7 @@ def requeued(cfg: DictConfig) -> str | None:
 
 
 def _fresh_folder(stem: str) -> Path:
-    """One that nobody has, with a number behind its name if another run began in this second."""
+    """Create a new folder; its name gets a number if another run has it already."""
     for i in itertools.count(1):
         folder = Path(stem if i == 1 else f"{stem}-{i}")
         with contextlib.suppress(FileExistsError):
@@ -274,14 +272,14 @@ def _fresh_folder(stem: str) -> Path:
 
 
 def folder_of(resume: str) -> Path:
-    """The run folder that `resume`, a run folder or one of its checkpoints, lies in."""
+    """The run folder of `resume`, which is a run folder or one of its checkpoints."""
     return run_at(
         str(Path(resume).parent.parent) if resume.endswith(".ckpt") else resume, key="resume"
     )
 
 
 def run_at(path: str, key: str = "run") -> Path:
-    """The run folder at this path. Raises FileNotFoundError, naming `key`, if it is none."""
+    """The run folder at this path. Raises FileNotFoundError, naming `key`, for any other path."""
     if not (Path(path) / "config.yaml").is_file():
         what = f"not a run folder (it has no config.yaml){near(path)}"
         raise FileNotFoundError(f"{key}={path}: {what}")
@@ -289,15 +287,15 @@ def run_at(path: str, key: str = "run") -> Path:
 
 
 def config_of(run: str | Path, key: str, *keys: str) -> DictConfig | None:
-    """These keys of a run folder's configuration, by `trust.read`; None of what is no run.
+    """These keys of a run folder's configuration, read by `trust.read`; None without a run folder.
 
-    Its paths are found where they moved along with it.
+    Paths of files that were moved together with the run are corrected.
     """
     if not is_run(run):
         return None
     file = Path(run) / "config.yaml"
-    found = paths.located(trust.read(file, key, *keys), Path(run))
-    texts.check_places(found, file)
+    found = paths.relocated(trust.read(file, key, *keys), Path(run))
+    texts.check_shown_paths(found, file)
     return found
 
 
@@ -306,41 +304,41 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def looked_at(run: str | Path, *keys: str) -> DictConfig | None:
-    """As `config_of`, all keys unless given, to compare and print alone: its targets are not
-    checked.
+def read_unchecked(run: str | Path, *keys: str) -> DictConfig | None:
+    """As `config_of`, without checking its targets: only to compare and print. Without `keys` all
+    keys.
     """
     if not is_run(run):
         return None
-    said = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
-    return paths.located(said, Path(run))
+    content = OmegaConf.create(trust.data(Path(run) / "config.yaml", *keys))
+    return paths.relocated(content, Path(run))
 
 
 def secrets(cfg: DictConfig) -> dict[str, Any]:
-    """Dotted key -> value, of what `written` leaves out."""
-    return secret.found(OmegaConf.to_container(cfg, resolve=True))
+    """Dotted key -> value of every secret, which `to_yaml` leaves out."""
+    return secret.secrets_in(OmegaConf.to_container(cfg, resolve=True))
 
 
-def written(cfg: DictConfig) -> bytes:
-    """The configuration as a file has it: every value resolved, and *** for what is secret.
+def to_yaml(cfg: DictConfig) -> bytes:
+    """The configuration as YAML: every value resolved, and *** in place of secrets.
 
-    A text that holds `${` is a text there too, and refers to nothing.
+    `${` in a text is escaped, so that it stays text when the file is read.
     """
-    tree = secret.hidden(OmegaConf.to_container(cfg, resolve=True))
+    tree = secret.masked_tree(OmegaConf.to_container(cfg, resolve=True))
     return OmegaConf.to_yaml(OmegaConf.create(escaped(tree))).encode()
 
 
 def overrides() -> list[str]:
-    """What the command line says, of one job where it is a sweep."""
+    """The overrides of the command line; in a sweep those of the current job."""
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else OmegaConf.create([])
     raw: Any = OmegaConf.to_container(task, resolve=False)
     both = zip(raw, task, strict=True)
-    return [secret.restored(word) if secret.TYPED in word else said for word, said in both]
+    return [secret.resolved(text) if secret.TYPED in text else value for text, value in both]
 
 
 def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
-    """Dotted key -> `key=value (was ...)`, for every value that is not as before."""
-    trees = (secret.hidden(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
+    """Dotted key -> `key=value (was ...)` for every value that has changed."""
+    trees = (secret.masked_tree(OmegaConf.to_container(c, resolve=True)) for c in (before, now))
     both = (dotted(tree) for tree in trees)
     old, new = (
         {key: value for key, value in keys.items() if not isinstance(value, dict)} for keys in both
@@ -350,20 +348,19 @@ def changes(before: DictConfig, now: DictConfig) -> dict[str, str]:
 
 
 def processes(cfg: DictConfig) -> int:
-    """How many processes train, over all nodes."""
+    """The number of training processes on all nodes."""
     devices = cfg.trainer.get("devices", 1)
     if devices in ("auto", -1, "-1"):
         import torch
 
-        devices = (
-            1 if cfg.trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
-        )  # as Lightning
+        on_cpu = cfg.trainer.get("accelerator") == "cpu"
+        devices = 1 if on_cpu else max(1, torch.cuda.device_count())  # as Lightning does
     count = len(devices) if isinstance(devices, ListConfig) else int(devices)
     return count * cfg.trainer.get("num_nodes", 1)
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a tree with its value, those of inner nodes as well."""
+    """Every dotted key of a tree with its value; inner nodes have a key too."""
     found = {}
     for key, value in tree.items():
         found[f"{prefix}{key}"] = value

@@ -1,4 +1,5 @@
-"""The configuration of a run that goes on: its own, with what the command line changes in it.
+"""The configuration of a resumed run: its own, with the overrides of the command line.
+
 Nothing here imports torch.
 """
 
@@ -11,28 +12,28 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from distill.config import paths, texts, trust, typed
 from distill.config.compose import (
-    FIXED,
+    FIXED_ON_RESUME,
     changes,
     folder_of,
-    looked_at,
+    is_restarted,
     overrides,
     processes,
+    read_unchecked,
     requeued,
-    restarted,
 )
 from distill.config.paths import escaped
 from distill.storage.bounded import mapping_of
 
 
-def going_on(cfg: DictConfig) -> DictConfig:
-    """The configuration of the run that is resumed, with what the command line changes in it.
+def resumed_config(cfg: DictConfig) -> DictConfig:
+    """The configuration of the run to resume, with the overrides of the command line.
 
-    Raises ValueError if that would be another model or another order of the data, naming the keys.
-    A path that is named anew is for `resuming` to judge.
+    Raises ValueError, naming the keys, if that would change the model or the order of the data.
+    `resuming` checks paths that have changed.
     """
     file = folder_of(cfg.resume) / "config.yaml"
-    said = trust.data(file)
-    before = looked_at(file.parent)
+    content = trust.data(file)
+    before = read_unchecked(file.parent)
     assert before is not None
     now = before.copy()
     OmegaConf.set_struct(now, False)
@@ -41,28 +42,30 @@ def going_on(cfg: DictConfig) -> DictConfig:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
-            chosen = None if value == MISSING else _chosen(key, value, had)
-            own_word = chosen is None or chosen is value
+            chosen = None if value == MISSING else _option_value(key, value, had)
+            only_typed = chosen is None or chosen is value  # nothing of the file remains
             chosen = escaped(chosen) if isinstance(chosen, str) else chosen
             OmegaConf.update(now, key, chosen, merge=False)
-            if own_word:
+            if only_typed:
                 replaced.add(key)
         elif not (
-            override.startswith("~") or restarted() or _began_with(override, folder_of(cfg.resume))
+            override.startswith("~")
+            or is_restarted()
+            or _was_given_at_start(override, folder_of(cfg.resume))
         ):
             # experiment= and the like
-            several.append(f"{override} (many keys at once, for new runs alone; name the keys)")
-    # A job that SLURM runs again finds what it wrote itself.
-    again = requeued(cfg)
-    own = again is not None and Path(again) == Path(cfg.resume)
-    trust.check_file(said, file, replaced, own=own)
-    if not own:
-        texts.check_places(now, file, replaced)
+            several.append(f"{override} (sets many keys, only for new runs; name the keys)")
+    # A requeued SLURM job reads the file that it wrote itself.
+    requeued_run = requeued(cfg)
+    trusted = requeued_run is not None and Path(requeued_run) == Path(cfg.resume)
+    trust.check_file(content, file, replaced, trusted=trusted)
+    if not trusted:
+        texts.check_shown_paths(now, file, replaced)
     now.resume = escaped(cfg.resume)
     different = several + [
-        said
-        for key, said in changes(before, now).items()
-        if key.startswith(FIXED) and not paths.is_path(key)
+        change
+        for key, change in changes(before, now).items()
+        if key.startswith(FIXED_ON_RESUME) and not paths.is_path(key)
     ]
     batches = [
         c.data.batch_size * c.loop.get("accumulate", 1) * processes(c) for c in (before, now)
@@ -74,33 +77,35 @@ def going_on(cfg: DictConfig) -> DictConfig:
         )
     if different:
         raise ValueError(
-            f"resume={cfg.resume}: {'; '.join(different)}: another run; take that back, or begin"
-            " anew"
+            f"resume={cfg.resume}: {'; '.join(different)}: would be another run; take that back, or"
+            " start a new run"
         )
     return now
 
 
-def _began_with(override: str, folder: Path) -> bool:
-    """Whether the run began with this option, so that its whole command may be given again."""
-    with contextlib.suppress(OSError, ValueError):  # damaged, or none
-        began = mapping_of(folder / "run.json").get("overrides")
-        return typed.as_said(override) in (began if isinstance(began, list) else ())
+def _was_given_at_start(override: str, folder: Path) -> bool:
+    """Whether the run was started with this option: its whole command may be given again."""
+    with contextlib.suppress(OSError, ValueError):  # the file is damaged or missing
+        first = mapping_of(folder / "run.json").get("overrides")
+        return typed.masked_override(override) in (first if isinstance(first, list) else ())
     return False
 
 
-def _chosen(key: str, value: Any, had: Any) -> Any:
-    """What an override means for a run that had `had`: of an option of the same class what its own
-    file says alone.
+def _option_value(key: str, value: Any, had: Any) -> Any:
+    """The new value of an override, where the run had `had`.
+
+    An option of the same class changes only the keys in its own file.
     """
     if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
         "_target_"
     ):
         return value
     hydra = HydraConfig.get().runtime
-    own = [
+    files = [
         Path(s.path) / key / f"{hydra.choices.get(key)}.yaml"
         for s in hydra.config_sources
         if s.schema == "file"
     ]
-    said = {name for file in own if file.is_file() for name in OmegaConf.load(file)} & set(value)
-    return OmegaConf.create({**(had if said else value), **{name: value[name] for name in said}})
+    names = {name for file in files if file.is_file() for name in OmegaConf.load(file)}
+    names &= set(value)
+    return OmegaConf.create({**(had if names else value), **{name: value[name] for name in names}})

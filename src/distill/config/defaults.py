@@ -1,5 +1,6 @@
-"""What a configuration means where it says nothing: the data of a teacher that brings none, and the
-judge of its pictures. Nothing here imports torch.
+"""Defaults that depend on the teacher: data for a teacher without its own, and the evaluation.
+
+Nothing here imports torch.
 """
 
 from collections.abc import Sequence
@@ -12,78 +13,72 @@ from distill.config.compose import overrides
 from distill.config.location import CONF_DIR
 from distill.terminal.console import note
 
-WORLD = "shapes"  # whose teachers and data are shipped together
+WORLD = "shapes"  # the world whose teachers and data are shipped
 SHIPPED_DATA = "shapes:latents"
 RENDERS = Path(CONF_DIR) / "data" / "renders.yaml"
-JUDGES = "metrics=coco5k and metrics=prompts judge other pictures"
+OTHER_METRICS = "use metrics=coco5k or metrics=prompts for other pictures"
 
 
-def settled(cfg: DictConfig) -> DictConfig:
-    """The configuration of a run with what it leaves open.
+def with_defaults(cfg: DictConfig) -> DictConfig:
+    """The configuration of a run with defaults that depend on its teacher.
 
-    A smoke test of a teacher from elsewhere, to which no data were given, has renders of `shapes`.
-    The judge of `shapes`, if nobody asked for it, leaves the pictures of others alone. Raises
-    ValueError that names the ways to data where there are none.
+    A smoke test of another teacher without data gets renders of `shapes`. metrics=shapes is
+    dropped for other teachers, unless it was typed. Raises ValueError, with the ways to give data,
+    if there are none.
     """
     if cfg.get("resume") or not HydraConfig.initialized():
         return cfg
-    said = without_data(cfg)
-    if said and (_choice("debug") != "smoke" or _typed("data=")):
-        raise ValueError(said)
-    if said:
-        with_renders(cfg)
-    if not of_shapes() and _choice("metrics") == WORLD and not _typed("metrics"):
+    problem = missing_data(cfg)
+    if problem and (_choice("debug") != "smoke" or _typed_overrides("data=")):
+        raise ValueError(problem)
+    if problem:
+        use_renders(cfg)
+    if not is_shapes_teacher() and _choice("metrics") == WORLD and not _typed_overrides("metrics"):
         if "_target_" in (cfg.get("metrics") or {}):
-            note(f"not judged: the judge of shapes reads its own pictures alone; {JUDGES}")
+            note(f"not evaluated: metrics=shapes only reads pictures of shapes; {OTHER_METRICS}")
         cfg.metrics = None
     return cfg
 
 
-def settled_to_look(cfg: DictConfig) -> DictConfig:
-    """As `settled`, for who only looks at the configuration: renders stand for data that were not
-    given.
-    """
-    if HydraConfig.initialized() and without_data(cfg):
-        with_renders(cfg)
+def with_placeholder_data(cfg: DictConfig) -> DictConfig:
+    """For commands that only inspect the configuration: renders in place of missing data."""
+    if HydraConfig.initialized() and missing_data(cfg):
+        use_renders(cfg)
     return cfg
 
 
-def of_shapes() -> bool:
-    """Whether the teacher that was chosen is one of `shapes`, or of the same make at another
-    path.
-    """
+def is_shapes_teacher() -> bool:
+    """Whether the chosen teacher option is one of `shapes`, at any path."""
     return _choice("teacher").partition("_")[0] == WORLD
 
 
-def without_data(cfg: DictConfig) -> str | None:
-    """A sentence that names the ways to data, for a run that has none which its teacher can
-    read.
+def missing_data(cfg: DictConfig) -> str | None:
+    """A sentence with the ways to give data, if the run has none that its teacher can read; else
+    None.
     """
-    asked = _typed("data=")
-    missing = OmegaConf.is_missing(cfg.data, "path") and not asked
-    foreign = not of_shapes() and cfg.data.get("path") == SHIPPED_DATA
+    typed = _typed_overrides("data=")
+    missing = OmegaConf.is_missing(cfg.data, "path") and not typed
+    foreign = not is_shapes_teacher() and cfg.data.get("path") == SHIPPED_DATA
     if not (missing or foreign):
         return None
-    teacher = " ".join([f"teacher={_choice('teacher')}", *_typed("teacher.")])
+    teacher = " ".join([f"teacher={_choice('teacher')}", *_typed_overrides("teacher.")])
     return (
         f"data: none given that {teacher} can read; give pictures by `data=images"
         f" data.path=<folder>`, or latents cached once by `python -m distill.cache {teacher}"
-        " data.path=<folder> out=cached` as `data=latents data.path=cached`, or prompts drawn by"
-        f" the teacher in `python -m distill.synthesize {teacher} prompts=<file> out=synthetic` as"
+        " data.path=<folder> out=cached` as `data=latents data.path=cached`, or samples of the"
+        f" teacher by `python -m distill.synthesize {teacher} prompts=<file> out=synthetic` as"
         " `data=synthetic data.path=synthetic`; debug=smoke tries a run without any"
     )
 
 
-def with_renders(cfg: DictConfig) -> None:
-    """Give the configuration renders of `shapes` for its data; what was typed of batch and size
-    stays.
-    """
+def use_renders(cfg: DictConfig) -> None:
+    """Set renders of `shapes` as data; keys of data that were typed stay."""
     node = OmegaConf.load(RENDERS)
     for key in node:
-        if value := _typed(f"data.{key}="):
+        if value := _typed_overrides(f"data.{key}="):
             node[key] = OmegaConf.from_dotlist(value).data[key]
     node.batch_size = cfg.data.batch_size
-    node.seeded = True  # for methods that want pairs, which are none here
+    node.seeded = True  # methods that need pairs of noise and sample accept it
     OmegaConf.set_struct(cfg, False)
     cfg.data = node
     OmegaConf.set_struct(cfg, True)
@@ -93,6 +88,6 @@ def _choice(group: str) -> str:
     return str(HydraConfig.get().runtime.choices.get(group))
 
 
-def _typed(*begins: str) -> Sequence[str]:
-    """The words of the command that begin so."""
-    return [word for word in overrides() if word.lstrip("+~").startswith(begins)]
+def _typed_overrides(*prefixes: str) -> Sequence[str]:
+    """The overrides of the command line with one of these prefixes."""
+    return [override for override in overrides() if override.lstrip("+~").startswith(prefixes)]

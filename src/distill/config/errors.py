@@ -1,5 +1,6 @@
-"""A user's own mistake is said in one sentence, exit code 1, without a traceback;
-HYDRA_FULL_ERROR=1 shows it all.
+"""Mistakes of the user are printed as one sentence, with exit code 1 and without a traceback.
+
+HYDRA_FULL_ERROR=1 shows the traceback.
 """
 
 import functools
@@ -26,10 +27,10 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill.commandline.keys import check_known, check_own
-from distill.commandline.private import referring
+from distill.commandline.keys import check_known, check_own_keys
+from distill.commandline.quoting import GROUPS, as_typed, check_flags, flags_last, for_hydra
+from distill.commandline.secret_arguments import with_variables
 from distill.commandline.sweep import Sweep
-from distill.commandline.texts import GROUPS, as_typed, check_flags, flags_last, readable
 from distill.config import config_folders, typed
 from distill.config.compose import dotted, nearest
 from distill.config.location import CONF_DIR
@@ -39,8 +40,7 @@ from distill.storage import renames
 from distill.terminal import console, secret
 from distill.terminal.shown import shown
 
-# What a user, a disk or a file can cause. A missing attribute, a wrong type or the like is a bug of
-# ours.
+# Errors that a user, a disk or a file can cause. Others, such as AttributeError, are bugs.
 MISTAKES = (
     ValueError,
     OSError,
@@ -53,52 +53,55 @@ FULL = "HYDRA_FULL_ERROR"
 
 
 def command(
-    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, way_on: str = ""
+    name: str, prepare: Callable[[DictConfig], DictConfig] = lambda cfg: cfg, hint: str = ""
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: a function of the configuration <name>.yaml becomes a command; what it returns is
-    the exit code.
+    """Decorator: turn a function of the configuration <name>.yaml into a command.
 
-    `prepare` gives the configuration what it leaves open, before it is asked what is missing.
-    `way_on` says how to go on with what was done, should it be stopped; the function may know
-    better, by `faults.goes_on`.
+    The function returns the exit code. `prepare` sets defaults before missing keys are checked.
+    `hint` says how to resume if the command is stopped; the function can set a better one with
+    `faults.hint_on_failure`.
 
-    Hydra prints what it finds wrong in its own words, unless HYDRA_FULL_ERROR is set: then it
-    raises. So the variable is set while Hydra composes, and what the user had there is put back
-    before the function is called.
+    Hydra prints errors itself, unless HYDRA_FULL_ERROR is set: then it raises. So the variable is
+    set while Hydra composes, and restored before the function is called.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
-            asked, sweep = os.environ.get(FULL, "0"), Sweep()
+            full_errors, sweep = os.environ.get(FULL, "0"), Sweep()
 
             @functools.wraps(task)  # Hydra takes the command's name from it
             def job(cfg: DictConfig) -> None:
-                with sweep.job(), _full_errors(asked), console.recorded(), said_plainly():
-                    typed.note_all(cfg)
+                with (
+                    sweep.job(),
+                    _full_errors(full_errors),
+                    console.record_output(),
+                    print_mistakes(),
+                ):
+                    typed.register_config_secrets(cfg)
                     cfg = prepare(cfg)
                     if missing := sorted(OmegaConf.missing_keys(cfg)):
                         raise ValueError(
                             f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
                         )
                     check_known(cfg, name)
-                    check_own(cfg, name)
-                    with faults.goes_on(lambda: way_on):
+                    check_own_keys(cfg, name)
+                    with faults.hint_on_failure(lambda: hint):
                         code = task(cfg)
                         signals.check()
-                    if code or signals.asked():  # no other job of a sweep begins after a signal
+                    if code or signals.received():  # a signal also ends the sweep
                         raise SystemExit(code)
 
             signals.end_with_parent()
-            console.open_all()
-            print_any_letter()
-            with _alone(), stoppable(), console.readers_may_leave():
-                typed.note(sys.argv[1:])
-                with said_plainly():
-                    sys.argv[1:] = _words(name, sweep)
-                    if text := _said_of_itself(task, name):
+            console.open_standard_streams()
+            escape_unprintable()
+            with _isolated(), stoppable(), console.tolerate_closed_pipes():
+                typed.register_secrets(sys.argv[1:])
+                with print_mistakes():
+                    sys.argv[1:] = _checked_arguments(name, sweep)
+                    if text := _help_or_completion(task, name):
                         print(text)
                         return
-                with said_plainly(), _full_errors("1"):
+                with print_mistakes(), _full_errors("1"):
                     hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")(job)()
                 sweep.end()
 
@@ -108,44 +111,40 @@ def command(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Have nothing of this command be left for another one in the same process."""
-    with secret.forgotten():
+def _isolated() -> Iterator[None]:
+    """Reset global state afterwards, for another command in the same process."""
+    with secret.scoped():
         try:
             yield
         finally:
             HydraConfig.instance().cfg = None
 
 
-def _words(name: str, sweep: Sweep) -> list[str]:
-    """The command line as Hydra is to have it: checked, flags last, texts quoted, no secret."""
-    words = [as_typed(word) for word in sys.argv[1:]]
-    config_folders.check(words)
-    words = flags_last(words)
-    check_flags(words)
-    read = [readable(word, name, sweep=sweep.asked) for word in words]
-    typed.note(read)
-    given = referring(read)
-    sweep.typed = dict(zip(given, words, strict=True))
-    return given
+def _checked_arguments(name: str, sweep: Sweep) -> list[str]:
+    """The command line for Hydra: checked, flags last, texts quoted, without secrets."""
+    arguments = [as_typed(argument) for argument in sys.argv[1:]]
+    config_folders.check(arguments)
+    arguments = flags_last(arguments)
+    check_flags(arguments)
+    quoted = [for_hydra(argument, name, sweep=sweep.asked) for argument in arguments]
+    typed.register_secrets(quoted)
+    without_secrets = with_variables(quoted)
+    sweep.typed = dict(zip(without_secrets, arguments, strict=True))
+    return without_secrets
 
 
-def print_any_letter() -> None:
-    """Have the terminal show what it has no letter for as an escape, instead of ending the
-    command.
-    """
+def escape_unprintable() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _said_of_itself(task: Callable[[DictConfig], Any], config: str) -> str | None:
-    """The help page of the command whose module the function stands in, or what completes it, where
-    one asks.
-    """
-    from distill.completion import asked, script
+def _help_or_completion(task: Callable[[DictConfig], Any], config: str) -> str | None:
+    """The help page or the completion script of the command, if its flags are given; else None."""
+    from distill.completion import requested_shell, script
 
-    if shell := asked(sys.argv):
+    if shell := requested_shell(sys.argv):
         return script(shell)
     if {"-h", "--help"}.isdisjoint(sys.argv):
         return None
@@ -167,61 +166,58 @@ def _full_errors(value: str) -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Have a signal end what is inside in one sentence; exit code 128 plus its number, 0 where
-    SLURM requeues.
+    """Let a signal end the command with one sentence.
+
+    The exit code is 128 plus its number, or 0 if SLURM requeues the job.
     """
     try:
-        with signals.heard():
+        with signals.stop_on_signal():
             yield
     except signals.Stopped as stop:
-        way = getattr(stop, faults.WAY_ON, "")
+        hint = getattr(stop, faults.HINT, "")
         if rank() == 0:
-            print(f"distill: {stop}{f'; {way}' if way else ''}", file=sys.stderr)
-        again = stop.number == signals.REQUEUE and signals.requeue()
-        raise SystemExit(0 if again else 128 + stop.number) from None
+            print(f"distill: {stop}{f'; {hint}' if hint else ''}", file=sys.stderr)
+        requeued = stop.number == signals.REQUEUE and signals.requeue()
+        raise SystemExit(0 if requeued else 128 + stop.number) from None
 
 
 @contextmanager
-def said_plainly() -> Iterator[None]:
-    """Turn a mistake of the user into `distill: <sentence>` on stderr; anything else stays a bug
-    with its traceback.
-    """
+def print_mistakes() -> Iterator[None]:
+    """Print a mistake of the user as `distill: <sentence>` on stderr; bugs keep their traceback."""
     try:
         yield
     except BrokenPipeError:
-        raise  # `readers_may_leave`
+        raise  # for `tolerate_closed_pipes`
     except Exception as error:
         signals.check(error)
-        if all_asked_for() or not is_mistake(error):
+        if wants_traceback() or not is_mistake(error):
             raise
-        console.failed(error)
-        said = shown(secret.masked(sentence(error)))
-        print(f"distill: {said}", file=sys.stderr)
+        console.log_failure(error)
+        text = shown(secret.masked(sentence(error)))
+        print(f"distill: {text}", file=sys.stderr)
         end = SystemExit(1)
-        end.add_note(said)  # for who lists what has failed
+        end.add_note(text)  # `Sweep` lists it among the failed jobs
         raise end from None
 
 
-def all_asked_for() -> bool:
+def wants_traceback() -> bool:
     """Whether the user wants tracebacks."""
     return os.environ.get(FULL) == "1"
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether this is the doing of a user, a file or the machine, so that a sentence says all there
-    is to say.
-    """
-    cause = _root(error)
-    # Lightning's own class for settings that do not fit, by its name: to import it takes seconds
+    """Whether a user, a file or the machine caused this error, so that a sentence is enough."""
+    cause = _root_cause(error)
+    # Lightning's class for wrong settings, by its name: importing it takes seconds.
     known = isinstance(cause, MISTAKES) or type(cause).__name__ == "MisconfigurationException"
     return known or faults.sentence(error, cause) is not None
 
 
 def sentence(error: BaseException) -> str:
-    """What is wrong, where, and what to do, on one line."""
-    cause = _root(error)
-    if said := faults.sentence(error, cause):
-        return said
+    """The error as one line: what is wrong, where, and what to do."""
+    cause = _root_cause(error)
+    if text := faults.sentence(error, cause):
+        return text
     if isinstance(cause, MissingConfigException) and cause.options is not None:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
         return (
@@ -234,51 +230,50 @@ def sentence(error: BaseException) -> str:
             f"{cause.override}: {what} key=value; put quotes around a value with spaces or commas"
         )
     if isinstance(cause, OmegaConfBaseException):
-        return " ".join(_of_keys(error, cause).split())
+        return " ".join(_key_sentence(error, cause).split())
     if isinstance(cause, UnicodeEncodeError) and isinstance(cause.object, str):
         remedy = "set PYTHONUTF8=1 in the environment, and give it as UTF-8"
         return f"{cause.object}: cannot be written in {cause.encoding}; {remedy}"
     if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
         return f"{f'{cause.filename}: ' if cause.filename else ''}{cause.strerror}"
     text = str(cause)
-    if (
-        "Original Traceback" in text
-    ):  # a worker of the loader: the sentence comes last, after the exception's name
+    if "Original Traceback" in text:
+        # of a DataLoader worker: the message is the last line, after the exception's name
         text = text.strip().splitlines()[-1].partition(": ")[2]
     elif isinstance(cause, HydraException):
-        text = _of_words(text)
+        text = _hydra_sentence(text)
     return " ".join(text.split())
 
 
-def _of_words(text: str) -> str:
-    """What Hydra finds wrong with a word of the command line, with what to type instead."""
+def _hydra_sentence(text: str) -> str:
+    """An error of Hydra about an argument of the command line, with what to type instead."""
     several = text.startswith(("Ambiguous value", "Sweep parameters"))
     found = re.search(r"'(.*)'" if several else r"'(.*?)'", text)
-    named = found[1] if found else ""
+    quoted = found[1] if found else ""
     if several:
-        key, _, value = named.partition("=")
+        key, _, value = quoted.partition("=")
         return (
-            f"{named}: has a comma; write {key}=[{value}] for a list, or add -m to run once for"
+            f"{quoted}: has a comma; write {key}=[{value}] for a list, or add -m to run once for"
             " each value"
         )
     if text.startswith("Could not append to config. An item is already at"):
-        return f"+{named}: there is such a key already; leave the + out"
+        return f"+{quoted}: there is such a key already; leave the + out"
     if text.startswith("Cannot find primary config"):
-        return f"--config-name={named}: there is no such configuration; leave it out"
+        return f"--config-name={quoted}: there is no such configuration; leave it out"
     if text.startswith("Additional config directory"):
-        return f"--config-dir={named}: there is no such folder; give the one that has experiment/"
+        return f"--config-dir={quoted}: there is no such folder; give the one that has experiment/"
     if text.startswith("Could not override"):
-        return f"{named}: no such group{nearest(named, GROUPS)}; --help lists all"
+        return f"{quoted}: no such group{nearest(quoted, GROUPS)}; --help lists all"
     if text.startswith("Could not delete"):
-        named = named.removeprefix("defaults.")
-        return f"~{named}: there is no such key{nearest(named, GROUPS)}; leave it out"
+        key = quoted.removeprefix("defaults.")
+        return f"~{key}: there is no such key{nearest(key, GROUPS)}; leave it out"
     unquoted = re.search(r"'([\w./@]+)'", text)
     return text.rstrip(". ") + (nearest(unquoted[1], GROUPS) if unquoted else "")
 
 
-def _of_keys(error: BaseException, cause: OmegaConfBaseException) -> str:
-    """What OmegaConf finds wrong with a key or an interpolation, with what to type instead."""
-    said, key = str(cause).splitlines()[0], str(cause.full_key or "")
+def _key_sentence(error: BaseException, cause: OmegaConfBaseException) -> str:
+    """An error of OmegaConf about a key or an interpolation, with what to type instead."""
+    message, key = str(cause).splitlines()[0], str(cause.full_key or "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         if key in renames.KEYS:
             return f"{key}: is now called {renames.KEYS[key]}; write that"
@@ -286,23 +281,23 @@ def _of_keys(error: BaseException, cause: OmegaConfBaseException) -> str:
         if isinstance(error, HydraException):
             return f"{key}: no such key{near}; --cfg job prints all"
         return f"{key}: not given; add {key}=..., or do not leave it out"
-    words = [word for word in sys.argv[1:] if "${" in word and secret.TYPED not in word]
-    word = next(iter(words), key)
+    typed_ones = [text for text in sys.argv[1:] if "${" in text and secret.TYPED not in text]
+    argument = next(iter(typed_ones), key)
     if isinstance(cause, InterpolationKeyError):
-        named = re.search(r"'(.*?)'", said)
-        name = named[1] if named else ""
+        quoted = re.search(r"'(.*?)'", message)
+        name = quoted[1] if quoted else ""
         what = f"there is no key {name}{nearest(name, _keys(cause))}"
-        return f"{word}: {what}; write \\${{{name}}} for the characters themselves"
+        return f"{argument}: {what}; write \\${{{name}}} for the characters themselves"
     if isinstance(cause, GrammarParseError | UnsupportedInterpolationType):
         what = "is read as a reference to another key, and is none"
-        return f"{word}: ${{ {what}; write \\${{ for the characters themselves"
+        return f"{argument}: ${{ {what}; write \\${{ for the characters themselves"
     if isinstance(cause, InterpolationResolutionError):
-        return f"{word}: {said}"
-    return f"{key}: {said}" if key and key not in said else said
+        return f"{argument}: {message}"
+    return f"{key}: {message}" if key and key not in message else message
 
 
 def _keys(error: OmegaConfBaseException) -> list[str]:
-    """Every dotted key that could have been meant: those of the configuration, and the groups."""
+    """All dotted keys of the configuration, and the groups: candidates for a misspelt key."""
     if error.parent_node is None:
         return GROUPS
     tree: Any = OmegaConf.to_container(error.parent_node._get_root(), resolve=False)
@@ -311,8 +306,8 @@ def _keys(error: OmegaConfBaseException) -> list[str]:
     return [*GROUPS, *dotted(tree)]
 
 
-def _root(error: BaseException) -> BaseException:
-    """What went wrong first: Hydra wraps an exception of a constructor in one of its own."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The first exception of the chain: Hydra wraps exceptions of constructors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""Whether the data and the teacher of a run fit each other, said before anything is trained."""
+"""Check before training that the data of a run fit its teacher."""
 
 import inspect
 import logging
@@ -7,13 +7,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.core import limits
-from distill.storage import content
+from distill.storage import fingerprints as content
 from distill.teachers.loading.locate import embedding_options
 
 log = logging.getLogger(__name__)
 
 
-def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
     """Raise ValueError for latents, embeddings or pictures that this teacher cannot read."""
     size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
     if channels and channels != teacher.latent_shape[0]:
@@ -43,19 +43,19 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    told = embedding_options(cfg.teacher)
-    if null and made.get("told", told) != told:
-        what = f"teacher options {made['told'] or 'none'}, and this run has {told or 'none'}"
+    options = embedding_options(cfg.teacher)
+    if null and made.get("told", options) != options:
+        what = f"teacher options {made['told'] or 'none'}, and this run has {options or 'none'}"
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
-    if made and not content.alike(made.get("vae"), cfg.teacher.get("vae")):
+    if made and not content.maybe_same_path(made.get("vae"), cfg.teacher.get("vae")):
         what = f"teacher.vae={made.get('vae')}, and this run has {cfg.teacher.get('vae')}"
         raise ValueError(
             f"data.path={cfg.data.path}: its latents were made with {what}; give both the same"
         )
-    if not content.alike(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
-        what = "right if both have one autoencoder and one text encoder"
+    if not content.maybe_same_path(made.get("teacher", cfg.teacher.path), cfg.teacher.path):
+        what = "right if both share the autoencoder and the text encoders"
         log.warning(
             "data.path=%s was made with %s, not with this run's teacher: %s",
             cfg.data.path,
@@ -65,9 +65,10 @@ def refuse_misfit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
 
 
-def say_size(data: Any, teacher: Any) -> None:
-    """Warn where the data have other sides than the teacher, at whose pictures of a student are
-    drawn and exported.
+def warn_size(data: Any, teacher: Any) -> None:
+    """Warn if the data have another size than the teacher.
+
+    Samples, the evaluation and the exported pipeline use the size of the teacher.
     """
     size, shape = getattr(data, "size", None), getattr(data, "shape", None)
     if size:
@@ -77,11 +78,12 @@ def say_size(data: Any, teacher: Any) -> None:
         sizes = [teacher.sides_of(each) for each in latents]
     else:
         return
-    own = teacher.sides_of(teacher.latent_shape)
-    if own in sizes:
+    of_teacher = teacher.sides_of(teacher.latent_shape)
+    if of_teacher in sizes:
         return
     height, width = sizes[0]
     square = height == width and "size" in inspect.signature(type(teacher)).parameters
-    how = f"teacher.size={width} makes both the same" if square else "make data of that size"
-    what = f"the data are of {width} x {height} pixels and this teacher is of {own[1]} x {own[0]}"
-    log.warning("%s, at which samples, evaluation and the student's pipeline draw: %s", what, how)
+    hint = f"teacher.size={width} makes both the same" if square else "make data of that size"
+    size_of_teacher = f"{of_teacher[1]} x {of_teacher[0]}"
+    what = f"the data are of {width} x {height} pixels and this teacher is of {size_of_teacher}"
+    log.warning("%s, which samples, evaluation and the student's pipeline use: %s", what, hint)

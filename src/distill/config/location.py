@@ -1,14 +1,10 @@
-"""Where the configuration lies: beside the code in an installed wheel, at the top of the repository
-in a checkout.
-"""
+"""The folder of the configuration: in the package of a wheel, or at the top of a checkout."""
 
 from pathlib import Path
 
 
 def _find(package: Path) -> str:
-    """The folder with `config.yaml` that belongs to this copy of the package, absolute: Hydra wants
-    it so.
-    """
+    """The folder with `config.yaml` of this copy of the package, absolute as Hydra needs it."""
     places = [package / "conf"]
     if package.parent.name == "src":
         places.append(package.parents[1] / "conf")

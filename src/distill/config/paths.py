@@ -1,8 +1,7 @@
-"""Paths in a configuration: absolute where it is kept, so that a run is found from every working
-folder.
+"""Paths in a configuration. They are saved absolute, so that a run works from every folder.
 
-A value is taken for a path if its key may hold one and something lies there; a hub id, a word or a
-shipped name (`shapes:mmdit`) stays as it is.
+A value is a path if its key may hold one and the file exists. A hub id, an option or a shipped name
+(`shapes:mmdit`) stays as it is.
 """
 
 import os
@@ -16,15 +15,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.storage.bounded import mapping_of
 
-# Last parts of the keys that name something which is read.
+# Last parts of keys whose paths are read.
 READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "reference"}
 READ |= {"prompts", "image", "base", "parts"}
-WRITTEN = {"dirpath", "save_dir"}  # and what is written: there need not be anything yet
-ONE_FILE = ("pretrained", "prompts", "image")  # what may also be a tag or a text
-WORDS = ("teacher", "random", "kaiming", "gaussian")  # of `init`, whatever lies here
+WRITTEN = {"dirpath", "save_dir"}  # of keys whose paths are written, and need not exist yet
+ONE_FILE = ("pretrained", "prompts", "image")  # these may also be a tag or a text
+WORDS = ("teacher", "random", "kaiming", "gaussian")  # options of `init`, never paths
 SHIPPED = "shapes:"
 IN_FOLDER = "local-dir:"  # open_clip's, before a folder
-NAMED = "OpenClip"  # whose `path` and `name` are those of an architecture
+NAMED = "OpenClip"  # of this class, `path` and `name` are the name of an architecture
 PATTERN = "{*?["
 
 
@@ -34,38 +33,36 @@ def is_path(key: str) -> bool:
 
 
 def absolute(cfg: DictConfig) -> DictConfig:
-    """The configuration with its paths absolute, as seen from the working folder."""
-    made = cfg.copy()
-    for node, key, name in list(_places(made)):
+    """A copy of the configuration with absolute paths, relative to the working folder."""
+    copy = cfg.copy()
+    for node, key, name in list(_places(copy)):
         node[key] = escaped(_absolute(node, name, str(node[key])))
-    return made
+    return copy
 
 
-def located(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The configuration of the run in `folder`, with paths that are gone where they moved along
-    with it.
+def relocated(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The configuration of the run in `folder`, with corrected paths if the run was moved.
 
-    A run that was moved or copied together with what it reads finds that at the same place relative
-    to itself; anything else stays, and is missed by who wants it.
+    A path that no longer exists is replaced by the same path relative to the run, if that exists.
     """
-    began = _began_in(folder)
+    recorded = _recorded_folder(folder)
     here = folder.resolve()
-    if began is None or began == here:
+    if recorded is None or recorded == here:
         return cfg
     for node, key, name in list(_places(cfg)):
         value = str(node[key])
-        if name in WRITTEN or not os.path.isabs(value) or _there(value, name):
+        if name in WRITTEN or not os.path.isabs(value) or _exists(value, name):
             continue
-        with suppress(ValueError):  # of another drive
-            moved = os.path.normpath(here / os.path.relpath(value, began))
-            if _there(moved, name):
+        with suppress(ValueError):  # on another drive
+            moved = os.path.normpath(here / os.path.relpath(value, recorded))
+            if _exists(moved, name):
                 node[key] = escaped(moved)
     return cfg
 
 
 def escaped(value: Any) -> Any:
-    """With a backslash before every `${`; OmegaConf halves those before that, so they are
-    doubled.
+    """With a backslash before every `${`. Backslashes before it are doubled, since OmegaConf halves
+    them.
     """
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
@@ -75,9 +72,7 @@ def escaped(value: Any) -> Any:
 
 
 def verbatim(tree: Any) -> dict[str, Any]:
-    """Of a plain node the texts, and lists of them, that OmegaConf would take for
-    interpolations.
-    """
+    """Texts of a plain node, and lists of them, that OmegaConf would read as interpolations."""
 
     def refers(value: Any) -> bool:
         if isinstance(value, list):
@@ -88,28 +83,28 @@ def verbatim(tree: Any) -> dict[str, Any]:
     return {name: value for name, value in items if refers(value)}
 
 
-def read_ones(cfg: DictConfig) -> dict[str, str]:
-    """Dotted key -> value, for every path that is read and lies on this machine."""
+def input_paths(cfg: DictConfig) -> dict[str, str]:
+    """Dotted key -> value of every path that is read and exists."""
     found: dict[str, str] = {}
 
     def note(node: Any, key: Any, name: str) -> None:
         value = str(node[key])
-        if name in READ and not value.startswith(SHIPPED) and _there(value, name):
+        if name in READ and not value.startswith(SHIPPED) and _exists(value, name):
             found[str(node._get_full_key(key))] = value
 
     _walk(cfg, note)
     return found
 
 
-def _began_in(folder: Path) -> Path | None:
-    """Where the run lay when it last went on, as its run.json says."""
+def _recorded_folder(folder: Path) -> Path | None:
+    """The folder of the run when it was last started or resumed, from its run.json."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return Path(mapping_of(folder / "run.json")["folder"])
     return None
 
 
 def _places(cfg: DictConfig) -> Iterator[tuple[Any, Any, str]]:
-    """Each (node, key, last part of the key) that holds a text which may be a path."""
+    """Each (node, key, last part of the key) whose text may be a path."""
     found: list[tuple[Any, Any, str]] = []
     _walk(cfg, lambda node, key, name: found.append((node, key, name)))
     yield from found
@@ -138,18 +133,18 @@ def _absolute(node: Any, name: str, value: str) -> str:
         return value
     if name == "path" and place.startswith("~"):
         place = os.path.expanduser(place)
-    return f"{prefix}{os.path.abspath(place)}" if _there(place, name) else value
+    return f"{prefix}{os.path.abspath(place)}" if _exists(place, name) else value
 
 
-def _there(value: str, name: str) -> bool:
-    """Whether something lies at this path, or where a pattern of shards begins."""
+def _exists(value: str, name: str) -> bool:
+    """Whether this path exists, or the folder of a shard pattern."""
     place = value.removeprefix(IN_FOLDER)
     try:
         if name in ONE_FILE:
             return os.path.isfile(place)
         if os.path.exists(place):
             return bool(place)
-    except (OSError, ValueError):  # a text too long for a name, or with a zero in it
+    except (OSError, ValueError):  # too long for a file name, or with a null character
         return False
     cut = min((place.find(mark) for mark in PATTERN if mark in place), default=-1)
     return name == "path" and cut >= 0 and os.path.isdir(os.path.dirname(place[:cut]) or ".")

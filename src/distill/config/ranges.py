@@ -1,4 +1,4 @@
-"""Numbers of a run that no class could do with, known before a weight is read."""
+"""Check the numbers of a configuration before weights are read."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-# Whole numbers, and the least that each may be: of a run, and of its judging.
+# Whole numbers and their minimum: of a run, and of its evaluation.
 LARGEST = {"seed": 2**32 - 1}  # NumPy's
 COUNTS = dict.fromkeys(
     ("seed", "data.num_workers", "loop.warmup_steps", "loop.head_start"), 0
@@ -20,7 +20,7 @@ COUNTS = dict.fromkeys(
     ),
     1,
 )  # fmt: skip
-JUDGING = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
+METRICS_COUNTS = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
 SHARE = (0, 1)
 # Key -> least and largest value; None leaves a side open.
 RANGES: dict[str, tuple[float | None, float | None]] = {
@@ -65,15 +65,15 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "student.alpha": (0, None),
     "teacher.guidance": (0, None),
 }
-ODD = ("discriminator.heads.kernel",)  # an even convolution gives a map of another size
+ODD = ("discriminator.heads.kernel",)  # an even kernel would change the size of the map
 # Lists of noise levels, 0 = data and 1 = noise.
 LEVELS = (
     "sampler.levels", "discriminator.heads.levels", "method.levels.levels", "method.renoise.levels",
 )  # fmt: skip
 FALLING = ("sampler.levels",)
-NAMED = ("discriminator.features.taps", "discriminator.features.tasks")  # each of them once
+NAMED = ("discriminator.features.taps", "discriminator.features.tasks")  # without duplicates
 OF_COLOURS = ("discriminator.features.mean", "discriminator.features.std")
-INFINITE = ("loop.clip_student", "loop.clip_discriminator")  # that cut nothing
+INFINITE = ("loop.clip_student", "loop.clip_discriminator")  # infinity: no clipping
 OURS = (
     "method",
     "optimizer",
@@ -88,9 +88,7 @@ OURS = (
 
 
 def check_ranges(cfg: DictConfig) -> None:
-    """Raise ValueError for a number outside its range, NaN among them; what is no number is said
-    elsewhere.
-    """
+    """Raise ValueError for a number outside its range, or NaN. `check_keys` checks the types."""
     for key, (least, most) in RANGES.items():
         value: Any = OmegaConf.select(cfg, key)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -111,7 +109,7 @@ def check_ranges(cfg: DictConfig) -> None:
 
 
 def check_most(cfg: DictConfig, most: Mapping[str, int]) -> None:
-    """Raise ValueError for a whole number above the largest that its key may have."""
+    """Raise ValueError for a whole number above the maximum of its key."""
     for key, largest in most.items():
         value = OmegaConf.select(cfg, key)
         if type(value) is int and value > largest:
@@ -119,7 +117,7 @@ def check_most(cfg: DictConfig, most: Mapping[str, int]) -> None:
 
 
 def check_lists(cfg: DictConfig) -> None:
-    """Raise ValueError for a list that is empty, or of values that it cannot have."""
+    """Raise ValueError for a list that is empty or has wrong values."""
     for key, values in _lists(cfg, *LEVELS):
         _check_levels(key, values, falling=key in FALLING)
     for key, values in _lists(cfg, "method.levels"):  # of one step, of two, ...
@@ -128,10 +126,10 @@ def check_lists(cfg: DictConfig) -> None:
                 _check_levels(f"{key}[{i}]", steps, falling=True)
     for key, values in _lists(cfg, "method.levels", *NAMED):
         if not values:
-            raise ValueError(f"{key}=[]: has none; give one at least")
+            raise ValueError(f"{key}=[]: is empty; give at least one")
     for key, values in _lists(cfg, *NAMED):
         if len(set(map(str, values))) < len(values):
-            raise ValueError(f"{key}={values}: names one twice; leave that out")
+            raise ValueError(f"{key}={values}: has a duplicate; leave it out")
     for key, values in _lists(cfg, *OF_COLOURS):
         numbers = [x for x in values if isinstance(x, int | float)]
         if len(numbers) != 3 or len(values) != 3 or (key.endswith("std") and min(numbers) <= 0):
@@ -160,7 +158,7 @@ def _check_levels(key: str, values: Sequence[Any], *, falling: bool) -> None:
 
 
 def _check_finite(value: Any, key: str) -> None:
-    """For infinity and NaN anywhere in a plain tree."""
+    """Raise ValueError for infinity or NaN anywhere in a plain tree."""
     if isinstance(value, float) and not math.isfinite(value) and key not in INFINITE:
         raise ValueError(f"{key}={value}: must be a finite number")
     if isinstance(value, Mapping):

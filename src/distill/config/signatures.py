@@ -1,9 +1,8 @@
-"""What a class or function takes, read from its source: no module is imported, so the answer comes
-at once.
+"""Signatures of classes and functions, read from their source without importing their modules.
 
-A `_target_` of a configuration names a class; its keyword arguments are the keys, and their
-annotations say which values fit. Where the source does not say enough, every value passes: to build
-the object is the real test.
+The keyword arguments of a `_target_` are the keys of its node, and the annotations give the types
+of the values. If the source does not say enough, every value passes: building the object is the
+final check.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ WORDS = {
     "node": "a node with a _target_",
     "None": "null",
 }
-MANY = {  # the same of the items of a list
+PLURALS = {  # the same for items of a list
     "int": "whole numbers",
     "float": "numbers",
     "str": "texts",
@@ -34,10 +33,10 @@ MANY = {  # the same of the items of a list
 }
 LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
 DICTS = {"dict", "Mapping", "Dict"}
-# Library's class -> where the keys go that its own signature does not name.
-HANDED_ON = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
-# Node -> keys that the program gives what is built from it: another value would be passed over.
-GIVEN = {
+# Class of a library -> the class that its **kwargs go to.
+FORWARDED_TO = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
+# Node -> keys that the program sets itself: a value in the configuration would be ignored.
+GIVEN_BY_PROGRAM = {
     "method": {"players", "loop"},
     "teacher": {"deferred"},
     "student": {"teacher"},
@@ -46,50 +45,48 @@ GIVEN = {
     "discriminator.condition": {"teacher", "features"},
     "optimizer.student": {"params"},
     "optimizer.discriminator": {"params"},
-    "logger": {"save_dir"},  # of each
-    "trainer": {  # others of them are refused with what to type instead
+    "logger": {"save_dir"},  # of each logger
+    "trainer": {  # trainer_keys.py refuses others, with what to type instead
         "enable_checkpointing", "enable_progress_bar", "enable_model_summary",
         "use_distributed_sampler",
     },
 }  # fmt: skip
-NOT_WRITTEN = {"Tensor"}  # what no YAML value can be: left out of what an error names
-OPEN = {"Module", "object", "Protocol", "ABC", "Callback"}  # bases that add no key of their own
+NOT_WRITTEN = {"Tensor"}  # types that no YAML value has: errors do not name them
+OPEN = {"Module", "object", "Protocol", "ABC", "Callback"}  # bases that add no keys
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Keyword -> its annotation, or None; `open` if others may be taken too; `needed` are those
-    without a default.
+    """`keys`: keyword -> annotation, or None. `open`: whether other keywords may be taken too.
+
+    `needed`: keywords without a default. `homes`: keyword -> the module of its annotation, if it
+    is another.
     """
 
     module: str
     keys: dict[str, ast.expr | None] = field(default_factory=dict)
     open: bool = False
     needed: frozenset[str] = frozenset()
-    homes: dict[str, str] = field(
-        default_factory=dict
-    )  # keyword -> the module of its annotation, if another
+    homes: dict[str, str] = field(default_factory=dict)
 
 
 def signature(target: str) -> Signature | None:
-    """What the class or function of this dotted name takes; None where its source cannot be
-    found.
-    """
+    """The signature of a class or function by its dotted name; None if its source is not found."""
     found = _find(*target.rpartition("::")[2].rpartition(".")[::2])
     if found is None:
         return None
     module, node = found
     if isinstance(node, ast.ClassDef):
         taken = _of_class(module, node)
-        more = signature(HANDED_ON[node.name]) if taken.open and node.name in HANDED_ON else None
+        more = (
+            signature(FORWARDED_TO[node.name]) if taken.open and node.name in FORWARDED_TO else None
+        )
         return replace(taken, keys={**more.keys, **taken.keys}, open=more.open) if more else taken
     return _of_function(module, node) if isinstance(node, ast.FunctionDef) else None
 
 
 def attribute(target: str, name: str) -> Any:
-    """A constant that stands in the body of a class or of one of its bases; None if there is
-    none.
-    """
+    """A constant in the body of a class or one of its bases; None if there is none."""
     found = _find(*target.rpartition(".")[::2])
     if found is None or not isinstance(found[1], ast.ClassDef):
         return None
@@ -102,10 +99,9 @@ def attribute(target: str, name: str) -> Any:
 
 
 def lineage(target: str) -> list[str]:
-    """The class of this dotted name and its bases, nearest first, as `module.Class` where each
-    stands.
+    """The class of this dotted name and its bases, nearest first, as `module.Class` by definition.
 
-    Bases whose source cannot be found are left out; empty where no such class stands in a source.
+    Bases whose source is not found are left out; [] if the class itself is not found.
     """
     found = _find(*target.rpartition(".")[::2])
     if found is None or not isinstance(found[1], ast.ClassDef):
@@ -113,38 +109,38 @@ def lineage(target: str) -> list[str]:
     return [f"{module}.{node.name}" for module, node in _lineage(*found, ending=frozenset())]
 
 
-def wanted(taken: Signature, key: str, value: Any) -> str | None:
-    """What the value of a key must be, in words; None if it fits, or if that cannot be said."""
+def expected(taken: Signature, key: str, value: Any) -> str | None:
+    """What the value of a key must be, as text; None if it fits, or if the source does not say."""
     annotation = taken.keys.get(key)
     if annotation is None:
         return None
     choices = list(_choices(taken.homes.get(key, taken.module), annotation))
     if any(_fits(choice, value) for choice in choices):
         return None
-    words = [_worded(choice) for choice in choices if choice[0] != "None"]
+    words = [_in_words(choice) for choice in choices if choice[0] != "None"]
     return " or ".join(dict.fromkeys([*words, *(["null"] if ("None",) in choices else [])]))
 
 
-def _worded(choice: tuple[Any, ...]) -> str:
-    """A kind in words; of a list, what it is a list of."""
+def _in_words(choice: tuple[Any, ...]) -> str:
+    """A kind as text; for a list with the kinds of its items."""
     if choice[0] == "literal":
         return str(choice[1])
     inner = choice[1] if choice[0] == "list" else []
-    kinds = [MANY[c[0]] for c in inner if c[0] in MANY]
+    kinds = [PLURALS[c[0]] for c in inner if c[0] in PLURALS]
     if not kinds or len(kinds) < len(inner):
         return WORDS[choice[0]]
-    deeper = [_worded(c).removeprefix("a list") for c in inner if c[0] == "list"]
+    deeper = [_in_words(c).removeprefix("a list") for c in inner if c[0] == "list"]
     example = ", as [[1, 2], [3, 4]]" if deeper == [" of whole numbers"] else ""
     return f"a list of {' or '.join(kinds)}{''.join(deeper)}{example}"
 
 
-def given(path: str) -> set[str]:
-    """What the program itself gives to the node whose keys begin so."""
-    return GIVEN.get("logger" if path.startswith("logger.") else path.rstrip("."), set())
+def given_by_program(path: str) -> set[str]:
+    """The keys of the node at this path that the program sets itself."""
+    return GIVEN_BY_PROGRAM.get("logger" if path.startswith("logger.") else path.rstrip("."), set())
 
 
 def of_nodes(taken: Signature, key: str) -> bool:
-    """Whether a key is a mapping of objects, each of which a node with a `_target_` stands for."""
+    """Whether the value of a key is a mapping of nodes with a `_target_`."""
     annotation = taken.keys.get(key)
     if annotation is None:
         return False
@@ -153,7 +149,7 @@ def of_nodes(taken: Signature, key: str) -> bool:
 
 
 def options(taken: Signature, key: str) -> list[str]:
-    """The words that a key may have, where its annotation lists them."""
+    """The values of a key that its annotation lists as Literal."""
     annotation = taken.keys.get(key)
     found = [] if annotation is None else _choices(taken.homes.get(key, taken.module), annotation)
     return [str(choice[1]) for choice in found if choice[0] == "literal"]
@@ -177,7 +173,7 @@ def _fits(choice: tuple[Any, ...], value: Any) -> bool:
 
 
 def _choices(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
-    """The kinds that an annotation allows: ("int",), ("literal", value), ("list", inner kinds),
+    """The kinds that an annotation allows: ("int",), ("literal", value), ("list", item kinds),
     ("any",), ...
     """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -203,10 +199,10 @@ def _subscript(module: str, name: str, parts: list[ast.expr]) -> Iterator[tuple[
         for part in parts:
             yield ("literal", part.value) if isinstance(part, ast.Constant) else ("any",)
     elif name in LISTS:
-        # of a tuple of several kinds nothing is said of each
+        # the items of a tuple of several kinds are not checked
         several = [p for p in parts if not (isinstance(p, ast.Constant) and p.value is ...)]
         yield ("list", list(_choices(module, several[0])) if len(several) == 1 else [])
-    elif name == "Callable" and module.startswith("distill."):  # of a node with `_partial_`
+    elif name == "Callable" and module.startswith("distill."):  # a node with `_partial_`
         yield ("node",)
     else:
         yield ("dict", *_choices(module, parts[-1])) if name in DICTS else ("any",)
@@ -225,15 +221,13 @@ def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
         if found and isinstance(found[1], ast.Assign):
             yield from _choices(found[0], found[1].value)
         elif found and found[0].startswith("distill."):
-            yield ("node",)  # an object of ours: YAML has its class and what that takes
+            yield ("node",)  # an object of ours: YAML has its class and arguments
         else:
             yield ("any",)
 
 
 def _home(module: str, node: ast.expr | None) -> str:
-    """The module in which a name of an annotation stands: for `losses.LossName`, what `losses` is
-    here.
-    """
+    """The module of a name in an annotation: for `losses.LossName` the one imported as `losses`."""
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
         return module
     here, source = node.value.id, _source(module)
@@ -271,17 +265,18 @@ def _of_function(module: str, node: ast.FunctionDef) -> Signature:
 
 
 def _of_class(module: str, node: ast.ClassDef) -> Signature:
-    """Of its __init__, or of its fields if it is a dataclass; `**keys` of ours go on to the class
-    it is made of.
+    """From its __init__, or from the fields of a dataclass. In our classes, `**kwargs` are taken to
+    go to the base class.
     """
     keys: dict[str, ast.expr | None] = {}
     homes: dict[str, str] = {}
     needed = None
     for where, each in _lineage(module, node):
-        taken = _own(where, each)
+        taken = _own_signature(where, each)
         if taken is None:
             continue
-        needed = taken.needed if needed is None else needed  # what a base needs, the class may give
+        # Only of the class itself: it may pass what its base needs.
+        needed = taken.needed if needed is None else needed
         homes = {**dict.fromkeys(taken.keys, where), **homes}
         keys = {**taken.keys, **keys}
         if not taken.open:
@@ -293,9 +288,7 @@ def _of_class(module: str, node: ast.ClassDef) -> Signature:
 
 
 def _known(module: str, node: ast.ClassDef) -> bool:
-    """Whether every base of a class was found: where none of them has an __init__, it takes
-    nothing.
-    """
+    """Whether every base of a class was found: without any __init__ it then takes no arguments."""
     for base in node.bases:
         if _last(base) in OPEN:
             continue
@@ -305,8 +298,8 @@ def _known(module: str, node: ast.ClassDef) -> bool:
     return True
 
 
-def _own(module: str, node: ast.ClassDef) -> Signature | None:
-    """What the body of a class itself says; None if it leaves that to its bases."""
+def _own_signature(module: str, node: ast.ClassDef) -> Signature | None:
+    """The signature in the body of a class; None if only its bases have one."""
     for line in node.body:
         if isinstance(line, ast.FunctionDef) and line.name == "__init__":
             return _of_function(module, line)
@@ -320,7 +313,7 @@ def _own(module: str, node: ast.ClassDef) -> Signature | None:
             and "init=False" not in ast.unparse(line)
         }
         bare = {f.target.id for f in fields if isinstance(f.target, ast.Name) and f.value is None}
-        # fields of a base count as well: go on to it
+        # fields of a base count as well
         further = any(_last(b) not in OPEN for b in node.bases)
         return Signature(module, named, open=further, needed=frozenset(bare & set(named)))
     return None
@@ -329,10 +322,7 @@ def _own(module: str, node: ast.ClassDef) -> Signature | None:
 def _lineage(
     module: str, node: ast.ClassDef, ending: Container[str] = OPEN
 ) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class and the bases of ours or of its library whose source can be found, nearest first.
-
-    Bases of the names in `ending` are left out.
-    """
+    """A class and its bases whose source is found, nearest first, without the names in `ending`."""
     yield module, node
     for base in node.bases:
         found = None if _last(base) in ending else _find(module, _last(base))
@@ -341,8 +331,8 @@ def _lineage(
 
 
 def _find(module: str, name: str) -> tuple[str, ast.stmt] | None:
-    """Where a name of a module is defined, through its imports: the module, and the statement."""
-    for _ in range(8):  # a name that is handed on more often is somebody's joke
+    """The module and the statement that define a name, followed through imports."""
+    for _ in range(8):  # ours: a limit for chains of imports, which may be cyclic
         source = _source(module)
         if source is None:
             return None

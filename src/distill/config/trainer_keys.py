@@ -1,4 +1,4 @@
-"""Keys of Lightning's trainer, and which of them a run of two players can do with.
+"""Check keys of Lightning's trainer: some do not work with two optimisers.
 
 Nothing here imports torch.
 """
@@ -12,22 +12,22 @@ from distill.config.compose import nearest
 from distill.machine.hardware import check_precision
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Keys of Lightning's trainer that are for one player, or that a run sets by itself -> what to type
+# Keys of Lightning's trainer that are for one optimiser, or that a run sets itself -> what to type
 # instead.
 SET = "is set by the run itself; leave it out"
 NOT_LIGHTNINGS = {
-    "accumulate_grad_batches": "Lightning's is for one player; use loop.accumulate=",
+    "accumulate_grad_batches": "Lightning's is for one optimiser; use loop.accumulate=",
     "gradient_clip_val": (
-        "Lightning's is for one player; use loop.clip_student= and clip_discriminator="
+        "Lightning's is for one optimiser; use loop.clip_student= and clip_discriminator="
     ),
-    "gradient_clip_algorithm": "Lightning's is for one player; use loop.clip_student=",
+    "gradient_clip_algorithm": "Lightning's is for one optimiser; use loop.clip_student=",
     "max_epochs": "a run is counted in steps; use trainer.max_steps=",
     **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), SET),
 }
 
 
 def check_trainer(trainer: DictConfig) -> None:
-    """Devices, precision, and strategies that are not for two players."""
+    """Raise ValueError for wrong devices and precisions, and for keys that need one optimiser."""
     devices = trainer.get("devices", 1)
     whole = r"auto|-1|[1-9]\d*"
     if isinstance(devices, str | int | float) and not re.fullmatch(whole, str(devices)):
@@ -44,20 +44,20 @@ def check_trainer(trainer: DictConfig) -> None:
         near = nearest(str(accelerator), ACCELERATORS)
         what = f"must be {' or '.join(ACCELERATORS)}{near}"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
-    for key, how in NOT_LIGHTNINGS.items():
+    for key, hint in NOT_LIGHTNINGS.items():
         if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
-            raise ValueError(f"trainer.{key}={trainer[key]}: {how}")
+            raise ValueError(f"trainer.{key}={trainer[key]}: {hint}")
     strategy = trainer.get("strategy", "auto")
     named = str(strategy.get("_target_") if has_target(strategy) else strategy)
     if "fsdp" in named.lower():
         raise ValueError(
-            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one player; use"
+            f"trainer.strategy={named}: FSDP1 wraps the forward pass of one model; use"
             " trainer=fsdp2"
         )
     if named.startswith("ddp") or named.endswith("DDPStrategy"):
         raise ValueError(
-            f"trainer.strategy={named}: expects one graph, and two players take turns; use"
-            " trainer=ddp"
+            f"trainer.strategy={named}: expects one graph, but student and discriminator take"
+            " turns; use trainer=ddp"
         )
     if not has_target(strategy) and strategy != "auto":
         raise ValueError(
@@ -66,5 +66,5 @@ def check_trainer(trainer: DictConfig) -> None:
 
 
 def has_target(node: Any) -> bool:
-    """Whether something is made of this node."""
+    """Whether this is a node from which an object is built."""
     return isinstance(node, DictConfig) and "_target_" in node

@@ -1,15 +1,15 @@
-"""What a configuration may call: for every key what its `_target_` may name.
+"""What a configuration may call: the allowed `_target_`s of every key.
 
-SHIPPED says what any configuration may hold, that of a stranger's run folder too; TYPED what the
-command line may hold besides. A class of one's own is let in by the environment alone:
+SHIPPED lists what any configuration may hold, also that of an untrusted run folder. TYPED lists
+what the command line may hold in addition. Only the environment allows other classes:
 
-    DISTILL_TRUST=mypackage,other     packages that one's own command line may name
-    DISTILL_TRUST_RUN=runs/mine       folders of runs that may do what one's own command line may
+    DISTILL_TRUST=mypackage,other     packages that the command line may name
+    DISTILL_TRUST_RUN=runs/mine       run folders that may do what the command line may
 
-Installed packages with an entry point of the group `distill` count as named by DISTILL_TRUST.
-Nothing here imports what is asked for: names are looked up in the sources.
+Installed packages with an entry point of the group `distill` are trusted like those of
+DISTILL_TRUST. Nothing here imports the named modules: names are looked up in their sources.
 
-What comes with files is data: no resolver runs on it, and it names no place beyond this machine.
+Files are data: no resolver runs on them, and they may not name another machine.
 """
 
 import os
@@ -26,23 +26,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
-from distill.storage.inside import TRUST_RUN, is_own
 from distill.storage.renames import renamed
+from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
 from distill.terminal import secret
 
 TRUST = "DISTILL_TRUST"
 
 
 @dataclass(frozen=True)
-class Holds:
-    """What a `_target_` may name: `names`, and classes of modules that descend from `base`."""
+class Allowed:
+    """Allowed `_target_`s: `names`, and subclasses of `base` in the modules `inside`."""
 
     names: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     base: str | None = None
 
     def has(self, name: str) -> bool:
-        """Whether the class or function of this name is one of them, by the sources alone."""
+        """Whether the class or function of this name is allowed, without importing it."""
         if name in self.names:
             return True
         if not name.startswith(tuple(f"{module}." for module in self.inside)):
@@ -51,7 +51,7 @@ class Holds:
         return bool(classes) and self.is_home(classes[0]) and self.base in (None, *classes)
 
     def is_home(self, defined: str) -> bool:
-        """Whether a class that is defined under this dotted name stands in one of the modules."""
+        """Whether this dotted name of a definition lies in one of the modules."""
         return defined.startswith(tuple(f"{module}." for module in self.inside))
 
     def __str__(self) -> str:
@@ -63,47 +63,47 @@ def _named(module: str, names: str) -> tuple[str, ...]:
 
 
 LIGHTNING = "lightning.pytorch"
-NETWORK = Holds(inside=("distill.discriminators",))
-OPTIMIZER = Holds(inside=("torch.optim",), base="torch.optim.optimizer.Optimizer")
-# Key, `*` for any one name -> what it may hold, wherever the configuration came from.
+NETWORK = Allowed(inside=("distill.discriminators",))
+OPTIMIZER = Allowed(inside=("torch.optim",), base="torch.optim.optimizer.Optimizer")
+# Key (`*` is any name) -> what it may hold in every configuration.
 SHIPPED = {
-    "method": Holds(inside=("distill.methods",), base="distill.methods.base.Distillation"),
-    "method.*": Holds(
+    "method": Allowed(inside=("distill.methods",), base="distill.methods.base.Distillation"),
+    "method.*": Allowed(
         inside=(
             "distill.core.times",
             "distill.core.score_distillation",
             "distill.teachers.decoder",
         ),
     ),
-    "teacher": Holds(
+    "teacher": Allowed(
         inside=("distill.teachers",), base="distill.teachers.pipeline.PipelineTeacher"
     ),
-    "student": Holds(names=("distill.students.full", "distill.students.lora.lora")),
+    "student": Allowed(names=("distill.students.full", "distill.students.lora.lora")),
     "discriminator.features": NETWORK,
     "discriminator.heads": NETWORK,
     "discriminator.condition": NETWORK,
     "discriminator.condition.*": NETWORK,
-    "data": Holds(names=_named("distill.data.source", "images latents prompts drawn")),
-    "data.reader": Holds(names=("distill.worlds.shapes.scenes.Scenes",)),
-    "loop": Holds(names=("distill.training.loop_settings.LoopSettings",)),
+    "data": Allowed(names=_named("distill.data.source", "images latents prompts drawn")),
+    "data.reader": Allowed(names=("distill.worlds.shapes.scenes.Scenes",)),
+    "loop": Allowed(names=("distill.training.loop_settings.LoopSettings",)),
     "optimizer.student": OPTIMIZER,
     "optimizer.discriminator": OPTIMIZER,
-    "sampler": Holds(inside=("distill.sampling",), base="distill.sampling.FewSteps"),
-    "metrics": Holds(
+    "sampler": Allowed(inside=("distill.sampling",), base="distill.sampling.FewSteps"),
+    "metrics": Allowed(
         names=("distill.evaluation.shapes.Shapes", "distill.evaluation.prompted.Prompted"),
     ),
-    "metrics.networks.*": Holds(
+    "metrics.networks.*": Allowed(
         inside=("distill.evaluation.networks",), base="distill.evaluation.networks.Describer"
     ),
-    "metrics.scores.*": Holds(
+    "metrics.scores.*": Allowed(
         inside=("distill.evaluation.scores",), base="distill.evaluation.scores.Score"
     ),
-    "trainer": Holds(names=("lightning.Trainer", f"{LIGHTNING}.Trainer")),
-    "trainer.strategy": Holds(
+    "trainer": Allowed(names=("lightning.Trainer", f"{LIGHTNING}.Trainer")),
+    "trainer.strategy": Allowed(
         names=_named("distill.training.strategies", "DataParallel FullyShardedDataParallel")
     ),
-    # Those of Lightning's that open no file of a name that they are given.
-    "callbacks.*": Holds(
+    # Those of Lightning's that open no file by a configured name.
+    "callbacks.*": Allowed(
         names=(
             *_named("distill.training.callbacks", "Progress Health Alarms Samples"),
             *_named("distill.training.checkpoints", "Checkpoints"),
@@ -111,48 +111,51 @@ SHIPPED = {
             *_named(f"{LIGHTNING}.callbacks", "LearningRateMonitor ModelSummary Timer"),
         )
     ),
-    # Those of Lightning's that write into the run's own folder and send nothing.
-    "logger.*": Holds(
+    # Those of Lightning's that only write into the run's folder.
+    "logger.*": Allowed(
         names=(
             *_named("distill.training.csv_logger", "CsvLog"),
             *_named(f"{LIGHTNING}.loggers", "CSVLogger TensorBoardLogger"),
         )
     ),
 }
-# Key -> what the command line may name besides: it does what its user wants, and with any server.
+# Key -> what only the command line may name: its user may write files and use any server.
 TYPED = {
-    "callbacks.*": Holds(
+    "callbacks.*": Allowed(
         inside=(f"{LIGHTNING}.callbacks",), base=f"{LIGHTNING}.callbacks.callback.Callback"
     ),
-    "logger.*": Holds(inside=(f"{LIGHTNING}.loggers",), base=f"{LIGHTNING}.loggers.logger.Logger"),
-    "trainer.strategy": Holds(
+    "logger.*": Allowed(
+        inside=(f"{LIGHTNING}.loggers",), base=f"{LIGHTNING}.loggers.logger.Logger"
+    ),
+    "trainer.strategy": Allowed(
         inside=(f"{LIGHTNING}.strategies",), base=f"{LIGHTNING}.strategies.strategy.Strategy"
     ),
-    "trainer.profiler": Holds(
+    "trainer.profiler": Allowed(
         inside=(f"{LIGHTNING}.profilers",), base=f"{LIGHTNING}.profilers.profiler.Profiler"
     ),
 }
-# What one may type and no file may say: a place outside the run's folder, or it is passed over.
+# Keys that only the command line may set: they name paths outside the run's folder, or would be
+# ignored.
 NOT_FROM_FILES = _named(
     "trainer", "callbacks default_root_dir logger model_registry plugins profiler"
 )
 # Groups of a run: a node with keys, or null.
 GROUPS = {pattern.partition(".")[0] for pattern in SHIPPED}
-# Prompts, which `compose.make` hands over as they are.
+# Prompts, which `compose.make` passes unchanged.
 WORDS = re.compile(r"method\.negative|callbacks\.samples\.prompts\.\d+")
-TEXTS = re.compile(rf"name|{WORDS.pattern}")  # words, and no place
-# They and texts of which nothing is built may hold an escaped `${`. Elsewhere a copy of the value,
-# read once more, would be an interpolation.
+TEXTS = re.compile(rf"name|{WORDS.pattern}")  # texts that are never paths
+# Keys that may hold an escaped `${`. At other keys a copy of the value would be read again, as an
+# interpolation.
 CALLED = re.compile(rf"name|run_dir|out|prompts(?:\.\d+)?|{WORDS.pattern}")
 REFERS = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # an interpolation that is not escaped
 # `scheme://`, fsspec's chains, webdataset's pipes, shares of a network, variables of a path.
 ELSEWHERE = re.compile(r"://|::|^\s*(?:pipe:|\\\\|//)|\$\w|%\w+%")
-LARGEST = 2**20  # bytes of a configuration; ours have 5,000
+LARGEST = 2**20  # ours: limit of a configuration file in bytes; a usual one has 5,000
 QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Loader(QUICK):  # type: ignore[misc, valid-type]
-    """Reads YAML into plain values as OmegaConf does, where 1e-5 is a number and a date a text."""
+    """Reads YAML as OmegaConf does: 1e-5 is a number, and a date is a text."""
 
     yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
 
@@ -169,9 +172,9 @@ class Loader(QUICK):  # type: ignore[misc, valid-type]
 # -- targets ---------------------------------------------------------------------------------------
 
 
-def rules(key: str, *, stranger: bool = False) -> list[Holds]:
-    """What a key may hold, in a stranger's file or on one's own command line; [] for no class."""
-    tables = (SHIPPED,) if stranger else (SHIPPED, TYPED)
+def rules(key: str, *, untrusted: bool = False) -> list[Allowed]:
+    """What a key may hold, in an untrusted file or on the command line; [] if no class."""
+    tables = (SHIPPED,) if untrusted else (SHIPPED, TYPED)
     return [holds for table in tables for pattern, holds in table.items() if _matches(pattern, key)]
 
 
@@ -182,25 +185,25 @@ def _matches(pattern: str, key: str) -> bool:
     )
 
 
-def check_target(name: str, key: str, *, stranger: bool = False) -> None:
-    """Raise ValueError unless the node at this dotted key may name this class or function.
+def check_target(name: str, key: str, *, untrusted: bool = False) -> None:
+    """Raise ValueError unless this class or function is allowed at the dotted key.
 
-    By the sources alone: nothing is imported.
+    Nothing is imported.
     """
-    held = rules(key, stranger=stranger)
-    if any(holds.has(name) for holds in held) or (not stranger and is_trusted(name)):
+    held = rules(key, untrusted=untrusted)
+    if any(holds.has(name) for holds in held) or (not untrusted and is_trusted(name)):
         return
     inside = tuple(f"{module}." for holds in held for module in holds.inside)
     if inside and name.startswith(inside) and signatures.signature(name) is None:
         what = "there is nothing of this name; check how it is written"
         raise ValueError(f"{key}._target_: {name}: {what}")
-    may = f"{key} may be {', '.join(map(str, held))}" if held else f"{key} holds no class"
-    own = "" if stranger else f"; a class of your own comes in by {TRUST}=<its package>"
-    raise ValueError(f"{key}._target_: {name} is refused: {may}{own}")
+    allowed = f"{key} may be {', '.join(map(str, held))}" if held else f"{key} holds no class"
+    hint = "" if untrusted else f"; to allow a class of yours set {TRUST}=<its package>"
+    raise ValueError(f"{key}._target_: {name} is refused: {allowed}{hint}")
 
 
-def check_made(found: Any, name: str, key: str) -> None:
-    """As `check_target`, of the object itself that was found under the name."""
+def check_object(found: Any, name: str, key: str) -> None:
+    """As `check_target`, for the imported object of this name."""
     held = rules(key)
     if name in (named for holds in held for named in holds.names):
         return
@@ -217,15 +220,15 @@ def check_made(found: Any, name: str, key: str) -> None:
         raise ValueError(f"{key}._target_: {name} is refused: {key} may be {may}")
 
 
-def check_targets(tree: Any, key: str = "", *, stranger: bool = False) -> None:
-    """Raise ValueError for the first `_target_` of a plain tree that its key may not hold."""
+def check_targets(tree: Any, key: str = "", *, untrusted: bool = False) -> None:
+    """Raise ValueError for the first `_target_` of a plain tree that is not allowed at its key."""
     for path, value in walk(tree, key):
         if isinstance(value, Mapping) and "_target_" in value:
-            check_target(str(value["_target_"]), path, stranger=stranger)
+            check_target(str(value["_target_"]), path, untrusted=untrusted)
 
 
 def walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every value of a tree with its dotted key, nodes before what is in them."""
+    """Every value of a tree with its dotted key, nodes before their children."""
     yield key, tree
     inner: Any = ()
     if isinstance(tree, Mapping):
@@ -237,70 +240,69 @@ def walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def is_trusted(name: str) -> bool:
-    """Whether the user's environment or an installed package lets this name in."""
-    given = [word.strip() for word in os.environ.get(TRUST, "").split(",")]
-    return any(name.startswith(f"{root}.") for root in (*given, *_plugins()) if root)
+    """Whether the environment or an installed package allows this name."""
+    packages = [package.strip() for package in os.environ.get(TRUST, "").split(",")]
+    return any(name.startswith(f"{root}.") for root in (*packages, *_plugins()) if root)
 
 
 @cache
 def _plugins() -> tuple[str, ...]:
-    """Modules of the entry points that installed packages have in the group `distill`."""
+    """Modules of the entry points in the group `distill`."""
     return tuple(point.module for point in entry_points(group="distill"))
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def read(file: Path, *keys: str, but: Container[str] = ()) -> DictConfig:
-    """The configuration in this file, of which things may be made: see `data` and `check_file`."""
+def read(file: Path, *keys: str, ignored: Container[str] = ()) -> DictConfig:
+    """The configuration in this file, checked so that objects may be built from it.
+
+    See `data` and `check_file`.
+    """
     tree = data(file, *keys)
-    check_file(tree, file, but)
+    check_file(tree, file, ignored)
     return OmegaConf.create(tree)
 
 
 def data(file: Path, *keys: str) -> dict[str, Any]:
-    """What this file says at these dotted keys, all unless given: numbers, words, lists and nodes.
+    """The content of this file at these dotted keys, or at all: numbers, texts, lists and nodes.
 
-    No resolver runs, and nothing may be made of it before `check_file`. Raises ValueError, naming
-    file and key, for an interpolation, an alias and whatever else is not data.
+    No resolver runs. Call `check_file` before objects are built from it. Raises ValueError, naming
+    file and key, for an interpolation, an alias, and other values that are not data.
     """
-    tree = _picked(plain(file), keys)
+    tree = _select(plain(file), keys)
     for path, value in walk(tree, ""):
-        if said := _not_data(path, value):
-            raise ValueError(f"{file}: {path}{said}")
+        if problem := _not_data(path, value):
+            raise ValueError(f"{file}: {path}{problem}")
     return tree
 
 
 def check_file(
-    tree: dict[str, Any], file: Path, but: Container[str] = (), *, own: bool = False
+    tree: dict[str, Any], file: Path, ignored: Container[str] = (), *, trusted: bool = False
 ) -> None:
-    """Raise ValueError, naming file and key, for what a file says that only its user may type.
+    """Raise ValueError, naming file and key, for content that only the user may type.
 
-    That is: a class that its key may not hold, a place that is not of this machine, and the like.
-    What stands at the keys in `but` is not looked at, since it is replaced. An `own` file, and one
-    that `is_own`, may say what may be typed.
+    That is a class that is not allowed at its key, a path on another machine, and the like. Keys in
+    `ignored` are skipped, since they are replaced. A `trusted` file, or one that
+    `is_trusted_run`, may hold everything that may be typed.
     """
-    tree = without(tree, but)
+    tree = without(tree, ignored)
     for path, value in walk(tree, ""):
-        if secret.is_hidden(value):
-            what = (
-                "was left out of the file, being nobody else's; give it on the command line again"
-            )
+        if secret.is_masked(value):
+            what = "is a secret, which is not saved; give it on the command line again"
             raise ValueError(f"{file}: {path}={value}: {what}")
-    if not own and not is_own(file):
-        _check_stranger(tree, file)
+    if not trusted and not is_trusted_run(file):
+        _check_untrusted(tree, file)
 
 
 def plain(file: Path) -> dict[str, Any]:
-    """What a YAML file says, interpolations as text.
+    """The content of a YAML file, with interpolations as text.
 
-    Raises ValueError for one that is no node with keys, is larger than any configuration, or holds
-    aliases, which can stand for more than any memory has.
+    Raises ValueError if it is not a mapping, is too large, or holds aliases, which could expand to
+    more than the memory.
     """
     if file.stat().st_size > LARGEST:
-        raise ValueError(
-            f"{file}: is larger than any configuration; take it from where it was made"
-        )
+        raise ValueError(f"{file}: is larger than any configuration; copy it again")
     text = file.read_text(encoding="utf-8")
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=QUICK)):
@@ -309,15 +311,15 @@ def plain(file: Path) -> dict[str, Any]:
     except (RecursionError, yaml.YAMLError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        what = f"is no configuration{line}; take it from where it was made"
+        what = f"is no configuration{line}; copy it again"
         raise ValueError(f"{file}: {what}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{file}: is no node with keys; take it from where it was made")
+        raise ValueError(f"{file}: is no mapping of keys; copy it again")
     return renamed(tree)
 
 
-def _picked(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The tree, or of it these dotted keys alone, as far as it has them."""
+def _select(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The tree, or only these of its dotted keys."""
     if not keys:
         return tree
     kept: dict[str, Any] = {}
@@ -335,7 +337,7 @@ def _picked(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def without(tree: Any, keys: Container[str], key: str = "") -> Any:
-    """The tree without what stands at these dotted keys."""
+    """The tree without these dotted keys."""
     if not isinstance(tree, Mapping):
         return tree
     paths = {name: f"{key}.{name}" if key else str(name) for name in tree}
@@ -347,7 +349,7 @@ def without(tree: Any, keys: Container[str], key: str = "") -> Any:
 
 
 def _not_data(key: str, value: Any) -> str | None:
-    """What is wrong with a value that is to be data alone, whoever wrote it; None if nothing is."""
+    """What is wrong with a value of a file, which must be data; None if nothing is."""
     if isinstance(value, Mapping):
         odd = [
             name for name in value if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name)
@@ -355,41 +357,40 @@ def _not_data(key: str, value: Any) -> str | None:
         return f": {odd[0]!r} is no name of a key" if odd else None
     if isinstance(value, str):
         if REFERS.search(value) or ("${" in value and not CALLED.fullmatch(key)):
-            what = "interpolation, and what came with files is data; write the value out"
-            return f"={value}: holds an {what}"
+            return f"={value}: holds an interpolation; write the value out in a file"
         return ": is missing (???); give it a value" if value == "???" else None
     if value is None or isinstance(value, bool | int | float | list):
         return None
     return f": a {type(value).__name__} is no value of a configuration"
 
 
-def _check_stranger(tree: dict[str, Any], file: Path) -> None:
-    """Raise ValueError for what one may type and a stranger's file may not say."""
-    way = f"if you trust this run, set {TRUST_RUN}={file.parent}"
+def _check_untrusted(tree: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for content that may be typed, but is refused in an untrusted file."""
+    hint = f"if you trust this run, set {TRUST_RUN}={file.parent}"
     try:
-        check_targets(tree, stranger=True)
+        check_targets(tree, untrusted=True)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; {way}") from None
+        raise ValueError(f"{file}: {error}; {hint}") from None
     for key, value in walk(tree, ""):
-        if said := _beyond(key, value):
-            raise ValueError(f"{file}: {key}={value}: {said}; {way}")
+        if reason := _refusal(key, value):
+            raise ValueError(f"{file}: {key}={value}: {reason}; {hint}")
 
 
-def _beyond(key: str, value: Any) -> str | None:
-    """Why a stranger's file may not say this; None where it may."""
+def _refusal(key: str, value: Any) -> str | None:
+    """Why an untrusted file may not hold this value; None if it may."""
     special = key.rpartition(".")[2]
     if key in GROUPS and value is not None and not isinstance(value, Mapping):
         return "must be a node with keys, or null"
     if special in ("_args_", "_recursive_", "_convert_"):
-        return "is for one's own command line"
+        return "is only allowed on the command line"
     if special == "_partial_" and not isinstance(value, bool):
         return "must be true or false"
     if key in NOT_FROM_FILES and value is not None:
-        return "is for one's own command line"
+        return "is only allowed on the command line"
     if not isinstance(value, str) or TEXTS.fullmatch(key) or special == "_target_":
         return None
     if ELSEWHERE.search(value):
-        return "is no name on this machine or the hub"
+        return "is neither a path on this machine nor a hub id"
     if key.startswith("logger.") and re.search(r"[/\\~]|\.\.", value):
         return "would leave the run's folder"
     return None

@@ -1,8 +1,7 @@
-"""Words of a command line without their secrets: Hydra's own parser says where a key and its value
-end.
+"""Overrides of the command line without their secrets. Hydra's parser finds key and value.
 
-    note(["+logger.x.password='my own'"])     what is noted stands in no log, file or error
-    as_said("+logger.x.password='my own'")       +logger.x.password=***
+    register_secrets(["+logger.x.password='my own'"])  no log, file or error will show the value
+    masked_override("+logger.x.password='my own'")     +logger.x.password=***
 
 Nothing here imports torch.
 """
@@ -20,89 +19,88 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.terminal import secret
 
-# What says no value: a variable of the environment, or another key.
+# A reference to a variable of the environment or another key, which holds no secret itself.
 NAMED = re.compile(r"([\'\"]?)\$\{(oc\.env:)?[\w.]+\}\1")
 
 
-def note(words: Sequence[str]) -> None:
-    """Have the secrets in these words left out of what this process says, and the words shown
-    without them.
-    """
-    for word in words:
-        shown, values = _looked_at(word)
-        secret.note({str(i): value for i, value in enumerate(values)})
-        secret.note_word(word, shown)
+def register_secrets(arguments: Sequence[str]) -> None:
+    """Mask the secrets of these arguments in everything that this process prints or logs."""
+    for argument in arguments:
+        shown, values = _redact(argument)
+        secret.register({str(i): value for i, value in enumerate(values)})
+        secret.register_argument(argument, shown)
 
 
-def note_all(cfg: DictConfig) -> None:
-    """Have the secrets of a configuration left out of what this process says."""
-    asked = secret.found(OmegaConf.to_container(cfg, resolve=False))
-    secret.note({key: OmegaConf.select(cfg, key) for key in asked})
-    with suppress(OmegaConfBaseException):  # what cannot be resolved is said by who wants it
-        secret.note(secret.found(OmegaConf.to_container(cfg, resolve=True)))
+def register_config_secrets(cfg: DictConfig) -> None:
+    """Mask the secrets of a configuration in everything that this process prints or logs."""
+    keys = secret.secrets_in(OmegaConf.to_container(cfg, resolve=False))
+    secret.register({key: OmegaConf.select(cfg, key) for key in keys})
+    with suppress(OmegaConfBaseException):  # the code that uses the value reports the error
+        secret.register(secret.secrets_in(OmegaConf.to_container(cfg, resolve=True)))
 
 
-def as_said(word: str) -> str:
-    """The word with *** in place of its secrets."""
-    return _looked_at(word)[0]
+def masked_override(argument: str) -> str:
+    """The argument with *** in place of its secrets."""
+    return _redact(argument)[0]
 
 
-def _looked_at(word: str) -> tuple[str, list[Any]]:
-    """The word as it may be shown, and the values of its secrets."""
-    word = secret.restored(word)
-    begins, sign, raw = word.partition("=")
-    key = begins.lstrip("+~")
+def _redact(argument: str) -> tuple[str, list[Any]]:
+    """The argument with masked secrets, and the values of its secrets."""
+    argument = secret.resolved(argument)
+    prefix, sign, raw = argument.partition("=")
+    key = prefix.lstrip("+~")
     if not sign or NAMED.fullmatch(raw):
-        return word, []
-    override = parsed(word)
+        return argument, []
+    override = parse_override(argument)
     if secret.is_secret(key):
         value = _value(override) if override else None
         bare = raw.strip("'\"[]{} ")
-        return f"{begins}={secret.HIDDEN}", [raw, bare, *_leaves(value)]
-    found = list(secret.in_words([word]).values())
+        return f"{prefix}={secret.MASK}", [raw, bare, *_leaves(value)]
+    found = list(secret.secrets_in_arguments([argument]).values())
     value = _value(override) if override else raw
-    hidden, values = _without(value, key)
+    masked, values = _without_secrets(value, key)
     if not values:
-        return secret.masked(word), found
+        return secret.masked(argument), found
     if isinstance(value, str):
-        return secret.masked(word.replace(value, hidden)), [*values, *found]
+        return secret.masked(argument.replace(value, masked)), [*values, *found]
     sweeps = override is None or isinstance(override._value, Sweep)
-    text = secret.HIDDEN if sweeps else Override._get_value_element_as_str(hidden)
-    return f"{begins}={text}", [*values, *found]
+    text = secret.MASK if sweeps else Override._get_value_element_as_str(masked)
+    return f"{prefix}={text}", [*values, *found]
 
 
-def parsed(word: str) -> Override | None:
-    """The word as Hydra reads it; None where it does not."""
+def parse_override(argument: str) -> Override | None:
+    """The argument as Hydra parses it; None for a flag, or what Hydra cannot parse."""
     try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException:  # a flag, or what Hydra refuses with words of its own
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:  # Hydra itself reports it later
         return None
 
 
 def _value(override: Override) -> Any:
-    """What the word gives its key, plain; of a sweep all that it may give."""
-    given = override._value
-    if isinstance(given, ChoiceSweep):
-        return [Override._convert_value(each) for each in given.list]
-    return None if isinstance(given, Sweep) else override.value()
+    """The value of an override as plain data; for a choice sweep the list of its values."""
+    value = override._value
+    if isinstance(value, ChoiceSweep):
+        return [Override._convert_value(each) for each in value.list]
+    return None if isinstance(value, Sweep) else override.value()
 
 
-def _without(value: Any, key: str) -> tuple[Any, list[Any]]:
-    """The value without its secrets, and those; a text in a list may be a word itself, as in
-    `search run=`.
+def _without_secrets(value: Any, key: str) -> tuple[Any, list[Any]]:
+    """The value with masked secrets, and the secrets.
+
+    A text may be an override itself, as in `search run=[...]`.
     """
     if isinstance(value, Mapping):
-        pairs = {name: _without(inner, f"{key}.{name}") for name, inner in value.items()}
-        kept = {name: shown for name, (shown, _) in pairs.items()}
-        return kept, [each for _, found in pairs.values() for each in found]
+        pairs = {name: _without_secrets(inner, f"{key}.{name}") for name, inner in value.items()}
+        masked_node = {name: shown for name, (shown, _) in pairs.items()}
+        return masked_node, [each for _, found in pairs.values() for each in found]
     if isinstance(value, list):
-        several = [_without(inner, f"{key}.{i}") for i, inner in enumerate(value)]
+        several = [_without_secrets(inner, f"{key}.{i}") for i, inner in enumerate(value)]
         return [shown for shown, _ in several], [each for _, found in several for each in found]
-    hidden = secret.hidden(value, key)
-    if hidden != value:
-        return hidden, [value]
+    masked = secret.masked_tree(value, key)
+    if masked != value:
+        return masked, [value]
     if isinstance(value, str) and "=" in value and not value.startswith("-"):
-        return _looked_at(value)
+        return _redact(value)
     return value, []
 
 

@@ -1,8 +1,7 @@
-"""What can be known of a configuration without torch, Lightning and diffusers, and is checked
-before they are imported.
+"""Check a configuration before torch, Lightning and diffusers are imported.
 
 Each function raises ValueError or FileNotFoundError that names the key and says what to type
-instead. The rest, what only the objects themselves know, is said when they are built.
+instead. The objects check the rest when they are built.
 """
 
 import logging
@@ -12,8 +11,15 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import signatures, trust
-from distill.config.compose import check_counts, nearest, refuse_taken, shipped
-from distill.config.ranges import COUNTS, JUDGING, LARGEST, check_lists, check_most, check_ranges
+from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.ranges import (
+    COUNTS,
+    LARGEST,
+    METRICS_COUNTS,
+    check_lists,
+    check_most,
+    check_ranges,
+)
 from distill.config.trainer_keys import check_trainer, has_target
 from distill.config.watched import check_samples_prompts, check_watched
 from distill.core import limits
@@ -28,11 +34,11 @@ from distill.teachers.loading.settings import UNITS, check_settings, in_folder, 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
 NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
-PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
+PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
-# Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its
-# adapters.
+# Values of student.init that start from the teacher's weights or at random; the last two are for
+# the adapters of a LoRA.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
@@ -40,10 +46,10 @@ log = logging.getLogger(__name__)
 
 
 def check_run(cfg: DictConfig) -> None:
-    """All of a run's configuration."""
-    check_targets(cfg)  # first: a stranger's file gets no advice
+    """Check the whole configuration of a run."""
+    check_targets(cfg)  # first: nothing else looks at a class that is not allowed
     check_groups(cfg)
-    check_sides(cfg)
+    check_space(cfg)
     check_players(cfg.discriminator)
     check_counts(cfg, COUNTS)
     check_most(cfg, LARGEST)
@@ -63,20 +69,18 @@ def check_run(cfg: DictConfig) -> None:
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
-    refuse_taken(cfg)
+    check_run_dir_free(cfg)
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """That no group is left out which every run needs, that none has what nobody reads, and what
-    must have a target.
-    """
+    """Check that required groups are present, that keys are known, and that nodes have targets."""
     for group in NEEDED:
-        if not has_target(cfg.get(group)):  # a recipe may have left other keys of it
-            raise ValueError(f"{group}: a run cannot be without; choose one by {group}=...")
+        if not has_target(cfg.get(group)):  # a recipe may have set other keys of the group
+            raise ValueError(f"{group}: a run needs it; choose one by {group}=...")
     for group in ("discriminator", "optimizer", "callbacks", "logger", "metrics"):
         if not isinstance(node := cfg.get(group), DictConfig | None):
             raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
-    for group, known in {"discriminator": PLAYERS, "optimizer": OPTIMIZED}.items():
+    for group, known in {"discriminator": PARTS, "optimizer": OPTIMIZED}.items():
         for key, node in (cfg.get(group) or {}).items():
             if key not in known:
                 near = nearest(str(key), known)
@@ -95,38 +99,40 @@ def check_groups(cfg: DictConfig) -> None:
 
 
 def check_players(discriminator: DictConfig) -> None:
-    """That what a discriminator is made of are nodes with a target, or null, and that features have
+    """Check that parts of the discriminator are nodes with a target or null, and that features have
     heads.
     """
     for key, node in discriminator.items():
         if node is not None and not has_target(node):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
     if discriminator.get("features") is not None and discriminator.get("heads") is None:
-        what = "features are judged by heads; give some, or discriminator=none"
+        what = "features need heads; give some, or discriminator=none"
         raise ValueError(f"discriminator.heads=null: {what}")
 
 
-def check_sides(cfg: DictConfig) -> None:
-    """That the method reads what the discriminator looks at: pixels, latents, or nothing."""
-    alone = OmegaConf.select(cfg, "discriminator.features") is None
-    target = str(OmegaConf.select(cfg, "method._target_"))
-    looks_at = str(OmegaConf.select(cfg, "discriminator.features._target_"))
-    wanted = signatures.attribute(target, "space")
-    given = "nothing" if alone else signatures.attribute(looks_at, "space")
+def check_space(cfg: DictConfig) -> None:
+    """Check that method and discriminator work in the same space: pixels, latents, or nothing."""
+    has_discriminator = OmegaConf.select(cfg, "discriminator.features") is not None
+    method = str(OmegaConf.select(cfg, "method._target_"))
+    features = str(OmegaConf.select(cfg, "discriminator.features._target_"))
+    wanted = signatures.attribute(method, "space")
+    given = signatures.attribute(features, "space") if has_discriminator else "nothing"
     if wanted and given and wanted != given:
-        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+        what = f"method needs a discriminator of {wanted}, and this one works on {given}"
         raise ValueError(f"{what}; choose another discriminator=")
-    if alone and (lead := cfg.loop.get("head_start")):
-        raise ValueError(f"loop.head_start={lead}: there is no discriminator to lead; make it 0")
+    if not has_discriminator and (lead := cfg.loop.get("head_start")):
+        raise ValueError(
+            f"loop.head_start={lead}: there is no discriminator to train first; make it 0"
+        )
 
 
 def check_targets(cfg: DictConfig) -> None:
-    """That every target is one that its key may hold."""
+    """Check that every target is allowed at its key."""
     trust.check_targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
 
 def check_batches(cfg: DictConfig) -> None:
-    """That a batch is one that the heads and the terms of the losses can do with."""
+    """Check that the batch is large enough for the heads and the loss terms."""
     size = cfg.data.batch_size
     if OmegaConf.select(cfg, "discriminator.heads._target_") == LOCAL_HEADS:
         limits.check_local_batch(size, "data.batch_size")
@@ -136,37 +142,35 @@ def check_batches(cfg: DictConfig) -> None:
 
 
 def check_start(cfg: DictConfig) -> None:
-    """That a student begins where its method can go on from.
+    """Check that the method can train the student from its initial weights.
 
-    Under a timestep shift the teacher's weights take noise for an almost clean picture, and answer
-    with the noise: what teaches them one step is a warm start, or regression; a discriminator alone
-    does not.
+    Under a timestep shift the teacher's weights read noise as an almost clean picture, and return
+    the noise. Learning one step from there needs `method.warm_start` or regression; a discriminator
+    is not enough.
     """
-    shift, own = cfg.student.get("shift"), _scheduler_of(str(cfg.teacher.path))
-    if shift in (None, own.get("shifted_timestep")) or cfg.student.get("init") not in TEACHERS_OWN:
+    shift, scheduler = cfg.student.get("shift"), _scheduler_of(str(cfg.teacher.path))
+    if shift in (None, scheduler.get("shifted_timestep")):
+        return
+    if cfg.student.get("init") not in TEACHERS_OWN:
         return
     if OmegaConf.select(cfg, "discriminator.features") is None or cfg.method.get("warm_start"):
         return
-    what = (
-        f"student.shift={shift}: the student begins as its teacher, which was not trained under it"
-    )
+    what = f"student.shift={shift}: the student starts as its teacher, which was trained without it"
     if "warm_start" in cfg.method:
-        how = "give it method.warm_start=<steps>, or student.init=<a regression run under it>"
-        raise ValueError(f"{what} and answers with noise; {how}")
-    log.warning("%s: its first answers are noise; begin from a run of method=regression", what)
+        hint = "add method.warm_start=<steps>, or student.init=<a regression run with it>"
+        raise ValueError(f"{what} and returns noise; {hint}")
+    log.warning("%s: its first samples are noise; start from a run of method=regression", what)
 
 
 def _scheduler_of(path: str) -> dict[str, Any]:
-    """The scheduler's configuration in the pipeline folder at this path, empty where there is
-    none.
-    """
+    """The scheduler configuration of the pipeline folder at this path; {} if there is none."""
     file = Path(shipped(path)) / "scheduler" / "scheduler_config.json"
     return mapping_of(file) if file.is_file() else {}
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """That every target is allowed, takes its keys, and that their values are of the kind that it
-    wants.
+    """Check that every target is allowed, takes the keys of its node, and accepts the types of
+    their values.
     """
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     trust.check_targets(tree)
@@ -182,28 +186,30 @@ def _keys(value: Any, path: str) -> None:
         name = str(value["_target_"])
         check_taken(value, name, path)
         taken = signatures.signature(name)
-        if taken and (missing := sorted(taken.needed - signatures.given(path) - set(value))):
+        if taken and (
+            missing := sorted(taken.needed - signatures.given_by_program(path) - set(value))
+        ):
             raise ValueError(f"{path}{missing[0]}: not given; {name} needs it")
     for key, inner in value.items():
         _keys(inner, f"{path}{key}.")
 
 
 def check_taken(node: dict[str, Any], name: str, path: str) -> None:
-    """That the class or function of this name takes these keys and values; `path` stands before
-    them in an error.
+    """Check that a class or function takes these keys and values; `path` is a prefix of the keys in
+    errors.
     """
     if (taken := signatures.signature(name)) is None:
         return
-    given = signatures.given(path)
+    given = signatures.given_by_program(path)
     for key, value in node.items():
         if key.startswith("_"):
             continue
         if key in given:
-            raise ValueError(f"{path}{key}={value}: the program gives that itself; leave it out")
+            raise ValueError(f"{path}{key}={value}: the program sets it itself; leave it out")
         if key not in taken.keys and not taken.open:
             near = nearest(key, taken.keys)
             raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
-        if what := signatures.wanted(taken, key, value):
+        if what := signatures.expected(taken, key, value):
             raise ValueError(f"{path}{key}={value}: must be {what}")
         for name_of, inner in value.items() if signatures.of_nodes(taken, key) else ():
             if not isinstance(inner, dict) or "_target_" not in inner:
@@ -211,7 +217,7 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
 
 
 def check_teacher(teacher: DictConfig) -> None:
-    """That its files are here, or may be on the hub, and are of a pipeline that it reads."""
+    """Check that its files exist or may be on the hub, and are of a pipeline that it reads."""
     path, kinds = shipped(str(teacher.path)), {v: k for k, v in locate.FAMILIES.items()}
     locate.check_pipeline(path)
     if (Path(path) / locate.INDEX).is_file() and (kind := kinds.get(str(teacher._target_))):
@@ -227,7 +233,7 @@ def check_teacher(teacher: DictConfig) -> None:
 
 
 def check_student(student: DictConfig) -> None:
-    """That what it begins from is there."""
+    """Check that the initial weights exist."""
     init = student.get("init")
     if student.get("_target_") == "distill.students.full" and init not in ("teacher", "random"):
         locate.denoiser_in(shipped(str(init)), "student.init", "must be teacher, random, or")
@@ -235,7 +241,7 @@ def check_student(student: DictConfig) -> None:
 
 
 def check_features(discriminator: DictConfig) -> None:
-    """That a network of pictures is here, or may be on the hub."""
+    """Check that a feature network of pictures exists, or may be on the hub."""
     for key in ("features", "condition.image"):
         node = OmegaConf.select(discriminator, key)
         if isinstance(node, DictConfig) and node.get("_target_") == PICTURES:
@@ -246,13 +252,13 @@ def check_features(discriminator: DictConfig) -> None:
 
 
 def check_data(data: DictConfig) -> None:
-    """That what the data name is there, and their options can be."""
+    """Check the options of the data, and that their files exist."""
     check_keys(OmegaConf.create({"data": data}))
     check_counts(OmegaConf.create({"data": data}), {k: v for k, v in COUNTS.items() if "data" in k})
     plain = OmegaConf.to_container(data, resolve=True)
     share, empty = plain.get("max_bad_share", 0.1), plain.get("max_empty_share", 1.0)
     limits.check_samples(plain.get("limit"), share, plain.get("buckets"), empty)
-    if "path" not in plain:  # drawn as they are asked for
+    if "path" not in plain:  # rendered on demand
         return
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
@@ -265,10 +271,10 @@ def check_data(data: DictConfig) -> None:
 
 
 def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False) -> None:
-    """That the sides of pictures are multiples of what the teacher makes a token of, where its
-    files are here.
+    """Check that the sides of pictures are multiples of the teacher's unit, if its files are here.
 
-    Of a hub's those of its family, if `published`: another model of its class may have others.
+    For a teacher on the hub, the unit of its family is used if `published`: another model of the
+    same class may have another one.
     """
     kind = {v: k for k, v in locate.FAMILIES.items()}.get(str(teacher._target_), "")
     path = shipped(str(teacher.path))
@@ -282,9 +288,9 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
 
 
 def check_metrics(metrics: DictConfig) -> None:
-    """Numbers of the protocol, and that its captions and pictures are there."""
+    """Check the numbers of the protocol, and that its captions and pictures exist."""
     node = OmegaConf.create({"metrics": metrics})
-    least = {f"metrics.{key}": least for key, least in JUDGING.items()}
+    least = {f"metrics.{key}": least for key, least in METRICS_COUNTS.items()}
     for key in ("size", "student_steps", "teacher_steps"):  # lists of numbers, or one
         if isinstance(metrics.get(key), ListConfig):
             least.pop(f"metrics.{key}", None)
@@ -308,9 +314,9 @@ def check_metrics(metrics: DictConfig) -> None:
 
 
 def check_networks(metrics: DictConfig) -> None:
-    """That the networks of the measures asked for are here, or may be on the hub."""
-    asked = {metrics.scores[name].get("network") for name in metrics.measures}
-    for name in sorted(asked & set(metrics.networks)):
+    """Check that the networks of the chosen measures exist, or may be on the hub."""
+    needed = {metrics.scores[name].get("network") for name in metrics.measures}
+    for name in sorted(needed & set(metrics.networks)):
         node = metrics.networks[name]
         for key in ("path", "processor"):
             path = shipped(str(node.get(key) or "")).removeprefix("local-dir:")
@@ -320,7 +326,7 @@ def check_networks(metrics: DictConfig) -> None:
 
 
 def check_decoder(method: DictConfig) -> None:
-    """That a small decoder is here, or may be on the hub."""
+    """Check that the small decoder exists, or may be on the hub."""
     node = method.get("decoder")
     path = shipped(str(node.get("path"))) if isinstance(node, DictConfig) else None
     if path and not Path(path).exists() and not locate.is_hub_id(path):
@@ -328,23 +334,22 @@ def check_decoder(method: DictConfig) -> None:
 
 
 def check_model(run: str, key: str = "run") -> None:
-    """That this is a run folder with a student, a pipeline folder that we read, or may be a hub id.
+    """Check that this is a run folder with a student, a readable pipeline, or may be a hub id.
 
-    And that what is made of a run's configuration to draw with its student is what a file may say.
+    Also check the keys of the run's configuration that are needed to sample from its student.
     """
     path = shipped(run)
     file = Path(path) / "config.yaml"
-    if file.is_file():  # its teacher may be a class of its own, and not what reads the student
-        trust.read(file, "sampler", "teacher", but={"teacher._target_"})
+    if file.is_file():  # the class of its teacher may be the user's; the student does not need it
+        trust.read(file, "sampler", "teacher", ignored={"teacher._target_"})
     folder = locate.pipeline_folder(Path(path))
     locate.check_model(str(folder), run, key)
 
 
 def check_strength(run: str, steps: int, strength: float) -> None:
-    """That an image noised to this strength leaves a step, by the count of the pipeline in the
-    folder of `run`.
+    """Check that this strength leaves at least one step, by the rounding of the pipeline of `run`.
 
-    One of the hub is asked once it is here: until then the count that leaves more.
+    For a pipeline on the hub the rounding is not known yet: the one that leaves more steps is used.
     """
     index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
     kind = locate.index_of(str(index.parent), "run").get("_class_name") if index.is_file() else None
@@ -352,14 +357,14 @@ def check_strength(run: str, steps: int, strength: float) -> None:
 
 
 def check_size(size: Any, key: str = "size") -> None:
-    """Pixels a side, or width and height."""
+    """Check that a size is pixels a side, or [width, height]."""
     sides = list(size) if isinstance(size, ListConfig) else [size, size]
     if size is not None and (len(sides) != 2 or any(type(x) is not int or x < 1 for x in sides)):
         raise ValueError(f"{key}={size}: must be pixels a side, or [width,height]")
 
 
 def check_number(cfg: DictConfig, *keys: str) -> None:
-    """That the values of these keys are numbers, or null."""
+    """Check that the values of these keys are numbers or null."""
     for key in keys:
         value = OmegaConf.select(cfg, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -367,7 +372,7 @@ def check_number(cfg: DictConfig, *keys: str) -> None:
 
 
 def check_word(cfg: DictConfig, key: str, *words: str) -> None:
-    """That the value of this key is one of the words, or null."""
+    """Check that the value of this key is one of the options `words`, or null."""
     value = OmegaConf.select(cfg, key)
     if value is not None and value not in words:
         near = nearest(str(value), words)

@@ -1,4 +1,4 @@
-"""What the callbacks of a run watch and draw, held against what there is.
+"""Check what callbacks monitor and which prompts they show.
 
 Nothing here imports torch.
 """
@@ -10,33 +10,34 @@ from distill.data.lines import Lines
 
 
 def check_watched(cfg: DictConfig) -> None:
-    """That what a callback watches is among what a run of our methods logs.
+    """Raise ValueError if a callback monitors a value that the run does not log.
 
-    Lightning's own callbacks see none of that, unless a class of the user's logs by Lightning.
+    Lightning's callbacks only see values that are logged by Lightning, which our methods do not do.
+    A run with classes of the user is not checked.
     """
     nodes = {f"callbacks.{k}": n for k, n in (cfg.get("callbacks") or {}).items() if n is not None}
     targets = [str(cfg.method._target_), *(str(node._target_) for node in nodes.values())]
     if not all(target.startswith(("distill.", "lightning.")) for target in targets):
         return
-    alone = OmegaConf.select(cfg, "discriminator.features") is None
-    players = ("g/",) if alone else ("g/", "d/")
+    has_discriminator = OmegaConf.select(cfg, "discriminator.features") is not None
+    prefixes = ("g/", "d/") if has_discriminator else ("g/",)
     for key, node in nodes.items():
         watched = node.get("monitor")
         if watched is not None and str(node._target_).startswith("lightning."):
-            what = "Lightning's callbacks see none of what a run logs"
-            how = "leave it out; callbacks.checkpoint.best= keeps the best checkpoint"
-            raise ValueError(f"{key}.monitor={watched}: {what}; {how}")
+            what = "callbacks of Lightning do not see the values that a run logs"
+            hint = "leave it out; callbacks.checkpoint.best= keeps the best checkpoint"
+            raise ValueError(f"{key}.monitor={watched}: {what}; {hint}")
         best = node.get("best")
-        if best is not None and not str(best).startswith(players):
-            what = f"what a run logs begins with {' or '.join(players)}"
+        if best is not None and not str(best).startswith(prefixes):
+            what = f"names of logged values start with {' or '.join(prefixes)}"
             raise ValueError(f"{key}.best={best}: {what}; metrics.csv of a run has all names")
 
 
 def check_samples_prompts(cfg: DictConfig) -> None:
-    """That the prompts of pictures on the way, where they are a file's, can be read."""
+    """Raise ValueError or OSError if the prompts of sample pictures cannot be read."""
     key = "callbacks.samples.prompts"
     prompts = OmegaConf.select(cfg, key)
     if isinstance(prompts, ListConfig) and not prompts:
-        raise ValueError(f"{key}=[]: has no prompt; give one, or null for captions of the data")
+        raise ValueError(f"{key}=[]: is empty; give a prompt, or null for captions of the data")
     if isinstance(prompts, str):
         Lines(shipped(prompts), key)

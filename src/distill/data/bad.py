@@ -1,7 +1,7 @@
 """Samples that cannot be used, and limits of their files."""
 
 from distill.data.folder import CAPTIONS, MOST_CAPTION
-from distill.storage.bounded import MIB, in_bytes
+from distill.storage.bounded import MIB, format_bytes
 from distill.terminal.shown import shown
 
 # Ours, and far above what data have: a picture of 64 million pixels takes 200 MiB uncompressed.
@@ -29,7 +29,7 @@ class Unread(bytes):
     @classmethod
     def of(cls, size: int, most: int) -> "Unread":
         found = cls()
-        found.reason = f"has {in_bytes(size)}, more than the {in_bytes(most)} that are read"
+        found.reason = f"has {format_bytes(size)}, more than the {format_bytes(most)} that are read"
         return found
 
 

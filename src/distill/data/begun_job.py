@@ -8,8 +8,8 @@ from distill.config import paths, trust
 from distill.config.compose import changes, check_counts
 from distill.config.validate import check_keys, check_teacher
 from distill.data.shards import BEGUN, shards_in
-from distill.storage import content
-from distill.storage.formats import hidden
+from distill.storage import fingerprints as content
+from distill.storage.formats import is_hidden
 from distill.storage.locks import check_free
 
 # Keys that may change when a shard job is resumed.
@@ -30,7 +30,7 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
     """Raise ValueError if the folder holds shards of other settings, naming these."""
     settings_file = folder / BEGUN
     is_ours = settings_file.is_file()
-    others = [path for path in folder.glob("*.tar") if not hidden(path.name)]
+    others = [path for path in folder.glob("*.tar") if not is_hidden(path.name)]
     if not (shards_in(folder) if is_ours else others):
         return
     if not is_ours:
@@ -44,7 +44,8 @@ def refuse_another(cfg: DictConfig, folder: Path) -> None:
         key: text
         for key, text in changes(before, cfg).items()
         if not (
-            paths.is_path(key) and content.same(*(OmegaConf.select(c, key) for c in (before, cfg)))
+            paths.is_path(key)
+            and content.same_path(*(OmegaConf.select(c, key) for c in (before, cfg)))
         )
     }
     if cfg.get("precision") == "auto":  # a resumed job keeps its precision

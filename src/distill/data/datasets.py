@@ -31,7 +31,7 @@ from distill.data.lines import Lines
 from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
 from distill.data.write import NULL, PICTURES
-from distill.machine.memory import handed_over
+from distill.machine.memory import to_shared_memory
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # with fewer, one bad sample would be a large share
@@ -363,4 +363,4 @@ def collate(found: list[Found]) -> tuple[dict, int, Skipped]:
         return {}, 0, skipped
     columns = {key: [item[key] for item in items] for key in items[0]}
     batch = {key: torch.stack(x) if isinstance(x[0], Tensor) else x for key, x in columns.items()}
-    return handed_over(batch), len(items), skipped
+    return to_shared_memory(batch), len(items), skipped

@@ -21,7 +21,7 @@ from distill.data.folder import CAPTIONS, caption_of
 from distill.data.shards import DOTTED
 from distill.machine.faults import first_line
 from distill.storage import formats
-from distill.storage.pictures import upright
+from distill.storage.pictures import to_rgb
 
 LATENTS = ("latent.npy", "latents.npy", "npy")
 HEAD = 2**16  # bytes that nearly always include the size
@@ -42,7 +42,7 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # harmless; decompression bombs are errors
-            picture = upright(formats.opened(data, extension))
+            picture = to_rgb(formats.open_picture(data, extension))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise _undecodable(sample, extension, error) from None
     has = picture.size
@@ -74,7 +74,7 @@ def image_size(sample: dict) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = formats.opened(data, extension)
+            picture = formats.open_picture(data, extension)
             formats.check_pixels(picture)
             # Pillow's size of a TIFF is as displayed. A PNG with EXIF after its pixels would be
             # read in full.
@@ -204,9 +204,9 @@ def _image(sample: dict) -> str:
     hint = ""
     if any("." in end and end.rpartition(".")[2] in ends for end in sample):
         hint = f"; {DOTTED}"
-    elif other := [end for end in sample if formats.unread(end)]:
+    elif other := [end for end in sample if formats.is_unreadable(end)]:
         hint = f"; {formats.advice(other)}"
-    raise BadSample(sample, f"it has no image ({formats.listed()}), only {there}{hint}")
+    raise BadSample(sample, f"it has no image ({formats.suffix_list()}), only {there}{hint}")
 
 
 def _pick(sample: dict, extensions: tuple[str, ...], what: str) -> str:

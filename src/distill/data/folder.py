@@ -132,7 +132,7 @@ def remedy(files: list[str]) -> str:
         return f"tables are not read: write their pictures into a folder first, as {HOW} shows"
     if archives := [name for name in files if packed(name)]:
         return f"archives are not read compressed: unpack {archives[0]}, or gunzip a .tar.gz"
-    if pictured := sorted(end for end in ends if formats.unread(end)):
+    if pictured := sorted(end for end in ends if formats.is_unreadable(end)):
         return f"these are not read here: {formats.advice(pictured)}"
     return ""
 
@@ -284,7 +284,7 @@ def _about_kohya(names: list[str], worded: int) -> str:
 def _unread(found: Below) -> list[str]:
     """Sentences on pictures that are not read, on links, and on shards among pictures."""
     said = []
-    if other := [name for name in found.files if formats.unread(suffix(name))]:
+    if other := [name for name in found.files if formats.is_unreadable(suffix(name))]:
         advice = formats.advice({suffix(name) for name in other})
         said.append(f"{holds(other)} are not read, {other[0]} for one: {advice}")
     ends = formats.suffixes() + CAPTIONS
@@ -317,7 +317,7 @@ def of(found: Below, *, repeats: bool = True) -> Pictures:
 
 def nothing_in(root: str, files: list[str]) -> FileNotFoundError:
     """The error for a folder without readable files."""
-    what = f"The folder {root!r} has neither .tar shards nor images ({formats.listed()})"
+    what = f"The folder {root!r} has neither .tar shards nor images ({formats.suffix_list()})"
     if not files:
         return FileNotFoundError(f"{what}: check data.path")
     advice = remedy(files)

@@ -11,7 +11,7 @@ from distill.core.types import EMBEDDED
 from distill.data.shards import BEGUN, expand
 from distill.data.write import MANIFEST
 from distill.machine.faults import first_line
-from distill.storage import content
+from distill.storage import fingerprints as content
 from distill.storage.bounded import MIB, check_archive, mapping_of
 from distill.terminal.shown import shown
 
@@ -43,7 +43,7 @@ def made_of(path: str) -> tuple[Path, dict[str, Any]]:
     first, *others = about
     for other in others:
         pairs = {key: (about[first].get(key), about[other].get(key)) for key in SHARED}
-        differs = [key for key, pair in pairs.items() if not content.alike(*pair)]
+        differs = [key for key, pair in pairs.items() if not content.maybe_same_path(*pair)]
         if differs:
             raise ValueError(
                 f"data.path={path}: {first} and {other} were made with another {differs[0]};"

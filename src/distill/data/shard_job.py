@@ -30,7 +30,7 @@ from distill.data.shards import BEGUN, index_tar, shards_in
 from distill.data.write import MANIFEST, NULL, write_shard
 from distill.machine import faults
 from distill.machine.hardware import precision
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
 from distill.teachers.loading.locate import embedding_options
@@ -62,7 +62,7 @@ class ShardJob:
                 f"out={self.folder}: prompts or data have changed since its start; choose"
                 " another out="
             )
-        put(file, self.inputs.encode())
+        write_atomic(file, self.inputs.encode())
 
     def path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:06d}.tar"
@@ -75,7 +75,7 @@ class ShardJob:
         """The missing shards of this rank, with the numbers of their samples."""
         own_shards = [
             shard
-            for shard in self.shards[compose.rank() :: compose.world()]
+            for shard in self.shards[compose.rank() :: compose.world_size()]
             if not self.path(shard).exists()
         ]
         return {
@@ -88,7 +88,7 @@ class ShardJob:
         numbers.
         """
         missing = self.missing()
-        by_rank = f" by process 1 of {compose.world()}" if compose.world() > 1 else ""
+        by_rank = f" by process 1 of {compose.world_size()}" if compose.world_size() > 1 else ""
         total, done = sum(map(len, missing.values())), 0
         with Bar(f"making samples{by_rank}", total, unit="sample", rate="samples") as bar:
             for shard, numbers in missing.items():
@@ -127,7 +127,7 @@ class ShardJob:
                     digest.update(block)
         about |= {"samples": samples, "dropped": dropped, "shards": len(paths)}
         about |= {"sha256": digest.hexdigest(), "versions": versions()}
-        put(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
+        write_atomic(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
 
 
 def with_progress(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
@@ -147,10 +147,10 @@ def start(cfg: DictConfig, command: str, work: Callable[[DictConfig, Path], int]
         _settle_precision(cfg, folder)
     for key, node in cfg.items():  # what is made; `out` and prompts may be called by any text
         if isinstance(node, DictConfig):
-            compose.allowed(node, str(key))
-    with one_writer(folder, "out"), faults.goes_on(lambda: launch.way_on(folder, command)):
+            compose.checked_node(node, str(key))
+    with one_writer(folder, "out"), faults.hint_on_failure(lambda: launch.way_on(folder, command)):
         code = _run_job(cfg, folder, command, None if several else work)
-    if compose.world() == 1 and not done.is_file():
+    if compose.world_size() == 1 and not done.is_file():
         with suppress(OSError):  # not empty
             folder.rmdir()
     if done.is_file():
@@ -168,7 +168,7 @@ def _run_job(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not shards_in(folder):
-        put(folder / BEGUN, compose.written(cfg))
+        write_atomic(folder / BEGUN, compose.to_yaml(cfg))
     try:
         if (folder / MANIFEST).is_file():
             return 0
@@ -176,7 +176,9 @@ def _run_job(
             return work(cfg, folder)
         return launch.launch(folder, cfg.devices, command, secrets=compose.secrets(cfg))
     finally:
-        if compose.world() == 1 and not shards_in(folder):  # after a mistake, leave nothing behind
+        if compose.world_size() == 1 and not shards_in(
+            folder
+        ):  # after a mistake, leave nothing behind
             for name in (BEGUN, INPUTS, NULL):
                 (folder / name).unlink(missing_ok=True)
 
@@ -242,4 +244,4 @@ def put_null(teacher: Any, folder: Path, dtype: str = "float32") -> None:
     tensors = {name: x.float().cpu().numpy() for name, x in teacher.embed([""]).tensors().items()}
     checked("the empty caption", np.zeros(1), tensors, dtype)
     np.savez(file := io.BytesIO(), **{k: x.astype(np.float16) for k, x in tensors.items()})
-    put(folder / NULL, file.getvalue())
+    write_atomic(folder / NULL, file.getvalue())

@@ -24,7 +24,7 @@ from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
 from distill.data.tar import members
 from distill.data.walk import Below, below
 from distill.storage import formats
-from distill.storage.formats import hidden
+from distill.storage.formats import is_hidden
 from distill.terminal.shown import shown
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def check_images(path: str, index: Index) -> None:
         raise ValueError(f"{what}; {DOTTED}")
     if any(end.endswith("npy") for end in there):
         raise ValueError(f"{what}; read cached latents by data=latents")
-    unread = [end for end in there if formats.unread(end)]
+    unread = [end for end in there if formats.is_unreadable(end)]
     raise ValueError(f"{what}; {formats.advice(unread) if unread else 'check the path'}")
 
 
@@ -208,7 +208,7 @@ def folder_of_pictures(folder: str) -> Below | None:
 
 def _shards_in(folder: str) -> list[str]:
     """The shards at the top of a folder, sorted, .TAR included."""
-    names = sorted(name for name in os.listdir(folder) if not hidden(name))
+    names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
     return [
         os.path.join(folder, name)
         for name in names
@@ -361,7 +361,7 @@ def index_tar(path: str) -> dict[str, Places]:
                 if not member.isreg() or member.issparse() or not match:
                     continue
                 key, extension = match[1], match[2].lower()
-                if any(hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
+                if any(is_hidden(part) for part in key.split("/")[:-1] if part.strip(".")):
                     continue  # thumbnails, and macOS's own files
                 if extension in index.setdefault(key, {}):
                     raise ValueError(

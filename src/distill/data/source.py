@@ -32,8 +32,8 @@ from distill.data.datasets import (
 from distill.data.drawn import Drawn, Reader
 from distill.data.shards import MAX_EMPTY
 from distill.machine.hardware import cores
-from distill.machine.memory import handed_over
-from distill.machine.signals import in_loader
+from distill.machine.memory import to_shared_memory
+from distill.machine.signals import init_loader_worker
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Source:
             ),
             collate_fn=collate,
             num_workers=self.workers,
-            worker_init_fn=in_loader,
+            worker_init_fn=init_loader_worker,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A DataLoader draws its workers' seed from the global generator, against exact resume.
@@ -183,9 +183,9 @@ class Source:
         data = DataLoader(
             Once(self.dataset),
             batch_sampler=batches,
-            collate_fn=handed_over,
+            collate_fn=to_shared_memory,
             num_workers=self.workers,
-            worker_init_fn=in_loader,
+            worker_init_fn=init_loader_worker,
         )
         return iter(data)
 

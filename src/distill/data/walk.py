@@ -5,7 +5,7 @@ their names.
 import os
 from dataclasses import dataclass, field
 
-from distill.storage.formats import hidden
+from distill.storage.formats import is_hidden
 
 
 @dataclass
@@ -72,7 +72,7 @@ def _visit(found: Below, start: str, seen: set[str]) -> list[str]:
 def _entries(path: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
-            return [entry for entry in entries if not hidden(entry.name)]
+            return [entry for entry in entries if not is_hidden(entry.name)]
     except OSError as error:
         raise ValueError(
             f"data.path: the folder {path!r} cannot be read ({error.strerror}); make it readable"

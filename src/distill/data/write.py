@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distill.storage.aside import aside
+from distill.storage.atomic import temporary_path
 
 log = logging.getLogger(__name__)
 # User and time of writing must not change the bytes.
@@ -88,7 +88,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     from webdataset import TarWriter
 
     keys: set[str] = set()
-    part = aside(Path(path))
+    part = temporary_path(Path(path))
     try:
         with open(part, "wb") as file:
             with TarWriter(file, **HEADER) as tar:

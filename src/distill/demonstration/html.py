@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: pictures, their times, the reader's words, and an explanation."""
+"""HTML of the page: pictures, their times, the reader's answers, and an explanation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import io
 from PIL import Image
 from torch import Tensor
 
-from distill.demonstration.drawing import Drawing, Request, Word
+from distill.demonstration.generation import Answer, Generation, Request
 from distill.terminal.shown import in_html
 
-SMALL = 256  # pixels a side, under which pictures are shown with their pixels as squares
+SMALL = 256  # pixels a side, up to which pictures are enlarged without interpolation
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .board { display: grid !important; gap: 14px;
@@ -46,18 +46,17 @@ h1.run { font-size: 22px; margin: 8px 0 0; overflow-wrap: anywhere; }
 """
 ABOUT = """
 <h2>What adversarial distillation is</h2>
-<p>A diffusion model draws by taking noise away little by little, in 28 steps or so, and asks its
-network twice in each step where guidance makes the picture follow the text.
-Adversarial distillation trains a student, which begins as a copy of that teacher, to make the
-whole picture in one to four steps and without guidance.
-A discriminator learns to tell the student's pictures from real ones (ADD) or from the teacher's
-own (LADD, NitroFusion), and the student learns to pass for them: so one step gives a sharp
-picture, where the mean of all pictures that fit would be blurred.
-It judges by the features of a frozen network, which are DINOv2's of the pixels in ADD, the
-teacher's own of noised latents in LADD, and those of the teacher's encoder under a changing pool
-of heads in NitroFusion.
+<p>A diffusion model removes noise in about 28 steps. With guidance, which makes the picture follow
+the text, each step evaluates its network twice.
+Adversarial distillation trains a student, which starts as a copy of that teacher, to generate a
+picture in one to four steps without guidance.
+A discriminator learns to distinguish the student's pictures from real ones (ADD) or from the
+teacher's (LADD, NitroFusion), and the student learns to fool it. So one step gives a sharp picture;
+a regression would give the blurred mean of all pictures that fit.
+The discriminator uses features of a frozen network: DINOv2 of the pixels in ADD, the teacher of
+noised latents in LADD, and the teacher's encoder with a changing pool of heads in NitroFusion.
 Between its few steps the student's picture is noised again, each time less, so that a later step
-can mend what an earlier one got wrong.</p>
+can correct an earlier one.</p>
 <p>Papers:
 <a href="https://arxiv.org/abs/2311.17042">ADD</a>
 <a href="https://arxiv.org/abs/2403.12015">LADD</a>
@@ -73,23 +72,23 @@ def title(who: str, steps: int) -> str:
     return f"{who}, {steps} step" + ("s" if steps > 1 else "")
 
 
-def column(who: str, steps: int, drawing: Drawing, request: Request, *, reads: bool) -> str:
-    """A column as it was drawn; `reads` if there is a reader for pictures of this kind."""
-    one = " one" if len(drawing.pictures) == 1 else ""
+def column(who: str, steps: int, found: Generation, request: Request, *, reads: bool) -> str:
+    """A column of generated pictures; `reads`: whether there is a reader for such pictures."""
+    one = " one" if len(found.pictures) == 1 else ""
     images = "".join(
         picture(pixels, f"{request.prompt}; {title(who, steps)}, seed {request.seed + i}")
-        for i, pixels in enumerate(drawing.pictures)
+        for i, pixels in enumerate(found.pictures)
     )
-    time = f'<span class="time">{milliseconds(drawing.seconds)}</span>'
-    words = reading(drawing.words) if reads else ""
+    time = f'<span class="time">{milliseconds(found.seconds)}</span>'
+    answers = answer_list(found.answers) if reads else ""
     return (
         f'<figure><figcaption><span class="who">{title(who, steps)}</span>{time}</figcaption>'
-        f'<div class="pictures{one}">{images}</div>{words}</figure>'
+        f'<div class="pictures{one}">{images}</div>{answers}</figure>'
     )
 
 
 def refused(who: str, steps: int, problem: str) -> str:
-    """A column that cannot be drawn, and why."""
+    """A column without pictures, and the reason."""
     return (
         f'<figure><figcaption><span class="who">{title(who, steps)}</span></figcaption>'
         f'<p class="refused">{in_html(problem)}</p></figure>'
@@ -101,7 +100,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def picture(pixels: Tensor, alternative: str) -> str:
-    """Pixels, uint8 [3, H, W], as an image that needs no file."""
+    """Pixels, uint8 [3, H, W], as an <img> with embedded data."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.save(file := io.BytesIO(), "PNG", compress_level=1)
     data = base64.b64encode(file.getvalue()).decode()
@@ -109,31 +108,31 @@ def picture(pixels: Tensor, alternative: str) -> str:
     return f'<img{small} alt="{in_html(alternative)}" src="data:image/png;base64,{data}">'
 
 
-def reading(words: list[Word] | None) -> str:
-    """The reader's verdict on each word of the prompt."""
-    if words is None:
+def answer_list(answers: list[Answer] | None) -> str:
+    """The reader's answer to each attribute of the prompt."""
+    if answers is None:
         return '<p class="note">not read: the text is no caption of shapes</p>'
-    return f'<ul class="words">{"".join(map(_word, words))}</ul>'
+    return f'<ul class="words">{"".join(map(_answer_item, answers))}</ul>'
 
 
-def _word(word: Word) -> str:
-    """`red ✓`, of a wrong picture `red ✗ green`, of several pictures `red 3/4`."""
-    right = word.right == len(word.seen)
-    said, seen = spoken(word.question, word.said), spoken(word.question, word.seen[0])
+def _answer_item(answer: Answer) -> str:
+    """`red ✓`; `red ✗ green` for a wrong picture; `red 3/4` for several pictures."""
+    right = answer.right == len(answer.seen)
+    said, seen = spoken(answer.question, answer.said), spoken(answer.question, answer.seen[0])
     if right:
         mark = "✓"
-    elif len(word.seen) == 1:
+    elif len(answer.seen) == 1:
         mark = f"✗ {seen}"
     else:
-        mark = f"{word.right}/{len(word.seen)}"
-    name, number = word.question.rstrip("012"), word.question[-1:]
-    asked = f"{name} of object {int(number) + 1}" if number.isdigit() else name
+        mark = f"{answer.right}/{len(answer.seen)}"
+    name, number = answer.question.rstrip("012"), answer.question[-1:]
+    question = f"{name} of object {int(number) + 1}" if number.isdigit() else name
     kind = "right" if right else "wrong"
-    return f'<li class="{kind}" title="{asked}">{in_html(f"{said} {mark}")}</li>'
+    return f'<li class="{kind}" title="{question}">{in_html(f"{said} {mark}")}</li>'
 
 
 def spoken(question: str, answer: str) -> str:
-    """An answer of the reader as one says it."""
+    """An answer of the reader as natural language."""
     if question == "axis":
         return {"horizontal": "side by side", "vertical": "one above the other"}[answer]
     if question == "background":
@@ -145,8 +144,6 @@ def spoken(question: str, answer: str) -> str:
 
 def status(problem: str | None, requests: int, dropped: int) -> str:
     """The line below the pictures."""
-    said = f'<span class="problem">{in_html(problem)}</span> ' if problem else ""
-    counts = f"Requests: {requests}; dropped, since the page had changed again: {dropped}."
-    return (
-        f'<p class="status" data-requests="{requests}" data-dropped="{dropped}">{said}{counts}</p>'
-    )
+    text = f'<span class="problem">{in_html(problem)}</span> ' if problem else ""
+    text += f"Requests: {requests}; dropped, since the page had changed again: {dropped}."
+    return f'<p class="status" data-requests="{requests}" data-dropped="{dropped}">{text}</p>'

@@ -1,4 +1,4 @@
-"""The page, by gradio: what is typed and chosen goes to the worker, what is drawn comes back."""
+"""The gradio page: settings go to the worker, and generated pictures come back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from distill.demonstration import html
-from distill.demonstration.drawing import Drawing, Request, Studio
+from distill.demonstration.generation import Generation, Models, Request
 from distill.demonstration.worker import Dropped, Worker
 from distill.machine.faults import first_line
 
@@ -21,10 +21,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 log = logging.getLogger(__name__)
-logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
-CHOICES = (1, 2, 3, 4, 8)  # numbers of a student's steps on the page, besides those it begins with
+logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio requests its own page at start
+CHOICES = (1, 2, 3, 4, 8)  # offered numbers of student steps, besides the initial ones
 MOST = 8  # pictures of a column
-LAST = 1000  # urgency of the teacher: after every student
+LAST = 1000  # priority of the teacher: after every student
 WITH_MOMENT = "(...inputs) => [...inputs.slice(0, -1), performance.now()]"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
@@ -40,23 +40,23 @@ CAPTIONS = (
 
 
 class Page:
-    """`launch` makes it reachable and returns; `draw` is what every change on it calls."""
+    """`launch` starts the server and returns; every change on the page calls `generate`."""
 
-    def __init__(self, studio: Studio, worker: Worker, cfg: DictConfig):
-        self.studio, self.worker, self.cfg = studio, worker, cfg
+    def __init__(self, models: Models, worker: Worker, cfg: DictConfig):
+        self.models, self.worker, self.cfg = models, worker, cfg
         given = OmegaConf.to_container(cfg).get("steps")
-        self.begin = sorted({given} if isinstance(given, int) else set(given))
-        for steps in self.begin:
-            studio.sampler.grid(steps, student=studio.student)
-        known = studio.student_steps(max(CHOICES))
-        self.choices = sorted({n for n in CHOICES if n in known} | set(self.begin))
-        self.captions = CAPTIONS if studio.judge else ()
+        self.initial_steps = sorted({given} if isinstance(given, int) else set(given))
+        for steps in self.initial_steps:
+            models.sampler.grid(steps, student=models.student)
+        known = models.student_steps(max(CHOICES))
+        self.choices = sorted({n for n in CHOICES if n in known} | set(self.initial_steps))
+        self.captions = CAPTIONS if models.judge else ()
         self.columns: dict[tuple[str, int], gr.HTML] = {}
         self.blocks = self._blocks()
 
     def launch(self, host: str, port: int, *, open_browser: bool) -> None:
-        own = {*os.environ.get("NO_PROXY", "").split(","), host} - {""}
-        os.environ["NO_PROXY"] = ",".join(sorted(own))  # a proxy could not reach it
+        hosts = {*os.environ.get("NO_PROXY", "").split(","), host} - {""}
+        os.environ["NO_PROXY"] = ",".join(sorted(hosts))  # a proxy could not reach the page
         theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="blue").set(
             block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
         )
@@ -78,14 +78,14 @@ class Page:
         self.blocks.close(verbose=False)
 
     def _blocks(self) -> gr.Blocks:
-        """The components from top to bottom, and what their changes do."""
+        """The components from top to bottom, with their events."""
         with gr.Blocks(title="distill", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-            gr.HTML(html.heading(self.cfg.run, self.studio.about()))
+            gr.HTML(html.heading(self.cfg.run, self.models.about()))
             prompt = self._prompt()
             with gr.Row(elem_classes="board"):
                 for steps in self.choices:
-                    self._column("student", steps, visible=steps in self.begin)
-                if self.studio.teacher:
+                    self._column("student", steps, visible=steps in self.initial_steps)
+                if self.models.teacher:
                     self._column("teacher", 0, visible=True)
             status = gr.HTML(html.status(None, 0, 0))
             if self.captions:
@@ -95,12 +95,12 @@ class Page:
             gr.HTML(html.ABOUT, elem_classes="about")
             gr.on(
                 [page.load, *(component.change for component in inputs)],
-                self.draw,
+                self.generate,
                 [*inputs, gr.Number(visible=False)],
                 [*self.columns.values(), status],
                 js=WITH_MOMENT,
                 show_progress="hidden",
-                trigger_mode="multiple",  # the worker drops what is old, also what is under way
+                trigger_mode="multiple",  # the worker drops old requests, also running ones
                 concurrency_limit=None,
                 api_visibility="private",
             )
@@ -115,12 +115,12 @@ class Page:
         self.columns[who, steps] = gr.HTML(elem_id=name, elem_classes="drawn", visible=visible)
 
     def _settings(self) -> list[Any]:
-        """The components of `draw`'s arguments behind the prompt, in their order."""
+        """The components of `generate`'s arguments after the prompt, in their order."""
         cfg = self.cfg
         with gr.Row(equal_height=False):
             with gr.Column():
                 label = "Steps of the student, a column each"
-                chosen = gr.CheckboxGroup(self.choices, value=self.begin, label=label)
+                chosen = gr.CheckboxGroup(self.choices, value=self.initial_steps, label=label)
                 seed = gr.Number(cfg.seed, label="Seed", minimum=0, maximum=2**32, precision=0)
                 count = gr.Slider(1, max(MOST, cfg.count), cfg.count, step=1, label="Pictures")
             with gr.Column():
@@ -128,14 +128,14 @@ class Page:
                     type="pil",
                     image_mode=None,
                     sources=["upload", "clipboard"],
-                    label="Begin from a picture",
+                    label="Start from a picture",
                     height=150,
                     buttons=[],
                 )
                 strength = gr.Slider(
                     0.05, 1, cfg.strength, step=0.05, label="Strength", info=STRENGTH
                 )
-            with gr.Column(visible=self.studio.teacher is not None):
+            with gr.Column(visible=self.models.teacher is not None):
                 most = max(50, cfg.teacher_steps)
                 steps = gr.Slider(1, most, cfg.teacher_steps, step=1, label="Steps of the teacher")
                 most = max(10, cfg.guidance)
@@ -144,7 +144,7 @@ class Page:
                 )
         return [chosen, seed, count, image, strength, steps, guidance]
 
-    async def draw(
+    async def generate(
         self,
         prompt: str,
         chosen: list[int],
@@ -157,20 +157,20 @@ class Page:
         moment: float,
         tab: gr.Request,
     ) -> AsyncIterator[list[Any]]:
-        """Updates of the page as columns are ready; none once it has changed again.
+        """Yield updates of the page when columns are ready, until the page has changed again.
 
-        The arguments are what is on the page, and the `moment` of its clock when they were sent.
+        The arguments are the settings on the page, and the `moment` of its clock when it sent them.
         """
         request = Request(prompt.strip(), seed or 0, count, guidance, image, strength)
         asked = [("student", n, n) for n in sorted(chosen)]
-        if self.studio.teacher:
+        if self.models.teacher:
             asked.append(("teacher", 0, teacher_steps))
         if not request.prompt:
             self.worker.submit(tab.session_hash, [], moment)
             yield self._updates({}, EMPTY)
             return
         jobs = [
-            (LAST if who == "teacher" else steps, self.studio.job(who, request, steps))
+            (LAST if who == "teacher" else steps, self.models.job(who, request, steps))
             for who, _, steps in asked
         ]
         futures = self.worker.submit(tab.session_hash, jobs, moment)
@@ -182,17 +182,17 @@ class Page:
             if isinstance(drawn, Dropped):
                 yield [gr.skip()] * (len(self.columns) + 1)  # gradio sends the last update again
                 return
-            if isinstance(drawn, Drawing):
-                shown = html.column(who, steps, drawn, request, reads=self.studio.judge is not None)
+            if isinstance(drawn, Generation):
+                shown = html.column(who, steps, drawn, request, reads=self.models.judge is not None)
                 problem = problem or too_long(drawn.unread)
             else:
                 shown = html.refused(who, steps, in_words(drawn))
             columns[who, key] = gr.HTML(shown, elem_classes="drawn", visible=True)
-            # All that is known: of several updates in quick succession the browser shows the last.
+            # All known columns: of several quick updates the browser only shows the last.
             yield self._updates(columns, problem)
 
-    def _begun(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
-        """Which columns there are, and that what is in them is old."""
+    def _marked_old(self, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int], Any]:
+        """Show the wanted columns, and mark their content as old."""
         wanted = {(who, key) for who, key, _ in asked}
         return {
             key: gr.HTML(elem_classes=["drawn", "old"], visible=key in wanted)
@@ -200,13 +200,13 @@ class Page:
         }
 
     def _updates(self, columns: dict[tuple[str, int], Any], problem: str | None) -> list[Any]:
-        """A value for each output of `draw`."""
+        """A value for each output of `generate`."""
         status = html.status(problem, self.worker.requests, self.worker.dropped)
         return [*(columns.get(key, gr.skip()) for key in self.columns), status]
 
 
 async def _result(asked: tuple[str, int, int], future: Future) -> tuple[tuple[str, int, int], Any]:
-    """What was asked for, and the drawing or the exception that came of it."""
+    """The request, and its result or exception."""
     try:
         return asked, await asyncio.wrap_future(future)
     except Exception as error:
@@ -220,8 +220,8 @@ def too_long(unread: str | None) -> str | None:
 
 
 def in_words(error: Exception) -> str:
-    """An error for the page, in a sentence; what no user has caused is told to the terminal."""
+    """An error as a sentence for the page; bugs are also logged with their traceback."""
     if isinstance(error, ValueError):
         return first_line(error)
-    log.error("drawing failed", exc_info=error)
-    return f"It cannot be drawn ({first_line(error)}); the terminal says more."
+    log.error("generating failed", exc_info=error)
+    return f"Generating failed ({first_line(error)}); the terminal shows more."

@@ -1,7 +1,7 @@
-"""One thread that does the work of all clients: of each its newest request, urgent jobs first.
+"""One thread that runs the newest request of each client, urgent jobs first.
 
-A job is a generator that yields between its steps and returns its result. So one device does one
-thing at a time, and an urgent job waits for one step of another at most. Nothing here knows of
+A job is a generator that yields between its steps and returns its result. So a device runs one step
+at a time, and an urgent job waits for at most one step of another. This module is independent of
 pictures.
 """
 
@@ -17,7 +17,7 @@ Steps = Generator[None, None, Any]
 
 
 class Dropped(Exception):
-    """A newer request of the same client has come, or the worker has ended."""
+    """A newer request of the same client has arrived, or the worker was closed."""
 
 
 @dataclass(eq=False)
@@ -30,10 +30,10 @@ class _Job:
 
 
 class Worker:
-    """`submit` may be called from any thread; jobs run in this object's own, which `close` ends.
+    """`submit` may be called from any thread; jobs run in one thread, which `close` ends.
 
-    `requests` counts what was submitted. `dropped` counts those of which at least one job was not
-    done, since a newer request of the same client came first.
+    `requests` counts submitted requests. `dropped` counts those with at least one job that was
+    dropped for a newer request of the same client.
     """
 
     def __init__(self) -> None:
@@ -49,18 +49,18 @@ class Worker:
     def submit(
         self, client: Hashable, jobs: Sequence[tuple[int, Steps]], moment: float = 0.0
     ) -> list[Future]:
-        """What will hold the results of the jobs, (urgency, steps) each; the lowest comes first.
+        """Futures of the jobs, (urgency, steps) each; the lowest urgency runs first.
 
-        All earlier jobs of the client are dropped, also one under way: their futures raise
-        `Dropped`. So do those of a request that comes after the client's newest and was made
-        before it, by the `moment` on the client's clock.
+        All earlier jobs of the client are dropped, also a running one: their futures raise
+        `Dropped`. So do those of a request that arrives late: `moment`, by the client's clock, is
+        before that of its newest request.
         """
         with self._changed:
             if self._closed:
                 raise RuntimeError("the worker is closed")
             self.requests += 1
             new = [_Job(client, urgency, self.requests, steps, Future()) for urgency, steps in jobs]
-            for job in new:  # from now on nobody but this worker ends it
+            for job in new:  # from now on the future cannot be cancelled
                 job.future.set_running_or_notify_cancel()
             if moment >= self._newest.get(client, moment):
                 self._drop(client)
@@ -68,11 +68,11 @@ class Worker:
                 self._jobs += new
                 self._changed.notify_all()
             else:
-                self._tell_dropped(new)
+                self._set_dropped(new)
         return [job.future for job in new]
 
     def close(self) -> None:
-        """End the thread after the step under way; whoever waits is told `Dropped`."""
+        """End the thread after the current step; waiting futures raise `Dropped`."""
         with self._changed:
             self._closed = True
             for client in {job.client for job in self._jobs}:
@@ -83,9 +83,9 @@ class Worker:
     def _drop(self, client: Hashable) -> None:
         old = [job for job in self._jobs if job.client == client]
         self._jobs = [job for job in self._jobs if job.client != client]
-        self._tell_dropped(old)
+        self._set_dropped(old)
 
-    def _tell_dropped(self, jobs: list[_Job]) -> None:
+    def _set_dropped(self, jobs: list[_Job]) -> None:
         self.dropped += bool(jobs)
         for job in jobs:
             job.future.set_exception(Dropped())
@@ -105,14 +105,12 @@ class Worker:
             next(job.steps)
         except StopIteration as end:
             self._finish(job, end.value, None)
-        except (
-            Exception
-        ) as error:  # a model may raise anything: who asked is told, the thread lives on
+        except Exception as error:  # a model may raise anything: pass it on, and keep the thread
             self._finish(job, None, error)
 
     def _finish(self, job: _Job, result: Any, error: Exception | None) -> None:
         with self._changed:
-            if job not in self._jobs:  # dropped meanwhile, and told so
+            if job not in self._jobs:  # dropped meanwhile: its future has an exception already
                 return
             self._jobs.remove(job)
             if error is None:

@@ -16,8 +16,8 @@ from transformers import AutoModel
 
 from distill.core.types import Cond
 from distill.machine.faults import first_line
-from distill.storage.elsewhere import check_folder
-from distill.storage.unread import refuse_broken, refuse_unread
+from distill.storage.hub_settings import check_folder
+from distill.storage.loaded_weights import check_all_loaded, check_finite
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEPTHS = (3 / 12, 6 / 12, 9 / 12, 12 / 12)  # blocks 2, 5, 8, 11 of twelve, as shares of the depth
@@ -61,8 +61,8 @@ class ImageFeatures(nn.Module):
         except (OSError, ValueError, ImportError) as error:  # not downloaded, damaged, no ViT
             advice = "give a folder of a transformers ViT, or check the hub id and the network"
             raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
-        refuse_unread(report, where, type(model).__name__, spare=UNUSED)
-        refuse_broken(model, where)
+        check_all_loaded(report, where, type(model).__name__, spare=UNUSED)
+        check_finite(model, where)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         depth = self.model.config.num_hidden_layers
         self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill.core.types import Batch, Cond
 from distill.discriminators.images import ImageFeatures
-from distill.storage.unread import refuse_broken
+from distill.storage.loaded_weights import check_finite
 
 
 class OpenClipText(nn.Module):
@@ -32,7 +32,7 @@ class OpenClipText(nn.Module):
         super().__init__()
         model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
         model.visual = None  # the image encoder is not used
-        refuse_broken(model, f"discriminator.condition.text: {name}, {pretrained},")
+        check_finite(model, f"discriminator.condition.text: {name}, {pretrained},")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.width = self(["a"]).shape[1]

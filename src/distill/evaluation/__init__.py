@@ -1,1 +1,1 @@
-"""How good a student is: protocols, feature networks, scores."""
+"""Evaluation of students: protocols, feature networks, scores."""

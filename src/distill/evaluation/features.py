@@ -1,6 +1,4 @@
-"""Pictures as files, the captions they are of, and their features, which are kept: what is read
-once is not again.
-"""
+"""Read pictures from files and compute their features, which are cached on disk."""
 
 from __future__ import annotations
 
@@ -21,11 +19,11 @@ from torchvision.transforms.functional import center_crop, to_tensor
 
 from distill.evaluation.networks import Describer
 from distill.machine.hardware import cores
-from distill.machine.memory import handed_over
-from distill.machine.signals import in_loader
+from distill.machine.memory import to_shared_memory
+from distill.machine.signals import init_loader_worker
 from distill.storage import formats
-from distill.storage.aside import put
-from distill.storage.pictures import upright
+from distill.storage.atomic import write_atomic
+from distill.storage.pictures import to_rgb
 from distill.terminal.progress import Bar
 
 
@@ -39,9 +37,11 @@ def features(
     batch_size: int = 16,
     workers: int = 0,
 ) -> Tensor:
-    """[N, D] in float32, on the CPU; with `square` of the largest centred square. Kept in a file of
-    the folder `cache`, named after the network, its weights, and the names, sizes and times of the
-    pictures."""
+    """Features [N, D] in float32, on the CPU; with `square`, of the largest centred square.
+
+    They are cached in the folder `cache`. The file name is a hash of the network, its weights, and
+    the names, sizes and times of the pictures.
+    """
     key = (
         f"{network} upright {square}"
         f" {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
@@ -53,14 +53,14 @@ def features(
             paths,
             batch_size,
             num_workers=workers,
-            collate_fn=partial(_prepared, network, square),
-            worker_init_fn=in_loader,
+            collate_fn=partial(_prepare_batch, network, square),
+            worker_init_fn=init_loader_worker,
         )
         network.model.to(device)
-        counted = {"unit": "image", "rate": "images"}
+        units = {"unit": "image", "rate": "images"}
         with (
             torch.inference_mode(),
-            Bar(f"reading by {network.name}", len(paths), **counted) as bar,
+            Bar(f"computing features by {network.name}", len(paths), **units) as bar,
         ):
             parts = []
             for batch in loader:
@@ -70,37 +70,41 @@ def features(
         network.model.to("cpu")
         cache.mkdir(parents=True, exist_ok=True)
         np.save(content := BytesIO(), found.numpy())
-        put(file, content.getvalue())
+        write_atomic(file, content.getvalue())
     return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
-def _prepared(network: Describer, square: bool, paths: list[Path]) -> Tensor:
-    pictures = [opened(path) for path in paths]
-    # to whole pixels: ImageOps.fit blurs what lies half a pixel off the middle, as COCO's 640 x 427
-    # do
+def _prepare_batch(network: Describer, square: bool, paths: list[Path]) -> Tensor:
+    pictures = [open_rgb(path) for path in paths]
+    # center_crop cuts at integer pixels. ImageOps.fit would blur pictures whose centre lies at half
+    # a pixel, such as COCO's 640 x 427.
     if square:
         pictures = [center_crop(picture, [min(picture.size)]) for picture in pictures]
-    return handed_over(torch.stack([network.prepare(picture) for picture in pictures]))
+    return to_shared_memory(torch.stack([network.prepare(picture) for picture in pictures]))
 
 
-def opened(path: Path, key: str = "") -> Image.Image:
-    """As RGB, like those that are trained on; ValueError, which `key` begins, if it cannot be."""
+def open_rgb(path: Path, key: str = "") -> Image.Image:
+    """The picture in RGB, converted as training pictures are.
+
+    Raises ValueError, starting with `key`, for a file that cannot be read.
+    """
     try:
-        # Only formats that are trained on: what is called .png may be EPS, which starts another
-        # program.
+        # Only formats that training reads: a file named .png may hold EPS, for which Pillow starts
+        # another program.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large ones, which `upright` bounds, and oddities
-            with formats.opened(path, path.suffix.lower()) as picture:
-                return upright(picture)
+            # Pillow warns of large pictures, which `to_rgb` bounds, and of odd metadata.
+            warnings.simplefilter("ignore")
+            with formats.open_picture(path, path.suffix.lower()) as picture:
+                return to_rgb(picture)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ValueError(f"{key}{path}: cannot be read as a picture ({error})") from None
 
 
-def fitted(picture: Image.Image, width: int, height: int) -> Tensor:
-    """As an autoencoder reads it: [1, 3, height, width] in [-1, 1], cut to that shape."""
+def to_model_input(picture: Image.Image, width: int, height: int) -> Tensor:
+    """Resize and crop for an autoencoder: [1, 3, height, width] in [-1, 1]."""
     return to_tensor(ImageOps.fit(picture, (width, height)))[None] * 2 - 1
 
 
 def cache_folder() -> Path:
-    """Where features of reference pictures are kept."""
+    """Where features of reference pictures are cached."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "features"

@@ -1,12 +1,12 @@
-"""Frozen networks that describe pictures, each shown them as the code of its metric does.
+"""Frozen feature networks. Each preprocesses pictures as the reference code of its metric does.
 
     Inception  2,048 pooled features of FID's own Inception  FID, KID
     Dinov2     class token                                   FD-DINOv2 (Stein 2023), manifolds
-    OpenClip   embeddings of pictures and texts, length 1    CLIP score, HPSv2
-    Clip       the same of a transformers model              CMMD (Jayasumana 2024), PickScore
+    OpenClip   normalised embeddings of pictures and texts   CLIP score, HPSv2
+    Clip       the same, of a transformers model             CMMD (Jayasumana 2024), PickScore
 
-"Clean" is resized as floats by an antialiased bicubic filter, the shape given up (clean-fid, Parmar
-et al. 2022).
+"Clean" means: resized in float by an antialiased bicubic filter, without keeping the aspect ratio
+(clean-fid, Parmar et al. 2022).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from distill.core.tensors import fingerprint
-from distill.machine.faults import first_line, silent
+from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import check_archive
-from distill.storage.elsewhere import check_folder
-from distill.storage.unread import refuse_broken, refuse_unread
+from distill.storage.hub_settings import check_folder
+from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.terminal.progress import stage
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -48,30 +48,31 @@ LAYERS += (
 
 
 class Describer(ABC):
-    """Costs nothing until `load`; then `prepare`, which a loader's workers do, and `images`."""
+    """A feature network. `load` reads its weights; `prepare` runs in DataLoader workers."""
 
     model: nn.Module
     scale = 1.0
 
     def __init__(self, name: str, shown: str):
-        self.name, self.shown = name, shown  # in words
+        # Both are texts of the protocol: the network, and how it preprocesses pictures.
+        self.name, self.shown = name, shown
 
     def load(self) -> None:
-        """Read the weights once, fetching them if need be.
+        """Read the weights once; download them if they are not here.
 
-        Raises ValueError that says what stood in the way.
+        Raises ValueError with the reason if they cannot be read.
         """
         if hasattr(self, "model"):
             return
         try:
             with (
                 stage(f"loading {self.name}"),
-                silent(),
+                quiet_logging(),
                 redirect_stderr(StringIO()),
-            ):  # open_clip tells every step of it; loading bars
+            ):  # open_clip logs every step, and libraries print bars of their own
                 self.model = self._read().eval().requires_grad_(False)
-            refuse_broken(self.model, self.name)
-        except Exception as error:  # damaged files, hubs and networks raise nearly anything
+            check_finite(self.model, self.name)
+        except Exception as error:  # damaged files and downloads raise nearly anything
             advice = "they are fetched at first use: check name and network, or give a local path"
             if isinstance(error, ImportError):
                 advice = "pip install 'distill[eval]'"
@@ -82,9 +83,9 @@ class Describer(ABC):
             raise ValueError(f"{what}, or leave out of metrics.measures what needs them") from None
 
     def __str__(self) -> str:
-        """Network, revision of a hub's, a hash of its weights, and how it is shown pictures."""
+        """Network, its revision on the hub, a hash of its weights, and its preprocessing."""
         revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
-        # A folder's own name: the same network lies elsewhere on another machine.
+        # Only the last part of a path: the same network has other paths on other machines.
         name = self.name
         for key in ("path", "pretrained"):
             place = str(getattr(self, key, None)).removeprefix("local-dir:")
@@ -96,36 +97,36 @@ class Describer(ABC):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "model": None}  # workers prepare pictures only
+        return {**self.__dict__, "model": None}  # DataLoader workers only call `prepare`
 
     @abstractmethod
     def _read(self) -> nn.Module: ...
 
     @abstractmethod
     def prepare(self, picture: Image.Image) -> Tensor:
-        """An RGB picture of any size -> what the network reads, [3, S, S]."""
+        """An RGB picture of any size -> the input of the network, [3, S, S]."""
 
     @abstractmethod
     def images(self, batch: Tensor) -> Tensor:
         """Prepared pictures [B, 3, S, S] -> features [B, D]."""
 
 
-def clean(picture: Image.Image, size: int) -> Tensor:
+def clean_resize(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 255]."""
     pixels = pil_to_tensor(picture)[None].float()
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)[0]
 
 
-def _whole(kind: Any, path: str) -> nn.Module:
-    """A transformers model with every one of its tensors from the files, in float32."""
+def _load_complete(kind: Any, path: str) -> nn.Module:
+    """A transformers model in float32; ValueError unless its files hold every tensor."""
     check_folder(path, f"metrics: {path}")
     model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    refuse_unread(report, path, type(model).__name__)
+    check_all_loaded(report, path, type(model).__name__)
     return model
 
 
 class Inception(Describer):
-    """`path`: a file of torch-fidelity's weights, of tensors alone; None fetches it."""
+    """`path`: a file of torch-fidelity's weights, which holds only tensors; None downloads it."""
 
     def __init__(self, path: str | None = None):
         super().__init__(
@@ -138,22 +139,22 @@ class Inception(Describer):
 
         if self.path:
             check_archive(Path(self.path))
-            torch.load(self.path, weights_only=True)  # refuses code, which the next line would run
+            torch.load(self.path, weights_only=True)  # refuses code, which torch-fidelity would run
         return FeatureExtractorInceptionV3(
             "inception", ["2048"], feature_extractor_weights_path=self.path
         )
 
     def prepare(self, picture: Image.Image) -> Tensor:
-        return (clean(picture, 299) - 128) / 128
+        return (clean_resize(picture, 299) - 128) / 128
 
     def images(self, batch: Tensor) -> Tensor:
-        for name in LAYERS:  # its own forward takes bytes, and resizes them without a filter
+        for name in LAYERS:  # its `forward` takes bytes, and resizes them without a filter
             batch = getattr(self.model, name)(batch)
         return batch.flatten(1)
 
 
 class Dinov2(Describer):
-    """`path`: folder or hub id of a transformers DINOv2, shown pictures of `size` pixels a side."""
+    """`path`: folder or hub id of a transformers DINOv2; its input has `size` pixels a side."""
 
     def __init__(self, path: str = "facebook/dinov2-large", *, size: int = 224):
         super().__init__(path, f"class token, {size} x {size} clean bicubic")
@@ -162,18 +163,19 @@ class Dinov2(Describer):
     def _read(self) -> nn.Module:
         from transformers import AutoModel
 
-        return _whole(AutoModel, self.path)
+        return _load_complete(AutoModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
-        return normalize(clean(picture, self.size) / 255, *IMAGENET)
+        return normalize(clean_resize(picture, self.size) / 255, *IMAGENET)
 
     def images(self, batch: Tensor) -> Tensor:
         return self.model(batch).last_hidden_state[:, 0]
 
 
 class TwoTowers(Describer):
-    """Pictures and texts as vectors of length 1, of which `scale` times the scalar product is the
-    model's own score.
+    """Embeds pictures and texts as unit vectors.
+
+    `scale` times their scalar product is the logit of the model.
     """
 
     _known: tuple[Sequence[str], Tensor] | None = None
@@ -187,9 +189,7 @@ class TwoTowers(Describer):
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str], device: torch.device, batch: int = 64) -> Tensor:
-        """Captions, cut to what it reads -> [N, D], on the CPU; the same ones are known the second
-        time.
-        """
+        """Captions, truncated to the model's length -> [N, D], on the CPU; caches the last call."""
         if self._known is None or self._known[0] != captions:
             self.model.to(device)
             parts = [
@@ -202,15 +202,14 @@ class TwoTowers(Describer):
 
 
 class OpenClip(TwoTowers):
-    """A model by its open_clip name, or local-dir:<folder>; `pretrained` is a tag or a file of
-    weights.
+    """`path`: the open_clip name of a model, or local-dir:<folder>.
+
+    `pretrained` is a tag or a file of weights.
     """
 
     def __init__(self, path: str = "ViT-g-14", *, pretrained: str | None = "laion2b_s12b_b42k"):
-        self.path, self.pretrained = (
-            path,
-            None if ":" in path else pretrained,
-        )  # such a folder brings its own
+        self.path = path
+        self.pretrained = None if ":" in path else pretrained  # a local-dir: holds its weights
         super().__init__(
             f"open_clip {path} {self.pretrained or ''}".strip(), "resized and cropped by open_clip"
         )
@@ -235,9 +234,9 @@ class OpenClip(TwoTowers):
 
 
 class Clip(TwoTowers):
-    """`path`: folder or hub id of a transformers CLIP, `processor` where that is elsewhere.
+    """`path`: folder or hub id of a transformers CLIP; `processor`: the same of its processor.
 
-    With `whole` the picture is resized clean, so that nothing of it is cut off, as CMMD has it.
+    With `whole` the picture is resized clean without a crop, as in CMMD.
     """
 
     def __init__(self, path: str, *, processor: str | None = None, whole: bool = False):
@@ -251,21 +250,22 @@ class Clip(TwoTowers):
 
         check_folder(self.processor, f"metrics: {self.processor}")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-        self.eyes = AutoImageProcessor.from_pretrained(self.processor)
-        return _whole(CLIPModel, self.path)
+        self.image_processor = AutoImageProcessor.from_pretrained(self.processor)
+        return _load_complete(CLIPModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
         if self.whole:
-            pixels = clean(picture, self.eyes.crop_size["height"]) / 255
-            return normalize(pixels, self.eyes.image_mean, self.eyes.image_std)
-        return self.eyes(picture, return_tensors="pt").pixel_values[0]
+            pixels = clean_resize(picture, self.image_processor.crop_size["height"]) / 255
+            return normalize(
+                pixels, self.image_processor.image_mean, self.image_processor.image_std
+            )
+        return self.image_processor(picture, return_tensors="pt").pixel_values[0]
 
     def images(self, batch: Tensor) -> Tensor:
         return F.normalize(self.model.get_image_features(batch).pooler_output, dim=1)
 
     def _texts(self, captions: list[str], device: torch.device) -> Tensor:
-        most = self.model.config.text_config.max_position_embeddings
-        cut = {"padding": "max_length", "truncation": True, "max_length": most}
-        return self.model.get_text_features(
-            **self.tokenizer(captions, **cut, return_tensors="pt").to(device)
-        ).pooler_output
+        length = self.model.config.text_config.max_position_embeddings
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        tokens = self.tokenizer(captions, **options, return_tensors="pt").to(device)
+        return self.model.get_text_features(**tokens).pooler_output

@@ -1,12 +1,12 @@
-"""A model judged on prompts of COCO or of a file, against real pictures or without; likewise a
-folder of pictures.
+"""Evaluate a model on prompts of COCO or of a file, with or without real pictures as reference.
+A folder of pictures can be evaluated too.
 
 <folder>/evaluation/<who>-<steps>-<hash>/000000.png
-    picture i, of seed + i; kept, so that a killed command goes on
+    picture i, from seed + i; kept, so that a killed command resumes
 
-The hash is of the weights and of all that makes a picture. A batch has the same pictures whoever
-makes it, and all are scored at once from the files: the number of processes changes no score, but
-for rounding if that of threads changes.
+The hash covers the weights and every setting that changes a picture. A batch gives the same
+pictures in every process, and all are scored together from the files. So the number of processes
+changes no score, except for rounding if the number of threads changes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,29 @@ from distill.core.limits import drawn_at_once
 from distill.core.types import Denoiser
 from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
-from distill.evaluation.features import cache_folder, features, opened
+from distill.evaluation.features import cache_folder, features, open_rgb
 from distill.evaluation.networks import Clip, Describer, Dinov2
-from distill.evaluation.references import check_measures, check_variety, coco, in_folder
+from distill.evaluation.references import check_measures, check_variety, coco, pictures_in
 from distill.evaluation.scores import Score
-from distill.evaluation.shapes import SHOWN, drawing_precision, judged, lineup, write_verdict
-from distill.machine.hardware import room_beside
+from distill.evaluation.shapes import (
+    SHOWN,
+    evaluated_samplers,
+    generation_precision,
+    model_fingerprint,
+    write_result,
+)
+from distill.machine.hardware import memory_left
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.bounded import text_of
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar, stage
 
-MANY = 16  # ours: pictures at a time, where they are small
-TIMED = re.compile(r"(\d+\.\d+(?:e-\d+)?) (\d+)")  # a batch: its seconds, how many pictures
+DEFAULT_BATCH_SIZE = 16  # ours: of small pictures
+TIMED = re.compile(r"(\d+\.\d+(?:e-\d+)?) (\d+)")  # a batch: seconds, number of pictures
 TILE = 256  # pixels a side in the comparison
-Row = tuple[
-    str, int, list[Path], Callable[..., Tensor]
-]  # who, steps, files, what makes their latents
+# Teacher or student, steps, files, and the function that samples their latents.
+Row = tuple[str, int, list[Path], Callable[..., Tensor]]
 
 
 @dataclass(kw_only=True)
@@ -55,17 +60,18 @@ class Prompted:
     """The protocol.
 
     Args:
-        networks, scores: by name; measures: which of the scores are taken.
+        networks, scores: by name; measures: names of the scores to compute.
         path: COCO2017's folder, with annotations/ and val2017/, or a text file, a prompt a line.
-        prompts: how many of them, the first; None: all.
+        prompts: use only so many, the first ones; None: all.
         reference: a folder of real pictures; None: COCO's, or none.
-        variety: captions, pictures of each, for what needs several.
+        variety: [captions, pictures of each], for scores that need several pictures of a caption.
         guidance: the teacher's; the student has none.
         precision: of the denoisers' passes.
-        size: pixels a side, or [width, height]; None: what the teacher was trained for.
-        batch_size: pictures drawn at a time; None: 16, and fewer of large ones or where memory is
+        size: pixels a side, or [width, height]; None: the size that the teacher was trained for.
+        batch_size: pictures generated at a time; None: 16, or fewer if they are large or memory is
             short.
-        square: of a picture that is none, generated or real, the largest centred square counts.
+        square: crop generated and real pictures to their largest centred square.
+        workers: of the DataLoader that reads pictures.
     """
 
     networks: Mapping[str, Describer]
@@ -87,51 +93,58 @@ class Prompted:
 
     def __post_init__(self) -> None:
         check_measures(self.measures, self.scores)
-        self.data, self.named, self.real = Path(self.path).name, {}, []
+        self.data = Path(self.path).name
+        self.captions_by_name: dict[str, str] = {}
+        self.reference_paths: list[Path] = []
         if Path(self.path).is_dir():
             self.data = "COCO2017 val, first caption of each picture"
-            self.captions, self.real = coco(self.path, self.prompts)
-            self.named = {
-                path.stem: caption for path, caption in zip(self.real, self.captions, strict=True)
+            self.captions, self.reference_paths = coco(self.path, self.prompts)
+            self.captions_by_name = {
+                path.stem: caption
+                for path, caption in zip(self.reference_paths, self.captions, strict=True)
             }
         else:
             self.captions = Lines(self.path, "metrics.path").lines[: self.prompts]
         if self.reference:
-            self.real = in_folder(Path(self.reference))
-        if not self.real and (needing := self._needing("reference")):
-            what = (
-                "holds no pictures"
-                if self.reference
-                else f"{needing[0]} needs a folder of real pictures"
-            )
+            self.reference_paths = pictures_in(Path(self.reference))
+        needing = self._measures_needing("reference")
+        if needing and not self.reference_paths:
+            what = f"{needing[0]} needs a folder of real pictures"
+            if self.reference:
+                what = "holds no pictures"
             raise ValueError(f"metrics.reference={self.reference}: {what}")
-        self.asked = list(self.captions)  # the caption of every picture of a row
-        if self._needing("varied"):
+        self.image_captions = list(self.captions)  # the caption of every picture of a row
+        if self._measures_needing("varied"):
             check_variety(self.variety)
-            self.asked += [
+            self.image_captions += [
                 caption
                 for caption in self.captions[: self.variety[0]]
                 for _ in range(self.variety[1])
             ]
-        self.named |= {f"{i:06d}": caption for i, caption in enumerate(self.asked)}
+        self.captions_by_name |= {
+            f"{i:06d}": caption for i, caption in enumerate(self.image_captions)
+        }
 
     def check(self, kind: str, path: str = "") -> None:
-        """Raise ValueError if all distances look as the discriminator does, by its features' class
-        and path.
+        """Raise ValueError if all distances use the discriminator's feature network.
+
+        `kind` and `path` are the class and the path of the discriminator's features.
         """
-        distances, eyes = self._needing("reference"), Clip if "clip" in path.lower() else Dinov2
-        if "ImageFeatures" in kind and {type(self._network(name)) for name in distances} == {eyes}:
-            name, other = ("DINO", "cmmd") if eyes is Dinov2 else ("CLIP", "fd_dinov2")
+        distances = self._measures_needing("reference")
+        network = Clip if "clip" in path.lower() else Dinov2
+        used = {type(self._network(name)) for name in distances}
+        if "ImageFeatures" in kind and used == {network}:
+            name, other = ("DINO", "cmmd") if network is Dinov2 else ("CLIP", "fd_dinov2")
             what = (
-                f"{', '.join(distances)} look with {name}, as this run's discriminator does, which"
-                " flatters it"
+                f"{', '.join(distances)} use features of {name}, as this run's discriminator does,"
+                " which favours the run"
             )
             raise ValueError(
                 f"metrics.measures: {what}; add a distance on other features, fid or {other}"
             )
 
-    def _needing(self, what: str) -> list[str]:
-        return [name for name in self.measures if self.scores[name].needs == what]
+    def _measures_needing(self, kind: str) -> list[str]:
+        return [name for name in self.measures if self.scores[name].needs == kind]
 
     def _network(self, measure: str) -> Any:
         return self.networks[self.scores[measure].network]
@@ -143,151 +156,155 @@ class Prompted:
         folder: Path,
         sampler: FewSteps | None = None,
     ) -> list[dict[str, Any]]:
-        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns
-        the rows.
+        """Evaluate; write `evaluation.json` and `samples/comparison.png` into `folder`.
+
+        Returns the rows.
         """
         self.load()
-        rows, strips, device, sampler = [], [], teacher.device, sampler or Consistency()
-        for who, steps, paths, _ in self.draw(student, teacher, folder, sampler):
-            place = paths[0].parent
+        sampler = sampler or Consistency()
+        rows, strips = [], []
+        for who, steps, paths, _ in self.generate(student, teacher, folder, sampler):
+            images = paths[0].parent
             with stage(f"scoring the {who} in {steps} step{'s' * (steps > 1)}"):
-                scores = self._scored(paths, place, self.captions, device)
-            rows.append({"who": who, "steps": steps, **scores, **_seconds(place)})
+                scores = self._scores(paths, images, self.captions, teacher.device)
+            rows.append({"who": who, "steps": steps, **scores, **_seconds(images)})
             strips.append(_strip(paths[: len(self.captions)]))
-        euler = "Euler" if teacher.prediction == "flow" else "DDIM"
-        how = {"seeds": f"{self.seed} + number", "precision": drawing_precision(self, teacher)}
+        protocol = self._protocol(paths[0], self.captions, self.data)
+        protocol["seeds"] = f"{self.seed} + number"
+        protocol["precision"] = generation_precision(self, teacher)
         if self.teacher_steps:
-            how |= {
-                "teacher sampler": f"{euler}, trailing steps",
-                "teacher guidance": self.guidance,
-            }
+            solver = "Euler" if teacher.prediction == "flow" else "DDIM"
+            protocol["teacher sampler"] = f"{solver}, trailing steps"
+            protocol["teacher guidance"] = self.guidance
         if self.student_steps:
-            how |= {"student sampler": str(sampler), "student guidance": "none"}
-        about = self._protocol(paths[0], self.captions, self.data) | how
-        write_verdict(folder, about, rows, strips, judged(folder, student or teacher))
+            protocol |= {"student sampler": str(sampler), "student guidance": "none"}
+        write_result(folder, protocol, rows, strips, model_fingerprint(folder, student or teacher))
         return rows
 
-    def judge_folder(self, folder: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
-        """Judge pictures that are there already, and write `evaluation.json` and a strip of them
-        into `out`.
-        """
+    def evaluate_folder(
+        self, folder: Path, out: Path, device: torch.device
+    ) -> list[dict[str, Any]]:
+        """Evaluate existing pictures; write `evaluation.json` and a strip of them into `out`."""
         self.load()
-        paths = in_folder(folder)
-        captions = self._told(paths) if self._needing("captions") else []
+        paths = pictures_in(folder)
+        captions = self._captions_of(paths) if self._measures_needing("captions") else []
         with stage("scoring the pictures"):
-            scores = self._scored(paths, out / "evaluation", captions, device)
+            scores = self._scores(paths, out / "evaluation", captions, device)
         rows = [{"who": "pictures", "steps": 0, **scores}]
-        how = {"judged": f"{len(paths)} pictures in {folder}"}
-        about = self._protocol(paths[0], captions, "captions of the pictures")
-        named = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
-        these = hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        write_verdict(out, about | how, rows, [_strip(paths)], these)
+        protocol = self._protocol(paths[0], captions, "captions of the pictures")
+        protocol["judged"] = f"{len(paths)} pictures in {folder}"  # a key of saved protocols
+        listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+        fingerprint = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        write_result(out, protocol, rows, [_strip(paths)], fingerprint)
         return rows
 
-    def _told(self, paths: list[Path]) -> list[str]:
-        """The captions of files, from .txt beside them, or by their names: numbers of captions, or
-        COCO's own.
+    def _captions_of(self, paths: list[Path]) -> list[str]:
+        """The captions of picture files: from .txt files beside them, else by the file names.
+
+        A name is the number of a caption, or that of a COCO picture. Raises ValueError for others.
         """
         if all(path.with_suffix(".txt").is_file() for path in paths):
             files = [path.with_suffix(".txt") for path in paths]
             texts = [text_of(file, MOST_CAPTION, "utf-8-sig") for file in files]
             return [text.strip() for text in texts]
-        if all(path.stem in self.named for path in paths):
-            return [self.named[path.stem] for path in paths]
+        if all(path.stem in self.captions_by_name for path in paths):
+            return [self.captions_by_name[path.stem] for path in paths]
         what = (
-            "a .txt beside every picture, or as names the numbers of their captions, 000000.png and"
-            " so on"
+            "a .txt beside every picture, or pictures named by the numbers of their captions:"
+            " 000000.png and so on"
         )
-        raise ValueError(f"run={paths[0].parent}: {self._needing('captions')[0]} needs {what}")
+        raise ValueError(
+            f"run={paths[0].parent}: {self._measures_needing('captions')[0]} needs {what}"
+        )
 
     def load(self) -> None:
-        """Read what is needed of the networks: before hours of drawing, should one be out of
-        reach.
+        """Read the networks of all measures now: one that is missing is found before hours of
+        generating.
         """
         for network in {
             self.scores[name].network: self._network(name) for name in self.measures
         }.values():
             network.load()
 
-    def draw(
+    def generate(
         self, student: Denoiser | None, teacher: PipelineTeacher, folder: Path,
         sampler: FewSteps | None = None,
-        *, rank: int = 0, world: int = 1,
+        *, rank: int = 0, world_size: int = 1,
     ) -> list[Row]:  # fmt: skip
-        """Make every picture that is not there, or every world-th batch of them; returns all
-        rows.
+        """Generate the pictures that are missing, or every world_size-th batch of them; returns
+        all rows.
         """
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
-        many = self.batch_size or _many(teacher, student, shape)
-        for who, n, make in lineup(self, student, teacher, sampler, shape):
+        batch_size = self.batch_size or _default_batch_size(teacher, student, shape)
+        for who, n, sample in evaluated_samplers(self, student, teacher, sampler, shape):
             model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
-            marks = json.dumps(
+            provenance = json.dumps(
                 [
-                    self.asked,
+                    self.image_captions,
                     self.seed,
                     shape,
                     how,
                     teacher.provenance(model, scheduled=who == "teacher"),
-                    many,
-                    drawing_precision(self, teacher),
+                    batch_size,
+                    generation_precision(self, teacher),
                 ]
             )
-            place = (
-                folder
-                / "evaluation"
-                / f"{who}-{n}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
-            )
-            rows.append((who, n, [place / f"{i:06d}.png" for i in range(len(self.asked))], make))
-            self._fill(rows[-1], teacher, many, rank, world)
+            digest = hashlib.sha256(provenance.encode()).hexdigest()[:8]
+            images = folder / "evaluation" / f"{who}-{n}-{digest}"
+            paths = [images / f"{i:06d}.png" for i in range(len(self.image_captions))]
+            rows.append((who, n, paths, sample))
+            self._generate_missing(rows[-1], teacher, batch_size, rank, world_size)
         return rows
 
     @torch.no_grad()
-    def _fill(self, row: Row, teacher: PipelineTeacher, many: int, rank: int, world: int) -> None:
-        who, steps, paths, make = row
+    def _generate_missing(
+        self, row: Row, teacher: PipelineTeacher, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        who, steps, paths, sample = row
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        batches = [range(len(paths))[i : i + many] for i in range(0, len(paths), many)]
-        missing = [
-            batch for batch in batches[rank::world] if not all(paths[i].exists() for i in batch)
-        ]
+        starts = range(0, len(paths), batch_size)
+        batches = [range(len(paths))[i : i + batch_size] for i in starts]
+        own_batches = batches[rank::world_size]
+        missing = [batch for batch in own_batches if not all(paths[i].exists() for i in batch)]
         if not missing:
             return
-        share = f", process 1 of {world}" if world > 1 else ""
-        what = f"drawing by the {who} in {steps} step{'s' * (steps > 1)}{share}"
+        share = f", process 1 of {world_size}" if world_size > 1 else ""
+        what = f"generating by the {who} in {steps} step{'s' * (steps > 1)}{share}"
         with Bar(what, sum(map(len, missing)), unit="image", rate="images") as bar:
             for batch in missing:
-                began = time.monotonic()
-                x0 = make(
-                    teacher.embed([self.asked[i] for i in batch]),
+                start = time.monotonic()
+                x0 = sample(
+                    teacher.embed([self.image_captions[i] for i in batch]),
                     seeded([self.seed + i for i in batch]),
                 )
                 pixels = to_bytes(teacher.pictures(x0))
                 with (paths[0].parent / f"seconds-{rank}.txt").open("a", encoding="utf-8") as file:
-                    file.write(f"{time.monotonic() - began} {len(batch)}\n")
+                    file.write(f"{time.monotonic() - start} {len(batch)}\n")
                 for i, picture in zip(batch, pixels, strict=True):
                     to_pil_image(picture).save(content := BytesIO(), format="PNG")
-                    put(paths[i], content.getvalue())
+                    write_atomic(paths[i], content.getvalue())
                 bar.advance(len(batch))
 
-    def _scored(
+    def _scores(
         self, paths: list[Path], cache: Path, captions: list[str], device: torch.device
     ) -> dict[str, float]:
-        """The scores of the first pictures, one a caption if there are any; those behind them are
-        for variety.
+        """All measures. The first pictures are one for each caption; those after them are for
+        scores that need several of a caption.
         """
         found: dict[str, float] = {}
-        how = {
+        options = {
             "device": device,
             "square": self.square,
-            "batch_size": self.batch_size or MANY,
+            "batch_size": self.batch_size or DEFAULT_BATCH_SIZE,
             "workers": self.workers,
         }
         for name in self.measures:
             score, network = self.scores[name], self._network(name)
-            pictures, varied = features(paths, network, cache, **how).tensor_split(
+            pictures, varied = features(paths, network, cache, **options).tensor_split(
                 [len(captions) or len(paths)]
             )
             if score.needs == "reference":
-                beside = features(self.real, network, cache_folder(), **how)
+                beside = features(self.reference_paths, network, cache_folder(), **options)
             elif score.needs == "captions":
                 beside = network.texts(captions, device)
             elif len(varied):
@@ -299,47 +316,51 @@ class Prompted:
         return found
 
     def _protocol(self, first: Path, captions: list[str], data: str) -> dict[str, Any]:
-        digest, (width, height) = (
-            hashlib.sha256("\n".join(captions).encode()).hexdigest(),
-            opened(first).size,
-        )
-        about: dict[str, Any] = (
-            {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)} if captions else {}
-        )
-        about["reference"] = f"{len(self.real)} pictures" if self._needing("reference") else "none"
-        about["pictures"] = f"{width} x {height}, 8 bit" + (
-            ", centred square" if self.square else ""
-        )
-        how = {name: (str(self._network(name)), str(self.scores[name])) for name in self.measures}
-        return about | {name: "; ".join(filter(None, said)) for name, said in how.items()}
+        """The settings that decide whether scores are comparable; `first` is a picture."""
+        width, height = open_rgb(first).size
+        protocol: dict[str, Any] = {}
+        if captions:
+            digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
+            protocol |= {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)}
+        protocol["reference"] = "none"
+        if self._measures_needing("reference"):
+            protocol["reference"] = f"{len(self.reference_paths)} pictures"
+        crop = ", centred square" if self.square else ""
+        protocol["pictures"] = f"{width} x {height}, 8 bit{crop}"
+        for name in self.measures:
+            settings = (str(self._network(name)), str(self.scores[name]))
+            protocol[name] = "; ".join(filter(None, settings))
+        return protocol
 
 
-def _many(teacher: PipelineTeacher, student: Any, shape: Sequence[int]) -> int:
-    """Pictures drawn at a time where nobody says: the same whenever a command is given again on a
-    machine.
+def _default_batch_size(teacher: PipelineTeacher, student: Any, shape: Sequence[int]) -> int:
+    """Pictures at a time if `batch_size` is None: on one machine every run of a command gets the
+    same.
     """
     models = [teacher, *([student] if isinstance(student, nn.Module) else [])]
-    return drawn_at_once(*teacher.sides_of(shape), most=MANY, room=room_beside(*models))
+    return drawn_at_once(
+        *teacher.sides_of(shape), most=DEFAULT_BATCH_SIZE, room=memory_left(*models)
+    )
 
 
 def _strip(paths: list[Path]) -> Tensor:
     return torch.stack(
-        [to_tensor(ImageOps.fit(opened(path), (TILE, TILE))) for path in paths[:SHOWN]]
+        [to_tensor(ImageOps.fit(open_rgb(path), (TILE, TILE))) for path in paths[:SHOWN]]
     )
 
 
 def _seconds(folder: Path) -> dict[str, float]:
-    """Of the batches of a row, whoever made them and when."""
+    """Seconds per image of a row, from the batches of all processes and earlier attempts."""
     lines = [
         TIMED.fullmatch(line)
         for file in sorted(folder.iterdir())
         if re.fullmatch(r"seconds-\d+\.txt", file.name)
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
     ]
-    whole = [line for line in lines if line]  # a kill may have cut one short
+    complete = [line for line in lines if line]  # a kill may have cut one short
     try:
-        total = sum(int(line[2]) for line in whole)
-        seconds = sum(float(line[1]) for line in whole)
-    except ValueError:  # not ours
+        total = sum(int(line[2]) for line in complete)
+        seconds = sum(float(line[1]) for line in complete)
+    except ValueError:  # another program wrote the file
         return {}
     return {"seconds_per_image": seconds / total} if total else {}

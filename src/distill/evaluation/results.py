@@ -1,11 +1,12 @@
-"""`evaluation.json`: what one model is worth, by one protocol or by several, none of which replaces
-another.
+"""`evaluation.json`: the results of one model, one for each protocol.
 
-    {protocol, rows, picture}            a run's own verdict; of what is no run the newest one
-    beside: [{protocol, rows, picture}]  those by other protocols
-    model, own, newest                   what was judged; by its own run or not; the last key
+    {protocol, rows, picture}            the main result: from the run itself, else the newest
+    beside: [{protocol, rows, picture}]  results by other protocols
+    model    fingerprint of the evaluated model
+    own      whether the main result is from the run itself
+    newest   index of the newest result
 
-`picture` is the file in samples/ that has a strip for every row. Nothing here imports torch.
+`picture` is a file in samples/ with a strip of pictures for every row. Nothing here imports torch.
 """
 
 import hashlib
@@ -20,60 +21,57 @@ from distill.storage.bounded import mapping_of
 
 FILE, PICTURE = "evaluation.json", "comparison.png"
 NAME = re.compile(r"comparison(_[0-9a-f]{8})?\.png")
-OF_ROWS = ("teacher", "student")  # how keys of a protocol begin that it has with rows of these
-Verdict = dict[str, Any]
+ROW_PREFIXES = ("teacher", "student")  # of protocol keys that describe only some rows
+Result = dict[str, Any]
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What lies in the folder; nothing where there is no such file, or one that was torn."""
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The content of the folder's evaluation.json; {} if it is missing or damaged."""
     with suppress(OSError, ValueError):
         return mapping_of(folder / FILE)
     return {}
 
 
-def verdicts(evaluation: Mapping[str, Any]) -> list[Verdict]:
-    """Each {protocol, rows, picture} of a file, the main one first."""
+def results_in(evaluation: Mapping[str, Any]) -> list[Result]:
+    """Each result {protocol, rows, picture} of a file, the main one first."""
     beside = evaluation.get("beside")
     found = [evaluation, *(beside if isinstance(beside, list) else [])]
-    return [
-        _one(verdict) for verdict in found if isinstance(verdict, Mapping) and "rows" in verdict
-    ]
+    return [_result(entry) for entry in found if isinstance(entry, Mapping) and "rows" in entry]
 
 
-def _one(verdict: Mapping[str, Any]) -> Verdict:
-    name = str(verdict.get("picture", PICTURE))
-    # Of a stranger's file: a path would show any picture of this machine.
+def _result(entry: Mapping[str, Any]) -> Result:
+    name = str(entry.get("picture", PICTURE))
+    # The file may be untrusted: a path in it could show any picture of this machine.
     picture = name if NAME.fullmatch(name) else PICTURE
-    return {"protocol": verdict.get("protocol", {}), "rows": verdict["rows"], "picture": picture}
+    return {"protocol": entry.get("protocol", {}), "rows": entry["rows"], "picture": picture}
 
 
 def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether scores by two protocols can stand in one table: neither says otherwise what both say.
+    """Whether scores by two protocols are comparable: they agree in every key that both have.
 
-    One may lack measures, or what it would say of a teacher or student that it did not judge.
+    One may lack measures, or the keys of a teacher or student that it did not evaluate.
     """
     both = one.keys() & other.keys()
     return bool(both or not one or not other) and all(one[key] == other[key] for key in both)
 
 
-def key_of(protocol: Mapping[str, Any]) -> str:
-    """Eight hex digits of what pictures and references were, whoever was judged."""
-    kept = {k: v for k, v in protocol.items() if not k.startswith(OF_ROWS)}
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
+    """Eight hex digits of the protocol, without the keys that describe a teacher or student."""
+    kept = {k: v for k, v in protocol.items() if not k.startswith(ROW_PREFIXES)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def added(
-    before: Mapping[str, Any], new: Verdict, model: str | None
-) -> tuple[dict[str, Any], Verdict]:
-    """The file with a new verdict {protocol, rows} in it, and that verdict as it stands there, with
-    its picture.
+def add_result(
+    before: Mapping[str, Any], new: Result, model: str | None
+) -> tuple[dict[str, Any], Result]:
+    """Add a new result {protocol, rows}; returns the content of the file, and the stored result.
 
-    Verdicts on another model go. One by the same protocol takes the new rows. Of another it stands
-    beside a run's own, and before those that nobody called so.
+    Results of another model are removed. Rows are merged into a result of the same protocol.
+    Otherwise the new result comes last if the main result is from the run itself, else first.
     """
     known = before.get("model")
     stale = known is not None and model is not None and known != model
-    found = [] if stale else verdicts(before)
+    found = [] if stale else results_in(before)
     own = bool(before.get("own")) and not stale
     place = next(
         (i for i, v in enumerate(found) if comparable(v["protocol"], new["protocol"])), None
@@ -82,16 +80,14 @@ def added(
         entry = _merged(found.pop(place), new)
         found.insert(place if own else 0, entry)
     else:
-        key = key_of(new["protocol"])
+        key = protocol_hash(new["protocol"])
         entry = {**new, "picture": PICTURE if not found else f"comparison_{key}.png"}
         found.insert(len(found) if own else 0, entry)
-    return _file(found, model, own, newest=found.index(entry)), entry
+    return _content(found, model, own, newest=found.index(entry)), entry
 
 
-def _merged(old: Verdict, new: Verdict) -> Verdict:
-    """The rows of both in the order of the old ones, a new one for an old one of the same sampler
-    and steps.
-    """
+def _merged(old: Result, new: Result) -> Result:
+    """The rows of both results; a new row replaces an old one of the same sampler and steps."""
     rows = {(row["who"], row["steps"]): row for row in old["rows"]}
     for row in new["rows"]:
         name = (row["who"], row["steps"])
@@ -101,13 +97,13 @@ def _merged(old: Verdict, new: Verdict) -> Verdict:
     return {"protocol": protocol, "rows": ordered, "picture": old["picture"]}
 
 
-def owned(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The file with the newest verdict for the run's own: it comes first, and stays there."""
-    found, newest = verdicts(evaluation), evaluation.get("newest", 0)
+def promote_newest(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the newest result the main one, as the result of the run itself; it stays first."""
+    found, newest = results_in(evaluation), evaluation.get("newest", 0)
     found.insert(0, found.pop(newest if newest in range(len(found)) else 0))
-    return _file(found, evaluation.get("model"), own=True, newest=0)
+    return _content(found, evaluation.get("model"), own=True, newest=0)
 
 
-def _file(found: Sequence[Verdict], model: str | None, own: bool, newest: int) -> dict[str, Any]:
+def _content(found: Sequence[Result], model: str | None, own: bool, newest: int) -> dict[str, Any]:
     main, *beside = found
     return {**main, "model": model, "own": own, "newest": newest, "beside": list(beside)}

@@ -1,4 +1,4 @@
-"""Scores of pictures [N, D], given as features, and of what they are held beside."""
+"""Scores computed from features of pictures [N, D] and a reference."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from distill.core import distances
 
 @dataclass(frozen=True, kw_only=True)
 class Score(ABC):
-    """`network` is a key of metrics.networks; `needs` says what a score is given `beside` the
-    pictures.
+    """A score. `network` is a key of metrics.networks; `needs` names the second argument.
 
-    reference: features of real pictures [M, D]; captions: theirs [N, D]; varied: of pictures of one
-    caption [G, n, D].
+    reference: features of real pictures [M, D]. captions: features of the captions [N, D]. varied:
+    features of n pictures for each of G captions [G, n, D].
     """
 
     network: str
@@ -27,18 +26,14 @@ class Score(ABC):
 
     @abstractmethod
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float | dict[str, float]:
-        """A number, or several by name; `scale` is what the network itself multiplies similarities
-        with.
-        """
+        """A number, or several by name. `scale` is the learned scale of the network's logits."""
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key != "network")
 
 
 class Frechet(Score):
-    """Squared Frechet distance; unlike torchmetrics', which its test compares, also of fewer
-    pictures than features.
-    """
+    """Squared Frechet distance. Unlike torchmetrics' it also takes fewer pictures than features."""
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
         return distances.frechet(pictures, beside)
@@ -46,9 +41,8 @@ class Frechet(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class Kid(Score):
-    """Unbiased squared MMD under (x y / D + 1)^3, mean and deviation over subsets (Binkowski et al.
-
-    2018).
+    """Unbiased squared MMD under (x y / D + 1)^3: mean and standard deviation over subsets
+    (Binkowski et al. 2018).
     """
 
     subsets: int = 100
@@ -60,14 +54,14 @@ class Kid(Score):
 
         size = min(self.size, len(pictures), len(beside))
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # that it keeps features
+            warnings.simplefilter("ignore")  # it warns that it stores all features
             torch.default_generator.manual_seed(self.seed)
-            how = {
-                "subsets": self.subsets,
-                "subset_size": size,
-                "sync_on_compute": False,
-            }  # one process has it all
-            metric = KernelInceptionDistance(nn.Identity(), **how)
+            metric = KernelInceptionDistance(
+                nn.Identity(),
+                subsets=self.subsets,
+                subset_size=size,
+                sync_on_compute=False,  # one process has all features
+            )
             metric.update(beside.double(), real=True)
             metric.update(pictures.double(), real=False)
             return dict(zip(("kid", "kid_std"), map(float, metric.compute()), strict=True))
@@ -86,33 +80,33 @@ class Mmd(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifolds(Score):
-    """Precision, recall, density and coverage with k neighbours."""
+    """Precision, recall, density and coverage with k nearest neighbours."""
 
     k: int = 5
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> dict[str, float]:
-        shares = [
-            f(beside, pictures, self.k)
-            for f in (distances.precision_recall, distances.density_coverage)
-        ]
-        return dict(
-            zip(("precision", "recall", "density", "coverage"), sum(shares, ()), strict=True)
-        )
+        precision, recall = distances.precision_recall(beside, pictures, self.k)
+        density, coverage = distances.density_coverage(beside, pictures, self.k)
+        return {
+            "precision": precision,
+            "recall": recall,
+            "density": density,
+            "coverage": coverage,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Score):
-    """Mean cosine between picture and caption; with `scaled` times what the network has learnt, as
-    PickScore has it.
+    """Mean cosine of picture and caption; with `scaled`, times the network's learned scale, as in
+    PickScore.
     """
 
     scaled: bool = False
     needs = "captions"
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
-        return (pictures.double() * beside.double()).sum(1).mean().item() * (
-            scale if self.scaled else 1.0
-        )
+        cosine = (pictures.double() * beside.double()).sum(1).mean().item()
+        return cosine * (scale if self.scaled else 1.0)
 
 
 class Variety(Score):

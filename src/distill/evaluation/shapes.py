@@ -1,5 +1,5 @@
-"""A run judged on `shapes`: student and teacher at several step counts, on the same prompts and
-seeds.
+"""Evaluate a run on `shapes`: student and teacher at several step counts, with the same prompts
+and seeds.
 """
 
 import json
@@ -18,22 +18,22 @@ from torchvision.utils import save_image
 
 from distill.core.tensors import fingerprint
 from distill.core.types import Denoiser
-from distill.evaluation import results as verdicts
+from distill.evaluation import results
 from distill.machine.hardware import precision
 from distill.sampling import Consistency, FewSteps, in_precision, seeded
 from distill.sampling.guided import guided
-from distill.storage.aside import put
-from distill.storage.content import mark
+from distill.storage.atomic import write_atomic
+from distill.storage.fingerprints import path_fingerprint
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
 from distill.worlds.shapes.judge import Judge, judging_prompts
 from distill.worlds.shapes.world import SIDE, Prompt
 
-BATCH = 32  # pictures at a time; more fall out of a CPU's caches and take twice as long
+BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison
 PADDING = 2  # pixels between the pictures of torchvision's grids
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
-ALWAYS = {
+FIXED_PROTOCOL = {
     "student guidance": "none",
     "feature network": "reader of shapes, 96 features",
     "reference": "fresh renders of the same prompts",
@@ -44,7 +44,7 @@ ALWAYS = {
 class Shapes:
     """The protocol. `guidance` is the teacher's; the student has none.
 
-    `precision` is that of the denoisers' passes.
+    `precision` is that of the denoiser.
     """
 
     prompts: int = 400
@@ -55,12 +55,11 @@ class Shapes:
     precision: str = "auto"
 
     def fits(self, teacher: PipelineTeacher) -> None:
-        """Raise ValueError, before anything is drawn, for a teacher whose pictures the reader
-        cannot read.
-        """
-        if (side := teacher.latent_shape[-1] * teacher.unit // teacher.patch) != SIDE:
+        """Raise ValueError for a teacher whose pictures the reader of shapes cannot read."""
+        side = teacher.latent_shape[-1] * teacher.unit // teacher.patch
+        if side != SIDE:
             what = (
-                f"the judge of shapes reads pictures of {SIDE} pixels a side, and this teacher's"
+                f"the reader of shapes needs pictures of {SIDE} pixels a side, and this teacher's"
                 f" have {side}"
             )
             raise ValueError(
@@ -74,132 +73,142 @@ class Shapes:
         folder: Path,
         sampler: FewSteps | None = None,
     ) -> list[dict[str, Any]]:
-        """Judge, and write `evaluation.json` and `samples/comparison.png` into `folder`; returns
-        the rows.
+        """Evaluate; write `evaluation.json` and `samples/comparison.png` into `folder`.
+
+        Returns the rows.
         """
         self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
-        for who, n, make in lineup(self, student, teacher, sampler, teacher.latent_shape):
+        shape = teacher.latent_shape
+        for who, n, sample in evaluated_samplers(self, student, teacher, sampler, shape):
             count = self.prompts + min(VARIETY[0], self.prompts) * VARIETY[1]
-            what = f"judging the {who} in {n} step{'s' * (n > 1)}"
+            what = f"evaluating the {who} in {n} step{'s' * (n > 1)}"
             with Bar(what, count, unit="image", rate="images") as bar:
-                scores, shown = self._judge(judge, teacher, make, bar)
+                scores, shown = self._evaluate(judge, teacher, sample, bar)
             rows.append({"who": who, "steps": n, **scores})
             strips.append((shown[:SHOWN] + 1) / 2)
         protocol = {
             "prompts": self.prompts,
             "seed": self.seed,
             "teacher guidance": self.guidance,
-            "precision": drawing_precision(self, teacher),
-            **ALWAYS,
+            "precision": generation_precision(self, teacher),
+            **FIXED_PROTOCOL,
         }
         protocol |= {"student sampler": str(sampler or Consistency())}
-        write_verdict(folder, protocol, rows, strips, judged(folder, student))
+        write_result(folder, protocol, rows, strips, model_fingerprint(folder, student))
         return rows
 
-    def _judge(
-        self, judge: Judge, teacher: PipelineTeacher, make: Callable[..., Tensor], bar: Bar
+    def _evaluate(
+        self, judge: Judge, teacher: PipelineTeacher, sample: Callable[..., Tensor], bar: Bar
     ) -> tuple[dict, Tensor]:
+        """The scores of one sampler, and its pictures [N, 3, S, S] in [-1, 1]."""
         prompts = judging_prompts(self.prompts, seed=self.seed)
-        began = time.monotonic()
-        shown = pictures(teacher, make, prompts, range(len(prompts)), bar)
-        seconds = (time.monotonic() - began) / len(prompts)
+        start = time.monotonic()
+        images = generate_pictures(teacher, sample, prompts, range(len(prompts)), bar)
+        seconds = (time.monotonic() - start) / len(prompts)
         groups, each = VARIETY
-        several = [prompt for prompt in prompts[:groups] for _ in range(each)]
-        seeds = range(10_000, 10_000 + len(several))
-        varied = pictures(teacher, make, several, seeds, bar).unflatten(0, (-1, each))
-        scores = judge(shown, prompts, reference_seed=self.seed)
+        repeated = [prompt for prompt in prompts[:groups] for _ in range(each)]
+        seeds = range(10_000, 10_000 + len(repeated))
+        varied = generate_pictures(teacher, sample, repeated, seeds, bar).unflatten(0, (-1, each))
+        scores = judge(images, prompts, reference_seed=self.seed)
         scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
-        return {**scores, "seconds_per_image": seconds}, shown
+        return {**scores, "seconds_per_image": seconds}, images
 
 
-def lineup(
+def evaluated_samplers(
     protocol: Any,
     student: Denoiser,
     teacher: PipelineTeacher,
     sampler: FewSteps | None,
     shape: Sequence[int],
 ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
-    """Who is judged, at how many steps, and what makes latents [B, *shape] of its conditioning and
-    generators.
+    """Each (`teacher` or `student`, number of steps, function that samples latents [B, *shape]).
+
+    The function takes a conditioning and generators.
     """
-    how = {"shape": shape, "precision": drawing_precision(protocol, teacher)}
+    options = {"shape": shape, "precision": generation_precision(protocol, teacher)}
     for n in protocol.teacher_steps:
-        make = partial(guided, teacher, guidance=protocol.guidance, steps=n)
-        yield "teacher", n, partial(in_precision, make, **how)
+        sample = partial(guided, teacher, guidance=protocol.guidance, steps=n)
+        yield "teacher", n, partial(in_precision, sample, **options)
     for n in protocol.student_steps:
-        make = partial(sampler or Consistency(), student, steps=n)
-        yield "student", n, partial(in_precision, make, **how)
+        sample = partial(sampler or Consistency(), student, steps=n)
+        yield "student", n, partial(in_precision, sample, **options)
 
 
-def drawing_precision(protocol: Any, teacher: PipelineTeacher) -> str:
-    """The precision of the denoisers' passes: the protocol's, or the best where the teacher is."""
+def generation_precision(protocol: Any, teacher: PipelineTeacher) -> str:
+    """The precision of the denoisers: the protocol's, or the best on the teacher's device."""
     accelerator = "cpu" if teacher.device.type == "cpu" else "auto"
     return precision(protocol.precision, accelerator, "metrics.precision").name
 
 
-def judged(folder: Path, model: Any) -> str | None:
-    """A mark of what is judged: the student that lies in the folder, whatever it was read in, else
-    the model's own.
+def model_fingerprint(folder: Path, model: Any) -> str | None:
+    """A fingerprint of the evaluated model: of the files in `folder`/student, else of `model`.
+
+    That of the files does not depend on the dtype in which they were read.
     """
-    found = mark(folder / "student")
+    found = path_fingerprint(folder / "student")
     network = getattr(model, "network", model)
     return found or (fingerprint(network) if isinstance(network, nn.Module) else None)
 
 
-def write_verdict(
+def write_result(
     folder: Path,
     protocol: dict[str, Any],
     rows: list[dict[str, Any]],
     strips: list[Tensor],
     model: str | None = None,
 ) -> None:
-    """Add to `evaluation.json`, with a picture in `samples/` of as many pictures [n, 3, S, S] in
-    [0, 1] of every row.
+    """Add a result to `evaluation.json`, and its strips to a picture in `samples/`.
 
-    `model` is a mark of what was judged: verdicts by other protocols stay beside, but for those on
-    another one.
+    `strips` has pictures [n, 3, S, S] in [0, 1] of every row. `model` is a fingerprint: results by
+    other protocols stay in the file, and those of another model are removed.
     """
-    before = verdicts.read(folder)
-    after, entry = verdicts.added(before, {"protocol": protocol, "rows": rows}, model)
+    before = results.read_evaluation(folder)
+    after, entry = results.add_result(before, {"protocol": protocol, "rows": rows}, model)
     (folder / "samples").mkdir(exist_ok=True)
     place = folder / "samples" / entry["picture"]
     save_image(torch.cat(strips), content := BytesIO(), format="PNG", nrow=len(strips[0]))
-    drawn = [(row["who"], row["steps"]) for row in rows]
-    wanted = [(row["who"], row["steps"]) for row in entry["rows"]]
-    if drawn != wanted:
-        old = next(v for v in verdicts.verdicts(before) if v["picture"] == entry["picture"])
-        had = [(row["who"], row["steps"]) for row in old["rows"]]
-        content = _together(place, had, content, drawn, wanted)
+    new_rows = [(row["who"], row["steps"]) for row in rows]
+    all_rows = [(row["who"], row["steps"]) for row in entry["rows"]]
+    if new_rows != all_rows:
+        old = next(v for v in results.results_in(before) if v["picture"] == entry["picture"])
+        old_rows = [(row["who"], row["steps"]) for row in old["rows"]]
+        content = _merge_strips(place, old_rows, content, new_rows, all_rows)
     if content:
-        put(place, content.getvalue())
-    else:  # strips of other rows would be taken for these
+        write_atomic(place, content.getvalue())
+    else:  # remove the old picture: its strips belong to other rows
         place.unlink(missing_ok=True)
-    put(folder / verdicts.FILE, json.dumps(after, indent=2).encode() + b"\n")
+    write_atomic(folder / results.FILE, json.dumps(after, indent=2).encode() + b"\n")
 
 
-def _together(
-    place: Path, had: list[Any], new: BytesIO, drawn: list[Any], wanted: list[Any]
+def _merge_strips(
+    place: Path,
+    old_rows: list[Any],
+    new: BytesIO,
+    new_rows: list[Any],
+    all_rows: list[Any],
 ) -> BytesIO | None:
-    """The strips of the `wanted` rows, from the new picture or the old one at `place`; None if they
-    do not fit.
+    """The strips of `all_rows`, from the new picture or else the old one at `place`.
+
+    None if the sizes differ, or strips are missing.
     """
     try:
         with Image.open(place) as old, Image.open(new) as fresh:
-            bands = {**_bands(old.convert("RGB"), had), **_bands(fresh.convert("RGB"), drawn)}
-    except (OSError, SyntaxError):  # Pillow's, of a torn file
+            strips = _row_strips(old.convert("RGB"), old_rows)
+            strips |= _row_strips(fresh.convert("RGB"), new_rows)
+    except (OSError, SyntaxError):  # Pillow raises them for a damaged file
         return None
-    if len({band.size for band in bands.values()}) != 1 or not bands.keys() >= set(wanted):
+    if len({strip.size for strip in strips.values()}) != 1 or not strips.keys() >= set(all_rows):
         return None
-    width, height = bands[wanted[0]].size
-    whole = Image.new("RGB", (width, height * len(wanted) + PADDING))
-    for i, name in enumerate(wanted):
-        whole.paste(bands[name], (0, i * height))
-    whole.save(content := BytesIO(), format="PNG")
+    width, height = strips[all_rows[0]].size
+    merged = Image.new("RGB", (width, height * len(all_rows) + PADDING))
+    for i, name in enumerate(all_rows):
+        merged.paste(strips[name], (0, i * height))
+    merged.save(content := BytesIO(), format="PNG")
     return content
 
 
-def _bands(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
+def _row_strips(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
     """The strip of every row of torchvision's grid, with the padding above it."""
     height = (grid.height - PADDING) // len(rows)
     boxes = [(0, i * height, grid.width, (i + 1) * height) for i in range(len(rows))]
@@ -207,17 +216,18 @@ def _bands(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
 
 
 @torch.no_grad()
-def pictures(
+def generate_pictures(
     teacher: PipelineTeacher,
-    maker: Callable[..., Tensor],
+    sample: Callable[..., Tensor],
     prompts: list[Prompt],
     seeds: Sequence[int],
     bar: Bar,
 ) -> Tensor:
-    """One picture per prompt and seed, counted by `bar`: [N, 3, S, S] in [-1, 1], on the CPU."""
+    """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU. `bar` counts them."""
     parts = []
     for i in range(0, len(prompts), BATCH):
         cond = teacher.embed([p.caption for p in prompts[i : i + BATCH]])
-        parts.append(teacher.decode(maker(cond, seeded(seeds[i : i + BATCH]))).clamp(-1, 1).cpu())
+        x0 = sample(cond, seeded(seeds[i : i + BATCH]))
+        parts.append(teacher.decode(x0).clamp(-1, 1).cpu())
         bar.advance(len(parts[-1]))
     return torch.cat(parts)

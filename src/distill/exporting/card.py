@@ -1,6 +1,4 @@
-"""The model card of a student: what it is, what it may be used for, how it is loaded, and what it
-was measured at.
-"""
+"""The model card of a student: origin, licence, how to load it, and its scores."""
 
 import re
 from pathlib import Path
@@ -11,7 +9,7 @@ import diffusers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from distill.storage.aside import put, put_text
+from distill.storage.atomic import write_atomic, write_text_atomic
 from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
 from distill.teachers.loading.locate import STUDENT_INFO, is_hub_id
 from distill.terminal.shown import in_markdown, shown
@@ -26,29 +24,26 @@ COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_sc
 
 
 def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
-    """Write `folder`/README.md, and the run's comparison beside it; `teacher` is the folder of
-    that, if it is here.
+    """Write `folder`/README.md, and the comparison of the run beside it; returns the file.
+
+    `teacher` is the folder of the teacher, if it is on this machine.
     """
-    facts, config, judged = (
-        _read(run / "run.json"),
-        _read(run / "config.yaml"),
-        _read(run / "evaluation.json"),
-    )
+    facts = _read(run / "run.json")
+    config = _read(run / "config.yaml")
+    evaluation = _read(run / "evaluation.json")
     index = _read(folder / "model_index.json")
-    taught = config.get("teacher") if isinstance(config.get("teacher"), dict) else {}
-    method, path = str(facts.get("method", "distill")), str(taught.get("path", ""))
+    teacher_node = config.get("teacher") if isinstance(config.get("teacher"), dict) else {}
+    method, path = str(facts.get("method", "distill")), str(teacher_node.get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
-    name = (
-        Path(path).name if local else path
-    )  # a path of someone's machine is nobody else's business
-    about: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    about |= {
+    name = Path(path).name if local else path  # a local path is private: only its last part
+    metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    metadata |= {
         "base_model": None if local else path,
         "tags": ["distill", "few-step", shown(method.lower())],
     }
     licence = _licence(teacher) or _licence(folder)
     text = [
-        f"---\n{ModelCardData(**about, **licence).to_yaml()}\n---\n",
+        f"---\n{ModelCardData(**metadata, **licence).to_yaml()}\n---\n",
         f"# {in_markdown(facts.get('name', folder.name))}\n",
     ]
     paper = (
@@ -61,34 +56,34 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, "
         f"by {in_markdown(method)}{paper}{trained}.\n"
     ]
-    said = licence.get("license_name") or licence.get("license")
-    binding = (
-        f"its licence, {in_markdown(said)}, binds"
-        if said
-        else "its folder names no licence: look it up, for it binds"
-    )
-    text += [f"Teacher: {name or 'unknown'}; {binding} the student.\n"]
-    # Folders from before this stood in the index: what a guidance-distilled teacher was told.
-    guidance = float(number_of(taught, "guidance", "config.yaml") or 0.0)
-    told = index.get(STUDENT_INFO) or {"call": {"guidance_scale": guidance}}
-    told = told if isinstance(told, dict) else {}
-    text += [_usage(folder, index, told), _measured(judged)]
-    named = str(judged.get("picture", "comparison.png"))
-    picture = run / "samples" / Path(named).name  # not elsewhere, whatever a stranger's says
-    if picture.is_file() and not picture.is_symlink():  # which may lead to what is not ours
-        put(folder / "comparison.png", picture.read_bytes())
-        who = in_markdown(", ".join(f"{row['who']} at {row['steps']}" for row in _rows(judged)))
+    licence_name = licence.get("license_name") or licence.get("license")
+    terms = "its folder names no licence: look it up, since it also applies to"
+    if licence_name:
+        terms = f"its licence, {in_markdown(licence_name)}, also applies to"
+    text += [f"Teacher: {name or 'unknown'}; {terms} the student.\n"]
+    # Older folders do not have the call options in their index, only the guidance in config.yaml.
+    guidance = float(number_of(teacher_node, "guidance", "config.yaml") or 0.0)
+    options = index.get(STUDENT_INFO) or {"call": {"guidance_scale": guidance}}
+    options = options if isinstance(options, dict) else {}
+    text += [_usage(folder, index, options), _measured(evaluation)]
+    file_name = str(evaluation.get("picture", "comparison.png"))
+    # Only the last part and no link: an untrusted file must not show other pictures.
+    picture = run / "samples" / Path(file_name).name
+    if picture.is_file() and not picture.is_symlink():
+        write_atomic(folder / "comparison.png", picture.read_bytes())
+        rows = _rows(evaluation)
+        who = in_markdown(", ".join(f"{row['who']} at {row['steps']}" for row in rows))
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
-    put_text(folder / "README.md", "\n".join(filter(None, text)))
+    write_text_atomic(folder / "README.md", "\n".join(filter(None, text)))
     return folder / "README.md"
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    if file.suffix == ".json":  # for YAML NaN and 1e-05 are text
+    if file.suffix == ".json":  # YAML would read NaN and 1e-05 as text
         return mapping_of(file)
     found = yaml.safe_load(yaml_of(file))
     if not isinstance(found, dict):
@@ -96,9 +91,9 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _rows(judged: dict[str, Any]) -> list[dict[str, Any]]:
-    """Its results; ValueError for what can be none."""
-    rows = judged.get("rows") or []
+def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an evaluation. Raises ValueError for a damaged one."""
+    rows = evaluation.get("rows") or []
     for row in rows if isinstance(rows, list) else [rows]:
         if not isinstance(row, dict) or type(row.get("steps")) is not int or "who" not in row:
             raise ValueError(f"evaluation.json holds {shown(row, 60)}, no result; evaluate anew")
@@ -106,16 +101,18 @@ def _rows(judged: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _licence(folder: Path | None) -> dict[str, Any]:
-    """What the card in a folder says of the licence, or the first line of a file of its own."""
+    """The licence from the model card of a folder, else the first line of its LICENSE file."""
     if folder is None:
         return {}
     if (folder / "README.md").is_file():
         text = text_of(folder / "README.md")
         if head := HEAD.match(text):
             check_yaml(head[1], f"{folder / 'README.md'}: its metadata")
-        said = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-        named = {key: said.get(key) for key in ("license", "license_name", "license_link")}
-        if found := {k: _word(x) for k, x in named.items() if x and isinstance(x, str | list)}:
+        metadata = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        keys = ("license", "license_name", "license_link")
+        values = {key: metadata[key] for key in keys if metadata.get(key)}
+        found = {k: _as_text(x) for k, x in values.items() if isinstance(x, str | list)}
+        if found:
             return found
     for file in sorted(folder.glob("LICENSE*")):
         title = text_of(file, errors="replace").strip().partition("\n")[0]
@@ -127,58 +124,58 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     return {}
 
 
-def _word(said: str | list[Any]) -> str | list[str]:
-    """A licence's name, or names, as text."""
-    return shown(said) if isinstance(said, str) else [shown(word) for word in said]
+def _as_text(value: str | list[Any]) -> str | list[str]:
+    """The name of a licence, or several, as plain text."""
+    return shown(value) if isinstance(value, str) else [shown(name) for name in value]
 
 
-def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
-    """How it is loaded, and the call in plain diffusers that gives the pictures of our sampler."""
-    library, scheduler = _words(index.get("scheduler"))
+def _usage(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str:
+    """How to load the student, and the diffusers call that gives the pictures of our sampler."""
+    library, scheduler = _class_names(index.get("scheduler"))
     parts = ("text_encoder_3", "tokenizer_3")
     absent = [name for name in parts if name in index and not (folder / name).is_dir()]
     without = "".join(f", {name}=None" for name in absent)
     kind = str(index.get("_class_name"))
     kind = kind if kind.isidentifier() else "DiffusionPipeline"
-    sampler = told.get("sampler") if isinstance(told.get("sampler"), dict) else {}
+    sampler = options.get("sampler") if isinstance(options.get("sampler"), dict) else {}
     levels = _numbers(sampler.get("levels"))
-    call = {"num_inference_steps": "steps", **(_plain(told.get("call")) or GUIDANCE)}
+    call = {"num_inference_steps": "steps", **(_python_arguments(options.get("call")) or GUIDANCE)}
     call |= _grid(scheduler, kind, levels) | {"generator": "generator"}
-    # Pipelines without this method hand their scheduler no generator for the noise of later steps.
-    handed = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
-    drawn = "Flow" in scheduler and sampler.get("name") != "Euler" and not handed
+    # Pipelines without this method give their scheduler no generator for the noise between steps.
+    passes_generator = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
+    patched = "Flow" in scheduler and sampler.get("name") != "Euler" and not passes_generator
     step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
-    given = "".join(f"    {name}={value},\n" for name, value in call.items())
-    says = _says(scheduler, library, kind, drawn, without)
+    arguments = "".join(f"    {name}={value},\n" for name, value in call.items())
+    notes = _notes(scheduler, library, kind, patched, without)
     if kind == "StableDiffusionPipeline" and "clip_skip" in call:
-        says.append(
-            "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over"
-            " `clip_skip`: take an earlier transformers, or `distill.sample`."
+        notes.append(
+            "With transformers 5.6 and later, the Stable Diffusion pipeline of diffusers fails at"
+            " `clip_skip`: use an earlier transformers, or `distill.sample`."
         )
     if "Ancestral" in scheduler and levels:
-        says.append(f"Its own levels, {list(levels)}, are none that this scheduler can be told.")
+        notes.append(f"This scheduler cannot use the student's own levels, {list(levels)}.")
     return f"""## Use
 
 ```python
-{"from functools import partial" + chr(10) * 2 if drawn else ""}import torch
+{"from functools import partial" + chr(10) * 2 if patched else ""}import torch
 from diffusers import AutoPipelineForText2Image
 
 pipe = AutoPipelineForText2Image.from_pretrained("<this folder>"{without})
 generator = torch.Generator().manual_seed(0)
-{step if drawn else ""}steps = {min(4, len(levels or [4] * 4))}
+{step if patched else ""}steps = {min(4, len(levels or [4] * 4))}
 picture = pipe(
     "a prompt",
-{given}).images[0]
+{arguments}).images[0]
 ```
 
-Scheduler: `{scheduler}`, in the folder. {" ".join(says)}
+Scheduler: `{scheduler}`, in the folder. {" ".join(notes)}
 """
 
 
-def _words(pair: Any) -> tuple[str, str]:
-    """Library and class of a scheduler, as an index has them; what is no name is none."""
-    given = pair if isinstance(pair, list) and len(pair) == 2 else ["diffusers", "scheduler"]
-    library, name = (str(word) for word in given)
+def _class_names(pair: Any) -> tuple[str, str]:
+    """Library and class of a scheduler from an index; defaults for what is not an identifier."""
+    names = pair if isinstance(pair, list) and len(pair) == 2 else ["diffusers", "scheduler"]
+    library, name = (str(part) for part in names)
     dotted = all(part.isidentifier() for part in library.split("."))
     return library if dotted else "diffusers", name if name.isidentifier() else "scheduler"
 
@@ -188,18 +185,16 @@ def _numbers(levels: Any) -> list[float] | None:
     return levels if listed and levels else None
 
 
-def _plain(call: Any) -> dict[str, str]:
-    """Arguments of a call in Python's words: of names and values that can run nothing where they
-    are pasted.
-    """
-    given = call if isinstance(call, dict) else {}
+def _python_arguments(call: Any) -> dict[str, str]:
+    """Arguments of a call as Python source, without values that could run code when pasted."""
+    arguments = call if isinstance(call, dict) else {}
     kinds = (bool, int, float, str, list, NoneType)
-    return {k: repr(x) for k, x in given.items() if k.isidentifier() and isinstance(x, kinds)}
+    return {k: repr(x) for k, x in arguments.items() if k.isidentifier() and isinstance(x, kinds)}
 
 
 def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, str]:
-    """The argument that has a pipeline step at our levels, where it would not by itself."""
-    if "Ancestral" in scheduler:  # it cannot be told where to step
+    """The argument that makes a pipeline use our levels; {} if it does so by default."""
+    if "Ancestral" in scheduler:  # it takes no levels
         return {}
     if "Flow" not in scheduler:
         indices = [max(round(1000 * level) - 1, 0) for level in levels or []]
@@ -212,32 +207,33 @@ def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, st
 
 
 def _has_our_grid(scheduler: str, kind: str) -> bool:
-    """Whether the pipeline, or the scheduler by itself, steps at 1, 1 - 1/n, ..., 1/n."""
+    """Whether the pipeline or the scheduler uses the levels 1, 1 - 1/n, ..., 1/n by default."""
     return kind == "FluxPipeline" or scheduler == "FlowScheduler"
 
 
-def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) -> list[str]:
-    """What a reader must know of the call, a sentence each."""
-    says = []
+def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str) -> list[str]:
+    """Sentences about the call that a user must know."""
+    notes = []
     if "Flow" in scheduler and not _has_our_grid(scheduler, kind):
-        says.append("Without `sigmas` the default grid of diffusers wastes its last step.")
-    if drawn:
-        says.append(
-            f"In 2 and more steps it draws noise between them, and `{kind}` hands its scheduler no "
-            "generator: without the line of `partial` each call, and each device, gives another "
-            "picture of the same `generator`. One step needs none of this, nor does a folder that "
-            "`distill.export scheduler=euler` writes, which draws no noise between steps."
+        notes.append("Without `sigmas` the default grid of diffusers wastes its last step.")
+    if patched:
+        notes.append(
+            f"With 2 and more steps it adds noise between them, and `{kind}` gives its scheduler"
+            " no generator: without the line with `partial` each call, and each device, gives"
+            " another picture for the same `generator`. One step does not need it. Neither does a"
+            " folder that `distill.export scheduler=euler` writes, which adds no noise between"
+            " steps."
         )
     if without:
-        says.append(f"It has no third text encoder, hence `{without[2:]}`.")
+        notes.append(f"It has no third text encoder, hence `{without[2:]}`.")
     if library != "diffusers":
-        says.append(f"Its scheduler is `{library}.{scheduler}`: distill must be installed.")
-    return says
+        notes.append(f"Its scheduler is `{library}.{scheduler}`: distill must be installed.")
+    return notes
 
 
-def _measured(judged: dict[str, Any]) -> str:
-    """The run's judging as a table."""
-    if not (rows := _rows(judged)):
+def _measured(evaluation: dict[str, Any]) -> str:
+    """The rows of the evaluation as a table."""
+    if not (rows := _rows(evaluation)):
         return ""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
     lines = [
@@ -249,6 +245,7 @@ def _measured(judged: dict[str, Any]) -> str:
         found = (number_of(row, name, "evaluation.json") for name in names)
         values = " | ".join("-" if value is None else f"{value:.3f}" for value in found)
         lines.append(f"| {in_markdown(row['who'])} | {row['steps']} | {values} |")
-    protocol = judged.get("protocol") if isinstance(judged.get("protocol"), dict) else {}
-    protocol = in_markdown(", ".join(f"{key} {value}" for key, value in protocol.items()))
-    return "\n".join([*lines, f"\nProtocol: {protocol}.\n"])
+    protocol = evaluation.get("protocol")
+    protocol = protocol if isinstance(protocol, dict) else {}
+    settings = in_markdown(", ".join(f"{key} {value}" for key, value in protocol.items()))
+    return "\n".join([*lines, f"\nProtocol: {settings}.\n"])

@@ -1,4 +1,4 @@
-"""Pushing a student's folder to the hub."""
+"""Push the folder of a student to the hub."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from distill.terminal.progress import stage
 
 
 def push(folder: Path, repo: str) -> str:
-    """The address of `folder` on the hub, once all of it is there, in `repo`, owner/name.
+    """Upload `folder` to the repository `repo`, owner/name; returns its address.
 
-    A repository that is not there is made, private: its owner opens it. Raises ValueError in words
-    for what the hub does not take, and for no login.
+    A repository that does not exist is created as private. Raises ValueError without a login, and
+    for what the hub refuses.
     """
     api = HfApi()
     try:
         with stage(f"pushing to {repo}"):
             api.create_repo(repo, private=True, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Add a student")
-    except Exception as error:  # no login, no right, no network: nearly anything
+    except Exception as error:  # a missing login, right or network raises nearly anything
         what = f"cannot be pushed to ({first_line(error, 120)})"
         advice = f"log in by `hf auth login`, then `hf upload {repo} {folder}`"
         raise ValueError(f"repo={repo}: {what}; {advice}") from None

@@ -1,7 +1,6 @@
-"""LoRA files: a run's own adapters, or the nearest of a rank to what a student has learnt.
+"""LoRA files: the adapters of a run, or a low-rank approximation of what a student has learnt.
 
-Whatever alpha a run had, it is multiplied into B here, so that a reader that knows nothing of alpha
-is right as well.
+The run's alpha is multiplied into B, so that programs that ignore alpha are right too.
 """
 
 from pathlib import Path
@@ -17,11 +16,11 @@ from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
 NAMINGS = ("diffusers", "kohya")
-# A matrix whose smaller side is more than EXACT times rank + MORE is projected to so many columns
-# at random; PASSES over it sharpen them. What that costs is measured in tests/test_low_rank.py.
+# A matrix whose smaller side exceeds EXACT * (rank + MORE) is decomposed by randomised SVD with
+# rank + MORE columns and PASSES power iterations. tests/test_low_rank.py measures its error.
 EXACT, MORE, PASSES = 4, 16, 2
-# Class of a pipeline -> kohya's word for its base model, and the model specification's for its
-# architecture.
+# Class of a pipeline -> name of its base model in kohya, and of its architecture in the model
+# specification (modelspec).
 VERSIONS = {
     "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
@@ -36,13 +35,12 @@ def save_lora(
     part: str,
     naming: str = "diffusers",
     dtype: str | None = None,
-    about: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Write `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of a `unet` or `transformer` for
-    other programs.
+    """Write `<layer>.lora_A.weight` and `<layer>.lora_B.weight` of a `unet` or `transformer`.
 
-    `about` is what else the file says of itself, in kohya's and the model specification's words:
-    see `about`. Raises ValueError for a naming that there is not, or not for this network.
+    `metadata` is written into the header of the file: see `lora_metadata`. Raises ValueError for an
+    unknown naming, or one that does not fit this network.
     """
     if naming not in NAMINGS:
         raise ValueError(f"naming={naming}: must be {' or '.join(NAMINGS)}")
@@ -53,22 +51,23 @@ def save_lora(
                 "naming=kohya: is for UNets; of a transformer ComfyUI and diffusers read"
                 " naming=diffusers"
             )
-        state = convert_state_dict_to_kohya(state)  # with the rank for alpha
+        state = convert_state_dict_to_kohya(state)  # sets alpha to the rank
     rank = next((len(value) for name, value in factors.items() if ".lora_A." in name), 0)
-    said = dict(about or {})
+    header = dict(metadata or {})
     if naming == "kohya":
-        said |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
-        said |= {"ss_network_alpha": str(float(rank))}
-    return write_weights(state, file, dtype=dtype, words=said)
+        header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
+        header |= {"ss_network_alpha": str(float(rank))}
+    return write_weights(state, file, dtype=dtype, words=header)
 
 
-def about(folder: Path) -> dict[str, str]:
-    """What a LoRA of the pipeline in this folder says that it is for: nothing where that is not
-    known for sure.
+def lora_metadata(folder: Path) -> dict[str, str]:
+    """Metadata of a LoRA for the pipeline in this folder: its base model and architecture.
+
+    {} if they are not known for sure.
     """
     kind = str(index_of(str(folder))["_class_name"])
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    said = mapping_of(scheduler) if scheduler.is_file() else {}
+    settings = mapping_of(scheduler) if scheduler.is_file() else {}
     version = VERSIONS.get(kind)
     if kind == "StableDiffusionPipeline":
         part = mapping_of(folder / "unet" / "config.json")
@@ -76,7 +75,7 @@ def about(folder: Path) -> dict[str, str]:
     if version is None:
         return {}
     base, architecture = version
-    predicts_v = said.get("prediction_type") == "v_prediction"
+    predicts_v = settings.get("prediction_type") == "v_prediction"
     if kind == "StableDiffusionPipeline" and predicts_v:
         base, architecture = f"{base}_v", architecture.replace("-512", "-768-v")
     return {
@@ -90,21 +89,21 @@ def about(folder: Path) -> dict[str, str]:
 
 
 def read_lora(file: Path) -> dict[str, Tensor]:
-    """What `save_lora` was given, of a file in diffusers' naming."""
+    """The factors in a file that `save_lora` wrote in diffusers' naming."""
     state, _ = read_weights(file)
     return {name.partition(".")[2]: value for name, value in state.items()}
 
 
 @torch.no_grad()
 def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str, Tensor], float]:
-    """Factors of student minus base, layer by layer the nearest of this rank, and their share of
-    its square in [0, 1].
+    """The best approximation of student minus base by factors of this rank, layer by layer.
 
-    Linear layers and convolutions alone have such factors. All get the same rank, if need be with
-    zeros: readers take one for all. Raises ValueError for networks of other shapes.
+    Also returns its share of the squared difference, in [0, 1]. Only linear layers and convolutions
+    have factors. All get the same rank, padded with zeros: readers expect one rank for all. Raises
+    ValueError for networks of different shapes.
     """
     ours, theirs = states(student, base)
-    found, error, rest, whole = {}, 0.0, 0.0, 0.0
+    found, error, rest, total = {}, 0.0, 0.0, 0.0
     linear = {
         f"{name}.weight"
         for name, m in student.named_modules()
@@ -112,7 +111,7 @@ def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str
     }
     for name, value in track(ours.items(), "comparing tensors", len(ours), unit="tensor"):
         change = value.float() - theirs[name].float()
-        whole += float(change.square().sum())
+        total += float(change.square().sum())
         if name not in linear or not change.any():
             rest += float(change.square().sum())
             continue
@@ -121,15 +120,15 @@ def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str
         stem, shape = name.removesuffix(".weight"), change.shape[1:]
         found[f"{stem}.lora_A.weight"] = right.unflatten(1, shape)
         found[f"{stem}.lora_B.weight"] = left[..., None, None] if change.ndim == 4 else left
-    return found, 1 - (error + rest) / whole if whole else 1.0
+    return found, 1 - (error + rest) / total if total else 1.0
 
 
 def _nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """[M, rank] and [rank, N] whose product is nearest to `change` [M, N]; filled up with zeros
-    where it has fewer.
+    """Factors [M, rank] and [rank, N] whose product is nearest to `change` [M, N].
 
-    A large one by random projections, which leave an error a little above the least there is, in a
-    small part of the time; from a seed of their own, so that a file is made again bit by bit.
+    A matrix of lower rank is padded with zeros. Large matrices use randomised SVD: its error is
+    slightly above the minimum, and it is much faster. Its seed is fixed, so files are reproducible
+    bit by bit.
     """
     most = min(change.shape)
     n = min(rank, most)

@@ -1,12 +1,12 @@
 """Stable Diffusion in one file, in the layout of the original code (ldm, sgm), which ComfyUI and
-others read.
+other programs read.
 
-Of SD3, FLUX and PixArt-Sigma the transformer alone, for ComfyUI's "Load Diffusion Model": it reads
-diffusers' names.
+Of SD3, FLUX and PixArt-Sigma only the transformer is written, for "Load Diffusion Model" of
+ComfyUI, which reads diffusers' names.
 
-model.diffusion_model.  the UNet: blocks are numbered through, one a residual layer or resampling
+model.diffusion_model.  the UNet: blocks have one running number per residual layer or resampling
 first_stage_model.      the autoencoder: the decoder's stages are numbered from its end
-cond_stage_model.       the text encoder; of SDXL two: conditioner.embedders.0 and .1
+cond_stage_model.       the text encoder; SDXL has two: conditioner.embedders.0 and .1
 """
 
 import re
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distill.teachers.loading.weights import write_weights
 
-# As read in ComfyUI's own maps (comfy/model_detection.py: convert_diffusers_mmdit); it has no Sana.
+# ComfyUI maps their names (comfy/model_detection.py: convert_diffusers_mmdit); it has no Sana.
 MAPPED = (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline)
 ENDS = {
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
@@ -56,11 +56,10 @@ OPEN_CLIP = {
 
 
 def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Path:
-    """Write a `StableDiffusionPipeline` or its XL whole, or the transformer of a pipeline whose
-    names ComfyUI maps.
+    """Write a StableDiffusionPipeline or StableDiffusionXLPipeline completely; of SD3, FLUX and
+    PixArt-Sigma only the transformer.
 
-    Those of SD3, FLUX and PixArt it knows as diffusers has them, in one file. Raises ValueError for
-    any other.
+    Raises ValueError for any other pipeline.
     """
     if isinstance(pipeline, MAPPED):
         return write_weights(pipeline.transformer.state_dict(), file, dtype=dtype)
@@ -82,12 +81,11 @@ def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Pat
         state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip(pipeline.text_encoder)}
     else:
         state |= {f"cond_stage_model.model.{k}": v for k, v in open_clip(pipeline.text_encoder)}
-    if pipeline.scheduler.config.get("prediction_type") == "v_prediction":  # marks of ComfyUI's
-        marks = [
-            "v_pred",
-            *["ztsnr"] * bool(pipeline.scheduler.config.get("rescale_betas_zero_snr")),
-        ]
-        state |= {mark: torch.zeros(1) for mark in marks}
+    settings = pipeline.scheduler.config
+    if settings.get("prediction_type") == "v_prediction":
+        # ComfyUI recognises v-prediction and zero terminal SNR by these tensors.
+        flags = ["v_pred", *["ztsnr"] * bool(settings.get("rescale_betas_zero_snr"))]
+        state |= {flag: torch.zeros(1) for flag in flags}
     return write_weights(state, file, dtype=dtype)
 
 
@@ -104,7 +102,7 @@ def unet(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _places(model: nn.Module) -> dict[str, str]:
-    """Part of a UNet -> its original place."""
+    """Prefix of a UNet's part in diffusers -> its prefix in the original code."""
     places, n = dict(ENDS), 1
     for i, block in enumerate(model.down_blocks):
         for j in range(len(block.resnets)):
@@ -133,9 +131,7 @@ _PARTS = ("resnets", "attentions")
 
 
 def autoencoder(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of an autoencoder under its original name; its attention was one of 1x1
-    convolutions.
-    """
+    """Each tensor of an autoencoder under its original name; attention used 1x1 convolutions."""
     last = len(model.decoder.up_blocks) - 1
     for name, value in model.state_dict().items():
         key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
@@ -144,15 +140,13 @@ def autoencoder(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def clip(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of OpenAI's CLIP under the name that it had before transformers 5.6."""
+    """Each tensor of OpenAI's CLIP under its name before transformers 5.6."""
     for name, value in model.state_dict().items():
         yield f"text_model.{name.removeprefix('text_model.')}", value
 
 
 def open_clip(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a text encoder under OpenCLIP's name: queries, keys and values are one matrix
-    there.
-    """
+    """Each tensor of a text encoder under its OpenCLIP name; query, key, value are one matrix."""
     state = {name.removeprefix("text_model."): value for name, value in model.state_dict().items()}
     for name, value in state.items():
         if name == "text_projection.weight":

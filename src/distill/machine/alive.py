@@ -1,6 +1,4 @@
-"""Which process a number means, and whether it still runs: a number is given again once its process
-has ended.
-"""
+"""Whether a process still runs. The system reuses process ids, so start times are compared too."""
 
 import contextlib
 import hashlib
@@ -12,40 +10,37 @@ from pathlib import Path
 
 
 def host() -> str:
-    """The name of this machine, as its network has it."""
+    """The network name of this machine."""
     return platform.node() or "localhost"
 
 
-def host_mark() -> str:
-    """Four hex digits that stand for this machine in the name of a file."""
+def host_hash() -> str:
+    """Four hex digits that identify this machine in file names."""
     return hashlib.sha256(host().encode()).hexdigest()[:4]
 
 
-def started(pid: int) -> str | None:
-    """When the process began, in the system's own words; None where it does not say, or of no
-    process.
+def start_time(pid: int) -> str | None:
+    """The start time of a process as text of the system; None if it is not known.
 
-    Two processes that have had one number differ in it.
+    Two processes with the same id have different start times.
     """
     if sys.platform == "linux":
         fields = _stat(pid)
-        return fields[19] if fields else None  # clock ticks since the machine began
+        return fields[19] if fields else None  # clock ticks since boot
     if sys.platform == "win32":
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["ps", "-o", "lstart=", "-p", str(pid)]
-        said = subprocess.run(asked, capture_output=True, timeout=10, check=False).stdout
-        return said.decode("utf-8", "replace").strip() or None
+        command = ["ps", "-o", "lstart=", "-p", str(pid)]
+        output = subprocess.run(command, capture_output=True, timeout=10, check=False).stdout
+        return output.decode("utf-8", "replace").strip() or None
     return None
 
 
 def alive(pid: int, began: str | None = None) -> bool:
-    """Whether the process of this number runs on this machine and, where both are known, began
-    then.
-    """
+    """Whether a process with this id runs here and, if both are known, has this start time."""
     if pid <= 0 or not _runs(pid):
         return False
-    now = started(pid) if began is not None else None
+    now = start_time(pid) if began is not None else None
     return now is None or now == began
 
 
@@ -59,11 +54,11 @@ def _runs(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return isinstance(pid, int) and pid < 2**31
     fields = _stat(pid)
-    return not fields or fields[0] != "Z"  # one that has ended, and whose parent has not asked yet
+    return not fields or fields[0] != "Z"  # a zombie has ended
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of Linux's /proc/<pid>/stat that come after the name; nothing elsewhere."""
+    """The fields of Linux's /proc/<pid>/stat after the name; [] on other systems."""
     with contextlib.suppress(OSError):
         return (
             Path(f"/proc/{pid}/stat")
@@ -75,7 +70,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _runs_on_windows(pid: int) -> bool:
-    """`os.kill` would end it there."""
+    """For Windows, where `os.kill` would end the process."""
     if sys.platform != "win32":
         return False
     import ctypes

@@ -1,6 +1,6 @@
-"""What a machine does to a command, in words: a full disk or memory, a process that has died.
+"""Sentences for faults of the machine: a full disk or memory, a process that has died.
 
-Libraries say it in exceptions of many classes, of which few name the file.
+Libraries raise exceptions of many classes for them, and few name the file.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill.machine.ranks import world
+from distill.machine.ranks import world_size
 
-WAY_ON = "way_on"  # attribute of an exception: how to go on with what was done so far
-AGAIN = "give the same command again, which goes on where it stopped"
-ANEW = "give the same command again, which begins anew: no shard is whole yet"
-SHARED = Path("/dev/shm")  # through which the workers of a loader hand over what they have read
+HINT = "hint"  # attribute of an exception: how to resume
+RERUN = "give the same command again, which goes on where it stopped"
+RESTART = "give the same command again, which begins anew: no shard is whole yet"
+SHARED = Path("/dev/shm")  # shared memory, by which DataLoader workers return batches
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EROFS, errno.EIO)
-# How libraries that are not Python's say the same: torch, safetensors, and the C++ below them.
+# Messages of torch, safetensors and their C++ code for the same errors.
 SAID = re.compile(
     "no space left on device|disk quota exceeded|read-only file system|file too large"
     r"|PytorchStreamWriter failed|inline_container\S* \. unexpected pos|iostream error",
@@ -39,42 +39,42 @@ PEERS = re.compile(
 )
 BACKEND = re.compile("gloo|nccl|ProcessGroup|TCPStore|c10d|DistBackend", re.IGNORECASE)
 NAMES = ("filename", "path", "file", "fp", "f", "save_directory", "name", "out", "folder")
-PART = re.compile(r"(\.[0-9a-f]{4}-\d+-[0-9a-f]{8})?\.part(?=/|$)")  # of what is written aside
+PART = re.compile(r"(\.[0-9a-f]{4}-\d+-[0-9a-f]{8})?\.part(?=/|$)")  # of temporary names
 
 
 @contextmanager
-def goes_on(way: Callable[[], str]) -> Iterator[None]:
-    """Have what ends the command inside know how to go on: `way` is asked then."""
+def hint_on_failure(hint: Callable[[], str]) -> Iterator[None]:
+    """Attach a hint how to resume to any exception from inside; `hint` is called then."""
     try:
         yield
     except BaseException as error:
-        if not hasattr(error, WAY_ON):
-            setattr(error, WAY_ON, way())
+        if not hasattr(error, HINT):
+            setattr(error, HINT, hint())
         raise
 
 
 def sentence(error: BaseException, cause: BaseException) -> str | None:
-    """What the machine has done, with file and way on; None for other errors. `cause`: its root."""
-    if isinstance(cause, (BrokenPipeError, ConnectionError)) and not world() > 1:
+    """The fault of the machine, with file and hint; None for other errors. `cause` is its root."""
+    if isinstance(cause, (BrokenPipeError, ConnectionError)) and not world_size() > 1:
         return None
-    if (text := _lost(cause)) or (text := _shared(cause)):
+    if (text := _peer_failure(cause)) or (text := _shared_memory_full(cause)):
         return text
-    if not (why := reason(cause)):
+    if not (why := write_error(cause)):
         return None
     file = getattr(cause, "filename2", None) or getattr(cause, "filename", None) or _written(cause)
     where = f"{PART.sub('', str(file))}: " if file else ""
-    way = getattr(error, WAY_ON, None) or "give the command again"
+    hint = getattr(error, HINT, None) or "give the command again"
     full = "read-only" not in why.lower()
-    return f"{where}{why}; {'make room' if full else 'make it writable'}, then {way}"
+    return f"{where}{why}; {'make room' if full else 'make it writable'}, then {hint}"
 
 
-def lost(cause: BaseException) -> bool:
-    """Whether this says no more than that another process of the command has died."""
-    return _lost(cause) is not None
+def is_peer_failure(cause: BaseException) -> bool:
+    """Whether this error only means that another process of the command has died."""
+    return _peer_failure(cause) is not None
 
 
-def _lost(cause: BaseException) -> str | None:
-    if world() == 1 or not isinstance(cause, (RuntimeError, ConnectionError, TimeoutError)):
+def _peer_failure(cause: BaseException) -> str | None:
+    if world_size() == 1 or not isinstance(cause, (RuntimeError, ConnectionError, TimeoutError)):
         return None
     text = f"{type(cause).__name__} {cause}"
     found = PEERS.search(text)
@@ -83,30 +83,30 @@ def _lost(cause: BaseException) -> str | None:
     return None
 
 
-def _shared(cause: BaseException) -> str | None:
+def _shared_memory_full(cause: BaseException) -> str | None:
     if not isinstance(cause, RuntimeError) or not IN_SHARED.search(str(cause)):
         return None
     size = ""
     if SHARED.is_dir():
         size = f" has {shutil.disk_usage(SHARED).total / 2**20:,.0f} MB and"
     more = "data.num_workers=0 needs none of it, a container gets more by --shm-size=8g"
-    return f"{SHARED}{size} is too small for what the loader's workers hand over; {more}"
+    return f"{SHARED}{size} is too small for the batches of DataLoader workers; {more}"
 
 
-def reason(cause: BaseException) -> str | None:
-    """Why a disk takes no more; None for an error of another kind."""
+def write_error(cause: BaseException) -> str | None:
+    """Why a disk cannot be written; None for other errors."""
     if isinstance(cause, OSError) and cause.errno is not None:
         return os.strerror(cause.errno) if cause.errno in UNWRITABLE else None
     if isinstance(cause, RuntimeError) or type(cause).__name__ == "SafetensorError":
         found = SAID.search(str(cause))
         if found:
             clear = re.match("no space|disk|read-only|file too", found[0], re.IGNORECASE)
-            return found[0] if clear else "the disk takes no more"
+            return found[0] if clear else "the disk cannot be written"
     return None
 
 
 def _written(cause: BaseException) -> str | None:
-    """The file that the innermost function was at: one that it has open, or a path it holds."""
+    """The file that the innermost function was writing: an open file, or a path in its locals."""
     known: list[Any] = []
     step = cause.__traceback__
     while step:
@@ -132,7 +132,7 @@ def _opened(value: Any) -> str | None:
 
 def _path(value: Any) -> str | None:
     if isinstance(value, str) and not os.path.isabs(value):
-        return None  # any text
+        return None  # a relative path could be any text
     if not isinstance(value, (str, os.PathLike)):
         return None
     path = os.fspath(value)
@@ -140,13 +140,13 @@ def _path(value: Any) -> str | None:
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """What an error says first, or its name if it says nothing."""
+    """The first line of an error, or its class name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """What libraries would warn of in several lines as they read, who calls makes one sentence."""
+def quiet_logging() -> Iterator[None]:
+    """Suppress log records below CRITICAL inside: the caller reports errors in one sentence."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,6 +1,6 @@
-"""What this machine computes with: its device, its cores, and the precision in which it is fast.
+"""The hardware of this machine: device, cores, memory, and the precision in which it is fast.
 
-Torch is imported where it is used: commands ask for the cores before they need it.
+Torch is imported inside functions, since commands need the number of cores before torch.
 """
 
 import difflib
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-PRECISIONS = ("auto", "bf16-mixed", "32-true")  # what keys named `precision` may say,
-SHORT = {"32": "32-true", "bf16": "bf16-mixed"}  # and what Lightning takes for the same
-SLOW = 2.0  # a bfloat16 product takes this many times as long as a float32 one: it is emulated
-SIDE = 192  # of the matrices that are multiplied to find out: 15 ms where bfloat16 is emulated
+PRECISIONS = ("auto", "bf16-mixed", "32-true")  # values of keys named `precision`
+SHORT = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's short names
+SLOW = 2.0  # ours: above this ratio of bfloat16 to float32 time, bfloat16 is emulated
+SIDE = 192  # ours: of the matrices in that measurement, 15 ms if bfloat16 is emulated
 AMPERE = (8, 0)  # the first CUDA capability with bfloat16
 X86_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision as Lightning names it, and in a sentence why it was chosen."""
+    """A precision by its name in Lightning, and the reason for it as a sentence."""
 
     name: str
     reason: str
 
 
 def cores() -> int:
-    """CPU cores that this process may use: of all, where the system does not say, as macOS."""
+    """The CPU cores that this process may use; all cores if the system does not limit them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def device(accelerator: str = "auto") -> "torch.device":
-    """Where this process computes: its own GPU, Apple's, or the CPU.
+    """The device of this process: the GPU of its local rank, Apple's GPU, or the CPU.
 
-    `accelerator` as Lightning names it.
+    `accelerator` is a name of Lightning.
     """
     import torch
 
@@ -58,7 +58,7 @@ def device(accelerator: str = "auto") -> "torch.device":
 
 
 def memory(kind: str = "cpu") -> int:
-    """Bytes that this process may use: the GPU's, or the machine's or its container's limit."""
+    """Bytes of memory: of the GPU, or of the machine within the limit of its container."""
     import psutil
     import torch
 
@@ -70,10 +70,8 @@ def memory(kind: str = "cpu") -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def room_beside(*models: Any) -> float:
-    """Bytes that the weights of these modules leave on the device of the first, but for a tenth of
-    it.
-    """
+def memory_left(*models: Any) -> float:
+    """0.9 of the memory in bytes of the first module's device, minus the weights of all modules."""
     where = next(p.device for p in models[0].parameters() if not p.is_meta)
     parameters = {id(p): p for model in models for p in model.parameters() if not p.is_meta}
     taken = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -81,7 +79,7 @@ def room_beside(*models: Any) -> float:
 
 
 def hardware() -> str:
-    """In plain words: 'one NVIDIA H200', '2 CPU cores (AMD EPYC, AVX512, avx512_bf16)'."""
+    """The hardware as text: 'one NVIDIA H200', '2 CPU cores (AMD EPYC, AVX512, avx512_bf16)'."""
     import torch
 
     if count := torch.cuda.device_count():
@@ -90,13 +88,13 @@ def hardware() -> str:
 
 
 def cpu() -> str:
-    """The CPU's name and what it can: 'AMD EPYC, AVX512, avx512_bf16'."""
+    """Name and instructions of the CPU: 'AMD EPYC, AVX512, avx512_bf16'."""
     return f"{cpu_model()}, {capability()}"
 
 
 @cache
 def cpu_model() -> str:
-    """The CPU's name as the system gives it."""
+    """The name of the CPU from the system."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -106,10 +104,9 @@ def cpu_model() -> str:
 
 
 def capability() -> str:
-    """The widest instructions that torch uses, and those for bfloat16: 'AVX512, avx512_bf16',
-    'AVX2'.
+    """The vector instructions that torch uses, and those for bfloat16: 'AVX512, avx512_bf16'.
 
-    ATEN_CPU_CAPABILITY, which makes torch use fewer, changes the first and not the second.
+    ATEN_CPU_CAPABILITY restricts the former, not the latter.
     """
     import torch
 
@@ -118,7 +115,7 @@ def capability() -> str:
 
 @cache
 def bf16_flags() -> tuple[str, ...]:
-    """The instructions for bfloat16 that this CPU says it has."""
+    """The bfloat16 instructions of this CPU."""
     for line in _cpuinfo():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):  # of x86, of Arm
@@ -130,7 +127,7 @@ def bf16_flags() -> tuple[str, ...]:
 
 
 def _cpuinfo() -> list[str]:
-    """Lines of Linux's own account of the CPU; none elsewhere."""
+    """The lines of /proc/cpuinfo; [] on other systems than Linux."""
     with suppress(OSError):
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return []
@@ -145,7 +142,7 @@ def _sysctl(name: str) -> str:
 
 
 def _torch_capabilities() -> dict[str, Any]:
-    """What torch's own detection says, where this torch has one and the system has no file."""
+    """CPU capabilities by torch, if this version detects them; {} otherwise."""
     import torch
 
     found = getattr(torch.cpu, "get_capabilities", dict)
@@ -154,10 +151,9 @@ def _torch_capabilities() -> dict[str, Any]:
 
 @cache
 def bf16_cost(kind: str = "cpu") -> float:
-    """How many times as long as in float32 a matrix product takes in bfloat16, on this kind of
-    device.
+    """Time of a matrix product in bfloat16 divided by that in float32, on this kind of device.
 
-    A few milliseconds, on one thread, the best of several tries: other work must not count.
+    Takes a few milliseconds. It is the best of several tries on one thread, to exclude other work.
     """
     import torch
 
@@ -175,14 +171,14 @@ def _product_seconds(dtype: "torch.dtype", kind: str) -> float:
     x = torch.ones(SIDE, SIDE, dtype=dtype, device=kind)
     tries = []
     for _ in range(6):
-        began = time.perf_counter()
+        start = time.perf_counter()
         (x @ x).sum().item()
-        tries.append(time.perf_counter() - began)
+        tries.append(time.perf_counter() - start)
     return min(tries[1:])  # the first one prepares the kernel
 
 
 def best_precision(accelerator: str = "auto") -> Precision:
-    """bf16-mixed where the hardware has bfloat16 and it is fast, 32-true elsewhere."""
+    """bf16-mixed if the hardware has fast bfloat16, else 32-true."""
     import torch
 
     where = device(accelerator)
@@ -190,8 +186,8 @@ def best_precision(accelerator: str = "auto") -> Precision:
         version, name = torch.cuda.get_device_capability(where), torch.cuda.get_device_name(where)
         if torch.version.hip or version >= AMPERE:
             return Precision("bf16-mixed", f"{name} has bfloat16")
-        said = f"{name} has compute capability {version[0]}.{version[1]}, and bfloat16 needs 8.0"
-        return Precision("32-true", said)
+        reason = f"{name} has compute capability {version[0]}.{version[1]}, and bfloat16 needs 8.0"
+        return Precision("32-true", reason)
     flags = ("mps",) if where.type == "mps" else bf16_flags()
     name = cpu_model()
     if not flags:
@@ -200,16 +196,16 @@ def best_precision(accelerator: str = "auto") -> Precision:
         cost = bf16_cost(where.type)
     except (RuntimeError, TypeError) as error:  # Apple's first GPUs
         return Precision("32-true", f"{name} has no bfloat16 ({error})")
-    said = f"a product in bfloat16 takes {cost:.2g} times as long as in float32"
+    ratio = f"a product in bfloat16 takes {cost:.2g} times as long as in float32"
     if cost > SLOW:
-        return Precision("32-true", f"{name}: {said}")
-    return Precision("bf16-mixed", f"{name} has {' and '.join(flags)}, {said}")
+        return Precision("32-true", f"{name}: {ratio}")
+    return Precision("bf16-mixed", f"{name} has {' and '.join(flags)}, {ratio}")
 
 
 def precision(asked: str, accelerator: str = "auto", key: str = "precision") -> Precision:
-    """`asked` itself, or what is best here for `auto`. Warns of bf16-mixed where it is emulated.
+    """The requested precision, or the best of this machine for `auto`.
 
-    Raises ValueError, with the setting's `key`, for a precision that this code does not train in.
+    Warns if bf16-mixed is emulated. Raises ValueError, naming `key`, for an unsupported precision.
     """
     check_precision(asked, key)
     asked = SHORT.get(str(asked), asked)
@@ -218,24 +214,26 @@ def precision(asked: str, accelerator: str = "auto", key: str = "precision") -> 
     if asked == "bf16-mixed" and device(accelerator).type == "cpu":
         cost = bf16_cost()
         if cost > SLOW:
-            said = f"a product in bfloat16 takes {cost:.0f} times as long as in float32"
-            log.warning("%s=%s: %s emulates it, and %s", key, asked, cpu_model(), said)
+            ratio = f"a product in bfloat16 takes {cost:.0f} times as long as in float32"
+            log.warning("%s=%s: %s emulates it, and %s", key, asked, cpu_model(), ratio)
             log.warning("%s=auto or 32-true is faster here", key)
     return Precision(asked, f"{key} says so")
 
 
 def check_precision(asked: object, key: str = "precision") -> None:
-    """Raise ValueError for what is no precision of ours. Needs no torch."""
+    """Raise ValueError for an unsupported precision. Does not import torch."""
     if str(asked) not in (*PRECISIONS, *SHORT):
-        # The gradients of 16-mixed are scaled, and would be clipped as if they were not.
-        why = "is not for two players" if str(asked).startswith("16") else "is not supported"
+        # 16-mixed scales the gradients, and they would be clipped without unscaling.
+        why = "is not supported"
+        if str(asked).startswith("16"):
+            why = "does not work with two optimisers"
         close = difflib.get_close_matches(str(asked), PRECISIONS, n=1, cutoff=0.8)
         meant = f" (did you mean {close[0]}?)" if close and why == "is not supported" else ""
         raise ValueError(f"{key}={asked}: {why}{meant}; use auto, bf16-mixed or 32-true")
 
 
 def autocast(name: str, kind: str) -> AbstractContextManager[Any]:
-    """Within: products on a device of this kind are made in the precision of this name."""
+    """Autocast to the precision of this name, on a device of this kind."""
     import torch
 
     return torch.autocast(kind, torch.bfloat16) if name == "bf16-mixed" else nullcontext()

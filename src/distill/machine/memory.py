@@ -1,7 +1,7 @@
-"""Memory of a computation, counted without doing it: bytes of tensors that live at one time.
+"""Peak memory of a computation: the most bytes of tensors that live at the same time.
 
-On meta tensors, which have shapes and no values, counting takes no memory and little time, so that
-the largest models can be counted on any machine.
+On meta tensors, which have no values, counting takes no memory and little time: the largest models
+can be counted on any machine.
 """
 
 import weakref
@@ -18,10 +18,10 @@ from torch.utils.data import get_worker_info
 
 @torch.no_grad()
 def peak(work: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by `work`, without gradient, have at one time.
+    """The peak bytes of tensors that `work` creates, without gradients.
 
-    What was there before does not count, nor do workspaces of kernels. Attention counts as fused
-    kernels have it: without its matrix of all pairs.
+    Earlier tensors and workspaces of kernels do not count. Attention counts as in fused kernels,
+    without its matrix of weights.
     """
     counter = _Counter()
     with _FusedAttention(), counter:
@@ -30,7 +30,7 @@ def peak(work: Callable[[], Any]) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds the bytes of each new storage, and takes them off when that is freed."""
+    """Adds the bytes of each new storage, and subtracts them when it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Counter(TorchDispatchMode):
         given = {_key(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)}
         made = func(*args, **(kwargs or {}))
         for x in tree_leaves(made):
-            # A view has the storage of what it is a view of.
+            # A view shares the storage of its base.
             if isinstance(x, Tensor) and not (_key(x) in given or _key(x) in self._known):
                 self._add(x)
         return made
@@ -63,9 +63,7 @@ def _key(x: Tensor) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention of the shape of its result and of no more memory; its values are none, where there
-    could be any.
-    """
+    """Replaces attention by an uninitialised tensor of the shape of its result."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -75,12 +73,11 @@ class _FusedAttention(TorchFunctionMode):
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def handed_over(tree: Any) -> Any:
-    """The same, with its tensors in shared memory if this is a worker of a DataLoader.
+def to_shared_memory(tree: Any) -> Any:
+    """Move the tensors to shared memory in a DataLoader worker, to pass them to the main process.
 
-    That is how they go to the main process. The loader itself moves them in a thread, where a
-    shared memory that is full loses the batch, and the main process waits for it for ever; here it
-    raises RuntimeError.
+    The DataLoader would move them in a thread: if shared memory is full, the batch is lost there,
+    and the main process waits for ever. Here it raises RuntimeError.
     """
     if get_worker_info() is None:
         return tree

@@ -1,11 +1,10 @@
-"""The report of a run: one HTML file that holds everything it shows, made from the files in the
-run's folder.
+"""The report of a run: one self-contained HTML file, written from the files in the run's folder.
 
     run.json  config.yaml  metrics.csv  alarms.jsonl  evaluation.json  samples/*.png
     ->  report.html
 
-Each section reads its own file. One that is missing or torn costs that section, which then says so
-in a sentence, and nothing else: a report is wanted most after a run that went wrong.
+Each section reads its own file. A missing or damaged file replaces only that section by a sentence:
+a report is most useful after a run that failed.
 """
 
 import json
@@ -16,30 +15,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation.results import PICTURE, verdicts
+from distill.evaluation.results import PICTURE, results_in
 from distill.report.curves import charts
 from distill.report.evaluation import Row, headline, rows_of, table, tiles
-from distill.report.page import figure, folded, html
-from distill.storage.aside import put_text
+from distill.report.page import collapsible, figure, html
+from distill.storage.atomic import write_text_atomic
 from distill.storage.bounded import mapping_of, number_of, text_of
 from distill.storage.checkpoint_names import steps_in
 from distill.terminal.shown import in_html
 
 STOPPED = '<p class="warn">This run was {} before its end.</p>'
 ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
-FRAMES = 8  # of the filmstrip
-SHOWN = 12  # steps at which an alarm was raised
+FRAMES = 8  # pictures of the student during training
+SHOWN = 12  # steps listed for an alarm
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path."""
     run, evaluation = _or_empty(run_dir / "run.json"), _or_empty(run_dir / "evaluation.json")
-    rows = _rows(run_dir / "evaluation.json")
+    rows = _rows_or_none(run_dir / "evaluation.json")
     name = str(run.get("name") or run_dir.resolve().name)
     text = html(
         " · ".join([name, *(str(run[key]) for key in ("method", "teacher") if key in run)]),
-        headline(rows)
-        or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
+        headline(rows) or f"{name}: {'evaluated' if rows else 'trained, but not evaluated yet'}.",
         [*tiles(rows), _training_time(run)],
         status=(
             ""
@@ -47,72 +45,64 @@ def write_report(run_dir: Path) -> Path:
             else STOPPED.format(in_html(run["status"]))
         ),
         pictures=_pictures(run_dir / "samples", rows, evaluation),
-        evaluation=_shown(
+        evaluation=_section(
             run_dir / "evaluation.json",
-            lambda path: _judged(mapping_of(path)),
+            lambda path: _evaluation_tables(mapping_of(path)),
         ),
-        training=_alarms(run_dir / "alarms.jsonl") + _shown(run_dir / "metrics.csv", charts),
-        facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
-        config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
+        training=_alarms(run_dir / "alarms.jsonl") + _section(run_dir / "metrics.csv", charts),
+        facts=_section(run_dir / "run.json", lambda path: _text_section(path, "Facts", "open")),
+        config=_section(run_dir / "config.yaml", lambda path: _text_section(path, "Configuration")),
     )
     path = run_dir / "report.html"
-    put_text(path, text)
+    write_text_atomic(path, text)
     return path
 
 
 def _or_empty(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing if it is missing or torn, which its own section will say."""
+    """A JSON object; {} for a missing or damaged file, which its own section reports."""
     with suppress(OSError, ValueError):
         return mapping_of(path)
     return {}
 
 
-def _rows(path: Path) -> list[Row]:
-    """What was measured; nothing where the file is missing or cannot be right, which its own
-    section will say.
-    """
+def _rows_or_none(path: Path) -> list[Row]:
+    """The rows; [] for a missing or damaged file, which its own section reports."""
     with suppress(ValueError):
         return rows_of(_or_empty(path))
     return []
 
 
-def _shown(path: Path, show: Callable[[Path], str]) -> str:
-    """HTML of a file, or of the reason why there is none."""
+def _section(path: Path, show: Callable[[Path], str]) -> str:
+    """HTML that `show` makes of a file, or a sentence why it cannot be shown."""
     if not path.is_file():
         return f'<p class="none">This run has no {path.name}.</p>'
     try:
         return show(path)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-    ) as error:  # the last is what Pillow raises for some broken PNG
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError of a broken PNG
         return f'<p class="none">{in_html(f"{path.name} cannot be shown: {error}.")}</p>'
 
 
-def _text(path: Path, what: str, state: str = "") -> str:
-    return folded(what, text_of(path, errors="replace"), state)
+def _text_section(path: Path, what: str, state: str = "") -> str:
+    return collapsible(what, text_of(path, errors="replace"), state)
 
 
 def _alarms(path: Path) -> str:
-    """What the health of the discriminator gave reason to say, and when; nothing of a run that was
-    not watched.
-    """
+    """The health alarms of the discriminator and their steps; "" if they were not watched."""
     if not path.is_file():
         return ""
-    steps: dict[str, list[str]] = {}  # of each alarm
+    steps: dict[str, list[str]] = {}  # alarm -> steps
     for line in text_of(path, errors="replace").splitlines():
-        # a line that was torn
+        # a kill may have cut a line short
         with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             alarm = json.loads(line)
             steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
     if not steps:
         return '<p class="soft">No health alarm was raised.</p>\n'
-    return "".join(ALARM.format(_some(when), in_html(what)) for what, when in steps.items())
+    return "".join(ALARM.format(_step_list(when), in_html(what)) for what, when in steps.items())
 
 
-def _some(steps: Sequence[str]) -> str:
-    """`step 50`, `steps 50, 100`; of many the first ones."""
+def _step_list(steps: Sequence[str]) -> str:
+    """`step 50` or `steps 50, 100`; of many only the first ones."""
     more = f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else ""
     return f"step{'s' * (len(steps) > 1)} {', '.join(steps[:SHOWN])}{more}"
 
@@ -122,40 +112,38 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
         keys = ("train_seconds", "steps", "images_seen")
         seconds, steps, images = (number_of(run, key, "run.json") for key in keys)
         time = str(timedelta(seconds=round(seconds or 0)))
-    except (ValueError, OverflowError):  # a NaN, or more than there is time for
+    except (ValueError, OverflowError):  # NaN, or more than a timedelta holds
         return "Training time", "–", "run.json is damaged"
     if steps is None:
         return "Training time", "–", "not recorded"
     return "Training time", time, f"{steps:,} steps, {images or 0:,} images"
 
 
-def _judged(evaluation: dict[str, Any]) -> str:
-    """The table of the run's own protocol, and those of others by which it was judged besides."""
-    main, *beside = verdicts(evaluation) or [evaluation]
-    head = "<h3>Judged besides, by another protocol</h3>"
-    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in beside)])
+def _evaluation_tables(evaluation: dict[str, Any]) -> str:
+    """The table of the main result, then one for each other protocol."""
+    main, *others = results_in(evaluation) or [evaluation]
+    head = "<h3>By another protocol</h3>"
+    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in others)])
 
 
 def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
-    """Teacher against student in the rows of the evaluation, then the student as training went
-    on.
-    """
+    """Teacher and student in the rows of the evaluation, then the student during training."""
     names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
-    main = next(iter(verdicts(evaluation)), {"picture": PICTURE})
-    comparison = _shown(folder / main["picture"], lambda path: figure(path, caption))
+    main = next(iter(results_in(evaluation)), {"picture": PICTURE})
+    comparison = _section(folder / main["picture"], lambda path: figure(path, caption))
     frames = list(steps_in(folder, ".png").items())
-    if len(frames) > FRAMES:  # the first, the last, and an even choice between
+    if len(frames) > FRAMES:  # the first, the last, and evenly spaced ones between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
     strip = "\n".join(
-        _shown(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
+        _section(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
     )
-    captions = _shown(
+    captions = _section(
         folder / "captions.txt",
-        lambda path: _text(path, "The prompts of these grids, in reading order"),
+        lambda path: _text_section(path, "The prompts of these grids, in reading order"),
     )
     return (
-        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training'
-        " went on</h3>\n<div"
+        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>During'
+        " training</h3>\n<div"
         f' class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
     )

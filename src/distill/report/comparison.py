@@ -1,4 +1,4 @@
-"""`compare.html`: runs side by side on one page that holds everything it shows."""
+"""`compare.html`: runs side by side on one self-contained page."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from distill.report.curves import framed, read, smoothed
+from distill.report.curves import chart_figure, read, smoothed
 from distill.report.evaluation import MAIN, MEASURES
-from distill.report.page import folded, html, img, opened
-from distill.report.runs import SCORES, Line, Run, everyone, lines_of
+from distill.report.page import collapsible, html, img, open_png
+from distill.report.runs import SCORES, Line, Run, all_runs, lines_of
 from distill.terminal.shown import in_html, shown
 
 SHOWN = 8  # prompts in the grid of pictures
@@ -21,8 +21,8 @@ for (const head of document.querySelectorAll('table.sortable thead th')) head.on
   const body = head.closest('table').tBodies[0]
   const i = head.cellIndex, up = head.ariaSort !== 'ascending'
   const key = row => row.cells[i].dataset.sort ?? row.cells[i].textContent
-  const words = (a, b) => isNaN(key(a)) || isNaN(key(b))
-  const by = (a, b) => words(a, b) ? key(a).localeCompare(key(b)) : key(a) - key(b)
+  const text = (a, b) => isNaN(key(a)) || isNaN(key(b))
+  const by = (a, b) => text(a, b) ? key(a).localeCompare(key(b)) : key(a) - key(b)
   for (const other of head.parentNode.cells) other.ariaSort = null
   head.ariaSort = up ? 'ascending' : 'descending'
   body.append(...[...body.rows].sort((a, b) => up ? by(a, b) : by(b, a)))
@@ -32,43 +32,41 @@ for (const head of document.querySelectorAll('table.sortable thead th')) head.on
 
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
     """The whole page, as HTML."""
-    lines, runs = lines_of(groups), everyone(groups)
-    best, said = _headline(lines)
-    known = (run.facts.get("train_seconds") or 0 for run in runs)
-    seconds = sum(x for x in known if isfinite(x))
+    lines, runs = lines_of(groups), all_runs(groups)
+    best, sentence = _headline(lines)
+    recorded = (run.facts.get("train_seconds") or 0 for run in runs)
+    seconds = sum(x for x in recorded if isfinite(x))
     tiles = (
         ("Runs", str(len(runs)), f"in {len(groups)} groups"),
         best,
-        (
-            "Training",
-            f"{seconds / 60:,.0f} min",
-            "all runs together",
-        ),
+        ("Training", f"{seconds / 60:,.0f} min", "all runs together"),
     )
     return html(
         f"{len(runs)} runs side by side",
-        said,
+        sentence,
         tiles,
         pictures=_pictures(groups),
         evaluation=_table(lines) + SORT,
         training=f'<div class="charts">\n{"".join(_charts(groups, lines))}\n</div>',
-        facts=_made(groups),
+        facts=_provenance(groups),
     )
 
 
 def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
-    """The best group with the fewest steps: as a tile, and in a sentence."""
-    for key, pick in {key: min if MEASURES[key][1] == 0 else max for key in MAIN}.items():
+    """The best group at the fewest steps, as a tile and as a sentence."""
+    for key in MAIN:
+        label, goal, form = MEASURES[key]
         found = [line for line in lines if line.who == "student" and key in line.values]
-        if found:
-            few = min(line.steps for line in found)
-            line = pick(
-                (line for line in found if line.steps == few), key=lambda line: line.mean(key)
-            )
-            said, best = line.said(key, MEASURES[key][2]), f"best with {few} step{'s' * (few > 1)}"
-            what = MEASURES[key][0].partition("&")[0].lower()
-            return (best.capitalize(), said, line.group), f"{line.group} is {best}: {what} {said}."
-    return ("Best", "–", "–"), "No student among them was judged by one of the main measures."
+        if not found:
+            continue
+        few = min(line.steps for line in found)
+        rivals = [line for line in found if line.steps == few]
+        pick = min if goal == 0 else max
+        line = pick(rivals, key=lambda line: line.mean(key))
+        value, best = line.formatted(key, form), f"best with {few} step{'s' * (few > 1)}"
+        what = label.partition("&")[0].lower()
+        return (best.capitalize(), value, line.group), f"{line.group} is {best}: {what} {value}."
+    return ("Best", "–", "–"), "No student among them was evaluated by one of the main measures."
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -82,27 +80,24 @@ def _table(lines: Sequence[Line]) -> str:
         cells = f'<th scope="row">{in_html(line.group)}</th><td>{line.steps:d}</td>'
         for key in columns:
             value = f"{line.mean(key):.6g}" if key in line.values else "-1"
-            cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
+            cells += f'<td data-sort="{value}">{line.formatted(key, MEASURES[key][2])}</td>'
         body += f"<tr>{cells}</tr>\n"
     scores = (
         '<div class="scroll"><table'
         f' class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
     )
-    said = "Mean ± standard deviation over seeds. A click on a head sorts."
-    return f'{scores}</table></div>\n<p class="soft">{said}</p>\n'
+    note = "Mean ± standard deviation over seeds. Click a column head to sort."
+    return f'{scores}</table></div>\n<p class="soft">{note}</p>\n'
 
 
 def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
-    """Quality against steps, time and pictures; then whether the discriminators could tell real
-    from fake.
-    """
+    """Quality by steps, time and images seen, then the accuracy of the discriminators."""
     for key in MAIN:
         if any(key in line.values for line in lines):
-            label, _, words = MEASURES[key]
-            title = label.replace("&nbsp;", " ")
-            yield framed(
+            title = MEASURES[key][0].replace("&nbsp;", " ")
+            yield chart_figure(
                 title,
-                "By number of steps; the teacher's where it took as few.",
+                "By number of steps, up to the student's most.",
                 _by_steps(lines, key),
             )
             if not any(
@@ -113,46 +108,43 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
                 ("train_seconds", "training minutes"),
                 ("images_seen", "thousand pictures seen"),
             ):
-                draw = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
-                yield framed(f"{title} in one step", f"By {unit}.", draw)
+                plot = _by_cost(groups, key, cost, 60 if cost == "train_seconds" else 1000)
+                yield chart_figure(f"{title} in one step", f"By {unit}.", plot)
     found = {group: [_accuracy(run) for run in runs] for group, runs in groups.items()}
-    for why in (why for curves in found.values() for _, why in curves if why):
-        yield f'<p class="none">A curve is left out: {in_html(why)}.</p>'
-    health = {group: [c for c, _ in curves if c is not None] for group, curves in found.items()}
-    if any(health.values()):
-        yield framed(
+    for error in (error for curves in found.values() for _, error in curves if error):
+        yield f'<p class="none">A curve is left out: {in_html(error)}.</p>'
+    accuracy = {group: [c for c, _ in curves if c is not None] for group, curves in found.items()}
+    if any(accuracy.values()):
+        yield chart_figure(
             "Discriminator's accuracy",
             "Of each run; 0.5 is guessing.",
-            lambda axes: _health(axes, health),
+            lambda axes: _plot_accuracy(axes, accuracy),
         )
 
 
 def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
     most = max((line.steps for line in lines if line.who == "student"), default=1)
 
-    def draw(axes: Any) -> None:
+    def plot(axes: Any) -> None:
         for group in dict.fromkeys(line.group for line in lines):
             found = [
                 line
                 for line in lines
                 if line.group == group and key in line.values and line.steps <= most
             ]
-            look = (
-                {"color": "#7d8189", "linestyle": "--"}
-                if all(line.who == "teacher" for line in found)
-                else {}
-            )
-            points = [line.steps for line in found], [line.mean(key) for line in found]
-            axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
+            of_teacher = all(line.who == "teacher" for line in found)
+            style = {"color": "#7d8189", "linestyle": "--"} if of_teacher else {}
+            steps, values = [line.steps for line in found], [line.mean(key) for line in found]
+            axes.plot(steps, values, marker="o", markersize=3, label=_legend(group), **style)
         axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
-    return draw
+    return plot
 
 
 def _by_cost(
     groups: Mapping[str, Sequence[Run]], key: str, cost: str, unit: float
 ) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
+    def plot(axes: Any) -> None:
         for group, runs in groups.items():
             points = [
                 (run.facts[cost] / unit, row.scores[key])
@@ -167,20 +159,16 @@ def _by_cost(
                 *zip(*points, strict=True) if points else ([], []),
                 "o",
                 markersize=4,
-                label=_short(group),
+                label=_legend(group),
             )
         axes.set_xlim(left=0)
         axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
 
-    return draw
+    return plot
 
 
 def _accuracy(run: Run) -> tuple[Any, str]:
-    """Steps and how often the discriminator was right, [2, N], and why its curves cannot be read,
-    if they cannot.
-
-    None of a run that has none.
-    """
+    """Steps and accuracy of the discriminator [2, N], or None; and an error of reading, or ""."""
     path = run.folder / "metrics.csv"
     try:
         return (read(path)[0].get("d/accuracy"), "") if path.exists() else (None, "")
@@ -188,33 +176,32 @@ def _accuracy(run: Run) -> tuple[Any, str]:
         return None, str(error)
 
 
-def _health(axes: Any, health: Mapping[str, Sequence[Any]]) -> None:
-    for i, (group, curves) in enumerate(health.items()):
+def _plot_accuracy(axes: Any, accuracy: Mapping[str, Sequence[Any]]) -> None:
+    for i, (group, curves) in enumerate(accuracy.items()):
         for k, (steps, values) in enumerate(curves):
-            axes.plot(
-                steps, smoothed(values), f"C{i % 6}", alpha=0.8, label=None if k else _short(group)
-            )
+            label = None if k else _legend(group)  # one label for all runs of a group
+            axes.plot(steps, smoothed(values), f"C{i % 6}", alpha=0.8, label=label)
     axes.axhline(0.5, color="#7d8189", linewidth=0.8, linestyle="--")
 
 
-def _short(group: str) -> str:
-    """As the legend of a chart, in which matplotlib leaves out what begins with a line below."""
+def _legend(group: str) -> str:
+    """A label for a legend; matplotlib leaves out labels that start with an underscore."""
     return shown(group.lstrip("_"), 34)
 
 
 def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
-    """Prompts down, samplers across: the teacher with most steps, then each group's first run by
-    number of steps.
+    """A grid, prompts by samplers: the teacher with the most steps, then the first run of each
+    group by number of steps.
     """
     found: list[tuple[str, Any, list[Image.Image]]] = []
     for group, (run, *_) in groups.items():
         path = run.folder / "samples" / run.picture
-        drawn = []
-        with suppress(OSError, ValueError, SyntaxError):  # the last of some broken PNG
-            drawn = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
-        found += [(group, row, pictures) for row, pictures in zip(run.rows, drawn, strict=False)]
-    taught = [("teacher", row, shown) for _, row, shown in found if row.who == "teacher"]
-    columns = sorted(taught, key=lambda column: column[1].steps)[-1:]
+        strips = []
+        with suppress(OSError, ValueError, SyntaxError):  # Pillow: SyntaxError of a broken PNG
+            strips = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
+        found += [(group, row, pictures) for row, pictures in zip(run.rows, strips, strict=False)]
+    of_teacher = [("teacher", row, strip) for _, row, strip in found if row.who == "teacher"]
+    columns = sorted(of_teacher, key=lambda column: column[1].steps)[-1:]
     columns += [column for column in found if column[1].who == "student"]
     if not columns:
         return '<p class="none">None of these runs kept its pictures.</p>'
@@ -225,25 +212,25 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     for row in list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]:
         body += f"<tr>{''.join(f'<td>{img(picture)}</td>' for picture in row)}</tr>\n"
     table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    note = "One prompt and one noise per row; of each group the first run."
+    note = "One prompt and one noise per row; the first run of each group."
     return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'
 
 
 def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
-    """The pictures of a `comparison.png` of so many rows, row by row."""
-    with opened(path) as grid:
-        side, whole = (grid.height - PADDING) // rows, grid.convert("RGB")
+    """The pictures of a `comparison.png` with this number of rows, row by row."""
+    with open_png(path) as grid:
+        side, pixels = (grid.height - PADDING) // rows, grid.convert("RGB")
     if side <= PADDING:
         return []
     corners = range(PADDING, grid.width - side + PADDING, side)[:SHOWN]
     return [
-        [whole.crop((x, y, x + side - PADDING, y + side - PADDING)) for x in corners]
+        [pixels.crop((x, y, x + side - PADDING, y + side - PADDING)) for x in corners]
         for y in range(PADDING, side * rows, side)
     ]
 
 
-def _made(groups: Mapping[str, Sequence[Run]]) -> str:
-    """How each run was made, and how all were judged."""
+def _provenance(groups: Mapping[str, Sequence[Run]]) -> str:
+    """Seed, hardware, commit and command of each run, and the evaluation protocol."""
     text = ""
     for group, runs in groups.items():
         text += f"{shown(group)}\n"
@@ -252,15 +239,15 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
                 "seed": run.config.get("seed"),
                 **{k: run.facts.get(k) for k in ("hardware", "commit", "command")},
             }
-            said = ", ".join(f"{k} {v}" for k, v in facts.items())
-            text += f"    {shown(f'{run.folder.name}: {said}')}\n"
+            listed = ", ".join(f"{k} {v}" for k, v in facts.items())
+            text += f"    {shown(f'{run.folder.name}: {listed}')}\n"
     protocols = {
         shown("; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())))
-        for run in everyone(groups)
+        for run in all_runs(groups)
     }
     warn = (
-        '<p class="warn">These runs were not all judged by one protocol.</p>'
+        '<p class="warn">These runs were evaluated by different protocols.</p>'
         if len(protocols) > 1
         else ""
     )
-    return warn + folded("Runs and protocol", text + "\n".join(sorted(protocols)), "open")
+    return warn + collapsible("Runs and protocol", text + "\n".join(sorted(protocols)), "open")

@@ -1,4 +1,4 @@
-"""What the judging says: a sentence, key figures, and a table of every measure by step count."""
+"""Results of an evaluation: a sentence, key figures, and a table of all measures by steps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
@@ -9,7 +9,7 @@ from distill.terminal.shown import in_html, shown
 
 PERCENT, PLAIN = "{:.1%}", "{:.4g}"
 TIME = "seconds_per_image"
-MEASURES = {  # key -> head of its column, the value it is best to be near, how it reads
+MEASURES = {  # key -> column head, best value, format
     "prompt_accuracy": ("Prompts right&nbsp;↑", 1, PERCENT),
     "frechet": ("Fréchet distance&nbsp;↓", 0, "{:,.1f}"),
     "fid": ("FID&nbsp;↓", 0, PLAIN),
@@ -29,8 +29,8 @@ MEASURES = {  # key -> head of its column, the value it is best to be near, how 
     "stripe_sharpness": ("Sharpness (data:&nbsp;1)", 1, PLAIN),
     TIME: ("Seconds per image&nbsp;↓", 0, PLAIN),
 }
-MOST_ROWS = 1000  # ours: samplers times numbers of steps
-MAIN = {  # in the order of what is told first -> as a phrase, as a noun
+MOST_ROWS = 1000  # ours: limit of samplers times numbers of steps
+MAIN = {  # main measures, most important first -> as a phrase, as a noun
     "prompt_accuracy": ("gets {} of prompts right", "prompts right"),
     "frechet": ("has a Fréchet distance of {}", "Fréchet distance"),
     "fid": ("has an FID of {}", "FID"),
@@ -43,7 +43,7 @@ MEASURES |= {key: (f"{key.capitalize()}&nbsp;↑", 1, PERCENT) for key in ATTRIB
 class Row(NamedTuple):
     who: str
     steps: int
-    scores: dict[str, float]  # those in MEASURES that are finite: no prompt asked for the others
+    scores: dict[str, float]  # the finite ones of MEASURES; NaN: no prompt names that attribute
 
     @property
     def name(self) -> str:
@@ -55,34 +55,34 @@ class Row(NamedTuple):
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
-    """The rows in the order of the file, which is that of the comparison's pictures.
+    """The rows in the order of the file, which is also that of the strips in the comparison.
 
-    Raises ValueError for what is no result of ours.
+    Raises ValueError for a file that does not hold rows and a protocol.
     """
     rows, protocol = evaluation.get("rows", []), evaluation.get("protocol", {})
     listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     if not listed or len(rows) > MOST_ROWS or not isinstance(protocol, dict):
-        what = f"at most {MOST_ROWS} rows and a protocol"
-        raise ValueError(f"evaluation.json holds no results, which are {what}; evaluate anew")
+        what = f"evaluation.json must hold at most {MOST_ROWS} rows and a protocol"
+        raise ValueError(f"{what}; evaluate anew")
     return [_row(row, f"row {i} of evaluation.json") for i, row in enumerate(rows, 1)]
 
 
 def _row(row: Mapping[str, Any], where: str) -> Row:
     who, steps = row.get("who"), row.get("steps")
     if not isinstance(who, str) or type(steps) is not int or not 0 <= steps < 10**6:
-        said = f"who={shown(who, 40)} and steps={shown(steps, 40)}"
-        raise ValueError(f"{where} says {said}, a word and a number of steps; evaluate anew")
+        values = f"who={shown(who, 40)} and steps={shown(steps, 40)}"
+        raise ValueError(f"{where} has {values}, not a name and a number; evaluate anew")
     found = {key: number_of(row, key, where) for key in MEASURES if key in row}
     return Row(who, steps, {k: x for k, x in found.items() if x is not None and isfinite(x)})
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The result in a sentence: the student at its fewest steps, the teacher at its most and at as
-    few.
+    """The result in a sentence: the student at its fewest steps, and the teacher at its most steps
+    and at as few as the student; "" without a main measure.
     """
     for key, (phrase, _) in MAIN.items():
-        if student := _said(rows, "student", key):
-            few, teacher = min(student), _said(rows, "teacher", key)
+        if student := _formatted(rows, "student", key):
+            few, teacher = min(student), _formatted(rows, "teacher", key)
             rivals = sorted({few, max(teacher, default=few)} & teacher.keys(), reverse=True)
             versus = " and ".join(f"{teacher[n]} in {_steps(n)}" for n in rivals)
             sentence = f"In {_steps(few)} the student {phrase.format(student[few])}"
@@ -91,20 +91,21 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
-    """Key figures: (what, its value, in which circumstances)."""
+    """Key figures: (name, value, number of steps)."""
     first, second = list(MAIN)[:2], list(MAIN)[2:]
     for key in second if any(key in row.scores for row in rows for key in second) else first:
         what = MAIN[key][1]
         for who, pick in (("student", min), ("teacher", max)):
-            said = _said(rows, who, key)
-            value, below = (
-                (said[n := pick(said)], f"in {_steps(n)}") if said else ("–", "not measured")
-            )
+            values = _formatted(rows, who, key)
+            value, below = "–", "not measured"
+            if values:
+                n = pick(values)
+                value, below = values[n], f"in {_steps(n)}"
             yield f"{who.capitalize()}, {what}", value, below
 
 
 def table(evaluation: Mapping[str, Any]) -> str:
-    """Every measure of every row, one body per number of steps, with the protocol beneath."""
+    """HTML table of all measures, with a body for each number of steps, and the protocol below."""
     rows = sorted(rows_of(evaluation), key=lambda row: row.who)
     columns = [key for key in MEASURES if any(key in row.scores for row in rows)]
     if not columns:
@@ -122,25 +123,25 @@ def table(evaluation: Mapping[str, Any]) -> str:
     protocol = in_html(
         "; ".join(f"{key}: {value}" for key, value in evaluation.get("protocol", {}).items())
     )
-    legend = "Marked: the best of those with as many steps. ↑ higher is better, ↓ lower is better."
+    legend = "Bold: the best at this number of steps. ↑ higher is better, ↓ lower is better."
     scores = f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n{body}</table></div>'
     return f'{scores}\n<p class="soft">{legend} Protocol. {protocol}.</p>'
 
 
 def _line(row: Row, rivals: Sequence[Row], columns: Sequence[str]) -> str:
-    """One row of the table; `rivals` are all rows with as many steps, itself among them."""
+    """One row of the table; `rivals` are all rows with the same number of steps, with itself."""
     cells = f'<th scope="row">{in_html(row.name)}</th>'
     for key in columns:
-        _, goal, words = MEASURES[key]
-        off = {rival.who: abs(rival.scores[key] - goal) for rival in rivals if key in rival.scores}
-        cell = words.format(row.scores[key]) if key in row.scores else "–"
-        best = row.who in off and off[row.who] == min(off.values()) < max(off.values())
+        _, goal, form = MEASURES[key]
+        gaps = {rival.who: abs(rival.scores[key] - goal) for rival in rivals if key in rival.scores}
+        cell = form.format(row.scores[key]) if key in row.scores else "–"
+        best = row.who in gaps and gaps[row.who] == min(gaps.values()) < max(gaps.values())
         cells += f"<td><b>{cell}</b></td>" if best else f"<td>{cell}</td>"
     return f"<tr>{cells}</tr>"
 
 
-def _said(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
-    """Number of steps -> how a score reads."""
+def _formatted(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
+    """Number of steps -> formatted score."""
     return {
         r.steps: MEASURES[key][2].format(r.scores[key])
         for r in rows
@@ -153,7 +154,7 @@ def _steps(n: int) -> str:
 
 
 def in_terminal(rows: list[dict[str, Any]]) -> str:
-    """The evaluation as lines for a terminal."""
+    """The rows as a table for a terminal."""
     columns = [
         key
         for key in MEASURES

@@ -1,10 +1,9 @@
-"""What a discriminator sees: each head's verdict by noise level, which heads disagree, and where a
-head looks.
+"""Inspect a discriminator: logits of each head by noise level, agreement of heads, saliency.
 
-gap        mean logit of real samples minus that of the student's, under one noise
+gap        mean logit of real samples minus that of the student's samples, with the same noise
 right      share of pairs (real, fake) in which the real one has the higher logit; 0.5 is guessing
-agreement  correlation of two heads' logits over all samples
-attention  |d logit / d x0|, mean over channels: where a change of the picture moves the head
+agreement  correlation of the logits of two heads over all samples
+attention  |d logit / d x0|, mean over channels: where a change of the picture changes the logit
 """
 
 import csv
@@ -22,19 +21,19 @@ from distill.core.losses import critic_stats
 from distill.core.process import level_like, noise_like
 from distill.core.types import Batch, Logits
 from distill.report.page import figure, html
-from distill.storage.aside import put_text
-from distill.storage.pictures import put_grid
+from distill.storage.atomic import write_text_atomic
+from distill.storage.pictures import write_grid
 from distill.terminal.shown import in_csv, in_html
 
 SHOWN = 8  # pictures
-MANY = 10  # heads whose attention is drawn, evenly chosen
-PAIRS = 5  # of heads that disagree most
+MAX_ATTENTION_HEADS = 10  # evenly chosen heads, whose attention is shown
+PAIRS = 5  # listed pairs of heads that agree least
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Logits [L, H, B] of L noise levels, H heads, B samples; `looks` [H', B', h, w] of the heads
-    `drawn`.
+class Inspection:
+    """Logits `real` and `fake` [L, H, B] of L noise levels, H heads, B samples; `pictures` of the
+    student [B', 3, S, S]; `attention` [H', B', h, w] of the heads with numbers `attention_heads`.
     """
 
     levels: Sequence[float]
@@ -42,16 +41,16 @@ class Seen:
     real: Tensor
     fake: Tensor
     pictures: Tensor
-    drawn: Sequence[int]
-    looks: Tensor
+    attention_heads: Sequence[int]
+    attention: Tensor
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each head and level."""
         for h, head in enumerate(self.heads):
             for k, level in enumerate(self.levels):
-                said = critic_stats(self.real[k, h, :, None], self.fake[k, h, :, None])
+                stats = critic_stats(self.real[k, h, :, None], self.fake[k, h, :, None])
                 real, fake, right = (
-                    float(said[f"d/{key}"]) for key in ("real", "fake", "accuracy")
+                    float(stats[f"d/{key}"]) for key in ("real", "fake", "accuracy")
                 )
                 means = {"real": real, "fake": fake, "gap": real - fake, "right": right}
                 yield {
@@ -61,18 +60,18 @@ class Seen:
                 }
 
     def agreement(self) -> Tensor:
-        """Correlations [H, H], the mean over levels."""
+        """Correlations of the heads [H, H], averaged over levels."""
         both = torch.cat([self.real, self.fake], dim=2)
         both = both - both.mean(2, keepdim=True)
         both = both / both.norm(dim=2, keepdim=True).clamp_min(1e-12)
         return (both @ both.transpose(1, 2)).mean(0)
 
 
-def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator) -> Seen:
-    """Have every head judge real samples and the student's, from pure noise in one step, at each
-    level.
-    """
-    method.heads.eval()  # spectral norm moves on with every pass in training
+def inspect_heads(
+    method: Any, batch: Batch, levels: Sequence[float], generator: torch.Generator
+) -> Inspection:
+    """Score real samples and the student's one-step samples with every head at each noise level."""
+    method.heads.eval()  # in training mode spectral norm changes with every pass
     streams = method.loop.streams(method)
     critic, noise = method.heads.draw(streams.common("heads")), noise_like(batch.x0, generator)
     with torch.no_grad():
@@ -80,21 +79,28 @@ def look(method: Any, batch: Batch, levels: Sequence[float], generator: torch.Ge
             batch.noise if batch.noise is not None else noise, level_like(noise, 1), batch.cond
         )
         pictures = method.teacher.decode(x0_hat[:SHOWN])
-        answers = [
-            [_judge(method, critic, x, t, noise, batch) for x in (batch.x0, x0_hat)] for t in levels
-        ]
-    real, fake = (torch.stack([pair[i] for pair in answers]) for i in (0, 1))
-    count = real.shape[1]
-    drawn = [round(i * (count - 1) / max(1, min(MANY, count) - 1)) for i in range(min(MANY, count))]
-    names = list(method.features.channels)
-    looks = _attention(method, critic, x0_hat, levels[len(levels) // 2], noise, batch, drawn)
-    return Seen(list(levels), names, real.cpu(), fake.cpu(), pictures.cpu(), drawn, looks.cpu())
+        real = [_mean_logits(method, critic, batch.x0, t, noise, batch) for t in levels]
+        fake = [_mean_logits(method, critic, x0_hat, t, noise, batch) for t in levels]
+    heads = list(method.features.channels)
+    count = min(MAX_ATTENTION_HEADS, len(real[0]))
+    chosen = [round(i * (len(real[0]) - 1) / max(1, count - 1)) for i in range(count)]
+    middle = levels[len(levels) // 2]
+    attention = _attention(method, critic, x0_hat, middle, noise, batch, chosen)
+    return Inspection(
+        list(levels),
+        heads,
+        torch.stack(real).cpu(),
+        torch.stack(fake).cpu(),
+        pictures.cpu(),
+        chosen,
+        attention.cpu(),
+    )
 
 
-def _judge(
+def _mean_logits(
     method: Any, critic: Any, x0: Tensor, level: float, noise: Tensor, batch: Batch
 ) -> Tensor:
-    """Mean logit of each head, [H, B]."""
+    """Mean logit of each head at one noise level, [H, B]."""
     t = level_like(x0, level)
     generator = method.loop.streams(method).features()
     maps, cond = method.critic_features(x0, t, noise, batch, generator)
@@ -109,76 +115,76 @@ def _attention(
     level: float,
     noise: Tensor,
     batch: Batch,
-    drawn: Sequence[int],
+    heads: Sequence[int],
 ) -> Tensor:
-    """|d logit / d x0| of some heads on the first SHOWN samples, [H', B', h, w], each head's
-    largest being 1.
+    """|d logit / d x0| of these heads on the first SHOWN samples, [H', B', h, w], with maximum 1
+    for each head.
     """
     x = x0.detach().requires_grad_()
-    logits = _judge(method, critic, x, level, noise, batch)
+    logits = _mean_logits(method, critic, x, level, noise, batch)
     maps = [
         torch.autograd.grad(logits[h].sum(), x, retain_graph=True)[0].abs().mean(1)[:SHOWN]
-        for h in drawn
+        for h in heads
     ]
     return torch.stack([m / m.max().clamp_min(1e-12) for m in maps])
 
 
-def write(seen: Seen, folder: Path, name: str) -> Path:
+def write_inspection(inspection: Inspection, folder: Path, name: str) -> Path:
     """Write `heads.csv`, `attention.png` and `inspect.html`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(seen.rows())
+    rows = list(inspection.rows())
     table = csv.writer(text := io.StringIO(), lineterminator="\n")
     table.writerows(map(in_csv, cells) for cells in (rows[0], *(row.values() for row in rows)))
-    put_text(folder / "heads.csv", text.getvalue())
-    put_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
+    write_text_atomic(folder / "heads.csv", text.getvalue())
+    write_grid(_sheet(inspection), folder / "attention.png", nrow=len(inspection.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
     names = "".join(
         f"<span>{in_html(text)}</span>"
-        for text in ["student", *(seen.heads[h] for h in seen.drawn)]
+        for text in ["student", *(inspection.heads[h] for h in inspection.attention_heads)]
     )
     caption = (
-        "The student's pictures, and where each head looks: bright where a change would move it"
-        " most."
+        "The student's pictures, and the attention of each head: bright where a change of the"
+        " picture changes its logit most."
     )
     picture = figure(folder / "attention.png", caption)
-    said = (
+    headline = (
         f"The heads tell real from fake {mean:.0%} of the time; the best, {best['head']} at t ="
-        f" {best['level']:g}"
+        f" {best['level']:g}, {best['right']:.0%}."
     )
     page = html(
-        f"{name}: what the discriminator sees",
-        f"{said}, {best['right']:.0%}.",
+        f"{name}: inspection of the discriminator",
+        headline,
         pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
-        evaluation=_table(seen),
-        training=_disagreement(seen),
+        evaluation=_table(inspection),
+        training=_disagreement(inspection),
     )
     path = folder / "inspect.html"
-    put_text(path, page)
+    write_text_atomic(path, page)
     return path
 
 
-def _sheet(seen: Seen) -> Tensor:
-    """The pictures, then a row for each drawn head: [R * B', 3, S, S] in [0, 1]."""
-    size = seen.pictures.shape[-2:]
-    heat = interpolate(seen.looks.flatten(0, 1)[:, None], size=size, mode="nearest").expand(
-        -1, 3, -1, -1
-    )
-    return torch.cat([(seen.pictures / 2 + 0.5).clamp(0, 1), heat])
+def _sheet(inspection: Inspection) -> Tensor:
+    """The pictures, then a row of attention for each head: [R * B', 3, S, S] in [0, 1]."""
+    size = inspection.pictures.shape[-2:]
+    heat = interpolate(
+        inspection.attention.flatten(0, 1)[:, None], size=size, mode="nearest"
+    ).expand(-1, 3, -1, -1)
+    return torch.cat([(inspection.pictures / 2 + 0.5).clamp(0, 1), heat])
 
 
-def _table(seen: Seen) -> str:
-    """Share right by head and level, in shades."""
-    heads = "".join(f'<th scope="col">t = {level:g}</th>' for level in seen.levels)
-    found = {(row["head"], row["level"]): row for row in seen.rows()}
+def _table(inspection: Inspection) -> str:
+    """HTML table of the share of right pairs by head and level, with shades."""
+    heads = "".join(f'<th scope="col">t = {level:g}</th>' for level in inspection.levels)
+    found = {(row["head"], row["level"]): row for row in inspection.rows()}
     body = ""
-    for head in seen.heads:
+    for head in inspection.heads:
         cells = ""
-        for level in seen.levels:
+        for level in inspection.levels:
             row = found[head, level]
             shade = max(0.0, 2 * row["right"] - 1)
-            look = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
-            cells += f'<td style="{look}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
+            style = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
+            cells += f'<td style="{style}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
         body += f'<tr><th scope="row">{in_html(head)}</th>{cells}</tr>\n'
     table = (
         "<div"
@@ -191,12 +197,12 @@ def _table(seen: Seen) -> str:
     )
 
 
-def _disagreement(seen: Seen) -> str:
-    """The pairs of heads that agree least."""
-    agreement, count = seen.agreement(), len(seen.heads)
+def _disagreement(inspection: Inspection) -> str:
+    """HTML list of the pairs of heads that agree least."""
+    agreement, count = inspection.agreement(), len(inspection.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
     items = "".join(
-        f"<li>{in_html(seen.heads[j])} and {in_html(seen.heads[i])}: {r:+.2f}</li>"
+        f"<li>{in_html(inspection.heads[j])} and {in_html(inspection.heads[i])}: {r:+.2f}</li>"
         for r, i, j in pairs
     )
     return (

@@ -1,4 +1,4 @@
-"""What every page is made of: one template, and pictures that it holds itself."""
+"""Parts of every HTML page: the template, embedded pictures, collapsible text."""
 
 import base64
 import io
@@ -14,40 +14,39 @@ from distill.terminal.shown import in_html, lines_in_html
 TEMPLATE = Path(__file__).with_name("template.html")
 SECTIONS = dict.fromkeys(("status", "pictures", "evaluation", "training", "facts", "config"), "")
 TILE = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
-# pixels; wider pictures are shrunk to it, or the grids of a large model would make a file of 200 MB
+# pixels; wider pictures are reduced to it, since grids of a large model would give a 200 MB page
 WIDEST = 1600
 MOST_PIXELS = 2**27  # ours: a grid of 64 pictures of 1024 x 1024 has half as many
-COARSEST = 700  # pixels; narrower pictures are enlarged with hard edges, as what they are
+COARSEST = 700  # pixels; narrower pictures are enlarged without interpolation
 
 
 def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sections: str) -> str:
     """The whole page.
 
-    A tile is (what, its value, in which circumstances); `sections` are HTML, empty if absent.
+    A tile is (name, value, circumstances); `sections` are HTML, and empty if absent.
     """
-    said = {"name": in_html(name), "headline": in_html(headline)}
-    shown = "\n".join(TILE.format(*map(in_html, tile)) for tile in tiles)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        SECTIONS | said | sections, tiles=shown
-    )
+    texts = {"name": in_html(name), "headline": in_html(headline)}
+    texts["tiles"] = "\n".join(TILE.format(*map(in_html, tile)) for tile in tiles)
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(SECTIONS | texts | sections)
 
 
 def figure(path: Path, caption: str) -> str:
-    """The picture in this file with a caption.
+    """HTML of the picture in this file with a caption.
 
     Raises OSError, ValueError or SyntaxError, as Pillow does.
     """
-    with opened(path) as picture:
+    with open_png(path) as picture:
         picture.thumbnail((WIDEST, 100 * WIDEST))
         below = f"<figcaption>{in_html(caption)}</figcaption>"
         return f"<figure>{img(picture, caption)}{below}</figure>"
 
 
-def opened(path: Path) -> Image.Image:
-    """A picture of a run, of which the header is read: a PNG, as we write them, for Pillow starts
-    programs for others.
+def open_png(path: Path) -> Image.Image:
+    """Open a PNG of a run; only its header is read.
 
-    Raises OSError, and ValueError for one of too many pixels.
+    Other formats are refused: for some of them Pillow starts another program. Raises OSError, and
+    ValueError for a picture of too many pixels.
     """
     picture = Image.open(path, formats=("PNG",))
     check_pixels(picture, MOST_PIXELS)
@@ -56,20 +55,20 @@ def opened(path: Path) -> Image.Image:
 
 def img(picture: Image.Image, alt: str = "") -> str:
     picture.save(file := io.BytesIO(), format="PNG")
-    look = (
+    attributes = (
         f'width="{picture.width}" height="{picture.height}"'
         f' class="{"crisp" * (picture.width < COARSEST)}"'
     )
-    return f'<img src="{data_uri(file, "png")}" {look} alt="{in_html(alt)}">'
+    return f'<img src="{data_uri(file, "png")}" {attributes} alt="{in_html(alt)}">'
 
 
 def data_uri(file: io.BytesIO, kind: str) -> str:
-    """A picture of this kind (png, svg+xml) as its own address."""
+    """A data URI of a picture of this kind, `png` or `svg+xml`."""
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def folded(what: str, text: str, state: str = "") -> str:
-    """Plain text that opens at a click; `state` open: it is so from the start."""
+def collapsible(what: str, text: str, state: str = "") -> str:
+    """Plain text in <details>; with `state="open"` it starts expanded."""
     return (
         "<details"
         f" {state}><summary>{in_html(what)}</summary><pre>{lines_in_html(text)}</pre></details>"

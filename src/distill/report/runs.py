@@ -1,4 +1,4 @@
-"""Finished runs side by side: what they differ in, and their scores by group, over seeds."""
+"""Compare finished runs: the keys in which they differ, and scores of each group over seeds."""
 
 import csv
 import io
@@ -9,21 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation.results import FILE, PICTURE, Verdict, comparable, verdicts
+from distill.evaluation.results import FILE, PICTURE, Result, comparable, results_in
 from distill.report.evaluation import MEASURES, TIME, Row, rows_of
 from distill.storage.bounded import mapping_of, number_of, yaml_of
 from distill.storage.renames import renamed
 from distill.terminal.shown import in_csv, in_markdown
 
-# A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
-ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
+# Keys that do not make two runs different settings: paths, logging, and evaluation. `name` and
+# `seed` are handled apart.
+IGNORED_KEYS = {
+    "run_dir",
+    "resume",
+    "name",
+    "seed",
+    "hydra",
+    "logger",
+    "callbacks",
+    "metrics",
+    "debug",
+}
 COSTS = ("train_seconds", "images_seen")
 SCORES = [key for key in MEASURES if key != TIME]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A judged run: its folder, what made it and what it is worth."""
+    """An evaluated run: its folder, configuration, metadata and rows of scores."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -33,7 +44,7 @@ class Run:
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """How it was judged, kept with the configuration since runs differ in it likewise."""
+        """The evaluation protocol. It is stored in `config`, since runs may differ in it too."""
         return self.config["judged"]
 
     @property
@@ -46,46 +57,44 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in this folder, which must have been judged; by its own protocol.
+    """The evaluated run in this folder, with its main result.
 
     Raises ValueError, YAMLError or OSError for a damaged one.
     """
-    return _by(folder, verdicts_of(folder)[0])
+    return _run_of(folder, results_of(folder)[0])
 
 
-def read_alike(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, which must have been judged: by one protocol if there is one that
-    all have.
+def read_comparable(folders: Sequence[Path]) -> list[Run]:
+    """The evaluated runs in these folders, with results by one protocol if all have one in common.
 
-    A run's own protocol goes before those that it was judged by besides. Where none is shared each
-    has its own.
+    Main results are preferred. Without a common protocol each run has its main result.
     """
-    every = [verdicts_of(folder) for folder in folders]
+    every = [results_of(folder) for folder in folders]
     for wanted in every[0] if every else ():
-        found = [_like(verdicts, wanted) for verdicts in every]
-        chosen = [verdict for verdict in found if verdict is not None]
+        found = [_comparable_result(results, wanted) for results in every]
+        chosen = [result for result in found if result is not None]
         if len(chosen) == len(every):
-            return [_by(folder, verdict) for folder, verdict in zip(folders, chosen, strict=True)]
-    return [_by(folder, verdicts[0]) for folder, verdicts in zip(folders, every, strict=True)]
+            return [_run_of(folder, result) for folder, result in zip(folders, chosen, strict=True)]
+    return [_run_of(folder, results[0]) for folder, results in zip(folders, every, strict=True)]
 
 
-def _like(verdicts: Sequence[Verdict], wanted: Verdict) -> Verdict | None:
-    alike = (v for v in verdicts if comparable(v["protocol"], wanted["protocol"]))
+def _comparable_result(results: Sequence[Result], wanted: Result) -> Result | None:
+    alike = (v for v in results if comparable(v["protocol"], wanted["protocol"]))
     return next(alike, None)
 
 
-def verdicts_of(folder: Path) -> list[Verdict]:
-    """What the run in this folder was judged to be, its own verdict first."""
-    found = verdicts({"rows": [], **mapping_of(folder / FILE)})
-    for verdict in found:
+def results_of(folder: Path) -> list[Result]:
+    """The results of the run in this folder, the main one first. Raises ValueError for damage."""
+    found = results_in({"rows": [], **mapping_of(folder / FILE)})
+    for result in found:
         try:
-            rows_of(verdict)
+            rows_of(result)
         except ValueError as error:
             raise ValueError(f"{folder / FILE}: {error}") from None
     return found
 
 
-def _by(folder: Path, verdict: Verdict) -> Run:
+def _run_of(folder: Path, result: Result) -> Run:
     import yaml
 
     config = yaml.safe_load(yaml_of(folder / "config.yaml"))
@@ -94,12 +103,12 @@ def _by(folder: Path, verdict: Verdict) -> Run:
         raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
         number_of(facts, key, str(folder / "run.json"))
-    config = {**_plain(renamed(config)), "judged": verdict["protocol"]}
-    return Run(folder, config, facts, rows_of(verdict), verdict["picture"])
+    config = {**_plain(renamed(config)), "judged": result["protocol"]}
+    return Run(folder, config, facts, rows_of(result), result["picture"])
 
 
 def _plain(value: Any) -> Any:
-    """YAML with keys that are texts, and dates and the like as texts: a stranger's may have any."""
+    """Values with texts as keys, and dates as texts: an untrusted YAML file may hold any type."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -108,27 +117,26 @@ def _plain(value: Any) -> Any:
 
 
 def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under what sets them apart from the others; or those of
-    one `name`.
+    """Group runs that differ only in their seed, or with `by_name` runs of one `name`.
 
-    A method brings a recipe along, so runs of different methods are told apart by its name, and
-    only runs of one method by their keys; likewise anything whose class differs, by the name of the
-    class.
+    The name of a group lists the keys in which it differs from other groups. A method also changes
+    its recipe, so runs of different methods are distinguished only by the method. Nodes of
+    different classes are distinguished only by the class.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rivals = [other.config for other in runs if other.method == run.method]
-        words = [run.method] if len(rivals) < len(runs) else []
-        words += _settings(run, _keys("", rivals))
+        parts = [run.method] if len(rivals) < len(runs) else []
+        parts += _settings(run, _keys("", rivals))
         if by_name:
             rivals = [other.config for other in runs if other.name == run.name]
-            words = [run.name, *_settings(run, _keys("judged", rivals))]
-        groups.setdefault(", ".join(words) or run.method, []).append(run)
+            parts = [run.name, *_settings(run, _keys("judged", rivals))]
+        groups.setdefault(", ".join(parts) or run.method, []).append(run)
     return groups
 
 
 def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
-    """Dotted keys in which the nodes are not all alike."""
+    """Dotted keys in which the nodes differ."""
     if all(node == nodes[0] for node in nodes):
         return
     maps = [node for node in nodes if isinstance(node, Mapping)]
@@ -136,33 +144,38 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
         yield path
         return
     for key in dict.fromkeys(key for node in maps for key in node):
-        if path or key not in ASIDE:
+        if path or key not in IGNORED_KEYS:
             yield from _differences(
                 f"{path}.{key}" if path else key, [node.get(key) for node in maps]
             )
 
 
-def _keys(path: str, nodes: Sequence[Mapping[str, Any]], but: str = "judged.teacher") -> list[str]:
-    """What the nodes differ in at this path, but not how others are judged (`but`), nor measures
-    that one lacks.
+def _keys(
+    path: str, nodes: Sequence[Mapping[str, Any]], ignored: str = "judged.teacher"
+) -> list[str]:
+    """Dotted keys at this path in which the nodes differ.
+
+    Protocol keys that start with `ignored` are left out, and so are measures that a node lacks.
     """
     found = _differences(path, [node[path] if path else node for node in nodes])
     known = set.intersection(*(set(node["judged"] or ()) for node in nodes))
     return sorted(
-        k for k in found if not k.startswith("judged") or (k[7:] in known and not k.startswith(but))
+        k
+        for k in found
+        if not k.startswith("judged") or (k[7:] in known and not k.startswith(ignored))
     )
 
 
 def _settings(run: Run, keys: Sequence[str]) -> list[str]:
-    """`key=value` of each dotted key, by its last part if no other ends alike."""
+    """`key=value` of each dotted key, shortened to its last part if that is unique."""
     ends = [key.rpartition(".")[2] for key in keys]
     return [
-        f"{k if ends.count(end) > 1 else end}={_said(run.config, k)}"
+        f"{k if ends.count(end) > 1 else end}={_value_text(run.config, k)}"
         for k, end in zip(keys, ends, strict=True)
     ]
 
 
-def _said(config: Mapping[str, Any], key: str) -> str:
+def _value_text(config: Mapping[str, Any], key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -173,9 +186,7 @@ def _said(config: Mapping[str, Any], key: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Scores of one sampler: of a group's students at a number of steps, or of the teacher; a value
-    for each run.
-    """
+    """Scores of a group's students, or of a teacher, at one number of steps: a value per run."""
 
     group: str
     who: str
@@ -185,28 +196,28 @@ class Line:
     def mean(self, key: str) -> float:
         return statistics.fmean(self.values[key])
 
-    def said(self, key: str, words: str) -> str:
-        """Mean and standard deviation, as `words` formats a number."""
+    def formatted(self, key: str, form: str) -> str:
+        """Mean and standard deviation; `form` formats a number."""
         found = self.values.get(key, [])
-        spread = f" ± {words.format(statistics.stdev(found))}" if len(found) > 1 else ""
-        return words.format(statistics.fmean(found)) + spread if found else "–"
+        spread = f" ± {form.format(statistics.stdev(found))}" if len(found) > 1 else ""
+        return form.format(statistics.fmean(found)) + spread if found else "–"
 
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
-    """First the lines of each teacher, of all its runs together, then each group's."""
+    """The lines of each teacher, over all runs with it, then those of each group."""
     students = (line for group, runs in groups.items() for line in _lines(group, "student", runs))
-    runs, teachers = everyone(groups), {}
+    runs, teachers = all_runs(groups), {}
     configs = [{key: run.config.get(key) for key in ("teacher", "judged")} for run in runs]
-    keys = _keys("", configs, but="judged.student")
+    keys = _keys("", configs, ignored="judged.student")
     for run in runs:
         teachers.setdefault(", ".join(["teacher", *_settings(run, keys)]), []).append(run)
     return [
-        *(line for name, its in teachers.items() for line in _lines(name, "teacher", its)),
+        *(line for name, group in teachers.items() for line in _lines(name, "teacher", group)),
         *students,
     ]
 
 
-def everyone(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
+def all_runs(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
     return [run for runs in groups.values() for run in runs]
 
 
@@ -215,7 +226,7 @@ def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
         rows = [row for run in runs for row in run.rows if (row.who, row.steps) == (who, steps)]
         found = {key: [row.scores[key] for row in rows if key in row.scores] for key in MEASURES}
         scores = {key: values for key, values in found.items() if values}
-        if who == "teacher":  # judged again by every run, on the same prompts: no spread over seeds
+        if who == "teacher":  # evaluated by every run on the same prompts: no spread over seeds
             scores = {key: [statistics.fmean(values)] for key, values in scores.items()}
         yield Line(group, who, steps, scores)
 
@@ -240,13 +251,13 @@ def as_markdown(lines: Sequence[Line]) -> str:
     rows = [["", "steps", "runs", *heads], ["---"] * (len(columns) + 3)]
     for line in lines:
         count = max(map(len, line.values.values()), default=0)
-        said = [line.said(key, MEASURES[key][2]) for key in columns]
+        values = [line.formatted(key, MEASURES[key][2]) for key in columns]
         rows.append(
             [
                 in_markdown(line.group),
                 str(line.steps),
                 str(count) if line.who == "student" else "",
-                *said,
+                *values,
             ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

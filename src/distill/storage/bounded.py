@@ -1,11 +1,10 @@
-"""Files that a stranger may have written, read within bounds: these are known before anything is
-parsed.
+"""Read untrusted files within bounds, which are checked before anything is parsed.
 
     json_of(file), mapping_of(file)  JSON
     yaml_of(file)                    the text of a YAML file, for OmegaConf.load or yaml.safe_load
-    check_archive(file)              an archive of torch's or NumPy's, before they read it
+    check_archive(file)              an archive of torch or NumPy, before they read it
 
-Nothing here imports a library that takes long.
+Nothing here imports a slow library.
 """
 
 import io
@@ -22,44 +21,45 @@ import yaml
 from distill.terminal.shown import shown
 
 MIB = 2**20
-# All ours, and far above what such files have: a run's files and a model's settings take kilobytes.
-TEXT = 16 * MIB  # bytes of a file of JSON, of a card, of captions' records of one picture
+# All limits are ours, and far above usual files: those of a run and settings of a model take
+# kilobytes.
+TEXT = 16 * MIB  # bytes of a JSON file, of a card, or of the caption records of a picture
 YAML = 4 * MIB  # bytes
-YAML_NODES = 100_000  # values, each counted as often as aliases name it
-YAML_DEPTH = 64  # values inside of values
+YAML_NODES = 100_000  # values, counted again for every alias
+YAML_DEPTH = 64  # nested values
 LINES = 1024 * MIB  # bytes of a list of prompts, ten million of them
-LARGEST = 10**15  # of a whole number: no float holds the largest that JSON may have
+LARGEST = 10**15  # of a whole number: those of JSON may be larger than any float
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def text_of(file: Path, most: int = TEXT, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The text of a file of at most this many bytes.
+    """The text of a regular file of at most `most` bytes.
 
-    Raises ValueError, naming it, for any other, and OSError.
+    Raises ValueError, naming the file, for any other, and OSError.
     """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{file}: is no plain file; give one")
+        raise ValueError(f"{file}: is no regular file; give one")
     if found.st_size > most:
-        raise too_large(file, found.st_size, most)
+        raise too_large_error(file, found.st_size, most)
     with file.open("rb") as opened:
-        data = opened.read(most + 1)  # no more, should it grow meanwhile
+        data = opened.read(most + 1)  # bounded, since the file may grow meanwhile
     if len(data) > most:
-        raise too_large(file, len(data), most)
+        raise too_large_error(file, len(data), most)
     try:
         return data.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 text (byte {error.start}); repair it") from None
 
 
-def too_large(file: Path | str, size: int, most: int) -> ValueError:
-    """What is said of a file of more bytes than its kind may have."""
-    what = f"has {in_bytes(size)}, and such a file may have {in_bytes(most)}"
-    return ValueError(f"{file}: {what}; look at what it holds")
+def too_large_error(file: Path | str, size: int, most: int) -> ValueError:
+    """The error for a file that is larger than its limit."""
+    what = f"has {format_bytes(size)}, and such a file may have {format_bytes(most)}"
+    return ValueError(f"{file}: {what}; check its content")
 
 
-def in_bytes(size: int) -> str:
-    """As a person says it: `300 bytes`, `1.4 GiB`."""
+def format_bytes(size: int) -> str:
+    """A size as text: `300 bytes`, `1.5 GiB`."""
     for unit, name in ((2**30, "GiB"), (MIB, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size // unit}{'.5' * (size % unit * 2 >= unit)} {name}"
@@ -67,69 +67,68 @@ def in_bytes(size: int) -> str:
 
 
 def json_of(file: Path, most: int = TEXT) -> Any:
-    """What a file of JSON holds.
+    """The content of a JSON file.
 
-    Raises ValueError, naming it, where it cannot be read, and OSError.
+    Raises ValueError, naming the file, if it cannot be parsed, and OSError.
     """
-    return parsed(text_of(file, most), str(file))
+    return parse_json(text_of(file, most), str(file))
 
 
-def parsed(text: str, where: str) -> Any:
-    """What a text of JSON holds.
-
-    Raises ValueError, beginning with `where`, where it cannot be read.
-    """
+def parse_json(text: str, where: str) -> Any:
+    """The content of a JSON text. Raises ValueError, starting with `where`, for a wrong one."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply to be read; repair it") from None
-    except ValueError as error:  # of numbers of thousands of digits too
+    except ValueError as error:  # also for numbers with thousands of digits
         raise ValueError(f"{where}: is no JSON ({error}); repair it or fetch it anew") from None
 
 
 def mapping_of(file: Path, most: int = TEXT) -> dict[str, Any]:
-    """The same of a JSON object. Raises ValueError, naming the file, for anything else."""
-    return parsed_mapping(text_of(file, most), str(file))
+    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+    return parse_json_object(text_of(file, most), str(file))
 
 
-def parsed_mapping(text: str, where: str) -> dict[str, Any]:
-    """The same as `parsed` of a JSON object, and ValueError for anything else."""
-    found = parsed(text, where)
+def parse_json_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in a text. Raises ValueError, starting with `where`, for anything else."""
+    found = parse_json(text, where)
     if not isinstance(found, dict):
         raise ValueError(f"{where}: is no JSON object; repair it or fetch it anew")
     return found
 
 
 def number_of(found: Mapping[str, Any], key: str, where: str) -> float | None:
-    """The number of this key, NaN and infinity among them; None where there is none. ValueError,
-    after `where`, for anything else."""
+    """The number of this key, which may be NaN or infinity; None if the key is missing.
+
+    Raises ValueError, starting with `where`, for any other value.
+    """
     value = found.get(key)
     if value is None:
         return None
-    whole = type(value) is int and abs(value) <= LARGEST
-    if not whole and not isinstance(value, float):
-        said = shown(value, 60)
-        raise ValueError(f"{where} says {key}={said}, which must be a number; make it anew")
+    is_integer = type(value) is int and abs(value) <= LARGEST
+    if not is_integer and not isinstance(value, float):
+        text = shown(value, 60)
+        raise ValueError(f"{where} has {key}={text}, which must be a number; write it again")
     return value
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number below LARGEST; True and False are none."""
+    """Whether this is a finite number below LARGEST, and not a bool."""
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
 class Named(io.StringIO):
-    """A text, and the file that it is of, which errors name."""
+    """A text with the name of its file, which errors of YAML libraries show."""
 
     name: str
 
 
 def yaml_of(file: Path) -> Named:
-    """The text of a YAML file that stays small when it is read: OmegaConf and PyYAML have no bounds
-    of their own.
+    """The text of a YAML file that stays small when it is parsed: OmegaConf and PyYAML do not limit
+    it.
 
-    Raises OSError, and ValueError, naming the file, for one that is damaged, too large or nested
-    too deeply, or whose aliases make it so.
+    Raises OSError, and ValueError, naming the file, if it is damaged, too large or nested too
+    deeply, also with its aliases expanded.
     """
     text = text_of(file, YAML)
     try:
@@ -143,14 +142,13 @@ def yaml_of(file: Path) -> Named:
 
 
 def check_yaml(text: str, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for YAML of too many values or too deep; aliases
-    count in full.
+    """Raise ValueError, starting with `where`, for YAML with too many or too deeply nested values.
+
+    Aliases are counted as if expanded.
     """
-    sizes: dict[str, int] = {}  # of what an anchor names
+    sizes: dict[str, int] = {}  # anchor -> number of values
     depths: dict[str, int] = {}
-    open_ones: list[
-        list[Any]
-    ] = []  # anchor, values, and how deep they go, of each collection begun
+    open_ones: list[list[Any]] = []  # [anchor, values, depth] of each open collection
     total = 0
     for event in yaml.parse(text, Loader=LOADER):
         size, depth, anchor = 1, 1, None
@@ -164,16 +162,16 @@ def check_yaml(text: str, where: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             anchor = event.anchor
         elif isinstance(event, yaml.AliasEvent):
-            size = sizes.get(event.anchor, YAML_NODES)  # what it names may be around it
+            size = sizes.get(event.anchor, YAML_NODES)  # unknown: its collection is still open
             depth = depths.get(event.anchor, YAML_DEPTH)
         else:
             continue
         if anchor:
             sizes[anchor], depths[anchor] = size, depth
         if open_ones:
-            around = open_ones[-1]
-            around[1] += size
-            around[2] = max(around[2], depth + 1)
+            parent = open_ones[-1]
+            parent[1] += size
+            parent[2] = max(parent[2], depth + 1)
         total = max(total, size)
         if total > YAML_NODES or depth + len(open_ones) > YAML_DEPTH:
             raise _too_much(where)
@@ -181,28 +179,25 @@ def check_yaml(text: str, where: str) -> None:
 
 def _too_much(where: str) -> ValueError:
     what = f"holds more than {YAML_NODES:,} values, or values nested more than {YAML_DEPTH} deep"
-    return ValueError(f"{where}: {what}, its aliases counted in full; write it plainly")
+    return ValueError(f"{where}: {what}, with its aliases expanded; write it in a simpler way")
 
 
 def check_archive(file: Path, most: float = math.inf) -> None:
-    """Raise ValueError for a zip archive, as torch and NumPy write them, that would be larger than
-    it is.
+    """Raise ValueError for a zip archive, as torch and NumPy write them, that would expand.
 
-    Both store what they write as it is: what is compressed may be of any size. `most` is of bytes
-    of all that is in it. What is no such archive is for others to refuse.
+    Both store data without compression: compressed data may have any size. `most` limits the bytes
+    of the content. Other files are ignored.
     """
     if not zipfile.is_zipfile(file):
         return
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
-    except (
-        Exception
-    ):  # a damaged directory raises nearly anything; who reads the file says what is wrong
+    except Exception:  # a damaged archive raises nearly anything; its reader reports the error
         return
     declared = sum(part.file_size for part in parts)
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise ValueError(f"{file}: holds compressed parts, which may be of any size; save it anew")
     if declared > min(most, file.stat().st_size):
-        what = f"its parts declare {in_bytes(declared)}"
-        raise ValueError(f"{file}: {what}, more than may be; save it anew")
+        what = f"its parts declare {format_bytes(declared)}"
+        raise ValueError(f"{file}: {what}, more than is allowed; save it again")

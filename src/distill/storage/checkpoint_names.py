@@ -1,4 +1,4 @@
-"""Which files of a run are its checkpoints and pictures, by their names.
+"""File names of checkpoints and sample pictures in a run folder.
 
 Nothing here imports torch.
 """
@@ -9,10 +9,9 @@ from pathlib import Path
 
 
 def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
-    """Step -> file, of those that a run names after its steps, `step_000250` and the suffix, in
-    their order.
+    """Step -> file of the files `step_000250<suffix>` in a folder, sorted by step.
 
-    A file of any other name is not the run's: somebody has put it there, and it stays.
+    Files with other names belong to the user, and are ignored.
     """
     pattern = re.compile(rf"step_(\d{{6,}}){re.escape(suffix)}")
     names = os.listdir(folder) if folder.is_dir() else []
@@ -21,8 +20,7 @@ def steps_in(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def checkpoints_at(path: Path, key: str = "resume") -> list[Path]:
-    """The checkpoints to go on from, newest first: `path` itself and those before it, or all of a
-    run folder.
+    """The checkpoints to resume from, newest first: `path` and earlier ones, or all of a run.
 
     Raises FileNotFoundError, naming `key`, if there is none.
     """
@@ -30,9 +28,9 @@ def checkpoints_at(path: Path, key: str = "resume") -> list[Path]:
     steps = steps_in(path.parent if named else path / "checkpoints", ".ckpt")
     found = [steps[step] for step in sorted(steps, reverse=True)]
     if named:
-        began = re.match(r"step_(\d+)", path.name)  # a copy may have a name of its own
-        step = int(began[1]) if began else 0
+        numbered = re.match(r"step_(\d+)", path.name)  # a copy may have another name
+        step = int(numbered[1]) if numbered else 0
         found = [path, *(steps[other] for other in sorted(steps, reverse=True) if other < step)]
     if not found or not path.exists():
-        raise FileNotFoundError(f"{key}={path}: holds no checkpoint to go on from")
+        raise FileNotFoundError(f"{key}={path}: has no checkpoint to resume from")
     return found

@@ -1,8 +1,7 @@
-"""Which files are pictures that are read, and what to do with those that are not. Nothing here
-imports torch.
+"""Picture formats that are read, and advice for others. Nothing here imports torch.
 
-What a file holds decides, not its suffix: only the formats named here are tried. Pillow knows more,
-among them some that start other programs (EPS).
+The content of a file decides its format, not its suffix. Only the formats below are tried: for some
+others, such as EPS, Pillow starts another program.
 """
 
 import importlib
@@ -16,7 +15,7 @@ from PIL import Image, features
 
 from distill.storage import headers
 
-# Suffix -> Pillow's format. Of several pictures in one sample of a shard the first by this order is
+# Suffix -> Pillow's format. If a sample of a shard has several pictures, the first in this order is
 # read.
 FORMAT_OF = {
     "jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "avif": "AVIF", "jxl": "JXL",
@@ -24,33 +23,31 @@ FORMAT_OF = {
     "jfif": "JPEG", "jpe": "JPEG", "apng": "PNG", "jp2": "JPEG2000", "j2k": "JPEG2000",
     "ppm": "PPM", "pgm": "PPM", "pnm": "PPM", "qoi": "QOI", "tga": "TGA",
 }  # fmt: skip
-# What Pillow reads only if it was built so, and its name for that.
+# Formats that are optional in builds of Pillow -> name of the feature.
 BUILT = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000", "JPEG": "jpg", "PNG": "zlib"}
-# What another package has Pillow read: its module, and what pip calls it.
+# Formats that a plugin of Pillow reads -> its module, and its name for pip.
 PLUGINS = {"JXL": ("pillow_jxl", "pillow-jxl-plugin"), "HEIF": ("pillow_heif", "pillow-heif")}
-# A file of this format has no mark at its start, so that damaged ones of others could pass for it.
+# This format has no signature, so damaged files of other formats could be read as it.
 UNMARKED = "TGA"
-# Pictures, and films, that a person may take for data and that are never read.
+# Pictures and videos that a user may give as data, but that are never read.
 OTHERS = (
     "psd", "svg", "eps", "pdf", "ico", "dds", "exr", "hdr", "pcx", "sgi", "raw", "dng", "cr2",
     "cr3", "nef", "arw", "orf", "rw2", "raf", "hif", "mp4", "mov", "webm", "mkv", "avi",
 )  # fmt: skip
-# Ours: 8192 x 8192, which take 256 MiB decoded and as much again for each step of making them RGB.
+# Ours: 8192 x 8192, which take 256 MiB decoded, and as much for each step of conversion to RGB.
 MOST_PIXELS = 2**26
-# Folders of thumbnails and of what an archive of macOS adds: pictures in them are nobody's data.
+# Folders of thumbnails and of macOS metadata: pictures in them are not data.
 SYSTEM = ("__MACOSX", "@eaDir")
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the system's and not the user's: ._x.jpg, .cache,
-    @eaDir.
-    """
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or the system's: ._x.jpg, .cache, @eaDir."""
     return name.startswith(".") or name in SYSTEM
 
 
 @cache
-def known() -> frozenset[str]:
-    """The formats of `FORMAT_OF` that Pillow reads here, with the plugins that are installed."""
+def readable_formats() -> frozenset[str]:
+    """The formats of `FORMAT_OF` that Pillow and installed plugins can read."""
     for module, _ in PLUGINS.values():
         if importlib.util.find_spec(module):
             plugin = importlib.import_module(module)
@@ -67,23 +64,22 @@ def known() -> frozenset[str]:
 
 @cache
 def suffixes() -> tuple[str, ...]:
-    """The lower-case suffixes of pictures that are read here, best first."""
-    return tuple(suffix for suffix, name in FORMAT_OF.items() if name in known())
+    """The lower-case suffixes of readable pictures, preferred ones first."""
+    return tuple(suffix for suffix, name in FORMAT_OF.items() if name in readable_formats())
 
 
-def tried(suffix: str) -> tuple[str, ...]:
-    """The formats that a file of this suffix may be of."""
+def formats_of(suffix: str) -> tuple[str, ...]:
+    """The formats that are tried for a file of this suffix."""
     own = FORMAT_OF.get(suffix.rpartition(".")[2])
-    return tuple(sorted(name for name in known() if name != UNMARKED or own == UNMARKED))
+    return tuple(sorted(name for name in readable_formats() if name != UNMARKED or own == UNMARKED))
 
 
-def opened(file: Path | IO[bytes], suffix: str) -> Image.Image:
-    """The picture in a file that may be read again, by its header: only formats that are read here,
-    and within bounds.
+def open_picture(file: Path | IO[bytes], suffix: str) -> Image.Image:
+    """Open a picture in one of the allowed formats; `file` is a path or a seekable file.
 
-    Raises ValueError for one of too many pixels, and whatever Pillow does for what is none. Most
-    formats, AVIF and HEIF among them, are decoded later, when pixels are asked for; of the others
-    the size is looked at before.
+    Most formats are decoded later, when pixels are read. For those that are decoded at once the
+    size is checked before. Raises ValueError for too many pixels, and errors of Pillow for other
+    files.
     """
     if isinstance(file, Path):
         with file.open("rb") as first:
@@ -92,7 +88,7 @@ def opened(file: Path | IO[bytes], suffix: str) -> Image.Image:
         size = headers.size_of(file)
     if size is not None and size[0] * size[1] > MOST_PIXELS:
         raise _too_large(size, MOST_PIXELS)
-    return Image.open(file, formats=tried(suffix))
+    return Image.open(file, formats=formats_of(suffix))
 
 
 def _too_large(size: tuple[int, int], most: int) -> ValueError:
@@ -101,10 +97,9 @@ def _too_large(size: tuple[int, int], most: int) -> ValueError:
 
 
 def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
-    """Raise ValueError for a picture, of which its header alone is read, that would take gigabytes
-    when it is decoded.
+    """Raise ValueError for a picture, not decoded yet, of too many pixels.
 
-    A JPEG is spared that can be decoded smaller, see `reduced`.
+    A JPEG that can be decoded smaller is allowed, see `reduced`.
     """
     width, height = picture.size
     if width * height > most and _scale(picture, most) is None:
@@ -112,10 +107,9 @@ def check_pixels(picture: Image.Image, most: int = MOST_PIXELS) -> None:
 
 
 def reduced(picture: Image.Image) -> Image.Image:
-    """The picture, of which its header alone is read: a JPEG of more than MOST_PIXELS is decoded at
-    half, or less.
+    """The picture, not decoded yet; a JPEG of more than MOST_PIXELS will be decoded at 1/2 or less.
 
-    Raises ValueError for any other of so many.
+    Raises ValueError for other pictures of so many pixels.
     """
     check_pixels(picture)
     width, height = picture.size
@@ -126,8 +120,9 @@ def reduced(picture: Image.Image) -> Image.Image:
 
 
 def _scale(picture: Image.Image, most: int) -> int | None:
-    """By how much a JPEG has to be decoded smaller; None for what cannot be, as one that is kept
-    whole in between.
+    """The factor by which a JPEG must be decoded smaller; None if it cannot be.
+
+    A progressive JPEG is decoded at full size first.
     """
     width, height = picture.size
     if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
@@ -135,19 +130,19 @@ def _scale(picture: Image.Image, most: int) -> int | None:
     return next((k for k in (1, 2, 4, 8) if width * height <= most * k * k), None)
 
 
-def unread(suffix: str) -> bool:
-    """Whether files of this lower-case suffix are pictures or films that are not read here."""
+def is_unreadable(suffix: str) -> bool:
+    """Whether files of this lower-case suffix are pictures or videos that cannot be read."""
     return suffix in OTHERS or (suffix in FORMAT_OF and suffix not in suffixes())
 
 
 def advice(ends: Iterable[str]) -> str:
-    """What to do with pictures of these suffixes, none of which is read here."""
+    """What to do with pictures of these suffixes, which cannot be read."""
     wanted = {FORMAT_OF[end] for end in ends if end in FORMAT_OF}
     packages = sorted(PLUGINS[name][1] for name in wanted if name in PLUGINS)
     convert = "convert them to .png or .jpg"
     return f"`pip install {' '.join(packages)}`, or {convert}" if packages else convert
 
 
-def listed() -> str:
-    """The suffixes that are read here, the most usual by name."""
+def suffix_list() -> str:
+    """The most usual readable suffixes as text."""
     return ", ".join([*suffixes()[:6], "..."])

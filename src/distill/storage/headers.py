@@ -1,26 +1,24 @@
-"""How large a picture is, from its first bytes, of formats that take memory for all of it as soon
-as they are opened.
+"""Read the size of JPEG XL and WebP pictures from their headers, before Pillow opens them.
 
-The plugin by which Pillow reads JPEG XL decodes it at once, and for WebP Pillow makes room for two
-whole canvases. So their size has to be known before Pillow sees the file: by ISO/IEC 18181-1
-(SizeHeader) and -2 (boxes), and RFC 9649.
+Pillow's plugin decodes a JPEG XL when it is opened, and for WebP Pillow allocates two full
+canvases. So their size must be checked before. By ISO/IEC 18181-1 (SizeHeader) and -2 (boxes), and
+RFC 9649.
 """
 
 from typing import IO
 
-BARE, BOXED = b"\xff\x0a", b"JXL"  # a codestream alone begins so; in boxes the first is called so
+BARE, BOXED = b"\xff\x0a", b"JXL"  # the start of a bare codestream; the type of the first box
 LENGTHS = (9, 13, 18, 30)  # bits of a side, chosen by two bits
 # Width by height, chosen by three bits that are not zero.
 RATIOS = (None, (1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
-HEADER = 12  # bytes that hold a SizeHeader: 77 bits at most, behind the mark
-BOXES = 1000  # ours: that are looked through
+HEADER = 12  # bytes that hold the signature and a SizeHeader of at most 77 bits
+BOXES = 1000  # ours: limit of boxes that are searched
 
 
 def size_of(file: IO[bytes]) -> tuple[int, int] | None:
-    """Width and height in pixels; None of what is neither JPEG XL nor WebP. The place in the file
-    stays.
+    """Width and height in pixels; None for other formats than JPEG XL and WebP.
 
-    Raises ValueError for one that does not say it.
+    The position in the file is restored. Raises ValueError for a file without a size.
     """
     place = file.tell()
     try:
@@ -36,7 +34,7 @@ def size_of(file: IO[bytes]) -> tuple[int, int] | None:
 
 
 def _of_webp(start: bytes) -> tuple[int, int] | None:
-    """By its first chunk: of the whole canvas, lossless, or lossy; None of another, which Pillow
+    """The size in the first chunk (extended, lossless, or lossy); None for others, which Pillow
     refuses.
     """
     kind, data = start[12:16], start[20:]
@@ -54,7 +52,7 @@ def _of_webp(start: bytes) -> tuple[int, int] | None:
 def _codestream(file: IO[bytes]) -> bytes:
     """The first bytes of the picture's box."""
     for _ in range(BOXES):
-        begin, head = file.tell(), file.read(8)
+        start, head = file.tell(), file.read(8)
         if len(head) < 8:
             break
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
@@ -64,9 +62,9 @@ def _codestream(file: IO[bytes]) -> bytes:
             if kind == b"jxlp":
                 file.seek(4, 1)  # the number of the part
             return file.read(HEADER)
-        if not 8 <= length < 2**62:  # 0 is a last one
+        if not 8 <= length < 2**62:  # 0 marks the last box
             break
-        file.seek(begin + length)
+        file.seek(start + length)
     raise ValueError("its JPEG XL has no picture in its boxes; save it anew")
 
 

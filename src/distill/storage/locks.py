@@ -1,15 +1,15 @@
-"""One writer of a folder, or of a file, at a time.
+"""Locks: one writer of a folder or file at a time.
 
-    <folder>/.distill.lock      of a folder; it is there while somebody writes
-    .<name>.distill.lock        of a file, or of a folder that appears only when whole: beside it
+    <folder>/.distill.lock      in a folder, while a process writes there
+    .<name>.distill.lock        beside a file or folder that is written atomically
 
-The system's own lock on that file decides: it ends with the process that holds it, however that
-ends. What the file says is for words: machine, process, when that began, since when, which command.
-Where a file system has no locks, its words decide: a process of this machine that has ended holds
-nothing. Another machine's lock is never taken, for nobody here can know whether its process runs.
+The file is locked by the system, which releases it when the process ends. Its content is for
+messages: machine, process, start times, command. On a file system without locks the content
+decides: a process of this machine that has ended holds nothing. A lock of another machine is never
+taken, since its process may still run.
 
-Processes that a launcher starts are given its lock. Of several that torchrun or SLURM start the
-first one takes it.
+Processes of our launcher inherit its lock. Of processes that torchrun or SLURM start, rank 0 takes
+it.
 """
 
 import json
@@ -24,24 +24,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.machine.alive import alive, host, started
+from distill.machine.alive import alive, host, start_time
 from distill.machine.ranks import rank
-from distill.storage.aside import put, sweep
+from distill.storage.atomic import remove_leftovers, write_atomic
 from distill.storage.bounded import mapping_of
-from distill.storage.inside import check_names, check_plain, opened
+from distill.storage.safe_paths import check_regular_file, check_written_paths, open_regular_file
 from distill.terminal.console import note
-from distill.terminal.secret import told
+from distill.terminal.secret import redacted
 
 NAME = ".distill.lock"
-BRIEF = 1.0  # ours: seconds in which whoever only asks for a lock has let go of it
-ENDING = 15.0  # ours: seconds in which what a killed process had started ends: loaders look every 5
-PASSED_ON = "DISTILL_LOCKS"  # the open files of locks, in the environment of what a launcher starts
-LOCKED_BYTE = 2**30  # on Windows, where nobody may read a byte that is locked
+SHORT_WAIT = 1.0  # ours: seconds after which a process that only tests a lock has released it
+EXIT_WAIT = 15.0  # ours: seconds in which children of a killed process end: loaders check every 5
+SHARED_LOCKS = "DISTILL_LOCKS"  # variable with the file descriptors of inherited locks
+LOCKED_BYTE = 2**30  # the locked byte on Windows, where a locked byte cannot be read
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes: the process, and since when."""
+    """The process that holds a lock."""
 
     host: str
     pid: int
@@ -60,235 +60,232 @@ class Holder:
 
     @property
     def runs(self) -> bool:
-        """Whether the process runs still; of another machine it is taken to."""
+        """Whether the process still runs; True for a process of another machine."""
         return not self.here or alive(self.pid, self.started)
 
 
-_mine: dict[Path, int] = {}  # the file of each lock that this process holds, opened
-_given: list[int] = []  # those of its launcher
+_held_locks: dict[Path, int] = {}  # path -> file descriptor of the locks of this process
+_inherited: list[int] = []  # file descriptors of the launcher's locks
 
 
 @contextmanager
 def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
-    """Be the only process that writes into a folder, which is made if need be, and goes again if it
-    stays empty.
+    """Lock a folder for writing. It is created if needed, and removed again if it stays empty.
 
-    What killed writers have left in it goes, with `deep` below it too. A process that holds the
-    lock, and any but the first of several, passes at once. Raises BlockingIOError, which begins
-    with `key`, if another one holds it, and ValueError for a folder in which what is written would
-    land elsewhere.
+    Leftovers of killed writers are removed, with `deep` also in subfolders. A process that holds
+    the lock already, and ranks other than 0, continue without locking. Raises BlockingIOError,
+    starting with `key`, if another process holds the lock, and ValueError for a folder with unsafe
+    links.
     """
     if rank() != 0:
         yield
         return
-    check_names(folder, key)
+    check_written_paths(folder, key)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder / NAME, f"{key}={folder}"):
-            sweep(folder, deep=deep)
+            remove_leftovers(folder, deep=deep)
             yield
     finally:
         if fresh:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 @contextmanager
 def one_writer_of(path: Path, key: str) -> Iterator[None]:
-    """As `one_writer`, for a file or folder that is there only when whole: nobody else makes it at
-    the same time.
-    """
+    """As `one_writer`, for a file or folder that is written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(_beside(path), f"{key}={path}"):
-        sweep(path.parent, of=path.name)
+    with _locked(_lock_beside(path), f"{key}={path}"):
+        remove_leftovers(path.parent, of=path.name)
         yield
 
 
-def held(folder: Path) -> Holder | None:
-    """Who writes into this folder, or makes this file, now; None if nobody does."""
-    for path in (folder / NAME, _beside(folder)):
-        if who := _held(path):
-            return who
+def holder_of(folder: Path) -> Holder | None:
+    """The process that writes into this folder or to this file; None if there is none."""
+    for path in (folder / NAME, _lock_beside(folder)):
+        if holder := _current_holder(path):
+            return holder
     return None
 
 
 def check_free(folder: Path, key: str) -> None:
-    """Raise BlockingIOError, which begins with `key`, if another process writes there: said before
-    anything is read.
+    """Raise BlockingIOError, starting with `key`, if another process writes there.
+
+    Called before models and data are read.
     """
     if rank() != 0:
         return
-    check_names(folder, key)
-    places = (folder / NAME, _beside(folder))
+    check_written_paths(folder, key)
+    places = (folder / NAME, _lock_beside(folder))
     for path in places:
-        check_plain(path, f"{key}={folder}")
+        check_regular_file(path, f"{key}={folder}")
     there = [path for path in places if path.exists()]
-    for path in (path for path in there if path.absolute() not in _mine):
-        deadline = time.monotonic() + BRIEF  # it may only have been asked for
-        while who := _held(path):
-            if time.monotonic() > deadline or not who.here:
-                if who.runs and not _same_job(who):
-                    raise BlockingIOError(_refusal(f"{key}={folder}", who, path))
-                break  # its last processes are ending: whoever takes the lock waits for them
+    for path in (path for path in there if path.absolute() not in _held_locks):
+        deadline = time.monotonic() + SHORT_WAIT  # the other process may only test the lock
+        while holder := _current_holder(path):
+            if time.monotonic() > deadline or not holder.here:
+                if holder.runs and not _same_job(holder):
+                    raise BlockingIOError(_refusal(f"{key}={folder}", holder, path))
+                break  # its last processes are ending: `one_writer` waits for them
             time.sleep(0.05)
         else:
             with suppress(OSError), _locked(path, f"{key}={folder}"):
-                pass  # a killed command's: it goes, whatever becomes of this one
+                pass  # removes the lock file of a killed command
 
 
-def pass_on(environment: MutableMapping[str, str]) -> dict[str, Any]:
-    """Options of `Popen` with which what is started shares the locks of this process, and so
-    outlives none of them.
+def share_locks(environment: MutableMapping[str, str]) -> dict[str, Any]:
+    """Options of `Popen` that pass the locks of this process to a child: they are held until both
+    have ended.
     """
-    if sys.platform == "win32" or not _mine:
+    if sys.platform == "win32" or not _held_locks:
         return {}
-    environment[PASSED_ON] = ",".join(map(str, _mine.values()))
-    return {"pass_fds": tuple(_mine.values())}
+    environment[SHARED_LOCKS] = ",".join(map(str, _held_locks.values()))
+    return {"pass_fds": tuple(_held_locks.values())}
 
 
 def adopt() -> None:
-    """In a process that a launcher has started: keep its locks as long as this one lives, and hand
-    them to nobody.
-    """
-    for number in os.environ.pop(PASSED_ON, "").split(","):
+    """Keep the locks of the launcher while this process lives; its children do not inherit them."""
+    for number in os.environ.pop(SHARED_LOCKS, "").split(","):
         with suppress(OSError, ValueError):
             os.set_inheritable(int(number), False)
-            _given.append(int(number))
+            _inherited.append(int(number))
 
 
-def _beside(path: Path) -> Path:
+def _lock_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}{NAME}")
 
 
 @contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
     path = path.absolute()
-    if path in _mine:
+    if path in _held_locks:
         yield
         return
-    _mine[path] = _taken(path, what)
+    _held_locks[path] = _acquire(path, what)
     try:
         yield
     finally:
-        if path in _mine:  # not so in a process that was forked off
-            _release(path, _mine.pop(path))
+        if path in _held_locks:  # not in a forked process
+            _release(path, _held_locks.pop(path))
 
 
-def _taken(path: Path, what: str) -> int:
-    """The file of the lock, opened and locked, with words of this process in it."""
-    began = time.monotonic()
+def _acquire(path: Path, what: str) -> int:
+    """Lock the file and write this process into it; returns the file descriptor."""
+    start = time.monotonic()
     while True:
-        file = opened(path, what, os.O_CREAT)
-        got, who = _try(file), _read(path)
-        ours = got and _is_still(file, path)
-        if got is None:  # no locks here: the words decide
-            ours = who is None or not who.runs
-        foreign = who is not None and not who.here and not _same_job(who)
+        file = open_regular_file(path, what, os.O_CREAT)
+        got, holder = _try_lock(file), _read(path)
+        ours = got and _is_same_file(file, path)
+        if got is None:  # a file system without locks: the content decides
+            ours = holder is None or not holder.runs
+        foreign = holder is not None and not holder.here and not _same_job(holder)
         if ours and not foreign:
             break
         os.close(file)
-        waiting = time.monotonic() - began
-        ending = who is not None and (not who.runs or _same_job(who))
-        patience = ENDING if ending else BRIEF
-        if who is not None and (foreign or waiting > patience):
-            raise BlockingIOError(_refusal(what, who, path))
+        waiting = time.monotonic() - start
+        ending = holder is not None and (not holder.runs or _same_job(holder))
+        patience = EXIT_WAIT if ending else SHORT_WAIT
+        if holder is not None and (foreign or waiting > patience):
+            raise BlockingIOError(_refusal(what, holder, path))
         if waiting > patience:
             raise BlockingIOError(f"{what}: another process writes there; wait for its end")
         time.sleep(0.05)
-    if who is not None:
-        note(f"{what}: {who} has ended before its end; going on in its place")
-    me = _me()
-    with suppress(OSError):  # a full disk: the lock holds without words
+    if holder is not None:
+        note(f"{what}: {holder} was killed; taking its place")
+    me = _this_process()
+    with suppress(OSError):  # on a full disk the lock holds without content
         if got is None:
-            return _by_words(file, path, me, what)
+            return _acquire_without_locks(file, path, me, what)
         os.ftruncate(file, 0)
-        os.pwrite(file, _words(me), 0) if hasattr(os, "pwrite") else os.write(file, _words(me))
+        os.pwrite(file, _serialized(me), 0) if hasattr(os, "pwrite") else os.write(
+            file, _serialized(me)
+        )
     return file
 
 
-def _by_words(file: int, path: Path, me: Holder, what: str) -> int:
-    """Where there are no locks: say who writes, and look whether another one has said so in the
-    same moment.
-    """
+def _acquire_without_locks(file: int, path: Path, me: Holder, what: str) -> int:
+    """Without file locks: write this process into the file, and check that no other did so too."""
     os.close(file)
-    put(path, _words(me))
+    write_atomic(path, _serialized(me))
     time.sleep(0.2)
-    who = _read(path)
-    if who != me and who is not None:
-        raise BlockingIOError(_refusal(what, who, path))
-    return opened(path, what)
+    holder = _read(path)
+    if holder != me and holder is not None:
+        raise BlockingIOError(_refusal(what, holder, path))
+    return open_regular_file(path, what)
 
 
-def _me() -> Holder:
+def _this_process() -> Holder:
     now = datetime.now(UTC).astimezone().isoformat(" ", "seconds")
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    begins = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
-    command = shlex.join([*begins, *told(sys.argv[1:])])
+    prefix = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
+    command = shlex.join([*prefix, *redacted(sys.argv[1:])])
     pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
-    return Holder(host(), pid, started(pid), now, command[:300], job)
+    return Holder(host(), pid, start_time(pid), now, command[:300], job)
 
 
-def _words(who: Holder) -> bytes:
-    return json.dumps(asdict(who)).encode() + b"\n"
+def _serialized(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode() + b"\n"
 
 
 def _read(path: Path) -> Holder | None:
-    """What a lock says; None of one that says nothing (yet)."""
+    """The content of a lock file; None if it is empty or damaged."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        said = mapping_of(path)
-        texts = {key: str(said[key])[:300] for key in ("host", "since", "command")}
-        began, job = (None if said[key] is None else str(said[key]) for key in ("started", "job"))
-        return Holder(pid=int(said["pid"]), started=began, job=job, **texts)
+        content = mapping_of(path)
+        texts = {key: str(content[key])[:300] for key in ("host", "since", "command")}
+        optional = {key: content[key] for key in ("started", "job")}
+        optional = {key: None if x is None else str(x) for key, x in optional.items()}
+        return Holder(pid=int(content["pid"]), **optional, **texts)
     return None
 
 
-def _held(path: Path) -> Holder | None:
-    """Who holds this lock, by asking for it; whoever takes it in this moment asks again."""
-    if path.absolute() in _mine:
+def _current_holder(path: Path) -> Holder | None:
+    """The holder of this lock, found by trying to lock it; a process that takes it now retries."""
+    if path.absolute() in _held_locks:
         return _read(path)
     try:
-        file = opened(path, str(path))
-    except (OSError, ValueError):  # there is none, or what nobody has locked
+        file = open_regular_file(path, str(path))
+    except (OSError, ValueError):  # there is no file, or not a regular one
         return None
     try:
-        got, who = _try(file, shared=True), _read(path)
+        got, holder = _try_lock(file, shared=True), _read(path)
     finally:
         os.close(file)
     if got is False:
-        return who or Holder("this machine or another", 0)
-    return who if who is not None and (who.runs if got is None else not who.here) else None
+        return holder or Holder("this machine or another", 0)
+    return (
+        holder if holder is not None and (holder.runs if got is None else not holder.here) else None
+    )
 
 
-def _same_job(who: Holder) -> bool:
-    """SLURM runs a job again only when it has ended, be it on another machine."""
+def _same_job(holder: Holder) -> bool:
+    """Whether the holder is the same SLURM job before a requeue: it has ended on every machine."""
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    return restarted and who.job is not None and who.job == os.environ.get("SLURM_JOB_ID")
+    return restarted and holder.job is not None and holder.job == os.environ.get("SLURM_JOB_ID")
 
 
-def _refusal(what: str, who: Holder, path: Path) -> str:
-    if not who.here and who.pid:
-        way = f"wait for it; if it has ended, remove {path}"
-    elif who.runs or not who.pid:
-        way = f"wait for it, or name another {what.partition('=')[0]}="
+def _refusal(what: str, holder: Holder, path: Path) -> str:
+    if not holder.here and holder.pid:
+        hint = f"wait for it; if it has ended, remove {path}"
+    elif holder.runs or not holder.pid:
+        hint = f"wait for it, or name another {what.partition('=')[0]}="
     else:
         return (
-            f"{what}: {who} has ended, but what it had started still writes there; end that first"
+            f"{what}: {holder} has ended, but its child processes still write there; end them first"
         )
-    return f"{what}: {who} writes there, and only one may; {way}"
+    return f"{what}: {holder} writes there, and only one process may; {hint}"
 
 
-def _is_still(file: int, path: Path) -> bool:
-    """Whether the opened file is the one of this name: whoever held it has removed it in the
-    end.
-    """
+def _is_same_file(file: int, path: Path) -> bool:
+    """Whether the opened file still has this name: the previous holder may have removed it."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(file), os.stat(path))
     return False
 
 
-def _try(file: int, *, shared: bool = False) -> bool | None:
-    """Lock an opened file: whether that went, and None where files cannot be locked."""
+def _try_lock(file: int, *, shared: bool = False) -> bool | None:
+    """Lock an opened file; returns whether it worked, or None if files cannot be locked."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -309,21 +306,21 @@ def _try(file: int, *, shared: bool = False) -> bool | None:
 
 def _release(path: Path, file: int) -> None:
     if os.name == "posix":
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it looks for its name
+        path.unlink(missing_ok=True)  # while it is locked: waiting processes check its name
         os.close(file)
         return
     os.close(file)
-    with suppress(OSError):  # Windows keeps what another one has opened
+    with suppress(OSError):  # Windows keeps a file that another process has opened
         path.unlink()
 
 
 def _forked() -> None:
-    """A worker of a loader holds nothing: it may outlive for a moment who started it."""
-    for file in (*_mine.values(), *_given):
+    """In a forked DataLoader worker: hold no locks, since it may briefly outlive its parent."""
+    for file in (*_held_locks.values(), *_inherited):
         with suppress(OSError):
             os.close(file)
-    _mine.clear()
-    _given.clear()
+    _held_locks.clear()
+    _inherited.clear()
 
 
 if hasattr(os, "register_at_fork"):

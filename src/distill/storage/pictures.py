@@ -1,4 +1,4 @@
-"""Pictures: any that Pillow opens as RGB, and several as one PNG."""
+"""Convert pictures to RGB, and write several as one PNG."""
 
 import io
 from pathlib import Path
@@ -9,15 +9,15 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from distill.storage import formats
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """As RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled.
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert to RGB: rotated by its EXIF, transparency on white, 16-bit grey scaled to 8 bits.
 
-    Raises ValueError for too many pixels, of which a JPEG's are decoded fewer (see
-    `formats.reduced`), and for numbers whose white is not known: floats, and integers of more than
-    16 bits.
+    A JPEG of too many pixels is decoded smaller (see `formats.reduced`). Raises ValueError for
+    other pictures of too many pixels, and for pixels without a known white: floats, and integers of
+    more than 16 bits.
     """
     picture = ImageOps.exif_transpose(formats.reduced(picture))
     if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
@@ -27,19 +27,15 @@ def upright(picture: Image.Image) -> Image.Image:
         if grey.size and (grey.min() < 0 or grey.max() >= 2**16):
             raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
         picture = Image.fromarray((grey // 256).astype(np.uint8))
-    if (
-        picture.has_transparency_data
-    ):  # what lies under full transparency is arbitrary: do not teach it
+    if picture.has_transparency_data:
+        # Colours of transparent pixels are arbitrary, and must not be trained on.
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
     return picture.convert("RGB")
 
 
-def put_grid(pictures: Tensor, path: Path, nrow: int) -> None:
-    """Pictures [N, 3, H, W] in [0, 1] as one PNG, `nrow` of them in a row, there only when
-    whole.
-    """
+def write_grid(pictures: Tensor, path: Path, nrow: int) -> None:
+    """Write pictures [N, 3, H, W] in [0, 1] as one PNG atomically, `nrow` of them in a row."""
     save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
-    put(path, content.getvalue())
+    write_atomic(path, content.getvalue())

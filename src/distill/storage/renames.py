@@ -1,11 +1,9 @@
-"""Names that configurations of earlier versions have, and what they are called now: saved runs go
-on, and compare.
-"""
+"""New names of classes in configurations of earlier versions, so that saved runs still work."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Modules of classes that a configuration could name, before every module had a room.
+# Former module -> current module, of classes that a configuration could name.
 MOVED = {
     "distill.times": "distill.core.times",
     "distill.distillation": "distill.core.score_distillation",
@@ -38,7 +36,7 @@ CLASSES = {
 
 
 def renamed(tree: Any) -> Any:
-    """The same tree of a configuration under today's names: keys, and every `_target_`."""
+    """The tree of a configuration with current names: its keys, and every `_target_`."""
     if isinstance(tree, Mapping) and isinstance(tree.get("optimizer"), Mapping):
         tree = _with_loop(tree)
     if isinstance(tree, Mapping) and isinstance(tree.get("method"), Mapping):

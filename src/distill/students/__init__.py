@@ -8,9 +8,9 @@ import diffusers
 from torch import Tensor, nn
 
 from distill.machine.faults import first_line
-from distill.storage.aside import remove, whole_folder
+from distill.storage.atomic import atomic_folder, remove
 from distill.storage.bounded import mapping_of
-from distill.storage.unread import refuse_broken, refuse_unread
+from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.students.parts import copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.loading.locate import (
@@ -113,8 +113,8 @@ def _read(teacher: PipelineTeacher, init: str) -> tuple[Any, int | None]:
             f"student.init={init}: cannot be read ({first_line(error, 120)}); export it anew"
         ) from None
     # diffusers would initialise missing tensors at random
-    refuse_unread(report, f"student.init={init}: {part.name}/", type(model).__name__)
-    refuse_broken(found, f"student.init={init}: {part.name}/")
+    check_all_loaded(report, f"student.init={init}: {part.name}/", type(model).__name__)
+    check_finite(found, f"student.init={init}: {part.name}/")
     return found, settings.get("shifted_timestep")
 
 
@@ -133,7 +133,7 @@ def save_pipeline(
     no files of their own, and are saved. The index also holds the teacher's options, and the name
     and levels of the `sampler`, a `FewSteps`.
     """
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         _write_pipeline(student, teacher, partial, scheduler, sampler)
     return folder
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.storage.aside import put, remove
+from distill.storage.atomic import remove, write_atomic
 from distill.teachers.loading.locate import INDEX, STUDENT_INFO, index_of, shards_in
 from distill.teachers.loading.reading import BASE, home_of, lineage
 from distill.teachers.loading.weights import read_weights, write_weights
@@ -54,7 +54,7 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
     index.pop(BASE, None)
     for folder in reversed(lineage(source)):
         copy_terms(folder, target)
-    put(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+    write_atomic(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
     return target
 
 
@@ -65,7 +65,7 @@ def set_sampler(folder: Path, name: str, scheduler: Any) -> None:
     index = index_of(str(folder))
     info = index.setdefault(STUDENT_INFO, {})
     info["sampler"] = {**(info.get("sampler") or {}), "name": name}
-    put(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+    write_atomic(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
 def cast(folder: Path, dtype: str | None) -> None:

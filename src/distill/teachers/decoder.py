@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from distill.storage.unread import refuse_broken, refuse_unread
+from distill.storage.loaded_weights import check_all_loaded, check_finite
 
 
 class TinyDecoder(nn.Module):
@@ -23,8 +23,8 @@ class TinyDecoder(nn.Module):
         super().__init__()
         options = {"use_safetensors": True, "torch_dtype": getattr(torch, dtype)}
         model, report = AutoencoderTiny.from_pretrained(path, output_loading_info=True, **options)
-        refuse_unread(report, f"method.decoder.path={path}", "AutoencoderTiny")
-        refuse_broken(model, f"method.decoder.path={path}")
+        check_all_loaded(report, f"method.decoder.path={path}", "AutoencoderTiny")
+        check_finite(model, f"method.decoder.path={path}")
         self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> TinyDecoder:

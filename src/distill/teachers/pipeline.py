@@ -20,7 +20,7 @@ from distill.core.limits import AT_ONCE, at_once
 from distill.core.process import Prediction, Process
 from distill.core.tensors import fingerprint
 from distill.core.types import Cond
-from distill.machine.faults import silent
+from distill.machine.faults import quiet_logging
 from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
@@ -344,7 +344,7 @@ class PipelineTeacher(nn.Module):
 
     def embed_negative(self, caption: str) -> Cond:
         """Embedded negative prompt, of batch size 1, in float32, as its pipeline embeds it."""
-        with silent():
+        with quiet_logging():
             self._load_deferred("text_encoder")
             return self._negative(caption).to(torch.float32)
 
@@ -356,7 +356,7 @@ class PipelineTeacher(nn.Module):
 
         Warns once of a caption that is too long.
         """
-        with silent():  # pipelines warn of truncation at every call
+        with quiet_logging():  # pipelines warn of truncation at every call
             if self.null is None:
                 self._load_deferred("text_encoder")
                 self.null = self._encode([""]).to(torch.float32)

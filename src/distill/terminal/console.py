@@ -1,12 +1,12 @@
-"""Where the words of a command go: to its terminal, above the bars, and to the log of its run.
+"""Output of a command: to the terminal above progress bars, and to the log of its run.
 
-    with recorded():                   # around a command: from here on nothing printed is lost
-        keep(folder / "run.log", ...)  # of what was said so far, and all that follows
-        say("run folder: ...")         # for people, above any bar
-        note("training: step 3 of 9")  # on a terminal in the log alone: a bar shows it
+    with record_output():                # around a command: captures everything that is printed
+        log_to(folder / "run.log", ...)  # write the log there, with what was printed before
+        say("run folder: ...")           # print above any bar, and log
+        note("training: step 3 of 9")    # print without a terminal; log (a terminal has a bar)
 
-Warnings, logging and `print` go the same way. Of several processes only the first one prints and
-logs; another one logs the exception that ends it, and may still warn on stderr.
+Warnings, logging and `print` take the same path. With several processes only rank 0 prints and
+logs. The others log the exception that ends them, and may warn on stderr.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from typing import Any, TextIO
 
 from distill.machine.ranks import rank
 from distill.machine.signals import Stopped
-from distill.terminal.secret import masked, unsaid
+from distill.terminal.secret import masked, without_registered
 from distill.terminal.shown import in_lines, printed, shown
 
-EARLY = 1000  # lines that are held back until there is a file for them
+EARLY = 1000  # lines that are kept until the log file is known
 _lock = threading.RLock()
 
 
 class Log:
-    """Lines of a run, held back until there is a file, then appended, each in one write."""
+    """The log of a run: lines are kept until the file is known, then appended with one write."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self._early: deque[str] = deque(maxlen=EARLY)
 
     def open(self, path: Path, heading: str) -> None:
-        """Append to the file from here on: first the heading and what was held back."""
+        """Append to this file from now on, starting with the heading and the kept lines."""
         early, self._early = list(self._early), deque(maxlen=EARLY)
         self.path = path
         if heading:
@@ -49,46 +49,44 @@ class Log:
         if early:
             self.write("\n".join(early))
 
-    def write(self, text: str, *, whoever: bool = False) -> None:
-        """Add lines. A log that cannot be written ends no run.
-
-        `whoever`: of other processes too.
-        """
-        if rank() != 0 and not whoever:
+    def write(self, text: str, *, any_rank: bool = False) -> None:
+        """Append lines; only from rank 0 unless `any_rank`. Errors of writing are ignored."""
+        if rank() != 0 and not any_rank:
             return
         if self.path is None:
             self._early.append(text)
             return
-        content = (unsaid(text).rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
+        content = (without_registered(text).rstrip("\n") + "\n").encode("utf-8", "backslashreplace")
         with suppress(OSError), self.path.open("ab", buffering=0) as file:
             file.write(content)
 
-    def failed(self, error: BaseException) -> None:
-        """Add the traceback of what ends the command."""
-        who = f"process {rank()}: " if rank() else ""
-        self.write(who + masked("".join(traceback.format_exception(error))), whoever=True)
+    def log_failure(self, error: BaseException) -> None:
+        """Append the traceback of the exception that ends the command."""
+        prefix = f"process {rank()}: " if rank() else ""
+        self.write(prefix + masked("".join(traceback.format_exception(error))), any_rank=True)
 
 
 class Stream:
-    """Stands for stdout or stderr: whole lines pass above the bars and into the log; all else is
-    the stream's own.
+    """Replaces stdout or stderr: complete lines go above the bars and into the log.
+
+    Other attributes are those of the stream.
     """
 
     def __init__(self, stream: TextIO, log: Log):
         self.stream, self._log = stream, log
-        self._line = ""  # the beginning of a line, for the log
-        self._held = ""  # the same, where it waits for its end before it is shown
+        self._line = ""  # the start of an unfinished line, for the log
+        self._held = ""  # the same, not shown yet
 
     def write(self, text: str) -> int:
-        given, text = len(text), printed(text)
+        length, text = len(text), printed(text)
         with _lock:
             if "\r" in text.replace("\r\n", "\n") or "\x1b[A" in text:
-                screen.pause()  # a library draws a bar of its own, of a download say
+                screen.pause()  # a library shows its own bar, for example of a download
             *lines, self._line = (self._line + text).split("\n")
             for line in lines:
                 self._log.write(line.rstrip("\r").rpartition("\r")[2])
             self._show(text)
-        return given
+        return length
 
     def _show(self, text: str) -> None:
         text, self._held = self._held + text, ""
@@ -101,12 +99,12 @@ class Stream:
             self.stream.write(text)
             if "\n" in text:
                 self.stream.flush()
-        except BrokenPipeError:  # the reader has seen enough: the work goes on
-            leave(self.stream)
-        except OSError as error:  # the terminal is gone, or a disk is full
+        except BrokenPipeError:  # the reader has closed the pipe: the work continues
+            discard_output(self.stream)
+        except OSError as error:  # the terminal was closed, or the disk is full
             if self._log.path is None:
-                raise OSError(error.errno, error.strerror, "what is printed") from None
-            leave(self.stream)
+                raise OSError(error.errno, error.strerror, "the output") from None
+            discard_output(self.stream)
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -115,7 +113,7 @@ class Stream:
         self.stream.flush()
 
     def end(self) -> None:
-        """Log and show a line that was never ended."""
+        """Log and show the last line, if it has no line end."""
         with _lock, suppress(OSError, ValueError):
             self._show("")
             if self._line:
@@ -125,19 +123,19 @@ class Stream:
         return getattr(self.stream, name)
 
 
-def leave(stream: TextIO) -> None:
-    """Have the stream write to nowhere from now on."""
+def discard_output(stream: TextIO) -> None:
+    """Redirect the stream to the null device."""
     with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def open_all() -> None:
-    """Have the standard streams that are closed lead nowhere: else the next file that is opened
-    takes their place.
+def open_standard_streams() -> None:
+    """Open closed standard streams on the null device: else the next opened file would get their
+    number.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
             mode = "r" if name == "stdin" else "w"
             os.set_inheritable(nowhere, nowhere < 3)
             stream = open(nowhere, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -146,28 +144,28 @@ def open_all() -> None:
 
 
 @contextmanager
-def readers_may_leave() -> Iterator[None]:
-    """Around all of a command: `| head` is no fault, and what was not read is lost without a word.
+def tolerate_closed_pipes() -> Iterator[None]:
+    """Around a whole command: a closed pipe (`| head`) or stream (`>&-`) is no error.
 
-    Nor is a stream that the command was started without (`>&-`), as services are.
+    Output that cannot be written is dropped.
     """
-    open_all()
+    open_standard_streams()
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        leave(sys.stdout)
+        discard_output(sys.stdout)
 
 
 class Screen:
-    """The rows of bars at the bottom of a terminal, drawn by rich."""
+    """The progress bars at the bottom of a terminal, shown by rich."""
 
     def __init__(self) -> None:
-        self.live: Any = None  # rich's display while it is drawn
+        self.live: Any = None  # rich's display while it is shown
         self._rows: list[Any] = []
 
     def show(self, row: Any) -> None:
-        """Add a row: an object with `what`, `share` (None: unknown) and `tail()`."""
+        """Add a bar: an object with `what`, `share` (None: unknown) and `tail()`."""
         with _lock:
             self._rows.append(row)
             self._draw()
@@ -181,13 +179,13 @@ class Screen:
                 self._draw()
 
     def clear(self) -> None:
-        """Leave the terminal as it was, whatever happened."""
+        """Remove all bars."""
         with _lock:
             self.pause()
             self._rows.clear()
 
     def resume(self) -> None:
-        """Draw again, if a library's own bar had the place."""
+        """Show the bars again after a library's own bar."""
         if self._rows and not self.live:
             with _lock:
                 self._draw()
@@ -195,7 +193,7 @@ class Screen:
     def pause(self) -> None:
         live, self.live = self.live, None
         if live:
-            with suppress(OSError):  # the terminal is gone
+            with suppress(OSError):  # the terminal was closed
                 live.stop()
 
     def print(self, line: str) -> None:
@@ -208,7 +206,7 @@ class Screen:
         from rich.live import Live
 
         if not self.live:
-            out = Console(file=_bare(stream()), force_terminal=True, legacy_windows=False)
+            out = Console(file=_unwrapped(stream()), force_terminal=True, legacy_windows=False)
             self.live = Live(
                 console=out, get_renderable=self._table, transient=True,
                 redirect_stdout=False, redirect_stderr=False, refresh_per_second=4,
@@ -229,7 +227,7 @@ class Screen:
         return table
 
     def forget(self) -> None:
-        """In a process that was forked off: the terminal is the parent's."""
+        """In a forked process: the terminal belongs to the parent."""
         self.live, self._rows = None, []
 
 
@@ -239,18 +237,18 @@ _on_stderr = False
 
 
 def stream() -> TextIO:
-    """What the words are written to."""
+    """The stream for output: stdout, or stderr within `print_to_stderr`."""
     return sys.stderr if _on_stderr else sys.stdout
 
 
-def terminal() -> bool:
-    """Whether bars can be drawn there."""
+def is_terminal() -> bool:
+    """Whether the output stream can show bars."""
     return stream().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager
-def on_stderr() -> Iterator[None]:
-    """For a command whose stdout is for other programs."""
+def print_to_stderr() -> Iterator[None]:
+    """Print to stderr: for a command whose stdout is read by other programs."""
     global _on_stderr
     before, _on_stderr = _on_stderr, True
     try:
@@ -260,49 +258,47 @@ def on_stderr() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line for whoever watches, and for the log; nothing if there is nothing to say."""
+    """Print and log a line; an empty text does nothing."""
     if rank() != 0 or not text:
         return
     text = in_lines(text)
-    with _lock, suppress(OSError, ValueError):  # a pipe that nobody reads any more ends no run
+    with _lock, suppress(OSError, ValueError):  # a closed pipe must not end the run
         if isinstance(stream(), Stream) or not screen.live:
-            stream().write(f"{text}\n")  # in one piece, should it fail
+            stream().write(f"{text}\n")  # one write, so that it fails completely or not at all
             stream().flush()
         else:
             screen.print(text)
 
 
 def note(text: str) -> None:
-    """A line of progress: on a terminal, where a bar says it, for the log alone."""
-    if terminal():
+    """A line of progress: only logged if a terminal shows a bar, else printed too."""
+    if is_terminal():
         with _lock:
             _log.write(text)
     else:
         say(text)
 
 
-def keep(path: Path, heading: str = "") -> None:
-    """Have the log of this command in a file from now on, which what was said already begins."""
+def log_to(path: Path, heading: str = "") -> None:
+    """Write the log of this command to a file, starting with what was printed before."""
     with _lock:
         if _log.path != path:
             _log.open(path, heading)
 
 
-def failed(error: BaseException) -> None:
-    """Put the traceback of an exception that ends the command into the log."""
+def log_failure(error: BaseException) -> None:
+    """Log the traceback of the exception that ends the command."""
     with _lock:
-        _log.failed(error)
+        _log.log_failure(error)
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Have all that is printed inside pass the bars and reach the log; of several processes, that
-    of the first.
-    """
+def record_output() -> Iterator[None]:
+    """Send everything that is printed inside above the bars and into the log, on rank 0."""
     global _log
     before, _log = _log, Log()
-    made = logging.getLogRecordFactory()
-    logging.setLogRecordFactory(lambda *args, **keys: _as_text(made(*args, **keys)))
+    factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *args, **keys: _escape_arguments(factory(*args, **keys)))
     try:
         with _replaced(_log):
             try:
@@ -312,15 +308,15 @@ def recorded() -> Iterator[None]:
     except (SystemExit, Stopped):
         raise
     except BaseException as error:
-        failed(error)
+        log_failure(error)
         raise
     finally:
         _log = before
-        logging.setLogRecordFactory(made)
+        logging.setLogRecordFactory(factory)
 
 
-def _as_text(record: logging.LogRecord) -> logging.LogRecord:
-    """With what is put into its message, a name or an error, as one line of text."""
+def _escape_arguments(record: logging.LogRecord) -> logging.LogRecord:
+    """Escape texts, paths and errors in the arguments of a log record, as one line each."""
     if isinstance(record.args, tuple):
         values = (str, Path, BaseException)
         record.args = tuple(shown(x) if isinstance(x, values) else x for x in record.args)
@@ -329,10 +325,10 @@ def _as_text(record: logging.LogRecord) -> logging.LogRecord:
 
 @contextmanager
 def _replaced(log: Log) -> Iterator[None]:
-    """Streams of ours in the place of stdout and stderr, and in the hands of the loggers."""
+    """Replace stdout and stderr, also in logging handlers, by objects of `Stream`."""
     stdout, stderr = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        silent = rank() > 0  # as distill.training.launch has it
+        silent = rank() > 0  # as in distill.training.launch
         out, err = Stream(nowhere if silent else stdout, log), Stream(stderr, log)
         sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
         _rebind({stdout: err if silent else out, stderr: err})
@@ -348,17 +344,15 @@ def _replaced(log: Log) -> Iterator[None]:
 
 
 def _thread_failed(of: threading.ExceptHookArgs) -> None:
-    """A library's own thread has failed: the log has the traceback; who waits for the thread fails,
-    and says so.
-    """
+    """Log the traceback of an exception in a thread of a library, and print one line."""
     error = of.exc_value
     if error is not None and not isinstance(error, SystemExit):
-        failed(error)
+        log_failure(error)
         say(f"a thread has ended ({type(error).__name__}: {error})")
 
 
 def _rebind(streams: dict[Any, Any]) -> None:
-    """Have the logging handlers that hold one of these streams write to the other."""
+    """Replace these streams (old -> new) in all logging handlers."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):
@@ -366,14 +360,14 @@ def _rebind(streams: dict[Any, Any]) -> None:
                 handler.setStream(streams[handler.stream])
 
 
-def _bare(found: Any) -> TextIO:
+def _unwrapped(found: Any) -> TextIO:
     while isinstance(found, Stream):
         found = found.stream
     return found
 
 
 def _forked() -> None:
-    """A worker of a loader: its lock may be held by a thread that it does not have."""
+    """In a forked DataLoader worker: its lock may be held by a thread that was not forked."""
     global _lock
     _lock = threading.RLock()
     screen.forget()

@@ -1,5 +1,5 @@
-"""What long work says of itself: a bar on a terminal; elsewhere a line when it starts, every 30 s,
-and when it ends.
+"""Progress of long work: a bar on a terminal; elsewhere a line at its start, every 30 s, and at its
+end.
 
     with stage("loading the teacher"):
         ...
@@ -11,9 +11,9 @@ and when it ends.
     training: step 120 of 1200, 35.2 images/s, 0:04:10 left, g/adv 0.71
     training: still at step 120 of 1200, for 0:01:10
 
-A thread keeps the time, so a single step may last for hours and something is said all the same.
-Work may be nested: the innermost speaks, and a terminal shows all. The lines go into the log of the
-run, whether there is a terminal or not.
+A thread prints the lines, so they also come during a step that lasts for hours. Work may be nested:
+only the innermost prints lines, and a terminal shows all bars. The lines always go into the log of
+the run.
 """
 
 from __future__ import annotations
@@ -32,20 +32,18 @@ from typing import Any, TypeVar
 from distill.machine.ranks import rank
 from distill.terminal import console
 
-FIRST = 5.0  # seconds until the first line that says how far the work is
-EVERY = (
-    25.0  # seconds between such lines: at most 30, the clock's own step and a busy machine included
-)
-TICK = 0.5  # seconds
-LONG = 3.0  # seconds of uncounted work that are worth a line at its end
+FIRST = 5.0  # seconds until the first line of progress
+EVERY = 25.0  # seconds between lines of progress; at most 30 with TICK and on a busy machine
+TICK = 0.5  # seconds between checks of the thread
+LONG = 3.0  # seconds after which uncounted work gets a line at its end
 Item = TypeVar("Item")
 
 
 class Bar:
-    """Counted work `what`, of `total` units; None: nobody knows how much.
+    """Progress of the work `what`, of `total` units; None: not known.
 
-    `rate` names what is made, where its speed is to be said: "images". It is counted by
-    `update(images=...)`, or is the unit itself.
+    With `rate`, for example "images", the speed is printed. It counts `update(images=...)`, or else
+    the units.
     """
 
     def __init__(
@@ -62,24 +60,24 @@ class Bar:
         self.done, self._images = done, images
         self._place: str | None = None
         self._said: str | Callable[[], str] = ""
-        self._began = self._moved = time.monotonic()
-        self._start = (self._began, done, self._made)
-        self._marks = deque([self._start], maxlen=5)  # seconds, done, made: what speeds are of
-        self._due = self._began + FIRST
-        self._updates = self._seen = 0  # updates so far, and at the last line
+        self._started_at = self._updated_at = time.monotonic()
+        self._start = (self._started_at, done, self._made)
+        self._samples = deque([self._start], maxlen=5)  # (seconds, done, made) to compute speeds
+        self._due = self._started_at + FIRST
+        self._updates = self._printed_updates = 0  # number of updates now, and at the last line
 
-    # -- what the work calls -----------------------------------------------------------------------
+    # -- called by the work ------------------------------------------------------------------------
 
     def __enter__(self) -> Bar:
-        _beat.write(self)
+        _heartbeat.write(self)
         if rank() == 0:
-            console.note(self._beginning())
-            _watch.add(self)
+            console.note(self._first_line())
+            _reporter.add(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if rank() == 0 and _watch.remove(self):
-            console.say(self._ending(whole=kind is None))
+        if rank() == 0 and _reporter.remove(self):
+            console.say(self._last_line(succeeded=kind is None))
 
     def advance(self, by: int = 1) -> None:
         self.update(self.done + by)
@@ -92,83 +90,82 @@ class Bar:
         said: str | Callable[[], str] | None = None,
         place: str | None = None,
     ) -> None:
-        """Say that so many units are done.
+        """Set the number of units that are done.
 
-        `place` stands for "step 3 of 9" where that says too little.
+        `said` is a detail for the line, such as a loss. `place` replaces "step 3 of 9".
         """
         first = not self._updates or self.done == self._start[1] != done
         self.done, self._images, self._place = done, images, place
         if said is not None:
             self._said = said
-        self._moved = time.monotonic()
-        if first:  # it is slow for reasons of its own, and what came before is another work
-            self._marks.clear()
-            self._marks.append((self._moved, done, self._made))
+        self._updated_at = time.monotonic()
+        if first:  # the first unit is slower than the others: speeds are measured after it
+            self._samples.clear()
+            self._samples.append((self._updated_at, done, self._made))
         self._updates += 1
-        _beat.write(self)
+        _heartbeat.write(self)
         if rank() == 0:
             console.screen.resume()
 
-    # -- what it says ------------------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------------------
 
     @property
     def share(self) -> float | None:
-        """How much of it is done, from 0 to 1."""
+        """The share that is done, in [0, 1]; None if `total` is not known."""
         return None if self.total is None else self.done / max(1, self.total)
 
     def tail(self) -> str:
-        """How far it is, how fast, how long it will take, and what the work says of itself."""
+        """Progress, speed, time left, and detail."""
         now = time.monotonic()
         if self.total is None:
-            return f"{_clock(now - self._began)} so far"
+            return f"{_clock(now - self._started_at)} so far"
         place = self._place or f"{self.unit} {self.done} of {self.total}"
-        return ", ".join(filter(None, [place, self._speed(now), self._left(now), self._words()]))
+        return ", ".join(filter(None, [place, self._speed(now), self._left(now), self._detail()]))
 
     def tick(self, now: float) -> None:
-        """Say a line if it is time for one."""
+        """Print a line if it is time for one."""
         if now >= self._due:
             self._due = now + EVERY
             console.note(self._line(now))
-            self._seen = self._updates
-            self._marks.append((now, self.done, self._made))
+            self._printed_updates = self._updates
+            self._samples.append((now, self.done, self._made))
 
     def _line(self, now: float) -> str:
-        if self.total is not None and self._updates == self._seen:
+        if self.total is not None and self._updates == self._printed_updates:
             place = self._place or f"{self.unit} {self.done} of {self.total}"
-            since = _clock(now - self._moved)
-            where = (
-                f"still at {place}, for {since}" if self._updates else f"{place}, {since} so far"
-            )
-            return ", ".join(filter(None, [f"{self.what}: {where}", self._words()]))
+            since = _clock(now - self._updated_at)
+            text = f"still at {place}, for {since}" if self._updates else f"{place}, {since} so far"
+            return ", ".join(filter(None, [f"{self.what}: {text}", self._detail()]))
         return f"{self.what}: {self.tail()}"
 
-    def _beginning(self) -> str:
+    def _first_line(self) -> str:
         if self.total is None:
             return self.what
         if self.done:
             return f"{self.what}: from {self.unit} {self.done} of {self.total}"
         return f"{self.what}: {_counted(self.total, self.unit)}"
 
-    def _ending(self, *, whole: bool) -> str:
+    def _last_line(self, *, succeeded: bool) -> str:
         now = time.monotonic()
-        took = _clock(now - self._began)
+        duration = now - self._started_at
+        took = _clock(duration)
         if self.total is None:
-            return f"{self.what}: took {took}" if whole and now - self._began >= LONG else ""
-        if not whole or self.done < self.total:
+            return f"{self.what}: took {took}" if succeeded and duration >= LONG else ""
+        if not succeeded or self.done < self.total:
             return f"{self.what}: stopped at {self.unit} {self.done} of {self.total} after {took}"
-        words = "" if callable(self._said) else self._said
-        parts = [f"{self.what}: done in {took}", self._speed(now, self._start), words]
+        detail = "" if callable(self._said) else self._said
+        parts = [f"{self.what}: done in {took}", self._speed(now, self._start), detail]
         return ", ".join(filter(None, parts))
 
-    def _words(self) -> str:
+    def _detail(self) -> str:
         return self._said() if callable(self._said) else self._said
 
     @property
     def _made(self) -> int:
         return self.done if self._images is None else self._images
 
-    def _speed(self, now: float, mark: tuple[float, int, int] | None = None) -> str:
-        then, _, made = mark or self._marks[0]
+    def _speed(self, now: float, since: tuple[float, int, int] | None = None) -> str:
+        then, _, made = since or self._samples[0]
         if self.rate is None or self._made <= made or now <= then:
             return ""
         speed = (self._made - made) / (now - then)
@@ -176,14 +173,14 @@ class Bar:
         return f"{digits.format(speed)} {self.rate}/s"
 
     def _left(self, now: float) -> str:
-        then, done, _ = self._marks[0]
+        then, done, _ = self._samples[0]
         if self.done <= done or self.total is None or self.done >= self.total:
             return ""
         return f"{_clock((self.total - self.done) * (now - then) / (self.done - done))} left"
 
 
-class Watch:
-    """The work that is under way, outermost first, and the thread that lets the innermost speak."""
+class Reporter:
+    """The active bars, outermost first, and the thread that prints lines of the innermost."""
 
     def __init__(self) -> None:
         self._bars: list[Bar] = []
@@ -191,14 +188,14 @@ class Watch:
 
     def add(self, bar: Bar) -> None:
         self._bars.append(bar)
-        if console.terminal():
+        if console.is_terminal():
             console.screen.show(bar)
         if self._quit is None:
             self._quit = threading.Event()
             threading.Thread(target=self._run, args=(self._quit,), daemon=True).start()
 
     def remove(self, bar: Bar) -> bool:
-        """Whether it was there; with it goes what an exception has left inside it."""
+        """Remove a bar, and bars inside it that an exception left; returns whether it was there."""
         if bar not in self._bars:
             return False
         while self._bars:
@@ -217,15 +214,13 @@ class Watch:
                 bar.tick(time.monotonic())
 
 
-_watch = Watch()
+_reporter = Reporter()
 
 
-class Beat:
-    """A small file that says where this process is, for whoever finds it dead: {"what", "unit",
-    "done"}.
-    """
+class Heartbeat:
+    """A small file with the progress of this process, read if it dies: {"what", "unit", "done"}."""
 
-    WIDTH = 1024  # bytes: always as many, so that none of a longer one stay behind
+    WIDTH = 1024  # bytes of every write, so that it overwrites a longer one
 
     def __init__(self) -> None:
         self._file: Any = None
@@ -234,49 +229,45 @@ class Beat:
         self._file = path.open("wb", buffering=0)
 
     def write(self, bar: Bar) -> None:
-        """Written in place and not flushed to disk: it costs microseconds, and outlives the
-        process.
-        """
+        """Write in place without flushing to disk: takes microseconds, and survives the process."""
         if self._file is None:
             return
         counted = {} if bar.total is None else {"unit": bar.unit, "done": bar.done}
-        said = json.dumps({"what": bar.what[:100], **counted}).encode()
+        content = json.dumps({"what": bar.what[:100], **counted}).encode()
         with suppress(OSError):
             self._file.seek(0)
-            self._file.write(said.ljust(self.WIDTH))
+            self._file.write(content.ljust(self.WIDTH))
 
 
-_beat = Beat()
+_heartbeat = Heartbeat()
 
 
-def beat_into(path: Path) -> None:
-    """From now on note in this file where the work is."""
-    _beat.open(path)
+def write_heartbeat(path: Path) -> None:
+    """Write the progress of this process into this file from now on."""
+    _heartbeat.open(path)
 
 
-def where(path: Path) -> str:
-    """What `beat_into` has left in this file, as the end of a sentence; nothing if it left
-    nothing.
-    """
+def last_heartbeat(path: Path) -> str:
+    """The content of a file of `write_heartbeat` as the end of a sentence; "" if there is none."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    if "done" not in said:
-        return f"while {said['what']}"
-    place = f"at {said['unit']} {said['done']:,}"
-    return place if said["what"] == "training" else f"{place} of {said['what']}"
+    if "done" not in content:
+        return f"while {content['what']}"
+    place = f"at {content['unit']} {content['done']:,}"
+    return place if content["what"] == "training" else f"{place} of {content['what']}"
 
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Work that nobody can count: reading a model, say."""
+    """Progress of work without units, such as reading a model."""
     with Bar(what):
         yield
 
 
 def importing(library: str) -> AbstractContextManager[None]:
-    """The stage of importing a library that takes seconds; nothing where that is done."""
+    """The stage of importing a slow library; does nothing if it is imported already."""
     return nullcontext() if library in sys.modules else stage(f"importing {library}")
 
 
@@ -288,9 +279,7 @@ def track(
     unit: str = "step",
     rate: str | None = None,
 ) -> Iterator[Item]:
-    """The items, of which there are `total` or as many as they say themselves, each counted when it
-    is done with.
-    """
+    """Yield the items, and count each when it is done; `total` defaults to their length."""
     with Bar(what, len(items) if total is None else total, unit=unit, rate=rate) as bar:  # type: ignore[arg-type]
         for item in items:
             yield item

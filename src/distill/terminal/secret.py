@@ -1,12 +1,11 @@
-"""Values that are nobody else's: which keys look as if they held one, and text without them.
+"""Secrets: recognise keys that hold one, and mask their values in text.
 
     token  password  passphrase  secret  credential  auth  api_key  accessKey  authorization ...
 
-A command tells what it was given, whole values (`note`) and words of its command line
-(`note_word`); from then on its log and its errors have *** in the value's place, as every file has
-that it writes. A word of the command that names a variable of the environment, `${oc.env:NAME}`,
-says no value and stays. Where a value ends is known of what was noted; in other text a pattern has
-to guess.
+A command registers secret values (`register`) and arguments (`register_argument`). From then on its
+log, its errors and its files have *** in their place. An argument that names an environment
+variable, `${oc.env:NAME}`, has no value and stays. In text that is not registered a pattern has to
+guess where a value ends.
 """
 
 import html
@@ -18,163 +17,164 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-HIDDEN = "***"
-SECRETS = "DISTILL_SECRETS"  # the variable by which a command hands them to its processes
+MASK = "***"
+SECRETS = "DISTILL_SECRETS"  # the variable by which a command passes them to its processes
 _NAME = re.compile(
     r"(?:.*_)?(?:(?:api|access|secret|private|auth|account)_?key|(?:api|access|auth|refresh)?token"
     r"|o?auth|authorization|bearer|cookie|pwd"
     r"|(?:pass(?:word|wd|phrase)|secret|credential)s?)|key"
 )
-_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|-")  # between them: apiKey
-# `key=value` and `key: value`, but not where the value is `${...}` or begins a node or a list.
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|-")  # word breaks in apiKey
+# `key=value` and `key: value`, unless the value is `${...}` or starts a node or a list.
 _ASSIGNED = re.compile(
     r"([\w./@+~-]+)(['\"]?\s*[=:]\s*)(?!['\"]?\$\{)"
     r"(\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'"
     r"|(?:(?:Basic|Bearer|Token)\s+)?[^\s,;&'\"{}\[\]]+)"
 )
-# `//name:password@` of a URL, up to the last @ of the host's part. A password may hold a slash,
-# after which `//host:8080/` is told by its number.
+# `//name:password@` of a URL, up to the last @. A password may hold a slash; `//host:8080/` is
+# recognised by its number.
 _SCHEME = r"(\b[A-Za-z][\w+.-]*://)"
 _USER = re.compile(rf"{_SCHEME}(?:[^/\s'\"]+@|[^/\s'\"@:]*:(?!\d+/)[^\s'\"]*@)")
-_QUERY = re.compile(r"([?&#;])([\w.-]+)=([^&#;\s'\"]+)")  # what follows the ? of a URL
+_QUERY = re.compile(r"([?&#;])([\w.-]+)=([^&#;\s'\"]+)")  # the query of a URL
 _SIGNED = re.compile(r"(?:.*[-_])?(?:sig|signature)", re.IGNORECASE)
-TYPED = "DISTILL_TYPED_"  # begins variables that stand for what was typed: commandline/private.py
+TYPED = "DISTILL_TYPED_"  # prefix of variables for typed secrets: commandline/secret_arguments.py
 _REFERENCE = re.compile(rf"'?\$\{{(?:oc\.decode:\$\{{)?oc\.env:({TYPED}\d+)\}}+'?")
-SHORTEST = 4  # letters of a value that is looked for in text: a shorter one is in every other word
-_known: set[str] = set()
-_said: dict[str, str] = {}  # a word of the command line -> how it is shown
+SHORTEST = 4  # ours: letters of a registered value; a shorter one would match in ordinary words
+_registered: set[str] = set()
+_shown_as: dict[str, str] = {}  # argument of the command line -> text to show
 
 
 def is_secret(key: str) -> bool:
-    """Whether a dotted key, or one that it lies below, looks as if it held a secret."""
+    """Whether a dotted key, or one of its parents, looks like that of a secret."""
     parts = key.lstrip("+~").split(".")
     return any(_NAME.fullmatch(_WORDS.sub("_", part).lower()) is not None for part in parts)
 
 
-def found(tree: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of every secret in a plain tree; a URL with a password is one."""
+def secrets_in(tree: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every secret in a plain tree, including URLs with a password."""
     if isinstance(tree, Mapping):
         inner = [(f"{key}.{name}" if key else str(name), value) for name, value in tree.items()]
     elif isinstance(tree, list):
         inner = [(f"{key}.{i}", value) for i, value in enumerate(tree)]
     else:
-        return {key: tree} if _hidden(key, tree) != tree else {}
-    return {name: value for path, below in inner for name, value in found(below, path).items()}
+        return {key: tree} if _masked_value(key, tree) != tree else {}
+    return {name: value for path, below in inner for name, value in secrets_in(below, path).items()}
 
 
-def hidden(tree: Any, key: str = "") -> Any:
+def masked_tree(tree: Any, key: str = "") -> Any:
     """The same tree with *** in place of every secret."""
     if isinstance(tree, Mapping):
         return {
-            name: hidden(value, f"{key}.{name}" if key else str(name))
+            name: masked_tree(value, f"{key}.{name}" if key else str(name))
             for name, value in tree.items()
         }
     if isinstance(tree, list):
-        return [hidden(value, f"{key}.{i}") for i, value in enumerate(tree)]
-    return _hidden(key, tree)
+        return [masked_tree(value, f"{key}.{i}") for i, value in enumerate(tree)]
+    return _masked_value(key, tree)
 
 
-def is_hidden(value: Any) -> bool:
-    """Whether this stands for a value that was not written, or holds one."""
+def is_masked(value: Any) -> bool:
+    """Whether this value is masked, or has a masked part."""
     if not isinstance(value, str):
         return False
-    return value == HIDDEN or f"://{HIDDEN}@" in value or ("://" in value and f"={HIDDEN}" in value)
+    return value == MASK or f"://{MASK}@" in value or ("://" in value and f"={MASK}" in value)
 
 
-def _hidden(key: str, value: Any) -> Any:
+def _masked_value(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         return value
     if is_secret(key):
-        return HIDDEN
-    return _of_address(value) if isinstance(value, str) else value
+        return MASK
+    return _masked_url(value) if isinstance(value, str) else value
 
 
-def _of_address(text: str) -> str:
-    """Without the users, passwords and tokens of URLs."""
+def _masked_url(text: str) -> str:
+    """The text without users, passwords and tokens of URLs."""
     if "://" not in text:
         return text
-    return _QUERY.sub(_of_query, _USER.sub(rf"\1{HIDDEN}@", text))
+    return _QUERY.sub(_masked_query, _USER.sub(rf"\1{MASK}@", text))
 
 
-def _of_query(match: re.Match[str]) -> str:
-    says = is_secret(match[2]) or _SIGNED.fullmatch(match[2])
-    return f"{match[1]}{match[2]}={HIDDEN}" if says else match[0]
+def _masked_query(match: re.Match[str]) -> str:
+    secret = is_secret(match[2]) or _SIGNED.fullmatch(match[2])
+    return f"{match[1]}{match[2]}={MASK}" if secret else match[0]
 
 
-def note(values: Mapping[str, Any]) -> None:
-    """Have these values, as `found` gives them, left out of what this process says from here on.
+def register(values: Mapping[str, Any]) -> None:
+    """Mask these values, as `secrets_in` returns them, in everything this process prints.
 
-    However they are quoted there: as in Python, JSON, YAML, HTML, a shell or a URL.
+    Also if they are quoted as in Python, JSON, YAML, HTML, a shell or a URL.
     """
     texts = list(map(str, values.values()))
     for text in [*texts, *(part for whole in texts for part in _parts(whole))]:
         quotes = (text.replace("'", other) for other in ("''", "\\'", "'\"'\"'"))
         coded = (json.dumps(text)[1:-1], repr(text)[1:-1], html.escape(text), quote(text, safe=""))
-        _known.update(form for form in (text, *quotes, *coded) if len(form) >= SHORTEST)
+        _registered.update(form for form in (text, *quotes, *coded) if len(form) >= SHORTEST)
 
 
 @contextmanager
-def forgotten() -> Iterator[None]:
-    """Within, what is noted is a command's own: another one in this process begins without it."""
-    known, said = set(_known), dict(_said)
+def scoped() -> Iterator[None]:
+    """Forget at the end what was registered inside, for another command in this process."""
+    known, shown = set(_registered), dict(_shown_as)
     try:
         yield
     finally:
-        _known.clear()
-        _known.update(known)
-        _said.clear()
-        _said.update(said)
+        _registered.clear()
+        _registered.update(known)
+        _shown_as.clear()
+        _shown_as.update(shown)
 
 
 def _parts(text: str) -> list[str]:
-    """Of a URL what it says of users, their passwords, and tokens."""
+    """The users, passwords and tokens in a URL."""
     if "://" not in text:
         return []
     users = [match[0].removeprefix(match[1])[:-1] for match in _USER.finditer(text)]
-    asked = [match[3] for match in _QUERY.finditer(text) if _of_query(match) != match[0]]
-    return [*users, *(user.partition(":")[2] for user in users), *asked]
+    tokens = [match[3] for match in _QUERY.finditer(text) if _masked_query(match) != match[0]]
+    return [*users, *(user.partition(":")[2] for user in users), *tokens]
 
 
-def note_word(word: str, said: str) -> None:
-    """Have a word of the command line shown as `said` wherever the command line is."""
-    _said[word] = said
+def register_argument(argument: str, shown: str) -> None:
+    """Show an argument of the command line as `shown` wherever the command line is printed."""
+    _shown_as[argument] = shown
 
 
-def told(words: Sequence[str]) -> list[str]:
-    """The words of a command line as they may be shown."""
-    return [_said[word] if word in _said else masked(word) for word in words]
+def redacted(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line with masked secrets."""
+    return [_shown_as[text] if text in _shown_as else masked(text) for text in arguments]
 
 
-def in_words(words: Sequence[str]) -> dict[str, Any]:
-    """What `key=value` words say of secrets, by their keys; no names of variables."""
-    said = {}
-    for word in words:
-        for key, _, value in _ASSIGNED.findall(word):
-            if _says_secret(key):
-                said[key.lstrip("+~")] = value.strip("\"'")
-    return said
+def secrets_in_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Key -> value of the secrets in `key=value` arguments, except references to variables."""
+    found = {}
+    for argument in arguments:
+        for key, _, value in _ASSIGNED.findall(argument):
+            if _is_secret_key(key):
+                found[key.lstrip("+~")] = value.strip("\"'")
+    return found
 
 
 def masked(text: str) -> str:
-    """The text without what keys that look so are given, passwords of URLs, and what was noted."""
-    text = _REFERENCE.sub(HIDDEN, text)
-    text = _of_address(unsaid(text))  # first what is known whole: a pattern may take a part of it
-    text = _ASSIGNED.sub(lambda m: f"{m[1]}{m[2]}{HIDDEN}" if _says_secret(m[1]) else m[0], text)
-    return unsaid(text)
+    """The text with *** for registered values, values of secret keys, and passwords of URLs."""
+    text = _REFERENCE.sub(MASK, text)
+    # Registered values come first, since they are known completely; a pattern may find only a part.
+    text = _masked_url(without_registered(text))
+    text = _ASSIGNED.sub(lambda m: f"{m[1]}{m[2]}{MASK}" if _is_secret_key(m[1]) else m[0], text)
+    return without_registered(text)
 
 
-def restored(word: str) -> str:
-    """A word of the command as it was typed, with the values of the variables that stand in it."""
-    return _REFERENCE.sub(lambda m: os.environ.get(m[1], m[0]), word)
+def resolved(argument: str) -> str:
+    """An argument as it was typed, with the values of the variables that replace its secrets."""
+    return _REFERENCE.sub(lambda m: os.environ.get(m[1], m[0]), argument)
 
 
-def _says_secret(word: str) -> bool:
-    """Whether a word before `=` or `:` in a text is such a key; `key=value` stands for any."""
-    return is_secret(word) and word != "key"
+def _is_secret_key(name: str) -> bool:
+    """Whether a name before `=` or `:` in a text is a secret key; `key=value` is an example."""
+    return is_secret(name) and name != "key"
 
 
-def unsaid(text: str) -> str:
-    """The text without the values that were noted."""
-    for value in sorted(_known, key=len, reverse=True):
-        text = text.replace(value, HIDDEN)
+def without_registered(text: str) -> str:
+    """The text with *** for registered values."""
+    for value in sorted(_registered, key=len, reverse=True):
+        text = text.replace(value, MASK)
     return text

@@ -1,16 +1,15 @@
-"""How a value is shown: what comes from a file stands as text in a terminal, on a page and in
-markdown.
+"""Escape values for output: text from files must not act in a terminal, on a page or in markdown.
 
-Names in shards, captions, folders, runs and their results may hold line breaks, escape codes of
-terminals, marks that turn the direction of writing, and HTML. Whoever shows one passes it through
-here, and nobody escapes by himself.
+Names in shards, captions, folders, runs and results may hold line breaks, terminal escape codes,
+bidirectional control characters, and HTML. All code that shows such values escapes them by these
+functions.
 
     shown(value)          one line for a terminal or a log
-    in_html(value)        the same for a page, between tags and in quoted attributes
-    in_markdown(value)    the same for markdown, cells of tables included
-    in_csv(value)         the same for a cell of a CSV, which no spreadsheet takes for a formula
+    in_html(value)        for a page, between tags and in quoted attributes
+    in_markdown(value)    for markdown, including table cells
+    in_csv(value)         for a cell of a CSV, which a spreadsheet must not read as a formula
 
-Nothing here imports a library that takes long.
+Nothing here imports a slow library.
 """
 
 import html
@@ -18,25 +17,22 @@ import re
 from typing import Any
 
 MOST = 2000  # ours: characters of a value in one line
-# Controls of terminals and of lines, halves of surrogate pairs, and marks of the direction of
-# writing: with the last a name reads as another. Joiners of letters (U+200D) stay, which scripts
-# and emoji need.
+# Control characters, line separators, surrogates, and bidirectional controls, which make a name
+# read as another. Joiners (U+200D) stay, since scripts and emoji need them.
 ACTING = "\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_LINE = re.compile(f"[{ACTING}]")
 _IN_LINES = re.compile(f"(?![\n\t])[{ACTING}]")
-# What printed text may have besides: ends of lines, tabs, and the colours that logging and
-# libraries give theirs.
+# Printed text may also have line ends, tabs, and colours, which logging and libraries use.
 _PRINTED = re.compile(f"\x1b\\[[0-9;]*m|\x1b\\[A|[\n\r\t]|([{ACTING}])")
 _MARKDOWN = re.compile(r"[\\`|*<]|\](?=[(\[:])")
-# What a formula begins with, in the wide forms of East Asian fonts too; tabs and ends of lines are
-# escaped.
+# First characters of a formula, also in their full-width forms; tabs and line ends are escaped.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def shown(value: Any, most: int = MOST) -> str:
-    """A value as one line of plain text: what would act is an escape (`\\x1b`), and what is too
-    long is cut.
+    """A value as one line of plain text: control characters are escaped (`\\x1b`), long text is
+    cut.
     """
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
@@ -44,13 +40,13 @@ def shown(value: Any, most: int = MOST) -> str:
 
 
 def in_lines(value: str) -> str:
-    """The same of a text that may have lines and tabs, whole."""
+    """A text with escaped control characters except line ends and tabs; not cut."""
     return _IN_LINES.sub(_escape, value)
 
 
 def printed(text: str) -> str:
-    """What is printed by anybody: lines, tabs, colours and a line's rewriting pass, nothing else
-    that acts.
+    """Printed text with escaped control characters except line ends, tabs, colours, and moves to
+    the start of a line or the line above.
     """
     return _PRINTED.sub(lambda match: _escape(match) if match[1] else match[0], text)
 
@@ -61,20 +57,19 @@ def in_html(value: Any) -> str:
 
 
 def lines_in_html(value: str) -> str:
-    """A text with its lines, between the tags of `pre`."""
+    """A text of several lines for <pre>."""
     return html.escape(in_lines(value))
 
 
 def in_markdown(value: Any) -> str:
-    """A value as text in a line of markdown, in a table or not."""
+    """A value as text in a line or table cell of markdown."""
     return _MARKDOWN.sub(_backslashed, shown(value))
 
 
 def in_csv(value: Any) -> Any:
-    """A value for a cell of a CSV: a number or None itself, also one in words; any other text as
-    text.
+    """A value for a cell of a CSV; texts that start like a formula get a leading '.
 
-    A spreadsheet calculates what begins like a formula. As OWASP advises a ' stands before that.
+    A spreadsheet would calculate them (OWASP). Numbers, also as text, and None stay.
     """
     if not isinstance(value, str):
         return value

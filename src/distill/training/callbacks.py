@@ -18,8 +18,8 @@ from distill.data.lines import Lines
 from distill.machine.hardware import autocast
 from distill.methods.base import Distillation
 from distill.sampling import Consistency, check_finite, seeded
-from distill.storage.aside import put
-from distill.storage.pictures import put_grid
+from distill.storage.atomic import write_atomic
+from distill.storage.pictures import write_grid
 from distill.terminal.progress import Bar
 
 log = logging.getLogger("distill.health")
@@ -128,7 +128,9 @@ class Alarms(L.Callback):
         self.path = Path(trainer.default_root_dir) / ALARMS
         if trainer.is_global_zero:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-            put(self.path, b"".join(line for line in lines if _is_up_to(line, pl_module.step)))
+            write_atomic(
+                self.path, b"".join(line for line in lines if _is_up_to(line, pl_module.step))
+            )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         values = pl_module.loop.numbers
@@ -214,7 +216,7 @@ class Samples(L.Callback):
             self._prompts_from_data(trainer.train_dataloader.dataset, pl_module.teacher)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            put(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
+            write_atomic(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
         problem = trainer.strategy.broadcast(
             self._write_pictures(trainer, pl_module)
         )  # all ranks stop
@@ -264,7 +266,7 @@ class Samples(L.Callback):
             if pl_module.step > 0:
                 log.warning("step %d: %s", pl_module.step, error)
             return str(error)
-        put_grid((images + 1) / 2, path, nrow=8)
+        write_grid((images + 1) / 2, path, nrow=8)
         return None
 
     def _generate(self, trainer: L.Trainer, pl_module: Distillation, indices: Tensor) -> Tensor:

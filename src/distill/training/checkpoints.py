@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from distill.machine import signals
-from distill.machine.signals import handled_by, remember
+from distill.machine.signals import mark_handled, set_handlers
 from distill.methods.base import Distillation
-from distill.storage.aside import duplicate, remove, sweep
-from distill.storage.checkpoint_files import read, write
+from distill.storage.atomic import duplicate, remove, remove_leftovers
+from distill.storage.checkpoint_files import read_checkpoint, write_checkpoint
 from distill.storage.checkpoint_names import steps_in
 from distill.terminal import console
 from distill.training.run_metadata import RunMetadata
@@ -35,10 +35,10 @@ class AtomicIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        write(checkpoint, Path(path))
+        write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        return read(Path(path))
+        return read_checkpoint(Path(path))
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def naming_checkpoint(path: Path | None) -> Iterator[None]:
         if str(path) in said:
             raise
         if not isinstance(error, ValueError):  # a damaged state
-            console.failed(error)
+            console.log_failure(error)
             said = f"its state cannot be loaded ({type(error).__name__}: {said[:200]})"
         raise ValueError(f"resume={path}: {said}; name another checkpoint of this run") from None
 
@@ -112,12 +112,12 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            sweep(self.folder)
+            remove_leftovers(self.folder)
             self._move_later_files(pl_module.step)
         for logger in trainer.loggers:
             if hasattr(logger, "resume_at"):  # rows after the checkpoint are logged again
                 logger.resume_at(pl_module.step, pl_module.loop.iteration)
-        self._handlers = handled_by(self._on_signal)
+        self._handlers = set_handlers(self._on_signal)
 
     def _move_later_files(self, step: int) -> None:
         """Move checkpoints and pictures of later steps away when a run resumes from an earlier
@@ -150,7 +150,7 @@ class Checkpoints(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        remember(number)  # a second signal ends the run at once, without a checkpoint
+        mark_handled(number)  # a second signal ends the run at once, without a checkpoint
         self.stopped_by = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 
 MAX_HEADER = 2**24  # ours: characters of the line of column names
 
@@ -86,7 +86,7 @@ class CsvLog(Logger):
         kept = [line for line in lines[1:] if line.endswith(b"\n")]
         if wanted:
             kept = [line for line in kept if _is_row(line, wanted)]
-        put(self._path, b"".join([_line(self._columns), *kept]))
+        write_atomic(self._path, b"".join([_line(self._columns), *kept]))
 
     def _append(self, line: bytes) -> None:
         with self._path.open("ab", buffering=0) as file:

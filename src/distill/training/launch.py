@@ -24,15 +24,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill.config.compose import world
+from distill.config.compose import world_size
 from distill.data.shards import shards_in
 from distill.machine import signals
-from distill.machine.faults import AGAIN, ANEW
+from distill.machine.faults import RERUN, RESTART
 from distill.machine.hardware import cores
 from distill.storage.checkpoint_names import checkpoints_at
-from distill.storage.locks import pass_on
+from distill.storage.locks import share_locks
 from distill.terminal.console import say
-from distill.terminal.progress import where
+from distill.terminal.progress import last_heartbeat
 from distill.terminal.secret import SECRETS
 from distill.terminal.shown import shown
 from distill.training.run_folders import PROCESSES
@@ -46,7 +46,9 @@ def needed(processes: int, nodes: int) -> bool:
 
     Raises ValueError for several nodes without a launcher.
     """
-    launched = "LOCAL_RANK" in os.environ or world() > 1  # a single task of SLURM is not launched
+    launched = (
+        "LOCAL_RANK" in os.environ or world_size() > 1
+    )  # a single task of SLURM is not launched
     if processes == 1 or launched:
         return False
     if nodes > 1:
@@ -73,7 +75,7 @@ def launch(
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
     ranks = _RankProcesses(folder, processes, command, secrets or {})
-    before = signals.handled_by(ranks.forward_signal)
+    before = signals.set_handlers(ranks.forward_signal)
     try:
         ranks.wait()
     finally:
@@ -90,9 +92,9 @@ def way_on(folder: Path, command: str = "run") -> str:
     """How to continue what a command has made in its folder so far, as an instruction."""
     if command in ("cache", "synthesize"):
         count = len(shards_in(folder))
-        return f"{AGAIN} (whole: {count} shard{'s' * (count > 1)})" if count else ANEW
+        return f"{RERUN} (whole: {count} shard{'s' * (count > 1)})" if count else RESTART
     if command != "run":
-        return AGAIN
+        return RERUN
     with suppress(FileNotFoundError):
         checkpoints_at(folder)
         return f"go on with: python -m distill.run resume={folder}"
@@ -111,10 +113,10 @@ class _RankProcesses:
             "NODE_RANK": "0",
         }
         threads = str(max(1, cores() // processes))
-        environment = {"OMP_NUM_THREADS": threads, **signals.for_child(), **shared}
+        environment = {"OMP_NUM_THREADS": threads, **signals.child_environment(), **shared}
         # With SLURM_NTASKS=1 Lightning would assume a single process.
         environment.pop("SLURM_NTASKS", None)
-        shared_locks = pass_on(environment)
+        shared_locks = share_locks(environment)
         environment |= {SECRETS: json.dumps(dict(secrets))} if secrets else {}
         arguments = [sys.executable, "-m", "distill.training.rank_process", str(folder), command]
         self._all = [
@@ -122,7 +124,7 @@ class _RankProcesses:
                 arguments,
                 env={**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)},
                 stdout=subprocess.DEVNULL if rank else None,
-                **signals.apart(),
+                **signals.new_session(),
                 **shared_locks,
             )
             for rank in range(processes)
@@ -131,12 +133,12 @@ class _RankProcesses:
 
     def forward_signal(self, number: int, _frame: Any) -> None:
         """Forward a signal; a second Ctrl-C kills all ranks."""
-        twice = signals.twice(number)
+        twice = signals.is_second_interrupt(number)
         for process in self._all:
             if twice:
                 process.kill()
-            signals.hand_on(number, process)
-        signals.remember(number)
+            signals.forward(number, process)
+        signals.mark_handled(number)
 
     def wait(self) -> None:
         """Wait until all have ended; after a failure the others get GRACE seconds."""
@@ -167,15 +169,15 @@ class _RankProcesses:
             return 0
         first = self._first_failed()
         code, end = self._all[first].returncode, self._note_of(first)
-        if "stopped" in end and (number := signals.asked()):
+        if "stopped" in end and (number := signals.received()):
             self._remove_notes()
             raise signals.Stopped(number)
         if code < 0:
             name = f"process {first} was killed by signal {-code}"
-            at = where(self.notes / f"{first}.beat")
+            at = last_heartbeat(self.notes / f"{first}.beat")
             self._print_reason(f"{name} {at}".strip(), bug=True)
             return 128 - code
-        if end or not signals.asked():
+        if end or not signals.received():
             said = end.get("sentence", f"process {first} ended with exit code {code}")
             self._print_reason(said, bug=end.get("bug", True))
         else:  # stopped by a signal, everything saved

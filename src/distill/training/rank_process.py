@@ -20,19 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from distill.config import errors
 from distill.machine import faults, signals
 from distill.machine.ranks import rank
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.bounded import yaml_of
 from distill.storage.locks import adopt
 from distill.terminal import console, progress
-from distill.terminal.secret import SECRETS, masked, note
+from distill.terminal.secret import SECRETS, masked, register
 from distill.training.launch import PROCESSES, way_on
 
 # Command -> the function in its module, and the file of its configuration in the folder.
 TASKS = {
     "run": ("train", "config.yaml"),
     "cache": ("encode", "making.yaml"),
-    "synthesize": ("draw", "making.yaml"),
-    "evaluate": ("draw", "evaluation/asked.yaml"),
+    "synthesize": ("generate", "making.yaml"),
+    "evaluate": ("generate", "evaluation/asked.yaml"),
 }
 
 
@@ -43,7 +43,7 @@ def configuration(file: Path) -> DictConfig:
     """
     cfg = OmegaConf.load(yaml_of(file))
     secrets = json.loads(os.environ.pop(SECRETS, "{}"))
-    note(secrets)
+    register(secrets)
     for key, value in secrets.items():
         OmegaConf.update(cfg, key, value, merge=False)
     return cfg
@@ -53,10 +53,14 @@ def work(folder: Path, command: str) -> int:
     """Run this rank's part of the command; returns its exit code."""
     notes = folder / PROCESSES
     _redirect_libraries(notes / f"{rank()}.log")
-    progress.beat_into(notes / f"{rank()}.beat")
+    progress.write_heartbeat(notes / f"{rank()}.beat")
     name, config = TASKS[command]
     try:
-        with signals.heard(), console.recorded(), faults.goes_on(lambda: way_on(folder, command)):
+        with (
+            signals.stop_on_signal(),
+            console.record_output(),
+            faults.hint_on_failure(lambda: way_on(folder, command)),
+        ):
             task = getattr(importlib.import_module(f"distill.{command}"), name)
             return task(configuration(folder / config), folder)
     except signals.Stopped as stop:
@@ -66,15 +70,15 @@ def work(folder: Path, command: str) -> int:
         said, bug = errors.sentence(error), not errors.is_mistake(error)
         if bug:
             said = f"process {rank()}: {type(error).__name__}: {said}"
-        _write_note(notes, sentence=masked(said), bug=bug, lost=faults.lost(error))
+        _write_note(notes, sentence=masked(said), bug=bug, lost=faults.is_peer_failure(error))
         traceback.print_exc(file=sys.__stderr__)
-        if errors.all_asked_for():
+        if errors.wants_traceback():
             traceback.print_exc()
         return 1
 
 
 def _write_note(notes: Path, **end: Any) -> None:
-    put(notes / f"{rank()}.end", json.dumps({"at": time.time(), **end}).encode())
+    write_atomic(notes / f"{rank()}.end", json.dumps({"at": time.time(), **end}).encode())
 
 
 def _redirect_libraries(log: Path) -> None:
@@ -93,5 +97,5 @@ def _redirect_libraries(log: Path) -> None:
 if __name__ == "__main__":
     signals.end_with_parent()
     adopt()
-    errors.print_any_letter()
+    errors.escape_unprintable()
     sys.exit(work(Path(sys.argv[1]), sys.argv[2]))

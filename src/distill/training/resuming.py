@@ -12,8 +12,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config import paths, texts
-from distill.config.compose import FIXED, dotted, folder_of, overrides, restarted, shipped
-from distill.storage import content
+from distill.config.compose import (
+    FIXED_ON_RESUME,
+    dotted,
+    folder_of,
+    is_restarted,
+    overrides,
+    shipped,
+)
+from distill.storage import fingerprints as content
 from distill.storage.renames import renamed
 from distill.teachers.loading.locate import pipeline_folder
 
@@ -25,13 +32,13 @@ log = logging.getLogger(__name__)
 
 def fixed(key: str) -> bool:
     """Whether this dotted key keeps its value when a run is resumed."""
-    return any(key == begins or key.startswith(f"{begins}.") for begins in FIXED)
+    return any(key == begins or key.startswith(f"{begins}.") for begins in FIXED_ON_RESUME)
 
 
 def model_fingerprints(cfg: DictConfig) -> dict[str, str]:
     """Dotted key -> fingerprint, of every local model of the run."""
     found = {}
-    for key, value in paths.read_ones(cfg).items():
+    for key, value in paths.input_paths(cfg).items():
         fingerprint = _fingerprint(value) if fixed(key) else None
         if fingerprint is not None:
             found[key] = fingerprint
@@ -40,18 +47,18 @@ def model_fingerprints(cfg: DictConfig) -> dict[str, str]:
 
 def text_fingerprints(cfg: DictConfig) -> dict[str, str]:
     """Dotted key -> fingerprint, of every text that the run shows; see `texts`."""
-    return texts.marks(dotted(OmegaConf.to_container(cfg, resolve=True)))
+    return texts.text_hashes(dotted(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def _fingerprint(value: str) -> str | None:
-    return content.mark(pipeline_folder(Path(shipped(value))))
+    return content.path_fingerprint(pipeline_folder(Path(shipped(value))))
 
 
 def check_folder(cfg: DictConfig) -> None:
     """Raise ValueError for a `run_dir` beside `resume` that is another folder."""
     folder = folder_of(cfg.resume)
     typed = any(word.lstrip("+").startswith("run_dir=") for word in overrides())
-    if not typed or not cfg.run_dir or restarted():
+    if not typed or not cfg.run_dir or is_restarted():
         return
     if Path(cfg.run_dir).resolve() != folder.resolve():
         what = f"resume={cfg.resume} continues in its own folder"
@@ -103,7 +110,7 @@ def check_moved(before: DictConfig, now: DictConfig, facts: Mapping[str, Any]) -
     old, new = (dotted(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
     for key in filter(fixed, filter(paths.is_path, {**old, **new})):
         was, value = old.get(key), new.get(key)
-        if content.same(was, value):
+        if content.same_path(was, value):
             _say_changed(key, value, known.get(key))
             continue
         had = known.get(key) or (_fingerprint(was) if isinstance(was, str) else None)
@@ -148,7 +155,7 @@ def check_data(
     counts = f"{fingerprint['samples']} samples, and the run started with {known['samples']}"
     if known["samples"] == fingerprint["samples"]:
         counts = "other samples than the run started with"
-    if not content.same(was, path):
+    if not content.same_path(was, path):
         what = f"holds {counts}, data.path={was}"
         raise ValueError(f"data.path={path}: {what}; name those, or {ANEW}")
     log.warning("data.path=%s: holds %s: the resumed run will not be bit-identical", path, counts)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from distill.storage.aside import PART, remove
+from distill.storage.atomic import PART, remove
 from distill.storage.bounded import mapping_of
 
 STARTED = ("config.yaml", "run.json")  # files that are written first

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distill.machine.hardware import cpu, hardware
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.storage.bounded import is_number, mapping_of
 
 log = logging.getLogger("distill.training.run_metadata")
@@ -119,7 +119,7 @@ class RunMetadata:
 
     def _write(self, **more: Any) -> None:
         self.facts |= more
-        put(self._path, json.dumps(self.facts, indent=2).encode() + b"\n")
+        write_atomic(self._path, json.dumps(self.facts, indent=2).encode() + b"\n")
 
 
 def _sound(facts: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from distill.core.limits import check_dtype
 from distill.core.tensors import gather, like, local_shards
-from distill.storage.aside import aside, put_in_place
-from distill.storage.checkpoint_files import read, write
+from distill.storage.atomic import replace_folder, temporary_path
+from distill.storage.checkpoint_files import read_checkpoint, write_checkpoint
 from distill.teachers.network import ends_at_last_tap
 
 BUCKET = 32 * 1024 * 1024  # values of one reduction: enough to be fast, small beside the model
@@ -144,24 +144,26 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._sharded_checkpoints:
-            shard_folder = Path(self.broadcast(str(aside(path))))  # of rank 0, for all ranks
-            write(
+            shard_folder = Path(
+                self.broadcast(str(temporary_path(path)))
+            )  # of rank 0, for all ranks
+            write_checkpoint(
                 local_shards(checkpoint),
                 shard_folder / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt",
             )
             self.barrier()
             if self.is_global_zero:
-                put_in_place(shard_folder, path)
+                replace_folder(shard_folder, path)
         else:
             state = gather(checkpoint, keep=self.is_global_zero)
             if self.is_global_zero:
-                write(state, path)
+                write_checkpoint(state, path)
         self.barrier()
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read(Path(self.broadcast(str(checkpoint_path))))
+        return read_checkpoint(Path(self.broadcast(str(checkpoint_path))))
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

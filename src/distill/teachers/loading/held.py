@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.storage.bounded import check_archive
-from distill.storage.unread import SCALED, advice, some_of
+from distill.storage.loaded_weights import SCALED, advice, first_few
 from distill.teachers.loading.locate import PICKLED
 
 Held = Mapping[str, Sequence[int]]
@@ -93,7 +93,7 @@ def check_held(held: Held, classes: Mapping[str, Any], without: Sequence[str], w
             left.append(name)
     if left:
         more = advice(left, "choose another teacher= or teacher.config=")
-        raise ValueError(f"{where} holds {some_of(left)}, which would not be used; {more}")
+        raise ValueError(f"{where} holds {first_few(left)}, which would not be used; {more}")
 
 
 def check_schedule(file: Path, held: Held, scheduler: Any, where: str, config: str | None) -> None:

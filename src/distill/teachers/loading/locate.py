@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.storage.bounded import MIB, is_number, mapping_of, too_large
-from distill.storage.elsewhere import check_elsewhere
+from distill.storage.bounded import MIB, is_number, mapping_of, too_large_error
+from distill.storage.hub_settings import check_hub_settings
 from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
@@ -206,12 +206,12 @@ def _check_files(folder: Path) -> None:
             shards_in(file)
         elif file.name.endswith("config.json"):
             said = mapping_of(file)
-            check_elsewhere(said, file)
+            check_hub_settings(said, file)
             _check_layers(said, file)
             if file.name == "config.json":
                 _check_numbers(said, file)
         elif file.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise too_large(file, file.stat().st_size, MAX_TOKENIZER_BYTES)
+            raise too_large_error(file, file.stat().st_size, MAX_TOKENIZER_BYTES)
 
 
 def _check_numbers(said: Mapping[str, Any], file: Path) -> None:

@@ -16,8 +16,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from distill.machine.faults import first_line, silent
-from distill.storage.bounded import parsed_mapping
+from distill.machine.faults import first_line, quiet_logging
+from distill.storage.bounded import parse_json_object
 from distill.teachers.loading.lora_names import is_pefts, renamed, settings_beside
 
 State = dict[str, Tensor]
@@ -58,7 +58,7 @@ def add_lora(pipeline: Any, model: nn.Module, state: State, path: str, file: Pat
     found = _translated(pipeline, model, part, own, layers, path)
     _refuse_misfit(model, found, path)
     try:
-        with silent():  # it prints an error before it raises it
+        with quiet_logging():  # it prints an error before it raises it
             model.load_lora_adapter(found, prefix=None, metadata=kept or None)
     except Exception as error:
         what = f"cannot be put on this {type(model).__name__} ({first_line(error)})"
@@ -74,7 +74,7 @@ def settings_of(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, "pt") as opened:
-        return parsed_mapping((opened.metadata() or {}).get(PEFT, "{}"), f"{file}: {PEFT}")
+        return parse_json_object((opened.metadata() or {}).get(PEFT, "{}"), f"{file}: {PEFT}")
 
 
 def layers_of(state: State, path: str) -> dict[str, tuple[str, str]]:
@@ -116,7 +116,7 @@ def with_alphas_applied(state: State, layers: dict[str, tuple[str, str]], path: 
     return found
 
 
-@silent()
+@quiet_logging()
 def _translated(
     pipeline: Any, model: nn.Module, part: str, state: State, layers: dict, path: str
 ) -> State:

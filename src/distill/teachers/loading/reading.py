@@ -15,10 +15,10 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from torch import nn
 
 from distill.core.limits import check_dtype
-from distill.machine.faults import first_line, silent
+from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import mapping_of
-from distill.storage.elsewhere import check_folder
-from distill.storage.unread import refuse_broken, refuse_unread
+from distill.storage.hub_settings import check_folder
+from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.teachers.loading.locate import (
     INDEX,
     PICKLED,
@@ -44,7 +44,7 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 BASE = "_base"  # key in a pipeline's index: a sibling folder with the parts that it lacks
 
 
-@silent()
+@quiet_logging()
 def read_pipeline(
     kind: type,
     path: str,
@@ -247,7 +247,7 @@ def pipeline_classes(
     return classes
 
 
-@silent()
+@quiet_logging()
 def read_network(
     network: type, path: str, part: str, *, key: str = "teacher.path", **options: Any
 ) -> nn.Module:
@@ -274,8 +274,8 @@ def read_network(
     except Exception as error:  # damaged files raise nearly anything
         what = first_line(error).partition(". ")[0]
         raise ValueError(f"{key}={path}: {part}/ does not load ({what}); fetch it anew") from None
-    refuse_unread(report, f"{key}={path}: {part}/", network.__name__)
-    refuse_broken(model, f"{key}={path}: {part}/")
+    check_all_loaded(report, f"{key}={path}: {part}/", network.__name__)
+    check_finite(model, f"{key}={path}: {part}/")
     return model
 
 

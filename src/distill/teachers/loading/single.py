@@ -13,8 +13,8 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.machine.faults import first_line, silent
-from distill.storage.unread import refuse_broken
+from distill.machine.faults import first_line, quiet_logging
+from distill.storage.loaded_weights import check_finite
 from distill.teachers.loading.held import (
     check_counts,
     check_held,
@@ -37,7 +37,7 @@ META = "meta tensor"  # part of the error for a missing tensor, which stays on t
 CONFIG_FILES = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
 
 
-@silent()
+@quiet_logging()
 def read_single(
     kind: type,
     path: str,
@@ -82,7 +82,7 @@ def read_single(
         _tie(pipeline)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
-                refuse_broken(part, f"teacher.path={path}: its {name}")
+                check_finite(part, f"teacher.path={path}: its {name}")
         pipeline.deferred = {}
         return pipeline
     except Exception as error:  # missing tensors, or other shapes, may raise anything

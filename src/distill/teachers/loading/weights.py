@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.machine.faults import first_line
-from distill.storage.aside import whole_file
-from distill.storage.bounded import check_archive, parsed_mapping
-from distill.storage.unread import refuse_broken
+from distill.storage.atomic import atomic_file
+from distill.storage.bounded import check_archive, parse_json_object
+from distill.storage.loaded_weights import check_finite
 from distill.teachers.loading.locate import in_repository, no_file
 from distill.teachers.loading.lora_files import add_lora
 from distill.teachers.loading.reading import not_fetched
@@ -40,7 +40,7 @@ def put_on(pipeline: Any, path: str) -> None:
         add_lora(pipeline, model, state, path, file)
     else:
         _load_state(model, state, path, add="delta" in about)
-    refuse_broken(model, f"teacher.weights={path}: with it the {type(model).__name__}")
+    check_finite(model, f"teacher.weights={path}: with it the {type(model).__name__}")
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
@@ -109,7 +109,7 @@ def readable(where: str) -> Iterator[None]:
 def about_weights(file: Path) -> dict[str, Any]:
     """Our metadata in a safetensors file, without its tensors; {} for a file of others."""
     with safe_open(file, "pt") as opened:
-        return parsed_mapping(
+        return parse_json_object(
             (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
         )
 
@@ -143,6 +143,6 @@ def write_weights(
             raise ValueError(f"dtype={dtype}: {what}; use dtype=bfloat16 or float32")
     file.parent.mkdir(parents=True, exist_ok=True)
     said = {"format": "pt", **(words or {})} | ({"distill": json.dumps(about)} if about else {})
-    with whole_file(file) as part:
+    with atomic_file(file) as part:
         save_file(state, part, said)
     return file

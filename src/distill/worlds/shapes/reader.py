@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.storage.aside import whole_file
+from distill.storage.atomic import atomic_file
 from distill.worlds.shapes.world import (
     AXES,
     BACKGROUNDS,
@@ -99,7 +99,7 @@ class Reader(nn.Module):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
-        with whole_file(folder / "reader.safetensors") as part:
+        with atomic_file(folder / "reader.safetensors") as part:
             save_file(state, part)
 
     @classmethod

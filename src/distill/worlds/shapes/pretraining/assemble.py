@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from distill.storage.aside import put, whole_folder
+from distill.storage.atomic import atomic_folder, write_atomic
 from distill.students import denoiser_part
 from distill.teachers.loading.reading import BASE, home_of
 
@@ -98,7 +98,7 @@ def save_beside(student: Path, base: Path, name: str) -> Path:
     save_half(network, folder / part)
     shutil.copytree(student / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     text = json.dumps(index | {BASE: base.name}, indent=2) + "\n"
-    put(folder / "model_index.json", text.encode())  # last: it makes the folder a pipeline
+    write_atomic(folder / "model_index.json", text.encode())  # last: it makes the folder a pipeline
     return folder
 
 
@@ -122,7 +122,7 @@ def save_half(model: Any, folder: Path) -> None:
     for part in parts:
         # diffusers' own `to` would warn of layers to keep in float32; there are none
         nn.Module.to(part, torch.float16)
-    with whole_folder(folder) as target:
+    with atomic_folder(folder) as target:
         model.save_pretrained(target)
         for config in target.rglob("config.json"):
             facts = {

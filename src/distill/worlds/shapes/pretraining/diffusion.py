@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from distill.config.compose import shipped
 from distill.data.write import write_latents
-from distill.evaluation.shapes import pictures
+from distill.evaluation.shapes import generate_pictures
 from distill.machine.hardware import autocast
 from distill.sampling import seeded
 from distill.sampling.guided import guided
@@ -285,7 +285,9 @@ def judge(work: Work, stage: str, teacher: PipelineTeacher) -> None:
                 prompts = judging_prompts(n, seed=0, held_out=sort == "held_out")
                 what = f"{stage}: judging {name}, {sort.replace('_', ' ')} prompts"
                 with Bar(what, n, unit="image", rate="images") as bar:
-                    answers = reader.read(pictures(teacher, sampler, prompts, range(n), bar))[1]
+                    answers = reader.read(
+                        generate_pictures(teacher, sampler, prompts, range(n), bar)
+                    )[1]
                 shares[sort] = round(reader.accuracy(answers, prompts)["prompt_accuracy"], 4)
             work.note(stage, prompt_accuracy=known | {name: shares})
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.core.ema import Ema
 from distill.machine.hardware import autocast, device
 from distill.storage import checkpoint_files
-from distill.storage.aside import put
+from distill.storage.atomic import write_atomic
 from distill.terminal.progress import Bar
 
 DEVICE = device()
@@ -95,7 +95,7 @@ class Fit:
             "seconds": self.seconds,
             "average": average.state_dict(),
         }
-        checkpoint_files.write(state, self._file("pt"))
+        checkpoint_files.write_checkpoint(state, self._file("pt"))
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at `step`: linear rise, constant, cosine fall."""
@@ -153,7 +153,7 @@ class Fit:
             early = [
                 x for i, x in enumerate(lines) if start and (i == 0 or int(x.split(",")[0]) < start)
             ]
-            put(curve, "".join(early).encode())
+            write_atomic(curve, "".join(early).encode())
         return start
 
     def _file(self, kind: str) -> Path:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.config.compose import shipped
-from distill.storage.aside import whole_folder
+from distill.storage.atomic import atomic_folder
 from distill.worlds.shapes.pretraining.work import Work
 
 
@@ -18,7 +18,7 @@ def folder(work: Work) -> Path | None:
 
 def take_vae(work: Work, source: Path) -> dict[str, Any]:
     """Copy the autoencoder, in float32, to the result of stage `vae`."""
-    with whole_folder(work.train / "vae") as part:
+    with atomic_folder(work.train / "vae") as part:
         AutoencoderKL.from_pretrained(source, subfolder="vae").save_pretrained(part)
     return {"taken_from": work.asked["parts"]}
 
@@ -43,8 +43,8 @@ def take_text(work: Work, source: Path) -> dict[str, Any]:
     named = {name: f"text_model.{name}" for name in encoder.state_dict()}
     taken = {name if name in own else named[name]: x for name, x in encoder.state_dict().items()}
     clip.load_state_dict(own | taken)
-    with whole_folder(work.train / "clip") as part:
+    with atomic_folder(work.train / "clip") as part:
         clip.save_pretrained(part)
-    with whole_folder(work.train / "tokenizer") as part:
+    with atomic_folder(work.train / "tokenizer") as part:
         CLIPTokenizer.from_pretrained(source, subfolder="tokenizer").save_pretrained(part)
     return {"taken_from": work.asked["parts"]}

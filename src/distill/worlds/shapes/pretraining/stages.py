@@ -20,8 +20,8 @@ import torch
 
 from distill.data.write import write_images
 from distill.machine.hardware import hardware, precision
-from distill.storage.aside import put, put_text
-from distill.storage.checkpoint_files import write
+from distill.storage.atomic import write_atomic, write_text_atomic
+from distill.storage.checkpoint_files import write_checkpoint
 from distill.teachers.loading.reading import read_quietly
 from distill.terminal.console import note
 from distill.terminal.progress import Bar, track
@@ -58,14 +58,14 @@ def _data(work: Work) -> dict[str, Any]:
     if work.of_shapes:
         write_images(str(work.out / "data" / "shapes-%06d.tar"), samples(), PER_SHARD)
     work.pictures, captions = work.read()
-    put(work.out / "captions.json", json.dumps(captions).encode())
+    write_atomic(work.out / "captions.json", json.dumps(captions).encode())
     return {"pictures": len(captions), "distinct_captions": len(set(captions))}
 
 
 def _latents(work: Work) -> dict[str, Any]:
     model, pictures = work.vae, track(work.pictures.split(512), "encoding", unit="batch")
     latents = torch.cat([vae.encode(model, part).half() for part in pictures])
-    write(latents, work.out / "latents.pt")
+    write_checkpoint(latents, work.out / "latents.pt")
     return {"deviation": [round(float(v), 3) for v in latents.float().std((0, 2, 3))]}
 
 
@@ -159,7 +159,7 @@ def write_card(work: Work) -> None:
     (models / "curves").mkdir(parents=True, exist_ok=True)
     for curve in (work.train / f"{name}.csv" for name in STAGES):
         if curve.is_file():
-            put(models / "curves" / curve.name, curve.read_bytes())
+            write_atomic(models / "curves" / curve.name, curve.read_bytes())
     rows = []
     for name, stage in known["stages"].items():
         if stage.get("finished"):
@@ -185,7 +185,7 @@ def write_card(work: Work) -> None:
         "| stage | seconds | scores |\n|---|---|---|\n" + "\n".join(rows),
         "`curves/` holds the losses, one line every 20 steps.",
     ]
-    put_text(models / "README.md", "\n\n".join(paragraphs) + "\n")
+    write_text_atomic(models / "README.md", "\n\n".join(paragraphs) + "\n")
 
 
 def _in_words(value: Any) -> str:

@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from distill.storage.aside import whole_folder
+from distill.storage.atomic import atomic_folder
 from distill.worlds.shapes.pretraining.assemble import half_of, save_half
 from distill.worlds.shapes.pretraining.fit import DEVICE
 from distill.worlds.shapes.pretraining.work import Work, pixels
@@ -78,7 +78,7 @@ def _tokenized(work: Work) -> tuple[CLIPTokenizer, Tensor]:
         return tokenizer, tokenize(tokenizer, work.captions)
     tokenizer = train_tokenizer(work.captions, length=work.asked["text_length"])
     ids = tokenize(tokenizer, work.captions)
-    with whole_folder(kept) as part:
+    with atomic_folder(kept) as part:
         tokenizer.save_pretrained(part)
     return tokenizer, ids
 
@@ -101,7 +101,7 @@ def train(work: Work) -> dict[str, Any]:
         }
 
     fit(clip, objective, samples=learnt)
-    with whole_folder(work.train / "clip") as part:
+    with atomic_folder(work.train / "clip") as part:
         clip.save_pretrained(part)
     save_half(half_of(clip, CLIPVisionModelWithProjection, "vision"), work.models / "clip_vision")
     groups = [

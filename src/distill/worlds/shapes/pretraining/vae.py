@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.storage.aside import whole_folder
+from distill.storage.atomic import atomic_folder
 from distill.worlds.shapes.pretraining.fit import DEVICE
 from distill.worlds.shapes.pretraining.work import Work, pixels
 
@@ -46,7 +46,7 @@ def train(work: Work) -> dict[str, Any]:
 
     fit(vae, objective, samples=learnt)
     standardise(vae, encode(vae, pictures[: min(learnt, 2048)]))
-    with whole_folder(work.train / "vae") as part:
+    with atomic_folder(work.train / "vae") as part:
         vae.save_pretrained(part)
     parts = pictures[learnt:].split(128)
     errors = [vae.decode(encode(vae, part)).sample.clamp(-1, 1) - pixels(part) for part in parts]

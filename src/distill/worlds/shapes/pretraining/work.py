@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distill.data.datasets import ImageShards
 from distill.sampling import to_bytes
-from distill.storage.aside import put
-from distill.storage.content import alike
+from distill.storage.atomic import write_atomic
+from distill.storage.fingerprints import maybe_same_path
 from distill.terminal.progress import track
 from distill.worlds.shapes.judge import MODEL, Judge
 from distill.worlds.shapes.pretraining.asked import MIN_PICTURES, max_empty_share
@@ -108,7 +108,7 @@ class Work:
         known["commands"] = list(dict.fromkeys([*known["commands"], *commands]))
         known["stages"].setdefault(stage, {}).update(values)
         self.out.mkdir(parents=True, exist_ok=True)
-        put(self.out / "pretraining.json", json.dumps(known, indent=2).encode() + b"\n")
+        write_atomic(self.out / "pretraining.json", json.dumps(known, indent=2).encode() + b"\n")
 
     def start(self, stage: str, decided_by: Sequence[str], command: str) -> None:
         """Write the settings on which a stage depends; raise ValueError if it was started with
@@ -128,7 +128,7 @@ class Work:
         changed = [
             f"{k}={v} (was {before.get(k)})"
             for k, v in settings.items()
-            if not alike(v, before.get(k))
+            if not maybe_same_path(v, before.get(k))
         ]
         if changed and not self._has_no_result(stage):
             what = (

@@ -1,22 +1,22 @@
-"""Whether files that lie elsewhere now are those of before: by names, sizes and a few bytes of
-each, or by their path.
+"""Recognise moved files and folders: by names, sizes and samples of their bytes, or by their path.
 
-Weights of gigabytes are not read through. Two fine-tunes of one model have the same names, sizes
-and headers, so bytes from all over a file count as well. Nothing here imports torch.
+Weights of gigabytes are not read completely. Two fine-tunes of one model have the same names, sizes
+and headers, so pieces from the whole file are hashed. Nothing here imports torch.
 """
 
 import hashlib
 import os
 from pathlib import Path
 
-# What decides what a model is: not its card, pictures or licence, which a copy may lack.
+# Suffixes of files that define a model: without its card, pictures and licence, which a copy may
+# lack.
 ENDS = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".model", ".npz")
-PIECES, PIECE = 64, 4096  # ours: looked at in a file; how many bytes each has
-MOST = 10_000  # ours: files of a folder; more are no model
+PIECES, PIECE = 64, 4096  # ours: number of pieces that are hashed in a file, and their bytes
+MOST = 10_000  # ours: limit of files in a folder
 
 
-def same(one: object, other: object) -> bool:
-    """Whether two values of a path key mean one place, as seen from the working folder."""
+def same_path(one: object, other: object) -> bool:
+    """Whether two values of a path key are the same existing path from the working folder."""
     if one == other:
         return True
     if not isinstance(one, str) or not isinstance(other, str):
@@ -24,11 +24,11 @@ def same(one: object, other: object) -> bool:
     return os.path.abspath(one) == os.path.abspath(other) and os.path.exists(one)
 
 
-def alike(one: object, other: object) -> bool:
-    """Whether two values may mean one place: one is absolute, and ends as the other was typed
-    elsewhere.
+def maybe_same_path(one: object, other: object) -> bool:
+    """Whether two values may be the same path: one is absolute and ends with the other, which was
+    typed in another folder.
     """
-    if same(one, other):
+    if same_path(one, other):
         return True
     if not isinstance(one, str) or not isinstance(other, str):
         return False
@@ -37,28 +37,26 @@ def alike(one: object, other: object) -> bool:
     return os.path.isabs(long) and not os.path.isabs(short) and long.endswith(f"/{short}")
 
 
-def mark(path: str | Path) -> str | None:
-    """Sixteen hex digits of the file, or of the model's files in the folder; None where there is
-    neither.
-    """
+def path_fingerprint(path: str | Path) -> str | None:
+    """Sixteen hex digits of a file, or of a model's files in a folder; None if nothing is there."""
     place = Path(path)
     digest = hashlib.sha256()
     try:
         if place.is_file():
-            digest.update(_looked_at(place))
+            digest.update(_sample_digest(place))
             return digest.hexdigest()[:16]
         if not place.is_dir():
             return None
         for file in _files(place):
             digest.update(file.relative_to(place).as_posix().encode("utf-8", "surrogateescape"))
-            digest.update(_looked_at(file))
-    except OSError:  # what cannot be read is said by who wants it
+            digest.update(_sample_digest(file))
+    except OSError:  # the code that reads the model reports the error
         return None
     return digest.hexdigest()[:16]
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those of a model: at the top of the folder and in its own folders, hidden ones left out."""
+    """The files of a model in a folder and its subfolders, without hidden ones."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
@@ -70,10 +68,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)[:MOST]
 
 
-def _looked_at(file: Path) -> bytes:
-    """Size and pieces of the file: its beginning, where a header is, its end, and evenly
-    between.
-    """
+def _sample_digest(file: Path) -> bytes:
+    """A hash of the size of a file and of evenly spaced pieces, with its start and end."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         size = opened.seek(0, os.SEEK_END)

@@ -1,6 +1,4 @@
-"""What can be typed next on a command line: commands, flags, groups and their options, keys,
-values, paths.
-"""
+"""Shell completion: commands, flags, groups and their options, keys, values, paths."""
 
 from __future__ import annotations
 
@@ -17,18 +15,18 @@ PATHS = RUNS | {
     "prompts", "image", "out", "run_dir", "base", "delta", "parts", "teacher.weights",
     "student.init", "metrics.reference",
 }  # fmt: skip
-FLAGS = {  # of Hydra: what may follow
+FLAGS = {  # flag of Hydra -> its values
     "--help": (), "--cfg": ("job", "hydra", "all"), "--resolve": (), "--multirun": (),
     "--config-dir": (), "--package": (), "--info": ("defaults", "defaults-tree", "searchpath"),
 }  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
-ON = ("=", ".", "/", ",")  # ends of what is not finished: no space is put behind it
+UNFINISHED = ("=", ".", "/", ",")  # ends after which no space is added
 
 
-def following(words: Sequence[str]) -> list[str] | None:
-    """All that may stand in the place of the last word; None if the words are no command of ours.
+def completions(words: Sequence[str]) -> list[str] | None:
+    """Completions of the last word; None if the words are not a command of distill.
 
-    Of `distill run ...` and of `python -m distill.run ...`, with every word up to the cursor.
+    `words` are those of `distill run ...` or `python -m distill.run ...` up to the cursor.
     """
     if not words:
         return None
@@ -39,17 +37,17 @@ def following(words: Sequence[str]) -> list[str] | None:
 
 def _of_distill(words: list[str]) -> list[str]:
     if len(words) < 2:
-        return _like(words[-1] if words else "", [*COMMANDS, "--help", "--version"])
+        return _starting_with(words[-1] if words else "", [*COMMANDS, "--help", "--version"])
     return _argument(words[0], words[1:-1], words[-1]) if words[0] in COMMANDS else []
 
 
 def _of_python(words: list[str]) -> list[str] | None:
-    """After the flags of Python comes `-m distill.run`; anything else is none of ours."""
+    """For `python [flags] -m distill.run ...`; None for other modules."""
     if "-m" not in words[:-1]:
         return None
     module, *rest = words[words.index("-m") + 1 :]
     if not rest:
-        found = _like(module, ["distill", *(f"distill.{name}" for name in COMMANDS)])
+        found = _starting_with(module, ["distill", *(f"distill.{name}" for name in COMMANDS)])
         return found if module else None
     if module == "distill":
         return _of_distill(rest)
@@ -65,9 +63,9 @@ def _argument(command: str, before: list[str], word: str) -> list[str]:
     if last in ("--config-dir", "-cd"):
         return [path for path in paths(word) if path.endswith("/")]
     if FLAGS.get(last):
-        return _like(word, FLAGS[last])
+        return _starting_with(word, FLAGS[last])
     if word.startswith("-"):
-        return _like(word, FLAGS)
+        return _starting_with(word, FLAGS)
     mark = word[: len(word) - len(word.lstrip("+~"))]
     key, equals, value = word.removeprefix(mark).partition("=")
     config = _Config(command, before)
@@ -76,27 +74,27 @@ def _argument(command: str, before: list[str], word: str) -> list[str]:
 
 
 def _plain(command: str, before: list[str], word: str) -> list[str]:
-    """Of commands without a configuration."""
+    """For commands without a configuration."""
     if command == "completion":
-        return _like(word, SHELLS)
+        return _starting_with(word, SHELLS)
     from distill.recipes import groups
 
     if not before:
-        return _like(word, ["copy"])
+        return _starting_with(word, ["copy"])
     if word.startswith("to="):
         return [f"to={path}" for path in paths(word.removeprefix("to=")) if path.endswith("/")]
-    return _like(word, sorted(groups()) if before == ["copy"] else ["to=", "as="])
+    return _starting_with(word, sorted(groups()) if before == ["copy"] else ["to=", "as="])
 
 
 class _Config:
-    """Keys and values of a command, as the words before the cursor compose it."""
+    """Keys and values of a command, composed with the words before the cursor."""
 
     def __init__(self, command: str, before: Sequence[str]):
         self.name, self.before, self.folder = config_of(command), before, _folder(before)
         self.places = [Path(place) for place in (self.folder, CONF_DIR) if place]
 
     def keys(self, start: str) -> list[str]:
-        """Groups and dotted keys that begin so, up to their next dot."""
+        """Groups and dotted keys that start with `start`, up to their next dot."""
         from distill.config.compose import dotted
 
         composed = self.composed()
@@ -105,22 +103,22 @@ class _Config:
             if not key.rpartition(".")[2].startswith("_"):
                 found.append(f"{key}." if isinstance(value, dict) and value else f"{key}=")
         cut = [each for each in found if each.startswith(start)]
-        # `trainer.` alone where the keys below it begin so too
+        # only `trainer.`, not every key below it
         return sorted({_until_dot(each, len(start)) for each in cut})
 
     def values(self, key: str, value: str) -> list[str]:
-        """`key=value` for each value that begins so; of several with commas, the last one."""
+        """`key=value` for each value that starts with `value`; after commas, for the last one."""
         if (group := self.group(key)) is not None:
             head, comma, last = value.rpartition(",")
-            return [f"{key}={head}{comma}{option}" for option in _like(last, group)]
+            return [f"{key}={head}{comma}{option}" for option in _starting_with(last, group)]
         if key in PATHS or key.endswith(".path"):
             runs = _runs() if key in RUNS and not value else []
             words = ["teacher", "random"] if key == "student.init" else []
             return [f"{key}={found}" for found in dict.fromkeys([*words, *runs, *paths(value)])]
-        return [f"{key}={word}" for word in _like(value, self.words(key))]
+        return [f"{key}={word}" for word in _starting_with(value, self.words(key))]
 
     def group(self, key: str) -> list[str] | None:
-        """The options of a group; None for a key that is none."""
+        """The options of a group; None if the key is not a group."""
         folders = [place / key for place in self.places if key and (place / key).is_dir()]
         files = {
             file.relative_to(folder).with_suffix("").as_posix()
@@ -130,7 +128,7 @@ class _Config:
         return sorted(files) if folders else None
 
     def words(self, key: str) -> Iterable[str]:
-        """true and false, or what the class lists that takes the key."""
+        """true and false, or the options in the annotation of the class that takes the key."""
         from distill.config import signatures
         from distill.config.compose import dotted
 
@@ -143,7 +141,7 @@ class _Config:
         return signatures.options(taken, name) if taken else ()
 
     def composed(self):
-        """By the words before; without them where they do not compose, as while one is wrong."""
+        """Composed with the words before; without them if one of them is wrong."""
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
@@ -159,7 +157,7 @@ class _Config:
 
 
 def _folder(before: Sequence[str]) -> str | None:
-    """What --config-dir was given."""
+    """The value of --config-dir."""
     for flag, value in zip(before, before[1:], strict=False):
         if flag in ("--config-dir", "-cd"):
             return value
@@ -172,18 +170,18 @@ def _until_dot(key: str, start: int) -> str:
     return key if end < 0 else key[: end + 1]
 
 
-def _like(start: str, known: Iterable[str]) -> list[str]:
+def _starting_with(start: str, known: Iterable[str]) -> list[str]:
     return [each for each in known if each.startswith(start)]
 
 
 def _runs() -> list[str]:
-    """The run folders in runs/, the newest first."""
+    """The run folders in runs/, newest first."""
     folders = [file.parent for file in Path("runs").glob("*/config.yaml")]
     return [str(folder) for folder in sorted(folders, key=os.path.getmtime, reverse=True)]
 
 
 def paths(start: str) -> list[str]:
-    """Files, and folders with a / behind them, that begin so; hidden ones only when asked for."""
+    """Files, and folders with a final /, that start with `start`; hidden ones only after a dot."""
     folder, slash, name = start.rpartition("/")
     place = Path(os.path.expanduser(folder + slash) or ".")
     try:
@@ -198,11 +196,11 @@ def paths(start: str) -> list[str]:
     ]
 
 
-# -- what shells make of a line --------------------------------------------------------------------
+# -- parsing and escaping of shells ----------------------------------------------------------------
 
 
 def split(line: str) -> tuple[list[str], str]:
-    """The words of an unfinished line, and the quote that is still open in the last one, if any."""
+    """The words of an unfinished line, and the quote that is still open in the last one, or ""."""
     for quote in ("", "'", '"'):
         try:
             words = shlex.split(line + quote)
@@ -214,20 +212,20 @@ def split(line: str) -> tuple[list[str], str]:
 
 
 def for_bash(line: str, breaks: str) -> list[str] | None:
-    """What readline wants: of each word the part behind the last break, with a space if it is
+    """Completions for readline: of each word the part after the last break, with a space if it is
     finished.
     """
     words, quote = split(line)
-    found = following(words)
+    found = completions(words)
     if found is None:
         return None
     cut = 0 if quote else max(words[-1].rfind(mark) + 1 for mark in breaks if mark not in "'\"")
-    ended = [each if each.endswith(ON) else f"{each}{quote} " for each in found]
+    ended = [each if each.endswith(UNFINISHED) else f"{each}{quote} " for each in found]
     return [each[cut:] if quote else _escaped(each[cut:]) for each in ended]
 
 
 def _escaped(word: str) -> str:
-    """With a backslash before what a shell would read; the space at the end stays one."""
+    """With a backslash before special characters of the shell; the final space is kept."""
     text = word.removesuffix(" ")
     safe = "".join(c if c.isalnum() or c in "_@%+=:,./~-[]{}" else f"\\{c}" for c in text)
     return safe + word[len(text) :]

@@ -1,4 +1,4 @@
-"""What the page asks for, and how it is drawn: by a student, and by its teacher in many steps."""
+"""Generate pictures for the page: by a student, and by its teacher in many steps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from distill.config import models
 from distill.core.limits import check_strength
-from distill.evaluation.features import fitted
+from distill.evaluation.features import to_model_input
 from distill.machine.hardware import device
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.sampling.guided import guided_steps
-from distill.storage.pictures import upright
+from distill.storage.pictures import to_rgb
 from distill.worlds.shapes.grammar import parse
 from distill.worlds.shapes.judge import Judge
 from distill.worlds.shapes.reader import CHOICES, SLOTS, targets
 from distill.worlds.shapes.world import SIDE, Prompt
 
-QUESTIONS = [  # in the order in which a caption answers them
+QUESTIONS = [  # in the order of a caption
     *(f"{name}{slot}" for slot in range(SLOTS) for name in ("size", "fill", "colour", "kind")),
     *("axis", "background", "count"),
 ]
@@ -31,7 +31,7 @@ QUESTIONS = [  # in the order in which a caption answers them
 
 @dataclass(frozen=True)
 class Request:
-    """What is on the page; `seed` is that of the first picture, `guidance` the teacher's."""
+    """The settings of the page; `seed` is that of the first picture, `guidance` the teacher's."""
 
     prompt: str
     seed: int = 0
@@ -42,8 +42,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Word:
-    """An answer of the reader: what the prompt `said`, and what it has `seen` in each picture."""
+class Answer:
+    """A question to the reader: what the prompt `said`, and what is `seen` in each picture."""
 
     question: str
     said: str
@@ -51,29 +51,29 @@ class Word:
 
     @property
     def right(self) -> int:
-        """In how many pictures."""
+        """The number of pictures that match the prompt."""
         return self.seen.count(self.said)
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Pictures, uint8 [N, 3, H, W], and how long they took in all.
+class Generation:
+    """Pictures, uint8 [N, 3, H, W], and the seconds that they took together.
 
-    `words` is what the reader says, None where it cannot read; `unread` the end of a text that is
-    too long.
+    `answers` are those of the reader, None if it cannot read the pictures or the prompt. `unread`
+    is the truncated end of a prompt that is too long.
     """
 
     pictures: Tensor
     seconds: float
-    words: list[Word] | None
+    answers: list[Answer] | None
     unread: str | None
 
 
-class Studio:
-    """A student and the teacher it is shown beside, None for none.
+class Models:
+    """A student, and its teacher or None.
 
-    Its jobs are for one thread: see `worker.Worker`. `size` is of the pictures, pixels a side or
-    [width, height]; None: what each model was trained for.
+    Jobs must run in one thread: see `worker.Worker`. `size` is pixels a side or [width, height];
+    None: the size that each model was trained for.
     """
 
     def __init__(self, student: Any, teacher: Any, sampler: Any, size: Any = None):
@@ -82,26 +82,28 @@ class Studio:
         self.judge = Judge.load() if sides == (SIDE, SIDE) else None
 
     @classmethod
-    def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Studio:
-        """Raises ValueError for a run that was not distilled, or a size that it cannot draw."""
+    def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Models:
+        """Load both. Raises ValueError for a run that was not distilled, or a wrong size."""
         student = models.student_of(run, dtype).to(device())
         if not distilled(student.pipeline):
             raise ValueError(
                 f"run={run}: was not distilled to few steps; "
                 f"give a student, and this as teacher={run}"
             )
-        found = models.student_of(teacher, dtype) if teacher else models.teacher_behind(run, dtype)
+        found = (
+            models.student_of(teacher, dtype) if teacher else models.teacher_of_student(run, dtype)
+        )
         sampler = models.sampler_of(run, student)
         return cls(student, found and found.to(device()), sampler, size)
 
     def warm_up(self) -> None:
-        """Draw once unseen: the page should not measure what a first picture takes longer."""
+        """Generate once: the first picture takes longer, and the page should not measure that."""
         for who in ("student", "teacher") if self.teacher else ("student",):
             for _ in self.job(who, Request("a red star"), 1):
                 pass
 
     def student_steps(self, most: int = 8) -> list[int]:
-        """The numbers of steps, up to `most`, that the student's sampler has levels for."""
+        """The numbers of steps, up to `most`, for which the student's sampler has levels."""
         known = []
         for steps in range(1, most + 1):
             try:
@@ -111,19 +113,19 @@ class Studio:
             known.append(steps)
         return known
 
-    def job(self, who: str, request: Request, steps: int) -> Generator[None, None, Drawing]:
-        """Draw by `student` or `teacher`, yielding between steps.
+    def job(self, who: str, request: Request, steps: int) -> Generator[None, None, Generation]:
+        """Generate by `student` or `teacher`, yielding between steps.
 
-        Raises ValueError, in words for the page.
+        Raises ValueError with a sentence for the page.
         """
         if request.image is not None:
             self._check_strength(who, request.strength, steps)
         pixels, seconds = yield from timed(self._pixels(who, request, steps))
-        words = None
+        answers = None
         prompt = self.judge and parse(request.prompt)
         if prompt:
-            words = read(self.judge, pixels, prompt)
-        return Drawing(pixels, seconds, words, self.student.unread([request.prompt]))
+            answers = read(self.judge, pixels, prompt)
+        return Generation(pixels, seconds, answers, self.student.unread([request.prompt]))
 
     def _check_strength(self, who: str, strength: float, steps: int) -> None:
         model = self.student if who == "student" else self.teacher
@@ -131,42 +133,44 @@ class Studio:
             check_strength(steps, strength, rounds_up(model))
         except ValueError:
             few = "1 step" if steps == 1 else f"{steps} steps"
-            what = f"strength {strength:g} of {few} leaves none to draw"
+            what = f"strength {strength:g} of {few} leaves no step"
             raise ValueError(f"{what}: it must be at least {1 / steps:g}") from None
 
     @torch.no_grad()
     def _pixels(self, who: str, request: Request, steps: int) -> Iterator[Any]:
-        """Every estimate of the latents, and at last the pictures, uint8 [N, 3, H, W]."""
+        """Yield every estimate of the latents, then the pictures, uint8 [N, 3, H, W]."""
         model = self.student if who == "student" else self.teacher
-        how: dict[str, Any] = {"shape": model.shape_of(self.size), "steps": steps}
+        options: dict[str, Any] = {"shape": model.shape_of(self.size), "steps": steps}
         if request.image is not None:
             height, width = self._sides(model)
-            start = model.encode(fitted(upright(request.image), width, height).to(model.device))
-            how["image"] = start.expand(request.count, -1, -1, -1)
-            how["strength"] = request.strength
+            start = model.encode(
+                to_model_input(to_rgb(request.image), width, height).to(model.device)
+            )
+            options["image"] = start.expand(request.count, -1, -1, -1)
+            options["strength"] = request.strength
         cond = model.embed([request.prompt] * request.count)
         noise = seeded(range(request.seed, request.seed + request.count))
         if who == "teacher":
-            how["guidance"] = request.guidance
-            estimates = guided_steps(model, cond, noise, **how)
+            options["guidance"] = request.guidance
+            estimates = guided_steps(model, cond, noise, **options)
         else:
-            estimates = self.sampler.estimates(model, cond, noise, **how)
+            estimates = self.sampler.estimates(model, cond, noise, **options)
         for latents in estimates:
             yield latents
         yield to_bytes(model.decode(latents))
 
     def about(self) -> str:
-        """The models and the machine, in a line."""
+        """The models and the device, as one line."""
         where = self.student.device.type
         if where == "cpu":
             threads = torch.get_num_threads()
             where = f"the CPU with {threads} thread" + ("s" if threads > 1 else "")
         else:
             where = torch.cuda.get_device_name(self.student.device)
-        said = f"a student of {_size(self.student)}"
+        models_text = f"a student of {_size(self.student)}"
         if self.teacher:
-            said += f" beside its teacher of {_size(self.teacher)}"
-        return f"{said}, on {where}"
+            models_text += f" beside its teacher of {_size(self.teacher)}"
+        return f"{models_text}, on {where}"
 
     def _sides(self, model: Any) -> tuple[int, int]:
         """Height and width of a model's pictures."""
@@ -181,9 +185,9 @@ def _size(model: Any) -> str:
 
 
 def timed(steps: Iterator[Any]) -> Generator[None, None, tuple[Any, float]]:
-    """Yields after each of the steps; returns the last, and the seconds that they took.
+    """Yield after each step; returns the last value, and the seconds of all steps.
 
-    The time between them does not count.
+    The time between steps does not count.
     """
     seconds, last = 0.0, None
     while True:
@@ -198,15 +202,15 @@ def timed(steps: Iterator[Any]) -> Generator[None, None, tuple[Any, float]]:
         yield
 
 
-def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Word]:
-    """The reader's answers of pictures, uint8 [N, 3, 64, 64], to all that the prompt settles."""
-    _, answers = judge.read(pictures.float() / 127.5 - 1)
-    settled = targets([prompt])
-    words = []
+def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Answer]:
+    """The reader's answers for pictures, uint8 [N, 3, 64, 64], to the questions of the prompt."""
+    _, read_answers = judge.read(pictures.float() / 127.5 - 1)
+    expected = targets([prompt])
+    answers = []
     for question in QUESTIONS:
-        index = int(settled[question][0])
+        index = int(expected[question][0])
         options = [str(option) for option in CHOICES[question]]
         if index >= 0:
-            seen = tuple(options[i] for i in answers[question].tolist())
-            words.append(Word(question, options[index], seen))
-    return words
+            seen = tuple(options[i] for i in read_answers[question].tolist())
+            answers.append(Answer(question, options[index], seen))
+    return answers

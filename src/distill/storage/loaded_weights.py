@@ -1,14 +1,11 @@
-"""Nothing of a file of weights is made up or passed over: what `from_pretrained` reports is refused
-by name.
-"""
+"""Check loaded weights: no tensor may be missing, unused, or not finite."""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Of larger models, whose other half a text encoder or a network of pictures is: nothing here reads
-# it.
+# Tensors of the other half of a larger model, such as the vision half of CLIP: they may be unused.
 OTHER_HALF = re.compile(
     r"(^|\.)(vision_model|visual_projection|text_projection|logit_scale|lm_head|position_ids"
     r"|pooler|classifier)(\.|$)"
@@ -19,13 +16,13 @@ SCALED = re.compile(
 ADVICE = "fetch it anew, or correct its config.json"
 
 
-def refuse_unread(
+def check_all_loaded(
     report: Mapping[str, Any], where: str, network: str, spare: str | None = None
 ) -> None:
-    """Raise ValueError for tensors that a network lacks, has in another shape, or has no place for.
+    """Raise ValueError for tensors that are missing, have another shape, or are unused.
 
-    `report` is a `from_pretrained`'s of its loading, `where` and `network` are what the error
-    names. `spare`, a regular expression, finds what may be lacking, for nobody asks it anything.
+    `report` is the loading info of `from_pretrained`; `where` and `network` are named in errors.
+    `spare` is a regular expression of tensors that may be missing, since they are not used.
     """
     lacking = [n for n in report["missing_keys"] if spare is None or not re.search(spare, n)]
     other = [n[0] if isinstance(n, tuple) else n for n in report["mismatched_keys"]]
@@ -36,38 +33,33 @@ def refuse_unread(
         f"holds {{}}, for which its {network} has no place": left,
     }.items():
         if names:
-            raise ValueError(f"{where} {what.format(some_of(names))}; {advice(names)}")
+            raise ValueError(f"{where} {what.format(first_few(names))}; {advice(names)}")
 
 
-def refuse_broken(network: Any, where: str) -> None:
-    """Raise ValueError for a network with a number that is not finite, naming its tensors; `where`
-    begins the sentence.
+def check_finite(network: Any, where: str) -> None:
+    """Raise ValueError, starting with `where`, for a network with numbers that are not finite.
 
-    A frozen network that holds one makes every loss NaN, hours later or at once. Buffers may hold
-    -inf, as masks do.
+    One such number makes every loss NaN. Buffers may hold -inf, as masks do.
     """
     broken = [name for name, x in network.named_parameters() if not _finite(x, infinite=False)]
     broken += [name for name, x in network.named_buffers() if not _finite(x, infinite=True)]
     if broken:
-        what = f"holds numbers that are not finite in {some_of(broken)}"
+        what = f"holds numbers that are not finite in {first_few(broken)}"
         half = any(x.dtype.itemsize == 2 for x in network.parameters())
-        more = ", or read it in float32 if it was whole there" if half else ""
+        more = ", or read it in float32 if it is finite there" if half else ""
         raise ValueError(f"{where} {what}; fetch it anew{more}")
 
 
 def _finite(x: Any, infinite: bool) -> bool:
-    """Whether a tensor has no NaN, and no infinite number unless these may be.
-
-    One that has no values yet has none.
-    """
+    """Whether a tensor has no NaN, and no infinity unless `infinite`; True for meta tensors."""
     if x.is_meta or not x.is_floating_point() or not x.numel() or x.dtype.itemsize == 1:
         return True
-    ends = [float(end) for end in x.detach().aminmax()]  # NaN if any of it is; nothing is copied
+    ends = [float(end) for end in x.detach().aminmax()]  # NaN if any value is; copies nothing
     return not any(math.isnan(end) or (math.isinf(end) and not infinite) for end in ends)
 
 
-def some_of(names: list[str]) -> str:
-    """The first three of these, and how many there are besides."""
+def first_few(names: list[str]) -> str:
+    """The first three of these names, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more
 

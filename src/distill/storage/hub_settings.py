@@ -1,8 +1,7 @@
-"""Settings in a model's folder by which transformers or diffusers would ask the hub for something
-else.
+"""Refuse settings in a model's folder that would make a library download from the hub.
 
-A folder is data: that adapters are of another model, or that its attention is somebody's kernel, is
-refused by key before a library reads it. Nothing here imports a library that takes long.
+Adapters may name another base model, and the attention may name a kernel on the hub. Such keys are
+refused before transformers or diffusers read the folder. Nothing here imports a slow library.
 """
 
 from collections.abc import Mapping
@@ -19,31 +18,27 @@ BUILT_IN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_att
 READ = ("config.json", "adapter_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
-def check_elsewhere(said: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError for settings by which a library would fetch another model, or code, from the
-    hub.
-    """
-    for key, value in said.items():
+def check_hub_settings(settings: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError for settings that make a library download another model or code."""
+    for key, value in settings.items():
         if key == BASE_OF_ADAPTERS and value is not None:
             what = "names another model, which would be read in place of this one"
-            raise ValueError(f"{file}: {key}={shown(value, 60)} {what}; take the file away")
+            raise ValueError(f"{file}: {key}={shown(value, 60)} {what}; remove the file")
         if key in IMPLEMENTED and not _is_built_in(value):
-            what = "is code that would be fetched"
-            raise ValueError(f"{file}: {key}={shown(value, 60)} {what}; take the key out")
+            what = "is code that would be downloaded"
+            raise ValueError(f"{file}: {key}={shown(value, 60)} {what}; remove the key")
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Mapping):
-                check_elsewhere(inner, file)
+                check_hub_settings(inner, file)
 
 
 def check_folder(path: str | Path, where: str) -> None:
-    """The same, beginning with `where`, of what a library reads in this folder; nothing for a hub
-    id.
-    """
+    """Check the settings in this folder; errors start with `where`. Does nothing for a hub id."""
     for file in (Path(path) / name for name in READ):
         if not file.is_file():
             continue
         try:
-            check_elsewhere(mapping_of(file), file)
+            check_hub_settings(mapping_of(file), file)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
