@@ -73,8 +73,7 @@ class NitroFusion(Distillation):
         one_step_prob: probability of training one step; else n and its trained step are uniform.
         shared: whether real and fake share the noise at t*.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
-        warm_start: student steps before the adversarial ones. heads_lead: the last of these, in
-            which the heads learn.
+        warm_start: student steps before the adversarial ones. heads_lead: last ones with heads.
         pairs_weight, distill, distill_weight: losses of the warm start; a weight of 0: none.
     """
 
