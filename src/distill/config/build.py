@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import signatures, validate
+from distill.config import validate
 from distill.config.compose import allowed, make, processes
 from distill.config.fitting import refuse_misfit, say_size
 from distill.config.models import teacher_of
@@ -22,6 +22,7 @@ from distill.core.tensors import gather
 from distill.core.types import Cond, Players
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
+from distill.storage import source_code
 from distill.terminal.progress import stage
 from distill.terminal.secret import hidden
 from distill.training import loggers as trackers
@@ -121,7 +122,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     with stage("opening the data"):
         source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
-    space = signatures.attribute(str(cfg.method._target_), "space")
+    space = source_code.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []

@@ -12,12 +12,9 @@ Nothing here imports what is asked for: names are looked up in the sources.
 What comes with files is data: no resolver runs on it, and it names no place beyond this machine.
 """
 
-import os
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
+from distill.storage import source_code
 from distill.storage.inside import TRUST_RUN, is_own
 from distill.storage.renames import renamed
+from distill.storage.trusted import TRUST, is_trusted
 from distill.terminal import secret
-
-TRUST = "DISTILL_TRUST"
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Holds:
             return True
         if not name.startswith(tuple(f"{module}." for module in self.inside)):
             return False
-        classes = signatures.lineage(name)
+        classes = source_code.lineage(name)
         return bool(classes) and self.is_home(classes[0]) and self.base in (None, *classes)
 
     def is_home(self, defined: str) -> bool:
@@ -234,18 +231,6 @@ def walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
         inner = enumerate(tree)
     for name, value in inner:
         yield from walk(value, f"{key}.{name}" if key else str(name))
-
-
-def is_trusted(name: str) -> bool:
-    """Whether the user's environment or an installed package lets this name in."""
-    given = [word.strip() for word in os.environ.get(TRUST, "").split(",")]
-    return any(name.startswith(f"{root}.") for root in (*given, *_plugins()) if root)
-
-
-@cache
-def _plugins() -> tuple[str, ...]:
-    """Modules of the entry points that installed packages have in the group `distill`."""
-    return tuple(point.module for point in entry_points(group="distill"))
 
 
 # -- files -----------------------------------------------------------------------------------------

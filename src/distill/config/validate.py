@@ -21,6 +21,7 @@ from distill.data.lines import Lines
 from distill.data.shards import check_pictures, expand
 from distill.evaluation import references as material
 from distill.machine.hardware import check_precision
+from distill.storage import source_code
 from distill.storage.bounded import mapping_of
 from distill.teachers.loading import locate
 from distill.teachers.loading.settings import UNITS, check_settings, in_folder, unit_of
@@ -106,8 +107,8 @@ def check_sides(cfg: DictConfig) -> None:
     alone = OmegaConf.select(cfg, "discriminator.features") is None
     target = str(OmegaConf.select(cfg, "method._target_"))
     looks_at = str(OmegaConf.select(cfg, "discriminator.features._target_"))
-    wanted = signatures.attribute(target, "space")
-    given = "nothing" if alone else signatures.attribute(looks_at, "space")
+    wanted = source_code.attribute(target, "space")
+    given = "nothing" if alone else source_code.attribute(looks_at, "space")
     if wanted and given and wanted != given:
         what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
         raise ValueError(f"{what}; choose another discriminator=")
