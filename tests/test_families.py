@@ -28,6 +28,7 @@ from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
+from distill.teachers.families import family_of_kind
 from distill.teachers.flux import Flux
 from distill.teachers.loading.settings import in_folder, unit_of
 from distill.teachers.pixart import PixArtSigma
@@ -454,9 +455,9 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
 
 @pytest.mark.parametrize("family", MAKE)
 def test_what_sides_must_be_multiples_of_is_known_from_the_files_alone(family, teachers, folders):
-    kind = MAKE[family].kind.__name__
-    assert unit_of(kind, in_folder(folders(family)), "x") == teachers(family).unit
-    assert unit_of(kind, lambda part: {}, "x") is None
+    said = family_of_kind(MAKE[family].kind.__name__)
+    assert unit_of(said, in_folder(folders(family)), "x") == teachers(family).unit
+    assert unit_of(said, lambda part: {}, "x") is None
 
 
 @pytest.mark.parametrize("sides", ["data.size=60", "data.buckets=[[64,64],[64,60]]"])

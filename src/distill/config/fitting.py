@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from distill.core import limits
 from distill.storage import content
-from distill.teachers.loading.locate import telling
+from distill.teachers.families import telling
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from distill.machine.hardware import precision
 from distill.storage.aside import put
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
-from distill.teachers.loading.locate import telling
+from distill.teachers.families import telling
 from distill.terminal.progress import Bar, track
 from distill.terminal.shown import shown
 from distill.training import launch

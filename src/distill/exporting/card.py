@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from distill.storage.aside import put, put_text
 from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
+from distill.teachers.families import teacher_class
 from distill.teachers.loading.locate import TOLD, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
@@ -134,26 +135,25 @@ def _word(said: str | list[Any]) -> str | list[str]:
 def _usage(folder: Path, index: dict[str, Any], told: dict[str, Any]) -> str:
     """How it is loaded, and the call in plain diffusers that gives the pictures of our sampler."""
     library, scheduler = _words(index.get("scheduler"))
-    parts = ("text_encoder_3", "tokenizer_3")
-    absent = [name for name in parts if name in index and not (folder / name).is_dir()]
-    without = "".join(f", {name}=None" for name in absent)
     kind = str(index.get("_class_name"))
+    family = teacher_class(kind)
+    absent = [n for n in family.spare if n in index and not (folder / n).is_dir()]
+    without = "".join(f", {name}=None" for name in absent)
     kind = kind if kind.isidentifier() else "DiffusionPipeline"
     sampler = told.get("sampler") if isinstance(told.get("sampler"), dict) else {}
     levels = _numbers(sampler.get("levels"))
     call = {"num_inference_steps": "steps", **(_plain(told.get("call")) or GUIDANCE)}
-    call |= _grid(scheduler, kind, levels) | {"generator": "generator"}
+    trailing = family.trailing or scheduler == "FlowScheduler"  # by itself, with no sigmas
+    call |= _grid(scheduler, trailing, levels) | {"generator": "generator"}
     # Pipelines without this method hand their scheduler no generator for the noise of later steps.
     handed = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
     drawn = "Flow" in scheduler and sampler.get("name") != "Euler" and not handed
     step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
     given = "".join(f"    {name}={value},\n" for name, value in call.items())
-    says = _says(scheduler, library, kind, drawn, without)
-    if kind == "StableDiffusionPipeline" and "clip_skip" in call:
-        says.append(
-            "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over"
-            " `clip_skip`: take an earlier transformers, or `distill.sample`."
-        )
+    says = []
+    if "Flow" in scheduler and not trailing:
+        says.append("Without `sigmas` the default grid of diffusers wastes its last step.")
+    says += _says(scheduler, library, kind, drawn, without) + family.remarks(call)
     if "Ancestral" in scheduler and levels:
         says.append(f"Its own levels, {list(levels)}, are none that this scheduler can be told.")
     return f"""## Use
@@ -196,7 +196,7 @@ def _plain(call: Any) -> dict[str, str]:
     return {k: repr(x) for k, x in given.items() if k.isidentifier() and isinstance(x, kinds)}
 
 
-def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, str]:
+def _grid(scheduler: str, trailing: bool, levels: list[float] | None) -> dict[str, str]:
     """The argument that has a pipeline step at our levels, where it would not by itself."""
     if "Ancestral" in scheduler:  # it cannot be told where to step
         return {}
@@ -205,21 +205,14 @@ def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, st
         return {"timesteps": f"{indices}[:steps]"} if levels else {}
     if levels:
         return {"sigmas": f"{[float(level) for level in levels]}[:steps]"}
-    if _has_our_grid(scheduler, kind):
+    if trailing:
         return {}
     return {"sigmas": "[1 - i / steps for i in range(steps)]"}
-
-
-def _has_our_grid(scheduler: str, kind: str) -> bool:
-    """Whether the pipeline, or the scheduler by itself, steps at 1, 1 - 1/n, ..., 1/n."""
-    return kind == "FluxPipeline" or scheduler == "FlowScheduler"
 
 
 def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) -> list[str]:
     """What a reader must know of the call, a sentence each."""
     says = []
-    if "Flow" in scheduler and not _has_our_grid(scheduler, kind):
-        says.append("Without `sigmas` the default grid of diffusers wastes its last step.")
     if drawn:
         says.append(
             f"In 2 and more steps it draws noise between them, and `{kind}` hands its scheduler no "
@@ -228,7 +221,8 @@ def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) ->
             "`distill.export scheduler=euler` writes, which draws no noise between steps."
         )
     if without:
-        says.append(f"It has no third text encoder, hence `{without[2:]}`.")
+        third = "third text encoder" if "text_encoder_3" in without else "such part"
+        says.append(f"It has no {third}, hence `{without[2:]}`.")
     if library != "diffusers":
         says.append(f"Its scheduler is `{library}.{scheduler}`: distill must be installed.")
     return says

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distill.storage.bounded import mapping_of
 from distill.students import states
-from distill.teachers.loading.locate import index_of
+from distill.teachers.families import teacher_class
+from distill.teachers.loading.locate import denoiser_part, index_of
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
@@ -20,13 +21,6 @@ NAMINGS = ("diffusers", "kohya")
 # A matrix whose smaller side is more than EXACT times rank + MORE is projected to so many columns
 # at random; PASSES over it sharpen them. What that costs is measured in tests/test_low_rank.py.
 EXACT, MORE, PASSES = 4, 16, 2
-# Class of a pipeline -> kohya's word for its base model, and the model specification's for its
-# architecture.
-VERSIONS = {
-    "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
-VERSION_1 = ("sd_v1", "stable-diffusion-v1")
-VERSION_2 = ("sd_v2", "stable-diffusion-v2-512")
 
 
 def save_lora(
@@ -69,16 +63,12 @@ def about(folder: Path) -> dict[str, str]:
     kind = str(index_of(str(folder))["_class_name"])
     scheduler = folder / "scheduler" / "scheduler_config.json"
     said = mapping_of(scheduler) if scheduler.is_file() else {}
-    version = VERSIONS.get(kind)
-    if kind == "StableDiffusionPipeline":
-        part = mapping_of(folder / "unet" / "config.json")
-        version = {768: VERSION_1, 1024: VERSION_2}.get(part["cross_attention_dim"])
-    if version is None:
-        return {}
-    base, architecture = version
     predicts_v = said.get("prediction_type") == "v_prediction"
-    if kind == "StableDiffusionPipeline" and predicts_v:
-        base, architecture = f"{base}_v", architecture.replace("-512", "-768-v")
+    denoiser = mapping_of(folder / denoiser_part(folder) / "config.json")
+    found = teacher_class(kind).lora_base(denoiser, predicts_v)
+    if found is None:
+        return {}
+    base, architecture = found
     return {
         "ss_base_model_version": base,
         "modelspec.sai_model_spec": "1.0.0",

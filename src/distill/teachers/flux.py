@@ -25,8 +25,6 @@ class Packed(Transformer):
     student alike; a model without that input (schnell) is not told of it.
     """
 
-    rounds_up = True
-
     def __init__(self, model: nn.Module, guidance: float):
         super().__init__(model, RectifiedFlow(), "flow")
         self.guidance = guidance
@@ -85,7 +83,16 @@ class Flux(PipelineTeacher):
         length: tokens of the T5; schnell was trained with 256.
     """
 
-    kind, unused = FluxPipeline, ("image_encoder", "feature_extractor")
+    kind = FluxPipeline
+    unused = ("image_encoder", "feature_extractor")
+    packing = 2
+    usual_unit = 16
+    flow = True
+    padded = ("tokenizer",)
+    telling = ("length",)
+    rounds_up = True
+    trailing = True
+    single_file = "transformer"
 
     def __init__(
         self,

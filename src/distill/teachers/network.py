@@ -56,8 +56,7 @@ class Network(nn.Module):
     # Layers that a LoRA adapts unless told otherwise, by the ends of their names: here what all
     # attention has.
     targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
-    # Whether its image-to-image pipeline rounds the number of steps up: see `limits.steps_left`.
-    rounds_up = False
+    rounds_up = False  # as its family says
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()

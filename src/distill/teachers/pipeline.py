@@ -21,6 +21,7 @@ from distill.core.process import Prediction, Process
 from distill.core.tensors import fingerprint
 from distill.core.types import Cond
 from distill.machine.faults import silent
+from distill.teachers.families import Family
 from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
@@ -39,7 +40,7 @@ ENCODERS = ("vae", "text_encoder")  # what the names of a pipeline's parts begin
 log = logging.getLogger(__name__)
 
 
-class PipelineTeacher(nn.Module):
+class PipelineTeacher(nn.Module, Family):
     """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents,
     captions -> Cond.
 
@@ -60,13 +61,8 @@ class PipelineTeacher(nn.Module):
     times `patch`.
     """
 
-    kind: type  # the pipeline's class
-    unused: tuple[str, ...] = ()  # parts of it that are not read
     _said = False  # that a caption was too long
     own: tuple[str, ...] = ()  # options that this family alone has
-    upcasts = (
-        False  # whether its pipeline decodes in float32 where a half autoencoder would overflow
-    )
 
     def __init_subclass__(cls) -> None:
         """A family with options of its own shows the shared ones too: a configuration is checked
@@ -102,16 +98,16 @@ class PipelineTeacher(nn.Module):
         read_quietly()
         check_without(self.kind, without)
         files = {"dtype": dtype, "use_safetensors": use_safetensors}
-        own = Autoencoder(vae, self.kind, **files) if vae else None
+        own = Autoencoder(vae, self, **files) if vae else None
         left = (*self.unused, *without, *(["vae"] if own else []))
         options: dict[str, Any] = {**files, "without": left}
         name = Path(path).name if Path(path).exists() else path
         with stage(f"loading {name} ({self.kind.__name__})"):
             if Path(path).suffix in SINGLE:
-                pipeline = read_single(self.kind, path, config=config, **options)
+                pipeline = read_single(self, path, config=config, **options)
             else:
                 options |= {"revision": revision, "variant": variant, "deferred": deferred}
-                pipeline = read_pipeline(self.kind, path, **options)
+                pipeline = read_pipeline(self, path, **options)
         check_parts(path, pipeline.components)
         self.pipeline = pipeline
         self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
@@ -127,6 +123,7 @@ class PipelineTeacher(nn.Module):
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
+        self.network.rounds_up = self.rounds_up
         self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         self._encoders, self._brought = nn.ModuleList(self._coders()), set[str]()

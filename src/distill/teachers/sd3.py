@@ -38,8 +38,6 @@ class MMDiT(Transformer):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
 
-    rounds_up = True
-
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
         self._folded = fold(model)
@@ -72,6 +70,12 @@ class SD3(PipelineTeacher):
     """
 
     kind = StableDiffusion3Pipeline
+    spare = ("text_encoder_3", "tokenizer_3")
+    usual_unit = 16
+    flow = True
+    padded = ("tokenizer", "tokenizer_2")
+    rounds_up = True
+    single_file = "transformer"
 
     def _network(self) -> MMDiT:
         self._silent()

@@ -12,12 +12,12 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from distill.storage.bounded import mapping_of
+from distill.teachers.families import Family
 from distill.teachers.loading.locate import autoencoder_in
 from distill.teachers.loading.reading import dtype_of, fetched, home_of, whole
 from distill.teachers.loading.settings import cell_of
 
 KEY = "teacher.vae"
-CLASSES = {"SanaPipeline": "AutoencoderDC"}  # of a pipeline; of any other AutoencoderKL
 # Of a repository what diffusers reads, and not the same weights in other layouts.
 PATTERNS = [
     f"{place}{name}"
@@ -28,21 +28,21 @@ PATTERNS = [
 
 class Autoencoder:
     """The autoencoder at `path`, a folder or hub id of one or of a pipeline with one, for a
-    pipeline of class `kind`.
+    pipeline of `family`.
 
     Its attributes: `home`, the folder with its files; `config`; `scale`, pixels a side per latent.
     Raises FileNotFoundError where there is none, and ValueError for one of another class.
     """
 
-    def __init__(self, path: str, kind: type, *, dtype: str, use_safetensors: bool):
+    def __init__(self, path: str, family: Family, *, dtype: str, use_safetensors: bool):
         folder = Path(path)
         if not folder.exists():
             folder = Path(fetched(KEY, path, snapshot_download, allow_patterns=PATTERNS))
         self.path, self.home = path, autoencoder_in(folder, path)
         self.config = mapping_of(self.home / "config.json")
-        expected = CLASSES.get(kind.__name__, "AutoencoderKL")
-        if (found := self.config.get("_class_name")) != expected:
-            what = f"is a {found}, and a {kind.__name__} wants an {expected}"
+        found, expected = self.config.get("_class_name"), family.autoencoder
+        if found != expected:
+            what = f"is a {found}, and a {family.kind_name()} wants an {expected}"
             raise ValueError(f"{KEY}={path}: {what}; give one of its kind")
         self._read: dict[str, Any] = {"dtype": dtype_of(dtype), "variant": None}
         self._read["use_safetensors"] = use_safetensors or None

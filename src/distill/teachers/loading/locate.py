@@ -12,6 +12,7 @@ from typing import Any
 
 from distill.storage.bounded import MIB, is_number, mapping_of, too_large
 from distill.storage.elsewhere import check_elsewhere
+from distill.teachers import families
 from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
@@ -32,25 +33,6 @@ FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints"
 MOST_NAMES = 1000  # of a folder, among which one of nearly this name is looked for
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a whole pipeline in one file
-FAMILIES = {  # class of a pipeline -> what reads it
-    "FluxPipeline": "distill.teachers.flux.Flux",
-    "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
-    "SanaPipeline": "distill.teachers.sana.Sana",
-    "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
-    "StableDiffusionPipeline": "distill.teachers.sd.SD",
-    "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
-}
-
-# Those whose image-to-image pipelines make more steps of a picture: see `limits.steps_left`.
-ROUNDING_UP = {"FluxPipeline", "StableDiffusion3Pipeline"}
-
-# Options of a teacher on which it hangs what its captions are embedded to.
-TELLING = ("clip_skip", "instruction", "length")
-
-
-def telling(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options of a teacher that are given, from its configuration."""
-    return {key: teacher[key] for key in TELLING if teacher.get(key) is not None}
 
 
 def is_repository(name: str) -> bool:
@@ -304,6 +286,7 @@ def family_of(kind: str, path: str, key: str = "run") -> str:
 
     Raises ValueError, naming `key`, for one that we do not know.
     """
-    if kind not in FAMILIES:
-        raise ValueError(f"{key}={path} holds a {kind}; known are {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    reader = families.reader_of(kind)
+    if reader is None:
+        raise families.unknown(kind, path, key)
+    return reader

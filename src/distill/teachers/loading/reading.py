@@ -19,6 +19,7 @@ from distill.machine.faults import first_line, silent
 from distill.storage.bounded import mapping_of
 from distill.storage.elsewhere import check_folder
 from distill.storage.unread import refuse_broken, refuse_unread
+from distill.teachers.families import Family
 from distill.teachers.loading.locate import (
     INDEX,
     PICKLED,
@@ -46,7 +47,7 @@ BASE = "_base"  # in a pipeline's index: the folder beside it that has the parts
 
 @silent()
 def read_pipeline(
-    kind: type,
+    family: Family,
     path: str,
     *,
     dtype: str,
@@ -55,7 +56,7 @@ def read_pipeline(
     deferred: Sequence[str] = (),
     **version: str | None,
 ) -> Any:
-    """The pipeline of class `kind` at `path`, a folder or hub id, but for the parts `without`;
+    """The pipeline of `family` at `path`, a folder or hub id, but for the parts `without`;
     `version` is of the hub.
 
     Networks whose names begin with one of `deferred` are not read: its attribute `deferred` maps
@@ -64,6 +65,7 @@ def read_pipeline(
     is wrong in it.
     """
     precision = dtype_of(dtype)
+    kind = family.kind
     parts: dict[str, Any] = dict.fromkeys(without)
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
@@ -72,8 +74,8 @@ def read_pipeline(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
     classes = pipeline_classes(path, kind.__name__, without)
-    check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
-    check_there(path, classes, kind.__name__, deferred)
+    check_settings(family, configurations(path), f"teacher.path={path}")
+    check_there(path, classes, family, deferred)
     for folder in lineage(Path(path)):
         check_folder(folder, f"teacher.path={path}")
     for name, network in classes.items():
@@ -100,7 +102,9 @@ def read_pipeline(
     return pipeline
 
 
-def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]) -> None:
+def check_there(
+    path: str, classes: Mapping[str, Any], family: Family, deferred: Sequence[str]
+) -> None:
     """Raise FileNotFoundError for a part that the index names and that is not there, ValueError for
     a quantised one.
 
@@ -114,7 +118,7 @@ def check_there(path: str, classes: Mapping[str, Any], kind: str, deferred: Sequ
             continue
         if not place.is_dir() or (network and not (place / "config.json").is_file()):
             what = "is missing or has no config.json" if network else "is missing"
-            how = lacking(kind, name)
+            how = lacking(family, name)
             raise FileNotFoundError(f"teacher.path={path}: its {name}/ {what}; {how}")
         if network:
             said = mapping_of(place / "config.json")
