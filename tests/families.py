@@ -203,4 +203,31 @@ def flux() -> Any:
     )
 
 
-WRITERS = {"sd35": sd35, "sdxl": sdxl, "pixart": pixart, "sana": sana, "flux": flux}
+def auraflow() -> Any:
+    """Of a family that is not among ours: docs/how_to/add_a_teacher.md adds it."""
+    net = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(
+        transformer=tiny.shake(net, 2), vae=vae(), scheduler=scheduler, **t5()
+    )
+
+
+WRITERS = {
+    "auraflow": auraflow,
+    "sd35": sd35,
+    "sdxl": sdxl,
+    "pixart": pixart,
+    "sana": sana,
+    "flux": flux,
+}

@@ -83,9 +83,8 @@ def _allowed(value: Any, path: str) -> Any:
         takes = inspect.signature(_target(name, path)).parameters
         unknown = sorted(set(map(str, value)) - set(takes) - SPECIAL)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            raise ValueError(
-                f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out"
-            )
+            key, near = f"{path}.{unknown[0]}" if path else unknown[0], nearest(unknown[0], takes)
+            raise ValueError(f"{key}: {name} takes no such key{near}; leave it out")
     return {key: _allowed(inner, f"{path}.{key}" if path else key) for key, inner in value.items()}
 
 

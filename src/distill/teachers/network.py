@@ -80,6 +80,11 @@ class Network(nn.Module):
         return 1
 
     @property
+    def positions(self) -> int | None:
+        """Tokens a side for which it has positions; None where it takes any number."""
+        return self.model.config.get("pos_embed_max_size") or None
+
+    @property
     @abstractmethod
     def caption_width(self) -> int | None:
         """Of a token of a caption, as `predict` takes it; None where there is no one width."""

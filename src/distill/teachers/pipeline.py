@@ -183,7 +183,7 @@ class PipelineTeacher(nn.Module, Family):
         if size is None:
             return self.latent_shape
         sides = list(size) if isinstance(size, Sequence) else [size, size]
-        most = self.unit * (self.network.model.config.get("pos_embed_max_size") or math.inf)
+        most = self.unit * (self.network.positions or math.inf)
         if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [
             True,
             True,
