@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -19,6 +20,7 @@ import tiny
 from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.sampling import Consistency, seeded
+from distill.storage import source_code
 
 DOCS = Path(__file__).parents[1] / "docs" / "how_to"
 SMOKE = ("debug=smoke", "~metrics", "data.num_workers=0", "callbacks.samples.every=100")
@@ -181,3 +183,112 @@ def test_what_is_wrong_with_a_teacher_of_one_s_own_is_said_as_of_ours(
     said = command("run", *words, *run)[2]
     assert "its scheduler (DDIMScheduler) says prediction_type=epsilon" in said
     assert not (tmp_path / "run").exists()
+
+
+# -- data, a loss, a callback ----------------------------------------------------------------------
+
+LOSS = ("~method.loss", "+method.loss._target_=myparts.wasserstein", "method.r1_weight=1e-5")
+WRONG = "+callbacks.norms._target_=myparts.Arrays"
+NORMS = ("+callbacks.norms._target_=myparts.Norms", "+callbacks.norms.every=1")
+
+
+@pytest.fixture
+def parts(own, tmp_path, pipelines):
+    """The page's own data, loss and callback, and the command's words for all of them."""
+    own("myparts", "add_your_own.md")
+    folder = tmp_path / "mine" / "data"
+    folder.mkdir(parents=True)
+    (option,) = blocks("add_your_own.md", "yaml")
+    (folder / "arrays.yaml").write_text(option, encoding="utf-8")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.save(tmp_path / "pictures.npy", pixels)
+    captions = "\n".join(tiny.CAPTIONS[:12])
+    (tmp_path / "pictures.txt").write_text(captions, encoding="utf-8")
+    data = ["--config-dir", tmp_path / "mine", "data=arrays", "data.reader.path=pictures.npy"]
+    return [*data, *SMOKE, f"teacher.path={pipelines('mmdit')}", "run_dir=run"]
+
+
+def test_the_data_loss_and_callback_of_the_page_come_in(parts, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_TRUST", "myparts")
+    code, _, said = command("run", *parts, *LOSS, *NORMS)
+    assert code == 0, said
+    text = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert "g/norm" in text[0].split(",")
+    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert "myparts.wasserstein" in config
+    shown = (tmp_path / "run" / "samples" / "captions.txt").read_text(encoding="utf-8")
+    assert set(shown.splitlines()) <= set(tiny.CAPTIONS[:12])
+    more = ["resume=run", "trainer.max_steps=3"]
+    said = command("run", *more)[2]
+    assert "set DISTILL_TRUST_RUN=run" in said
+    monkeypatch.setenv("DISTILL_TRUST_RUN", "run")
+    code, _, said = command("run", *more)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["+data.reader.pth=x"], "data.reader.pth: myparts.Arrays takes no such key"),
+        ([*NORMS[:1], "+callbacks.norms.evry=1"], "callbacks.norms.evry: myparts.Norms takes no"),
+        ([*NORMS[:1], "+callbacks.norms.every=x"], "callbacks.norms.every=x: must be a whole num"),
+        ([WRONG, "+callbacks.norms.path=x"], "is refused: it must be a lightning.pytor"),
+        ([*LOSS, "+method.loss.scale=2"], "method.loss.scale: myparts.wasserstein takes no such k"),
+        (["method.loss=wasserstein"], "method.loss=wasserstein: must be hinge or non_saturating"),
+        (["data.reader._target_=myparts.Aray"], "myparts.Aray: there is nothing of this name"),
+        (["data.reader._target_=yourparts.A"], "a class of your own comes in by DISTILL_TRUST="),
+    ],
+)
+def test_what_is_wrong_with_parts_of_one_s_own_is_said(words, expected, parts, command, tmp_path):
+    code, _, said = command("run", *parts, *words)
+    assert code == 1
+    assert expected in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = (", "cannot be imported (SyntaxError: '(' was never closed (broken.py, line 1)"),
+        ("import nowhere_at_all", "cannot be imported (ModuleNotFoundError: No module named 'now"),
+        ("Mine = 1 / 0", "cannot be imported (ZeroDivisionError: division by zero); mend it"),
+    ],
+)
+def test_what_is_wrong_in_a_module_of_one_s_own_is_said(
+    text, expected, command, pipelines, shards, tmp_path, monkeypatch
+):
+    (tmp_path / "broken.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("DISTILL_TRUST", "broken")
+    source_code.source.cache_clear()
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "run_dir=run", *SMOKE]
+    code, _, said = command("run", *words, "+callbacks.mine._target_=broken.Mine")
+    source_code.source.cache_clear()
+    assert code == 1
+    assert f"callbacks.mine._target_: broken.Mine: {expected}" in said
+    assert said.count("\n") == 1
+
+
+def test_a_source_of_data_of_one_s_own_reads_what_it_likes(
+    command, pipelines, shards, tmp_path, monkeypatch
+):
+    """Its path need not be one of pictures."""
+    code = (
+        "from distill.data.source import prompts\n\n"
+        "def lines(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
+        "    return prompts(path, batch_size=batch_size)\n\n"
+        "def nothing(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
+        "    return [path]\n"
+    )
+    (tmp_path / "mydata.py").write_text(code, encoding="utf-8")
+    (tmp_path / "list.odd").write_text("a star\na box\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("DISTILL_TRUST", "mydata")
+    real = "+method.real._target_=distill.core.score_distillation.TeacherSamples"
+    words = [f"teacher.path={pipelines('mmdit')}", "data=prompts", "data.path=list.odd", *SMOKE]
+    words += [real]
+    code, _, said = command("run", *words, "data._target_=mydata.lines", "run_dir=run")
+    assert code == 0, said
+    said = command("run", *words, "data._target_=mydata.nothing", "run_dir=other")[2]
+    assert "data._target_=mydata.nothing: makes a list, and must make a distill.data.source" in said

@@ -20,6 +20,7 @@ from distill.config.fitting import refuse_misfit, say_size
 from distill.config.models import teacher_of
 from distill.core.tensors import gather
 from distill.core.types import Cond, Players
+from distill.data.source import Source
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
 from distill.storage import source_code
@@ -121,6 +122,9 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     _hush()
     with stage("opening the data"):
         source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
+    if not isinstance(source, Source):
+        what = f"makes a {type(source).__name__}, and must make a distill.data.source.Source"
+        raise ValueError(f"data._target_={cfg.data._target_}: {what}; return one")
     null = getattr(source.dataset, "null", None)
     space = source_code.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")

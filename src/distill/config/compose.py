@@ -25,8 +25,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
 from distill.config.paths import escaped
+from distill.machine.faults import first_line
 from distill.machine.ranks import rank, world
 from distill.storage.checkpoint_names import steps_in
+from distill.storage.trusted import is_trusted
 from distill.teachers.loading.locate import near
 from distill.terminal import secret
 from distill.terminal.shown import shown
@@ -93,7 +95,14 @@ def _target(name: str, path: str) -> Any:
     trust.check_target(name, path)
     try:
         found = get_object(name)
-    except Exception:  # Hydra wraps whatever an import raises
+    except Exception as error:  # Hydra wraps whatever an import raises
+        cause = error.__cause__
+        missing = isinstance(cause, ModuleNotFoundError) and name.startswith(str(cause.name))
+        if cause and not missing and is_trusted(name):  # something is wrong in the user's module
+            what = f"{type(cause).__name__}: {first_line(cause)}"
+            raise ValueError(
+                f"{path}._target_: {name}: cannot be imported ({what}); mend it"
+            ) from None
         raise ValueError(
             f"{path}._target_: {name}: there is nothing of this name; check how it is written"
         ) from None

@@ -206,7 +206,7 @@ def check_made(found: Any, name: str, key: str) -> None:
     fitting = [holds for holds in held if holds.base is None or holds.base in bases]
     if is_trusted(name):
         based = [holds.base for holds in held if holds.base]
-        if not isinstance(found, type) or not based or fitting:
+        if not isinstance(found, type) or not based or bases.intersection(based):
             return
         raise ValueError(f"{key}._target_: {name} is refused: it must be a {' or a '.join(based)}")
     if not isinstance(found, type) or not any(holds.is_home(home) for holds in fitting):

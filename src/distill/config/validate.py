@@ -29,6 +29,8 @@ from distill.teachers.loading.settings import check_settings, in_folder, unit_of
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
+IMAGES = "distill.data.source.images"
+DRAWN = "distill.data.source.drawn"
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
 PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
@@ -260,7 +262,7 @@ def check_data(data: DictConfig) -> None:
         Lines(path)
     elif data.get("_target_") == LATENTS:
         expand(path)
-    else:
+    elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
         keys = ("repeats", "caption_key", "max_empty_share")
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
 
@@ -277,7 +279,7 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     unit = family.usual_unit if family and published else None
     if family and (Path(folder) / locate.INDEX).is_file():
         unit = unit_of(family, in_folder(Path(folder)), f"teacher.path={teacher.path}")
-    if unit and not teacher.get("vae") and data.get("_target_") not in (LATENTS, PROMPTS):
+    if unit and not teacher.get("vae") and data.get("_target_") in (IMAGES, DRAWN):
         plain = OmegaConf.to_container(data, resolve=True)
         limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
 

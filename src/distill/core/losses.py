@@ -81,7 +81,7 @@ def by_head(losses: Logits, over_heads: OverHeads = "mean") -> Tensor:
     return parts.sum() if over_heads == "sum" else parts.mean()
 
 
-Game = Literal["hinge", "non_saturating", "relativistic"]
+Game = Literal["hinge", "non_saturating", "relativistic"] | AdversarialLoss
 GAMES = (
     AdversarialLoss("hinge", wrong=lambda x: F.relu(1 + x), own=lambda x: x),
     AdversarialLoss("non_saturating", wrong=F.softplus, own=F.softplus),
@@ -89,18 +89,18 @@ GAMES = (
 )
 
 
-def adversarial(name: str, over_heads: OverHeads = "mean") -> AdversarialLoss:
-    """The game of this name: hinge, non_saturating or relativistic; its losses a mean over heads,
-    or their sum.
+def adversarial(game: Game, over_heads: OverHeads = "mean") -> AdversarialLoss:
+    """The game of this name, hinge, non_saturating or relativistic, or one of one's own; its losses
+    a mean over heads, or their sum.
     """
     if over_heads not in ("mean", "sum"):
         raise ValueError(f"method.over_heads={over_heads}: must be mean or sum")
-    for game in GAMES:
-        if game.name == name:
-            return replace(game, over_heads=over_heads)
-    raise ValueError(
-        f"unknown adversarial loss {name!r}; choose one of {', '.join(game.name for game in GAMES)}"
-    )
+    known = {each.name: each for each in GAMES}
+    found = known.get(game) if isinstance(game, str) else game
+    if not isinstance(found, AdversarialLoss):
+        what = f"choose one of {', '.join(known)}, or give a losses.AdversarialLoss"
+        raise ValueError(f"unknown adversarial loss {game!r}; {what}")
+    return replace(found, over_heads=over_heads)
 
 
 def real_logits(

@@ -5,6 +5,7 @@ once.
 import ast
 import importlib.util
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,15 @@ def statement(tree: ast.Module, name: str) -> ast.stmt | None:
 
 @lru_cache(maxsize=256)
 def source(module: str) -> tuple[ast.Module, bool] | None:
-    """The tree of a module, and whether it is a package; None where it has no source here.
+    """The tree of a module, and whether it is a package; None where it has no source here, or none
+    of Python's: to import it will say what is wrong.
 
     The package at the top alone is asked where it lies.
     """
     for file in _files(module):
         if file.is_file():
-            return ast.parse(file.read_text(encoding="utf-8")), file.name == "__init__.py"
+            with suppress(SyntaxError, ValueError):
+                return ast.parse(file.read_text(encoding="utf-8")), file.name == "__init__.py"
     return None
 
 
