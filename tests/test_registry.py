@@ -68,8 +68,8 @@ def test_a_family_is_known_without_torch():
         "import sys; from distill.teachers.families import family_of_kind as f;"
         "print(f('FluxPipeline').packing, f('NoPipeline').packing, 'torch' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["2", "1", "False"]
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert found.stdout.split() == [b"2", b"1", b"False"]
 
 
 def test_teachers_of_a_trusted_package_are_found_by_their_pipelines(package, monkeypatch):
