@@ -41,15 +41,13 @@ def teachers(pipelines) -> Callable[[str], Any]:
 
     One object a session: it is frozen, and a test says that it stays so.
     """
-    from distill.teachers.sd import SD
-    from distill.teachers.sd3 import SD3
-    from distill.teachers.sdxl import SDXL
+    from families import teacher_at
 
     made: dict[str, Any] = {}
 
     def teacher(family: str) -> Any:
         if family not in made:
-            made[family] = {"mmdit": SD3, "unet": SD, "sdxl": SDXL}[family](str(pipelines(family)))
+            made[family] = teacher_at(pipelines(family))
         return made[family]
 
     return teacher

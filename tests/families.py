@@ -1,26 +1,74 @@
-"""Tiny random pipelines of the newer families in the real folder layout: latents [4, 16, 16] of 64
-pixels a side.
+"""The one table of families of teachers, each with a tiny random pipeline in the real folder
+layout: latents [4, 16, 16] of 64 pixels a side. A new family is a writer and a row of `FAMILIES`.
 """
 
 from __future__ import annotations
 
+import json
 import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from omegaconf import OmegaConf
 
 import tiny
 
+CONF = Path(__file__).parents[1] / "conf" / "teacher"
 TEXT, CLIP = 48, 16  # widths
 
 
+SMALL = {"height": tiny.SIDE, "width": tiny.SIDE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What tests must be told of a family.
+
+    write: its pipeline with tiny random weights.
+    named: its options of the group `teacher`; the first is tried by the quick tests.
+    taps: those behind whole blocks.
+    grid: whether these give image tokens, so many latents a side to one (`patch`).
+    unit: of what number of pixels the sides of its pictures must be multiples.
+    options, words: what its teacher is told besides its path, in Python and on the command line.
+    call: what its pipeline is told where the defaults are made for larger pictures.
+    guided: how its pipeline is guided by 5 against the empty caption.
+    pooled: whether it has a pooled embedding of captions.
+    letters: whether its captions are read letter by letter, by one text encoder alone.
+    """
+
+    write: Callable[[], Any]
+    named: tuple[str, ...]
+    taps: tuple[str, ...]
+    grid: bool = True
+    patch: int = 2
+    unit: int = 8
+    options: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)
+    guided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 5.0})
+    pooled: bool = True
+    letters: bool = False
+
+
 def write(family: str, folder: Path) -> Path:
+    """The pipeline of a family of the table, or of one that is not among ours."""
     torch.manual_seed(0)
-    WRITERS[family]().save_pretrained(folder)
+    pipeline = FAMILIES[family].write() if family in FAMILIES else OTHERS[family]()
+    pipeline.save_pretrained(folder)
     return folder
+
+
+def teacher_at(folder: Path, **options: Any) -> Any:
+    """The teacher of a pipeline folder, by the class that its index names."""
+    from distill.teachers.families import teacher_class
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return teacher_class(index["_class_name"])(str(folder), **options)
 
 
 def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> dict[str, Any]:
@@ -203,4 +251,98 @@ def flux() -> Any:
     )
 
 
-WRITERS = {"sd35": sd35, "sdxl": sdxl, "pixart": pixart, "sana": sana, "flux": flux}
+def auraflow() -> Any:
+    """Of a family that is not among ours: docs/how_to/add_a_teacher.md adds it."""
+    net = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(
+        transformer=tiny.shake(net, 2), vae=vae(), scheduler=scheduler, **t5()
+    )
+
+
+def sd15() -> Any:
+    """The UNet of tiny's, with one CLIP."""
+    from distill.worlds.shapes.pretraining import assemble, diffusion
+
+    net = tiny.shake(diffusion.build_unet(16, CLIP), 2)
+    return diffusers.StableDiffusionPipeline(
+        unet=net,
+        vae=vae(),
+        scheduler=diffusers.DDIMScheduler(**assemble.SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **clip(CLIP, transformers.CLIPTextModel),
+    )
+
+
+BLOCKS = ("block0", "block1", "block2")
+FAMILIES = {
+    "sd15": Row(
+        write=sd15,
+        named=("sd15", "sd21"),
+        taps=("down0", "down1", "mid", "up0", "up1"),
+        grid=False,
+        patch=1,
+        unit=4,
+    ),
+    "sdxl": Row(
+        write=sdxl,
+        named=("sdxl",),
+        taps=("down0", "down1", "mid", "up0", "up1"),
+        grid=False,
+        patch=1,
+        unit=4,
+    ),
+    "sd35": Row(write=sd35, named=("sd3", "sd35_medium", "sd35_large"), taps=BLOCKS),
+    "pixart": Row(
+        write=pixart,
+        named=("pixart_sigma",),
+        taps=BLOCKS,
+        call={"use_resolution_binning": False},
+        pooled=False,
+        letters=True,
+    ),
+    "sana": Row(
+        write=sana,
+        named=("sana",),
+        taps=BLOCKS,
+        patch=1,
+        unit=4,
+        # its instruction is long, letter by letter
+        words=("teacher.variant=null", "teacher.instruction=false"),
+        call={"use_resolution_binning": False, **SMALL},
+        pooled=False,
+        letters=True,
+    ),
+    "flux": Row(
+        write=flux,
+        named=("flux",),
+        taps=("block0", "block1", "single0", "single1"),
+        options={"size": tiny.SIDE, "length": 64},
+        words=(f"teacher.size={tiny.SIDE}", "teacher.length=64"),
+        call={"max_sequence_length": 64, **SMALL},
+        guided={"guidance_scale": 3.5, "true_cfg_scale": 5.0, "negative_prompt": [""] * 2},
+        letters=True,
+    ),
+}
+OTHERS = {"auraflow": auraflow}
+
+
+def type_of(option: str) -> Any:
+    """What the family of this option of the group `teacher` says of itself."""
+    from distill.teachers.families import family
+
+    node = OmegaConf.load(CONF / f"{option}.yaml")
+    return family(node._target_)

@@ -14,12 +14,7 @@ from torch import nn
 import families
 import ldm
 import tiny
-from distill.teachers.flux import Flux
 from distill.teachers.sd import SD
-from distill.teachers.sd3 import SD3
-from distill.teachers.sdxl import SDXL
-
-MAKE = {"unet": SD, "sdxl": SDXL, "mmdit": SD3, "flux": Flux}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +41,8 @@ def model(folders):
 
 def made(folder, **options):
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    families_of = {
-        "StableDiffusionPipeline": SD,
-        "StableDiffusionXLPipeline": SDXL,
-        "StableDiffusion3Pipeline": SD3,
-        "FluxPipeline": Flux,
-    }
     options |= {"size": 64} if index["_class_name"] == "FluxPipeline" else {}
-    return families_of[index["_class_name"]](str(folder), **options)
+    return families.teacher_at(folder, **options)
 
 
 def factors(model, ranks=(2, 3, 5), alphas=(1.0, 2.0, 6.0)):

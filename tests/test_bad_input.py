@@ -377,7 +377,7 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
             raise OSError("Cannot load model: please check the root cause above.") from error
 
     for place in ("single.snapshot_download", "weights.hf_hub_download", "reading.hf_hub_download"):
-        monkeypatch.setattr(f"distill.teachers.{place}", behind)
+        monkeypatch.setattr(f"distill.teachers.loading.{place}", behind)
     monkeypatch.setattr(SD.kind, "download", behind)
     (tmp_path / "x.safetensors").write_bytes(b"")
     (tmp_path / "photos").mkdir()

@@ -4,10 +4,23 @@ without a fork.
 
 from __future__ import annotations
 
+import importlib
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+import cards
+import families
+import tiny
+from distill.config.models import student_of
+from distill.core.score_distillation import guided_x0
+from distill.sampling import Consistency, seeded
+from distill.storage import source_code
 
 DOCS = Path(__file__).parents[1] / "docs" / "how_to"
 SMOKE = ("debug=smoke", "~metrics", "data.num_workers=0", "callbacks.samples.every=100")
@@ -61,3 +74,221 @@ def test_the_heads_of_the_page_come_in_by_the_command_line(
     code, _, said = command("run", *words)
     assert code == 0, said
     assert (tmp_path / "run" / "student").is_dir()
+
+
+# -- a family of teachers --------------------------------------------------------------------------
+
+LENGTH = 64  # tokens of its captions, letter by letter
+
+
+@pytest.fixture
+def auraflow(own, tmp_path):
+    """The page's family in the user's own files; a folder of its pipeline, and the command's words
+    for a teacher of it.
+    """
+    own("myteachers", "add_a_teacher.md")
+    options = tmp_path / "mine" / "teacher"
+    options.mkdir(parents=True)
+    (option,) = blocks("add_a_teacher.md", "yaml")
+    (options / "auraflow.yaml").write_text(option, encoding="utf-8")
+    folder = families.write("auraflow", tmp_path / "auraflow")
+    words = ["--config-dir", tmp_path / "mine", "teacher=auraflow", f"teacher.path={folder}"]
+    return folder, [*words, f"teacher.length={LENGTH}", "teacher.dtype=float32"]
+
+
+def made(folder):
+    return importlib.import_module("myteachers").AuraFlow(str(folder), length=LENGTH)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([0.9, 0.4])
+
+
+def test_the_teacher_of_the_page_is_distilled_drawn_with_and_exported(
+    auraflow, command, shards, tmp_path, monkeypatch
+):
+    folder, words = auraflow
+    run = ["method=ladd", *SMOKE, f"data.path={shards}", "run_dir=run"]
+    code, _, said = command("run", *words, *run)
+    assert code == 0, said
+    code, _, said = command("sample", "run=run", "prompt=a star", "steps=2", "out=drawn")
+    assert code == 0, said
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
+    code, _, said = command("export", "run=run", "to=diffusers", "dtype=float32", "out=fast")
+    assert code == 0, said
+    shutil.rmtree(tmp_path / "run")  # the folder alone tells what it is
+    found = cards.drawn(tmp_path / "fast", tiny.CAPTIONS[0], steps=3, seed=5)
+    student = student_of(str(tmp_path / "fast"))
+    assert type(student).__name__ == "AuraFlow"
+    assert student.length == LENGTH
+    cond = student.embed(tiny.CAPTIONS[:1])
+    with torch.no_grad():
+        x0 = Consistency()(student, cond, seeded([5]), shape=student.latent_shape, steps=3)
+        expected = (student.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
+    assert (255 * (found - expected)).abs().max() <= 1.01
+    monkeypatch.setenv("DISTILL_TRUST", "")
+    said = command("sample", "run=fast", "prompt=a star", "out=more")[2]
+    assert "run=fast holds a AuraFlowPipeline; known are FluxPipeline, " in said
+    assert "one of your own comes in by DISTILL_TRUST=<its package>" in said
+
+
+def test_a_guided_step_of_the_page_s_teacher_is_its_pipeline_s(auraflow):
+    folder, _ = auraflow
+    pipeline, teacher = DiffusionPipeline.from_pretrained(folder), made(folder)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # a step to 0 of it is the estimate
+    options = {"num_inference_steps": 1, "sigmas": [0.6], "guidance_scale": 5.0}
+    options |= {"height": tiny.SIDE, "width": tiny.SIDE, "max_sequence_length": LENGTH}
+    x_t, prompts = inputs()[0], tiny.CAPTIONS[:2]
+    expected = pipeline(prompts, latents=x_t.clone(), output_type="latent", **options).images
+    with torch.no_grad():
+        t = torch.full((2,), 0.6)
+        found = guided_x0(teacher, x_t, t, teacher.embed(prompts), torch.tensor(5.0))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_maps_of_the_page_s_teacher_are_outputs_of_its_blocks(auraflow):
+    teacher = made(auraflow[0])
+    assert list(teacher.channels) == ["block0", "block1", "single0", "single1"]
+    heard = {}
+    for name, (module, _) in teacher.network.tappable().items():
+        module.register_forward_hook(lambda *a, name=name: heard.__setitem__(name, a[-1]))
+    cond = teacher.embed(tiny.CAPTIONS[:2])
+    with torch.no_grad():
+        teacher.network.predict(*inputs(), cond)
+        maps = teacher.features(*inputs(), cond, list(teacher.channels))
+    for name, found in zip(teacher.channels, maps, strict=True):
+        tokens = heard[name][1] if isinstance(heard[name], tuple) else heard[name]
+        assert found.shape == (2, 16, 8, 8)
+        assert torch.equal(found[:, :, 3, 5], tokens[:, tokens.shape[1] - 64 + 3 * 8 + 5])
+
+
+def test_what_is_wrong_with_a_teacher_of_one_s_own_is_said_as_of_ours(
+    auraflow, command, shards, tmp_path
+):
+    folder, words = auraflow
+    run = ["method=ladd", *SMOKE, f"data.path={shards}", "run_dir=run"]
+    said = command("run", *words, "+teacher.lenght=3", *run)[2]
+    assert "teacher.lenght: myteachers.AuraFlow takes no such key" in said
+    assert "did you mean length?" in said
+    tiny.write_pictures(tmp_path / "photos", 2)
+    pictures = ["data=images", "data.path=photos", "data.size=60"]
+    said = command("check", *words, *pictures)[2]
+    assert "data.size=60: must be a multiple of 8 for this teacher" in said
+    said = command("run", *words[:-3], f"teacher.path={tmp_path / 'photos'}", *run)[2]
+    assert "not a diffusers pipeline folder" in said
+    file = folder / "scheduler" / "scheduler_config.json"
+    text = file.read_text(encoding="utf-8").replace("FlowMatchEulerDiscrete", "DDIM")
+    file.write_text(text, encoding="utf-8")
+    said = command("run", *words, *run)[2]
+    assert "its scheduler (DDIMScheduler) says prediction_type=epsilon" in said
+    assert not (tmp_path / "run").exists()
+
+
+# -- data, a loss, a callback ----------------------------------------------------------------------
+
+LOSS = ("~method.loss", "+method.loss._target_=myparts.wasserstein", "method.r1_weight=1e-5")
+WRONG = "+callbacks.norms._target_=myparts.Arrays"
+NORMS = ("+callbacks.norms._target_=myparts.Norms", "+callbacks.norms.every=1")
+
+
+@pytest.fixture
+def parts(own, tmp_path, pipelines):
+    """The page's own data, loss and callback, and the command's words for all of them."""
+    own("myparts", "add_your_own.md")
+    folder = tmp_path / "mine" / "data"
+    folder.mkdir(parents=True)
+    (option,) = blocks("add_your_own.md", "yaml")
+    (folder / "arrays.yaml").write_text(option, encoding="utf-8")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.save(tmp_path / "pictures.npy", pixels)
+    captions = "\n".join(tiny.CAPTIONS[:12])
+    (tmp_path / "pictures.txt").write_text(captions, encoding="utf-8")
+    data = ["--config-dir", tmp_path / "mine", "data=arrays", "data.reader.path=pictures.npy"]
+    return [*data, *SMOKE, f"teacher.path={pipelines('mmdit')}", "run_dir=run"]
+
+
+def test_the_data_loss_and_callback_of_the_page_come_in(parts, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_TRUST", "myparts")
+    code, _, said = command("run", *parts, *LOSS, *NORMS)
+    assert code == 0, said
+    text = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert "g/norm" in text[0].split(",")
+    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert "myparts.wasserstein" in config
+    shown = (tmp_path / "run" / "samples" / "captions.txt").read_text(encoding="utf-8")
+    assert set(shown.splitlines()) <= set(tiny.CAPTIONS[:12])
+    more = ["resume=run", "trainer.max_steps=3"]
+    said = command("run", *more)[2]
+    assert "set DISTILL_TRUST_RUN=run" in said
+    monkeypatch.setenv("DISTILL_TRUST_RUN", "run")
+    code, _, said = command("run", *more)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["+data.reader.pth=x"], "data.reader.pth: myparts.Arrays takes no such key"),
+        ([*NORMS[:1], "+callbacks.norms.evry=1"], "callbacks.norms.evry: myparts.Norms takes no"),
+        ([*NORMS[:1], "+callbacks.norms.every=x"], "callbacks.norms.every=x: must be a whole num"),
+        ([WRONG, "+callbacks.norms.path=x"], "is refused: it must be a lightning.pytor"),
+        ([*LOSS, "+method.loss.scale=2"], "method.loss.scale: myparts.wasserstein takes no such k"),
+        (["method.loss=wasserstein"], "method.loss=wasserstein: must be hinge or non_saturating"),
+        (["data.reader._target_=myparts.Aray"], "myparts.Aray: there is nothing of this name"),
+        (["data.reader._target_=yourparts.A"], "a class of your own comes in by DISTILL_TRUST="),
+    ],
+)
+def test_what_is_wrong_with_parts_of_one_s_own_is_said(words, expected, parts, command, tmp_path):
+    code, _, said = command("run", *parts, *words)
+    assert code == 1
+    assert expected in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = (", "cannot be imported (SyntaxError: '(' was never closed (broken.py, line 1)"),
+        ("import nowhere_at_all", "cannot be imported (ModuleNotFoundError: No module named 'now"),
+        ("Mine = 1 / 0", "cannot be imported (ZeroDivisionError: division by zero); mend it"),
+    ],
+)
+def test_what_is_wrong_in_a_module_of_one_s_own_is_said(
+    text, expected, command, pipelines, shards, tmp_path, monkeypatch
+):
+    (tmp_path / "broken.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("DISTILL_TRUST", "broken")
+    source_code.source.cache_clear()
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "run_dir=run", *SMOKE]
+    code, _, said = command("run", *words, "+callbacks.mine._target_=broken.Mine")
+    source_code.source.cache_clear()
+    assert code == 1
+    assert f"callbacks.mine._target_: broken.Mine: {expected}" in said
+    assert said.count("\n") == 1
+
+
+def test_a_source_of_data_of_one_s_own_reads_what_it_likes(
+    command, pipelines, shards, tmp_path, monkeypatch
+):
+    """Its path need not be one of pictures."""
+    code = (
+        "from distill.data.source import prompts\n\n"
+        "def lines(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
+        "    return prompts(path, batch_size=batch_size)\n\n"
+        "def nothing(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
+        "    return [path]\n"
+    )
+    (tmp_path / "mydata.py").write_text(code, encoding="utf-8")
+    (tmp_path / "list.odd").write_text("a star\na box\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("DISTILL_TRUST", "mydata")
+    real = "+method.real._target_=distill.core.score_distillation.TeacherSamples"
+    words = [f"teacher.path={pipelines('mmdit')}", "data=prompts", "data.path=list.odd", *SMOKE]
+    words += [real]
+    code, _, said = command("run", *words, "data._target_=mydata.lines", "run_dir=run")
+    assert code == 0, said
+    said = command("run", *words, "data._target_=mydata.nothing", "run_dir=other")[2]
+    assert "data._target_=mydata.nothing: makes a list, and must make a distill.data.source" in said

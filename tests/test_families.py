@@ -28,31 +28,24 @@ from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
+from distill.students.lora import lora
+from distill.teachers.families import teacher_class
 from distill.teachers.flux import Flux
 from distill.teachers.loading.settings import in_folder, unit_of
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
 from distill.teachers.sd import SD
-from distill.teachers.sd3 import SD3
+from families import FAMILIES, type_of
 
-MAKE = {"sd35": SD3, "pixart": PixArtSigma, "sana": Sana, "flux": Flux}
-OPTIONS = {"flux": {"size": tiny.SIDE, "length": 64}}
 PROMPTS, SEED = tiny.CAPTIONS[:2], 5
-# What each pipeline is told where its defaults are made for larger pictures.
-SMALL = {"height": tiny.SIDE, "width": tiny.SIDE}
-CALL = {
-    "sd35": {},
-    "pixart": {"use_resolution_binning": False},
-    "sana": {"use_resolution_binning": False, **SMALL},
-    "flux": {"max_sequence_length": 64, **SMALL},
-}
-TAPS = {
-    "sd35": ["block0", "block1", "block2"],
-    "pixart": ["block0", "block1", "block2"],
-    "sana": ["block0", "block1", "block2"],
-    "flux": ["block0", "block1", "single0", "single1"],
-}
-each = pytest.mark.parametrize("family", MAKE)
+CALL = {family: row.call for family, row in FAMILIES.items()}
+KINDS = {family: type_of(row.named[0]) for family, row in FAMILIES.items()}
+each = pytest.mark.parametrize("family", FAMILIES)
+
+
+def those(which):
+    """Parametrised by the families of which this holds."""
+    return pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if which(f, row)])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def teachers(folders):
 
     def teacher(family):
         if family not in made:
-            made[family] = MAKE[family](str(folders(family)), **OPTIONS.get(family, {}))
+            made[family] = families.teacher_at(folders(family), **FAMILIES[family].options)
         return made[family]
 
     return teacher
@@ -108,24 +101,22 @@ def inputs(teacher):
 # -- against diffusers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd35", "sana", "flux"])
+@those(lambda family, _: KINDS[family].flow)
 @pytest.mark.parametrize("sigma", [1.0, 0.6])
 def test_a_guided_estimate_is_one_step_of_the_pipeline(family, sigma, teachers, folders):
     pipeline, x_t = opened(folders(family)), noise(2, 4, 16, 16)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # a step to 0 of it is the estimate
-    guidance = {"guidance_scale": 5.0}
-    if family == "flux":
-        guidance = {"guidance_scale": 3.5, "true_cfg_scale": 5.0, "negative_prompt": [""] * 2}
-    latents = packed(x_t) if family == "flux" else x_t.clone()
+    is_packed = KINDS[family].packing > 1
+    latents = packed(x_t) if is_packed else x_t.clone()
     options = {
         "num_inference_steps": 1,
         "sigmas": [sigma],
         "output_type": "latent",
-        **guidance,
+        **FAMILIES[family].guided,
         **CALL[family],
     }
     expected = pipeline(PROMPTS, latents=latents, **options).images
-    expected = unpacked(expected) if family == "flux" else expected
+    expected = unpacked(expected) if is_packed else expected
     teacher, t = teachers(family), torch.full((2,), sigma)
     with torch.no_grad():
         found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
@@ -134,22 +125,17 @@ def test_a_guided_estimate_is_one_step_of_the_pipeline(family, sigma, teachers, 
     assert (unguided - expected).abs().max() > 1e-2
 
 
-def test_a_guided_estimate_is_that_of_the_pixart_pipeline(teachers, folders):
-    pipeline, teacher, x_t = opened(folders("pixart")), teachers("pixart"), noise(2, 4, 16, 16)
+@those(lambda family, _: not KINDS[family].flow)
+def test_a_guided_estimate_is_that_of_a_pipeline_of_eps(family, teachers, folders):
+    pipeline, teacher, x_t = opened(folders(family)), teachers(family), noise(2, 4, 16, 16)
     seen, step = [], pipeline.scheduler.step
     pipeline.scheduler.step = lambda output, index, x, **o: (
         seen.append((int(index), output)) or step(output, index, x, **o)
     )
-    pipeline(
-        PROMPTS,
-        latents=x_t.clone(),
-        num_inference_steps=1,
-        guidance_scale=5.0,
-        output_type="latent",
-        **CALL["pixart"],
-    )
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    options |= {**FAMILIES[family].guided, **CALL[family]}
+    pipeline(PROMPTS, latents=x_t.clone(), **options)
     ((index, eps),) = seen
-    assert index == 999
     t = teacher.process.time(torch.tensor([index] * 2))
     with torch.no_grad():
         found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
@@ -261,13 +247,16 @@ def test_the_card_s_code_is_our_sampler(family, steps, teachers, tmp_path):
 def test_shapes_and_sizes_are_those_of_the_files(family, teachers):
     teacher = teachers(family)
     assert teacher.latent_shape == (4, 16, 16)
-    assert (teacher.patch, teacher.unit) == ((1, 4) if family == "sana" else (2, 8))
-    assert list(teacher.channels) == list(teacher.blocks) == TAPS[family]
-    assert teacher.encoder == TAPS[family][:2]
+    row = FAMILIES[family]
+    assert (teacher.patch, teacher.unit) == (row.patch, row.unit)
+    assert tuple(teacher.blocks) == row.taps
+    if row.grid:
+        assert tuple(teacher.channels) == row.taps
+        assert tuple(teacher.encoder) == row.taps[:2]
     pixels = noise(1, 3, tiny.SIDE, tiny.SIDE).clamp(-1, 1)
     with torch.no_grad():
         latents, kept = teacher.encode(pixels), teacher.vae.encode(pixels)
-        raw = kept.latent if family == "sana" else kept.latent_dist.mean
+        raw = kept.latent if hasattr(kept, "latent") else kept.latent_dist.mean
         shift = teacher.vae.config.get("shift_factor") or 0.0
         torch.testing.assert_close(latents, 0.8 * (raw - shift), rtol=0, atol=1e-6)
         torch.testing.assert_close(
@@ -275,9 +264,9 @@ def test_shapes_and_sizes_are_those_of_the_files(family, teachers):
         )
 
 
-@each
+@those(lambda _, row: row.grid)
 def test_maps_are_the_outputs_of_the_blocks(family, teachers):
-    teacher, taps = teachers(family), TAPS[family]
+    teacher, taps = teachers(family), FAMILIES[family].taps
     x_t, t, cond = inputs(teacher)
     heard = {}
     handles = [
@@ -304,7 +293,7 @@ def test_gradient_reaches_the_input_and_no_weight(family, teachers):
     teacher = teachers(family)
     x_t, t, cond = inputs(teacher)
     x_t.requires_grad_()
-    for found in teacher.features(x_t, t, cond, TAPS[family]):
+    for found in teacher.features(x_t, t, cond, FAMILIES[family].taps):
         (gradient,) = torch.autograd.grad(found.square().mean(), x_t, retain_graph=True)
         assert gradient.abs().max() > 0
     (gradient,) = torch.autograd.grad(teacher.x0(x_t, t, cond).sum(), x_t)
@@ -318,11 +307,11 @@ def test_gradient_reaches_the_input_and_no_weight(family, teachers):
 def test_a_teacher_in_bfloat16_works_beside_float32(family, teachers, folders):
     exact, half = (
         teachers(family),
-        MAKE[family](str(folders(family)), dtype="bfloat16", **OPTIONS.get(family, {})),
+        families.teacher_at(folders(family), dtype="bfloat16", **FAMILIES[family].options),
     )
     x_t, t, cond = inputs(half)
     with torch.no_grad():
-        x0, maps = half.x0(x_t, t, cond), half.features(x_t, t, cond, TAPS[family])
+        x0, maps = half.x0(x_t, t, cond), half.features(x_t, t, cond, FAMILIES[family].taps)
         pixels = half.decode(half.encode(noise(2, 3, tiny.SIDE, tiny.SIDE)))
         expected = exact.x0(x_t, t, exact.embed(PROMPTS))
     assert {x.dtype for x in (cond.tokens, x0, pixels, *maps)} == {torch.float32}
@@ -351,10 +340,10 @@ def test_captions_know_the_empty_one(family, teachers):
     torch.testing.assert_close(mixed.tokens[1], empty.tokens[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed.tokens[0], cond.tokens[1], rtol=0, atol=1e-5)
     assert (empty.tokens - cond.tokens).abs().max() > 1e-2
-    assert (cond.pooled is None) == (family in ("pixart", "sana"))
+    assert (cond.pooled is not None) == FAMILIES[family].pooled
 
 
-@pytest.mark.parametrize("family", ["pixart", "sana", "flux"])
+@those(lambda _, row: row.letters)
 def test_what_is_said_to_be_cut_is_all_that_is_not_read(family, teachers):
     teacher = teachers(family)
     long = "".join(
@@ -414,28 +403,38 @@ def test_a_lora_on_a_pipeline_that_takes_none_is_refused(folders, tmp_path):
         PixArtSigma(str(folders("pixart")), weights=str(file))
 
 
-# -- the command -----------------------------------------------------------------------------------
+@each
+def test_a_lora_of_its_targets_is_a_student(family, folders, tmp_path):
+    """Every layer that the family names is there, and what it learns is in the folder."""
+    teacher = families.teacher_at(folders(family), **FAMILIES[family].options)
+    x_t, t, cond = inputs(teacher)
+    with torch.no_grad():
+        before = teacher.x0(x_t, t, cond)
+        student = lora(teacher, rank=2)
+        adapted = sorted(name for name, _ in teacher.network.model.named_modules())
+        adapted = [name for name in adapted if name.endswith("lora_A")]
+        taken = {end for end in teacher.network.targets if any(f".{end}." in n for n in adapted)}
+        torch.testing.assert_close(student.x0(x_t, t, cond), before, rtol=0, atol=1e-5)
+        tiny.shake(student, 3, std=0.1)
+        expected = student.x0(x_t, t, cond)
+    assert {"to_q", "to_k", "to_v", "to_out.0"} <= taken
+    assert (expected - before).abs().max() > 1e-3
+    scheduler = Consistency().scheduler(student, teacher)
+    again = student_of(str(save_pipeline(student, teacher, tmp_path / "student", scheduler)))
+    with torch.no_grad():
+        found = again.x0(x_t, t, again.embed(PROMPTS))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
-CONFIG = {"sd35": "sd35_medium", "pixart": "pixart_sigma", "sana": "sana", "flux": "flux"}
-MORE = {
-    "sana": [
-        "teacher.variant=null",
-        "teacher.instruction=false",
-    ],  # which is long, letter by letter
-    "flux": [f"teacher.size={tiny.SIDE}", "teacher.length=64"],
-}
+
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [*((family, "ladd") for family in MAKE), ("pixart", "nitrofusion")]
+    ("family", "method"), [*((family, "ladd") for family in FAMILIES), ("pixart", "nitrofusion")]
 )
 def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, tmp_path):
-    run = [
-        f"method={method}",
-        f"teacher={CONFIG[family]}",
-        "teacher.dtype=float32",
-        *MORE.get(family, []),
-    ]
+    row = FAMILIES[family]
+    run = [f"method={method}", f"teacher={row.named[-1]}", "teacher.dtype=float32", *row.words]
     paths = [
         f"teacher.path={folders(family)}",
         f"data.path={shards}",
@@ -445,18 +444,18 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
     assert code == 0, err
     folder = tmp_path / "run" / "student"
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    assert index["_class_name"] == MAKE[family].kind.__name__
+    assert index["_class_name"] == KINDS[family].kind_name()
     student = student_of(str(tmp_path / "run"))  # with the run's own options
-    assert type(student) is MAKE[family]
+    assert type(student) is teacher_class(index["_class_name"])
     assert student.latent_shape == (4, 16, 16)
     assert getattr(student, "instruction", None) is None
 
 
-@pytest.mark.parametrize("family", MAKE)
+@each
 def test_what_sides_must_be_multiples_of_is_known_from_the_files_alone(family, teachers, folders):
-    kind = MAKE[family].kind.__name__
-    assert unit_of(kind, in_folder(folders(family)), "x") == teachers(family).unit
-    assert unit_of(kind, lambda part: {}, "x") is None
+    said = KINDS[family]
+    assert unit_of(said, in_folder(folders(family)), "x") == teachers(family).unit
+    assert unit_of(said, lambda part: {}, "x") is None
 
 
 @pytest.mark.parametrize("sides", ["data.size=60", "data.buckets=[[64,64],[64,60]]"])

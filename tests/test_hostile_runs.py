@@ -29,6 +29,7 @@ from distill.report.curves import charts
 from distill.report.evaluation import rows_of
 from distill.report.page import figure
 from distill.storage import bounded, checkpoint_files
+from distill.teachers.families import family_of_kind
 from distill.teachers.loading import locate, settings, sizes
 from distill.terminal import console, shown
 from distill.training import run_folders as folders
@@ -473,7 +474,8 @@ def test_ordinary_numbers_are_read_as_before(pipelines, tmp_path):
     long = {"model_max_length": 1000000000000000019884624838656}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(long), encoding="utf-8")
     locate.check_part(tmp_path, "x")
-    settings.check_settings("SanaPipeline", lambda part: long if part == "tokenizer" else {}, "x")
+    sana = family_of_kind("SanaPipeline")
+    settings.check_settings(sana, lambda part: long if part == "tokenizer" else {}, "x")
 
 
 @pytest.mark.parametrize("value", ["x", ["x"], [True]])

@@ -13,19 +13,17 @@ from distill import students
 from distill.data import source
 from distill.sampling import Consistency
 from distill.students.lora import layers, lora, merged
-from distill.teachers.sd import SD
-from distill.teachers.sd3 import SD3
+from families import teacher_at
 from test_engine import assert_same_state, state
 from test_methods import METHODS, untouched, with_gradient
 
-FAMILIES = {"mmdit": SD3, "unet": SD}
 T = torch.tensor([1.0, 0.5])
 
 
 @pytest.fixture
 def fresh(family, pipelines):
     """Makes a teacher of its own for every student: the adapters are put into it."""
-    return lambda **options: FAMILIES[family](str(pipelines(family)), **options)
+    return lambda **options: teacher_at(pipelines(family), **options)
 
 
 def base_weights(teacher):
@@ -247,7 +245,7 @@ def test_what_is_left_behind_is_an_ordinary_pipeline(family, fresh, tmp_path):
     folder = students.save_pipeline(
         student, base, tmp_path / "student", Consistency().scheduler(student, base)
     )
-    loaded, x = FAMILIES[family](str(folder)), inputs(base)
+    loaded, x = teacher_at(folder), inputs(base)
     names = {
         k.replace(".base_layer", "") for k in tiny.weights(base.network.model) if "lora" not in k
     }

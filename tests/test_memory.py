@@ -194,7 +194,7 @@ def test_weights_are_kept_in_what_fits(pipelines, monkeypatch):
     assert models.resolve_dtype("float16", "nowhere") == "float16"
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "sana"])
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_pipeline_is_counted_from_its_headers(family, tmp_path):
     folder = families.write(family, tmp_path / family)
     from diffusers import DiffusionPipeline
@@ -207,6 +207,6 @@ def test_a_pipeline_is_counted_from_its_headers(family, tmp_path):
     for name, count in expected.items():
         assert count <= found[name] <= 1.02 * count + 4000  # and buffers
     side = sizes.pixels_of(folder, "transformer" if "transformer" in found else "unet")
-    assert side == (None if family == "flux" else 64)
+    assert side == (None if "size" in families.FAMILIES[family].options else 64)
     half, single = (sizes.decoding(folder, 64, dtype) for dtype in ("bfloat16", "float32"))
     assert half < single <= 2 * half

@@ -124,10 +124,10 @@ def test_a_scheduler_that_cannot_be_made_is_one_line(copied):
 
 
 @pytest.mark.parametrize("terms", [FLOW, {"_class_name": "FlowMatchEulerDiscreteScheduler"}])
-@pytest.mark.parametrize(("family", "make"), [("unet", SD), ("sdxl", SDXL)])
-def test_a_unet_that_predicts_a_flow(family, make, terms, copied):
+@pytest.mark.parametrize("family", ["unet", "sdxl"])
+def test_a_unet_that_predicts_a_flow(family, terms, copied):
     """x0 = x_t - t v(x_t, 1000 t), and its network is told of nothing else."""
-    teacher = make(str(scheduled(copied(family), terms)))
+    teacher = families.teacher_at(scheduled(copied(family), terms))
     assert (teacher.prediction, type(teacher.process).__name__) == ("flow", "RectifiedFlow")
     cond, t = teacher.embed(tiny.CAPTIONS[:2]), torch.tensor([0.9, 0.3])
     x_t = torch.randn(2, *teacher.latent_shape)
@@ -161,8 +161,7 @@ def test_a_step_of_a_flow_on_sdxl_is_the_pipeline_s(copied):
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("family", ["unet", "sdxl"])
 def test_a_flow_s_student_is_drawn_by_plain_diffusers(family, steps, copied, tmp_path):
-    make = {"unet": SD, "sdxl": SDXL}[family]
-    teacher = make(str(scheduled(copied(family), FLOW)))
+    teacher = families.teacher_at(scheduled(copied(family), FLOW))
     student = tiny.shake(full(teacher), 21, std=0.03).eval()
     scheduler = Consistency().scheduler(student, teacher)
     folder = save_pipeline(student, teacher, tmp_path / "student", scheduler)
@@ -230,7 +229,7 @@ def without_middle(folder):
 @pytest.mark.parametrize(("family", "method"), [("unet", "ladd"), ("sdxl", "nitrofusion")])
 def test_a_unet_without_a_middle_is_distilled(family, method, copied, command, shards, tmp_path):
     folder = without_middle(copied(family))
-    teacher = {"unet": SD, "sdxl": SDXL}[family](str(folder))
+    teacher = families.teacher_at(folder)
     assert "mid" not in teacher.channels
     assert teacher.blocks == ["down0", "down1", "up0", "up1"]
     assert "mid" not in teacher.encoder

@@ -5,6 +5,7 @@ word about data.
 from __future__ import annotations
 
 import json
+from itertools import cycle, product
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,52 +13,39 @@ from PIL import Image
 
 import families
 import tiny
+from families import FAMILIES
 
-# Option of the group `teacher` -> what plays it, and the sizes that make it small.
-FAMILIES = {
-    "sd15": ("unet", []),
-    "sdxl": ("sdxl", []),
-    "sd3": ("sd35", []),
-    "pixart_sigma": ("pixart", []),
-    "sana": ("sana", ["teacher.variant=null"]),
-    "flux": ("flux", ["teacher.size=64", "teacher.length=64"]),
-}
+# Option of the group `teacher` -> the family that plays it.
+PLAYED_BY = {name: family for family, row in FAMILIES.items() for name in row.named}
 EYES = [
     f"discriminator.{key}"
     for key in ("features.size=64", "condition.text=null", "condition.image=null")
 ]
 METHODS = {
-    "ladd": [],
     "add": EYES,
     "nitrofusion": [],
+    "ladd": [],
     "consistency": [],
     "regression": [],
 }
 # Each family and each method once; the rest are slow.
-QUICK = {
-    ("sd15", "add"), ("sdxl", "nitrofusion"), ("sd3", "ladd"),
-    ("pixart_sigma", "consistency"), ("sana", "regression"), ("flux", "ladd"),
-}  # fmt: skip
+QUICK = set(zip((row.named[0] for row in FAMILIES.values()), cycle(METHODS), strict=False))
 ALL = [
     pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
-    for pair in ((family, method) for family in FAMILIES for method in METHODS)
+    for pair in product(PLAYED_BY, METHODS)
 ]
 
 
 @pytest.fixture(scope="module")
-def folder(pipelines, tmp_path_factory):
+def folder(tmp_path_factory):
     """Option of the group `teacher` -> the folder of its pipeline."""
     made = {}
 
     def of(teacher):
-        kind = FAMILIES[teacher][0]
-        if teacher not in made:
-            made[teacher] = (
-                families.write(kind, tmp_path_factory.mktemp("smoke") / kind)
-                if kind in families.WRITERS
-                else pipelines(kind)
-            )
-        return made[teacher]
+        family = PLAYED_BY[teacher]
+        if family not in made:
+            made[family] = families.write(family, tmp_path_factory.mktemp("smoke") / family)
+        return made[family]
 
     return of
 
@@ -65,7 +53,7 @@ def folder(pipelines, tmp_path_factory):
 def asked(teacher, method, path):
     eyes = [f"discriminator.features.path={tiny.vit()}"] if method == "add" else []
     known = [f"teacher={teacher}", f"teacher.path={path}", f"method={method}"]
-    return [*known, *FAMILIES[teacher][1], *METHODS[method], *eyes]
+    return [*known, *FAMILIES[PLAYED_BY[teacher]].words, *METHODS[method], *eyes]
 
 
 @pytest.mark.parametrize(("teacher", "method"), ALL)

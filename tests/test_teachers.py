@@ -21,6 +21,7 @@ from diffusers import (
 import tiny
 from distill.core.score_distillation import guided_x0
 from distill.teachers.attention import Attention, attend
+from distill.teachers.families import Family
 from distill.teachers.loading.reading import read_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3, SILENT_TOKENS
@@ -460,11 +461,13 @@ def test_a_hub_id_is_left_to_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     options = {"dtype": "float32", "use_safetensors": True, "revision": "main", "variant": "fp16"}
+    family = Family()
+    family.kind = Pipeline
     with pytest.raises(
         ValueError,
         match=r"^teacher.path=someone/some-model: cannot be fetched \(no such model\); check",
     ):
-        read_pipeline(Pipeline, "someone/some-model", without=("text_encoder_3",), **options)
+        read_pipeline(family, "someone/some-model", without=("text_encoder_3",), **options)
     expected = {
         "use_safetensors": True,
         "revision": "main",
@@ -474,5 +477,5 @@ def test_a_hub_id_is_left_to_the_hub(tmp_path, monkeypatch):
     assert asked == [("someone/some-model", expected)]
     for path in ("./someone/some-model", "someone", "a/b/c", "/some-model", "~/some-model"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
-            read_pipeline(Pipeline, path, **options)
+            read_pipeline(family, path, **options)
     assert len(asked) == 1

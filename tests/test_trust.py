@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from distill.config import compose, trust
+from distill.storage import trusted
 
 HEADS = (
     "heads.AllHeads heads.ConvHead heads.ConvHeads images.ImageFeatures pool.Drawn pool.Pool "
@@ -219,14 +220,14 @@ def test_an_installed_package_may_let_itself_in(mine, tmp_path, monkeypatch):
         "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", encoding="utf-8"
     )
     (about / "entry_points.txt").write_text(f"[distill]\nsampler = {mine}\n", encoding="utf-8")
-    trust._plugins.cache_clear()
+    trusted.plugins.cache_clear()
     try:
         made = compose.make(OmegaConf.create({"_target_": f"{mine}.Mine"}), "sampler")
         assert type(made).__name__ == "Mine"
         with pytest.raises(ValueError, match="is refused"):
             trust.check_target(f"{mine}.Mine", "sampler", untrusted=True)
     finally:
-        trust._plugins.cache_clear()
+        trusted.plugins.cache_clear()
 
 
 def written(folder: Path, text: str) -> Path:

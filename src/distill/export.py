@@ -25,6 +25,7 @@ from distill.config.errors import command
 from distill.core.limits import check_dtype
 from distill.storage.atomic import atomic_folder
 from distill.storage.locks import check_free, one_writer, one_writer_of
+from distill.teachers import families
 from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
 from distill.terminal.progress import stage
 
@@ -113,17 +114,18 @@ def _check_kind(cfg: DictConfig) -> None:
         what = f"is on the hub, and to={cfg.to} reads a folder"
         raise ValueError(f"run={cfg.run}: {what}; fetch it by `hf download {cfg.run} --local-dir`")
     kind = str(index_of(str(folder), "run")["_class_name"])
-    if cfg.to == "single_file" and kind not in SINGLE_FILES:
-        what = f"is for {', '.join(SINGLE_FILES)}, and run={cfg.run} holds a {kind}"
+    family, of_unet = families.family_of_kind(kind), denoiser_part(folder) == "unet"
+    if cfg.to == "single_file" and family.single_file is None:
+        what = f"is for {', '.join(families.in_one_file())}, and run={cfg.run} holds a {kind}"
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
     scheduler = (index_of(str(folder), "run").get("scheduler") or ["", ""])[1]
-    if cfg.to == "single_file" and kind in UNETS and scheduler == FLOW_OF_UNETS:
+    if cfg.to == "single_file" and of_unet and scheduler == FLOW_OF_UNETS:
         what = "cannot mark a UNet that predicts a flow; other programs would read it as eps"
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
-    if cfg.naming == "kohya" and kind not in UNETS:
+    if cfg.naming == "kohya" and not of_unet:
         what = "is for UNets; for a transformer use naming=diffusers, which ComfyUI reads"
         raise ValueError(f"naming=kohya: {what}")
-    if cfg.scheduler is not None and kind not in FLOWS:
+    if cfg.scheduler is not None and not family.flow:
         what = f"is for students of flow models, and run={cfg.run} holds a {kind}"
         raise ValueError(f"scheduler={cfg.scheduler}: {what}; leave it out")
     if cfg.base is not None and cfg.to == "lora" and cfg.rank is None:
@@ -259,11 +261,7 @@ MEANT_FOR = {
     "dtype": ("diffusers", "lora", "single_file", "hub"),
     "base": ("lora", "delta"),
 }
-UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 FLOW_OF_UNETS = "FlowScheduler"  # ours, of students of UNets that predict a flow
-FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline")
-# Without Sana, since ComfyUI does not have its network.
-SINGLE_FILES = (*UNETS, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline")
 
 
 @command("export")

@@ -15,14 +15,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import signatures, validate
+from distill.config import validate
 from distill.config.compose import checked_node, make, processes
 from distill.config.fitting import check_data_fits, warn_size
 from distill.config.models import teacher_of
 from distill.core.tensors import gather
 from distill.core.types import Cond, Players
+from distill.data.source import Source
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
+from distill.storage import source_code
 from distill.terminal.progress import stage
 from distill.terminal.secret import masked_tree
 from distill.training import loggers as trackers
@@ -115,8 +117,11 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     _quiet_lightning()
     with stage("opening the data"):
         source = make(cfg.data, "data")  # first: its errors come quickly
+    if not isinstance(source, Source):
+        what = f"makes a {type(source).__name__}, and must make a distill.data.source.Source"
+        raise ValueError(f"data._target_={cfg.data._target_}: {what}; return one")
     null = getattr(source.dataset, "null", None)
-    space = signatures.attribute(str(cfg.method._target_), "space")
+    space = source_code.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []

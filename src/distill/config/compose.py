@@ -27,8 +27,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
 from distill.config.paths import escaped
+from distill.machine.faults import first_line
 from distill.machine.ranks import rank, world_size
 from distill.storage.checkpoint_names import steps_in
+from distill.storage.trusted import is_trusted
 from distill.teachers.loading.locate import near
 from distill.terminal import secret
 from distill.terminal.shown import shown
@@ -108,9 +110,8 @@ def _checked_value(value: Any, path: str) -> Any:
         takes = inspect.signature(_target(name, path)).parameters
         unknown = sorted(set(map(str, value)) - set(takes) - SPECIAL)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            raise ValueError(
-                f"{unknown[0]}: {name} takes no such key{nearest(unknown[0], takes)}; leave it out"
-            )
+            key, near = f"{path}.{unknown[0]}" if path else unknown[0], nearest(unknown[0], takes)
+            raise ValueError(f"{key}: {name} takes no such key{near}; leave it out")
     return {
         key: _checked_value(inner, f"{path}.{key}" if path else key) for key, inner in value.items()
     }
@@ -121,7 +122,14 @@ def _target(name: str, path: str) -> Any:
     trust.check_target(name, path)
     try:
         found = get_object(name)
-    except Exception:  # an import may raise anything
+    except Exception as error:  # an import may raise anything
+        cause = error.__cause__
+        missing = isinstance(cause, ModuleNotFoundError) and name.startswith(str(cause.name))
+        if cause and not missing and is_trusted(name):  # something is wrong in the user's module
+            what = f"{type(cause).__name__}: {first_line(cause)}"
+            raise ValueError(
+                f"{path}._target_: {name}: cannot be imported ({what}); mend it"
+            ) from None
         raise ValueError(
             f"{path}._target_: {name}: there is nothing of this name; check how it is written"
         ) from None

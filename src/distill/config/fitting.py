@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from distill.core import limits
 from distill.storage import fingerprints as content
-from distill.teachers.loading.locate import embedding_options
+from distill.teachers.families import embedding_options
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,11 @@ final check.
 from __future__ import annotations
 
 import ast
-import importlib.util
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
+
+from distill.storage.source_code import PLAIN, find, home, last, lineage_of
 
 WORDS = {
     "int": "a whole number",
@@ -52,7 +51,6 @@ GIVEN_BY_PROGRAM = {
     },
 }  # fmt: skip
 NOT_WRITTEN = {"Tensor"}  # types that no YAML value has: errors do not name them
-OPEN = {"Module", "object", "Protocol", "ABC", "Callback"}  # bases that add no keys
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Signature:
 
 def signature(target: str) -> Signature | None:
     """The signature of a class or function by its dotted name; None if its source is not found."""
-    found = _find(*target.rpartition("::")[2].rpartition(".")[::2])
+    found = find(*target.rpartition("::")[2].rpartition(".")[::2])
     if found is None:
         return None
     module, node = found
@@ -83,30 +81,6 @@ def signature(target: str) -> Signature | None:
         )
         return replace(taken, keys={**more.keys, **taken.keys}, open=more.open) if more else taken
     return _of_function(module, node) if isinstance(node, ast.FunctionDef) else None
-
-
-def attribute(target: str, name: str) -> Any:
-    """A constant in the body of a class or one of its bases; None if there is none."""
-    found = _find(*target.rpartition(".")[::2])
-    if found is None or not isinstance(found[1], ast.ClassDef):
-        return None
-    for _, node in _lineage(*found):
-        for line in node.body:
-            names = [t.id for t in getattr(line, "targets", ()) if isinstance(t, ast.Name)]
-            if isinstance(line, ast.Assign) and name in names:
-                return line.value.value if isinstance(line.value, ast.Constant) else None
-    return None
-
-
-def lineage(target: str) -> list[str]:
-    """The class of this dotted name and its bases, nearest first, as `module.Class` by definition.
-
-    Bases whose source is not found are left out; [] if the class itself is not found.
-    """
-    found = _find(*target.rpartition(".")[::2])
-    if found is None or not isinstance(found[1], ast.ClassDef):
-        return []
-    return [f"{module}.{node.name}" for module, node in _lineage(*found, ending=frozenset())]
 
 
 def expected(taken: Signature, key: str, value: Any) -> str | None:
@@ -184,7 +158,7 @@ def _choices(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
         yield from _choices(module, node.left)
         yield from _choices(module, node.right)
     elif isinstance(node, ast.Subscript):
-        yield from _subscript(module, _last(node.value), _parts(node.slice))
+        yield from _subscript(module, last(node.value), _parts(node.slice))
     else:
         yield from _named(module, node)
 
@@ -209,7 +183,7 @@ def _subscript(module: str, name: str, parts: list[ast.expr]) -> Iterator[tuple[
 
 
 def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
-    name = _last(node)
+    name = last(node)
     if name in LISTS:
         yield ("list", [])
     elif name in DICTS:
@@ -217,32 +191,13 @@ def _named(module: str, node: ast.expr | None) -> Iterator[tuple[Any, ...]]:
     elif name in WORDS:
         yield (name,)
     elif name not in NOT_WRITTEN:
-        found = _find(_home(module, node), name) if module.startswith("distill.") else None
+        found = find(home(module, node), name) if module.startswith("distill.") else None
         if found and isinstance(found[1], ast.Assign):
             yield from _choices(found[0], found[1].value)
         elif found and found[0].startswith("distill."):
             yield ("node",)  # an object of ours: YAML has its class and arguments
         else:
             yield ("any",)
-
-
-def _home(module: str, node: ast.expr | None) -> str:
-    """The module of a name in an annotation: for `losses.LossName` the one imported as `losses`."""
-    if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
-        return module
-    here, source = node.value.id, _source(module)
-    found = None if source is None else _statement(source[0], here)
-    if not isinstance(found, ast.ImportFrom) or found.level:
-        return module
-    alias = next(a for a in found.names if (a.asname or a.name) == here)
-    return f"{found.module}.{alias.name}"
-
-
-def _last(node: ast.expr | None) -> str:
-    """`Sequence` of `Sequence` and of `collections.abc.Sequence`."""
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:
@@ -271,7 +226,7 @@ def _of_class(module: str, node: ast.ClassDef) -> Signature:
     keys: dict[str, ast.expr | None] = {}
     homes: dict[str, str] = {}
     needed = None
-    for where, each in _lineage(module, node):
+    for where, each in lineage_of(module, node):
         taken = _own_signature(where, each)
         if taken is None:
             continue
@@ -290,9 +245,9 @@ def _of_class(module: str, node: ast.ClassDef) -> Signature:
 def _known(module: str, node: ast.ClassDef) -> bool:
     """Whether every base of a class was found: without any __init__ it then takes no arguments."""
     for base in node.bases:
-        if _last(base) in OPEN:
+        if last(base) in PLAIN:
             continue
-        found = _find(module, _last(base))
+        found = find(module, last(base))
         if not found or not isinstance(found[1], ast.ClassDef) or not _known(*found):
             return False
     return True
@@ -314,68 +269,6 @@ def _own_signature(module: str, node: ast.ClassDef) -> Signature | None:
         }
         bare = {f.target.id for f in fields if isinstance(f.target, ast.Name) and f.value is None}
         # fields of a base count as well
-        further = any(_last(b) not in OPEN for b in node.bases)
+        further = any(last(b) not in PLAIN for b in node.bases)
         return Signature(module, named, open=further, needed=frozenset(bare & set(named)))
-    return None
-
-
-def _lineage(
-    module: str, node: ast.ClassDef, ending: Container[str] = OPEN
-) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class and its bases whose source is found, nearest first, without the names in `ending`."""
-    yield module, node
-    for base in node.bases:
-        found = None if _last(base) in ending else _find(module, _last(base))
-        if found and isinstance(found[1], ast.ClassDef):
-            yield from _lineage(*found, ending=ending)
-
-
-def _find(module: str, name: str) -> tuple[str, ast.stmt] | None:
-    """The module and the statement that define a name, followed through imports."""
-    for _ in range(8):  # ours: a limit for chains of imports, which may be cyclic
-        source = _source(module)
-        if source is None:
-            return None
-        tree, is_package = source
-        found = _statement(tree, name)
-        if not isinstance(found, ast.ImportFrom):
-            return None if found is None else (module, found)
-        alias = next(a for a in found.names if (a.asname or a.name) == name)
-        parents = module.split(".")[: len(module.split(".")) - found.level + is_package]
-        start = parents if found.level else []
-        module = ".".join([*start, *([found.module] if found.module else [])])
-        name = alias.name
-    return None
-
-
-def _statement(tree: ast.Module, name: str) -> ast.stmt | None:
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            return node
-        if isinstance(node, ast.Assign) and any(_last(target) == name for target in node.targets):
-            return node
-        if isinstance(node, ast.ImportFrom) and name in [a.asname or a.name for a in node.names]:
-            return node
-    return None
-
-
-@lru_cache(maxsize=256)
-def _source(module: str) -> tuple[ast.Module, bool] | None:
-    """The tree of a module, and whether it is a package; the package at the top alone is asked
-    where it lies.
-    """
-    top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return None
-    if spec and not spec.submodule_search_locations and not rest:  # a file of the user's own
-        own = Path(spec.origin or "")
-        return (ast.parse(own.read_text(encoding="utf-8")), False) if own.suffix == ".py" else None
-    for place in (spec and spec.submodule_search_locations) or ():
-        path = Path(place).joinpath(*rest)
-        for file in (path / "__init__.py", path.with_suffix(".py") if rest else path):
-            if file.is_file():
-                text = file.read_text(encoding="utf-8")
-                return ast.parse(text), file.name == "__init__.py"
     return None

@@ -12,12 +12,9 @@ DISTILL_TRUST. Nothing here imports the named modules: names are looked up in th
 Files are data: no resolver runs on them, and they may not name another machine.
 """
 
-import os
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
+from distill.storage import source_code
 from distill.storage.renames import renamed
 from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
+from distill.storage.trusted import TRUST, is_trusted
 from distill.terminal import secret
-
-TRUST = "DISTILL_TRUST"
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Allowed:
             return True
         if not name.startswith(tuple(f"{module}." for module in self.inside)):
             return False
-        classes = signatures.lineage(name)
+        classes = source_code.lineage(name)
         return bool(classes) and self.is_home(classes[0]) and self.base in (None, *classes)
 
     def is_home(self, defined: str) -> bool:
@@ -212,7 +209,7 @@ def check_object(found: Any, name: str, key: str) -> None:
     fitting = [holds for holds in held if holds.base is None or holds.base in bases]
     if is_trusted(name):
         based = [holds.base for holds in held if holds.base]
-        if not isinstance(found, type) or not based or fitting:
+        if not isinstance(found, type) or not based or bases.intersection(based):
             return
         raise ValueError(f"{key}._target_: {name} is refused: it must be a {' or a '.join(based)}")
     if not isinstance(found, type) or not any(holds.is_home(home) for holds in fitting):
@@ -237,18 +234,6 @@ def walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
         inner = enumerate(tree)
     for name, value in inner:
         yield from walk(value, f"{key}.{name}" if key else str(name))
-
-
-def is_trusted(name: str) -> bool:
-    """Whether the environment or an installed package allows this name."""
-    packages = [package.strip() for package in os.environ.get(TRUST, "").split(",")]
-    return any(name.startswith(f"{root}.") for root in (*packages, *_plugins()) if root)
-
-
-@cache
-def _plugins() -> tuple[str, ...]:
-    """Modules of the entry points in the group `distill`."""
-    return tuple(point.module for point in entry_points(group="distill"))
 
 
 # -- files -----------------------------------------------------------------------------------------

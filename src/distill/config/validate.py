@@ -27,12 +27,16 @@ from distill.data.lines import Lines
 from distill.data.shards import check_pictures, expand
 from distill.evaluation import references as material
 from distill.machine.hardware import check_precision
+from distill.storage import source_code
 from distill.storage.bounded import mapping_of
+from distill.teachers import families
 from distill.teachers.loading import locate
-from distill.teachers.loading.settings import UNITS, check_settings, in_folder, unit_of
+from distill.teachers.loading.settings import check_settings, in_folder, unit_of
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
+IMAGES = "distill.data.source.images"
+DRAWN = "distill.data.source.drawn"
 NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
@@ -115,8 +119,8 @@ def check_space(cfg: DictConfig) -> None:
     has_discriminator = OmegaConf.select(cfg, "discriminator.features") is not None
     method = str(OmegaConf.select(cfg, "method._target_"))
     features = str(OmegaConf.select(cfg, "discriminator.features._target_"))
-    wanted = signatures.attribute(method, "space")
-    given = signatures.attribute(features, "space") if has_discriminator else "nothing"
+    wanted = source_code.attribute(method, "space")
+    given = source_code.attribute(features, "space") if has_discriminator else "nothing"
     if wanted and given and wanted != given:
         what = f"method needs a discriminator of {wanted}, and this one works on {given}"
         raise ValueError(f"{what}; choose another discriminator=")
@@ -218,11 +222,11 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
 
 def check_teacher(teacher: DictConfig) -> None:
     """Check that its files exist or may be on the hub, and are of a pipeline that it reads."""
-    path, kinds = shipped(str(teacher.path)), {v: k for k, v in locate.FAMILIES.items()}
+    path, family = shipped(str(teacher.path)), families.family(str(teacher._target_))
     locate.check_pipeline(path)
-    if (Path(path) / locate.INDEX).is_file() and (kind := kinds.get(str(teacher._target_))):
-        locate.check_kind(locate.index_of(path).get("_class_name"), kind, path)
-        check_settings(kind, in_folder(Path(path)), f"teacher.path={path}")
+    if (Path(path) / locate.INDEX).is_file() and family:
+        locate.check_kind(locate.index_of(path).get("_class_name"), family.kind_name(), path)
+        check_settings(family, in_folder(Path(path)), f"teacher.path={path}")
     if teacher.get("zero_terminal_snr"):
         limits.check_zero_snr(_scheduler_of(path).get("prediction_type"))
     if teacher.get("weights"):
@@ -265,7 +269,7 @@ def check_data(data: DictConfig) -> None:
         Lines(path)
     elif data.get("_target_") == LATENTS:
         expand(path)
-    else:
+    elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
         keys = ("repeats", "caption_key", "max_empty_share")
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
 
@@ -276,13 +280,13 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     For a teacher on the hub, the unit of its family is used if `published`: another model of the
     same class may have another one.
     """
-    kind = {v: k for k, v in locate.FAMILIES.items()}.get(str(teacher._target_), "")
+    family = families.family(str(teacher._target_))
     path = shipped(str(teacher.path))
     folder = shipped(str(teacher.get("config"))) if Path(path).suffix in locate.SINGLE else path
-    unit = UNITS.get(kind) if published else None
-    if kind and (Path(folder) / locate.INDEX).is_file():
-        unit = unit_of(kind, in_folder(Path(folder)), f"teacher.path={teacher.path}")
-    if unit and not teacher.get("vae") and data.get("_target_") not in (LATENTS, PROMPTS):
+    unit = family.usual_unit if family and published else None
+    if family and (Path(folder) / locate.INDEX).is_file():
+        unit = unit_of(family, in_folder(Path(folder)), f"teacher.path={teacher.path}")
+    if unit and not teacher.get("vae") and data.get("_target_") in (IMAGES, DRAWN):
         plain = OmegaConf.to_container(data, resolve=True)
         limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
 
@@ -353,7 +357,8 @@ def check_strength(run: str, steps: int, strength: float) -> None:
     """
     index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
     kind = locate.index_of(str(index.parent), "run").get("_class_name") if index.is_file() else None
-    limits.check_strength(steps, strength, kind is None or kind in locate.ROUNDING_UP)
+    rounds_up = kind is None or families.family_of_kind(str(kind)).rounds_up
+    limits.check_strength(steps, strength, rounds_up)
 
 
 def check_size(size: Any, key: str = "size") -> None:

@@ -80,7 +80,7 @@ def by_head(losses: Logits, over_heads: OverHeads = "mean") -> Tensor:
     return parts.sum() if over_heads == "sum" else parts.mean()
 
 
-LossName = Literal["hinge", "non_saturating", "relativistic"]
+LossName = Literal["hinge", "non_saturating", "relativistic"] | AdversarialLoss
 LOSSES = (
     AdversarialLoss(
         "hinge", discriminator_margin=lambda x: F.relu(1 + x), student_margin=lambda x: x
@@ -92,17 +92,20 @@ LOSSES = (
 )
 
 
-def adversarial(name: str, over_heads: OverHeads = "mean") -> AdversarialLoss:
-    """The loss of this name: hinge, non_saturating or relativistic, with the mean or sum over
-    heads.
+def adversarial(
+    loss: LossName | AdversarialLoss, over_heads: OverHeads = "mean"
+) -> AdversarialLoss:
+    """The loss of this name, hinge, non_saturating or relativistic, or one of your own; with the
+    mean or sum over heads.
     """
     if over_heads not in ("mean", "sum"):
         raise ValueError(f"method.over_heads={over_heads}: must be mean or sum")
-    for loss in LOSSES:
-        if loss.name == name:
-            return replace(loss, over_heads=over_heads)
-    names = ", ".join(loss.name for loss in LOSSES)
-    raise ValueError(f"unknown adversarial loss {name!r}; choose one of {names}")
+    known = {each.name: each for each in LOSSES}
+    found = known.get(loss) if isinstance(loss, str) else loss
+    if not isinstance(found, AdversarialLoss):
+        what = f"choose one of {', '.join(known)}, or give a losses.AdversarialLoss"
+        raise ValueError(f"unknown adversarial loss {loss!r}; {what}")
+    return replace(found, over_heads=over_heads)
 
 
 def real_logits(

@@ -20,8 +20,8 @@ class Reader(Protocol):
         """Hash of all that determines the samples."""
 
     def read(self, i: int, at_most: int = -1) -> dict[str, Any]:
-        """Sample i: `txt`, its caption; `array`, its picture, uint8 [H, W, 3]; `__key__` and
-        `__url__`.
+        """Sample i: `txt`, its caption in UTF-8; `array`, its picture, uint8 [H, W, 3]; `__key__`,
+        its name, a number where `seeded` is asked for; `__url__`, where it is from.
         """
 
 

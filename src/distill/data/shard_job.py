@@ -33,7 +33,7 @@ from distill.machine.hardware import precision
 from distill.storage.atomic import write_atomic
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
-from distill.teachers.loading.locate import embedding_options
+from distill.teachers.families import embedding_options
 from distill.terminal.progress import Bar, track
 from distill.terminal.shown import shown
 from distill.training import launch

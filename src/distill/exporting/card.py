@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from distill.storage.atomic import write_atomic, write_text_atomic
 from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
+from distill.teachers.families import teacher_class
 from distill.teachers.loading.locate import STUDENT_INFO, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
@@ -132,26 +133,25 @@ def _as_text(value: str | list[Any]) -> str | list[str]:
 def _usage(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str:
     """How to load the student, and the diffusers call that gives the pictures of our sampler."""
     library, scheduler = _class_names(index.get("scheduler"))
-    parts = ("text_encoder_3", "tokenizer_3")
-    absent = [name for name in parts if name in index and not (folder / name).is_dir()]
-    without = "".join(f", {name}=None" for name in absent)
     kind = str(index.get("_class_name"))
+    family = teacher_class(kind)
+    absent = [n for n in family.spare if n in index and not (folder / n).is_dir()]
+    without = "".join(f", {name}=None" for name in absent)
     kind = kind if kind.isidentifier() else "DiffusionPipeline"
     sampler = options.get("sampler") if isinstance(options.get("sampler"), dict) else {}
     levels = _numbers(sampler.get("levels"))
     call = {"num_inference_steps": "steps", **(_python_arguments(options.get("call")) or GUIDANCE)}
-    call |= _grid(scheduler, kind, levels) | {"generator": "generator"}
+    trailing = family.trailing or scheduler == "FlowScheduler"  # by itself, with no sigmas
+    call |= _grid(scheduler, trailing, levels) | {"generator": "generator"}
     # Pipelines without this method give their scheduler no generator for the noise between steps.
     passes_generator = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
     patched = "Flow" in scheduler and sampler.get("name") != "Euler" and not passes_generator
     step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
     arguments = "".join(f"    {name}={value},\n" for name, value in call.items())
-    notes = _notes(scheduler, library, kind, patched, without)
-    if kind == "StableDiffusionPipeline" and "clip_skip" in call:
-        notes.append(
-            "With transformers 5.6 and later, the Stable Diffusion pipeline of diffusers fails at"
-            " `clip_skip`: use an earlier transformers, or `distill.sample`."
-        )
+    notes = []
+    if "Flow" in scheduler and not trailing:
+        notes.append("Without `sigmas` the default grid of diffusers wastes its last step.")
+    notes += _notes(scheduler, library, kind, patched, without) + family.remarks(call)
     if "Ancestral" in scheduler and levels:
         notes.append(f"This scheduler cannot use the student's own levels, {list(levels)}.")
     return f"""## Use
@@ -192,7 +192,7 @@ def _python_arguments(call: Any) -> dict[str, str]:
     return {k: repr(x) for k, x in arguments.items() if k.isidentifier() and isinstance(x, kinds)}
 
 
-def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, str]:
+def _grid(scheduler: str, trailing: bool, levels: list[float] | None) -> dict[str, str]:
     """The argument that makes a pipeline use our levels; {} if it does so by default."""
     if "Ancestral" in scheduler:  # it takes no levels
         return {}
@@ -201,21 +201,14 @@ def _grid(scheduler: str, kind: str, levels: list[float] | None) -> dict[str, st
         return {"timesteps": f"{indices}[:steps]"} if levels else {}
     if levels:
         return {"sigmas": f"{[float(level) for level in levels]}[:steps]"}
-    if _has_our_grid(scheduler, kind):
+    if trailing:
         return {}
     return {"sigmas": "[1 - i / steps for i in range(steps)]"}
-
-
-def _has_our_grid(scheduler: str, kind: str) -> bool:
-    """Whether the pipeline or the scheduler uses the levels 1, 1 - 1/n, ..., 1/n by default."""
-    return kind == "FluxPipeline" or scheduler == "FlowScheduler"
 
 
 def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str) -> list[str]:
     """Sentences about the call that a user must know."""
     notes = []
-    if "Flow" in scheduler and not _has_our_grid(scheduler, kind):
-        notes.append("Without `sigmas` the default grid of diffusers wastes its last step.")
     if patched:
         notes.append(
             f"With 2 and more steps it adds noise between them, and `{kind}` gives its scheduler"
@@ -225,7 +218,8 @@ def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str)
             " steps."
         )
     if without:
-        notes.append(f"It has no third text encoder, hence `{without[2:]}`.")
+        third = "third text encoder" if "text_encoder_3" in without else "such part"
+        notes.append(f"It has no {third}, hence `{without[2:]}`.")
     if library != "diffusers":
         notes.append(f"Its scheduler is `{library}.{scheduler}`: distill must be installed.")
     return notes

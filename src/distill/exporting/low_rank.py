@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from distill.storage.bounded import mapping_of
 from distill.students import states
-from distill.teachers.loading.locate import index_of
+from distill.teachers.families import teacher_class
+from distill.teachers.loading.locate import denoiser_part, index_of
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
@@ -19,13 +20,6 @@ NAMINGS = ("diffusers", "kohya")
 # A matrix whose smaller side exceeds EXACT * (rank + MORE) is decomposed by randomised SVD with
 # rank + MORE columns and PASSES power iterations. tests/test_low_rank.py measures its error.
 EXACT, MORE, PASSES = 4, 16, 2
-# Class of a pipeline -> name of its base model in kohya, and of its architecture in the model
-# specification (modelspec).
-VERSIONS = {
-    "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
-VERSION_1 = ("sd_v1", "stable-diffusion-v1")
-VERSION_2 = ("sd_v2", "stable-diffusion-v2-512")
 
 
 def save_lora(
@@ -68,16 +62,12 @@ def lora_metadata(folder: Path) -> dict[str, str]:
     kind = str(index_of(str(folder))["_class_name"])
     scheduler = folder / "scheduler" / "scheduler_config.json"
     settings = mapping_of(scheduler) if scheduler.is_file() else {}
-    version = VERSIONS.get(kind)
-    if kind == "StableDiffusionPipeline":
-        part = mapping_of(folder / "unet" / "config.json")
-        version = {768: VERSION_1, 1024: VERSION_2}.get(part["cross_attention_dim"])
-    if version is None:
-        return {}
-    base, architecture = version
     predicts_v = settings.get("prediction_type") == "v_prediction"
-    if kind == "StableDiffusionPipeline" and predicts_v:
-        base, architecture = f"{base}_v", architecture.replace("-512", "-768-v")
+    denoiser = mapping_of(folder / denoiser_part(folder) / "config.json")
+    found = teacher_class(kind).lora_base(denoiser, predicts_v)
+    if found is None:
+        return {}
+    base, architecture = found
     return {
         "ss_base_model_version": base,
         "modelspec.sai_model_spec": "1.0.0",

@@ -15,19 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    FluxPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
 from torch import Tensor, nn
 
+from distill.teachers.families import family_of_kind
 from distill.teachers.loading.weights import write_weights
 
-# ComfyUI maps their names (comfy/model_detection.py: convert_diffusers_mmdit); it has no Sana.
-MAPPED = (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline)
 ENDS = {
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -57,14 +49,16 @@ OPEN_CLIP = {
 
 def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Path:
     """Write a StableDiffusionPipeline or StableDiffusionXLPipeline completely; of SD3, FLUX and
-    PixArt-Sigma only the transformer.
+    PixArt-Sigma only the transformer, as the family says by `single_file`.
 
     Raises ValueError for any other pipeline.
     """
-    if isinstance(pipeline, MAPPED):
+    kind = type(pipeline).__name__
+    how = family_of_kind(kind).single_file
+    if how == "transformer":
         return write_weights(pipeline.transformer.state_dict(), file, dtype=dtype)
-    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        what = f"a {type(pipeline).__name__} has no such layout; use to=diffusers"
+    if how is None:
+        what = f"a {kind} has no such layout; use to=diffusers"
         raise ValueError(
             f"to=single_file: is for Stable Diffusion, SD3, FLUX and PixArt, and {what}"
         )

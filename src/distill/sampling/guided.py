@@ -55,8 +55,9 @@ def guided_steps(
     strength: float = 1.0,
 ) -> Iterator[Tensor]:
     """x_t [B, *shape] after each step of `guided`; the last one is the result."""
-    if guidance != 1 and teacher.network.model.config.get("guidance_embeds"):
-        _warn_of_two_guidances(guidance, teacher.guidance)
+    told = getattr(teacher, "guidance", None)
+    if guidance != 1 and told is not None and teacher.network.model.config.get("guidance_embeds"):
+        _warn_of_two_guidances(guidance, told)
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
     timesteps = scheduler.timesteps

@@ -58,6 +58,7 @@ def full(
     if init not in ("teacher", "random"):
         model, own = _read(teacher, init)
         student = teacher.network.with_model(model).float().requires_grad_(True).train()
+        student.rounds_up = teacher.rounds_up
         shift = own if shift is None else shift
     else:
         student = teacher.network.trainable_copy()

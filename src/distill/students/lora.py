@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -53,8 +53,9 @@ def lora(
     network, names = teacher.network, list(targets or teacher.network.targets)
     scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
     try:
-        network.model.add_adapter(
-            LoraConfig(**scale, target_modules=names, init_lora_weights=INITS[init])
+        _adapt(
+            network.model,
+            LoraConfig(**scale, target_modules=names, init_lora_weights=INITS[init]),
         )
     except ValueError as error:
         what = f"cannot be adapted ({first_line(error, 120)})"
@@ -73,6 +74,16 @@ def lora(
     if checkpointing:
         student.enable_checkpointing()
     return shifted(student, shift)
+
+
+def _adapt(model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters into a model: by PEFT alone where diffusers' class knows nothing of them
+    (PixArt's).
+    """
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config)
+    else:
+        inject_adapter_in_model(config, model)
 
 
 class Switch:
@@ -126,8 +137,14 @@ def _tree(adapted: dict[str, LoraLayer]) -> nn.Module:
 def merged(student: Network) -> nn.Module:
     """A copy of the student's model with the adapters added to its weights, in float32."""
     model = copy.deepcopy(student.model).float()
-    model.fuse_lora(safe_fusing=True)
-    model.unload_lora()
+    if hasattr(model, "fuse_lora"):
+        model.fuse_lora(safe_fusing=True)
+        model.unload_lora()
+    else:
+        for name, layer in layers(model).items():
+            layer.merge(safe_merge=True)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.get_base_layer())
     # checkpointing would restore states of the student's passes
     model.disable_gradient_checkpointing()
     return model

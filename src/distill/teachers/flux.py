@@ -26,8 +26,6 @@ class Packed(Transformer):
     student. A model without that input (schnell) ignores it.
     """
 
-    rounds_up = True
-
     def __init__(self, model: nn.Module, guidance: float):
         super().__init__(model, RectifiedFlow(), "flow")
         self.guidance = guidance
@@ -88,7 +86,16 @@ class Flux(PipelineTeacher):
         length: tokens of the T5; schnell was trained with 256.
     """
 
-    kind, unused = FluxPipeline, ("image_encoder", "feature_extractor")
+    kind = FluxPipeline
+    unused = ("image_encoder", "feature_extractor")
+    packing = 2
+    usual_unit = 16
+    flow = True
+    padded = ("tokenizer",)
+    embedding_options = ("length",)
+    rounds_up = True
+    trailing = True
+    single_file = "transformer"
 
     def __init__(
         self,

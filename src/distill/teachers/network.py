@@ -55,8 +55,7 @@ class Network(nn.Module):
 
     # Default layers of a LoRA, by the ends of their names: here those of every attention.
     targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
-    # Whether its image-to-image pipeline rounds the number of steps up: see `limits.steps_left`.
-    rounds_up = False
+    rounds_up = False  # as its family says
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
@@ -75,6 +74,11 @@ class Network(nn.Module):
     def patch(self) -> int:
         """Side of a token in latents; 1 for networks without tokens."""
         return 1
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens a side for which it has positions; None where it takes any number."""
+        return self.model.config.get("pos_embed_max_size") or None
 
     @property
     @abstractmethod

@@ -21,6 +21,7 @@ from distill.core.process import Prediction, Process
 from distill.core.tensors import fingerprint
 from distill.core.types import Cond
 from distill.machine.faults import quiet_logging
+from distill.teachers.families import Family
 from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
@@ -39,7 +40,7 @@ ENCODERS = ("vae", "text_encoder")  # prefixes of a pipeline's parts that encode
 log = logging.getLogger(__name__)
 
 
-class PipelineTeacher(nn.Module):
+class PipelineTeacher(nn.Module, Family):
     """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions ->
     Cond.
 
@@ -59,11 +60,8 @@ class PipelineTeacher(nn.Module):
     which a picture's sides must be multiples: pixels per latent times `patch`.
     """
 
-    kind: type  # the pipeline's class
-    unused: tuple[str, ...] = ()  # parts that are not loaded
     _warned = False  # of a caption that is too long
     own: tuple[str, ...] = ()  # options of this family alone
-    upcasts = False  # whether its pipeline decodes in float32 where float16 would overflow
 
     def __init_subclass__(cls) -> None:
         """Add the shared options to the signature of a family with its own, for checking
@@ -99,16 +97,16 @@ class PipelineTeacher(nn.Module):
         read_quietly()
         check_without(self.kind, without)
         files = {"dtype": dtype, "use_safetensors": use_safetensors}
-        own = Autoencoder(vae, self.kind, **files) if vae else None
+        own = Autoencoder(vae, self, **files) if vae else None
         left = (*self.unused, *without, *(["vae"] if own else []))
         options: dict[str, Any] = {**files, "without": left}
         name = Path(path).name if Path(path).exists() else path
         with stage(f"loading {name} ({self.kind.__name__})"):
             if Path(path).suffix in SINGLE:
-                pipeline = read_single(self.kind, path, config=config, **options)
+                pipeline = read_single(self, path, config=config, **options)
             else:
                 options |= {"revision": revision, "variant": variant, "deferred": deferred}
-                pipeline = read_pipeline(self.kind, path, **options)
+                pipeline = read_pipeline(self, path, **options)
         check_parts(path, pipeline.components)
         self.pipeline = pipeline
         self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
@@ -124,6 +122,7 @@ class PipelineTeacher(nn.Module):
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
+        self.network.rounds_up = self.rounds_up
         self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         self._encoders, self._loaded_parts = nn.ModuleList(self._encoding_parts()), set[str]()
@@ -183,7 +182,7 @@ class PipelineTeacher(nn.Module):
         if size is None:
             return self.latent_shape
         sides = list(size) if isinstance(size, Sequence) else [size, size]
-        most = self.unit * (self.network.model.config.get("pos_embed_max_size") or math.inf)
+        most = self.unit * (self.network.positions or math.inf)
         if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [
             True,
             True,

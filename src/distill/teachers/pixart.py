@@ -42,6 +42,8 @@ class PixArtSigma(PipelineTeacher):
     """
 
     kind = PixArtSigmaPipeline
+    usual_unit = 16
+    single_file = "transformer"
 
     def __init__(self, path: str, *, zero_terminal_snr: bool = False, **options: Any):
         super().__init__(path, **options)

@@ -43,6 +43,10 @@ class Sana(PipelineTeacher):
     """
 
     kind = SanaPipeline
+    autoencoder = "AutoencoderDC"
+    usual_unit = 32
+    flow = True
+    embedding_options = ("instruction",)
 
     def __init__(self, path: str, *, instruction: bool = True, **options: Any):
         self.instruction = INSTRUCTION if instruction else None

@@ -4,6 +4,7 @@ step index 0..999.
 Fine-tunes that predict a flow use the rectified flow, with network time 1000 t.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from distill.teachers.attention import Attention
 from distill.teachers.loading.settings import prediction_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
+
+# Width of the tokens of its captions, by which SD 1 and 2 are told apart -> `lora_base`.
+VERSIONS = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")}
+SKIPPING = (
+    "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over"
+    " `clip_skip`: take an earlier transformers, or `distill.sample`."
+)
 
 
 def trained_on(scheduler: Any) -> tuple[Process, Prediction]:
@@ -120,7 +128,12 @@ class SD(PipelineTeacher):
     counts. `zero_terminal_snr`: see `end_in_noise`.
     """
 
-    kind, unused = StableDiffusionPipeline, ("safety_checker", "feature_extractor", "image_encoder")
+    kind = StableDiffusionPipeline
+    unused = ("safety_checker", "feature_extractor", "image_encoder")
+    usual_unit = 8
+    padded = ("tokenizer",)
+    embedding_options = ("clip_skip",)
+    single_file = "pipeline"
 
     def __init__(
         self,
@@ -143,6 +156,17 @@ class SD(PipelineTeacher):
 
     def call_options(self) -> dict[str, Any]:
         return {**super().call_options(), **self.family_options()}
+
+    @classmethod
+    def remarks(cls, call: Mapping[str, Any]) -> list[str]:
+        return [SKIPPING] if "clip_skip" in call else []
+
+    @classmethod
+    def lora_base(cls, denoiser: Mapping[str, Any], predicts_v: bool) -> tuple[str, str] | None:
+        base = VERSIONS.get(denoiser["cross_attention_dim"])
+        if base is None or not predicts_v:
+            return base
+        return f"{base[0]}_v", base[1].replace("-512", "-768-v")
 
     def _layers(self) -> int:
         """Layers of the smallest loaded text encoder; 0 where none is loaded."""

@@ -35,8 +35,6 @@ class MMDiT(Transformer):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
 
-    rounds_up = True
-
     def __init__(self, model: SD3Transformer2DModel):
         super().__init__(model, RectifiedFlow(), "flow")
         self._silent_tokens = set_silent_token_attention(model)
@@ -68,6 +66,12 @@ class SD3(PipelineTeacher):
     """
 
     kind = StableDiffusion3Pipeline
+    spare = ("text_encoder_3", "tokenizer_3")
+    usual_unit = 16
+    flow = True
+    padded = ("tokenizer", "tokenizer_2")
+    rounds_up = True
+    single_file = "transformer"
 
     def _network(self) -> MMDiT:
         self._silent()

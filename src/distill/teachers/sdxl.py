@@ -4,8 +4,9 @@ picture's size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -54,8 +55,20 @@ class SDXL(SD):
     Its autoencoder overflows in float16, and stays in float32.
     """
 
+    kind = StableDiffusionXLPipeline
+    unused = ("feature_extractor", "image_encoder")
     upcasts = True
-    kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
+    standardised = True
+    addition_embed_type = "text_time"
+    padded = ("tokenizer", "tokenizer_2")
+
+    @classmethod
+    def remarks(cls, call: Mapping[str, Any]) -> list[str]:
+        return []
+
+    @classmethod
+    def lora_base(cls, denoiser: Mapping[str, Any], predicts_v: bool) -> tuple[str, str]:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 
     def _unet(self, process: Process, prediction: Prediction) -> UNetXL:
         return UNetXL(self.pipeline.unet, process, prediction, self.pipeline.vae_scale_factor)

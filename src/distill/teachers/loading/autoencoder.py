@@ -12,14 +12,12 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from distill.storage.bounded import mapping_of
+from distill.teachers.families import Family
 from distill.teachers.loading.locate import autoencoder_in
 from distill.teachers.loading.reading import download, dtype_of, home_of, read_network
 from distill.teachers.loading.settings import cell_of
 
 KEY = "teacher.vae"
-CLASSES = {
-    "SanaPipeline": "AutoencoderDC"
-}  # class of a pipeline -> of its autoencoder; else AutoencoderKL
 # Files of a repository that diffusers reads, without copies of the weights in other formats.
 PATTERNS = [
     f"{place}{name}"
@@ -29,22 +27,22 @@ PATTERNS = [
 
 
 class Autoencoder:
-    """The autoencoder at `path` for a pipeline of class `kind`.
+    """The autoencoder at `path` for a pipeline of `family`.
 
     `path` is a folder or hub id of an autoencoder, or of a pipeline with one. Attributes: `home`,
     the folder of its files; `config`; `scale`, side of a latent in pixels. Raises FileNotFoundError
     if there is none, and ValueError for one of another class.
     """
 
-    def __init__(self, path: str, kind: type, *, dtype: str, use_safetensors: bool):
+    def __init__(self, path: str, family: Family, *, dtype: str, use_safetensors: bool):
         folder = Path(path)
         if not folder.exists():
             folder = Path(download(KEY, path, snapshot_download, allow_patterns=PATTERNS))
         self.path, self.home = path, autoencoder_in(folder, path)
         self.config = mapping_of(self.home / "config.json")
-        expected = CLASSES.get(kind.__name__, "AutoencoderKL")
-        if (found := self.config.get("_class_name")) != expected:
-            what = f"is a {found}, and a {kind.__name__} wants an {expected}"
+        found, expected = self.config.get("_class_name"), family.autoencoder
+        if found != expected:
+            what = f"is a {found}, and a {family.kind_name()} wants an {expected}"
             raise ValueError(f"{KEY}={path}: {what}; give one of its kind")
         self._read: dict[str, Any] = {"dtype": dtype_of(dtype), "variant": None}
         self._read["use_safetensors"] = use_safetensors or None

@@ -12,6 +12,7 @@ from typing import Any
 
 from distill.storage.bounded import MIB, is_number, mapping_of, too_large_error
 from distill.storage.hub_settings import check_hub_settings
+from distill.teachers import families
 from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
@@ -32,25 +33,6 @@ FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints"
 MAX_NAMES = 1000  # of a folder, searched for a similar name
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a pipeline in one file
-FAMILIES = {  # class of a pipeline -> teacher class
-    "FluxPipeline": "distill.teachers.flux.Flux",
-    "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
-    "SanaPipeline": "distill.teachers.sana.Sana",
-    "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
-    "StableDiffusionPipeline": "distill.teachers.sd.SD",
-    "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
-}
-
-# Pipelines whose image-to-image steps are rounded up: see `limits.steps_left`.
-ROUNDING_UP = {"FluxPipeline", "StableDiffusion3Pipeline"}
-
-# Options of a teacher that change its caption embeddings.
-EMBEDDING_OPTIONS = ("clip_skip", "instruction", "length")
-
-
-def embedding_options(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in a teacher's configuration that change its caption embeddings."""
-    return {key: teacher[key] for key in EMBEDDING_OPTIONS if teacher.get(key) is not None}
 
 
 def is_repository(name: str) -> bool:
@@ -305,6 +287,7 @@ def family_of(kind: str, path: str, key: str = "run") -> str:
 
     Raises ValueError, naming `key`, for an unknown one.
     """
-    if kind not in FAMILIES:
-        raise ValueError(f"{key}={path} holds a {kind}; known are {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    reader = families.reader_of(kind)
+    if reader is None:
+        raise families.unknown(kind, path, key)
+    return reader

@@ -19,6 +19,7 @@ from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import mapping_of
 from distill.storage.hub_settings import check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
+from distill.teachers.families import Family
 from distill.teachers.loading.locate import (
     INDEX,
     PICKLED,
@@ -46,7 +47,7 @@ BASE = "_base"  # key in a pipeline's index: a sibling folder with the parts tha
 
 @quiet_logging()
 def read_pipeline(
-    kind: type,
+    family: Family,
     path: str,
     *,
     dtype: str,
@@ -55,7 +56,7 @@ def read_pipeline(
     deferred: Sequence[str] = (),
     **version: str | None,
 ) -> Any:
-    """The pipeline of class `kind` at `path`, a folder or hub id, without the parts `without`.
+    """The pipeline of `family` at `path`, a folder or hub id, without the parts `without`.
 
     `version` is revision and variant on the hub. Networks whose names start with one of `deferred`
     are not loaded: the pipeline's attribute `deferred` maps them to functions that load them. Each
@@ -63,6 +64,7 @@ def read_pipeline(
     initialise them at random. Raises FileNotFoundError and ValueError that say what is wrong.
     """
     precision = dtype_of(dtype)
+    kind = family.kind
     parts: dict[str, Any] = dict.fromkeys(without)
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
@@ -71,8 +73,8 @@ def read_pipeline(
             "teacher.path", path, kind.download, revision=version["revision"], **files, **parts
         )
     classes = pipeline_classes(path, kind.__name__, without)
-    check_settings(kind.__name__, configurations(path), f"teacher.path={path}")
-    check_parts_exist(path, classes, kind.__name__, deferred)
+    check_settings(family, configurations(path), f"teacher.path={path}")
+    check_parts_exist(path, classes, family, deferred)
     for folder in lineage(Path(path)):
         check_folder(folder, f"teacher.path={path}")
     for name, network in classes.items():
@@ -98,7 +100,7 @@ def read_pipeline(
 
 
 def check_parts_exist(
-    path: str, classes: Mapping[str, Any], kind: str, deferred: Sequence[str]
+    path: str, classes: Mapping[str, Any], family: Family, deferred: Sequence[str]
 ) -> None:
     """Raise FileNotFoundError for a missing part that the index names, ValueError for a quantised
     one.
@@ -113,7 +115,7 @@ def check_parts_exist(
             continue
         if not place.is_dir() or (network and not (place / "config.json").is_file()):
             what = "is missing or has no config.json" if network else "is missing"
-            how = lacking(kind, name)
+            how = lacking(family, name)
             raise FileNotFoundError(f"teacher.path={path}: its {name}/ {what}; {how}")
         if network:
             said = mapping_of(place / "config.json")

@@ -9,43 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from distill.storage.bounded import mapping_of
+from distill.teachers.families import Family
 from distill.terminal.shown import shown
 
 Config = Mapping[str, Any]
 
 MOST_LEVELS = 16  # ours: of an autoencoder, each at half the resolution
 MOST_TOKENS = 4096  # ours: of a caption; CLIP reads 77
-# Kind -> tokenizers to whose own length captions are padded: those of CLIP.
-LENGTHS = {
-    "FluxPipeline": ("tokenizer",),
-    "StableDiffusion3Pipeline": ("tokenizer", "tokenizer_2"),
-    "StableDiffusionPipeline": ("tokenizer",),
-    "StableDiffusionXLPipeline": ("tokenizer", "tokenizer_2"),
-}
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
-FLOWS = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline")  # of rectified flow alone
-PACKED = {"FluxPipeline": 4}  # channels of its denoiser per latent channel
-UNITS = {  # kind -> `unit_of` its model on the hub
-    "FluxPipeline": 16,
-    "PixArtSigmaPipeline": 16,
-    "SanaPipeline": 32,
-    "StableDiffusion3Pipeline": 16,
-    "StableDiffusionPipeline": 8,
-    "StableDiffusionXLPipeline": 8,
-}
-STANDARDISED = ("StableDiffusionXLPipeline",)  # which reads latents_mean and latents_std
 CONDITIONED_ON = {  # setting of a UNet -> its additional conditioning, not supported here
     "time_cond_proj_dim": "guidance, as a latent consistency model",
     "class_embed_type": "classes",
     "num_class_embeds": "classes",
 }
 NETWORKS = ("unet", "transformer", "vae")
-SPARE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}  # optional parts of a kind
-SIZES = {"StableDiffusionXLPipeline": "text_time"}  # kind -> addition_embed_type; of others none
 
 
-def check_settings(kind: str, config_of: Callable[[str], Config], where: str) -> None:
-    """Raise ValueError, starting with `where`, for settings that a pipeline of class `kind` would
+def check_settings(family: Family, config_of: Callable[[str], Config], where: str) -> None:
+    """Raise ValueError, starting with `where`, for settings that a pipeline of `family` would
     ignore.
 
     `config_of` returns the configuration of the part of this name, {} for a missing part.
@@ -53,14 +34,14 @@ def check_settings(kind: str, config_of: Callable[[str], Config], where: str) ->
     parts = {name: config_of(name) for name in (*NETWORKS, "scheduler")}
     for name in NETWORKS:
         refuse_quantised(parts[name], f"{where}: its {name}/")
-    _check_denoiser(kind, parts, where)
+    _check_denoiser(family, parts, where)
     if parts["scheduler"]:
-        prediction_of(parts["scheduler"], where, flow=kind in FLOWS)
-    for name in LENGTHS.get(kind, ()):
+        prediction_of(parts["scheduler"], where, flow=family.flow)
+    for name in family.padded:
         _check_length(config_of(name).get("model_max_length"), f"{where}: its {name}/")
     given = [key for key in ("latents_mean", "latents_std") if parts["vae"].get(key)]
-    if given and kind not in STANDARDISED:
-        what = f"its vae/ has {' and '.join(given)}, which a {kind} does not read"
+    if given and not family.standardised:
+        what = f"its vae/ has {' and '.join(given)}, which a {family.kind_name()} does not read"
         raise ValueError(f"{where}: {what}; take them out of its config.json if that is right")
 
 
@@ -80,12 +61,11 @@ def refuse_quantised(config: Config, where: str) -> None:
     raise ValueError(f"{where} {what}; give the folder that is not quantised")
 
 
-def lacking(kind: str, part: str) -> str:
-    """The remedy for a missing part of a pipeline of class `kind`."""
-    spare = SPARE.get(kind, ())
-    if part not in spare:
+def lacking(family: Family, part: str) -> str:
+    """The remedy for a missing part of a pipeline of `family`."""
+    if part not in family.spare:
         return "fetch it anew"
-    return f"add teacher.without=[{','.join(spare)}] to go without it, or fetch it anew"
+    return f"add teacher.without=[{','.join(family.spare)}] to go without it, or fetch it anew"
 
 
 def _check_length(length: Any, where: str) -> None:
@@ -119,14 +99,15 @@ def cell_of(vae: Config, where: str) -> int:
     return 2 ** (len(widths) - 1)
 
 
-def unit_of(kind: str, config_of: Callable[[str], Config], where: str) -> int | None:
+def unit_of(family: Family, config_of: Callable[[str], Config], where: str) -> int | None:
     """The number of which a picture's sides must be multiples, in pixels; None where the files lack
     it.
 
     Pixels per latent times latents per token.
     """
     vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
-    patch = 2 if kind in PACKED else net.get("patch_size") or 1
+    # the denoiser's own patch_size is that of what is packed already
+    patch = family.packing if family.packing > 1 else net.get("patch_size") or 1
     if not vae or not net or type(patch) is not int:
         return None
     return patch * cell_of(vae, where)
@@ -155,12 +136,12 @@ def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
     return found
 
 
-def _check_denoiser(kind: str, parts: Mapping[str, Config], where: str) -> None:
+def _check_denoiser(family: Family, parts: Mapping[str, Config], where: str) -> None:
     name = "transformer" if parts["transformer"] else "unet"
     net, latents = parts[name], parts["vae"].get("latent_channels")
     read = net.get("in_channels")
-    if read and latents and read != latents * PACKED.get(kind, 1):
-        expected = latents * PACKED.get(kind, 1)
+    if read and latents and read != latents * family.packing**2:
+        expected = latents * family.packing**2
         what = f"its {name}/ reads {read} channels and a text-to-image model's reads {expected}"
         raise ValueError(
             f"{where}: {what}: one for inpainting or editing, which no teacher supports; "
@@ -176,6 +157,8 @@ def _check_denoiser(kind: str, parts: Mapping[str, Config], where: str) -> None:
     if (hidden := net.get("encoder_hid_dim_type")) not in (None, "text_proj"):
         what = f"its unet/ has encoder_hid_dim_type={hidden}: it is conditioned on images"
         raise ValueError(f"{where}: {what}, which no teacher supports; give another model")
-    if (found := net.get("addition_embed_type")) != SIZES.get(kind):
-        what = f"its unet/ has addition_embed_type={found}, and a {kind}'s has {SIZES.get(kind)}"
+    found, expected = net.get("addition_embed_type"), family.addition_embed_type
+    if found != expected:
+        kind = family.kind_name()
+        what = f"its unet/ has addition_embed_type={found}, and a {kind}'s has {expected}"
         raise ValueError(f"{where}: {what}; choose another teacher=")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from distill.machine.faults import first_line, quiet_logging
 from distill.storage.loaded_weights import check_finite
+from distill.teachers.families import Family
 from distill.teachers.loading.held import (
     check_counts,
     check_held,
@@ -39,7 +40,7 @@ CONFIG_FILES = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its 
 
 @quiet_logging()
 def read_single(
-    kind: type,
+    family: Family,
     path: str,
     *,
     config: str | None,
@@ -47,13 +48,14 @@ def read_single(
     use_safetensors: bool,
     without: Sequence[str] = (),
 ) -> Any:
-    """The pipeline of class `kind` in the file at `path`, without the parts `without`.
+    """The pipeline of `family` in the file at `path`, without the parts `without`.
 
     `config`, a pipeline folder or hub id, has what the file lacks: shapes, tokenizers, scheduler,
     and missing text encoders or autoencoder. Raises FileNotFoundError and ValueError that say what
     is wrong.
     """
     precision, file = dtype_of(dtype), local_file(path, "teacher.path")
+    kind = family.kind
     if not issubclass(kind, FromSingleFileMixin):
         raise ValueError(
             f"teacher.path={path}: diffusers reads no {kind.__name__} from one file; give a folder"
@@ -63,7 +65,7 @@ def read_single(
         raise ValueError(f"teacher.path={path} is pickled, which can run code when read; {advice}")
     folder, parts = _config(config, path, CONFIG_FILES), dict.fromkeys(without)
     classes = pipeline_classes(folder, kind.__name__, without, "teacher.config")
-    check_settings(kind.__name__, configurations(folder), f"teacher.config={config}")
+    check_settings(family, configurations(folder), f"teacher.config={config}")
     try:
         held = held_in(file)
         check_held(held, classes, without, f"teacher.path={path}")
