@@ -116,33 +116,72 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run; seeds the global generators first, and silences Lightning's
     usual hints.
     """
-    lightning.seed_everything(cfg.seed, verbose=False)
-    _hush()
-    with stage("opening the data"):
-        source = make(cfg.data, "data")  # first: what is wrong with it shows in a moment
+    seed(cfg)
+    source = data_of(cfg)  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
     space = signatures.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
     )
-    if hasattr(source.dataset, "fit"):  # data that are of any teacher's size
-        source.dataset.fit(teacher)
-    refuse_misfit(cfg, source.dataset, teacher)
-    say_size(source.dataset, teacher)
+    suit(cfg, source.dataset, teacher)
     judge = OmegaConf.select(cfg, "metrics._target_")
     # others read data when they are made, as `check` has done
     if judge and hasattr(get_object(judge), "fits"):
         make(cfg.metrics, "metrics").fits(teacher)
-    if null:
+    student = student_of(cfg, teacher)
+    with stage("building the discriminator"):
+        players = players_of(cfg, teacher, student)
+    return source, make(cfg.method, "method")(players, loop=loop_of(cfg))
+
+
+def seed(cfg: DictConfig) -> None:
+    """Seed the global generators, and silence Lightning's usual hints."""
+    lightning.seed_everything(cfg.seed, verbose=False)
+    _hush()
+
+
+def data_of(cfg: DictConfig) -> Any:
+    """The data, a `data.source.Source`."""
+    with stage("opening the data"):
+        return make(cfg.data, "data")
+
+
+def suit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+    """Give data and teacher what they have from each other: the size, and the embedded empty
+    caption.
+
+    Raises ValueError for data that this teacher cannot read.
+    """
+    if hasattr(data, "fit"):  # data that are of any teacher's size
+        data.fit(teacher)
+    refuse_misfit(cfg, data, teacher)
+    say_size(data, teacher)
+    if null := getattr(data, "null", None):
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
+
+
+def student_of(cfg: DictConfig, teacher: Any) -> Any:
+    """The student of this teacher. Raises ValueError for one that cannot be sampled as it is to
+    be.
+    """
     student = make(cfg.student, "student")(teacher=teacher)
     make(cfg.sampler, "sampler").check(student)
-    with stage("building the discriminator"):
-        discriminator = _discriminator(cfg.discriminator, teacher)
-    players = Players(teacher=teacher, student=student, **discriminator)
-    loop = TwoPlayerLoop(make(cfg.optimizer, "optimizer"), seed=cfg.seed)
-    return source, make(cfg.method, "method")(players, loop=loop)
+    return student
+
+
+def players_of(cfg: DictConfig, teacher: Any, student: Any, **own: Any) -> Players:
+    """Teacher, student and discriminator; `own` parts take the place of the configuration's: see
+    `_discriminator`.
+    """
+    return Players(
+        teacher=teacher, student=student, **_discriminator(cfg.discriminator, teacher, **own)
+    )
+
+
+def loop_of(cfg: DictConfig) -> TwoPlayerLoop:
+    """What trains the players."""
+    return TwoPlayerLoop(make(cfg.optimizer, "optimizer"), seed=cfg.seed)
 
 
 def _hush() -> None:
@@ -151,40 +190,50 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=EXPECTED)
 
 
-def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
+def _discriminator(
+    cfg: DictConfig, teacher: Any, features: Any = None, heads: Any = None, condition: Any = None
+) -> dict[str, Any]:
     """Frozen features, trainable heads, and what tells the heads of a sample where the teacher's
     embedding does not.
 
-    Nothing of it where the features are null.
+    Nothing of it where the features are null. What is given takes the place of the configuration's:
+    `features` and `condition` are objects, `heads` a module, or what is called with the widths.
     """
-    if cfg.get("features") is None:
+    if features is None and cfg.get("features") is None:
         return {}
-    features = make(cfg.features, "discriminator.features")
+    if features is None:
+        features = make(cfg.features, "discriminator.features")
     if isinstance(features, partial):  # those that are made from the teacher
         features = features(teacher=teacher)
-    if cfg.get("condition") is None:
+    if condition is None and cfg.get("condition") is not None:
+        condition = make(cfg.condition, "discriminator.condition")
+        condition = condition(teacher=teacher, features=features)
+    if condition is None:
         pooled = teacher.embed([""]).pooled
-        width = 0 if pooled is None else pooled.shape[1]
-        return {
-            "features": features,
-            "heads": _heads(cfg.heads, channels=features.channels, pooled=width),
-        }
-    condition = make(cfg.condition, "discriminator.condition")(teacher=teacher, features=features)
-    widths = {"pooled": condition.pooled_width, "image": condition.image_width}
-    heads = _heads(cfg.heads, channels=features.channels, **widths)
-    return {"features": features, "heads": heads, "condition": condition}
+        widths = {"pooled": 0 if pooled is None else pooled.shape[1]}
+    else:
+        widths = {"pooled": condition.pooled_width, "image": condition.image_width}
+    if not isinstance(heads, torch.nn.Module):
+        heads = _heads(heads or cfg.heads, channels=features.channels, **widths)
+    found = {"features": features, "heads": heads}
+    return found if condition is None else {**found, "condition": condition}
 
 
-def _heads(node: DictConfig, **widths: Any) -> Any:
-    """Raises ValueError for heads that say by `split` which logits are whose, as they once did: all
+def _heads(node: Any, **widths: Any) -> Any:
+    """The heads that a node, or a class itself, stands for.
+
+    Raises ValueError for heads that say by `split` which logits are whose, as they once did: all
     would be one's.
     """
-    heads = make(node, "discriminator.heads")(**widths)
+    of_node = isinstance(node, DictConfig)
+    build = make(node, "discriminator.heads") if of_node else node
+    heads = build(**widths)
     if hasattr(heads, "split"):
         what = (
             "its `split` is no longer read; answer with distill.core.types.Logits and leave it out"
         )
-        raise ValueError(f"discriminator.heads._target_={node._target_}: {what}")
+        name = node._target_ if of_node else getattr(node, "__name__", node)
+        raise ValueError(f"discriminator.heads._target_={name}: {what}")
     return heads
 
 

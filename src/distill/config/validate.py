@@ -108,9 +108,7 @@ def check_sides(cfg: DictConfig) -> None:
     looks_at = str(OmegaConf.select(cfg, "discriminator.features._target_"))
     wanted = signatures.attribute(target, "space")
     given = "nothing" if alone else signatures.attribute(looks_at, "space")
-    if wanted and given and wanted != given:
-        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
-        raise ValueError(f"{what}; choose another discriminator=")
+    limits.check_space(wanted, given)
     if alone and (lead := cfg.optimizer.get("head_start")):
         raise ValueError(
             f"optimizer.head_start={lead}: there is no discriminator to lead; make it 0"

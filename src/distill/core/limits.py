@@ -38,6 +38,16 @@ def drawn_at_once(height: int, width: int, most: int, room: float | None = None)
     return max(1, min(many, int(room / (EACH * height * width / AT_ONCE))))
 
 
+def check_space(wanted: str | None, given: str | None) -> None:
+    """Raise ValueError where a method reads a discriminator of other things than this one.
+
+    Both are pixels, latents or nothing; None is unknown, and passes.
+    """
+    if wanted and given and wanted != given:
+        what = f"method reads a discriminator of {wanted}, and this discriminator looks at {given}"
+        raise ValueError(f"{what}; choose another discriminator=")
+
+
 def check_dtype(name: str | None, key: str, *more: str) -> None:
     """Raise ValueError, naming `key`, for what weights cannot be kept in; None is left to whom it
     concerns.
