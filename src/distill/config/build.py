@@ -113,10 +113,10 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 
 def parts(cfg: DictConfig) -> tuple[Any, Any]:
-    """The data and the method of a run; seeds the global generators first, and silences Lightning's
-    usual hints.
+    """The data and the method of a run; seeds the global generators, and silences Lightning's usual
+    hints.
     """
-    seed(cfg)
+    _hush()
     source = data_of(cfg)  # first: what is wrong with it shows in a moment
     null = getattr(source.dataset, "null", None)
     space = signatures.attribute(str(cfg.method._target_), "space")
@@ -129,6 +129,7 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
     # others read data when they are made, as `check` has done
     if judge and hasattr(get_object(judge), "fits"):
         make(cfg.metrics, "metrics").fits(teacher)
+    seed(cfg)
     student = student_of(cfg, teacher)
     with stage("building the discriminator"):
         players = players_of(cfg, teacher, student)
@@ -136,7 +137,11 @@ def parts(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def seed(cfg: DictConfig) -> None:
-    """Seed the global generators, and silence Lightning's usual hints."""
+    """Seed the global generators, and silence Lightning's usual hints.
+
+    After the teacher is read: some families draw weights as they are read, and those of heads and
+    adapters would depend on how many.
+    """
     lightning.seed_everything(cfg.seed, verbose=False)
     _hush()
 
