@@ -1,7 +1,7 @@
 """The documentation, by Sphinx: `make docs` builds it into docs/_build/html, warnings are errors.
 
-Pages under look_up/ that repeat what the code says, help pages, configuration keys and the API, are
-written anew at every build from the code itself; git ignores them.
+Pages under look_up/ that repeat what the code says, help pages, configuration keys and the API, and
+those of the notebooks are written anew at every build; git ignores them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 nitpicky = False  # annotations name classes of torch and diffusers, whose pages are elsewhere
 
 generated.write(HERE / "look_up")
+generated.write_notebooks(HERE / "notebooks")
 generated.copy_studies(HERE / "experiments")
 
 
