@@ -159,7 +159,7 @@ def summary(name: str) -> str:
     if said.startswith("Args:"):
         said = inspect.cleandoc(sys.modules[found.__module__].__doc__ or "")
     first = " ".join(said.partition("\n\n")[0].split())
-    return re.split(r"(?<=[.:]) (?=[A-Z`])", first)[0].rstrip(".:").replace("|", "\\|")
+    return re.split(r"(?<=\.) (?=[A-Z`])", first)[0].rstrip(".:").replace("|", "\\|")
 
 
 # -- notebooks -------------------------------------------------------------------------------------
