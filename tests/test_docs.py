@@ -38,7 +38,7 @@ GENERATED = (
 PAGES = [
     p for p in PAGES if not p.as_posix().removeprefix(f"{DOCS.as_posix()}/").startswith(GENERATED)
 ]
-FENCE = re.compile(r"```(?:sh|bash|text)?\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"^```(\S*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^|-m )distill[. ](\w+)(.*)", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
@@ -47,7 +47,9 @@ def commands() -> list[tuple[str, str]]:
     """Page and command line, of every block of code."""
     found = []
     for page in PAGES:
-        for block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language not in ("", "sh", "bash", "text"):
+                continue
             lines = block.replace("\\\n", " ").splitlines()
             found += [
                 (page.relative_to(ROOT).as_posix(), line.partition("  #")[0].strip())
