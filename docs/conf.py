@@ -1,7 +1,7 @@
 """Configuration of Sphinx. `make docs` builds the pages into docs/_build/html; warnings are errors.
 
-Help pages, configuration keys and the API are written from the code at every build, below look_up/.
-Git ignores them.
+Help pages, configuration keys, the API and the pages of the notebooks are written from the code at
+every build. Git ignores them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 nitpicky = False  # annotations name classes of torch and diffusers, documented elsewhere
 
 generated.write(HERE / "look_up")
+generated.write_notebooks(HERE / "notebooks")
 generated.copy_studies(HERE / "experiments")
 
 

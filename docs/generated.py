@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import io
+import json
 import os
 import re
 import shutil
@@ -41,6 +43,13 @@ def write(folder: Path) -> None:
     api.mkdir(exist_ok=True)
     for room, title in ROOMS.items():
         put(api / f"{room}.md", "\n".join(api_page(room, title)))
+    put(api / "python.md", "\n".join(python_page()))
+
+
+def write_notebooks(folder: Path) -> None:
+    """A page for each notebook, beside it: its text and its code."""
+    for file in sorted(folder.glob("*.ipynb")):
+        put(file.with_suffix(".md"), "\n".join(notebook(file)))
 
 
 def copy_studies(folder: Path) -> None:
@@ -127,6 +136,48 @@ def api_page(room: str, title: str) -> Iterator[str]:
     yield f"# {title}\n"
     for module in modules(SOURCE / room):
         yield f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+
+
+def python_page() -> Iterator[str]:
+    """The names of `import distill` with what each is, then the functions with their arguments."""
+    import distill
+
+    yield "# From Python\n\nThe names that `import distill` offers.\n"
+    yield "| name | what | where |\n|---|---|---|"
+    for name, where in distill.PUBLIC.items():
+        module, _, there = where.partition(":")
+        yield f"| `distill.{name}` | {summary(name)} | {{py:obj}}`distill.{module}.{there}` |"
+    yield ""
+    for module in [*modules(SOURCE / "api"), "distill.training.data_module"]:
+        yield f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+
+
+def summary(name: str) -> str:
+    """The first sentence of what a public name says of itself, else of its module."""
+    import distill
+
+    found = getattr(distill, name)
+    said = inspect.cleandoc(found.__doc__ or "")
+    if said.startswith("Args:"):
+        said = inspect.cleandoc(sys.modules[found.__module__].__doc__ or "")
+    first = " ".join(said.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", first)[0].rstrip(".:").replace("|", "\\|")
+
+
+# -- notebooks -------------------------------------------------------------------------------------
+
+
+def notebook(file: Path) -> Iterator[str]:
+    """Text and code in their order; what the code prints is seen by who runs it."""
+    title, *cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    yield "".join(title["source"])
+    yield f"\nThis page is a notebook: {{download}}`{file.name}`.\n"
+    for cell in cells:
+        text = "".join(cell["source"])
+        yield f"```python\n{text}\n```\n" if cell["cell_type"] == "code" else f"{text}\n"
+
+
+# -- modules ---------------------------------------------------------------------------------------
 
 
 def modules(folder: Path) -> Iterator[str]:

@@ -42,6 +42,7 @@ LAYERS = {
         "run", "sample", "search", "synthesize", "training.launch", "training.rank_process",
         "worlds.shapes.pretraining",
     },
+    "python": {"api"},
 }  # fmt: skip
 
 # Layer -> the layers it may import. A folder may always import itself, except that methods do not
@@ -55,7 +56,8 @@ MAY_IMPORT = {
     "training": {"ground", "parts", "models", "base"},
     "config": {"ground", "parts", "config"},
     "building": {"ground", "parts", "models", "base", "methods", "training", "config", "building"},
-    "commands": set(LAYERS),
+    "commands": set(LAYERS) - {"python"},
+    "python": set(LAYERS),
 }
 
 # Library -> the layers and modules in which it may be imported, at the top of a file or inside a
@@ -72,11 +74,11 @@ HEAVY = {
     "scipy": {"evaluation"},
     "peft": {"students"},
     "gradio": {"demonstration"},
-    "lightning": {"methods.base", "training", "building", "worlds"},
+    "lightning": {"methods.base", "training", "building", "worlds", "python"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},
-    "hydra": {"config", "building", "commands"},
-    "omegaconf": {"config", "building", "commands"},
+    "hydra": {"config", "building", "commands", "python"},
+    "omegaconf": {"config", "building", "commands", "python"},
     "experiments": set(),
     "tests": set(),
 }  # fmt: skip

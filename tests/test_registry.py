@@ -84,7 +84,10 @@ def test_teachers_of_a_trusted_package_are_found_by_their_pipelines(package, mon
 
 
 def test_what_a_family_says_must_be_plain(package):
-    said = r"teacher._target_=tuned.inner.teachers.Tuned: embedding_options must be a plain value, not \(\*flux"
+    said = (
+        r"teacher._target_=tuned.inner.teachers.Tuned: embedding_options must be a plain value,"
+        r" not \(\*flux"
+    )
     with pytest.raises(ValueError, match=said):
         registry.family(f"{package}.Tuned")
 

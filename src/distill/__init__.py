@@ -1,7 +1,13 @@
-"""Adversarial diffusion distillation: `python -m distill` says what one can type."""
+"""Adversarial diffusion distillation: `python -m distill` says what one can type.
 
+In Python `import distill` offers the names of PUBLIC, and imports what one of them needs when it
+is first asked for. `__init__.pyi` says the same to editors and type checkers.
+"""
+
+import importlib
 import signal
 import sys
+from typing import Any
 
 # While `python -m distill...` imports, Ctrl-C ends it without a traceback. Its own handlers come
 # with `distill.machine.signals`. A program that imports the package keeps its handlers.
@@ -12,3 +18,59 @@ if (
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# Name -> where it stands: a module below distill, and its name there. None is called as a module of
+# the package: `distill.sample` is the command.
+PUBLIC = {
+    "compose": "api.settings:compose",
+    "arguments": "api.settings:arguments",
+    "load_teacher": "api.parts:load_teacher",
+    "load_data": "api.parts:load_data",
+    "make_student": "api.parts:make_student",
+    "make_players": "api.parts:make_players",
+    "make_trainer": "api.parts:make_trainer",
+    "sample_images": "api.results:sample_images",
+    "save_student": "api.results:save_student",
+    "ADD": "methods.add:ADD",
+    "LADD": "methods.ladd:LADD",
+    "NitroFusion": "methods.nitrofusion:NitroFusion",
+    "ConsistencyDistillation": "methods.consistency:ConsistencyDistillation",
+    "Regression": "methods.regression:Regression",
+    "Distillation": "methods.base:Distillation",
+    "Players": "core.types:Players",
+    "Batch": "core.types:Batch",
+    "Cond": "core.types:Cond",
+    "Logits": "core.types:Logits",
+    "Losses": "core.types:Losses",
+    "TeacherFeatures": "discriminators.teacher_features:TeacherFeatures",
+    "ImageFeatures": "discriminators.images:ImageFeatures",
+    "AllHeads": "discriminators.heads:AllHeads",
+    "ConvHeads": "discriminators.heads:ConvHeads",
+    "StyleGANTHeads": "discriminators.stylegan_t:StyleGANTHeads",
+    "Pool": "discriminators.pool:Pool",
+    "Discrete": "core.times:Discrete",
+    "LogitNormal": "core.times:LogitNormal",
+    "ScoreDistillation": "core.score_distillation:ScoreDistillation",
+    "ConsistencySampler": "sampling:Consistency",
+    "EulerSampler": "sampling:Euler",
+    "EulerAncestralSampler": "sampling:EulerAncestral",
+    "LoopSettings": "training.loop_settings:LoopSettings",
+    "Optimizers": "training.loop_settings:Optimizers",
+    "TwoPlayerLoop": "training.loop:TwoPlayerLoop",
+    "DataModule": "training.data_module:DataModule",
+}
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, once."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, there = PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), there)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

@@ -110,13 +110,11 @@ def protocol(metrics: DictConfig, run: DictConfig | None) -> Any:
 
 
 def build_training(cfg: DictConfig) -> tuple[Any, Any]:
-    """The data and the method of a run. Seeds the global generators first, and silences hints of
+    """The data and the method of a run. Seeds the global generators, and silences hints of
     Lightning.
     """
-    lightning.seed_everything(cfg.seed, verbose=False)
     _quiet_lightning()
-    with stage("opening the data"):
-        source = make(cfg.data, "data")  # first: its errors come quickly
+    source = data_of(cfg)  # first: its errors come quickly
     if not isinstance(source, Source):
         what = f"makes a {type(source).__name__}, and must make a distill.data.source.Source"
         raise ValueError(f"data._target_={cfg.data._target_}: {what}; return one")
@@ -126,27 +124,69 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     teacher = teacher_of(
         cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
     )
-    if hasattr(source.dataset, "fit"):  # data that take the size of the teacher
-        source.dataset.fit(teacher)
-    check_data_fits(cfg, source.dataset, teacher)
-    warn_size(source.dataset, teacher)
+    check_and_fit(cfg, source.dataset, teacher)
     metrics = OmegaConf.select(cfg, "metrics._target_")
     # Only protocols with `fits`: others read data when they are built, which `check` has done.
     if metrics and hasattr(get_object(metrics), "fits"):
         make(cfg.metrics, "metrics").fits(teacher)
-    if null:
+    seed(cfg)
+    student = student_of(cfg, teacher)
+    with stage("building the discriminator"):
+        players = players_of(cfg, teacher, student)
+    return source, make(cfg.method, "method")(players, loop=loop_of(cfg))
+
+
+def seed(cfg: DictConfig) -> None:
+    """Seed the global generators, and silence Lightning's usual hints.
+
+    Call it after the teacher is loaded. Loading some families draws random numbers, and the initial
+    weights of heads and adapters must not depend on how many.
+    """
+    lightning.seed_everything(cfg.seed, verbose=False)
+    _quiet_lightning()
+
+
+def data_of(cfg: DictConfig) -> Any:
+    """The data, a `data.source.Source`."""
+    with stage("opening the data"):
+        return make(cfg.data, "data")
+
+
+def check_and_fit(cfg: DictConfig, data: Any, teacher: Any) -> None:
+    """Give the data the teacher's size, and the teacher the data's embedded empty caption.
+
+    Raises ValueError for data that this teacher cannot use.
+    """
+    if hasattr(data, "fit"):  # data that take the size of the teacher
+        data.fit(teacher)
+    check_data_fits(cfg, data, teacher)
+    warn_size(data, teacher)
+    if null := getattr(data, "null", None):
         teacher.null = Cond(**{name: x.float() for name, x in null.items()})
+
+
+def student_of(cfg: DictConfig, teacher: Any) -> Any:
+    """The student of this teacher. Raises ValueError if the sampler does not fit it."""
     student = make(cfg.student, "student")(teacher=teacher)
     make(cfg.sampler, "sampler").check(student)
-    with stage("building the discriminator"):
-        discriminator = _discriminator(cfg.discriminator, teacher)
-    players = Players(teacher=teacher, student=student, **discriminator)
+    return student
+
+
+def players_of(cfg: DictConfig, teacher: Any, student: Any, **own: Any) -> Players:
+    """Teacher, student and discriminator. Parts in `own` replace those of the configuration: see
+    `_discriminator`.
+    """
+    discriminator = _discriminator(cfg.discriminator, teacher, **own)
+    return Players(teacher=teacher, student=student, **discriminator)
+
+
+def loop_of(cfg: DictConfig) -> TwoPlayerLoop:
+    """The training loop, with its optimisers."""
     optimizers = Optimizers(
         student=make(cfg.optimizer.student, "optimizer.student"),
         discriminator=make(cfg.optimizer.discriminator, "optimizer.discriminator"),
     )
-    loop = TwoPlayerLoop(optimizers, make(cfg.loop, "loop"), seed=cfg.seed)
-    return source, make(cfg.method, "method")(players, loop=loop)
+    return TwoPlayerLoop(optimizers, make(cfg.loop, "loop"), seed=cfg.seed)
 
 
 def _quiet_lightning() -> None:
@@ -155,40 +195,49 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=EXPECTED)
 
 
-def _discriminator(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
+def _discriminator(
+    cfg: DictConfig, teacher: Any, features: Any = None, heads: Any = None, condition: Any = None
+) -> dict[str, Any]:
     """Frozen features, trainable heads, and a conditioning of the heads if it is not the teacher's
     embedding.
 
-    {} if the features are null.
+    {} if the features are null. Arguments replace the configuration's parts: `features` and
+    `condition` are objects, `heads` is a module, or a class that is called with the widths.
     """
-    if cfg.get("features") is None:
+    if features is None and cfg.get("features") is None:
         return {}
-    features = make(cfg.features, "discriminator.features")
+    if features is None:
+        features = make(cfg.features, "discriminator.features")
     if isinstance(features, partial):  # features that are built from the teacher
         features = features(teacher=teacher)
-    if cfg.get("condition") is None:
+    if condition is None and cfg.get("condition") is not None:
+        condition = make(cfg.condition, "discriminator.condition")
+        condition = condition(teacher=teacher, features=features)
+    if condition is None:
         pooled = teacher.embed([""]).pooled
-        width = 0 if pooled is None else pooled.shape[1]
-        return {
-            "features": features,
-            "heads": _heads(cfg.heads, channels=features.channels, pooled=width),
-        }
-    condition = make(cfg.condition, "discriminator.condition")(teacher=teacher, features=features)
-    widths = {"pooled": condition.pooled_width, "image": condition.image_width}
-    heads = _heads(cfg.heads, channels=features.channels, **widths)
-    return {"features": features, "heads": heads, "condition": condition}
+        widths = {"pooled": 0 if pooled is None else pooled.shape[1]}
+    else:
+        widths = {"pooled": condition.pooled_width, "image": condition.image_width}
+    if not isinstance(heads, torch.nn.Module):
+        heads = _heads(heads or cfg.heads, channels=features.channels, **widths)
+    found = {"features": features, "heads": heads}
+    return found if condition is None else {**found, "condition": condition}
 
 
-def _heads(node: DictConfig, **widths: Any) -> Any:
-    """The heads. Raises ValueError for heads with the former attribute `split`, which is no longer
-    read.
+def _heads(node: Any, **widths: Any) -> Any:
+    """The heads that a node builds, or a class itself.
+
+    Raises ValueError for heads with the former attribute `split`, which is no longer read.
     """
-    heads = make(node, "discriminator.heads")(**widths)
+    of_node = isinstance(node, DictConfig)
+    build = make(node, "discriminator.heads") if of_node else node
+    heads = build(**widths)
     if hasattr(heads, "split"):
         what = (
             "its `split` is no longer read; answer with distill.core.types.Logits and leave it out"
         )
-        raise ValueError(f"discriminator.heads._target_={node._target_}: {what}")
+        name = node._target_ if of_node else getattr(node, "__name__", node)
+        raise ValueError(f"discriminator.heads._target_={name}: {what}")
     return heads
 
 

@@ -119,11 +119,8 @@ def check_space(cfg: DictConfig) -> None:
     has_discriminator = OmegaConf.select(cfg, "discriminator.features") is not None
     method = str(OmegaConf.select(cfg, "method._target_"))
     features = str(OmegaConf.select(cfg, "discriminator.features._target_"))
-    wanted = source_code.attribute(method, "space")
     given = source_code.attribute(features, "space") if has_discriminator else "nothing"
-    if wanted and given and wanted != given:
-        what = f"method needs a discriminator of {wanted}, and this one works on {given}"
-        raise ValueError(f"{what}; choose another discriminator=")
+    limits.check_space(source_code.attribute(method, "space"), given)
     if not has_discriminator and (lead := cfg.loop.get("head_start")):
         raise ValueError(
             f"loop.head_start={lead}: there is no discriminator to train first; make it 0"

@@ -36,6 +36,16 @@ def drawn_at_once(height: int, width: int, most: int, room: float | None = None)
     return max(1, min(count, int(room / (BYTES_AT_ONCE * height * width / AT_ONCE))))
 
 
+def check_space(wanted: str | None, given: str | None) -> None:
+    """Raise ValueError if a method needs a discriminator of another space than the given one.
+
+    Each is pixels, latents or nothing; None is unknown, and passes.
+    """
+    if wanted and given and wanted != given:
+        what = f"method needs a discriminator of {wanted}, and this one works on {given}"
+        raise ValueError(f"{what}; choose another discriminator=")
+
+
 def check_dtype(name: str | None, key: str, *more: str) -> None:
     """Raise ValueError, naming `key`, for a dtype in which weights cannot be kept. None passes.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.ema import Ema
+from distill.core.limits import check_space
 from distill.core.randomness import Streams
 from distill.core.types import EMBEDDED, Batch, Cond, Losses, Players, TeacherSampler
 from distill.storage.checkpoint_files import check_fits
@@ -37,6 +38,9 @@ class Distillation(L.LightningModule):
 
     def __init__(self, players: Players, *, real: TeacherSampler | None = None, loop: Any = None):
         super().__init__()
+        features = players.features
+        given = "nothing" if features is None else getattr(features, "space", None)
+        check_space(getattr(self, "space", None), given)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
         self.has_discriminator = players.heads is not None

@@ -1,0 +1,388 @@
+"""`import distill` in a program: the names, and that they give what the commands give, to the last
+bit.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import distill
+import families
+import golden
+import tiny
+from distill.data.write import write_latents
+
+PACKAGE = Path(distill.__file__).parent
+# What a run of any method is given here: two steps that can be seen, of tiny parts.
+FEW = [*golden.FEW, "loop.head_start=1", "loop.warmup_steps=0", "loop.ema_decay=0.5"]
+DINO = [*golden.EYES, f"discriminator.features.path={tiny.vit()}"]
+SHAPES = {"mmdit": "shapes", "unet": "shapes_unet"}
+# Method -> family of the teacher, and further words of the command.
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "LADD": ("mmdit", ["method=ladd"]),
+    "LADD lora": ("unet", ["method=ladd", "student=lora", "student.rank=2"]),
+    "LADD euler random": ("mmdit", ["method=ladd", "sampler=euler", "student.init=random"]),
+    "ADD": ("unet", ["method=add", *DINO]),
+    "NitroFusion": ("unet", ["method=nitrofusion", "method.warm_start=1"]),
+    "Regression": ("mmdit", ["method=regression", "loop.head_start=0"]),
+    # reading this teacher draws random numbers
+    "LADD pixart": ("pixart", ["method=ladd", "data=renders", "data.limit=8"]),
+    "ConsistencyDistillation": ("unet", ["method=consistency", "loop.head_start=0"]),
+}
+
+
+# -- the names -------------------------------------------------------------------------------------
+
+ALONE = """
+import sys, time
+began = time.perf_counter()
+import distill
+seconds = time.perf_counter() - began
+print(seconds, *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_importing_the_package_alone_takes_no_time_and_no_library():
+    seconds = []
+    for _ in range(3):  # the machine may be busy
+        said = subprocess.run(
+            [sys.executable, "-c", ALONE], capture_output=True, check=True, encoding="utf-8"
+        ).stdout.split()
+        seconds.append(float(said[0]))
+        assert not {"torch", "lightning", "diffusers", "hydra", "omegaconf", "numpy"} & set(said)
+    assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize("name", distill.PUBLIC)
+def test_every_public_name_is_there_and_explained(name):
+    found = getattr(distill, name)
+    assert found is getattr(distill, name)
+    assert callable(found)
+    assert found.__doc__
+    assert name in dir(distill)
+
+
+def test_what_is_no_public_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'distill' has no attribute 'LAD'"):
+        _ = distill.LAD
+
+
+def test_no_public_name_is_that_of_a_module():
+    """It would be replaced by the module as soon as anything imports that."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & set(distill.PUBLIC)
+
+
+def test_the_stub_says_what_the_package_does():
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name: f"{node.module.removeprefix('distill.')}:{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == distill.PUBLIC
+    (listed,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(listed) == list(distill.PUBLIC) == distill.__all__
+
+
+# -- the same as the commands ----------------------------------------------------------------------
+
+
+def trained(words: list[str], *, plain: bool, heads: Any = None) -> tuple[Any, Any]:
+    """The settings and the method of a training in Python, by a plain trainer or the command's."""
+    settings = distill.compose(*words)
+    teacher = distill.load_teacher(settings)
+    torch.rand(3)  # whatever a notebook draws between its cells
+    student = distill.make_student(settings, teacher)
+    players = distill.make_players(settings, teacher, student, heads=heads)
+    kind = getattr(distill, settings.method._target_.rpartition(".")[2])
+    method = kind(players, **distill.arguments(settings))
+    data = distill.load_data(settings, teacher)
+    if plain:
+        trainer = lightning.Trainer(**distill.arguments(settings, "trainer"), logger=False)
+    else:
+        trainer = distill.make_trainer(settings)
+    trainer.fit(method, data)
+    return settings, method
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Path -> content, of all but the model card, which tells of a run."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in found.items() if name != "README.md"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_training_in_python_is_that_of_the_command(
+    name, command, pipelines, shards, tmp_path, capsys
+):
+    family, words = RUNS[name]
+    if family == "pixart":
+        path = families.write(family, tmp_path / family)
+        words = ["teacher=pixart_sigma", "teacher.dtype=float32", *FEW, *words]
+    else:
+        path = pipelines(family)
+        words = [f"teacher={SHAPES[family]}", *FEW, *words, f"data.path={shards}"]
+    words.append(f"teacher.path={path}")
+    code, _, said = command("run", *words, "run_dir=run")
+    assert code == 0, said
+    plain = name != "NitroFusion"
+    settings, method = trained([*words, "run_dir=mine"], plain=plain)
+    saved = distill.save_student(settings, method, "student")
+    expected = files(tmp_path / "run" / "student")
+    assert expected
+    assert files(saved) == expected
+    prompts = tiny.CAPTIONS[:2]
+    if "lora" in name:  # whose adapters are beside the weights here, and in them there
+        return
+    listed = json.dumps(list(prompts))
+    how = ["steps=2", "count=2", "seed=5"]
+    code, out, said = command("sample", "run=run", f"prompts={listed}", *how, "out=pictures")
+    assert code == 0, said
+    drawn = [np.asarray(Image.open(path)) for path in out.split()[:4]]
+    images = distill.sample_images(settings, method, prompts, steps=2, count=2, seed=5)
+    assert len(images) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, images, strict=True))
+
+
+def test_the_commands_trainer_writes_what_it_writes_there(command, pipelines, shards, tmp_path):
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
+    code, _, said = command("run", *words, "run_dir=run")
+    assert code == 0, said
+    settings, _ = trained([*words, "run_dir=mine"], plain=False)
+    for name in ("samples/captions.txt", "samples/step_000003.png", "alarms.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "mine" / name).read_bytes()
+    assert (tmp_path / "mine" / "checkpoints" / "step_000003.ckpt").is_file()
+    head = [(tmp_path / f / "metrics.csv").read_text(encoding="utf-8") for f in ("run", "mine")]
+    assert head[0].splitlines()[0] == head[1].splitlines()[0]
+    with pytest.raises(FileExistsError, match="run_dir=mine: is not empty"):
+        distill.make_trainer(settings)
+
+
+def test_a_plain_trainer_goes_on_from_a_checkpoint(pipelines, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
+    words += ["trainer.max_steps=4", "loop.schedule=constant"]
+    _, whole = trained(words, plain=True)
+    settings = distill.compose(*words)
+    teacher = distill.load_teacher(settings)
+    for steps, checkpoint in ((2, None), (4, "half.ckpt")):
+        players = distill.make_players(settings, teacher, distill.make_student(settings, teacher))
+        method = distill.LADD(players, **distill.arguments(settings))
+        own = distill.arguments(settings, "trainer") | {"max_steps": steps, "logger": False}
+        trainer = lightning.Trainer(**own, enable_checkpointing=False)
+        data = distill.load_data(settings, teacher)
+        trainer.fit(method, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        trainer.save_checkpoint("half.ckpt")
+    assert method.step == whole.step == 4
+    assert tiny.same(tiny.weights(method.student), tiny.weights(whole.student))
+
+
+def test_drawing_and_saving_leave_the_training_as_it_was(pipelines, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
+    settings, method = trained(words, plain=True)
+    weights = tiny.weights(method.student)
+    average = {name: x.clone() for name, x in method.ema.state_dict().items()}
+    before = distill.sample_images(settings, method, ["a star"])[0]
+    saved = distill.save_student(settings, method, "student")
+    (file,) = saved.glob("transformer/*.safetensors")
+    averaged = {name.removeprefix("model."): x for name, x in average.items()}
+    written = load_file(file)
+    assert all(torch.equal(written[name], x) for name, x in averaged.items())
+    assert tiny.same(tiny.weights(method.student), weights)
+    assert method.student.training
+    again = distill.load_teacher("student")
+    reread = distill.sample_images(settings, again, ["a star"])[0]
+    assert np.array_equal(before, reread)
+    with pytest.raises(FileExistsError, match="folder=student: is there already; remove it or"):
+        distill.save_student(settings, method, "student")
+
+
+def test_a_teacher_draws_under_guidance(pipelines, command, tmp_path):
+    path = pipelines("unet")
+    how = ["steps=3", "guidance=2.0", "seed=1"]
+    code, out, said = command("sample", f"run={path}", "prompt=a star", *how)
+    assert code == 0, said
+    settings = distill.compose()
+    teacher = distill.load_teacher(path)
+    (image,) = distill.sample_images(settings, teacher, ["a star"], steps=3, guidance=2.0, seed=1)
+    assert np.array_equal(np.asarray(Image.open(out.split()[0])), image)
+
+
+# -- settings and parts ----------------------------------------------------------------------------
+
+
+def test_settings_are_those_of_the_command_and_names_what_was_chosen():
+    words = ["method=add", "teacher=shapes_unet", "seed=3"]
+    settings = distill.compose(*words)
+    assert settings.name == "add_shapes_unet"
+    expected = golden.configuration(words)
+    assert {**settings, "name": None} == {**expected, "name": None}
+
+
+def test_a_teacher_is_read_by_name_by_path_and_by_settings(pipelines):
+    by_name = distill.load_teacher("shapes_unet", path=str(pipelines("unet")), dtype="bfloat16")
+    by_path = distill.load_teacher(pipelines("unet"))
+    assert type(by_name) is type(by_path)
+    assert by_name.network.model.dtype == torch.bfloat16
+    assert by_path.network.model.dtype == torch.float32
+    settings = distill.compose("teacher=shapes_small", "+teacher.dtype=bfloat16")
+    assert distill.load_teacher(settings).network.model.dtype == torch.bfloat16
+
+
+class MeanHeads(nn.Module):
+    """One linear layer for each map."""
+
+    def __init__(self, channels, pooled):
+        super().__init__()
+        assert pooled >= 0
+        self.layers = nn.ModuleList(nn.Linear(width, 1) for width in channels.values())
+
+    def forward(self, maps, t, cond):
+        means = [m.flatten(2).mean(2) for m in maps]
+        logits = [layer(m) for layer, m in zip(self.layers, means, strict=True)]
+        return distill.Logits(torch.cat(logits, dim=1), (1,) * len(logits))
+
+    def draw(self, generator):
+        return self
+
+    def refresh(self, generator):
+        return ()
+
+
+def test_heads_of_a_cell_learn(pipelines, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
+    _, method = trained(words, plain=True, heads=MeanHeads)
+    assert type(method.heads) is MeanHeads
+    assert method.step == 3
+    assert all(layer.weight.grad.any() for layer in method.heads.layers)
+
+
+def test_a_module_of_ones_own_is_taken_as_it_is(teachers):
+    settings, teacher = distill.compose(), teachers("mmdit")
+    student = teacher.network.twin()
+    features = distill.TeacherFeatures(teacher, taps=["block0"])
+    heads = MeanHeads(features.channels, 0)
+    players = distill.make_players(settings, teacher, student, features=features, heads=heads)
+    assert (players.features, players.heads) == (features, heads)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+PAIRING = (
+    "method reads a discriminator of latents, and this discriminator looks at pixels; choose"
+    " another discriminator="
+)
+
+
+def said_by(command: Any, *words: str) -> str:
+    code, _, said = command("run", *words)
+    assert code == 1
+    return said.removeprefix("distill: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=ladd", "discriminator=dino"],
+        ["trainer.max_steps=abc"],
+        ["teacher=shape"],
+        ["optimizer.shedule=cosine"],
+        ["+optimizer.shedule=cosine"],
+        ["seed=1,2"],
+        ["teacher=sd3"],
+        ["teacher.path=./nope"],
+        ["method=regression", "loop.head_start=5"],
+        ["~sampler"],
+        ["data=latents"],
+        ["optimizer.student._target_=os.system"],
+        ["method.levels.odds=[1,0,0]"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_said_as_the_command_says_it(words, command):
+    with pytest.raises((ValueError, OSError)) as caught:
+        distill.arguments(distill.compose(*words))
+    assert type(caught.value).__module__ == "builtins"
+    assert str(caught.value) == said_by(command, *words)
+
+
+def test_objects_that_do_not_fit_are_refused_in_the_same_sentence(teachers, command):
+    assert said_by(command, "method=ladd", "discriminator=dino") == PAIRING
+    settings, teacher = distill.compose("method=ladd"), teachers("mmdit")
+    student, features = teacher.network.twin(), tiny.eyes()
+    with pytest.raises(ValueError, match="looks at pixels") as caught:
+        distill.make_players(settings, teacher, student, features=features)
+    assert str(caught.value) == PAIRING
+    heads = MeanHeads(features.channels, 0)
+    players = distill.Players(teacher=teacher, student=student, features=features, heads=heads)
+    with pytest.raises(ValueError, match="looks at pixels") as caught:
+        distill.LADD(players, **distill.arguments(settings))
+    assert str(caught.value) == PAIRING
+
+
+def test_teachers_and_students_of_another_family_are_refused(teachers, pipelines, command):
+    path = str(pipelines("unet"))
+    with pytest.raises(ValueError, match="but this teacher reads") as caught:
+        distill.load_teacher("sd3", path=path)
+    words = ["teacher=sd3", f"teacher.path={path}", "debug=smoke"]
+    assert str(caught.value) == said_by(command, *words)
+    settings = distill.compose()
+    with pytest.raises(ValueError, match="student: its class is UNet2DConditionModel and the"):
+        distill.make_players(settings, teachers("mmdit"), teachers("unet").network.twin())
+    with pytest.raises(ValueError, match="teacher of the same family"):
+        distill.make_players(settings, teachers("unet"), teachers("sdxl").network.twin())
+
+
+def test_data_that_a_teacher_cannot_read_are_refused(teachers, tmp_path, command):
+    latents = ((f"{i}", np.zeros((3, 16, 16)), tiny.CAPTIONS[i]) for i in range(4))
+    write_latents(str(tmp_path / "x-%06d.tar"), latents, per_shard=4)
+    word = f"data.path={tmp_path / 'x-000000.tar'}"
+    with pytest.raises(ValueError, match="its latents have 3 channels") as caught:
+        distill.load_data(distill.compose(word), teachers("mmdit"))
+    said = said_by(command, word, f"teacher.path={teachers('mmdit').folder}")
+    assert str(caught.value) == said.splitlines()[-1].removeprefix("distill: ")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda s, m, t: distill.sample_images(s, m, "a star"), r"prompts=a star: must be a list"),
+        (lambda s, m, t: distill.sample_images(s, m, ["x"], guidance=2), "guidance=2: a student"),
+        (lambda s, m, t: distill.sample_images(s, t, ["x"]), "guidance=None: a teacher was not"),
+        (lambda s, m, t: distill.sample_images(s, m, ["x"], steps=0), "steps=0: must be a whole"),
+        (lambda s, m, t: distill.sample_images(s, m, ["x"], precision="x"), "precision=x: is not"),
+        (lambda s, m, t: distill.load_teacher(s, dtype="float16"), "give it to compose, as teach"),
+        (lambda s, m, t: distill.load_teacher("sdxl", dtpe="x"), "teacher.dtpe: distill.teachers"),
+        (lambda s, m, t: distill.load_teacher("sdxl", dtype="f"), "teacher.dtype=f: must be a d"),
+        (lambda s, m, t: distill.compose("resume=runs/x"), "resume=runs/x: a run goes on by"),
+        (lambda s, m, t: distill.compose("-m"), "-m: flags are of the command line"),
+    ],
+)
+def test_what_only_python_can_ask_wrongly_is_refused(call, said, teachers):
+    settings, teacher = distill.compose(), teachers("mmdit")
+    method = tiny.ladd(teacher)
+    with pytest.raises(ValueError, match=said):
+        call(settings, method, teacher)
+
+
+def test_every_module_of_a_public_name_is_imported_by_itself():
+    for where in set(distill.PUBLIC.values()):
+        importlib.import_module(f"distill.{where.partition(':')[0]}")
