@@ -277,16 +277,17 @@ def test_a_source_of_data_of_one_s_own_reads_what_it_likes(
     code = (
         "from distill.data.source import prompts\n\n"
         "def lines(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
-        "    return prompts(path, batch_size=batch_size)\n\n"
+        "    return prompts(f'{path}/list.odd', batch_size=batch_size)\n\n"
         "def nothing(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
         "    return [path]\n"
     )
     (tmp_path / "mydata.py").write_text(code, encoding="utf-8")
-    (tmp_path / "list.odd").write_text("a star\na box\n", encoding="utf-8")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "list.odd").write_text("a star\na box\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("DISTILL_TRUST", "mydata")
     real = "+method.real._target_=distill.core.score_distillation.TeacherSamples"
-    words = [f"teacher.path={pipelines('mmdit')}", "data=prompts", "data.path=list.odd", *SMOKE]
+    words = [f"teacher.path={pipelines('mmdit')}", "data=prompts", "data.path=odd", *SMOKE]
     words += [real]
     code, _, said = command("run", *words, "data._target_=mydata.lines", "run_dir=run")
     assert code == 0, said

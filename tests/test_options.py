@@ -112,9 +112,8 @@ def test_data_made_otherwise_is_refused(teachers):
     """
 
     def teacher(**more):
-        return OmegaConf.create(
-            {"teacher": {"path": "x", **more}, "data": {"path": "d", "size": 64}}
-        )
+        node = {"_target_": "distill.teachers.sd.SD", "path": "x", **more}
+        return OmegaConf.create({"teacher": node, "data": {"path": "d", "size": 64}})
 
     null = {"tokens": torch.zeros(1, 1, 1)}
     width = teachers("unet").network.model.config.cross_attention_dim
