@@ -138,6 +138,11 @@ WRONG = [
         "+callbacks.e={{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:nope}}",
         "callbacks.e.monitor=nope: callbacks of Lightning do not see the values that a run logs",
     ),
+    (
+        "run",
+        "optimizer.student.betas=[0.9,1.0]",
+        "optimizer.student.betas=[0.9, 1.0]: must be numbers from 0 to below 1",
+    ),
     # words and names of keys
     ("run", "loop.schedule=cosin", "loop.schedule=cosin: must be constant or cosine"),
     (

@@ -73,6 +73,7 @@ LEVELS = (
 FALLING = ("sampler.levels",)
 NAMED = ("discriminator.features.taps", "discriminator.features.tasks")  # without duplicates
 OF_COLOURS = ("discriminator.features.mean", "discriminator.features.std")
+BETAS = ("optimizer.student.betas", "optimizer.discriminator.betas")
 INFINITE = ("loop.clip_student", "loop.clip_discriminator")  # infinity: no clipping
 OURS = (
     "method",
@@ -135,6 +136,9 @@ def check_lists(cfg: DictConfig) -> None:
         if len(numbers) != 3 or len(values) != 3 or (key.endswith("std") and min(numbers) <= 0):
             more = ", each above 0" if key.endswith("std") else ""
             raise ValueError(f"{key}={values}: must be three numbers, of red, green and blue{more}")
+    for key, values in _lists(cfg, *BETAS):
+        if not all(isinstance(x, int | float) and 0 <= x < 1 for x in values):
+            raise ValueError(f"{key}={values}: must be numbers from 0 to below 1")
     for key, values in _lists(cfg, "method.distill.guidance"):
         if len(values) != 2 or not 0 <= values[0] <= values[1]:
             raise ValueError(f"{key}={values}: must be a number, or least and largest of a range")
