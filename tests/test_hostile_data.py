@@ -374,7 +374,7 @@ import struct
 import sys
 from pathlib import Path
 from distill.data import decode
-decode.formats.known()
+decode.formats.readable_formats()
 limit()
 for path in sorted(Path(sys.argv[1]).glob('*.png')):
     sample = {'png': path.read_bytes(), '__key__': path.stem, '__url__': 'x'}

@@ -108,8 +108,8 @@ def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeyp
     }.items():
         monkeypatch.setenv(name, value)
     script = (
-        "import os, sys\nfrom lightning.pytorch.plugins.environments import SLURMEnvironment\nfrom"
-        " distill.config import compose\n"
+        "import os, sys\nfrom lightning.pytorch.plugins.environments import SLURMEnvironment\n"
+        "from distill.config import compose\n"
         "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(\n"
         "    f'{compose.rank()} {compose.world_size()} {SLURMEnvironment.detect()} ' +"
         " os.environ['SLURM_JOB_ID'])\n"
