@@ -220,7 +220,7 @@ def test_groups_of_other_commands():
     assert texts.for_hydra("method=add,ladd", "config", sweep=True) == "method=add,ladd"
     for word, config, said in (
         ("~metrics", "evaluate", "~metrics: evaluate needs it; choose one by metrics="),
-        ("data=null", "cache", "data=null: cache cannot be without"),
+        ("data=null", "cache", "data=null: cache needs it"),
         ("teacher=sdxl", "sample", "teacher=sdxl: sample has no such key"),
         (
             "data=images",

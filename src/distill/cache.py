@@ -1,6 +1,6 @@
-"""Encode pictures and captions once, for training without encoders (data=latents). Sample i of the
-data becomes the sample of this number; a bad one is left out and named, and with more than
-`data.max_bad_share` of them the command stops. Killed and started again, it goes on.
+"""Encode pictures and captions once, for training without encoders (data=latents). Samples keep
+their numbers; a bad one is named and left out. More than `data.max_bad_share` of bad samples stop
+the command. Give a killed command again, and it continues.
 
     python -m distill.cache teacher=sdxl data.path=photos data.size=1024 out=cached
     python -m distill.cache teacher=sd3 data.path='shards-{000..127}.tar' out=cached devices=8

@@ -1,7 +1,7 @@
-"""Read data as a run would, and say which samples would be dropped and why, which sizes there are,
-and how long the captions are. The exit code is 1 if more than `data.max_bad_share` of the samples
-are bad, or more than `data.max_empty_share` of the captions are empty. With a teacher, sides that
-it cannot read are refused; none of its weights are read.
+"""Read data as a run would. Say which samples would be dropped and why, which sizes there are, and
+how long the captions are. The exit code is 1 if more than `data.max_bad_share` of the samples are
+bad, or more than `data.max_empty_share` of the captions are empty. With a teacher, sizes that it
+cannot use are refused; its weights are not read.
 
     python -m distill.check data.path=photos
     python -m distill.check teacher=sd3 data.path=photos data.buckets=[[1024,1024],[1216,832]]

@@ -1,4 +1,4 @@
-"""Open a page where pictures change as one types: a student's, beside its teacher's.
+"""Open a page where pictures change as you type: the student's beside the teacher's.
 
     python -m distill.demo
     python -m distill.demo run=runs/... teacher_steps=50

@@ -1,6 +1,5 @@
-"""Say whether this machine can run a configuration, line by line: versions, accelerators, memory,
-disk, and what the options need. Every line says ok, warn or fail, and what to do about it; the exit
-code is 1 if any says fail.
+"""Check whether this machine can run a configuration: versions, accelerators, memory, disk, and what
+the options need. Each line says ok, warn or fail, and what to do. The exit code is 1 after a fail.
 
     python -m distill.doctor
     python -m distill.doctor teacher=sd3 trainer=ddp trainer.devices=8

@@ -1,6 +1,5 @@
-"""Judge a run, any pipeline that we read, or a folder of pictures: scores, a comparison and a
-report. What was drawn stays under `evaluation/`, so a killed command goes on when it is given
-again.
+"""Evaluate a run, any supported pipeline, or a folder of pictures: scores, a comparison and a
+report. Generated pictures stay under `evaluation/`: give a killed command again, and it continues.
 
     python -m distill.evaluate run=runs/... steps=1,2,4
     python -m distill.evaluate run=stabilityai/sdxl-turbo metrics=coco5k metrics.path=coco devices=8

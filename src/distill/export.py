@@ -1,4 +1,4 @@
-"""Write a student in the form that others read.
+"""Write a student in a form that other programs read.
 
     python -m distill.export run=runs/... to=diffusers out=student dtype=float16
     python -m distill.export run=runs/... to=lora rank=64 naming=kohya
@@ -6,12 +6,12 @@
     python -m distill.export run=runs/... to=hub repo=me/my-student
     python -m distill.export base=<pipeline folder> delta=runs/.../delta.safetensors out=student
 
-diffusers     the pipeline folder of the run with a model card of what is known by now
-lora          a LoRA's adapters; of a full student the nearest of `rank` to what it has learnt
-single_file   for ComfyUI: Stable Diffusion 1, 2 and XL in the original layout; of SD3, FLUX and
-              PixArt-Sigma the transformer alone, in diffusers' names
+diffusers     the pipeline folder of the run, with an up-to-date model card
+lora          the adapters of a LoRA; for a full student the best LoRA of this `rank`
+single_file   for ComfyUI: Stable Diffusion 1, 2 and XL in the original layout; for SD3, FLUX and
+              PixArt-Sigma only the transformer, with diffusers' names
 delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
-hub           as diffusers, pushed to `repo` on the hub, which is made private if it is not there
+hub           as diffusers, pushed to `repo` on the hub; a new repository is private
 """
 
 from pathlib import Path

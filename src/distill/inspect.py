@@ -1,5 +1,5 @@
-"""Show what the discriminator of a run sees: how far its heads tell real samples from the
-student's, by head and noise level, and where in the picture. Reads the newest checkpoint.
+"""Show how well the discriminator of a run tells real samples from the student's, by head and
+noise level, and where in the picture. It reads the newest checkpoint.
 
     python -m distill.inspect run=runs/...
     python -m distill.inspect run=runs/... samples=64 levels=[0.1,0.5,0.9]

@@ -1,5 +1,5 @@
-"""Train a tiny teacher from nothing, with its autoencoder, text encoder and judge: on scenes of
-`shapes`, or on any captioned pictures. Killed and started again, it goes on.
+"""Train a tiny teacher from scratch, with its autoencoder, text encoder and reader: on scenes of
+`shapes`, or on your captioned pictures. Give a killed command again, and it continues.
 
     python -m distill.pretrain out=pretrained
     python -m distill.pretrain out=mine data.path=photos data.size=64 text_length=40

@@ -1,6 +1,6 @@
-"""Distil a many-step diffusion model into one of 1 to 4 steps: a teacher teaches a student against
-a discriminator by a method, on data. One run, one folder: the student as a diffusers pipeline, its
-evaluation, a report.
+"""Distil a many-step diffusion model into a student of 1 to 4 steps. A teacher teaches a student
+against a discriminator by a method, on data. Each run writes one folder: the student as a diffusers
+pipeline, its evaluation, a report.
 
     python -m distill.run
     python -m distill.run method=add teacher=shapes_unet seed=1 trainer.max_steps=600

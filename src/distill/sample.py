@@ -1,4 +1,4 @@
-"""Draw pictures from a student, or from any pipeline that we read; each PNG says how it was made.
+"""Generate pictures with a student, or with any supported pipeline. Each PNG says how it was made.
 
     python -m distill.sample run=runs/... prompt="a large red star on black" steps=1 seed=0
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
@@ -6,8 +6,8 @@
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
     python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 negative="a drawing"
 
-A model that was not distilled wants guidance, and steps=28 or so. Of several pictures a grid is
-made too. A prompt is taken as it is typed, [a, b] and ${5} included. Several are prompts=[...].
+A model that was not distilled needs guidance, and about steps=28. Several pictures also give a
+grid. A prompt is taken as you type it, [a, b] and ${5} included. For several use prompts=[...].
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Look for good values of any keys, by Optuna. Every trial is an ordinary run in a process and a
-folder of its own; the study is a database beside them, so that the same command goes on where it
-stopped. The first trial has the run's own values, where the ranges hold them.
+"""Search for good values of any keys with Optuna. Each trial is an ordinary run, in its own process
+and folder. The study is a database beside them: give the command again, and it continues. The first
+trial has the run's own values, if the ranges include them.
 
     python -m distill.search 'space=["optimizer.student.lr=log(1e-5,1e-3)"]' trials=20
     python -m distill.search 'space=["loop.ema_decay=uniform(0.9,1)"]' 'run=["method=add"]'

@@ -1,6 +1,6 @@
-"""Have a teacher make samples of prompts, for data=synthetic. Sample i is of prompt i (from the
-first again after the last) and of the seed `seed` + i, which is its key: so `data.seeded=true`
-gives the noise that it was made from. Killed and started again, the command goes on.
+"""Generate samples of prompts with a teacher, for data=synthetic. Sample i shows prompt i; after
+the last prompt comes the first again. Its seed is `seed` + i, and its key: `data.seeded=true` gives
+its noise in training. Give a killed command again, and it continues.
 
     python -m distill.synthesize teacher=sd3 prompts=prompts.txt out=synthetic guidance=4.5
     python -m distill.synthesize teacher=sdxl prompts=prompts.txt out=synthetic devices=8
