@@ -10,22 +10,22 @@ from distill.terminal.console import tolerate_closed_pipes
 
 COMMANDS = {
     "run": "distil a teacher into a student",
-    "sample": "draw images from a student or a teacher",
-    "evaluate": "measure a run",
+    "sample": "generate pictures with a student or a teacher",
+    "evaluate": "measure a run, a pipeline or a folder of pictures",
     "compare": "put runs side by side",
-    "inspect": "show what the discriminator of a run sees",
-    "export": "take a student to where it is used",
+    "inspect": "show how well the heads of a run tell real from fake",
+    "export": "write a student for diffusers, ComfyUI or the hub",
     "check": "say which samples of data would be dropped, and why",
     "cache": "encode pictures and captions once, for training without encoders",
-    "synthesize": "have a teacher make samples of prompts",
-    "pretrain": "train a tiny teacher of one's own data",
-    "search": "look for good values of any keys",
-    "demo": "open a page where pictures change as one types",
-    "doctor": "say whether this machine can run a configuration",
-    "recipes": "list the shipped experiments and recipes, and copy one to edit it",
-    "completion": "have the shell complete commands, keys and values",
+    "synthesize": "generate samples of prompts with a teacher",
+    "pretrain": "train a tiny teacher on your own data",
+    "search": "search for good values of any keys",
+    "demo": "open a page where pictures change as you type",
+    "doctor": "check whether this machine can run a configuration",
+    "recipes": "list the shipped experiments and recipes, or copy one to edit it",
+    "completion": "complete commands, keys and values in your shell",
 }
-NO_CONFIG = ("recipes", "completion")  # commands that Hydra composes nothing for
+NO_CONFIG = ("recipes", "completion")  # commands without a Hydra configuration
 USAGE = "usage: distill COMMAND [key=value ...]\n\n" + "\n".join(
     f"  {k:12}{what}" for k, what in COMMANDS.items()
 )

@@ -1,4 +1,4 @@
-"""Put runs side by side: a table, a CSV and one page with pictures. Seeds of the same settings share
+"""Put runs side by side: a table, a CSV and one page with pictures. Seeds of the same settings are
 one line.
 
     python -m distill.compare runs='runs/*'

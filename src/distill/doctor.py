@@ -1,5 +1,6 @@
-"""Check whether this machine can run a configuration: versions, accelerators, memory, disk, and what
-the options need. Each line says ok, warn or fail, and what to do. The exit code is 1 after a fail.
+"""Check whether this machine can run a configuration: versions, accelerators, memory, disk, and
+what the options need. Each line says ok, warn or fail, and what to do. After a fail the exit code
+is 1.
 
     python -m distill.doctor
     python -m distill.doctor teacher=sd3 trainer=ddp trainer.devices=8
