@@ -173,7 +173,7 @@ OPTIONS = {
             "mixed": True,
             "loss": "relativistic",
             "refine": [0, 0],
-            "keep": 0.0,
+            "one_step_prob": 0.0,
         },
         "discriminator_updates": 2,
     },

@@ -26,7 +26,13 @@ CASES = {  # name -> how to make it, its options
     "nitrofusion_shared": (tiny.nitrofusion, {"shared": True, "loss": "relativistic"}),
     "nitrofusion_relativistic": (
         tiny.nitrofusion,
-        {"shared": False, "loss": "relativistic", "mixed": True, "refine": [0, 0], "keep": 0.0},
+        {
+            "shared": False,
+            "loss": "relativistic",
+            "mixed": True,
+            "refine": [0, 0],
+            "one_step_prob": 0.0,
+        },
     ),
     "nitrofusion_warm_start": (
         tiny.nitrofusion,

@@ -54,7 +54,7 @@ METHODS = {  # name -> (how to make it, its discriminator's terms, its student's
         BOTH,
         BOTH,
     ),
-    "nitrofusion_refined": (tiny.nitrofusion, {"refine": [0, 0], "keep": 0.0}, BOTH, BOTH),
+    "nitrofusion_refined": (tiny.nitrofusion, {"refine": [0, 0], "one_step_prob": 0.0}, BOTH, BOTH),
     "regression": (tiny.regression, {}, set(), {"regression"}),
     "consistency": (tiny.consistency, {}, set(), {"consistency"}),
     "consistency_huber": (tiny.consistency, {"huber": 0.00054}, set(), {"consistency"}),
@@ -319,7 +319,7 @@ def test_refinement_begins_where_a_sampler_of_two_steps_is(luck, teachers, monke
     """Of two steps, the second is trained on the student's own first, noised anew; all else is the
     one-step student.
     """
-    method = tiny.nitrofusion(teachers("mmdit"), options={"refine": [0, 0], "keep": 0.5})
+    method = tiny.nitrofusion(teachers("mmdit"), options={"refine": [0, 0], "one_step_prob": 0.5})
     batch, seen = tiny.simple_batch(method), []
     of = method.student.x0
     method.student.x0 = lambda x_t, t, cond: (
@@ -352,7 +352,7 @@ def place(method, luck):
 def test_refinement_joins_steps_one_after_another(teachers):
     levels = [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5]]
     method = tiny.nitrofusion(
-        teachers("mmdit"), options={"levels": levels, "refine": [0, 3, 6], "keep": 0.5}
+        teachers("mmdit"), options={"levels": levels, "refine": [0, 3, 6], "one_step_prob": 0.5}
     )
     found = {}
     for method.loop.iteration in range(3000):
@@ -604,3 +604,5 @@ def test_objectives_need_no_trainer_and_no_loop(name, teachers):
         found.append({f"{i}{k}": v.item() for i, x in enumerate(both) for k, v in x.terms.items()})
     assert found[0]
     assert found[0] == found[1]
+    with pytest.raises(ValueError, match=r"has no loop to train it; give it loop="):
+        method.training_step({}, 0)

@@ -42,7 +42,7 @@ def test_every_earlier_name_has_one_of_today():
         "method": {
             "_target_": "distill.methods.nitrofusion.NitroFusion",
             "opening": 3,
-            "keep": 0.2,
+            "one_step_prob": 0.2,
         },
         "optimizer": {"_target_": ENGINE, "student": {"lr": 1}, "ema_decay": 0.9},
         "callbacks": {"checkpoint": {"_target_": "distill.checkpoint.Checkpoints"}},

@@ -24,7 +24,7 @@ from distill.core.process import Corner, generator_like, noise_like, seed_of, sq
 from distill.core.randomness import Streams
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
 from distill.core.types import Batch, Cond, Critic, Decoder, Losses, Players, TeacherSampler, Times
-from distill.methods.base import Distillation, Phase
+from distill.methods.base import Distillation, Loop, Phase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,7 +83,7 @@ class ADD(Distillation):
         decoder: Decoder | None = None,
         crop: int | None = None,
         real: TeacherSampler | None = None,
-        loop: Any = None,
+        loop: Loop | None = None,
     ):
         super().__init__(players, real=real, loop=loop)
         if distill_space not in ("pixels", "latents"):

@@ -4,7 +4,7 @@ objectives.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
@@ -20,6 +20,35 @@ Phase = Literal["discriminator", "student", "both"]
 """Whose losses read a sample. What only the other player needs may be left out."""
 
 
+class Loop(Protocol):
+    """What trains the players of a method, as `training.loop.TwoPlayerLoop` does."""
+
+    ema: Ema
+    """The average of the student."""
+
+    @property
+    def step(self) -> int:
+        """Student updates so far."""
+
+    def start_ema(self, student: Any) -> None:
+        """Start a new EMA from the present weights."""
+
+    def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
+        """The student's optimiser, then that of the heads if there are any."""
+
+    def on_train_start(self, method: Any) -> None:
+        """Called once, after a checkpoint was loaded."""
+
+    def training_step(self, method: Any, batch: Mapping[str, Any]) -> None:
+        """Take a batch of the loader. Update the players when an update is due."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and EMA."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
 class Distillation(L.LightningModule):
     """Abstract base of the methods: a teacher teaches a student, most often against a
     discriminator.
@@ -31,12 +60,14 @@ class Distillation(L.LightningModule):
         players: teacher, student and discriminator.
         real: generates the real samples by the teacher, from captions alone; None: the data hold
             them.
-        loop: `loop.TwoPlayerLoop`, which trains the players; None where nothing is trained.
+        loop: trains the players; None where nothing is trained.
     """
 
     second_order = False  # whether a loss differentiates the heads twice: FSDP2 cannot shard those
 
-    def __init__(self, players: Players, *, real: TeacherSampler | None = None, loop: Any = None):
+    def __init__(
+        self, players: Players, *, real: TeacherSampler | None = None, loop: Loop | None = None
+    ):
         super().__init__()
         features = players.features
         given = "nothing" if features is None else getattr(features, "space", None)
@@ -140,14 +171,21 @@ class Distillation(L.LightningModule):
     # -- Lightning's hooks: the loop trains --------------------------------------------------------
 
     @property
+    def _training_loop(self) -> Loop:
+        """Raises ValueError for a method that was built without a loop."""
+        if self.loop is None:
+            raise ValueError(f"{type(self).__name__} has no loop to train it; give it loop=")
+        return self.loop
+
+    @property
     def step(self) -> int:
         """Student updates so far."""
-        return int(self.loop.step) if self.loop else 0
+        return self.loop.step if self.loop else 0
 
     @property
     def ema(self) -> Ema:
         """The EMA of the student."""
-        return self.loop.ema  # type: ignore[no-any-return]
+        return self._training_loop.ema
 
     def setup(self, stage: str) -> None:
         for part in self._frozen_parts:
@@ -168,19 +206,19 @@ class Distillation(L.LightningModule):
         networks += [self.heads] if self.has_discriminator and not unsharded_heads else []
         for network in networks:
             shard(network, unsharded=self.student.parameters() if is_lora else ())
-        self.loop.start_ema(self.student)
+        self._training_loop.start_ema(self.student)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return self.loop.optimizers(self)  # type: ignore[no-any-return]
+        return self._training_loop.optimizers(self)
 
     def on_train_start(self) -> None:
-        self.loop.on_train_start(self)
+        self._training_loop.on_train_start(self)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.loop.training_step(self, batch)
+        self._training_loop.training_step(self, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["distill"] = self.loop.state_dict()
+        checkpoint["distill"] = self._training_loop.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_fits(checkpoint["state_dict"], self, "the checkpoint")
@@ -189,4 +227,4 @@ class Distillation(L.LightningModule):
         if found != expected:
             what = f"has {found} optimizers and this method {expected}"
             raise ValueError(f"the checkpoint {what}: it is of another one")
-        self.loop.load_state_dict(checkpoint["distill"])
+        self._training_loop.load_state_dict(checkpoint["distill"])

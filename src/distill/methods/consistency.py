@@ -17,7 +17,6 @@ the student on it; ours is one value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from distill.core.process import noise_like
 from distill.core.randomness import Streams
 from distill.core.score_distillation import guided_x0
 from distill.core.types import Batch, Losses, Players, TeacherSampler
-from distill.methods.base import Distillation, Phase
+from distill.methods.base import Distillation, Loop, Phase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,7 +64,7 @@ class ConsistencyDistillation(Distillation):
         guidance: float = 4.0,
         huber: float | None = None,
         real: TeacherSampler | None = None,
-        loop: Any = None,
+        loop: Loop | None = None,
     ):
         super().__init__(players, real=real, loop=loop)
         if steps < 1:

@@ -14,7 +14,6 @@ ADD; hence the hinge loss and the optional R1. Equation numbers are those of ADD
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from distill.core.process import noise_like
 from distill.core.randomness import FromStream, Streams
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
 from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Times
-from distill.methods.base import Distillation, Phase
+from distill.methods.base import Distillation, Loop, Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +86,7 @@ class LADD(Distillation):
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
         real: TeacherSampler | None = None,
-        loop: Any = None,
+        loop: Loop | None = None,
     ):
         super().__init__(players, real=real, loop=loop)
         self.levels, self.renoise = levels, renoise

@@ -24,7 +24,6 @@ of any n steps is the one-step student.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ from distill.core.randomness import FromStream, Streams
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
 from distill.core.times import Refinement
 from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Terms, Times
-from distill.methods.base import Distillation, Phase
+from distill.methods.base import Distillation, Loop, Phase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,7 +96,7 @@ class NitroFusion(Distillation):
         distill: ScoreDistillation | None = None,
         distill_weight: float = 0.0,
         real: TeacherSampler | None = None,
-        loop: Any = None,
+        loop: Loop | None = None,
     ):
         super().__init__(players, real=real, loop=loop)
         self.renoise, self.mixed, self.shared = renoise, mixed, shared

@@ -15,7 +15,6 @@ diffusion training on guided samples. The paper trains one step; the levels belo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from distill.core.losses import weighted_mse
 from distill.core.process import noise_like
 from distill.core.randomness import Streams
 from distill.core.types import Batch, Losses, Players, TeacherSampler, Times
-from distill.methods.base import Distillation, Phase
+from distill.methods.base import Distillation, Loop, Phase
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,7 +55,7 @@ class Regression(Distillation):
         *,
         levels: Times,
         real: TeacherSampler | None = None,
-        loop: Any = None,
+        loop: Loop | None = None,
     ):
         super().__init__(players, real=real, loop=loop)
         self.levels = levels
