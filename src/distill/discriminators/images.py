@@ -17,9 +17,9 @@ from transformers import AutoModel
 from distill.core.types import Cond
 from distill.machine.faults import first_line
 from distill.storage.elsewhere import check_folder
+from distill.storage.pictures import IMAGENET
 from distill.storage.unread import refuse_broken, refuse_unread
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEPTHS = (3 / 12, 6 / 12, 9 / 12, 12 / 12)  # blocks 2, 5, 8, 11 of twelve, as shares of the depth
 UNASKED = r"(^|\.)pooler\."  # DINO's files have none, and nobody looks at it
 

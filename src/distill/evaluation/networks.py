@@ -28,10 +28,10 @@ from distill.core.tensors import fingerprint
 from distill.machine.faults import first_line, silent
 from distill.storage.bounded import check_archive
 from distill.storage.elsewhere import check_folder
+from distill.storage.pictures import IMAGENET
 from distill.storage.unread import refuse_broken, refuse_unread
 from distill.terminal.progress import stage
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = (
     "Conv2d_1a_3x3",
     "Conv2d_2a_3x3",
