@@ -19,7 +19,8 @@ PACKAGE = ROOT / "src" / "distill"
 # than its room.
 LAYERS = {
     "ground": {
-        "core", "machine", "storage", "terminal", "evaluation.results", "training.run_metadata",
+        "core", "machine", "storage", "terminal", "evaluation.results", "evaluation.tables",
+        "training.run_metadata",
     },
     "parts": {
         "teachers", "discriminators", "data", "worlds", "evaluation.references",
@@ -75,6 +76,8 @@ HEAVY = {
     "lightning": {"methods.base", "training", "building", "worlds"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "hydra": {"config", "building", "commands"},
     "omegaconf": {"config", "building", "commands"},
     "experiments": set(),

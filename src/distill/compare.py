@@ -26,8 +26,9 @@ def main(cfg: DictConfig) -> None:
 
     The exit code is 0 as long as one run can be shown.
     """
+    from distill.evaluation.tables import as_markdown
     from distill.report.comparison import page
-    from distill.report.runs import as_csv, as_markdown, grouped, lines_of, read_alike, read_run
+    from distill.report.runs import as_csv, grouped, in_text, lines_of, read_alike, read_run
 
     check_ours(Path(cfg.out), "out", "compare.md", "compare.csv", "compare.html")
     patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
@@ -56,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         else:
             print(f"left out, not judged yet: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
-    table = as_markdown(lines_of(groups))
+    table = as_markdown(in_text(lines_of(groups)))
     with one_writer(out, "out"):
         put_text(out / "compare.md", table)
         put_text(out / "compare.csv", as_csv(groups))

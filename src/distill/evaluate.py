@@ -74,10 +74,10 @@ def _out(cfg: DictConfig) -> Path:
 
 def _written(cfg: DictConfig, out: Path, protocol: Any, parts: Any, several: bool) -> int:
     """Draw, judge and report into `out`; returns the exit code."""
+    from distill.evaluation.tables import in_terminal
     from distill.exporting.card import write_card
     from distill.machine import hardware
     from distill.report import write_report
-    from distill.report.evaluation import in_terminal
     from distill.storage.aside import put
     from distill.training import launch
 

@@ -216,7 +216,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Leave behind the averaged student, what it is worth, and the report."""
     from distill.config import build
-    from distill.report.evaluation import in_terminal
+    from distill.evaluation.tables import in_terminal
     from distill.students import save_pipeline
     from distill.teachers.loading.locate import denoiser_part
 

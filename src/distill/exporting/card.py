@@ -3,6 +3,7 @@ was measured at.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -11,6 +12,7 @@ import diffusers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.evaluation.tables import Row, as_markdown, in_order, rows_of
 from distill.storage.aside import put, put_text
 from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
 from distill.teachers.loading.locate import TOLD, is_hub_id
@@ -33,7 +35,7 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         _read(run / "config.yaml"),
         _read(run / "evaluation.json"),
     )
-    index = _read(folder / "model_index.json")
+    index, rows = _read(folder / "model_index.json"), rows_of(judged)
     taught = config.get("teacher") if isinstance(config.get("teacher"), dict) else {}
     method, path = str(facts.get("method", "distill")), str(taught.get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
@@ -71,12 +73,12 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     guidance = float(number_of(taught, "guidance", "config.yaml") or 0.0)
     told = index.get(TOLD) or {"call": {"guidance_scale": guidance}}
     told = told if isinstance(told, dict) else {}
-    text += [_usage(folder, index, told), _measured(judged)]
+    text += [_usage(folder, index, told), _measured(rows, judged)]
     named = str(judged.get("picture", "comparison.png"))
     picture = run / "samples" / Path(named).name  # not elsewhere, whatever a stranger's says
     if picture.is_file() and not picture.is_symlink():  # which may lead to what is not ours
         put(folder / "comparison.png", picture.read_bytes())
-        who = in_markdown(", ".join(f"{row['who']} at {row['steps']}" for row in _rows(judged)))
+        who = in_markdown(", ".join(f"{row.who} at {row.steps}" for row in rows))
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
@@ -93,15 +95,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: is no configuration; fetch the run anew")
     return found
-
-
-def _rows(judged: dict[str, Any]) -> list[dict[str, Any]]:
-    """Its results; ValueError for what can be none."""
-    rows = judged.get("rows") or []
-    for row in rows if isinstance(rows, list) else [rows]:
-        if not isinstance(row, dict) or type(row.get("steps")) is not int or "who" not in row:
-            raise ValueError(f"evaluation.json holds {shown(row, 60)}, no result; evaluate anew")
-    return rows
 
 
 def _licence(folder: Path | None) -> dict[str, Any]:
@@ -234,20 +227,10 @@ def _says(scheduler: str, library: str, kind: str, drawn: bool, without: str) ->
     return says
 
 
-def _measured(judged: dict[str, Any]) -> str:
+def _measured(rows: Sequence[Row], judged: dict[str, Any]) -> str:
     """The run's judging as a table."""
-    if not (rows := _rows(judged)):
+    if not rows:
         return ""
-    names = [name for name in COLUMNS if any(name in row for row in rows)]
-    lines = [
-        "## Measured\n",
-        f"| who | steps | {' | '.join(n.replace('_', ' ') for n in names)} |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    for row in rows:
-        found = (number_of(row, name, "evaluation.json") for name in names)
-        values = " | ".join("-" if value is None else f"{value:.3f}" for value in found)
-        lines.append(f"| {in_markdown(row['who'])} | {row['steps']} | {values} |")
-    protocol = judged.get("protocol") if isinstance(judged.get("protocol"), dict) else {}
-    protocol = in_markdown(", ".join(f"{key} {value}" for key, value in protocol.items()))
-    return "\n".join([*lines, f"\nProtocol: {protocol}.\n"])
+    table = as_markdown(in_order(rows, COLUMNS, "{:.3f}"))
+    said = ", ".join(f"{key} {value}" for key, value in judged.get("protocol", {}).items())
+    return f"## Measured\n\n{table}\nProtocol: {in_markdown(said)}.\n"

@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from distill.evaluation.results import PICTURE, verdicts
+from distill.evaluation.tables import Row, rows_of
 from distill.report.curves import charts
-from distill.report.evaluation import Row, headline, rows_of, table, tiles
-from distill.report.page import figure, folded, html
+from distill.report.evaluation import headline, table, tiles
+from distill.report.page import figure, html, joined, part
 from distill.storage.aside import put_text
 from distill.storage.bounded import mapping_of, number_of, text_of
 from distill.storage.checkpoint_names import steps_in
-from distill.terminal.shown import in_html
 
-STOPPED = '<p class="warn">This run was {} before its end.</p>'
-ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
 FRAMES = 8  # of the filmstrip
 SHOWN = 12  # steps at which an alarm was raised
 
@@ -41,18 +41,13 @@ def write_report(run_dir: Path) -> Path:
         headline(rows)
         or f"{name}: {'judged' if rows else 'trained, but not judged against its teacher yet'}.",
         [*tiles(rows), _training_time(run)],
-        status=(
-            ""
-            if run.get("status", "finished") == "finished"
-            else STOPPED.format(in_html(run["status"]))
-        ),
+        status=_status(run),
         pictures=_pictures(run_dir / "samples", rows, evaluation),
-        evaluation=_shown(
-            run_dir / "evaluation.json",
-            lambda path: _judged(mapping_of(path)),
+        evaluation=_shown(run_dir / "evaluation.json", lambda path: _judged(mapping_of(path))),
+        training=joined(
+            *_alarms(run_dir / "alarms.jsonl"), _shown(run_dir / "metrics.csv", charts)
         ),
-        training=_alarms(run_dir / "alarms.jsonl") + _shown(run_dir / "metrics.csv", charts),
-        facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", "open")),
+        facts=_shown(run_dir / "run.json", lambda path: _text(path, "Facts", is_open=True)),
         config=_shown(run_dir / "config.yaml", lambda path: _text(path, "Configuration")),
     )
     path = run_dir / "report.html"
@@ -76,10 +71,17 @@ def _rows(path: Path) -> list[Row]:
     return []
 
 
-def _shown(path: Path, show: Callable[[Path], str]) -> str:
-    """HTML of a file, or of the reason why there is none."""
+def _status(run: dict[str, Any]) -> Markup:
+    status = run.get("status", "finished")
+    if status == "finished":
+        return Markup()
+    return part("stopped", status)
+
+
+def _shown(path: Path, show: Callable[[Path], Markup]) -> Markup:
+    """A part made of a file, or the reason why there is none."""
     if not path.is_file():
-        return f'<p class="none">This run has no {path.name}.</p>'
+        return part("note", f"This run has no {path.name}.", kind="none")
     try:
         return show(path)
     except (
@@ -87,19 +89,19 @@ def _shown(path: Path, show: Callable[[Path], str]) -> str:
         ValueError,
         SyntaxError,
     ) as error:  # the last is what Pillow raises for some broken PNG
-        return f'<p class="none">{in_html(f"{path.name} cannot be shown: {error}.")}</p>'
+        return part("note", f"{path.name} cannot be shown: {error}.", kind="none")
 
 
-def _text(path: Path, what: str, state: str = "") -> str:
-    return folded(what, text_of(path, errors="replace"), state)
+def _text(path: Path, what: str, *, is_open: bool = False) -> Markup:
+    return part("folded", what, text_of(path, errors="replace"), is_open)
 
 
-def _alarms(path: Path) -> str:
+def _alarms(path: Path) -> list[Markup]:
     """What the health of the discriminator gave reason to say, and when; nothing of a run that was
     not watched.
     """
     if not path.is_file():
-        return ""
+        return []
     steps: dict[str, list[str]] = {}  # of each alarm
     for line in text_of(path, errors="replace").splitlines():
         # a line that was torn
@@ -107,8 +109,8 @@ def _alarms(path: Path) -> str:
             alarm = json.loads(line)
             steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
     if not steps:
-        return '<p class="soft">No health alarm was raised.</p>\n'
-    return "".join(ALARM.format(_some(when), in_html(what)) for what, when in steps.items())
+        return [part("note", "No health alarm was raised.")]
+    return [part("alarm", _some(when), what) for what, when in steps.items()]
 
 
 def _some(steps: Sequence[str]) -> str:
@@ -129,33 +131,27 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
     return "Training time", time, f"{steps:,} steps, {images or 0:,} images"
 
 
-def _judged(evaluation: dict[str, Any]) -> str:
+def _judged(evaluation: dict[str, Any]) -> Markup:
     """The table of the run's own protocol, and those of others by which it was judged besides."""
     main, *beside = verdicts(evaluation) or [evaluation]
-    head = "<h3>Judged besides, by another protocol</h3>"
-    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in beside)])
+    title = "Judged besides, by another protocol"
+    return joined(table(main), *(table(other, title) for other in beside))
 
 
-def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
+def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> Markup:
     """Teacher against student in the rows of the evaluation, then the student as training went
     on.
     """
-    names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
     main = next(iter(verdicts(evaluation)), {"picture": PICTURE})
     comparison = _shown(folder / main["picture"], lambda path: figure(path, caption))
     frames = list(steps_in(folder, ".png").items())
     if len(frames) > FRAMES:  # the first, the last, and an even choice between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    strip = "\n".join(
-        _shown(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
-    )
+    strip = [_shown(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames]
     captions = _shown(
         folder / "captions.txt",
         lambda path: _text(path, "The prompts of these grids, in reading order"),
     )
-    return (
-        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>As training'
-        " went on</h3>\n<div"
-        f' class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
-    )
+    names = [row.name for row in rows]
+    return joined(part("labelled", names, comparison), part("frames", strip), captions)

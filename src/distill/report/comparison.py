@@ -6,28 +6,18 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
+from distill.evaluation.tables import MEASURES, SPACE
 from distill.report.curves import framed, read, smoothed
-from distill.report.evaluation import MAIN, MEASURES
-from distill.report.page import folded, html, img, opened
-from distill.report.runs import SCORES, Line, Run, everyone, lines_of
-from distill.terminal.shown import in_html, shown
+from distill.report.evaluation import MAIN
+from distill.report.page import html, joined, opened, part, within
+from distill.report.runs import Line, Run, everyone, lines_of, on_page
+from distill.storage.pictures import PADDING
+from distill.terminal.shown import shown
 
 SHOWN = 8  # prompts in the grid of pictures
-PADDING = 2  # of torchvision's grids
-SORT = """<script>
-for (const head of document.querySelectorAll('table.sortable thead th')) head.onclick = () => {
-  const body = head.closest('table').tBodies[0]
-  const i = head.cellIndex, up = head.ariaSort !== 'ascending'
-  const key = row => row.cells[i].dataset.sort ?? row.cells[i].textContent
-  const words = (a, b) => isNaN(key(a)) || isNaN(key(b))
-  const by = (a, b) => words(a, b) ? key(a).localeCompare(key(b)) : key(a) - key(b)
-  for (const other of head.parentNode.cells) other.ariaSort = null
-  head.ariaSort = up ? 'ascending' : 'descending'
-  body.append(...[...body.rows].sort((a, b) => up ? by(a, b) : by(b, a)))
-}
-</script>"""
 
 
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
@@ -50,56 +40,38 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
         said,
         tiles,
         pictures=_pictures(groups),
-        evaluation=_table(lines) + SORT,
-        training=f'<div class="charts">\n{"".join(_charts(groups, lines))}\n</div>',
+        evaluation=part("compared", on_page(lines)),
+        training=part("charts", _charts(groups, lines)),
         facts=_made(groups),
     )
 
 
 def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
     """The best group with the fewest steps: as a tile, and in a sentence."""
-    for key, pick in {key: min if MEASURES[key][1] == 0 else max for key in MAIN}.items():
+    for key, pick in {key: min if _is_lower_better(key) else max for key in MAIN}.items():
         found = [line for line in lines if line.who == "student" and key in line.values]
         if found:
             few = min(line.steps for line in found)
             line = pick(
                 (line for line in found if line.steps == few), key=lambda line: line.mean(key)
             )
-            said, best = line.said(key, MEASURES[key][2]), f"best with {few} step{'s' * (few > 1)}"
-            what = MEASURES[key][0].partition("&")[0].lower()
+            measure, best = MEASURES[key], f"best with {few} step{'s' * (few > 1)}"
+            said, what = line.said(key, measure.words), measure.name.lower()
             return (best.capitalize(), said, line.group), f"{line.group} is {best}: {what} {said}."
     return ("Best", "–", "–"), "No student among them was judged by one of the main measures."
 
 
-def _table(lines: Sequence[Line]) -> str:
-    columns = [key for key in SCORES if any(key in line.values for line in lines)]
-    heads = "".join(
-        f'<th scope="col">{label}</th>'
-        for label in ["", "Steps", *(MEASURES[key][0] for key in columns)]
-    )
-    body = ""
-    for line in lines:
-        cells = f'<th scope="row">{in_html(line.group)}</th><td>{line.steps:d}</td>'
-        for key in columns:
-            value = f"{line.mean(key):.6g}" if key in line.values else "-1"
-            cells += f'<td data-sort="{value}">{line.said(key, MEASURES[key][2])}</td>'
-        body += f"<tr>{cells}</tr>\n"
-    scores = (
-        '<div class="scroll"><table'
-        f' class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
-    )
-    said = "Mean ± standard deviation over seeds. A click on a head sorts."
-    return f'{scores}</table></div>\n<p class="soft">{said}</p>\n'
+def _is_lower_better(key: str) -> bool:
+    return MEASURES[key].better == "lower"
 
 
-def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
+def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[Markup]:
     """Quality against steps, time and pictures; then whether the discriminators could tell real
     from fake.
     """
     for key in MAIN:
         if any(key in line.values for line in lines):
-            label, _, words = MEASURES[key]
-            title = label.replace("&nbsp;", " ")
+            title = MEASURES[key].head.replace(SPACE, " ")
             yield framed(
                 title,
                 "By number of steps; the teacher's where it took as few.",
@@ -117,7 +89,7 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
                 yield framed(f"{title} in one step", f"By {unit}.", draw)
     found = {group: [_accuracy(run) for run in runs] for group, runs in groups.items()}
     for why in (why for curves in found.values() for _, why in curves if why):
-        yield f'<p class="none">A curve is left out: {in_html(why)}.</p>'
+        yield part("note", f"A curve is left out: {why}.", kind="none")
     health = {group: [c for c, _ in curves if c is not None] for group, curves in found.items()}
     if any(health.values()):
         yield framed(
@@ -144,7 +116,7 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
             )
             points = [line.steps for line in found], [line.mean(key) for line in found]
             axes.plot(*points, marker="o", markersize=3, label=_short(group), **look)
-        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
+        axes.set_yscale("log" if _is_lower_better(key) else "linear")
 
     return draw
 
@@ -170,7 +142,7 @@ def _by_cost(
                 label=_short(group),
             )
         axes.set_xlim(left=0)
-        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
+        axes.set_yscale("log" if _is_lower_better(key) else "linear")
 
     return draw
 
@@ -202,7 +174,7 @@ def _short(group: str) -> str:
     return shown(group.lstrip("_"), 34)
 
 
-def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
+def _pictures(groups: Mapping[str, Sequence[Run]]) -> Markup:
     """Prompts down, samplers across: the teacher with most steps, then each group's first run by
     number of steps.
     """
@@ -217,16 +189,10 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     columns = sorted(taught, key=lambda column: column[1].steps)[-1:]
     columns += [column for column in found if column[1].who == "student"]
     if not columns:
-        return '<p class="none">None of these runs kept its pictures.</p>'
-    head = "".join(
-        f"<th>{in_html(group)}<br>{n:d} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns
-    )
-    body = ""
-    for row in list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]:
-        body += f"<tr>{''.join(f'<td>{img(picture)}</td>' for picture in row)}</tr>\n"
-    table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    note = "One prompt and one noise per row; of each group the first run."
-    return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'
+        return part("note", "None of these runs kept its pictures.", kind="none")
+    heads = [(group, f"{n:d} step{'s' * (n > 1)}") for group, (_, n, _), _ in columns]
+    drawn = list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]
+    return part("grid", heads, [[within(picture) for picture in row] for row in drawn])
 
 
 def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
@@ -242,7 +208,7 @@ def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
     ]
 
 
-def _made(groups: Mapping[str, Sequence[Run]]) -> str:
+def _made(groups: Mapping[str, Sequence[Run]]) -> Markup:
     """How each run was made, and how all were judged."""
     text = ""
     for group, runs in groups.items():
@@ -258,9 +224,9 @@ def _made(groups: Mapping[str, Sequence[Run]]) -> str:
         shown("; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())))
         for run in everyone(groups)
     }
-    warn = (
-        '<p class="warn">These runs were not all judged by one protocol.</p>'
-        if len(protocols) > 1
-        else ""
+    said = part("folded", "Runs and protocol", text + "\n".join(sorted(protocols)), open=True)
+    if len(protocols) == 1:
+        return said
+    return joined(
+        part("note", "These runs were not all judged by one protocol.", kind="warn"), said
     )
-    return warn + folded("Runs and protocol", text + "\n".join(sorted(protocols)), "open")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
-from distill.report.page import data_uri
+from distill.report.page import data_uri, joined, part
 from distill.storage.bounded import text_of
-from distill.terminal.shown import in_html, shown
+from distill.terminal.shown import shown
 
 
 class Chart(NamedTuple):
@@ -68,10 +69,11 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def charts(path: Path) -> str:
+def charts(path: Path) -> Markup:
     """The section of curves from a metrics.csv."""
     curves, strange = read(path)
-    figures = "\n".join(filter(None, (_figure(chart, curves) for chart in CHARTS)))
+    drawn = (_figure(chart, curves) for chart in CHARTS)
+    figures = [figure for figure in drawn if figure is not None]
     if not figures:
         raise ValueError("it holds no numbers to draw")
     left_out = f" {strange:,} values that are not finite numbers are left out." if strange else ""
@@ -79,7 +81,7 @@ def charts(path: Path) -> str:
         "Over student steps. Bold: running mean over a fortieth of the run; faint: as"
         f" logged.{left_out}"
     )
-    return f'<p class="soft">{note}</p>\n<div class="charts">\n{figures}\n</div>'
+    return joined(part("note", note), part("charts", figures))
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
@@ -142,8 +144,8 @@ def _gaps(values: Mapping[str, float]) -> dict[str, float]:
     )
 
 
-def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
-    """A chart as a picture inside the page; nothing without curves.
+def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> Markup | None:
+    """A chart as a picture inside the page; None without curves.
 
     The legend gives each curve's last smooth value.
     """
@@ -152,7 +154,9 @@ def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
         for name, curve in curves.items()
         if (match := re.fullmatch(chart.columns, name))
     ]
-    return framed(chart.title, chart.about, lambda axes: _draw(axes, chart, found)) if found else ""
+    if not found:
+        return None
+    return framed(chart.title, chart.about, lambda axes: _draw(axes, chart, found))
 
 
 def _draw(axes: Any, chart: Chart, found: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -176,7 +180,7 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
 
 
-def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
+def framed(title: str, about: str, draw: Callable[[Any], None]) -> Markup:
     """What `draw` puts on the axes, as a picture inside the page with its words above."""
     from matplotlib import rc_context  # half a second that only a report should cost
     from matplotlib.figure import Figure
@@ -197,8 +201,4 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> str:
         figure.set_figheight(2.5 + 0.18 * max(0, -(-len(labels) // columns) - 3))
         figure.legend(loc="outside upper left", ncols=columns)
         figure.savefig(file := io.BytesIO(), format="svg")
-    words = f'<h3>{in_html(title)}</h3><p class="soft">{in_html(about)}</p>'
-    return (
-        f'<figure class="chart">{words}<img src="{data_uri(file, "svg+xml")}"'
-        f' alt="{in_html(title)}"></figure>'
-    )
+    return part("chart", title, about, data_uri(file, "svg+xml"))

@@ -9,22 +9,23 @@ attention  |d logit / d x0|, mean over channels: where a change of the picture m
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from distill.core.losses import critic_stats
 from distill.core.process import level_like, noise_like
 from distill.core.types import Batch, Logits
-from distill.report.page import figure, html
+from distill.report.page import figure, html, part
 from distill.storage.aside import put_text
 from distill.storage.pictures import put_grid
-from distill.terminal.shown import in_csv, in_html
+from distill.terminal.shown import in_csv
 
 SHOWN = 8  # pictures
 MANY = 10  # heads whose attention is drawn, evenly chosen
@@ -133,10 +134,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     put_grid(_sheet(seen), folder / "attention.png", nrow=len(seen.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
-    names = "".join(
-        f"<span>{in_html(text)}</span>"
-        for text in ["student", *(seen.heads[h] for h in seen.drawn)]
-    )
+    names = ["student", *(seen.heads[h] for h in seen.drawn)]
     caption = (
         "The student's pictures, and where each head looks: bright where a change would move it"
         " most."
@@ -149,7 +147,7 @@ def write(seen: Seen, folder: Path, name: str) -> Path:
     page = html(
         f"{name}: what the discriminator sees",
         f"{said}, {best['right']:.0%}.",
-        pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
+        pictures=part("labelled", names, picture),
         evaluation=_table(seen),
         training=_disagreement(seen),
     )
@@ -167,39 +165,22 @@ def _sheet(seen: Seen) -> Tensor:
     return torch.cat([(seen.pictures / 2 + 0.5).clamp(0, 1), heat])
 
 
-def _table(seen: Seen) -> str:
+def _table(seen: Seen) -> Markup:
     """Share right by head and level, in shades."""
-    heads = "".join(f'<th scope="col">t = {level:g}</th>' for level in seen.levels)
     found = {(row["head"], row["level"]): row for row in seen.rows()}
-    body = ""
-    for head in seen.heads:
-        cells = ""
-        for level in seen.levels:
-            row = found[head, level]
-            shade = max(0.0, 2 * row["right"] - 1)
-            look = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
-            cells += f'<td style="{look}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
-        body += f'<tr><th scope="row">{in_html(head)}</th>{cells}</tr>\n'
-    table = (
-        "<div"
-        f' class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>'
-        f"{body}</tbody></table></div>"
-    )
-    return (
-        f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is'
-        " guessing.</p>"
-    )
+    heads = [(head, [_share(found[head, level]) for level in seen.levels]) for head in seen.heads]
+    return part("shares", [f"{level:g}" for level in seen.levels], heads)
 
 
-def _disagreement(seen: Seen) -> str:
+def _share(row: Mapping[str, Any]) -> dict[str, str]:
+    """A cell: its text, its shade in percent, and the gap that a pointer shows."""
+    shade = max(0.0, 2 * row["right"] - 1)
+    gap, right = f"{row['gap']:+.2f}", f"{row['right']:.0%}"
+    return {"right": right, "shade": f"{45 * shade:.0f}", "gap": gap}
+
+
+def _disagreement(seen: Seen) -> Markup:
     """The pairs of heads that agree least."""
     agreement, count = seen.agreement(), len(seen.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
-    items = "".join(
-        f"<li>{in_html(seen.heads[j])} and {in_html(seen.heads[i])}: {r:+.2f}</li>"
-        for r, i, j in pairs
-    )
-    return (
-        '<p class="soft">Heads that agree least, by the correlation of their'
-        f" logits.</p><ul>{items}</ul>"
-    )
+    return part("disagreement", [(seen.heads[j], seen.heads[i], f"{r:+.2f}") for r, i, j in pairs])

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.evaluation import tables
 from distill.evaluation.results import FILE, PICTURE, Verdict, comparable, verdicts
-from distill.report.evaluation import MEASURES, TIME, Row, rows_of
+from distill.evaluation.tables import MEASURES, TIME, Column, Row, Table, columns_of, rows_of
 from distill.storage.bounded import mapping_of, number_of, yaml_of
 from distill.storage.renames import renamed
-from distill.terminal.shown import in_csv, in_markdown
+from distill.terminal.shown import in_csv
 
 # A run's own, or what is judged and not what is compared; `name` and `seed` are told of elsewhere.
 ASIDE = {"run_dir", "resume", "name", "seed", "hydra", "logger", "callbacks", "metrics", "debug"}
@@ -187,9 +188,7 @@ class Line:
 
     def said(self, key: str, words: str) -> str:
         """Mean and standard deviation, as `words` formats a number."""
-        found = self.values.get(key, [])
-        spread = f" ± {words.format(statistics.stdev(found))}" if len(found) > 1 else ""
-        return words.format(statistics.fmean(found)) + spread if found else "–"
+        return Column(key, key, words).text(self.values.get(key, ()))
 
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
@@ -233,20 +232,21 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     return file.getvalue()
 
 
-def as_markdown(lines: Sequence[Line]) -> str:
-    """The table of means and spreads."""
-    columns = [key for key in SCORES if any(key in line.values for line in lines)]
-    heads = [MEASURES[key][0].replace("&nbsp;", " ") for key in columns]
-    rows = [["", "steps", "runs", *heads], ["---"] * (len(columns) + 3)]
-    for line in lines:
-        count = max(map(len, line.values.values()), default=0)
-        said = [line.said(key, MEASURES[key][2]) for key in columns]
-        rows.append(
-            [
-                in_markdown(line.group),
-                str(line.steps),
-                str(count) if line.who == "student" else "",
-                *said,
-            ]
-        )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def in_text(lines: Sequence[Line]) -> Table:
+    """The table of means and spreads, with how many runs each is of."""
+    counts = [max(map(len, line.values.values()), default=0) for line in lines]
+    of = [
+        [line.group, str(line.steps), str(count) if line.who == "student" else ""]
+        for line, count in zip(lines, counts, strict=True)
+    ]
+    return _table(["", "steps", "runs"], of, lines)
+
+
+def on_page(lines: Sequence[Line]) -> Table:
+    """The same as a page shows it, whose lines can be sorted."""
+    return _table(["", "Steps"], [[line.group, str(line.steps)] for line in lines], lines)
+
+
+def _table(heads: Sequence[str], of: Sequence[Sequence[str]], lines: Sequence[Line]) -> Table:
+    body = [tables.Line(words, line.values) for words, line in zip(of, lines, strict=True)]
+    return Table(heads, columns_of(SCORES, body), [body])

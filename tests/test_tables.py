@@ -1,0 +1,113 @@
+"""One table of an evaluation, written as text, markdown and HTML; what a page takes for text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from jinja2 import UndefinedError
+
+from distill.evaluation.tables import (
+    MEASURES,
+    Column,
+    Line,
+    Row,
+    Table,
+    as_markdown,
+    as_text,
+    by_steps,
+    in_order,
+    in_terminal,
+)
+from distill.report.page import html, joined, part
+from hostile import EVIL
+
+ROWS = [
+    Row("teacher", 4, {"prompt_accuracy": 0.625, "fid": 20.5}),
+    Row("student", 1, {"prompt_accuracy": 0.5, "fid": 12.25, "density": 1.5}),
+    Row("student", 4, {"prompt_accuracy": 0.75, "fid": 20.5}),
+]
+
+
+def marked(table: Table) -> list[list[str]]:
+    """The best cells of each line, as text."""
+    cells = [table.cells(line, body) for body in table.bodies for line in body]
+    return [[cell.text for cell in line if cell.best] for line in cells]
+
+
+def test_a_terminal_has_columns_of_one_width():
+    rows = [{"who": row.who, "steps": row.steps, **row.scores} for row in ROWS]
+    rows.append({"who": "data", "steps": 0, "fid": float("nan"), "kind": 1.0})
+    assert in_terminal(rows).splitlines() == [
+        "           steps   prompt accuracy               fid           density",
+        "teacher        4             0.625              20.5                 -",
+        "student        1               0.5             12.25               1.5",
+        "student        4              0.75              20.5                 -",
+        "data                             -               nan                 -",
+    ]
+
+
+def test_markdown_has_the_measures_that_were_asked_for_in_their_order():
+    table = as_markdown(in_order(ROWS, ["fid", "kid", "prompt_accuracy"], "{:.3f}"))
+    assert table.splitlines() == [
+        "| who | steps | fid | prompt accuracy |",
+        "|---|---|---|---|",
+        "| teacher | 4 | 20.500 | 0.625 |",
+        "| student | 1 | 12.250 | 0.500 |",
+        "| student | 4 | 20.500 | 0.750 |",
+    ]
+
+
+def test_those_with_as_many_steps_compete_and_a_draw_has_no_winner():
+    table = by_steps(ROWS)
+    assert [[line.of[0] for line in body] for body in table.bodies] == [
+        ["Student, 1 step"],
+        ["Student, 4 steps", "Teacher, 4 steps"],
+    ]
+    assert table.heads == ["Sampler", "Prompts right\xa0↑", "FID\xa0↓", "Density (data:\xa01)"]
+    assert marked(table) == [[], ["75.0%"], []]
+
+
+@pytest.mark.parametrize(
+    ("better", "best"), [("higher", 2.0), ("lower", -0.1), ("as data", 1.2), ("neither", None)]
+)
+def test_which_values_are_better(better, best):
+    column = Column("x", "X", better=better)
+    lines = [Line([str(x)], {"x": [x]}) for x in (2.0, 1.2, 0.3, -0.1)]
+    table = Table([""], [column], [lines])
+    assert [text for (text,) in filter(None, marked(table))] == ([f"{best:.4g}"] if best else [])
+
+
+def test_seeds_have_a_mean_and_a_spread():
+    column = Column("x", "X", "{:.1f}")
+    assert column.text([1.0, 3.0]) == "2.0 ± 1.4"
+    assert column.text([1.0]) == "1.0"
+    assert column.text([]) == "–"
+
+
+def test_every_measure_has_a_head_that_says_its_direction():
+    for key, measure in MEASURES.items():
+        assert measure.head.endswith(("↑", "↓", "(data:\xa01)")) or key == "variety"
+
+
+def test_whatever_a_table_holds_is_text_wherever_it_is_written():
+    table = Table([EVIL, "steps"], [Column("x", EVIL)], [[Line([EVIL, EVIL], {"x": [1.0]})]])
+    rows = as_markdown(table).splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}
+    assert not re.search(r"(?<!\\)[`<]", "".join(rows))
+    for page in (part("judged", table, EVIL, EVIL), part("compared", table)):
+        assert "<script>alert" not in page
+        assert "alert(1)" in page
+    assert "\x1b" not in as_text(table)
+
+
+def test_a_page_takes_for_html_only_what_is_a_part_of_it():
+    page = html(EVIL, EVIL, [(EVIL, EVIL, EVIL)], pictures=EVIL, training=part("note", EVIL))
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 6
+    assert joined(part("note", "<i>"), "<b>") == '<p class="soft">&lt;i&gt;</p>\n\n&lt;b&gt;'
+
+
+def test_a_part_that_lacks_what_it_shows_is_no_empty_one():
+    with pytest.raises(UndefinedError):
+        part("note")
