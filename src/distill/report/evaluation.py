@@ -47,9 +47,9 @@ def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
 
 def table(evaluation: Mapping[str, Any], title: str = "") -> Markup:
     """Every measure of every row, one body per number of steps, with the protocol beneath."""
-    protocol = evaluation.get("protocol", {})
+    rows, protocol = by_steps(rows_of(evaluation)), evaluation.get("protocol", {})
     said = "; ".join(f"{key}: {value}" for key, value in protocol.items())
-    return part("judged", by_steps(rows_of(evaluation)), said, title)
+    return part("judged", rows, said, title)
 
 
 def _said(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
