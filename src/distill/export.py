@@ -23,9 +23,11 @@ from distill.config import validate
 from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.config.errors import command
 from distill.core.limits import check_dtype
+from distill.exporting import NAMINGS
 from distill.storage.aside import whole_folder
 from distill.storage.locks import check_free, one_writer, one_writer_of
 from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
+from distill.teachers.loading.settings import FLOWS
 from distill.terminal.progress import stage
 
 
@@ -255,7 +257,6 @@ FORMS = {
     "delta": _delta,
     "hub": _hub,
 }
-NAMINGS = ("diffusers", "kohya")  # the first unless told
 # Option -> the forms that it says something of; a mistake in it would not be seen in any other.
 MEANT_FOR = {
     "rank": ("lora",),
@@ -266,7 +267,6 @@ MEANT_FOR = {
 }
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 FLOW_OF_UNETS = "FlowScheduler"  # ours, of students of UNets that predict a flow
-FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline")
 # Sana is none of them: ComfyUI has no network of its kind.
 SINGLE_FILES = (*UNETS, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline")
 

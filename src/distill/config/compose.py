@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
-from distill.config.paths import escaped
+from distill.config.paths import SHIPPED, escaped
 from distill.machine.ranks import rank, world
 from distill.storage.checkpoint_names import steps_in
 from distill.teachers.loading.locate import near
@@ -34,7 +34,6 @@ from distill.training import run_folders as folders
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # a path `shapes:name` means the model or shards of this name inside the package
-SHIPPED = "shapes:"
 # In a defaults list: what a teacher is of, `shapes_unet` like `shapes`.
 OmegaConf.register_new_resolver("world", lambda teacher: teacher.partition("_")[0], replace=True)
 # Once a run has begun.

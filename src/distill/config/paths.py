@@ -21,7 +21,9 @@ READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "
 READ |= {"prompts", "image", "base", "parts"}
 WRITTEN = {"dirpath", "save_dir"}  # and what is written: there need not be anything yet
 ONE_FILE = ("pretrained", "prompts", "image")  # what may also be a tag or a text
-WORDS = ("teacher", "random", "kaiming", "gaussian")  # of `init`, whatever lies here
+# Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its
+# adapters. They are no paths, whatever lies here.
+TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 SHIPPED = "shapes:"
 IN_FOLDER = "local-dir:"  # open_clip's, before a folder
 NAMED = "OpenClip"  # whose `path` and `name` are those of an architecture
@@ -134,7 +136,7 @@ def _absolute(node: Any, name: str, value: str) -> str:
     place = value.removeprefix(prefix)
     if name in WRITTEN:
         return value if "://" in value else os.path.abspath(os.path.expanduser(value))
-    if value.startswith(SHIPPED) or (name == "init" and value in WORDS):
+    if value.startswith(SHIPPED) or (name == "init" and value in TEACHERS_OWN):
         return value
     if name == "path" and place.startswith("~"):
         place = os.path.expanduser(place)

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
+from distill.storage.bounded import LOADER
 from distill.storage.inside import TRUST_RUN, is_own
 from distill.storage.renames import renamed
 from distill.terminal import secret
@@ -148,10 +149,9 @@ REFERS = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # an interpolation that is not esc
 # `scheme://`, fsspec's chains, webdataset's pipes, shares of a network, variables of a path.
 ELSEWHERE = re.compile(r"://|::|^\s*(?:pipe:|\\\\|//)|\$\w|%\w+%")
 LARGEST = 2**20  # bytes of a configuration; ours have 5,000
-QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class Loader(QUICK):  # type: ignore[misc, valid-type]
+class Loader(LOADER):  # type: ignore[misc, valid-type]
     """Reads YAML into plain values as OmegaConf does, where 1e-5 is a number and a date a text."""
 
     yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
@@ -303,7 +303,7 @@ def plain(file: Path) -> dict[str, Any]:
         )
     text = file.read_text(encoding="utf-8")
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=QUICK)):
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
             raise ValueError(f"{file}: holds an alias (*name); write the value out")
         tree = yaml.load(text, Loader=Loader) or {}
     except (RecursionError, yaml.YAMLError) as error:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import signatures, trust
 from distill.config.compose import check_counts, nearest, refuse_taken, shipped
+from distill.config.paths import TEACHERS_OWN
 from distill.config.ranges import COUNTS, JUDGING, LARGEST, check_lists, check_most, check_ranges
 from distill.config.trainer_keys import check_trainer, has_target
 from distill.config.watched import check_samples_prompts, check_watched
@@ -30,9 +31,6 @@ LATENTS = "distill.data.source.latents"
 NEEDED = ("method", "teacher", "student", "data", "optimizer", "trainer", "sampler")
 PLAYERS = ("features", "heads", "condition")  # what a discriminator is made of
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
-# Values of student.init that begin as the teacher does, or know nothing: of a LoRA those of its
-# adapters.
-TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
 log = logging.getLogger(__name__)

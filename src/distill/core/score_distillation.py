@@ -21,7 +21,7 @@ differences are: on latents its loss is about 43 times that of `exponential` at 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from distill.core.process import level_like, noise_like
 from distill.core.types import Cond, Denoiser
 
-KINDS = ("exponential", "sds", "nfsd")
+Kind = Literal["exponential", "sds", "nfsd"]
 SMALL = (
     0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
 )
@@ -55,15 +55,16 @@ class ScoreDistillation:
         low, high: range of t; at its ends the weights of sds and nfsd grow without bound.
     """
 
-    kind: Literal["exponential", "sds", "nfsd"] = "exponential"
+    kind: Kind = "exponential"
     guidance: float | Sequence[float] = 1.0
     steps: int = 1
     low: float = 0.02
     high: float = 0.98
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"method.distill.kind={self.kind}: must be one of {', '.join(KINDS)}")
+        if self.kind not in get_args(Kind):
+            known = ", ".join(get_args(Kind))
+            raise ValueError(f"method.distill.kind={self.kind}: must be one of {known}")
         if self.steps < 1 or (self.kind == "nfsd" and self.steps > 1):
             raise ValueError(f"method.distill.steps={self.steps}: at least 1, and 1 for nfsd")
         ends = [self.guidance] * 2 if isinstance(self.guidance, int | float) else self.guidance

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distill.storage.aside import aside
+from distill.storage.aside import opened_aside
 
 log = logging.getLogger(__name__)
 # Who wrote it, and when, must not change the bytes.
@@ -90,26 +90,17 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     from webdataset import TarWriter
 
     keys: set[str] = set()
-    part = aside(Path(path))
-    try:
-        with open(part, "wb") as file:
-            with TarWriter(file, **HEADER) as tar:
-                for key, files in samples:
-                    if not KEY.fullmatch(key) or key in keys:
-                        what = (
-                            "occurs twice"
-                            if key in keys
-                            else "must be a relative path, no dot in its last part"
-                        )
-                        raise ValueError(f"The key {key!r} {what}: give every sample its own.")
-                    keys.add(key)
-                    tar.write({"__key__": key, **files})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        os.remove(part)
-        raise
+    with opened_aside(Path(path), flush=True) as file, TarWriter(file, **HEADER) as tar:
+        for key, files in samples:
+            if not KEY.fullmatch(key) or key in keys:
+                what = (
+                    "occurs twice"
+                    if key in keys
+                    else "must be a relative path, no dot in its last part"
+                )
+                raise ValueError(f"The key {key!r} {what}: give every sample its own.")
+            keys.add(key)
+            tar.write({"__key__": key, **files})
 
 
 def _npy(key: str, x: np.ndarray, ndim: int | None = 3) -> bytes:

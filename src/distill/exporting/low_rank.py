@@ -10,13 +10,13 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor, nn
 
+from distill.exporting import NAMINGS
 from distill.storage.bounded import mapping_of
 from distill.students import states
 from distill.teachers.loading.locate import index_of
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
-NAMINGS = ("diffusers", "kohya")
 # A matrix whose smaller side is more than EXACT times rank + MORE is projected to so many columns
 # at random; PASSES over it sharpen them. What that costs is measured in tests/test_low_rank.py.
 EXACT, MORE, PASSES = 4, 16, 2

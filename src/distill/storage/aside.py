@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from distill.machine.alive import alive, host_mark
 
@@ -36,16 +37,29 @@ def aside(path: Path) -> Path:
     return path.with_name(f"{name}.{host_mark()}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
-def put(path: Path, content: bytes) -> None:
-    """A small file, there only when whole; several processes, of several machines too, may write
-    the same one.
+@contextmanager
+def opened_aside(path: Path, *, flush: bool = False) -> Iterator[BinaryIO]:
+    """A file to write bytes into, which becomes `path` when the block ends, and goes if it fails.
+
+    Several processes, of several machines too, may write the same one. flush: what was written is
+    on the disk before it has the name.
     """
     part = aside(path)
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            yield file
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)  # of a full disk
+
+
+def put(path: Path, content: bytes) -> None:
+    """A small file, there only when whole."""
+    with opened_aside(path) as file:
+        file.write(content)
 
 
 def put_text(path: Path, text: str) -> None:

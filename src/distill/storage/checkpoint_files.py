@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.core.tensors import unsharded
 from distill.machine import faults
 from distill.machine.faults import first_line
-from distill.storage.aside import aside
+from distill.storage.aside import opened_aside
 from distill.storage.bounded import check_archive
 from distill.storage.checkpoint_names import checkpoints_at, steps_in
 from distill.terminal.shown import shown
@@ -34,15 +34,10 @@ def write(state: Any, path: Path) -> None:
     Raises OSError in words.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = aside(path)
     try:
-        with part.open("wb") as file:
+        with opened_aside(path, flush=True) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
-        part.unlink(missing_ok=True)
         said = isinstance(error, OSError) and error.strerror
         reason = faults.reason(error) or said or first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.storage.aside import put, remove
-from distill.teachers.loading.locate import INDEX, TOLD, index_of, shards_in
+from distill.teachers.loading.locate import INDEX, TOLD, WEIGHTS, index_of, shards_in
 from distill.teachers.loading.reading import BASE, home_of, lineage
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
 CONFIG = "config.json"
-KINDS = (".safetensors", ".bin")  # of weights, the better first
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers' two
 WORDS = (".json", ".txt", ".model", ".jinja")  # what tokenizers and processors are made of
 VARIANTS = ("fp16", "bf16")  # tried where there are no weights without one
@@ -107,7 +106,7 @@ def weights_of(folder: Path, variant: str | None = None) -> list[tuple[str, Path
     names them.
     """
     wanted = dict.fromkeys([variant, None, *VARIANTS, *_variants(folder)])
-    for kind in KINDS:
+    for kind in WEIGHTS:
         for each in wanted:
             mark = f".{each}" if each else ""
             for stem in STEMS:
@@ -125,7 +124,7 @@ def _shards(index: Path) -> list[tuple[str, Path]]:
 
 def _variants(folder: Path) -> list[str]:
     """The variants of which there are weights: the middle of `model.ema.safetensors`."""
-    names = (file.name.split(".") for file in sorted(folder.iterdir()) if file.suffix in KINDS)
+    names = (file.name.split(".") for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS)
     return [name[1] for name in names if len(name) == 3 and name[0] in STEMS]
 
 
