@@ -184,6 +184,7 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> Markup:
     """What `draw` puts on the axes, as a picture inside the page with its words above."""
     from matplotlib import rc_context  # half a second that only a report should cost
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
@@ -200,5 +201,9 @@ def framed(title: str, about: str, draw: Callable[[Any], None]) -> Markup:
         columns = 3 if longest < 18 else 2 if longest < 30 else 1
         figure.set_figheight(2.5 + 0.18 * max(0, -(-len(labels) // columns) - 3))
         figure.legend(loc="outside upper left", ncols=columns)
+        if axes.get_yscale() == "log":
+            # Matplotlib's own labels are formulas, and STYLE shows a formula as the text it is.
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
         figure.savefig(file := io.BytesIO(), format="svg")
     return part("chart", title, about, data_uri(file, "svg+xml"))
