@@ -9,12 +9,11 @@ from types import NoneType
 from typing import Any
 
 import diffusers
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from distill.evaluation.tables import Row, as_markdown, in_order, rows_of
 from distill.storage.aside import put, put_text
-from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
+from distill.storage.bounded import check_yaml, configuration_of, mapping_of, number_of, text_of
 from distill.teachers.loading.locate import TOLD, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
@@ -89,12 +88,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    if file.suffix == ".json":  # for YAML NaN and 1e-05 are text
-        return mapping_of(file)
-    found = yaml.safe_load(yaml_of(file))
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: is no configuration; fetch the run anew")
-    return found
+    # For YAML NaN and 1e-05 are text.
+    return mapping_of(file) if file.suffix == ".json" else configuration_of(file)
 
 
 def _licence(folder: Path | None) -> dict[str, Any]:

@@ -108,10 +108,7 @@ def _places(model: nn.Module) -> dict[str, str]:
     places, n = dict(ENDS), 1
     for i, block in enumerate(model.down_blocks):
         for j in range(len(block.resnets)):
-            places |= {
-                f"down_blocks.{i}.{part}.{j}": f"input_blocks.{n}.{k}"
-                for k, part in enumerate(_PARTS)
-            }
+            places |= _layer(f"down_blocks.{i}", j, f"input_blocks.{n}")
             n += 1
         if block.downsamplers:
             places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
@@ -119,17 +116,17 @@ def _places(model: nn.Module) -> dict[str, str]:
     n = 0
     for i, block in enumerate(model.up_blocks):
         for j in range(len(block.resnets)):
-            places |= {
-                f"up_blocks.{i}.{part}.{j}": f"output_blocks.{n}.{k}"
-                for k, part in enumerate(_PARTS)
-            }
+            places |= _layer(f"up_blocks.{i}", j, f"output_blocks.{n}")
             n += 1
         behind = 2 if getattr(block, "attentions", None) else 1
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{behind}.conv"
     return places
 
 
-_PARTS = ("resnets", "attentions")
+def _layer(block: str, j: int, place: str) -> dict[str, str]:
+    """Both parts of layer j of a block, which stand in one original place."""
+    parts = ("resnets", "attentions")
+    return {f"{block}.{part}.{j}": f"{place}.{k}" for k, part in enumerate(parts)}
 
 
 def autoencoder(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from typing import Any
 from distill.evaluation import tables
 from distill.evaluation.results import FILE, PICTURE, Verdict, comparable, verdicts
 from distill.evaluation.tables import MEASURES, TIME, Column, Row, Table, columns_of, rows_of
-from distill.storage.bounded import mapping_of, number_of, yaml_of
+from distill.storage.bounded import configuration_of, mapping_of, number_of
 from distill.storage.renames import renamed
 from distill.terminal.shown import in_csv
 
@@ -87,12 +87,8 @@ def verdicts_of(folder: Path) -> list[Verdict]:
 
 
 def _by(folder: Path, verdict: Verdict) -> Run:
-    import yaml
-
-    config = yaml.safe_load(yaml_of(folder / "config.yaml"))
+    config = configuration_of(folder / "config.yaml")
     facts = mapping_of(folder / "run.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
         number_of(facts, key, str(folder / "run.json"))
     config = {**_plain(renamed(config)), "judged": verdict["protocol"]}

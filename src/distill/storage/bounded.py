@@ -142,6 +142,17 @@ def yaml_of(file: Path) -> Named:
     return found
 
 
+def configuration_of(file: Path) -> dict[Any, Any]:
+    """What the config.yaml of a run holds.
+
+    Raises ValueError or YAMLError for what is no configuration.
+    """
+    found = yaml.safe_load(yaml_of(file))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: is no configuration; fetch the run anew")
+    return found
+
+
 def check_yaml(text: str, where: str) -> None:
     """Raise ValueError, beginning with `where`, for YAML of too many values or too deep; aliases
     count in full.
