@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from jinja2 import UndefinedError
@@ -16,6 +17,7 @@ from distill.evaluation.tables import (
     as_markdown,
     as_text,
     by_steps,
+    columns_of,
     in_order,
     in_terminal,
 )
@@ -31,8 +33,8 @@ ROWS = [
 
 def marked(table: Table) -> list[list[str]]:
     """The best cells of each line, as text."""
-    cells = [table.cells(line, body) for body in table.bodies for line in body]
-    return [[cell.text for cell in line if cell.best] for line in cells]
+    rows = [row for body in table.bodies for row in table.rows(body)]
+    return [[cell.text for cell in cells if cell.best] for _, cells in rows]
 
 
 def test_a_terminal_has_columns_of_one_width():
@@ -83,6 +85,14 @@ def test_seeds_have_a_mean_and_a_spread():
     assert column.text([1.0, 3.0]) == "2.0 ± 1.4"
     assert column.text([1.0]) == "1.0"
     assert column.text([]) == "–"
+
+
+def test_a_table_of_a_thousand_lines_takes_no_minutes():
+    lines = [Line([f"run {i}", "1"], {key: [i, i + 1.0] for key in MEASURES}) for i in range(1000)]
+    table = Table(["", "steps"], columns_of(MEASURES, lines), [lines])
+    began = time.process_time()
+    assert part("compared", table).count("<tr>") == 1001
+    assert time.process_time() - began < 20
 
 
 def test_every_measure_has_a_head_that_says_its_direction():

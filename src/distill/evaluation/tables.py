@@ -132,9 +132,8 @@ class Column:
     def distance(self, scores: Sequence[float]) -> float:
         """How far their mean is from the best; less is better."""
         mean = statistics.fmean(scores)
-        return {"higher": -mean, "lower": abs(mean), "as data": abs(mean - 1), "neither": 0.0}[
-            self.better
-        ]
+        goals = {"higher": -mean, "lower": abs(mean), "as data": abs(mean - 1), "neither": 0.0}
+        return goals[self.better]
 
 
 class Line(NamedTuple):
@@ -166,19 +165,28 @@ class Table:
     def lines(self) -> list[Line]:
         return [line for body in self.bodies for line in body]
 
-    def cells(self, line: Line, rivals: Sequence[Line]) -> list[Cell]:
-        """A cell for each column; `rivals` are all lines of its body, itself among them."""
-        return [_cell(column, line, rivals) for column in self.columns]
+    def rows(self, body: Sequence[Line]) -> list[tuple[Line, list[Cell]]]:
+        """The lines of a body, each with a cell for each column."""
+        best = [_best(column, body) for column in self.columns]
+        return [
+            (line, [_cell(*each, line) for each in zip(self.columns, best, strict=True)])
+            for line in body
+        ]
 
 
-def _cell(column: Column, line: Line, rivals: Sequence[Line]) -> Cell:
+def _best(column: Column, body: Sequence[Line]) -> float | None:
+    """The least distance in a column; None where no two differ."""
+    found = (line.scores.get(column.key, ()) for line in body)
+    distances = [column.distance(scores) for scores in found if scores]
+    return min(distances) if len(set(distances)) > 1 else None
+
+
+def _cell(column: Column, best: float | None, line: Line) -> Cell:
     scores = line.scores.get(column.key, ())
     if not scores:
-        return Cell(column.text(()), None, best=False)
-    found = (rival.scores.get(column.key, ()) for rival in rivals)
-    distances = [column.distance(its) for its in found if its]
-    best = column.distance(scores) == min(distances) < max(distances)
-    return Cell(column.text(scores), statistics.fmean(scores), best)
+        return Cell(column.absent, None, best=False)
+    is_best = column.distance(scores) == best
+    return Cell(column.text(scores), statistics.fmean(scores), is_best)
 
 
 def columns_of(keys: Iterable[str], lines: Sequence[Line]) -> list[Column]:
@@ -233,7 +241,7 @@ def _line(of: Sequence[str], row: Row) -> Line:
 
 
 def as_text(table: Table) -> str:
-    """Lines of columns, the first of which begins at the left."""
+    """The lines of a table of two words, a name and a number of steps, and scores."""
     first, second = WIDTHS
     written = []
     for name, steps, *cells in (map(shown, row) for row in _texts(table)):
