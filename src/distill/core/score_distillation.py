@@ -30,6 +30,7 @@ from distill.core.process import level_like, noise_like
 from distill.core.types import Cond, Denoiser
 
 Kind = Literal["exponential", "sds", "nfsd"]
+KINDS = get_args(Kind)
 SMALL = (
     0.2  # the t below which NFSD takes what the empty caption predicts for a wish to denoise alone
 )
@@ -62,9 +63,8 @@ class ScoreDistillation:
     high: float = 0.98
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            known = ", ".join(get_args(Kind))
-            raise ValueError(f"method.distill.kind={self.kind}: must be one of {known}")
+        if self.kind not in KINDS:
+            raise ValueError(f"method.distill.kind={self.kind}: must be one of {', '.join(KINDS)}")
         if self.steps < 1 or (self.kind == "nfsd" and self.steps > 1):
             raise ValueError(f"method.distill.steps={self.steps}: at least 1, and 1 for nfsd")
         ends = [self.guidance] * 2 if isinstance(self.guidance, int | float) else self.guidance
