@@ -71,7 +71,7 @@ WIDTHS, WIDE = (10, 6), 18  # in a terminal: of the words a line begins with, of
 
 
 class Row(NamedTuple):
-    """One sampler at one number of steps, 0 where it has none, and its finite scores by measure."""
+    """One sampler at one number of steps, 0 where it has none, and its scores by measure."""
 
     who: str
     steps: int
@@ -87,8 +87,10 @@ def steps_in_words(n: int) -> str:
     return f"{n:,} step" if n == 1 else f"{n:,} steps"
 
 
-def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
+def rows_of(evaluation: Mapping[str, Any], *, finite: bool = True) -> list[Row]:
     """The rows in the order of the file, which is that of the comparison's pictures.
+
+    finite: without scores that are infinite or not a number, as where no prompt asked for one.
 
     Raises ValueError for what is no result of ours.
     """
@@ -97,16 +99,17 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
     if not listed or len(rows) > MOST_ROWS or not isinstance(protocol, dict):
         what = f"at most {MOST_ROWS} rows and a protocol"
         raise ValueError(f"evaluation.json holds no results, which are {what}; evaluate anew")
-    return [_row(row, f"row {i} of evaluation.json") for i, row in enumerate(rows, 1)]
+    return [_row(row, f"row {i} of evaluation.json", finite) for i, row in enumerate(rows, 1)]
 
 
-def _row(row: Mapping[str, Any], where: str) -> Row:
+def _row(row: Mapping[str, Any], where: str, finite: bool) -> Row:
     who, steps = row.get("who"), row.get("steps")
     if not isinstance(who, str) or type(steps) is not int or not 0 <= steps < 10**6:
         said = f"who={shown(who, 40)} and steps={shown(steps, 40)}"
         raise ValueError(f"{where} says {said}, a word and a number of steps; evaluate anew")
     found = {key: number_of(row, key, where) for key in MEASURES if key in row}
-    return Row(who, steps, {k: x for k, x in found.items() if x is not None and isfinite(x)})
+    scores = {key: x for key, x in found.items() if x is not None}
+    return Row(who, steps, {k: x for k, x in scores.items() if isfinite(x) or not finite})
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         _read(run / "config.yaml"),
         _read(run / "evaluation.json"),
     )
-    index, rows = _read(folder / "model_index.json"), rows_of(judged)
+    index, rows = _read(folder / "model_index.json"), rows_of(judged, finite=False)
     taught = config.get("teacher") if isinstance(config.get("teacher"), dict) else {}
     method, path = str(facts.get("method", "distill")), str(taught.get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
