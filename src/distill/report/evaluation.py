@@ -46,9 +46,10 @@ def tiles(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
 
 def table(evaluation: Mapping[str, Any], title: str = "") -> Markup:
     """HTML table of all measures, with a body for each number of steps, and the protocol below."""
+    scores = table_by_steps(rows_of(evaluation))
     protocol = evaluation.get("protocol", {})
     settings = "; ".join(f"{key}: {value}" for key, value in protocol.items())
-    return render("scores_by_steps", table_by_steps(rows_of(evaluation)), settings, title)
+    return render("scores_by_steps", scores, settings, title)
 
 
 def _formatted(rows: Sequence[Row], who: str, key: str) -> dict[int, str]:
