@@ -17,10 +17,11 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
+from distill.evaluation.tables import as_markdown
 from distill.report import write_report
 from distill.report.comparison import _headline, _pictures
 from distill.report.curves import read
-from distill.report.runs import as_markdown, grouped, lines_of, read_run
+from distill.report.runs import grouped, lines_of, read_run, text_table
 from distill.training.csv_logger import CsvLog
 
 LADD = {"_target_": "distill.methods.ladd.LADD", "loss": "hinge", "renoise": {"m": 1.0}}
@@ -218,7 +219,7 @@ def test_nothing_to_compare_is_said(command, tmp_path):
 
 
 def test_the_table_reads_as_markdown(written):
-    table = as_markdown(lines_of(grouped([read_run(written("a", LADD, 0, 0.5))])))
+    table = as_markdown(text_table(lines_of(grouped([read_run(written("a", LADD, 0, 0.5))]))))
     widths = {line.count("|") for line in table.splitlines()}
     assert len(widths) == 1
 

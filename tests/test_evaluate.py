@@ -18,7 +18,8 @@ import eyes
 import tiny
 from distill.evaluation import prompted
 from distill.evaluation.shapes import Shapes
-from distill.report.evaluation import MEASURES, headline, rows_of, table
+from distill.evaluation.tables import MEASURES, rows_of
+from distill.report.evaluation import headline, table
 from distill.students import save_pipeline
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3

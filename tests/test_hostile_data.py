@@ -212,7 +212,7 @@ def test_a_header_is_believed_before_anything_is_decoded(tmp_path):
 import sys
 from pathlib import Path
 from distill.data import decode
-from distill.evaluation import features
+from distill.evaluation.features import open_rgb
 limit()
 for path in Path(sys.argv[1]).iterdir():
     sample = {path.suffix[1:]: path.read_bytes(), '__key__': '7', '__url__': 'a.tar'}
@@ -222,7 +222,7 @@ for path in Path(sys.argv[1]).iterdir():
         except decode.BadSample as error:
             print(error)
     try:
-        features.open_rgb(path)
+        open_rgb(path)
     except ValueError as error:
         print(error)
 """

@@ -23,10 +23,10 @@ from distill.config import paths
 from distill.demonstration import html as demo_html
 from distill.discriminators.images import ImageFeatures as Pictures
 from distill.evaluation import networks, results
+from distill.evaluation.tables import rows_of
 from distill.exporting.card import write_card
 from distill.report import write_report
 from distill.report.curves import charts
-from distill.report.evaluation import rows_of
 from distill.report.page import figure
 from distill.storage import bounded, checkpoint_files
 from distill.teachers.families import family_of_kind

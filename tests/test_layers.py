@@ -19,7 +19,8 @@ PACKAGE = ROOT / "src" / "distill"
 # than its room.
 LAYERS = {
     "ground": {
-        "core", "machine", "storage", "terminal", "evaluation.results", "training.run_metadata",
+        "core", "machine", "storage", "terminal", "evaluation.results", "evaluation.tables",
+        "training.run_metadata",
     },
     "parts": {
         "teachers", "discriminators", "data", "worlds", "evaluation.references",
@@ -77,6 +78,8 @@ HEAVY = {
     "lightning": {"methods.base", "training", "building", "worlds", "python"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "hydra": {"config", "building", "commands", "python"},
     "omegaconf": {"config", "building", "commands", "python"},
     "experiments": set(),

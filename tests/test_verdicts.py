@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from distill.evaluation.results import add_result, comparable, promote_newest, results_in
-from distill.report.evaluation import rows_of
+from distill.evaluation.tables import rows_of
 from distill.report.runs import read_comparable
 
 OWN = {"prompts": 400, "seed": 0, "teacher guidance": 4.0}

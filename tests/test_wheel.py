@@ -120,7 +120,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_configuration_models_and_licence(wheel):
+def test_the_wheel_holds_configuration_models_templates_and_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     conf = {
         "distill/conf/" + path.relative_to(ROOT / "conf").as_posix()
@@ -130,8 +130,9 @@ def test_the_wheel_holds_configuration_models_and_licence(wheel):
         path.relative_to(ROOT / "src").as_posix() for path in MODELS.rglob("*") if path.is_file()
     }
     assert conf
+    pages = {f"distill/report/templates/{name}.html" for name in ("page", "parts")}
     assert any(name.endswith(".safetensors") for name in models), f"no model in {MODELS}"
-    assert not (missing := (conf | models) - names), sorted(missing)
+    assert not (missing := (conf | models | pages) - names), sorted(missing)
     assert any(name.endswith("LICENSE") for name in names)
 
 

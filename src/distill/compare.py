@@ -25,14 +25,15 @@ def main(cfg: DictConfig) -> None:
 
     Runs that cannot be read are named and left out. Raises ValueError or OSError if none is left.
     """
+    from distill.evaluation.tables import as_markdown
     from distill.report.comparison import page
     from distill.report.runs import (
         as_csv,
-        as_markdown,
         grouped,
         lines_of,
         read_comparable,
         read_run,
+        text_table,
     )
 
     check_ours(Path(cfg.out), "out", "compare.md", "compare.csv", "compare.html")
@@ -64,7 +65,7 @@ def main(cfg: DictConfig) -> None:
         else:
             print(f"left out, not evaluated yet: {shown(folder)}")
     groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
-    table = as_markdown(lines_of(groups))
+    table = as_markdown(text_table(lines_of(groups)))
     with one_writer(out, "out"):
         write_text_atomic(out / "compare.md", table)
         write_text_atomic(out / "compare.csv", as_csv(groups))

@@ -74,10 +74,10 @@ def _out(cfg: DictConfig) -> Path:
 
 def _write_evaluation(cfg: DictConfig, out: Path, protocol: Any, models: Any, several: bool) -> int:
     """Generate, evaluate and report into `out`; returns the exit code."""
+    from distill.evaluation.tables import in_terminal
     from distill.exporting.card import write_card
     from distill.machine import hardware
     from distill.report import write_report
-    from distill.report.evaluation import in_terminal
     from distill.storage.atomic import write_atomic
     from distill.training import launch
 

@@ -23,6 +23,7 @@ from distill.config import validate
 from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.config.errors import command
 from distill.core.limits import check_dtype
+from distill.exporting import NAMINGS
 from distill.storage.atomic import atomic_folder
 from distill.storage.locks import check_free, one_writer, one_writer_of
 from distill.teachers import families
@@ -252,7 +253,6 @@ FORMS = {
     "delta": _delta,
     "hub": _hub,
 }
-NAMINGS = ("diffusers", "kohya")  # the first is the default
 # Option -> the forms that use it. With other forms it is refused, since it would have no effect.
 MEANT_FOR = {
     "rank": ("lora",),

@@ -218,7 +218,7 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
 def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
     """Save the averaged student, evaluate it, and write the report."""
     from distill.config import build
-    from distill.report.evaluation import in_terminal
+    from distill.evaluation.tables import in_terminal
     from distill.students import save_pipeline
     from distill.teachers.loading.locate import denoiser_part
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from distill.storage.bounded import LOADER
+
 SENTENCE = re.compile(r".+?\.(?=\s+[A-Z]|$)")
 
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
-from distill.config.paths import escaped
+from distill.config.paths import SHIPPED, escaped
 from distill.machine.faults import first_line
 from distill.machine.ranks import rank, world_size
 from distill.storage.checkpoint_names import steps_in
@@ -38,7 +38,6 @@ from distill.training import run_folders as folders
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # a path `shapes:name` means the model or shards of this name inside the package
-SHIPPED = "shapes:"
 PAPER = "paper"  # the option of `recipe` and `heads` that sets nothing
 _loader: ContextVar[ConfigLoader | None] = ContextVar("loader", default=None)
 

@@ -20,7 +20,9 @@ READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "
 READ |= {"prompts", "image", "base", "parts"}
 WRITTEN = {"dirpath", "save_dir"}  # of keys whose paths are written, and need not exist yet
 ONE_FILE = ("pretrained", "prompts", "image")  # these may also be a tag or a text
-WORDS = ("teacher", "random", "kaiming", "gaussian")  # options of `init`, never paths
+# Values of student.init that start from the teacher's weights or at random; the last two are for
+# the adapters of a LoRA. They are options, never paths.
+TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 SHIPPED = "shapes:"
 IN_FOLDER = "local-dir:"  # open_clip's, before a folder
 NAMED = "OpenClip"  # of this class, `path` and `name` are the name of an architecture
@@ -129,7 +131,7 @@ def _absolute(node: Any, name: str, value: str) -> str:
     place = value.removeprefix(prefix)
     if name in WRITTEN:
         return value if "://" in value else os.path.abspath(os.path.expanduser(value))
-    if value.startswith(SHIPPED) or (name == "init" and value in WORDS):
+    if value.startswith(SHIPPED) or (name == "init" and value in TEACHERS_OWN):
         return value
     if name == "path" and place.startswith("~"):
         place = os.path.expanduser(place)

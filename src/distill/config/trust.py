@@ -24,6 +24,7 @@ from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
 from distill.storage import source_code
+from distill.storage.bounded import LOADER
 from distill.storage.renames import renamed
 from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
 from distill.storage.trusted import TRUST, is_trusted
@@ -148,10 +149,9 @@ REFERS = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # an interpolation that is not esc
 # `scheme://`, fsspec's chains, webdataset's pipes, shares of a network, variables of a path.
 ELSEWHERE = re.compile(r"://|::|^\s*(?:pipe:|\\\\|//)|\$\w|%\w+%")
 LARGEST = 2**20  # ours: limit of a configuration file in bytes; a usual one has 5,000
-QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class Loader(QUICK):  # type: ignore[misc, valid-type]
+class Loader(LOADER):  # type: ignore[misc, valid-type]
     """Reads YAML as OmegaConf does: 1e-5 is a number, and a date is a text."""
 
     yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
@@ -290,7 +290,7 @@ def plain(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is larger than any configuration; copy it again")
     text = file.read_text(encoding="utf-8")
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=QUICK)):
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
             raise ValueError(f"{file}: holds an alias (*name); write the value out")
         tree = yaml.load(text, Loader=Loader) or {}
     except (RecursionError, yaml.YAMLError) as error:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.paths import TEACHERS_OWN
 from distill.config.ranges import (
     COUNTS,
     LARGEST,
@@ -41,9 +42,6 @@ NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
-# Values of student.init that start from the teacher's weights or at random; the last two are for
-# the adapters of a LoRA.
-TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
 log = logging.getLogger(__name__)

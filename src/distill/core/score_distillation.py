@@ -21,7 +21,7 @@ Unlike the other targets it does not approach x_hat for a good sample: on latent
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from torch import Tensor
 from distill.core.process import level_like, noise_like
 from distill.core.types import Cond, Denoiser
 
-KINDS = ("exponential", "sds", "nfsd")
+Kind = Literal["exponential", "sds", "nfsd"]
+KINDS = get_args(Kind)
 LOW_NOISE = 0.2  # below this t NFSD takes eps_empty for denoising alone: delta_D = eps_empty
 
 
@@ -54,7 +55,7 @@ class ScoreDistillation:
         low, high: range of t. The weights of sds and nfsd diverge towards 0 and 1.
     """
 
-    kind: Literal["exponential", "sds", "nfsd"] = "exponential"
+    kind: Kind = "exponential"
     guidance: float | Sequence[float] = 1.0
     steps: int = 1
     low: float = 0.02

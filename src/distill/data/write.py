@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distill.storage.atomic import temporary_path
+from distill.storage.atomic import open_atomic
 
 log = logging.getLogger(__name__)
 # User and time of writing must not change the bytes.
@@ -88,26 +88,17 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     from webdataset import TarWriter
 
     keys: set[str] = set()
-    part = temporary_path(Path(path))
-    try:
-        with open(part, "wb") as file:
-            with TarWriter(file, **HEADER) as tar:
-                for key, files in samples:
-                    if not KEY.fullmatch(key) or key in keys:
-                        what = (
-                            "occurs twice"
-                            if key in keys
-                            else "must be a relative path, no dot in its last part"
-                        )
-                        raise ValueError(f"The key {key!r} {what}: give every sample its own.")
-                    keys.add(key)
-                    tar.write({"__key__": key, **files})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        os.remove(part)
-        raise
+    with open_atomic(Path(path), flush=True) as file, TarWriter(file, **HEADER) as tar:
+        for key, files in samples:
+            if not KEY.fullmatch(key) or key in keys:
+                what = (
+                    "occurs twice"
+                    if key in keys
+                    else "must be a relative path, no dot in its last part"
+                )
+                raise ValueError(f"The key {key!r} {what}: give every sample its own.")
+            keys.add(key)
+            tar.write({"__key__": key, **files})
 
 
 def _npy(key: str, x: np.ndarray, ndim: int | None = 3) -> bytes:

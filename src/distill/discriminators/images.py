@@ -18,8 +18,8 @@ from distill.core.types import Cond
 from distill.machine.faults import first_line
 from distill.storage.hub_settings import check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
+from distill.storage.pictures import IMAGENET
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEPTHS = (3 / 12, 6 / 12, 9 / 12, 12 / 12)  # blocks 2, 5, 8, 11 of twelve, as shares of the depth
 UNUSED = r"(^|\.)pooler\."  # DINO's files have none, and it is never run
 

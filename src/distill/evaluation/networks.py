@@ -29,9 +29,9 @@ from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import check_archive
 from distill.storage.hub_settings import check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
+from distill.storage.pictures import IMAGENET
 from distill.terminal.progress import stage
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LAYERS = (
     "Conv2d_1a_3x3",
     "Conv2d_2a_3x3",

@@ -24,6 +24,7 @@ from distill.sampling import Consistency, FewSteps, in_precision, seeded
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_atomic
 from distill.storage.fingerprints import path_fingerprint
+from distill.storage.pictures import PADDING
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
 from distill.worlds.shapes.judge import Judge, judging_prompts
@@ -31,7 +32,6 @@ from distill.worlds.shapes.world import SIDE, Prompt
 
 BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison
-PADDING = 2  # pixels between the pictures of torchvision's grids
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 FIXED_PROTOCOL = {
     "student guidance": "none",

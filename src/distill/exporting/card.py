@@ -1,16 +1,17 @@
 """The model card of a student: origin, licence, how to load it, and its scores."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import diffusers
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.evaluation.tables import Row, as_markdown, rows_of, table_in_order
 from distill.storage.atomic import write_atomic, write_text_atomic
-from distill.storage.bounded import check_yaml, mapping_of, number_of, text_of, yaml_of
+from distill.storage.bounded import check_yaml, configuration_of, mapping_of, number_of, text_of
 from distill.teachers.families import teacher_class
 from distill.teachers.loading.locate import STUDENT_INFO, is_hub_id
 from distill.terminal.shown import in_markdown, shown
@@ -32,7 +33,7 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     facts = _read(run / "run.json")
     config = _read(run / "config.yaml")
     evaluation = _read(run / "evaluation.json")
-    index = _read(folder / "model_index.json")
+    index, rows = _read(folder / "model_index.json"), rows_of(evaluation, finite=False)
     teacher_node = config.get("teacher") if isinstance(config.get("teacher"), dict) else {}
     method, path = str(facts.get("method", "distill")), str(teacher_node.get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
@@ -66,14 +67,13 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     guidance = float(number_of(teacher_node, "guidance", "config.yaml") or 0.0)
     options = index.get(STUDENT_INFO) or {"call": {"guidance_scale": guidance}}
     options = options if isinstance(options, dict) else {}
-    text += [_usage(folder, index, options), _measured(evaluation)]
+    text += [_usage(folder, index, options), _measured(rows, evaluation)]
     file_name = str(evaluation.get("picture", "comparison.png"))
     # Only the last part and no link: an untrusted file must not show other pictures.
     picture = run / "samples" / Path(file_name).name
     if picture.is_file() and not picture.is_symlink():
         write_atomic(folder / "comparison.png", picture.read_bytes())
-        rows = _rows(evaluation)
-        who = in_markdown(", ".join(f"{row['who']} at {row['steps']}" for row in rows))
+        who = in_markdown(", ".join(f"{row.who} at {row.steps}" for row in rows))
         text += [
             f"![{who or 'teacher and student'}; one prompt and noise a column](comparison.png)\n"
         ]
@@ -84,21 +84,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    if file.suffix == ".json":  # YAML would read NaN and 1e-05 as text
-        return mapping_of(file)
-    found = yaml.safe_load(yaml_of(file))
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: is no configuration; fetch the run anew")
-    return found
-
-
-def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an evaluation. Raises ValueError for a damaged one."""
-    rows = evaluation.get("rows") or []
-    for row in rows if isinstance(rows, list) else [rows]:
-        if not isinstance(row, dict) or type(row.get("steps")) is not int or "who" not in row:
-            raise ValueError(f"evaluation.json holds {shown(row, 60)}, no result; evaluate anew")
-    return rows
+    # YAML would read NaN and 1e-05 as text.
+    return mapping_of(file) if file.suffix == ".json" else configuration_of(file)
 
 
 def _licence(folder: Path | None) -> dict[str, Any]:
@@ -225,21 +212,10 @@ def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str)
     return notes
 
 
-def _measured(evaluation: dict[str, Any]) -> str:
+def _measured(rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
     """The rows of the evaluation as a table."""
-    if not (rows := _rows(evaluation)):
+    if not rows:
         return ""
-    names = [name for name in COLUMNS if any(name in row for row in rows)]
-    lines = [
-        "## Measured\n",
-        f"| who | steps | {' | '.join(n.replace('_', ' ') for n in names)} |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    for row in rows:
-        found = (number_of(row, name, "evaluation.json") for name in names)
-        values = " | ".join("-" if value is None else f"{value:.3f}" for value in found)
-        lines.append(f"| {in_markdown(row['who'])} | {row['steps']} | {values} |")
-    protocol = evaluation.get("protocol")
-    protocol = protocol if isinstance(protocol, dict) else {}
-    settings = in_markdown(", ".join(f"{key} {value}" for key, value in protocol.items()))
-    return "\n".join([*lines, f"\nProtocol: {settings}.\n"])
+    table = as_markdown(table_in_order(rows, COLUMNS, "{:.3f}"))
+    settings = ", ".join(f"{key} {value}" for key, value in evaluation.get("protocol", {}).items())
+    return f"## Measured\n\n{table}\nProtocol: {in_markdown(settings)}.\n"

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor, nn
 
+from distill.exporting import NAMINGS
 from distill.storage.bounded import mapping_of
 from distill.students import states
 from distill.teachers.families import teacher_class
@@ -16,7 +17,6 @@ from distill.teachers.loading.locate import denoiser_part, index_of
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
-NAMINGS = ("diffusers", "kohya")
 # A matrix whose smaller side exceeds EXACT * (rank + MORE) is decomposed by randomised SVD with
 # rank + MORE columns and PASSES power iterations. tests/test_low_rank.py measures its error.
 EXACT, MORE, PASSES = 4, 16, 2

@@ -100,10 +100,7 @@ def _places(model: nn.Module) -> dict[str, str]:
     places, n = dict(ENDS), 1
     for i, block in enumerate(model.down_blocks):
         for j in range(len(block.resnets)):
-            places |= {
-                f"down_blocks.{i}.{part}.{j}": f"input_blocks.{n}.{k}"
-                for k, part in enumerate(_PARTS)
-            }
+            places |= _layer_names(f"down_blocks.{i}", j, f"input_blocks.{n}")
             n += 1
         if block.downsamplers:
             places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
@@ -111,17 +108,17 @@ def _places(model: nn.Module) -> dict[str, str]:
     n = 0
     for i, block in enumerate(model.up_blocks):
         for j in range(len(block.resnets)):
-            places |= {
-                f"up_blocks.{i}.{part}.{j}": f"output_blocks.{n}.{k}"
-                for k, part in enumerate(_PARTS)
-            }
+            places |= _layer_names(f"up_blocks.{i}", j, f"output_blocks.{n}")
             n += 1
         behind = 2 if getattr(block, "attentions", None) else 1
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{behind}.conv"
     return places
 
 
-_PARTS = ("resnets", "attentions")
+def _layer_names(block: str, j: int, original: str) -> dict[str, str]:
+    """New names -> original names of both modules of layer j of a block."""
+    lists = ("resnets", "attentions")
+    return {f"{block}.{name}.{j}": f"{original}.{k}" for k, name in enumerate(lists)}
 
 
 def autoencoder(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

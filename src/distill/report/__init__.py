@@ -15,17 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from distill.evaluation.results import PICTURE, results_in
+from distill.evaluation.tables import Row, rows_of
 from distill.report.curves import charts
-from distill.report.evaluation import Row, headline, rows_of, table, tiles
-from distill.report.page import collapsible, figure, html
+from distill.report.evaluation import headline, table, tiles
+from distill.report.page import figure, html, join_html, render
 from distill.storage.atomic import write_text_atomic
 from distill.storage.bounded import mapping_of, number_of, text_of
 from distill.storage.checkpoint_names import steps_in
-from distill.terminal.shown import in_html
 
-STOPPED = '<p class="warn">This run was {} before its end.</p>'
-ALARM = '<p class="warn">Health alarm at {}: {}.</p>\n'
 FRAMES = 8  # pictures of the student during training
 SHOWN = 12  # steps listed for an alarm
 
@@ -39,19 +39,14 @@ def write_report(run_dir: Path) -> Path:
         " · ".join([name, *(str(run[key]) for key in ("method", "teacher") if key in run)]),
         headline(rows) or f"{name}: {'evaluated' if rows else 'trained, but not evaluated yet'}.",
         [*tiles(rows), _training_time(run)],
-        status=(
-            ""
-            if run.get("status", "finished") == "finished"
-            else STOPPED.format(in_html(run["status"]))
-        ),
+        status=_status(run),
         pictures=_pictures(run_dir / "samples", rows, evaluation),
-        evaluation=_section(
-            run_dir / "evaluation.json",
-            lambda path: _evaluation_tables(mapping_of(path)),
+        evaluation=_section(run_dir / "evaluation.json", _evaluation_tables),
+        training=join_html(
+            *_alarms(run_dir / "alarms.jsonl"), _section(run_dir / "metrics.csv", charts)
         ),
-        training=_alarms(run_dir / "alarms.jsonl") + _section(run_dir / "metrics.csv", charts),
-        facts=_section(run_dir / "run.json", lambda path: _text_section(path, "Facts", "open")),
-        config=_section(run_dir / "config.yaml", lambda path: _text_section(path, "Configuration")),
+        facts=_section(run_dir / "run.json", partial(_text_section, what="Facts", is_open=True)),
+        config=_section(run_dir / "config.yaml", partial(_text_section, what="Configuration")),
     )
     path = run_dir / "report.html"
     write_text_atomic(path, text)
@@ -72,24 +67,30 @@ def _rows_or_none(path: Path) -> list[Row]:
     return []
 
 
-def _section(path: Path, show: Callable[[Path], str]) -> str:
+def _status(run: dict[str, Any]) -> Markup:
+    """A warning for a run that did not finish; empty for one that did."""
+    status = run.get("status", "finished")
+    return Markup() if status == "finished" else render("stopped", status)
+
+
+def _section(path: Path, show: Callable[[Path], Markup]) -> Markup:
     """HTML that `show` makes of a file, or a sentence why it cannot be shown."""
     if not path.is_file():
-        return f'<p class="none">This run has no {path.name}.</p>'
+        return render("note", f"This run has no {path.name}.", kind="none")
     try:
         return show(path)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError of a broken PNG
-        return f'<p class="none">{in_html(f"{path.name} cannot be shown: {error}.")}</p>'
+        return render("note", f"{path.name} cannot be shown: {error}.", kind="none")
 
 
-def _text_section(path: Path, what: str, state: str = "") -> str:
-    return collapsible(what, text_of(path, errors="replace"), state)
+def _text_section(path: Path, what: str, *, is_open: bool = False) -> Markup:
+    return render("collapsible", what, text_of(path, errors="replace"), is_open)
 
 
-def _alarms(path: Path) -> str:
-    """The health alarms of the discriminator and their steps; "" if they were not watched."""
+def _alarms(path: Path) -> list[Markup]:
+    """The health alarms of the discriminator and their steps; [] if they were not watched."""
     if not path.is_file():
-        return ""
+        return []
     steps: dict[str, list[str]] = {}  # alarm -> steps
     for line in text_of(path, errors="replace").splitlines():
         # a kill may have cut a line short
@@ -97,8 +98,8 @@ def _alarms(path: Path) -> str:
             alarm = json.loads(line)
             steps.setdefault(str(alarm["alarm"]), []).append(f"{int(alarm['step']):,}")
     if not steps:
-        return '<p class="soft">No health alarm was raised.</p>\n'
-    return "".join(ALARM.format(_step_list(when), in_html(what)) for what, when in steps.items())
+        return [render("note", "No health alarm was raised.")]
+    return [render("alarm", _step_list(when), what) for what, when in steps.items()]
 
 
 def _step_list(steps: Sequence[str]) -> str:
@@ -119,31 +120,26 @@ def _training_time(run: dict[str, Any]) -> tuple[str, str, str]:
     return "Training time", time, f"{steps:,} steps, {images or 0:,} images"
 
 
-def _evaluation_tables(evaluation: dict[str, Any]) -> str:
+def _evaluation_tables(path: Path) -> Markup:
     """The table of the main result, then one for each other protocol."""
+    evaluation = mapping_of(path)
     main, *others = results_in(evaluation) or [evaluation]
-    head = "<h3>By another protocol</h3>"
-    return "\n".join([table(main), *(f"{head}\n{table(other)}" for other in others)])
+    title = "By another protocol"
+    return join_html(table(main), *(table(other, title) for other in others))
 
 
-def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> str:
+def _pictures(folder: Path, rows: Sequence[Row], evaluation: dict[str, Any]) -> Markup:
     """Teacher and student in the rows of the evaluation, then the student during training."""
-    names = "".join(f"<span>{in_html(row.name)}</span>" for row in rows)
     caption = "Teacher and student, one prompt and one noise per column"
     main = next(iter(results_in(evaluation)), {"picture": PICTURE})
     comparison = _section(folder / main["picture"], lambda path: figure(path, caption))
     frames = list(steps_in(folder, ".png").items())
     if len(frames) > FRAMES:  # the first, the last, and evenly spaced ones between
         frames = [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    strip = "\n".join(
-        _section(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames
-    )
+    strip = [_section(path, partial(figure, caption=f"Step {step:,}")) for step, path in frames]
     captions = _section(
         folder / "captions.txt",
         lambda path: _text_section(path, "The prompts of these grids, in reading order"),
     )
-    return (
-        f'<div class="labelled"><div class="names">{names}</div>{comparison}</div>\n<h3>During'
-        " training</h3>\n<div"
-        f' class="strip">{strip or "No samples were kept in training."}</div>\n{captions}'
-    )
+    names = [row.name for row in rows]
+    return join_html(render("labelled", names, comparison), render("frames", strip), captions)

@@ -6,28 +6,18 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
+from distill.evaluation.tables import MEASURES, SPACE
 from distill.report.curves import chart_figure, read, smoothed
-from distill.report.evaluation import MAIN, MEASURES
-from distill.report.page import collapsible, html, img, open_png
-from distill.report.runs import SCORES, Line, Run, all_runs, lines_of
-from distill.terminal.shown import in_html, shown
+from distill.report.evaluation import MAIN
+from distill.report.page import embed, html, join_html, open_png, render
+from distill.report.runs import Line, Run, all_runs, lines_of, page_table
+from distill.storage.pictures import PADDING
+from distill.terminal.shown import shown
 
 SHOWN = 8  # prompts in the grid of pictures
-PADDING = 2  # of torchvision's grids
-SORT = """<script>
-for (const head of document.querySelectorAll('table.sortable thead th')) head.onclick = () => {
-  const body = head.closest('table').tBodies[0]
-  const i = head.cellIndex, up = head.ariaSort !== 'ascending'
-  const key = row => row.cells[i].dataset.sort ?? row.cells[i].textContent
-  const text = (a, b) => isNaN(key(a)) || isNaN(key(b))
-  const by = (a, b) => text(a, b) ? key(a).localeCompare(key(b)) : key(a) - key(b)
-  for (const other of head.parentNode.cells) other.ariaSort = null
-  head.ariaSort = up ? 'ascending' : 'descending'
-  body.append(...[...body.rows].sort((a, b) => up ? by(a, b) : by(b, a)))
-}
-</script>"""
 
 
 def page(groups: Mapping[str, Sequence[Run]]) -> str:
@@ -46,8 +36,8 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
         sentence,
         tiles,
         pictures=_pictures(groups),
-        evaluation=_table(lines) + SORT,
-        training=f'<div class="charts">\n{"".join(_charts(groups, lines))}\n</div>',
+        evaluation=render("sortable_scores", page_table(lines)),
+        training=render("charts", _charts(groups, lines)),
         facts=_provenance(groups),
     )
 
@@ -55,46 +45,28 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
 def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
     """The best group at the fewest steps, as a tile and as a sentence."""
     for key in MAIN:
-        label, goal, form = MEASURES[key]
         found = [line for line in lines if line.who == "student" and key in line.values]
         if not found:
             continue
         few = min(line.steps for line in found)
         rivals = [line for line in found if line.steps == few]
-        pick = min if goal == 0 else max
+        pick = min if _is_lower_better(key) else max
         line = pick(rivals, key=lambda line: line.mean(key))
-        value, best = line.formatted(key, form), f"best with {few} step{'s' * (few > 1)}"
-        what = label.partition("&")[0].lower()
+        measure, best = MEASURES[key], f"best with {few} step{'s' * (few > 1)}"
+        value, what = line.formatted(key, measure.form), measure.name.lower()
         return (best.capitalize(), value, line.group), f"{line.group} is {best}: {what} {value}."
     return ("Best", "–", "–"), "No student among them was evaluated by one of the main measures."
 
 
-def _table(lines: Sequence[Line]) -> str:
-    columns = [key for key in SCORES if any(key in line.values for line in lines)]
-    heads = "".join(
-        f'<th scope="col">{label}</th>'
-        for label in ["", "Steps", *(MEASURES[key][0] for key in columns)]
-    )
-    body = ""
-    for line in lines:
-        cells = f'<th scope="row">{in_html(line.group)}</th><td>{line.steps:d}</td>'
-        for key in columns:
-            value = f"{line.mean(key):.6g}" if key in line.values else "-1"
-            cells += f'<td data-sort="{value}">{line.formatted(key, MEASURES[key][2])}</td>'
-        body += f"<tr>{cells}</tr>\n"
-    scores = (
-        '<div class="scroll"><table'
-        f' class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>'
-    )
-    note = "Mean ± standard deviation over seeds. Click a column head to sort."
-    return f'{scores}</table></div>\n<p class="soft">{note}</p>\n'
+def _is_lower_better(key: str) -> bool:
+    return MEASURES[key].better == "lower"
 
 
-def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[str]:
+def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Iterator[Markup]:
     """Quality by steps, time and images seen, then the accuracy of the discriminators."""
     for key in MAIN:
         if any(key in line.values for line in lines):
-            title = MEASURES[key][0].replace("&nbsp;", " ")
+            title = MEASURES[key].head.replace(SPACE, " ")
             yield chart_figure(
                 title,
                 "By number of steps, up to the student's most.",
@@ -112,7 +84,7 @@ def _charts(groups: Mapping[str, Sequence[Run]], lines: Sequence[Line]) -> Itera
                 yield chart_figure(f"{title} in one step", f"By {unit}.", plot)
     found = {group: [_accuracy(run) for run in runs] for group, runs in groups.items()}
     for error in (error for curves in found.values() for _, error in curves if error):
-        yield f'<p class="none">A curve is left out: {in_html(error)}.</p>'
+        yield render("note", f"A curve is left out: {error}.", kind="none")
     accuracy = {group: [c for c, _ in curves if c is not None] for group, curves in found.items()}
     if any(accuracy.values()):
         yield chart_figure(
@@ -136,7 +108,7 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
             style = {"color": "#7d8189", "linestyle": "--"} if of_teacher else {}
             steps, values = [line.steps for line in found], [line.mean(key) for line in found]
             axes.plot(steps, values, marker="o", markersize=3, label=_legend(group), **style)
-        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
+        axes.set_yscale("log" if _is_lower_better(key) else "linear")
 
     return plot
 
@@ -162,7 +134,7 @@ def _by_cost(
                 label=_legend(group),
             )
         axes.set_xlim(left=0)
-        axes.set_yscale("log" if MEASURES[key][1] == 0 else "linear")
+        axes.set_yscale("log" if _is_lower_better(key) else "linear")
 
     return plot
 
@@ -189,7 +161,7 @@ def _legend(group: str) -> str:
     return shown(group.lstrip("_"), 34)
 
 
-def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
+def _pictures(groups: Mapping[str, Sequence[Run]]) -> Markup:
     """A grid, prompts by samplers: the teacher with the most steps, then the first run of each
     group by number of steps.
     """
@@ -204,16 +176,10 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> str:
     columns = sorted(of_teacher, key=lambda column: column[1].steps)[-1:]
     columns += [column for column in found if column[1].who == "student"]
     if not columns:
-        return '<p class="none">None of these runs kept its pictures.</p>'
-    head = "".join(
-        f"<th>{in_html(group)}<br>{n:d} step{'s' * (n > 1)}</th>" for group, (_, n, _), _ in columns
-    )
-    body = ""
-    for row in list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]:
-        body += f"<tr>{''.join(f'<td>{img(picture)}</td>' for picture in row)}</tr>\n"
-    table = f'<table class="grid">\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    note = "One prompt and one noise per row; the first run of each group."
-    return f'<div class="scroll">{table}</div>\n<p class="soft">{note}</p>'
+        return render("note", "None of these runs kept its pictures.", kind="none")
+    heads = [(group, f"{n:d} step{'s' * (n > 1)}") for group, (_, n, _), _ in columns]
+    rows = list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]
+    return render("grid", heads, [[embed(picture) for picture in row] for row in rows])
 
 
 def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
@@ -229,7 +195,7 @@ def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
     ]
 
 
-def _provenance(groups: Mapping[str, Sequence[Run]]) -> str:
+def _provenance(groups: Mapping[str, Sequence[Run]]) -> Markup:
     """Seed, hardware, commit and command of each run, and the evaluation protocol."""
     text = ""
     for group, runs in groups.items():
@@ -245,9 +211,9 @@ def _provenance(groups: Mapping[str, Sequence[Run]]) -> str:
         shown("; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())))
         for run in all_runs(groups)
     }
-    warn = (
-        '<p class="warn">These runs were evaluated by different protocols.</p>'
-        if len(protocols) > 1
-        else ""
-    )
-    return warn + collapsible("Runs and protocol", text + "\n".join(sorted(protocols)), "open")
+    text += "\n".join(sorted(protocols))
+    section = render("collapsible", "Runs and protocol", text, is_open=True)
+    if len(protocols) == 1:
+        return section
+    warning = "These runs were evaluated by different protocols."
+    return join_html(render("note", warning, kind="warn"), section)

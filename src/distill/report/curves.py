@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
-from distill.report.page import data_uri
+from distill.report.page import data_uri, join_html, render
 from distill.storage.bounded import text_of
-from distill.terminal.shown import in_html, shown
+from distill.terminal.shown import shown
 
 
 class Chart(NamedTuple):
@@ -68,10 +69,11 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def charts(path: Path) -> str:
+def charts(path: Path) -> Markup:
     """The section of curves from a metrics.csv."""
     curves, skipped = read(path)
-    figures = "\n".join(filter(None, (_figure(chart, curves) for chart in CHARTS)))
+    drawn = (_figure(chart, curves) for chart in CHARTS)
+    figures = [figure for figure in drawn if figure is not None]
     if not figures:
         raise ValueError("it holds no numbers to plot")
     left_out = f" {skipped:,} values that are not finite numbers are left out." if skipped else ""
@@ -79,7 +81,7 @@ def charts(path: Path) -> str:
         "Over student steps. Bold: running mean over a fortieth of the run; faint: as"
         f" logged.{left_out}"
     )
-    return f'<p class="soft">{note}</p>\n<div class="charts">\n{figures}\n</div>'
+    return join_html(render("note", note), render("charts", figures))
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], int]:
@@ -138,15 +140,17 @@ def _gaps(values: Mapping[str, float]) -> dict[str, float]:
     return {f"gap/{name} of {len(gaps)}": pick(gaps.values()) for name, pick in picks.items()}
 
 
-def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> str:
-    """HTML of a chart; "" without curves. The legend has the last smoothed value of each curve."""
+def _figure(chart: Chart, curves: Mapping[str, np.ndarray]) -> Markup | None:
+    """HTML of a chart; None without curves. The legend has the last smoothed value of each
+    curve.
+    """
     found = [
         (match[1], curve)
         for name, curve in curves.items()
         if (match := re.fullmatch(chart.columns, name))
     ]
     if not found:
-        return ""
+        return None
     return chart_figure(chart.title, chart.about, lambda axes: _plot(axes, chart, found))
 
 
@@ -170,10 +174,11 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
 
 
-def chart_figure(title: str, about: str, plot: Callable[[Any], None]) -> str:
+def chart_figure(title: str, about: str, plot: Callable[[Any], None]) -> Markup:
     """HTML with title, explanation and what `plot` puts on the axes, as an SVG."""
     from matplotlib import rc_context  # takes half a second, which only a report needs
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
@@ -189,9 +194,9 @@ def chart_figure(title: str, about: str, plot: Callable[[Any], None]) -> str:
         columns = 3 if longest < 18 else 2 if longest < 30 else 1
         figure.set_figheight(2.5 + 0.18 * max(0, -(-len(labels) // columns) - 3))
         figure.legend(loc="outside upper left", ncols=columns)
+        if axes.get_yscale() == "log":
+            # The default labels are formulas, which STYLE would show as their source.
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
         figure.savefig(file := io.BytesIO(), format="svg")
-    heading = f'<h3>{in_html(title)}</h3><p class="soft">{in_html(about)}</p>'
-    return (
-        f'<figure class="chart">{heading}<img src="{data_uri(file, "svg+xml")}"'
-        f' alt="{in_html(title)}"></figure>'
-    )
+    return render("chart", title, about, data_uri(file, "svg+xml"))

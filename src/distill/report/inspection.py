@@ -8,22 +8,23 @@ attention  |d logit / d x0|, mean over channels: where a change of the picture c
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from distill.core.losses import critic_stats
 from distill.core.process import level_like, noise_like
 from distill.core.types import Batch, Logits
-from distill.report.page import figure, html
+from distill.report.page import figure, html, render
 from distill.storage.atomic import write_text_atomic
 from distill.storage.pictures import write_grid
-from distill.terminal.shown import in_csv, in_html
+from distill.terminal.shown import in_csv
 
 SHOWN = 8  # pictures
 MAX_ATTENTION_HEADS = 10  # evenly chosen heads, whose attention is shown
@@ -139,10 +140,7 @@ def write_inspection(inspection: Inspection, folder: Path, name: str) -> Path:
     write_grid(_sheet(inspection), folder / "attention.png", nrow=len(inspection.pictures))
     best = max(rows, key=lambda row: row["right"])
     mean = sum(row["right"] for row in rows) / len(rows)
-    names = "".join(
-        f"<span>{in_html(text)}</span>"
-        for text in ["student", *(inspection.heads[h] for h in inspection.attention_heads)]
-    )
+    names = ["student", *(inspection.heads[h] for h in inspection.attention_heads)]
     caption = (
         "The student's pictures, and the attention of each head: bright where a change of the"
         " picture changes its logit most."
@@ -155,7 +153,7 @@ def write_inspection(inspection: Inspection, folder: Path, name: str) -> Path:
     page = html(
         f"{name}: inspection of the discriminator",
         headline,
-        pictures=f'<div class="labelled"><div class="names">{names}</div>{picture}</div>',
+        pictures=render("labelled", names, picture),
         evaluation=_table(inspection),
         training=_disagreement(inspection),
     )
@@ -173,39 +171,27 @@ def _sheet(inspection: Inspection) -> Tensor:
     return torch.cat([(inspection.pictures / 2 + 0.5).clamp(0, 1), heat])
 
 
-def _table(inspection: Inspection) -> str:
+def _table(inspection: Inspection) -> Markup:
     """HTML table of the share of right pairs by head and level, with shades."""
-    heads = "".join(f'<th scope="col">t = {level:g}</th>' for level in inspection.levels)
     found = {(row["head"], row["level"]): row for row in inspection.rows()}
-    body = ""
-    for head in inspection.heads:
-        cells = ""
-        for level in inspection.levels:
-            row = found[head, level]
-            shade = max(0.0, 2 * row["right"] - 1)
-            style = f"background: color-mix(in srgb, var(--strong) {45 * shade:.0f}%, transparent)"
-            cells += f'<td style="{style}" title="gap {row["gap"]:+.2f}">{row["right"]:.0%}</td>'
-        body += f'<tr><th scope="row">{in_html(head)}</th>{cells}</tr>\n'
-    table = (
-        "<div"
-        f' class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>'
-        f"{body}</tbody></table></div>"
-    )
-    return (
-        f'{table}<p class="soft">Share of pairs in which the real one has the higher logit; 50 % is'
-        " guessing.</p>"
-    )
+    levels = [f"{level:g}" for level in inspection.levels]
+    heads = [
+        (head, [_share(found[head, level]) for level in inspection.levels])
+        for head in inspection.heads
+    ]
+    return render("shares", levels, heads)
 
 
-def _disagreement(inspection: Inspection) -> str:
+def _share(row: Mapping[str, Any]) -> dict[str, str]:
+    """A cell of the table: its text, its shade in percent, and the gap for its tooltip."""
+    shade = max(0.0, 2 * row["right"] - 1)
+    gap, right = f"{row['gap']:+.2f}", f"{row['right']:.0%}"
+    return {"right": right, "shade": f"{45 * shade:.0f}", "gap": gap}
+
+
+def _disagreement(inspection: Inspection) -> Markup:
     """HTML list of the pairs of heads that agree least."""
     agreement, count = inspection.agreement(), len(inspection.heads)
     pairs = sorted((float(agreement[i, j]), i, j) for i in range(count) for j in range(i))[:PAIRS]
-    items = "".join(
-        f"<li>{in_html(inspection.heads[j])} and {in_html(inspection.heads[i])}: {r:+.2f}</li>"
-        for r, i, j in pairs
-    )
-    return (
-        '<p class="soft">Heads that agree least, by the correlation of their'
-        f" logits.</p><ul>{items}</ul>"
-    )
+    named = [(inspection.heads[j], inspection.heads[i], f"{r:+.2f}") for r, i, j in pairs]
+    return render("disagreement", named)

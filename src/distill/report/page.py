@@ -1,45 +1,86 @@
-"""Parts of every HTML page: the template, embedded pictures, collapsible text."""
+"""HTML pages: templates and their macros, embedded pictures.
+
+All values are escaped by `terminal.shown`, except Markup, which is HTML of a macro.
+"""
 
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from string import Template
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from distill.storage.formats import check_pixels
 from distill.terminal.shown import in_html, lines_in_html
 
-TEMPLATE = Path(__file__).with_name("template.html")
+TEMPLATES = Path(__file__).with_name("templates")
 SECTIONS = dict.fromkeys(("status", "pictures", "evaluation", "training", "facts", "config"), "")
-TILE = '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'
 # pixels; wider pictures are reduced to it, since grids of a large model would give a 200 MB page
 WIDEST = 1600
 MOST_PIXELS = 2**27  # ours: a grid of 64 pictures of 1024 x 1024 has half as many
 COARSEST = 700  # pixels; narrower pictures are enlarged without interpolation
 
 
-def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sections: str) -> str:
+class Picture(NamedTuple):
+    """An embedded picture: data URI, size in pixels, and whether it is enlarged with hard edges."""
+
+    uri: Markup
+    width: int
+    height: int
+    small: bool
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=_escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["lines"] = lambda text: Markup(lines_in_html(text))
+    return environment
+
+
+def _escaped(value: Any) -> Markup:
+    """The value of `{{ }}`: HTML as it is, anything else escaped."""
+    return value if isinstance(value, Markup) else Markup(in_html(value))
+
+
+def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sections: Markup) -> str:
     """The whole page.
 
     A tile is (name, value, circumstances); `sections` are HTML, and empty if absent.
     """
-    texts = {"name": in_html(name), "headline": in_html(headline)}
-    texts["tiles"] = "\n".join(TILE.format(*map(in_html, tile)) for tile in tiles)
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(SECTIONS | texts | sections)
+    values = {"name": name, "headline": headline, "tiles": tiles}
+    return _templates().get_template("page.html").render(SECTIONS | values | sections)
 
 
-def figure(path: Path, caption: str) -> str:
+def render(macro: str, *arguments: Any, **options: Any) -> Markup:
+    """HTML of a macro in templates/parts.html."""
+    macros = _templates().get_template("parts.html").module
+    return getattr(macros, macro)(*arguments, **options)
+
+
+def join_html(*parts: Markup) -> Markup:
+    """The parts with line ends between them; text among them is escaped."""
+    return Markup("\n").join(parts)
+
+
+def figure(path: Path, caption: str) -> Markup:
     """HTML of the picture in this file with a caption.
 
     Raises OSError, ValueError or SyntaxError, as Pillow does.
     """
     with open_png(path) as picture:
         picture.thumbnail((WIDEST, 100 * WIDEST))
-        below = f"<figcaption>{in_html(caption)}</figcaption>"
-        return f"<figure>{img(picture, caption)}{below}</figure>"
+        return render("figure", embed(picture), caption)
 
 
 def open_png(path: Path) -> Image.Image:
@@ -53,23 +94,13 @@ def open_png(path: Path) -> Image.Image:
     return picture
 
 
-def img(picture: Image.Image, alt: str = "") -> str:
+def embed(picture: Image.Image) -> Picture:
+    """A picture as a PNG inside the page."""
     picture.save(file := io.BytesIO(), format="PNG")
-    attributes = (
-        f'width="{picture.width}" height="{picture.height}"'
-        f' class="{"crisp" * (picture.width < COARSEST)}"'
-    )
-    return f'<img src="{data_uri(file, "png")}" {attributes} alt="{in_html(alt)}">'
+    size = picture.width, picture.height
+    return Picture(data_uri(file, "png"), *size, small=picture.width < COARSEST)
 
 
-def data_uri(file: io.BytesIO, kind: str) -> str:
-    """A data URI of a picture of this kind, `png` or `svg+xml`."""
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def collapsible(what: str, text: str, state: str = "") -> str:
-    """Plain text in <details>; with `state="open"` it starts expanded."""
-    return (
-        "<details"
-        f" {state}><summary>{in_html(what)}</summary><pre>{lines_in_html(text)}</pre></details>"
-    )
+def data_uri(file: io.BytesIO, kind: str) -> Markup:
+    """A data URI of a picture of this kind, `png` or `svg+xml`; it needs no escapes."""
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")

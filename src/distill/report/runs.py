@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.evaluation import tables
 from distill.evaluation.results import FILE, PICTURE, Result, comparable, results_in
-from distill.report.evaluation import MEASURES, TIME, Row, rows_of
-from distill.storage.bounded import mapping_of, number_of, yaml_of
+from distill.evaluation.tables import MEASURES, TIME, Column, Row, Table, columns_of, rows_of
+from distill.storage.bounded import configuration_of, mapping_of, number_of
 from distill.storage.renames import renamed
-from distill.terminal.shown import in_csv, in_markdown
+from distill.terminal.shown import in_csv
 
 # Keys that do not make two runs different settings: paths, logging, and evaluation. `name` and
 # `seed` are handled apart.
@@ -95,12 +96,8 @@ def results_of(folder: Path) -> list[Result]:
 
 
 def _run_of(folder: Path, result: Result) -> Run:
-    import yaml
-
-    config = yaml.safe_load(yaml_of(folder / "config.yaml"))
+    config = configuration_of(folder / "config.yaml")
     facts = mapping_of(folder / "run.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.yaml'}: is no configuration; fetch the run anew")
     for key in COSTS:
         number_of(facts, key, str(folder / "run.json"))
     config = {**_plain(renamed(config)), "judged": result["protocol"]}
@@ -198,9 +195,7 @@ class Line:
 
     def formatted(self, key: str, form: str) -> str:
         """Mean and standard deviation; `form` formats a number."""
-        found = self.values.get(key, [])
-        spread = f" ± {form.format(statistics.stdev(found))}" if len(found) > 1 else ""
-        return form.format(statistics.fmean(found)) + spread if found else "–"
+        return Column(key, key, form).text(self.values.get(key, ()))
 
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
@@ -244,20 +239,21 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
     return file.getvalue()
 
 
-def as_markdown(lines: Sequence[Line]) -> str:
-    """The table of means and spreads."""
-    columns = [key for key in SCORES if any(key in line.values for line in lines)]
-    heads = [MEASURES[key][0].replace("&nbsp;", " ") for key in columns]
-    rows = [["", "steps", "runs", *heads], ["---"] * (len(columns) + 3)]
-    for line in lines:
-        count = max(map(len, line.values.values()), default=0)
-        values = [line.formatted(key, MEASURES[key][2]) for key in columns]
-        rows.append(
-            [
-                in_markdown(line.group),
-                str(line.steps),
-                str(count) if line.who == "student" else "",
-                *values,
-            ]
-        )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def text_table(lines: Sequence[Line]) -> Table:
+    """The table of means and spreads for compare.md, with the number of runs of each line."""
+    counts = [max(map(len, line.values.values()), default=0) for line in lines]
+    labels = [
+        [line.group, str(line.steps), str(count) if line.who == "student" else ""]
+        for line, count in zip(lines, counts, strict=True)
+    ]
+    return _table(["", "steps", "runs"], labels, lines)
+
+
+def page_table(lines: Sequence[Line]) -> Table:
+    """The table of means and spreads for compare.html."""
+    return _table(["", "Steps"], [[line.group, str(line.steps)] for line in lines], lines)
+
+
+def _table(heads: Sequence[str], labels: Sequence[Sequence[str]], lines: Sequence[Line]) -> Table:
+    body = [tables.Line(names, line.values) for names, line in zip(labels, lines, strict=True)]
+    return Table(heads, columns_of(SCORES, body), [body])

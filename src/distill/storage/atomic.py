@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from distill.machine.alive import alive, host_hash
 
@@ -33,14 +34,30 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{name}.{host_hash()}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a small file atomically; processes of several machines may write the same file."""
+@contextmanager
+def open_atomic(path: Path, *, flush: bool = False) -> Iterator[BinaryIO]:
+    """A binary file to write to. It becomes `path` when the block ends, and is removed if that
+    fails.
+
+    Processes of several machines may write the same file. flush: the content is flushed to disk
+    before the file is renamed.
+    """
     part = temporary_path(path)
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            yield file
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)  # after an error, such as a full disk
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    with open_atomic(path) as file:
+        file.write(content)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -141,6 +141,16 @@ def yaml_of(file: Path) -> Named:
     return found
 
 
+def configuration_of(file: Path) -> dict[Any, Any]:
+    """The configuration of a run from its config.yaml. Raises ValueError or YAMLError for a damaged
+    one.
+    """
+    found = yaml.safe_load(yaml_of(file))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: is no configuration; fetch the run anew")
+    return found
+
+
 def check_yaml(text: str, where: str) -> None:
     """Raise ValueError, starting with `where`, for YAML with too many or too deeply nested values.
 

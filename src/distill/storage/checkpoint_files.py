@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.core.tensors import unsharded
 from distill.machine import faults
 from distill.machine.faults import first_line
-from distill.storage.atomic import temporary_path
+from distill.storage.atomic import open_atomic
 from distill.storage.bounded import check_archive
 from distill.storage.checkpoint_names import checkpoints_at, steps_in
 from distill.terminal.shown import shown
@@ -33,15 +33,10 @@ def write_checkpoint(state: Any, path: Path) -> None:
     Raises OSError with a sentence for the user.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = temporary_path(path)
     try:
-        with part.open("wb") as file:
+        with open_atomic(path, flush=True) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
-        part.unlink(missing_ok=True)
         strerror = isinstance(error, OSError) and error.strerror
         reason = faults.write_error(error) or strerror or first_line(error)
         what = f"cannot write the checkpoint {path} ({reason})"

@@ -21,13 +21,12 @@ from distill.teachers.loading.locate import (
     denoiser_part,
     index_of,
 )
-from distill.teachers.loading.reading import BASE, home_of, lineage, only_variant
+from distill.teachers.loading.reading import BASE, OURS, home_of, lineage, only_variant
 from distill.teachers.loading.settings import KINDS, prediction_of, refuse_quantised
 from distill.teachers.loading.weights import about_weights, put_on, readable, write_weights
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 
-OURS = "distill.teachers.schedulers"
 # Settings that a student of another size shares with its teacher: its inputs and its prediction.
 FITTING = (
     *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.storage.atomic import remove, write_atomic
-from distill.teachers.loading.locate import INDEX, STUDENT_INFO, index_of, shards_in
+from distill.teachers.loading.locate import INDEX, STUDENT_INFO, WEIGHTS, index_of, shards_in
 from distill.teachers.loading.reading import BASE, home_of, lineage
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 
 CONFIG = "config.json"
-KINDS = (".safetensors", ".bin")  # of weights, the preferred first
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers' two
 TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")  # of tokenizers and processors
 VARIANTS = ("fp16", "bf16")  # used where there are no plain weights
@@ -103,7 +102,7 @@ def _files(folder: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
 def weights_of(folder: Path, variant: str | None = None) -> list[tuple[str, Path]]:
     """Name in a copy -> file, of one set of weights in this folder: shards with their index."""
     wanted = dict.fromkeys([variant, None, *VARIANTS, *_variants(folder)])
-    for kind in KINDS:
+    for kind in WEIGHTS:
         for each in wanted:
             infix = f".{each}" if each else ""
             for stem in STEMS:
@@ -121,7 +120,7 @@ def _shards(index: Path) -> list[tuple[str, Path]]:
 
 def _variants(folder: Path) -> list[str]:
     """The variants of the weights: the middle of `model.ema.safetensors`."""
-    names = (file.name.split(".") for file in sorted(folder.iterdir()) if file.suffix in KINDS)
+    names = (file.name.split(".") for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS)
     return [name[1] for name in names if len(name) == 3 and name[0] in STEMS]
 
 

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import parse_json_object
-from distill.teachers.loading.lora_names import is_pefts, renamed, settings_beside
-
-State = dict[str, Tensor]
+from distill.teachers.loading.lora_names import State, is_pefts, renamed, settings_beside
 
 TEXT = ("text_encoder", "lora_te")  # prefixes of layers of text encoders
 SIDE = re.compile(r"(.+?)[._]lora\d?[._](?:linear_layer[._])?(A|B|down|up)\.weight")

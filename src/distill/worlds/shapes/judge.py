@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core import distances
+from distill.evaluation.tables import ATTRIBUTES
 from distill.worlds.shapes.reader import CHOICES, Reader, targets
 from distill.worlds.shapes.render import render
 from distill.worlds.shapes.world import Prompt, draw_prompt, draw_scene
 
 MODEL = Path(__file__).parent / "models" / "reader"
-ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]  # Rec. 709
 PATTERNS = ("striped", "dotted")
 # Training seeds are below: prompts and scenes of evaluation are not in the training data.
