@@ -38,7 +38,9 @@ def compose(*words: str) -> DictConfig:
             raise ValueError(f"{word}: flags are of the command line; give words as key=value")
     typed.register_secrets(words)
     read = [for_hydra(as_typed(word), RUN) for word in words]
-    composed = Composed(RUN, tuple(read)).loader.load_configuration(RUN, read, RunMode.RUN)
+    loader = Composed(RUN, tuple(read)).loader
+    with composing.options_of(loader):
+        composed = loader.load_configuration(RUN, read, RunMode.RUN)
     with _known_to_hydra(composed):
         settings = composed.copy()
         with open_dict(settings):
