@@ -139,7 +139,7 @@ def api_page(room: str, title: str) -> Iterator[str]:
 
 
 def python_page() -> Iterator[str]:
-    """The names of `import distill` with what each is, then the functions with their arguments."""
+    """A table of the names of `import distill`, then the functions with their arguments."""
     import distill
 
     yield "# From Python\n\nThe names that `import distill` offers.\n"
@@ -153,7 +153,7 @@ def python_page() -> Iterator[str]:
 
 
 def summary(name: str) -> str:
-    """The first sentence of what a public name says of itself, else of its module."""
+    """First sentence of the docstring of a public name, or of its module if it starts with Args."""
     import distill
 
     found = getattr(distill, name)
@@ -168,7 +168,7 @@ def summary(name: str) -> str:
 
 
 def notebook(file: Path) -> Iterator[str]:
-    """Text and code in their order; what the code prints is seen by who runs it."""
+    """The text and code cells of a notebook in their order, without outputs."""
     title, *cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     yield "".join(title["source"])
     yield f"\nThis page is a notebook: {{download}}`{file.name}`.\n"

@@ -1,5 +1,7 @@
-"""The one table of families of teachers, each with a tiny random pipeline in the real folder
-layout: latents [4, 16, 16] of 64 pixels a side. A new family is a writer and a row of `FAMILIES`.
+"""The table of teacher families, each with a tiny random pipeline in the real folder layout.
+
+The latents are [4, 16, 16], for pictures of 64x64 pixels. A new family needs a writer and a row in
+`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ SMALL = {"height": tiny.SIDE, "width": tiny.SIDE}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What tests must be told of a family.
+    """What the tests know about a family.
 
-    write: its pipeline with tiny random weights.
-    named: its options of the group `teacher`; the first is tried by the quick tests.
-    taps: those behind whole blocks.
-    grid: whether these give image tokens, so many latents a side to one (`patch`).
-    unit: of what number of pixels the sides of its pictures must be multiples.
-    options, words: what its teacher is told besides its path, in Python and on the command line.
-    call: what its pipeline is told where the defaults are made for larger pictures.
-    guided: how its pipeline is guided by 5 against the empty caption.
-    pooled: whether it has a pooled embedding of captions.
-    letters: whether its captions are read letter by letter, by one text encoder alone.
+    write: makes its pipeline with tiny random weights.
+    named: its options of the group `teacher`; quick tests use the first.
+    taps: the taps after whole blocks.
+    grid: whether these taps give image tokens of `patch` x `patch` latents.
+    unit: the sides of its pictures must be multiples of this number of pixels.
+    options, words: further options of its teacher, in Python and on the command line.
+    call: arguments of its pipeline for small pictures.
+    guided: arguments of its pipeline for guidance 5 against the empty caption.
+    pooled: whether captions have a pooled embedding.
+    letters: whether its only text encoder reads captions letter by letter.
     """
 
     write: Callable[[], Any]
@@ -56,7 +58,7 @@ class Row:
 
 
 def write(family: str, folder: Path) -> Path:
-    """The pipeline of a family of the table, or of one that is not among ours."""
+    """Write the pipeline of a family, of `FAMILIES` or of `OTHERS`, into a folder."""
     torch.manual_seed(0)
     pipeline = FAMILIES[family].write() if family in FAMILIES else OTHERS[family]()
     pipeline.save_pretrained(folder)
@@ -64,7 +66,7 @@ def write(family: str, folder: Path) -> Path:
 
 
 def teacher_at(folder: Path, **options: Any) -> Any:
-    """The teacher of a pipeline folder, by the class that its index names."""
+    """The teacher of a pipeline folder; its index names the class."""
     from distill.teachers.families import teacher_class
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -76,7 +78,7 @@ def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> d
     from distill.worlds.shapes.pretraining import text
 
     tokenizer = text.train_tokenizer(tiny.CAPTIONS, length=tiny.LENGTH, vocab_size=600)
-    ends = {
+    special = {
         f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")
     }
     shape = {
@@ -91,7 +93,7 @@ def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> d
         "num_attention_heads": 2,
     }
     return {
-        "text_encoder": kind(transformers.CLIPTextConfig(**shape, **sizes, **ends)),
+        "text_encoder": kind(transformers.CLIPTextConfig(**shape, **sizes, **special)),
         "tokenizer": tokenizer,
     }
 
@@ -137,9 +139,7 @@ def vae(**options: Any) -> diffusers.AutoencoderKL:
 
 
 def sd35() -> Any:
-    """Two CLIPs, a T5 that speaks, attention of the image to itself in the first of three
-    blocks.
-    """
+    """Two CLIPs, a T5 with nonzero tokens, and dual attention in the first of three blocks."""
     net = diffusers.SD3Transformer2DModel(
         sample_size=16,
         in_channels=4,
@@ -155,11 +155,10 @@ def sd35() -> Any:
         qk_norm="rms_norm",
     )
     texts = {}
-    for place, parts in {"": clip(CLIP), "_2": clip(24), "_3": t5()}.items():
-        texts |= {f"{name}{place}": part for name, part in parts.items()}
-    torch.nn.init.eye_(
-        texts["text_encoder"].text_projection.weight
-    )  # as single files have it, which leave it out
+    for suffix, parts in {"": clip(CLIP), "_2": clip(24), "_3": t5()}.items():
+        texts |= {f"{name}{suffix}": part for name, part in parts.items()}
+    # Single files leave this projection out, and it is then the identity.
+    torch.nn.init.eye_(texts["text_encoder"].text_projection.weight)
     return diffusers.StableDiffusion3Pipeline(
         transformer=tiny.shake(net, 2),
         vae=vae(shift_factor=0.1),
@@ -169,8 +168,8 @@ def sd35() -> Any:
 
 
 def sdxl() -> Any:
-    """As tiny's, but for two CLIPs that differ, as in the real one: by their width a single file's
-    are told apart.
+    """As in `tiny`, but with two CLIPs of different widths, as in the real model. A single file's
+    text encoders are recognised by their width.
     """
     net = tiny.sdxl_unet(CLIP + 24, 24)
     texts = clip(CLIP, transformers.CLIPTextModel) | {
@@ -252,7 +251,7 @@ def flux() -> Any:
 
 
 def auraflow() -> Any:
-    """Of a family that is not among ours: docs/how_to/add_a_teacher.md adds it."""
+    """A family that docs/how_to/add_a_teacher.md adds."""
     net = diffusers.AuraFlowTransformer2DModel(
         sample_size=16,
         in_channels=4,
@@ -272,7 +271,7 @@ def auraflow() -> Any:
 
 
 def sd15() -> Any:
-    """The UNet of tiny's, with one CLIP."""
+    """The UNet of `tiny`, with one CLIP."""
     from distill.worlds.shapes.pretraining import assemble, diffusion
 
     net = tiny.shake(diffusion.build_unet(16, CLIP), 2)
@@ -320,7 +319,7 @@ FAMILIES = {
         taps=BLOCKS,
         patch=1,
         unit=4,
-        # its instruction is long, letter by letter
+        # its instruction has too many letters
         words=("teacher.variant=null", "teacher.instruction=false"),
         call={"use_resolution_binning": False, **SMALL},
         pooled=False,
@@ -341,7 +340,7 @@ OTHERS = {"auraflow": auraflow}
 
 
 def type_of(option: str) -> Any:
-    """What the family of this option of the group `teacher` says of itself."""
+    """The facts of the family of this option of the group `teacher`."""
     from distill.teachers.families import family
 
     node = OmegaConf.load(CONF / f"{option}.yaml")

@@ -1,6 +1,4 @@
-"""`import distill` in a program: the names, and that they give what the commands give, to the last
-bit.
-"""
+"""`import distill` in a program: its names, and results equal to the commands' to the last bit."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ import tiny
 from distill.data.write import write_latents
 
 PACKAGE = Path(distill.__file__).parent
-# What a run of any method is given here: two steps that can be seen, of tiny parts.
+# Words of every run here: three steps with a visible effect, on tiny networks.
 FEW = [*golden.FEW, "loop.head_start=1", "loop.warmup_steps=0", "loop.ema_decay=0.5"]
 DINO = [*golden.EYES, f"discriminator.features.path={tiny.vit()}"]
 SHAPES = {"mmdit": "shapes", "unet": "shapes_unet"}
@@ -39,7 +37,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "ADD": ("unet", ["method=add", *DINO]),
     "NitroFusion": ("unet", ["method=nitrofusion", "method.warm_start=1"]),
     "Regression": ("mmdit", ["method=regression", "loop.head_start=0"]),
-    # reading this teacher draws random numbers
+    # loading this teacher uses random numbers
     "LADD pixart": ("pixart", ["method=ladd", "data=renders", "data.limit=8"]),
     "ConsistencyDistillation": ("unet", ["method=consistency", "loop.head_start=0"]),
 }
@@ -47,7 +45,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 
 # -- the names -------------------------------------------------------------------------------------
 
-ALONE = """
+IMPORT = """
 import sys, time
 began = time.perf_counter()
 import distill
@@ -56,19 +54,20 @@ print(seconds, *sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
 
-def test_importing_the_package_alone_takes_no_time_and_no_library():
+def test_importing_the_package_is_quick_and_imports_no_library():
     seconds = []
     for _ in range(3):  # the machine may be busy
-        said = subprocess.run(
-            [sys.executable, "-c", ALONE], capture_output=True, check=True, encoding="utf-8"
+        printed = subprocess.run(
+            [sys.executable, "-c", IMPORT], capture_output=True, check=True, encoding="utf-8"
         ).stdout.split()
-        seconds.append(float(said[0]))
-        assert not {"torch", "lightning", "diffusers", "hydra", "omegaconf", "numpy"} & set(said)
+        seconds.append(float(printed[0]))
+        libraries = {"torch", "lightning", "diffusers", "hydra", "omegaconf", "numpy"}
+        assert not libraries & set(printed)
     assert min(seconds) < 0.05
 
 
 @pytest.mark.parametrize("name", distill.PUBLIC)
-def test_every_public_name_is_there_and_explained(name):
+def test_every_public_name_exists_and_has_a_docstring(name):
     found = getattr(distill, name)
     assert found is getattr(distill, name)
     assert callable(found)
@@ -76,18 +75,18 @@ def test_every_public_name_is_there_and_explained(name):
     assert name in dir(distill)
 
 
-def test_what_is_no_public_name_is_no_attribute():
+def test_other_names_are_no_attributes():
     with pytest.raises(AttributeError, match="module 'distill' has no attribute 'LAD'"):
         _ = distill.LAD
 
 
 def test_no_public_name_is_that_of_a_module():
-    """It would be replaced by the module as soon as anything imports that."""
+    """An import of the module would replace the public name."""
     modules = {path.stem for path in PACKAGE.iterdir()}
     assert not modules & set(distill.PUBLIC)
 
 
-def test_the_stub_says_what_the_package_does():
+def test_the_stub_lists_the_public_names():
     tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     imported = {
         alias.asname or alias.name: f"{node.module.removeprefix('distill.')}:{alias.name}"
@@ -104,10 +103,10 @@ def test_the_stub_says_what_the_package_does():
 
 
 def trained(words: list[str], *, plain: bool, heads: Any = None) -> tuple[Any, Any]:
-    """The settings and the method of a training in Python, by a plain trainer or the command's."""
+    """Train in Python, with a plain trainer or the command's: the settings and the method."""
     settings = distill.compose(*words)
     teacher = distill.load_teacher(settings)
-    torch.rand(3)  # whatever a notebook draws between its cells
+    torch.rand(3)  # as a notebook may use random numbers between its cells
     student = distill.make_student(settings, teacher)
     players = distill.make_players(settings, teacher, student, heads=heads)
     kind = getattr(distill, settings.method._target_.rpartition(".")[2])
@@ -122,15 +121,13 @@ def trained(words: list[str], *, plain: bool, heads: Any = None) -> tuple[Any, A
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Path -> content, of all but the model card, which tells of a run."""
+    """Path -> content of all files but the model card, which describes the run."""
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {name: p.read_bytes() for name, p in found.items() if name != "README.md"}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_training_in_python_is_that_of_the_command(
-    name, command, pipelines, shards, tmp_path, capsys
-):
+def test_training_in_python_equals_the_command(name, command, pipelines, shards, tmp_path, capsys):
     family, words = RUNS[name]
     if family == "pixart":
         path = families.write(family, tmp_path / family)
@@ -139,8 +136,8 @@ def test_a_training_in_python_is_that_of_the_command(
         path = pipelines(family)
         words = [f"teacher={SHAPES[family]}", *FEW, *words, f"data.path={shards}"]
     words.append(f"teacher.path={path}")
-    code, _, said = command("run", *words, "run_dir=run")
-    assert code == 0, said
+    code, _, err = command("run", *words, "run_dir=run")
+    assert code == 0, err
     plain = name != "NitroFusion"
     settings, method = trained([*words, "run_dir=mine"], plain=plain)
     saved = distill.save_student(settings, method, "student")
@@ -148,22 +145,22 @@ def test_a_training_in_python_is_that_of_the_command(
     assert expected
     assert files(saved) == expected
     prompts = tiny.CAPTIONS[:2]
-    if "lora" in name:  # whose adapters are beside the weights here, and in them there
+    if "lora" in name:  # the command merges the adapters, so its pictures differ by rounding
         return
     listed = json.dumps(list(prompts))
-    how = ["steps=2", "count=2", "seed=5"]
-    code, out, said = command("sample", "run=run", f"prompts={listed}", *how, "out=pictures")
-    assert code == 0, said
-    drawn = [np.asarray(Image.open(path)) for path in out.split()[:4]]
+    options = ["steps=2", "count=2", "seed=5"]
+    code, out, err = command("sample", "run=run", f"prompts={listed}", *options, "out=pictures")
+    assert code == 0, err
+    expected_images = [np.asarray(Image.open(path)) for path in out.split()[:4]]
     images = distill.sample_images(settings, method, prompts, steps=2, count=2, seed=5)
     assert len(images) == 4
-    assert all(np.array_equal(a, b) for a, b in zip(drawn, images, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(expected_images, images, strict=True))
 
 
-def test_the_commands_trainer_writes_what_it_writes_there(command, pipelines, shards, tmp_path):
+def test_make_trainer_writes_the_files_of_the_command(command, pipelines, shards, tmp_path):
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
-    code, _, said = command("run", *words, "run_dir=run")
-    assert code == 0, said
+    code, _, err = command("run", *words, "run_dir=run")
+    assert code == 0, err
     settings, _ = trained([*words, "run_dir=mine"], plain=False)
     for name in ("samples/captions.txt", "samples/step_000003.png", "alarms.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "mine" / name).read_bytes()
@@ -174,26 +171,26 @@ def test_the_commands_trainer_writes_what_it_writes_there(command, pipelines, sh
         distill.make_trainer(settings)
 
 
-def test_a_plain_trainer_goes_on_from_a_checkpoint(pipelines, shards, tmp_path, monkeypatch):
+def test_a_plain_trainer_resumes_from_a_checkpoint(pipelines, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
     words += ["trainer.max_steps=4", "loop.schedule=constant"]
-    _, whole = trained(words, plain=True)
+    _, straight = trained(words, plain=True)
     settings = distill.compose(*words)
     teacher = distill.load_teacher(settings)
     for steps, checkpoint in ((2, None), (4, "half.ckpt")):
         players = distill.make_players(settings, teacher, distill.make_student(settings, teacher))
         method = distill.LADD(players, **distill.arguments(settings))
-        own = distill.arguments(settings, "trainer") | {"max_steps": steps, "logger": False}
-        trainer = lightning.Trainer(**own, enable_checkpointing=False)
+        options = distill.arguments(settings, "trainer") | {"max_steps": steps, "logger": False}
+        trainer = lightning.Trainer(**options, enable_checkpointing=False)
         data = distill.load_data(settings, teacher)
         trainer.fit(method, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         trainer.save_checkpoint("half.ckpt")
-    assert method.step == whole.step == 4
-    assert tiny.same(tiny.weights(method.student), tiny.weights(whole.student))
+    assert method.step == straight.step == 4
+    assert tiny.same(tiny.weights(method.student), tiny.weights(straight.student))
 
 
-def test_drawing_and_saving_leave_the_training_as_it_was(pipelines, shards, tmp_path, monkeypatch):
+def test_sampling_and_saving_do_not_change_the_training(pipelines, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
     settings, method = trained(words, plain=True)
@@ -214,11 +211,11 @@ def test_drawing_and_saving_leave_the_training_as_it_was(pipelines, shards, tmp_
         distill.save_student(settings, method, "student")
 
 
-def test_a_teacher_draws_under_guidance(pipelines, command, tmp_path):
+def test_a_teacher_samples_with_guidance(pipelines, command, tmp_path):
     path = pipelines("unet")
-    how = ["steps=3", "guidance=2.0", "seed=1"]
-    code, out, said = command("sample", f"run={path}", "prompt=a star", *how)
-    assert code == 0, said
+    options = ["steps=3", "guidance=2.0", "seed=1"]
+    code, out, err = command("sample", f"run={path}", "prompt=a star", *options)
+    assert code == 0, err
     settings = distill.compose()
     teacher = distill.load_teacher(path)
     (image,) = distill.sample_images(settings, teacher, ["a star"], steps=3, guidance=2.0, seed=1)
@@ -228,7 +225,7 @@ def test_a_teacher_draws_under_guidance(pipelines, command, tmp_path):
 # -- settings and parts ----------------------------------------------------------------------------
 
 
-def test_settings_are_those_of_the_command_and_names_what_was_chosen():
+def test_settings_equal_those_of_the_command_and_have_its_name():
     words = ["method=add", "teacher=shapes_unet", "seed=3"]
     settings = distill.compose(*words)
     assert settings.name == "add_shapes_unet"
@@ -236,7 +233,7 @@ def test_settings_are_those_of_the_command_and_names_what_was_chosen():
     assert {**settings, "name": None} == {**expected, "name": None}
 
 
-def test_a_teacher_is_read_by_name_by_path_and_by_settings(pipelines):
+def test_a_teacher_is_loaded_by_name_by_path_and_by_settings(pipelines):
     by_name = distill.load_teacher("shapes_unet", path=str(pipelines("unet")), dtype="bfloat16")
     by_path = distill.load_teacher(pipelines("unet"))
     assert type(by_name) is type(by_path)
@@ -266,7 +263,7 @@ class MeanHeads(nn.Module):
         return ()
 
 
-def test_heads_of_a_cell_learn(pipelines, shards, tmp_path, monkeypatch):
+def test_heads_passed_as_a_class_are_trained(pipelines, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
     _, method = trained(words, plain=True, heads=MeanHeads)
@@ -275,9 +272,9 @@ def test_heads_of_a_cell_learn(pipelines, shards, tmp_path, monkeypatch):
     assert all(layer.weight.grad.any() for layer in method.heads.layers)
 
 
-def test_a_module_of_ones_own_is_taken_as_it_is(teachers):
+def test_a_module_is_used_as_it_is(teachers):
     settings, teacher = distill.compose(), teachers("mmdit")
-    student = teacher.network.twin()
+    student = teacher.network.trainable_copy()
     features = distill.TeacherFeatures(teacher, taps=["block0"])
     heads = MeanHeads(features.channels, 0)
     players = distill.make_players(settings, teacher, student, features=features, heads=heads)
@@ -287,15 +284,15 @@ def test_a_module_of_ones_own_is_taken_as_it_is(teachers):
 # -- mistakes --------------------------------------------------------------------------------------
 
 PAIRING = (
-    "method reads a discriminator of latents, and this discriminator looks at pixels; choose"
-    " another discriminator="
+    "method needs a discriminator of latents, and this one works on pixels; choose another"
+    " discriminator="
 )
 
 
-def said_by(command: Any, *words: str) -> str:
-    code, _, said = command("run", *words)
+def error_of(command: Any, *words: str) -> str:
+    code, _, err = command("run", *words)
     assert code == 1
-    return said.removeprefix("distill: ").rstrip("\n")
+    return err.removeprefix("distill: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -317,23 +314,23 @@ def said_by(command: Any, *words: str) -> str:
     ],
     ids=" ".join,
 )
-def test_a_mistake_is_said_as_the_command_says_it(words, command):
+def test_a_mistake_gives_the_error_of_the_command(words, command):
     with pytest.raises((ValueError, OSError)) as caught:
         distill.arguments(distill.compose(*words))
     assert type(caught.value).__module__ == "builtins"
-    assert str(caught.value) == said_by(command, *words)
+    assert str(caught.value) == error_of(command, *words)
 
 
-def test_objects_that_do_not_fit_are_refused_in_the_same_sentence(teachers, command):
-    assert said_by(command, "method=ladd", "discriminator=dino") == PAIRING
+def test_objects_that_do_not_fit_give_the_error_of_the_command(teachers, command):
+    assert error_of(command, "method=ladd", "discriminator=dino") == PAIRING
     settings, teacher = distill.compose("method=ladd"), teachers("mmdit")
-    student, features = teacher.network.twin(), tiny.eyes()
-    with pytest.raises(ValueError, match="looks at pixels") as caught:
+    student, features = teacher.network.trainable_copy(), tiny.eyes()
+    with pytest.raises(ValueError, match="works on pixels") as caught:
         distill.make_players(settings, teacher, student, features=features)
     assert str(caught.value) == PAIRING
     heads = MeanHeads(features.channels, 0)
     players = distill.Players(teacher=teacher, student=student, features=features, heads=heads)
-    with pytest.raises(ValueError, match="looks at pixels") as caught:
+    with pytest.raises(ValueError, match="works on pixels") as caught:
         distill.LADD(players, **distill.arguments(settings))
     assert str(caught.value) == PAIRING
 
@@ -343,26 +340,26 @@ def test_teachers_and_students_of_another_family_are_refused(teachers, pipelines
     with pytest.raises(ValueError, match="but this teacher reads") as caught:
         distill.load_teacher("sd3", path=path)
     words = ["teacher=sd3", f"teacher.path={path}", "debug=smoke"]
-    assert str(caught.value) == said_by(command, *words)
+    assert str(caught.value) == error_of(command, *words)
     settings = distill.compose()
     with pytest.raises(ValueError, match="student: its class is UNet2DConditionModel and the"):
-        distill.make_players(settings, teachers("mmdit"), teachers("unet").network.twin())
+        distill.make_players(settings, teachers("mmdit"), teachers("unet").network.trainable_copy())
     with pytest.raises(ValueError, match="teacher of the same family"):
-        distill.make_players(settings, teachers("unet"), teachers("sdxl").network.twin())
+        distill.make_players(settings, teachers("unet"), teachers("sdxl").network.trainable_copy())
 
 
-def test_data_that_a_teacher_cannot_read_are_refused(teachers, tmp_path, command):
+def test_data_that_do_not_fit_the_teacher_are_refused(teachers, tmp_path, command):
     latents = ((f"{i}", np.zeros((3, 16, 16)), tiny.CAPTIONS[i]) for i in range(4))
     write_latents(str(tmp_path / "x-%06d.tar"), latents, per_shard=4)
     word = f"data.path={tmp_path / 'x-000000.tar'}"
     with pytest.raises(ValueError, match="its latents have 3 channels") as caught:
         distill.load_data(distill.compose(word), teachers("mmdit"))
-    said = said_by(command, word, f"teacher.path={teachers('mmdit').folder}")
-    assert str(caught.value) == said.splitlines()[-1].removeprefix("distill: ")
+    err = error_of(command, word, f"teacher.path={teachers('mmdit').folder}")
+    assert str(caught.value) == err.splitlines()[-1].removeprefix("distill: ")
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda s, m, t: distill.sample_images(s, m, "a star"), r"prompts=a star: must be a list"),
         (lambda s, m, t: distill.sample_images(s, m, ["x"], guidance=2), "guidance=2: a student"),
@@ -372,17 +369,17 @@ def test_data_that_a_teacher_cannot_read_are_refused(teachers, tmp_path, command
         (lambda s, m, t: distill.load_teacher(s, dtype="float16"), "give it to compose, as teach"),
         (lambda s, m, t: distill.load_teacher("sdxl", dtpe="x"), "teacher.dtpe: distill.teachers"),
         (lambda s, m, t: distill.load_teacher("sdxl", dtype="f"), "teacher.dtype=f: must be a d"),
-        (lambda s, m, t: distill.compose("resume=runs/x"), "resume=runs/x: a run goes on by"),
-        (lambda s, m, t: distill.compose("-m"), "-m: flags are of the command line"),
+        (lambda s, m, t: distill.compose("resume=runs/x"), "resume=runs/x: only the command"),
+        (lambda s, m, t: distill.compose("-m"), "-m: is a flag, and only"),
     ],
 )
-def test_what_only_python_can_ask_wrongly_is_refused(call, said, teachers):
+def test_mistakes_that_only_python_can_make_are_refused(call, message, teachers):
     settings, teacher = distill.compose(), teachers("mmdit")
     method = tiny.ladd(teacher)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         call(settings, method, teacher)
 
 
 def test_every_module_of_a_public_name_is_imported_by_itself():
-    for where in set(distill.PUBLIC.values()):
-        importlib.import_module(f"distill.{where.partition(':')[0]}")
+    for path in set(distill.PUBLIC.values()):
+        importlib.import_module(f"distill.{path.partition(':')[0]}")

@@ -1,6 +1,4 @@
-"""What a user's own package brings, as the pages show it: by a trust list and a folder of options,
-without a fork.
-"""
+"""The pages on extending `distill`: their code runs from a user's package and folder of options."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Write a module of the user's, and trust it."""
+def user_module(tmp_path, monkeypatch):
+    """Write the code of a page into a module of the user's, and trust it."""
 
     def write(name: str, page: str) -> None:
         (code,) = blocks(page, "python")
@@ -44,35 +42,35 @@ def own(tmp_path, monkeypatch):
     return write
 
 
-def test_the_method_of_the_page_trains_and_is_checked(own, command, pipelines, shards, tmp_path):
-    own("mymethods", "add_a_method.md")
+def test_the_method_of_the_page_trains_and_is_checked(
+    user_module, command, pipelines, shards, tmp_path
+):
+    user_module("mymethods", "add_a_method.md")
     folder = tmp_path / "mine" / "method"
     folder.mkdir(parents=True)
     (option,) = blocks("add_a_method.md", "yaml")
     (folder / "least_squares.yaml").write_text(option, encoding="utf-8")
     words = ["--config-dir", tmp_path / "mine", "method=least_squares", *SMOKE]
     words += [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}"]
-    code, _, said = command("run", *words, "run_dir=run")
-    assert code == 0, said
+    code, _, err = command("run", *words, "run_dir=run")
+    assert code == 0, err
     rows = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert {"g/adv", "d/adv", "d/real", "d/fake"} <= set(rows[0].split(","))
-    said = command("run", *words, "+method.real_tarket=2", "run_dir=other")[2]
-    assert "real_tarket: mymethods.LeastSquares takes no such key" in said
-    assert "did you mean real_target?" in said
-    said = command("run", *words, "discriminator=dino", "run_dir=other")[2]
-    assert "method needs a discriminator of latents" in said
+    err = command("run", *words, "+method.real_tarket=2", "run_dir=other")[2]
+    assert "real_tarket: mymethods.LeastSquares takes no such key" in err
+    assert "did you mean real_target?" in err
+    err = command("run", *words, "discriminator=dino", "run_dir=other")[2]
+    assert "method needs a discriminator of latents" in err
     assert not (tmp_path / "other").exists()
 
 
-def test_the_heads_of_the_page_come_in_by_the_command_line(
-    own, command, pipelines, shards, tmp_path
-):
-    own("myheads", "add_heads.md")
+def test_a_run_uses_the_heads_of_the_page(user_module, command, pipelines, shards, tmp_path):
+    user_module("myheads", "add_heads.md")
     target = "+discriminator.heads._target_=myheads.MeanHeads"
     words = ["~discriminator.heads", target, "+discriminator.heads._partial_=true", *SMOKE]
     words += [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "run_dir=run"]
-    code, _, said = command("run", *words)
-    assert code == 0, said
+    code, _, err = command("run", *words)
+    assert code == 0, err
     assert (tmp_path / "run" / "student").is_dir()
 
 
@@ -82,11 +80,11 @@ LENGTH = 64  # tokens of its captions, letter by letter
 
 
 @pytest.fixture
-def auraflow(own, tmp_path):
-    """The page's family in the user's own files; a folder of its pipeline, and the command's words
-    for a teacher of it.
+def auraflow(user_module, tmp_path):
+    """The family of the page, in the user's files: the folder of a pipeline, and words of the
+    command for its teacher.
     """
-    own("myteachers", "add_a_teacher.md")
+    user_module("myteachers", "add_a_teacher.md")
     options = tmp_path / "mine" / "teacher"
     options.mkdir(parents=True)
     (option,) = blocks("add_a_teacher.md", "yaml")
@@ -96,7 +94,7 @@ def auraflow(own, tmp_path):
     return folder, [*words, f"teacher.length={LENGTH}", "teacher.dtype=float32"]
 
 
-def made(folder):
+def load(folder):
     return importlib.import_module("myteachers").AuraFlow(str(folder), length=LENGTH)
 
 
@@ -105,20 +103,20 @@ def inputs():
     return torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([0.9, 0.4])
 
 
-def test_the_teacher_of_the_page_is_distilled_drawn_with_and_exported(
+def test_the_teacher_of_the_page_is_distilled_sampled_and_exported(
     auraflow, command, shards, tmp_path, monkeypatch
 ):
     folder, words = auraflow
     run = ["method=ladd", *SMOKE, f"data.path={shards}", "run_dir=run"]
-    code, _, said = command("run", *words, *run)
-    assert code == 0, said
-    code, _, said = command("sample", "run=run", "prompt=a star", "steps=2", "out=drawn")
-    assert code == 0, said
+    code, _, err = command("run", *words, *run)
+    assert code == 0, err
+    code, _, err = command("sample", "run=run", "prompt=a star", "steps=2", "out=drawn")
+    assert code == 0, err
     assert len(list((tmp_path / "drawn").iterdir())) == 1
-    code, _, said = command("export", "run=run", "to=diffusers", "dtype=float32", "out=fast")
-    assert code == 0, said
-    shutil.rmtree(tmp_path / "run")  # the folder alone tells what it is
-    found = cards.drawn(tmp_path / "fast", tiny.CAPTIONS[0], steps=3, seed=5)
+    code, _, err = command("export", "run=run", "to=diffusers", "dtype=float32", "out=fast")
+    assert code == 0, err
+    shutil.rmtree(tmp_path / "run")  # the exported folder is enough
+    image = cards.drawn(tmp_path / "fast", tiny.CAPTIONS[0], steps=3, seed=5)
     student = student_of(str(tmp_path / "fast"))
     assert type(student).__name__ == "AuraFlow"
     assert student.length == LENGTH
@@ -126,17 +124,19 @@ def test_the_teacher_of_the_page_is_distilled_drawn_with_and_exported(
     with torch.no_grad():
         x0 = Consistency()(student, cond, seeded([5]), shape=student.latent_shape, steps=3)
         expected = (student.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
-    assert (255 * (found - expected)).abs().max() <= 1.01
+    assert (255 * (image - expected)).abs().max() <= 1.01
     monkeypatch.setenv("DISTILL_TRUST", "")
-    said = command("sample", "run=fast", "prompt=a star", "out=more")[2]
-    assert "run=fast holds a AuraFlowPipeline; known are FluxPipeline, " in said
-    assert "one of your own comes in by DISTILL_TRUST=<its package>" in said
+    err = command("sample", "run=fast", "prompt=a star", "out=more")[2]
+    assert "run=fast holds a AuraFlowPipeline; known are FluxPipeline, " in err
+    assert "to use a family of yours set DISTILL_TRUST=<its package>" in err
 
 
-def test_a_guided_step_of_the_page_s_teacher_is_its_pipeline_s(auraflow):
+def test_a_guided_step_of_the_page_s_teacher_equals_its_pipeline(auraflow):
     folder, _ = auraflow
-    pipeline, teacher = DiffusionPipeline.from_pretrained(folder), made(folder)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # a step to 0 of it is the estimate
+    pipeline, teacher = DiffusionPipeline.from_pretrained(folder), load(folder)
+    pipeline.scheduler = (
+        FlowMatchEulerDiscreteScheduler()
+    )  # its last step returns the x0 prediction
     options = {"num_inference_steps": 1, "sigmas": [0.6], "guidance_scale": 5.0}
     options |= {"height": tiny.SIDE, "width": tiny.SIDE, "max_sequence_length": LENGTH}
     x_t, prompts = inputs()[0], tiny.CAPTIONS[:2]
@@ -148,40 +148,38 @@ def test_a_guided_step_of_the_page_s_teacher_is_its_pipeline_s(auraflow):
 
 
 def test_maps_of_the_page_s_teacher_are_outputs_of_its_blocks(auraflow):
-    teacher = made(auraflow[0])
+    teacher = load(auraflow[0])
     assert list(teacher.channels) == ["block0", "block1", "single0", "single1"]
-    heard = {}
+    outputs = {}
     for name, (module, _) in teacher.network.tappable().items():
-        module.register_forward_hook(lambda *a, name=name: heard.__setitem__(name, a[-1]))
+        module.register_forward_hook(lambda *a, name=name: outputs.__setitem__(name, a[-1]))
     cond = teacher.embed(tiny.CAPTIONS[:2])
     with torch.no_grad():
         teacher.network.predict(*inputs(), cond)
         maps = teacher.features(*inputs(), cond, list(teacher.channels))
     for name, found in zip(teacher.channels, maps, strict=True):
-        tokens = heard[name][1] if isinstance(heard[name], tuple) else heard[name]
+        tokens = outputs[name][1] if isinstance(outputs[name], tuple) else outputs[name]
         assert found.shape == (2, 16, 8, 8)
         assert torch.equal(found[:, :, 3, 5], tokens[:, tokens.shape[1] - 64 + 3 * 8 + 5])
 
 
-def test_what_is_wrong_with_a_teacher_of_one_s_own_is_said_as_of_ours(
-    auraflow, command, shards, tmp_path
-):
+def test_mistakes_with_the_page_s_teacher_are_reported(auraflow, command, shards, tmp_path):
     folder, words = auraflow
     run = ["method=ladd", *SMOKE, f"data.path={shards}", "run_dir=run"]
-    said = command("run", *words, "+teacher.lenght=3", *run)[2]
-    assert "teacher.lenght: myteachers.AuraFlow takes no such key" in said
-    assert "did you mean length?" in said
+    err = command("run", *words, "+teacher.lenght=3", *run)[2]
+    assert "teacher.lenght: myteachers.AuraFlow takes no such key" in err
+    assert "did you mean length?" in err
     tiny.write_pictures(tmp_path / "photos", 2)
     pictures = ["data=images", "data.path=photos", "data.size=60"]
-    said = command("check", *words, *pictures)[2]
-    assert "data.size=60: must be a multiple of 8 for this teacher" in said
-    said = command("run", *words[:-3], f"teacher.path={tmp_path / 'photos'}", *run)[2]
-    assert "not a diffusers pipeline folder" in said
+    err = command("check", *words, *pictures)[2]
+    assert "data.size=60: must be a multiple of 8 for this teacher" in err
+    err = command("run", *words[:-3], f"teacher.path={tmp_path / 'photos'}", *run)[2]
+    assert "not a diffusers pipeline folder" in err
     file = folder / "scheduler" / "scheduler_config.json"
     text = file.read_text(encoding="utf-8").replace("FlowMatchEulerDiscrete", "DDIM")
     file.write_text(text, encoding="utf-8")
-    said = command("run", *words, *run)[2]
-    assert "its scheduler (DDIMScheduler) says prediction_type=epsilon" in said
+    err = command("run", *words, *run)[2]
+    assert "its scheduler (DDIMScheduler) says prediction_type=epsilon" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -193,9 +191,9 @@ NORMS = ("+callbacks.norms._target_=myparts.Norms", "+callbacks.norms.every=1")
 
 
 @pytest.fixture
-def parts(own, tmp_path, pipelines):
-    """The page's own data, loss and callback, and the command's words for all of them."""
-    own("myparts", "add_your_own.md")
+def parts(user_module, tmp_path, pipelines):
+    """The data, loss and callback of the page, and words of the command for the data."""
+    user_module("myparts", "add_your_own.md")
     folder = tmp_path / "mine" / "data"
     folder.mkdir(parents=True)
     (option,) = blocks("add_your_own.md", "yaml")
@@ -208,10 +206,10 @@ def parts(own, tmp_path, pipelines):
     return [*data, *SMOKE, f"teacher.path={pipelines('mmdit')}", "run_dir=run"]
 
 
-def test_the_data_loss_and_callback_of_the_page_come_in(parts, command, tmp_path, monkeypatch):
+def test_a_run_uses_the_data_loss_and_callback_of_the_page(parts, command, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_TRUST", "myparts")
-    code, _, said = command("run", *parts, *LOSS, *NORMS)
-    assert code == 0, said
+    code, _, err = command("run", *parts, *LOSS, *NORMS)
+    assert code == 0, err
     text = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert "g/norm" in text[0].split(",")
     config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
@@ -219,11 +217,11 @@ def test_the_data_loss_and_callback_of_the_page_come_in(parts, command, tmp_path
     shown = (tmp_path / "run" / "samples" / "captions.txt").read_text(encoding="utf-8")
     assert set(shown.splitlines()) <= set(tiny.CAPTIONS[:12])
     more = ["resume=run", "trainer.max_steps=3"]
-    said = command("run", *more)[2]
-    assert "set DISTILL_TRUST_RUN=run" in said
+    err = command("run", *more)[2]
+    assert "set DISTILL_TRUST_RUN=run" in err
     monkeypatch.setenv("DISTILL_TRUST_RUN", "run")
-    code, _, said = command("run", *more)
-    assert code == 0, said
+    code, _, err = command("run", *more)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -236,14 +234,16 @@ def test_the_data_loss_and_callback_of_the_page_come_in(parts, command, tmp_path
         ([*LOSS, "+method.loss.scale=2"], "method.loss.scale: myparts.wasserstein takes no such k"),
         (["method.loss=wasserstein"], "method.loss=wasserstein: must be hinge or non_saturating"),
         (["data.reader._target_=myparts.Aray"], "myparts.Aray: there is nothing of this name"),
-        (["data.reader._target_=yourparts.A"], "a class of your own comes in by DISTILL_TRUST="),
+        (["data.reader._target_=yourparts.A"], "to allow a class of yours set DISTILL_TRUST="),
     ],
 )
-def test_what_is_wrong_with_parts_of_one_s_own_is_said(words, expected, parts, command, tmp_path):
-    code, _, said = command("run", *parts, *words)
+def test_mistakes_with_the_parts_of_the_page_are_reported(
+    words, expected, parts, command, tmp_path
+):
+    code, _, err = command("run", *parts, *words)
     assert code == 1
-    assert expected in said
-    assert "Traceback" not in said
+    assert expected in err
+    assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 
@@ -255,7 +255,7 @@ def test_what_is_wrong_with_parts_of_one_s_own_is_said(words, expected, parts, c
         ("Mine = 1 / 0", "cannot be imported (ZeroDivisionError: division by zero); mend it"),
     ],
 )
-def test_what_is_wrong_in_a_module_of_one_s_own_is_said(
+def test_errors_in_a_module_of_the_user_are_reported(
     text, expected, command, pipelines, shards, tmp_path, monkeypatch
 ):
     (tmp_path / "broken.py").write_text(text, encoding="utf-8")
@@ -263,17 +263,17 @@ def test_what_is_wrong_in_a_module_of_one_s_own_is_said(
     monkeypatch.setenv("DISTILL_TRUST", "broken")
     source_code.source.cache_clear()
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "run_dir=run", *SMOKE]
-    code, _, said = command("run", *words, "+callbacks.mine._target_=broken.Mine")
+    code, _, err = command("run", *words, "+callbacks.mine._target_=broken.Mine")
     source_code.source.cache_clear()
     assert code == 1
-    assert f"callbacks.mine._target_: broken.Mine: {expected}" in said
-    assert said.count("\n") == 1
+    assert f"callbacks.mine._target_: broken.Mine: {expected}" in err
+    assert err.count("\n") == 1
 
 
-def test_a_source_of_data_of_one_s_own_reads_what_it_likes(
+def test_a_data_source_of_the_user_reads_any_file(
     command, pipelines, shards, tmp_path, monkeypatch
 ):
-    """Its path need not be one of pictures."""
+    """Its path need not hold pictures."""
     code = (
         "from distill.data.source import prompts\n\n"
         "def lines(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
@@ -289,7 +289,7 @@ def test_a_source_of_data_of_one_s_own_reads_what_it_likes(
     real = "+method.real._target_=distill.core.score_distillation.TeacherSamples"
     words = [f"teacher.path={pipelines('mmdit')}", "data=prompts", "data.path=odd", *SMOKE]
     words += [real]
-    code, _, said = command("run", *words, "data._target_=mydata.lines", "run_dir=run")
-    assert code == 0, said
-    said = command("run", *words, "data._target_=mydata.nothing", "run_dir=other")[2]
-    assert "data._target_=mydata.nothing: makes a list, and must make a distill.data.source" in said
+    code, _, err = command("run", *words, "data._target_=mydata.lines", "run_dir=run")
+    assert code == 0, err
+    err = command("run", *words, "data._target_=mydata.nothing", "run_dir=other")[2]
+    assert "data._target_=mydata.nothing: makes a list, and must make a distill.data.source" in err

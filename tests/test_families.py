@@ -231,7 +231,7 @@ def test_the_card_s_code_is_our_sampler(family, steps, teachers, tmp_path):
     write_card(folder, tmp_path)
     found = cards.drawn(folder, PROMPTS[0], steps=steps, seed=SEED)
     loaded = student_of(str(folder))
-    assert loaded.told() == teacher.told()
+    assert loaded.family_options() == teacher.family_options()
     assert loaded.latent_shape == teacher.latent_shape
     with torch.no_grad():
         for model, ours in ((teacher, student), (loaded, loaded)):

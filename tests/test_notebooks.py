@@ -1,7 +1,7 @@
-"""The notebooks and the page on Python, run as they stand: cell after cell, in a fresh process.
+"""Run the notebooks and the page on Python, cell by cell, each in a new process.
 
-Jupyter is not needed: a cell is code, and what it shows is drawn without a window. The number of
-steps is the notebooks' own parameter.
+Jupyter is not needed. Figures are rendered without a window. The environment variable
+NOTEBOOK_STEPS sets the number of steps.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 PAGE = DOCS / "how_to" / "from_python.md"
 STEPS = "NOTEBOOK_STEPS"
-# What makes the page's training short; none of its other words is changed.
+# This replacement makes the page's training short. Nothing else of the page is changed.
 LONG, SHORT = '"trainer.max_steps=300"', '"trainer.max_steps=2", "data.batch_size=2"'
 
-# Runs each of the pieces of code on stdin in one namespace; counts the figures that are shown.
+# Runs the pieces of code from stdin in one namespace, and counts the figures that are shown.
 DRIVER = """
 import json, sys
 from matplotlib import pyplot
@@ -50,7 +50,7 @@ def cells(file: Path, kind: str) -> list[str]:
 
 
 def run(pieces: list[str], folder: Path, **variables: str) -> str:
-    """What the code printed, run in a process of its own in this folder."""
+    """Run the code in a new process in this folder; what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input=json.dumps(pieces),
@@ -69,8 +69,8 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_a_notebook_is_valid_and_holds_no_output(file):
-    """As version 4.5 of Jupyter's format has it."""
+def test_a_notebook_is_valid_and_has_no_output(file):
+    """The format is version 4.5 of Jupyter's."""
     book = json.loads(file.read_text(encoding="utf-8"))
     assert set(book) == {"cells", "metadata", "nbformat", "nbformat_minor"}
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
@@ -81,10 +81,10 @@ def test_a_notebook_is_valid_and_holds_no_output(file):
     assert book["cells"][0]["source"][0].startswith("# ")
     common = {"cell_type", "id", "metadata", "source"}
     for cell in book["cells"]:
-        of_code = cell["cell_type"] == "code"
-        assert set(cell) == common | ({"outputs", "execution_count"} if of_code else set())
+        is_code = cell["cell_type"] == "code"
+        assert set(cell) == common | ({"outputs", "execution_count"} if is_code else set())
         assert all(isinstance(line, str) for line in cell["source"])
-        if of_code:
+        if is_code:
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
@@ -92,11 +92,11 @@ def test_a_notebook_is_valid_and_holds_no_output(file):
     ("name", "figures", "runs"), [("distil_shapes", 5, 1), ("your_own_head", 2, 2)]
 )
 @pytest.mark.parametrize("steps", ["3", pytest.param("", marks=pytest.mark.slow)])
-def test_the_cells_of_a_notebook_run_in_their_order(name, figures, runs, steps, tmp_path):
+def test_the_cells_of_a_notebook_run(name, figures, runs, steps, tmp_path):
     code = cells(DOCS / "notebooks" / f"{name}.ipynb", "code")
     assert any(STEPS in cell for cell in code)
-    said = run(code, tmp_path, **({STEPS: steps} if steps else {}))
-    assert f"figures {figures}" in said
+    printed = run(code, tmp_path, **({STEPS: steps} if steps else {}))
+    assert f"figures {figures}" in printed
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == runs
     assert all((folder / "metrics.csv").is_file() for folder in folders)

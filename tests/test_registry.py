@@ -1,4 +1,4 @@
-"""Which class reads which pipeline, and what each family says of itself, by the sources alone."""
+"""Which teacher class reads which pipeline, and the facts of each family, read from the sources."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NoTeacher:
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of the user's with teachers in a module below its top, trusted."""
+    """A trusted package of the user, with teachers in a submodule."""
     folder = tmp_path / "tuned" / "inner"
     folder.mkdir(parents=True)
     for place in (folder, folder.parent):
@@ -55,12 +55,12 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "target"), BUILT_IN.items())
-def test_the_source_says_of_a_family_what_its_class_says(kind, target):
-    made, said = get_object(target), registry.family(target)
-    assert made.kind.__name__ == said.kind == said.kind_name() == kind
-    assert registry.teacher_class(kind) is made
+def test_facts_from_the_source_equal_those_of_the_class(kind, target):
+    family, facts = get_object(target), registry.family(target)
+    assert family.kind.__name__ == facts.kind == facts.kind_name() == kind
+    assert registry.teacher_class(kind) is family
     for name in set(Family.__annotations__) - {"kind"}:
-        assert getattr(made, name) == getattr(said, name), name
+        assert getattr(family, name) == getattr(facts, name), name
 
 
 def test_a_family_is_known_without_torch():
@@ -74,25 +74,27 @@ def test_a_family_is_known_without_torch():
 
 def test_teachers_of_a_trusted_package_are_found_by_their_pipelines(package, monkeypatch):
     assert registry.reader_of("LuminaPipeline") == f"{package}.Lumina"
-    said = registry.family_of_kind("LuminaPipeline")
-    assert (said.flow, said.spare) == (True, ("text_encoder", "tokenizer"))
-    assert registry.reader_of("MarigoldDepthPipeline") is None  # no class of a teacher's
-    assert registry.reader_of("FluxPipeline") == BUILT_IN["FluxPipeline"]  # ours before another
+    facts = registry.family_of_kind("LuminaPipeline")
+    assert (facts.flow, facts.spare) == (True, ("text_encoder", "tokenizer"))
+    assert registry.reader_of("MarigoldDepthPipeline") is None  # its class is no teacher
+    assert (
+        registry.reader_of("FluxPipeline") == BUILT_IN["FluxPipeline"]
+    )  # built-in families come first
     assert registry.family(f"{package}.Other").packing == 1
     monkeypatch.setenv("DISTILL_TRUST", "")
     assert registry.reader_of("LuminaPipeline") is None
 
 
-def test_what_a_family_says_must_be_plain(package):
-    said = (
+def test_facts_of_a_family_must_be_plain_values(package):
+    message = (
         r"teacher._target_=tuned.inner.teachers.Tuned: embedding_options must be a plain value,"
         r" not \(\*flux"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         registry.family(f"{package}.Tuned")
 
 
-def test_a_class_that_is_no_teacher_says_nothing():
+def test_a_class_that_is_no_teacher_has_no_facts():
     assert registry.family("distill.teachers.network.Network") is None
     assert registry.family("distill.teachers.pipeline.PipelineTeacher") is None
     assert registry.family("nowhere.Teacher") is None

@@ -1,4 +1,4 @@
-"""Runs that were saved under earlier names: they go on with the same bits, and are evaluated."""
+"""Runs that were saved with earlier names: they resume with the same bits, and can be sampled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distill.storage.renames import KEYS, MOVED, renamed
 ENGINE = "distill.engine.Engine"
 
 
-def aged(tree):
-    """The configuration as it was called before every module had a room, and the loop a group."""
+def with_earlier_names(tree):
+    """The configuration with the names from before modules were moved and `loop` became a group."""
     tree = json.loads(json.dumps(tree))
     loop = tree.pop("loop")
     tree["optimizer"] |= {"_target_": ENGINE, **{k: v for k, v in loop.items() if k[0] != "_"}}
@@ -37,7 +37,7 @@ def earlier_targets(tree):
     return {**found, "_target_": f"{modules[module]}.{name}"} if module in modules else found
 
 
-def test_every_earlier_name_has_one_of_today():
+def test_every_earlier_name_is_renamed():
     tree = {
         "method": {
             "_target_": "distill.methods.nitrofusion.NitroFusion",
@@ -65,7 +65,7 @@ def test_every_earlier_name_has_one_of_today():
 
 
 @pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
-def test_a_run_of_earlier_names_goes_on_with_the_same_bits(
+def test_a_run_with_earlier_names_resumes_with_the_same_bits(
     method, pipelines, shards, tmp_path, command
 ):
     words = [
@@ -77,22 +77,22 @@ def test_a_run_of_earlier_names_goes_on_with_the_same_bits(
     assert command("run", *words, "trainer.max_steps=2", "run_dir=parts")[0] == 0
     folder = tmp_path / "parts"
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    before = aged(config)
+    before = with_earlier_names(config)
     assert before["optimizer"]["head_start"] == 1
     assert "loop" not in before
     OmegaConf.save(OmegaConf.create(before), folder / "config.yaml")
     file = folder / "checkpoints" / "step_000002.ckpt"
-    kept = torch.load(file, weights_only=True)
-    kept["about"]["config"] = before
-    torch.save(kept, file)
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["about"]["config"] = before
+    torch.save(checkpoint, file)
     code, _, err = command("run", f"resume={folder}", "trainer.max_steps=3")
     assert code == 0, err
-    ends = [
+    checkpoints = [
         torch.load(tmp_path / name / "checkpoints" / "step_000003.ckpt", weights_only=True)
         for name in ("straight", "parts")
     ]
-    assert tiny.same(ends[0]["state_dict"], ends[1]["state_dict"])
-    assert tiny.same(ends[0]["distill"]["ema"], ends[1]["distill"]["ema"])
+    assert tiny.same(*(c["state_dict"] for c in checkpoints))
+    assert tiny.same(*(c["distill"]["ema"] for c in checkpoints))
     after = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert after["loop"] == config["loop"]
     code, _, err = command("sample", f"run={folder}", "prompt=a red disc")

@@ -1,7 +1,7 @@
-"""Adversarial diffusion distillation: `python -m distill` says what one can type.
+"""Adversarial diffusion distillation. `python -m distill` lists the commands.
 
-In Python `import distill` offers the names of PUBLIC, and imports what one of them needs when it
-is first asked for. `__init__.pyi` says the same to editors and type checkers.
+In Python, `import distill` offers the names of PUBLIC. Each is imported when it is first used.
+`__init__.pyi` lists the same names for editors and type checkers.
 """
 
 import importlib
@@ -9,8 +9,8 @@ import signal
 import sys
 from typing import Any
 
-# While `python -m distill...` imports, Ctrl-C ends it without a traceback. Its own handlers come
-# with `distill.machine.signals`. A program that imports the package keeps its handlers.
+# While `python -m distill...` imports, Ctrl-C ends it without a traceback. Later
+# `distill.machine.signals` sets the handlers. A program that imports the package keeps its own.
 _started = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
 if (
     _started
@@ -19,8 +19,8 @@ if (
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# Name -> where it stands: a module below distill, and its name there. None is called as a module of
-# the package: `distill.sample` is the command.
+# Public name -> its module below distill, and its name there. No top-level module may have one of
+# these names: `distill.sample` is the module of a command.
 PUBLIC = {
     "compose": "api.settings:compose",
     "arguments": "api.settings:arguments",
@@ -63,11 +63,11 @@ __all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, once."""
+    """Import a public name at its first use."""
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, there = PUBLIC[name].partition(":")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), there)
+    module, _, attribute = PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The public names, for editors and type checkers: what `__init__.py` imports when it is asked."""
+"""The public names for editors and type checkers. `__init__.py` imports them at first use."""
 
 from distill.api.parts import load_data, load_teacher, make_players, make_student, make_trainer
 from distill.api.results import sample_images, save_student

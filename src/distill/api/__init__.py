@@ -1,5 +1,5 @@
-"""What Python programs and notebooks use, under the names of `import distill`.
+"""The functions that `import distill` offers to Python programs and notebooks.
 
-The settings are those of the command line, and so are their defaults: nothing here has any of its
-own. Every mistake is a ValueError or an OSError of one sentence, as the commands say it.
+They read the same settings as the command line, with the same defaults. A mistake of the user
+raises ValueError or OSError, with the one sentence that the command would print.
 """

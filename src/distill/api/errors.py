@@ -1,4 +1,4 @@
-"""Mistakes as a Python program meets them: the sentence of the command, as an exception."""
+"""Turn mistakes of the user into exceptions that carry the sentence of the command."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,32 +10,35 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.config.errors import is_mistake, sentence
 
-WRAPPING = (HydraException, OmegaConfBaseException)  # some of which are ValueErrors and OSErrors
+# Errors of the libraries; some of them also derive from ValueError or OSError.
+LIBRARY_ERRORS = (HydraException, OmegaConfBaseException)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf or Lightning make of a mistake into a ValueError of one sentence.
+    """Within: errors of Hydra, OmegaConf and Lightning become a ValueError of one sentence.
 
-    ValueError and OSError pass as they are, and so does everything that is no mistake of the user.
+    A plain ValueError or OSError passes unchanged, and so do bugs, which are no mistakes of the
+    user.
     """
     try:
         yield
     except Exception as error:
-        own = isinstance(error, (ValueError, OSError)) and not isinstance(error, WRAPPING)
-        if own or not is_mistake(error):
+        is_builtin = isinstance(error, (ValueError, OSError))
+        is_plain = is_builtin and not isinstance(error, LIBRARY_ERRORS)
+        if is_plain or not is_mistake(error):
             raise
         raise ValueError(sentence(error)) from None
 
 
 def with_plain_errors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorator: the function raises as `plain_errors` has it."""
+    """Decorator: the function runs within `plain_errors`."""
 
     @functools.wraps(function)
-    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with plain_errors():
             return function(*args, **kwargs)
 
-    return called
+    return wrapper

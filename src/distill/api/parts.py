@@ -1,7 +1,6 @@
-"""What takes part in a distillation, made from the settings of a run or from objects of one's own.
+"""Build the teacher, data, student, players and trainer of a run, from settings or from objects.
 
-Each function takes the settings that `compose` gives, and makes what the command would make of
-them.
+Each function takes the settings of `compose`, and builds the same object as the command.
 """
 
 from __future__ import annotations
@@ -27,50 +26,50 @@ if TYPE_CHECKING:
 
 @with_plain_errors
 def load_teacher(of: DictConfig | str | Path, **values: Any) -> PipelineTeacher:
-    """A frozen teacher of any family.
+    """Load a frozen teacher of any family.
 
     Args:
-        of: settings; or the name of an option of `teacher`, as sdxl; or a pipeline folder, a run
-            folder or a hub id, whose family is read from its files.
-        values: keys of the teacher with values of one's own, as `dtype="bfloat16"`; not with
-            settings, which have them.
+        of: settings; or the name of an option of `teacher`, such as sdxl; or a pipeline folder, a
+            run folder or a hub id, whose files name the family.
+        values: values for keys of the teacher, such as `dtype="bfloat16"`. Settings hold them
+            already: do not give both.
 
     Raises:
-        ValueError, OSError: for files that are not there, or not of the family.
+        ValueError, OSError: if files are missing, or belong to another family.
     """
     from distill.config import models
 
     if isinstance(of, DictConfig):
         if values:
             key, value = next(iter(values.items()))
-            what = "the settings say it; give it to compose"
+            what = "the settings hold the teacher's keys; give it to compose"
             raise ValueError(f"{key}={value}: {what}, as teacher.{key}={value}")
         return models.teacher_of(of)
-    named = str(of) in options("teacher")
-    node = option("teacher", str(of), values) if named else _read_from(str(of), values)
+    is_option = str(of) in options("teacher")
+    node = option("teacher", str(of), values) if is_option else _node_of(str(of), values)
     validate.check_teacher(node)
     return models.teacher_of(OmegaConf.create({"teacher": node}))
 
 
-def _read_from(path: str, values: dict[str, Any]) -> DictConfig:
-    """The teacher's node for a folder or hub id."""
+def _node_of(path: str, values: dict[str, Any]) -> DictConfig:
+    """The node of the teacher for a folder or hub id."""
     from distill.teachers.loading.locate import family_of, pipeline_folder
     from distill.teachers.loading.reading import class_of
 
     validate.check_model(path, "teacher.path")
     folder = pipeline_folder(Path(compose.shipped(path)))
-    found = str(folder) if folder.exists() else path
-    node = {"_target_": family_of(class_of(found), path), "path": found, **values}
+    location = str(folder) if folder.exists() else path
+    node = {"_target_": family_of(class_of(location), path), "path": location, **values}
     validate.check_keys(OmegaConf.create({"teacher": node}))
     return OmegaConf.create(node)
 
 
 @with_plain_errors
 def load_data(settings: DictConfig, teacher: PipelineTeacher) -> DataModule:
-    """The data of the settings for `trainer.fit(method, data)`: pictures, latents, or `shapes`.
+    """Open the data of the settings for `trainer.fit(method, data)`: pictures, latents or captions.
 
     Raises:
-        ValueError, OSError: for data that are not there, or that this teacher cannot read.
+        ValueError, OSError: if the data are missing, or this teacher cannot use them.
     """
     from distill.config import build
     from distill.training.data_module import DataModule
@@ -82,10 +81,11 @@ def load_data(settings: DictConfig, teacher: PipelineTeacher) -> DataModule:
 
 @with_plain_errors
 def make_student(settings: DictConfig, teacher: PipelineTeacher) -> Network:
-    """The student: a copy of the teacher's network (`student=full`), or adapters (`student=lora`).
+    """Build the student: a copy of the teacher's network (`student=full`), or adapters on it
+    (`student=lora`).
 
-    Seeds the global generators of torch, NumPy and Python with `settings.seed`, as a run does
-    before it draws any weight. So make the players next.
+    This seeds the global generators of torch, NumPy and Python with `settings.seed`, as the command
+    does at this point. For the same initial weights, call `make_players` next.
     """
     from distill.config import build
 
@@ -103,44 +103,52 @@ def make_players(
     heads: Any = None,
     condition: Any = None,
 ) -> Players:
-    """Teacher, student, and the discriminator of the settings or, part by part, one's own.
+    """Combine teacher, student and discriminator.
+
+    The discriminator has three parts. The settings give each part that is not passed here.
 
     Args:
-        settings: their group `discriminator` gives what is not given here.
+        settings: their group `discriminator` gives the missing parts.
         teacher: frozen.
-        student: what is trained, of this teacher.
-        features: a frozen feature network, as `TeacherFeatures(teacher, taps="blocks")`.
-        heads: a module, or a class or function that is called with `channels`, name of a map ->
-            its width, and with `pooled`, the width of the pooled text embedding.
-        condition: what the heads are conditioned on in place of the teacher's embedding.
+        student: the network to train, made from this teacher.
+        features: a frozen feature network, such as `TeacherFeatures(teacher, taps="blocks")`.
+        heads: a module; or a class or function, which is called with `channels` (name of a map ->
+            its width) and `pooled` (width of the pooled text embedding).
+        condition: gives the conditioning of the heads, in place of the teacher's embedding.
 
     Raises:
-        ValueError: for a discriminator of pixels where the method reads latents and the like, and
-            for a student of a teacher of another family.
+        ValueError: if the method needs latents and the discriminator works on pixels, or the
+            reverse; if the student comes from a teacher of another family.
     """
     from distill.config import build
 
     _check_family(teacher, student)
     _check_space(settings, features)
-    own = {"features": features, "heads": heads, "condition": condition}
-    return build.players_of(settings, teacher, student, **own)
+    parts = {"features": features, "heads": heads, "condition": condition}
+    return build.players_of(settings, teacher, student, **parts)
 
 
 def _check_family(teacher: Any, student: Any) -> None:
-    """That the student reads the teacher's latents and captions: torch would say it in riddles."""
+    """Check that the student takes the teacher's latents and captions.
+
+    The errors of torch would not name the reason.
+    """
     from distill.students import FITTING
 
     models = [getattr(network, "model", None) for network in (student, teacher.network)]
-    if None in models:  # a network of one's own
+    if None in models:  # a user's network, whose configuration is unknown
         return
-    ours, theirs = ({"class": type(model).__name__, **model.config} for model in models)
+    of_student, of_teacher = ({"class": type(model).__name__, **model.config} for model in models)
     for key in ("class", *FITTING[1:]):
-        if ours.get(key) != theirs.get(key):
-            what = f"its {key} is {ours.get(key)} and the teacher's is {theirs.get(key)}"
-            raise ValueError(f"student: {what}; make it of a teacher of the same family")
+        if of_student.get(key) != of_teacher.get(key):
+            values = (
+                f"its {key} is {of_student.get(key)} and the teacher's is {of_teacher.get(key)}"
+            )
+            raise ValueError(f"student: {values}; make it from a teacher of the same family")
 
 
 def _check_space(settings: DictConfig, features: Any) -> None:
+    """Check that method and features work in the same space, as validate.check_space does."""
     from distill.core.limits import check_space
     from distill.storage import source_code
 
@@ -151,17 +159,18 @@ def _check_space(settings: DictConfig, features: Any) -> None:
 
 @with_plain_errors
 def make_trainer(settings: DictConfig) -> lightning.Trainer:
-    """The command's trainer, in a run folder of its own: `trainer.default_root_dir`.
+    """Build the command's trainer, with a new run folder: `trainer.default_root_dir`.
 
-    It writes `metrics.csv`, pictures in `samples/` and checkpoints, as the settings' `callbacks`
-    and `logger` say. The folder is `run_dir`, else `runs/<date>_<name>`. A plain trainer of
-    Lightning does too: `lightning.Trainer(**arguments(settings, "trainer"))`.
+    It writes `metrics.csv`, pictures in `samples/` and checkpoints; `callbacks` and `logger` of the
+    settings control this. The folder is `run_dir`, or `runs/<date>_<name>` if that is not set. You
+    can also use a plain trainer: `lightning.Trainer(**arguments(settings, "trainer"))`.
 
     Raises:
-        ValueError, OSError: for what the trainer cannot be, and a folder that holds a run already.
+        ValueError, OSError: for settings that the trainer refuses, and for a folder that already
+            holds a run.
     """
     from distill.config import build
 
     build.check(settings)
-    own = settings.copy()  # the precision is settled in place
-    return build.trainer(own, compose.run_folder(own), {})
+    copy = settings.copy()  # build.trainer sets the precision in place
+    return build.trainer(copy, compose.run_folder(copy), {})

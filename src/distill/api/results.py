@@ -1,4 +1,4 @@
-"""What a trained student gives: pictures, and a folder that diffusers reads."""
+"""Generate pictures with a student or a teacher, and save a student for diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from distill.api.errors import with_plain_errors
-from distill.api.settings import given
+from distill.api.settings import command_settings
 from distill.config.compose import make
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What draws: a teacher that embeds and decodes, and how latents are made of conditions."""
+class _Generator:
+    """`teacher` embeds captions and decodes latents; `sample` makes latents from a `Cond`."""
 
     teacher: Any
-    latents: Callable[..., Any]
+    sample: Callable[..., Any]
 
 
 @with_plain_errors
@@ -41,35 +41,39 @@ def sample_images(
     guidance: float | None = None,
     precision: str | None = None,
 ) -> list[Image]:
-    """Pictures of prompts, as `python -m distill.sample` draws them; what is None is as there.
+    """Generate pictures for prompts, as `python -m distill.sample` does.
+
+    An argument that is None takes the default of that command.
 
     Args:
-        settings: their sampler is the student's.
-        model: a method, whose averaged student draws, trained or not; or a teacher.
-        prompts: texts.
-        steps: 1 to 4 of a student, 28 or so of a teacher.
-        seed: of the first picture of each prompt.
-        count: pictures of each prompt, of seeds seed, seed + 1, ...
-        guidance: of a teacher, which needs one; of a student None.
-        precision: auto, bf16-mixed or 32-true, of the denoiser's passes.
+        settings: their sampler is used for the student.
+        model: a method, whose averaged student is used, trained or not; or a teacher.
+        prompts: list of texts.
+        steps: 1 to 4 for a student, about 28 for a teacher.
+        seed: seed of the first picture of each prompt.
+        count: pictures for each prompt, with the seeds seed, seed + 1, ...
+        guidance: guidance scale; required for a teacher, None for a student.
+        precision: auto, bf16-mixed or 32-true, for the denoiser.
 
     Returns:
-        One picture for each prompt and seed, those of a prompt side by side.
+        One picture for each prompt and seed, ordered by prompt and then by seed.
 
     Raises:
-        ValueError: for numbers out of their ranges, a teacher without guidance, or a student with.
+        ValueError: if a number is out of range, a teacher has no guidance, or a student has one.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts}: must be a list of texts; write [{prompts!r}]")
-    chosen = {"steps": steps, "seed": seed, "count": count, "precision": precision}
-    asked = given("sample", chosen)
-    jobs = [(text, asked.seed + i) for text in prompts for i in range(asked.count)]
-    with _drawing(settings, model, guidance) as drawing:
-        return _pictures(drawing, jobs, asked)
+    values = {"steps": steps, "seed": seed, "count": count, "precision": precision}
+    options = command_settings("sample", values)
+    jobs = [(text, options.seed + i) for text in prompts for i in range(options.count)]
+    with _generator(settings, model, guidance) as generator:
+        return _generate(generator, jobs, options)
 
 
-def _pictures(model: _Model, jobs: list[tuple[str, int]], asked: DictConfig) -> list[Image]:
-    """As many at a time as the command draws."""
+def _generate(
+    generator: _Generator, jobs: list[tuple[str, int]], options: DictConfig
+) -> list[Image]:
+    """One picture for each (prompt, seed), in the batches that the command uses."""
     import torch
     from torchvision.transforms.functional import to_pil_image
 
@@ -77,25 +81,27 @@ def _pictures(model: _Model, jobs: list[tuple[str, int]], asked: DictConfig) -> 
     from distill.machine.hardware import autocast, memory_left, precision
     from distill.sampling import seeded, to_bytes
 
-    teacher, found = model.teacher, []
-    kind = teacher.device.type
-    chosen = precision(asked.precision, "cpu" if kind == "cpu" else "auto").name
+    teacher = generator.teacher
+    device = teacher.device.type
+    dtype = precision(options.precision, "cpu" if device == "cpu" else "auto").name
     sides = teacher.sides_of(teacher.latent_shape)
-    many = drawn_at_once(*sides, most=8, room=memory_left(teacher))
+    batch_size = drawn_at_once(*sides, most=8, room=memory_left(teacher))
+    images: list[Image] = []
     with torch.no_grad():
-        for start in range(0, len(jobs), many):
-            texts, seeds = zip(*jobs[start : start + many], strict=True)
+        for start in range(0, len(jobs), batch_size):
+            texts, seeds = zip(*jobs[start : start + batch_size], strict=True)
             cond = teacher.embed(list(texts))
-            with autocast(chosen, kind):
-                how = {"shape": teacher.latent_shape, "steps": asked.steps}
-                x0 = model.latents(cond, seeded(seeds), **how)
-            found += [to_pil_image(each) for each in to_bytes(teacher.pictures(x0))]
-    return found
+            with autocast(dtype, device):
+                x0 = generator.sample(
+                    cond, seeded(seeds), shape=teacher.latent_shape, steps=options.steps
+                )
+            images += [to_pil_image(pixels) for pixels in to_bytes(teacher.pictures(x0))]
+    return images
 
 
 @contextmanager
-def _drawing(settings: DictConfig, model: Any, guidance: float | None) -> Iterator[_Model]:
-    """Within: the model with the averaged weights of its student, where it is a method."""
+def _generator(settings: DictConfig, model: Any, guidance: float | None) -> Iterator[_Generator]:
+    """Within: how this model generates. The student of a method has its averaged weights."""
     from functools import partial
 
     from distill.methods.base import Distillation
@@ -107,24 +113,26 @@ def _drawing(settings: DictConfig, model: Any, guidance: float | None) -> Iterat
             raise ValueError(f"guidance={guidance}: a student needs none; leave it out")
         sampler = make(settings.sampler, "sampler")
         with _averaged(model):
-            yield _Model(model.teacher, partial(sampler, model.student))
+            yield _Generator(model.teacher, partial(sampler, model.student))
     elif distilled(model.pipeline):
         if guidance is not None:
             raise ValueError(f"guidance={guidance}: a student needs none; leave it out")
-        yield _Model(model, partial(sampler_of(model.pipeline), model))
+        yield _Generator(model, partial(sampler_of(model.pipeline), model))
     else:
         if guidance is None:
             what = "a teacher was not distilled to few steps"
             raise ValueError(f"guidance=None: {what}; give guidance=5, steps=28 or the like")
-        yield _Model(model, partial(guided, model, guidance=guidance))
+        yield _Generator(model, partial(guided, model, guidance=guidance))
 
 
 @contextmanager
 def _averaged(method: Distillation) -> Iterator[None]:
-    """Within: the student has its averaged weights and does not train; it stands by the teacher."""
+    """Within: the student has its averaged weights, is in eval mode, and is on the teacher's
+    device.
+    """
     if method.sharded:
-        what = "its networks are cut up among processes"
-        raise ValueError(f"trainer=fsdp2: {what}; use the run's own student/, which is whole")
+        what = "its networks are sharded over processes"
+        raise ValueError(f"trainer=fsdp2: {what}; use student/ of the run folder instead")
     student = method.student.to(method.teacher.device)
     training = student.training
     with method.ema.swap():
@@ -137,13 +145,14 @@ def _averaged(method: Distillation) -> Iterator[None]:
 
 @with_plain_errors
 def save_student(settings: DictConfig, method: Distillation, folder: str | Path) -> Path:
-    """Write the averaged student as a diffusers pipeline; the folder, as a run's `student/`.
+    """Write the averaged student as a diffusers pipeline, and return its folder.
 
-    It holds the student's network, of a LoRA with the adapters in it, the scheduler of the
-    settings' sampler, and the teacher's other parts. The method can be trained on.
+    The folder equals the `student/` of a run. It holds the student's network, the scheduler of the
+    settings' sampler, and the other parts of the teacher's pipeline. LoRA adapters are merged into
+    the network. Training can continue afterwards.
 
     Raises:
-        FileExistsError: if something is at this path already.
+        FileExistsError: if the path exists.
     """
     from distill.students import save_pipeline
 

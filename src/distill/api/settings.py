@@ -1,6 +1,6 @@
-"""The settings of a run, composed as the command composes them, and what its classes take of them.
+"""Compose the settings of a run as the command does, and build the arguments of classes from them.
 
-Composing imports neither torch nor Lightning: a mistake in a word is refused in a second.
+Composing imports neither torch nor Lightning, so a mistake is reported within a second.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,26 +20,30 @@ from distill.config import compose as composing
 from distill.config import typed, validate
 from distill.config.defaults import with_defaults
 
-RUN = "config"  # the name of the configuration of a run
+RUN = "config"  # name of the run command's configuration
 
 
 @with_plain_errors
 def compose(*words: str) -> DictConfig:
-    """The settings of a run: `compose("method=ladd", "teacher=shapes", "trainer.max_steps=100")`.
+    """Compose the settings of a run: `compose("method=ladd", "teacher=shapes", "seed=1")`.
 
-    The words are those of `python -m distill.run`, and all that they leave open is as there. The
-    settings can be changed afterwards, as `settings.optimizer.student.lr = 1e-4`.
+    Each word is an argument of `python -m distill.run`. Other keys take the command's defaults. You
+    can change the settings afterwards: `settings.optimizer.student.lr = 1e-4`.
 
     Raises:
-        ValueError, OSError: for what the command would refuse, in the same sentence.
+        ValueError, OSError: for a mistake that the command would refuse, with the same sentence.
     """
     for word in words:
         if word.startswith("-"):
-            raise ValueError(f"{word}: flags are of the command line; give words as key=value")
+            raise ValueError(
+                f"{word}: is a flag, and only the command line has flags; give key=value"
+            )
     typed.register_secrets(words)
-    read = [for_hydra(as_typed(word), RUN) for word in words]
-    composed = Composed(RUN, tuple(read)).loader.load_configuration(RUN, read, RunMode.RUN)
-    with _known_to_hydra(composed):
+    overrides = [for_hydra(as_typed(word), RUN) for word in words]
+    loader = Composed(RUN, tuple(overrides)).loader
+    with composing.options_of(loader):
+        composed = loader.load_configuration(RUN, overrides, RunMode.RUN)
+    with _set_in_hydra(composed):
         settings = composed.copy()
         with open_dict(settings):
             del settings["hydra"]
@@ -57,14 +61,14 @@ def _check(settings: DictConfig) -> None:
     check_known(settings, RUN)
     check_own_keys(settings, RUN)
     if settings.resume:
-        what = "a run goes on by the command, python -m distill.run resume=..."
+        what = "only the command resumes a run: python -m distill.run resume=..."
         raise ValueError(f"resume={settings.resume}: {what}; leave it out")
     validate.check_run(settings)
 
 
 @contextmanager
-def _known_to_hydra(composed: DictConfig) -> Iterator[None]:
-    """Within: Hydra's own settings of this composition, of which defaults ask what was chosen."""
+def _set_in_hydra(composed: DictConfig) -> Iterator[None]:
+    """Within: `HydraConfig` holds this composition. Defaults read the chosen options there."""
     instance = HydraConfig.instance()
     before, instance.cfg = instance.cfg, None
     try:
@@ -76,12 +80,15 @@ def _known_to_hydra(composed: DictConfig) -> Iterator[None]:
 
 @with_plain_errors
 def arguments(settings: DictConfig, of: Literal["method", "trainer"] = "method") -> dict[str, Any]:
-    """What a class takes of the settings, built: `LADD(players, **arguments(settings))`.
+    """Build the keyword arguments of a class: `LADD(players, **arguments(settings))`.
 
     Args:
         settings: from `compose`.
-        of: `method`, for a method, its `loop` included; or `trainer`, for `lightning.Trainer`, with
-            the precision that is best on this machine where the settings say auto.
+        of: `method` for a method, including its `loop`; `trainer` for `lightning.Trainer`. With
+            precision auto, the trainer gets the best precision for this machine.
+
+    Raises:
+        ValueError: for another `of`, and for a number that a class refuses.
     """
     from distill.config import build
 
@@ -90,16 +97,16 @@ def arguments(settings: DictConfig, of: Literal["method", "trainer"] = "method")
         built = composing.make(settings.method, "method")
         return {**built.keywords, "loop": build.loop_of(settings)}
     if of == "trainer":
-        own = settings.copy()  # the precision is settled in place
-        build.settle_precision(own)
-        return dict(composing.make(own.trainer, "trainer").keywords)
+        copy = settings.copy()  # settle_precision changes its argument
+        build.settle_precision(copy)
+        return dict(composing.make(copy.trainer, "trainer").keywords)
     raise ValueError(f"of={of}: must be method or trainer")
 
 
 def option(group: str, name: str, values: Mapping[str, Any]) -> DictConfig:
-    """One option of a group with these values in place of its own, checked as a run's.
+    """One option of a group, with these values in place of the defaults, checked like a run's.
 
-    Raises ValueError for a key that it does not take.
+    Raises ValueError for a key that the option does not take.
     """
     node = {**Composed(RUN, (f"{group}={name}",)).tree[group], **values}
     validate.check_keys(OmegaConf.create({group: node}))
@@ -107,15 +114,18 @@ def option(group: str, name: str, values: Mapping[str, Any]) -> DictConfig:
 
 
 @cache
-def defaults_of(command: str) -> Mapping[str, Any]:
-    """The keys of a command with their defaults: the one place where these stand."""
+def command_defaults(command: str) -> Mapping[str, Any]:
+    """The keys of a command with their defaults, read from its configuration."""
     return Composed(command).tree
 
 
-def given(command: str, values: Mapping[str, Any]) -> DictConfig:
-    """The keys of a command with these values; None leaves one as it is there."""
-    chosen = {key: value for key, value in values.items() if value is not None}
-    settings = OmegaConf.create({**defaults_of(command), **chosen})
-    counts: dict[str, int] = {"steps": 1, "count": 1, "seed": 0}
-    composing.check_counts(settings, {k: v for k, v in counts.items() if k in settings})
+def command_settings(command: str, values: Mapping[str, Any]) -> DictConfig:
+    """The settings of a command with these values; None takes the default.
+
+    Raises ValueError for counts that are too small.
+    """
+    set_values = {key: value for key, value in values.items() if value is not None}
+    settings = OmegaConf.create({**command_defaults(command), **set_values})
+    minima: dict[str, int] = {"steps": 1, "count": 1, "seed": 0}
+    composing.check_counts(settings, {k: v for k, v in minima.items() if k in settings})
     return settings

@@ -79,10 +79,10 @@ def student_of(run: str, dtype: str = "float32") -> Any:
     dtype = resolve_dtype(dtype, path, adapter.kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
     chosen = student_info(path)["options"]
-    keys = [f"teacher.{key}" for key in adapter.own]
+    keys = [f"teacher.{key}" for key in adapter.family_keys]
     if keys and (config := config_of(run, *keys)):
         chosen |= config.teacher  # options of the family are as in the run
-    node |= {key: chosen[key] for key in adapter.own if key in chosen}
+    node |= {key: chosen[key] for key in adapter.family_keys if key in chosen}
     try:
         return make(OmegaConf.create(node), "teacher")
     except InstantiationException as error:

@@ -1,5 +1,6 @@
-"""What the recipe of a run sets beyond the paper's values, said when the run starts. Nothing here
-imports torch.
+"""The note at the start of a run: which values a recipe sets in place of the paper's.
+
+Nothing here imports torch.
 """
 
 import textwrap
@@ -17,25 +18,27 @@ WIDTH = 100
 
 
 def recipe_note(cfg: DictConfig) -> str | None:
-    """A paragraph for each option of `recipe` and `heads` in force but `paper`: its name, and the
-    keys that it sets; those that an experiment or the command line changed again are left out.
+    """A paragraph for each chosen option of `recipe` and `heads` other than `paper`, or None.
+
+    It names the option and the keys that the option sets. Keys that an experiment or the command
+    line changed again are left out.
     """
     if not HydraConfig.initialized():
         return None
-    chosen = HydraConfig.get().runtime.choices
-    notes = [_note(cfg, group, str(chosen.get(group))) for group in GROUPS]
+    choices = HydraConfig.get().runtime.choices
+    notes = [_note(cfg, group, str(choices.get(group))) for group in GROUPS]
     return "\n".join(note for note in notes if note) or None
 
 
 def _note(cfg: DictConfig, group: str, option: str) -> str | None:
     if option in (PAPER, "None"):
         return None
-    values = [f"{key}={_shown(value)}" for key, value in _values(cfg, group, option)]
+    values = [f"{key}={_compact(value)}" for key, value in _values(cfg, group, option)]
     if not values:
         return None
-    said = f"{group}={option} sets beyond the paper ({group}={PAPER} does not): "
+    start = f"{group}={option} sets beyond the paper ({group}={PAPER} does not): "
     return textwrap.fill(
-        said + ", ".join(values),
+        start + ", ".join(values),
         WIDTH,
         subsequent_indent="  ",
         break_long_words=False,
@@ -44,7 +47,7 @@ def _note(cfg: DictConfig, group: str, option: str) -> str | None:
 
 
 def _values(cfg: DictConfig, group: str, option: str) -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of what the option's file says and the run has."""
+    """Dotted key and value of each setting in the option's file that the run still has."""
     for source in HydraConfig.get().runtime.config_sources:
         file = Path(source.path) / group / f"{option}.yaml"
         if source.schema != "file" or not file.is_file():
@@ -56,5 +59,5 @@ def _values(cfg: DictConfig, group: str, option: str) -> Iterator[tuple[str, Any
         return
 
 
-def _shown(value: Any) -> str:
+def _compact(value: Any) -> str:
     return str(value).replace(" ", "")

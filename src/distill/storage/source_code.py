@@ -1,5 +1,6 @@
-"""What stands in the source of a module, read without importing it, so that the answer comes at
-once.
+"""Look up classes, functions and constants in the source of modules, without importing them.
+
+Importing torch or diffusers takes seconds; reading a source takes milliseconds.
 """
 
 import ast
@@ -12,21 +13,20 @@ from typing import Any
 
 # Bases of classes that add no keyword and no constant of their own.
 PLAIN = frozenset({"Module", "object", "Protocol", "ABC", "Callback"})
-ROOTS = PLAIN - {"Callback"}  # bases that are nobody's to ask for
-MOST_IMPORTS = 8  # through which a name is followed; one that is handed on more often is a joke
+ROOTS = PLAIN - {"Callback"}  # bases that are never required of a target
+MOST_IMPORTS = 8  # ours: re-exports through which a name is followed, more than any package has
 
 
 def attribute(target: str, name: str) -> Any:
-    """A constant that stands in the body of a class or of one of its bases; None if there is
-    none.
-    """
+    """The constant assigned to `name` in the body of a class or a base; None if there is none."""
     value = assigned(target, name)
     return value.value if isinstance(value, ast.Constant) else None
 
 
 def assigned(target: str, name: str) -> ast.expr | None:
-    """What is assigned to a name in the body of the class of this dotted name, or of the nearest of
-    its bases that does so; None if there is none.
+    """The expression assigned to `name` in the body of a class, or of its nearest base with one.
+
+    `target` is the dotted name of the class. None if nothing is assigned.
     """
     found = find(*target.rpartition(".")[::2])
     if found is None or not isinstance(found[1], ast.ClassDef):
@@ -48,10 +48,10 @@ def assignments(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
 
 
 def lineage(target: str) -> list[str]:
-    """The class of this dotted name and its bases, nearest first, as `module.Class` where each
-    stands.
+    """A class and its bases, nearest first, each as the `module.Class` that defines it.
 
-    Bases whose source cannot be found are left out; empty where no such class stands in a source.
+    `target` is the dotted name of the class. Bases without a readable source are left out. The list
+    is empty if the class has none.
     """
     found = find(*target.rpartition(".")[::2])
     if found is None or not isinstance(found[1], ast.ClassDef):
@@ -62,9 +62,9 @@ def lineage(target: str) -> list[str]:
 def lineage_of(
     module: str, node: ast.ClassDef, ending: Container[str] = PLAIN
 ) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class and the bases of ours or of its library whose source can be found, nearest first.
+    """A class and its bases with a readable source, nearest first: (module, definition).
 
-    Bases of the names in `ending` are left out.
+    Bases named in `ending` are left out.
     """
     yield module, node
     for base in node.bases:
@@ -81,27 +81,29 @@ def last(node: ast.expr | None) -> str:
 
 
 def home(module: str, node: ast.expr | None) -> str:
-    """The module in which a name that `module` writes stands: of `losses.Game` that which `losses`
-    is there.
+    """The module that holds a name used in `module`.
+
+    For `losses.Game` it is the module that `module` imports as `losses`; for a plain name it is
+    `module`.
     """
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
         return module
-    here = node.value.id
-    read = source(module)
-    found = None if read is None else statement(read[0], here)
+    prefix = node.value.id
+    parsed = source(module)
+    found = None if parsed is None else statement(parsed[0], prefix)
     if not isinstance(found, ast.ImportFrom) or found.level:
         return module
-    alias = next(a for a in found.names if (a.asname or a.name) == here)
+    alias = next(a for a in found.names if (a.asname or a.name) == prefix)
     return f"{found.module}.{alias.name}"
 
 
 def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
-    """Where a name of a module is defined, through its imports: the module, and the statement."""
+    """The module that defines a name, and the defining statement; imports are followed."""
     for _ in range(MOST_IMPORTS):
-        read = source(module)
-        if read is None:
+        parsed = source(module)
+        if parsed is None:
             return None
-        tree, is_package = read
+        tree, is_package = parsed
         found = statement(tree, name)
         if not isinstance(found, ast.ImportFrom):
             return None if found is None else (module, found)
@@ -114,7 +116,7 @@ def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
 
 
 def statement(tree: ast.Module, name: str) -> ast.stmt | None:
-    """The statement at the top of a module by which this name is there."""
+    """The top-level statement that defines or imports `name`; None if there is none."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return node
@@ -127,10 +129,10 @@ def statement(tree: ast.Module, name: str) -> ast.stmt | None:
 
 @lru_cache(maxsize=256)
 def source(module: str) -> tuple[ast.Module, bool] | None:
-    """The tree of a module, and whether it is a package; None where it has no source here, or none
-    of Python's: to import it will say what is wrong.
+    """The syntax tree of a module, and whether it is a package.
 
-    The package at the top alone is asked where it lies.
+    None if no source is found or it cannot be parsed; the import reports that error later. Only the
+    top-level package is looked up by Python's import system.
     """
     for file in _files(module):
         if file.is_file():
@@ -140,7 +142,7 @@ def source(module: str) -> tuple[ast.Module, bool] | None:
 
 
 def inside(root: str) -> Iterator[str]:
-    """A module and, if it is a package, all that are inside it, sorted."""
+    """The dotted names of a module and, if it is a package, of all modules in it, sorted."""
     yield root
     for file in _files(root):
         if file.is_file() and file.name == "__init__.py":
@@ -154,7 +156,7 @@ def inside(root: str) -> Iterator[str]:
 
 
 def _files(module: str) -> Iterator[Path]:
-    """Where the source of a module may lie."""
+    """The files that may hold the source of a module."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -162,12 +164,12 @@ def _files(module: str) -> Iterator[Path]:
         return
     if spec is None:
         return
-    if not spec.submodule_search_locations:  # a file of the user's own
+    if not spec.submodule_search_locations:  # a single file
         if not rest and (spec.origin or "").endswith(".py"):
             yield Path(str(spec.origin))
         return
-    for place in spec.submodule_search_locations:
-        path = Path(place).joinpath(*rest)
+    for folder in spec.submodule_search_locations:
+        path = Path(folder).joinpath(*rest)
         yield path / "__init__.py"
         if rest:
             yield path.with_suffix(".py")

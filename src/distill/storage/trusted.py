@@ -1,8 +1,8 @@
-"""Packages of the user's own, by their environment or by what they have installed.
+"""Packages that the user trusts, so that the command line may name their classes.
 
-    DISTILL_TRUST=mypackage,other     packages that one's own command line may name
+    DISTILL_TRUST=mypackage,other     trusts these packages
 
-Installed packages with an entry point of the group `distill` count as named there.
+Installed packages with an entry point of the group `distill` are trusted too.
 """
 
 import os
@@ -13,17 +13,17 @@ TRUST = "DISTILL_TRUST"
 
 
 def is_trusted(name: str) -> bool:
-    """Whether the user's environment or an installed package lets this dotted name in."""
+    """Whether this dotted name lies in a package that the user trusts."""
     return any(name.startswith(f"{root}.") for root in roots())
 
 
 def roots() -> tuple[str, ...]:
-    """The modules and packages that the user trusts."""
-    given = [word.strip() for word in os.environ.get(TRUST, "").split(",")]
-    return tuple(root for root in (*given, *plugins()) if root)
+    """The trusted modules and packages: those of the environment, then the installed ones."""
+    listed = [name.strip() for name in os.environ.get(TRUST, "").split(",")]
+    return tuple(root for root in (*listed, *plugins()) if root)
 
 
 @cache
 def plugins() -> tuple[str, ...]:
-    """Modules of the entry points that installed packages have in the group `distill`."""
+    """Modules of the entry points in the group `distill`, of all installed packages."""
     return tuple(point.module for point in entry_points(group="distill"))

@@ -1,9 +1,9 @@
-"""Families of pipelines: which class of ours reads which of diffusers', and what it says of them.
+"""Families of pipelines: which teacher class reads which diffusers pipeline, and its facts.
 
-A family is one class, a `PipelineTeacher`. Commands need some facts about it before torch is
-imported: these are plain values in its body, read from the source. A family in a user's own package
-is found among the packages that the user trusts (`storage/trusted.py`). Nothing here imports a slow
-library.
+A family is a subclass of `PipelineTeacher`. Commands need some facts about it before torch is
+imported. These facts are plain values in the class body, and are read from the source. Families in
+a user's package are found if the user trusts the package (`storage/trusted.py`). Nothing here
+imports a slow library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distill.teachers.pipeline import PipelineTeacher
 
 TEACHER = "distill.teachers.pipeline.PipelineTeacher"
-BUILT_IN = {  # class of a pipeline -> what reads it
+BUILT_IN = {  # class of a pipeline -> teacher class
     "FluxPipeline": "distill.teachers.flux.Flux",
     "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
     "SanaPipeline": "distill.teachers.sana.Sana",
@@ -32,27 +32,28 @@ BUILT_IN = {  # class of a pipeline -> what reads it
 
 
 class Family:
-    """What a family says of its pipelines, whatever their weights. Each is a plain value in the
-    body of a class, for it is read from the source as well.
+    """Facts about a family's pipelines that do not depend on the weights.
 
-    kind: the pipeline's class in diffusers; as read from the source, its name.
-    unused: parts of the pipeline that are not read.
-    spare: parts that it does without together, by `teacher.without`.
-    autoencoder: diffusers' class of the autoencoder.
-    upcasts: whether the pipeline decodes in float32 where an autoencoder in half precision would
-        overflow.
-    standardised: whether it reads `latents_mean` and `latents_std` of the autoencoder.
-    packing: latents a side that the pipeline packs into one, of more channels, for the denoiser.
-    usual_unit: of what number of pixels the sides of pictures must be multiples with the family's
-        model on the hub; None where its models differ.
-    flow: whether all its networks predict the flow of a rectified flow.
-    addition_embed_type: as in the configuration of its UNet: what that is told besides captions.
-    padded: tokenizers to whose own length captions are padded, as those of CLIP are.
-    embedding_options: options of the family that change its caption embeddings.
-    rounds_up: whether its image-to-image pipeline rounds steps up: see `limits.steps_left`.
-    trailing: whether the pipeline steps at 1, 1 - 1/n, ..., 1/n unless it is told sigmas.
-    single_file: how `export to=single_file` writes it: `pipeline`, whole and in the layout of
-        Stable Diffusion's makers; `transformer`, that alone under diffusers' names; None: not.
+    Each is a plain value in the class body, since commands read it from the source.
+
+    kind: the pipeline's class in diffusers; its name, where it was read from the source.
+    unused: parts of the pipeline that are not loaded.
+    spare: parts that `teacher.without` may leave out, all of them together.
+    autoencoder: name of the autoencoder's class in diffusers.
+    upcasts: whether the pipeline decodes in float32 an autoencoder that would overflow in float16.
+    standardised: whether the pipeline uses `latents_mean` and `latents_std` of the autoencoder.
+    packing: side of the square of latents that the pipeline packs into one token for the denoiser.
+    usual_unit: picture sides are multiples of this number of pixels, for the family's model on the
+        hub; None if its models differ.
+    flow: whether all its networks predict the velocity of a rectified flow.
+    addition_embed_type: that of its UNet's configuration: the conditioning other than captions.
+    padded: tokenizers that pad captions to their maximum length, as CLIP's do.
+    embedding_options: options of the family that change caption embeddings.
+    rounds_up: whether its image-to-image pipeline rounds steps up; see `limits.steps_left`.
+    trailing: whether the pipeline steps at 1, 1 - 1/n, ..., 1/n if no sigmas are passed.
+    single_file: how `export to=single_file` writes it. `pipeline`: all parts, in the layout of the
+        original Stable Diffusion. `transformer`: only the transformer, under diffusers' names.
+        None: it cannot be written.
     """
 
     kind: Any = None
@@ -72,68 +73,71 @@ class Family:
     single_file: Literal["pipeline", "transformer"] | None = None
 
     def kind_name(self) -> str:
+        """Name of the pipeline's class."""
         return self.kind if isinstance(self.kind, str) else str(self.kind.__name__)
 
     @classmethod
     def remarks(cls, call: Mapping[str, Any]) -> list[str]:
-        """Sentences for a student's card on what diffusers' pipeline does with such a `call`."""
+        """Sentences for a student's model card about a pipeline call with these arguments."""
         return []
 
     @classmethod
     def lora_base(cls, denoiser: Mapping[str, Any], predicts_v: bool) -> tuple[str, str] | None:
-        """What LoRA files of a denoiser of this configuration are for: kohya's word for the base
-        model, the model specification's for the architecture; None where that is not known.
+        """Names of the base model in LoRA files, for a denoiser of this configuration.
+
+        They are kohya's name of the base model, and the architecture in the model specification
+        (modelspec). None if they are unknown.
         """
         return None
 
 
 def family(target: str) -> Family | None:
-    """What the class of this dotted name says of itself, by its source alone; None if it is no
-    teacher's.
+    """The facts of a teacher class, read from its source; None for a class that is no teacher.
 
-    Raises ValueError for a value that is not plain.
+    `target` is the dotted name of the class. Raises ValueError for a value that is not plain.
     """
     if TEACHER not in source_code.lineage(target):
         return None
-    found = Family()
+    facts = Family()
     for name in Family.__annotations__:
-        value = source_code.assigned(target, name)
-        if value is None:
+        node = source_code.assigned(target, name)
+        if node is None:
             continue
         try:
-            said = source_code.last(value) if name == "kind" else ast.literal_eval(value)
+            value = source_code.last(node) if name == "kind" else ast.literal_eval(node)
         except ValueError:
-            what = f"{name} must be a plain value, not {ast.unparse(value)}: it is read, not run"
+            what = f"{name} must be a plain value, not {ast.unparse(node)}: it is read, not run"
             raise ValueError(f"teacher._target_={target}: {what}; write the value out") from None
-        setattr(found, name, said)
-    return found if found.kind else None
+        setattr(facts, name, value)
+    return facts if facts.kind else None
 
 
 def reader_of(kind: str) -> str | None:
-    """The dotted name of what reads a pipeline of this class, ours before the user's own."""
-    return BUILT_IN.get(kind) or own().get(kind)
+    """Dotted name of the teacher class for a pipeline class; None if there is none.
+
+    Built-in families come before those of trusted packages.
+    """
+    return BUILT_IN.get(kind) or trusted_families().get(kind)
 
 
 def family_of_kind(kind: str) -> Family:
-    """What the family that reads a pipeline of this class says of itself; of one that nobody reads
-    nothing.
-    """
+    """The facts of the family of a pipeline class; the defaults if the class is unknown."""
     reader = reader_of(kind)
     return (family(reader) if reader else None) or Family()
 
 
 def teacher_class(kind: str) -> type[PipelineTeacher]:
-    """The class that reads a pipeline of this class; of one that nobody reads, the base of all.
+    """The teacher class for a pipeline class; `PipelineTeacher` if the class is unknown.
 
-    It imports torch and diffusers.
+    This imports torch and diffusers.
     """
     module, _, name = (reader_of(kind) or TEACHER).rpartition(".")
-    found: type[PipelineTeacher] = getattr(importlib.import_module(module), name)
-    return found
+    reader: type[PipelineTeacher] = getattr(importlib.import_module(module), name)
+    return reader
 
 
-def own() -> dict[str, str]:
-    """Class of a pipeline -> what reads it in the packages that the user trusts."""
+def trusted_families() -> dict[str, str]:
+    """Class of a pipeline -> teacher class, for the packages that the user trusts."""
     found: dict[str, str] = {}
     for root in roots():
         found = {**_declared(root), **found}
@@ -142,11 +146,11 @@ def own() -> dict[str, str]:
 
 @cache
 def _declared(root: str) -> dict[str, str]:
-    """The teachers of a module or package that say in their own body which pipeline they read."""
+    """The teachers of a module or package whose class body sets `kind`."""
     found: dict[str, str] = {}
     for module in source_code.inside(root):
-        read = source_code.source(module)
-        for node in read[0].body if read else ():
+        parsed = source_code.source(module)
+        for node in parsed[0].body if parsed else ():
             if not isinstance(node, ast.ClassDef):
                 continue
             kinds = [value for name, value in source_code.assignments(node) if name == "kind"]
@@ -157,22 +161,24 @@ def _declared(root: str) -> dict[str, str]:
 
 
 def in_one_file() -> list[str]:
-    """The pipelines that are written as one file, those of which that is all first."""
-    said = {kind: family_of_kind(kind).single_file for kind in {**BUILT_IN, **own()}}
-    whole = [kind for kind, how in said.items() if how == "pipeline"]
-    return whole + [kind for kind, how in said.items() if how == "transformer"]
+    """Pipelines that can be exported as one file: first those whose file holds all parts."""
+    layouts = {
+        kind: family_of_kind(kind).single_file for kind in {**BUILT_IN, **trusted_families()}
+    }
+    pipelines = [kind for kind, layout in layouts.items() if layout == "pipeline"]
+    return pipelines + [kind for kind, layout in layouts.items() if layout == "transformer"]
 
 
 def unknown(kind: str, path: str, key: str) -> ValueError:
-    """What is said of a pipeline that nothing reads; `key` is what was given."""
-    known = ", ".join(sorted({**BUILT_IN, **own()}))
+    """The error for a pipeline without a teacher class; `key` is the setting."""
+    known = ", ".join(sorted({**BUILT_IN, **trusted_families()}))
     return ValueError(
-        f"{key}={path} holds a {kind}; known are {known}, and one of your own comes in by"
+        f"{key}={path} holds a {kind}; known are {known}; to use a family of yours set"
         f" {TRUST}=<its package>"
     )
 
 
 def embedding_options(teacher: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a teacher's configuration that change its caption embeddings."""
-    found = family(str(teacher.get("_target_"))) or Family()
-    return {key: teacher[key] for key in found.embedding_options if teacher.get(key) is not None}
+    facts = family(str(teacher.get("_target_"))) or Family()
+    return {key: teacher[key] for key in facts.embedding_options if teacher.get(key) is not None}

@@ -80,9 +80,9 @@ class Flux(PipelineTeacher):
     """A `FluxPipeline` (FLUX.1 dev or schnell; folder or hub id).
 
     Args:
-        guidance: conditioning of a guidance-distilled model; pass it to the exported student as
-            `guidance_scale`.
-        size: side of the pictures in pixels; the files name none.
+        guidance: guidance that a guidance-distilled model is conditioned on. Pass the same value to
+            the exported student as `guidance_scale`.
+        size: side of the pictures in pixels; the pipeline's files do not say it.
         length: tokens of the T5; schnell was trained with 256.
     """
 

@@ -1,4 +1,4 @@
-"""A diffusers network with the noise process that it was trained on, for teachers and students.
+"""A diffusers network with the noise process of its training, for teachers and students.
 
 x0(x_t, t, cond) = process.to_x0(network's prediction)          t in [0, 1], 0 data, 1 noise
 """
@@ -55,15 +55,15 @@ class Network(nn.Module):
 
     # Default layers of a LoRA, by the ends of their names: here those of every attention.
     targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
-    rounds_up = False  # as its family says
+    rounds_up = False  # set to that of its family
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
         self.shift: int | None = None  # NitroFusion's timestep shift, of 1,000 training steps
-        self.adapters: nn.Module | None = None  # a LoRA student's own parameters
+        self.adapters: nn.Module | None = None  # the adapters of a LoRA student
         self.pass_context: Context = nullcontext  # around every pass
-        # Each returns a context that restores a state on which a pass depends.
+        # Each saves a state that changes a pass, and returns a context that restores it.
         self.context_savers: list[Callable[[], Context]] = []
 
     def with_model(self, model: Any) -> Network:
@@ -77,7 +77,7 @@ class Network(nn.Module):
 
     @property
     def positions(self) -> int | None:
-        """Tokens a side for which it has positions; None where it takes any number."""
+        """Largest number of tokens a side, if positions are embedded; None if there is no limit."""
         return self.model.config.get("pos_embed_max_size") or None
 
     @property
@@ -160,8 +160,8 @@ class Network(nn.Module):
     def enable_checkpointing(self) -> None:
         """Gradient checkpointing: the backward pass computes the activations of blocks again.
 
-        It restores the contexts of the forward pass, which may have changed since: a LoRA's
-        adapters on or off.
+        It restores the contexts of the forward pass first. For example, a LoRA's adapters may have
+        been switched on or off since then.
         """
         self.model.enable_gradient_checkpointing(self._checkpointed)
 
@@ -184,7 +184,5 @@ class Network(nn.Module):
 
 
 def is_block(tap: str) -> bool:
-    """Whether this tap is after a whole block; not inside one (`down0.1`) and not before all
-    (`in`).
-    """
+    """Whether this tap is after a whole block, not inside one (`down0.1`) or before all (`in`)."""
     return "." not in tap and tap != "in"

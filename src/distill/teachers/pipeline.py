@@ -1,5 +1,6 @@
-"""A frozen diffusers pipeline as a teacher. Its families define how the denoiser is called and
-captions are encoded.
+"""A frozen diffusers pipeline as a teacher.
+
+Subclasses, the families, define how the denoiser is called and how captions are encoded.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from distill.teachers.loading.weights import put_on
 from distill.teachers.network import Network, is_block
 from distill.terminal.progress import stage
 
-ENCODERS = ("vae", "text_encoder")  # prefixes of a pipeline's parts that encode
+ENCODERS = ("vae", "text_encoder")  # names of a pipeline's encoding parts start with these
 log = logging.getLogger(__name__)
 
 
@@ -45,8 +46,8 @@ class PipelineTeacher(nn.Module, Family):
     Cond.
 
     checkpointing: gradient through `decode` computes the decoder's activations again, block by
-    block. weights: a file to load into the denoiser, as few-step teachers come (DMD2, Hyper-SD);
-    see `teachers/loading/weights.py`. vae: a folder or hub id of an autoencoder that replaces the
+    block. weights: a file to load into the denoiser, such as DMD2 or Hyper-SD publish; see
+    `teachers/loading/weights.py`. vae: a folder or hub id of an autoencoder that replaces the
     pipeline's, also in its students. config: for a `path` that is a single file, the pipeline that
     describes it; see `teachers/loading/single.py`. deferred: text_encoder or vae; such parts are
     loaded when first needed, and `release` removes them again. A run on cached embeddings uses
@@ -54,29 +55,29 @@ class PipelineTeacher(nn.Module, Family):
 
     The teacher stays in eval mode and its weights take no gradient, whatever is called on it.
     Attributes: `folder`, the local files, also of a hub pipeline; None for a single file.
-    `without`, parts that were left out. `channels`, of the map at every tap. `blocks` and
-    `encoder`, the taps after whole blocks and those of the encoder half. `latent_shape`, (C, H, W)
-    at the size of its training. `patch`, side of a token in latents, 1 without tokens. `unit`, of
-    which a picture's sides must be multiples: pixels per latent times `patch`.
+    `without`, parts that were left out. `channels`, of the map at every tap. `blocks`, the taps
+    after whole blocks. `encoder`, the taps of the encoder half. `latent_shape`, (C, H, W) at the
+    size of its training. `patch`, side of a token in latents, 1 without tokens. `unit`, pixels per
+    latent times `patch`: a picture's sides must be multiples of it.
     """
 
-    _warned = False  # of a caption that is too long
-    own: tuple[str, ...] = ()  # options of this family alone
+    _warned = False  # whether a warning about a too long caption was given
+    family_keys: tuple[str, ...] = ()  # options that only this family has
 
     def __init_subclass__(cls) -> None:
-        """Add the shared options to the signature of a family with its own, for checking
-        configurations.
+        """Add the shared options to the signature of a family, so that configurations can be
+        checked.
         """
-        shared, own = (
+        shared, of_family = (
             inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls)
         )
         named = [
             p
-            for p in {**shared, **own}.values()
+            for p in {**shared, **of_family}.values()
             if p.name != "self" and p.kind is not p.VAR_KEYWORD
         ]
         cls.__signature__ = inspect.Signature(named)
-        cls.own = tuple(p.name for p in named if p.name not in shared)
+        cls.family_keys = tuple(p.name for p in named if p.name not in shared)
 
     def __init__(
         self,
@@ -97,9 +98,9 @@ class PipelineTeacher(nn.Module, Family):
         read_quietly()
         check_without(self.kind, without)
         files = {"dtype": dtype, "use_safetensors": use_safetensors}
-        own = Autoencoder(vae, self, **files) if vae else None
-        left = (*self.unused, *without, *(["vae"] if own else []))
-        options: dict[str, Any] = {**files, "without": left}
+        autoencoder = Autoencoder(vae, self, **files) if vae else None
+        left_out = (*self.unused, *without, *(["vae"] if autoencoder else []))
+        options: dict[str, Any] = {**files, "without": left_out}
         name = Path(path).name if Path(path).exists() else path
         with stage(f"loading {name} ({self.kind.__name__})"):
             if Path(path).suffix in SINGLE:
@@ -111,8 +112,8 @@ class PipelineTeacher(nn.Module, Family):
         self.pipeline = pipeline
         self.folder = Path(pipeline.name_or_path) if pipeline.name_or_path else None
         pipeline.sampler = student_info(str(self.folder))["sampler"] if self.folder else {}
-        if own:
-            own.put_on(pipeline, later="vae" in deferred)
+        if autoencoder:
+            autoencoder.put_on(pipeline, later="vae" in deferred)
         elif pipeline.vae is None:  # deferred: diffusers assumed a scale
             pipeline.vae_scale_factor = scale_of(self.folder)
         if weights:
@@ -123,7 +124,8 @@ class PipelineTeacher(nn.Module, Family):
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
         self.network.rounds_up = self.rounds_up
-        self.variant, self.own_parts = variant, {"vae": own.home} if own else {}
+        self.variant = variant
+        self.own_parts = {"vae": autoencoder.home} if autoencoder else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         self._encoders, self._loaded_parts = nn.ModuleList(self._encoding_parts()), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
@@ -133,8 +135,8 @@ class PipelineTeacher(nn.Module, Family):
         )
         self.latent_shape, self.patch = self._shape(), self.network.patch
         self.unit = self.patch * pipeline.vae_scale_factor
-        if own:
-            own.check(self.latent_shape[0])
+        if autoencoder:
+            autoencoder.check(self.latent_shape[0])
         self.null: Cond | None = None
         super().train(False).requires_grad_(False)
 
@@ -154,17 +156,17 @@ class PipelineTeacher(nn.Module, Family):
         return "transformer" if getattr(self.pipeline, "transformer", None) else "unet"
 
     def family_options(self) -> dict[str, Any]:
-        """Options of the family that its files do not state; a student's folder saves them."""
+        """Options that the pipeline's files do not hold. A student's folder saves them."""
         return {}
 
     def call_options(self) -> dict[str, Any]:
-        """Arguments for diffusers' pipeline, other than prompt and steps, that give the same
-        pictures.
+        """Arguments with which diffusers' pipeline generates the same pictures, without prompt and
+        steps.
         """
         return {"guidance_scale": 0.0}
 
     def sides(self) -> dict[str, int]:
-        """Default height and width of its pictures in pixels."""
+        """Default `height` and `width` of a picture, in pixels."""
         height, width = (side * self.unit // self.patch for side in self.latent_shape[1:])
         return {"height": height, "width": width}
 
@@ -204,8 +206,8 @@ class PipelineTeacher(nn.Module, Family):
         return self.vae.encode(pixels).latent_dist.mode()
 
     def _upcast(self, vae: nn.Module) -> None:
-        """Keep an autoencoder in float32 whose config says that it overflows in float16, as its
-        pipeline does.
+        """Move a float16 autoencoder to float32 if its config says `force_upcast`, as its pipeline
+        does.
         """
         if self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast:
             vae.float()
@@ -223,9 +225,7 @@ class PipelineTeacher(nn.Module, Family):
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _longest_tokenizer(self) -> tuple[Any, int]:
-        """The tokenizer that reads most of a caption, and its maximum length with special
-        tokens.
-        """
+        """The tokenizer with the largest maximum length, and that length with special tokens."""
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     def _load_deferred(self, kind: str) -> None:
@@ -251,26 +251,27 @@ class PipelineTeacher(nn.Module, Family):
         self._encoders.to(device)
 
     def provenance(self, model: Any, *, scheduled: bool) -> list[Any]:
-        """All that determines the pictures of `model`, itself or a student, except noise and steps.
+        """All that determines the pictures of `model`, itself or a student, but noise and steps.
 
-        `scheduled`: sampled by its own scheduler; a student's sampler has its own levels.
+        `scheduled`: whether the pipeline's scheduler samples; a student's sampler sets its levels
+        itself.
         """
         self._load_deferred("text_encoder")
         network = getattr(model, "network", model)
-        own = [
+        values = [
             getattr(network, "shift", None),
             getattr(network, "guidance", None),
             network.prediction,
         ]
-        own += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
-        # keys with _ are diffusers' own; their lists have no fixed order
+        values += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
+        # keys that start with _ are set by diffusers, and their lists have no fixed order
         if scheduled:
-            own += sorted(
+            values += sorted(
                 (k, str(v))
                 for k, v in self.pipeline.scheduler.config.items()
                 if not k.startswith("_")
             )
-        return [*own, *map(fingerprint, [network, self.vae, *self._encoding_parts()])]
+        return [*values, *map(fingerprint, [network, self.vae, *self._encoding_parts()])]
 
     def _encoding_parts(self) -> list[nn.Module]:
         """The loaded autoencoder and text encoders."""
@@ -377,7 +378,7 @@ class PipelineTeacher(nn.Module, Family):
         return cond
 
     def unread(self, captions: Sequence[str]) -> str | None:
-        """The end of the first caption that is too long for the teacher, which it does not read."""
+        """The unread end of the first caption that is too long for the teacher, or None."""
         tokenizer, most = self._longest_tokenizer()
         for caption in captions:
             if len(caption.encode()) + 2 <= most:  # a token has at least one byte

@@ -34,8 +34,8 @@ class PixArt(Transformer):
 
 
 class PixArtSigma(PipelineTeacher):
-    """A `PixArtSigmaPipeline` (folder or hub id). Without a pooled embedding, heads are conditioned
-    on the noise level alone.
+    """A `PixArtSigmaPipeline` (folder or hub id). It has no pooled embedding, so heads are
+    conditioned only on the noise level.
 
     Captions are cleaned as in the pipeline, where beautifulsoup4 and ftfy are installed.
     `zero_terminal_snr` is as for SD, for a fine-tune that predicts v.

@@ -35,8 +35,8 @@ class LinearDiT(Transformer):
 
 
 class Sana(PipelineTeacher):
-    """A `SanaPipeline` (folder or hub id). Without a pooled embedding, heads are conditioned on the
-    noise level alone.
+    """A `SanaPipeline` (folder or hub id). It has no pooled embedding, so heads are conditioned
+    only on the noise level.
 
     With `instruction` the text encoder reads the pipeline's instruction before each caption, but
     not before the empty one, as in the pipeline.
@@ -67,7 +67,7 @@ class Sana(PipelineTeacher):
         return self.vae.encode(pixels).latent
 
     def _longest_tokenizer(self) -> tuple[Any, int]:
-        # After an instruction one token less of the caption remains.
+        # After an instruction there is room for one token less.
         return self.pipeline.tokenizer, TOKENS - bool(self.instruction)
 
     def _encode(self, captions: list[str]) -> Cond:

@@ -19,7 +19,7 @@ from distill.teachers.loading.settings import prediction_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 
-# Width of the tokens of its captions, by which SD 1 and 2 are told apart -> `lora_base`.
+# Width of a caption token, which differs between SD 1 and SD 2 -> `lora_base`.
 VERSIONS = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")}
 SKIPPING = (
     "With transformers 5.6 and later diffusers' pipeline of Stable Diffusion fails over"
@@ -121,11 +121,11 @@ def end_in_noise(teacher: PipelineTeacher) -> None:
 
 
 class SD(PipelineTeacher):
-    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id). `size`: side of the data's
-    pictures, where it is not the pipeline's own.
+    """A `StableDiffusionPipeline` (SD 1.x, 2.x; folder or hub id).
 
-    With `clip_skip` captions are embedded that many layers earlier than by default, as diffusers
-    counts. `zero_terminal_snr`: see `end_in_noise`.
+    `size` is the side of the pictures, if it differs from that of the pipeline. With `clip_skip`,
+    captions are embedded that many layers earlier than by default, as diffusers counts.
+    `zero_terminal_snr`: see `end_in_noise`.
     """
 
     kind = StableDiffusionPipeline
@@ -190,7 +190,7 @@ class SD(PipelineTeacher):
             tokens, _ = self.pipeline.encode_prompt(captions, self.device, **options)
         else:
             tokens = self._skipped(ids.to(self.device))
-        # SD has no pooled embedding; CLIP's own is its last hidden state at the end-of-text token.
+        # SD has no pooled embedding; CLIP pools its last hidden state at the end-of-text token.
         end = (ids == tokenizer.eos_token_id).int().argmax(dim=1).to(tokens.device)
         return Cond(
             tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end]
@@ -206,9 +206,7 @@ class SD(PipelineTeacher):
 
 
 def _check_skip(skip: int | None, layers: int) -> None:
-    """Raise ValueError for more layers than a text encoder has. Its pipelines would accept any
-    number.
-    """
+    """Raise ValueError for more layers than a text encoder has; pipelines accept any number."""
     if skip is not None and not (type(skip) is int and skip > 0 and (not layers or skip < layers)):
         what = f"must be null, or from 1 to {layers - 1}" if layers else "must be null or 1 or more"
         raise ValueError(f"teacher.clip_skip={skip}: {what} for this teacher")

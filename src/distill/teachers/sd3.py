@@ -19,7 +19,7 @@ SILENT_TOKENS = 256
 
 
 class MMDiT(Transformer):
-    """The first blocks of SD3.5 medium have a second attention, among image tokens alone."""
+    """The first blocks of SD3.5 medium have a second attention, only among image tokens."""
 
     targets = (  # both streams' attention and feed-forward layers
         *(
@@ -62,7 +62,8 @@ class SD3(PipelineTeacher):
     """A `StableDiffusion3Pipeline` (SD3, SD3.5; folder, hub id or single file), with or without its
     third text encoder.
 
-    `without=["text_encoder_3", "tokenizer_3"]` leaves that out. A silent one is left out by itself.
+    `without=["text_encoder_3", "tokenizer_3"]` leaves it out. An encoder whose tokens are all zeros
+    is always left out.
     """
 
     kind = StableDiffusion3Pipeline
@@ -83,8 +84,8 @@ class SD3(PipelineTeacher):
         return self.pipeline.tokenizer_3, SILENT_TOKENS
 
     def _silent(self) -> bool:
-        """Whether the third text encoder is absent. One whose tokens are all zeros is removed: it
-        is equivalent.
+        """Whether the third text encoder is absent. This removes one whose tokens are all zeros,
+        which is equivalent.
         """
         t5 = self.pipeline.text_encoder_3
         if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():

@@ -18,8 +18,8 @@ from distill.teachers.sd import SD, UNet, step_of
 
 
 class UNetXL(UNet):
-    """Taps as in SD. It is conditioned on a picture of the latents' size, not cropped, as by
-    default in its pipeline.
+    """The taps are those of SD. It is conditioned on the latents' size, without cropping, which is
+    the default of its pipeline.
 
     For a patch it is conditioned on the size of the full picture and on the position of the patch,
     as for crops in its training. `of_patch` writes these into the cond's `extra`, pixels [B, 4]:
@@ -52,7 +52,7 @@ class UNetXL(UNet):
 class SDXL(SD):
     """A `StableDiffusionXLPipeline` (folder or hub id).
 
-    Its autoencoder overflows in float16, and stays in float32.
+    Its autoencoder overflows in float16, so it stays in float32.
     """
 
     kind = StableDiffusionXLPipeline

@@ -1,4 +1,4 @@
-"""How any method is trained: its optimisers, their rates over the steps, and counts of updates."""
+"""Settings of the training loop: optimisers, learning rates over the steps, numbers of updates."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizers:
-    """What makes the optimiser of the student, and that of the discriminator's heads."""
+    """Factories of two optimisers: for the student, and for the discriminator's heads."""
 
     student: OptimizerFactory
     discriminator: OptimizerFactory
@@ -21,19 +21,21 @@ class Optimizers:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What the loop does, whatever the method.
+    """Settings of the loop, which are the same for every method.
 
     Args:
-        warmup_steps: updates of a network in which its rate rises to the peak.
-        schedule: of the rates after that; a cosine falls to `final_rate`, a share of the peak.
+        warmup_steps: number of updates in which a network's learning rate rises to its peak.
+        schedule: learning rates after the warm-up. A cosine falls to `final_rate` times the peak.
+        final_rate: share of the peak at the last step of a cosine.
         clip_student, clip_discriminator: largest norm of the gradient.
-        discriminator_updates: for each update of the student.
-        head_start: iterations of the discriminator alone, before step 0.
-        accumulate: micro-batches of one update.
-        ema_decay: of the student's average.
-        stop_after_bad: iterations in a row whose gradient is not finite, after which training ends.
+        discriminator_updates: updates of the discriminator for each update of the student.
+        head_start: iterations before step 0 that train the discriminator only.
+        accumulate: micro-batches per update.
+        ema_decay: decay of the student's EMA.
+        stop_after_bad: training stops after so many iterations in a row with a gradient that is not
+            finite.
 
-    Raises ValueError for another schedule, and for counts of updates below 1.
+    Raises ValueError for another schedule, and for `discriminator_updates` or `accumulate` below 1.
     """
 
     warmup_steps: int = 0
@@ -55,8 +57,8 @@ class LoopSettings:
                 raise ValueError(f"loop.{name}={getattr(self, name)}: must be at least 1")
 
     def rate(self, step: int, steps: int, updates: int) -> float:
-        """Share of the peak rate at student step `step` of `steps`, for a network after `updates`
-        of its own.
+        """Learning rate as a share of its peak, at student step `step` of `steps`, for a network
+        after `updates` updates.
         """
         rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
