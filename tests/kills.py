@@ -36,9 +36,10 @@ TIMED = {  # files whose names say when something happened
 FACTS = ("name", "method", "teacher", "steps", "images_seen", "skipped", "status")  # of run.json
 MODULES = (
     *("run", "evaluate", "sample", "synthesize", "cache", "export", "pretrain", "search"),
-    *("compare", "inspect", "build", "making", "students.low_rank", "students.single_file"),
-    *("report.inspection", "report.comparison", "pretraining.stages", "evaluation.prompted"),
-    *("students.card", "teachers.sd3", "methods.ladd", "callbacks", "csvlog"),
+    *("compare", "inspect", "config.build", "data.shard_job", "exporting.low_rank"),
+    *("exporting.single_file", "exporting.card", "report.inspection", "report.comparison"),
+    *("worlds.shapes.pretraining.stages", "evaluation.prompted", "teachers.sd3", "methods.ladd"),
+    *("training.callbacks", "training.csv_logger"),
 )
 PATIENCE = 600.0  # seconds after which a command hangs
 

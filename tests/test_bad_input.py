@@ -895,7 +895,7 @@ def test_a_name_that_was_never_logged_is_said_at_the_first_checkpoint(
     code, out, err = command("run", *words, "callbacks.checkpoint.best=g/adw")
     assert code == 0
     assert (out + err).count(
-        "callbacks.checkpoint.best=g/adw: nothing of this name was logged"
+        "callbacks.checkpoint.best=g/adw: no value of this name was logged"
     ) == 1
     assert "there is no best.ckpt (did you mean g/adv?)" in out + err
     assert not (tmp_path / "r" / "checkpoints" / "best.ckpt").exists()

@@ -63,5 +63,5 @@ def test_parts_that_differ_are_not_left_out(beside, tmp_path):
     _, folder = beside
     file = folder.parent / "teacher" / "vae" / "config.json"
     file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vae/config.json is not the one"):
+    with pytest.raises(ValueError, match=r"vae/config.json differs from that of"):
         save_beside(tmp_path / "student", folder.parent / "teacher", "again")

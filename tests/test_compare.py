@@ -322,6 +322,6 @@ def test_a_cell_of_a_table_that_cannot_be_read_costs_its_row_alone(tmp_path):
     table.write_text(f"step,{'9' * 200000}\n1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="column names"):
         read(table)
-    with pytest.raises(ValueError, match="names no columns"):
+    with pytest.raises(ValueError, match="its first line is no header"):
         CsvLog(str(tmp_path))
     assert "metrics.csv cannot be shown" in write_report(tmp_path).read_text(encoding="utf-8")

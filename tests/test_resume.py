@@ -107,7 +107,7 @@ def test_another_teacher_s_checkpoint_is_refused(run, project, command):
 
 
 DAMAGED = [  # where in a checkpoint, what stands there, and what is said
-    (("about",), [1], r"says about=\[1\]"),
+    (("about",), [1], r"has about=\[1\]"),
     (("about", "train_seconds"), "x", "says about.train_seconds=x"),
     (("about", "loggers"), [1], r"says about.loggers=\[1\]"),
     (("distill", "iteration"), "x", "says iteration=x"),

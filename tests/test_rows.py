@@ -103,7 +103,7 @@ def test_a_checkpoint_comes_after_all_that_is_logged_at_its_step(words, tmp_path
     from distill.config import build
 
     assert command("run", *words, "trainer.max_steps=1")[0] == 0
-    cfg = run_command.compose.looked_at(tmp_path / "run")
+    cfg = run_command.compose.read_unchecked(tmp_path / "run")
     mine = {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}
     cfg.callbacks = {"checkpoint": cfg.callbacks.checkpoint, "mine": mine}
     trainer = build.trainer(cfg, tmp_path / "other", {})

@@ -51,7 +51,7 @@ def test_prompts_of_a_file_in_batches_are_those_alone(
     run, embedded = f"run={exported(family)}", []
     of = sample._picture_function
     monkeypatch.setattr(
-        sample, "_maker", lambda *a: lambda p, s: embedded.append(len(p)) or of(*a)(p, s)
+        sample, "_picture_function", lambda *a: lambda p, s: embedded.append(len(p)) or of(*a)(p, s)
     )
     code, out, _ = command(
         "sample", EXACT, run, "prompts=prompts.txt", "count=2", "seed=3", "batch_size=4", "out=many"

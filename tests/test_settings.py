@@ -89,7 +89,12 @@ def said(command, shards, monkeypatch, tmp_path):
         ("sdxl", "unet", {"in_channels": 8}, "its unet/ reads 8 channels and a text-to-image"),
         ("mmdit", "transformer", {"in_channels": 33}, "its transformer/ reads 33 channels and a"),
         ("unet", "unet", {"time_cond_proj_dim": 256}, "its unet/ has time_cond_proj_dim=256: it"),
-        ("unet", "unet", {"num_class_embeds": 7}, "its unet/ has num_class_embeds=7: it is told"),
+        (
+            "unet",
+            "unet",
+            {"num_class_embeds": 7},
+            "its unet/ has num_class_embeds=7: it is conditioned on classes",
+        ),
         ("sdxl", "unet", {"encoder_hid_dim_type": "ip_image_proj"}, "its unet/ has encoder_hid_d"),
         ("sdxl", "unet", {"addition_embed_type": "text"}, "its unet/ has addition_embed_type=tex"),
         ("unet", "vae", {"latents_mean": [0.0], "latents_std": [1.0]}, "its vae/ has latents_mean"),

@@ -198,10 +198,18 @@ def test_a_file_that_says_v_is_not_read_as_eps(written, tmp_path):
         ),
         ("sdxl", "edm_mean", "is a model with EDM preconditioning (edm_mean)"),
         ("sdxl", "model.diffusion_model.out.2.scale_weight", "holds model.diffusion_model.out.2.s"),
-        ("sd3", "model.diffusion_model.scaled_fp8", "holds model.diffusion_model.scaled_fp8, of"),
+        (
+            "sd3",
+            "model.diffusion_model.scaled_fp8",
+            "holds model.diffusion_model.scaled_fp8, which would not be used",
+        ),
         ("sd15", "first_stage_model.decoder.conv_in.weight_scale", "holds first_stage_model.deco"),
         ("sd3", "text_encoders.t5xxl.transformer.shared.scale_weight", "holds text_encoders.t5x"),
-        ("sd15", "lora_unet_mid_block.alpha", "holds lora_unet_mid_block.alpha, of which nothing"),
+        (
+            "sd15",
+            "lora_unet_mid_block.alpha",
+            "holds lora_unet_mid_block.alpha, which would not be used",
+        ),
         ("sd15", "conditioner.embedders.1.model.ln_final.bias", "holds conditioner.embedders.1.m"),
     ],
 )
