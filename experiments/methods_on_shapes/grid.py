@@ -14,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from distill.evaluation.results import PADDING
 from distill.report.comparison import tiles
-from distill.storage.pictures import PADDING
 
 HERE = Path(__file__).parent
 STUDIES = {"LADD": "ladd_shapes", "ADD": "add_shapes", "NitroFusion": "nitrofusion_shapes"}

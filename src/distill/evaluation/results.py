@@ -20,6 +20,7 @@ from typing import Any
 from distill.storage.bounded import mapping_of
 
 FILE, PICTURE = "evaluation.json", "comparison.png"
+PADDING = 2  # pixels between the pictures of a strip, as in torchvision's grids
 NAME = re.compile(r"comparison(_[0-9a-f]{8})?\.png")
 ROW_PREFIXES = ("teacher", "student")  # of protocol keys that describe only some rows
 Result = dict[str, Any]

@@ -24,7 +24,6 @@ from distill.sampling import Consistency, FewSteps, in_precision, seeded
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_atomic
 from distill.storage.fingerprints import path_fingerprint
-from distill.storage.pictures import PADDING
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
 from distill.worlds.shapes.judge import Judge, judging_prompts
@@ -201,7 +200,7 @@ def _merge_strips(
     if len({strip.size for strip in strips.values()}) != 1 or not strips.keys() >= set(all_rows):
         return None
     width, height = strips[all_rows[0]].size
-    merged = Image.new("RGB", (width, height * len(all_rows) + PADDING))
+    merged = Image.new("RGB", (width, height * len(all_rows) + results.PADDING))
     for i, name in enumerate(all_rows):
         merged.paste(strips[name], (0, i * height))
     merged.save(content := BytesIO(), format="PNG")
@@ -210,7 +209,7 @@ def _merge_strips(
 
 def _row_strips(grid: Image.Image, rows: list[Any]) -> dict[Any, Image.Image]:
     """The strip of every row of torchvision's grid, with the padding above it."""
-    height = (grid.height - PADDING) // len(rows)
+    height = (grid.height - results.PADDING) // len(rows)
     boxes = [(0, i * height, grid.width, (i + 1) * height) for i in range(len(rows))]
     return {row: grid.crop(box) for row, box in zip(rows, boxes, strict=True)}
 

@@ -9,12 +9,12 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from distill.evaluation.results import PADDING
 from distill.evaluation.tables import MEASURES, SPACE
 from distill.report.curves import chart_figure, read, smoothed
 from distill.report.evaluation import MAIN
 from distill.report.page import embed, html, join_html, open_png, render
 from distill.report.runs import Line, Run, all_runs, lines_of, page_table
-from distill.storage.pictures import PADDING
 from distill.terminal.shown import shown
 
 SHOWN = 8  # prompts in the grid of pictures

@@ -13,7 +13,6 @@ from distill.storage.atomic import write_atomic
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], by channel.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-PADDING = 2  # pixels between the pictures of torchvision's grids
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
