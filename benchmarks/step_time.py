@@ -1,11 +1,15 @@
-"""Time of one training step against the network passes that it cannot avoid, in one process.
+"""Time of one training step against the network passes that it cannot avoid.
 
-    python benchmarks/step_time.py [any overrides of distill.run]
+    python benchmarks/step_time.py [any overrides of distill.run] [steps=30]
 
-Irreducible for LADD, per step: student forward and backward; frozen teacher on the fake, forward
-and backward to its input; frozen teacher on the real, forward; where the distillation term counts,
-the teacher's estimate, guided or not. All else (captions, heads, optimisers, noise, averaging,
-logs) is overhead.
+The passes of a method are those of its own `student_sample` (the student; the frozen network on the
+fake and on the real sample), the backward pass through them to the student's weights, and the
+teacher's estimate for the distillation term. All else is overhead: captions, heads, losses,
+optimisers, EMA, clipping, logging, Lightning's loop and the loader.
+
+Passes and steps take turns under the real trainer, so that a busy or throttled machine slows both.
+Each number is the median, with the 10th and 90th percentile. After a pass the student's gradients
+are cleared, as in a step. On a GPU the peak of the allocator is printed too.
 """
 
 from __future__ import annotations
@@ -14,102 +18,96 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import Any
 
 import lightning as L
 import torch
 from common import composed, fit
 
 from distill.config import build
-from distill.machine.hardware import autocast
+from distill.machine.hardware import autocast, hardware
 
-REPEATS = 12
+WARM_UP = 3  # steps that are not counted
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Median over repeats, after two warm-ups."""
-    times = []
-    for _ in range(REPEATS + 2):
-        began = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+class Turns(L.Callback):
+    """Times a step, then each of the passes, and so on."""
+
+    def __init__(self, passes: dict[str, Callable[[], None]]) -> None:
+        self.passes = passes
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("step", *passes)}
+        self._began = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self._began = now()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds["step"].append(now() - self._began)
+        for name, run in self.passes.items():
+            began = now()
+            run()
+            self.seconds[name].append(now() - began)
+        self._began = now()
+
+    def counted(self, name: str) -> list[float]:
+        return self.seconds[name][WARM_UP:]
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def passes_of(method: Any, batch: Any, precision: str) -> dict[str, Callable[[], None]]:
+    """The passes of the method on this batch, each with its own draws."""
+    draws = method.draw(batch, method.loop.streams(method))
+
+    def sample_and_backward() -> None:
+        with autocast(precision, method.device.type):
+            sample = method.student_sample(batch, draws)
+            outputs = [sample.x0_hat, *getattr(sample, "fake_features", ())]
+            loss = sum(x.float().square().mean() for x in outputs)
+        loss.backward()
+        method.student.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def estimate() -> None:
+        with autocast(precision, method.device.type):
+            method.distill(method.teacher, batch.x0, batch.cond, draws.distill)
+
+    found = {"networks, forward and backward": sample_and_backward}
+    if getattr(draws, "distill", None) is not None:
+        found["teacher's estimate for the distillation term"] = estimate
+    return found
+
+
+def shown(seconds: list[float]) -> str:
+    tenths = statistics.quantiles(seconds, n=10)
+    median, low, high = (1000 * x for x in (statistics.median(seconds), tenths[0], tenths[-1]))
+    return f"{median:8.1f} ms ({low:.1f} to {high:.1f})"
 
 
 def main() -> None:
-    cfg = composed(sys.argv[1:])
+    words = [word for word in sys.argv[1:] if not word.startswith("steps=")]
+    steps = next((int(w.partition("=")[2]) for w in sys.argv[1:] if w.startswith("steps=")), 30)
+    cfg = composed(words)
     torch.manual_seed(cfg.seed)
     source, method = build.build_training(cfg)
-    teacher = method.teacher
     batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
-    n, t = len(batch), torch.full((len(batch),), 0.5)
-    noise = torch.randn_like(batch.x0)
-    taps = list(teacher.blocks)
-
-    def cast() -> AbstractContextManager[None]:
-        """As the trainer does: autocast around the forward passes."""
-        return autocast(cfg.trainer.precision, noise.device.type)
-
-    def student_pass() -> None:
-        with cast():
-            loss = method.student.x0(noise, t, batch.cond).square().mean()
-        loss.backward()
-
-    def fake_pass() -> None:
-        x = noise.clone().requires_grad_(True)
-        with cast():
-            loss = sum(m.square().mean() for m in teacher.features(x, t, batch.cond, taps))
-        loss.backward()
-
-    @torch.no_grad()
-    def real_pass() -> None:
-        with cast():
-            teacher.features(noise, t, batch.cond, taps)
-
-    @torch.no_grad()
-    def estimate_pass() -> None:
-        generator = torch.Generator(noise.device).manual_seed(0)
-        with cast():
-            method.distill(teacher, noise, batch.cond, method.distill.draw(noise, generator))
-
-    parts = {
-        "student, forward and backward": seconds(student_pass),
-        "teacher on the fake, forward and backward to the input": seconds(fake_pass),
-        "teacher on the real, forward": seconds(real_pass),
-    }
-    if method.distill_weight:
-        parts["teacher's estimate for the distillation, forward"] = seconds(estimate_pass)
-    whole = step_time(cfg, method, source)
-    unavoidable = sum(parts.values())
-    print(
-        f"batch {n}, {torch.get_num_threads()} threads, {cfg.trainer.precision}, torch"
-        f" {torch.__version__}"
-    )
-    for name, value in parts.items():
-        print(f"{1000 * value:8.1f} ms  {name}")
-    print(f"{1000 * unavoidable:8.1f} ms  sum of the passes that cannot be avoided")
-    print(
-        f"{1000 * whole:8.1f} ms  training step, all told: {100 * (whole / unavoidable - 1):.1f} %"
-        " over that sum"
-    )
-
-
-def step_time(cfg: object, method: object, source: object) -> float:
-    """Median seconds between the ends of consecutive steps under the real trainer."""
-
-    class Clock(L.Callback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def on_train_batch_end(self, *_: object) -> None:
-            self.ends.append(time.perf_counter())
-
-    clock = Clock()
-    fit(cfg, method, source, REPEATS + 3, clock)
-    gaps = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
-    return statistics.median(gaps[2:])
+    turns = Turns(passes_of(method, batch, cfg.trainer.precision))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    fit(cfg, method, source, steps + WARM_UP, turns)
+    step = statistics.median(turns.counted("step"))
+    unavoidable = sum(statistics.median(turns.counted(name)) for name in turns.passes)
+    print(f"{hardware()}; {torch.get_num_threads()} threads, {cfg.trainer.precision}")
+    print(f"torch {torch.__version__}, batch {len(batch)}, {steps} steps, seed {cfg.seed}")
+    for name in turns.passes:
+        print(f"{shown(turns.counted(name))}  {name}")
+    print(f"{shown(turns.counted('step'))}  training step: {step / unavoidable:.2f} of its passes")
+    if torch.cuda.is_available():
+        print(f"{torch.cuda.max_memory_allocated() / 2**20:8.0f} MiB  peak, passes included")
 
 
 if __name__ == "__main__":

@@ -123,8 +123,13 @@ class TwoPlayerLoop:
             self.update_discriminator(method, micro_batches, samples, critics[0], update)
             for update in updates
         ]
+        # Gradients are released at once. Until the next update they would only take memory, through
+        # the peak of the activations.
+        for optimizer in critics:
+            optimizer.zero_grad(set_to_none=True)
         if not in_head_start:
             applied.append(self.update_student(method, micro_batches, samples, student))
+            student.zero_grad(set_to_none=True)
         return applied
 
     def update_discriminator(
