@@ -213,7 +213,7 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
     """
     method = make(teacher)
     if make is tiny.ladd:
-        method.heads = Pool(method.features.channels, size=150, width=16, refresh=0.05)
+        method.heads = Pool(method.feature_network.channels, size=150, width=16, refresh=0.05)
     watched = Watched(method)
     refreshed = []
     refresh = method.heads.refresh
@@ -221,7 +221,7 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
     running = tiny.trainer(tmp_path, 8)
     running.fit(method, source.latents(str(shards), batch_size=4).loader(seed=0))
     sizes = [len(changed) for _, changed, _, _ in watched.log]
-    taps = len(method.features.channels)
+    taps = len(method.feature_network.channels)
     for drawn, changed, moved, _ in watched.log:
         assert changed
         assert changed <= drawn

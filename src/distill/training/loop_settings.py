@@ -1,4 +1,6 @@
-"""How any method is trained: its optimisers, their rates over the steps, and counts of updates."""
+"""How any method is trained: its optimisers, their learning rates over the steps, and counts of
+updates.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -24,8 +26,11 @@ class LoopSettings:
     """What the loop does, whatever the method.
 
     Args:
-        warmup_steps: updates of a network in which its rate rises to the peak.
-        schedule: of the rates after that; a cosine falls to `final_rate`, a share of the peak.
+        warmup_steps: steps in which the student's learning rate rises to the peak, and iterations
+            in which the discriminator's does; an iteration counts once, however often it updates
+            the discriminator.
+        schedule: of the learning rates after that; a cosine falls to `final_rate`, a share of the
+            peak.
         clip_student, clip_discriminator: largest norm of the gradient.
         discriminator_updates: for each update of the student.
         head_start: iterations of the discriminator alone, before step 0.
@@ -55,8 +60,9 @@ class LoopSettings:
                 raise ValueError(f"loop.{name}={getattr(self, name)}: must be at least 1")
 
     def rate(self, step: int, steps: int, updates: int) -> float:
-        """Share of the peak rate at student step `step` of `steps`, for a network after `updates`
-        of its own.
+        """Share of the peak learning rate at student step `step` of `steps`.
+
+        `updates` is what the network's warm-up counts: `warmup_steps` says what that is.
         """
         rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
