@@ -18,9 +18,10 @@ import tiny
 from distill.core import randomness
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.times import Discrete
-from distill.core.types import Losses
+from distill.core.types import Losses, Players
 from distill.data import source
 from distill.discriminators.pool import Pool
+from distill.methods.base import Distillation
 from distill.teachers.decoder import TinyDecoder
 from distill.training.csv_logger import CsvLog
 
@@ -606,3 +607,13 @@ def test_objectives_need_no_trainer_and_no_loop(name, teachers):
     assert found[0] == found[1]
     with pytest.raises(ValueError, match=r"has no loop to train it; give it loop="):
         method.training_step({}, 0)
+
+
+def test_a_method_that_lacks_a_loss_is_refused_when_it_is_built(teacher):
+    class Half(Distillation):
+        def draw(self, batch, streams):
+            return None
+
+    players = Players(teacher=teacher, student=tiny.Toy())
+    with pytest.raises(TypeError, match="Half.*student_loss.*student_sample"):
+        Half(players)

@@ -5,9 +5,11 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 import tiny
@@ -326,3 +328,14 @@ def test_the_encoder_of_a_unet_is_what_it_hands_across(teachers):
     assert {name: m.shape[1] for name, m in found.items()} == {
         k: teacher.channels[k] for k in teacher.encoder
     }
+
+
+def test_the_pool_takes_the_levels_of_its_configuration():
+    """Those of training steps 10, 250, 500 and 750: t = (step + 1) / 1000."""
+    conf = Path(__file__).parents[1] / "conf"
+    heads = OmegaConf.load(conf / "discriminator" / "pool.yaml").heads
+    renoise = OmegaConf.load(conf / "method" / "nitrofusion.yaml").renoise
+    steps = torch.tensor([10, 250, 500, 750])
+    expected = pytest.approx(((steps + 1) / 1000).tolist())
+    assert Pool(CHANNELS, size=1).levels == expected
+    assert list(heads.levels) == list(renoise.levels) == expected
