@@ -43,7 +43,7 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     source, method = build.build_training(cfg)
     teacher = method.teacher
-    batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
+    batch = method.loop.prepare_batch(method, next(iter(source.loader(seed=cfg.seed))))
     n, t = len(batch), torch.full((len(batch),), 0.5)
     noise = torch.randn_like(batch.x0)
     taps = list(teacher.blocks)
