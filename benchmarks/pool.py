@@ -86,7 +86,7 @@ def main() -> None:
             ]
         )
         source, method = build.build_training(cfg)
-        batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
+        batch = method.loop.prepare_batch(method, next(iter(source.loader(seed=cfg.seed))))
         made.append((method, batch, *players(method)))
     cast = torch.autocast(
         batch.x0.device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"

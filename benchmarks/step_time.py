@@ -94,7 +94,7 @@ def main() -> None:
     cfg = composed(words)
     torch.manual_seed(cfg.seed)
     source, method = build.build_training(cfg)
-    batch = method.loop.embed(method, next(iter(source.loader(seed=cfg.seed))))
+    batch = method.loop.prepare_batch(method, next(iter(source.loader(seed=cfg.seed))))
     turns = Turns(passes_of(method, batch, cfg.trainer.precision))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -17,6 +17,7 @@ import generated  # noqa: E402, it lies beside this file
 
 project = "distill"
 author = "the authors of distill"
+copyright = author
 release = version = version_of("distill")
 html_title = "distill"
 

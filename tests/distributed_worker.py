@@ -37,7 +37,7 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if pl_module.loop.updated:
-            for name, value in pl_module.loop.numbers.items():
+            for name, value in pl_module.loop.last_logged.items():
                 if "/" in name and not name.endswith("/lr"):
                     self.seen.setdefault(name, []).append(value)
 

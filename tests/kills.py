@@ -300,6 +300,7 @@ def _in_child(
         os.dup2(out, 1)
         os.dup2(out, 2)
         changes = _watched(f"{folder}/work", before)
+        renew_threads()
         code = task() or 0
         os.write(pipe, str(changes[0]).encode())
     except BaseException:
@@ -310,6 +311,15 @@ def _in_child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def renew_threads() -> None:
+    """Make torch's thread pool anew in a fork, before several threads ask for it at once: one of
+    them finds none then, and ends with an internal error.
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _watched(place: str, before: int | None) -> list[int]:

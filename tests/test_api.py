@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -380,6 +380,23 @@ def test_mistakes_that_only_python_can_make_are_refused(call, message, teachers)
         call(settings, method, teacher)
 
 
-def test_every_module_of_a_public_name_is_imported_by_itself():
-    for path in set(distill.PUBLIC.values()):
-        importlib.import_module(f"distill.{path.partition(':')[0]}")
+FIRST = """
+import importlib, os, sys
+import diffusers, lightning, torch, transformers
+for module in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        importlib.import_module(module)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{module} cannot be imported first")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_every_module_of_a_public_name_can_be_imported_first():
+    """No import cycle hides behind what another module has loaded."""
+    modules = sorted({f"distill.{path.partition(':')[0]}" for path in distill.PUBLIC.values()})
+    line = [sys.executable, "-c", FIRST, *modules]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, encoding="utf-8")
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -841,7 +842,14 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     )
     # and once more full, now where the configuration is written: the finished run's own stays
     before = (folder / "config.yaml").read_text(encoding="utf-8")
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, _: full_disk(path))
+    opened = Path.open
+
+    def no_room(path, mode="r", *given, **options):
+        if "w" in mode and path.name.startswith("config.yaml"):
+            full_disk(path)
+        return opened(path, mode, *given, **options)
+
+    monkeypatch.setattr(Path, "open", no_room)
     said = refused("run", f"resume={folder}", "trainer.max_steps=3")
     way = f"make room, then go on with: python -m distill.run resume={folder}"
     assert said == f"{folder}/config.yaml: No space left on device; {way}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import tiny
@@ -222,3 +225,33 @@ def test_without_gradio_it_says_what_to_install(command, monkeypatch):
         "distill: the page needs gradio, which is not installed; use `make demo`, "
         "or pip install gradio\n"
     )
+
+
+def test_a_change_of_the_page_updates_every_column(studio):
+    """Without a browser: the generator that gradio calls marks columns old, then fills them."""
+    pytest.importorskip("gradio")
+    from distill.commandline.composed import Composed
+    from distill.demonstration.page import Page
+    from distill.demonstration.worker import Worker
+
+    cfg = OmegaConf.create({**Composed("demo").tree, "steps": [1, 2], "teacher_steps": 2})
+    worker = Worker()
+    page = Page(studio, worker, cfg)
+    settings = ([1, 2], 3, 1, None, 0.5, 2, 1.0, 1.0, SimpleNamespace(session_hash="tab"))
+
+    async def updates(prompt):
+        return [update async for update in page.generate(prompt, *settings)]
+
+    try:
+        first, *later = asyncio.run(updates(tiny.CAPTIONS[0]))
+        nothing = asyncio.run(updates(""))
+    finally:
+        worker.close()
+    wanted = [("student", 1), ("student", 2), ("teacher", 0)]
+    places = list(page.columns)
+    assert all("old" in first[places.index(key)].elem_classes for key in wanted)
+    assert len(later) == 3
+    for key in wanted:
+        assert "<img" in later[-1][places.index(key)].value
+    assert "data-requests" in later[-1][-1]
+    assert len(nothing) == 1

@@ -145,7 +145,7 @@ def test_each_update_of_the_discriminator_reads_unshared_real_samples_anew():
 
 def test_features_change_real_and_fake_pictures_alike_whenever_they_are_asked(teachers):
     method = tiny.add(teachers("mmdit"))
-    method.features.augment = True
+    method.feature_network.augment = True
     batch = tiny.simple_batch(method, 2)
     draws, fake = tiny.drawn(method, batch)
     again = method.student_sample(batch, draws, "student")

@@ -104,7 +104,7 @@ def test_what_is_logged_is_that_of_the_last_update(tmp_path):
         method.loop.factories = Optimizers(**still)
         method.loop.settings = LoopSettings(**options)
         fitted(method, tmp_path, 1)
-        return method.loop.numbers["d/adv"]
+        return method.loop.last_logged["d/adv"]
 
     assert logged(discriminator_updates=2) == pytest.approx(
         logged(), rel=0.2
@@ -144,7 +144,7 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(tmp_path):
 
     reference = tiny.ladd(toy, accumulate=2)
     stream = tiny.toy_batches(toy, 4)
-    batches = [reference.loop.embed(reference, next(stream)) for _ in range(2)]
+    batches = [reference.loop.prepare_batch(reference, next(stream)) for _ in range(2)]
 
     def mean_gradient(module, losses):
         grads = []
@@ -455,7 +455,7 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     checkpoints.folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         logger.log_metrics({"g/adv": 0.5}, step)
-    method = SimpleNamespace(step=3, loop=SimpleNamespace(updated=True, numbers={}))
+    method = SimpleNamespace(step=3, loop=SimpleNamespace(updated=True, last_logged={}))
     saved = {
         "loggers": [logger],
         "save_checkpoint": lambda path: checkpoint_files.write_checkpoint({}, path),

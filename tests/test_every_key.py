@@ -203,3 +203,14 @@ def test_nothing_heavy_is_imported_for_any_of_this():
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False
     )
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
+@pytest.mark.parametrize(("loss", "shared"), [("relativistic", False), ("relativistic", True)])
+def test_pairs_that_differ_by_their_noise_are_said_once(method, loss, shared, here, caplog):
+    tree = composed(f"method={method}", here)
+    tree["method"] |= {"loss": loss, "shared": shared}
+    assert refusal(tree) is None
+    said = [r.getMessage() for r in caplog.records if "in pairs" in r.getMessage()]
+    what = "method.loss=relativistic compares real and fake logits in pairs, and method.shared="
+    assert [line.startswith(what) for line in said] == ([] if shared else [True])

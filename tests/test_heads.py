@@ -119,7 +119,7 @@ def test_the_heads_of_the_page_learn(tmp_path):
     method = tiny.assembled(LADD, given, levels=levels, renoise=LogitNormal())
     tiny.trainer(tmp_path, 2).fit(method, tiny.Stream(teacher, 4).loader())
     assert all((layer.weight != old).any() for layer, old in zip(heads.layers, before, strict=True))
-    logged = {name for name in method.loop.numbers if name.startswith("d/real_head")}
+    logged = {name for name in method.loop.last_logged if name.startswith("d/real_head")}
     assert logged == {f"d/real_head{k}" for k in range(len(heads.layers))}
 
 

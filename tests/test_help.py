@@ -64,7 +64,7 @@ def test_a_page_knows_groups_and_follows_what_is_chosen(command):
 
 def test_a_page_says_which_file_has_changed_a_value_and_why(command):
     out = plain(command("run", "teacher=shapes", "--help")[1])
-    said = "only the discriminator learns [recipe/ladd_shapes: iterations; then the heads are right"
+    said = "only the discriminator learns [recipe/ladd_shapes: after these the heads are right"
     assert said in out
     assert "[" not in plain(command("sample", "--help")[1]).partition("steps=1")[2][:20]
 

@@ -36,7 +36,7 @@ def test_every_head_is_asked_about_real_and_fake_at_every_level(name, teachers):
     with torch.no_grad():
         x0_hat = method.student.x0(noise, torch.ones(6), batch.cond)
         t, streams = torch.full((6,), 0.5), method.loop.streams(method)
-        maps, cond = method.critic_features(x0_hat, t, noise, batch, streams.features())
+        maps, cond = method.critic_features(x0_hat, t, noise, batch, streams.patch_generator())
         logits = tiny.critic(method)(maps, t, cond).by_head()
     assert len(logits) == len(seen.heads)
     for head, expected in enumerate(logits):
@@ -55,7 +55,7 @@ def test_attention_is_the_slope_of_a_head():
         x0_hat = method.student.x0(noise, torch.ones(6), cond)
 
         def logit(x):
-            features = method.loop.streams(method).features()
+            features = method.loop.streams(method).patch_generator()
             maps, cond = method.critic_features(x, t, noise, batch, features)
             return critic(maps, t, cond).by_head()[0].mean(1)[0]
 

@@ -41,7 +41,7 @@ def trained(folder, make, *, sign: float = 1.0):
     method = make(toy, rate=2e-3, critic_rate=5e-3, **options)
     if method.has_discriminator:
         method.adversarial = replace(
-            method.adversarial, own=lambda margin: sign * margin
+            method.adversarial, student_margin=lambda margin: sign * margin
         )  # of the hinge
     tiny.trainer(folder, STEPS).fit(method, tiny.Stream(toy, BATCH).loader())
     method.student.load_state_dict(method.ema.state_dict(), strict=False)

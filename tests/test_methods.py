@@ -18,9 +18,10 @@ import tiny
 from distill.core import randomness
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.times import Discrete
-from distill.core.types import Losses
+from distill.core.types import Losses, Players
 from distill.data import source
 from distill.discriminators.pool import Pool
+from distill.methods.base import Distillation
 from distill.teachers.decoder import TinyDecoder
 from distill.training.csv_logger import CsvLog
 
@@ -222,7 +223,7 @@ def test_a_student_begins_from_noise_alone(teachers):
         assert torch.equal(one[k], other[k]) == (t[k] == 1)
 
 
-def test_misaligned_samples_are_real_ones_under_the_next_caption(teachers):
+def test_misaligned_samples_are_real_ones_under_another_caption(teachers):
     """With equal captions they are the real samples themselves, and score what these do."""
     method = tiny.ladd(teachers("mmdit"), options={"misaligned": 0.5, "shared": True})
     batch = tiny.simple_batch(method, 3)
@@ -368,7 +369,7 @@ def test_refinement_joins_steps_one_after_another(teachers):
 def test_noise_that_made_the_sample_is_where_the_student_begins(teachers):
     method = tiny.nitrofusion(teachers("mmdit"))
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    batch = method.loop.embed(
+    batch = method.loop.prepare_batch(
         method, {"x0": torch.zeros(2, 4, 16, 16), "noise": noise, "caption": tiny.CAPTIONS[:2]}
     )
     with torch.no_grad():
@@ -380,9 +381,9 @@ def test_of_captions_alone_the_teacher_makes_the_samples(teacher):
     """Four steps with noise anew, written out; the first noise is the student's too."""
     method = tiny.nitrofusion(teacher)
     with pytest.raises(ValueError, match=r"captions alone: set method\.real"):
-        method.loop.embed(method, {"caption": tiny.CAPTIONS[:2]})
+        method.loop.prepare_batch(method, {"caption": tiny.CAPTIONS[:2]})
     method.teacher_samples = TeacherSamples(levels=[1, 0.75, 0.5, 0.25])  # 1, as one types it
-    batch = method.loop.embed(method, {"caption": tiny.CAPTIONS[:2]})
+    batch = method.loop.prepare_batch(method, {"caption": tiny.CAPTIONS[:2]})
     generator = randomness.generator(0, 0, 0, randomness.TEACHER_SAMPLES)
     shape = (2, *teacher.latent_shape)
     x = noise = torch.randn(shape, generator=generator)
@@ -450,7 +451,7 @@ class Pictures(torch.nn.Module):
 def shown(method, batch):
     """The real picture and the student's as the heads look at them, and what c_img is of."""
     pictures, condition = Pictures(), method.condition
-    method.register_frozen(features=pictures)
+    method.register_frozen(feature_network=pictures)
     condition.image = pictures
     draws, _ = tiny.drawn(method, batch)
     real, fake = pictures.shown
@@ -465,7 +466,7 @@ def test_the_real_picture_is_the_datas_own(crop, teachers):
     teacher = teachers("mmdit")
     method = tiny.add(teacher, options={"crop": crop})
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    batch = method.loop.embed(method, {"pixels": pixels, "caption": tiny.CAPTIONS[:2]})
+    batch = method.loop.prepare_batch(method, {"pixels": pixels, "caption": tiny.CAPTIONS[:2]})
     assert torch.equal(batch.x0, teacher.encode(pixels))
     real, fake, described, draws = shown(method, batch)
     assert torch.equal(described, pixels)
@@ -493,7 +494,7 @@ def test_of_latents_alone_the_real_picture_is_decoded(crop, teachers):
 def test_samples_that_the_teacher_makes_have_no_picture(teachers):
     method = tiny.add(teachers("mmdit"), options={"real": TeacherSamples(levels=[1.0])})
     given = {"pixels": torch.zeros(2, 3, 64, 64), "caption": tiny.CAPTIONS[:2]}
-    assert method.loop.embed(method, given).pixels is None
+    assert method.loop.prepare_batch(method, given).pixels is None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -532,7 +533,7 @@ def test_the_warm_start_comes_first_and_the_heads_join_at_its_end(teachers, tmp_
                 moments > 0,
                 sorted(
                     k
-                    for k in method.loop.logged
+                    for k in method.loop.current
                     if k.startswith("g/") and "_" not in k and k != "g/lr"
                 ),
             )
@@ -606,3 +607,13 @@ def test_objectives_need_no_trainer_and_no_loop(name, teachers):
     assert found[0] == found[1]
     with pytest.raises(ValueError, match=r"has no loop to train it; give it loop="):
         method.training_step({}, 0)
+
+
+def test_a_method_that_lacks_a_loss_is_refused_when_it_is_built(teacher):
+    class Half(Distillation):
+        def draw(self, batch, streams):
+            return None
+
+    players = Players(teacher=teacher, student=tiny.Toy())
+    with pytest.raises(TypeError, match="Half.*student_loss.*student_sample"):
+        Half(players)

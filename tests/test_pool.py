@@ -5,9 +5,11 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 import tiny
@@ -213,7 +215,7 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
     """
     method = make(teacher)
     if make is tiny.ladd:
-        method.heads = Pool(method.features.channels, size=150, width=16, refresh=0.05)
+        method.heads = Pool(method.feature_network.channels, size=150, width=16, refresh=0.05)
     watched = Watched(method)
     refreshed = []
     refresh = method.heads.refresh
@@ -221,7 +223,7 @@ def test_what_is_not_drawn_stays_bit_by_bit(make, teacher, tmp_path, shards):
     running = tiny.trainer(tmp_path, 8)
     running.fit(method, source.latents(str(shards), batch_size=4).loader(seed=0))
     sizes = [len(changed) for _, changed, _, _ in watched.log]
-    taps = len(method.features.channels)
+    taps = len(method.feature_network.channels)
     for drawn, changed, moved, _ in watched.log:
         assert changed
         assert changed <= drawn
@@ -326,3 +328,14 @@ def test_the_encoder_of_a_unet_is_what_it_hands_across(teachers):
     assert {name: m.shape[1] for name, m in found.items()} == {
         k: teacher.channels[k] for k in teacher.encoder
     }
+
+
+def test_the_pool_takes_the_levels_of_its_configuration():
+    """Those of training steps 10, 250, 500 and 750: t = (step + 1) / 1000."""
+    conf = Path(__file__).parents[1] / "conf"
+    heads = OmegaConf.load(conf / "discriminator" / "pool.yaml").heads
+    renoise = OmegaConf.load(conf / "method" / "nitrofusion.yaml").renoise
+    steps = torch.tensor([10, 250, 500, 750])
+    expected = pytest.approx(((steps + 1) / 1000).tolist())
+    assert Pool(CHANNELS, size=1).levels == expected
+    assert list(heads.levels) == list(renoise.levels) == expected

@@ -44,7 +44,7 @@ STAGES = {
     "cache": [(kills.COMMANDS["cache"].words, "making samples", ANEW)],
     "pretrain": [(PRETRAIN, "pretraining", GOES_ON)],
     "evaluate": [(JUDGE, "loading", GOES_ON)],
-    "sample": [(kills.COMMANDS["sample"].words, "drawing", "")],
+    "sample": [(kills.COMMANDS["sample"].words, "generating", "")],
     "export": [(kills.COMMANDS["export to=diffusers"].words, "exporting", "")],
     "inspect": [(kills.COMMANDS["inspect"].words, "inspecting the discriminator", "")],
     "compare": [(kills.COMMANDS["compare"].words, "", "")],
@@ -100,6 +100,7 @@ def told(
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
             sys.stdout, sys.stderr = Teller(1, text, number), Teller(2, text, number)
             sys.argv = [f"distill.{module}", *words]
+            kills.renew_threads()
             if not text:
                 signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
                 signal.setitimer(signal.ITIMER_REAL, after)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.core.times import Discrete, LogitNormal, Uniform
+from distill.core.times import Discrete, LogitNormal, Refinement, Uniform
 
 MANY = 200_000
 
@@ -110,3 +110,21 @@ def test_draws_are_float32_in_range_and_belong_to_the_generator(times):
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_refinement_forces_one_step_and_draws_the_rest_from_one_on():
+    """With four numbers of steps, n = 1 has .5 + .5 / 4, and each step i of any n a share of
+    .5 / 4 / n.
+    """
+    levels = [[1.0], [1.0, 0.5], [1.0, 0.7, 0.3], [1.0, 0.75, 0.5, 0.25]]
+    refinement, generator, many = Refinement(levels, [0, 0, 0, 0], 0.5), seeded(), 20_000
+    drawn = [refinement.draw(0, generator) for _ in range(many)]
+    expected: dict[tuple, float] = {}
+    for n, steps in enumerate(levels, 1):
+        for i in range(n):
+            key = (tuple(steps[:i]), steps[i])
+            expected[key] = expected.get(key, 0.0) + 0.5 * (n == 1) + 0.5 / 4 / n
+    assert {(tuple(earlier), trained) for earlier, trained in drawn} == set(expected)
+    for key, share in expected.items():
+        found = sum((tuple(earlier), trained) == key for earlier, trained in drawn) / many
+        assert found == pytest.approx(share, abs=0.02)

@@ -16,7 +16,7 @@ from distill.config import compose, trust
 from distill.storage import trusted
 
 HEADS = (
-    "heads.AllHeads heads.ConvHead heads.ConvHeads images.ImageFeatures pool.Drawn pool.Pool "
+    "heads.AllHeads heads.ConvHead heads.ConvHeads images.ImageFeatures pool.DrawnHeads pool.Pool "
     "projection.OpenClipText projection.Projection stylegan_t.EqualisedLinear "
     "stylegan_t.LocalBatchNorm stylegan_t.StyleGANTHeads stylegan_t.TokenHead "
     "teacher_features.TeacherFeatures"

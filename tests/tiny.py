@@ -473,4 +473,4 @@ def simple_batch(method: Distillation, size: int = 2, seed: int = 0) -> Any:
     teacher = method.teacher
     shape = teacher.shape if isinstance(teacher, Toy) else teacher.latent_shape
     x0 = torch.randn((size, *shape), generator=torch.Generator().manual_seed(seed))
-    return method.loop.embed(method, {"x0": x0, "caption": CAPTIONS[:size]})
+    return method.loop.prepare_batch(method, {"x0": x0, "caption": CAPTIONS[:size]})

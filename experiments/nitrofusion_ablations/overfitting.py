@@ -53,7 +53,7 @@ class Ask(L.Callback):
         means: dict[str, list[float]] = {"seen": [], "held_out": [], "fake": []}
         for level in range(len(method.heads.levels)):
             for name, samples in self.sets.items():
-                batch = method.loop.embed(method, samples)
+                batch = method.loop.prepare_batch(method, samples)
                 means[name].append(self.judge(method, level, batch.x0, batch))
             with autocast(self.precision, batch.x0.device.type):
                 x0_hat = method.student.x0(
@@ -77,7 +77,7 @@ class Ask(L.Callback):
             x0, torch.randn(x0.shape, generator=generator, device=x0.device), t
         )
         with autocast(self.precision, x0.device.type):
-            maps = method.features(x_t, t, batch.cond, generator)
+            maps = method.feature_network(x_t, t, batch.cond, generator)
             of_map = [list(method.heads.members[level, name]) for name in method.heads.channels]
             rounds = range(max(map(len, of_map)))
             logits = [

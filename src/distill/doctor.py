@@ -73,7 +73,8 @@ def machine() -> Iterator[Line]:
             "pip install -U lightning",
         )
     try:
-        importlib.import_module("torchvision.ops").nms  # noqa: B018  # the operator that a mismatched pair lacks
+        # The operator that a mismatched pair lacks.
+        importlib.import_module("torchvision.ops").nms  # noqa: B018
         yield (
             "ok",
             f"torchvision {importlib.import_module('torchvision').__version__} fits torch",

@@ -85,7 +85,8 @@ def examine(cfg: DictConfig) -> None:
     method.load_state_dict(state["state_dict"])
     method.to(device(OmegaConf.select(run_cfg, "trainer.accelerator", default="auto")))
     loaded = next(iter(source.loader(seed=cfg.seed)))
-    batch = method.loop.embed(method, method.transfer_batch_to_device(loaded, method.device, 0))
+    loaded = method.transfer_batch_to_device(loaded, method.device, 0)
+    batch = method.loop.prepare_batch(method, loaded)
     generator = torch.Generator(batch.x0.device).manual_seed(cfg.seed)
     with stage("inspecting the discriminator"):
         inspection = inspect_heads(method, batch, list(cfg.levels), generator)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distill.api.errors import with_plain_errors
 from distill.commandline.composed import Composed
-from distill.commandline.keys import check_known, check_own_keys
+from distill.commandline.keys import check_composed
 from distill.commandline.quoting import as_typed, for_hydra
 from distill.config import compose as composing
 from distill.config import typed, validate
@@ -55,11 +55,7 @@ def compose(*words: str) -> DictConfig:
 
 
 def _check(settings: DictConfig) -> None:
-    if missing := sorted(OmegaConf.missing_keys(settings)):
-        word = f"{missing[0]}=..."
-        raise ValueError(f"{', '.join(missing)}: not given; add {word} to the command")
-    check_known(settings, RUN)
-    check_own_keys(settings, RUN)
+    check_composed(settings, RUN)
     if settings.resume:
         what = "only the command resumes a run: python -m distill.run resume=..."
         raise ValueError(f"resume={settings.resume}: {what}; leave it out")

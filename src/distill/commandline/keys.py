@@ -16,6 +16,14 @@ KINDS: dict[type, tuple[Any, str]] = {  # type of a default -> allowed types, an
 }
 
 
+def check_composed(cfg: DictConfig, config: str) -> None:
+    """Raise ValueError for keys that are missing, that nothing reads, or whose value is wrong."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
+    check_known(cfg, config)
+    check_own_keys(cfg, config)
+
+
 def check_known(cfg: DictConfig, config: str) -> None:
     """Raise ValueError for a top-level key that nothing reads, which a file or `+key=` has added.
 

@@ -113,7 +113,6 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     """The data and the method of a run. Seeds the global generators, and silences hints of
     Lightning.
     """
-    _quiet_lightning()
     source = data_of(cfg)  # first: its errors come quickly
     if not isinstance(source, Source):
         what = f"makes a {type(source).__name__}, and must make a distill.data.source.Source"

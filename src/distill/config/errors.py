@@ -27,7 +27,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from distill.commandline.keys import check_known, check_own_keys
+from distill.commandline.keys import check_composed
 from distill.commandline.quoting import GROUPS, as_typed, check_flags, flags_last, for_hydra
 from distill.commandline.secret_arguments import with_variables
 from distill.commandline.sweep import Sweep
@@ -79,12 +79,7 @@ def command(
                 ):
                     typed.register_config_secrets(cfg)
                     cfg = prepare(cfg)
-                    if missing := sorted(OmegaConf.missing_keys(cfg)):
-                        raise ValueError(
-                            f"{', '.join(missing)}: not given; add {missing[0]}=... to the command"
-                        )
-                    check_known(cfg, name)
-                    check_own_keys(cfg, name)
+                    check_composed(cfg, name)
                     with faults.hint_on_failure(lambda: hint):
                         code = task(cfg)
                         signals.check()

@@ -64,6 +64,7 @@ def check_run(cfg: DictConfig) -> None:
     check_student(cfg.student)
     check_features(cfg.discriminator)
     check_decoder(cfg.method)
+    check_pairs(cfg.method)
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
@@ -138,6 +139,13 @@ def check_batches(cfg: DictConfig) -> None:
     if cfg.method.get("misaligned") and size < 2:
         what = f"method.misaligned={cfg.method.misaligned} gives a sample the caption of another"
         raise ValueError(f"data.batch_size={size}: {what}; make it 2, or that 0")
+
+
+def check_pairs(method: DictConfig) -> None:
+    """Warn of a paired loss whose pairs differ by their noise too, not by the sample alone."""
+    if method.get("loss") == "relativistic" and method.get("shared") is False:
+        what = "compares real and fake logits in pairs, and method.shared=false noises the two"
+        log.warning("method.loss=relativistic %s differently; set method.shared=true", what)
 
 
 def check_start(cfg: DictConfig) -> None:

@@ -4,9 +4,10 @@
     non_saturating  D: E softplus(-real) + E softplus(fake)      student:  E softplus(-fake)
     relativistic    D: E softplus(fake - real), pairwise         student:  E softplus(real - fake)
 
-E is the mean over a head's logits, so heads of large and small maps have equal weight. Over heads
-it is the sum or the mean. ADD and NitroFusion sum; the adversarial term then grows with the number
-of heads. With the mean it does not. All reductions are in float32 or above, also under autocast.
+E is the mean over a head's logits, so heads of large and small maps have equal weight. The losses
+of the heads are then summed or averaged. ADD and NitroFusion sum; the adversarial term then grows
+with the number of heads. With the mean it does not. All reductions are in float32 or above, also
+under autocast.
 """
 
 import math
@@ -21,7 +22,7 @@ from torch import Tensor
 from distill.core.process import precise
 from distill.core.types import Cond, Critic, Logits
 
-Answer = Logits | Tensor  # logits [B, K] of a critic; a plain tensor is one head
+HeadLogits = Logits | Tensor  # logits [B, K] of all heads; a plain tensor is of one head
 OverHeads = Literal["mean", "sum"]
 
 
@@ -29,7 +30,9 @@ OverHeads = Literal["mean", "sum"]
 class AdversarialLoss:
     """A pair of losses, given by a function of margins for each player.
 
-    `discriminator_margin` penalises a logit on the wrong side; `student_margin` is the student's.
+    A margin is positive where the logit is on the wrong side for that player. For the discriminator
+    it is -real and fake, or fake - real in pairs; for the student it is -fake, or real - fake. Both
+    functions rise with it.
     """
 
     name: str
@@ -39,7 +42,7 @@ class AdversarialLoss:
     """Whether real and fake logits are compared in pairs, as in RpGAN (arXiv 2501.05441)."""
     over_heads: OverHeads = "mean"
 
-    def discriminator(self, real: Answer, fake: Answer) -> Tensor:
+    def discriminator(self, real: HeadLogits, fake: HeadLogits) -> Tensor:
         """(real [B, K], fake [B, K]) -> scalar; a paired loss needs equal shapes."""
         if self.paired:
             return self.fake_term(real, fake)
@@ -47,7 +50,7 @@ class AdversarialLoss:
         real_term = self._reduced(self.discriminator_margin(-precise(real.values)), real)
         return real_term + self.fake_term(real, fake)
 
-    def fake_term(self, real: Answer, fake: Answer) -> Tensor:
+    def fake_term(self, real: HeadLogits, fake: HeadLogits) -> Tensor:
         """The discriminator's term of the fake logits; a paired loss compares them with the real
         ones.
         """
@@ -60,7 +63,7 @@ class AdversarialLoss:
             raise ValueError(f"{self.name} loss compares pairs, got {shapes}")
         return self._reduced(self.discriminator_margin(logits - precise(real.values)), fake)
 
-    def student(self, fake: Answer, real: Answer | None = None) -> Tensor:
+    def student(self, fake: HeadLogits, real: HeadLogits | None = None) -> Tensor:
         """(fake [B, K], real [B, K], needed by a paired loss) -> scalar."""
         if not self.paired:
             fake = Logits.of(fake)
@@ -110,7 +113,7 @@ def adversarial(
 
 def real_logits(
     critic: Critic, maps: Sequence[Tensor], t: Tensor, cond: Cond, *, for_r1: bool
-) -> tuple[Answer, Sequence[Tensor]]:
+) -> tuple[HeadLogits, Sequence[Tensor]]:
     """Real features -> their logits [B, K], and the inputs for `r1`.
 
     For R1 the heads run in float32 or above, also under autocast, on inputs that require grad.
@@ -122,9 +125,13 @@ def real_logits(
         return critic(inputs, t, cond), inputs
 
 
-def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
+def r1(logits: HeadLogits, inputs: Sequence[Tensor]) -> Tensor:
     """R1 on the heads' inputs, as in ADD (gamma = 1e-5): sum over maps of E_batch ||d(sum of
     logits) / d(map)||^2.
+
+    The sum over a head's logits is ours: the paper does not say whose gradient it is where a head
+    gives a logit for each token. The other terms take the mean over these logits, so with N tokens
+    one gamma weighs this penalty N^2 times as much as the gradient of that mean would.
 
     logits [B, K] of real samples; inputs, the feature maps [B, C_k, ...] they were computed from.
     Both come from `real_logits`: the maps are detached from the feature network and require grad.
@@ -149,7 +156,7 @@ def r1(logits: Answer, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def weighted_mse(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """E_batch weight * mean (x - target)^2, for x, target [B, ...] and weight [B]; None is 1."""
+    """E_batch weight mean (x - target)^2, for x, target [B, ...] and weight [B]; None is 1."""
     weight = torch.ones(len(x), device=x.device) if weight is None else weight
     if x.shape != target.shape or weight.shape != x.shape[:1]:
         raise ValueError(f"shapes do not fit: {[list(each.shape) for each in (x, target, weight)]}")
@@ -168,7 +175,7 @@ def pseudo_huber(x: Tensor, target: Tensor, scale: float) -> Tensor:
     return ((squared + h**2).sqrt() - h).mean()
 
 
-def critic_stats(real: Answer, fake: Answer) -> dict[str, Tensor]:
+def critic_stats(real: HeadLogits, fake: HeadLogits) -> dict[str, Tensor]:
     """Statistics of the discriminator from its logits [B, K]: mean logits, in all and per head, and
     accuracy.
 

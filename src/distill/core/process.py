@@ -110,8 +110,10 @@ class Process(ABC):
 class RectifiedFlow(Process):
     """A straight path, alpha = 1 - sigma, with sigma = shift * t / (1 + (shift - 1) * t).
 
-    A shift above 1 (SD3: 3) gives high noise more of t, for larger images; see arXiv 2403.03206,
-    section 5.3.2.
+    A shift above 1 gives high noise more of t, for larger images: SD3 trains and samples 1024x1024
+    with 3 (arXiv 2403.03206, section 5.3.2). It changes which times are visited, and not the path.
+    The teachers' own process is therefore the unshifted one, whose t is the time that they are
+    told; samplers may shift.
     """
 
     ends_in_noise = True

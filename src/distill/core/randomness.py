@@ -30,8 +30,8 @@ class Streams:
 
     sample: the student's sample and its renoising. discriminator: one for each discriminator
     update. student: terms of the student alone. common: purpose -> a generator that is the same on
-    every rank and at every call. step and iteration count from 0; only iteration counts the head
-    start.
+    every rank and at every call: gradients are averaged over ranks, so all must train the same
+    heads. step and iteration count from 0; only iteration counts the head start.
     """
 
     step: int
@@ -42,9 +42,13 @@ class Streams:
     common: Callable[[str], torch.Generator]
 
     @property
-    def features(self) -> FromStream:
-        """Generator for patches and augmentations of the feature network."""
-        return partial(self.common, "features")
+    def patch_generator(self) -> FromStream:
+        """For patches and augmentations of the feature network.
+
+        Each call starts the same sequence again, so that real and fake get the same patch. It is
+        the same on every rank too, like the heads that read the patch.
+        """
+        return partial(self.common, "features")  # the purpose fixes the numbers: keep the word
 
 
 def streams(
@@ -81,7 +85,7 @@ def generator(
 ) -> torch.Generator:
     """A counter-based stream: the four numbers are mixed into a 63-bit seed, as in splitmix."""
     mixed = 0
-    for part in (seed, iteration, position, stream + 2):
+    for part in (seed, iteration, position, stream + 2):  # SAMPLE counts 0, common ones below
         mixed = mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB
         mixed %= 2**63
         mixed ^= mixed >> 29

@@ -1,7 +1,7 @@
 """Score distillation, ADD's Eq. 4: the teacher's estimate of the renoised student sample is its
 target.
 
-L = E_t,eps  c(t) |x_hat - x_psi|^2
+L = E_t,eps  c(t) mean (x_hat - x_psi)^2        # over all values of a sample
 x_t = alpha_t x_hat + sigma_t eps,  x_psi = teacher at stop_gradient(x_t)
 
 exponential   c = alpha_t
@@ -9,7 +9,7 @@ sds           c = alpha_t / (2 sigma_t) w(t) with w = sigma_t^2; the gradient is
               w(t) (eps_psi - eps)
 nfsd          c = alpha_t, x_psi = x_hat - sigma_t / alpha_t (delta_D + delta_C)  (Katzir 2023)
               delta_C = s (eps_text - eps_empty)
-              delta_D = eps_empty, minus eps_negative above t = 0.2
+              delta_D = eps_empty, minus eps_negative from t = 0.2 on
               without a negative caption eps_negative = eps_empty
 
 NFSD's target is ours. Katzir et al. give a gradient, w(t) (delta_D + delta_C); ADD does not say how
@@ -31,7 +31,10 @@ from distill.core.types import Cond, Denoiser
 
 Kind = Literal["exponential", "sds", "nfsd"]
 KINDS = get_args(Kind)
-LOW_NOISE = 0.2  # below this t NFSD takes eps_empty for denoising alone: delta_D = eps_empty
+# Below this t NFSD takes eps_empty for denoising alone: delta_D = eps_empty. Katzir et al. give it
+# as step 200 of 1,000 of Stable Diffusion. The same number on a flow is ours: there the
+# noise-to-data ratio at t = 0.2 is lower.
+LOW_NOISE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,9 @@ class ScoreDistillation:
         guidance: guidance scale of the teacher: a value, or a range drawn from per sample; s in
             nfsd.
         steps: DDIM steps of the teacher from t to 0.
-        low, high: range of t. The weights of sds and nfsd diverge towards 0 and 1.
+        low, high: range of t, inside (0, 1). At both ends the weight of sds, alpha sigma / 2, goes
+            to 0. The factor sigma / alpha of nfsd's target diverges towards 1 where alpha_1 = 0. At
+            t = 0 x_t holds no noise, so eps is undefined.
     """
 
     kind: Kind = "exponential"

@@ -1,8 +1,8 @@
 """Distributions of the noise level t in (0, 1] for training; 0 = data, 1 = noise.
 
 `sample(n, step, generator)` returns n levels, float32 [n], on the generator's device (the CPU
-without one). `step` is the student step, used by a warm-up alone. t = 0 is never drawn: there is
-nothing to denoise.
+without one). `step` counts updates of the student, and only a warm-up reads it. t = 0 is never
+drawn: there is nothing to denoise.
 """
 
 import itertools
@@ -16,9 +16,9 @@ Numbers = Sequence[float]
 
 
 class Discrete:
-    """Levels with given odds, and other odds during the first `warmup_steps` student steps.
+    """Levels with given odds, and other odds in the first `warmup_steps` updates of the student.
 
-    LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 steps at (0, 0, .5,
+    LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 updates at (0, 0, .5,
     .5).
     """
 
@@ -86,11 +86,12 @@ class Uniform:
 
 
 class Refinement:
-    """Number of student steps that are trained: one, and from student step refine[n - 1] up to n.
+    """Number n of sampling steps, and the one that is trained: n = 1 at first, and after
+    refine[n - 1] updates of the student up to n.
 
     levels: for each number of steps n = 1, 2, ... the noise levels of its steps, falling from 1.
-    refine: rises from 0. one_step: probability of training one step; otherwise n, and which of its
-    steps is trained, are uniform. Raises ValueError.
+    refine: rises from 0. one_step: probability of forcing n = 1; otherwise n is uniform from 1 on,
+    and so is the trained one of the n steps. Raises ValueError.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class Refinement:
         self.levels, self.refine, self.one_step = levels, refine, one_step
 
     def draw(self, step: int, generator: Generator) -> tuple[list[float], float]:
-        """Levels of the student's earlier steps, and of the step that is trained."""
+        """Levels of the earlier sampling steps, and of the one that is trained, after `step`
+        updates.
+        """
         u = torch.rand(3, generator=generator, device=generator.device).tolist()
         most = sum(step >= start for start in self.refine)
         n = 1 if u[0] < self.one_step else 1 + int(u[1] * most)

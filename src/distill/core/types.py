@@ -2,6 +2,7 @@
 
 Legend of shapes, used throughout the package: `B` batch, `C` channels, `H W` latent grid, `L` text
 tokens, `D` and `P` widths of token and pooled embeddings, `E` extra numbers, `K` logits per sample.
+An index k counts feature maps and the heads that read them: `C_k`, `h_k w_k`, `K_k`.
 `x0` is a clean (scaled) latent, `x_t` a noised one, and `t` a float tensor [B] in [0, 1] with 0 =
 data and 1 = noise, never a step index.
 
@@ -238,7 +239,7 @@ class Features(Protocol):
     ) -> list[Tensor]:
         """x [B, ...], t [B] -> maps [B, C_k, ...]; differentiable in x.
 
-        `generator` draws augmentations.
+        `generator` draws patches and augmentations.
         """
 
 
@@ -258,7 +259,7 @@ class Heads(Protocol):
         """
 
     def refresh(self, generator: torch.Generator) -> Sequence[torch.nn.Parameter]:
-        """Called after each student step. Returns the parameters that were initialised anew.
+        """Called after each student step. Returns the parameters that were re-initialised.
 
         Their optimiser state is then cleared.
         """

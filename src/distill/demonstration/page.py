@@ -174,7 +174,7 @@ class Page:
             for who, _, steps in asked
         ]
         futures = self.worker.submit(tab.session_hash, jobs, moment)
-        columns, problem = self._begun(asked), None
+        columns, problem = self._marked_old(asked), None
         yield self._updates(columns, problem)
         results = [_result(*each) for each in zip(asked, futures, strict=True)]
         for result in asyncio.as_completed(results):

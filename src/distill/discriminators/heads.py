@@ -1,10 +1,12 @@
 """Convolutional discriminator heads, one per tap, with projection on noise level and pooled text.
 
 after StyleGAN-T, in 2-D:   h = block_1x1(norm(map))
-                            h = (block_kxk(h) + h) / sqrt 2
+                            h = (block_nxn(h) + h) / sqrt 2     # n: kernel
                             out = conv(h)
-projection discriminator:   logit at each position = <out, c> / sqrt P
+projection discriminator:   logit at each position = <out, c> / sqrt Q
                             c = linear([embedding of t, pooled text])
+
+Q is the width of this projection, V that of the conditioning.
 """
 
 import math
@@ -21,7 +23,7 @@ TIME_FEATURES = 64
 
 
 class AllHeads(nn.Module):
-    """Heads that are all used in every iteration and never initialised anew."""
+    """Heads that are all used in every iteration and never re-initialised."""
 
     def draw(self, generator: torch.Generator) -> Self:
         return self
@@ -36,7 +38,7 @@ def concatenated(parts: Sequence[Tensor]) -> Logits:
 
 
 class ConvHead(nn.Module):
-    """One feature map [B, C, h, w] and conditioning [B, E] -> logits [B, h w]."""
+    """One feature map [B, C, h, w] and conditioning [B, V] -> logits [B, h w]."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class ConvHead(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.enter(self.norm(x.contiguous()))
         h = (self.mix(h) + h) / math.sqrt(2)
-        out = self.out(h).flatten(2)  # [B, P, h w]
+        out = self.out(h).flatten(2)  # [B, Q, h w]
         c = self.condition(condition)[:, :, None]
         return (out * c).sum(1) / math.sqrt(c.shape[1])
 
@@ -76,7 +78,7 @@ class ConvHeads(AllHeads):
         pooled: width P of the pooled text embedding; 0 for teachers without one.
         width: hidden channels; None keeps those of the map.
         kernel: kernel size of the residual convolution.
-        projection: width of the inner product with the conditioning.
+        projection: width Q of the inner product with the conditioning.
         spectral: spectral norm on every convolution, as in StyleGAN-T.
         norm_input: normalise every map first; residual streams grow with depth.
     """
@@ -119,7 +121,7 @@ class ConvHeads(AllHeads):
 
 
 def _time_features(t: Tensor) -> Tensor:
-    """t [B] in [0, 1] -> sines and cosines [B, 64], with periods from 2 down to 1/64."""
+    """t [B] in [0, 1] -> sines and cosines [B, 64], with periods from 2 down to 1/32."""
     rates = 2.0 ** torch.linspace(0, 6, TIME_FEATURES // 2, device=t.device) * math.pi
     angles = t.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)

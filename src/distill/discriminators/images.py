@@ -107,7 +107,10 @@ class ImageFeatures(nn.Module):
             return self._run(self.prepare(x)).last_hidden_state[:, 0]
 
     def prepare(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Network input: augmented where configured, resized and normalised; differentiable."""
+        """Network input: augmented where configured, resized and normalised; differentiable.
+
+        The antialiased bilinear resize is ours. ADD does not say; StyleGAN-T averages over areas.
+        """
         if generator is not None and self.augment:
             x = diff_augment(x, generator)
         x = (x + 1) / 2

@@ -1,14 +1,17 @@
 """NitroFusion's dynamic pool: many small heads, each for one feature map and one noise level.
 
     each iteration:  one head per map and level is drawn from the pool; only these learn
-    each step:       every head is initialised anew with probability `refresh`
+    each step:       every head is re-initialised with probability `refresh`
 
     head:  norm(map) -> [conv 4x4, stride 2 -> group norm -> SiLU] x layers
            -> one logit at each position
 
 A head is one flat parameter. A head that is not drawn has no gradient, so its weights and its
-optimiser state do not change. Drawn heads of maps of one shape are stacked and evaluated together,
-as groups of one convolution.
+optimiser state do not change. Drawn heads of maps of one shape are stacked and run together, as
+groups of one convolution.
+
+A level is t of a training step of 1,000: t = (step + 1) / 1000, since t = 0 is clean data. The
+paper's steps 10, 250, 500 and 750 are .011, .251, .501 and .751.
 """
 
 from __future__ import annotations
@@ -29,13 +32,14 @@ NORM_CHANNELS = 16
 
 
 class Pool(nn.Module):
-    """
+    """All heads, from which an iteration draws some.
+
     Args:
         channels: channels of each map.
         pooled: accepted and ignored; these heads are not conditioned, the feature network is.
         size: number of heads, distributed evenly over maps and levels, at least one each.
         levels: t* of the partitions; a sample belongs to the nearest.
-        refresh: share of the heads that is initialised anew after each step.
+        refresh: share of the heads that is re-initialised after each step.
         single: heads of maps whose name starts with one of these give one logit, the mean over
             positions.
         width, layers: channels and number of the 4x4 convolutions.
@@ -50,7 +54,7 @@ class Pool(nn.Module):
         *,
         pooled: int = 0,
         size: int = 480,
-        levels: Sequence[float] = (0.01, 0.25, 0.5, 0.75),
+        levels: Sequence[float] = (0.011, 0.251, 0.501, 0.751),
         refresh: float = 0.01,
         single: Sequence[str] = ("global",),
         width: int = 64,
@@ -76,17 +80,18 @@ class Pool(nn.Module):
         }
         self.heads = nn.ParameterList(self._initial(name, None) for name in self.map_of_head)
 
-    def draw(self, generator: Generator) -> Drawn:
-        """The critic of an iteration: one head per map and level."""
+    def draw(self, generator: Generator) -> DrawnHeads:
+        """The critic of an iteration: one head per map and level.
+
+        All ranks pass generators of one seed, so that all train the same heads.
+        """
         u = torch.rand(len(self.heads_of), generator=generator, device=generator.device).tolist()
         pairs = zip(u, self.heads_of.items(), strict=True)
-        return Drawn(self, {part: heads[int(x * len(heads))] for x, (part, heads) in pairs})
+        return DrawnHeads(self, {part: heads[int(x * len(heads))] for x, (part, heads) in pairs})
 
     @torch.no_grad()
     def refresh(self, generator: Generator) -> list[nn.Parameter]:
-        """Initialise each head anew with probability `refresh`; returns the parameters of those
-        heads.
-        """
+        """Re-initialise each head with probability `refresh`; returns the parameters of those."""
         u = torch.rand(len(self.heads), generator=generator, device=generator.device)
         refreshed = (u < self.refresh_rate).nonzero().flatten().tolist()
         for i in refreshed:
@@ -96,7 +101,7 @@ class Pool(nn.Module):
     def logits_of(self, heads: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
         """One head for each map [B, C_k, h_k, w_k] -> the logits [B, positions] of each.
 
-        Maps of one shape are evaluated together.
+        Heads of maps of one shape run together.
         """
         names = list(self.channels)
         logits: dict[int, Tensor] = {}
@@ -108,15 +113,15 @@ class Pool(nn.Module):
             group = list(indices)
             stacked = torch.stack([self.heads[heads[k]] for k in group])
             x = torch.stack([maps[k] for k in group], dim=1)
-            grids = self._evaluate(stacked, x)  # [B, G, h, w]
+            grids = self._run(stacked, x)  # [B, G, h, w]
             if names[group[0]] in self.single:
                 grids = grids.mean((2, 3), keepdim=True)
             logits |= dict(zip(group, grids.flatten(2).unbind(1), strict=True))
         return [logits[k] for k in range(len(maps))]
 
-    def _evaluate(self, stacked: Tensor, x: Tensor) -> Tensor:
-        """Parameters [G, P] of heads of one shape, their maps x [B, G, C, h, w] -> logits [B, G,
-        h', w'].
+    def _run(self, stacked: Tensor, x: Tensor) -> Tensor:
+        """Parameters [G, S] of G heads of one shape, S numbers each, and their maps x [B, G, C, h,
+        w] -> logits [B, G, h', w'].
         """
         batch, count, channels = x.shape[:3]
         x = x.flatten(1, 2)
@@ -167,7 +172,7 @@ class Pool(nn.Module):
         return torch.cat(parts)
 
 
-class Drawn:
+class DrawnHeads:
     """The heads of one iteration, one per map and level: maps -> logits [B, K].
 
     K is the number of positions over all maps.

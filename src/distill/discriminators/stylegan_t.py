@@ -3,7 +3,7 @@ network.
 
     h = block_1(tokens);  h = (block_9(h) + h) / sqrt 2;  out = conv_1(h)
     block_k: convolution, local norm, leaky ReLU
-    logit of each token = <out, c> / sqrt 64,   c = linear([text, image])
+    logit of each token = <out, c> / sqrt 64,   c = linear([text, image]) of V numbers
     without conditioning, out is the logit
 
 Convolutions run along the tokens, circular, with spectral norm. Heads compute in float32, also
@@ -72,7 +72,7 @@ def _block(channels: int, kernel: int) -> nn.Sequential:
 
 
 class TokenHead(nn.Module):
-    """Tokens [B, C, N] and conditioning [B, E] (E may be 0) -> logits [B, N]."""
+    """Tokens [B, C, N] and conditioning [B, V] (V may be 0) -> logits [B, N]."""
 
     def __init__(self, channels: int, condition: int):
         super().__init__()
@@ -108,6 +108,7 @@ class StyleGANTHeads(AllHeads):
         with torch.autocast(maps[0].device.type, enabled=False):
             parts = [cond.pooled] if self.pooled else []
             parts += [cond.extra] if self.image else []
+            # Heads without conditioning do not read it, so any tensor [B, 1] stands for none.
             condition = torch.cat([precise(p) for p in parts], dim=1) if parts else t[:, None]
             pairs = zip(self.heads.values(), maps, strict=True)
             return concatenated([head(precise(x), condition) for head, x in pairs])

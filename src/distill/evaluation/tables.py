@@ -199,16 +199,20 @@ def _cell(column: Column, best: float | None, line: Line) -> Cell:
 
 def columns_of(keys: Iterable[str], lines: Sequence[Line]) -> list[Column]:
     """A column for each of these measures that any line has, with its name and direction."""
-    present = [key for key in keys if any(key in line.scores for line in lines)]
     return [
-        Column(key, MEASURES[key].head, MEASURES[key].form, MEASURES[key].better) for key in present
+        Column(key, MEASURES[key].head, MEASURES[key].form, MEASURES[key].better)
+        for key in _present(keys, lines)
     ]
 
 
 def _key_columns(keys: Iterable[str], lines: Sequence[Line], form: str) -> list[Column]:
     """The same with the keys as heads, and one format for all scores."""
-    present = [key for key in keys if any(key in line.scores for line in lines)]
-    return [Column(key, key.replace("_", " "), form, absent="-") for key in present]
+    return [Column(key, key.replace("_", " "), form, absent="-") for key in _present(keys, lines)]
+
+
+def _present(keys: Iterable[str], lines: Sequence[Line]) -> list[str]:
+    """The keys that any line has."""
+    return [key for key in keys if any(key in line.scores for line in lines)]
 
 
 def table_by_steps(rows: Sequence[Row]) -> Table:

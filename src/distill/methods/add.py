@@ -4,13 +4,14 @@
         s ~ levels {tau_1 .. tau_4 = 1};  x_s = alpha_s x0 + sigma_s eps   # pure noise at s = 1
         x0_hat = student(x_s, s, c)
         fake = F(decode(x0_hat)),  real = F(image)                 # F: frozen DINOv2, five taps
-        c_D = embedding of the caption, class token of the real image (zero where s = 1)
+        c_D = embedding of the caption, class token of the real image (zero where s = 1: ours)
         discriminator:  hinge(heads(real, c_D), heads(fake, c_D)) + gamma R1 of the heads   # Eq. 3
-        student:        -heads(fake, c_D)                                  # Eq. 2; the sum is Eq. 1
-                        + lambda c(t) |x0_hat - teacher(x0_hat noised to t)|^2           # Eq. 4
+        student:        L_adv + lambda L_distill                                            # Eq. 1
+                        L_adv = -heads(fake, c_D)                                           # Eq. 2
+                        L_distill = c(t) mean (x0_hat - teacher(x0_hat noised to t))^2      # Eq. 4
 
-At s = 1 the student's input is pure noise. An eps network still divides by its schedule's
-alpha_1 > 0, as in sampling; for a v network teacher.zero_terminal_snr sets alpha_1 = 0.
+At s = 1 only the student's input is pure noise (ours; the paper has zero terminal SNR). An eps
+network still divides by alpha_1 > 0; for v networks teacher.zero_terminal_snr sets alpha_1 = 0.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from distill.methods.base import Distillation, Loop, Phase
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """All random numbers of one iteration."""
+    """Everything decided before this iteration's forward passes."""
 
     s: Tensor  # the student's noise level [B]
     noise: Tensor  # of the student's input [B, C, H, W]
@@ -52,11 +53,11 @@ class StudentSample:
 
 
 class ADD(Distillation):
-    """
+    """Trains against heads on a network of pictures, and towards the teacher's estimates.
+
     Args:
-        levels: noise levels s of the student's input.
-        distill: how the teacher's target is computed.
-        distill_weight, adversarial_weight: lambda, and the weight of L_adv; 0 leaves a term out.
+        levels: noise levels s of the student's input. distill: computes the teacher's target.
+        distill_weight, adversarial_weight: lambda, and that of L_adv; at 0 the heads still learn.
         distill_space: pixels, as in the paper, or latents, which saves one pass of the decoder.
         loss: hinge, non_saturating or relativistic. over_heads: sum, as in the paper, or mean.
         r1_weight: gamma. r1_every: R1 is computed every so many iterations, with that times gamma.
@@ -91,11 +92,10 @@ class ADD(Distillation):
         self.levels, self.distill = levels, distill
         self.adversarial = losses.adversarial(loss, over_heads)
         self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
-        self.in_pixels, self.negative = distill_space == "pixels", negative
+        self.in_pixels, self.negative, self.crop = distill_space == "pixels", negative, crop
         self.decode: Any
         self.register_frozen(decode=decoder or players.teacher.decode)
-        self.r1_weight, self.r1_every, self.crop = r1_weight, r1_every, crop
-        self.second_order = r1_weight > 0
+        self.r1_weight, self.r1_every, self.second_order = r1_weight, r1_every, r1_weight > 0
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         g = streams.sample
@@ -116,9 +116,9 @@ class ADD(Distillation):
         x0_hat = self.student.x0(x_s, s, batch.cond)
         with torch.no_grad():
             real_pixels, cond = self._image(batch, s, draws.corner)
-            real = self.features(real_pixels, s, cond, real_g)  # F_k(x0)
+            real = self.feature_network(real_pixels, s, cond, real_g)  # F_k(x0)
         pixels = self.decode(square(x0_hat, self.crop, draws.corner))
-        fake = self.features(pixels, s, cond, fake_g)  # F_k(x0_hat)
+        fake = self.feature_network(pixels, s, cond, fake_g)  # F_k(x0_hat)
         return StudentSample(
             x0_hat=x0_hat, pixels=pixels, fake_features=fake, real_features=real, cond=cond
         )
@@ -126,11 +126,11 @@ class ADD(Distillation):
     def critic_features(
         self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch, generator: torch.Generator
     ) -> tuple[list[Tensor], Cond]:
-        """Features of full, clean images; t [B] is the noise level of the student's input."""
+        """For `distill inspect`: maps of full, clean images; of the real ones if x0 is batch.x0."""
         with torch.no_grad():
             real_pixels, cond = self._image(batch, t)
         pixels = real_pixels if x0 is batch.x0 else self.decode(x0)
-        return self.features(pixels, t, cond, generator), cond
+        return self.feature_network(pixels, t, cond, generator), cond
 
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
@@ -156,7 +156,7 @@ class ADD(Distillation):
         return Losses(terms)  # Eq. 1: L_adv + lambda L_distill
 
     def _distill_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Tensor:
-        """L_distill, Eq. 4: c(t) |x0_hat - teacher(x0_hat noised to t)|^2, in pixels or latents."""
+        """L_distill, Eq. 4, in pixels or latents."""
         assert draws.distill is not None
         captions = None if self.negative is None else [self.negative] * len(batch)
         negative = None if captions is None else self.teacher.embed(captions)

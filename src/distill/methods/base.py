@@ -2,7 +2,7 @@
 objectives.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from distill.core.types import EMBEDDED, Batch, Cond, Losses, Players, TeacherSa
 from distill.storage.checkpoint_files import check_fits
 
 Phase = Literal["discriminator", "student", "both"]
-"""Whose losses read a sample. What only the other player needs may be left out."""
+"""Which player's loss will read the sample; `student_sample` may skip what only the other needs."""
 
 
 class Loop(Protocol):
@@ -49,9 +49,9 @@ class Loop(Protocol):
         """Restore what `state_dict` returned."""
 
 
-class Distillation(L.LightningModule):
+class Distillation(L.LightningModule, ABC):
     """Abstract base of the methods: a teacher teaches a student, most often against a
-    discriminator.
+    discriminator. A subclass without `draw`, `student_sample` or `student_loss` cannot be built.
 
     `draw`, `student_sample` and the two losses need no Trainer. A batch and `randomness.streams()`
     are enough.
@@ -69,8 +69,8 @@ class Distillation(L.LightningModule):
         self, players: Players, *, real: TeacherSampler | None = None, loop: Loop | None = None
     ):
         super().__init__()
-        features = players.features
-        given = "nothing" if features is None else getattr(features, "space", None)
+        network = players.features
+        given = "nothing" if network is None else getattr(network, "space", None)
         check_space(getattr(self, "space", None), given)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen networks are not in checkpoints
@@ -80,10 +80,12 @@ class Distillation(L.LightningModule):
         self.heads: Any = players.heads if players.heads is not None else nn.Identity()
         self._frozen_parts: tuple[Any, ...] = ()
         self.teacher: Any
-        self.features: Any
+        self.feature_network: Any  # maps a picture or a latent to the features that heads read
         self.condition: Any
         self.register_frozen(
-            teacher=players.teacher, features=players.features, condition=players.condition
+            teacher=players.teacher,
+            feature_network=players.features,
+            condition=players.condition,
         )
         self.teacher_samples = real
         self.loop = loop
@@ -103,9 +105,9 @@ class Distillation(L.LightningModule):
 
     @abstractmethod
     def draw(self, batch: Batch, streams: Streams) -> Any:
-        """All random numbers of this iteration for this batch: a frozen record.
-
-        The three functions below read it.
+        """Everything decided before this iteration's forward passes on this batch: random numbers,
+        the heads and weights of the iteration. A frozen record, which the three functions below
+        read.
         """
 
     @abstractmethod
@@ -131,12 +133,12 @@ class Distillation(L.LightningModule):
     def critic_features(
         self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch, generator: torch.Generator
     ) -> tuple[list[Tensor], Cond]:
-        """Features of x0 [B, C, H, W] renoised to t [B], and the conditioning of the heads.
+        """Feature maps of x0 [B, C, H, W] renoised to t [B], and the conditioning of the heads.
 
         `generator` draws the feature network's patches and augmentations.
         """
         x_t = self.teacher.process.diffuse(x0, noise, t)
-        return self.features(x_t, t, batch.cond, generator), batch.cond
+        return self.feature_network(x_t, t, batch.cond, generator), batch.cond
 
     def student_input(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t; at t = 1 pure noise, where some schedules would keep a little of the data."""
@@ -144,8 +146,8 @@ class Distillation(L.LightningModule):
         return torch.where((t == 1).view(-1, 1, 1, 1), noise, x_t)
 
     @torch.no_grad()
-    def embed(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
-        """A batch of the loader, with embedded captions and latents.
+    def prepare_batch(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
+        """A batch of the loader, made ready for the losses: captions embedded, pictures encoded.
 
         With `real` the teacher generates x0, even where the data hold samples.
         """

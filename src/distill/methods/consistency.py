@@ -3,15 +3,16 @@ consistency models (Luo et al. 2023, arXiv 2310.04378): a baseline without a dis
 
     for x0, c in data:
         t ~ {1/N, 2/N, ..., 1},  s = t - 1/N;  x_t = alpha_t x0 + sigma_t eps
-        x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))  # guided; eps' its noise
-        x_s = alpha_s x0' + sigma_s eps'                             # DDIM; Euler on a flow
+        x0' = teacher(x_t, t) + w (teacher(x_t, t, c) - teacher(x_t, t))     # guided
+        x_s = alpha_s x0' + sigma_s eps',  eps' = (x_t - alpha_t x0') / sigma_t    # DDIM, or Euler
         student:  d(f(x_t, t, c), stop_gradient f(x_s, s, c)),  f(x, 0, c) = x
-        d(x, y) = |x - y|^2, or sqrt(|x - y|^2 + h^2) - h            # squared error or pseudo-Huber
+        d(x, y) = mean (x - y)^2, or sqrt(sum (x - y)^2 + h^2) - h   # squared error, pseudo-Huber
 
-f is the student's x0 prediction. It has the skip connection of the papers for any prediction type,
-so f(x, 0) = x. The target is the student itself and not its EMA, as in Song & Dhariwal (2023, arXiv
-2310.14189); pseudo-Huber with h = .00054 sqrt(dimensions) is theirs too. LCM draws w and conditions
-the student on it; ours is one value.
+f is the student's x0 prediction. From eps, v and flow predictions it has the skip connection of the
+papers, so f(x, 0) = x; where s = 0 the target is x0' for any prediction. Else it is the student
+itself and not its EMA, as in Song & Dhariwal (2023, arXiv 2310.14189); pseudo-Huber with
+h = .00054 sqrt(dimensions) is theirs too. LCM draws w and conditions the student on it; ours is one
+value.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from distill.methods.base import Distillation, Loop, Phase
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """All random numbers of one iteration."""
+    """Everything decided before this iteration's forward passes."""
 
     t: Tensor  # noise level of the student's input [B]
     s: Tensor  # one teacher step below t [B]
@@ -47,7 +48,8 @@ class StudentSample:
 
 
 class ConsistencyDistillation(Distillation):
-    """
+    """Trains the student to estimate the same clean data at both ends of a step of the teacher.
+
     Args:
         steps: N, number of teacher steps from noise to data.
         guidance: w, guidance scale of the teacher.
@@ -79,6 +81,8 @@ class ConsistencyDistillation(Distillation):
         return Draws(t=t, s=s, noise=noise_like(batch.x0, g))
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
+        # Also at t = 1: x_t lies on the teacher's path, along which x_s follows. `student_input`
+        # would put pure noise there, off the path where alpha_1 > 0.
         x_t = self.student.process.diffuse(batch.x0, draws.noise, draws.t)
         target = self._target(x_t, draws.t, draws.s, batch)
         return StudentSample(x0_hat=self.student.x0(x_t, draws.t, batch.cond), target=target)

@@ -4,10 +4,11 @@
         t ~ levels {1, .75, .5, .25};  x_t = alpha_t x0 + sigma_t eps      # pure noise at t = 1
         x0_hat = student(x_t, t, c)
         t_hat = sigmoid(m + s u), u ~ N(0, 1)                # noise level of the discriminator
-        fake = F(diffuse(x0_hat, eps', t_hat), t_hat, c)     # F: frozen teacher, after every block
-        real = F(diffuse(x0, eps', t_hat), t_hat, c)         # its own t_hat and eps', or shared
-        discriminator:  hinge(heads(real), heads(fake)) [+ R1 on the heads' inputs]  # ADD's Eq. 3
-        student:        -heads(fake) [+ distillation]  # ADD's Eq. 2 [and 4]; through the teacher
+        t' = the teacher's time with t_hat's noise-to-data ratio; t_hat itself for a flow
+        fake = F(alpha_t' x0_hat + sigma_t' eps', t', c)     # F: frozen teacher, after every block
+        real = F(alpha_t' x0 + sigma_t' eps', t', c)         # with its own t' and eps', or shared
+        discriminator:  hinge(heads(real, t', e), heads(fake, t', e)) [+ gamma R1]   # ADD's Eq. 3
+        student:        -heads(fake, t', e) [+ distillation]     # Eq. 2 [and 4]; e: pooled text
 
 The paper prints no formula for its losses. It says that the discriminator follows StyleGAN-T and
 ADD; hence the hinge loss and the optional R1. Equation numbers are those of ADD (arXiv 2311.17042).
@@ -30,21 +31,21 @@ from distill.methods.base import Distillation, Loop, Phase
 class Renoising:
     """Noise level and noise at which the discriminator sees a sample."""
 
-    t: Tensor  # t_hat [B]
+    t: Tensor  # t' [B]: t_hat as a time of the teacher
     noise: Tensor  # eps' [B, C, H, W]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """All random numbers of one iteration."""
+    """Everything decided before this iteration's forward passes."""
 
     t: Tensor  # the student's noise level [B]
     noise: Tensor  # of the student's input [B, C, H, W]
     renoising: Renoising  # of the student's sample
     real_renoising: tuple[Renoising, ...]  # of the real sample, one for each discriminator update
     distill: ScoreDraws | None  # of the distillation term
-    critic: Critic
-    features: FromStream  # generator for the feature network
+    critic: Critic  # all heads; from a pool, some
+    patch_generator: FromStream  # of the feature network; each call starts it again
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,21 +54,20 @@ class StudentSample:
 
     x0_hat: Tensor  # [B, C, H, W]
     fake_features: list[Tensor]
-    real_features: list[Tensor] | None  # under the same renoising; None where no loss reads them
+    real_features: list[Tensor] | None  # under the fake's renoising; None where no loss reads them
 
 
 class LADD(Distillation):
-    """
+    """Trains against heads on the frozen teacher's features of renoised latents.
+
     Args:
         levels: noise levels t of the student's input, with their odds.
         renoise: noise levels t_hat of the discriminator, on the time scale of the rectified flow.
-        shared: whether real and fake share t_hat and eps'.
+        shared: real and fake share t_hat and eps'; a paired loss compares like with like only then.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
-        misaligned: weight of an extra fake term: real samples with the next sample's caption, as in
-            SANA-Sprint.
+        misaligned: weight of an extra fake term, real samples with another's caption (SANA-Sprint).
         r1_weight: gamma of R1 on the heads' inputs; 0 leaves the term out.
-        distill: how the teacher's target is computed, ADD's Eq. 4.
-        distill_weight: lambda of that term, for real data; 0 leaves it out.
+        distill, distill_weight: ADD's Eq. 4 and lambda, for real data; 0 leaves the term out.
     """
 
     space = "latents"  # input of the feature network
@@ -99,11 +99,11 @@ class LADD(Distillation):
         t = self.levels.sample(len(batch), streams.step, streams.sample)
         noise = noise_like(batch.x0, streams.sample)
         renoising = self._renoising(batch, streams.step, streams.sample)
-        real_renoising = [renoising for _ in streams.discriminator]
-        if not self.shared:
-            real_renoising = [
-                self._renoising(batch, streams.step, g) for g in streams.discriminator
-            ]
+        # Real is renoised for each update (ours); the fake's maps are made once, for both players.
+        real_renoising = [
+            renoising if self.shared else self._renoising(batch, streams.step, g)
+            for g in streams.discriminator
+        ]
         return Draws(
             t=t,
             noise=noise,
@@ -111,14 +111,14 @@ class LADD(Distillation):
             real_renoising=tuple(real_renoising),
             distill=self.distill.draw(batch.x0, streams.student) if self.distill_weight else None,
             critic=self.heads.draw(streams.common("heads")),
-            features=streams.features,
+            patch_generator=streams.patch_generator,
         )
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = self.student_input(batch.x0, draws.noise, draws.t)  # alpha_t x0 + sigma_t eps
         x0_hat = self.student.x0(x_t, draws.t, batch.cond)
-        fake = self._features(x0_hat, draws.renoising, batch, draws)  # F_k(x0_hat noised to t_hat)
-        student_reads = self.adversarial.paired and phase != "discriminator"
+        fake = self._maps(x0_hat, draws.renoising, batch, draws)  # F_k(x0_hat noised to t', t', c)
+        student_reads = self.adversarial.paired and phase != "discriminator"  # `shared` or not
         discriminator_reads = self.shared and phase != "student"
         real = None
         if student_reads or discriminator_reads:
@@ -128,17 +128,17 @@ class LADD(Distillation):
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        critic, cond, at = draws.critic, batch.cond, draws.real_renoising[update]
+        critic, cond, renoising = draws.critic, batch.cond, draws.real_renoising[update]
         with_r1 = self.r1_weight > 0
         real = sample.real_features if self.shared else None
-        real = real or self._real_features(batch, at, draws)
-        real_logits, inputs = losses.real_logits(critic, real, at.t, cond, for_r1=with_r1)
+        real = real or self._real_features(batch, renoising, draws)
+        real_logits, inputs = losses.real_logits(critic, real, renoising.t, cond, for_r1=with_r1)
         fake_logits = critic([f.detach() for f in sample.fake_features], draws.renoising.t, cond)
         terms = {"adv": self.adversarial.discriminator(real_logits, fake_logits)}  # ADD's Eq. 3
         if with_r1:
             terms["r1"] = self.r1_weight * losses.r1(real_logits, inputs)  # ADD's Eq. 3: gamma R1
         if self.misaligned:
-            term = self._misaligned_term(batch, at, draws, real_logits)
+            term = self._misaligned_term(batch, renoising, draws, real_logits)
             terms["misaligned"] = self.misaligned * term
         return Losses(terms, losses.critic_stats(real_logits, fake_logits))
 
@@ -155,23 +155,24 @@ class LADD(Distillation):
         return Losses(terms)
 
     def _misaligned_term(
-        self, batch: Batch, at: Renoising, draws: Draws, real_logits: losses.Answer
+        self, batch: Batch, renoising: Renoising, draws: Draws, real_logits: losses.HeadLogits
     ) -> Tensor:
-        """The discriminator's fake term of real samples with the next sample's caption."""
+        """The discriminator's fake term of real samples with another sample's caption."""
         if len(batch) < 2:
             what = "there is no other caption; raise data.batch_size"
             raise ValueError(f"method.misaligned={self.misaligned}: {what}")
-        next_cond = batch.cond.index(torch.arange(len(batch)).roll(1))
-        misaligned = replace(batch, cond=next_cond)
-        logits = draws.critic(self._real_features(misaligned, at, draws), at.t, next_cond)
+        other_cond = batch.cond.index(torch.arange(len(batch)).roll(1))
+        maps = self._real_features(replace(batch, cond=other_cond), renoising, draws)
+        logits = draws.critic(maps, renoising.t, other_cond)
         return self.adversarial.fake_term(real_logits, logits)
 
-    def _features(self, x0: Tensor, at: Renoising, batch: Batch, draws: Draws) -> list[Tensor]:
-        return self.critic_features(x0, at.t, at.noise, batch, draws.features())[0]
+    def _maps(self, x0: Tensor, renoising: Renoising, batch: Batch, draws: Draws) -> list[Tensor]:
+        t, noise = renoising.t, renoising.noise
+        return self.critic_features(x0, t, noise, batch, draws.patch_generator())[0]
 
     @torch.no_grad()
-    def _real_features(self, batch: Batch, at: Renoising, draws: Draws) -> list[Tensor]:
-        return self._features(batch.x0, at, batch, draws)
+    def _real_features(self, batch: Batch, renoising: Renoising, draws: Draws) -> list[Tensor]:
+        return self._maps(batch.x0, renoising, batch, draws)
 
     def _renoising(self, batch: Batch, step: int, generator: torch.Generator) -> Renoising:
         t_hat = self.renoise.sample(len(batch), step, generator)  # sigmoid(m + s u)

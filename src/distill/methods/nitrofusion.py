@@ -3,22 +3,22 @@
     for c in prompts:
         x_T ~ N(0, I);  x0 = teacher(x_T, c) in several steps;  x0_hat = student(x_T, c) in one
         t* ~ {10, 250, 500, 750};  both noised to t*
-        features = frozen teacher's encoder at t*: full latent with c, patch with and without c
+        features = teacher's encoder and mid block at t*: latent with c, patch with and without c
         D_t* ~ pool:                  one head per feature map, of the heads for this t*
         discriminator:  hinge(D_t*(real), D_t*(fake))      # L_adv^D; only the drawn heads learn
         student:        -D_t*(fake)                        # L_adv^G
-        about 1 % of the pool is initialised anew
+        about 1 % of the pool is re-initialised
 
-The printed losses cannot be meant: the discriminator's has no fake term, and the student's would
-lower its own logits. The hinge loss is ours; non-saturating and relativistic are options.
+t* counts training steps: step i of 1,000 is t = (i + 1) / 1000. The losses cannot be used as
+printed: the discriminator's has no fake term, and the student's would lower its own logits. The
+hinge loss is ours; non-saturating and relativistic are options.
 
-The student must start from weights that can do one step. Without them the first `warm_start` steps
-train |x0_hat - x0|^2 on the teacher's pairs, as DMD2 prepares its one-step SDXL, or ADD's Eq. 4, as
-DMD2 itself learns from the teacher's score. The heads learn in the last `heads_lead` of these.
+The student must start from one-step weights. Without them the first `warm_start` updates train
+mean (x0_hat - x0)^2 on the teacher's pairs, as DMD2 prepares its one-step SDXL, or ADD's Eq. 4
+(ours). The heads learn in the last `heads_lead` of these.
 
-Bottom-up refinement: from step refine[n - 1] on the student is also trained as the last of up to n
-steps. It takes the earlier steps itself, without gradient, at the sampler's noise levels. The first
-of any n steps is the one-step student.
+Bottom-up refinement (3.5): after refine[n - 1] updates up to n sampling steps are trained. Draw n,
+then a step i <= n. Run steps 1..i-1 without gradient, train step i. i = 1 is one-step training.
 """
 
 from collections.abc import Sequence
@@ -39,17 +39,17 @@ from distill.methods.base import Distillation, Loop, Phase
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """All random numbers of one iteration. Noise is [B, C, H, W]."""
+    """Everything decided before this iteration's forward passes. Noise is [B, C, H, W]."""
 
-    x_T: Tensor
-    steps: list[float]  # noise levels of the student's steps; the last one is trained
-    between: list[Tensor]  # noise between these steps
+    x_T: Tensor  # the teacher's noise; fresh where unknown: real and fake are then unpaired (ours)
+    levels: list[float]  # of the student's sampling steps; the last one is trained
+    step_noises: list[Tensor]  # between these sampling steps
     t: Tensor  # t* [B]
     noise: Tensor  # at t*, of the fake
-    real_noise: Tensor  # at t*, of the real sample
+    real_noise: Tensor  # at t*, of the real sample; one for all updates, like the fake's (ours)
     distill: ScoreDraws | None  # of the distillation term in the warm start
     critic: Critic
-    features: FromStream  # generator for the feature network
+    patch_generator: FromStream  # of the feature network; each call starts it again
     warm_start: bool  # whether the student learns without the adversarial term
     heads_learn: bool
 
@@ -64,15 +64,16 @@ class StudentSample:
 
 
 class NitroFusion(Distillation):
-    """
+    """Trains against heads drawn from a pool, on the frozen teacher's features.
+
     Args:
         renoise: distribution of t*. mixed: a t* for each sample; False: one for the whole batch.
-        levels: for each number of steps n = 1, 2, ... the noise levels t of its steps.
-        refine: the student step from which n steps are trained, for n = 1, 2, ...
-        one_step_prob: probability of training one step; else n and its trained step are uniform.
+        levels: for each number of sampling steps n = 1, 2, ... the noise levels t of these.
+        refine: updates of the student before n sampling steps are trained, for n = 1, 2, ...
+        one_step_prob: probability of forcing n = 1; else n is uniform from 1 on, its step uniform.
         shared: whether real and fake share the noise at t*.
         loss: hinge, non_saturating or relativistic. over_heads: mean or sum of the heads' losses.
-        warm_start: student steps before the adversarial ones. heads_lead: last ones with heads.
+        warm_start: updates before the adversarial ones. heads_lead: last of these with heads.
         pairs_weight, distill, distill_weight: losses of the warm start; a weight of 0: none.
     """
 
@@ -110,32 +111,32 @@ class NitroFusion(Distillation):
         g, n = streams.sample, len(batch)
         x_T = noise_like(batch.x0, g) if batch.noise is None else batch.noise
         earlier, trained = self.refinement.draw(streams.step, streams.common("steps"))
-        between = [noise_like(batch.x0, g) for _ in earlier]
+        step_noises = [noise_like(batch.x0, g) for _ in earlier]
         noise = noise_like(batch.x0, g)
         t = self.renoise.sample(n if self.mixed else 1, streams.step, streams.common("t*"))
         warm_start = streams.step < self.warm_start
         distilled = self.distill_weight and warm_start
         return Draws(
             x_T=x_T,
-            steps=[*earlier, trained],
-            between=between,
+            levels=[*earlier, trained],
+            step_noises=step_noises,
             t=t.expand(n),
             noise=noise,
             real_noise=noise if self.shared else noise_like(batch.x0, streams.discriminator[0]),
             distill=self.distill.draw(batch.x0, streams.student) if distilled else None,
             critic=self.heads.draw(streams.common("heads")),  # D_t* ~ P_t*
-            features=streams.features,
+            patch_generator=streams.patch_generator,
             warm_start=warm_start,
             heads_learn=streams.step >= self.warm_start - self.heads_lead,
         )
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = draws.x_T
-        with torch.no_grad():  # bottom-up refinement: the steps before the one that is trained
-            for (now, later), noise in zip(pairwise(draws.steps), draws.between, strict=True):
+        with torch.no_grad():  # bottom-up refinement: the sampling steps before the trained one
+            for (now, later), noise in zip(pairwise(draws.levels), draws.step_noises, strict=True):
                 x0 = self.student.x0(x_t, level_like(x_t, now), batch.cond)
                 x_t = self.student.process.diffuse(x0, noise, level_like(x0, later))
-        x0_hat = self.student.x0(x_t, level_like(x_t, draws.steps[-1]), batch.cond)
+        x0_hat = self.student.x0(x_t, level_like(x_t, draws.levels[-1]), batch.cond)
         if not draws.heads_learn:
             return StudentSample(x0_hat=x0_hat, fake_features=[], real_features=[])
         fake, real = self._features(x0_hat, draws.noise, batch, draws), []  # E(x_hat*_t*, t*)
@@ -164,7 +165,7 @@ class NitroFusion(Distillation):
         return Losses({"adv": self.adversarial.student(fake_logits, real_logits)})  # L_adv^G
 
     def _features(self, x0: Tensor, noise: Tensor, batch: Batch, draws: Draws) -> list[Tensor]:
-        return self.critic_features(x0, draws.t, noise, batch, draws.features())[0]
+        return self.critic_features(x0, draws.t, noise, batch, draws.patch_generator())[0]
 
     def _warm_start_terms(self, batch: Batch, draws: Draws, x0_hat: Tensor) -> Terms:
         terms = {}

@@ -6,7 +6,7 @@ a discriminator.
         t ~ levels
         x_t = x_T where t = 1                     # the pair (x_T, x0) of the paper
               alpha_t x0 + sigma_t eps elsewhere  # fresh noise, as in a sampler
-        student:  |student(x_t, t, c) - x0|^2
+        student:  mean (student(x_t, t, c) - x0)^2   # over all values of a sample
 
 Where x_t does not determine x0 the student learns the mean. At t < 1 this is therefore ordinary
 diffusion training on guided samples. The paper trains one step; the levels below 1 are ours.
@@ -28,7 +28,7 @@ from distill.methods.base import Distillation, Loop, Phase
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """All random numbers of one iteration."""
+    """Everything decided before this iteration's forward passes."""
 
     t: Tensor  # noise level of the student's input [B]
     noise: Tensor  # of the student's input [B, C, H, W]
@@ -42,7 +42,8 @@ class StudentSample:
 
 
 class Regression(Distillation):
-    """
+    """Trains the student to give the teacher's sample.
+
     Args:
         levels: noise levels t of the student's input, with their odds.
     """

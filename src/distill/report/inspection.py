@@ -82,7 +82,7 @@ def inspect_heads(
         pictures = method.teacher.decode(x0_hat[:SHOWN])
         real = [_mean_logits(method, critic, batch.x0, t, noise, batch) for t in levels]
         fake = [_mean_logits(method, critic, x0_hat, t, noise, batch) for t in levels]
-    heads = list(method.features.channels)
+    heads = list(method.feature_network.channels)
     count = min(MAX_ATTENTION_HEADS, len(real[0]))
     chosen = [round(i * (len(real[0]) - 1) / max(1, count - 1)) for i in range(count)]
     middle = levels[len(levels) // 2]
@@ -103,7 +103,7 @@ def _mean_logits(
 ) -> Tensor:
     """Mean logit of each head at one noise level, [H, B]."""
     t = level_like(x0, level)
-    generator = method.loop.streams(method).features()
+    generator = method.loop.streams(method).patch_generator()
     maps, cond = method.critic_features(x0, t, noise, batch, generator)
     logits = critic(maps, t, cond)
     return torch.stack([part.float().mean(1) for part in Logits.of(logits).by_head()])

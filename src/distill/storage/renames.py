@@ -28,7 +28,7 @@ KEYS = {
         )
     },
 }  # fmt: skip
-LOOP = "distill.training.loop_settings.LoopSettings"  # what a loop is that had no node of its own
+LOOP = "distill.training.loop_settings.LoopSettings"  # class of `loop`, which was in `optimizer`
 # Classes whose own name changed, under their modules of today.
 CLASSES = {
     "distill.methods.consistency": {"Consistency": "ConsistencyDistillation"},
@@ -37,25 +37,22 @@ CLASSES = {
 
 def renamed(tree: Any) -> Any:
     """The tree of a configuration with current names: its keys, and every `_target_`."""
-    if isinstance(tree, Mapping) and isinstance(tree.get("optimizer"), Mapping):
-        tree = _with_loop(tree)
-    if isinstance(tree, Mapping) and isinstance(tree.get("method"), Mapping):
-        tree = {**tree, "method": _with_keys("method", tree["method"])}
-    return _with_targets(tree)
+    return _with_targets(_with_keys(tree) if isinstance(tree, Mapping) else tree)
 
 
-def _with_loop(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `optimizer` held besides optimisers lies in `loop` now."""
-    before = tree["optimizer"]
-    moved = {k: v for k, v in before.items() if f"optimizer.{k}" in KEYS}
-    if not moved:
-        return tree
-    rest = {k: v for k, v in before.items() if k not in moved and k != "_target_"}
-    return {**tree, "optimizer": rest, "loop": {"_target_": LOOP, **moved}}
-
-
-def _with_keys(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    return {KEYS.get(f"{group}.{k}", f"{group}.{k}").partition(".")[2]: v for k, v in node.items()}
+def _with_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Every former key moved to its new group and name."""
+    found = {key: dict(node) if isinstance(node, Mapping) else node for key, node in tree.items()}
+    for former, current in KEYS.items():
+        (group, name), (new_group, new_name) = former.split("."), current.split(".")
+        node = found.get(group)
+        if not isinstance(node, dict) or name not in node:
+            continue
+        if new_group not in found:  # the loop had no node: what had its keys was its class
+            node.pop("_target_", None)
+            found[new_group] = {"_target_": LOOP}
+        found[new_group][new_name] = node.pop(name)
+    return found
 
 
 def _with_targets(tree: Any) -> Any:

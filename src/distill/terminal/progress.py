@@ -280,7 +280,8 @@ def track(
     rate: str | None = None,
 ) -> Iterator[Item]:
     """Yield the items, and count each when it is done; `total` defaults to their length."""
-    with Bar(what, len(items) if total is None else total, unit=unit, rate=rate) as bar:  # type: ignore[arg-type]
+    count = len(items) if total is None else total  # type: ignore[arg-type]
+    with Bar(what, count, unit=unit, rate=rate) as bar:
         for item in items:
             yield item
             bar.advance()

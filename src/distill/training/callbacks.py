@@ -39,7 +39,7 @@ class Progress(L.Callback):
         self.bar.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values, iteration = pl_module.loop.numbers, pl_module.loop.iteration
+        values, iteration = pl_module.loop.last_logged, pl_module.loop.iteration
         losses = " ".join(f"{k} {values[k]:.2f}" for k in SHOWN_LOSSES if k in values)
         head_start, place = pl_module.loop.settings.head_start, None
         if iteration <= head_start:
@@ -133,7 +133,7 @@ class Alarms(L.Callback):
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values = pl_module.loop.numbers
+        values = pl_module.loop.last_logged
         if pl_module.loop.updated and all(k in values for k in CRITIC_STATS):
             self._stats.append([values[k] for k in CRITIC_STATS])
         if len(self._stats) == self.window:

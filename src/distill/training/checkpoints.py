@@ -155,7 +155,7 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         self._best_checked = (
-            self._best_checked or self.best in trainer.callback_metrics | pl_module.loop.numbers
+            self._best_checked or self.best in trainer.callback_metrics | pl_module.loop.last_logged
         )
         if trainer.world_size > 1:  # one rank got the signal; all must save together
             own = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
@@ -169,7 +169,7 @@ class Checkpoints(L.Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
-        step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.numbers
+        step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.last_logged
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
         for logger in trainer.loggers:  # first: rows before the checkpoint are not logged again
             logger.save()

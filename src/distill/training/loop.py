@@ -7,6 +7,8 @@ steps. The optional head start trains the discriminator alone for some iteration
 
 With accumulation the student's sample is computed again in each phase and for every discriminator
 update. It is the same each time, because its random numbers are drawn beforehand.
+
+In logs `g/` is the generator, that is the student, and `d/` is the discriminator.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ class TwoPlayerLoop:
         self.iteration, self.images_seen = 0, 0
         self.skipped = 0  # student updates skipped for a gradient that is not finite
         self.updated = False  # whether the last iteration updated the student
-        self.numbers: dict[str, float] = {}  # logged values of the last iteration
+        self.last_logged: dict[str, float] = {}  # values of the last iteration
         self.ema: Ema  # of the student
-        self.logged: dict[str, Tensor | float] = {}  # values of the current iteration
+        self.current: dict[str, Tensor | float] = {}  # values of this iteration, so far
         self._bad_in_a_row = 0  # iterations with a skipped update
         self._pending: list[Batch] = []
         self._peaks: list[list[float]] = []
@@ -74,24 +76,25 @@ class TwoPlayerLoop:
             device=method.device,
         )
 
-    def embed(self, method: Any, batch: Mapping[str, Any]) -> Batch:
+    def prepare_batch(self, method: Any, batch: Mapping[str, Any]) -> Batch:
         """A loader's batch with embeddings and latents; the teacher's samples use the next
         micro-batch's generator.
         """
         place = self._position(method, len(self._pending))
         key = (self.seed, self.iteration, place, randomness.TEACHER_SAMPLES)
-        return cast(Batch, method.embed(batch, randomness.generator(*key, device=method.device)))
+        generator = randomness.generator(*key, device=method.device)
+        return cast(Batch, method.prepare_batch(batch, generator))
 
     # -- an iteration ------------------------------------------------------------------------------
 
     def training_step(self, method: Any, batch: Mapping[str, Any]) -> None:
         """Take a batch; after `accumulate` batches, update the players."""
-        self._pending.append(self.embed(method, batch))
+        self._pending.append(self.prepare_batch(method, batch))
         self.updated = False
         if len(self._pending) < self.settings.accumulate:
             return
         batches, self._pending = self._pending, []
-        self.logged = {}
+        self.current = {}
         in_head_start = self.iteration < self.settings.head_start
         micro_batches = [
             (b, method.draw(b, self.streams(method, i))) for i, b in enumerate(batches)
@@ -117,19 +120,20 @@ class TwoPlayerLoop:
             with torch.set_grad_enabled(not in_head_start):
                 phase = "discriminator" if in_head_start else "both"
                 samples = [method.student_sample(*micro_batches[0], phase)]
-        student, *critics = self.players(method)
-        updates = range(self.settings.discriminator_updates if critics else 0)
+        student_optimizer, *head_optimizers = self.optimizers_of(method)
+        updates = range(self.settings.discriminator_updates if head_optimizers else 0)
         applied = [
-            self.update_discriminator(method, micro_batches, samples, critics[0], update)
+            self.update_discriminator(method, micro_batches, samples, head_optimizers[0], update)
             for update in updates
         ]
         # Gradients are released at once. Until the next update they would only take memory, through
         # the peak of the activations.
-        for optimizer in critics:
+        for optimizer in head_optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not in_head_start:
-            applied.append(self.update_student(method, micro_batches, samples, student))
-            student.zero_grad(set_to_none=True)
+            updated = self.update_student(method, micro_batches, samples, student_optimizer)
+            applied.append(updated)
+            student_optimizer.zero_grad(set_to_none=True)
         return applied
 
     def update_discriminator(
@@ -140,7 +144,7 @@ class TwoPlayerLoop:
         optimizer: Any,
         update: int,
     ) -> bool:
-        self.logged = {}  # of several updates the last one is logged
+        self.current = {}  # of several updates the last one is logged
         method.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         for batch, draws in micro_batches:
@@ -169,19 +173,18 @@ class TwoPlayerLoop:
         return updated
 
     def _refresh(self, method: Any) -> None:
-        """Initialise heads anew where the discriminator does so, and clear their
-        optimiser state.
-        """
+        """Re-initialise heads where the discriminator does so, and clear their optimiser state."""
         if not method.has_discriminator:
             return
+        _, head_optimizer = self.optimizers_of(method)
         generator = randomness.common(self.seed, self.iteration, method.device, "refresh")
         for parameter in method.heads.refresh(generator):
-            self.players(method)[1].optimizer.state.pop(parameter, None)
+            head_optimizer.optimizer.state.pop(parameter, None)
 
     def backward(self, method: Any, player: str, losses: Losses) -> None:
         count = self.settings.accumulate
         for name, value in losses.metrics.items():
-            self.logged[name] = self.logged.get(name, 0.0) + value.detach() / count
+            self.current[name] = self.current.get(name, 0.0) + value.detach() / count
         if not losses.terms:
             return
         total = torch.stack(list(losses.terms.values())).sum() / count
@@ -190,7 +193,7 @@ class TwoPlayerLoop:
             method.manual_backward(total)
         for name, value in losses.terms.items():
             key = f"{player}/{name}"
-            self.logged[key] = self.logged.get(key, 0.0) + value.detach() / count
+            self.current[key] = self.current.get(key, 0.0) + value.detach() / count
 
     def clip_and_step(
         self, method: Any, player: str, module: nn.Module, optimizer: Any, limit: float
@@ -204,19 +207,20 @@ class TwoPlayerLoop:
             average_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # The discriminator's warm-up counts iterations, however many updates one has.
         updates = self.iteration if player == "d" else self.step
-        rate = self.settings.rate(self.step, method.trainer.max_steps, updates)
-        self.logged[f"{player}/grad_norm"] = norm
-        self.logged[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * rate
+        share = self.settings.rate(self.step, method.trainer.max_steps, updates)
+        self.current[f"{player}/grad_norm"] = norm
+        self.current[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * share
         if not math.isfinite(norm):
-            terms = {k: float(v) for k, v in self.logged.items() if k.startswith(f"{player}/")}
+            terms = {k: float(v) for k, v in self.current.items() if k.startswith(f"{player}/")}
             if method.global_rank == 0:  # the same on all ranks
                 what = "step %d: a gradient is not finite, the update is skipped: %s"
                 log.warning(what, self.step, terms)
             return False
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
+            group["lr"] = group["initial_lr"] * share
         optimizer.step()
         return True
 
@@ -233,56 +237,56 @@ class TwoPlayerLoop:
 
     def _log_iteration(self, method: Any) -> None:
         counts = ("step", "iteration", "images_seen", "skipped")
-        self.logged |= {name: getattr(self, name) for name in counts}
-        self.numbers = self._reduced_log(method)
+        self.current |= {name: getattr(self, name) for name in counts}
+        self.last_logged = self._reduced_log(method)
         every = max(1, method.trainer.log_every_n_steps)
         if self.iteration % every and self.iteration != 1:  # the first row comes at once
             return
         for logger in method.loggers:
             # log_dict would repeat values that only some iterations have
-            values = {k: v for k, v in self.numbers.items() if k != "step"}
+            values = {k: v for k, v in self.last_logged.items() if k != "step"}
             logger.log_metrics(values, step=self.step)
 
     def _reduced_log(self, method: Any) -> dict[str, float]:
         """The logged values as floats, averaged over ranks, with one transfer for all."""
         kind = {"dtype": torch.float32, "device": method.device}
-        values = torch.stack([torch.as_tensor(v, **kind) for v in self.logged.values()])
+        values = torch.stack([torch.as_tensor(v, **kind) for v in self.current.values()])
         if method.trainer.world_size > 1:
             values = method.trainer.strategy.reduce(values, reduce_op="mean")
-        return dict(zip(self.logged, values.tolist(), strict=True))
+        return dict(zip(self.current, values.tolist(), strict=True))
 
     # -- optimisers --------------------------------------------------------------------------------
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
         """The student's optimiser, and that of the heads where there are any."""
-        players = [self.factories.student(method.student.parameters())]
+        made = [self.factories.student(method.student.parameters())]
         if method.has_discriminator:
-            players.append(self.factories.discriminator(method.heads.parameters()))
-        for optimizer in players:
+            made.append(self.factories.discriminator(method.heads.parameters()))
+        for optimizer in made:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in players]
-        return players
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
+        return made
 
     def on_train_start(self, method: Any) -> None:
         """Restore the configured peak learning rates, which a loaded checkpoint replaces."""
-        for optimizer, peaks in zip(self.players(method), self._peaks, strict=True):
+        for optimizer, peaks in zip(self.optimizers_of(method), self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["initial_lr"] = peak
 
-    def players(self, method: Any) -> list[Any]:
-        """The optimisers, the student's first; only that one advances `global_step`.
+    def optimizers_of(self, method: Any) -> list[Any]:
+        """Lightning's optimisers, the student's first; only that one advances `global_step`.
 
         Lightning counts every optimiser's step (Lightning-AI/pytorch-lightning#17958). Its loop
         re-assigns these two hooks each batch, so they are replaced each time. Delete this when the
         issue is closed.
         """
         found, profiler = method.optimizers(), method.trainer.profiler
-        players: list[Any] = found if method.has_discriminator else [found]
-        for discriminator in players[1:]:
-            discriminator._on_before_step = lambda: profiler.start("optimizer_step")
-            discriminator._on_after_step = lambda: profiler.stop("optimizer_step")
-        return players
+        wrapped: list[Any] = found if method.has_discriminator else [found]
+        for head_optimizer in wrapped[1:]:
+            head_optimizer._on_before_step = lambda: profiler.start("optimizer_step")
+            head_optimizer._on_after_step = lambda: profiler.stop("optimizer_step")
+        return wrapped
 
     def _position(self, method: Any, micro: int) -> int:
         """Position of a micro-batch among those of all ranks, in the order of the data."""

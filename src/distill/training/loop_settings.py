@@ -1,4 +1,6 @@
-"""Settings of the training loop: optimisers, learning rates over the steps, numbers of updates."""
+"""Settings of the training loop: optimisers, learning learning rates over the steps, numbers of
+updates.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -24,7 +26,9 @@ class LoopSettings:
     """Settings of the loop, which are the same for every method.
 
     Args:
-        warmup_steps: number of updates in which a network's learning rate rises to its peak.
+        warmup_steps: steps in which the student's learning rate rises to its peak, and iterations
+            in which the discriminator's does. An iteration counts once, however often it updates
+            the discriminator.
         schedule: learning rates after the warm-up. A cosine falls to `final_rate` times the peak.
         final_rate: share of the peak at the last step of a cosine.
         clip_student, clip_discriminator: largest norm of the gradient.
@@ -57,8 +61,9 @@ class LoopSettings:
                 raise ValueError(f"loop.{name}={getattr(self, name)}: must be at least 1")
 
     def rate(self, step: int, steps: int, updates: int) -> float:
-        """Learning rate as a share of its peak, at student step `step` of `steps`, for a network
-        after `updates` updates.
+        """Learning rate as a share of its peak, at student step `step` of `steps`.
+
+        `updates` is what the network's warm-up counts: see `warmup_steps`.
         """
         rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":

@@ -35,7 +35,8 @@ EDM = ("edm_",)  # networks preconditioned as in EDM: CosXL, Playground 2.5
 # Leftovers of training: EMA weights, tables of the schedule, the autoencoder's losses.
 LEFTOVERS = re.compile(
     r"(^|\.)model_ema\.|^first_stage_model\.loss\.|^denoiser\.(log_)?sigmas$|^global_step$"
-    r"|^(alphas_cumprod(_prev)?|betas|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar)$"
+    r"|^(alphas_cumprod(_prev)?|betas|sqrt_\w+|log_one_minus_\w+|posterior_\w+)$"
+    r"|^(lvlb_weights|logvar)$"
 )
 TEXT = re.compile(  # ends of names in text encoders; some include a tokenizer
     r"(weight|bias|in_proj_weight|in_proj_bias|positional_embedding|text_projection|logit_scale"
