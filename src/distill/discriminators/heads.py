@@ -76,7 +76,8 @@ class ConvHeads(AllHeads):
     Args:
         channels: channels of each tapped map.
         pooled: width P of the pooled text embedding; 0 for teachers without one.
-        width: hidden channels; None keeps those of the map.
+        width: most hidden channels of a head; a map with fewer has a head of its own width. None:
+            the width of the map.
         kernel: kernel size of the residual convolution.
         projection: width Q of the inner product with the conditioning.
         spectral: spectral norm on every convolution, as in StyleGAN-T.
@@ -106,7 +107,7 @@ class ConvHeads(AllHeads):
             "norm_input": norm_input,
         }
         heads = {
-            k: ConvHead(c, TIME_FEATURES + pooled, width=c if width is None else width, **options)
+            k: ConvHead(c, TIME_FEATURES + pooled, width=min(c, width or c), **options)
             for k, c in channels.items()
         }
         self.heads = nn.ModuleDict({name.replace(".", "_"): head for name, head in heads.items()})
