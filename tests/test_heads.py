@@ -12,9 +12,12 @@ from omegaconf import OmegaConf
 
 import tiny
 from distill.config import build
+from distill.core import losses
 from distill.core.times import Discrete, LogitNormal
 from distill.core.types import Cond
 from distill.discriminators.heads import ConvHeads
+from distill.discriminators.pool import Pool
+from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.methods.ladd import LADD
 
 CHANNELS = {"block0": 12, "block1": 12, "mid": 20}
@@ -136,3 +139,54 @@ def test_heads_that_still_split_are_refused(monkeypatch):
     said = r"discriminator\.heads\._target_=test_heads\.SplitHeads: its `split` .*types\.Logits"
     with pytest.raises(ValueError, match=said):
         build._heads(node, channels=CHANNELS, pooled=6)
+
+
+class Counted:
+    """Heads, and the batch sizes with which they are called."""
+
+    def __init__(self, heads, per_sample: bool) -> None:
+        self.heads, self.per_sample, self.sizes = heads, per_sample, []
+
+    def __call__(self, maps, t, cond):
+        self.sizes.append(len(t))
+        return self.heads(maps, t, cond)
+
+
+@pytest.mark.parametrize("case", ["conv", "pool"])
+def test_real_and_fake_features_are_read_in_one_call(case: str) -> None:
+    real, t, cond = inputs(8)
+    fake = [x + torch.randn_like(x) for x in real]
+    fake_t = t.flip(0)
+    heads = make(spectral=False)
+    if case == "pool":
+        heads = Pool(CHANNELS, pooled=6, size=48).draw(torch.Generator().manual_seed(0))
+    assert heads.per_sample
+    found = {}
+    for joint in (True, False):
+        critic = Counted(heads, joint)
+        logits = losses.both_logits(critic, real, fake, cond, t, fake_t=fake_t)
+        assert critic.sizes == ([16] if joint else [8, 8])
+        assert [part.shape for part in logits.real.by_head()] == [
+            part.shape for part in heads(real, t, cond).by_head()
+        ]
+        found[joint] = logits
+    torch.testing.assert_close(found[True].real.values, found[False].real.values)
+    torch.testing.assert_close(found[True].fake.values, found[False].fake.values)
+
+
+def test_two_calls_where_one_would_change_a_result_or_take_memory(monkeypatch) -> None:
+    real, t, cond = inputs(4)
+    assert not make(spectral=True).per_sample  # each call moves the estimate of the norm
+    assert not getattr(StyleGANTHeads({"a": 8}), "per_sample", False)  # norms over a batch
+    critic = Counted(make(spectral=False), True)
+    read = losses.both_logits(critic, real, real, cond, t, for_r1=True)
+    assert critic.sizes == [4, 4] and all(x.requires_grad for x in read.inputs)
+    monkeypatch.setattr(losses, "JOINT", sum(x.nbytes for x in real) - 1)
+    losses.both_logits(critic, real, real, cond, t)
+    assert critic.sizes == [4, 4, 4, 4]
+
+
+def test_a_bounded_width_is_that_of_the_narrower() -> None:
+    widths = [head.mix[0].in_channels for head in make(width=16).heads.values()]
+    assert widths == [12, 12, 16]
+    assert [head.mix[0].in_channels for head in make(width=None).heads.values()] == [12, 12, 20]

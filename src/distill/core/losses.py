@@ -13,7 +13,7 @@ under autocast.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from distill.core.process import precise
 from distill.core.types import Cond, Critic, Logits
+
+JOINT = 2**26  # bytes of maps up to which one call of the heads reads real and fake
 
 HeadLogits = Logits | Tensor  # logits [B, K] of all heads; a plain tensor is of one head
 OverHeads = Literal["mean", "sum"]
@@ -111,18 +113,47 @@ def adversarial(
     return replace(found, over_heads=over_heads)
 
 
-def real_logits(
-    critic: Critic, maps: Sequence[Tensor], t: Tensor, cond: Cond, *, for_r1: bool
-) -> tuple[HeadLogits, Sequence[Tensor]]:
-    """Real features -> their logits [B, K], and the inputs for `r1`.
+class BothLogits(NamedTuple):
+    """What the discriminator's losses read."""
 
-    For R1 the heads run in float32 or above, also under autocast, on inputs that require grad.
+    real: HeadLogits  # [B, K]
+    fake: HeadLogits  # [B, K]
+    inputs: Sequence[Tensor]  # the real features [B, C_k, ...] as the heads read them, for `r1`
+
+
+def both_logits(
+    critic: Critic,
+    real: Sequence[Tensor],
+    fake: Sequence[Tensor],
+    cond: Cond,
+    t: Tensor,
+    *,
+    fake_t: Tensor | None = None,
+    for_r1: bool = False,
+) -> BothLogits:
+    """Logits of real and of fake features, which are detached.
+
+    t [B] are the noise levels, and fake_t those of the fake, if other. For R1 the heads read real
+    features in float32 or above, also under autocast, as inputs that require grad.
+
+    One call of the heads gives both logits if the critic's `per_sample` says that those of a sample
+    do not depend on its batch. This halves the number of operations. Maps of more than `JOINT`
+    bytes are not put together: their operations are long, and the copies would take memory.
     """
-    if not for_r1:
-        return critic(list(maps), t, cond), maps
-    inputs = [precise(m.detach()).requires_grad_() for m in maps]
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return critic(inputs, t, cond), inputs
+    fake = [f.detach() for f in fake]
+    fake_t = t if fake_t is None else fake_t
+    if for_r1:
+        inputs = [precise(m.detach()).requires_grad_() for m in real]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            of_real = critic(inputs, t, cond)
+        return BothLogits(of_real, critic(fake, fake_t, cond), inputs)
+    if not getattr(critic, "per_sample", False) or sum(f.nbytes for f in fake) > JOINT:
+        return BothLogits(critic(list(real), t, cond), critic(fake, fake_t, cond), real)
+    twice = torch.arange(len(t), device=t.device).repeat(2)
+    maps = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
+    logits = Logits.of(critic(maps, torch.cat([t, fake_t]), cond.index(twice)))
+    of_real, of_fake = (logits._replace(values=part) for part in logits.values.chunk(2))
+    return BothLogits(of_real, of_fake, real)
 
 
 def r1(logits: HeadLogits, inputs: Sequence[Tensor]) -> Tensor:
@@ -134,7 +165,7 @@ def r1(logits: HeadLogits, inputs: Sequence[Tensor]) -> Tensor:
     one gamma weighs this penalty N^2 times as much as the gradient of that mean would.
 
     logits [B, K] of real samples; inputs, the feature maps [B, C_k, ...] they were computed from.
-    Both come from `real_logits`: the maps are detached from the feature network and require grad.
+    Both come from `both_logits`: the maps are detached from the feature network and require grad.
     The penalty therefore trains the heads alone, and no second derivative enters the frozen
     network. All is computed outside bfloat16 autocast, because squared gradients are small and
     double backward loses digits. A map that no drawn head reads adds nothing.

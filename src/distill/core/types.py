@@ -244,7 +244,11 @@ class Features(Protocol):
 
 
 class Critic(Protocol):
-    """The discriminator heads of an iteration: feature maps -> logits."""
+    """The discriminator heads of an iteration: feature maps -> logits.
+
+    One that sets `per_sample = True` states that the logits of a sample do not depend on the other
+    samples of its batch. Then one call reads real and fake.
+    """
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Logits | Tensor:
         """maps [B, C_k, ...], t [B] -> logits [B, K]; a plain tensor for one head."""

@@ -99,6 +99,8 @@ class ConvHeads(AllHeads):
         if kernel < 1 or kernel % 2 == 0 or projection < 1 or (width is not None and width < 1):
             what = f"kernel={kernel} must be odd, projection={projection} and width={width} above 0"
             raise ValueError(f"discriminator.heads: {what}")
+        # Spectral norm moves its estimate at every call.
+        self.per_sample = not spectral
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
         options = {
             "kernel": kernel,

@@ -178,6 +178,8 @@ class DrawnHeads:
     K is the number of positions over all maps.
     """
 
+    per_sample = True
+
     def __init__(self, pool: Pool, head_of: Mapping[tuple[int, str], int]):
         self.pool, self.head_of = pool, head_of
 

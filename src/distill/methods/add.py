@@ -135,13 +135,13 @@ class ADD(Distillation):
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        critic, s, cond, real = draws.critic, draws.s, sample.cond, sample.real_features
-        real_logits, inputs = losses.real_logits(critic, real, s, cond, for_r1=draws.gamma > 0)
-        fake_logits = critic([f.detach() for f in sample.fake_features], s, cond)
-        terms = {"adv": self.adversarial.discriminator(real_logits, fake_logits)}  # Eq. 3
-        if draws.gamma > 0:
-            terms["r1"] = draws.gamma * losses.r1(real_logits, inputs)  # Eq. 3
-        return Losses(terms, losses.critic_stats(real_logits, fake_logits))
+        real, fake = sample.real_features, sample.fake_features
+        with_r1, cond = draws.gamma > 0, sample.cond
+        logits = losses.both_logits(draws.critic, real, fake, cond, draws.s, for_r1=with_r1)
+        terms = {"adv": self.adversarial.discriminator(logits.real, logits.fake)}  # Eq. 3
+        if with_r1:
+            terms["r1"] = draws.gamma * losses.r1(logits.real, logits.inputs)  # Eq. 3
+        return Losses(terms, losses.critic_stats(logits.real, logits.fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
         critic, s, cond = draws.critic, draws.s, sample.cond

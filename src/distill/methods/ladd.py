@@ -128,19 +128,18 @@ class LADD(Distillation):
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        critic, cond, renoising = draws.critic, batch.cond, draws.real_renoising[update]
-        with_r1 = self.r1_weight > 0
-        real = sample.real_features if self.shared else None
+        renoising, with_r1 = draws.real_renoising[update], self.r1_weight > 0
+        real, fake = sample.real_features if self.shared else None, sample.fake_features
         real = real or self._real_features(batch, renoising, draws)
-        real_logits, inputs = losses.real_logits(critic, real, renoising.t, cond, for_r1=with_r1)
-        fake_logits = critic([f.detach() for f in sample.fake_features], draws.renoising.t, cond)
-        terms = {"adv": self.adversarial.discriminator(real_logits, fake_logits)}  # ADD's Eq. 3
-        if with_r1:
-            terms["r1"] = self.r1_weight * losses.r1(real_logits, inputs)  # ADD's Eq. 3: gamma R1
+        times = {"t": renoising.t, "fake_t": draws.renoising.t}
+        logits = losses.both_logits(draws.critic, real, fake, batch.cond, for_r1=with_r1, **times)
+        terms = {"adv": self.adversarial.discriminator(logits.real, logits.fake)}  # ADD's Eq. 3
+        if with_r1:  # ADD's Eq. 3: gamma R1
+            terms["r1"] = self.r1_weight * losses.r1(logits.real, logits.inputs)
         if self.misaligned:
-            term = self._misaligned_term(batch, renoising, draws, real_logits)
+            term = self._misaligned_term(batch, renoising, draws, logits.real)
             terms["misaligned"] = self.misaligned * term
-        return Losses(terms, losses.critic_stats(real_logits, fake_logits))
+        return Losses(terms, losses.critic_stats(logits.real, logits.fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
         critic, t_hat, real_logits = draws.critic, draws.renoising.t, None

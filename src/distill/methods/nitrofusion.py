@@ -150,10 +150,10 @@ class NitroFusion(Distillation):
     ) -> Losses:
         if not draws.heads_learn:
             return Losses({})
-        real_logits = draws.critic(sample.real_features, draws.t, batch.cond)
-        fake_logits = draws.critic([f.detach() for f in sample.fake_features], draws.t, batch.cond)
-        terms = {"adv": self.adversarial.discriminator(real_logits, fake_logits)}  # L_adv^D
-        return Losses(terms, losses.critic_stats(real_logits, fake_logits))
+        real, fake = sample.real_features, sample.fake_features
+        logits = losses.both_logits(draws.critic, real, fake, batch.cond, draws.t)
+        terms = {"adv": self.adversarial.discriminator(logits.real, logits.fake)}  # L_adv^D
+        return Losses(terms, losses.critic_stats(logits.real, logits.fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
         if draws.warm_start:
