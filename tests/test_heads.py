@@ -180,7 +180,8 @@ def test_two_calls_where_one_would_change_a_result_or_take_memory(monkeypatch) -
     assert not getattr(StyleGANTHeads({"a": 8}), "per_sample", False)  # norms over a batch
     critic = Counted(make(spectral=False), True)
     read = losses.both_logits(critic, real, real, cond, t, for_r1=True)
-    assert critic.sizes == [4, 4] and all(x.requires_grad for x in read.inputs)
+    assert critic.sizes == [4, 4]
+    assert all(x.requires_grad for x in read.inputs)
     monkeypatch.setattr(losses, "JOINT", sum(x.nbytes for x in real) - 1)
     losses.both_logits(critic, real, real, cond, t)
     assert critic.sizes == [4, 4, 4, 4]
