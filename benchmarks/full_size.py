@@ -1,99 +1,92 @@
-"""Speed and memory of methods on networks of full size with random weights, so that nothing is
+"""Speed and memory of training on networks of full size with random weights, so that nothing is
 downloaded.
 
-    python benchmarks/full_size.py sd3 ladd 20 trainer.precision=bf16-mixed data.batch_size=4
-    python benchmarks/full_size.py sdxl add 20 trainer.precision=bf16-mixed data.batch_size=4
+    python benchmarks/full_size.py [networks=sd3,sdxl,flux] [sizes=512,1024] [steps=8] \
+        [any overrides of distill.run]
 
-Arguments: sd3 (medium, 2.0 B) or sdxl (2.6 B); a method; steps; overrides of distill.run. `--small`
-before them shrinks every width, to try the script itself. Writes the pipeline into a temporary
-folder, trains on noise pictures of 512 x 512 (the method does not mind) and prints the seconds of
-the median step and, on a GPU, the peak of memory.
+sd3 is SD3-medium (2.0 B), sdxl SDXL (2.6 B), flux FLUX.1's layout with half of its blocks (6 B),
+which is trained as a LoRA. Each runs LADD in bfloat16 on latents of noise (the method does not
+mind), 4 a step. Passes and steps take turns, as in step_time.py. A row of the table has the step,
+its passes, the quotient, the share of the card's matrix product in bfloat16 that the passes'
+operations reach in a step, and the peak of the allocator.
+
+`small` shrinks every network, to try the script itself.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import statistics
-import subprocess
+import gc
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
-from PIL import Image
+from common import TOKENIZER, noise_latents
+from step_time import Measured, measure
+from torch.utils.flop_counter import FlopCounterMode
 
-import distill.worlds.shapes
+from distill.machine.hardware import hardware
 
-TOKENIZER = Path(distill.worlds.shapes.__file__).parent / "models" / "mmdit" / "tokenizer"
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
+Pipeline = diffusers.DiffusionPipeline
+BATCH = 4
 
 
-def vae(channels: int, small: bool) -> diffusers.AutoencoderKL:
-    widths = (32, 32, 32, 32) if small else (128, 256, 512, 512)
-    return diffusers.AutoencoderKL(block_out_channels=widths, latent_channels=channels, **VAE)
+def vae(channels: int) -> diffusers.AutoencoderKL:
+    """A small one: latents are given, and nothing is decoded."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
+    widths = (32, 32, 32, 32)
+    return diffusers.AutoencoderKL(block_out_channels=widths, latent_channels=channels, **blocks)
 
 
-def clip(
-    width: int, layers: int, heads: int, kind: type, small: bool
-) -> transformers.PreTrainedModel:
-    if small:
-        width, layers, heads = 64, 1, 2
-    shape = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "projection_dim": width,
-    }
-    return kind(transformers.CLIPTextConfig(**shape, intermediate_size=4 * width))
+def clip(kind: type, width: int, layers: int, heads: int) -> transformers.PreTrainedModel:
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    shape |= {"projection_dim": width, "intermediate_size": 4 * width}
+    return kind(transformers.CLIPTextConfig(**shape))
 
 
-def sd3(small: bool) -> diffusers.DiffusionPipeline:
+def tokenizer() -> transformers.CLIPTokenizer:
+    return transformers.CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
+
+
+def sd3(small: bool) -> Pipeline:
     kind = transformers.CLIPTextModelWithProjection
-    texts = [clip(768, 12, 12, kind, small), clip(1280, 32, 20, kind, small)]
-    pooled = sum(text.config.projection_dim for text in texts)
-    shape = (
-        {"num_layers": 2, "num_attention_heads": 2}
-        if small
-        else {"num_layers": 24, "num_attention_heads": 24}
-    )
+    shapes = [(64, 1, 2), (64, 1, 2)] if small else [(768, 12, 12), (1280, 32, 20)]
+    texts = [clip(kind, *shape) for shape in shapes]
+    blocks = 2 if small else 24
     net = diffusers.SD3Transformer2DModel(
         sample_size=128,
         in_channels=16,
         out_channels=16,
+        num_layers=blocks,
+        num_attention_heads=blocks,
         attention_head_dim=64,
-        caption_projection_dim=64 * shape["num_attention_heads"],
+        caption_projection_dim=64 * blocks,
         joint_attention_dim=4096,
-        pooled_projection_dim=pooled,
+        pooled_projection_dim=sum(text.config.projection_dim for text in texts),
         pos_embed_max_size=192,
-        **shape,
     )
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
     return diffusers.StableDiffusion3Pipeline(
         transformer=net,
-        vae=vae(16, small),
+        vae=vae(16),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=texts[0],
         text_encoder_2=texts[1],
         text_encoder_3=None,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
         tokenizer_3=None,
     )
 
 
-def sdxl(small: bool) -> diffusers.DiffusionPipeline:
-    texts = [
-        clip(768, 12, 12, transformers.CLIPTextModel, small),
-        clip(1280, 32, 20, transformers.CLIPTextModelWithProjection, small),
-    ]
+def sdxl(small: bool) -> Pipeline:
+    shapes = [(64, 1, 2), (64, 1, 2)] if small else [(768, 12, 12), (1280, 32, 20)]
+    kinds = [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
+    texts = [clip(kind, *shape) for kind, shape in zip(kinds, shapes, strict=True)]
     net = diffusers.UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(32, 64, 64) if small else (320, 640, 1280),
@@ -107,94 +100,117 @@ def sdxl(small: bool) -> diffusers.DiffusionPipeline:
         projection_class_embeddings_input_dim=6 * 256 + texts[1].config.projection_dim,
         use_linear_projection=True,
     )
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return diffusers.StableDiffusionXLPipeline(
         unet=net,
-        vae=vae(4, small),
+        vae=vae(4),
         scheduler=diffusers.EulerDiscreteScheduler(**schedule),
         text_encoder=texts[0],
         text_encoder_2=texts[1],
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
         add_watermarker=False,
     )
 
 
-def eyes(folder: Path, small: bool) -> list[str]:
-    """DINOv2 ViT-S with random weights in the places of ADD's image networks; captions by the
-    teacher.
-    """
-    shape = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2} if small else {
-        "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6
-    }  # fmt: skip
-    transformers.Dinov2Model(
-        transformers.Dinov2Config(**shape, image_size=518, patch_size=14)
-    ).save_pretrained(folder)
-    told = ["discriminator.condition.text=teacher", "discriminator.condition.image=features"]
-    return [f"discriminator.features.path={folder}", "discriminator.features.size=224", *told]
+def flux(small: bool) -> Pipeline:
+    width = 64 if small else 4096
+    text = {"d_model": width, "d_kv": 64, "d_ff": 2 * width, "num_layers": 1, "num_heads": 4}
+    net = diffusers.FluxTransformer2DModel(
+        num_layers=1 if small else 9,
+        num_single_layers=1 if small else 19,
+        num_attention_heads=2 if small else 24,
+        joint_attention_dim=width,
+        pooled_projection_dim=64 if small else 768,
+        guidance_embeds=True,
+    )
+    shape = (64, 1, 2) if small else (768, 12, 12)
+    return diffusers.FluxPipeline(
+        transformer=net,
+        vae=vae(16),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=clip(transformers.CLIPTextModel, *shape),
+        tokenizer=tokenizer(),
+        text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(**text)),
+        tokenizer_2=tokenizer(),
+    )
 
 
-def pictures(folder: Path, count: int, side: int) -> None:
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for i in range(count):
-        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
-            folder / f"{i}.png"
-        )
-        (folder / f"{i}.txt").write_text(f"a picture of noise, number {i}", encoding="utf-8")
+# name -> the pipeline, the channels of its latents, and what its run needs
+NETWORKS = {
+    "sd3": (sd3, 16, ["teacher=sd3", "teacher.without=[text_encoder_3,tokenizer_3]"]),
+    "sdxl": (sdxl, 4, ["teacher=sdxl"]),
+    "flux": (flux, 16, ["teacher=flux", "student=lora"]),
+}
+
+
+def write(name: str, folder: Path, small: bool) -> list[str]:
+    """Write the pipeline with random weights; returns what distill.run needs to read it."""
+    build, _, words = NETWORKS[name]
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipeline = build(small)
+    pipeline.to(torch.bfloat16).save_pretrained(folder / "teacher")
+    return [*words, f"teacher.path={folder / 'teacher'}"]
+
+
+def operations(found: Measured) -> int:
+    """Operations of the passes, counted while they run once."""
+    with FlopCounterMode(display=False) as counter:
+        for run in found.turns.passes.values():
+            run()
+    return counter.get_total_flops()
+
+
+def peak_rate() -> float:
+    """Operations a second of a product of 8192 x 8192 matrices in bfloat16."""
+    side = 8192 if torch.cuda.is_available() else 512
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ b
+    wait()
+    began = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    wait()
+    return 10 * 2 * side**3 / (time.perf_counter() - began)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def row(name: str, size: int, words: list[str], steps: int, rate: float) -> str:
+    found = measure(words, steps)
+    ratio, share = found.step / found.unavoidable, operations(found) / found.step / rate
+    peak = "-" if found.peak is None else f"{found.peak / 2**30:.1f} GiB"
+    times = f"{found.step:.3f} s | {found.unavoidable:.3f} s | {ratio:.2f}"
+    return f"| {name} | {size} | {times} | {share:.0%} | {peak} |"
 
 
 def main(arguments: list[str]) -> None:
-    small = arguments[:1] == ["--small"]
-    family, method, steps, *overrides = arguments[small:]
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with torch.device(device):
-            pipeline = {"sd3": sd3, "sdxl": sdxl}[family](small)
-        networks = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
-        counts = {n: sum(p.numel() for p in m.parameters()) for n, m in networks.items()}
-        print({name: f"{count / 1e6:,.0f} M" for name, count in counts.items()})
-        pipeline.to(torch.bfloat16).save_pretrained(folder / "teacher")
-        del pipeline
-        pictures(folder / "pictures", 64, 64 if small else 512)
-        command = [sys.executable, "-m", "distill.run", f"method={method}", f"teacher={family}"]
-        command += [
-            f"teacher.path={folder / 'teacher'}",
-            "data=images",
-            f"data.path={folder / 'pictures'}",
-        ]
-        command += ["data.size=64"] if small else []
-        command += ["teacher.without=[text_encoder_3,tokenizer_3]"] if family == "sd3" else []
-        command += eyes(folder / "eyes", small) if method == "add" else []
-        command += [
-            f"trainer.max_steps={steps}",
-            "trainer.log_every_n_steps=1",
-            "~metrics",
-            "callbacks.samples=null",
-        ]
-        command += [
-            f"run_dir={folder / 'run'}",
-            "callbacks.checkpoint=null",
-            "+callbacks.health.every=4",
-        ]
-        command += overrides
-        subprocess.run(command, check=True)
-        with open(folder / "run" / "metrics.csv", encoding="utf-8") as file:
-            rates = [
-                float(row["images_per_second"])
-                for row in csv.DictReader(file)
-                if row["images_per_second"]
-            ]
-        facts = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
-        batch = facts["images_seen"] / facts["steps"]
-        seconds = batch / statistics.median(rates[2:] or rates)
-        print(f"{family} {method} {' '.join(overrides)}, {facts['hardware']}:")
-        print(
-            f"{seconds:.2f} s a step of {batch:.0f}, peak {facts.get('peak_memory_gib', '-')} GiB"
-        )
+    small = "small" in arguments
+    own = ("networks", "sizes", "steps")
+    given = dict(word.split("=", 1) for word in arguments if word.split("=")[0] in own)
+    overrides = [w for w in arguments if w != "small" and w.split("=")[0] not in own]
+    sizes = given.get("sizes", "512,1024").split(",")
+    rate = peak_rate()
+    print(f"{hardware()}; torch {torch.__version__}; product {rate / 1e12:.0f} TFLOP/s", flush=True)
+    print("| network | pixels a side | step | passes | quotient | share of peak | memory |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name in given.get("networks", ",".join(NETWORKS)).split(","):
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            words: list[Any] = write(name, folder, small)
+            for size in map(int, sizes):
+                side = size // 8
+                data = noise_latents(folder, (NETWORKS[name][1], side, side))
+                run = [*words, *data, "method=ladd", f"data.batch_size={BATCH}"]
+                run += ["trainer.precision=bf16-mixed", *overrides]
+                print(row(name, size, run, int(given.get("steps", 8)), rate), flush=True)
+                gc.collect()
 
 
 if __name__ == "__main__":

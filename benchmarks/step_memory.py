@@ -18,50 +18,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import lightning as L
-import numpy as np
 import psutil
 import torch
-import transformers
-from common import composed, fit
+from common import composed, fit, unet_overrides
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import distill.worlds.shapes
 from distill.config import build
-from distill.data.write import write_latents
 from distill.machine.hardware import hardware
 
 MIB = 2**20
 STEPS = 4
-TOKENIZER = Path(distill.worlds.shapes.__file__).parent / "models" / "mmdit" / "tokenizer"
-
-
-def unet_overrides(folder: Path) -> list[str]:
-    """Write the UNet's pipeline and its latents; returns what distill.run needs to train on them."""
-    torch.manual_seed(0)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER)
-    text = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 1}
-    text["vocab_size"] = len(tokenizer)
-    diffusers.StableDiffusionPipeline(
-        unet=diffusers.UNet2DConditionModel(
-            sample_size=16, block_out_channels=(64, 128, 256, 256), cross_attention_dim=768
-        ),
-        vae=diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4),
-        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
-        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
-        tokenizer=tokenizer,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "teacher")
-    random = np.random.default_rng(0)
-    samples = ((f"{i:03d}", random.standard_normal((4, 16, 16)), f"number {i}") for i in range(64))
-    write_latents(str(folder / "latents-%06d.tar"), samples, per_shard=64)
-    given = ["teacher=sd15", f"teacher.path={folder / 'teacher'}", "data=latents"]
-    given += [f"data.path={folder / 'latents-000000.tar'}", "data.batch_size=8"]
-    return [*given, "~metrics", "data.num_workers=0", "method=ladd", "trainer.precision=32-true"]
 
 
 def size(tensors: Iterable[Tensor]) -> int:

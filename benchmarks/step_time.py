@@ -1,6 +1,9 @@
 """Time of one training step against the network passes that it cannot avoid.
 
-    python benchmarks/step_time.py [any overrides of distill.run] [steps=30]
+    python benchmarks/step_time.py [unet] [any overrides of distill.run] [steps=30]
+
+`unet` stands for a UNet of SD 1.5's layout with 37.5 M random weights. Without it and without
+`teacher=` it is the default run, on `shapes`.
 
 The passes of a method are those of its own `student_sample` (the student; the frozen network on the
 fake and on the real sample), the backward pass through them to the student's weights, and the
@@ -16,13 +19,16 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from common import composed, fit
+from common import composed, fit, unet_overrides
 
 from distill.config import build
 from distill.machine.hardware import autocast, hardware
@@ -82,6 +88,39 @@ def passes_of(method: Any, batch: Any, precision: str) -> dict[str, Callable[[],
     return found
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What `measure` found: seconds of each turn, and the peak of a GPU's allocator in bytes."""
+
+    turns: Turns
+    batch: int
+    precision: str
+    peak: int | None
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.turns.counted("step"))
+
+    @property
+    def unavoidable(self) -> float:
+        return sum(statistics.median(self.turns.counted(name)) for name in self.turns.passes)
+
+
+def measure(words: list[str], steps: int) -> Measured:
+    """Train by this configuration, and time its steps and passes in turns."""
+    cfg = composed(words)
+    torch.manual_seed(cfg.seed)
+    source, method = build.build_training(cfg)
+    if torch.cuda.is_available():
+        method.cuda()
+        torch.cuda.reset_peak_memory_stats()
+    batch = method.loop.prepare_batch(method, next(iter(source.loader(seed=cfg.seed))))
+    turns = Turns(passes_of(method, batch, cfg.trainer.precision))
+    fit(cfg, method, source, steps + WARM_UP, turns)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return Measured(turns, len(batch), cfg.trainer.precision, peak)
+
+
 def shown(seconds: list[float]) -> str:
     tenths = statistics.quantiles(seconds, n=10)
     median, low, high = (1000 * x for x in (statistics.median(seconds), tenths[0], tenths[-1]))
@@ -89,25 +128,19 @@ def shown(seconds: list[float]) -> str:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("steps=")]
+    words = [word for word in sys.argv[1:] if word != "unet" and not word.startswith("steps=")]
     steps = next((int(w.partition("=")[2]) for w in sys.argv[1:] if w.startswith("steps=")), 30)
-    cfg = composed(words)
-    torch.manual_seed(cfg.seed)
-    source, method = build.build_training(cfg)
-    batch = method.loop.prepare_batch(method, next(iter(source.loader(seed=cfg.seed))))
-    turns = Turns(passes_of(method, batch, cfg.trainer.precision))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    fit(cfg, method, source, steps + WARM_UP, turns)
-    step = statistics.median(turns.counted("step"))
-    unavoidable = sum(statistics.median(turns.counted(name)) for name in turns.passes)
-    print(f"{hardware()}; {torch.get_num_threads()} threads, {cfg.trainer.precision}")
-    print(f"torch {torch.__version__}, batch {len(batch)}, {steps} steps, seed {cfg.seed}")
-    for name in turns.passes:
-        print(f"{shown(turns.counted(name))}  {name}")
-    print(f"{shown(turns.counted('step'))}  training step: {step / unavoidable:.2f} of its passes")
-    if torch.cuda.is_available():
-        print(f"{torch.cuda.max_memory_allocated() / 2**20:8.0f} MiB  peak, passes included")
+    with tempfile.TemporaryDirectory() as folder:
+        given = unet_overrides(Path(folder)) if "unet" in sys.argv else []
+        found = measure([*given, *words], steps)
+    print(f"{hardware()}; {torch.get_num_threads()} threads, {found.precision}")
+    print(f"torch {torch.__version__}, batch {found.batch}, {steps} steps")
+    for name in found.turns.passes:
+        print(f"{shown(found.turns.counted(name))}  {name}")
+    ratio = found.step / found.unavoidable
+    print(f"{shown(found.turns.counted('step'))}  training step: {ratio:.2f} of its passes")
+    if found.peak is not None:
+        print(f"{found.peak / 2**20:8.0f} MiB  peak, passes included")
 
 
 if __name__ == "__main__":
