@@ -123,8 +123,8 @@ def test_an_alarm_is_raised_once_and_in_words(tmp_path, caplog):
     watched = tiny.trainer(tmp_path, 9, Alarms(window=3))
     watched.fit(method, tiny.Stream(toy, 4).loader())
     assert [r.message for r in caplog.records if "not learning" in r.message] == [
-        "step 3: the discriminator is not learning (equal real and fake logits): raise its rate or"
-        " loop.head_start"
+        "step 3: the discriminator is not learning (equal real and fake logits): raise"
+        " optimizer.discriminator.lr or loop.head_start"
     ]
     (row,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["step"] == 3

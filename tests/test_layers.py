@@ -79,7 +79,7 @@ HEAVY = {
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "markupsafe": {"report"},
+    "markupsafe": {"demonstration", "report"},
     "hydra": {"config", "building", "commands", "python"},
     "omegaconf": {"config", "building", "commands", "python"},
     "experiments": set(),

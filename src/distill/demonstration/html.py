@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
+from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
 from distill.demonstration.generation import Answer, Generation, Request
-from distill.terminal.shown import in_html
+from distill.report.page import environment
 
+TEMPLATES = Path(__file__).with_name("templates")
 SMALL = 256  # pixels a side, up to which pictures are enlarged without interpolation
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -64,59 +68,53 @@ can correct an earlier one.</p>
 """
 
 
-def heading(run: str, about: str) -> str:
-    return f'<h1 class="run">{in_html(run)}</h1><p class="note">{in_html(about)}</p>'
+def _part(macro: str, *arguments: Any) -> Markup:
+    """HTML of a macro in templates/parts.html."""
+    macros = environment(TEMPLATES).get_template("parts.html").module
+    return getattr(macros, macro)(*arguments)
+
+
+def heading(run: str, about: str) -> Markup:
+    return _part("heading", run, about)
 
 
 def title(who: str, steps: int) -> str:
     return f"{who}, {steps} step" + ("s" if steps > 1 else "")
 
 
-def column(who: str, steps: int, found: Generation, request: Request, *, reads: bool) -> str:
+def column(who: str, steps: int, found: Generation, request: Request, *, reads: bool) -> Markup:
     """A column of generated pictures; `reads`: whether there is a reader for such pictures."""
-    one = " one" if len(found.pictures) == 1 else ""
-    images = "".join(
-        picture(pixels, f"{request.prompt}; {title(who, steps)}, seed {request.seed + i}")
+    name = title(who, steps)
+    images = [
+        picture(pixels, f"{request.prompt}; {name}, seed {request.seed + i}")
         for i, pixels in enumerate(found.pictures)
-    )
-    time = f'<span class="time">{milliseconds(found.seconds)}</span>'
+    ]
     answers = answer_list(found.answers) if reads else ""
-    return (
-        f'<figure><figcaption><span class="who">{title(who, steps)}</span>{time}</figcaption>'
-        f'<div class="pictures{one}">{images}</div>{answers}</figure>'
-    )
+    return _part("column", name, found.seconds, images, answers)
 
 
-def refused(who: str, steps: int, problem: str) -> str:
+def refused(who: str, steps: int, problem: str) -> Markup:
     """A column without pictures, and the reason."""
-    return (
-        f'<figure><figcaption><span class="who">{title(who, steps)}</span></figcaption>'
-        f'<p class="refused">{in_html(problem)}</p></figure>'
-    )
+    return _part("refused", title(who, steps), problem)
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.0f} ms"
-
-
-def picture(pixels: Tensor, alternative: str) -> str:
+def picture(pixels: Tensor, alternative: str) -> Markup:
     """Pixels, uint8 [3, H, W], as an <img> with embedded data."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.save(file := io.BytesIO(), "PNG", compress_level=1)
     data = base64.b64encode(file.getvalue()).decode()
-    small = ' class="small"' if max(image.size) <= SMALL else ""
-    return f'<img{small} alt="{in_html(alternative)}" src="data:image/png;base64,{data}">'
+    return _part("picture", data, alternative, max(image.size) <= SMALL)
 
 
-def answer_list(answers: list[Answer] | None) -> str:
+def answer_list(answers: list[Answer] | None) -> Markup:
     """The reader's answer to each attribute of the prompt."""
-    if answers is None:
-        return '<p class="note">not read: the text is no caption of shapes</p>'
-    return f'<ul class="words">{"".join(map(_answer_item, answers))}</ul>'
+    return _part("answer_list", None if answers is None else list(map(_answer, answers)))
 
 
-def _answer_item(answer: Answer) -> str:
-    """`red ✓`; `red ✗ green` for a wrong picture; `red 3/4` for several pictures."""
+def _answer(answer: Answer) -> tuple[bool, str, str]:
+    """Whether it is right, the question, and `red ✓`; `red ✗ green` for a wrong picture; `red 3/4`
+    for several pictures.
+    """
     right = answer.right == len(answer.seen)
     said, seen = spoken(answer.question, answer.said), spoken(answer.question, answer.seen[0])
     if right:
@@ -127,8 +125,7 @@ def _answer_item(answer: Answer) -> str:
         mark = f"{answer.right}/{len(answer.seen)}"
     name, number = answer.question.rstrip("012"), answer.question[-1:]
     question = f"{name} of object {int(number) + 1}" if number.isdigit() else name
-    kind = "right" if right else "wrong"
-    return f'<li class="{kind}" title="{question}">{in_html(f"{said} {mark}")}</li>'
+    return right, question, f"{said} {mark}"
 
 
 def spoken(question: str, answer: str) -> str:
@@ -142,8 +139,6 @@ def spoken(question: str, answer: str) -> str:
     return answer
 
 
-def status(problem: str | None, requests: int, dropped: int) -> str:
+def status(problem: str | None, requests: int, dropped: int) -> Markup:
     """The line below the pictures."""
-    text = f'<span class="problem">{in_html(problem)}</span> ' if problem else ""
-    text += f"Requests: {requests}; dropped, since the page had changed again: {dropped}."
-    return f'<p class="status" data-requests="{requests}" data-dropped="{dropped}">{text}</p>'
+    return _part("status", problem, requests, dropped)

@@ -35,17 +35,18 @@ class Picture(NamedTuple):
 
 
 @cache
-def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+def environment(folder: Path = TEMPLATES) -> Environment:
+    """The templates of a folder. All values are escaped, except Markup."""
+    found = Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         finalize=_escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["lines"] = lambda text: Markup(lines_in_html(text))
-    return environment
+    found.filters["lines"] = lambda text: Markup(lines_in_html(text))
+    return found
 
 
 def _escaped(value: Any) -> Markup:
@@ -59,12 +60,12 @@ def html(name: str, headline: str, tiles: Iterable[Sequence[str]] = (), **sectio
     A tile is (name, value, circumstances); `sections` are HTML, and empty if absent.
     """
     values = {"name": name, "headline": headline, "tiles": tiles}
-    return _templates().get_template("page.html").render(SECTIONS | values | sections)
+    return environment().get_template("page.html").render(SECTIONS | values | sections)
 
 
 def render(macro: str, *arguments: Any, **options: Any) -> Markup:
     """HTML of a macro in templates/parts.html."""
-    macros = _templates().get_template("parts.html").module
+    macros = environment().get_template("parts.html").module
     return getattr(macros, macro)(*arguments, **options)
 
 

@@ -169,13 +169,13 @@ def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | N
         return f"the discriminator's logits diverge: lower optimizer.discriminator.lr{more}"
     if accuracy > 0.98:
         return (
-            "the discriminator is saturated (accuracy above 0.98): lower its rate, or give it"
-            " noisier samples"
+            "the discriminator is saturated (accuracy above 0.98): lower"
+            " optimizer.discriminator.lr, or give it noisier samples"
         )
     if abs(real - fake) < 0.02:
         return (
-            "the discriminator is not learning (equal real and fake logits): raise its rate or"
-            " loop.head_start"
+            "the discriminator is not learning (equal real and fake logits): raise"
+            " optimizer.discriminator.lr or loop.head_start"
         )
     if accuracy < 0.4:
         return (
