@@ -79,7 +79,11 @@ class UNet(Network):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         step = step_of(self.process, t)
-        return self.model(x_t, step, encoder_hidden_states=cond.tokens).sample
+        return self.model(self.laid_out(x_t), step, encoder_hidden_states=cond.tokens).sample
+
+    def laid_out(self, x_t: Tensor) -> Tensor:
+        """x_t in the layout of the pass: convolutions and norms keep that of their input."""
+        return x_t.contiguous(memory_format=torch.channels_last) if self.channels_last else x_t
 
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
         model, widths = self.model, self.model.config.block_out_channels
