@@ -97,6 +97,13 @@ def signature_at(path: str, target: str) -> Signature | None:
     return replace(taken, keys={**taken.keys, **more.keys}, homes=homes)
 
 
+def keys_beside(path: str) -> set[str]:
+    """The keys of the node at this path that a class of ours takes, and not its target."""
+    name = BESIDE.get(path.rstrip("."))
+    more = signature(name) if name else None
+    return set(more.keys) if more else set()
+
+
 def expected(taken: Signature, key: str, value: Any) -> str | None:
     """What the value of a key must be, as text; None if it fits, or if the source does not say."""
     annotation = taken.keys.get(key)

@@ -62,7 +62,6 @@ class Network(nn.Module):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
         self.weights = HalfWeights(model)
-        self.channels_last = False  # the layout of a UNet's maps
         self.shift: int | None = None  # NitroFusion's timestep shift, of 1,000 training steps
         self.adapters: nn.Module | None = None  # the adapters of a LoRA student
         self.pass_context: Context = nullcontext  # around every pass

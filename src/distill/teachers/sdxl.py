@@ -41,7 +41,6 @@ class UNetXL(UNet):
         )
         added = {"text_embeds": cond.pooled, "time_ids": torch.cat([placement, size], 1)}
         conditioning = {"encoder_hidden_states": cond.tokens, "added_cond_kwargs": added}
-        x_t = self.laid_out(x_t)
         return self.model(x_t, step_of(self.process, t), **conditioning).sample
 
     def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:

@@ -31,7 +31,8 @@ class Speed(L.Callback):
             machine that cannot compile is named once, and the run goes on without.
         matmul: precision of float32 matrix products, torch's highest, high or medium; None leaves
             torch's setting.
-        channels_last: UNets compute in the channels-last layout. Other networks have no layout.
+        channels_last: frozen UNets, and the network of a LoRA student, compute in the
+            channels-last layout. Transformers have none, and shards keep theirs.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class Speed(L.Callback):
         if self.matmul:
             self._matmul_before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(self.matmul)
-        for network in _networks(pl_module) if self.channels_last else ():
-            network.channels_last = True
+        if self.channels_last:
+            _lay_out(pl_module, torch.channels_last)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compile, after the strategy has sharded the networks."""
@@ -65,8 +66,8 @@ class Speed(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self._compiled.undo()
-        for network in _networks(pl_module):
-            network.channels_last = False
+        if self.channels_last:
+            _lay_out(pl_module, torch.contiguous_format)
         if self._matmul_before:
             torch.set_float32_matmul_precision(self._matmul_before)
             self._matmul_before = None
@@ -135,6 +136,12 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     # Sharding changes the class of a module into a subclass.
     found = [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
     return found or list(_items(model))
+
+
+def _lay_out(method: Any, memory_format: torch.memory_format) -> None:
+    for network in _networks(method):
+        if hasattr(network, "lay_out"):
+            network.lay_out(memory_format)
 
 
 def _networks(method: Any) -> list[Any]:
