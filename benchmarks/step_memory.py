@@ -39,7 +39,7 @@ TOKENIZER = Path(distill.worlds.shapes.__file__).parent / "models" / "mmdit" / "
 
 
 def unet_overrides(folder: Path) -> list[str]:
-    """Write the UNet's pipeline and its latents; returns what distill.run needs to train on them."""
+    """Write the UNet's pipeline and its latents; returns the overrides of a run on them."""
     torch.manual_seed(0)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER)
     text = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 1}

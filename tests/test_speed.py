@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import lightning as L
 import pytest
@@ -246,9 +247,8 @@ def test_settings_last_as_long_as_the_training(pipelines, shards, tmp_path):
     ],
 )
 def test_wrong_values_are_refused(word, told):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         distill.compose(word)
-    assert str(caught.value) == told
 
 
 def test_a_trainer_gets_the_callback_only_if_something_is_set():
