@@ -47,7 +47,7 @@ def fit(cfg: Any, method: Any, source: Any, steps: int, *callbacks: L.Callback) 
 def unet_overrides(folder: Path) -> list[str]:
     """Write a pipeline whose UNet has SD 1.5's layout and 37.5 M random weights, and latents.
 
-    Returns what distill.run needs to train on them by LADD without the distillation term.
+    Returns the overrides of a run on them by LADD without the distillation term.
     """
     torch.manual_seed(0)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER)

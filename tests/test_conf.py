@@ -21,10 +21,12 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from distill.search import parsed
+from distill.training.speed import Speed
 
 CONF = Path(__file__).parents[1] / "conf"
 PREFIXES = ("distill.", "torch.", "lightning.")  # what a config file may name
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+BESIDE = {"lightning.Trainer": Speed}  # what takes further keys of its node
 INTERPOLATIONS = ("hydra:", "now:", "oc.env:")  # from outside the configuration; across nodes never
 
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
@@ -75,7 +77,8 @@ def check_targets(tree: Any, *, whole: bool) -> int:
         unknown = {key for key in node if key.startswith("_") and key.endswith("_")} - RESERVED
         assert not unknown, f"{path}: {unknown} mean nothing to Hydra"
         signature = inspect.signature(get_object(target))
-        kwargs = {key: node[key] for key in node if key not in RESERVED | {"defaults"}}
+        ours = inspect.signature(BESIDE[target]).parameters if target in BESIDE else ()
+        kwargs = {key: node[key] for key in node if key not in {*RESERVED, "defaults", *ours}}
         bind = signature.bind if whole and not node.get("_partial_") else signature.bind_partial
         try:
             bind(*node.get("_args_", ()), **kwargs)

@@ -190,3 +190,17 @@ def test_shared_memory_is_held_against_the_workers(data, level, said):
     ((got, what, remedy),) = doctor.shared_memory(cfg)
     assert (got, said in what) == (level, True), what
     assert remedy.startswith("data.num_workers=0")
+
+
+@pytest.mark.parametrize(
+    ("precision", "accelerator", "width", "expected"),
+    [
+        ("32-true", "auto", 4, 4),
+        ("bf16-mixed", "cpu", 4, 4),
+        ("bf16-mixed", "cpu", 2, 2),
+        ("bf16-mixed", "auto", 4, 2 if torch.cuda.is_available() else 4),
+    ],
+)
+def test_frozen_weights_are_counted_as_training_holds_them(precision, accelerator, width, expected):
+    cfg = OmegaConf.create({"trainer": {"precision": precision, "accelerator": accelerator}})
+    assert doctor.frozen_width(cfg, width) == expected

@@ -153,7 +153,9 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
     width, count = getattr(torch, dtype).itemsize, processes(cfg)
     # The student's weights, gradient, two moments and average in float32; those of a LoRA are a few
     # per cent of that.
-    shared = network * (width + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5))
+    shared = network * (
+        frozen_width(cfg, width) + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5)
+    )
     encoders = {
         "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
         "autoencoder": _starting(counts, "vae") * width,
@@ -174,6 +176,19 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
             f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process, and activations on top"
         )
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
+
+
+def frozen_width(cfg: DictConfig, width: int) -> int:
+    """Bytes on the device of a weight of the frozen denoiser, `width` in its files' dtype.
+
+    Under bf16-mixed a GPU holds its layers in bfloat16, and the host what rounding took.
+    """
+    from distill.machine.hardware import best_precision, device
+
+    name, accelerator = cfg.trainer.precision, cfg.trainer.get("accelerator") or "auto"
+    name = best_precision(accelerator).name if name == "auto" else name
+    halves = str(name).startswith("bf16") and device(accelerator).type != "cpu"
+    return min(width, 2) if halves else width
 
 
 def leftovers(cfg: DictConfig) -> Iterator[Line]:

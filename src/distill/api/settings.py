@@ -81,12 +81,14 @@ def arguments(settings: DictConfig, of: Literal["method", "trainer"] = "method")
     Args:
         settings: from `compose`.
         of: `method` for a method, including its `loop`; `trainer` for `lightning.Trainer`. With
-            precision auto, the trainer gets the best precision for this machine.
+            precision auto, the trainer gets the best precision for this machine. Its keys compile,
+            matmul and channels_last become a callback, under `callbacks`, if one of them is set.
 
     Raises:
         ValueError: for another `of`, and for a number that a class refuses.
     """
     from distill.config import build
+    from distill.training.speed import speed_of
 
     if of == "method":
         build.check_numbers(settings)
@@ -95,7 +97,9 @@ def arguments(settings: DictConfig, of: Literal["method", "trainer"] = "method")
     if of == "trainer":
         copy = settings.copy()  # settle_precision changes its argument
         build.settle_precision(copy)
-        return dict(composing.make(copy.trainer, "trainer").keywords)
+        options = dict(composing.make(copy.trainer, "trainer").keywords)
+        faster = speed_of(options)
+        return {**options, "callbacks": faster} if faster else options
     raise ValueError(f"of={of}: must be method or trainer")
 
 

@@ -137,7 +137,7 @@ class _Config:
             return ("true", "false")
         node, _, name = key.rpartition(".")
         target = known.get(f"{node}._target_")
-        taken = signatures.signature(target) if target else None
+        taken = signatures.signature_at(node, target) if target else None
         return signatures.options(taken, name) if taken else ()
 
     def composed(self):

@@ -32,6 +32,7 @@ from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
 from distill.training.loop_settings import Optimizers
 from distill.training.run_metadata import versions
+from distill.training.speed import speed_of
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
 
 log = logging.getLogger(__name__)
@@ -279,6 +280,7 @@ def trainer(
     if cfg.trainer.precision == "auto":
         settle_precision(cfg)
     build = make(cfg.trainer, "trainer")
+    callbacks = [*speed_of(build.keywords), *callbacks]
     strategy = build.keywords.pop("strategy", None) or (
         DataParallel() if processes(cfg) > 1 else "auto"
     )

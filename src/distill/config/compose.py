@@ -27,6 +27,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
 from distill.config.paths import SHIPPED, escaped
+from distill.config.signatures import keys_beside
 from distill.machine.faults import first_line
 from distill.machine.ranks import rank, world_size
 from distill.storage.checkpoint_names import steps_in
@@ -107,7 +108,7 @@ def _checked_value(value: Any, path: str) -> Any:
     if "_target_" in value:
         name = str(value["_target_"])
         takes = inspect.signature(_target(name, path)).parameters
-        unknown = sorted(set(map(str, value)) - set(takes) - SPECIAL)
+        unknown = sorted(set(map(str, value)) - {*takes, *keys_beside(path)} - SPECIAL)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             key, near = f"{path}.{unknown[0]}" if path else unknown[0], nearest(unknown[0], takes)
             raise ValueError(f"{key}: {name} takes no such key{near}; leave it out")

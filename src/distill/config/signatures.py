@@ -34,6 +34,8 @@ LISTS = {"list", "tuple", "Sequence", "Iterable", "List", "Tuple"}
 DICTS = {"dict", "Mapping", "Dict"}
 # Class of a library -> the class that its **kwargs go to.
 FORWARDED_TO = {"TensorBoardLogger": "torch.utils.tensorboard.writer.SummaryWriter"}
+# Node -> a class of ours that takes further keys of it.
+BESIDE = {"trainer": "distill.training.speed.Speed"}
 # Node -> keys that the program sets itself: a value in the configuration would be ignored.
 GIVEN_BY_PROGRAM = {
     "method": {"players", "loop"},
@@ -81,6 +83,25 @@ def signature(target: str) -> Signature | None:
         )
         return replace(taken, keys={**more.keys, **taken.keys}, open=more.open) if more else taken
     return _of_function(module, node) if isinstance(node, ast.FunctionDef) else None
+
+
+def signature_at(path: str, target: str) -> Signature | None:
+    """The signature of the node at this path: that of its target, and of a class of ours beside
+    it.
+    """
+    taken, name = signature(target), BESIDE.get(path.rstrip("."))
+    more = signature(name) if name else None
+    if not taken or not more:
+        return taken
+    homes = {**taken.homes, **dict.fromkeys(more.keys, more.module)}
+    return replace(taken, keys={**taken.keys, **more.keys}, homes=homes)
+
+
+def keys_beside(path: str) -> set[str]:
+    """The keys of the node at this path that a class of ours takes, and not its target."""
+    name = BESIDE.get(path.rstrip("."))
+    more = signature(name) if name else None
+    return set(more.keys) if more else set()
 
 
 def expected(taken: Signature, key: str, value: Any) -> str | None:

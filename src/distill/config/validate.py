@@ -205,7 +205,7 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
     """Check that a class or function takes these keys and values; `path` is a prefix of the keys in
     errors.
     """
-    if (taken := signatures.signature(name)) is None:
+    if (taken := signatures.signature_at(path, name)) is None:
         return
     given = signatures.given_by_program(path)
     for key, value in node.items():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from distill.core.half_weights import HalfWeights
 from distill.core.types import Cond
 from distill.machine.faults import first_line
 from distill.storage.hub_settings import check_folder
@@ -64,6 +65,7 @@ class ImageFeatures(nn.Module):
         check_all_loaded(report, where, type(model).__name__, spare=UNUSED)
         check_finite(model, where)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
+        self._weights = HalfWeights(self.model)
         depth = self.model.config.num_hidden_layers
         self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)
         if not self.taps or len(set(self.taps)) < len(self.taps):
@@ -83,6 +85,14 @@ class ImageFeatures(nn.Module):
 
     def train(self, mode: bool = True) -> ImageFeatures:
         return self  # frozen: stays in eval mode
+
+    def hold_half(self, *, for_good: bool = False) -> None:
+        """Hold the weights in bfloat16 where autocast would cast them; see `core.half_weights`."""
+        self._weights.halve(for_good=for_good)
+
+    def hold_whole(self) -> None:
+        """Undo `hold_half`."""
+        self._weights.restore()
 
     @property
     def width(self) -> int:
@@ -129,6 +139,7 @@ class ImageFeatures(nn.Module):
         return (x - self.mean) / self.std
 
     def _run(self, x: Tensor, **options: Any) -> Any:
+        self._weights.fit(x)
         native = (
             x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
         )

@@ -193,6 +193,21 @@ class Distillation(L.LightningModule, ABC):
         for part in self._frozen_parts:
             if isinstance(part, nn.Module):
                 part.to(self.device)
+        if self.trainer.precision == "bf16-mixed":
+            sharded = hasattr(self.trainer.strategy, "shard")  # such a teacher is read again
+            for network in self._frozen_networks("hold_half"):
+                network.hold_half(for_good=sharded and network is self.teacher)
+
+    def teardown(self, stage: str) -> None:
+        """Give frozen networks their float32 weights back."""
+        for network in self._frozen_networks("hold_whole"):
+            network.hold_whole()
+
+    def _frozen_networks(self, able: str) -> list[Any]:
+        """The frozen modules with a function of this name, each once."""
+        parts = [part for part in self._frozen_parts if isinstance(part, nn.Module)]
+        modules = {id(m): m for part in parts for m in part.modules() if hasattr(m, able)}
+        return list(modules.values())
 
     def configure_model(self) -> None:
         """Shard the networks where the strategy does so; the EMA is then of the shards."""

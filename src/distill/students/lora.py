@@ -136,6 +136,7 @@ def _tree(adapted: dict[str, LoraLayer]) -> nn.Module:
 
 def merged(student: Network) -> nn.Module:
     """A copy of the student's model with the adapters added to its weights, in float32."""
+    student.weights.restore()
     model = copy.deepcopy(student.model).float()
     if hasattr(model, "fuse_lora"):
         model.fuse_lora(safe_fusing=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.core.half_weights import HalfWeights
 from distill.core.process import Prediction, Process
 from distill.core.types import Cond
 
@@ -60,6 +61,7 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
         self.model, self.process, self.prediction = model, process, prediction
+        self.weights = HalfWeights(model)
         self.shift: int | None = None  # NitroFusion's timestep shift, of 1,000 training steps
         self.adapters: nn.Module | None = None  # the adapters of a LoRA student
         self.pass_context: Context = nullcontext  # around every pass
@@ -109,7 +111,8 @@ class Network(nn.Module):
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The model's prediction, with inputs cast to the dtype of the weights."""
-        dtype = next(self.model.parameters()).dtype
+        self.weights.fit(x_t)
+        dtype = self.weights.dtype
         with self.pass_context():
             return self.predict(x_t.to(dtype), t, cond.to(dtype))
 
@@ -180,6 +183,7 @@ class Network(nn.Module):
         """A trainable float32 copy that shares nothing with this network: a student of the same
         size.
         """
+        self.weights.restore()
         return copy.deepcopy(self).float().requires_grad_(True).train()
 
 

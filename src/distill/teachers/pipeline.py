@@ -304,6 +304,16 @@ class PipelineTeacher(nn.Module, Family):
     def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
         return self.network.of_patch(cond, full, corner)
 
+    def hold_half(self, *, for_good: bool = False) -> None:
+        """Hold the denoiser's weights in bfloat16 where autocast would cast them; see
+        `core.half_weights`.
+        """
+        self.network.weights.halve(for_good=for_good)
+
+    def hold_whole(self) -> None:
+        """Undo `hold_half`."""
+        self.network.weights.restore()
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), in small
         batches.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.core.limits import check_zero_snr
 from distill.core.process import Prediction, Process, RectifiedFlow, VariancePreserving
@@ -80,6 +81,18 @@ class UNet(Network):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         step = step_of(self.process, t)
         return self.model(x_t, step, encoder_hidden_states=cond.tokens).sample
+
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Hold the frozen convolutions in this layout; their maps then have it too.
+
+        Trained weights stay: fused optimisers pair weights, gradients and moments by memory, and
+        moments of a checkpoint may have another layout. Sharded weights have none.
+        """
+        for module in self.model.modules():
+            weight = module.weight if type(module) is nn.Conv2d else None
+            if weight is None or weight.requires_grad or isinstance(weight, DTensor):
+                continue
+            weight.data = weight.data.contiguous(memory_format=memory_format)
 
     def tappable(self) -> dict[str, tuple[nn.Module, int]]:
         model, widths = self.model, self.model.config.block_out_channels
