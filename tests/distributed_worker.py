@@ -58,11 +58,10 @@ class SaveAt(L.Callback):
 def strategy_of(name: str | None):
     if name is None:
         return "auto"
-    return (
-        DataParallel()
-        if name == "ddp"
-        else FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"))
-    )
+    dtype = "bfloat16" if name.endswith("reduced") else "float32"
+    if name.startswith("ddp"):  # these networks are small: many buckets all the same
+        return DataParallel(reduce_dtype=dtype, bucket_mib=0.1)
+    return FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"), reduce_dtype=dtype)
 
 
 def options_of(asked: dict) -> dict:
