@@ -53,7 +53,8 @@ class _Bucket:
             if parameter.grad is None:
                 view.zero_()
         known = [(view, p.grad) for view, p in pairs if p.grad is not None]
-        torch._foreach_copy_([view for view, _ in known], [gradient for _, gradient in known])
+        if known:
+            torch._foreach_copy_([view for view, _ in known], [gradient for _, gradient in known])
         for view, parameter in pairs:
             if view.dtype == parameter.dtype:
                 parameter.grad = view
@@ -112,8 +113,9 @@ class GradientAverage:
         """Sum the gradients of these parameters over ranks during the next backward pass.
 
         `exact`: each of them gets a gradient on some rank, and no other parameter of the player
-        does. Otherwise the ranks ask each other in the first update which parameters do; these
-        count as used in every later one.
+        does. Otherwise the ranks ask each other which parameters do. What was used once counts as
+        used in every later update, so after the first one nothing is asked, unless there are
+        parameters without any use.
         """
         self._started, self._exact, self._arrived = True, exact, []
         for parameter in parameters:

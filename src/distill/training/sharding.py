@@ -8,17 +8,14 @@ since the backward pass begins with it.
 A feature pass ends after the last tapped block:
 
 - `ends_at_last_tap` lets the network return there, so FSDP2's hook on the whole network runs, which
-  frees what lies outside the units. The blocks before have been freed by their own hooks, and those
-  after it were never gathered, but for one: where an earlier pass was longer, the block after the
-  last tap has been gathered early. It is used in the next pass that is so long, or dropped at the
-  end of the next backward pass. No such weights are outdated, since feature networks are frozen.
-- The backward pass begins in the last tapped block, which is then gathered again: only a pass that
-  is as long as the first one leaves its last unit in place.
-- FSDP2 gathers early in the backward pass by the order of all forward passes since the last
-  backward one. At the first block of the network that order goes on with the end of the pass
-  before, if there was one, so one unit is gathered and dropped.
-
-The results are those of a whole network in any case.
+  frees what lies outside the units. The blocks before have been freed by their own hooks.
+- The blocks after it are not gathered, but for one: where the first pass went further, the unit
+  after the last tap has been gathered early. It waits for the next pass that needs it, and is
+  dropped at the end of the next backward pass. It cannot be outdated, since feature networks are
+  frozen.
+- The backward pass begins in the last tapped block. It gathers that block again where the first
+  pass went further, since then another unit is the last one.
+- What the backward pass gathers early are the units that ran, in reverse. None is gathered in vain.
 """
 
 from collections.abc import Iterable, Iterator
