@@ -24,6 +24,7 @@ from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.tensors import gather
 from distill.data import source
 from distill.storage.checkpoint_files import read_checkpoint
+from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 from distill.training.checkpoints import AtomicIO
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
@@ -98,7 +99,8 @@ def train(asked: dict, file: Path) -> None:
         "eps": 1e-4,
         "critic_eps": 1e-2,
     }
-    method = make(SD3(asked["teacher"]), **options)
+    family = SD if asked.get("family") == "unet" else SD3
+    method = make(family(asked["teacher"]), **options)
     for module in (
         method.heads.modules()
     ):  # its power iteration counts passes: two micro-batches make twice as many

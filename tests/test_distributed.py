@@ -269,6 +269,34 @@ def assert_near(end: dict, other: dict, before: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
+def test_micro_batches_of_two_processes_are_those_of_one(method, parts, tmp_path):
+    """Only the last backward pass communicates under ddp; under fsdp2 each one does."""
+    options = {"method": method, **parts}
+    one = run(tmp_path / "one", processes=1, accumulate=4, **options)[0]
+    for how in ("ddp", "fsdp2"):
+        ends = run(tmp_path / how, processes=2, accumulate=2, strategy=how, **options)
+        assert_agree(ends, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
+def test_two_processes_train_a_unet_as_one_does(method, pipelines, parts, tmp_path):
+    """Its units are blocks, and the pass of NitroFusion's features ends in the middle."""
+    options = {**parts, "method": method, "family": "unet", "teacher": str(pipelines("unet"))}
+    one = run(tmp_path / "one", processes=1, accumulate=2, **options)[0]
+    assert_agree(run(tmp_path / "several", processes=2, strategy="fsdp2", **options), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_reduced", "fsdp2_reduced"])
+def test_gradients_summed_in_bfloat16_lead_nearby(strategy, alone, parts, teachers, tmp_path):
+    ends = run(tmp_path, processes=2, strategy=strategy, method="ladd", **parts)
+    assert_near(ends[0], alone("ladd"), tiny.weights(teachers("mmdit").network))
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["ddp", "fsdp2", "fsdp2_parts"])
 @pytest.mark.parametrize("then", ["one", "ddp", "fsdp2"])
 def test_any_number_goes_on_from_any_other(first, then, alone, parts, tmp_path):
