@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MIB = 1024 * 1024
+ALIGNED = 64  # numbers: gradients begin at multiples, so that kernels can read them in vectors
 ReduceDtype = Literal["float32", "bfloat16"]
 
 
@@ -42,12 +43,14 @@ class _Bucket:
 
     def launch(self, group: Any) -> None:
         """Begin the sum over ranks. A parameter without a gradient here gets one of zeros."""
-        first, count = self.parameters[0], sum(p.numel() for p in self.parameters)
-        self._buffer = torch.empty(count, dtype=self.dtype, device=first.device)
-        offset = 0
-        for parameter in self.parameters:
-            self._views.append(_view(self._buffer, offset, parameter))
-            offset += parameter.numel()
+        sizes = [-(-p.numel() // ALIGNED) * ALIGNED for p in self.parameters]
+        device = self.parameters[0].device
+        self._buffer = torch.empty(sum(sizes), dtype=self.dtype, device=device)
+        parts = self._buffer.split(sizes)
+        self._views = [_view(part, p) for part, p in zip(parts, self.parameters, strict=True)]
+        for part, parameter in zip(parts, self.parameters, strict=True):
+            if part.numel() > parameter.numel():
+                part[parameter.numel() :].zero_()
         pairs = list(zip(self._views, self.parameters, strict=True))
         for view, parameter in pairs:
             if parameter.grad is None:
@@ -228,10 +231,9 @@ def _chunks(parameters: Sequence[nn.Parameter], limit: float) -> Iterator[list[n
         yield chunk
 
 
-def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
+def _view(part: Tensor, like: Tensor) -> Tensor:
     """A part of a flat buffer in the shape and memory format of `like`, for fused optimisers."""
-    part = buffer[offset : offset + like.numel()]
     if like.is_contiguous():
-        return part.view(like.shape)
+        return part[: like.numel()].view(like.shape)
     strides = torch.empty_like(like, device="meta").stride()
     return part.as_strided(like.shape, strides)
