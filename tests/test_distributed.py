@@ -239,8 +239,11 @@ def test_processes_agree_where_a_run_had_failed(job, how, ends):
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes_give_what_one_gives_with_every_option(job, how, ends, teachers):
     several, one = ends(how, job, True), ends("one", job, True)[0]
-    if how == "fsdp2" and JOBS[job]["precision"] == "bf16-mixed" and "lora" not in JOBS[job]:
-        assert_near(several[0], one, tiny.weights(teachers("mmdit").network))
+    if how == "fsdp2" and JOBS[job]["precision"] == "bf16-mixed":
+        before = tiny.weights(teachers("mmdit").network)
+        if "lora" in JOBS[job]:
+            before = {k: 0.0 * v for k, v in one["student"].items() if "lora_B" in k}
+        assert_near(several[0], one, before)
         assert tiny.same(several[0]["student"], several[1]["student"])
     else:
         assert_agree(several, one)
@@ -253,9 +256,9 @@ def assert_agree(several: list[dict], one: dict) -> None:
 
 
 def assert_near(end: dict, other: dict, before: dict) -> None:
-    """Gathered weights lie elsewhere in memory, and bfloat16 rounds what is made of them another
-    way: 2 to 4 % of the way that the student has gone, as a change of its first weights by one part
-    in a million leaves too."""
+    """Gathered weights are bfloat16, those of norms too, and lie elsewhere in memory: 2 to 5 % of
+    the way that the student has gone. A change of its first weights by one part in a million leaves
+    2 to 4 %."""
     way = {k: (end["student"][k] - before[k], other["student"][k] - before[k]) for k in before}
     a, b = (torch.cat([pair[i].flatten() for pair in way.values()]) for i in (0, 1))
     assert float((a - b).norm()) < 0.1 * float(b.norm())
