@@ -24,6 +24,7 @@ from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.tensors import gather
 from distill.data import source
 from distill.storage.checkpoint_files import read_checkpoint
+from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
 from distill.training.checkpoints import AtomicIO
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
@@ -58,11 +59,10 @@ class SaveAt(L.Callback):
 def strategy_of(name: str | None):
     if name is None:
         return "auto"
-    return (
-        DataParallel()
-        if name == "ddp"
-        else FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"))
-    )
+    dtype = "bfloat16" if name.endswith("reduced") else "float32"
+    if name.startswith("ddp"):  # these networks are small: many buckets all the same
+        return DataParallel(reduce_dtype=dtype, bucket_mib=0.1)
+    return FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"), reduce_dtype=dtype)
 
 
 def options_of(asked: dict) -> dict:
@@ -99,7 +99,8 @@ def train(asked: dict, file: Path) -> None:
         "eps": 1e-4,
         "critic_eps": 1e-2,
     }
-    method = make(SD3(asked["teacher"]), **options)
+    family = SD if asked.get("family") == "unet" else SD3
+    method = make(family(asked["teacher"]), **options)
     for module in (
         method.heads.modules()
     ):  # its power iteration counts passes: two micro-batches make twice as many

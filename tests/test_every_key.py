@@ -25,7 +25,8 @@ from distill.config.compose import dotted
 OPTIONS = [  # of groups that no experiment takes
     "data=images", "data=prompts", "data=synthetic", "data=renders", "metrics=coco5k",
     "student=lora",
-    "teacher=flux", "teacher=pixart_sigma", "teacher=sana", "trainer=fsdp2", "sampler=euler",
+    "teacher=flux", "teacher=pixart_sigma", "teacher=sana", "trainer=fsdp2", "trainer=ddp",
+    "sampler=euler",
 ]  # fmt: skip
 WORDS = ["", *(f"experiment={name}" for name in recipes.names()), *OPTIONS]
 WRONG: dict[type, list[Any]] = {  # kind of a value -> what can be none of that

@@ -154,6 +154,16 @@ WRONG = [
     ("run", "+loop.shedule=cosine", "takes no such key (did you mean schedule?)"),
     ("run", "+method.distil_weight=2", "takes no such key (did you mean distill_weight?)"),
     ("run", "+trainer.strategy=fsdp", "use trainer=fsdp2"),
+    (
+        "run",
+        "trainer=ddp trainer.strategy.reduce_dtype=float16",
+        "trainer.strategy.reduce_dtype=float16: must be float32 or bfloat16",
+    ),
+    (
+        "run",
+        "trainer=ddp trainer.strategy.bucket_mib=0",
+        "trainer.strategy.bucket_mib=0: must be above 0",
+    ),
     ("run", "optimizer.student._target_=os.system", "os.system is refused"),
     ("run", "method=ladd discriminator=dino", "choose another discriminator="),
     ("run", "method=regression loop.head_start=5", "there is no discriminator to train first"),

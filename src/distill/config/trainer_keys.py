@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from distill.config.compose import nearest
+from distill.core.limits import check_reduction
 from distill.machine.hardware import check_precision
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -59,6 +60,8 @@ def check_trainer(trainer: DictConfig) -> None:
             f"trainer.strategy={named}: expects one graph, but student and discriminator take"
             " turns; use trainer=ddp"
         )
+    if named.startswith("distill."):
+        check_reduction(strategy.get("reduce_dtype", "float32"), strategy.get("bucket_mib", 1.0))
     if not has_target(strategy) and strategy != "auto":
         raise ValueError(
             f"trainer.strategy={named}: must be auto; or use trainer=ddp or trainer=fsdp2"

@@ -6,6 +6,7 @@ Nothing here imports a slow library.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LOCAL_BATCH = 8  # samples, at most, that share batch norm statistics in the heads of ADD
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -54,6 +55,19 @@ def check_dtype(name: str | None, key: str, *more: str) -> None:
     if name is not None and name not in (*DTYPES, *more):
         words = ", ".join([*more, "float32", "bfloat16", "float16"])
         raise ValueError(f"{key}={name}: must be a dtype of torch: {words}")
+
+
+def check_reduction(dtype: Any, bucket_mib: Any = 1.0, key: str = "trainer.strategy") -> None:
+    """Raise ValueError for a dtype or a bucket in which gradients cannot be summed over ranks.
+
+    float16 is none of them: gradients are not scaled, and their sum could overflow.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{key}.reduce_dtype={dtype}: must be float32 or bfloat16")
+    if isinstance(bucket_mib, bool) or not isinstance(bucket_mib, int | float):
+        raise ValueError(f"{key}.bucket_mib={bucket_mib}: must be a number of MiB")
+    if not 0 < bucket_mib < math.inf:
+        raise ValueError(f"{key}.bucket_mib={bucket_mib}: must be above 0")
 
 
 def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> str:

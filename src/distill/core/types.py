@@ -251,7 +251,11 @@ class Critic(Protocol):
     """
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Logits | Tensor:
-        """maps [B, C_k, ...], t [B] -> logits [B, K]; a plain tensor for one head."""
+        """maps [B, C_k, ...], t [B] -> logits [B, K]; a plain tensor for one head.
+
+        Heads that an iteration draws may have a method `used_parameters`: the parameters of those
+        that have run. With it, ranks that draw the same heads need not ask each other for them.
+        """
 
 
 class Heads(Protocol):

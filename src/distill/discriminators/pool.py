@@ -182,6 +182,11 @@ class DrawnHeads:
 
     def __init__(self, pool: Pool, head_of: Mapping[tuple[int, str], int]):
         self.pool, self.head_of = pool, head_of
+        self._used: dict[int, None] = {}  # heads that have run, in order
+
+    def used_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the heads that have run: those of the levels of all t so far."""
+        return [self.pool.heads[i] for i in self._used]
 
     def __call__(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
         nearest = (t[:, None] - t.new_tensor(self.pool.levels)).abs().argmin(dim=1)
@@ -189,6 +194,7 @@ class DrawnHeads:
         for level in nearest.unique().tolist():
             rows.append((nearest == level).nonzero().flatten())
             heads = [self.head_of[level, name] for name in self.pool.channels]
+            self._used |= dict.fromkeys(heads)
             all_rows = len(rows[-1]) == len(t)
             parts.append(
                 self.pool.logits_of(heads, maps if all_rows else [m[rows[-1]] for m in maps])

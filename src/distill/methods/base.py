@@ -64,6 +64,7 @@ class Distillation(L.LightningModule, ABC):
     """
 
     second_order = False  # whether a loss differentiates the heads twice: FSDP2 cannot shard those
+    same_heads = False  # whether heads of a pool run at the same levels t on every rank
 
     def __init__(
         self, players: Players, *, real: TeacherSampler | None = None, loop: Loop | None = None
@@ -218,11 +219,11 @@ class Distillation(L.LightningModule, ABC):
         teacher = self.teacher.network.model  # only pipelines are sharded
         is_lora = self.student.model is teacher  # its adapters are small and stay unsharded
         unsharded_heads = self.second_order or getattr(self.heads, "unsharded", False)
-        networks = [teacher]
-        networks += [] if is_lora else [self.student.model]
-        networks += [self.heads] if self.has_discriminator and not unsharded_heads else []
-        for network in networks:
+        for network in [teacher] if is_lora else [teacher, self.student.model]:
             shard(network, unsharded=self.student.parameters() if is_lora else ())
+        if self.has_discriminator and not unsharded_heads:
+            # Heads turn autocast off for what bfloat16 is too coarse for.
+            shard(self.heads, gather_in_float32=True)
         self._training_loop.start_ema(self.student)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -13,9 +13,8 @@ t* counts training steps: step i of 1,000 is t = (i + 1) / 1000. The losses cann
 printed: the discriminator's has no fake term, and the student's would lower its own logits. The
 hinge loss is ours; non-saturating and relativistic are options.
 
-The student must start from one-step weights. Without them the first `warm_start` updates train
-mean (x0_hat - x0)^2 on the teacher's pairs, as DMD2 prepares its one-step SDXL, or ADD's Eq. 4
-(ours). The heads learn in the last `heads_lead` of these.
+The student must start from one-step weights. If not, the first `warm_start` updates train mean
+(x0_hat - x0)^2 on the teacher's pairs, as DMD2 prepares its one-step SDXL, or ADD's Eq. 4 (ours).
 
 Bottom-up refinement (3.5): after refine[n - 1] updates up to n sampling steps are trained. Draw n,
 then a step i <= n. Run steps 1..i-1 without gradient, train step i. i = 1 is one-step training.
@@ -78,6 +77,7 @@ class NitroFusion(Distillation):
     """
 
     space = "latents"  # input of the feature network
+    same_heads = True  # every rank draws the same t*
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from distill.core.ema import Ema
 from distill.core.limits import after_divergence
 from distill.core.randomness import Streams
 from distill.core.types import Batch, Losses
+from distill.training.averaging import start_averaging
 from distill.training.loop_settings import LoopSettings, Optimizers
 
 MicroBatch = tuple[Batch, Any]  # a batch, and the random numbers that its method drew for it
@@ -151,7 +152,10 @@ class TwoPlayerLoop:
             with torch.no_grad():
                 again = None if samples else method.student_sample(batch, draws, "discriminator")
             sample = samples[0] if samples else again
-            self.backward(method, "d", method.discriminator_loss(batch, draws, sample, update))
+            losses = method.discriminator_loss(batch, draws, sample, update)
+            if losses.terms and batch is micro_batches[-1][0]:
+                start_averaging(method, method.heads, [drawn for _, drawn in micro_batches])
+            self.backward(method, "d", losses)
         limit = self.settings.clip_discriminator
         return self.clip_and_step(method, "d", method.heads, optimizer, limit)
 
@@ -163,7 +167,10 @@ class TwoPlayerLoop:
         optimizer.zero_grad(set_to_none=True)
         for batch, draws in micro_batches:
             sample = samples[0] if samples else method.student_sample(batch, draws, "student")
-            self.backward(method, "g", method.student_loss(batch, draws, sample))
+            losses = method.student_loss(batch, draws, sample)
+            if losses.terms and batch is micro_batches[-1][0]:
+                start_averaging(method, method.student)
+            self.backward(method, "g", losses)
         limit = self.settings.clip_student
         updated = self.clip_and_step(method, "g", method.student, optimizer, limit)
         method.heads.requires_grad_(True)

@@ -6,7 +6,8 @@ stream gives the same samples, and noise is drawn for (iteration, rank * accumul
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,120 +15,134 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from distill.core.limits import check_dtype
+from distill.core.limits import check_reduction
 from distill.core.tensors import gather, like, local_shards
 from distill.storage.atomic import replace_folder, temporary_path
 from distill.storage.checkpoint_files import read_checkpoint, write_checkpoint
-from distill.teachers.network import ends_at_last_tap
-
-BUCKET = 32 * 1024 * 1024  # values of one reduction: enough to be fast, small beside the model
+from distill.training.averaging import GradientAverage, ReduceDtype
+from distill.training.sharding import shard
 
 
 class DataParallel(DDPStrategy):
-    """Replicas on every rank, with gradients averaged once a step.
+    """Replicas on every rank, with gradients averaged in the last backward pass of an update.
 
-    There is no DDP wrapper. Two players take turns, and a pool of heads is used in part; a wrapper
-    would refuse parameters without gradient, or search for them at every step. A parameter that one
-    rank used and another did not has a zero gradient on the latter.
+    There is no DDP wrapper (see `averaging`). A parameter that one rank used and another did not
+    has a zero gradient on the latter.
+
+    Args:
+        reduce_dtype: of the gradients' sum over ranks, float32 or bfloat16.
+        bucket_mib: gradients that are summed together, in MiB.
     """
 
-    def __init__(self, *, process_group_backend: str | None = None):
+    def __init__(
+        self,
+        *,
+        reduce_dtype: ReduceDtype = "float32",
+        bucket_mib: float = 25.0,
+        process_group_backend: str | None = None,
+    ):
+        check_reduction(reduce_dtype, bucket_mib)
         if sys.platform == "win32":  # Windows has no NCCL; gloo sums on GPUs too
             process_group_backend = process_group_backend or "gloo"
         super().__init__(process_group_backend=process_group_backend)
+        self._options: dict[str, Any] = {"reduce_dtype": reduce_dtype, "bucket_mib": bucket_mib}
 
     def configure_ddp(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             dist.broadcast(tensor.data, src=0)
 
+    @cached_property
+    def _average(self) -> GradientAverage:
+        return GradientAverage(self.world_size, **self._options)
+
+    def start_averaging(self, parameters: Sequence[nn.Parameter], *, exact: bool = False) -> None:
+        """Average gradients from the next backward pass on; see `GradientAverage.start`."""
+        if self.world_size > 1:
+            self._average.start(parameters, exact=exact)
+
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        _average_over_ranks(parameters, self.world_size)
-
-
-def _average_over_ranks(parameters: Sequence[nn.Parameter], world: int) -> None:
-    """Replace each gradient by its mean over ranks. Parameters that no rank used keep none."""
-    if world == 1 or not parameters:
-        return
-    used = torch.tensor(
-        [p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device
-    )
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
-    parameters = [p for p, by_any in zip(parameters, used.tolist(), strict=True) if by_any]
-    if not parameters:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in parameters]):
-        flat = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat)
-        flat /= world
-        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in order, in lists of one dtype with at most BUCKET values each (or one tensor)."""
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        size = gradient.numel() + sum(g.numel() for g in bucket)
-        if bucket and (bucket[0].dtype != gradient.dtype or size > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(gradient)
-    yield bucket
+        """Finish what `start_averaging` began; without it, average now."""
+        if self.world_size > 1:
+            self._average.finish(parameters)
 
 
 class FullyShardedDataParallel(ModelParallelStrategy):
     """Student, teacher and heads sharded along their first dimension (FSDP2), gathered block by
-    block.
+    block; see `sharding`.
 
-    Heads under R1 stay unsharded: a second derivative reads weights that FSDP2 has freed by then.
-    With sharded_checkpoints every rank writes its shards into a folder, instead of one full file.
-    reduce_dtype is the dtype of the gradient's sum over ranks.
+    In bf16-mixed the weights of student and teacher are gathered as bfloat16: what autocast would
+    make of them in most layers, at half the traffic; those of norms are rounded too. Shards,
+    optimiser and EMA stay float32, and so do heads. Heads under R1 stay unsharded: a second
+    derivative reads weights that FSDP2 has freed by then. Gradients are averaged in every
+    micro-batch: to keep them to the last one, each rank would hold all of them.
+
+    Args:
+        sharded_checkpoints: every rank writes its shards into a folder; False: one full file.
+        reduce_dtype: of the gradients' sum over ranks, float32 or bfloat16.
     """
 
     def __init__(
         self,
         *,
         sharded_checkpoints: bool = False,
-        reduce_dtype: str = "float32",
+        reduce_dtype: ReduceDtype = "float32",
         process_group_backend: str | None = None,
     ):
-        check_dtype(reduce_dtype, "trainer.strategy.reduce_dtype")
+        check_reduction(reduce_dtype)
         super().__init__(
             data_parallel_size="auto",
             tensor_parallel_size=1,
             process_group_backend=process_group_backend,
         )
-        self._sharded_checkpoints = sharded_checkpoints
-        self._policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
+        self._sharded_checkpoints, self._reduce_dtype = sharded_checkpoints, reduce_dtype
+        self._whole: set[nn.Parameter] = set()  # trained parameters that are not sharded
 
     def setup_environment(self) -> None:
         # Lightning's own "auto" would give all ranks the same data.
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
-    def shard(self, module: nn.Module, unsharded: Iterable[nn.Parameter] = ()) -> None:
+    def shard(
+        self,
+        module: nn.Module,
+        unsharded: Iterable[nn.Parameter] = (),
+        *,
+        gather_in_float32: bool = False,
+    ) -> None:
         """Shard `module` in place: its blocks one by one, then the rest. The parameters `unsharded`
         stay as they are.
         """
-        # Resharded after every forward: otherwise the EMA's parameters would not be those that run.
-        options = {
-            "mesh": self.device_mesh["data_parallel"],
-            "mp_policy": self._policy,
-            "ignored_params": set(unsharded),
-        }
-        for block in (*_blocks(module), module):
-            fully_shard(block, reshard_after_forward=True, **options)
-        ends_at_last_tap(module)
+        autocast = self.precision_plugin.precision == "bf16-mixed" and not gather_in_float32
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if autocast else None,
+            reduce_dtype=getattr(torch, self._reduce_dtype),
+            cast_forward_inputs=False,  # bfloat16 knows no step 999 of 1,000
+        )
+        shard(module, self.device_mesh["data_parallel"], policy, unsharded)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        # Now, when no unit is gathered: gathered parameters look like those that are not sharded.
+        parameters = self.lightning_module.parameters()
+        self._whole = {p for p in parameters if not isinstance(p, DTensor)}
+        super().setup_optimizers(trainer)
+
+    @cached_property
+    def _average(self) -> GradientAverage:
+        group = self.device_mesh["data_parallel"].get_group()
+        return GradientAverage(self.world_size, reduce_dtype=self._reduce_dtype, group=group)
+
+    def start_averaging(self, parameters: Sequence[nn.Parameter], *, exact: bool = False) -> None:
+        """Average gradients of unsharded parameters; FSDP2 averages those of shards by itself."""
+        if self.world_size > 1:
+            self._average.start([p for p in parameters if p in self._whole], exact=exact)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients of unsharded parameters; FSDP2 has averaged those of shards."""
-        _average_over_ranks([p for p in parameters if not isinstance(p, DTensor)], self.world_size)
+        """Finish what `start_averaging` began; without it, average now."""
+        if self.world_size > 1:
+            self._average.finish([p for p in parameters if p in self._whole])
 
     # Full checkpoints equal those of one process, so any number of ranks can resume them.
 
@@ -181,9 +196,3 @@ class FullyShardedDataParallel(ModelParallelStrategy):
                 for i, state in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": moments})
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Items of the outermost module lists: a transformer's blocks, a UNet's stages."""
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
