@@ -161,7 +161,9 @@ def check_and_fit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     check_data_fits(cfg, data, teacher)
     warn_size(data, teacher)
     if null := getattr(data, "null", None):
-        teacher.null = Cond(**{name: x.float() for name, x in null.items()})
+        mask = null.get("mask")
+        all_ones = mask is not None and bool((mask == 1).all())
+        teacher.null = Cond(**{name: x.float() for name, x in null.items()}, all_ones=all_ones)
 
 
 def student_of(cfg: DictConfig, teacher: Any) -> Any:

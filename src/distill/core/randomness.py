@@ -80,6 +80,29 @@ def common(seed: int, iteration: int, device: torch.device | str, purpose: str) 
     return generator(seed, iteration, 0, COMMON - zlib.crc32(purpose.encode()), device=device)
 
 
+def on_host(generator: torch.Generator, purpose: str) -> torch.Generator:
+    """A CPU generator for numbers by which Python decides: reading those of a device would wait
+    for it.
+
+    A CPU generator is returned itself. For one on a device it is a new one, seeded by the other's
+    seed and `purpose`; a later call of the same purpose starts it again.
+    """
+    if generator.device.type == "cpu":
+        return generator
+    seed = generator.initial_seed() ^ zlib.crc32(purpose.encode())
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def uniform(count: int, generator: torch.Generator, purpose: str) -> list[float]:
+    """`count` numbers uniform in [0, 1) by which Python decides; see `on_host`."""
+    return torch.rand(count, generator=on_host(generator, purpose)).tolist()
+
+
+def seed_of(generator: torch.Generator, purpose: str = "seed") -> int:
+    """A seed for a generator of numbers that are drawn later; see `on_host`."""
+    return int(torch.randint(2**62, (), generator=on_host(generator, purpose)))
+
+
 def generator(
     seed: int, iteration: int, position: int, stream: int, *, device: torch.device | str = "cpu"
 ) -> torch.Generator:

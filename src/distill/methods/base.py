@@ -16,6 +16,7 @@ from distill.core.randomness import Streams
 from distill.core.types import EMBEDDED, Batch, Cond, Losses, Players, TeacherSampler
 from distill.storage.checkpoint_files import check_fits
 
+MASK_IS_ONES = "mask_is_ones"  # key of a batch on its way to a device
 Phase = Literal["discriminator", "student", "both"]
 """Which player's loss will read the sample; `student_sample` may skip what only the other needs."""
 
@@ -23,8 +24,9 @@ Phase = Literal["discriminator", "student", "both"]
 class Loop(Protocol):
     """What trains the players of a method, as `training.loop.TwoPlayerLoop` does."""
 
-    ema: Ema
-    """The average of the student."""
+    @property
+    def ema(self) -> Ema:
+        """The average of the student."""
 
     @property
     def step(self) -> int:
@@ -145,6 +147,13 @@ class Distillation(L.LightningModule, ABC):
         x_t = self.student.process.diffuse(x0, noise, t)
         return torch.where((t == 1).view(-1, 1, 1, 1), noise, x_t)
 
+    def on_before_batch_transfer(
+        self, batch: Mapping[str, Any], dataloader_idx: int
+    ) -> Mapping[str, Any]:
+        """Note what Python must know of the batch, while it is still on the host."""
+        mask = batch.get("mask")
+        return batch if mask is None else {**batch, MASK_IS_ONES: bool((mask == 1).all())}
+
     @torch.no_grad()
     def prepare_batch(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
         """A batch of the loader, made ready for the losses: captions embedded, pictures encoded.
@@ -152,10 +161,12 @@ class Distillation(L.LightningModule, ABC):
         With `real` the teacher generates x0, even where the data hold samples.
         """
         noise, pixels = batch.get("noise"), None
-        cached = {name: batch[name].float() for name in EMBEDDED if name in batch}
+        cached: dict[str, Any] = {name: batch[name].float() for name in EMBEDDED if name in batch}
         captions = tuple(batch["caption"])
         embed = self.teacher.embed
-        cond = Cond(**cached, null=embed([""]).null) if cached else embed(batch["caption"])
+        if cached:
+            cached |= {"null": embed([""]).null, "all_ones": batch.get(MASK_IS_ONES, False)}
+        cond = Cond(**cached) if cached else embed(batch["caption"])
         if self.teacher_samples is not None:
             shape = (len(cond), *self.teacher.latent_shape)
             noise = torch.randn(shape, generator=generator, device=self.device)
