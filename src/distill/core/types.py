@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distill.core.process import Process
 from distill.core.times import Times as Times
+from distill.core.transfers import send
 
 EMBEDDED = ("tokens", "pooled", "mask", "extra")  # tensors of a Cond, and their names in a cache
 Terms = dict[str, Tensor]
@@ -76,7 +77,7 @@ class Cond:
 
     def index(self, i: slice | Tensor) -> Cond:
         """The samples at a slice, a long tensor of positions or a bool tensor [B]."""
-        return self._map(lambda x: x[i.to(x.device) if isinstance(i, Tensor) else i])
+        return self._map(lambda x: x[send(i, x.device) if isinstance(i, Tensor) else i])
 
     def unconditional(self) -> Cond:
         """The empty caption for every sample, without a copy."""
