@@ -455,7 +455,8 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
     checkpoints.folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         logger.log_metrics({"g/adv": 0.5}, step)
-    method = SimpleNamespace(step=3, loop=SimpleNamespace(updated=True, last_logged={}))
+    loop = SimpleNamespace(due=lambda every, last: True, settle=lambda: None, last_logged={})
+    method = SimpleNamespace(step=3, loop=loop)
     saved = {
         "loggers": [logger],
         "save_checkpoint": lambda path: checkpoint_files.write_checkpoint({}, path),
@@ -484,7 +485,13 @@ def test_processes_tell_each_other_of_a_signal_on_their_own_device(tmp_path):
             return torch.zeros(())
 
     trainer = SimpleNamespace(world_size=2, strategy=Strategy(), should_stop=False, max_steps=9)
-    loop = SimpleNamespace(updated=False)
+    loop = SimpleNamespace(due=lambda every, last: False, signalled=False)
     method = SimpleNamespace(device=torch.device("meta"), loop=loop)
-    Checkpoints().on_train_batch_end(trainer, method)
-    assert told == [("meta", "max")]
+    checkpoints = Checkpoints()
+    checkpoints._save = lambda *_: told.append("saved")
+    checkpoints.on_train_batch_end(trainer, method)
+    assert told == []  # until a row of values brings the news, nobody asks
+    loop.signalled = True
+    checkpoints.on_train_batch_end(trainer, method)
+    assert told == [("meta", "max"), "saved"]
+    assert not loop.signalled

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distill.core.transfers import host_values
+
 Prediction = Literal["eps", "v", "x0", "flow"]
 
 
@@ -64,9 +66,9 @@ class Process(ABC):
         a, b = _coefficients(prediction, alpha, sigma)
         if prediction == "x0":  # the quotient below would be 0 / 0 at sigma = 0
             return pred.to(x_t.dtype)
-        # Reading values synchronises a GPU, so check only where the division can fail. v and flow
-        # divide by alpha^2 + sigma^2 and alpha + sigma; most eps processes never reach alpha = 0.
-        if prediction == "eps" and self.ends_in_noise and bool((alpha == 0).any()):
+        # Checked only where the division can fail. v and flow divide by alpha^2 + sigma^2 and
+        # alpha + sigma; most eps processes never reach alpha = 0.
+        if prediction == "eps" and self.ends_in_noise and self._vanishes("alpha", t):
             what = (
                 "an eps prediction says nothing about x0 where alpha(t) = 0, which is so at t = 1"
                 " of this process"
@@ -86,11 +88,20 @@ class Process(ABC):
         a, b = _coefficients(prediction, alpha, sigma)
         if prediction == "x0":
             return x0.to(x_t.dtype)
-        if bool((sigma == 0).any()):
+        if self._vanishes("sigma", t):
             raise ValueError(
                 f"x_t holds no noise where sigma(t) = 0, and {prediction} is undefined; use t > 0"
             )
         return ((b * x_t - (b * alpha - a * sigma) * x0) / sigma).to(x_t.dtype)
+
+    def _vanishes(self, name: Literal["alpha", "sigma"], t: Tensor) -> bool:
+        """Whether alpha or sigma is 0 at one of t [B]; False where only a read of a device would
+        say so. There the quotient is not finite, and neither is the gradient.
+        """
+        known = host_values(t)
+        if known is None:
+            return False
+        return bool((self._levels(precise(known))[name == "sigma"] == 0).any())
 
     def _columns(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), broadcastable to x [B, ...], in float32, or float64 for a float64
@@ -211,11 +222,6 @@ class VariancePreserving(Process):
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise of the shape, dtype and device of x."""
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-
-def seed_of(generator: torch.Generator) -> int:
-    """A seed for `generator_like`. A record holds it in place of numbers that are drawn later."""
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def generator_like(x: Tensor, seed: int) -> torch.Generator:

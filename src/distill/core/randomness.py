@@ -11,8 +11,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from distill.core.transfers import send
+
+if TYPE_CHECKING:
+    from distill.core.types import Times
 
 FromStream = Callable[[], torch.Generator]
 """Each call returns a new generator with the same seed."""
@@ -78,6 +85,49 @@ def streams(
 def common(seed: int, iteration: int, device: torch.device | str, purpose: str) -> torch.Generator:
     """A generator that is the same on every rank, for every micro-batch and at every call."""
     return generator(seed, iteration, 0, COMMON - zlib.crc32(purpose.encode()), device=device)
+
+
+def on_host(generator: torch.Generator, purpose: str) -> torch.Generator:
+    """A CPU generator for numbers by which Python decides: reading those of a device would wait
+    for it.
+
+    A CPU generator is returned itself. For one on a device it is a new one, seeded by the other's
+    seed and `purpose`; a later call of the same purpose starts it again.
+    """
+    if generator.device.type == "cpu":
+        return generator
+    seed = generator.initial_seed() ^ zlib.crc32(purpose.encode())
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def uniform(count: int, generator: torch.Generator, purpose: str) -> list[float]:
+    """`count` numbers uniform in [0, 1) by which Python decides; see `on_host`."""
+    return torch.rand(count, generator=on_host(generator, purpose)).tolist()
+
+
+def levels_like(
+    x: Tensor,
+    times: Times,
+    step: int,
+    generator: torch.Generator,
+    purpose: str = "levels",
+    convert: Callable[[Tensor], Tensor] = lambda t: t,
+    *,
+    one: bool = False,
+) -> Tensor:
+    """A level t [B] for each sample of x [B, ...], on its device; with `one` the same for all.
+
+    They are drawn and converted on the host, and `transfers.host_values` gives them there: what
+    Python decides by them need not wait for the device. `purpose` names the draw where one
+    generator serves several.
+    """
+    t = convert(times.sample(1 if one else len(x), step, on_host(generator, purpose)))
+    return send(t.expand(len(x)), x.device)
+
+
+def seed_of(generator: torch.Generator, purpose: str = "seed") -> int:
+    """A seed for a generator of numbers that are drawn later; see `on_host`."""
+    return int(torch.randint(2**62, (), generator=on_host(generator, purpose)))
 
 
 def generator(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from distill.core.randomness import uniform
+
 Numbers = Sequence[float]
 
 
@@ -111,7 +113,7 @@ class Refinement:
         """Levels of the earlier sampling steps, and of the one that is trained, after `step`
         updates.
         """
-        u = torch.rand(3, generator=generator, device=generator.device).tolist()
+        u = uniform(3, generator, "steps")
         most = sum(step >= start for start in self.refine)
         n = 1 if u[0] < self.one_step else 1 + int(u[1] * most)
         steps = list(self.levels[n - 1])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.core.process import Process
+from distill.core.transfers import send
 
 EMBEDDED = ("tokens", "pooled", "mask", "extra")  # tensors of a Cond, and their names in a cache
 Terms = dict[str, Tensor]
@@ -35,8 +36,8 @@ class Cond:
 
     tokens [B, L, D]; pooled [B, P]; mask [B, L], the weight of each token in attention (0 hides
     it); extra [B, E], other numbers (SDXL's time ids); null, the same record of batch size 1 for
-    the empty caption, which every operation passes on unchanged. Raises ValueError for unequal
-    batch sizes.
+    the empty caption, which every operation passes on unchanged; all_ones, whether all of the
+    mask is known to be 1, so that nobody need read it. Raises ValueError for unequal batch sizes.
     """
 
     tokens: Tensor
@@ -44,6 +45,7 @@ class Cond:
     mask: Tensor | None = None
     extra: Tensor | None = None
     null: Cond | None = None
+    all_ones: bool = False
 
     def __post_init__(self) -> None:
         sizes = {name: len(x) for name, x in self.tensors().items()}
@@ -74,7 +76,7 @@ class Cond:
 
     def index(self, i: slice | Tensor) -> Cond:
         """The samples at a slice, a long tensor of positions or a bool tensor [B]."""
-        return self._map(lambda x: x[i.to(x.device) if isinstance(i, Tensor) else i])
+        return self._map(lambda x: x[send(i, x.device) if isinstance(i, Tensor) else i])
 
     def unconditional(self) -> Cond:
         """The empty caption for every sample, without a copy."""
@@ -104,7 +106,8 @@ class Cond:
         concatenated: dict[str, Any] = {
             name: torch.cat([part[name] for part in parts]) for name in parts[0]
         }
-        return Cond(**concatenated, null=next((c.null for c in conds if c.null is not None), None))
+        null = next((c.null for c in conds if c.null is not None), None)
+        return Cond(**concatenated, null=null, all_ones=all(c.all_ones for c in conds))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by name, without those of the null."""
@@ -114,6 +117,12 @@ class Cond:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Cond:
         changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
         return replace(self, **changed)
+
+
+def mask_is_ones(tensors: Mapping[str, Any]) -> bool:
+    """Whether these tensors of a Cond, on the host, hold a mask of nothing but 1."""
+    mask = tensors.get("mask")
+    return mask is not None and bool((mask == 1).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,10 +275,14 @@ class Heads(Protocol):
         every rank.
         """
 
-    def refresh(self, generator: torch.Generator) -> Sequence[torch.nn.Parameter]:
+    def refresh(
+        self, generator: torch.Generator, applied: Tensor | None = None
+    ) -> Sequence[torch.nn.Parameter]:
         """Called after each student step. Returns the parameters that were re-initialised.
 
-        Their optimiser state is then cleared.
+        Their optimiser state is then cleared. `applied` is None, or a bool [] on their device:
+        where it is false the student's update was skipped, and they must keep their values. Python
+        does not know it yet; for heads whose `refresh` does not take it, it waits.
         """
 
 

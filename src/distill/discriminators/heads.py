@@ -28,7 +28,9 @@ class AllHeads(nn.Module):
     def draw(self, generator: torch.Generator) -> Self:
         return self
 
-    def refresh(self, generator: torch.Generator) -> Sequence[nn.Parameter]:
+    def refresh(
+        self, generator: torch.Generator, applied: Tensor | None = None
+    ) -> Sequence[nn.Parameter]:
         return ()
 
 

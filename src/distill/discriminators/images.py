@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from distill.core.half_weights import HalfWeights
+from distill.core.randomness import uniform
 from distill.core.types import Cond
 from distill.machine.faults import first_line
 from distill.storage.hub_settings import check_folder
@@ -125,7 +126,7 @@ class ImageFeatures(nn.Module):
             x = diff_augment(x, generator)
         x = (x + 1) / 2
         if generator is not None and self.crop and min(x.shape[-2:]) > self.size:
-            coin, top, left = torch.rand(3, generator=generator, device=generator.device).tolist()
+            coin, top, left = uniform(3, generator, "crop")
             if coin < self.crop:
                 i, j = (
                     int(u * (n - self.size + 1))

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from distill.core.randomness import on_host, uniform
+from distill.core.transfers import host_values, send
 from distill.core.types import Cond, Logits
 
 # Channels per group: the last maps may have one position, and norming two values leaves two signs.
@@ -85,17 +87,21 @@ class Pool(nn.Module):
 
         All ranks pass generators of one seed, so that all train the same heads.
         """
-        u = torch.rand(len(self.heads_of), generator=generator, device=generator.device).tolist()
+        u = uniform(len(self.heads_of), generator, "draw")
         pairs = zip(u, self.heads_of.items(), strict=True)
         return DrawnHeads(self, {part: heads[int(x * len(heads))] for x, (part, heads) in pairs})
 
     @torch.no_grad()
-    def refresh(self, generator: Generator) -> list[nn.Parameter]:
-        """Re-initialise each head with probability `refresh`; returns the parameters of those."""
-        u = torch.rand(len(self.heads), generator=generator, device=generator.device)
+    def refresh(self, generator: Generator, applied: Tensor | None = None) -> list[nn.Parameter]:
+        """Re-initialise each head with probability `refresh`; returns the parameters of those.
+
+        Where `applied`, a bool [] on their device, is false they keep their values.
+        """
+        u = torch.rand(len(self.heads), generator=on_host(generator, "refresh"))
         refreshed = (u < self.refresh_rate).nonzero().flatten().tolist()
         for i in refreshed:
-            self.heads[i].copy_(self._initial(self.map_of_head[i], generator))
+            head, initial = self.heads[i], self._initial(self.map_of_head[i], generator)
+            head.copy_(initial if applied is None else torch.where(applied, initial, head))
         return [self.heads[i] for i in refreshed]
 
     def logits_of(self, heads: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
@@ -189,15 +195,19 @@ class DrawnHeads:
         return [self.pool.heads[i] for i in self._used]
 
     def __call__(self, maps: Sequence[Tensor], t: Tensor, cond: Cond) -> Logits:
-        nearest = (t[:, None] - t.new_tensor(self.pool.levels)).abs().argmin(dim=1)
+        known = host_values(t)  # of a t that is on the device alone this must wait for a read
+        times = t.cpu() if known is None else known
+        nearest = (times[:, None] - times.new_tensor(self.pool.levels)).abs().argmin(dim=1)
         rows, parts = [], []
         for level in nearest.unique().tolist():
             rows.append((nearest == level).nonzero().flatten())
             heads = [self.head_of[level, name] for name in self.pool.channels]
             self._used |= dict.fromkeys(heads)
-            all_rows = len(rows[-1]) == len(t)
-            parts.append(
-                self.pool.logits_of(heads, maps if all_rows else [m[rows[-1]] for m in maps])
-            )
-        values = torch.cat([torch.cat(part, dim=1) for part in parts])[torch.cat(rows).argsort()]
+            if len(rows[-1]) == len(t):
+                parts.append(self.pool.logits_of(heads, maps))
+            else:
+                chosen = send(rows[-1], t.device)
+                parts.append(self.pool.logits_of(heads, [m[chosen] for m in maps]))
+        order = send(torch.cat(rows).argsort(), t.device)
+        values = torch.cat([torch.cat(part, dim=1) for part in parts])[order]
         return Logits(values, tuple(part.shape[1] for part in parts[0]))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
+from distill.core.randomness import uniform
 from distill.core.types import Cond, Teacher
 
 GLOBAL, LOCAL, LOCAL_NULL = TASKS = ("global", "local", "local_null")
@@ -97,9 +98,8 @@ class TeacherFeatures:
         """
         corner = []
         cell = self._teacher.patch
-        device = generator.device if generator else None
-        uniform = torch.rand(2, generator=generator, device=device).tolist()
-        for dim, u in zip((2, 3), uniform, strict=True):
+        place = torch.rand(2).tolist() if generator is None else uniform(2, generator, "patch")
+        for dim, u in zip((2, 3), place, strict=True):
             cells = x.shape[dim] // cell
             size = max(1, round(self.patch * cells))
             corner.append(cell * int(u * (cells - size + 1)))

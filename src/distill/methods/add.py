@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from distill.core import losses
-from distill.core.process import Corner, generator_like, noise_like, seed_of, square
-from distill.core.randomness import Streams
+from distill.core.process import Corner, generator_like, noise_like, square
+from distill.core.randomness import Streams, levels_like, seed_of, uniform
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
 from distill.core.types import Batch, Cond, Critic, Decoder, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
@@ -100,10 +100,10 @@ class ADD(Distillation):
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         g = streams.sample
         return Draws(
-            s=self.levels.sample(len(batch), streams.step, g),
+            s=levels_like(batch.x0, self.levels, streams.step, g),
             noise=noise_like(batch.x0, g),
-            corner=torch.rand(2, generator=g, device=batch.x0.device).tolist(),
-            augment_seeds=(seed_of(g), seed_of(g)),
+            corner=uniform(2, g, "corner"),
+            augment_seeds=(seed_of(g, "real"), seed_of(g, "fake")),
             distill=self.distill.draw(batch.x0, streams.student) if self.distill_weight else None,
             critic=self.heads.draw(streams.common("heads")),
             gamma=0.0 if streams.iteration % self.r1_every else self.r1_weight * self.r1_every,

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from distill.core.ema import Ema
 from distill.core.limits import check_space
 from distill.core.randomness import Streams
-from distill.core.types import EMBEDDED, Batch, Cond, Losses, Players, TeacherSampler
+from distill.core.types import (
+    EMBEDDED,
+    Batch,
+    Cond,
+    Losses,
+    Players,
+    TeacherSampler,
+    mask_is_ones,
+)
 from distill.storage.checkpoint_files import check_fits
 
+MASK_IS_ONES = "mask_is_ones"  # key of a batch on its way to a device
 Phase = Literal["discriminator", "student", "both"]
 """Which player's loss will read the sample; `student_sample` may skip what only the other needs."""
 
@@ -23,8 +32,9 @@ Phase = Literal["discriminator", "student", "both"]
 class Loop(Protocol):
     """What trains the players of a method, as `training.loop.TwoPlayerLoop` does."""
 
-    ema: Ema
-    """The average of the student."""
+    @property
+    def ema(self) -> Ema:
+        """The average of the student."""
 
     @property
     def step(self) -> int:
@@ -32,6 +42,9 @@ class Loop(Protocol):
 
     def start_ema(self, student: Any) -> None:
         """Start a new EMA from the present weights."""
+
+    def settle(self) -> None:
+        """Read what is still on its way from the device."""
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
         """The student's optimiser, then that of the heads if there are any."""
@@ -146,6 +159,12 @@ class Distillation(L.LightningModule, ABC):
         x_t = self.student.process.diffuse(x0, noise, t)
         return torch.where((t == 1).view(-1, 1, 1, 1), noise, x_t)
 
+    def on_before_batch_transfer(
+        self, batch: Mapping[str, Any], dataloader_idx: int
+    ) -> Mapping[str, Any]:
+        """Note what Python must know of the batch, while it is still on the host."""
+        return {**batch, MASK_IS_ONES: mask_is_ones(batch)}
+
     @torch.no_grad()
     def prepare_batch(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
         """A batch of the loader, made ready for the losses: captions embedded, pictures encoded.
@@ -153,10 +172,12 @@ class Distillation(L.LightningModule, ABC):
         With `real` the teacher generates x0, even where the data hold samples.
         """
         noise, pixels = batch.get("noise"), None
-        cached = {name: batch[name].float() for name in EMBEDDED if name in batch}
+        cached: dict[str, Any] = {name: batch[name].float() for name in EMBEDDED if name in batch}
         captions = tuple(batch["caption"])
         embed = self.teacher.embed
-        cond = Cond(**cached, null=embed([""]).null) if cached else embed(batch["caption"])
+        if cached:
+            cached |= {"null": embed([""]).null, "all_ones": batch.get(MASK_IS_ONES, False)}
+        cond = Cond(**cached) if cached else embed(batch["caption"])
         if self.teacher_samples is not None:
             shape = (len(cond), *self.teacher.latent_shape)
             noise = torch.randn(shape, generator=generator, device=self.device)
@@ -231,6 +252,9 @@ class Distillation(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._training_loop.on_train_start(self)
+
+    def on_train_end(self) -> None:
+        self._training_loop.settle()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._training_loop.training_step(self, batch)

@@ -71,7 +71,7 @@ class ConsistencyDistillation(Distillation):
         super().__init__(players, real=real, loop=loop)
         if steps < 1:
             raise ValueError(f"method.steps={steps}: must be at least 1")
-        self.steps, self.guidance, self.huber = steps, torch.tensor(float(guidance)), huber
+        self.steps, self.guidance, self.huber = steps, float(guidance), huber
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         n, g = len(batch), streams.sample

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.core import losses
 from distill.core.process import noise_like
-from distill.core.randomness import FromStream, Streams
+from distill.core.randomness import FromStream, Streams, levels_like
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
 from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
@@ -96,7 +96,7 @@ class LADD(Distillation):
         self.second_order = r1_weight > 0
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
-        t = self.levels.sample(len(batch), streams.step, streams.sample)
+        t = levels_like(batch.x0, self.levels, streams.step, streams.sample)
         noise = noise_like(batch.x0, streams.sample)
         renoising = self._renoising(batch, streams.step, streams.sample)
         # Real is renoised for each update (ours); the fake's maps are made once, for both players.
@@ -174,6 +174,6 @@ class LADD(Distillation):
         return self._maps(batch.x0, renoising, batch, draws)
 
     def _renoising(self, batch: Batch, step: int, generator: torch.Generator) -> Renoising:
-        t_hat = self.renoise.sample(len(batch), step, generator)  # sigmoid(m + s u)
-        t = self.teacher.process.from_flow_time(t_hat)
+        to_t = self.teacher.process.from_flow_time  # of t_hat = sigmoid(m + s u)
+        t = levels_like(batch.x0, self.renoise, step, generator, "renoise", to_t)
         return Renoising(t, noise_like(batch.x0, generator))

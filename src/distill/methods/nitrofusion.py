@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill.core import losses
 from distill.core.process import level_like, noise_like
-from distill.core.randomness import FromStream, Streams
+from distill.core.randomness import FromStream, Streams, levels_like
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
 from distill.core.times import Refinement
 from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Terms, Times
@@ -108,19 +108,19 @@ class NitroFusion(Distillation):
         self.distill = distill or ScoreDistillation()
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
-        g, n = streams.sample, len(batch)
+        g = streams.sample
         x_T = noise_like(batch.x0, g) if batch.noise is None else batch.noise
         earlier, trained = self.refinement.draw(streams.step, streams.common("steps"))
         step_noises = [noise_like(batch.x0, g) for _ in earlier]
         noise = noise_like(batch.x0, g)
-        t = self.renoise.sample(n if self.mixed else 1, streams.step, streams.common("t*"))
+        t = levels_like(x_T, self.renoise, streams.step, streams.common("t*"), one=not self.mixed)
         warm_start = streams.step < self.warm_start
         distilled = self.distill_weight and warm_start
         return Draws(
             x_T=x_T,
             levels=[*earlier, trained],
             step_noises=step_noises,
-            t=t.expand(n),
+            t=t,
             noise=noise,
             real_noise=noise if self.shared else noise_like(batch.x0, streams.discriminator[0]),
             distill=self.distill.draw(batch.x0, streams.student) if distilled else None,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.core.losses import weighted_mse
 from distill.core.process import noise_like
-from distill.core.randomness import Streams
+from distill.core.randomness import Streams, levels_like
 from distill.core.types import Batch, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
 
@@ -66,7 +66,7 @@ class Regression(Distillation):
             raise ValueError(
                 "regression needs the noise of each sample: data.seeded=true, or method.real"
             )
-        t = self.levels.sample(len(batch), streams.step, streams.sample)
+        t = levels_like(batch.x0, self.levels, streams.step, streams.sample)
         fresh = noise_like(batch.x0, streams.sample)
         return Draws(t=t, noise=torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, fresh))
 

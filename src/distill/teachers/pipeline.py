@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.core.limits import AT_ONCE, at_once
 from distill.core.process import Prediction, Process
 from distill.core.tensors import fingerprint
+from distill.core.transfers import send
 from distill.core.types import Cond
 from distill.machine.faults import quiet_logging
 from distill.teachers.families import Family
@@ -221,7 +222,7 @@ class PipelineTeacher(nn.Module, Family):
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if not mean or not std:  # a pipeline needs both
             return config.get("shift_factor") or 0.0, 1.0
-        mean, std = (torch.tensor(y, dtype=x.dtype, device=x.device) for y in (mean, std))
+        mean, std = (send(torch.tensor(y, dtype=x.dtype), x.device) for y in (mean, std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _longest_tokenizer(self) -> tuple[Any, int]:

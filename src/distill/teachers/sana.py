@@ -12,6 +12,7 @@ from diffusers import SanaPipeline
 from torch import Tensor
 
 from distill.core.process import RectifiedFlow
+from distill.core.transfers import send
 from distill.core.types import Cond
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.transformer import Transformer
@@ -75,9 +76,8 @@ class Sana(PipelineTeacher):
         if self.instruction is None or "" not in captions:
             return cond
         empty = self._read([""], None)
-        has_text = torch.tensor([caption != "" for caption in captions], device=cond.tokens.device)[
-            :, None
-        ]
+        has_text = torch.tensor([caption != "" for caption in captions])[:, None]
+        has_text = send(has_text, cond.tokens.device)
         tokens = torch.where(has_text[..., None], cond.tokens, empty.tokens)
         return Cond(tokens=tokens, mask=torch.where(has_text, cond.mask, empty.mask))
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.core.limits import check_zero_snr
 from distill.core.process import Prediction, Process, RectifiedFlow, VariancePreserving
+from distill.core.transfers import send
 from distill.core.types import Cond
 from distill.teachers.attention import Attention
 from distill.teachers.loading.settings import prediction_of
@@ -202,9 +203,9 @@ class SD(PipelineTeacher):
             options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
             tokens, _ = self.pipeline.encode_prompt(captions, self.device, **options)
         else:
-            tokens = self._skipped(ids.to(self.device))
+            tokens = self._skipped(send(ids, self.device))
         # SD has no pooled embedding; CLIP pools its last hidden state at the end-of-text token.
-        end = (ids == tokenizer.eos_token_id).int().argmax(dim=1).to(tokens.device)
+        end = send((ids == tokenizer.eos_token_id).int().argmax(dim=1), tokens.device)
         return Cond(
             tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end]
         )

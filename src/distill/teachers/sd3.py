@@ -54,7 +54,7 @@ class MMDiT(Transformer):
             "pooled_projections": cond.pooled,
             "timestep": 1000 * t,
         }
-        with token_weights(self._silent_tokens, cond.mask, image_tokens):
+        with token_weights(self._silent_tokens, cond.mask, image_tokens, cond.all_ones):
             return self.model(x_t, **inputs).sample
 
 
@@ -104,4 +104,4 @@ class SD3(PipelineTeacher):
         counts = torch.ones(tokens.shape[:2], device=tokens.device)
         if silent:  # one zero token replaces all of them
             counts[:, -1] = SILENT_TOKENS
-        return Cond(tokens=tokens, pooled=pooled, mask=counts)
+        return Cond(tokens=tokens, pooled=pooled, mask=counts, all_ones=not silent)

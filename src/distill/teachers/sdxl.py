@@ -13,6 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from distill.core.process import Prediction, Process
+from distill.core.transfers import send
 from distill.core.types import Cond
 from distill.teachers.sd import SD, UNet, step_of
 
@@ -35,7 +36,7 @@ class UNetXL(UNet):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = (side * self.cell for side in x_t.shape[-2:])
-        size = x_t.new_tensor([height, width]).expand(len(x_t), -1)
+        size = send(torch.tensor([height, width], dtype=x_t.dtype), x_t.device).expand(len(x_t), -1)
         placement = (
             torch.cat([size, torch.zeros_like(size)], 1) if cond.extra is None else cond.extra
         )
@@ -44,7 +45,7 @@ class UNetXL(UNet):
         return self.model(x_t, step_of(self.process, t), **conditioning).sample
 
     def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
-        placement = torch.tensor([*full, *corner], device=cond.tokens.device) * self.cell
+        placement = send(torch.tensor([*full, *corner]), cond.tokens.device) * self.cell
         extra = placement.to(cond.tokens.dtype).expand(len(cond), -1)
         return replace(cond, extra=extra)
 
@@ -78,6 +79,6 @@ class SDXL(SD):
         options["clip_skip"] = self.clip_skip
         tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **options)
         if self.pipeline.config.force_zeros_for_empty_prompt:  # the empty caption is all zeros
-            has_text = torch.tensor([caption != "" for caption in captions], device=tokens.device)
+            has_text = send(torch.tensor([caption != "" for caption in captions]), tokens.device)
             tokens, pooled = tokens * has_text[:, None, None], pooled * has_text[:, None]
         return Cond(tokens=tokens, pooled=pooled)

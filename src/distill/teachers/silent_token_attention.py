@@ -77,14 +77,20 @@ def set_silent_token_attention(transformer: nn.Module) -> SilentTokenAttention:
 
 
 def token_weights(
-    processor: SilentTokenAttention, counts: Tensor | None, image_tokens: int
+    processor: SilentTokenAttention,
+    counts: Tensor | None,
+    image_tokens: int,
+    all_ones: bool = False,
 ) -> AbstractContextManager[None]:
     """Within this context text token i has the weight of counts[:, i] tokens (0 hides it).
 
-    `counts` is [B, L] or None.
+    `counts` is [B, L] or None; `all_ones` says that it holds nothing but 1. On a device it is not
+    read: unless it is known to be so, 1 is a weight like any other.
     """
     bias = None
-    if counts is not None and not bool((counts == 1).all()):
+    if counts is not None and counts.device.type == "cpu":
+        all_ones = bool((counts == 1).all())
+    if counts is not None and not all_ones:
         no_bias = counts.new_zeros(len(counts), image_tokens, dtype=torch.float32)
         bias = torch.cat([no_bias, counts.float().log()], dim=1)[:, None, None]
     return processor.biased(bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.core.limits import at_once
 from distill.core.tensors import full_tensor
-from distill.core.types import EMBEDDED, Cond
+from distill.core.types import EMBEDDED, Cond, mask_is_ones
 from distill.data.lines import Lines
 from distill.machine.hardware import autocast
 from distill.methods.base import Distillation
@@ -86,15 +86,15 @@ class Health(L.Callback):
         return some
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if not (self._before and pl_module.loop.updated):
+        if not (self._before and pl_module.loop.due(1)):
             return
         change = torch._foreach_sub(
             self._before, [p.detach() for p in self._chosen_parameters(pl_module)]
         )
-        change_norm, weight_norm = (
-            float(full_tensor(torch.stack(torch._foreach_norm(x)).norm()))
-            for x in (change, self._before)
-        )
+        norms = [
+            full_tensor(torch.stack(torch._foreach_norm(x)).norm()) for x in (change, self._before)
+        ]
+        change_norm, weight_norm = torch.stack(norms).tolist()
         now = (time.monotonic(), pl_module.loop.images_seen)
         values = {"g/update_ratio": change_norm / weight_norm}
         if self._last:
@@ -132,15 +132,19 @@ class Alarms(L.Callback):
                 self.path, b"".join(line for line in lines if _is_up_to(line, pl_module.step))
             )
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        values = pl_module.loop.last_logged
-        if pl_module.loop.updated and all(k in values for k in CRITIC_STATS):
+        self._speaks, self._has_r1 = trainer.is_global_zero, hasattr(pl_module, "r1_weight")
+        if self._note not in pl_module.loop.listeners:
+            pl_module.loop.listeners.append(self._note)
+
+    def _note(self, values: dict[str, float], step: int, updated: bool) -> None:
+        """Take the values of an iteration, which on a GPU are read during the next one."""
+        if updated and all(k in values for k in CRITIC_STATS):
             self._stats.append([values[k] for k in CRITIC_STATS])
         if len(self._stats) == self.window:
             means = torch.tensor(self._stats).mean(0).tolist()
-            message = alarm(*means, r1=hasattr(pl_module, "r1_weight"))
-            if message and message != self._last and trainer.is_global_zero:
-                self._report(pl_module.step, message)
+            message = alarm(*means, r1=self._has_r1)
+            if message and message != self._last and self._speaks:
+                self._report(step, message)
             self._stats, self._last = [], message
 
     def _report(self, step: int, message: str) -> None:
@@ -224,9 +228,7 @@ class Samples(L.Callback):
             raise ValueError(problem)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
-        if pl_module.loop.updated and (
-            pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
-        ):
+        if pl_module.loop.due(self.every, trainer.max_steps):
             self._write_pictures(trainer, pl_module)
 
     def _prompts_from_data(self, data: Any, teacher: Any) -> None:
@@ -236,7 +238,8 @@ class Samples(L.Callback):
         names = [name for name in EMBEDDED if name in items[0]]
         cached = {name: torch.stack([item[name] for item in items]).float() for name in names}
         if cached:
-            self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
+            known = {"null": teacher.embed([""]).null.to("cpu"), "all_ones": mask_is_ones(cached)}
+            self._cond = Cond(**cached, **known)
 
     @torch.no_grad()
     def _write_pictures(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:

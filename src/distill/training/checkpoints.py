@@ -1,5 +1,5 @@
 """When checkpoints are written: every so many steps, at the end, and when a signal stops
-the run.
+the run, after the current iteration; of several processes on a GPU after the next one.
 """
 
 import difflib
@@ -92,6 +92,7 @@ class Checkpoints(L.Callback):
         self._best: float | None = None
         self._best_checked = best is None  # whether `best` was logged, or its absence reported
         self._handlers: dict[int, Any] = {}
+        self._loop: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}
@@ -117,6 +118,7 @@ class Checkpoints(L.Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "resume_at"):  # rows after the checkpoint are logged again
                 logger.resume_at(pl_module.step, pl_module.loop.iteration)
+        self._loop = pl_module.loop
         self._handlers = set_handlers(self._on_signal)
 
     def _move_later_files(self, step: int) -> None:
@@ -141,34 +143,46 @@ class Checkpoints(L.Callback):
         print(f"resuming from step {step}: {what}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:  # one rank may have got a signal that no row has brought yet
+            self.stopped_by = self._of_all(trainer, pl_module)
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self.on_train_end(trainer, pl_module)
+        self._restore_handlers()
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         mark_handled(number)  # a second signal ends the run at once, without a checkpoint
         self.stopped_by = signal.Signals(number)
+        self._loop.own_signal = number
+
+    def _of_all(self, trainer: L.Trainer, pl_module: Any) -> signal.Signals | None:
+        """The signal that any rank has received. All ranks must call this."""
+        own = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
+        number = trainer.strategy.reduce(own, reduce_op="max")
+        return signal.Signals(int(number)) if number else None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
         self._best_checked = (
             self._best_checked or self.best in trainer.callback_metrics | pl_module.loop.last_logged
         )
-        if trainer.world_size > 1:  # one rank got the signal; all must save together
-            own = torch.tensor(float(self.stopped_by or 0), device=pl_module.device)
-            number = trainer.strategy.reduce(own, reduce_op="max")
-            self.stopped_by = signal.Signals(int(number)) if number else None
-        trainer.should_stop |= self.stopped_by is not None
-        due = pl_module.loop.updated and (
-            pl_module.step % self.every == 0 or pl_module.step == trainer.max_steps
-        )
-        if due or self.stopped_by:
+        stop = self.stopped_by is not None
+        if trainer.world_size > 1:
+            # One rank got the signal; all must save together. A row of values, which is averaged
+            # over the ranks anyway, has brought the news: asking at every batch would wait.
+            stop, pl_module.loop.signalled = pl_module.loop.signalled, False
+            self.stopped_by = self._of_all(trainer, pl_module) if stop else self.stopped_by
+        trainer.should_stop |= stop
+        if pl_module.loop.due(self.every, trainer.max_steps) or stop:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
+        pl_module.loop.settle()
         step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.last_logged
         path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
         for logger in trainer.loggers:  # first: rows before the checkpoint are not logged again
@@ -176,6 +190,7 @@ class Checkpoints(L.Callback):
         trainer.save_checkpoint(path)
         if not trainer.is_global_zero:
             return
+        self._best_checked = self._best_checked or self.best in known
         if not self._best_checked and step:
             self._best_checked = True
             close = difflib.get_close_matches(str(self.best), list(known), n=1)

@@ -8,14 +8,17 @@ steps. The optional head start trains the discriminator alone for some iteration
 With accumulation the student's sample is computed again in each phase and for every discriminator
 update. It is the same each time, because its random numbers are drawn beforehand.
 
+Nothing here waits for a device. The values of an iteration, and whether its updates were skipped,
+are read in the next one, before its own updates (`settle`). Until then the update counts as
+applied: what is drawn in the next iteration takes it so. On a CPU they are read at once.
+
 In logs `g/` is the generator, that is the student, and `d/` is the discriminator.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +32,10 @@ from distill.core.randomness import Streams
 from distill.core.types import Batch, Losses
 from distill.training.averaging import start_averaging
 from distill.training.loop_settings import LoopSettings, Optimizers
+from distill.training.updates import Applied, Row, refresh_heads, step_if_finite
 
 MicroBatch = tuple[Batch, Any]  # a batch, and the random numbers that its method drew for it
+Listener = Callable[[dict[str, float], int, bool], None]  # values, step, whether it was an update
 log = logging.getLogger("distill.training")
 
 
@@ -49,10 +54,15 @@ class TwoPlayerLoop:
         self.factories, self.settings, self.seed = optimizers, settings or LoopSettings(), seed
         self.iteration, self.images_seen = 0, 0
         self.skipped = 0  # student updates skipped for a gradient that is not finite
-        self.updated = False  # whether the last iteration updated the student
-        self.last_logged: dict[str, float] = {}  # values of the last iteration
-        self.ema: Ema  # of the student
+        self.updated = False  # whether the last iteration updated the student, as far as known
+        self.last_logged: dict[str, float] = {}  # values of the last iteration that was read
+        self.listeners: list[Listener] = []  # called with every row that is read
         self.current: dict[str, Tensor | float] = {}  # values of this iteration, so far
+        self.own_signal = 0  # number of the signal that this process has received
+        self.signalled = False  # whether a process has, as all know from the last row
+        self._ema: Ema  # of the student
+        self._waiting: tuple[Any, Row] | None = None  # the method and what is still to be read
+        self._ahead = 0  # skipped updates that the draws of the next iteration still count
         self._bad_in_a_row = 0  # iterations with a skipped update
         self._pending: list[Batch] = []
         self._peaks: list[list[float]] = []
@@ -62,16 +72,32 @@ class TwoPlayerLoop:
         """Student updates so far."""
         return max(0, self.iteration - self.settings.head_start - self.skipped)
 
+    @property
+    def ema(self) -> Ema:
+        """The average of the student, up to its last update."""
+        self.settle()
+        return self._ema
+
     def start_ema(self, student: nn.Module) -> None:
         """Start a new EMA from the present weights."""
-        self.ema = Ema(student, decay=self.settings.ema_decay)
+        self._ema = Ema(student, decay=self.settings.ema_decay)
+
+    def due(self, every: int, last: int | None = None) -> bool:
+        """Whether the last iteration made an update whose number is `last` or divisible by `every`.
+
+        Where it seems so, the iteration is settled first, so `step` is then certain.
+        """
+        if self.updated and (self.step % every == 0 or self.step == last):
+            self.settle()
+            return self.updated
+        return False
 
     def streams(self, method: Any, micro: int = 0) -> Streams:
         """Generators for this iteration's micro-batch."""
         return randomness.streams(
             seed=self.seed,
             iteration=self.iteration,
-            step=self.step,
+            step=self.step + self._ahead,
             position=self._position(method, micro),
             updates=self.settings.discriminator_updates,
             device=method.device,
@@ -101,20 +127,46 @@ class TwoPlayerLoop:
             (b, method.draw(b, self.streams(method, i))) for i, b in enumerate(batches)
         ]
         applied = self._update_players(method, micro_batches, in_head_start)
-        self.updated = not in_head_start and applied[-1]
+        self.updated = not in_head_start
+        strategy = method.trainer.strategy if method.trainer.world_size > 1 else None
+        about = {"step": self.step, "updated": self.updated}
+        row = Row.of(self.current, applied, strategy, self.own_signal, **about)
+        self._waiting = (method, row)
         self.iteration += 1
-        self.skipped += not in_head_start and not self.updated
-        self._bad_in_a_row = 0 if all(applied) else self._bad_in_a_row + 1
         self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
-        self._log_iteration(method)
+        if row.is_known_bad or not row.late or 0 < method.trainer.max_steps <= self.step:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what is still to be read of the last iteration: count its update, move the average,
+        log its values. Raises FloatingPointError after too many skipped updates.
+        """
+        if self._waiting is None:
+            return
+        (method, row), self._waiting = self._waiting, None
+        values, applied, self.signalled = row.read()
+        if row.updated and not applied[-1]:
+            self.skipped, self.updated = self.skipped + 1, False
+            if row.is_assumed:
+                self._ahead = 1
+                _uncount(method.trainer)
+        elif row.updated:
+            self._ema.update(row.step)
+        self._bad_in_a_row = 0 if all(applied) else self._bad_in_a_row + 1
+        for player, is_applied in zip(row.players, applied, strict=True):
+            if not is_applied and method.global_rank == 0:  # the same on all ranks
+                terms = {k: v for k, v in values.items() if k.startswith(f"{player}/")}
+                what = "step %d: a gradient is not finite, the update is skipped: %s"
+                log.warning(what, row.step, terms)
+        self._log(method, values, row.updated and applied[-1])
         if self._bad_in_a_row >= self.settings.stop_after_bad:
             self._stop_diverged(method)
 
     def _update_players(
         self, method: Any, micro_batches: list[MicroBatch], in_head_start: bool
-    ) -> list[bool]:
-        """Whether each update was applied, the student's last; in the head start it is
-        not updated.
+    ) -> list[tuple[str, Applied]]:
+        """The player of each update, and whether it was applied; the student's is the last. In the
+        head start it is not updated.
         """
         samples: list[Any] = []
         if self.settings.accumulate == 1:  # with several, memory holds one sample at a time
@@ -123,17 +175,17 @@ class TwoPlayerLoop:
                 samples = [method.student_sample(*micro_batches[0], phase)]
         student_optimizer, *head_optimizers = self.optimizers_of(method)
         updates = range(self.settings.discriminator_updates if head_optimizers else 0)
-        applied = [
-            self.update_discriminator(method, micro_batches, samples, head_optimizers[0], update)
-            for update in updates
-        ]
+        applied: list[tuple[str, Applied]] = []
+        for update in updates:
+            more = (micro_batches, samples, head_optimizers[0], update)
+            applied.append(("d", self.update_discriminator(method, *more)))
         # Gradients are released at once. Until the next update they would only take memory, through
         # the peak of the activations.
         for optimizer in head_optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not in_head_start:
             updated = self.update_student(method, micro_batches, samples, student_optimizer)
-            applied.append(updated)
+            applied.append(("g", updated))
             student_optimizer.zero_grad(set_to_none=True)
         return applied
 
@@ -144,7 +196,7 @@ class TwoPlayerLoop:
         samples: list[Any],
         optimizer: Any,
         update: int,
-    ) -> bool:
+    ) -> Applied:
         self.current = {}  # of several updates the last one is logged
         method.heads.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
@@ -161,7 +213,7 @@ class TwoPlayerLoop:
 
     def update_student(
         self, method: Any, micro_batches: list[MicroBatch], samples: list[Any], optimizer: Any
-    ) -> bool:
+    ) -> Applied:
         # skips weight gradients of the heads, which are not needed
         method.heads.requires_grad_(False)
         optimizer.zero_grad(set_to_none=True)
@@ -174,19 +226,11 @@ class TwoPlayerLoop:
         limit = self.settings.clip_student
         updated = self.clip_and_step(method, "g", method.student, optimizer, limit)
         method.heads.requires_grad_(True)
-        if updated:
-            self.ema.update(self.step)
-            self._refresh(method)
+        if method.has_discriminator:
+            _, head_optimizer = self.optimizers_of(method)
+            generator = randomness.common(self.seed, self.iteration, method.device, "refresh")
+            refresh_heads(method.heads, generator, head_optimizer.optimizer, updated)
         return updated
-
-    def _refresh(self, method: Any) -> None:
-        """Re-initialise heads where the discriminator does so, and clear their optimiser state."""
-        if not method.has_discriminator:
-            return
-        _, head_optimizer = self.optimizers_of(method)
-        generator = randomness.common(self.seed, self.iteration, method.device, "refresh")
-        for parameter in method.heads.refresh(generator):
-            head_optimizer.optimizer.state.pop(parameter, None)
 
     def backward(self, method: Any, player: str, losses: Losses) -> None:
         count = self.settings.accumulate
@@ -204,10 +248,12 @@ class TwoPlayerLoop:
 
     def clip_and_step(
         self, method: Any, player: str, module: nn.Module, optimizer: Any, limit: float
-    ) -> bool:
+    ) -> Applied:
         """Average gradients over ranks, clip, step. If the gradient is not finite, no rank is
         updated.
         """
+        self.settle()  # the work of this iteration is queued, so waiting for the last one is free
+        self._ahead = 0
         parameters = [p for p in module.parameters() if p.requires_grad]
         average_gradients = getattr(method.trainer.strategy, "average_gradients", None)
         if average_gradients:
@@ -219,17 +265,9 @@ class TwoPlayerLoop:
         share = self.settings.rate(self.step, method.trainer.max_steps, updates)
         self.current[f"{player}/grad_norm"] = norm
         self.current[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * share
-        if not math.isfinite(norm):
-            terms = {k: float(v) for k, v in self.current.items() if k.startswith(f"{player}/")}
-            if method.global_rank == 0:  # the same on all ranks
-                what = "step %d: a gradient is not finite, the update is skipped: %s"
-                log.warning(what, self.step, terms)
-            return False
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
-        optimizer.step()
-        return True
+        return step_if_finite(optimizer, parameters, norm, limit)
 
     def _stop_diverged(self, method: Any) -> None:
         count, trainer = self._bad_in_a_row, method.trainer
@@ -242,10 +280,11 @@ class TwoPlayerLoop:
 
     # -- logging -----------------------------------------------------------------------------------
 
-    def _log_iteration(self, method: Any) -> None:
+    def _log(self, method: Any, values: dict[str, float], updated: bool) -> None:
         counts = ("step", "iteration", "images_seen", "skipped")
-        self.current |= {name: getattr(self, name) for name in counts}
-        self.last_logged = self._reduced_log(method)
+        self.last_logged = {**values, **{name: float(getattr(self, name)) for name in counts}}
+        for listener in self.listeners:
+            listener(self.last_logged, self.step, updated)
         every = max(1, method.trainer.log_every_n_steps)
         if self.iteration % every and self.iteration != 1:  # the first row comes at once
             return
@@ -253,14 +292,6 @@ class TwoPlayerLoop:
             # log_dict would repeat values that only some iterations have
             values = {k: v for k, v in self.last_logged.items() if k != "step"}
             logger.log_metrics(values, step=self.step)
-
-    def _reduced_log(self, method: Any) -> dict[str, float]:
-        """The logged values as floats, averaged over ranks, with one transfer for all."""
-        kind = {"dtype": torch.float32, "device": method.device}
-        values = torch.stack([torch.as_tensor(v, **kind) for v in self.current.values()])
-        if method.trainer.world_size > 1:
-            values = method.trainer.strategy.reduce(values, reduce_op="mean")
-        return dict(zip(self.current, values.tolist(), strict=True))
 
     # -- optimisers --------------------------------------------------------------------------------
 
@@ -303,10 +334,20 @@ class TwoPlayerLoop:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        counts = ("iteration", "images_seen", "skipped")
-        return {**{name: getattr(self, name) for name in counts}, "ema": self.ema.state_dict()}
+        self.settle()
+        counts = {name: getattr(self, name) for name in ("iteration", "images_seen", "skipped")}
+        ahead = {"ahead": self._ahead} if self._ahead else {}
+        return {**counts, **ahead, "ema": self._ema.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.iteration, self.images_seen = state["iteration"], state["images_seen"]
-        self.skipped = state["skipped"]
-        self.ema.load_state_dict(state["ema"])
+        self.skipped, self._ahead = state["skipped"], state.get("ahead", 0)
+        self._ema.load_state_dict(state["ema"])
+
+
+def _uncount(trainer: Any) -> None:
+    """Take back the student's last step, which Lightning has counted, from `global_step`."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    for tracker in (progress.total, progress.current):
+        tracker.ready -= 1
+        tracker.completed -= 1

@@ -1,0 +1,48 @@
+"""Moves between the host and a device that do not wait for the device's queue of work.
+
+A read (`.item()`, `bool`, `.tolist()`, a blocking copy) returns when all queued work is done, and
+the device then idles until new work is queued. So values that Python decides by are kept on the
+host too, and results are read one iteration late.
+
+    t = send(t, device)        # a copy is queued; host_values(t) is the original
+    late = Later(values)       # a copy is queued
+    ...                        # the work of the next iteration is queued
+    late.read()                # waits for what was queued before the copy, not for the rest
+"""
+
+import torch
+from torch import Tensor
+
+HOST = "_host_values"  # attribute of a sent tensor
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; x itself if it is there. `host_values` of the result is x."""
+    if x.device == device or x.device.type != "cpu":
+        return x.to(device)
+    pinned = x.pin_memory() if device.type == "cuda" else x  # other copies would wait
+    sent = pinned.to(device, non_blocking=True)
+    setattr(sent, HOST, x)
+    return sent
+
+
+def host_values(x: Tensor) -> Tensor | None:
+    """The values of x on the host, if they are known without a read; else None."""
+    return x if x.device.type == "cpu" else getattr(x, HOST, None)
+
+
+class Later:
+    """The values of a flat float tensor, to be read when newer work has been queued."""
+
+    def __init__(self, values: Tensor):
+        self._copy = values.detach().to("cpu", non_blocking=True)
+        self._copied: torch.Event | None = None
+        if values.device.type != "cpu" and torch.accelerator.is_available():
+            self._copied = torch.Event(values.device.type)
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The values. It waits until they have been computed."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copy.tolist()
