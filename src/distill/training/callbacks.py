@@ -19,8 +19,9 @@ from distill.machine.hardware import autocast
 from distill.methods.base import Distillation
 from distill.sampling import Consistency, check_finite, seeded
 from distill.storage.atomic import write_atomic
-from distill.storage.pictures import write_grid
+from distill.storage.pictures import grid_of, write_png
 from distill.terminal.progress import Bar
+from distill.training.beside import BackgroundWriter
 
 log = logging.getLogger("distill.health")
 ALARMS = "alarms.jsonl"  # in the folder of the run
@@ -205,6 +206,7 @@ class Samples(L.Callback):
         count: int | None = None,
     ):
         self.every, self.count = every, count
+        self.writer: BackgroundWriter | None = None  # None: training waits for the files
         named = isinstance(prompts, str)
         self.prompts = Lines(prompts, PROMPTS_KEY).lines if named else list(prompts or ())
         self._cond: Cond | None = None  # of the prompts, on the CPU
@@ -218,7 +220,7 @@ class Samples(L.Callback):
             self.folder.mkdir(exist_ok=True)
             write_atomic(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
         problem = trainer.strategy.broadcast(
-            self._write_pictures(trainer, pl_module)
+            self._write_pictures(trainer, pl_module, starting=True)
         )  # all ranks stop
         if problem and pl_module.step == 0:
             raise ValueError(problem)
@@ -239,9 +241,13 @@ class Samples(L.Callback):
             self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
 
     @torch.no_grad()
-    def _write_pictures(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
+    def _write_pictures(
+        self, trainer: L.Trainer, pl_module: Distillation, *, starting: bool = False
+    ) -> str | None:
         """Generate the pictures, and write them on rank 0; returns what is wrong with them, or
         None.
+
+        starting: the loader's workers are forked later, and no thread may run then.
         """
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
         # All ranks must run sharded networks, so rank 0 decides for all of them.
@@ -266,7 +272,11 @@ class Samples(L.Callback):
             if pl_module.step > 0:
                 log.warning("step %d: %s", pl_module.step, error)
             return str(error)
-        write_grid((images + 1) / 2, path, nrow=8)
+        grid = grid_of((images + 1) / 2, nrow=8)
+        if self.writer is None or starting:
+            write_png(grid, path)
+        else:
+            self.writer.submit(write_png, grid, path)
         return None
 
     def _generate(self, trainer: L.Trainer, pl_module: Distillation, indices: Tensor) -> Tensor:
