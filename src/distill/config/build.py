@@ -29,6 +29,7 @@ from distill.terminal.progress import stage
 from distill.terminal.secret import masked_tree
 from distill.training import loggers as trackers
 from distill.training.callbacks import Samples
+from distill.training.captions import embed_before
 from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
 from distill.training.loop_settings import Optimizers
@@ -133,7 +134,9 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     student = student_of(cfg, teacher)
     with stage("building the discriminator"):
         players = players_of(cfg, teacher, student)
-    return source, make(cfg.method, "method")(players, loop=loop_of(cfg))
+    method = make(cfg.method, "method")(players, loop=loop_of(cfg))
+    embed_before(source.dataset, method)
+    return source, method
 
 
 def seed(cfg: DictConfig) -> None:

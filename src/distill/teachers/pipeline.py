@@ -361,6 +361,8 @@ class PipelineTeacher(nn.Module, Family):
                 self._load_deferred("text_encoder")
                 self.null = self._encode([""]).to(torch.float32)
             self.null = self.null.to(self.device)
+            if list(captions) == [""]:  # cached data ask for it in every step
+                return replace(self.null, null=self.null)
             if self.pipeline.deferred and not any(captions):  # needs no encoder
                 return replace(
                     self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null

@@ -220,7 +220,7 @@ class Samples(L.Callback):
             self.folder.mkdir(exist_ok=True)
             write_atomic(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
         problem = trainer.strategy.broadcast(
-            self._write_pictures(trainer, pl_module, starting=True)
+            self._write_pictures(trainer, pl_module)
         )  # all ranks stop
         if problem and pl_module.step == 0:
             raise ValueError(problem)
@@ -235,19 +235,16 @@ class Samples(L.Callback):
         """Take the prompts from the data, and their embeddings where these are cached."""
         items = data.some(self.count or default_count(*self.sides))
         self.prompts = [item["caption"] for item in items]
-        names = [name for name in EMBEDDED if name in items[0]]
+        # Embeddings that are stored; those of `embed_once` are in the precision of the steps.
+        names = [name for name in EMBEDDED if name in items[0] and getattr(data, "null", None)]
         cached = {name: torch.stack([item[name] for item in items]).float() for name in names}
         if cached:
             self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
 
     @torch.no_grad()
-    def _write_pictures(
-        self, trainer: L.Trainer, pl_module: Distillation, *, starting: bool = False
-    ) -> str | None:
+    def _write_pictures(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
         """Generate the pictures, and write them on rank 0; returns what is wrong with them, or
         None.
-
-        starting: the loader's workers are forked later, and no thread may run then.
         """
         path, teacher = self.folder / f"step_{pl_module.step:06d}.png", pl_module.teacher
         # All ranks must run sharded networks, so rank 0 decides for all of them.
@@ -273,7 +270,7 @@ class Samples(L.Callback):
                 log.warning("step %d: %s", pl_module.step, error)
             return str(error)
         grid = grid_of((images + 1) / 2, nrow=8)
-        if self.writer is None or starting:
+        if self.writer is None:
             write_png(grid, path)
         else:
             self.writer.submit(write_png, grid, path)
