@@ -103,3 +103,20 @@ def test_the_file_survives_a_power_cut_with_its_checkpoint(tmp_path, monkeypatch
     log.log_metrics({"g/adv": 0.5}, 1)
     log.save()
     assert len(synced) == 1
+
+
+def test_a_new_column_late_in_a_run_parses_no_row_and_keeps_them_on_disk(tmp_path, monkeypatch):
+    """A file of 100,000 rows is copied as it is, without a torn last line, and flushed: a
+    checkpoint relies on rows that were flushed before.
+    """
+    rows = b"".join(b"%d,0.5\r\n" % step for step in range(1, 100_001))
+    (tmp_path / "metrics.csv").write_bytes(b"step,g/adv\r\n" + rows + b"100001,0.")
+    log, parsed, synced = CsvLog(str(tmp_path)), [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(csv, "reader", parsed.append)
+        patch.setattr(os, "fsync", synced.append)
+        log.log_metrics({"d/late": 2.0}, 100_001)
+    assert (tmp_path / "metrics.csv").read_bytes() == (
+        b"step,g/adv,d/late\r\n" + rows + b"100001,,2.0\r\n"
+    )
+    assert (parsed, len(synced)) == ([], 1)

@@ -461,6 +461,7 @@ def test_what_was_logged_before_a_checkpoint_is_written_with_it(tmp_path):
         "loggers": [logger],
         "save_checkpoint": lambda path: checkpoint_files.write_checkpoint({}, path),
         "is_global_zero": True,
+        "strategy": SimpleNamespace(checkpoint_io=None),
     }
     trainer = SimpleNamespace(
         world_size=1, should_stop=False, max_steps=9, callback_metrics={}, **saved

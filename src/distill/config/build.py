@@ -4,7 +4,7 @@ and trainer.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from distill.storage import source_code
 from distill.terminal.progress import stage
 from distill.terminal.secret import masked_tree
 from distill.training import loggers as trackers
+from distill.training.callbacks import Samples
+from distill.training.captions import embed_before
 from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
 from distill.training.loop_settings import Optimizers
@@ -133,7 +135,9 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     student = student_of(cfg, teacher)
     with stage("building the discriminator"):
         players = players_of(cfg, teacher, student)
-    return source, make(cfg.method, "method")(players, loop=loop_of(cfg))
+    method = make(cfg.method, "method")(players, loop=loop_of(cfg))
+    embed_before(source.dataset, method)
+    return source, method
 
 
 def seed(cfg: DictConfig) -> None:
@@ -276,6 +280,7 @@ def trainer(
                 "versions": versions(),
                 "content": models,
             }
+    _share_writer(callbacks)
     # Checkpoints come last: a checkpoint includes what other callbacks log at its step.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
     if cfg.trainer.precision == "auto":
@@ -298,6 +303,16 @@ def trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,  # our loader shards the samples
     )
+
+
+def _share_writer(callbacks: Sequence[Any]) -> None:
+    """Have the thread that writes the checkpoints also write the sample pictures, in their order:
+    the pictures of a step are complete before its checkpoint.
+    """
+    writer = next((c.writer for c in callbacks if isinstance(c, Checkpoints)), None)
+    for callback in callbacks:
+        if isinstance(callback, Samples):
+            callback.writer = writer
 
 
 def nodes_of(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core.process import precise
+from distill.core.transfers import join
 from distill.core.types import Cond, Critic, Logits
 
 JOINT = 2**26  # bytes of maps up to which one call of the heads reads real and fake
@@ -151,7 +152,7 @@ def both_logits(
         return BothLogits(critic(list(real), t, cond), critic(fake, fake_t, cond), real)
     twice = torch.arange(len(t), device=t.device).repeat(2)
     maps = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
-    logits = Logits.of(critic(maps, torch.cat([t, fake_t]), cond.index(twice)))
+    logits = Logits.of(critic(maps, join([t, fake_t]), cond.index(twice)))
     of_real, of_fake = (logits._replace(values=part) for part in logits.values.chunk(2))
     return BothLogits(of_real, of_fake, real)
 

@@ -10,6 +10,8 @@ host too, and results are read one iteration late.
     late.read()                # waits for what was queued before the copy, not for the rest
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,14 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 def host_values(x: Tensor) -> Tensor | None:
     """The values of x on the host, if they are known without a read; else None."""
     return x if x.device.type == "cpu" else getattr(x, HOST, None)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The concatenation of tensors; it has host values if all parts have them."""
+    joined, known = torch.cat(list(parts)), [host_values(part) for part in parts]
+    if joined.device.type != "cpu" and all(part is not None for part in known):
+        setattr(joined, HOST, torch.cat([part for part in known if part is not None]))
+    return joined
 
 
 class Later:

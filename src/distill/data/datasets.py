@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -144,6 +144,9 @@ class Samples(Dataset, ABC):
                 skipped.append((error.name, error.reason))
         return None, skipped
 
+    def prepare(self, batch_size: int) -> None:
+        """Called before a loader's workers start and the first batch is read."""
+
     def some(self, count: int) -> list[dict]:
         """Up to `count` items with different captions, evenly spaced; always the same ones.
 
@@ -229,6 +232,7 @@ class LatentShards(Samples):
     its teacher generated it: the key is the seed. Shards of `distill.cache` or `distill.synthesize`
     also have `null`, the embedded empty caption; each item then has `tokens`, `pooled` and `mask`
     in half precision. `made` is their manifest: the buckets, [w, h] in latents, and the teacher.
+    With `embed_once` captions of other shards are embedded before training (`training.captions`).
     """
 
     shape = None
@@ -239,6 +243,7 @@ class LatentShards(Samples):
         *,
         seeded: bool = False,
         buckets: Sequence[Sequence[int]] | None = None,
+        embed_once: bool = False,
         **options: Any,
     ):
         folder, self.made = made_of(path)
@@ -260,6 +265,10 @@ class LatentShards(Samples):
                 raise ValueError(f"data.path={path}: {what}; make the shards anew")
         super().__init__(path, buckets=buckets, **options)
         self.seeded = seeded
+        self.embed_once = embed_once and not self.null
+        self.embedder: Callable[[LatentShards, int], None] | None = None
+        self._embedded: dict[str, Tensor] = {}  # rows of embeddings, by the name in a Cond
+        self._row_of: dict[str, int] = {}  # caption -> its row
         first, skipped = self.find(0)
         if first is None:
             raise ValueError(
@@ -279,6 +288,9 @@ class LatentShards(Samples):
             )
             raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, {wanted}")
         found = {"x0": x0, **decode.embedding(sample, self.null)}
+        if self._embedded:
+            row = self._row_of[self.caption(sample)]
+            found |= {name: rows[row] for name, rows in self._embedded.items()}
         if not self.seeded:
             return found
         try:
@@ -291,6 +303,26 @@ class LatentShards(Samples):
             **found,
             "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)),
         }
+
+    def prepare(self, batch_size: int) -> None:
+        if self.embedder is not None and not self._embedded:
+            self.embedder(self, batch_size)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "embedder": None}  # it has the networks, which no worker needs
+
+    def captions(self) -> list[str]:
+        """The different captions of all usable samples, in the order of the shards."""
+        found: dict[str, None] = {}
+        for i in range(self.length):
+            with suppress(decode.BadSample):
+                found[self.caption(self.shards.read(i))] = None
+        return list(found)
+
+    def add_embeddings(self, captions: Sequence[str], embedded: Mapping[str, Tensor]) -> None:
+        """Give every item the embedding of its caption; rows [N, ...] of all N `captions`."""
+        self._row_of = {caption: row for row, caption in enumerate(captions)}
+        self._embedded = dict(embedded)
 
 
 class ImageShards(Samples):

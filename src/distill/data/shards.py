@@ -21,6 +21,7 @@ from braceexpand import braceexpand
 from distill.data import folder as folders
 from distill.data.bad import MOST_FILES, MOST_TOGETHER, BadSample, Unread, most_of
 from distill.data.folder import CAPTIONS, Index, Places, uncaptioned
+from distill.data.kept_open import KeptOpen
 from distill.data.tar import members
 from distill.data.walk import Below, below
 from distill.storage import formats
@@ -62,6 +63,7 @@ class Shards:
     def __init__(self, path: str, *, repeats: bool = True):
         folder = os.path.expanduser(path)
         found = folder_of_pictures(folder)
+        self._kept = KeptOpen()
         self.of_folder = found is not None
         if found:
             made = folders.of(found, repeats=repeats)
@@ -106,8 +108,8 @@ class Shards:
     def read(self, i: int, at_most: int = -1) -> dict[str, str | bytes]:
         """Sample i as {extension: bytes}, with `__key__` and `__url__` (shard or folder) as str.
 
-        With `at_most` only that many bytes of each file. A file that is too large is `Unread`. No
-        file stays open, so any process may read. Raises BadSample for too many files, and
+        With `at_most` only that many bytes of each file. A file that is too large is `Unread`. Any
+        process and thread may read. Raises BadSample for too many files, and
         ValueError if the shard has shrunk.
         """
         key, url, places = self._index[i]
@@ -121,21 +123,27 @@ class Shards:
                 sample[extension] = place
                 continue
             path, offset, size = place
-            with open(path, "rb") as file:
-                size = size if size >= 0 else os.fstat(file.fileno()).st_size
-                most = min(most_of(extension), left)
-                if at_most < 0 and size > most:
-                    sample[extension] = Unread.of(size, most)
-                    continue
-                size = size if at_most < 0 else min(at_most, size)
-                left -= size
-                file.seek(offset)
-                sample[extension] = data = file.read(size)
+            size = size if size >= 0 else os.path.getsize(path)
+            most = min(most_of(extension), left)
+            if at_most < 0 and size > most:
+                sample[extension] = Unread.of(size, most)
+                continue
+            size = size if at_most < 0 else min(at_most, size)
+            left -= size
+            sample[extension] = data = self._bytes(place, size)
             if len(data) < size and at_most < 0:
                 raise ValueError(
                     f"The file {path!r} has shrunk since it was opened (sample {key!r})."
                 )
         return sample | names  # last: no file may replace these
+
+    def _bytes(self, place: tuple[str, int, int], size: int) -> bytes:
+        """The first `size` bytes at a place. Shards stay open, and files of a folder do not."""
+        path, offset, in_shard = place
+        if in_shard >= 0:
+            return self._kept.read(path, offset, size)
+        with open(path, "rb") as file:
+            return file.read(size)
 
 
 def check_pictures(

@@ -140,6 +140,8 @@ class Loader(DataLoader):
     dataset: Samples
 
     def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator suffices
+        order: Order | BucketOrder = self.batch_sampler  # type: ignore[assignment]
+        self.dataset.prepare(order.batch_size)
         for batch, good, skipped in super().__iter__():
             self.dataset.account(good, skipped)
             self.dataset.account_captions(batch["caption"])
@@ -222,11 +224,11 @@ def latents(
     max_bad_share: float = 0.1,
     seeded: bool = False,
     buckets: Sequence[Sequence[int]] | None = None,
+    embed_once: bool = False,
 ) -> Source:
     """Cached latents with captions, embedded or not: a folder or pattern of WebDataset shards."""
-    data = LatentShards(
-        path, limit=limit, max_bad_share=max_bad_share, seeded=seeded, buckets=buckets
-    )
+    options = {"limit": limit, "max_bad_share": max_bad_share, "buckets": buckets}
+    data = LatentShards(path, seeded=seeded, embed_once=embed_once, **options)
     return Source(data, batch_size, num_workers)
 
 

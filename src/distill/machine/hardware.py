@@ -70,6 +70,25 @@ def memory(kind: str = "cpu") -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
+def memory_available() -> int:
+    """Bytes of the machine's memory that processes can still take, within the limit of its
+    container.
+    """
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        counts = {name: int(value) for name, value in map(str.split, lines)}
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        return available
+    # The system gives up its cache of files when processes need memory.
+    return min(available, limit - used + counts.get("inactive_file", 0))
+
+
 def memory_left(*models: Any) -> float:
     """0.9 of the memory in bytes of the first module's device, minus the weights of all modules."""
     where = next(p.device for p in models[0].parameters() if not p.is_meta)

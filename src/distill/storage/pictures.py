@@ -4,9 +4,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 from distill.storage import formats
 from distill.storage.atomic import write_atomic
@@ -40,5 +41,18 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def write_grid(pictures: Tensor, path: Path, nrow: int) -> None:
     """Write pictures [N, 3, H, W] in [0, 1] as one PNG atomically, `nrow` of them in a row."""
-    save_image(pictures, content := io.BytesIO(), nrow=nrow, format="png")
+    write_png(grid_of(pictures, nrow), path)
+
+
+def grid_of(pictures: Tensor, nrow: int) -> np.ndarray:
+    """Pictures [N, 3, H, W] in [0, 1] as one, `nrow` of them in a row: uint8 [height, width, 3]."""
+    grid = make_grid(pictures, nrow=nrow)
+    rounded = grid.mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0)
+    return rounded.to("cpu", torch.uint8).numpy()
+
+
+def write_png(picture: np.ndarray, path: Path) -> None:
+    """Write a picture, uint8 [height, width, 3], atomically."""
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, format="png")
     write_atomic(path, content.getvalue())

@@ -19,8 +19,9 @@ from distill.machine.hardware import autocast
 from distill.methods.base import Distillation
 from distill.sampling import Consistency, check_finite, seeded
 from distill.storage.atomic import write_atomic
-from distill.storage.pictures import write_grid
+from distill.storage.pictures import grid_of, write_png
 from distill.terminal.progress import Bar
+from distill.training.beside import BackgroundWriter
 
 log = logging.getLogger("distill.health")
 ALARMS = "alarms.jsonl"  # in the folder of the run
@@ -209,6 +210,7 @@ class Samples(L.Callback):
         count: int | None = None,
     ):
         self.every, self.count = every, count
+        self.writer: BackgroundWriter | None = None  # None: training waits for the files
         named = isinstance(prompts, str)
         self.prompts = Lines(prompts, PROMPTS_KEY).lines if named else list(prompts or ())
         self._cond: Cond | None = None  # of the prompts, on the CPU
@@ -235,7 +237,8 @@ class Samples(L.Callback):
         """Take the prompts from the data, and their embeddings where these are cached."""
         items = data.some(self.count or default_count(*self.sides))
         self.prompts = [item["caption"] for item in items]
-        names = [name for name in EMBEDDED if name in items[0]]
+        # Embeddings that are stored; those of `embed_once` are in the precision of the steps.
+        names = [name for name in EMBEDDED if name in items[0] and getattr(data, "null", None)]
         cached = {name: torch.stack([item[name] for item in items]).float() for name in names}
         if cached:
             known = {"null": teacher.embed([""]).null.to("cpu"), "all_ones": mask_is_ones(cached)}
@@ -269,7 +272,11 @@ class Samples(L.Callback):
             if pl_module.step > 0:
                 log.warning("step %d: %s", pl_module.step, error)
             return str(error)
-        write_grid((images + 1) / 2, path, nrow=8)
+        grid = grid_of((images + 1) / 2, nrow=8)
+        if self.writer is None:
+            write_png(grid, path)
+        else:
+            self.writer.submit(write_png, grid, path)
         return None
 
     def _generate(self, trainer: L.Trainer, pl_module: Distillation, indices: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from distill.storage.atomic import duplicate, remove, remove_leftovers
 from distill.storage.checkpoint_files import read_checkpoint, write_checkpoint
 from distill.storage.checkpoint_names import steps_in
 from distill.terminal import console
+from distill.training.beside import BackgroundWriter
 from distill.training.run_metadata import RunMetadata
 
 log = logging.getLogger(__name__)
@@ -30,12 +31,21 @@ CONNECTOR = "checkpoint_connector"  # Lightning's module that loads a checkpoint
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Lightning's checkpoint reading and writing, by our functions."""
+    """Lightning's checkpoint reading and writing, by our functions.
+
+    `writer` writes while training goes on. It is None for callers that need the file at once, as
+    Lightning's own callbacks do.
+    """
+
+    writer: BackgroundWriter | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        write_checkpoint(checkpoint, Path(path))
+        if self.writer is None:
+            write_checkpoint(checkpoint, Path(path))
+        else:
+            self.writer.save(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read_checkpoint(Path(path))
@@ -69,6 +79,10 @@ class Checkpoints(L.Callback):
 
     The newest `keep` checkpoints stay (0: all), and one every `archive` steps (0: none). best.ckpt
     is the one with the best logged value `best`: its minimum or maximum, by `best_is`.
+
+    With `background` the state is copied to memory and written by a thread while training goes on.
+    Where the copy would take more than half of the free memory, and for sharded networks, training
+    waits until the checkpoint is written.
     """
 
     def __init__(
@@ -78,6 +92,7 @@ class Checkpoints(L.Callback):
         archive: int = 0,
         best: str | None = None,
         best_is: Literal["min", "max"] = "min",
+        background: bool = True,
     ):
         if every < 1 or keep < 0 or best_is not in ("min", "max"):
             raise ValueError(
@@ -86,6 +101,7 @@ class Checkpoints(L.Callback):
             )
         self.every, self.keep, self.archive = every, keep, archive
         self.best, self.best_is = best, best_is
+        self.writer = BackgroundWriter() if background else None
         self.folder, self.about = Path("checkpoints"), {}
         self.logger_runs: Callable[[], dict[str, Any]] = dict  # ids of the loggers' runs, by key
         self.stopped_by: signal.Signals | None = None
@@ -143,18 +159,26 @@ class Checkpoints(L.Callback):
         print(f"resuming from step {step}: {what}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.writer is not None:
+            self.writer.finish()  # before the handlers go: a signal must not interrupt it
         if trainer.world_size > 1:  # one rank may have got a signal that no row has brought yet
             self.stopped_by = self._of_all(trainer, pl_module)
         self._restore_handlers()
 
-    def _restore_handlers(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._restore_handlers()
+        try:
+            if self.writer is not None:
+                self.writer.finish()
+        except Exception as error:  # the other exception is the one that ends the run
+            log.warning("%s", error)
+        finally:
+            self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         mark_handled(number)  # a second signal ends the run at once, without a checkpoint
@@ -168,6 +192,8 @@ class Checkpoints(L.Callback):
         return signal.Signals(int(number)) if number else None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Distillation, *_: Any) -> None:
+        if self.writer is not None:
+            self.writer.check()
         self._best_checked = (
             self._best_checked or self.best in trainer.callback_metrics | pl_module.loop.last_logged
         )
@@ -184,10 +210,10 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         pl_module.loop.settle()
         step, known = pl_module.step, trainer.callback_metrics | pl_module.loop.last_logged
-        path, best = self.folder / f"step_{step:06d}.ckpt", self.folder / "best.ckpt"
+        path = self.folder / f"step_{step:06d}.ckpt"
         for logger in trainer.loggers:  # first: rows before the checkpoint are not logged again
             logger.save()
-        trainer.save_checkpoint(path)
+        beside = self._write(trainer, path)
         if not trainer.is_global_zero:
             return
         self._best_checked = self._best_checked or self.best in known
@@ -198,9 +224,31 @@ class Checkpoints(L.Callback):
             what = "no value of this name was logged so far, and there is no best.ckpt"
             log.warning("callbacks.checkpoint.best=%s: %s%s", self.best, what, near)
         value, sign = known.get(self.best), 1 if self.best_is == "min" else -1
-        if value is not None and (self._best is None or sign * value < sign * self._best):
+        is_best = value is not None and (self._best is None or sign * value < sign * self._best)
+        if is_best:
             self._best = float(value)
-            duplicate(path, best)
+        if beside is None:
+            self._arrange(path, is_best)
+        else:
+            beside.submit(self._arrange, path, is_best)
+
+    def _write(self, trainer: L.Trainer, path: Path) -> BackgroundWriter | None:
+        """Write a checkpoint; returns the writer if that is not finished yet."""
+        files = trainer.strategy.checkpoint_io
+        if self.writer is None or not isinstance(files, AtomicIO):
+            trainer.save_checkpoint(path)
+            return None
+        files.writer = self.writer
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            files.writer = None
+        return self.writer
+
+    def _arrange(self, path: Path, is_best: bool) -> None:
+        """Duplicate the complete checkpoint `path` if it is the best, and remove old ones."""
+        if is_best:
+            duplicate(path, self.folder / "best.ckpt")
         steps = steps_in(self.folder, ".ckpt")
         for old in list(steps)[: -self.keep] if self.keep else ():
             if not (self.archive and old % self.archive == 0):

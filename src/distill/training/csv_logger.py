@@ -7,14 +7,14 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from distill.storage.atomic import write_atomic
+from distill.storage.atomic import open_atomic, write_atomic
 
 MAX_HEADER = 2**24  # ours: characters of the line of column names
 
@@ -75,18 +75,25 @@ class CsvLog(Logger):
         self.save()
 
     def _widen(self, new: Sequence[str]) -> None:
+        """Replace the header. Complete rows are copied as they are, without being parsed."""
         self._columns = [*(self._columns or ["step"]), *new]
-        self._rewrite()
+        if not self._path.is_file():
+            write_atomic(self._path, _line(self._columns))
+            return
+        with self._path.open("rb") as rows:
+            rows.readline()  # the header before
+            self._replace(row for row in rows if row.endswith(b"\n"))
 
-    def _rewrite(self, wanted: Callable[[list[str]], bool] | None = None) -> None:
-        """Replace the file by the header and the complete lines whose cells are `wanted`; None:
-        all.
-        """
-        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
-        kept = [line for line in lines[1:] if line.endswith(b"\n")]
-        if wanted:
-            kept = [line for line in kept if _is_row(line, wanted)]
-        write_atomic(self._path, b"".join([_line(self._columns), *kept]))
+    def _rewrite(self, wanted: Callable[[list[str]], bool]) -> None:
+        """Keep only the complete rows whose cells are `wanted`."""
+        rows = self._path.read_bytes().splitlines(keepends=True)[1:]
+        self._replace(row for row in rows if row.endswith(b"\n") and _is_row(row, wanted))
+
+    def _replace(self, rows: Iterable[bytes]) -> None:
+        """Replace the file by the header and these rows, on disk: a checkpoint may rely on them."""
+        with open_atomic(self._path, flush=True) as file:
+            file.write(_line(self._columns))
+            file.writelines(rows)
 
     def _append(self, line: bytes) -> None:
         with self._path.open("ab", buffering=0) as file:

@@ -1,0 +1,68 @@
+"""Captions that are embedded once, before training, and not again in every step."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distill.data.datasets import LatentShards
+from distill.machine.hardware import memory_available
+from distill.methods.base import Distillation
+from distill.storage.bounded import format_bytes
+from distill.terminal.progress import stage
+
+log = logging.getLogger(__name__)
+USES = 2  # ours: times that a run must read each caption, so that embedding it first saves time
+SHARE = 0.25  # ours: the share of the available memory that embeddings may take
+
+
+def embed_before(data: Any, method: Distillation) -> None:
+    """Have data with `embed_once` embed their captions before the first batch is read."""
+    if isinstance(data, LatentShards) and data.embed_once:
+        data.embedder = partial(_embed, method)
+
+
+def _embed(method: Distillation, data: LatentShards, size: int) -> None:
+    """Embed all captions if the run reads each at least USES times, in batches of `size`.
+
+    Size and precision are those of the steps, so that the values are those of the steps. The
+    batches do not depend on where a run resumes.
+    """
+    if method._trainer is None:  # a batch is read without training
+        return
+    trainer, loop = method.trainer, cast(Any, method.loop)
+    read = trainer.max_steps * loop.settings.accumulate * size * trainer.world_size
+    if read < USES * len(data):
+        return
+    captions = data.captions()
+    with trainer.precision_plugin.train_step_context(), stage("embedding the captions"):
+        rows = embedded(method.teacher, captions, size)
+    if rows is not None:
+        data.add_embeddings(captions, rows)
+
+
+@torch.no_grad()
+def embedded(teacher: Any, captions: list[str], size: int) -> dict[str, Tensor] | None:
+    """The tensors of the captions' Cond on the CPU, rows [N, ...], embedded `size` at a time.
+
+    None if they would take more than SHARE of the available memory. The last batch is filled with
+    the first captions: arithmetic may depend on the size of a batch.
+    """
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(captions), size):
+        batch = captions[start : start + size]
+        filled = [*batch, *(captions * size)[: size - len(batch)]]
+        tensors = teacher.embed(filled).tensors()
+        parts.append({name: x[: len(batch)].cpu() for name, x in tensors.items()})
+        if start == 0:
+            each = sum(x[0].nbytes for x in tensors.values())
+            needed = each * len(captions)
+            if needed > SHARE * memory_available():
+                what = "captions are embedded in every step: those of the data would take"
+                log.warning("data.embed_once: %s %s of memory", what, format_bytes(needed))
+                return None
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
