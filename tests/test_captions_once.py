@@ -64,6 +64,7 @@ def test_embedded_captions_leave_a_run_as_it_is(command, pipelines, shards, tmp_
     words = [
         "debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "~metrics",
         "data.batch_size=4", "trainer.max_steps=12", "callbacks.samples=null", "~logger",
+        "loop.schedule=constant",
     ]  # fmt: skip
     found = {}
     for once in ("true", "false"):
@@ -75,6 +76,11 @@ def test_embedded_captions_leave_a_run_as_it_is(command, pipelines, shards, tmp_
         assert len(captions) > 12
         assert asked.count(4) == (math.ceil(len(captions) / 4) if once == "true" else 12)
     assert found["true"] == found["false"]
+    # Half of it reads few captions twice: it embeds them in its steps, and the rest before them.
+    half = tmp_path / "half"
+    assert command("run", *words, "trainer.max_steps=6", f"run_dir={half}")[0] == 0
+    assert command("run", f"resume={half}", "trainer.max_steps=12")[0] == 0
+    assert kills.content(half / "checkpoints" / "step_000012.ckpt") == found["true"]
 
 
 def test_a_run_that_reads_few_captions_twice_embeds_them_in_its_steps(
