@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -151,9 +152,12 @@ def _frames() -> list[str]:
 
 
 @contextmanager
-def device() -> Iterator[Pretended]:
-    """Within this context tensors are on the device that is not there."""
-    with mock.patch("torch.Generator", make_generator), Pretended() as seen:
+def device(own_generators: bool = True) -> Iterator[Pretended]:
+    """Within this context tensors are on the device that is not there. Without generators of its
+    own the numbers drawn are those of a training on the CPU.
+    """
+    make = make_generator if own_generators else lambda device="cpu": PLAIN()
+    with mock.patch("torch.Generator", make), Pretended() as seen:
         yield seen
 
 
@@ -163,14 +167,15 @@ class OnDevice(L.Callback):
     `Last`, the last of them, ends what this one begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own_generators: bool = True) -> None:
+        self.own_generators = own_generators
         self.seen: list[Pretended] = []
         self.last = Last(self)
         self.stack = ExitStack()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         pl_module._device = GPU
-        self.seen.append(self.stack.enter_context(device()))
+        self.seen.append(self.stack.enter_context(device(self.own_generators)))
 
     def end(self, pl_module: Any) -> None:
         self.stack.close()
@@ -186,3 +191,10 @@ class Last(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.first.end(pl_module)
+
+
+def line(place: str) -> str:
+    """The source text of a place that `reads` or `uploads` name, with the lines around it."""
+    path, _, number = place.partition(" ")[2].rpartition(":")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[max(0, int(number) - 4) : int(number) + 1])
