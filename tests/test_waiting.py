@@ -221,6 +221,19 @@ def test_the_device_skips_what_the_cpu_skips(bad, player, tmp_path):
     assert rows == late_rows
 
 
+def test_what_python_skips_itself_is_counted_at_once_there_too(tmp_path):
+    """Of an optimiser that cannot skip on the device."""
+    found = []
+    for on_device in (None, pretended.OnDevice(own_generators=False)):
+        method, state = method_of("ladd", TOY, warmup_steps=9), State()
+        method.loop.factories = Optimizers(student=tiny.adam(1e-3), discriminator=fused)
+        spoil(method, {1, 4})
+        trainer = trained(method, tmp_path, 6, state, on_device=on_device)
+        found.append((state.seen, results(method, trainer)))
+    assert equal(*found)
+    assert found[0][1][0] == (6, 6, 2, 8)
+
+
 @pytest.mark.parametrize("bad", [set(), {2}], ids=str)
 def test_refreshed_heads_keep_their_values_where_the_update_is_skipped(bad, tmp_path):
     found = []

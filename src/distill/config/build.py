@@ -20,7 +20,7 @@ from distill.config.compose import checked_node, make, processes
 from distill.config.fitting import check_data_fits, warn_size
 from distill.config.models import teacher_of
 from distill.core.tensors import gather
-from distill.core.types import Cond, Players
+from distill.core.types import Cond, Players, mask_is_ones
 from distill.data.source import Source
 from distill.machine.hardware import Precision, precision
 from distill.machine.signals import REQUEUE, requeue
@@ -161,9 +161,8 @@ def check_and_fit(cfg: DictConfig, data: Any, teacher: Any) -> None:
     check_data_fits(cfg, data, teacher)
     warn_size(data, teacher)
     if null := getattr(data, "null", None):
-        mask = null.get("mask")
-        all_ones = mask is not None and bool((mask == 1).all())
-        teacher.null = Cond(**{name: x.float() for name, x in null.items()}, all_ones=all_ones)
+        embedded = {name: x.float() for name, x in null.items()}
+        teacher.null = Cond(**embedded, all_ones=mask_is_ones(embedded))
 
 
 def student_of(cfg: DictConfig, teacher: Any) -> Any:

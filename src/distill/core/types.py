@@ -120,6 +120,12 @@ class Cond:
         return replace(self, **changed)
 
 
+def mask_is_ones(tensors: Mapping[str, Any]) -> bool:
+    """Whether these tensors of a Cond, on the host, hold a mask of nothing but 1."""
+    mask = tensors.get("mask")
+    return mask is not None and bool((mask == 1).all())
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Training data: x0 [B, C, H, W] scaled latents, B captions, and their conditioning.

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from distill.core.ema import Ema
 from distill.core.limits import check_space
 from distill.core.randomness import Streams
-from distill.core.types import EMBEDDED, Batch, Cond, Losses, Players, TeacherSampler
+from distill.core.types import (
+    EMBEDDED,
+    Batch,
+    Cond,
+    Losses,
+    Players,
+    TeacherSampler,
+    mask_is_ones,
+)
 from distill.storage.checkpoint_files import check_fits
 
 MASK_IS_ONES = "mask_is_ones"  # key of a batch on its way to a device
@@ -34,6 +42,9 @@ class Loop(Protocol):
 
     def start_ema(self, student: Any) -> None:
         """Start a new EMA from the present weights."""
+
+    def settle(self) -> None:
+        """Read what is still on its way from the device."""
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
         """The student's optimiser, then that of the heads if there are any."""
@@ -151,8 +162,7 @@ class Distillation(L.LightningModule, ABC):
         self, batch: Mapping[str, Any], dataloader_idx: int
     ) -> Mapping[str, Any]:
         """Note what Python must know of the batch, while it is still on the host."""
-        mask = batch.get("mask")
-        return batch if mask is None else {**batch, MASK_IS_ONES: bool((mask == 1).all())}
+        return {**batch, MASK_IS_ONES: mask_is_ones(batch)}
 
     @torch.no_grad()
     def prepare_batch(self, batch: Mapping[str, Any], generator: torch.Generator) -> Batch:
@@ -226,6 +236,9 @@ class Distillation(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._training_loop.on_train_start(self)
+
+    def on_train_end(self) -> None:
+        self._training_loop.settle()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._training_loop.training_step(self, batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.core.limits import at_once
 from distill.core.tensors import full_tensor
-from distill.core.types import EMBEDDED, Cond
+from distill.core.types import EMBEDDED, Cond, mask_is_ones
 from distill.data.lines import Lines
 from distill.machine.hardware import autocast
 from distill.methods.base import Distillation
@@ -238,7 +238,8 @@ class Samples(L.Callback):
         names = [name for name in EMBEDDED if name in items[0]]
         cached = {name: torch.stack([item[name] for item in items]).float() for name in names}
         if cached:
-            self._cond = Cond(**cached, null=teacher.embed([""]).null.to("cpu"))
+            known = {"null": teacher.embed([""]).null.to("cpu"), "all_ones": mask_is_ones(cached)}
+            self._cond = Cond(**cached, **known)
 
     @torch.no_grad()
     def _write_pictures(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:

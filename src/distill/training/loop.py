@@ -133,7 +133,7 @@ class TwoPlayerLoop:
         self._waiting = (method, row)
         self.iteration += 1
         self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
-        if not row.late or 0 < method.trainer.max_steps <= self.step:
+        if row.is_known_bad or not row.late or 0 < method.trainer.max_steps <= self.step:
             self.settle()
 
     def settle(self) -> None:
@@ -146,7 +146,7 @@ class TwoPlayerLoop:
         values, applied, self.signalled = row.read()
         if row.updated and not applied[-1]:
             self.skipped, self.updated = self.skipped + 1, False
-            if row.late:
+            if row.is_assumed:
                 self._ahead = 1
                 _uncount(method.trainer)
         elif row.updated:

@@ -114,6 +114,16 @@ class Row:
             **more,
         )
 
+    @property
+    def is_assumed(self) -> bool:
+        """Whether the device decides about the last update, which counts as applied until then."""
+        return self._applied[-1] is None
+
+    @property
+    def is_known_bad(self) -> bool:
+        """Whether an update is known to have been skipped, without a read."""
+        return False in self._applied
+
     def read(self) -> tuple[dict[str, float], list[bool], bool]:
         """The values by name, whether each update was applied, and whether a rank has a signal."""
         found = self._values.read()
