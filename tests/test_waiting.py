@@ -16,7 +16,7 @@ import pretended
 import tiny
 from distill.core import randomness
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws, guided_x0
-from distill.core.times import Discrete, LogitNormal, levels_like
+from distill.core.times import Discrete, LogitNormal
 from distill.core.transfers import Later, host_values, send
 from distill.core.types import Cond
 from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights
@@ -24,6 +24,7 @@ from distill.training.callbacks import Alarms, Health, Progress
 from distill.training.checkpoints import Checkpoints
 from distill.training.csv_logger import CsvLog
 from distill.training.loop_settings import Optimizers
+from distill.training.updates import Row
 
 BATCHES = [
     {
@@ -310,13 +311,17 @@ def test_a_resumed_training_draws_as_the_uninterrupted_one(stop, tmp_path):
 def test_levels_are_known_on_the_host_and_alike_on_every_rank():
     times, x = LogitNormal(), torch.zeros(5, 1)
     expected = times.sample(5, 0, torch.Generator().manual_seed(3))
-    assert torch.equal(levels_like(x, times, 0, torch.Generator().manual_seed(3)), expected)
-    same = levels_like(x, times, 0, torch.Generator().manual_seed(3), one=True)
+    assert torch.equal(
+        randomness.levels_like(x, times, 0, torch.Generator().manual_seed(3)), expected
+    )
+    same = randomness.levels_like(x, times, 0, torch.Generator().manual_seed(3), one=True)
     assert torch.equal(same, times.sample(1, 0, torch.Generator().manual_seed(3)).expand(5))
     with pretended.device() as seen:
         generator, on_device = torch.Generator(pretended.GPU).manual_seed(3), x * 1
-        t = levels_like(on_device, times, 0, generator, convert=lambda t: t / 2)
-        other = levels_like(on_device, times, 0, generator, "renoise", convert=lambda t: t / 2)
+        t = randomness.levels_like(on_device, times, 0, generator, convert=lambda t: t / 2)
+        other = randomness.levels_like(
+            on_device, times, 0, generator, "renoise", convert=lambda t: t / 2
+        )
         assert t.device == pretended.GPU
         assert host_values(t).device.type == "cpu"
         assert torch.equal(host_values(t) * 1, t.to("cpu", non_blocking=True))
@@ -342,6 +347,36 @@ def test_what_is_on_the_cpu_is_neither_sent_nor_copied():
     assert send(x, torch.device("cpu")) is x
     assert host_values(x) is x
     assert Later(x).read() == [0.0, 1.0, 2.0]
+
+
+class Ranks:
+    """Of two ranks the other one, whose values are twice ours and whose user pressed Ctrl-C."""
+
+    def reduce(self, values, reduce_op):
+        assert reduce_op == "mean"
+        other = values * 2
+        other[-1] = 1.0
+        return (values + other) / 2
+
+
+@pytest.mark.parametrize("ranks", [None, Ranks()], ids=["one", "two"])
+def test_a_row_brings_the_values_and_the_news_of_a_signal(ranks):
+    current = {"d/real": torch.tensor(2.0), "d/lr": 0.1, "g/adv": torch.tensor(4.0)}
+    applied = [("d", torch.tensor(True)), ("g", torch.tensor(False))]
+    row = Row.of(current, applied, None, 0, step=3, updated=True)
+    assert row.read() == ({"d/real": 2.0, "d/lr": as32(0.1), "g/adv": 4.0}, [True, False], False)
+    assert row.is_assumed
+    assert not row.is_known_bad
+    row = Row.of(current, [("g", False)], ranks, 0, step=3, updated=True)
+    more = 1.5 if ranks else 1.0
+    expected = {"d/real": 2 * more, "d/lr": as32(0.1), "g/adv": 4 * more}
+    assert row.read() == (expected, [False], ranks is not None)
+    assert row.is_known_bad
+    assert Row.of({}, [("g", True)], None, 15, step=3, updated=True).read() == ({}, [True], True)
+
+
+def as32(number):
+    return torch.tensor(number).item()
 
 
 def test_no_guidance_is_known_from_the_configuration(teachers):

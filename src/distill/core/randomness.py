@@ -11,8 +11,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from distill.core.transfers import send
+
+if TYPE_CHECKING:
+    from distill.core.types import Times
 
 FromStream = Callable[[], torch.Generator]
 """Each call returns a new generator with the same seed."""
@@ -96,6 +103,26 @@ def on_host(generator: torch.Generator, purpose: str) -> torch.Generator:
 def uniform(count: int, generator: torch.Generator, purpose: str) -> list[float]:
     """`count` numbers uniform in [0, 1) by which Python decides; see `on_host`."""
     return torch.rand(count, generator=on_host(generator, purpose)).tolist()
+
+
+def levels_like(
+    x: Tensor,
+    times: Times,
+    step: int,
+    generator: torch.Generator,
+    purpose: str = "levels",
+    convert: Callable[[Tensor], Tensor] = lambda t: t,
+    *,
+    one: bool = False,
+) -> Tensor:
+    """A level t [B] for each sample of x [B, ...], on its device; with `one` the same for all.
+
+    They are drawn and converted on the host, and `transfers.host_values` gives them there: what
+    Python decides by them need not wait for the device. `purpose` names the draw where one
+    generator serves several.
+    """
+    t = convert(times.sample(1 if one else len(x), step, on_host(generator, purpose)))
+    return send(t.expand(len(x)), x.device)
 
 
 def seed_of(generator: torch.Generator, purpose: str = "seed") -> int:

@@ -7,23 +7,14 @@ drawn: there is nothing to denoise.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from distill.core.randomness import on_host, uniform
-from distill.core.transfers import send
+from distill.core.randomness import uniform
 
 Numbers = Sequence[float]
-
-
-class Times(Protocol):
-    """A distribution of noise levels."""
-
-    def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
-        """n levels t [n], float32 in (0, 1], at this student step."""
 
 
 class Discrete:
@@ -128,26 +119,6 @@ class Refinement:
         steps = list(self.levels[n - 1])
         i = int(u[2] * n)
         return steps[:i], steps[i]
-
-
-def levels_like(
-    x: Tensor,
-    times: Times,
-    step: int,
-    generator: Generator,
-    purpose: str = "levels",
-    convert: Callable[[Tensor], Tensor] = lambda t: t,
-    *,
-    one: bool = False,
-) -> Tensor:
-    """A level t [B] for each sample of x [B, ...], on its device; with `one` the same for all.
-
-    They are drawn and converted on the host, and `transfers.host_values` gives them there: what
-    Python decides by them need not wait for the device. `purpose` names the draw where one
-    generator serves several.
-    """
-    t = convert(times.sample(1 if one else len(x), step, on_host(generator, purpose)))
-    return send(t.expand(len(x)), x.device)
 
 
 def _normalised(name: str, odds: Numbers, count: int) -> list[float]:

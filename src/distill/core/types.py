@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from distill.core.process import Process
-from distill.core.times import Times as Times
 from distill.core.transfers import send
 
 EMBEDDED = ("tokens", "pooled", "mask", "extra")  # tensors of a Cond, and their names in a cache
@@ -277,6 +276,13 @@ class Heads(Protocol):
         where it is false the student's update was skipped, and they must keep their values. Python
         does not know it yet; for heads whose `refresh` does not take it, it waits.
         """
+
+
+class Times(Protocol):
+    """A distribution of noise levels."""
+
+    def sample(self, n: int, step: int, generator: torch.Generator | None = None) -> Tensor:
+        """n levels t [n], float32 in (0, 1], at this student step."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from distill.core import losses
 from distill.core.process import Corner, generator_like, noise_like, square
-from distill.core.randomness import Streams, seed_of, uniform
+from distill.core.randomness import Streams, levels_like, seed_of, uniform
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
-from distill.core.times import levels_like
 from distill.core.types import Batch, Cond, Critic, Decoder, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
 

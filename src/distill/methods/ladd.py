@@ -21,9 +21,8 @@ from torch import Tensor
 
 from distill.core import losses
 from distill.core.process import noise_like
-from distill.core.randomness import FromStream, Streams
+from distill.core.randomness import FromStream, Streams, levels_like
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
-from distill.core.times import levels_like
 from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
 

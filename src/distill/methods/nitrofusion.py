@@ -30,9 +30,9 @@ from torch import Tensor
 
 from distill.core import losses
 from distill.core.process import level_like, noise_like
-from distill.core.randomness import FromStream, Streams
+from distill.core.randomness import FromStream, Streams, levels_like
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
-from distill.core.times import Refinement, levels_like
+from distill.core.times import Refinement
 from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Terms, Times
 from distill.methods.base import Distillation, Loop, Phase
 
@@ -113,8 +113,7 @@ class NitroFusion(Distillation):
         earlier, trained = self.refinement.draw(streams.step, streams.common("steps"))
         step_noises = [noise_like(batch.x0, g) for _ in earlier]
         noise = noise_like(batch.x0, g)
-        common, one = streams.common("t*"), not self.mixed
-        t = levels_like(batch.x0, self.renoise, streams.step, common, one=one)  # t* ~ {10, ...}
+        t = levels_like(x_T, self.renoise, streams.step, streams.common("t*"), one=not self.mixed)
         warm_start = streams.step < self.warm_start
         distilled = self.distill_weight and warm_start
         return Draws(

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from distill.core.losses import weighted_mse
 from distill.core.process import noise_like
-from distill.core.randomness import Streams
-from distill.core.times import levels_like
+from distill.core.randomness import Streams, levels_like
 from distill.core.types import Batch, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
 
