@@ -72,6 +72,14 @@ def options_of(asked: dict) -> dict:
     return {key: kinds[key](**v) if key in kinds else v for key, v in given.items()}
 
 
+def compiled(asked: dict) -> list[L.Callback]:
+    if not asked.get("compile"):
+        return []
+    from test_speed import Compiled
+
+    return [Compiled()]
+
+
 def main(asked: dict) -> None:
     tiny.vit = lambda: Path(asked["eyes"])  # of the process that reads the results
     folder, rank = Path(asked["folder"]), os.environ["RANK"]
@@ -132,7 +140,7 @@ def train(asked: dict, file: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[losses, SaveAt(asked.get("save_at"), folder)],
+        callbacks=[losses, SaveAt(asked.get("save_at"), folder), *compiled(asked)],
     )
     resume = Path(asked["resume"]) if "resume" in asked else None
     start = (

@@ -54,7 +54,8 @@ def launch(folder: Path, *, processes: int, **options) -> None:
             )
         )
     for worker in workers:
-        _, err = worker.communicate(timeout=900 if "jobs" in options else 240)
+        slow = "jobs" in options or "compile" in options
+        _, err = worker.communicate(timeout=900 if slow else 240)
         assert worker.returncode == 0, err[-3000:]
 
 
@@ -339,6 +340,16 @@ def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, par
     assert_same_end(ends[0], alone_with_a_lora)
     assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
     assert all("lora" in name for name in ends[0]["student"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_compiled_blocks(strategy, alone, alone_with_a_lora, parts, tmp_path):
+    """Blocks are sharded before they are compiled, and taps end passes within the network."""
+    options = {"processes": 2, "strategy": strategy, "method": "ladd", "compile": True, **parts}
+    assert_same_end(run(tmp_path / "full", **options)[0], alone("ladd"))
+    lora = {"rank": 4, "checkpointing": True}
+    assert_same_end(run(tmp_path / "lora", lora=lora, **options)[0], alone_with_a_lora)
 
 
 @pytest.mark.slow
