@@ -6,8 +6,8 @@
 `teacher=` it is the default run, on `shapes`.
 
 The passes of a method are those of its own `student_sample` (the student; the frozen network on the
-fake and on the real sample), the backward pass through them to the student's weights, and the
-teacher's estimate for the distillation term. All else is overhead: captions, heads, losses,
+fake), the backward pass through them to the student's weights, the frozen network on the real
+sample, and the teacher's estimate for the distillation term. All else is overhead: captions, heads, losses,
 optimisers, EMA, clipping, logging, Lightning's loop and the loader.
 
 Passes and steps take turns under the real trainer, so that a busy or throttled machine slows both.
@@ -82,7 +82,18 @@ def passes_of(method: Any, batch: Any, precision: str) -> dict[str, Callable[[],
         with autocast(precision, method.device.type):
             method.distill(method.teacher, batch.x0, batch.cond, draws.distill)
 
+    @torch.no_grad()
+    def real_features() -> None:
+        t = torch.full((len(batch),), 0.5, device=batch.x0.device)
+        noise, patches = torch.randn_like(batch.x0), torch.Generator(batch.x0.device)
+        with autocast(precision, method.device.type):
+            method.critic_features(batch.x0, t, noise, batch, patches)
+
     found = {"networks, forward and backward": sample_and_backward}
+    with torch.no_grad(), autocast(precision, method.device.type):
+        sample = method.student_sample(batch, draws)
+    if getattr(sample, "real_features", batch) is None:  # then each update makes its own
+        found["frozen network on the real sample"] = real_features
     if getattr(draws, "distill", None) is not None:
         found["teacher's estimate for the distillation term"] = estimate
     return found
