@@ -183,7 +183,10 @@ def wait() -> None:
 
 
 def row(name: str, size: int, words: list[str], steps: int, rate: float) -> str:
-    found = measure(words, steps)
+    try:
+        found = measure(words, steps)
+    except torch.OutOfMemoryError:
+        return f"| {name} | {size} | out of memory | | | | |"
     ratio, share = found.step / found.unavoidable, operations(found) / found.step / rate
     peak = "-" if found.peak is None else f"{found.peak / 2**30:.1f} GiB"
     times = f"{found.step:.3f} s | {found.unavoidable:.3f} s | {ratio:.2f}"
@@ -211,6 +214,8 @@ def main(arguments: list[str]) -> None:
                 run += ["trainer.precision=bf16-mixed", *overrides]
                 print(row(name, size, run, int(given.get("steps", 8)), rate), flush=True)
                 gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 
 The passes of a method are those of its own `student_sample` (the student; the frozen network on the
 fake), the backward pass through them to the student's weights, the frozen network on the real
-sample, and the teacher's estimate for the distillation term. All else is overhead: captions, heads, losses,
-optimisers, EMA, clipping, logging, Lightning's loop and the loader.
+sample, and the teacher's estimate for the distillation term. All else is overhead: captions, heads,
+losses, optimisers, EMA, clipping, logging, Lightning's loop and the loader.
 
 Passes and steps take turns under the real trainer, so that a busy or throttled machine slows both.
 Each number is the median, with the 10th and 90th percentile. After a pass the student's gradients
