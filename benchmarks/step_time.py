@@ -29,6 +29,7 @@ from typing import Any
 import lightning as L
 import torch
 from common import composed, fit, unet_overrides
+from lightning.fabric.utilities import move_data_to_device
 
 from distill.config import build
 from distill.machine.hardware import autocast, hardware
@@ -125,7 +126,8 @@ def measure(words: list[str], steps: int) -> Measured:
     if torch.cuda.is_available():
         method.cuda()
         torch.cuda.reset_peak_memory_stats()
-    batch = method.loop.prepare_batch(method, next(iter(source.loader(seed=cfg.seed))))
+    raw = move_data_to_device(next(iter(source.loader(seed=cfg.seed))), method.device)
+    batch = method.loop.prepare_batch(method, raw)
     turns = Turns(passes_of(method, batch, cfg.trainer.precision))
     fit(cfg, method, source, steps + WARM_UP, turns)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
