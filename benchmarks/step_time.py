@@ -29,7 +29,6 @@ from typing import Any
 import lightning as L
 import torch
 from common import composed, fit, unet_overrides
-from lightning.fabric.utilities import move_data_to_device
 
 from distill.config import build
 from distill.machine.hardware import autocast, hardware
@@ -40,13 +39,20 @@ WARM_UP = 3  # steps that are not counted
 class Turns(L.Callback):
     """Times a step, then each of the passes, and so on."""
 
-    def __init__(self, passes: dict[str, Callable[[], None]]) -> None:
-        self.passes = passes
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("step", *passes)}
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+        self.passes: dict[str, Callable[[], None]] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.batch = 0
         self._began = 0.0
 
-    def on_train_start(self, *_: Any) -> None:
-        self._began = now()
+    def on_train_batch_start(self, trainer: L.Trainer, method: Any, batch: Any, *_: Any) -> None:
+        if not self.passes:  # only now is everything on its device
+            prepared = method.loop.prepare_batch(method, batch)
+            self.batch = len(prepared)
+            self.passes = passes_of(method, prepared, self.precision)
+            self.seconds = {name: [] for name in ("step", *self.passes)}
+            self._began = now()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.seconds["step"].append(now() - self._began)
@@ -105,8 +111,6 @@ class Measured:
     """What `measure` found: seconds of each turn, and the peak of a GPU's allocator in bytes."""
 
     turns: Turns
-    batch: int
-    precision: str
     peak: int | None
 
     @property
@@ -123,15 +127,12 @@ def measure(words: list[str], steps: int) -> Measured:
     cfg = composed(words)
     torch.manual_seed(cfg.seed)
     source, method = build.build_training(cfg)
+    turns = Turns(cfg.trainer.precision)
     if torch.cuda.is_available():
-        method.cuda()
         torch.cuda.reset_peak_memory_stats()
-    raw = move_data_to_device(next(iter(source.loader(seed=cfg.seed))), method.device)
-    batch = method.loop.prepare_batch(method, raw)
-    turns = Turns(passes_of(method, batch, cfg.trainer.precision))
     fit(cfg, method, source, steps + WARM_UP, turns)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return Measured(turns, len(batch), cfg.trainer.precision, peak)
+    return Measured(turns, peak)
 
 
 def shown(seconds: list[float]) -> str:
@@ -146,8 +147,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = unet_overrides(Path(folder)) if "unet" in sys.argv else []
         found = measure([*given, *words], steps)
-    print(f"{hardware()}; {torch.get_num_threads()} threads, {found.precision}")
-    print(f"torch {torch.__version__}, batch {found.batch}, {steps} steps")
+    print(f"{hardware()}; {torch.get_num_threads()} threads, {found.turns.precision}")
+    print(f"torch {torch.__version__}, batch {found.turns.batch}, {steps} steps")
     for name in found.turns.passes:
         print(f"{shown(found.turns.counted(name))}  {name}")
     ratio = found.step / found.unavoidable

@@ -24,7 +24,7 @@ FEW = [
     f"trainer.max_steps={STEPS}",
     "trainer.accelerator=gpu",
     "trainer.log_every_n_steps=1000",
-    "callbacks.health.every=1000",
+    "+callbacks.health.every=1000",
     "callbacks.samples.every=1000",
     "callbacks.checkpoint.every=1000",
     "~metrics",
