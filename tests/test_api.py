@@ -265,11 +265,19 @@ class MeanHeads(nn.Module):
 
 def test_heads_passed_as_a_class_are_trained(pipelines, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    built = []
+
+    def heads(*arguments, **options):
+        built.append(MeanHeads(*arguments, **options))
+        built.append([layer.weight.detach().clone() for layer in built[0].layers])
+        return built[0]
+
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
-    _, method = trained(words, plain=True, heads=MeanHeads)
-    assert type(method.heads) is MeanHeads
+    _, method = trained(words, plain=True, heads=heads)
+    assert method.heads is built[0]
     assert method.step == 3
-    assert all(layer.weight.grad.any() for layer in method.heads.layers)
+    for layer, start in zip(method.heads.layers, built[1], strict=True):
+        assert not torch.equal(layer.weight, start)
 
 
 def test_a_module_is_used_as_it_is(teachers):

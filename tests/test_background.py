@@ -137,14 +137,17 @@ def test_after_a_failed_write_nothing_is_removed_and_the_run_ends(tmp_path):
         is_global_zero=True, strategy=SimpleNamespace(checkpoint_io=files),
         save_checkpoint=lambda path: files.save_checkpoint({"x": torch.ones(3)}, path),
     )  # fmt: skip
-    loop = SimpleNamespace(updated=True, last_logged={})
+    settled = {"last_logged": {}, "settle": lambda: None}
+    loop = SimpleNamespace(updated=True, due=lambda *_: True, **settled)
     for step in (1, 2):
         checkpoints.on_train_batch_end(trainer, SimpleNamespace(step=step, loop=loop))
     checkpoints.writer.join()
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step_000002.ckpt"]
     (checkpoints.folder / "step_000003.ckpt").mkdir()  # what cannot be replaced by a file
     checkpoints.on_train_batch_end(trainer, SimpleNamespace(step=3, loop=loop))
-    later = SimpleNamespace(step=4, loop=SimpleNamespace(updated=False, last_logged={}))
+    later = SimpleNamespace(
+        step=4, loop=SimpleNamespace(updated=False, due=lambda *_: False, **settled)
+    )
 
     def go_on() -> None:
         for _ in range(10_000):

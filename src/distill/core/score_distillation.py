@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from distill.core.process import level_like, noise_like
+from distill.core.transfers import host_values
 from distill.core.types import Cond, Denoiser
 
 Kind = Literal["exponential", "sds", "nfsd"]
@@ -119,15 +120,20 @@ class ScoreDistillation:
 
 def guided_x0(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Scale) -> Tensor:
     """The x0 prediction under classifier-free guidance, with one scale or [B, 1, 1, 1]. A scale
-    that is the number 1 saves the unconditional half of the pass.
+    that is known to be 1 without reading a device saves the unconditional half of the pass.
 
     It is equivalent to guidance of eps, because x0 is linear in eps.
     """
-    if not isinstance(scale, Tensor) and scale == 1:
+    if _is_one(scale):
         return teacher.x0(x_t, t, cond)
     both = Cond.cat([cond, cond.unconditional()])  # one pass of 2 B is cheaper than two of B
     conditional, empty = teacher.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return empty + scale * (conditional - empty)
+
+
+def _is_one(scale: Scale) -> bool:
+    known = host_values(scale) if isinstance(scale, Tensor) else torch.tensor(scale)
+    return known is not None and bool((known == 1).all())
 
 
 def _denoised(

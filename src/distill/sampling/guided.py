@@ -61,7 +61,7 @@ def guided_steps(
     device = cond.tokens.device
     scheduler = _scheduler(teacher, steps, shape)
     timesteps = scheduler.timesteps
-    scale, prediction = torch.tensor(float(guidance)), teacher.network.prediction
+    scale, prediction = float(guidance), teacher.network.prediction
     x_t = draw_noise(shape, generators).to(device)
     if image is None:
         x_t = x_t * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -306,9 +306,7 @@ class PipelineTeacher(nn.Module, Family):
         return self.network.of_patch(cond, full, corner)
 
     def hold_half(self, *, for_good: bool = False) -> None:
-        """Hold the denoiser's weights in bfloat16 where autocast would cast them; see
-        `core.half_weights`.
-        """
+        """Hold the denoiser's weights in bfloat16 where autocast casts them (`half_weights`)."""
         self.network.weights.halve(for_good=for_good)
 
     def hold_whole(self) -> None:
@@ -375,9 +373,8 @@ class PipelineTeacher(nn.Module, Family):
             if list(captions) == [""]:  # cached data ask for it in every step
                 return replace(self.null, null=self.null)
             if self.pipeline.deferred and not any(captions):  # needs no encoder
-                return replace(
-                    self.null.index(torch.zeros(len(captions), dtype=torch.long)), null=self.null
-                )
+                rows = torch.zeros(len(captions), dtype=torch.long)
+                return replace(self.null.index(rows), null=self.null)
             self._load_deferred("text_encoder")
             if cut := None if self._warned else self.unread(captions):
                 self._warned = True

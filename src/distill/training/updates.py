@@ -28,9 +28,11 @@ def step_if_finite(
     """Clip the gradients, of total norm `norm`, to `limit` and step, unless it is not finite."""
     inner = optimizer.optimizer
     if not _skips_on_device(inner, norm):
-        if not math.isfinite(norm):
+        value = float(norm)
+        if not math.isfinite(value):
             return False
-        if limit / (norm + 1e-6) < 1:  # torch's factor; multiplying by one takes its time too
+        factor = limit / (torch.tensor(value) + 1e-6)  # torch's, in float32
+        if factor < 1:  # to multiply by one takes as long
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         optimizer.step()
         return True
