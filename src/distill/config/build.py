@@ -48,7 +48,7 @@ NUMBERS = (
 # Warnings that are expected in every run.
 EXPECTED = (
     ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec,"
-    " LeafSpec)"
+    " LeafSpec|overridden `on_before_batch_transfer`)"
 )
 
 
