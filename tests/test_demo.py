@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
+import re
 import shutil
 import socket
 from types import SimpleNamespace
@@ -255,3 +258,13 @@ def test_a_change_of_the_page_updates_every_column(studio):
         assert "<img" in later[-1][places.index(key)].value
     assert "data-requests" in later[-1][-1]
     assert len(nothing) == 1
+
+
+def test_a_picture_is_embedded_whole():
+    """Values on a page are cut at some length; a picture's data must not be."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+    shown = html.picture(pixels, "noise")
+    data = re.search(r"base64,([^\"]+)\"", shown)[1]
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), pixels)

@@ -102,7 +102,7 @@ def picture(pixels: Tensor, alternative: str) -> Markup:
     """Pixels, uint8 [3, H, W], as an <img> with embedded data."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.save(file := io.BytesIO(), "PNG", compress_level=1)
-    data = base64.b64encode(file.getvalue()).decode()
+    data = Markup(base64.b64encode(file.getvalue()).decode())  # as it is: long values are cut
     return _part("picture", data, alternative, max(image.size) <= SMALL)
 
 
