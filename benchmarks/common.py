@@ -17,6 +17,7 @@ import distill.worlds.shapes
 from distill.config.build import settle_precision
 from distill.config.location import CONF_DIR
 from distill.data.write import write_latents
+from distill.training.speed import speed_of
 
 TOKENIZER = Path(distill.worlds.shapes.__file__).parent / "models" / "mmdit" / "tokenizer"
 
@@ -37,7 +38,7 @@ def fit(cfg: Any, method: Any, source: Any, steps: int, *callbacks: L.Callback) 
     given = {
         "accelerator": cfg.trainer.accelerator,
         "precision": cfg.trainer.precision,
-        "callbacks": list(callbacks),
+        "callbacks": [*speed_of(dict(cfg.trainer)), *callbacks],
     }
     trainer = L.Trainer(max_steps=steps, max_epochs=-1, devices=1, **bare, **given)
     trainer.fit(method, source.loader(seed=cfg.seed))

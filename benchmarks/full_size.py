@@ -26,8 +26,7 @@ import diffusers
 import torch
 import transformers
 from common import TOKENIZER, noise_latents
-from step_time import Measured, measure
-from torch.utils.flop_counter import FlopCounterMode
+from step_time import measure
 
 from distill.machine.hardware import hardware
 
@@ -154,14 +153,6 @@ def write(name: str, folder: Path, small: bool) -> list[str]:
     return [*words, f"teacher.path={folder / 'teacher'}"]
 
 
-def operations(found: Measured) -> int:
-    """Operations of the passes, counted while they run once."""
-    with FlopCounterMode(display=False) as counter:
-        for run in found.turns.passes.values():
-            run()
-    return counter.get_total_flops()
-
-
 def peak_rate() -> float:
     """Operations a second of a product of 8192 x 8192 matrices in bfloat16."""
     side = 8192 if torch.cuda.is_available() else 512
@@ -187,7 +178,7 @@ def row(name: str, size: int, words: list[str], steps: int, rate: float) -> str:
         found = measure(words, steps)
     except torch.OutOfMemoryError:
         return f"| {name} | {size} | out of memory | | | | |"
-    ratio, share = found.step / found.unavoidable, operations(found) / found.step / rate
+    ratio, share = found.step / found.unavoidable, found.turns.operations / found.step / rate
     peak = "-" if found.peak is None else f"{found.peak / 2**30:.1f} GiB"
     times = f"{found.step:.3f} s | {found.unavoidable:.3f} s | {ratio:.2f}"
     return f"| {name} | {size} | {times} | {share:.0%} | {peak} |"

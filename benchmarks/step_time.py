@@ -29,6 +29,7 @@ from typing import Any
 import lightning as L
 import torch
 from common import composed, fit, unet_overrides
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import build
 from distill.machine.hardware import autocast, hardware
@@ -43,7 +44,7 @@ class Turns(L.Callback):
         self.precision = precision
         self.passes: dict[str, Callable[[], None]] = {}
         self.seconds: dict[str, list[float]] = {}
-        self.batch = 0
+        self.batch, self.operations = 0, 0  # pictures of a step, operations of its passes
         self._began = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, method: Any, batch: Any, *_: Any) -> None:
@@ -51,6 +52,10 @@ class Turns(L.Callback):
             prepared = method.loop.prepare_batch(method, batch)
             self.batch = len(prepared)
             self.passes = passes_of(method, prepared, self.precision)
+            with FlopCounterMode(display=False) as counter:
+                for run in self.passes.values():
+                    run()
+            self.operations = counter.get_total_flops()
             self.seconds = {name: [] for name in ("step", *self.passes)}
             self._began = now()
 
