@@ -6,6 +6,7 @@ CPU, on which a gradient that is not finite is seen at once.
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import lightning as L
@@ -50,6 +51,12 @@ TRAININGS = [  # method, its options, and its teacher
     ("regression", {}, "unet"),
     ("consistency", {}, "mmdit"),
 ]
+
+
+@pytest.fixture
+def teachers(teachers):
+    """Copies, since what the pretended device does to a teacher would reach later tests."""
+    return lambda *names, **options: copy.deepcopy(teachers(*names, **options))
 
 
 def fused(parameters):
