@@ -1,0 +1,51 @@
+"""Edit pairs by index: a source picture, a target picture, and the instruction between them."""
+
+from torch import Tensor
+
+from distill.data import decode
+from distill.data.datasets import ImageShards, Size
+from distill.data.folder import Index
+from distill.data.shards import Shards
+from distill.storage import formats
+
+PARTS = ("source", "target")
+
+
+class EditPairs(ImageShards):
+    """Edit pairs from shards: `pixels`, the target, and `source`, both in [-1, 1], of one size; the
+    caption is the instruction.
+
+    Files are `<key>.source.png`, `<key>.target.png` and `<key>.txt`; other picture formats and
+    captions as for `ImageShards`. Raises ValueError as it does, or if no sample is a pair.
+    """
+
+    def open(self, path: str) -> Shards:
+        return Shards(path, parts=PARTS, cache=self.cache)
+
+    def check_pictures(self, path: str) -> None:
+        check_pairs(path, self.shards.index)
+
+    def size_of(self, sample: dict) -> Size:
+        return decode.image_size(sample, "target")
+
+    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
+        source, target = (decode.image_size(sample, part) for part in PARTS)
+        if source != target:
+            sizes = f"{source[0]} x {source[1]}, its target {target[0]} x {target[1]}"
+            raise decode.BadSample(sample, f"its source is {sizes}; a pair must have one size")
+        sides = bucket or (self.size,)
+        pictures = (decode.image(sample, *sides, part=part) for part in PARTS)
+        return dict(zip(("source", "pixels"), pictures, strict=True))
+
+
+def check_pairs(path: str, index: Index) -> None:
+    """Raise ValueError if no sample has both pictures of an edit pair."""
+    ends = formats.suffixes()
+    has = [{part for part in PARTS if any(f"{part}.{e}" in p for e in ends)} for _, p in index]
+    if any(len(each) == 2 for each in has):
+        return
+    lacks = "target" if any("source" in each for each in has) else "source"
+    raise ValueError(
+        f"data.path={path}: none of its {len(index)} samples has a {lacks} picture; an edit pair is"
+        " <key>.source.png, <key>.target.png and <key>.txt in a shard"
+    )
