@@ -22,12 +22,29 @@ if TYPE_CHECKING:
 
 TEACHER = "distill.teachers.pipeline.PipelineTeacher"
 BUILT_IN = {  # class of a pipeline -> teacher class
+    "ChromaPipeline": "distill.teachers.chroma.Chroma",
+    "Flux2KleinPipeline": "distill.teachers.flux2.Flux2Klein",
+    "Flux2Pipeline": "distill.teachers.flux2.Flux2",
+    "FluxFillPipeline": "distill.teachers.inpaint.FluxFill",
+    "FluxKontextPipeline": "distill.teachers.edit.FluxKontext",
     "FluxPipeline": "distill.teachers.flux.Flux",
+    "Lumina2Pipeline": "distill.teachers.lumina2.Lumina2",
+    "KolorsPipeline": "distill.teachers.kolors.Kolors",
+    "PixArtAlphaPipeline": "distill.teachers.pixart.PixArtAlpha",
     "PixArtSigmaPipeline": "distill.teachers.pixart.PixArtSigma",
+    "QwenImagePipeline": "distill.teachers.qwenimage.QwenImage",
     "SanaPipeline": "distill.teachers.sana.Sana",
+    "SanaSprintPipeline": "distill.teachers.sana.SanaSprint",
+    "StableDiffusion3InpaintPipeline": "distill.teachers.inpaint.SD3Inpaint",
     "StableDiffusion3Pipeline": "distill.teachers.sd3.SD3",
+    "StableDiffusionInpaintPipeline": "distill.teachers.inpaint.SDInpaint",
+    "StableDiffusionInstructPix2PixPipeline": "distill.teachers.edit.InstructPix2Pix",
     "StableDiffusionPipeline": "distill.teachers.sd.SD",
+    "StableDiffusionXLInpaintPipeline": "distill.teachers.inpaint.SDXLInpaint",
+    "StableDiffusionXLInstructPix2PixPipeline": "distill.teachers.edit.InstructPix2PixXL",
     "StableDiffusionXLPipeline": "distill.teachers.sdxl.SDXL",
+    "WanPipeline": "distill.teachers.wan.Wan",
+    "ZImagePipeline": "distill.teachers.zimage.ZImage",
 }
 
 
@@ -43,14 +60,25 @@ class Family:
     upcasts: whether the pipeline decodes in float32 an autoencoder that would overflow in float16.
     standardised: whether the pipeline uses `latents_mean` and `latents_std` of the autoencoder.
     packing: side of the square of latents that the pipeline packs into one token for the denoiser.
+    folding: side of the square of the autoencoder's latents whose channels together are one latent,
+        which is noised as a whole, as for FLUX.2.
     usual_unit: picture sides are multiples of this number of pixels, for the family's model on the
         hub; None if its models differ.
     flow: whether all its networks predict the velocity of a rectified flow.
     addition_embed_type: that of its UNet's configuration: the conditioning other than captions.
+    image: what its denoiser reads beside the sample: `mask`, a mask and the latents around it, as
+        for inpainting; `source`, the latents of a picture, as for editing; None: nothing.
+    video: whether it makes videos, with latents [C, T, H, W], and not pictures.
+    whole_mask: whether it reads the mask at the picture's size, with a channel for each pixel of a
+        latent; else at that of the latents.
+    in_context: whether it reads the source as further tokens, and not as further channels.
+    draws: how often its pipeline samples the posterior of a picture by the noise's generator,
+        before it draws the noise and after.
     padded: tokenizers that pad captions to their maximum length, as CLIP's do.
     embedding_options: options of the family that change caption embeddings.
     rounds_up: whether its image-to-image pipeline rounds steps up; see `limits.steps_left`.
     trailing: whether the pipeline steps at 1, 1 - 1/n, ..., 1/n if no sigmas are passed.
+    prepares: lines of Python that a student's card runs on its pipeline, `pipe`, to correct it.
     single_file: how `export to=single_file` writes it. `pipeline`: all parts, in the layout of the
         original Stable Diffusion. `transformer`: only the transformer, under diffusers' names.
         None: it cannot be written.
@@ -63,13 +91,20 @@ class Family:
     upcasts: bool = False
     standardised: bool = False
     packing: int = 1
+    folding: int = 1
     usual_unit: int | None = None
     flow: bool = False
     addition_embed_type: str | None = None
+    image: Literal["mask", "source"] | None = None
+    video: bool = False
+    whole_mask: bool = False
+    in_context: bool = False
+    draws: tuple[int, int] = (0, 0)
     padded: tuple[str, ...] = ()
     embedding_options: tuple[str, ...] = ()
     rounds_up: bool = False
     trailing: bool = False
+    prepares: str = ""
     single_file: Literal["pipeline", "transformer"] | None = None
 
     def kind_name(self) -> str:

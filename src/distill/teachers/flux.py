@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.core.process import RectifiedFlow
 from distill.core.types import Cond
-from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.sized import SizedTeacher
 from distill.teachers.transformer import Transformer
 
 
@@ -26,16 +26,39 @@ class Packed(Transformer):
     student. A model without that input (schnell) ignores it.
     """
 
+    shifts = True
+    joint_targets: tuple[str, ...] = (  # both streams' attention and feed-forward layers
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    )
+    # Other layers have names that end alike.
+    single_targets: tuple[str, ...] = ("proj_out",)
+
     def __init__(self, model: nn.Module, guidance: float):
         super().__init__(model, RectifiedFlow(), "flow")
         self.guidance = guidance
 
     def with_model(self, model: nn.Module) -> Packed:
-        return Packed(model, self.guidance)
+        return type(self)(model, self.guidance)
+
+    @property
+    def targets(self) -> Sequence[str]:  # type: ignore[override]
+        single = range(len(self.model.single_transformer_blocks))
+        named = [f"single_transformer_blocks.{i}.{x}" for i in single for x in self.single_targets]
+        return (*self.joint_targets, *named)
 
     @property
     def patch(self) -> int:
         return 2  # the model's patch_size refers to packed tokens
+
+    @property
+    def image_channels(self) -> int:
+        return int(self.model.config.in_channels - self.model.out_channels) // self.patch**2
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.model.out_channels) // self.patch**2
 
     def packed_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """Number and channels of the tokens for latents of `shape`, (C, H, W), as in the
@@ -59,29 +82,47 @@ class Packed(Transformer):
         return self.model.config.joint_attention_dim
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        packed = F.pixel_unshuffle(x_t, self.patch)
-        rows, columns = (torch.arange(side, device=x_t.device) for side in packed.shape[-2:])
-        positions = torch.cartesian_prod(rows, columns).float()
+        packed, positions = self.packed(x_t)
         tokens = self.model(
-            packed.flatten(2).transpose(1, 2),
+            packed,
             timestep=t,
             encoder_hidden_states=cond.tokens,
-            pooled_projections=cond.pooled,
-            img_ids=F.pad(positions, (1, 0)),
-            txt_ids=positions.new_zeros(cond.tokens.shape[1], 3),
-            guidance=torch.full_like(t, self.guidance)
-            if self.model.config.guidance_embeds
-            else None,
+            **self.conditioning(positions, t, cond),
         ).sample
         return F.pixel_shuffle(self.grid(tokens, x_t), self.patch)
 
+    def packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, C'] of what it reads, [B, C, H, W], and their positions [N, 3]: 0, row and
+        column.
+        """
+        cells = F.pixel_unshuffle(x, self.patch)
+        rows, columns = (torch.arange(side, device=x.device) for side in cells.shape[-2:])
+        positions = torch.cartesian_prod(rows, columns).float()
+        return cells.flatten(2).transpose(1, 2), F.pad(positions, (1, 0))
 
-class Flux(PipelineTeacher):
+    def conditioning(self, positions: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+        """The model's other inputs, for image tokens at `positions` [N, 3]."""
+        return {
+            "pooled_projections": cond.pooled,
+            "img_ids": positions,
+            "txt_ids": positions.new_zeros(cond.tokens.shape[1], 3),
+            **self.told(t),
+        }
+
+    def told(self, t: Tensor) -> dict[str, Tensor]:
+        """The guidance [B] of which the model is told, if it is told one."""
+        knows = self.model.config.guidance_embeds
+        return {"guidance": torch.full_like(t, self.guidance)} if knows else {}
+
+
+class Flux(SizedTeacher):
     """A `FluxPipeline` (FLUX.1 dev or schnell; folder or hub id).
 
     Args:
         guidance: guidance that a guidance-distilled model is conditioned on. Pass the same value to
             the exported student as `guidance_scale`.
+        few_steps: whether the model is distilled, as schnell: a teacher of few steps, without
+            guidance. No file says it.
         size: side of the pictures in pixels; the pipeline's files do not say it.
         length: tokens of the T5; schnell was trained with 256.
     """
@@ -92,40 +133,25 @@ class Flux(PipelineTeacher):
     usual_unit = 16
     flow = True
     padded = ("tokenizer",)
-    embedding_options = ("length",)
     rounds_up = True
     trailing = True
     single_file = "transformer"
 
     def __init__(
-        self,
-        path: str,
-        *,
-        guidance: float = 3.5,
-        size: int = 1024,
-        length: int = 512,
-        **options: Any,
+        self, path: str, *, guidance: float = 3.5, few_steps: bool = False, **options: Any
     ):
-        self.guidance, self.size, self.length = guidance, size, length
+        self.guidance, self.few_steps = guidance, few_steps
         super().__init__(path, **options)
-        if size % self.unit:
-            raise ValueError(
-                f"teacher.size={size}: must be a multiple of {self.unit} for this teacher"
-            )
 
     def family_options(self) -> dict[str, Any]:
-        return {"guidance": self.guidance, "size": self.size, "length": self.length}
+        own = {"guidance": self.guidance, "few_steps": self.few_steps}
+        return {**own, **super().family_options()}
 
     def call_options(self) -> dict[str, Any]:
-        options = {"guidance_scale": self.guidance, "max_sequence_length": self.length}
-        return {**options, **self.sides()}
+        return {**super().call_options(), "guidance_scale": self.guidance}
 
     def _network(self) -> Packed:
         return Packed(self.pipeline.transformer, self.guidance)
-
-    def _shape(self) -> tuple[int, int, int]:
-        side = self.size // self.pipeline.vae_scale_factor
-        return self.pipeline.transformer.config.in_channels // self.network.patch**2, side, side
 
     def _longest_tokenizer(self) -> tuple[Any, int]:
         return self.pipeline.tokenizer_2, self.length

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -57,6 +57,9 @@ class Network(nn.Module):
     # Default layers of a LoRA, by the ends of their names: here those of every attention.
     targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     rounds_up = False  # set to that of its family
+    draws: tuple[int, int] = (0, 0)  # set to that of its family
+    angles = False  # whether its pipeline steps in TrigFlow's angles; see `sampling.angles`
+    shifts = False  # whether its pipeline tells the scheduler the size of the picture
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()
@@ -78,9 +81,22 @@ class Network(nn.Module):
         return 1
 
     @property
+    def image_channels(self) -> int:
+        """Channels that the network reads beside the sample's own, `Cond.image`."""
+        return 0
+
+    @property
     def positions(self) -> int | None:
         """Largest number of tokens a side, if positions are embedded; None if there is no limit."""
         return self.model.config.get("pos_embed_max_size") or None
+
+    def mu(self, config: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """Shift of the levels of `steps` steps for a picture of so many tokens, or its logarithm
+        where it is exponential, as its pipeline tells it a scheduler of this `config`.
+        """
+        span = config["max_image_seq_len"] - config["base_image_seq_len"]
+        share = (tokens - config["base_image_seq_len"]) / span
+        return config["base_shift"] + share * (config["max_shift"] - config["base_shift"])
 
     @property
     @abstractmethod
@@ -109,12 +125,29 @@ class Network(nn.Module):
         t = self.process.shifted(t, self.shift) if self.shift else t
         return self.process.to_x0(self._run(x_t, t, cond), x_t, t, self.prediction)
 
+    def rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor) -> Tensor:
+        """What its pipeline makes of the guided x0 prediction, given that for the caption and x_t,
+        all [B, C, H, W]; nothing in most pipelines.
+        """
+        return guided
+
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The model's prediction, with inputs cast to the dtype of the weights."""
         self.weights.fit(x_t)
         dtype = self.weights.dtype
+        x_t = self._beside_image(x_t, cond)
         with self.pass_context():
             return self.predict(x_t.to(dtype), t, cond.to(dtype))
+
+    def _beside_image(self, x_t: Tensor, cond: Cond) -> Tensor:
+        """The sample [B, C, H, W] and the conditioning's image channels [B, C', H, W] as the
+        network reads them. Raises ValueError for other channels than its own.
+        """
+        found = 0 if cond.image is None else cond.image.shape[1]
+        if found != self.image_channels:
+            what = f"reads {self.image_channels} channels of pictures beside the sample"
+            raise ValueError(f"this network {what}, and its conditioning has {found}")
+        return x_t if cond.image is None else torch.cat([x_t, cond.image.to(x_t.dtype)], 1)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         """Maps [B, C', H', W'] at `taps`, differentiable in x_t; the pass ends after the last tap.
@@ -185,6 +218,20 @@ class Network(nn.Module):
         """
         self.weights.restore()
         return copy.deepcopy(self).float().requires_grad_(True).train()
+
+    def copy_of_base(self) -> Network:
+        """As `trainable_copy`, without the adapters that a LoRA student has put into this network,
+        and without gradient checkpointing.
+        """
+        found = self.trainable_copy()
+        adapted = {n: m for n, m in found.model.named_modules() if hasattr(m, "get_base_layer")}
+        for name, layer in adapted.items():
+            parent, _, last = name.rpartition(".")
+            setattr(found.model.get_submodule(parent), last, layer.get_base_layer())
+        found.model.requires_grad_(True)
+        found.model.disable_gradient_checkpointing()
+        found.context_savers = []
+        return found
 
 
 def is_block(tap: str) -> bool:

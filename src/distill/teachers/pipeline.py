@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.limits import AT_ONCE, at_once
-from distill.core.process import Prediction, Process
-from distill.core.tensors import fingerprint
+from distill.core.process import Prediction, Process, column
+from distill.core.quantized_weights import Kind
+from distill.core.tensors import fingerprint, strips
 from distill.core.transfers import send
 from distill.core.types import Cond
 from distill.machine.faults import quiet_logging
 from distill.teachers.families import Family
+from distill.teachers.held_weights import HeldWeights
 from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
@@ -36,13 +37,14 @@ from distill.teachers.loading.reading import (
 from distill.teachers.loading.single import read_single
 from distill.teachers.loading.weights import put_on
 from distill.teachers.network import Network, is_block
+from distill.teachers.picture_sizes import PictureSizes
 from distill.terminal.progress import stage
 
 ENCODERS = ("vae", "text_encoder")  # names of a pipeline's encoding parts start with these
 log = logging.getLogger(__name__)
 
 
-class PipelineTeacher(nn.Module, Family):
+class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
     """A frozen diffusers pipeline as a teacher: denoiser, features, pixels <-> latents, captions ->
     Cond.
 
@@ -50,9 +52,11 @@ class PipelineTeacher(nn.Module, Family):
     block. weights: a file to load into the denoiser, such as DMD2 or Hyper-SD publish; see
     `teachers/loading/weights.py`. vae: a folder or hub id of an autoencoder that replaces the
     pipeline's, also in its students. config: for a `path` that is a single file, the pipeline that
-    describes it; see `teachers/loading/single.py`. deferred: text_encoder or vae; such parts are
-    loaded when first needed, and `release` removes them again. A run on cached embeddings uses
-    this, and sets `null`, the embedded empty caption.
+    describes it; see `teachers/loading/single.py`. tiling: pictures larger than the
+    autoencoder's own pass it in tiles, as in diffusers. deferred: text_encoder or vae; such parts
+    are loaded when first needed, and `release` removes them again. A run on cached embeddings uses
+    this, and sets `null`, the embedded empty caption. quantize: int8, fp8 or nf4, what
+    `hold_quantized` makes of the denoiser's frozen weights in training.
 
     The teacher stays in eval mode and its weights take no gradient, whatever is called on it.
     Attributes: `folder`, the local files, also of a hub pipeline; None for a single file.
@@ -62,6 +66,7 @@ class PipelineTeacher(nn.Module, Family):
     latent times `patch`: a picture's sides must be multiples of it.
     """
 
+    frames = 1  # of a sample, in pixels; above 1 for videos
     _warned = False  # whether a warning about a too long caption was given
     family_keys: tuple[str, ...] = ()  # options that only this family has
 
@@ -69,14 +74,12 @@ class PipelineTeacher(nn.Module, Family):
         """Add the shared options to the signature of a family, so that configurations can be
         checked.
         """
-        shared, of_family = (
-            inspect.signature(kind.__init__).parameters for kind in (PipelineTeacher, cls)
-        )
-        named = [
-            p
-            for p in {**shared, **of_family}.values()
-            if p.name != "self" and p.kind is not p.VAR_KEYWORD
-        ]
+        shared = inspect.signature(PipelineTeacher.__init__).parameters
+        every = dict(shared)
+        for kind in reversed(cls.__mro__[: cls.__mro__.index(PipelineTeacher)]):
+            if "__init__" in vars(kind):  # else it is that of its base
+                every |= inspect.signature(kind.__init__).parameters
+        named = [p for p in every.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
         cls.__signature__ = inspect.Signature(named)
         cls.family_keys = tuple(p.name for p in named if p.name not in shared)
 
@@ -93,6 +96,8 @@ class PipelineTeacher(nn.Module, Family):
         checkpointing: bool = False,
         weights: str | None = None,
         vae: str | None = None,
+        tiling: bool = False,
+        quantize: Kind | None = None,
         deferred: Sequence[str] = (),
     ):
         super().__init__()
@@ -119,25 +124,23 @@ class PipelineTeacher(nn.Module, Family):
             pipeline.vae_scale_factor = scale_of(self.folder)
         if weights:
             put_on(pipeline, weights)
+        self.tiling, self.quantize, self.variant = tiling, quantize, variant
         if pipeline.vae:
-            self._upcast(pipeline.vae)
+            self._prepare(pipeline.vae)
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
         self.network, self.without = self._network(), tuple(without)
-        self.network.rounds_up = self.rounds_up
-        self.variant = variant
+        self.network.rounds_up, self.network.draws = self.rounds_up, self.draws
         self.own_parts = {"vae": autoencoder.home} if autoencoder else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
         self._encoders, self._loaded_parts = nn.ModuleList(self._encoding_parts()), set[str]()
         self.channels = {name: width for name, (_, width) in self.network.tappable().items()}
-        self.blocks, self.encoder = (
-            [tap for tap in self.channels if is_block(tap)],
-            self.network.encoder,
-        )
-        self.latent_shape, self.patch = self._shape(), self.network.patch
-        self.unit = self.patch * pipeline.vae_scale_factor
+        self.blocks = [tap for tap in self.channels if is_block(tap)]
+        self.encoder, self.patch = self.network.encoder, self.network.patch
+        self.unit = self.patch * self.folding * pipeline.vae_scale_factor
+        self.latent_shape = self._shape()
         if autoencoder:
-            autoencoder.check(self.latent_shape[0])
+            autoencoder.check(self.latent_shape[0] // self.folding**2)
         self.null: Cond | None = None
         super().train(False).requires_grad_(False)
 
@@ -166,52 +169,25 @@ class PipelineTeacher(nn.Module, Family):
         """
         return {"guidance_scale": 0.0}
 
-    def sides(self) -> dict[str, int]:
-        """Default `height` and `width` of a picture, in pixels."""
-        height, width = (side * self.unit // self.patch for side in self.latent_shape[1:])
-        return {"height": height, "width": width}
-
-    def _shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents at the size of its training."""
-        config = self.network.model.config
-        return config.in_channels, config.sample_size, config.sample_size
-
-    def shape_of(self, size: Any, key: str = "size") -> tuple[int, int, int]:
-        """(C, H, W) of latents of `size`, pixels a side or [width, height]; None: the size of its
-        training.
-
-        Raises ValueError, with the setting's `key`, for sides that it cannot generate.
-        """
-        if size is None:
-            return self.latent_shape
-        sides = list(size) if isinstance(size, Sequence) else [size, size]
-        most = self.unit * (self.network.positions or math.inf)
-        if [isinstance(x, int) and 0 < x <= most and x % self.unit == 0 for x in sides] != [
-            True,
-            True,
-        ]:
-            what = f"a side, or [width,height], in multiples of {self.unit}"
-            raise ValueError(
-                f"{key}={size}: must be {what}{f' up to {most}' if most < math.inf else ''}"
-            )
-        width, height = (side * self.patch // self.unit for side in sides)
-        return self.latent_shape[0], height, width
-
-    def sides_of(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Height and width in pixels of a picture with latents of this shape, [..., H, W]."""
-        height, width = (side * self.unit // self.patch for side in shape[-2:])
-        return height, width
+    def guided_call(self, scale: float) -> dict[str, Any]:
+        """Arguments with which diffusers' pipeline guides by `scale` against the empty caption."""
+        return {"guidance_scale": scale}
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """Unscaled latents: the mean of the autoencoder's posterior."""
         return self.vae.encode(pixels).latent_dist.mode()
 
-    def _upcast(self, vae: nn.Module) -> None:
-        """Move a float16 autoencoder to float32 if its config says `force_upcast`, as its pipeline
-        does.
-        """
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """The reverse of `_latents`."""
+        pixels: Tensor = self.vae.decode(latents).sample
+        return pixels
+
+    def _prepare(self, vae: Any) -> None:
+        """In float32 if its config says `force_upcast`, as in its pipeline; in tiles if asked."""
         if self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast:
             vae.float()
+        if self.tiling and hasattr(vae, "enable_tiling"):
+            vae.enable_tiling()
 
     def _latent_statistics(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Mean and standard deviation of the unscaled latents, to go with x [B, C, H, W].
@@ -223,7 +199,12 @@ class PipelineTeacher(nn.Module, Family):
         if not mean or not std:  # a pipeline needs both
             return config.get("shift_factor") or 0.0, 1.0
         mean, std = (send(torch.tensor(y, dtype=x.dtype), x.device) for y in (mean, std))
-        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        return column(mean, x[0])[None], column(std, x[0])[None]
+
+    @property
+    def _latent_scale(self) -> float:
+        """Factor of the latents; 1 where the autoencoder names none."""
+        return float(self.vae.config.get("scaling_factor") or 1.0)
 
     def _longest_tokenizer(self) -> tuple[Any, int]:
         """The tokenizer with the largest maximum length, and that length with special tokens."""
@@ -237,7 +218,7 @@ class PipelineTeacher(nn.Module, Family):
                 with stage(f"loading the teacher's {name}, which cached data do not need"):
                     part = read().eval().requires_grad_(False).to(self.device)
                 if name == "vae":
-                    self._upcast(part)
+                    self._prepare(part)
                 setattr(self.pipeline, name, part)
 
     def release(self) -> None:
@@ -299,19 +280,25 @@ class PipelineTeacher(nn.Module, Family):
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
 
+    def rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor) -> Tensor:
+        return self.network.rescaled(guided, conditional, x_t)
+
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
         return self.network.features(x_t, t, cond, taps)
 
     def of_patch(self, cond: Cond, full: Sequence[int], corner: Sequence[int]) -> Cond:
         return self.network.of_patch(cond, full, corner)
 
-    def hold_half(self, *, for_good: bool = False) -> None:
-        """Hold the denoiser's weights in bfloat16 where autocast casts them (`half_weights`)."""
-        self.network.weights.halve(for_good=for_good)
+    @property
+    def image_channels(self) -> int:
+        """Channels of `image_of`; 0 for a text-to-image model."""
+        return self.network.image_channels
 
-    def hold_whole(self) -> None:
-        """Undo `hold_half`."""
-        self.network.weights.restore()
+    def image_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """What the denoiser reads of a batch's pictures beside the sample, `Cond.image`; None for a
+        text-to-image model.
+        """
+        return None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] -> scaled latents [B, C, H, W] (posterior means), in small
@@ -320,10 +307,10 @@ class PipelineTeacher(nn.Module, Family):
         parts = pixels.to(self.vae.dtype).split(at_once(*pixels.shape[-2:]))
         latents = torch.cat([self._latents(part) for part in parts]).to(pixels.dtype)
         mean, std = self._latent_statistics(latents)
-        return (latents - mean) * self.vae.config.scaling_factor / std
+        return (latents - mean) * self._latent_scale / std
 
     @torch.no_grad()
-    def pictures(self, latents: Tensor) -> Tensor:
+    def decoded(self, latents: Tensor) -> Tensor:
         """As `decode`, for any number and size of latents, without gradient, with the memory of a
         few pictures.
 
@@ -332,15 +319,20 @@ class PipelineTeacher(nn.Module, Family):
         """
         height, width = self.sides_of(latents.shape)
         with tiled(self.vae, height * width > AT_ONCE):
-            return torch.cat([self.decode(part) for part in latents.split(at_once(height, width))])
+            batches = latents.split(at_once(height, width * self.frames))
+            return torch.cat([self.decode(part) for part in batches])
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """As `decoded`; of videos pictures [B, 3, S, n S] of n of their frames, side by side."""
+        return strips(self.decoded(latents))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S] in [-1, 1], not clamped;
         differentiable.
         """
         mean, std = self._latent_statistics(latents)
-        raw = latents * std / self.vae.config.scaling_factor + mean
-        return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.dtype)
+        raw = latents * std / self._latent_scale + mean
+        return self._pixels(raw.to(self.vae.dtype)).to(latents.dtype)
 
     def save_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
         """Have the autoencoder work picture by picture, and in tiles for large ones, as in
@@ -355,7 +347,12 @@ class PipelineTeacher(nn.Module, Family):
         """Embedded negative prompt, of batch size 1, in float32, as its pipeline embeds it."""
         with quiet_logging():
             self._load_deferred("text_encoder")
-            return self._negative(caption).to(torch.float32)
+            return self._precise(self._negative, caption)
+
+    def _precise(self, encode: Callable[..., Cond], captions: Any) -> Cond:
+        """Encoded outside autocast: the result may be kept, and serves calls without it too."""
+        with torch.autocast(self.device.type, enabled=False):
+            return encode(captions).to(torch.float32)
 
     def _negative(self, caption: str) -> Cond:
         return self._encode([caption])
@@ -368,7 +365,7 @@ class PipelineTeacher(nn.Module, Family):
         with quiet_logging():  # pipelines warn of truncation at every call
             if self.null is None:
                 self._load_deferred("text_encoder")
-                self.null = self._encode([""]).to(torch.float32)
+                self.null = self._precise(self._encode, [""])
             self.null = self.null.to(self.device)
             if list(captions) == [""]:  # cached data ask for it in every step
                 return replace(self.null, null=self.null)

@@ -74,6 +74,10 @@ class UNet(Network):
         model.set_attn_processor(Attention())
 
     @property
+    def image_channels(self) -> int:
+        return max(0, self.model.config.in_channels - self.model.config.out_channels)
+
+    @property
     def caption_width(self) -> int | None:
         config = self.model.config
         width = config.get("encoder_hid_dim") or config.cross_attention_dim
@@ -160,7 +164,7 @@ class SD(PipelineTeacher):
     ):
         self.clip_skip = clip_skip
         super().__init__(path, **options)
-        _check_skip(clip_skip, self._layers())
+        _check_skip(clip_skip, self._layers() if clip_skip is not None else 0)
         if zero_terminal_snr:
             end_in_noise(self)
         self.latent_shape = self.shape_of(size, "teacher.size")
@@ -200,8 +204,7 @@ class SD(PipelineTeacher):
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         if self.clip_skip is None:
-            options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-            tokens, _ = self.pipeline.encode_prompt(captions, self.device, **options)
+            tokens = self._tokens(captions)
         else:
             tokens = self._skipped(send(ids, self.device))
         # SD has no pooled embedding; CLIP pools its last hidden state at the end-of-text token.
@@ -209,6 +212,11 @@ class SD(PipelineTeacher):
         return Cond(
             tokens=tokens, pooled=tokens[torch.arange(len(captions), device=tokens.device), end]
         )
+
+    def _tokens(self, captions: list[str]) -> Tensor:
+        """Tokens [B, L, D] of the last layer, by the pipeline itself."""
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        return self.pipeline.encode_prompt(captions, self.device, **options)[0]
 
     def _skipped(self, ids: Tensor) -> Tensor:
         """Tokens [B, L, D] of an earlier layer, as in the pipeline, which fails with transformers

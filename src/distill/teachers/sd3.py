@@ -21,6 +21,7 @@ SILENT_TOKENS = 256
 class MMDiT(Transformer):
     """The first blocks of SD3.5 medium have a second attention, only among image tokens."""
 
+    shifts = True
     targets = (  # both streams' attention and feed-forward layers
         *(
             "to_q",
@@ -42,6 +43,10 @@ class MMDiT(Transformer):
 
     def with_model(self, model: Any) -> MMDiT:
         return MMDiT(model)
+
+    @property
+    def image_channels(self) -> int:
+        return int(self.model.config.in_channels - self.model.out_channels)
 
     @property
     def caption_width(self) -> int:
@@ -88,7 +93,8 @@ class SD3(PipelineTeacher):
         which is equivalent.
         """
         t5 = self.pipeline.text_encoder_3
-        if t5 is not None and not t5.encoder.final_layer_norm.weight.count_nonzero():
+        read = t5 is not None and not torch.compiler.is_exporting()  # which has no values
+        if read and not t5.encoder.final_layer_norm.weight.count_nonzero():
             self.pipeline.text_encoder_3 = None
         return self.pipeline.text_encoder_3 is None
 

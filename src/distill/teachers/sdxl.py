@@ -36,7 +36,9 @@ class UNetXL(UNet):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = (side * self.cell for side in x_t.shape[-2:])
-        size = send(torch.tensor([height, width], dtype=x_t.dtype), x_t.device).expand(len(x_t), -1)
+        size = send(torch.tensor([height, width], dtype=x_t.dtype), x_t.device).expand(
+            x_t.shape[0], -1
+        )
         placement = (
             torch.cat([size, torch.zeros_like(size)], 1) if cond.extra is None else cond.extra
         )
@@ -75,8 +77,9 @@ class SDXL(SD):
         return UNetXL(self.pipeline.unet, process, prediction, self.pipeline.vae_scale_factor)
 
     def _encode(self, captions: list[str]) -> Cond:
-        options = {"device": self.device, "do_classifier_free_guidance": False}
-        options["clip_skip"] = self.clip_skip
+        options: dict[str, Any] = {"device": self.device, "do_classifier_free_guidance": False}
+        if self.clip_skip:  # editing pipelines do not take it
+            options["clip_skip"] = self.clip_skip
         tokens, _, pooled, _ = self.pipeline.encode_prompt(captions, **options)
         if self.pipeline.config.force_zeros_for_empty_prompt:  # the empty caption is all zeros
             has_text = send(torch.tensor([caption != "" for caption in captions]), tokens.device)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from distill.core.transfers import on_host
 from distill.teachers.attention import attend
 
 
@@ -88,9 +89,9 @@ def token_weights(
     read: unless it is known to be so, 1 is a weight like any other.
     """
     bias = None
-    if counts is not None and counts.device.type == "cpu":
+    if counts is not None and on_host(counts):
         all_ones = bool((counts == 1).all())
     if counts is not None and not all_ones:
-        no_bias = counts.new_zeros(len(counts), image_tokens, dtype=torch.float32)
+        no_bias = counts.new_zeros(counts.shape[0], image_tokens, dtype=torch.float32)
         bias = torch.cat([no_bias, counts.float().log()], dim=1)[:, None, None]
     return processor.biased(bias)

@@ -67,7 +67,8 @@ class Autoencoder:
         """Raise ValueError unless its latents have this number of channels, the
         denoiser's input.
         """
-        if (own := self.config.get("latent_channels")) != channels:
+        own = self.config.get("latent_channels") or self.config.get("z_dim")
+        if own != channels:
             what = f"its latents have {own} channels and this teacher's have {channels}"
             raise ValueError(f"{KEY}={self.path}: {what}; give one made for it")
 

@@ -30,6 +30,8 @@ FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yaml", ".yml
 FILES += (".tar", ".zip", ".gz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".webp", ".part")
 # Usual names of local folders, which are not owners on the hub.
 FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints", "data")
+# Names of a LoRA in a folder: of a run, of diffusers, of peft.
+LORAS = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 MAX_NAMES = 1000  # of a folder, searched for a similar name
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE = (".safetensors", *PICKLED)  # ends of a pipeline in one file
@@ -92,6 +94,20 @@ def check_weights(path: str, key: str = "teacher.weights") -> None:
     """
     if not Path(path).is_file() and not in_repository(path):
         raise no_file(path, key)
+
+
+def lora_in(path: str) -> str:
+    """The file of a LoRA in this folder: a run's, or as diffusers or peft name it.
+
+    `path` itself for anything else. Raises FileNotFoundError for a folder without one.
+    """
+    if not Path(path).is_dir():
+        return path
+    found = next((name for name in LORAS if (Path(path) / name).is_file()), None)
+    if found is None:
+        what = f"holds no {', '.join(LORAS)}"
+        raise FileNotFoundError(f"lora={path}: {what}; give the file of a LoRA")
+    return str(Path(path) / found)
 
 
 def no_folder(path: str, key: str) -> FileNotFoundError:

@@ -34,10 +34,10 @@ READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "u
 READ += ("use_dora",)
 
 
-def renamed(state: State, model: nn.Module, part: str, path: str) -> State:
+def renamed(state: State, model: nn.Module, part: str, where: str) -> State:
     """The tensors under names that diffusers reads as layers of `model`, its pipeline's `part`.
 
-    Raises ValueError, naming `path`, for names that neither this module nor diffusers translates.
+    Raises ValueError, naming `where`, for names that neither this module nor diffusers translates.
     """
     if sd3 := [name for name in state if SD3.match(name)]:
         what = (
@@ -45,8 +45,8 @@ def renamed(state: State, model: nn.Module, part: str, path: str) -> State:
             " read in a LoRA"
         )
         how = "convert it to diffusers' names (transformer.transformer_blocks...), or merge it"
-        raise ValueError(f"teacher.weights={path}: {what}; {how} into a checkpoint")
-    state = _of_one_adapter(state, path)
+        raise ValueError(f"{where}: {what}; {how} into a checkpoint")
+    state = _of_one_adapter(state, where)
     layers = {name for name, module in model.named_modules() if name}
     flat = {name.replace(".", "_"): name for name in layers} if part == "transformer" else {}
     return {_name(name, part, layers, flat): tensor for name, tensor in state.items()}
@@ -71,12 +71,12 @@ def _layer(name: str) -> str:
     return name[: match.start()] if match else name
 
 
-def _of_one_adapter(state: State, path: str) -> State:
+def _of_one_adapter(state: State, where: str) -> State:
     """Remove the adapter's name that peft writes in a model's state: `lora_A.default.weight`."""
     found = {match[2] for name in state if (match := _adapter(name))}
     if len(found) > 1:
         what = f"holds {len(found)} adapters ({', '.join(sorted(found))})"
-        raise ValueError(f"teacher.weights={path}: {what}, and one is read; give each its own file")
+        raise ValueError(f"{where}: {what}, and one is read; give each its own file")
     return {_without_adapter(name): tensor for name, tensor in state.items()}
 
 
@@ -99,18 +99,18 @@ def is_pefts(state: State) -> bool:
     return any(name.startswith(PEFT) or _adapter(name) for name in own)
 
 
-def settings_beside(file: Path, path: str) -> dict[str, Any]:
+def settings_beside(file: Path, where: str) -> dict[str, Any]:
     """Ranks and alphas of a file of peft, from the configuration beside it.
 
-    Raises ValueError, naming `path`, where it is missing, since the alphas are then unknown, and
+    Raises ValueError, naming `where`, where it is missing, since the alphas are then unknown, and
     for a configuration that is not of a LoRA.
     """
     beside = file.parent / SETTINGS
     if not beside.is_file():
         what = f"is a file of PEFT's, which keeps the alphas of its layers in {SETTINGS}"
-        raise ValueError(f"teacher.weights={path}: {what}; put that beside it")
+        raise ValueError(f"{where}: {what}; put that beside it")
     said = mapping_of(beside)
     if (kind := said.get("peft_type", "LORA")) != "LORA":
         what = f"{SETTINGS} beside it says peft_type={shown(kind, 40)}"
-        raise ValueError(f"teacher.weights={path}: {what}; give a plain LoRA")
+        raise ValueError(f"{where}: {what}; give a plain LoRA")
     return {key: said[key] for key in READ if said.get(key) is not None}

@@ -1,10 +1,11 @@
 """Loading a diffusers pipeline: no tensor is made up, and no code in it runs."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import Any
 
 import diffusers
@@ -198,6 +199,8 @@ def student_info(path: str) -> dict[str, Any]:
     levels = sampler.get("levels")
     listed = isinstance(levels, list) and all(isinstance(x, int | float) for x in levels)
     kept = {"name": sampler["name"], "levels": levels if listed and levels else None}
+    if type(sampler.get("patch")) is int and sampler["patch"] > 0:
+        kept["patch"] = sampler["patch"]
     return {"options": _numbers(options), "sampler": kept}
 
 
@@ -228,7 +231,8 @@ def pipeline_classes(
     """Part -> class from the index of an `expected` pipeline; NoneType for an empty part.
 
     Parts in `without` are left out. Raises ValueError for another pipeline, and for code of
-    libraries other than diffusers and transformers. `key` is the setting, for errors.
+    libraries other than diffusers and transformers. Some parts are in the pipeline's own package
+    in diffusers, as Kolors' text encoder. `key` is the setting, for errors.
     """
     index, classes = index_of(path, key), {}
     check_kind(index.get("_class_name"), expected, path, key)
@@ -241,12 +245,19 @@ def pipeline_classes(
         if tuple(pair) in SCHEDULERS:
             continue
         library, found = pair
-        if library not in LIBRARIES:
+        module = LIBRARIES.get(library) or own_package(library, expected)
+        if module is None:
             raise ValueError(
                 f"{key}={path}: {name} is code of {library!r}, which this teacher does not read"
             )
-        classes[name] = getattr(LIBRARIES[library], found, None)
+        classes[name] = getattr(module, found, None)
     return classes
+
+
+def own_package(library: str, pipeline: str) -> ModuleType | None:
+    """The package of this pipeline in diffusers, if it has the name `library`."""
+    package, _, _ = getattr(getattr(diffusers, pipeline, None), "__module__", "").rpartition(".")
+    return sys.modules[package] if package == f"diffusers.pipelines.{library}" else None
 
 
 @quiet_logging()
@@ -330,6 +341,8 @@ def check_parts(path: str, parts: Mapping[str, Any]) -> None:
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
             continue
+        if not hasattr(tokenizer, "__len__"):  # a processor has its tokenizer as a part
+            tokenizer = tokenizer.tokenizer
         if len(tokenizer) > (known := encoder.get_input_embeddings().num_embeddings):
             what = (
                 f"{name.replace('text_encoder', 'tokenizer')}/ has {len(tokenizer)} tokens and"

@@ -15,6 +15,7 @@ from distill.terminal.shown import shown
 Config = Mapping[str, Any]
 
 MOST_LEVELS = 16  # ours: of an autoencoder, each at half the resolution
+MOST_STEPS = 100_000  # ours: of a scheduler's grid of noise levels; usual models have 1,000
 MOST_TOKENS = 4096  # ours: of a caption; CLIP reads 77
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 CONDITIONED_ON = {  # setting of a UNet -> its additional conditioning, not supported here
@@ -36,7 +37,11 @@ def check_settings(family: Family, config_of: Callable[[str], Config], where: st
         refuse_quantised(parts[name], f"{where}: its {name}/")
     _check_denoiser(family, parts, where)
     if parts["scheduler"]:
+        check_grid(parts["scheduler"], f"{where}: its scheduler")
         prediction_of(parts["scheduler"], where, flow=family.flow)
+    if config_of("transformer_2"):
+        what = "it has two transformers, one for high noise and one for low (transformer_2/)"
+        raise ValueError(f"{where}: {what}, and one is distilled; give a model with one")
     for name in family.padded:
         _check_length(config_of(name).get("model_max_length"), f"{where}: its {name}/")
     given = [key for key in ("latents_mean", "latents_std") if parts["vae"].get(key)]
@@ -68,6 +73,16 @@ def lacking(family: Family, part: str) -> str:
     return f"add teacher.without=[{','.join(family.spare)}] to go without it, or fetch it anew"
 
 
+def check_grid(scheduler: Config, where: str) -> None:
+    """Raise ValueError, starting with `where`, for a grid of noise levels that is none, or has so
+    many that it would fill the memory.
+    """
+    steps = scheduler.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 0 < steps <= MOST_STEPS:
+        what = f"has num_train_timesteps={shown(steps, 60)}, which must be 1 to {MOST_STEPS:,}"
+        raise ValueError(f"{where} {what}; fetch it anew")
+
+
 def _check_length(length: Any, where: str) -> None:
     """Raise ValueError, starting with `where`, for a caption length that cannot be padded to."""
     if length is not None and not (type(length) is int and 1 < length <= MOST_TOKENS):
@@ -92,6 +107,14 @@ def cell_of(vae: Config, where: str) -> int:
 
     Raises ValueError, starting with `where`, if it is none.
     """
+    # Of an autoencoder of videos: one less than its levels. Older files do not say the factor.
+    halvings = vae.get("temperal_downsample")
+    if isinstance(halvings, list) and len(halvings) < MOST_LEVELS:
+        scale = vae.get("scale_factor_spatial") or 2 ** len(halvings)
+        if type(scale) is not int or not 0 < scale < 2**MOST_LEVELS:
+            what = f"has scale_factor_spatial={shown(scale, 60)}"
+            raise ValueError(f"{where}: its vae/config.json {what}; fetch it anew")
+        return scale
     widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
     if not isinstance(widths, list) or not 0 < len(widths) < MOST_LEVELS:
         what = "does not say block_out_channels, a width for each of its levels"
@@ -107,10 +130,18 @@ def unit_of(family: Family, config_of: Callable[[str], Config], where: str) -> i
     """
     vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
     # the denoiser's own patch_size is that of what is packed already
-    patch = family.packing if family.packing > 1 else net.get("patch_size") or 1
+    patch = family.packing if family.packing > 1 else _patch_of(net)
     if not vae or not net or type(patch) is not int:
         return None
-    return patch * cell_of(vae, where)
+    return patch * family.folding * cell_of(vae, where)
+
+
+def _patch_of(net: Config) -> Any:
+    """Side of a token in latents; networks for several sides read tokens of the first."""
+    patch, sides = net.get("patch_size"), net.get("all_patch_size")
+    if isinstance(patch, list) and patch:  # of a video's frames, rows and columns
+        return patch[-1]
+    return patch or (sides[0] if isinstance(sides, list) and sides else 1)
 
 
 def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
@@ -120,7 +151,8 @@ def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
     """
     name = str(scheduler.get("_class_name", ""))
     said = str(scheduler.get("prediction_type", "epsilon"))
-    found = "flow" if name.startswith("Flow") else KINDS.get(said)
+    # TrigFlow's network is that of a flow, whose x_t and v the pipeline scales (Sana-Sprint).
+    found = "flow" if name.startswith("Flow") or said == "trigflow" else KINDS.get(said)
     if name.startswith("EDM"):
         what = f"its scheduler is an {name}, and networks trained as in EDM are not read"
         raise ValueError(f"{where}: {what}; give a model that predicts eps, v or flow")
@@ -136,17 +168,36 @@ def prediction_of(scheduler: Config, where: str, *, flow: bool = False) -> str:
     return found
 
 
+def _misread(family: Family, read: int, latents: int, side: int) -> str | None:
+    """What is wrong with a denoiser that reads so many channels, for an autoencoder with so many
+    and latents of `side` pixels; None if they are its family's.
+    """
+    cell = (family.packing * family.folding) ** 2
+    counts = {
+        None: (latents, "text-to-image model"),
+        "mask": (2 * latents + (side**2 if family.whole_mask else 1), "inpainting model"),
+        "source": (latents if family.in_context else 2 * latents, "editing model"),
+    }
+    expected, wanted = counts[family.image]
+    if read == expected * cell:
+        return None
+    others = {latents: "a text-to-image", 2 * latents: "an editing"}
+    others |= dict.fromkeys([2 * latents + 1, 2 * latents + side**2], "an inpainting")
+    found = others.get(read // cell) if read % cell == 0 else None
+    what = f": it is {found} model" if found else ", one that no teacher supports"
+    article = "a" if wanted.startswith("text") else "an"
+    reads = f"reads {read} channels and {article} {wanted}'s reads {expected * cell}"
+    return f"{reads}{what}; give the {wanted}"
+
+
 def _check_denoiser(family: Family, parts: Mapping[str, Config], where: str) -> None:
     name = "transformer" if parts["transformer"] else "unet"
-    net, latents = parts[name], parts["vae"].get("latent_channels")
+    net, vae = parts[name], parts["vae"]
+    latents = vae.get("latent_channels") or vae.get("z_dim")
     read = net.get("in_channels")
-    if read and latents and read != latents * family.packing**2:
-        expected = latents * family.packing**2
-        what = f"its {name}/ reads {read} channels and a text-to-image model's reads {expected}"
-        raise ValueError(
-            f"{where}: {what}: one for inpainting or editing, which no teacher supports; "
-            "give the text-to-image model"
-        )
+    side = cell_of(vae, where) if family.packing > 1 and vae.get("block_out_channels") else 1
+    if read and latents and (said := _misread(family, read, latents, side)):
+        raise ValueError(f"{where}: its {name}/ {said}")
     if name != "unet" or not net:
         return
     setting = next((key for key in CONDITIONED_ON if net.get(key)), None)

@@ -31,16 +31,31 @@ def parameters(folder: Path) -> int:
 
 def _numbers(file: Path) -> int:
     """0 for a damaged file; loading it gives the error."""
-    there = file.stat().st_size
+    try:
+        found = sum(math.prod(shape) for shape in _shapes(file).values())
+    except (ValueError, TypeError, OverflowError):
+        return 0
+    return found if 0 <= found <= 2 * file.stat().st_size else 0  # two a byte are the most
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors of a file, from its header; {} for a damaged one."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if length < min(there, MOST_HEADER) else {}
-        shapes = [x["shape"] for name, x in header.items() if name != "__metadata__"]
-        found = sum(math.prod(shape) for shape in shapes)
+            small = length < min(file.stat().st_size, MOST_HEADER)
+            header = json.loads(opened.read(length)) if small else {}
+        return {name: x["shape"] for name, x in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return 0
-    return found if 0 <= found <= 2 * there else 0  # of the smallest there are two a byte
+        return {}
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors in the safetensors files of a folder."""
+    found: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= _shapes(file)
+    return found
 
 
 def of_pipeline(path: Path) -> dict[str, int]:
@@ -82,7 +97,9 @@ def decoding(path: Path, side: int, dtype: str) -> int:
         vae = kind.from_config(config).to(precision).eval()
     if side**2 > AT_ONCE and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
-    channels = config.get("latent_channels", 4)
-    shape = (at_once(side, side), channels, side // cell_of(path), side // cell_of(path))
+    channels = config.get("latent_channels") or config.get("z_dim") or 4
+    frames = [1] if "temperal_downsample" in config else []  # of an autoencoder of videos
+    sides = [side // cell_of(path)] * 2
+    shape = (at_once(side, side), channels, *frames, *sides)
     latents = torch.empty(shape, dtype=precision, device="meta")
     return peak(lambda: vae.decode(latents).sample)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from distill.machine.faults import first_line
 from distill.storage.atomic import atomic_file
 from distill.storage.bounded import check_archive, parse_json_object
-from distill.storage.loaded_weights import check_finite
-from distill.teachers.loading.locate import in_repository, no_file
+from distill.storage.loaded_weights import check_finite, check_stored
+from distill.teachers.loading.locate import in_repository, lora_in, no_file
 from distill.teachers.loading.lora_files import add_lora
 from distill.teachers.loading.reading import not_fetched
 
@@ -37,10 +37,28 @@ def put_on(pipeline: Any, path: str) -> None:
         state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
-        add_lora(pipeline, model, state, path, file)
+        add_lora(pipeline, model, state, f"teacher.weights={path}", file)
     else:
         _load_state(model, state, path, add="delta" in about)
     check_finite(model, f"teacher.weights={path}: with it the {type(model).__name__}")
+
+
+def put_lora(pipeline: Any, path: str, scale: float = 1.0) -> None:
+    """Add a LoRA times `scale` to the pipeline's denoiser, as diffusers' `set_adapters` weighs it.
+
+    `path` is a file, or `owner/repository/file` of the hub, or a folder: of a run, or of a LoRA as
+    diffusers or peft write it. Its layers for text encoders are left out. Raises FileNotFoundError,
+    or ValueError for what is no LoRA, or is one of which the denoiser lacks layers.
+    """
+    file = local_file(lora_in(path), "lora")
+    with readable(f"lora={path}"):
+        state, _ = read_weights(file)
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
+    if not any("lora" in name for name in state):
+        what = "holds no LoRA; give one, or full weights as teacher.weights="
+        raise ValueError(f"lora={path}: {what}")
+    add_lora(pipeline, model, state, f"lora={path}", file, scale)
+    check_finite(model, f"lora={path}: with it the {type(model).__name__}")
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
@@ -84,7 +102,9 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             check_archive(file)
             state = torch.load(file, weights_only=True, map_location="cpu")
             state = state.get("state_dict", state)
-            return {name: x for name, x in state.items() if isinstance(x, Tensor)}, {}
+            tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+            check_stored(tensors.values(), file)
+            return tensors, {}
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return tensors, about_weights(file)

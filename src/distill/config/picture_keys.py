@@ -1,0 +1,75 @@
+"""Check the pictures that a model is asked to go on from or to fill, before torch is imported."""
+
+from pathlib import Path
+
+from PIL import ImageOps
+
+from distill.config.compose import shipped
+from distill.core import limits
+from distill.storage import formats
+from distill.teachers import families
+from distill.teachers.loading import locate
+
+
+def family_of_run(run: str) -> families.Family | None:
+    """The facts of the pipeline's family; None for a pipeline on the hub."""
+    index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
+    if not index.is_file():
+        return None
+    kind = locate.index_of(str(index.parent), "run").get("_class_name")
+    return families.family_of_kind(str(kind))
+
+
+def check_strength(run: str, steps: int, strength: float) -> None:
+    """Check that this strength leaves at least one step, by the rounding of the pipeline of `run`.
+
+    For a pipeline on the hub the rounding is not known yet: the one that leaves more steps is used.
+    """
+    family = family_of_run(run)
+    limits.check_strength(steps, strength, family is None or family.rounds_up)
+
+
+def check_fills(family: families.Family, run: str, mask: str | None) -> None:
+    """Check that a mask is given to a model that fills masks, and to no other."""
+    fills = family.image == "mask"
+    if fills and mask is None:
+        what = "fills masked parts of pictures; add image=<picture> mask=<white where to fill>"
+        raise ValueError(f"run={run}: {what}")
+    if mask is not None and not fills:
+        what = f"run={run} is no inpainting model and fills no masks"
+        raise ValueError(f"mask={mask}: {what}; leave mask out, or give an inpainting model")
+
+
+def refuse_fills(run: str, command: str, key: str = "run") -> None:
+    """Raise ValueError for a model that fills masks, where a command makes whole pictures."""
+    family = family_of_run(run)
+    if family is not None and family.image == "mask":
+        what = f"fills masked parts of pictures, and {command} makes whole ones"
+        raise ValueError(f"{key}={run}: {what}; use the sample command with image= and mask=")
+
+
+def check_mask(image: str | None, mask: str) -> None:
+    """Check that there is a picture and a mask of its size, with something to fill.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    if image is None:
+        raise ValueError(f"mask={mask}: there is no picture to fill; add image=")
+    if not Path(mask).is_file():
+        what = "no such file; give a picture of the size of image=, white where to fill"
+        raise FileNotFoundError(f"mask={mask}: {what}")
+    sizes = {}
+    for key, path in {"image": image, "mask": mask}.items():
+        try:
+            with formats.open_picture(Path(path), Path(path).suffix.lower()) as opened:
+                picture = ImageOps.exif_transpose(opened.convert("L"))
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            what = f"cannot be read as a picture ({error}); give another"
+            raise ValueError(f"{key}={path}: {what}") from None
+        sizes[key] = picture.size
+    if sizes["image"] != sizes["mask"]:
+        said = {key: "{}x{}".format(*size) for key, size in sizes.items()}
+        what = f"is {said['mask']}, and image={image} is {said['image']}"
+        raise ValueError(f"mask={mask}: {what}; make them of one size")
+    if picture.getextrema()[1] < 128:  # the mask is the last one read
+        raise ValueError(f"mask={mask}: has no white, so nothing to fill; paint what to fill white")
