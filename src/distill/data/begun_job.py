@@ -7,13 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 from distill.config import paths, trust
 from distill.config.compose import changes, check_counts
 from distill.config.validate import check_keys, check_teacher
-from distill.data.shards import BEGUN, shards_in
+from distill.data.named import BEGUN, shards_in
 from distill.storage import fingerprints as content
 from distill.storage.formats import is_hidden
 from distill.storage.locks import check_free
 
 # Keys that may change when a shard job is resumed.
-FREE = ("out", "devices", "data.num_workers", "data.max_bad_share")
+FREE = ("out", "devices", "data.num_workers", "data.max_bad_share", "data.cache_")
 
 
 def check_shard_job(cfg: DictConfig) -> None:

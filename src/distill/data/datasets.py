@@ -26,11 +26,13 @@ from torch.utils.data import Dataset
 
 from distill.core.limits import check_samples
 from distill.data import decode
+from distill.data.buckets import Size, nearest
+from distill.data.cache import USUAL_GB, Cache
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
 from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
-from distill.data.write import NULL, PICTURES
+from distill.data.write import EDIT_PAIRS, NULL, PICTURES
 from distill.machine.memory import to_shared_memory
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,6 @@ MIN_TRIED = 20  # with fewer, one bad sample would be a large share
 MAX_IN_A_ROW = 50  # samples tried for one item
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
 Found = tuple[dict | None, Skipped]  # an item or None, and the bad samples before it
-Size = tuple[int, int]  # width, height
 
 
 class Samples(Dataset, ABC):
@@ -60,8 +61,11 @@ class Samples(Dataset, ABC):
         max_bad_share: float = 0.1,
         buckets: Sequence[Sequence[int]] | None = None,
         caption_key: str = "caption",
+        cache_dir: str | None = None,
+        cache_gb: float = USUAL_GB,
     ):
         check_samples(limit, max_bad_share, buckets)
+        self.cache = Cache.of(cache_dir, cache_gb)
         self.shards = self.open(path)
         self.max_bad_share, self.caption_key = max_bad_share, caption_key
         self.length = min(limit or len(self.shards), len(self.shards))
@@ -73,7 +77,7 @@ class Samples(Dataset, ABC):
 
     def open(self, path: str) -> Shards | Lines:
         """The reader of raw samples by index."""
-        return Shards(path)
+        return Shards(path, cache=self.cache)
 
     def caption(self, sample: dict) -> str:
         """The caption of a raw sample; raises BadSample."""
@@ -134,11 +138,7 @@ class Samples(Dataset, ABC):
             try:
                 sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
                 found = self.tensors(sample, bucket)
-                item = {
-                    **found,
-                    "caption": self.caption(sample),
-                    "key": sample["__key__"],
-                }
+                item = {**found, "caption": self.caption(sample), "key": sample["__key__"]}
                 return item, skipped
             except decode.BadSample as error:
                 skipped.append((error.name, error.reason))
@@ -205,24 +205,14 @@ class Samples(Dataset, ABC):
             )
 
 
+def _cache_of(options: Mapping[str, Any]) -> Cache:
+    return Cache.of(options.get("cache_dir"), options.get("cache_gb", USUAL_GB))
+
+
 @cache
 def _stride(n: int) -> int:
     """A step length that passes through all of n positions, with the next one far from the last."""
     return next(k for k in itertools.count(int(0.618 * n) + 1) if math.gcd(k, n) == 1)
-
-
-def nearest(buckets: Sequence[Size], size: Size) -> int:
-    """The bucket that crops least of a picture of this size; of equal shapes that of the nearest
-    area.
-    """
-
-    def distance(k: int) -> tuple[float, float]:
-        width, height = buckets[k]
-        return abs(math.log(size[0] * height / (size[1] * width))), abs(
-            math.log(size[0] * size[1] / (width * height))
-        )
-
-    return min(range(len(buckets)), key=distance)
 
 
 class LatentShards(Samples):
@@ -246,8 +236,8 @@ class LatentShards(Samples):
         embed_once: bool = False,
         **options: Any,
     ):
-        folder, self.made = made_of(path)
-        if seeded and self.made.get("what") == PICTURES:
+        folder, self.made = made_of(path, _cache_of(options))
+        if seeded and self.made.get("what") in (PICTURES, EDIT_PAIRS):
             raise ValueError(
                 f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
             )
@@ -281,13 +271,17 @@ class LatentShards(Samples):
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         x0 = decode.latent(sample)
-        shape = self.shape and (self.shape[0], *(reversed(bucket) if bucket else self.shape[1:]))
+        shape = self.shape
+        if shape and bucket:
+            shape = (*shape[:-2], *reversed(bucket))
         if shape and tuple(x0.shape) != shape:
             wanted = (
                 f"its bucket's {list(shape)}" if bucket else f"the first sample's {list(shape)}"
             )
             raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, {wanted}")
         found = {"x0": x0, **decode.embedding(sample, self.null)}
+        if self.made.get("what") == EDIT_PAIRS:
+            found["image"] = decode.beside(sample, x0.shape[-2:])
         if self._embedded:
             row = self._row_of[self.caption(sample)]
             found |= {name: rows[row] for name, rows in self._embedded.items()}
@@ -299,10 +293,15 @@ class LatentShards(Samples):
             raise decode.BadSample(
                 sample, "its key is no seed, as data.seeded=true has it"
             ) from None
-        return {
-            **found,
-            "noise": torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)),
-        }
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+        return {**found, "noise": noise}
+
+    def embed_by(self, embedder: Callable[[LatentShards, int], None]) -> None:
+        """Have `embedder` called with this and the batch size before the first batch is read.
+
+        Present embeddings are dropped: those of another training may be of another teacher.
+        """
+        self.embedder, self._embedded = embedder, {}
 
     def prepare(self, batch_size: int) -> None:
         if self.embedder is not None and not self._embedded:
@@ -312,11 +311,11 @@ class LatentShards(Samples):
         return {**self.__dict__, "embedder": None}  # it has the networks, which no worker needs
 
     def captions(self) -> list[str]:
-        """The different captions of all usable samples, in the order of the shards."""
+        """The different captions of all samples, in the order of the shards."""
         found: dict[str, None] = {}
         for i in range(self.length):
             with suppress(decode.BadSample):
-                found[self.caption(self.shards.read(i))] = None
+                found[self.caption(self.shards.read(i, only=CAPTIONS))] = None
         return list(found)
 
     def add_embeddings(self, captions: Sequence[str], embedded: Mapping[str, Tensor]) -> None:
@@ -341,6 +340,8 @@ class ImageShards(Samples):
         size: int,
         repeats: bool = True,
         max_empty_share: float = MAX_EMPTY,
+        image_column: str | None = None,
+        caption_column: str | None = None,
         **options: Any,
     ):
         if not isinstance(size, int) or size < 1:
@@ -350,18 +351,23 @@ class ImageShards(Samples):
             )
         check_samples(None, 0.0, None, max_empty_share)
         self.repeats, self.max_empty_share = repeats, max_empty_share
+        self.columns = (image_column, caption_column)  # of Parquet tables
         super().__init__(path, **options)
         self.size = size
-        index = self.shards.index
-        check_images(path, index)
-        said = check_captions(path, index, self.caption_key, max_empty_share)
+        self.check_pictures(path)
+        said = check_captions(path, self.shards.index, self.caption_key, max_empty_share)
         # In shards, and with another key, a sample without a caption is bad, unless permitted.
         taken = max_empty_share == 1 or (self.shards.of_folder and self.caption_key == "caption")
         if said and taken:
             log.warning("%s", said)
 
     def open(self, path: str) -> Shards:
-        return Shards(path, repeats=self.repeats)
+        options = {"repeats": self.repeats, "columns": self.columns}
+        return Shards(path, cache=self.cache, **options)
+
+    def check_pictures(self, path: str) -> None:
+        """Raise ValueError if no sample has what is read."""
+        check_images(path, self.shards.index)
 
     def caption(self, sample: dict) -> str:
         ends = CAPTIONS if self.caption_key == "caption" else ("json",)
@@ -374,16 +380,6 @@ class ImageShards(Samples):
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         return {"pixels": decode.image(sample, *(bucket or (self.size,)))}
-
-
-class Prompts(Samples):
-    """Captions alone, one per line of a text file; the teacher generates the samples."""
-
-    def open(self, path: str) -> Lines:
-        return Lines(path)
-
-    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
-        return {}
 
 
 def collate(found: list[Found]) -> tuple[dict, int, Skipped]:

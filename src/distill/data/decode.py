@@ -8,6 +8,7 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,15 +30,16 @@ IN_MEMORY = re.compile(r"\s*<_io\.BytesIO object at 0x\w+>")  # Pillow's name fo
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
-def image(sample: dict, width: int, height: int | None = None) -> Tensor:
+def image(sample: dict, width: int, height: int | None = None, *, part: str = "") -> Tensor:
     """The largest central crop of the image with the shape of width x height, resized: [3, height,
     width].
 
     RGB in [-1, 1]; height None is a square. EXIF rotation is applied, transparency composited on
     white, and the first frame taken. Raises BadSample if there is no image, it does not decode, or
-    the crop is less than half as wide: enlarged that much, it would teach blur.
+    the crop is less than half as wide: enlarged that much, it would teach blur. `part` names one of
+    several pictures of a sample: `source` reads `.source.png`.
     """
-    extension, height = _image(sample), height or width
+    extension, height = _image(sample, part), height or width
     data = io.BytesIO(_bytes(sample, extension))
     try:
         with warnings.catch_warnings():
@@ -64,12 +66,12 @@ def image(sample: dict, width: int, height: int | None = None) -> Tensor:
     )
 
 
-def image_size(sample: dict) -> tuple[int, int]:
+def image_size(sample: dict, part: str = "") -> tuple[int, int]:
     """Width and height in pixels as displayed, from the image's first bytes.
 
     Raises BadSample if these do not suffice.
     """
-    extension = _image(sample)
+    extension = _image(sample, part)
     data = io.BytesIO(_bytes(sample, extension))
     try:
         with warnings.catch_warnings():
@@ -121,13 +123,13 @@ def caption(sample: dict, key: str = "caption") -> str:
 
 
 def latent(sample: dict) -> Tensor:
-    """The latents, float32 [C, h, w], from `.latent.npy`.
+    """The latents, float32 [C, h, w], of a video [C, T, h, w], from `.latent.npy`.
 
-    Raises BadSample unless they are finite floats in 3-D.
+    Raises BadSample unless they are finite floats in 3-D or 4-D.
     """
     extension = _pick(sample, LATENTS, "latents")
     array = _array(sample, extension)
-    if array.ndim != 3 or array.dtype.kind != "f":
+    if array.ndim not in (3, 4) or array.dtype.kind != "f":
         raise BadSample(
             sample, f"its .{extension} is {array.dtype} {list(array.shape)}, not floats [C, h, w]"
         )
@@ -147,7 +149,7 @@ def latent_size(sample: dict) -> tuple[int, int]:
     file = io.BytesIO(_bytes(sample, extension))
     try:
         np.lib.format.read_magic(file)
-        _, height, width = np.lib.format.read_array_header_1_0(file)[0]
+        _, *_, height, width = np.lib.format.read_array_header_1_0(file)[0]
         assert width * height > 0, "it is empty"
         assert max(width, height) < 2**31, "no latents are so large"
     except Exception as error:
@@ -178,6 +180,19 @@ def embedding(sample: dict, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def beside(sample: dict, sides: Sequence[int]) -> Tensor:
+    """What an editing model reads beside the latents, float32 [C, h, w], from `.image.npy`.
+
+    Raises BadSample unless they are finite floats of these sides, (h, w).
+    """
+    array = _array(sample, _pick(sample, ("image.npy",), "source latents"))
+    right = array.ndim == 3 and array.dtype == np.float16 and array.shape[1:] == tuple(sides)
+    if not right or not np.isfinite(array).all():
+        wanted = f"not finite float16 [C, {', '.join(map(str, sides))}] as its latents"
+        raise BadSample(sample, f"its .image.npy is {array.dtype} {list(array.shape)}, {wanted}")
+    return torch.from_numpy(array.astype(np.float32))
+
+
 def _array(sample: dict, extension: str) -> np.ndarray:
     data = io.BytesIO(_bytes(sample, extension))
     try:
@@ -194,9 +209,11 @@ def _bytes(sample: dict, extension: str) -> bytes:
     return found
 
 
-def _image(sample: dict) -> str:
-    """The extension of the sample's image."""
+def _image(sample: dict, part: str = "") -> str:
+    """The extension of the sample's image, or of the one named `part`."""
     ends = formats.suffixes()
+    if part:
+        return _pick(sample, tuple(f"{part}.{end}" for end in ends), f"{part} picture")
     extension = next((end for end in ends if end in sample), None)
     if extension:
         return extension

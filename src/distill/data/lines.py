@@ -1,19 +1,32 @@
-"""Captions alone: the lines of a text file, or a list."""
+"""Captions alone: the lines of a text file, a column of a table, or a list."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.data.tables import is_table, texts_of
 from distill.storage.bounded import LINES, text_of
 
 
 class Lines:
-    """The lines of a text file that are not blank, or the texts of a list, as raw samples.
+    """The lines of a text file that are not blank, those of a column of a table (`tables`), or the
+    texts of a list, as raw samples.
 
     Raises ValueError, naming `key`, if there are none.
     """
 
-    def __init__(self, path: str | Sequence[str], key: str = "data.path"):
+    def __init__(
+        self, path: str | Sequence[str], key: str = "data.path", column: str | None = None
+    ):
+        table = isinstance(path, str) and is_table(path)
+        if column is not None and not table:
+            what = "are read of a .csv, .tsv, .jsonl or .parquet; leave it out"
+            raise ValueError(
+                f"{key.rpartition('.')[0]}.column={column}: columns {what}".lstrip(".")
+            )
+        if table:
+            self.path, self.lines = str(path), texts_of(str(path), key, column)
+            return
         if not isinstance(path, str):
             self.path, self.lines = key, [str(text) for text in path]
             if not self.lines:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from distill.core.types import EMBEDDED
-from distill.data.shards import BEGUN, expand
-from distill.data.write import MANIFEST
+from distill.data import stores
+from distill.data.cache import Cache, mirrored
+from distill.data.named import BEGUN, expand
+from distill.data.write import MANIFEST, NULL
 from distill.machine.faults import first_line
 from distill.storage import fingerprints as content
 from distill.storage.bounded import MIB, check_archive, mapping_of
@@ -26,13 +28,13 @@ TYPES: dict[str, tuple[type, ...]] = {
 MOST_NULL = 256 * MIB  # ours; the longest caption of SD3's three encoders takes 3 MiB
 
 
-def made_of(path: str) -> tuple[Path, dict[str, Any]]:
+def made_of(path: str, cache: Cache | None = None) -> tuple[Path, dict[str, Any]]:
     """A folder with the shards, and its manifest, {} if there is none.
 
     Raises ValueError if the shard job is not finished, or for folders of different jobs.
     """
     about: dict[Path, dict[str, Any]] = {}
-    for folder in sorted({Path(shard).parent for shard in expand(path)}):
+    for folder in sorted({_folder_of(shard, cache or Cache.of()) for shard in expand(path)}):
         finished = (folder / MANIFEST).is_file()
         if (folder / BEGUN).is_file() and not finished:
             raise ValueError(
@@ -50,6 +52,13 @@ def made_of(path: str) -> tuple[Path, dict[str, Any]]:
                 " give one"
             )
     return first, about[first]
+
+
+def _folder_of(shard: str, cache: Cache) -> Path:
+    """The folder of a shard; for one in a store a copy of what is beside it."""
+    if not stores.is_url(shard):
+        return Path(shard).parent
+    return mirrored(shard.rpartition("/")[0], (BEGUN, MANIFEST, NULL), cache, MOST_NULL)
 
 
 def _manifest(file: Path, path: str) -> dict[str, Any]:

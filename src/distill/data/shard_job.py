@@ -26,7 +26,8 @@ import numpy as np
 from omegaconf import DictConfig
 
 from distill.config import compose, paths, trust
-from distill.data.shards import BEGUN, index_tar, shards_in
+from distill.data.named import BEGUN, shards_in
+from distill.data.shards import index_tar
 from distill.data.write import MANIFEST, NULL, write_shard
 from distill.machine import faults
 from distill.machine.hardware import precision

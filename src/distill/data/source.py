@@ -21,15 +21,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from distill.core.types import FILL
+from distill.data.cache import USUAL_GB
 from distill.data.datasets import (
     Found,
     ImageShards,
     LatentShards,
-    Prompts,
     Samples,
     collate,
 )
 from distill.data.drawn import Drawn, Reader
+from distill.data.edit_pairs import EditPairs
+from distill.data.masks import Masks, masks_of
+from distill.data.pairs import Pairs
+from distill.data.prompts import Prompts
 from distill.data.shards import MAX_EMPTY
 from distill.machine.hardware import cores
 from distill.machine.memory import to_shared_memory
@@ -138,30 +143,39 @@ class Loader(DataLoader):
     """
 
     dataset: Samples
+    masks: Masks | None = None
 
     def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a plain iterator suffices
         order: Order | BucketOrder = self.batch_sampler  # type: ignore[assignment]
         self.dataset.prepare(order.batch_size)
-        for batch, good, skipped in super().__iter__():
+        for step, (batch, good, skipped) in enumerate(super().__iter__(), order.start):
             self.dataset.account(good, skipped)
             self.dataset.account_captions(batch["caption"])
+            if self.masks is not None:
+                first = (step * order.world + order.rank) * order.batch_size
+                positions = range(first, first + order.batch_size)
+                batch[FILL] = self.masks(order.seed, positions, batch["pixels"].shape[-2:])
             yield batch
 
 
 @dataclass(frozen=True)
 class Source:
-    """`batch_size` samples per process and micro-batch, read ahead by `num_workers` processes."""
+    """`batch_size` samples per process and micro-batch, read ahead by `num_workers` processes.
+
+    With `masks` each picture has one, `fill` [B, 1, H, W].
+    """
 
     dataset: Samples
     batch_size: int
     num_workers: int = 0
+    masks: Masks | None = None
 
     def loader(self, *, seed: int, rank: int = 0, world: int = 1, start: int = 0) -> Loader:
         """The endless stream of batches from batch `start` on; tensors [B, ...], everything else in
         lists.
         """
         order, groups = (seed, self.batch_size, rank, world, start), self.dataset.groups
-        return Loader(
+        loader = Loader(
             self.dataset,
             batch_sampler=(
                 BucketOrder(groups, *order) if groups else Order(len(self.dataset), *order)
@@ -174,6 +188,8 @@ class Source:
             # A DataLoader draws its workers' seed from the global generator, against exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
+        loader.masks = self.masks
+        return loader
 
     @property
     def workers(self) -> int:
@@ -225,18 +241,31 @@ def latents(
     seeded: bool = False,
     buckets: Sequence[Sequence[int]] | None = None,
     embed_once: bool = False,
+    cache_dir: str | None = None,
+    cache_gb: float = USUAL_GB,
 ) -> Source:
     """Cached latents with captions, embedded or not: a folder or pattern of WebDataset shards."""
-    options = {"limit": limit, "max_bad_share": max_bad_share, "buckets": buckets}
+    options = {
+        "cache_dir": cache_dir,
+        "cache_gb": cache_gb,
+        "limit": limit,
+        "max_bad_share": max_bad_share,
+        "buckets": buckets,
+    }
     data = LatentShards(path, seeded=seeded, embed_once=embed_once, **options)
     return Source(data, batch_size, num_workers)
 
 
 def prompts(
-    path: str, *, batch_size: int, num_workers: int = 0, limit: int | None = None
+    path: str,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    limit: int | None = None,
+    column: str | None = None,
 ) -> Source:
-    """Captions alone: a text file with one per line."""
-    return Source(Prompts(path, limit=limit), batch_size, num_workers)
+    """Captions alone: a text file with one per line, or a column of a table."""
+    return Source(Prompts(path, limit=limit, column=column), batch_size, num_workers)
 
 
 def images(
@@ -251,9 +280,21 @@ def images(
     caption_key: str = "caption",
     max_empty_share: float = MAX_EMPTY,
     repeats: bool = True,
+    masks: bool | Mapping[str, float] = False,
+    cache_dir: str | None = None,
+    cache_gb: float = USUAL_GB,
+    image_column: str | None = None,
+    caption_column: str | None = None,
 ) -> Source:
-    """Images with captions: WebDataset shards, or a folder in one of the layouts of `folder`."""
+    """Images with captions: WebDataset shards, Parquet tables, or a folder in one of the layouts of
+    `folder`. With `masks`, for an inpainting teacher, a mask is drawn for each: true, or odds of
+    `Masks`.
+    """
     options = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "cache_dir": cache_dir,
+        "cache_gb": cache_gb,
         "max_empty_share": max_empty_share,
         "repeats": repeats,
         "limit": limit,
@@ -261,7 +302,34 @@ def images(
         "buckets": buckets,
         "caption_key": caption_key,
     }
-    return Source(ImageShards(path, size=size, **options), batch_size, num_workers)
+    return Source(ImageShards(path, size=size, **options), batch_size, num_workers, masks_of(masks))
+
+
+def pairs(
+    path: str,
+    *,
+    size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    limit: int | None = None,
+    max_bad_share: float = 0.1,
+    buckets: Sequence[Sequence[int]] | None = None,
+    caption_key: str = "caption",
+    max_empty_share: float = MAX_EMPTY,
+    cache_dir: str | None = None,
+    cache_gb: float = USUAL_GB,
+) -> Source:
+    """Edit pairs with instructions: WebDataset shards of a source and a target picture each."""
+    options = {
+        "cache_dir": cache_dir,
+        "cache_gb": cache_gb,
+        "max_empty_share": max_empty_share,
+        "limit": limit,
+        "max_bad_share": max_bad_share,
+        "buckets": buckets,
+        "caption_key": caption_key,
+    }
+    return Source(EditPairs(path, size=size, **options), batch_size, num_workers)
 
 
 def drawn(
@@ -272,7 +340,34 @@ def drawn(
     num_workers: int = 0,
     limit: int | None = None,
     seeded: bool = False,
+    pairs: bool = False,
+    masks: bool | Mapping[str, float] = False,
 ) -> Source:
     """Pictures with captions that `reader` renders, by default at the teacher's size."""
-    data = Drawn(reader, size=size, seeded=seeded, limit=limit)
+    data = Drawn(reader, size=size, seeded=seeded, pairs=pairs, limit=limit)
+    return Source(data, batch_size, num_workers, masks_of(masks))
+
+
+def preferences(
+    path: str,
+    *,
+    batch_size: int,
+    size: int | None = None,
+    num_workers: int = 0,
+    limit: int | None = None,
+    max_bad_share: float = 0.1,
+    buckets: Sequence[Sequence[int]] | None = None,
+    caption_key: str = "caption",
+    cache_dir: str | None = None,
+    cache_gb: float = USUAL_GB,
+) -> Source:
+    """Pairs of a winner and a loser with one caption, pictures or latents: WebDataset shards."""
+    options = {
+        "cache_dir": cache_dir,
+        "cache_gb": cache_gb,
+        "limit": limit,
+        "max_bad_share": max_bad_share,
+        "buckets": buckets,
+    }
+    data = Pairs(path, size=size, caption_key=caption_key, **options)
     return Source(data, batch_size, num_workers)

@@ -22,7 +22,8 @@ HEADER = {"user": "distill", "group": "distill", "mtime": 0, "encoder": False}
 JSON = {"sort_keys": True, "ensure_ascii": False}
 # Files of a shard job beside its shards; the manifest is written last.
 NULL, MANIFEST = "null.npz", "manifest.json"
-PICTURES = "encoded pictures"  # `what` in the manifest of distill.cache
+# `what` in the manifest of distill.cache
+PICTURES, EDIT_PAIRS = "encoded pictures", "encoded edit pairs"
 PATTERN = re.compile(r"[^%]*%\d*d[^/%]*\.tar")  # the number is in the file name
 # Other keys would be read back as another key, or not at all.
 KEY = re.compile(r"(?:(?!\.\./)[^/\0]+/)*[^/.\0]+")
@@ -40,6 +41,19 @@ def write_latents(
     """
     files = (
         (key, {"latent.npy": _npy(key, x), "txt": caption.encode()}) for key, x, caption in samples
+    )
+    return _write(pattern, files, per_shard)
+
+
+def write_preferences(
+    pattern: str, pairs: Iterable[tuple[str, np.ndarray, np.ndarray, str]], per_shard: int
+) -> list[str]:
+    """Write (key, winner's latents, loser's latents, caption) as `.winner.npy`, `.loser.npy` (fp16)
+    and `.txt`; returns the shards' paths. Raises ValueError as `write_latents`.
+    """
+    files = (
+        (key, {"winner.npy": _npy(key, w), "loser.npy": _npy(key, x), "txt": caption.encode()})
+        for key, w, x, caption in pairs
     )
     return _write(pattern, files, per_shard)
 
@@ -62,6 +76,29 @@ def write_images(
             },
         )
         for key, x, caption, record in samples
+    )
+    return _write(pattern, files, per_shard)
+
+
+def write_pairs(
+    pattern: str, samples: Iterable[tuple[str, np.ndarray, np.ndarray, str, dict]], per_shard: int
+) -> list[str]:
+    """Write edit pairs (key, source, target, instruction, record), pictures uint8 [H, W, 3], as
+    `.source.png`, `.target.png`, `.txt` and `.json`; returns the shards' paths.
+
+    Raises ValueError as `write_images`.
+    """
+    files = (
+        (
+            key,
+            {
+                "source.png": _png(key, source),
+                "target.png": _png(key, target),
+                "txt": instruction.encode(),
+                "json": json.dumps(record, **JSON).encode(),
+            },
+        )
+        for key, source, target, instruction, record in samples
     )
     return _write(pattern, files, per_shard)
 
@@ -101,12 +138,12 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
             tar.write({"__key__": key, **files})
 
 
-def _npy(key: str, x: np.ndarray, ndim: int | None = 3) -> bytes:
+def _npy(key: str, x: np.ndarray, ndims: tuple[int, ...] | None = (3, 4)) -> bytes:
     with np.errstate(over="ignore"):  # checked just below
         x = np.ascontiguousarray(x, dtype="<f2")
-    if x.ndim != (ndim or x.ndim) or not np.isfinite(x).all():
-        what = "latents" if ndim else "embeddings"
-        wanted = "[C, h, w] and finite" if ndim else "finite"
+    if (ndims and x.ndim not in ndims) or not np.isfinite(x).all():
+        what = "latents" if ndims else "embeddings"
+        wanted = "[C, h, w] or [C, T, h, w], and finite" if ndims else "finite"
         raise ValueError(f"The {what} of {key!r}, {list(x.shape)}, must be {wanted} in fp16.")
     np.lib.format.write_array(file := io.BytesIO(), x, allow_pickle=False)
     return file.getvalue()

@@ -1,0 +1,101 @@
+"""Pairs of a preference: of two pictures of one caption, the winner is preferred to the loser.
+
+A sample is `<key>.winner.png`, `<key>.loser.png` (or another format of pictures) and a caption,
+`<key>.txt` or `.json`; or latents, `<key>.winner.npy` and `<key>.loser.npy`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from distill.core.limits import check_samples
+from distill.data import decode
+from distill.data.datasets import Samples, Size
+from distill.data.shards import Shards
+
+SIDES = ("winner", "loser")
+
+
+class Pairs(Samples):
+    """Items with `x0` and `loser_x0`, float32 [C, h, w], for latents, or `pixels` and
+    `loser_pixels`, [3, H, W] in [-1, 1], for pictures.
+
+    Pictures are cropped and resized to `size`, pixels a side, or to those of `buckets`. Raises
+    ValueError if the first samples are all bad, for a folder of pictures, and for pictures without
+    a size.
+    """
+
+    shape = None  # of latents
+
+    def __init__(self, path: str, *, size: int | None = None, **options: Any):
+        check_samples(None, 0.0, options.get("buckets"))
+        self.size = size
+        super().__init__(path, **options)
+        first, skipped = self.find(0)
+        if first is None:
+            name, reason = skipped[0]
+            what = f"none of its first {len(skipped)} pairs is usable, {name}: {reason}"
+            raise ValueError(f"data.path={path}: {what}")
+        if "x0" in first:
+            self.shape = tuple(first["x0"].shape)
+        elif size is None and not self.buckets:
+            what = "holds pictures; give their side in pixels, or data.buckets"
+            raise ValueError(f"data.size=null: data.path={path} {what}")
+
+    def open(self, path: str) -> Shards:
+        found = Shards(path, parts=SIDES, cache=self.cache)
+        if found.of_folder:
+            what = "is a folder of pictures, and pairs are read from shards"
+            how = "write <key>.winner.png, <key>.loser.png and <key>.txt into a tar"
+            raise ValueError(f"data.path={path}: {what}; {how}")
+        return found
+
+    def size_of(self, sample: dict) -> Size:
+        winner = side_of(sample, SIDES[0])
+        return decode.latent_size(winner) if is_latents(winner) else decode.image_size(winner)
+
+    def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
+        winner, loser = (side_of(sample, name) for name in SIDES)
+        latents = is_latents(winner)
+        if latents != is_latents(loser):
+            raise decode.BadSample(sample, "one of its pair is latents and the other a picture")
+        key = "x0" if latents else "pixels"
+        found = {
+            f"{prefix}{key}": self._decoded(part, name, bucket)
+            for prefix, part, name in (("", winner, SIDES[0]), ("loser_", loser, SIDES[1]))
+        }
+        x, other = found.values()
+        if x.shape != other.shape or (latents and self.shape not in (None, tuple(x.shape))):
+            what = f"its winner's latents are {list(x.shape)} and its loser's {list(other.shape)}"
+            wanted = "" if x.shape != other.shape else f", and the first pair's {list(self.shape)}"
+            raise decode.BadSample(sample, what + wanted)
+        if x.equal(other):
+            raise decode.BadSample(sample, "its winner and its loser are the same")
+        return found
+
+    def _decoded(self, part: dict, name: str, bucket: Size | None) -> Tensor:
+        """Latents or pixels of one of a pair."""
+        try:
+            if is_latents(part):
+                return decode.latent(part)
+            return decode.image(part, *(bucket or (self.size or decode.image_size(part)[0],)))
+        except decode.BadSample as error:
+            raise decode.BadSample(part, f"of its {name}: {error.reason}") from None
+
+
+def side_of(sample: dict, name: str) -> dict:
+    """The files of the winner or the loser as a sample; raises BadSample if there are none."""
+    start = f"{name}."
+    found = {end.removeprefix(start): data for end, data in sample.items() if end.startswith(start)}
+    if not found:
+        there = ", ".join(sorted(end for end in sample if not end.startswith("__"))) or "nothing"
+        what = f"it has no {name} ({start}png, {start}npy or the like), only {there}"
+        raise decode.BadSample(sample, what)
+    return found | {key: sample[key] for key in ("__key__", "__url__")}
+
+
+def is_latents(part: dict) -> bool:
+    """Whether a winner or loser is latents and not a picture."""
+    return any(end in part for end in decode.LATENTS)
