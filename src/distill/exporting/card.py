@@ -1,6 +1,8 @@
 """The model card of a student: origin, licence, how to load it, and its scores."""
 
+import inspect
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -10,16 +12,20 @@ import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 
 from distill.evaluation.tables import Row, as_markdown, rows_of, table_in_order
+from distill.sampling import angles
 from distill.storage.atomic import write_atomic, write_text_atomic
 from distill.storage.bounded import check_yaml, configuration_of, mapping_of, number_of, text_of
+from distill.storage.safe_paths import is_own, is_trusted_run
 from distill.teachers.families import teacher_class
-from distill.teachers.loading.locate import STUDENT_INFO, is_hub_id
+from distill.teachers.loading.locate import STUDENT_INFO, denoiser_part, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
+PAPERS |= {"DMD2": "2405.14867", "DPO": "2311.12908"}
 PAPERS |= {"ConsistencyDistillation": "2310.04378", "Regression": "2101.02388"}
 PAPERS |= {"Consistency": "2310.04378"}  # its name in runs of earlier versions
 HEAD = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---")  # the metadata of a card
+SCHEDULER = "scheduler/scheduler_config.json"
 GUIDANCE = {"guidance_scale": "0.0"}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "stripe_sharpness", "diversity")
 COLUMNS += ("fid", "clip_score", "clip_score_b32", "fd_dinov2", "cmmd", "pick_score", "hps")
@@ -38,7 +44,10 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     method, path = str(facts.get("method", "distill")), str(teacher_node.get("path", ""))
     local = not is_hub_id(path) or Path(path).exists()
     name = Path(path).name if local else path  # a local path is private: only its last part
-    metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    given = teacher_class(str(index.get("_class_name"))).image  # a picture, beside the text
+    video = teacher_class(str(index.get("_class_name"))).video
+    tag = "image-to-image" if given else "text-to-video" if video else "text-to-image"
+    metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": tag}
     metadata |= {
         "base_model": None if local else path,
         "tags": ["distill", "few-step", shown(method.lower())],
@@ -54,10 +63,11 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     steps, images = (number_of(facts, key, "run.json") for key in ("steps", "images_seen"))
     trained = "" if steps is None else f", trained for {steps} steps on {images} images"
     name = in_markdown(name)
-    text += [
-        f"A student of 1 to 4 steps, without guidance, of {name or 'its teacher'}, "
-        f"by {in_markdown(method)}{paper}{trained}.\n"
-    ]
+    kind = "A student of 1 to 4 steps, without guidance, of"
+    tuned = (index.get(STUDENT_INFO) or {}).get("many_steps") is True
+    if tuned:
+        kind = "A tuned model, which samples in many guided steps as its teacher does, of"
+    text += [f"{kind} {name or 'its teacher'}, by {in_markdown(method)}{paper}{trained}.\n"]
     licence_name = licence.get("license_name") or licence.get("license")
     terms = "its folder names no licence: look it up, since it also applies to"
     if licence_name:
@@ -67,11 +77,13 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     guidance = float(number_of(teacher_node, "guidance", "config.yaml") or 0.0)
     options = index.get(STUDENT_INFO) or {"call": {"guidance_scale": guidance}}
     options = options if isinstance(options, dict) else {}
-    text += [_usage(folder, index, options), _measured(rows, evaluation)]
+    usage = _tuned_usage(options) if tuned else _usage(folder, index, options)
+    text += [usage, _measured(rows, evaluation)]
     file_name = str(evaluation.get("picture", "comparison.png"))
     # Only the last part and no link: an untrusted file must not show other pictures.
     picture = run / "samples" / Path(file_name).name
-    if picture.is_file() and not picture.is_symlink():
+    own = is_own(picture, run) and not picture.is_symlink()
+    if picture.is_file() and (own or is_trusted_run(run)):
         write_atomic(folder / "comparison.png", picture.read_bytes())
         who = in_markdown(", ".join(f"{row.who} at {row.steps}" for row in rows))
         text += [
@@ -92,7 +104,8 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     """The licence from the model card of a folder, else the first line of its LICENSE file."""
     if folder is None:
         return {}
-    if (folder / "README.md").is_file():
+    # A link out of the folder would show a line of any file of this machine.
+    if (folder / "README.md").is_file() and is_own(folder / "README.md", folder):
         text = text_of(folder / "README.md")
         if head := HEAD.match(text):
             check_yaml(head[1], f"{folder / 'README.md'}: its metadata")
@@ -102,7 +115,7 @@ def _licence(folder: Path | None) -> dict[str, Any]:
         found = {k: _as_text(x) for k, x in values.items() if isinstance(x, str | list)}
         if found:
             return found
-    for file in sorted(folder.glob("LICENSE*")):
+    for file in sorted(file for file in folder.glob("LICENSE*") if is_own(file, folder)):
         title = text_of(file, errors="replace").strip().partition("\n")[0]
         return {
             "license": "other",
@@ -127,36 +140,113 @@ def _usage(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str:
     kind = kind if kind.isidentifier() else "DiffusionPipeline"
     sampler = options.get("sampler") if isinstance(options.get("sampler"), dict) else {}
     levels = _numbers(sampler.get("levels"))
-    call = {"num_inference_steps": "steps", **(_python_arguments(options.get("call")) or GUIDANCE)}
+    edits = family.image == "source"
+    task = "Inpainting" if family.image == "mask" else "Text2Image"
+    named = not edits and not family.video and _is_found(kind, task)
+    opener = f"AutoPipelineFor{task}" if named else kind
+    call = {"image": "source"} if edits else {}
+    call |= {"num_inference_steps": "steps", **(_python_arguments(options.get("call")) or GUIDANCE)}
     trailing = family.trailing or scheduler == "FlowScheduler"  # by itself, with no sigmas
-    call |= _grid(scheduler, trailing, levels) | {"generator": "generator"}
-    # Pipelines without this method give their scheduler no generator for the noise between steps.
-    passes_generator = hasattr(getattr(diffusers, kind, None), "prepare_extra_step_kwargs")
-    patched = "Flow" in scheduler and sampler.get("name") != "Euler" and not passes_generator
+    if family.image == "mask":
+        call |= {"image": "image", "mask_image": "mask", "strength": "1.0"}
+    steps = number_of(_read(folder / SCHEDULER), "num_train_timesteps", SCHEDULER) or 1000
+    grid = _grid(scheduler, trailing, levels, int(steps))
+    told, notes = _of_video(kind, options, grid) if family.video else ("", [])
+    call |= grid | {"generator": "generator"}
+    if "SCM" in scheduler and levels:  # the pipeline does not pass the number on
+        told = "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, steps)\n"
+    patched = "Flow" in scheduler and sampler.get("name") != "Euler" and not _passes_generator(kind)
     step = "pipe.scheduler.step = partial(pipe.scheduler.step, generator=generator)\n"
     arguments = "".join(f"    {name}={value},\n" for name, value in call.items())
-    notes = []
-    if "Flow" in scheduler and not trailing:
+    if "Flow" in scheduler and not trailing and not family.video:
         notes.append("Without `sigmas` the default grid of diffusers wastes its last step.")
     notes += _notes(scheduler, library, kind, patched, without) + family.remarks(call)
+    quantised = _read(folder / denoiser_part(folder) / "config.json").get("quantization_config")
+    if quantised:
+        notes.append("The weights are quantised: this needs `pip install torchao`, and bfloat16.")
+        without += ", dtype=torch.bfloat16"
+    if family.image == "mask":
+        notes.append("`image` and `mask` are PIL images of one size; what is white is filled.")
     if "Ancestral" in scheduler and levels:
         notes.append(f"This scheduler cannot use the student's own levels, {list(levels)}.")
+    made, of_call = ("video", "frames") if family.video else ("picture", "images")
+    source = "from PIL import Image\n" if edits else ""
+    picture = 'source = Image.open("<a picture>").convert("RGB")\n' if edits else ""
     return f"""## Use
 
 ```python
-{"from functools import partial" + chr(10) * 2 if patched else ""}import torch
-from diffusers import AutoPipelineForText2Image
-
-pipe = AutoPipelineForText2Image.from_pretrained("<this folder>"{without})
+{"from functools import partial" + chr(10) * 2 if patched or told else ""}import torch
+from diffusers import {opener}
+{source}
+pipe = {opener}.from_pretrained("<this folder>"{without})
 generator = torch.Generator().manual_seed(0)
-{step if patched else ""}steps = {min(4, len(levels or [4] * 4))}
-picture = pipe(
-    "a prompt",
-{arguments}).images[0]
+{step if patched else ""}{family.prepares}{picture}steps = {min(4, len(levels or [4] * 4))}
+{told}{made} = pipe(
+    prompt="a prompt",
+{arguments}).{of_call}[0]
 ```
 
 Scheduler: `{scheduler}`, in the folder. {" ".join(notes)}
 """
+
+
+def _of_video(kind: str, options: dict[str, Any], grid: dict[str, str]) -> tuple[str, list[str]]:
+    """The line that gives a scheduler the levels in `grid`, which a pipeline of videos does not
+    take and which leave the grid; and sentences about it.
+    """
+    of_student = options.get("options")
+    fps = (of_student if isinstance(of_student, dict) else {}).get("fps")
+    fps = fps if isinstance(fps, int | float) else 16
+    notes = [
+        "The video is [frames, height, width, 3] in [0, 1];"
+        f' `diffusers.utils.export_to_video(video, "video.mp4", fps={fps})` writes it.'
+    ]
+    if "sigmas" not in grid:
+        return "", notes
+    set_steps = "pipe.scheduler.set_timesteps"
+    notes.append(
+        f"`{kind}` takes no `sigmas`, and the default grid of diffusers wastes its last step: give"
+        f" the line with `{set_steps}` again for another number of steps."
+    )
+    return f"{set_steps} = partial({set_steps}, sigmas={grid.pop('sigmas')})\n", notes
+
+
+def _passes_generator(kind: str) -> bool:
+    """Whether a pipeline of this class gives its scheduler a generator for the noise between steps.
+
+    It does so by one method, which some pipelines have and do not call.
+    """
+    found, method = getattr(diffusers, kind, None), "prepare_extra_step_kwargs"
+    if not isinstance(found, type) or not hasattr(found, method):
+        return False
+    return method in inspect.unwrap(found.__call__).__code__.co_names
+
+
+def _tuned_usage(options: dict[str, Any]) -> str:
+    """How to sample from a model that keeps its teacher's steps."""
+    call = {"num_inference_steps": "28", **(_python_arguments(options.get("call")) or {})}
+    arguments = ", ".join(f"{name}={value}" for name, value in call.items())
+    return f"""## Use
+
+```python
+from diffusers import AutoPipelineForText2Image
+
+pipe = AutoPipelineForText2Image.from_pretrained("<this folder>")
+picture = pipe(prompt="a prompt", {arguments}).images[0]
+```
+"""
+
+
+def _is_found(kind: str, task: str) -> bool:
+    """Whether the AutoPipeline of this task opens a folder of this class, or the class is not
+    diffusers' own.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries of pipelines that nobody asked for
+        from diffusers.pipelines import auto_pipeline
+    name = "INPAINT" if task == "Inpainting" else task.upper()
+    mapping = getattr(auto_pipeline, f"AUTO_{name}_PIPELINES_MAPPING")
+    return kind in {found.__name__ for found in mapping.values()} or not hasattr(diffusers, kind)
 
 
 def _class_names(pair: Any) -> tuple[str, str]:
@@ -179,12 +269,20 @@ def _python_arguments(call: Any) -> dict[str, str]:
     return {k: repr(x) for k, x in arguments.items() if k.isidentifier() and isinstance(x, kinds)}
 
 
-def _grid(scheduler: str, trailing: bool, levels: list[float] | None) -> dict[str, str]:
-    """The argument that makes a pipeline use our levels; {} if it does so by default."""
+def _grid(scheduler: str, trailing: bool, levels: list[float] | None, steps: int) -> dict[str, str]:
+    """The argument that makes a pipeline use our levels; {} if it does so by default.
+
+    `steps` is the number of training steps.
+    """
     if "Ancestral" in scheduler:  # it takes no levels
         return {}
+    if "SCM" in scheduler:  # in angles
+        if not levels:
+            return {"intermediate_timesteps": f"{angles.SECOND} if steps == 2 else None"}
+        listed = f"{angles.angles_of(levels)}[:steps] + [0.0]"
+        return {"timesteps": listed, "max_timesteps": "None", "intermediate_timesteps": "None"}
     if "Flow" not in scheduler:
-        indices = [max(round(1000 * level) - 1, 0) for level in levels or []]
+        indices = [max(round(steps * level) - 1, 0) for level in levels or []]
         return {"timesteps": f"{indices}[:steps]"} if levels else {}
     if levels:
         return {"sigmas": f"{[float(level) for level in levels]}[:steps]"}
@@ -204,6 +302,8 @@ def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str)
             " folder that `distill.export scheduler=euler` writes, which adds no noise between"
             " steps."
         )
+    if "SCM" in scheduler:
+        notes.append("The pipeline's own second of two steps is 1.3; other numbers have none.")
     if without:
         third = "third text encoder" if "text_encoder_3" in without else "such part"
         notes.append(f"It has no {third}, hence `{without[2:]}`.")

@@ -1,8 +1,8 @@
 """Stable Diffusion in one file, in the layout of the original code (ldm, sgm), which ComfyUI and
 other programs read.
 
-Of SD3, FLUX and PixArt-Sigma only the transformer is written, for "Load Diffusion Model" of
-ComfyUI, which reads diffusers' names.
+Of SD3, FLUX, PixArt, Z-Image and Qwen-Image only the transformer is written, for "Load
+Diffusion Model" of ComfyUI, which reads diffusers' names.
 
 model.diffusion_model.  the UNet: blocks have one running number per residual layer or resampling
 first_stage_model.      the autoencoder: the decoder's stages are numbered from its end
@@ -48,8 +48,8 @@ OPEN_CLIP = {
 
 
 def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Path:
-    """Write a StableDiffusionPipeline or StableDiffusionXLPipeline completely; of SD3, FLUX and
-    PixArt-Sigma only the transformer, as the family says by `single_file`.
+    """Write a StableDiffusionPipeline or StableDiffusionXLPipeline completely; of SD3, FLUX,
+    PixArt, Z-Image and Qwen-Image only the transformer, as the family says by `single_file`.
 
     Raises ValueError for any other pipeline.
     """
@@ -59,9 +59,8 @@ def save_single_file(pipeline: Any, file: Path, dtype: str | None = None) -> Pat
         return write_weights(pipeline.transformer.state_dict(), file, dtype=dtype)
     if how is None:
         what = f"a {kind} has no such layout; use to=diffusers"
-        raise ValueError(
-            f"to=single_file: is for Stable Diffusion, SD3, FLUX and PixArt, and {what}"
-        )
+        known = "Stable Diffusion, SD3, FLUX, PixArt, Z-Image and Qwen-Image"
+        raise ValueError(f"to=single_file: is for {known}, and {what}")
     state = {f"model.diffusion_model.{k}": v for k, v in unet(pipeline.unet)}
     state |= {f"first_stage_model.{k}": v for k, v in autoencoder(pipeline.vae)}
     if hasattr(pipeline, "text_encoder_2"):

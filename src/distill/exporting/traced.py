@@ -1,0 +1,197 @@
+"""A student's networks as functions of plain tensors, for exporters that trace a forward pass.
+
+    x0(x_t, t, cond), embed(ids, ...), decode(latents)
+
+The denoiser returns x0, whatever it predicts, so a sampler outside needs only alpha and sigma of
+its steps. The text encoders are one function, since pipelines combine their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.core.types import EMBEDDED, Cond
+from distill.teachers.network import Network
+from distill.teachers.pipeline import PipelineTeacher
+
+ANY = "a"  # a caption in place of that whose tokens are given
+
+
+class Denoise(nn.Module):
+    """x_t [B, C, H, W], t [B] and the tensors `names` of a Cond -> x0 [B, C, H, W]."""
+
+    def __init__(self, network: Network, names: Sequence[str]):
+        super().__init__()
+        self.network, self.names = network, tuple(names)
+
+    def forward(self, x_t: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
+        given: dict[str, Any] = dict(zip(self.names, conditioning, strict=True))
+        return self.network.x0(x_t, t, Cond(**given))
+
+
+class Embed(nn.Module):
+    """Token ids of one caption, [1, L] of each tokenizer -> the tensors `names` of its Cond."""
+
+    def __init__(self, student: PipelineTeacher, tokenizers: Sequence[str], names: Sequence[str]):
+        super().__init__()
+        self._student = (student,)  # not a submodule: its denoiser would be traced too
+        parts = student.pipeline.components.items()
+        self.encoders = nn.ModuleList(
+            part for name, part in parts if part is not None and name.startswith("text_encoder")
+        )
+        self.tokenizers, self.names = tuple(tokenizers), tuple(names)
+        empty, self._empty = token_ids(student, "")
+        self._silent = not empty.tokens.any()  # SDXL: the empty caption is all zeros
+
+    def forward(self, *ids: Tensor) -> tuple[Tensor, ...]:
+        student = self._student[0]
+        given = dict(zip(self.tokenizers, ids, strict=True))
+        with _replaced(student.pipeline, {n: _Given(student, n, x) for n, x in given.items()}):
+            found = student.embed([ANY]).tensors()
+        outputs = tuple(found[name] for name in self.names)
+        if not self._silent:
+            return outputs
+        name = self.tokenizers[0]
+        has_text = (given[name] != self._empty[name]).any()
+        return tuple(torch.where(has_text, x, torch.zeros_like(x)) for x in outputs)
+
+
+class Decode(nn.Module):
+    """Scaled latents [B, C, H, W] -> pixels [B, 3, S, S], about in [-1, 1]."""
+
+    def __init__(self, student: PipelineTeacher):
+        super().__init__()
+        self._student = (student,)
+        self.vae = student.vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self._student[0].decode(latents)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A module with an example of its inputs, and their names and those of its outputs.
+
+    batched: whether the first dimension of all is a batch of any size.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Sequence[str]
+    batched: bool = True
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self.module(*inputs.values())
+        return dict(zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+        """Name -> shape, with the word batch for a batch of any size."""
+        first = ["batch"] if self.batched else []
+        return {name: [*first, *x.shape[len(first) :]] for name, x in tensors.items()}
+
+
+def networks_of(student: PipelineTeacher, captions: tuple[str, str], t: Tensor) -> list[Traced]:
+    """Denoiser, text encoder and decoder of a student, with an example of two pictures.
+
+    Raises ValueError for one that also reads pictures.
+    """
+    if student.image_channels:
+        what = f"a {type(student.pipeline).__name__} also reads a picture, which is not exported"
+        raise ValueError(f"to=onnx: {what}; use to=diffusers")
+    if len(student.latent_shape) != 3:
+        what = f"a {type(student.pipeline).__name__} makes videos, which are not exported"
+        raise ValueError(f"to=onnx: {what}; use to=diffusers")
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, *student.latent_shape, generator=generator)
+    cond = student.embed(captions)
+    names = read_by(student.network, x_t, t, cond)
+    given = {name: cond.tensors()[name] for name in names}
+    _, ids = token_ids(student, captions[0])
+    return [
+        Traced("denoiser", Denoise(student.network, names), {"x_t": x_t, "t": t, **given}, ["x0"]),
+        Traced("text_encoder", Embed(student, list(ids), names), ids, names, batched=False),
+        Traced("decoder", Decode(student), {"latents": x_t}, ["pixels"]),
+    ]
+
+
+@torch.no_grad()
+def read_by(network: Network, x_t: Tensor, t: Tensor, cond: Cond) -> list[str]:
+    """Names of the tensors of a Cond on which the network's x0 depends.
+
+    SD's network, for example, does not read the pooled caption, which is for heads.
+    """
+    names = [n for n in EMBEDDED if n in cond.tensors() and not (n == "mask" and cond.all_ones)]
+    given: dict[str, Any] = {name: cond.tensors()[name] for name in names}
+    x0 = network.x0(x_t, t, Cond(**given))
+
+    def matters(name: str) -> bool:
+        other = Cond(**{**given, name: given[name] + torch.arange(given[name][0].numel()).view(
+            given[name][0].shape
+        )})  # fmt: skip
+        return not torch.equal(network.x0(x_t, t, other), x0)
+
+    return [name for name in names if matters(name)]
+
+
+def token_ids(student: PipelineTeacher, caption: str) -> tuple[Cond, dict[str, Tensor]]:
+    """The Cond of a caption, and its token ids [1, L] by the name of the tokenizer."""
+    loaded = student.pipeline.components.items()
+    made = {n: _Kept(part) for n, part in loaded if n.startswith("tokenizer") and part is not None}
+    with _replaced(student.pipeline, made):
+        cond = student.embed([caption or " ", caption])  # embedded, and not taken from the null
+    return cond.index(slice(1, 2)), {
+        n: kept.ids for n, kept in made.items() if kept.ids is not None
+    }
+
+
+@contextmanager
+def _replaced(pipeline: Any, parts: Mapping[str, Any]) -> Iterator[None]:
+    """The pipeline with other tokenizers inside; its index does not change."""
+    before = {name: pipeline.__dict__[name] for name in parts}
+    pipeline.__dict__.update(parts)
+    try:
+        yield
+    finally:
+        pipeline.__dict__.update(before)
+
+
+class _Kept:
+    """A tokenizer that keeps the padded ids of the last caption, [1, L]."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.ids: Tensor | None = None
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        found = self._tokenizer(*texts, **options)
+        if options.get("padding") == "max_length":
+            self.ids = found.input_ids[-1:]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+class _Given:
+    """A tokenizer that returns given ids [1, L] for any caption."""
+
+    def __init__(self, student: PipelineTeacher, name: str, ids: Tensor):
+        self._tokenizer, self._ids = getattr(student.pipeline, name), ids
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        # Pipelines ask again without padding, and warn of tokens that were cut: here of none.
+        ids = self._ids if options.get("padding") == "max_length" else self._ids[:, :1]
+        mask = (ids != self._tokenizer.pad_token_id).to(ids.dtype)
+        return SimpleNamespace(input_ids=ids, attention_mask=mask)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
