@@ -39,6 +39,36 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, float(distance))
 
 
+def frechet_by_sample(a: Tensor, b: Tensor, *, paired: bool) -> Tensor:
+    """The squared Frechet distance as a number of each of the N samples of a [N, D], whose mean is
+    the distance. b is [M, D].
+
+    The number of sample i is the distance plus its influence: N times the derivative of the
+    distance by the weight of sample i (infinitesimal jackknife, Efron 1982). To first order, the
+    mean over a resampled set is the distance of that set. `paired`: a_i and b_i belong to one
+    prompt and are resampled together, so that the influence of b_i is added. Otherwise b is fixed.
+    """
+    value = frechet(a, b)
+    a, b = a.double(), b.double()
+    centred = [x - x.mean(0) for x in (a, b)]
+    (q_a, r_a), (q_b, r_b) = (torch.linalg.qr(x / (len(x) - 1) ** 0.5) for x in centred)
+    # The derivative of the sum of singular values of A is U V^T.
+    u, _, vh = torch.linalg.svd(r_a @ r_b.T, full_matrices=False)
+    rotation, shift = u @ vh, 2 * (a.mean(0) - b.mean(0))
+    grad_a, grad_b = q_a @ (rotation @ r_b), q_b @ (rotation.T @ r_a)
+    influence = _influence(centred[0], grad_a, shift)
+    if paired:
+        influence = influence + _influence(centred[1], grad_b, -shift)
+    return value + influence
+
+
+def _influence(centred: Tensor, grad: Tensor, shift: Tensor) -> Tensor:
+    """The influences of samples [N, D]; `grad` is the derivative of the cross term by them."""
+    scale = (len(centred) - 1) ** 0.5
+    own: Tensor = centred.square().sum(1) - scale * (centred * grad).sum(1)
+    return torch.mv(centred, shift) + own - own.mean()
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Fidelity and coverage of fake [M, D] with respect to real [N, D], both in [0, 1]."""
     if min(len(real), len(fake)) <= k:

@@ -9,7 +9,7 @@ for parameters of any dtype: in bfloat16 with a decay of .9999 an update is belo
 and is lost.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,10 +26,17 @@ class Ema:
     Build it after sharding, which replaces parameters. Moving the module to a device later is fine.
     With FSDP2 shard the root with `reshard_after_forward=True`; otherwise its parameters are not
     the sharded ones after a forward without gradient. `warmup_steps` is the constant of the formula
-    above; 0 or 1 means no warm-up.
+    above; 0 or 1 means no warm-up. With a `device` the averages stay there.
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.999, warmup_steps: int = 10) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float = 0.999,
+        warmup_steps: int = 10,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         if warmup_steps < 0:
@@ -38,6 +45,7 @@ class Ema:
         if not self._parameters:
             raise ValueError("nothing to average: no parameter requires grad")
         self.decay, self.warmup_steps = decay, warmup_steps
+        self._device = None if device is None else torch.device(device)
         self._averages = {name: precise(p.detach()).clone() for name, p in self._parameters.items()}
         self._swapped = False  # whether parameters hold the averages, and `_averages` their values
 
@@ -46,11 +54,23 @@ class Ema:
         return min(self.decay, (1 + step) / (max(self.warmup_steps, 1) + step))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Update the averages; call once after student step `step`, counted from 0."""
+    def update(self, step: int, values: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Update the averages; call once after student step `step`, counted from 0.
+
+        `values` maps each parameter to what is averaged of it, as a new tensor; None: itself.
+        """
         self._follow_devices()
+        if values is not None or self._device is not None:
+            self._update_one_by_one(step, values)
+            return
         current = [precise(p.detach()) for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._averages.values()), current, 1 - self.decay_at(step))
+
+    def _update_one_by_one(self, step: int, values: Callable[[Tensor], Tensor] | None) -> None:
+        """The same, without room for a copy of all parameters on the device of the averages."""
+        for name, p in self._parameters.items():
+            average, current = self._averages[name], p if values is None else values(p)
+            average.lerp_(precise(current.detach().to(average.device)), 1 - self.decay_at(step))
 
     @contextmanager
     def swap(self) -> Iterator[None]:
@@ -124,9 +144,9 @@ class Ema:
         _copy_values(state, averages)
 
     def _follow_devices(self) -> None:
-        """Move averages to the devices of their parameters, which may have moved."""
+        """Move averages to their device, or to those of their parameters, which may have moved."""
         for name, p in self._parameters.items():
-            self._averages[name] = self._averages[name].to(p.device)
+            self._averages[name] = self._averages[name].to(self._device or p.device)
 
 
 def _exchange(a: Tensor, b: Tensor) -> None:

@@ -3,13 +3,24 @@
 Nothing here imports a slow library.
 """
 
+import bisect
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PIXELS = "pixels"  # what ADD's discriminator works on
+FAKE_SCORE = "a fake score"  # what DMD2's discriminator works on
+FRAMES = 4  # of a video that an autoencoder encodes together, after the first one
 LOCAL_BATCH = 8  # samples, at most, that share batch norm statistics in the heads of ADD
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Settings of a shift by the size of the picture, their types and these in words.
+SHIFT: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("base_shift", "max_shift"), (int | float, "a number")),
+    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len", "patch"), (int, "a whole number")),
+    "time_shift_type": (str, "exponential or linear"),
+}
 AT_ONCE = 1024 * 1024  # ours: pixels of one autoencoder batch; in bfloat16 1.5 to 2.2 GiB
 # ours: bytes for one picture of AT_ONCE pixels; an upper bound over families and dtypes
 BYTES_AT_ONCE = 4 * 2**30
@@ -40,11 +51,58 @@ def drawn_at_once(height: int, width: int, most: int, room: float | None = None)
 def check_space(wanted: str | None, given: str | None) -> None:
     """Raise ValueError if a method needs a discriminator of another space than the given one.
 
-    Each is pixels, latents or nothing; None is unknown, and passes.
+    Each is pixels, latents, a fake score or nothing; None is unknown, and passes.
     """
     if wanted and given and wanted != given:
         what = f"method needs a discriminator of {wanted}, and this one works on {given}"
         raise ValueError(f"{what}; choose another discriminator=")
+
+
+def check_distillation(weight: float, space: str, crop: int | None, *, across: bool) -> None:
+    """Raise ValueError for options of ADD's distillation term; `across`: there is a score_teacher,
+    a teacher of another family than the student's.
+    """
+    if space not in ("pixels", "latents"):
+        raise ValueError(f"method.distill_space={space}: must be pixels or latents")
+    if not across:
+        return
+    if not weight:
+        what = "leaves score_teacher without work; raise it, or leave score_teacher out"
+        raise ValueError(f"method.distill_weight={weight:g}: {what}")
+    if space != "pixels":
+        what = "score_teacher has other latents than the student; make it pixels"
+        raise ValueError(f"method.distill_space={space}: {what}")
+    if crop is not None:
+        what = "score_teacher sees the whole picture; make it null"
+        raise ValueError(f"method.crop={crop}: {what}")
+
+
+def check_score_teacher(method: str, takes: bool) -> None:
+    """Raise ValueError for a second teacher of a method that reads its teacher in latents."""
+    if not takes:
+        what = (
+            f"{method} reads its one teacher in the student's own latents; use method=add, whose"
+            " distillation goes through pixels"
+        )
+        raise ValueError(f"score_teacher: {what}")
+
+
+def check_falling(levels: Sequence[float], key: str) -> None:
+    """Raise ValueError, naming `key`, for levels of sampling steps that do not fall from 1 to above
+    0.
+    """
+    falling = all(a > b for a, b in itertools.pairwise([*levels, 0.0]))
+    if not levels or levels[0] != 1 or not falling:
+        raise ValueError(f"{key}={list(levels)}: must fall from 1, and stay above 0")
+
+
+def check_frames(frames: int, key: str = "teacher.frames") -> None:
+    """Raise ValueError, naming `key`, unless an autoencoder of videos can encode so many frames."""
+    if frames > 0 and frames % FRAMES == 1:
+        return
+    near = max(1, frames // FRAMES * FRAMES + 1)
+    what = f"must be 1 more than a multiple of {FRAMES}"
+    raise ValueError(f"{key}={frames}: {what}; use {near} or {near + FRAMES}")
 
 
 def check_dtype(name: str | None, key: str, *more: str) -> None:
@@ -68,6 +126,17 @@ def check_reduction(dtype: Any, bucket_mib: Any = 1.0, key: str = "trainer.strat
         raise ValueError(f"{key}.bucket_mib={bucket_mib}: must be a number of MiB")
     if not 0 < bucket_mib < math.inf:
         raise ValueError(f"{key}.bucket_mib={bucket_mib}: must be above 0")
+
+
+def check_replicas(replicas: Any, processes: int | None = None) -> None:
+    """Raise ValueError for a number of replicas into which so many processes cannot be divided; for
+    None the processes are not known yet.
+    """
+    key = f"trainer.strategy.replicas={replicas}"
+    if type(replicas) is not int or replicas < 1:
+        raise ValueError(f"{key}: must be a whole number of at least 1")
+    if processes is not None and processes % replicas:
+        raise ValueError(f"{key}: must divide the number of processes, which is {processes}")
 
 
 def after_divergence(folder: Path, precision: str, learning: Sequence[str]) -> str:
@@ -150,6 +219,65 @@ def check_samples(
         raise ValueError(f"data.buckets={buckets}: {what}")
 
 
+def check_buckets(buckets: object, shares: object, key: str = "") -> None:
+    """Raise ValueError for sizes that are no [width, height], or for shares that do not fit them.
+
+    `key` is the dotted prefix of both settings. None stands for one size, and for equal shares.
+    """
+    if buckets is None:
+        if shares is not None:
+            raise ValueError(f"{key}shares={shares}: has no buckets to share; give {key}buckets=")
+        return
+    if not isinstance(buckets, Sequence) or not buckets or not all(map(_is_bucket, buckets)):
+        what = "must be null or like [[640, 384], [512, 512]], width and height"
+        raise ValueError(f"{key}buckets={buckets}: {what}")
+    if shares is None:
+        return
+    numbers = isinstance(shares, Sequence) and all(_is_share(share) for share in shares)
+    if not numbers or len(shares) != len(buckets) or not sum(shares) > 0:  # type: ignore[arg-type]
+        what = f"must be {len(buckets)} numbers, 0 or more, one for each of {key}buckets"
+        raise ValueError(f"{key}shares={shares}: {what}")
+
+
+def drawn_bucket(
+    buckets: Sequence[Sequence[int]], shares: Sequence[float] | None, u: float
+) -> tuple[int, int]:
+    """The bucket, (width, height), at u in [0, 1) of the line that their shares divide."""
+    sums = list(itertools.accumulate(shares or [1.0] * len(buckets)))
+    # A share of 0 is never drawn: u * total is below the last sum, and bisect passes equal ones.
+    width, height = buckets[min(bisect.bisect_right(sums, u * sums[-1]), len(buckets) - 1)]
+    return width, height
+
+
+def check_shift(settings: Mapping[str, Any], key: str) -> None:
+    """Raise ValueError for settings of a shift by the size of the picture that cannot be; `key` is
+    theirs. See `times.ResolutionShift`.
+    """
+    for name, value in settings.items():
+        if name not in SHIFT:
+            what = f"is no setting of a shift, which are {', '.join(SHIFT)}"
+            raise ValueError(f"{key}.{name}: {what}; leave it out")
+        kind, word = SHIFT[name]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{key}.{name}={value}: must be {word}")
+    kind_of = settings.get("time_shift_type", "exponential")
+    if kind_of not in ("exponential", "linear"):
+        raise ValueError(f"{key}.time_shift_type={kind_of}: must be exponential or linear")
+    for name in ("base_shift", "max_shift"):
+        shift = settings.get(name, 1.0)
+        if not math.isfinite(shift) or (kind_of == "linear" and shift <= 0):
+            raise ValueError(f"{key}.{name}={shift}: must be finite, and above 0 if it is linear")
+    for name in ("base_image_seq_len", "max_image_seq_len", "patch"):
+        if settings.get(name, 1) < 1:
+            raise ValueError(f"{key}.{name}={settings[name]}: must be at least 1")
+    base, most = (
+        settings.get(f"{end}_image_seq_len", n) for end, n in (("base", 256), ("max", 4096))
+    )
+    if base >= most:
+        what = f"must be below max_image_seq_len={most}"
+        raise ValueError(f"{key}.base_image_seq_len={base}: {what}")
+
+
 def check_multiples(size: int | None, buckets: Sequence[Sequence[int]] | None, unit: int) -> None:
     """Raise ValueError for sides of pictures or latents that are not multiples of the teacher's
     token size.
@@ -163,6 +291,11 @@ def check_multiples(size: int | None, buckets: Sequence[Sequence[int]] | None, u
         near = max(unit, size // unit * unit)
         what = f"must be a multiple of {unit} for this teacher"
         raise ValueError(f"data.size={size}: {what}; use {near} or {near + unit}")
+
+
+def _is_share(share: object) -> bool:
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    return is_number and 0 <= share < math.inf  # type: ignore[operator]
 
 
 def _is_bucket(sides: object) -> bool:

@@ -137,9 +137,9 @@ def both_logits(
     t [B] are the noise levels, and fake_t those of the fake, if other. For R1 the heads read real
     features in float32 or above, also under autocast, as inputs that require grad.
 
-    One call of the heads gives both logits if the critic's `per_sample` says that those of a sample
-    do not depend on its batch. This halves the number of operations. Maps of more than `JOINT`
-    bytes are not put together: their operations are long, and the copies would take memory.
+    One call of the heads gives both logits if the critic states by `per_sample` that those of a
+    sample do not depend on its batch. This halves the number of operations. Maps of more than
+    `JOINT` bytes are not put together: their operations are long, and the copies would take memory.
     """
     fake = [f.detach() for f in fake]
     fake_t = t if fake_t is None else fake_t
@@ -148,13 +148,21 @@ def both_logits(
         with torch.autocast(inputs[0].device.type, enabled=False):
             of_real = critic(inputs, t, cond)
         return BothLogits(of_real, critic(fake, fake_t, cond), inputs)
-    if not getattr(critic, "per_sample", False) or sum(f.nbytes for f in fake) > JOINT:
+    if not _is_per_sample(critic) or sum(f.nbytes for f in fake) > JOINT:
         return BothLogits(critic(list(real), t, cond), critic(fake, fake_t, cond), real)
     twice = torch.arange(len(t), device=t.device).repeat(2)
     maps = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
     logits = Logits.of(critic(maps, join([t, fake_t]), cond.index(twice)))
     of_real, of_fake = (logits._replace(values=part) for part in logits.values.chunk(2))
     return BothLogits(of_real, of_fake, real)
+
+
+def _is_per_sample(critic: Critic) -> bool:
+    """Whether the critic, or exactly its class, states `per_sample`: a subclass that adds, say, a
+    batch norm must not inherit the statement.
+    """
+    states = "per_sample" in {**vars(type(critic)), **getattr(critic, "__dict__", {})}
+    return states and bool(critic.per_sample)  # type: ignore[attr-defined]
 
 
 def r1(logits: HeadLogits, inputs: Sequence[Tensor]) -> Tensor:

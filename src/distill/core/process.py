@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.core.transfers import host_values
+from distill.core.transfers import filled, host_values, on_host
 
 Prediction = Literal["eps", "v", "x0", "flow"]
 
@@ -107,14 +107,12 @@ class Process(ABC):
         """alpha(t) and sigma(t), broadcastable to x [B, ...], in float32, or float64 for a float64
         x.
         """
-        if t.ndim != 1 or len(t) != len(x):
+        if t.ndim != 1 or t.shape[0] != x.shape[0]:
             raise ValueError(
                 f"t must have shape [{len(x)}] to go with x {list(x.shape)}, got {list(t.shape)}"
             )
         t = _checked(t).to(x.device, torch.promote_types(x.dtype, torch.float32))
-        alpha, sigma = (
-            level.to(t.dtype).view(-1, *[1] * (x.ndim - 1)) for level in self._levels(t)
-        )
+        alpha, sigma = (column(level.to(t.dtype), x) for level in self._levels(t))
         return alpha, sigma
 
 
@@ -229,9 +227,14 @@ def generator_like(x: Tensor, seed: int) -> torch.Generator:
     return torch.Generator(x.device).manual_seed(seed)
 
 
+def column(values: Tensor, x: Tensor) -> Tensor:
+    """Values [B] with as many dimensions as x [B, ...], to broadcast over a sample's own."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
 def level_like(x: Tensor, t: float) -> Tensor:
     """One t for all of x [B, ...] -> [B]."""
-    return torch.full((len(x),), float(t), device=x.device)
+    return filled(len(x), float(t), x.device)
 
 
 Corner = Sequence[float]
@@ -267,7 +270,7 @@ def _checked(t: Tensor) -> Tensor:
             " indices"
         )
     # Reading the values would synchronise a GPU in every call; there times.py ensures the range.
-    if t.device.type == "cpu" and len(t) and not (t.min() >= 0 and t.max() <= 1):
+    if on_host(t) and len(t) and not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"t must lie in [0, 1], got values from {t.min():.4g} to {t.max():.4g}")
     return precise(t)
 

@@ -119,9 +119,11 @@ def levels_like(
 
     They are drawn and converted on the host, and `transfers.host_values` gives them there: what
     Python decides by them need not wait for the device. `purpose` names the draw where one
-    generator serves several.
+    generator serves several. Times with a `shift` move with the size of x.
     """
-    t = convert(times.sample(1 if one else len(x), step, on_host(generator, purpose)))
+    t = times.sample(1 if one else len(x), step, on_host(generator, purpose))
+    shift = getattr(times, "shift", None)
+    t = convert(t if shift is None else shift(t, x.shape))
     return send(t.expand(len(x)), x.device)
 
 

@@ -24,6 +24,18 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def strips(pixels: Tensor, most: int = 8) -> Tensor:
+    """Videos [B, 3, F, H, W] -> pictures [B, 3, H, n W] of n frames side by side; pictures stay.
+
+    n is at most `most` (ours), evenly spaced from the first frame to the last.
+    """
+    if pixels.ndim == 4:
+        return pixels
+    frames, n = pixels.shape[2], min(most, pixels.shape[2])
+    chosen = [round(i * (frames - 1) / max(1, n - 1)) for i in range(n)]
+    return torch.cat([pixels[:, :, i] for i in chosen], dim=-1)
+
+
 def full_tensor(x: Tensor) -> Tensor:
     """The full tensor of a sharded one; other tensors are returned as they are. All ranks must call
     this.

@@ -5,20 +5,87 @@ without one). `step` counts updates of the student, and only a warm-up reads it.
 drawn: there is nothing to denoise.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
+from distill.core.limits import check_shift
 from distill.core.randomness import uniform
 
 Numbers = Sequence[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResolutionShift:
+    """More noise for larger pictures: t' = s t / (1 + (s - 1) t), with s = e^mu, as flow models are
+    trained and sampled (arXiv 2403.03206; diffusers' dynamic shifting, and its names).
+
+    mu rises in a line with the number of tokens, from `base_shift` at `base_image_seq_len` to
+    `max_shift` at `max_image_seq_len`, and goes on beyond. `patch`, the side of a token in latents,
+    is 2 for FLUX and SD3. `time_shift_type`: exponential; linear: s = mu. Equal shifts at both ends
+    are one for all sizes.
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
+    patch: int = 2
+
+    def __post_init__(self) -> None:
+        check_shift({field.name: getattr(self, field.name) for field in fields(self)}, "shift")
+
+    @classmethod
+    def of(cls, settings: Shift, key: str) -> ResolutionShift | None:
+        """The shift of these settings, by their names; `key` is theirs, for errors."""
+        if settings is None or isinstance(settings, ResolutionShift):
+            return settings
+        check_shift(settings, key)
+        return cls(**settings)
+
+    def mu(self, tokens: float) -> float:
+        """The shift of a picture of so many tokens; its logarithm where it is exponential."""
+        span = self.max_image_seq_len - self.base_image_seq_len
+        share = (tokens - self.base_image_seq_len) / span
+        return self.base_shift + share * (self.max_shift - self.base_shift)
+
+    def scale(self, shape: Sequence[int]) -> float:
+        """s for latents of this shape, [..., H, W]."""
+        mu = self.mu(shape[-2] * shape[-1] // self.patch**2)
+        return math.exp(mu) if self.time_shift_type == "exponential" else mu
+
+    def __call__(self, t: Tensor, shape: Sequence[int]) -> Tensor:
+        """Levels t -> t' for latents of this shape. 0 and 1 stay."""
+        s = self.scale(shape)
+        return s * t / (1 + (s - 1) * t)
+
+    def of_levels(self, levels: Numbers, shape: Sequence[int]) -> list[float]:
+        """As a call, for levels that Python decides by."""
+        s = self.scale(shape)
+        return [s * t / (1 + (s - 1) * t) for t in levels]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of diffusers' schedulers of flow models for this shift."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        del named["patch"]
+        return {"use_dynamic_shifting": True, **named}
+
+
+Shift = ResolutionShift | Mapping[str, Any] | None
+"""A shift, or its settings by name; None: levels do not move."""
+
+
 class Discrete:
     """Levels with given odds, and other odds in the first `warmup_steps` updates of the student.
+    `shift` moves the levels with the size of the picture.
 
     LADD's student: levels (1, .75, .5, .25), odds (.7, .1, .1, .1) after 500 updates at (0, 0, .5,
     .5).
@@ -30,7 +97,9 @@ class Discrete:
         odds: Numbers,
         warmup_odds: Numbers | None = None,
         warmup_steps: int = 0,
+        shift: Shift = None,
     ):
+        self.shift = ResolutionShift.of(shift, "method.levels.shift")
         self.levels = [float(level) for level in levels]
         if not self.levels or not all(0 < level <= 1 for level in self.levels):
             raise ValueError(

@@ -28,9 +28,22 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return sent
 
 
+def filled(count: int, value: float, device: torch.device) -> Tensor:
+    """`value`, `count` times [count], on `device`, made there; its host values are known."""
+    made = torch.full((count,), value, device=device)
+    if device.type != "cpu":
+        setattr(made, HOST, torch.full((count,), value))
+    return made
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether Python may read the values of x at once: on the CPU, unless an exporter traces."""
+    return x.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
 def host_values(x: Tensor) -> Tensor | None:
     """The values of x on the host, if they are known without a read; else None."""
-    return x if x.device.type == "cpu" else getattr(x, HOST, None)
+    return x if on_host(x) else getattr(x, HOST, None)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,8 @@
 
 Legend of shapes, used throughout the package: `B` batch, `C` channels, `H W` latent grid, `L` text
 tokens, `D` and `P` widths of token and pooled embeddings, `E` extra numbers, `K` logits per sample.
-An index k counts feature maps and the heads that read them: `C_k`, `h_k w_k`, `K_k`.
+An index k counts feature maps and the heads that read them: `C_k`, `h_k w_k`, `K_k`. Where a shape
+has `H W`, that of a video has `T H W` with T frames; its maps are [B, C_k, T, h_k, w_k].
 `x0` is a clean (scaled) latent, `x_t` a noised one, and `t` a float tensor [B] in [0, 1] with 0 =
 data and 1 = noise, never a step index.
 
@@ -22,6 +23,7 @@ from distill.core.process import Process
 from distill.core.transfers import send
 
 EMBEDDED = ("tokens", "pooled", "mask", "extra")  # tensors of a Cond, and their names in a cache
+FILL = "fill"  # name in a batch of the masks of inpainting, 1 where a picture is to be filled
 Terms = dict[str, Tensor]
 """Scalar losses under the paper's names, weights applied; the objective is their sum."""
 Decoder = Callable[[Tensor], Tensor]
@@ -37,7 +39,10 @@ class Cond:
     tokens [B, L, D]; pooled [B, P]; mask [B, L], the weight of each token in attention (0 hides
     it); extra [B, E], other numbers (SDXL's time ids); null, the same record of batch size 1 for
     the empty caption, which every operation passes on unchanged; all_ones, whether all of the
-    mask is known to be 1, so that nobody need read it. Raises ValueError for unequal batch sizes.
+    mask is known to be 1, so that nobody need read it; image [B, C', H, W], channels that the
+    network reads beside a sample [B, C, H, W], in their pipeline's order: a mask and the latents
+    around it, or those of a source picture. The null has no image: the empty caption goes with each
+    sample's own. Raises ValueError for unequal batch sizes.
     """
 
     tokens: Tensor
@@ -46,10 +51,11 @@ class Cond:
     extra: Tensor | None = None
     null: Cond | None = None
     all_ones: bool = False
+    image: Tensor | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: len(x) for name, x in self.tensors().items()}
-        if len(set(sizes.values())) > 1:
+        sizes = {name: x.shape[0] for name, x in self.tensors().items()}
+        if any(size != self.tokens.shape[0] for size in sizes.values()):
             raise ValueError(f"the tensors of a Cond must share one batch size, got {sizes}")
         if self.null is not None and len(self.null) != 1:
             raise ValueError(
@@ -79,13 +85,21 @@ class Cond:
         return self._map(lambda x: x[send(i, x.device) if isinstance(i, Tensor) else i])
 
     def unconditional(self) -> Cond:
-        """The empty caption for every sample, without a copy."""
+        """The empty caption for every sample, without a copy, beside its image channels."""
         if self.null is None:
             raise ValueError(
                 "this Cond has no null record; build it with null=, the embedding of the empty"
                 " caption"
             )
-        return replace(self.null._map(lambda x: x.expand(len(self), *x.shape[1:])), null=self.null)
+        empty = self.null._map(lambda x: x.expand(len(self), *x.shape[1:]))
+        return replace(empty, null=self.null, image=self.image)
+
+    def crop(self, corner: Sequence[int], size: Sequence[int]) -> Cond:
+        """With the image channels of a part [B, C', h, w] at `corner`, (row, column)."""
+        if self.image is None:
+            return self
+        rows, columns = (slice(i, i + n) for i, n in zip(corner, size, strict=True))
+        return replace(self, image=self.image[..., rows, columns])
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
@@ -111,7 +125,7 @@ class Cond:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by name, without those of the null."""
-        found = {name: getattr(self, name) for name in EMBEDDED}
+        found = {name: getattr(self, name) for name in (*EMBEDDED, "image")}
         return {name: x for name, x in found.items() if x is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Cond:
@@ -130,7 +144,8 @@ class Batch:
     """Training data: x0 [B, C, H, W] scaled latents, B captions, and their conditioning.
 
     noise [B, C, H, W] is the noise from which a teacher generated x0, where known. pixels [B, 3,
-    H', W'] in [-1, 1] are the images that x0 encodes, where the data hold images.
+    H', W'] in [-1, 1] are the images that x0 encodes, where the data hold images. loser [B, C, H,
+    W] are the latents to which x0 is preferred, where the data are pairs.
     """
 
     x0: Tensor
@@ -138,6 +153,7 @@ class Batch:
     cond: Cond
     noise: Tensor | None = None
     pixels: Tensor | None = None
+    loser: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.x0) == len(self.captions) == len(self.cond):
@@ -149,6 +165,18 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.x0)
+
+
+@dataclass(frozen=True, eq=False)
+class Renoising:
+    """Noise level t [B] and noise [B, C, H, W] at which a network sees a sample."""
+
+    t: Tensor
+    noise: Tensor
+
+    def of(self, x0: Tensor, process: Process) -> Tensor:
+        """x_t of x0 [B, C, H, W] in this process."""
+        return process.diffuse(x0, self.noise, self.t)
 
 
 class Logits(NamedTuple):
@@ -218,6 +246,15 @@ class Teacher(Denoiser, Protocol):
         x_t.
         """
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of `image_of`; 0 for a text-to-image model."""
+
+    def image_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """What the network reads of a batch's pictures beside the sample, `Cond.image`; None for a
+        text-to-image model.
+        """
+
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H', W'] in [-1, 1] -> scaled latents [B, C, H, W]."""
 
@@ -256,7 +293,8 @@ class Critic(Protocol):
     """The discriminator heads of an iteration: feature maps -> logits.
 
     One that sets `per_sample = True` states that the logits of a sample do not depend on the other
-    samples of its batch. Then one call reads real and fake.
+    samples of its batch. Then one call reads real and fake. A subclass does not inherit this: it
+    states it in its own body.
     """
 
     def __call__(self, maps: list[Tensor], t: Tensor, cond: Cond) -> Logits | Tensor:
@@ -299,7 +337,8 @@ class Players:
 
     teacher: frozen. student: trained. features and heads: the discriminator's frozen feature
     network and trainable heads; None for methods without one. condition: computes the conditioning
-    of the heads; None: the teacher's embedding.
+    of the heads; None: the teacher's embedding. score_teacher: frozen, of another family than the
+    student, for ADD's distillation term; None: the teacher.
     """
 
     teacher: Teacher
@@ -307,3 +346,4 @@ class Players:
     features: Features | None = None
     heads: Heads | None = None
     condition: Any = None
+    score_teacher: Teacher | None = None

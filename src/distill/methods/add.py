@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.core import losses
+from distill.core.across_families import across, avoided
 from distill.core.process import Corner, generator_like, noise_like, square
 from distill.core.randomness import Streams, levels_like, seed_of, uniform
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
@@ -66,6 +67,7 @@ class ADD(Distillation):
     """
 
     space = "pixels"  # input of the feature network
+    takes_score_teacher = True  # Table 1e
 
     def __init__(
         self,
@@ -87,9 +89,8 @@ class ADD(Distillation):
         loop: Loop | None = None,
     ):
         super().__init__(players, real=real, loop=loop)
-        if distill_space not in ("pixels", "latents"):
-            raise ValueError(f"method.distill_space={distill_space}: must be pixels or latents")
-        self.levels, self.distill = levels, distill
+        self.across = across(self, distill, distill_weight, distill_space, crop)
+        self.levels, self.distill, self.scored = levels, distill, self.across or distill
         self.adversarial = losses.adversarial(loss, over_heads)
         self.adversarial_weight, self.distill_weight = adversarial_weight, distill_weight
         self.in_pixels, self.negative, self.crop = distill_space == "pixels", negative, crop
@@ -104,7 +105,7 @@ class ADD(Distillation):
             noise=noise_like(batch.x0, g),
             corner=uniform(2, g, "corner"),
             augment_seeds=(seed_of(g, "real"), seed_of(g, "fake")),
-            distill=self.distill.draw(batch.x0, streams.student) if self.distill_weight else None,
+            distill=self.scored.draw(batch.x0, streams.student) if self.distill_weight else None,
             critic=self.heads.draw(streams.common("heads")),
             gamma=0.0 if streams.iteration % self.r1_every else self.r1_weight * self.r1_every,
         )
@@ -135,9 +136,8 @@ class ADD(Distillation):
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        real, fake = sample.real_features, sample.fake_features
-        with_r1, cond = draws.gamma > 0, sample.cond
-        logits = losses.both_logits(draws.critic, real, fake, cond, draws.s, for_r1=with_r1)
+        with_r1, maps = draws.gamma > 0, (sample.real_features, sample.fake_features)
+        logits = losses.both_logits(draws.critic, *maps, sample.cond, draws.s, for_r1=with_r1)
         terms = {"adv": self.adversarial.discriminator(logits.real, logits.fake)}  # Eq. 3
         if with_r1:
             terms["r1"] = draws.gamma * losses.r1(logits.real, logits.inputs)  # Eq. 3
@@ -158,9 +158,9 @@ class ADD(Distillation):
     def _distill_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Tensor:
         """L_distill, Eq. 4, in pixels or latents."""
         assert draws.distill is not None
-        captions = None if self.negative is None else [self.negative] * len(batch)
-        negative = None if captions is None else self.teacher.embed(captions)
-        x_hat = sample.x0_hat.detach()
+        if self.across:
+            return self.across.loss(sample.pixels, batch.captions, draws.distill, self.negative)
+        negative, x_hat = avoided(self.teacher, self.negative, len(batch)), sample.x0_hat.detach()
         target, c = self.distill(self.teacher, x_hat, batch.cond, draws.distill, negative)
         if not self.in_pixels:
             return losses.weighted_mse(sample.x0_hat, target, c)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distill.core.losses import pseudo_huber, weighted_mse
-from distill.core.process import noise_like
+from distill.core.process import column, noise_like
 from distill.core.randomness import Streams
 from distill.core.score_distillation import guided_x0
 from distill.core.types import Batch, Losses, Players, TeacherSampler
@@ -100,4 +100,4 @@ class ConsistencyDistillation(Distillation):
         process = self.teacher.process
         x0 = guided_x0(self.teacher, x_t, t, batch.cond, self.guidance)
         x_s = process.diffuse(x0, process.from_x0(x0, x_t, t, "eps"), s)
-        return torch.where((s == 0).view(-1, 1, 1, 1), x0, self.student.x0(x_s, s, batch.cond))
+        return torch.where(column(s == 0, x0), x0, self.student.x0(x_s, s, batch.cond))

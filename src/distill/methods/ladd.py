@@ -23,16 +23,8 @@ from distill.core import losses
 from distill.core.process import noise_like
 from distill.core.randomness import FromStream, Streams, levels_like
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws
-from distill.core.types import Batch, Critic, Losses, Players, TeacherSampler, Times
+from distill.core.types import Batch, Critic, Losses, Players, Renoising, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
-
-
-@dataclass(frozen=True, eq=False)
-class Renoising:
-    """Noise level and noise at which the discriminator sees a sample."""
-
-    t: Tensor  # t' [B]: t_hat as a time of the teacher
-    noise: Tensor  # eps' [B, C, H, W]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,7 +33,7 @@ class Draws:
 
     t: Tensor  # the student's noise level [B]
     noise: Tensor  # of the student's input [B, C, H, W]
-    renoising: Renoising  # of the student's sample
+    renoising: Renoising  # of the student's sample: t', which is t_hat as the teacher's time, eps'
     real_renoising: tuple[Renoising, ...]  # of the real sample, one for each discriminator update
     distill: ScoreDraws | None  # of the distillation term
     critic: Critic  # all heads; from a pool, some

@@ -22,7 +22,6 @@ then a step i <= n. Run steps 1..i-1 without gradient, train step i. i = 1 is on
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,11 +130,8 @@ class NitroFusion(Distillation):
         )
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
-        x_t = draws.x_T
-        with torch.no_grad():  # bottom-up refinement: the sampling steps before the trained one
-            for (now, later), noise in zip(pairwise(draws.levels), draws.step_noises, strict=True):
-                x0 = self.student.x0(x_t, level_like(x_t, now), batch.cond)
-                x_t = self.student.process.diffuse(x0, noise, level_like(x0, later))
+        # bottom-up refinement: the sampling steps before the trained one
+        x_t = self.earlier_steps(draws.x_T, draws.levels, draws.step_noises, batch.cond)
         x0_hat = self.student.x0(x_t, level_like(x_t, draws.levels[-1]), batch.cond)
         if not draws.heads_learn:
             return StudentSample(x0_hat=x0_hat, fake_features=[], real_features=[])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.core.losses import weighted_mse
-from distill.core.process import noise_like
+from distill.core.process import column, noise_like
 from distill.core.randomness import Streams, levels_like
 from distill.core.types import Batch, Losses, Players, TeacherSampler, Times
 from distill.methods.base import Distillation, Loop, Phase
@@ -68,7 +68,7 @@ class Regression(Distillation):
             )
         t = levels_like(batch.x0, self.levels, streams.step, streams.sample)
         fresh = noise_like(batch.x0, streams.sample)
-        return Draws(t=t, noise=torch.where((t == 1).view(-1, 1, 1, 1), batch.noise, fresh))
+        return Draws(t=t, noise=torch.where(column(t == 1, fresh), batch.noise, fresh))
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
         x_t = self.student_input(batch.x0, draws.noise, draws.t)

@@ -79,17 +79,18 @@ class Judge:
         `prompt_accuracy` is the share of pictures with the right count and everything that the
         prompt states.
         """
-        truth = targets(prompts)
-        stated = {question: truth[question] >= 0 for question in CHOICES}
-        right = {question: answers[question] == truth[question] for question in CHOICES}
-        all_right = torch.stack([right[question] | ~stated[question] for question in CHOICES]).all(
-            dim=0
-        )
-        scores = {"prompt_accuracy": all_right.double().mean().item()}
+        right, stated = _right(answers, prompts)
+        scores = {"prompt_accuracy": Judge.shows_prompt(answers, prompts).double().mean().item()}
         for name in ATTRIBUTES:
             hits = [right[q][stated[q]] for q in CHOICES if q.rstrip("012") == name]
             scores[name] = torch.cat(hits).double().mean().item()
         return scores
+
+    @staticmethod
+    def shows_prompt(answers: dict[str, Tensor], prompts: list[Prompt]) -> Tensor:
+        """Whether each picture [N] has the right count and everything that its prompt states."""
+        right, stated = _right(answers, prompts)
+        return torch.stack([right[question] | ~stated[question] for question in CHOICES]).all(dim=0)
 
     def __call__(
         self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0
@@ -97,6 +98,12 @@ class Judge:
         """All scores except diversity of pixels [N, 3, 64, 64] in [-1, 1], one per prompt, at least
         four.
         """
+        return self.scores_and_outcomes(pixels, prompts, reference_seed=reference_seed)[0]
+
+    def scores_and_outcomes(
+        self, pixels: Tensor, prompts: list[Prompt], *, reference_seed: int = 0
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The scores, and for those that are means over prompts the number of each prompt [N]."""
         if len(pixels) != len(prompts):
             raise ValueError(
                 f"the judge needs one prompt per picture, got {len(prompts)} for {len(pixels)}"
@@ -106,12 +113,17 @@ class Judge:
         reference = fresh_renders(prompts, seed=reference_seed)
         real_features, _ = self.read(reference)
         precision, recall = distances.precision_recall(real_features, features)
-        return self.accuracy(answers, prompts) | {
+        outcomes = {
+            "prompt_accuracy": self.shows_prompt(answers, prompts).double(),
+            "frechet": distances.frechet_by_sample(features, real_features, paired=True),
+        }
+        scores = self.accuracy(answers, prompts) | {
             "frechet": distances.frechet(features, real_features),
             "precision": precision,
             "recall": recall,
             "stripe_sharpness": stripe_sharpness(pixels, reference, prompts),
         }
+        return scores, outcomes
 
     def diversity(self, groups: Tensor, prompts: list[Prompt], *, reference_seed: int = 0) -> float:
         """Diversity of groups [G, n, 3, 64, 64] relative to renders: 1 is that of the data, 0 is
@@ -124,6 +136,16 @@ class Judge:
         both = (self.read(x)[0].unflatten(0, (-1, n)) for x in (groups.flatten(0, 1), renders))
         of_fakes, of_renders = map(distances.diversity, both)
         return of_fakes / of_renders
+
+
+def _right(
+    answers: dict[str, Tensor], prompts: list[Prompt]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By question: whether each answer [N] is right, and whether the prompt states it."""
+    truth = targets(prompts)
+    stated = {question: truth[question] >= 0 for question in CHOICES}
+    right = {question: answers[question] == truth[question] for question in CHOICES}
+    return right, stated
 
 
 def as_saved(pixels: Tensor) -> Tensor:

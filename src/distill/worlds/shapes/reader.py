@@ -86,6 +86,18 @@ class Reader(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         return self.to_features(self.trunk(pixels))
 
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """The maps [B, 32, 32, 32], [B, 64, 16, 16] and [B, 128, 8, 8] after each resolution."""
+        found: dict[int, Tensor] = {}
+        x = pixels
+        for module in self.trunk:
+            if isinstance(module, nn.Flatten):
+                break
+            x = module(x)
+            if isinstance(module, Residual):
+                found[x.shape[-1]] = x
+        return list(found.values())
+
     def answer(self, features: Tensor) -> dict[str, Tensor]:
         """Features [B, 96] -> logits [B, options] per question."""
         parts = self.heads(nn.functional.silu(features)).split(

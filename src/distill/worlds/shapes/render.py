@@ -32,11 +32,21 @@ def _paint(canvas: np.ndarray, thing: Placed) -> None:
     x0, x1 = (int(np.clip(v, 0, SIDE)) for v in (thing.x - reach, thing.x + reach + 1))
     y0, y1 = (int(np.clip(v, 0, SIDE)) for v in (thing.y - reach, thing.y + reach + 1))
     ys, xs = np.mgrid[y0:y1, x0:x1].astype(np.float32)
-    u, v = _rotate(xs + 0.5 - thing.x, ys + 0.5 - thing.y, thing.angle)
-    cover = np.clip(0.5 - DISTANCE[thing.kind](u, v, thing.radius), 0, 1)[..., None]
+    cover = _cover(thing, xs, ys)[..., None]
     dark = _pattern(thing, xs - thing.x, ys - thing.y)[..., None]
     colour = _shaded(COLOURS[thing.colour], thing.shade).clip(0, 1) * (1 - dark * (1 - DARK))
     canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - cover) + colour * cover
+
+
+def coverage(thing: Placed) -> np.ndarray:
+    """Share of each pixel that the object covers, [64, 64] in [0, 1], whatever is painted later."""
+    ys, xs = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    return _cover(thing, xs, ys)
+
+
+def _cover(thing: Placed, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+    u, v = _rotate(xs + 0.5 - thing.x, ys + 0.5 - thing.y, thing.angle)
+    return np.clip(0.5 - DISTANCE[thing.kind](u, v, thing.radius), 0, 1)
 
 
 def _rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:

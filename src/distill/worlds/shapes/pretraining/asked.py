@@ -11,10 +11,18 @@ from distill.data.shards import MAX_EMPTY
 from distill.worlds.shapes.world import SIDE
 
 ORDER = (  # of execution
-    "data", "clip", "vae", "latents", "reader", "vit", "mmdit", "mmdit_small", "unet", "shards",
+    "data", "clip", "vae", "latents", "reader", "vit", "vit_labels", "mmdit", "mmdit_small",
+    "mmdit_tiny", "mmdit_large", "unet", "unet_inpaint", "shards", "edits", "unet_edit",
 )  # fmt: skip
+# stages that run only if they are named
+ON_REQUEST = {"mmdit_tiny", "mmdit_large", "unet_inpaint", "edits", "unet_edit"}
 MIN_PICTURES = 256  # CLIP holds 200 out
-OF_CAPTIONS = {"clip", "mmdit", "mmdit_small", "unet", "shards"}  # stages that train on captions
+OF_CAPTIONS = {  # stages that train on captions
+    "clip", "mmdit", "mmdit_small", "mmdit_tiny", "mmdit_large", "unet",
+    "unet_inpaint", "shards",
+}  # fmt: skip
+# Stages that train on what scenes of `shapes` hold, or on edits of them.
+OF_LABELS = {"reader", "vit_labels", "edits", "unet_edit"}
 
 
 def check_data(path: str | None, size: int, count: int) -> None:
@@ -51,11 +59,12 @@ def max_empty_share(stages: Sequence[str] | str | None) -> float:
 
 
 def chosen(stages: Sequence[str] | str | None) -> list[str]:
-    """The chosen stages, or all, in the order of execution."""
+    """The chosen stages, in the order of execution; None: all but those of ON_REQUEST."""
     stages = [stages] if isinstance(stages, str) else stages
     for name in stages or ():
         if name not in ORDER:
             raise ValueError(
                 f"stages: no stage {name!r}{nearest(name, ORDER)}; there are {', '.join(ORDER)}"
             )
-    return [name for name in ORDER if stages is None or name in stages]
+    wanted = set(ORDER) - ON_REQUEST if stages is None else set(stages)
+    return [name for name in ORDER if name in wanted]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,24 @@ def save_sd3(
 
 
 def save_sd(
-    net: nn.Module, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path
+    net: nn.Module,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    kind: Any = diffusers.StableDiffusionPipeline,
 ) -> None:
-    """`StableDiffusionPipeline` layout."""
+    """`StableDiffusionPipeline` layout, or that of another pipeline of the same parts."""
     texts = {
         "text_encoder": half_of(clip, transformers.CLIPTextModel, "text"),
         "tokenizer": tokenizer,
     }
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = diffusers.DDIMScheduler(**SCHEDULE)
-    save_half(
-        diffusers.StableDiffusionPipeline(
-            unet=net, vae=vae, scheduler=scheduler, **texts, **absent
-        ),
-        folder,
-    )
+    save_half(kind(unet=net, vae=vae, scheduler=scheduler, **texts, **absent), folder)
+
+
+save_sd_inpaint = partial(save_sd, kind=diffusers.StableDiffusionInpaintPipeline)
 
 
 def save_beside(student: Path, base: Path, name: str) -> Path:

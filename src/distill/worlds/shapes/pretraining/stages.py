@@ -25,8 +25,24 @@ from distill.storage.checkpoint_files import write_checkpoint
 from distill.teachers.loading.reading import read_quietly
 from distill.terminal.console import note
 from distill.terminal.progress import Bar, track
-from distill.worlds.shapes.pretraining import diffusion, parts, reader, text, vae, vit
-from distill.worlds.shapes.pretraining.asked import check_data, chosen, teaching_stage, trains
+from distill.worlds.shapes.pretraining import (
+    diffusion,
+    editing,
+    inpainting,
+    labelled_vit,
+    parts,
+    reader,
+    text,
+    vae,
+    vit,
+)
+from distill.worlds.shapes.pretraining.asked import (
+    OF_LABELS,
+    check_data,
+    chosen,
+    teaching_stage,
+    trains,
+)
 from distill.worlds.shapes.pretraining.work import PER_SHARD, Work
 from distill.worlds.shapes.render import render
 from distill.worlds.shapes.world import sample
@@ -34,9 +50,14 @@ from distill.worlds.shapes.world import sample
 FOLDERS = {
     "mmdit": "`StableDiffusion3Pipeline`: an MMDiT on the rectified flow",
     "mmdit_small": "`StableDiffusion3Pipeline`: a smaller one, which learnt from `mmdit`",
+    "mmdit_tiny": "`StableDiffusion3Pipeline`: the smallest, which learnt from `mmdit_small`",
+    "mmdit_large": "`StableDiffusion3Pipeline`: twice the size of `mmdit`",
     "unet": "`StableDiffusionPipeline`: a UNet that predicts noise",
+    "unet_inpaint": "`StableDiffusionInpaintPipeline`: `unet`, which also reads a masked picture",
+    "unet_edit": "`StableDiffusionInstructPix2PixPipeline`: `unet`, which learnt to edit",
     "latents": "WebDataset shards of latents made by `mmdit`, with their captions",
     "vit": "`Dinov2Model` trained on masked pictures; reads pixels in [-1, 1]",
+    "vit_labels": "`Dinov2Model` trained on labels of patches; reads pixels in [-1, 1]",
     "clip_vision": (
         "`CLIPVisionModelWithProjection` of the text encoders' CLIP; reads pixels in [-1, 1]"
     ),
@@ -86,6 +107,11 @@ class Stage(NamedTuple):
     decided_by: tuple[str, ...] = ()
 
 
+def _mmdit(name: str) -> Stage:
+    make = partial(diffusion.train, stage=name)
+    return Stage(make, ("data", "clip", "vae", "latents"), (name, f"networks.{name}"))
+
+
 STAGES = {  # in the order of asked.ORDER
     "data": Stage(_data, ()),
     "clip": Stage(_clip, ("data",), ("text_length", "clip", "parts")),
@@ -93,20 +119,21 @@ STAGES = {  # in the order of asked.ORDER
     "latents": Stage(_latents, ("data", "vae")),
     "reader": Stage(reader.train, ("data", "vae", "latents"), ("reader_scenes", "reader")),
     "vit": Stage(vit.train, ("data",), ("vit",)),
-    "mmdit": Stage(
-        partial(diffusion.train, stage="mmdit"),
-        ("data", "clip", "vae", "latents"),
-        ("mmdit", "networks.mmdit"),
-    ),
-    "mmdit_small": Stage(
-        partial(diffusion.train, stage="mmdit_small"),
-        ("data", "clip", "vae", "latents"),
-        ("mmdit_small", "networks.mmdit_small"),
-    ),
+    "vit_labels": Stage(labelled_vit.train, (), ("vit_labels", "labelled_scenes")),
+    **{name: _mmdit(name) for name in ("mmdit", "mmdit_small", "mmdit_tiny", "mmdit_large")},
     "unet": Stage(
         partial(diffusion.train, stage="unet"), ("data", "clip", "vae", "latents"), ("unet",)
     ),
+    "unet_inpaint": Stage(
+        inpainting.train,
+        ("data", "clip", "vae", "latents"),
+        ("unet_inpaint", "networks.unet_inpaint"),
+    ),
     "shards": Stage(diffusion.write_own, ("data", "mmdit"), ("shards",)),
+    "edits": Stage(editing.write_edits, (), ("edit_pairs",)),
+    "unet_edit": Stage(
+        editing.train, ("edits",), ("edit_pairs", "unet_edit", "networks.unet_edit")
+    ),
 }
 
 
@@ -117,9 +144,9 @@ def run(asked: Mapping[str, Any], command: str) -> Path:
     best = precision(asked["precision"])
     print(f"precision: {best.name} ({best.reason})")
     work, names = Work({**asked, "precision": best.name}), chosen(asked["stages"])
-    if not work.of_shapes and "reader" in names:
-        names.remove("reader")
-        print("reader: left out, for only shapes knows what its pictures show")
+    for name in () if work.of_shapes else [each for each in names if each in OF_LABELS]:
+        names.remove(name)
+        print(f"{name}: left out, for only shapes knows what its pictures show")
     with Bar("pretraining", len(names), unit="stage") as bar:
         for k, name in enumerate(names):
             place = f"stage {k + 1} of {len(names)}, {name}"

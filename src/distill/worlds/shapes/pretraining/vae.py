@@ -10,6 +10,7 @@ from distill.storage.atomic import atomic_folder
 from distill.worlds.shapes.pretraining.fit import DEVICE
 from distill.worlds.shapes.pretraining.work import Work, pixels
 
+BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take twice as long
 KL_WEIGHT = 1e-4  # per latent dimension; keeps latents bounded without visible blur
 
 
@@ -79,4 +80,6 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, already
     standardised.
     """
-    return torch.cat([vae.encode(pixels(part)).latent_dist.mode() for part in pictures.split(128)])
+    return torch.cat(
+        [vae.encode(pixels(part)).latent_dist.mode() for part in pictures.split(BATCH)]
+    )

@@ -25,17 +25,23 @@ WIDTH, PATCHES = 128, 8  # patches a side
 MASKED = (0.1, 0.8)  # shares of the patches
 
 
+def build(side: int) -> Dinov2Model:
+    """The network with random weights, for pictures of `side` pixels a side."""
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
+    # Eager: torch's fused attention has a slow backward pass in half precision on a CPU.
+    shape |= {"image_size": side, "patch_size": side // PATCHES}
+    model = Dinov2Model(Dinov2Config(**shape, attn_implementation="eager"))
+    nn.init.normal_(model.embeddings.mask_token, std=0.02)
+    return model
+
+
 class Masked(nn.Module):
     """A ViT with two linear layers that predict pixels from its tokens."""
 
     def __init__(self, side: int):
         super().__init__()
-        shape = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
         self.patch = side // PATCHES
-        # Eager: torch's fused attention has a slow backward pass in half precision on a CPU.
-        shape |= {"image_size": side, "patch_size": self.patch}
-        self.vit = Dinov2Model(Dinov2Config(**shape, attn_implementation="eager"))
-        nn.init.normal_(self.vit.embeddings.mask_token, std=0.02)
+        self.vit = build(side)
         self.of_patch = nn.Linear(WIDTH, 3 * self.patch**2)
         self.of_whole = nn.Linear(WIDTH, 3 * (side // 4) ** 2)
 

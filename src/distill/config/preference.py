@@ -1,0 +1,56 @@
+"""Check that method, data and sampler of a run on preferences belong together, and that a LoRA to
+add exists.
+"""
+
+import math
+
+from omegaconf import DictConfig
+
+from distill.storage import source_code
+from distill.teachers.loading import locate
+
+PREFERENCES = "distill.data.source.preferences"
+OTHERS = tuple(f"distill.data.source.{name}" for name in ("images", "latents", "prompts", "drawn"))
+
+
+def check_preference(cfg: DictConfig) -> None:
+    """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, and
+    for pairs or the sampler of many steps with another method.
+    """
+    method = str(cfg.method._target_)
+    of_pairs, many_steps = (
+        bool(source_code.attribute(method, name)) for name in ("of_pairs", "many_steps")
+    )
+    _check_data(cfg.data, of_pairs)
+    if many_steps != _keeps_steps(str(cfg.sampler._target_)):
+        what = "keeps the teacher's many steps" if many_steps else "trains few steps"
+        chosen = "sampler=guided" if many_steps else "sampler=consistency or the like"
+        name = cfg.sampler._target_.rpartition(".")[2]
+        raise ValueError(f"sampler: {name} does not fit a method that {what}; choose {chosen}")
+
+
+def _check_data(data: DictConfig, of_pairs: bool) -> None:
+    target = str(data._target_)
+    if of_pairs and target in OTHERS and not data.get("pairs"):
+        what = "this method learns from pairs of a winner and a loser"
+        raise ValueError(f"data: {what}; give some by data=preference data.path=<shards>")
+    if not of_pairs and target == PREFERENCES:
+        what = "holds pairs of a preference, which this method does not read"
+        raise ValueError(f"data.path={data.path}: {what}; use method=dpo, or data=images")
+
+
+def _keeps_steps(sampler: str) -> bool:
+    """Whether this sampler takes the many steps of a model that was not distilled."""
+    return source_code.attribute(sampler, "few") is False
+
+
+def check_lora(cfg: DictConfig) -> None:
+    """Check `lora` and `lora_scale` of a command: a file or folder that exists, and a number."""
+    scale = cfg.lora_scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"lora_scale={scale}: must be a number; 1 adds the LoRA as it is")
+    if cfg.lora is None:
+        if scale != 1:
+            raise ValueError(f"lora_scale={scale}: has no effect without lora=; leave it out")
+        return
+    locate.check_weights(locate.lora_in(str(cfg.lora)), "lora")
