@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import combinations
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,24 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from distill.evaluation.results import PADDING
-from distill.evaluation.tables import MEASURES, SPACE
-from distill.report.curves import chart_figure, read, smoothed
+from distill.evaluation.results import PADDING, comparable
+from distill.evaluation.tables import MEASURES, SPACE, steps_text
+from distill.report.along_runs import along_runs, columns_in
+from distill.report.curves import chart_figure, legend, smoothed
+from distill.report.differences import HEADS, NOTE, differences, headline, notes
 from distill.report.evaluation import MAIN
 from distill.report.page import embed, html, join_html, open_png, render
 from distill.report.runs import Line, Run, all_runs, lines_of, page_table
+from distill.storage.safe_paths import check_own
 from distill.terminal.shown import shown
 
 SHOWN = 8  # prompts in the grid of pictures
 
 
-def page(groups: Mapping[str, Sequence[Run]]) -> str:
-    """The whole page, as HTML."""
+def page(groups: Mapping[str, Sequence[Run]], votes: str = "") -> str:
+    """The whole page, as HTML. `votes` is the address of the page of blind votes, if any."""
     lines, runs = lines_of(groups), all_runs(groups)
-    best, sentence = _headline(lines)
+    best, sentence = headline(lines)
     recorded = (run.facts.get("train_seconds") or 0 for run in runs)
     seconds = sum(x for x in recorded if isfinite(x))
     tiles = (
@@ -35,27 +39,21 @@ def page(groups: Mapping[str, Sequence[Run]]) -> str:
         f"{len(runs)} runs side by side",
         sentence,
         tiles,
+        status=render("link", "Vote blind between pairs of pictures", votes) if votes else Markup(),
         pictures=_pictures(groups),
-        evaluation=render("sortable_scores", page_table(lines)),
-        training=render("charts", _charts(groups, lines)),
+        evaluation=join_html(render("sortable_scores", page_table(lines)), *_differences(lines)),
+        training=render("charts", [*_charts(groups, lines), *along_runs(groups)]),
         facts=_provenance(groups),
     )
 
 
-def _headline(lines: Sequence[Line]) -> tuple[tuple[str, str, str], str]:
-    """The best group at the fewest steps, as a tile and as a sentence."""
-    for key in MAIN:
-        found = [line for line in lines if line.who == "student" and key in line.values]
-        if not found:
-            continue
-        few = min(line.steps for line in found)
-        rivals = [line for line in found if line.steps == few]
-        pick = min if _is_lower_better(key) else max
-        line = pick(rivals, key=lambda line: line.mean(key))
-        measure, best = MEASURES[key], f"best with {few} step{'s' * (few > 1)}"
-        value, what = line.formatted(key, measure.form), measure.name.lower()
-        return (best.capitalize(), value, line.group), f"{line.group} is {best}: {what} {value}."
-    return ("Best", "–", "–"), "No student among them was evaluated by one of the main measures."
+def _differences(lines: Sequence[Line]) -> Iterator[Markup]:
+    """What is missing from intervals, then the table of differences."""
+    for sentence in notes(lines):
+        yield render("note", sentence, kind="none")
+    found = differences(lines)
+    if found:
+        yield render("differences", HEADS, [difference.cells for difference in found], NOTE)
 
 
 def _is_lower_better(key: str) -> bool:
@@ -107,7 +105,7 @@ def _by_steps(lines: Sequence[Line], key: str) -> Callable[[Any], None]:
             of_teacher = all(line.who == "teacher" for line in found)
             style = {"color": "#7d8189", "linestyle": "--"} if of_teacher else {}
             steps, values = [line.steps for line in found], [line.mean(key) for line in found]
-            axes.plot(steps, values, marker="o", markersize=3, label=_legend(group), **style)
+            axes.plot(steps, values, marker="o", markersize=3, label=legend(group), **style)
         axes.set_yscale("log" if _is_lower_better(key) else "linear")
 
     return plot
@@ -131,7 +129,7 @@ def _by_cost(
                 *zip(*points, strict=True) if points else ([], []),
                 "o",
                 markersize=4,
-                label=_legend(group),
+                label=legend(group),
             )
         axes.set_xlim(left=0)
         axes.set_yscale("log" if _is_lower_better(key) else "linear")
@@ -141,9 +139,8 @@ def _by_cost(
 
 def _accuracy(run: Run) -> tuple[Any, str]:
     """Steps and accuracy of the discriminator [2, N], or None; and an error of reading, or ""."""
-    path = run.folder / "metrics.csv"
     try:
-        return (read(path)[0].get("d/accuracy"), "") if path.exists() else (None, "")
+        return columns_in(run, "metrics.csv").get("d/accuracy"), ""
     except (OSError, ValueError) as error:
         return None, str(error)
 
@@ -151,14 +148,9 @@ def _accuracy(run: Run) -> tuple[Any, str]:
 def _plot_accuracy(axes: Any, accuracy: Mapping[str, Sequence[Any]]) -> None:
     for i, (group, curves) in enumerate(accuracy.items()):
         for k, (steps, values) in enumerate(curves):
-            label = None if k else _legend(group)  # one label for all runs of a group
+            label = None if k else legend(group)  # one label for all runs of a group
             axes.plot(steps, smoothed(values), f"C{i % 6}", alpha=0.8, label=label)
     axes.axhline(0.5, color="#7d8189", linewidth=0.8, linestyle="--")
-
-
-def _legend(group: str) -> str:
-    """A label for a legend; matplotlib leaves out labels that start with an underscore."""
-    return shown(group.lstrip("_"), 34)
 
 
 def _pictures(groups: Mapping[str, Sequence[Run]]) -> Markup:
@@ -170,6 +162,7 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> Markup:
         path = run.folder / "samples" / run.picture
         strips = []
         with suppress(OSError, ValueError, SyntaxError):  # Pillow: SyntaxError of a broken PNG
+            check_own(path, run.folder)
             strips = tiles(path, len(run.rows)) if run.rows and path.is_file() else []
         found += [(group, row, pictures) for row, pictures in zip(run.rows, strips, strict=False)]
     of_teacher = [("teacher", row, strip) for _, row, strip in found if row.who == "teacher"]
@@ -177,18 +170,18 @@ def _pictures(groups: Mapping[str, Sequence[Run]]) -> Markup:
     columns += [column for column in found if column[1].who == "student"]
     if not columns:
         return render("note", "None of these runs kept its pictures.", kind="none")
-    heads = [(group, f"{n:d} step{'s' * (n > 1)}") for group, (_, n, _), _ in columns]
+    heads = [(group, steps_text(row.steps)) for group, row, _ in columns]
     rows = list(zip(*(pictures for *_, pictures in columns), strict=False))[:SHOWN]
     return render("grid", heads, [[embed(picture) for picture in row] for row in rows])
 
 
-def tiles(path: Path, rows: int) -> list[list[Image.Image]]:
-    """The pictures of a `comparison.png` with this number of rows, row by row."""
+def tiles(path: Path, rows: int, most: int = SHOWN) -> list[list[Image.Image]]:
+    """The pictures of a `comparison.png` with this number of rows, row by row; `most` of each."""
     with open_png(path) as grid:
         side, pixels = (grid.height - PADDING) // rows, grid.convert("RGB")
     if side <= PADDING:
         return []
-    corners = range(PADDING, grid.width - side + PADDING, side)[:SHOWN]
+    corners = range(PADDING, grid.width - side + PADDING, side)[:most]
     return [
         [pixels.crop((x, y, x + side - PADDING, y + side - PADDING)) for x in corners]
         for y in range(PADDING, side * rows, side)
@@ -207,13 +200,12 @@ def _provenance(groups: Mapping[str, Sequence[Run]]) -> Markup:
             }
             listed = ", ".join(f"{k} {v}" for k, v in facts.items())
             text += f"    {shown(f'{run.folder.name}: {listed}')}\n"
-    protocols = {
-        shown("; ".join(f"{k}: {v}" for k, v in sorted(run.protocol.items())))
-        for run in all_runs(groups)
-    }
-    text += "\n".join(sorted(protocols))
+    protocols = [run.protocol for run in all_runs(groups)]
+    text += "\n".join(
+        sorted({shown("; ".join(f"{k}: {v}" for k, v in sorted(p.items()))) for p in protocols})
+    )
     section = render("collapsible", "Runs and protocol", text, is_open=True)
-    if len(protocols) == 1:
+    if all(comparable(one, other) for one, other in combinations(protocols, 2)):
         return section
     warning = "These runs were evaluated by different protocols."
     return join_html(render("note", warning, kind="warn"), section)

@@ -39,8 +39,14 @@ CHARTS = (
         "Share of pairs whose real logit is higher; 0.5 is guessing.",
         guide=0.5,
     ),
-    Chart("Gradient norms", "(g|d)/grad_norm", "Before clipping, log scale.", "log"),
-    Chart("Learning rates", "(g|d)/lr", "After warm-up and decay."),
+    Chart(
+        "Preferred pairs",
+        "pairs/(preferred)",
+        "Share of pairs whose winner the student prefers more than the reference does.",
+        guide=0.5,
+    ),
+    Chart("Gradient norms", "(g|d|f)/grad_norm", "Before clipping, log scale.", "log"),
+    Chart("Learning rates", "(g|d|f)/lr", "After warm-up and decay."),
     Chart(
         "Update-to-weight ratio",
         "(g|d)/update_ratio",
@@ -49,7 +55,7 @@ CHARTS = (
     ),
     Chart("Speed", "(images_per_second)", "Training images per second."),
 )
-NAMES = {"g": "student", "d": "discriminator"}
+NAMES = {"g": "student", "d": "discriminator", "f": "fake score"}
 MANY_HEADS = 6  # if there are more, only the highest, median and lowest are plotted
 MOST_BYTES = 256 * 2**20  # ours: limit of a metrics.csv, about a million rows
 POINTS = 600  # of a curve; a longer one is averaged to so many, which keeps the page small
@@ -200,3 +206,8 @@ def chart_figure(title: str, about: str, plot: Callable[[Any], None]) -> Markup:
             axes.yaxis.set_minor_formatter(LogFormatter())
         figure.savefig(file := io.BytesIO(), format="svg")
     return render("chart", title, about, data_uri(file, "svg+xml"))
+
+
+def legend(group: str) -> str:
+    """A label for a legend; matplotlib leaves out labels that start with an underscore."""
+    return shown(group.lstrip("_"), 34)

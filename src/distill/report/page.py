@@ -22,6 +22,7 @@ SECTIONS = dict.fromkeys(("status", "pictures", "evaluation", "training", "facts
 # pixels; wider pictures are reduced to it, since grids of a large model would give a 200 MB page
 WIDEST = 1600
 MOST_PIXELS = 2**27  # ours: a grid of 64 pictures of 1024 x 1024 has half as many
+LOSSLESS = 256  # ours: pixels a side up to which a PNG is small anyway
 COARSEST = 700  # pixels; narrower pictures are enlarged without interpolation
 
 
@@ -102,6 +103,15 @@ def embed(picture: Image.Image) -> Picture:
     return Picture(data_uri(file, "png"), *size, small=picture.width < COARSEST)
 
 
+def embed_small(picture: Image.Image) -> Picture:
+    """A picture for pages of hundreds: beyond LOSSLESS pixels a side it is a JPEG."""
+    picture.thumbnail((WIDEST, WIDEST))
+    if max(picture.size) <= LOSSLESS:
+        return embed(picture)
+    picture.save(file := io.BytesIO(), format="JPEG", quality=95, subsampling=0)
+    return Picture(data_uri(file, "jpeg"), *picture.size, small=False)
+
+
 def data_uri(file: io.BytesIO, kind: str) -> Markup:
-    """A data URI of a picture of this kind, `png` or `svg+xml`; it needs no escapes."""
+    """A data URI of a picture of this kind, `png`, `jpeg` or `svg+xml`; it needs no escapes."""
     return Markup(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")

@@ -5,15 +5,20 @@ import io
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from distill.evaluation import tables
 from distill.evaluation.results import FILE, PICTURE, Result, comparable, results_in
 from distill.evaluation.tables import MEASURES, TIME, Column, Row, Table, columns_of, rows_of
+from distill.report.evaluation import MAIN
+from distill.report.statistics import Interval, Sample, mean_interval
 from distill.storage.bounded import configuration_of, mapping_of, number_of
 from distill.storage.renames import renamed
+from distill.storage.safe_paths import check_own
 from distill.terminal.shown import in_csv
 
 # Keys that do not make two runs different settings: paths, logging, and evaluation. `name` and
@@ -86,6 +91,8 @@ def _comparable_result(results: Sequence[Result], wanted: Result) -> Result | No
 
 def results_of(folder: Path) -> list[Result]:
     """The results of the run in this folder, the main one first. Raises ValueError for damage."""
+    for name in (FILE, "config.yaml", "run.json"):
+        check_own(folder / name, folder)
     found = results_in({"rows": [], **mapping_of(folder / FILE)})
     for result in found:
         try:
@@ -183,19 +190,38 @@ def _value_text(config: Mapping[str, Any], key: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Scores of a group's students, or of a teacher, at one number of steps: a value per run."""
+    """Scores of a group's students, or of a teacher, at one number of steps: a value per run.
+
+    `samples` has the same for statistics: a value per seed, and the outcome of every prompt where
+    all runs have it. `protocol` is that of the evaluation.
+    """
 
     group: str
     who: str
     steps: int
     values: Mapping[str, Sequence[float]]
+    samples: Mapping[str, Sample] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
     def mean(self, key: str) -> float:
         return statistics.fmean(self.values[key])
 
+    def interval(self, key: str) -> Interval | None:
+        """The 95 % interval of a measure that has outcomes, or is one of the main ones."""
+        sample = self.samples.get(key)
+        if sample is None or (key not in MAIN and sample.outcomes is None):
+            return None
+        return mean_interval(sample)
+
     def formatted(self, key: str, form: str) -> str:
-        """Mean and standard deviation; `form` formats a number."""
-        return Column(key, key, form).text(self.values.get(key, ()))
+        """Mean, standard deviation and interval; `form` formats a number."""
+        return Column(key, key, form).text(self.values.get(key, ()), _ends(self.interval(key)))
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    if interval is None or interval.low is None or interval.high is None:
+        return None
+    return interval.low, interval.high
 
 
 def lines_of(groups: Mapping[str, Sequence[Run]]) -> list[Line]:
@@ -218,12 +244,30 @@ def all_runs(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
 
 def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
     for steps in sorted({row.steps for run in runs for row in run.rows if row.who == who}):
-        rows = [row for run in runs for row in run.rows if (row.who, row.steps) == (who, steps)]
-        found = {key: [row.scores[key] for row in rows if key in row.scores] for key in MEASURES}
-        scores = {key: values for key, values in found.items() if values}
+        found = [(run, row) for run in runs for row in run.rows]
+        found = [(run, row) for run, row in found if (row.who, row.steps) == (who, steps)]
+        all_scores = {k: [row.scores[k] for _, row in found if k in row.scores] for k in MEASURES}
+        scores = {key: values for key, values in all_scores.items() if values}
         if who == "teacher":  # evaluated by every run on the same prompts: no spread over seeds
             scores = {key: [statistics.fmean(values)] for key, values in scores.items()}
-        yield Line(group, who, steps, scores)
+        samples = {key: _sample(key, found, fixed=who == "teacher") for key in scores}
+        yield Line(group, who, steps, scores, samples, found[0][0].protocol)
+
+
+def _sample(key: str, found: Sequence[tuple[Run, Row]], *, fixed: bool) -> Sample:
+    """A measure of these rows, a value for each seed. Runs of one seed count as one, their mean."""
+    by_seed: dict[Any, list[Row]] = {}
+    for i, (run, row) in enumerate(found):
+        seed = run.config.get("seed")
+        name = "teacher" if fixed else ("run", i) if seed is None else ("seed", str(seed))
+        if key in row.scores:
+            by_seed.setdefault(name, []).append(row)
+    scores = [statistics.fmean(row.scores[key] for row in rows) for rows in by_seed.values()]
+    outcomes = [[row.outcomes.get(key, ()) for row in rows] for rows in by_seed.values()]
+    counts = {len(numbers) for seed in outcomes for numbers in seed}
+    if len(counts) != 1 or 0 in counts:  # some lack them, or have them of other prompts
+        return Sample(scores, None, fixed)
+    return Sample(scores, np.array([np.mean(seed, axis=0) for seed in outcomes]), fixed)
 
 
 def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
@@ -240,7 +284,7 @@ def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
 
 
 def text_table(lines: Sequence[Line]) -> Table:
-    """The table of means and spreads for compare.md, with the number of runs of each line."""
+    """The table of means, spreads and intervals for compare.md, with the runs of each line."""
     counts = [max(map(len, line.values.values()), default=0) for line in lines]
     labels = [
         [line.group, str(line.steps), str(count) if line.who == "student" else ""]
@@ -250,10 +294,13 @@ def text_table(lines: Sequence[Line]) -> Table:
 
 
 def page_table(lines: Sequence[Line]) -> Table:
-    """The table of means and spreads for compare.html."""
+    """The table of means, spreads and intervals for compare.html."""
     return _table(["", "Steps"], [[line.group, str(line.steps)] for line in lines], lines)
 
 
 def _table(heads: Sequence[str], labels: Sequence[Sequence[str]], lines: Sequence[Line]) -> Table:
-    body = [tables.Line(names, line.values) for names, line in zip(labels, lines, strict=True)]
+    body = [
+        tables.Line(names, line.values, {k: _ends(line.interval(k)) for k in line.values})
+        for names, line in zip(labels, lines, strict=True)
+    ]
     return Table(heads, columns_of(SCORES, body), [body])
