@@ -1,0 +1,370 @@
+"""Studies: what their pages say is in the CSV files beside them, and one command runs them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+from run import main  # noqa: E402
+from runner.jobs import Queue, compose_all  # noqa: E402
+from runner.pages import replace_parts  # noqa: E402
+from runner.results import NOT_RUN, recorded_lines, verdict, write_results  # noqa: E402
+from runner.study import StudyError, read_study  # noqa: E402
+
+from distill.evaluation.tables import MEASURES, SPACE  # noqa: E402
+
+STUDIES = sorted(file.parent for file in EXPERIMENTS.glob("*/study.yaml"))
+RUN = EXPERIMENTS / "run.py"
+CELL = re.compile(r"(-?[\d,.]+)(%?)(?: ± (-?[\d,.]+)%?)?(?: \[(-?[\d,.]+)%?, (-?[\d,.]+)%?\])?")
+
+
+def names(folders):
+    return pytest.mark.parametrize("folder", folders, ids=lambda folder: folder.name)
+
+
+def part(page: Path, name: str) -> str:
+    """What is between the markers of a part."""
+    text = page.read_text(encoding="utf-8")
+    begin = f"<!-- made by experiments/run.py: {name} -->"
+    assert text.count(begin) == 1, f"{page}: {name}"
+    return text.partition(begin)[2].partition("<!-- end -->")[0]
+
+
+def table_in(text: str) -> list[dict[str, str]]:
+    """The rows of the first table of a part, by the texts of its heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def numbers(cell: str) -> list[float | None]:
+    """Mean, spread, and the ends of the interval in a cell, as shares where it has percent."""
+    found = CELL.fullmatch(cell)
+    assert found, cell
+    scale = 0.01 if found[2] else 1.0
+    texts = (found[1], found[3], found[4], found[5])
+    return [scale * float(text.replace(",", "")) if text else None for text in texts]
+
+
+def check_numbers(folder: Path) -> int:
+    """Hold every number of a study's tables against its CSV files; returns how many there were."""
+    heads = {m.head.replace(SPACE, " "): key for key, m in MEASURES.items()}
+    checked = 0
+    for table in read_study(folder).tables:
+        if not (folder / f"{table.name}.csv").is_file():
+            assert "No run of this study" in part(folder / "README.md", table.name)
+            continue
+        runs = rows_of(folder / f"{table.name}.csv")
+        ends = {
+            (row["group"], row["steps"], row["measure"]): row
+            for row in rows_of(folder / f"{table.name}_intervals.csv")
+        }
+        for row in table_in(part(folder / "README.md", table.name)):
+            group, steps = row[""], row["steps"]
+            for head, key in heads.items():
+                if head not in row or row[head] == "–":
+                    continue
+                who = "teacher" if group.startswith("teacher") else "student"
+                scores = [
+                    float(run[key])
+                    for run in runs
+                    if (run["who"], run["steps"]) == (who, steps)
+                    and (who == "teacher" or run["group"] == group)
+                    and run[key]
+                ]
+                interval = ends[group, steps, key]
+                expected = [statistics.fmean(scores), None, interval["low"], interval["high"]]
+                if who == "student" and len(scores) > 1:
+                    expected[1] = statistics.stdev(scores)
+                shown = numbers(row[head])
+                for text, number in zip(shown, expected, strict=True):
+                    if number in (None, ""):
+                        assert text is None, row[head]
+                        continue
+                    form = MEASURES[key].form
+                    assert form.format(text) == form.format(float(number)), (group, head)
+                    checked += 1
+    return checked
+
+
+@names(STUDIES)
+def test_every_number_of_a_made_table_is_in_the_file_beside_it(folder):
+    checked = check_numbers(folder)
+    assert checked > 300 or folder.name != "methods_on_shapes"
+
+
+@names(STUDIES)
+def test_the_verdicts_of_a_page_are_those_of_the_rule(folder):
+    """`holds` and `does not` need three seeds and an interval without zero."""
+    claims, rows = read_study(folder).claims, rows_of(folder / "claims.csv")
+    assert [claim.tested for claim in claims] == [row["tested"] for row in rows]
+    shown = table_in(part(folder / "README.md", "claims"))
+    overview = part(EXPERIMENTS / "README.md", "claims")
+    assert len(shown) == len(rows)
+    for claim, row, made in zip(claims, rows, shown, strict=True):
+        assert row["claim"] == claim.claim == made["claim"]
+        assert made["verdict"].strip("*") == row["verdict"]
+        if row["low"]:
+            low, high = float(row["low"]), float(row["high"])
+            decided = low * high > 0 and min(map(int, row["seeds"].split(" and "))) >= 3
+            agrees = (float(row["difference"]) > 0) == (claim.sign > 0)
+            expected = ("holds" if agrees else "does not") if decided else "open"
+            assert row["verdict"].partition(":")[0] == expected
+            form = MEASURES[claim.measure].form
+            value, _, *ends = numbers(made["difference [95 %]"])
+            for text, key in zip((value, *ends), ("difference", "low", "high"), strict=True):
+                assert form.format(text) == form.format(float(row[key]))
+        else:
+            assert row["verdict"].startswith("open")
+        line = f"| {made['claim']} | {made['the paper']} | {made['tested here']} |"
+        assert f"[{folder.name}]({folder.name}/README.md) {line}" in overview
+
+
+@names(STUDIES)
+def test_the_jobs_of_a_study_compose(folder, tmp_path):
+    study = read_study(folder)
+    assert len(study.seeds) >= 3
+    compose_all(Queue(study, tmp_path).runs)
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+
+STUDY = {
+    "jobs": {"a": [], "b": ["seed=1"]},
+    "claims": [{"claim": "a is better", "a": "a", "b": "b", "measure": "prompt_accuracy"}],
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Write a study, with what is given changed, and the scores of its jobs; returns it read."""
+
+    def write(scores=(), **changed):
+        folder = tmp_path / "study"
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump({**STUDY, **changed})
+        (folder / "study.yaml").write_text(text, encoding="utf-8")
+        found = read_study(folder)
+        if scores:
+            columns = ["group", "run", "seed", "train_seconds", "images_seen", "who", "steps"]
+            lines = [",".join([*columns, *MEASURES])]
+            for group, values in scores.items():
+                for seed, value in enumerate(values):
+                    cells = [value if key == "prompt_accuracy" else "" for key in MEASURES]
+                    row = [group, f"{group}_{seed}", seed, 1.0, 16, "student", 1, *cells]
+                    lines.append(",".join(map(str, row)))
+            (folder / "results.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        return found
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "sign", "expected"),
+    [
+        ([0.8, 0.81, 0.82], [0.6, 0.61, 0.62], "+", "holds"),
+        ([0.8, 0.81, 0.82], [0.6, 0.61, 0.62], "-", "does not"),
+        ([0.8, 0.81], [0.6, 0.61], "+", "open: fewer than 3 seeds"),
+        ([0.8, 0.7, 0.6], [0.6, 0.61, 0.65], "+", "open: no difference shown"),
+        ([0.8], [0.6, 0.61, 0.62], "+", "open: no interval"),
+        ([0.8, 0.81, 0.82], [], "+", NOT_RUN),
+    ],
+)
+def test_a_verdict_needs_three_seeds_and_an_interval_without_zero(study, a, b, sign, expected):
+    found = study({"a": a, "b": b}, claims=[{**STUDY["claims"][0], "sign": sign}])
+    lines = recorded_lines(found.folder / "results.csv")
+    assert verdict(found.claims[0], lines).text.startswith(expected)
+
+
+def test_a_page_without_runs_is_made_from_the_files_and_stays_when_they_are_gone(study, tmp_path):
+    found = study({"a": [0.8, 0.81, 0.82], "b": [0.6, 0.61, 0.62]})
+    page, overview = found.folder / "README.md", tmp_path / "README.md"
+    page.write_text("# Study\n\nBefore.\n", encoding="utf-8")
+    overview.write_text("# All\n", encoding="utf-8")
+    write_results(found, None, overview)
+    assert check_numbers(found.folder) == 2 * 4
+    first = page.read_text(encoding="utf-8")
+    assert first.startswith("# Study\n\nBefore.\n")
+    assert "**holds**" in first
+    assert "[study](study/README.md) | a is better |" in overview.read_text(encoding="utf-8")
+    (found.folder / "results.csv").unlink()
+    write_results(found, tmp_path / "no_runs", overview)
+    assert page.read_text(encoding="utf-8") == first
+
+
+def test_a_page_that_is_made_again_is_the_same(tmp_path):
+    folder = tmp_path / "methods_on_shapes"
+    shutil.copytree(EXPERIMENTS / "methods_on_shapes", folder)
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    write_results(read_study(folder), None, tmp_path / "README.md")
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_a_number_that_is_typed_into_a_page_is_found(study, tmp_path):
+    found = study({"a": [0.8, 0.81, 0.82], "b": [0.6, 0.61, 0.62]})
+    write_results(found, None, tmp_path / "README.md")
+    page = found.folder / "README.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("81.0%", "91.0%"), encoding="utf-8")
+    with pytest.raises(AssertionError):
+        check_numbers(found.folder)
+
+
+def test_a_part_without_its_end_is_a_mistake(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- made by experiments/run.py: x -->\nmy text\n", encoding="utf-8")
+    with pytest.raises(StudyError, match="has no `<!-- end -->`"):
+        replace_parts(page, {"x": "new"})
+    assert "my text" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"job": {}}, "job: no such key"),
+        ({"jobs": {}}, "jobs: has none"),
+        ({"jobs": {"a": "seed=1"}}, "jobs.a: must be a list"),
+        ({"jobs": {"teacher": []}}, "this name means the teacher"),
+        ({"tables": {"results": {"jobs": ["x"]}}}, "there is no job x"),
+        ({"tables": {"results": {"measures": ["x"]}}}, "x: no such measure"),
+        ({"claims": [{"claim": "c", "a": "a", "b": "b"}]}, "measure is missing"),
+        ({"claims": [{**STUDY["claims"][0], "b": "x"}]}, "b=x: there is no such job"),
+        ({"claims": [{**STUDY["claims"][0], "sign": 1}]}, "sign is + or -"),
+    ],
+)
+def test_a_mistake_of_a_study_is_one_sentence(study, changed, what):
+    with pytest.raises(StudyError) as raised:
+        study(**changed)
+    assert what in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+TINY = {
+    "seeds": [0, 1],
+    "overrides": [
+        "method=ladd",
+        "teacher=shapes_small",
+        "data.batch_size=4",
+        "data.limit=32",
+        "loop.head_start=0",
+        "trainer.accelerator=cpu",
+        "callbacks.checkpoint.every=2",
+    ],
+    "evaluation": [
+        "metrics.prompts=16",
+        "metrics.student_steps=[1]",
+        "callbacks.scores.every=8",
+        "callbacks.scores.prompts=8",
+    ],
+    "teacher_steps": [1],
+    "budget": {"steps": 16},
+    "jobs": {"ladd": []},
+    "claims": [
+        {
+            "claim": "one step is nearer",
+            "a": "ladd",
+            "b": "teacher",
+            "measure": "frechet",
+            "sign": "-",
+        }
+    ],
+}
+
+
+def called(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(RUN), *words], capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+def test_a_job_that_does_not_compose_stops_the_study_before_its_first_run(study, tmp_path):
+    found = study(jobs={"good": [], "bad": ["method.no_such_key=1"]}, claims=[])
+    out = tmp_path / "out"
+    done = called(str(found.folder), f"out={out}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("run.py: job bad: method.no_such_key: no such key")
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("worker=2", "worker=2: no such option"),
+        ("workers=0", "workers=0: must be a whole number above 0"),
+        ("page=all", "page=all: no such page"),
+        ("only=x", "only=x: there is no job x"),
+    ],
+)
+def test_an_option_that_is_wrong_is_one_sentence(study, word, what):
+    with pytest.raises(StudyError, match=what):
+        main([str(study().folder), word])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_study_that_is_killed_goes_on_and_writes_its_page(study, tmp_path):
+    found = study(**TINY)
+    out, page = tmp_path / "out", found.folder / "README.md"
+    page.write_text("# Tiny\n", encoding="utf-8")
+    words = [sys.executable, str(RUN), str(found.folder), "workers=1", f"out={out}"]
+    first = out / "ladd" / "seed_0"
+    runner = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while not any((first / "checkpoints").glob("*.ckpt")):
+        assert time.monotonic() < end, "the first run has no checkpoint"
+        assert runner.poll() is None
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    assert not (first / "evaluation.json").exists()
+    again = called(*words[2:])
+    assert again.returncode == 0, again.stderr
+    assert f"resume={first}" in again.stdout
+    assert json.loads((first / "run.json").read_text(encoding="utf-8"))["resumed"]
+    rows = rows_of(found.folder / "results.csv")
+    assert {(row["who"], row["seed"]) for row in rows} == {
+        ("teacher", "0"),
+        ("student", "0"),
+        ("student", "1"),
+    }
+    steps = [row["step"] for row in rows_of(first / "scores.csv")]
+    assert steps == ["0", "8", "16"]  # no row twice, none lost
+    assert check_numbers(found.folder) > 10
+    text = page.read_text(encoding="utf-8")
+    assert "open: fewer than 3 seeds" in text
+    for name in ("results.png", "results_curves.svg"):
+        assert f"({name})" in text
+        assert (found.folder / name).stat().st_size > 1000
+    # A third call trains nothing, and makes the same page.
+    before = (first / "run.json").stat().st_mtime_ns
+    third = called(*words[2:])
+    assert "0 of 2 runs to do" in third.stdout
+    assert (first / "run.json").stat().st_mtime_ns == before
+    assert page.read_text(encoding="utf-8") == text
+    # Other settings are no going on.
+    changed = study(**{**TINY, "budget": {"steps": 20}})
+    refused = called(str(changed.folder), f"out={out}")
+    assert refused.returncode == 1
+    assert "was run with other settings" in refused.stderr
